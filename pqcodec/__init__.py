@@ -1,0 +1,64 @@
+"""pqcodec: KV-cache tensors to self-describing polar-angle streams and back.
+
+Importing this package imports neither torch nor numba; what is used first is loaded then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pqcodec.errors import (
+    BackendUnavailable,
+    CorruptStream,
+    InvalidArgument,
+    NonFiniteInput,
+    PQError,
+    TruncatedStream,
+    UnsupportedStream,
+)
+
+if TYPE_CHECKING:
+    from pqcodec.centre import Rope
+    from pqcodec.codec import Damage, StreamInfo, decode, encode, encoded_size, inspect, verify
+    from pqcodec.presets import PRESETS
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "encode": "codec",
+    "decode": "codec",
+    "inspect": "codec",
+    "verify": "codec",
+    "encoded_size": "codec",
+    "Damage": "codec",
+    "StreamInfo": "codec",
+    "Rope": "centre",
+    "PRESETS": "presets",
+}
+
+__all__ = [
+    "PRESETS",
+    "BackendUnavailable",
+    "CorruptStream",
+    "Damage",
+    "InvalidArgument",
+    "NonFiniteInput",
+    "PQError",
+    "Rope",
+    "StreamInfo",
+    "TruncatedStream",
+    "UnsupportedStream",
+    "__version__",
+    "decode",
+    "encode",
+    "encoded_size",
+    "inspect",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pqcodec' has no attribute {name!r}")
+    return getattr(import_module(f"pqcodec.{_LAZY[name]}"), name)

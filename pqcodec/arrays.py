@@ -1,0 +1,104 @@
+"""Law: the only file that knows torch: tensors of torch and numpy in and out, seen as flat arrays of stored numbers.
+
+torch is imported only when a torch tensor is given or wanted.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import InvalidArgument
+from pqcodec.header import DTYPE_NAMES
+from pqcodec.kernels.job import Values
+
+_NUMPY_DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as the codec sees it."""
+
+    shape: tuple[int, ...]
+    dtype: int
+    numpy: bool
+    device: str
+    stored: np.ndarray  # uint16 or float32, any strides, the tensor's own memory where that is possible
+
+    def values(self) -> Values:
+        """Rows in place; a tensor whose last dimension is not contiguous is copied."""
+        stored = self.stored
+        if stored.size and (stored.strides[-1] != stored.itemsize and stored.shape[-1] > 1 or min(stored.strides) < 0):
+            stored = np.ascontiguousarray(stored)
+        return values_of(stored)
+
+
+def values_of(stored: np.ndarray) -> Values:
+    """An array [..., tokens, head_dim] with contiguous rows -> Values over its own memory."""
+    if stored.ndim == 1:
+        stored = stored[None, :]
+    item = stored.itemsize
+    starts = np.zeros(1, np.int64)
+    for size, stride in zip(stored.shape[:-2], stored.strides[:-2], strict=True):
+        starts = (starts[:, None] + np.arange(size) * (stride // item)).ravel()
+    extent = sum((size - 1) * (stride // item) for size, stride in zip(stored.shape, stored.strides, strict=True)) + 1
+    flat = np.lib.stride_tricks.as_strided(stored, (extent if stored.size else 0,), (item,), writeable=stored.flags.writeable)
+    return Values(flat, starts, stored.strides[-2] // item, stored.shape[-1])
+
+
+def view(x: Any) -> View:
+    """See a torch or numpy tensor [..., tokens, head_dim]; raises InvalidArgument."""
+    if isinstance(x, np.ndarray):
+        if x.dtype not in _NUMPY_DTYPES:
+            raise InvalidArgument(f"dtype {x.dtype} of the array; float16 and float32 are supported (bfloat16 as torch tensors)")
+        dtype, stored, device = _NUMPY_DTYPES[x.dtype], x.view(np.uint16) if x.dtype == np.float16 else x, "cpu"
+        return View(_checked(x.shape), dtype, True, device, stored)
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
+    dtypes = {torch.float16: c.DTYPE_FLOAT16, torch.bfloat16: c.DTYPE_BFLOAT16, torch.float32: c.DTYPE_FLOAT32}
+    if x.dtype not in dtypes or x.layout != torch.strided:
+        raise InvalidArgument(f"dtype {x.dtype}, layout {x.layout} of the tensor; dense {', '.join(DTYPE_NAMES.values())} expected")
+    shape = _checked(tuple(x.shape))
+    if x.device.type != "cpu":
+        return View(shape, dtypes[x.dtype], False, x.device.type, np.zeros(0, np.uint16))
+    return View(shape, dtypes[x.dtype], False, "cpu", _torch_stored(x.detach().resolve_neg()))
+
+
+def _torch_stored(x: Any) -> np.ndarray:
+    import torch
+
+    return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy().view(np.uint16)
+
+
+def _checked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not 1 <= len(shape) <= c.MAX_NDIM:
+        raise InvalidArgument(f"shape {tuple(shape)}: 1 .. {c.MAX_NDIM} dimensions [..., tokens, head_dim] are expected")
+    if not 1 <= shape[-1] <= c.MAX_HEAD_DIM:
+        raise InvalidArgument(f"shape {tuple(shape)}: head_dim {shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension")
+    return tuple(int(n) for n in shape)
+
+
+def empty(shape: tuple[int, ...], dtype: int, numpy: bool) -> tuple[Any, np.ndarray]:
+    """A new tensor to decode into, and its stored numbers (the same memory).
+
+    numpy has no bfloat16: a bfloat16 tensor is always torch's.
+    """
+    if numpy and dtype != c.DTYPE_BFLOAT16:
+        array = np.empty(shape, np.float16 if dtype == c.DTYPE_FLOAT16 else np.float32)
+        return array, array.view(np.uint16) if dtype == c.DTYPE_FLOAT16 else array
+    import torch
+
+    tensor = torch.empty(shape, dtype=getattr(torch, DTYPE_NAMES[dtype]))
+    return tensor, _torch_stored(tensor)
+
+
+def to_device(x: Any, device: Any) -> Any:
+    """``x`` on a torch device (a numpy array becomes a tensor)."""
+    import torch
+
+    return torch.as_tensor(x).to(device)

@@ -1,0 +1,127 @@
+"""Law: offsets of centred tensors (SPEC 8): how a mean is stored, and how it turns with the position under RoPE.
+
+A key's bias is constant before RoPE; after it, the pair of channels (p, q) of frequency f turns by 2 pi f t at position
+t. The mean is taken of the pairs turned back, and turned forward again where it is subtracted or added. Both directions
+use the same arithmetic, so what the encoder subtracts is what the decoder adds, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.angles import full_circle
+from pqcodec.errors import InvalidArgument
+from pqcodec.header import RopeField
+
+PAIRINGS = {"half": c.ROPE_HALF, "interleaved": c.ROPE_INTERLEAVED}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary position embedding of a tensor of keys.
+
+    ``theta``: base of the frequencies theta^(-2i/dim), i = 0 .. dim/2-1, in radians a token; ``dim``: channels that
+    turn (None: all of head_dim); ``style``: "half" pairs channels i and i + dim/2 (Llama, Qwen as in transformers),
+    "interleaved" pairs 2i and 2i+1; ``first_position``: position of token 0; ``frequencies``: radians a token for each
+    pair, where they are scaled (YaRN, Llama 3, linear ...), instead of theta.
+
+    >>> Rope(theta=10000.0).field(64).channels
+    64
+    """
+
+    theta: float = 10000.0
+    dim: int | None = None
+    style: str = "half"
+    first_position: int = 0
+    frequencies: Sequence[float] | None = None
+
+    def field(self, head_dim: int) -> RopeField:
+        """The stream's description for tensors of ``head_dim``; raises InvalidArgument."""
+        dim = 2 * len(self.frequencies) if self.frequencies is not None else (self.dim or head_dim)
+        if self.style not in PAIRINGS:
+            raise InvalidArgument(f"rope.style {self.style!r} is unknown; choose from {sorted(PAIRINGS)}")
+        if dim % 2 or not 2 <= dim <= head_dim:
+            raise InvalidArgument(f"rope turns {dim} channels; an even number from 2 to head_dim {head_dim} is expected")
+        if self.dim not in (None, dim):
+            raise InvalidArgument(f"rope.dim {self.dim} does not go with {dim // 2} frequencies")
+        if not 0 <= self.first_position < 1 << 62:
+            raise InvalidArgument(f"rope.first_position {self.first_position} is outside 0 .. 2^62 - 1")
+        if self.frequencies is None and not (math.isfinite(self.theta) and self.theta > 0):
+            raise InvalidArgument(f"rope.theta {self.theta} is not a positive number")
+        radians = self.frequencies if self.frequencies is not None else _frequencies(self.theta, dim)
+        if not all(math.isfinite(f) for f in radians):
+            raise InvalidArgument("rope.frequencies holds NaN or Inf")
+        turns = tuple(round(f / (2 * math.pi) * (1 << c.PHASE_BITS)) % (1 << c.PHASE_BITS) for f in radians)
+        return RopeField(self.first_position, PAIRINGS[self.style], turns)
+
+
+def _frequencies(theta: float, dim: int) -> list[float]:
+    return [theta ** (-2 * i / dim) for i in range(dim // 2)]
+
+
+@lru_cache(maxsize=1)
+def phase_tables() -> np.ndarray:
+    """float32 [4, 256]: cos and sin of h/256 turn, cos and sin of l/65536 turn (SPEC 8.2)."""
+    size = 1 << c.PHASE_TABLE_BITS
+    coarse = full_circle(size)
+    fine = full_circle(size * size)
+    table = np.stack([*coarse, fine[0][:size], fine[1][:size]]).astype(np.float32)
+    table.setflags(write=False)
+    return table
+
+
+def phases(rope: RopeField, first_token: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin of each token's and channel pair's angle: float32 [tokens, channels / 2] each (SPEC 8.2)."""
+    position = np.uint64(rope.first_position % (1 << c.PHASE_BITS)) + np.arange(first_token, first_token + tokens, dtype=np.uint64)
+    turns = position[:, None] * np.array(rope.frequencies, np.uint64)[None, :]
+    phase = (turns >> np.uint64(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)) & np.uint64(0xFFFF)
+    coarse, fine = (phase >> np.uint64(c.PHASE_TABLE_BITS)).astype(np.intp), (phase & np.uint64(0xFF)).astype(np.intp)
+    cos_h, sin_h, cos_l, sin_l = phase_tables()
+    cos = cos_h[coarse] * cos_l[fine] - sin_h[coarse] * sin_l[fine]
+    sin = sin_h[coarse] * cos_l[fine] + cos_h[coarse] * sin_l[fine]
+    return cos, sin
+
+
+def pairs(rope: RopeField) -> tuple[np.ndarray, np.ndarray]:
+    """Channels p and q of each pair: intp [channels / 2] each."""
+    i = np.arange(rope.channels // 2)
+    return (i, i + rope.channels // 2) if rope.pairing == c.ROPE_HALF else (2 * i, 2 * i + 1)
+
+
+def turn(offset: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
+    """The offset at each token: float32 [tokens, head_dim] from offset float32 [head_dim]; every operation rounds."""
+    p, q = pairs(rope)
+    turned = np.repeat(offset[None, :], len(cos), axis=0)
+    turned[:, p] = offset[p] * cos - offset[q] * sin
+    turned[:, q] = offset[p] * sin + offset[q] * cos
+    return turned
+
+
+def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
+    """x [tokens, head_dim] with each pair turned back by its token's angle, float64."""
+    p, q = pairs(rope)
+    back = x.astype(np.float64)
+    back[:, p] = x[:, p] * cos.astype(np.float64) + x[:, q] * sin.astype(np.float64)
+    back[:, q] = x[:, q] * cos.astype(np.float64) - x[:, p] * sin.astype(np.float64)
+    return back
+
+
+def store(means: np.ndarray) -> tuple[np.ndarray, int]:
+    """Means float64 [leading, head_dim] -> (float16 [leading, head_dim], exponent): offset = half * 2^exponent."""
+    largest = float(np.abs(means).max(initial=0.0))
+    if largest == 0 or 2.0**-4 <= largest < 2.0**15:
+        exponent = 0
+    else:
+        exponent = min(max(math.frexp(largest)[1] - 15, c.OFFSET_EXPONENTS[0]), c.OFFSET_EXPONENTS[1])
+    return np.ldexp(means, -exponent).astype(np.float16), exponent
+
+
+def load(halves: np.ndarray, exponent: int) -> np.ndarray:
+    """Stored offsets -> float32 [leading, head_dim], exact."""
+    return np.ldexp(halves.astype(np.float64), exponent).astype(np.float32)

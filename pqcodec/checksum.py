@@ -1,0 +1,59 @@
+"""Law: the PRNG and the checksum of the format (SPEC 4).
+
+The checksum is a dot product modulo a prime: sum(w_i * k_i) mod (2^32 - 5) over 32-bit words w_i, with keys k_i from
+the PRNG. Any change inside one aligned word that the modulus can see (so every flipped bit, every changed byte) changes
+it, other damage escapes with probability 2^-32, and it can be computed in parallel, in the kernel that makes the bytes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec.constants import CHECKSUM_PRIME, CHECKSUM_SEED, SPLITMIX_GAMMA, SPLITMIX_MUL_1, SPLITMIX_MUL_2
+
+_PIECE_WORDS = 1 << 14  # bounds the memory of one numpy pass
+
+
+def splitmix64(seed: int, start: int, count: int) -> np.ndarray:
+    """Outputs ``start .. start+count-1`` of SplitMix64 from ``seed``, as uint64 [count]."""
+    index = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    z = np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + index * np.uint64(SPLITMIX_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(SPLITMIX_MUL_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(SPLITMIX_MUL_2)
+    return z ^ (z >> np.uint64(31))
+
+
+@lru_cache(maxsize=16)
+def _keys(start: int, count: int) -> np.ndarray:
+    keys = np.uint64(1) + splitmix64(CHECKSUM_SEED, start, count) % np.uint64(CHECKSUM_PRIME - 1)
+    keys.setflags(write=False)
+    return keys
+
+
+def checksum_keys(words: int) -> np.ndarray:
+    """Keys for a block of up to ``words`` 32-bit words: uint64 [words + 1], each in 1 .. p-1; key 0 takes the length."""
+    return _keys(0, words + 1)
+
+
+def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
+    """Checksum of a byte string, a 32-bit number.
+
+    >>> checksum(b"")
+    0
+    >>> checksum(b"polar") != checksum(b"polas")
+    True
+    """
+    raw = np.frombuffer(data, np.uint8)
+    prime = np.uint64(CHECKSUM_PRIME)
+    total = (raw.size % CHECKSUM_PRIME) * int(checksum_keys(0)[0])
+    for first in range(0, raw.size, 4 * _PIECE_WORDS):
+        piece = raw[first : first + 4 * _PIECE_WORDS]
+        if piece.size % 4:
+            piece = np.concatenate([piece, np.zeros(-piece.size % 4, np.uint8)])
+        words = piece.view("<u4").astype(np.uint64)
+        start = first // 4 + 1
+        keys = _keys(start, _PIECE_WORDS)[: words.size] if start > 1 or words.size > 256 else _keys(1, 256)[: words.size]
+        total += int((words * keys % prime).sum())
+    return total % CHECKSUM_PRIME

@@ -1,0 +1,313 @@
+"""Law: the header of a stream (SPEC 3) and the places of everything after it; a ``Header`` that exists is valid.
+
+All places are arithmetic: they follow from the header alone, so any token of any leading index is found without
+reading another byte, and a size is known before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pqcodec import constants as c
+from pqcodec.checksum import checksum
+from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
+from pqcodec.rotation import order_for
+
+CODING_NAMES = {c.CODING_SPLIT: "split", c.CODING_PAPER: "paper"}
+DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
+PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
+
+
+@dataclass(frozen=True)
+class RopeField:
+    """RoPE as the stream carries it (SPEC 8): ``frequencies`` are turns per token times 2^32, one a channel pair."""
+
+    first_position: int
+    pairing: int
+    frequencies: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything a decoder must know about a tensor [..., tokens, head_dim]."""
+
+    coding: int
+    dtype: int
+    shape: tuple[int, ...]
+    row_bits: int  # bits of one coded vector
+    radius_bits: int
+    seed: int = 0
+    chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS
+    exact_tokens: int = 0
+    exceptions: int = 0
+    offsets: bool = False
+    offset_exponent: int = 0
+    radius_exponent: int = 0
+    rope: RopeField | None = None
+    numpy: bool = False
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise InvalidArgument(problem)
+
+    # -- shape ---------------------------------------------------------------------------------------------------
+    @property
+    def head_dim(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[-2] if len(self.shape) > 1 else 1
+
+    @cached_property
+    def leading(self) -> int:
+        """Product of the dimensions before tokens."""
+        return math.prod(self.shape[:-2])
+
+    @cached_property
+    def order(self) -> int:
+        return order_for(self.head_dim)
+
+    @property
+    def coded_tokens(self) -> int:
+        """Tokens that are coded: all but the exact ones at the beginning."""
+        return self.tokens - self.first_tokens
+
+    @property
+    def first_tokens(self) -> int:
+        """Exact tokens that the tensor really has."""
+        return min(self.exact_tokens, self.tokens)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.coded_tokens // self.chunk_tokens)
+
+    # -- sizes in bytes ------------------------------------------------------------------------------------------
+    @cached_property
+    def header_bytes(self) -> int:
+        rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + rope + c.CHECKSUM_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        return -(-self.row_bits // 8)
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.head_dim * c.ITEM_BYTES[self.dtype]
+
+    @property
+    def offset_block_bytes(self) -> int:
+        """One leading index's stored mean and its checksum."""
+        return 2 * self.head_dim + c.CHECKSUM_BYTES if self.offsets else 0
+
+    @property
+    def exact_block_bytes(self) -> int:
+        """One leading index's exact first tokens and their checksum."""
+        return self.first_tokens * self.vector_bytes + c.CHECKSUM_BYTES if self.first_tokens else 0
+
+    @property
+    def exceptions_bytes(self) -> int:
+        return self.exceptions * (8 + self.vector_bytes) + c.CHECKSUM_BYTES if self.exceptions else 0
+
+    def block_tokens(self, chunk: int) -> int:
+        return min(self.chunk_tokens, self.coded_tokens - chunk * self.chunk_tokens)
+
+    def block_bytes(self, chunk: int) -> int:
+        """Coded rows of one (chunk, leading index) and their checksum."""
+        return self.block_tokens(chunk) * self.row_bytes + c.CHECKSUM_BYTES
+
+    # -- places --------------------------------------------------------------------------------------------------
+    @property
+    def exact_start(self) -> int:
+        return self.header_bytes + self.leading * self.offset_block_bytes
+
+    @property
+    def exceptions_start(self) -> int:
+        return self.exact_start + self.leading * self.exact_block_bytes
+
+    @property
+    def payload_start(self) -> int:
+        return self.exceptions_start + self.exceptions_bytes
+
+    def block_start(self, chunk: int, lead: int) -> int:
+        whole = self.leading * (self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES)
+        return self.payload_start + chunk * whole + lead * self.block_bytes(chunk)
+
+    @cached_property
+    def stream_bytes(self) -> int:
+        """Size of the whole stream, in bytes."""
+        rows = self.leading * self.coded_tokens
+        return self.payload_start + rows * self.row_bytes + self.leading * self.chunks * c.CHECKSUM_BYTES
+
+    @property
+    def bits_per_coordinate(self) -> float:
+        """Bits of a coded vector over its head_dim; headers, offsets and exact tokens are not counted."""
+        return 8 * self.row_bytes / self.head_dim
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+    def to_bytes(self) -> bytes:
+        flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
+        fixed = c.HEADER_STRUCT.pack(
+            c.STREAM_MAGIC,
+            c.STREAM_VERSION,
+            self.coding,
+            self.dtype,
+            len(self.shape),
+            self.header_bytes,
+            flags,
+            self.radius_bits,
+            c.LINEAR_NONE,
+            self.row_bits,
+            self.chunk_tokens,
+            self.exact_tokens,
+            self.exceptions,
+            self.seed,
+            self.offset_exponent,
+            self.radius_exponent,
+            c.CODEBOOK_CLOSED_FORM,
+            bytes(3),
+        )
+        body = fixed + struct.pack(f"<{len(self.shape)}Q", *self.shape)
+        if self.rope:
+            rope = self.rope
+            body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
+            body += struct.pack(f"<{len(rope.frequencies)}I", *rope.frequencies)
+        return body + struct.pack("<I", checksum(body))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Header:
+        """Parse and check the header at the beginning of ``data``; what follows it is not looked at.
+
+        Raises TruncatedStream, CorruptStream or UnsupportedStream.
+        """
+        size = header_size(data)
+        if len(data) < size:
+            raise TruncatedStream(f"header: {size} bytes announced, only {len(data)} there; the stream is cut off")
+        body = bytes(data[: size - c.CHECKSUM_BYTES])
+        stored = struct.unpack_from("<I", data, size - c.CHECKSUM_BYTES)[0]
+        if stored != checksum(body):
+            raise CorruptStream(f"header: checksum is {checksum(body):#010x}, stored {stored:#010x}; fetch the stream again")
+        return _parse(body)
+
+    def with_tokens(self, tokens: int) -> Header:
+        """The same header for another number of tokens."""
+        return replace(self, shape=(*self.shape[:-2], tokens, self.shape[-1]))
+
+
+def header_size(data: bytes | memoryview) -> int:
+    """Bytes of the header that begins ``data``, from its fixed part; checks magic and version."""
+    magic = bytes(data[: len(c.STREAM_MAGIC)])
+    if magic != c.STREAM_MAGIC[: len(magic)]:
+        raise CorruptStream(f"magic is {magic!r}, a pqcodec stream begins with {c.STREAM_MAGIC!r}; is this the right file?")
+    if len(data) < c.HEADER_STRUCT.size:
+        raise TruncatedStream(f"header: {c.HEADER_STRUCT.size} bytes expected, only {len(data)} there; the stream is cut off")
+    version, size = data[4], struct.unpack_from("<I", data, 8)[0]
+    if version != c.STREAM_VERSION:
+        raise UnsupportedStream(f"stream version {version}; this release reads {c.STREAM_VERSION}: install a newer pqcodec")
+    largest = c.HEADER_STRUCT.size + 8 * c.MAX_NDIM + c.ROPE_STRUCT.size + 2 * c.MAX_HEAD_DIM + c.CHECKSUM_BYTES
+    if not c.HEADER_STRUCT.size + c.CHECKSUM_BYTES <= size <= largest:
+        raise CorruptStream(f"header: size {size} is outside {c.HEADER_STRUCT.size + c.CHECKSUM_BYTES} .. {largest}")
+    return int(size)
+
+
+def _parse(body: bytes) -> Header:
+    """Header from its checked bytes (without the checksum)."""
+    fields = c.HEADER_STRUCT.unpack_from(body)
+    _, _, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk_tokens = fields[:11]
+    exact_tokens, exceptions, seed, offset_exponent, radius_exponent, codebook, reserved = fields[11:]
+    unknown = {
+        "coding": coding not in CODING_NAMES,
+        "dtype": dtype not in DTYPE_NAMES,
+        "flags": flags & ~c.KNOWN_FLAGS,
+        "linear": linear != c.LINEAR_NONE,
+        "codebook": codebook != c.CODEBOOK_CLOSED_FORM,
+        "reserved": any(reserved),
+    }
+    if any(unknown.values()):
+        names = ", ".join(name for name, bad in unknown.items() if bad)
+        raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
+    end = c.HEADER_STRUCT.size + 8 * ndim
+    rope = None
+    try:
+        shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
+        if flags & c.FLAG_ROPE:
+            first, channels, pairing, rope_reserved = c.ROPE_STRUCT.unpack_from(body, end)
+            if any(rope_reserved):
+                raise UnsupportedStream("header: reserved RoPE bytes are not zero: install a newer pqcodec")
+            frequencies = struct.unpack_from(f"<{channels // 2}I", body, end + c.ROPE_STRUCT.size)
+            rope = RopeField(first, pairing, frequencies)
+        header = Header(
+            coding=coding,
+            dtype=dtype,
+            shape=shape,
+            row_bits=row_bits,
+            radius_bits=radius_bits,
+            seed=seed,
+            chunk_tokens=chunk_tokens,
+            exact_tokens=exact_tokens,
+            exceptions=exceptions,
+            offsets=bool(flags & c.FLAG_OFFSETS),
+            offset_exponent=offset_exponent,
+            radius_exponent=radius_exponent,
+            rope=rope,
+            numpy=bool(flags & c.FLAG_NUMPY),
+        )
+    except (struct.error, InvalidArgument) as error:
+        raise CorruptStream(f"header: {error}") from None
+    if header.header_bytes != size or (rope and rope.channels != channels):
+        raise CorruptStream(f"header: size {size} announced, its fields take {header.header_bytes}")
+    return header
+
+
+def _problem(h: Header) -> str:
+    """What is wrong with a header, or an empty string."""
+    if not 1 <= len(h.shape) <= c.MAX_NDIM:
+        return f"{len(h.shape)} dimensions; 1 .. {c.MAX_NDIM} are supported"
+    if not 1 <= h.shape[-1] <= c.MAX_HEAD_DIM:
+        return f"head_dim {h.shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension"
+    if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
+        return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
+    if h.coding == c.CODING_SPLIT:
+        most = c.MAX_BUDGET_PER_COORDINATE * h.order
+        if h.radius_bits not in c.RADIUS_BITS or not h.order <= h.row_bits <= h.radius_bits + most:
+            return f"rows of {h.row_bits} bits with a radius of {h.radius_bits} are not possible at order {h.order}"
+    elif h.row_bits != c.PAPER_BLOCK_BITS * (h.order // c.PAPER_BLOCK) or h.radius_bits != c.PAPER_RADIUS_BITS:
+        return f"the paper's coding takes {c.PAPER_BLOCK_BITS} bits a block of {c.PAPER_BLOCK}, not rows of {h.row_bits} bits"
+    if not 1 <= h.chunk_tokens <= c.MAX_CHUNK_TOKENS:
+        return f"chunk_tokens {h.chunk_tokens} is outside 1 .. {c.MAX_CHUNK_TOKENS}"
+    if not 0 <= h.exact_tokens < 1 << 32:
+        return f"exact_tokens {h.exact_tokens} is outside 0 .. 2^32 - 1"
+    if not 0 <= h.exceptions <= min(h.leading * h.coded_tokens, (1 << 32) - 1):
+        return f"{h.exceptions} exact vectors of {h.leading * h.coded_tokens} coded ones"
+    if not 0 <= h.seed < 1 << 64:
+        return f"seed {h.seed} is outside 0 .. 2^64 - 1"
+    for name, value, (low, high) in (
+        ("offset", h.offset_exponent, c.OFFSET_EXPONENTS),
+        ("radius", h.radius_exponent, c.RADIUS_EXPONENTS),
+    ):
+        if not low <= value <= high:
+            return f"{name} exponent {value} is outside {low} .. {high}"
+    if h.rope is None:
+        return ""
+    return _rope_problem(h.rope, h)
+
+
+def _rope_problem(rope: RopeField, h: Header) -> str:
+    if not h.offsets:
+        return "RoPE is described, but no offsets are stored"
+    if rope.pairing not in PAIRING_NAMES:
+        return f"RoPE pairing {rope.pairing} is unknown; {PAIRING_NAMES} are known"
+    if not 2 <= rope.channels <= h.head_dim:
+        return f"RoPE turns {rope.channels} channels of {h.head_dim}"
+    if not 0 <= rope.first_position < 1 << 63 or not all(0 <= f < 1 << 32 for f in rope.frequencies):
+        return "RoPE: first_position or a frequency is outside its range"
+    return ""

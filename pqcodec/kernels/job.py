@@ -1,0 +1,93 @@
+"""Law: what a backend is given and what it fills; backends share these records and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pqcodec.header import Header
+
+
+def _ignore(done: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """A tensor [leading, tokens, head_dim] of stored numbers inside one flat array, wherever its rows lie.
+
+    ``flat``: uint16 (float16 and bfloat16) or float32; ``starts``: int64 [leading], element at which each leading index
+    begins; ``stride``: elements from one token to the next. The last dimension is contiguous.
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    stride: int
+    head_dim: int
+
+    def rows(self, lead: int, first: int, tokens: int) -> np.ndarray:
+        """View [tokens, head_dim] of a run of tokens."""
+        start, item = int(self.starts[lead]) + first * self.stride, self.flat.itemsize
+        strides = (self.stride * item, item)
+        writeable = self.flat.flags.writeable
+        return np.lib.stride_tricks.as_strided(self.flat[start:], (tokens, self.head_dim), strides, writeable=writeable)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Encode every block of a stream."""
+
+    header: Header
+    values: Values  # [leading, tokens, head_dim], exact first tokens included
+    offsets: np.ndarray | None  # float32 [leading, head_dim]
+    payload: np.ndarray  # uint8 [payload bytes], to be filled
+    bad: np.ndarray  # bool [leading, coded tokens], to be filled: vectors with NaN or Inf, coded as zeros
+    advance: Callable[[int], None] = _ignore  # is told how many blocks were done
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """Check, and decode where ``out`` is given, the blocks of some chunks and leading indices.
+
+    ``payload`` holds the stream's bytes from ``origin`` on. Tokens count from the tensor's beginning.
+    """
+
+    header: Header
+    payload: np.ndarray  # uint8 [n]
+    origin: int
+    first_chunk: int
+    last_chunk: int
+    first_lead: int
+    last_lead: int
+    first_token: int  # first token that ``out`` wants
+    last_token: int  # one behind the last
+    offsets: np.ndarray | None  # float32 [leading, head_dim]
+    out: Values | None  # [last_lead - first_lead, last_token - first_token, head_dim]
+    damaged: np.ndarray  # bool [chunks, leads], to be filled
+    advance: Callable[[int], None] = _ignore
+
+    def block(self, chunk: int, lead: int) -> np.ndarray:
+        """Bytes of a block with its checksum."""
+        start = self.header.block_start(chunk, lead) - self.origin
+        return self.payload[start : start + self.header.block_bytes(chunk)]
+
+    def rows_of(self, chunk: int) -> tuple[int, int]:
+        """First row of a block that is wanted, and one behind the last."""
+        start = self.header.first_tokens + chunk * self.header.chunk_tokens
+        low, high = max(self.first_token - start, 0), min(self.last_token - start, self.header.block_tokens(chunk))
+        return low, max(low, high)
+
+
+class Backend(Protocol):
+    """A kernel family. Encoders may differ in counted ties, decoders in nothing."""
+
+    name: str
+
+    def means(self, values: Values, header: Header) -> np.ndarray: ...
+
+    def encode(self, job: EncodeJob) -> None: ...
+
+    def decode(self, job: DecodeJob) -> None: ...

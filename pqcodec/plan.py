@@ -1,0 +1,70 @@
+"""Law: Header -> frozen tables for kernels; a kernel looks up, multiplies and adds, and knows no formula.
+
+Every array is read-only and shared by all streams of the same rotation order, seed and coding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec import angles, rotation
+from pqcodec import constants as c
+from pqcodec.header import Header
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both directions need to know about one coded vector of ``order`` coordinates."""
+
+    coding: int
+    head_dim: int
+    order: int
+    row_bits: int
+    row_bytes: int
+    radius_bits: int
+    signs: np.ndarray  # float32 [order], D
+    base: np.ndarray  # int8 [b, b], the Kronecker factor of H that is not a power of two
+    tree: angles.Tree
+    quads: angles.QuadTable
+    circle_cos: np.ndarray  # float32 [2048]
+    circle_sin: np.ndarray  # float32 [2048]
+    mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (2048 sqrt(order)); [1] for the paper coding
+
+    @property
+    def root_budget(self) -> int:
+        return self.row_bits - self.radius_bits
+
+    @property
+    def radius_steps(self) -> int:
+        return c.RADIUS_STEPS_PER_OCTAVE[self.radius_bits]
+
+
+def plan_for(header: Header) -> Plan:
+    """The plan of a stream; cached, since a cache of many layers has few kinds of streams."""
+    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed)
+
+
+@lru_cache(maxsize=64)
+def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int) -> Plan:
+    order = rotation.order_for(head_dim)
+    steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits] if coding == c.CODING_SPLIT else 1
+    mantissas = np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order))
+    cos, sin = angles.circle_table()
+    return Plan(
+        coding=coding,
+        head_dim=head_dim,
+        order=order,
+        row_bits=row_bits,
+        row_bytes=-(-row_bits // 8),
+        radius_bits=radius_bits,
+        signs=rotation.signs(seed, order).astype(np.float32),
+        base=rotation.base_matrix(rotation.base_of(order)),
+        tree=angles.tree(order),
+        quads=angles.quad_table(),
+        circle_cos=cos,
+        circle_sin=sin,
+        mantissas=mantissas.astype(np.float32),
+    )

@@ -1,0 +1,79 @@
+"""Law: the preconditioner (SPEC 5): seed -> signs, head_dim -> order, order -> a +-1 Hadamard matrix.
+
+A vector x [head_dim] is padded with zeros to the order N, multiplied by the signs D and by H / sqrt(N), with
+H = H_base (x) H_(N/base). Source: arXiv 2502.02617 section 3.1 (preconditioning); Paley (1933) for the bases.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec.checksum import splitmix64
+from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, PALEY_PRIME, ROTATION_ORDERS
+from pqcodec.errors import InvalidArgument
+
+
+def order_for(head_dim: int) -> int:
+    """The smallest supported order N >= head_dim.
+
+    >>> [order_for(d) for d in (1, 64, 80, 100, 128, 576)]
+    [16, 64, 80, 112, 128, 576]
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise InvalidArgument(f"head_dim {head_dim} is outside 1 .. {MAX_HEAD_DIM}; reshape the last dimension")
+    return next(order for order in ROTATION_ORDERS if order >= head_dim)
+
+
+def base_of(order: int) -> int:
+    """The base whose power-of-two multiple ``order`` is: the Kronecker factor that is not a power of two.
+
+    >>> [base_of(n) for n in (128, 96, 80, 112, 576)]
+    [1, 12, 20, 28, 36]
+    """
+    odd = order
+    while odd % 2 == 0:
+        odd //= 2
+    return next(base for base in HADAMARD_BASES if (base == 1 and odd == 1) or (base > 1 and base == 4 * odd))
+
+
+def signs(seed: int, order: int) -> np.ndarray:
+    """D: int8 [order] of +-1; coordinate i is negative where bit i mod 64 of SplitMix64 output i div 64 is set."""
+    words = splitmix64(seed, 0, -(-order // 64))
+    index = np.arange(order)
+    bit = (words[index // 64] >> (index % 64).astype(np.uint64)) & np.uint64(1)
+    return (1 - 2 * bit.astype(np.int8)).astype(np.int8)
+
+
+def _residues(q: int) -> np.ndarray:
+    """chi [q]: the Legendre symbol modulo the prime q (0, 1 or -1)."""
+    chi = -np.ones(q, np.int8)
+    chi[[(i * i) % q for i in range(q)]] = 1
+    chi[0] = 0
+    return chi
+
+
+@lru_cache(maxsize=8)
+def base_matrix(base: int) -> np.ndarray:
+    """H_base: int8 [base, base] of +-1 with H H^T = base I; Paley I for 12 and 20, Paley II for 28 and 36."""
+    if base == 1:
+        return np.ones((1, 1), np.int8)
+    q = PALEY_PRIME[base]
+    index = np.arange(q)
+    conference = np.zeros((q + 1, q + 1), np.int8)
+    conference[1:, 1:] = _residues(q)[(index[:, None] - index[None, :]) % q]
+    conference[0, 1:] = 1
+    conference[1:, 0] = 1 if q % 4 == 1 else -1
+    eye = np.eye(q + 1, dtype=np.int8)
+    if q % 4 == 3:
+        return eye + conference
+    return np.kron(conference, [[1, 1], [1, -1]]).astype(np.int8) + np.kron(eye, [[1, -1], [-1, -1]]).astype(np.int8)
+
+
+def hadamard(order: int) -> np.ndarray:
+    """H: int8 [order, order] of +-1, H H^T = order I; rows and columns are indexed base-major (SPEC 5.2)."""
+    matrix = base_matrix(base_of(order))
+    while matrix.shape[0] < order:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.int8))
+    return matrix

@@ -1,0 +1,66 @@
+"""Law: bytes to decode from, in memory or in a file; a read names its place, and nothing else is read."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from pqcodec.errors import InvalidArgument, TruncatedStream
+
+
+class Source(Protocol):
+    """A run of bytes that is read by place."""
+
+    size: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count]; raises TruncatedStream where the bytes end earlier."""
+        ...
+
+
+class MemorySource:
+    """A bytes-like object; reads are views."""
+
+    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self.size = self._data.size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        check_range(start, count, self.size)
+        return self._data[start : start + count]
+
+
+class FileSource:
+    """A seekable binary file, or a part of it that begins at ``base``."""
+
+    def __init__(self, file: BinaryIO, base: int = 0, size: int | None = None) -> None:
+        self._file, self._base = file, base
+        self.size = file.seek(0, os.SEEK_END) - base if size is None else size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        check_range(start, count, self.size)
+        self._file.seek(self._base + start)
+        data = self._file.read(count)
+        if len(data) != count:
+            raise TruncatedStream(f"bytes {start} .. {start + count} wanted, the file ends {count - len(data)} bytes earlier")
+        return np.frombuffer(data, np.uint8)
+
+
+def check_range(start: int, count: int, size: int) -> None:
+    if start + count > size:
+        raise TruncatedStream(f"bytes {start} .. {start + count} wanted, {size} are there; the stream is cut off")
+
+
+def source_of(data: object) -> Source:
+    """A Source of a bytes-like object or a seekable binary file; a Source is given back as it is."""
+    if isinstance(data, (MemorySource, FileSource)):
+        return data
+    if isinstance(data, (bytes, bytearray, memoryview, np.ndarray)):
+        return MemorySource(data)
+    if hasattr(data, "seek") and hasattr(data, "read"):
+        return FileSource(data)  # type: ignore[arg-type]
+    if hasattr(data, "size") and hasattr(data, "read"):
+        return data  # type: ignore[return-value]
+    raise InvalidArgument(f"bytes or a seekable binary file are expected, not {type(data).__name__}")
