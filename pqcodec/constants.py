@@ -89,3 +89,39 @@ PHASE_BITS = 32  # a RoPE frequency is in turns per token, times 2^32
 PHASE_TABLE_BITS = 8  # cos and sin from two tables of 256
 OFFSET_EXPONENTS = (-112, 111)  # powers of two that scale the stored float16 offsets
 RADIUS_EXPONENTS = (-125, 117)  # ... and the paper coding's float16 radii
+
+# -- Container (SPEC Part II) ------------------------------------------------------------------------------------
+FILE_MAGIC = b"\x89PQF"
+FILE_VERSION = 1
+FILE_HEAD_STRUCT = struct.Struct("<4sB7sI")  # magic, version, reserved, checksum of the bytes before it
+FRAME_MAGIC = b"PQFR"
+FRAME_STRUCT = struct.Struct("<4sB3sIQI")  # magic, kind, reserved, meta_bytes, body_bytes, checksum (of these and the meta)
+FRAME_CHECKED = FRAME_STRUCT.size - CHECKSUM_BYTES  # bytes of a frame header that its checksum covers, before the meta
+FOOTER_MAGIC = b"PQFE"
+FOOTER_STRUCT = struct.Struct("<4sQQI")  # magic, offset of the index frame, file size, checksum of the bytes before it
+FRAME_CODED, FRAME_EXACT, FRAME_METADATA, FRAME_INDEX = 1, 2, 3, 4
+ROLES = ("key", "value", "other")
+MAX_META_BYTES = 16 << 20
+MAX_INDEX_BYTES = 64 << 20
+MAX_EXACT_NDIM = 32
+EXACT_ITEM_BYTES = {  # dtypes of exact tensors and the bytes of a number
+    "bool": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+}

@@ -22,7 +22,7 @@ from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
-_WIDTH_ROWS = c.MAX_ANGLE_BITS + 1
+_WIDTHS = c.MAX_ANGLE_BITS + 1
 
 
 def threads() -> int:
@@ -47,35 +47,37 @@ def _run(tasks: Iterable[Callable[[], int]], advance: Callable[[int], None]) -> 
             advance(done)
 
 
-# -- tables, flattened ---------------------------------------------------------------------------------------------
+# -- tables, flattened -------------------------------------------------------------------------------------------
 @lru_cache(maxsize=32)
-def _tree_arrays(tree_order: int) -> tuple[tuple, tuple, tuple]:
-    """(kind, left, right, m_a, m_b), encoder tables and decoder tables of a tree's nodes."""
-    tree = angles.tree(tree_order)
+def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
+    """A tree for ``cpu_tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32."""
+    tree = angles.tree(order)
     kinds = len(tree.tables)
     most = max(len(table.bits) for table in tree.tables)
-    widths, halves = np.zeros((2, kinds, most), np.int32)
-    cos, sin = np.zeros((2, kinds, 2 << c.MAX_ANGLE_BITS), np.float32)
+    portions = np.zeros((kinds, most), np.int32)
     shift = np.zeros((kinds, 2 << c.MAX_ANGLE_BITS), np.int32)
-    bounds = np.full((kinds, _WIDTH_ROWS, (1 << c.MAX_ANGLE_BITS) + 1), 1 << 30, np.int32)
-    look_up = np.zeros((kinds, _WIDTH_ROWS, 1 << c.COARSE_GRID_BITS), np.uint8)
-    look_shift = np.zeros(kinds, np.int32)
+    decoder = np.zeros((kinds, 2 << c.MAX_ANGLE_BITS, 4), np.float32)
+    bounds = np.full((kinds, _WIDTHS, (1 << c.MAX_ANGLE_BITS) + 1), 1 << 30, np.int32)
+    look_up = np.zeros((kinds, _WIDTHS, 1 << c.COARSE_GRID_BITS), np.uint8)
+    look_shift, fixes = np.zeros((2, kinds), np.int32)
     for i, table in enumerate(tree.tables):
-        n = len(table.bits)
-        widths[i, :n] = table.bits
-        halves[i, :n] = np.arange(n) * table.m_a // table.coordinates
-        cos[i], sin[i], shift[i] = table.cos, table.sin, table.shift
+        portions[i] = np.arange(most) * table.m_a // table.coordinates
+        shift[i] = table.shift
+        decoder[i] = np.stack([table.cos, table.sin, table.shift.view(np.float32), np.zeros_like(table.cos)], 1)
         look_shift[i] = angles.grid_bits(table.coordinates) - c.COARSE_GRID_BITS
-        for width in range(_WIDTH_ROWS):
-            cells = 1 << width
-            bounds[i, width, :cells] = table.bounds[width, :cells]
-            look_up[i, width] = _cells_of_grid(table.bounds[width, :cells], int(look_shift[i]))
-    fine = np.exp2(look_shift + c.COARSE_GRID_BITS).astype(np.float32)
-    shape = tuple(np.array([getattr(table, side) for table in tree.tables], np.int32) for side in ("m_a", "m_b"))
+        for width in range(_WIDTHS):
+            lower = table.bounds[width, : 1 << width]
+            bounds[i, width, : len(lower)] = lower
+            look_up[i, width] = _cells_of_grid(lower, int(look_shift[i]))
+            if look_shift[i]:
+                fixes[i] = max(fixes[i], np.bincount(lower >> look_shift[i]).max())
+    m_a, m_b = (np.array([getattr(table, side) for table in tree.tables], np.int32) for side in ("m_a", "m_b"))
+    per_bit = (16 / (15 * (m_a + m_b))).astype(np.float32)
     return (
-        (tree.kind, tree.left, tree.right, *shape),
-        (widths, shift, halves, look_up, bounds, look_shift, fine),
-        (widths, shift, halves, cos, sin),
+        (tree.kind, tree.left, tree.right, m_a, m_b, per_bit, portions.ravel()),
+        (shift.ravel(), look_up.ravel(), bounds.ravel(), look_shift, fixes),
+        decoder.ravel().view(np.int32),
+        np.exp2(look_shift + c.COARSE_GRID_BITS).astype(np.float32),
     )
 
 
@@ -87,23 +89,65 @@ def _cells_of_grid(lower: np.ndarray, shift: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _quad_arrays() -> tuple[tuple, tuple]:
-    """Encoder tables and decoder tables of quads."""
+    """Quads for ``cpu_tiles``: (by budget: codes a cell and first record; cell look-up; n_a and n_b), and the decoder's
+    (by budget: codes a cell, first record, last cell, 1 / codes; by record: cos, sin, n_b, 1 / n_b, K_a, K_b, 0, 0)."""
     table = angles.quad_table()
     look_up = np.stack([_cells_of_grid(table.bounds[b, :n], 0) for b, n in enumerate(table.cells)])
-    per_cell = table.per_cell.astype(np.int32)
-    cell_reciprocal = ((1 << 56) // table.per_cell + 1).astype(np.uint64)
-    record_reciprocal = ((1 << 40) // table.n_b.astype(np.int64) + 1).astype(np.uint64)
-    steps = [angles.circle_step(n).astype(np.uint32) for n in (table.n_a, table.n_b)]
-    encoder = (table.cells, per_cell, table.first, look_up, table.n_a, table.n_b)
-    decoder = (table.cells, cell_reciprocal, per_cell, table.first, table.n_b, record_reciprocal, *steps, table.cos, table.sin)
-    return encoder, decoder
+    codes = table.per_cell.astype(np.int32)
+    encoder = (
+        np.stack([codes, table.first], 1).ravel(),
+        look_up.ravel(),
+        np.stack([table.n_a, table.n_b], 1).ravel(),
+    )
+    by_budget = np.stack([codes, table.first, table.cells - 1, (1 / codes).astype(np.float32).view(np.int32)], 1)
+    columns = (
+        table.cos.view(np.int32),
+        table.sin.view(np.int32),
+        table.n_b,
+        (1 / table.n_b).astype(np.float32).view(np.int32),
+        angles.circle_step(table.n_a).astype(np.int32),
+        angles.circle_step(table.n_b).astype(np.int32),
+    )
+    by_record = np.zeros((len(table.n_b), 8), np.int32)
+    by_record[:, : len(columns)] = np.stack(columns, 1)
+    return encoder, (by_budget.ravel(), by_record.ravel(), _codebook(table))
+
+
+def _codebook(table: angles.QuadTable) -> np.ndarray:
+    """Every point of the quads of few bits at radius 1: float32, entry 4 * (2^budget + code); products are exact."""
+    points = np.zeros((2 << tiles.CODEBOOK_BUDGET, 4), np.float32)
+    cos, sin = angles.circle_table()
+    for budget in range(tiles.CODEBOOK_BUDGET + 1):
+        code = np.arange(1 << budget)
+        cell = np.minimum(code // table.per_cell[budget], table.cells[budget] - 1)
+        record = table.first[budget] + cell
+        sector_a, sector_b = np.divmod(code - cell * table.per_cell[budget], table.n_b[record])
+        for column, mean, sector, n in ((0, table.cos, sector_a, table.n_a), (2, table.sin, sector_b, table.n_b)):
+            turn = (2 * sector + 1) * angles.circle_step(n[record]) + (1 << (c.PHASE_SHIFT - 1))
+            phase = (turn >> c.PHASE_SHIFT) % c.CIRCLE
+            points[1 << budget : 2 << budget, column] = mean[record] * cos[phase]
+            points[1 << budget : 2 << budget, column + 1] = mean[record] * sin[phase]
+    return points.ravel()
 
 
 @lru_cache(maxsize=1)
-def _paper_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Squared bounds in tan psi [3, 3], cos and sin [3, 4] of levels 2 to 4."""
+def _circle() -> np.ndarray:
+    """cos and sin of the 2,048 directions, side by side: float32 [4096]."""
+    return np.stack(angles.circle_table(), 1).ravel()
+
+
+@lru_cache(maxsize=1)
+def _paper_arrays() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
     bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
-    return np.stack(bounds) ** 2, np.stack(cos), np.stack(sin)
+    return np.stack(bounds) ** 2, (np.stack(cos), np.stack(sin))
+
+
+def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:
+    """Offsets float32 [leading, order], padded with zeros; none: [0, 0]."""
+    if offsets is None:
+        return np.zeros((0, 0), np.float32)
+    return np.pad(offsets, ((0, 0), (0, order - offsets.shape[1])))
 
 
 def _rope_arrays(h: Header) -> tuple[np.ndarray, int, int, int]:
@@ -125,6 +169,19 @@ def _nowhere(h: Header) -> Values:
     return Values(np.zeros(0, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16), np.zeros(1, np.int64), 0, h.head_dim)
 
 
+def _items(job: DecodeJob) -> np.ndarray:
+    """The blocks of a job, chunk-major: int64 [n, 5] of chunk, leading index, low row, high row and place in the payload."""
+    h = job.header
+    chunks, leads = job.last_chunk - job.first_chunk, job.last_lead - job.first_lead
+    items = np.zeros((chunks, leads, 5), np.int64)
+    for i, chunk in enumerate(range(job.first_chunk, job.last_chunk)):
+        place = h.block_start(chunk, job.first_lead) - job.origin
+        items[i, :, 0], items[i, :, 1] = chunk, np.arange(job.first_lead, job.last_lead)
+        items[i, :, 2], items[i, :, 3] = job.rows_of(chunk)
+        items[i, :, 4] = place + np.arange(leads) * h.block_bytes(chunk)
+    return items.reshape(-1, 5)
+
+
 def _plan_ints(plan: Plan) -> tuple[int, int, int, int]:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
     return plan.radius_bits, steps, plan.root_budget, plan.order
@@ -141,14 +198,14 @@ def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
 
 
 class Cpu:
-    """All cores, tiles of 16 vectors."""
+    """All cores, tiles of eight vectors."""
 
     name = "cpu"
 
     def means(self, values: Values, header: Header) -> np.ndarray:
         """Mean of the coded tokens (turned back under RoPE): float64 [leading, head_dim]."""
         h = header
-        total = np.zeros((h.leading, h.head_dim))
+        total = np.zeros((h.leading, h.order))
         places = (values.starts, values.stride)
 
         def task(first: int, last: int) -> int:
@@ -157,31 +214,29 @@ class Cpu:
 
         pieces = _pieces(h.leading, h.coded_tokens * h.vector_bytes)
         _run((lambda p=p: task(*p) for p in pieces), lambda done: None)
-        return total / max(h.coded_tokens, 1)
+        return total[:, : h.head_dim] / max(h.coded_tokens, 1)
 
     def encode(self, job: EncodeJob) -> None:
         h, plan = job.header, plan_for(job.header)
-        tree, nodes, _ = _tree_arrays(h.order)
-        quads, _ = _quad_arrays()
-        offsets = job.offsets if job.offsets is not None else np.zeros((0, 0), np.float32)
-        bad = job.bad.reshape(-1)
+        tree, nodes, _, grids = _tree_arrays(h.order)
         arguments = (
             _sizes(h),
             job.values.flat,
             (job.values.starts, job.values.stride),
-            offsets,
+            _offset_rows(job.offsets, h.order),
             _rope_arrays(h),
             centre.phase_tables(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,
-            plan.base,
+            plan.base.astype(np.float32),
             tree,
             nodes,
-            quads,
+            _quad_arrays()[0],
+            grids,
             _paper_arrays()[0],
             _keys(h),
-            bad,
+            job.bad.reshape(-1),
             job.payload,
         )
 
@@ -194,40 +249,29 @@ class Cpu:
 
     def decode(self, job: DecodeJob) -> None:
         h, plan = job.header, plan_for(job.header)
-        tree, _, nodes = _tree_arrays(h.order)
-        _, quads = _quad_arrays()
-        _, paper_cos, paper_sin = _paper_arrays()
-        work = np.array(
-            [
-                (chunk, lead, *job.rows_of(chunk), h.block_start(chunk, lead) - job.origin)
-                for chunk in range(job.first_chunk, job.last_chunk)
-                for lead in range(job.first_lead, job.last_lead)
-            ],
-            np.int64,
-        ).reshape(-1, 5)
+        tree, _, nodes, _ = _tree_arrays(h.order)
+        items = _items(job)
         damaged = job.damaged.reshape(-1)
         out = job.out or _nowhere(h)
         arguments = (
             _sizes(h),
             job.payload,
-            job.origin,
             out.flat,
             (out.starts, out.stride),
             job.first_lead,
             job.first_token,
-            job.offsets if job.offsets is not None else np.zeros((0, 0), np.float32),
+            _offset_rows(job.offsets, h.order),
             _rope_arrays(h),
             centre.phase_tables(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,
-            plan.base,
+            plan.base.astype(np.float32),
             tree,
             nodes,
-            quads,
-            paper_cos,
-            paper_sin,
-            (plan.circle_cos, plan.circle_sin),
+            _quad_arrays()[1],
+            _paper_arrays()[1],
+            _circle(),
             plan.mantissas,
             _keys(h),
             np.float32(c.LARGEST_FINITE[h.dtype]),
@@ -235,7 +279,7 @@ class Cpu:
         )
 
         def task(first: int, last: int) -> int:
-            tiles.decode_blocks(work[first:last], *arguments, damaged[first:last])
+            tiles.decode_blocks(items[first:last], *arguments, damaged[first:last])
             return last - first
 
-        _run((lambda p=p: task(*p) for p in _pieces(len(work), h.chunk_tokens * h.vector_bytes)), job.advance)
+        _run((lambda p=p: task(*p) for p in _pieces(len(items), h.chunk_tokens * h.vector_bytes)), job.advance)

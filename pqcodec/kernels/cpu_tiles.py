@@ -1,8 +1,9 @@
-"""Law: the numba kernels; the only file that imports numba.
+"""Law: the numba kernels of the CPU backend.
 
-A tile is LANES vectors, held coordinate-major ([coordinate, lane]), so that inner loops run across vectors and fill the
-SIMD lanes. Arithmetic that decides output bits is float32 multiplies and integer adds, never fused (no fastmath).
-Numbers come from the plan's tables; what stands here as a literal is a shift, a mask or an approximation of the encoder.
+A tile is eight vectors, held coordinate-major ([coordinate, lane]): a coordinate of all eight is one SIMD register, and
+everything but the first radius is computed eight at a time. Arithmetic that decides output bits is float32 multiplies and
+integer adds, never fused (no fastmath). Numbers come from the plan's tables; what stands here as a literal is a mask or
+an approximation that the encoder is free to choose.
 """
 
 from __future__ import annotations
@@ -10,206 +11,288 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-LANES = 16
-F32, U64, I64 = np.float32, np.uint64, np.int64
+from pqcodec.constants import (
+    CHECKSUM_PRIME,
+    CIRCLE,
+    CODING_SPLIT,
+    COARSE_GRID_BITS,
+    DTYPE_FLOAT16,
+    DTYPE_FLOAT32,
+    GRID,
+    MAX_ANGLE_BITS,
+    MAX_BUDGET_PER_COORDINATE,
+    PHASE_SHIFT,
+    RADIUS_BIAS,
+    RADIUS_SHIFT,
+    RADIUS_SPLIT,
+)
+from pqcodec.kernels.lanes import (
+    LANES,
+    any_lane,
+    as_bits,
+    as_float,
+    floats,
+    gather,
+    gather_four,
+    gather_four_at,
+    gather_pair,
+    gather_pair_at,
+    ints,
+    load,
+    load_short,
+    long_at,
+    magnitude,
+    nearest,
+    put,
+    select,
+    set_long_at,
+    store,
+    store_short,
+    to_float,
+    to_long,
+    transpose,
+    transpose_back,
+    truncate,
+    window_at,
+    word_at,
+)
+
+F32, I32, I64, U64 = np.float32, np.int32, np.int64, np.uint64
 _LARGEST = np.float32(3.4028234663852886e38)
 _TINY = np.float32(1e-37)
-_PRIME = np.uint64(4294967291)
+_PRIME = np.uint64(CHECKSUM_PRIME)
+_HALF_INFINITY = np.int32(0x47800000)  # float16's Inf and NaN are 2^16 and more after the exact widening
+_INFINITY = np.int32(0x7F800000)
+_FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scaled, so that squares stay in float32
+CODEBOOK_BUDGET = 13  # bits; quads up to there are listed point by point, 256 KiB
+_SMALL_BUDGETS = 3.2  # bits a coordinate, above which too many quads are larger than that
+_WIDTHS = MAX_ANGLE_BITS + 1
+_CODES = 2 << MAX_ANGLE_BITS
+_BOUNDS = (1 << MAX_ANGLE_BITS) + 1
+_STEPS = 1 << COARSE_GRID_BITS
 
 jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+leaf = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", _nrt=False)
+inlined = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", inline="always")
 
 
-# -- loading and storing -----------------------------------------------------------------------------------------
+# -- loading and storing: row-major tiles [lane, coordinate], padded with zeros to the order --------------------------
 @jit
-def load_rows(flat, start, stride, rows, head_dim, half, tile_bits, order):
-    """Stored numbers of ``rows`` vectors -> float32 bits, row-major uint32 [LANES * order]; returns nothing."""
+def load_tile(flat, start, stride, rows, head_dim, dtype, tile, order):
+    """Stored numbers of ``rows`` vectors -> float32, exact (float16's Inf and NaN become 2^16 and more)."""
+    if rows < LANES:
+        tile[:] = F32(0)
+    bits = tile.view(np.int32)
+    whole = head_dim - head_dim % LANES
     for r in range(rows):
-        source = start + r * stride
-        target = r * order
-        if half:
+        source, target = start + r * stride, r * order
+        if dtype == DTYPE_FLOAT32:
             for k in range(head_dim):
-                h = np.uint32(flat[source + k])
-                tile_bits[target + k] = ((h & np.uint32(0x7FFF)) << np.uint32(13)) | ((h & np.uint32(0x8000)) << np.uint32(16))
+                tile[target + k] = flat[source + k]
+        elif dtype == DTYPE_FLOAT16:
+            for k in range(0, whole, LANES):
+                h = load_short(flat, source + k)
+                moved = ((h & ints(I32(0x7FFF))) << ints(I32(13))) | ((h & ints(I32(0x8000))) << ints(I32(16)))
+                store(tile, target + k, as_float(moved) * floats(F32(2.0**112)))
+            for k in range(whole, head_dim):
+                one = I32(flat[source + k])
+                bits[target + k] = ((one & I32(0x7FFF)) << I32(13)) | ((one & I32(0x8000)) << I32(16))
+                tile[target + k] *= F32(2.0**112)
         else:
+            for k in range(0, whole, LANES):
+                store(tile, target + k, as_float(load_short(flat, source + k) << ints(I32(16))))
+            for k in range(whole, head_dim):
+                bits[target + k] = I32(flat[source + k]) << I32(16)
+
+
+@jit
+def largest_bits(tile, order, scratch, largest):
+    """Bits of each row's largest magnitude -> largest int32 [8]; NaN and Inf compare above every finite number."""
+    bits = tile.view(np.int32)
+    for r in range(LANES):
+        most = ints(I32(0))
+        for k in range(r * order, r * order + order, LANES):
+            most = max(most, load(bits, k) & ints(I32(0x7FFFFFFF)))
+        store(scratch, 0, most)
+        top = I32(0)
+        for i in range(LANES):
+            top = max(top, scratch[i])
+        largest[r] = top
+
+
+@jit
+def flag_bad_rows(tile, rows, order, dtype, largest, bad, first_bad):
+    """Mark rows with NaN or Inf in bad [first_bad + row] and set them to zero."""
+    limit = _HALF_INFINITY if dtype == DTYPE_FLOAT16 else _INFINITY
+    for r in range(rows):
+        if largest[r] >= limit:
+            bad[first_bad + r] = True
+            largest[r] = I32(0)
+            for k in range(r * order, r * order + order):
+                tile[k] = F32(0)
+
+
+@jit
+def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, start, stride):
+    """float32 tile -> stored numbers, ties to even, saturating at ``limit``; ``short`` is scratch for a ragged end."""
+    whole = head_dim - head_dim % LANES
+    most, least = floats(limit), floats(-limit)
+    for r in range(rows):
+        source, target = r * order, start + r * stride
+        if dtype == DTYPE_FLOAT32:
             for k in range(head_dim):
-                tile_bits[target + k] = np.uint32(flat[source + k]) << np.uint32(16)
+                flat[target + k] = min(max(tile[source + k], -limit), limit)
+        else:
+            for k in range(0, head_dim, LANES):
+                bits = as_bits(min(max(load(tile, source + k), least), most))
+                result = half_bits(bits) if dtype == DTYPE_FLOAT16 else brain_bits(bits)
+                if k < whole:
+                    store_short(flat, target + k, result)
+                else:
+                    store_short(short, 0, result)
+                    for i in range(head_dim - whole):
+                        flat[target + k + i] = short[i]
 
 
-@jit
-def scale_rows(tile, rows, head_dim, order, factor):
-    """tile[r, k] *= factor over the row-major tile; 2^112 turns moved float16 bits into their float32 value, exactly."""
-    for r in range(rows):
-        for k in range(r * order, r * order + head_dim):
-            tile[k] *= factor
+@inlined
+def half_bits(bits):
+    """Bits of finite float32 lanes within float16's range -> float16 bits."""
+    sign = (bits >> ints(I32(16))) & ints(I32(0x8000))
+    size = bits & ints(I32(0x7FFFFFFF))
+    odd = (size >> ints(I32(13))) & ints(I32(1))
+    normal = (size + ints(I32(0xFFF - 0x38000000)) + odd) >> ints(I32(13))
+    small = as_bits(as_float(size) + floats(F32(0.5))) - ints(I32(0x3F000000))
+    return sign | select(size < ints(I32(0x38800000)), small, normal)
 
 
-@jit
-def load_float_rows(flat, start, stride, rows, head_dim, tile, order):
-    for r in range(rows):
-        for k in range(head_dim):
-            tile[r * order + k] = flat[start + r * stride + k]
-
-
-@jit
-def largest_bits(tile_bits, rows, head_dim, order, largest):
-    """Bits of each row's largest magnitude -> largest uint32 [LANES]; NaN and Inf compare above every finite number."""
-    for r in range(rows):
-        most = np.uint32(0)
-        for k in range(r * order, r * order + head_dim):
-            magnitude = tile_bits[k] & np.uint32(0x7FFFFFFF)
-            most = max(most, magnitude)
-        largest[r] = most
-
-
-@jit
-def narrow_rows(tile, rows, head_dim, order, limit, half, tile_bits, flat, start, stride):
-    """float32 tile (row-major) -> float16 or bfloat16 in ``flat``, ties to even, saturating at ``limit``."""
-    for r in range(rows):
-        for k in range(r * order, r * order + head_dim):
-            tile[k] = min(max(tile[k], -limit), limit)
-    if half:
-        for r in range(rows):
-            source = r * order
-            target = start + r * stride
-            for k in range(head_dim):
-                bits = tile_bits[source + k]
-                sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-                magnitude = bits & np.uint32(0x7FFFFFFF)
-                normal = (magnitude + np.uint32(0xC8000FFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
-                # below 2^-14: count in steps of 2^-24, by the shift that the exponent asks for
-                shift = np.uint32(126) - (magnitude >> np.uint32(23))
-                shift = min(shift, np.uint32(31))
-                whole = (magnitude & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
-                down = whole >> shift
-                rest = whole & ((np.uint32(1) << shift) - np.uint32(1))
-                middle = (np.uint32(1) << shift) >> np.uint32(1)
-                up = np.uint32(1) if (rest > middle) or ((rest == middle) and ((down & np.uint32(1)) == np.uint32(1))) else np.uint32(0)
-                small = down + up
-                flat[target + k] = np.uint16(sign | (small if magnitude < np.uint32(0x38800000) else normal))
-    else:
-        for r in range(rows):
-            source = r * order
-            target = start + r * stride
-            for k in range(head_dim):
-                bits = tile_bits[source + k]
-                rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                flat[target + k] = np.uint16(rounded >> np.uint32(16))
-
-
-@jit
-def store_float_rows(tile, rows, head_dim, order, limit, flat, start, stride):
-    for r in range(rows):
-        for k in range(head_dim):
-            flat[start + r * stride + k] = min(max(tile[r * order + k], -limit), limit)
+@inlined
+def brain_bits(bits):
+    """Bits of finite float32 lanes -> bfloat16 bits."""
+    odd = (bits >> ints(I32(16))) & ints(I32(1))
+    return (bits + ints(I32(0x7FFF)) + odd) >> ints(I32(16))
 
 
 # -- offsets -----------------------------------------------------------------------------------------------------
 @jit
 def fill_phases(first, tokens, frequencies, tables, cos, sin):
-    """cos, sin of each token and pair, float32 [tokens, pairs]; every product and sum rounds (SPEC 8.2)."""
+    """cos, sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2)."""
+    pairs = frequencies.size
     for t in range(tokens):
-        position = np.uint64(first + t)
-        for i in range(frequencies.size):
-            phase = np.uint32((position * frequencies[i]) & np.uint64(0xFFFFFFFF)) >> np.uint32(16)
-            h = phase >> np.uint32(8)
-            l = phase & np.uint32(255)
-            cos[t, i] = tables[0, h] * tables[2, l] - tables[1, h] * tables[3, l]
-            sin[t, i] = tables[1, h] * tables[2, l] + tables[0, h] * tables[3, l]
+        position = U64(first + t)
+        for i in range(pairs):
+            phase = ((position * frequencies[i]) >> U64(16)) & U64(0xFFFF)
+            h = phase >> U64(8)
+            l = phase & U64(255)
+            cos[t * pairs + i] = tables[0, h] * tables[2, l] - tables[1, h] * tables[3, l]
+            sin[t * pairs + i] = tables[1, h] * tables[2, l] + tables[0, h] * tables[3, l]
 
 
 @jit
-def add_offset(tile, rows, head_dim, order, offset, sign, pairs, pair_p, step, cos, sin, first_row):
-    """tile[r] += sign * offset, the first 2 * pairs channels turned by each row's phase (SPEC 8.3).
+def add_offset(tile, rows, order, offset, sign, pairs, pair_p, step, cos, sin, first_row):
+    """tile[r] += sign * offset [order], the first 2 * pairs channels turned by each row's phase (SPEC 8.3).
 
     Pair i is the channels pair_p * i and pair_p * i + step: (1, pairs) is half-split, (2, 1) interleaved.
     """
+    whole = pairs - pairs % LANES if pair_p == 1 else 0
+    s8 = floats(sign)
     for r in range(rows):
-        base = r * order
-        t = first_row + r
-        for i in range(pairs):
-            p = pair_p * i
-            q = p + step
-            turned_p = offset[p] * cos[t, i] - offset[q] * sin[t, i]
-            turned_q = offset[p] * sin[t, i] + offset[q] * cos[t, i]
-            tile[base + p] += sign * turned_p
-            tile[base + q] += sign * turned_q
-        for k in range(2 * pairs, head_dim):
+        base, turn = r * order, (first_row + r) * pairs
+        for i in range(0, whole, LANES):
+            c, s = load(cos, turn + i), load(sin, turn + i)
+            p, q = load(offset, i), load(offset, i + step)
+            store(tile, base + i, load(tile, base + i) + s8 * (p * c - q * s))
+            store(tile, base + i + step, load(tile, base + i + step) + s8 * (p * s + q * c))
+        for i in range(whole, pairs):
+            c, s = cos[turn + i], sin[turn + i]
+            p, q = offset[pair_p * i], offset[pair_p * i + step]
+            tile[base + pair_p * i] += sign * (p * c - q * s)
+            tile[base + pair_p * i + step] += sign * (p * s + q * c)
+        ragged = (order - 2 * pairs) % LANES
+        for k in range(2 * pairs, 2 * pairs + ragged):
             tile[base + k] += sign * offset[k]
+        for k in range(2 * pairs + ragged, order, LANES):
+            store(tile, base + k, load(tile, base + k) + s8 * load(offset, k))
 
 
 @jit
-def sum_rows(tile, rows, head_dim, order, pairs, pair_p, step, cos, sin, first_row, total):
-    """total[k] += rows, turned back: float64 [head_dim]."""
+def sum_rows(tile, rows, order, pairs, pair_p, step, cos, sin, first_row, total):
+    """total[k] += rows, turned back: float64 [order]."""
     for r in range(rows):
-        base = r * order
-        t = first_row + r
+        base, turn = r * order, (first_row + r) * pairs
         for i in range(pairs):
             p = pair_p * i
             q = p + step
             x, y = np.float64(tile[base + p]), np.float64(tile[base + q])
-            total[p] += x * cos[t, i] + y * sin[t, i]
-            total[q] += y * cos[t, i] - x * sin[t, i]
-        for k in range(2 * pairs, head_dim):
-            total[k] += tile[base + k]
+            c, s = np.float64(cos[turn + i]), np.float64(sin[turn + i])
+            total[p] += x * c + y * s
+            total[q] += y * c - x * s
+        for k in range(2 * pairs, order):
+            total[k] += np.float64(tile[base + k])
 
 
 # -- rotation ----------------------------------------------------------------------------------------------------
-@jit
-def hadamard(x, spare, order, base, transpose):
-    """x [order * LANES] <- H x (or H^T x): exact on integers below 2^24, in any order of the additions."""
+@leaf
+def to_lanes(tile, order, factors, row_scale, x):
+    """Row-major tile -> coordinate-major x, times the coordinate's sign and the row's scale."""
+    scale = load(row_scale, 0)
+    for k in range(0, order, LANES):
+        transpose(tile, k, order, x, k * LANES)
+    for k in range(order):
+        store(x, k * LANES, load(x, k * LANES) * (floats(factors[k]) * scale))
+
+
+@leaf
+def from_lanes(x, order, factors, first, second, tile):
+    """Coordinate-major sums -> row-major outputs: sum * A * B, with the coordinate's sign; adding 0 turns -0 into 0."""
+    a, b = load(first, 0), load(second, 0)
+    for k in range(order):
+        store(x, k * LANES, (load(x, k * LANES) * floats(factors[k]) + floats(F32(0))) * a * b)
+    for k in range(0, order, LANES):
+        transpose_back(x, k * LANES, tile, k, order)
+
+
+@leaf
+def hadamard(x, spare, order, base, transposed):
+    """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
     b = base.shape[0]
     inner = order // b
     half = 1
     while half < inner:
+        j = half * LANES
         if 2 * half < inner:  # two stages in one pass over the tile
             for first in range(0, order, 4 * half):
-                for i in range(first * LANES, (first + half) * LANES):
-                    j = half * LANES
-                    p, q, r, s = x[i], x[i + j], x[i + 2 * j], x[i + 3 * j]
+                for i in range(first * LANES, (first + half) * LANES, LANES):
+                    p, q, r, s = load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j)
                     a, c, d, e = p + q, p - q, r + s, r - s
-                    x[i], x[i + j], x[i + 2 * j], x[i + 3 * j] = a + d, c + e, a - d, c - e
+                    store(x, i, a + d)
+                    store(x, i + j, c + e)
+                    store(x, i + 2 * j, a - d)
+                    store(x, i + 3 * j, c - e)
             half *= 4
         else:
             for first in range(0, order, 2 * half):
-                for i in range(first * LANES, (first + half) * LANES):
-                    p, q = x[i], x[i + half * LANES]
-                    x[i], x[i + half * LANES] = p + q, p - q
+                for i in range(first * LANES, (first + half) * LANES, LANES):
+                    p, q = load(x, i), load(x, i + j)
+                    store(x, i, p + q)
+                    store(x, i + j, p - q)
             half *= 2
     if b > 1:
         block = inner * LANES
         for i in range(b):
-            for l in range(block):
-                spare[i * block + l] = F32(0)
-            for j in range(b):
-                sign = F32(base[j, i]) if transpose else F32(base[i, j])
-                for l in range(block):
-                    spare[i * block + l] += sign * x[j * block + l]
-        for l in range(order * LANES):
-            x[l] = spare[l]
+            for l in range(0, block, LANES):
+                total = floats(F32(0))
+                for j in range(b):
+                    sign = base[j, i] if transposed else base[i, j]
+                    total = total + floats(sign) * load(x, j * block + l)
+                store(spare, i * block + l, total)
+        for l in range(0, x.size, LANES):
+            store(x, l, load(spare, l))
 
 
+# -- bits: rows of 64-bit words, little-endian ---------------------------------------------------------------------
 @jit
-def to_lanes(tile, order, head_dim, factors, row_scale, x):
-    """Row-major tile -> coordinate-major x, times the coordinate's sign and the row's scale."""
-    for k in range(head_dim):
-        for l in range(LANES):
-            x[k * LANES + l] = tile[l * order + k] * (factors[k] * row_scale[l])
-    for i in range(head_dim * LANES, order * LANES):
-        x[i] = F32(0)
-
-
-@jit
-def from_lanes(x, order, head_dim, factors, first, second, tile):
-    """Coordinate-major sums -> row-major outputs: sum * A * B, with the coordinate's sign; adding 0 turns -0 into 0."""
-    for k in range(head_dim):
-        for l in range(LANES):
-            tile[l * order + k] = ((factors[k] * x[k * LANES + l] + F32(0)) * first[l]) * second[l]
-
-
-# -- bits --------------------------------------------------------------------------------------------------------
-@jit
-def put(words, base, place, width, value):
-    """Or ``value`` of ``width`` <= 32 bits into the row of 64-bit words that begins at ``base``."""
+def put_field(words, base, place, width, value):
+    """Or one field into the row of words that begins at ``base``."""
     at = base + (place >> U64(6))
     shift = place & U64(63)
     words[at] |= value << shift
@@ -217,49 +300,45 @@ def put(words, base, place, width, value):
 
 
 @jit
-def get(words, base, place, width):
-    """The field of ``width`` <= 32 bits at ``place``, uint64."""
+def get_field(words, base, place, width):
+    """One field of ``width`` <= 32 bits, uint64."""
     at = base + (place >> U64(6))
     shift = place & U64(63)
     value = (words[at] >> shift) | ((words[at + U64(1)] << U64(1)) << (U64(63) - shift))
     return value & ((U64(1) << width) - U64(1))
 
 
-@jit
-def words_to_bytes(words, stride, rows, row_bytes, out, start):
+@leaf
+def rows_to_bytes(words, stride, rows, row_bytes, out, start):
+    whole = row_bytes >> 3
     for r in range(rows):
-        base = r * stride
-        target = start + r * row_bytes
-        for i in range(row_bytes):
-            out[target + i] = np.uint8(words[base + (i >> 3)] >> U64(8 * (i & 7)))
-
-
-@jit
-def bytes_to_words(data, start, rows, row_bytes, words, stride):
-    for r in range(rows):
-        base = r * stride
-        source = start + r * row_bytes
-        whole = row_bytes >> 3
+        base, target = r * stride, start + r * row_bytes
         for i in range(whole):
-            value = U64(0)
-            for j in range(8):
-                value |= U64(data[source + 8 * i + j]) << U64(8 * j)
-            words[base + i] = value
-        value = U64(0)
-        for j in range(8 * whole, row_bytes):
-            value |= U64(data[source + j]) << U64(8 * (j - 8 * whole))
-        words[base + whole] = value
+            set_long_at(out, target + 8 * i, words[base + i])
+        for i in range(8 * whole, row_bytes):
+            out[target + i] = np.uint8(words[base + whole] >> U64(8 * (i - 8 * whole)))
 
 
-@jit
+@leaf
+def bytes_to_rows(data, start, rows, row_bytes, words, stride):
+    whole = row_bytes >> 3
+    for r in range(rows):
+        base, source = r * stride, start + r * row_bytes
+        for i in range(whole):
+            words[base + i] = long_at(data, source + 8 * i)
+        rest = U64(0)
+        for i in range(8 * whole, row_bytes):
+            rest |= U64(data[source + i]) << U64(8 * (i - 8 * whole))
+        words[base + whole] = rest
+
+
+@leaf
 def checksum(data, start, size, keys):
     """Checksum of a run of bytes (SPEC 4.2)."""
     low, high = U64(0), U64(0)
     whole = size >> 2
     for i in range(whole):
-        at = start + 4 * i
-        word = U64(data[at]) | U64(data[at + 1]) << U64(8) | U64(data[at + 2]) << U64(16) | U64(data[at + 3]) << U64(24)
-        product = word * keys[i + 1]
+        product = word_at(data, start + 4 * i) * keys[i + 1]
         low += product & U64(0xFFFFFFFF)
         high += product >> U64(32)
     rest = U64(0)
@@ -274,174 +353,254 @@ def checksum(data, start, size, keys):
 
 
 # -- split coding ------------------------------------------------------------------------------------------------
-@jit
+@inlined
 def turns_of(x, y):
     """Angle of (x, y) in turns, 0 .. 1: a polynomial, good to 2e-8."""
-    a, b = abs(x), abs(y)
-    small, large = min(a, b), max(a, b)
-    q = small / (large + _TINY)
+    a, b = magnitude(x), magnitude(y)
+    q = min(a, b) / (max(a, b) + floats(_TINY))
     z = q * q
-    t = F32(-0.00074305835)
-    t = t * z + F32(0.00384616852)
-    t = t * z + F32(-0.00944856755)
-    t = t * z + F32(0.0157660429)
-    t = t * z + F32(-0.0223080879)
-    t = t * z + F32(0.0317820252)
-    t = t * z + F32(-0.0530494615)
-    t = t * z + F32(0.159154927)
+    t = floats(F32(-0.00074305835))
+    t = t * z + floats(F32(0.00384616852))
+    t = t * z + floats(F32(-0.00944856755))
+    t = t * z + floats(F32(0.0157660429))
+    t = t * z + floats(F32(-0.0223080879))
+    t = t * z + floats(F32(0.0317820252))
+    t = t * z + floats(F32(-0.0530494615))
+    t = t * z + floats(F32(0.159154927))
     t = t * q
-    t = F32(0.25) - t if b > a else t
-    t = F32(0.5) - t if x < F32(0) else t
-    return F32(1) - t if y < F32(0) else t
+    t = select(b > a, floats(F32(0.25)) - t, t)
+    t = select(x < floats(F32(0)), floats(F32(0.5)) - t, t)
+    return select(y < floats(F32(0)), floats(F32(1)) - t, t)
 
 
-@jit
-def analyse(x, order, turns, energy, shares, kind, left, right, fine):
-    """Up the tree: angles of the pairs in turns, energies of nodes, and each node's share of its right child.
+@inlined
+def place_of(a, b, grid):
+    """b's share of the energy a + b on a sin^2 grid of ``grid`` steps, int lanes."""
+    share = b / (a + b + floats(_TINY)) * floats(grid)
+    return truncate(min(share, floats(grid - F32(1))))
 
-    energy is [internal + quads, LANES]; shares holds the quads' and nodes' right-hand energy on their sin^2 grid.
-    """
+
+@leaf
+def analyse(x, order, turns, energy, places, kind, left, right, grids):
+    """Up the tree: the pairs' angles in turns, every node's energy, and each node's place on its sin^2 grid."""
     internal = kind.size
-    quads = order // 4
-    for quad in range(quads):
+    for quad in range(order // 4):
         at = quad * 4 * LANES
+        p, q, r, s = load(x, at), load(x, at + LANES), load(x, at + 2 * LANES), load(x, at + 3 * LANES)
+        store(turns, quad * 2 * LANES, turns_of(p, q))
+        store(turns, quad * 2 * LANES + LANES, turns_of(r, s))
+        a, b = p * p + q * q, r * r + s * s
         node = (internal + quad) * LANES
-        for l in range(LANES):
-            p, q, r, s = x[at + l], x[at + LANES + l], x[at + 2 * LANES + l], x[at + 3 * LANES + l]
-            turns[quad * 2 * LANES + l] = turns_of(p, q)
-            turns[quad * 2 * LANES + LANES + l] = turns_of(r, s)
-            a, b = p * p + q * q, r * r + s * s
-            energy[node + l] = a + b
-            shares[node + l] = np.int32(min(b / (a + b + _TINY) * F32(1024), F32(1023)))
+        store(energy, node, a + b)
+        store(places, node, place_of(a, b, F32(_STEPS)))
     for i in range(internal):
         n = internal - 1 - i
-        grid = fine[kind[n]]
-        a_at, b_at = left[n] * LANES, right[n] * LANES
-        for l in range(LANES):
-            a, b = energy[a_at + l], energy[b_at + l]
-            energy[n * LANES + l] = a + b
-            shares[n * LANES + l] = np.int32(min(b / (a + b + _TINY) * grid, grid - F32(1)))
+        a, b = load(energy, left[n] * LANES), load(energy, right[n] * LANES)
+        store(energy, n * LANES, a + b)
+        store(places, n * LANES, place_of(a, b, grids[kind[n]]))
 
 
-@jit
-def encode_split(rows, plan_ints, energy, shares, turns, exponents, tree, node_tables, quad_tables, place, budget, words, stride):
-    """Down the tree: every node writes its angle and splits what is left of its budget (SPEC 6)."""
+@inlined
+def width_of(budget, per_bit):
+    """The angle's bits for int-lane budgets; ``per_bit`` is 16 / (15 coordinates) (SPEC 6.3)."""
+    width = truncate((to_float(budget) + floats(F32(0.25))) * floats(per_bit))
+    return min(min(max(width, ints(I32(1))), ints(I32(MAX_ANGLE_BITS))), budget)
+
+
+@inlined
+def share_of(rest, shift, cap_a, cap_b, even, portions, portion_at):
+    """Bits of the left child (SPEC 6.3); ``portions`` is looked up where the children are unequal."""
+    portion = rest >> ints(I32(1)) if even else gather(portions, rest + ints(portion_at))
+    low = max(ints(I32(0)), rest - ints(cap_b))
+    return min(max(portion + shift, low), min(ints(cap_a), rest))
+
+
+@leaf
+def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride):
+    """Down the tree: every node writes its angle and splits what is left of its budget (SPEC 6).
+
+    Each loop is short, so that the processor overlaps its table look-ups over several nodes; ``work`` is their scratch.
+    """
     radius_bits, steps, root_budget, order = plan_ints
-    kind, left, right, m_a, m_b = tree
-    widths, shift, halves, look_up, bounds, look_shift = node_tables
-    cells, per_cell, first, quad_look_up, record_a, record_b = quad_tables
+    kind, left, right, m_a, m_b, per_bit, portions = tree
+    shift, look_up, bounds, look_shift, fixes = nodes
+    budget_table, quad_look_up, records = quads
+    bit_place, budget, codes, widths, cells = work
     internal = kind.size
     norm_bias = 0.5 * np.log2(np.float64(order))
     most = (1 << radius_bits) - 1
     for l in range(rows):
-        base = U64(l * stride)
         code = I64(0)
         if energy[l] > F32(0):
             log2 = 0.5 * np.log2(np.float64(energy[l])) - norm_bias - exponents[l]
-            code = min(max(I64(np.floor(steps * (log2 + 155.0) + 0.5)) + 1, 1), most)
-        put(words, base, U64(0), U64(radius_bits), U64(code))
-        place[l] = radius_bits
-        budget[l] = root_budget
+            code = min(max(I64(np.floor(steps * (log2 + RADIUS_BIAS) + 0.5)) + 1, 1), most)
+        words[l * stride] = U64(code)
+    store(bit_place, 0, ints(I32(radius_bits)))
+    store(budget, 0, ints(I32(root_budget)))
     for n in range(internal):
         k = kind[n]
-        at, a_at, b_at = n * LANES, left[n] * LANES, right[n] * LANES
-        cap_a, cap_b = np.int32(7 * m_a[k]), np.int32(7 * m_b[k])
-        for l in range(rows):
-            have = budget[at + l]
-            width = widths[k, have]
-            grid = shares[at + l]
-            code = np.int32(look_up[k, width, grid >> look_shift[k]])
-            while bounds[k, width, code + 1] <= grid:
-                code += np.int32(1)
-            where = place[at + l]
-            put(words, U64(l * stride), U64(where), U64(width), U64(code))
-            rest = have - width
-            share = halves[k, rest] + shift[k, (np.int32(1) << width) + code]
-            share = min(max(share, max(np.int32(0), rest - cap_b)), min(cap_a, rest))
-            budget[a_at + l] = share
-            budget[b_at + l] = rest - share
-            place[a_at + l] = where + width
-            place[b_at + l] = where + width + share
+        a, b = left[n] * LANES, right[n] * LANES
+        have, where, grid = load(budget, n * LANES), load(bit_place, n * LANES), load(places, n * LANES)
+        width = width_of(have, per_bit[k])
+        code = gather(look_up, ((width + ints(I32(k * _WIDTHS))) << ints(I32(COARSE_GRID_BITS))) + (grid >> ints(look_shift[k])))
+        if fixes[k]:
+            first = (width + ints(I32(k * _WIDTHS))) * ints(I32(_BOUNDS)) + ints(I32(1))
+            for _ in range(fixes[k]):
+                code = code + select(gather(bounds, first + code) <= grid, ints(I32(1)), ints(I32(0)))
+        rest = have - width
+        moved = gather(shift, (ints(I32(1)) << width) + code + ints(I32(k * _CODES)))
+        cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
+        share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
+        store(budget, a, share)
+        store(budget, b, rest - share)
+        store(bit_place, a, where + width)
+        store(bit_place, b, where + width + share)
+        store(codes, n * LANES, code)
+        store(widths, n * LANES, width)
     for quad in range(order // 4):
         at = (internal + quad) * LANES
-        turn_at = quad * 2 * LANES
-        for l in range(rows):
-            have = budget[at + l]
-            cell = np.int32(quad_look_up[have, shares[at + l]])
-            record = first[have] + cell
-            n_a, n_b = record_a[record], record_b[record]
-            sector_a = min(np.int32(turns[turn_at + l] * F32(n_a)), n_a - np.int32(1))
-            sector_b = min(np.int32(turns[turn_at + LANES + l] * F32(n_b)), n_b - np.int32(1))
-            code = cell * per_cell[have] + sector_a * n_b + sector_b
-            put(words, U64(l * stride), U64(place[at + l]), U64(have), U64(code))
+        have = load(budget, at)
+        cell = gather(quad_look_up, (have << ints(I32(COARSE_GRID_BITS))) + load(places, at))
+        per_cell, first = gather_pair(budget_table, have << ints(I32(1)))
+        store(cells, quad * LANES, cell * per_cell)
+        store(codes, at, first + cell)
+    for quad in range(order // 4):
+        at = (internal + quad) * LANES
+        n_a, n_b = gather_pair(records, load(codes, at) << ints(I32(1)))
+        sector_a = min(truncate(load(turns, 2 * quad * LANES) * to_float(n_a)), n_a - ints(I32(1)))
+        sector_b = min(truncate(load(turns, (2 * quad + 1) * LANES) * to_float(n_b)), n_b - ints(I32(1)))
+        store(codes, at, load(cells, quad * LANES) + sector_a * n_b + sector_b)
+    for n in range(internal):
+        own = to_long(load(codes, n * LANES))
+        if m_a[kind[n]] == 4:  # the node's and its two quads' bits lie side by side: 56 at the most
+            a, b, width = left[n] * LANES, right[n] * LANES, load(widths, n * LANES)
+            own = own | (to_long(load(codes, a)) << to_long(width))
+            own = own | (to_long(load(codes, b)) << to_long(width + load(budget, a)))
+        put(words, stride, load(bit_place, n * LANES), own)
 
 
-@jit
-def decode_split(rows, plan_ints, tree, node_tables, quad_tables, circle, mantissas, place, budget, radius, words, stride, x, first_factor, second_factor):
-    """Down the tree: read, look up, multiply; leaves unit-norm coordinates on the grid in x [order, LANES] (SPEC 6.5)."""
-    radius_bits, steps, root_budget, order = plan_ints
-    kind, left, right, m_a, m_b = tree
-    widths, shift, halves, node_cos, node_sin = node_tables
-    cells, cell_reciprocal, per_cell, first, record_n, record_reciprocal, step_a, step_b, record_cos, record_sin = quad_tables
-    circle_cos, circle_sin = circle
-    internal = kind.size
-    for l in range(rows):
-        code = I64(get(words, U64(l * stride), U64(0), U64(radius_bits)))
+@leaf
+def radius_factors(rows, plan_ints, mantissas, words, stride, first_factor, second_factor):
+    """Factors A and B of each row from its radius code (SPEC 6.1)."""
+    radius_bits, steps, _, _ = plan_ints
+    for l in range(LANES):
+        code = I64(words[l * stride] & U64((1 << radius_bits) - 1)) if l < rows else 0
         octave = (max(code, 1) - 1) // steps
-        mantissa = mantissas[max(code, 1) - 1 - octave * steps]
-        exponent = octave - 155
-        small = exponent < -100
-        first_factor[l] = F32(np.float64(mantissa) * 2.0 ** (exponent + (64 if small else 0))) if code > 0 else F32(0)
-        second_factor[l] = F32(2.0**-64) if small else F32(1)
-        place[l] = radius_bits
-        budget[l] = root_budget
-        radius[l] = F32(2048)
+        exponent = octave - RADIUS_BIAS
+        small = exponent < RADIUS_SPLIT
+        power = 2.0 ** (exponent + (RADIUS_SHIFT if small else 0))
+        first_factor[l] = F32(np.float64(mantissas[max(code, 1) - 1 - octave * steps]) * power) if code > 0 else F32(0)
+        second_factor[l] = F32(2.0**-RADIUS_SHIFT) if small else F32(1)
+
+
+@leaf
+def decode_split(plan_ints, tree, nodes, quads, circle, work, words32, stride32, x):
+    """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
+    radius_bits, _, root_budget, order = plan_ints
+    kind, left, right, m_a, m_b, per_bit, portions = tree
+    bit_place, budget, radius, _, _ = work
+    internal = kind.size
+    store(bit_place, 0, ints(I32(radius_bits)))
+    store(budget, 0, ints(I32(root_budget)))
+    store(radius, 0, floats(F32(GRID)))
     for n in range(internal):
         k = kind[n]
-        at, a_at, b_at = n * LANES, left[n] * LANES, right[n] * LANES
-        cap_a, cap_b = np.int32(7 * m_a[k]), np.int32(7 * m_b[k])
-        for l in range(rows):
-            have = budget[at + l]
-            width = widths[k, have]
-            where = place[at + l]
-            code = np.int32(get(words, U64(l * stride), U64(where), U64(width))) + (np.int32(1) << width)
-            rest = have - width
-            share = halves[k, rest] + shift[k, code]
-            share = min(max(share, max(np.int32(0), rest - cap_b)), min(cap_a, rest))
-            budget[a_at + l] = share
-            budget[b_at + l] = rest - share
-            place[a_at + l] = where + width
-            place[b_at + l] = where + width + share
-            radius[a_at + l] = radius[at + l] * node_cos[k, code]
-            radius[b_at + l] = radius[at + l] * node_sin[k, code]
-    for quad in range(order // 4):
-        at = (internal + quad) * LANES
-        target = quad * 4 * LANES
-        for l in range(rows):
-            have = budget[at + l]
-            code = get(words, U64(l * stride), U64(place[at + l]), U64(have))
-            cell = min((code * cell_reciprocal[have]) >> U64(56), U64(cells[have] - 1))
-            record = U64(first[have]) + cell
-            rest = code - cell * U64(per_cell[have])
-            sector_a = (rest * record_reciprocal[record]) >> U64(40)
-            sector_b = rest - sector_a * U64(record_n[record])
-            phase_a = (((U64(2) * sector_a + U64(1)) * U64(step_a[record]) + U64(32768)) >> U64(16)) & U64(2047)
-            phase_b = (((U64(2) * sector_b + U64(1)) * U64(step_b[record]) + U64(32768)) >> U64(16)) & U64(2047)
-            ra = radius[at + l] * record_cos[record]
-            rb = radius[at + l] * record_sin[record]
-            x[target + l] = ra * circle_cos[phase_a]
-            x[target + LANES + l] = ra * circle_sin[phase_a]
-            x[target + 2 * LANES + l] = rb * circle_cos[phase_b]
-            x[target + 3 * LANES + l] = rb * circle_sin[phase_b]
+        a, b = left[n] * LANES, right[n] * LANES
+        have, where, whole = load(budget, n * LANES), load(bit_place, n * LANES), load(radius, n * LANES)
+        width = width_of(have, per_bit[k])
+        one = ints(I32(1)) << width
+        code = window_at(words32, stride32, bit_place, n * LANES) & (one - ints(I32(1)))
+        cos, sin, moved, _ = gather_four(nodes, (one + code + ints(I32(k * _CODES))) << ints(I32(2)))
+        rest = have - width
+        cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
+        share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
+        store(budget, a, share)
+        store(budget, b, rest - share)
+        store(bit_place, a, where + width)
+        store(bit_place, b, where + width + share)
+        store(radius, a, whole * as_float(cos))
+        store(radius, b, whole * as_float(sin))
+    if root_budget <= _SMALL_BUDGETS * order:
+        decode_small_quads(order // 4, internal * LANES, quads, circle, work, words32, stride32, x)
+    else:
+        decode_quads(0, order // 4, internal * LANES, quads, circle, work, words32, stride32, x)
 
 
-@jit
-def to_grid(x, size):
-    for i in range(size):
-        x[i] = np.rint(x[i])
+@leaf
+def decode_small_quads(count, base, quads, circle, work, words32, stride32, x):
+    """Quads of few bits: one look-up in the list of all their points; a quad of many bits goes the long way."""
+    codebook = quads[2]
+    bit_place, budget, radius, phases, _ = work
+    largest = ints(I32(CODEBOOK_BUDGET))
+    for quad in range(count):
+        at = base + quad * LANES
+        one = ints(I32(1)) << load(budget, at)
+        code = one | (window_at(words32, stride32, bit_place, at) & (one - ints(I32(1))))
+        store(phases, quad * LANES, code << ints(I32(2)))
+    for quad in range(count):
+        at = base + quad * LANES
+        if any_lane(load(budget, at) > largest):
+            decode_quads(quad, quad + 1, base, quads, circle, work, words32, stride32, x)
+        else:
+            p, q, r, s = gather_four_at(codebook, phases, quad * LANES)
+            whole, target = load(radius, at), 4 * quad * LANES
+            store(x, target, nearest(whole * p))
+            store(x, target + LANES, nearest(whole * q))
+            store(x, target + 2 * LANES, nearest(whole * r))
+            store(x, target + 3 * LANES, nearest(whole * s))
+
+
+@leaf
+def decode_quads(first_quad, last_quad, base, quads, circle, work, words32, stride32, x):
+    """Quads of any number of bits (SPEC 6.4); every code decodes to something."""
+    budget_table, records, _ = quads
+    bit_place, budget, radius, _, scratch = work
+    for quad in range(first_quad, last_quad):  # which record, and the code inside it
+        at = base + quad * LANES
+        have = load(budget, at)
+        code = window_at(words32, stride32, bit_place, at) & ((ints(I32(1)) << have) - ints(I32(1)))
+        codes, first, last, reciprocal = gather_four(budget_table, have << ints(I32(2)))
+        cell = truncate(to_float(code) * as_float(reciprocal))  # off by one at most
+        rest = code - cell * codes
+        cell = cell + select(rest >= codes, ints(I32(1)), ints(I32(0))) - select(rest < ints(I32(0)), ints(I32(1)), ints(I32(0)))
+        cell = min(cell, last)
+        store(budget, at, (first + cell) << ints(I32(3)))
+        store(bit_place, at, code - cell * codes)
+    for quad in range(first_quad, last_quad):  # the two circles' phases
+        at = base + quad * LANES
+        _, _, n_b, reciprocal = gather_four_at(records, budget, at)
+        step_a, step_b = gather_pair(records, load(budget, at) + ints(I32(4)))
+        rest = load(bit_place, at)
+        sector_a = truncate((to_float(rest) + floats(F32(0.5))) * as_float(reciprocal))  # exact below 2^21
+        store(scratch, 2 * quad * LANES, phase_of(sector_a, step_a))
+        store(scratch, (2 * quad + 1) * LANES, phase_of(rest - sector_a * n_b, step_b))
+    for quad in range(first_quad, last_quad):
+        at = base + quad * LANES
+        cos, sin = gather_pair_at(records, budget, at)
+        cos_a, sin_a = gather_pair_at(circle, scratch, 2 * quad * LANES)
+        cos_b, sin_b = gather_pair_at(circle, scratch, (2 * quad + 1) * LANES)
+        whole, target = load(radius, at), 4 * quad * LANES
+        store(x, target, nearest(whole * (as_float(cos) * cos_a)))
+        store(x, target + LANES, nearest(whole * (as_float(cos) * sin_a)))
+        store(x, target + 2 * LANES, nearest(whole * (as_float(sin) * cos_b)))
+        store(x, target + 3 * LANES, nearest(whole * (as_float(sin) * sin_b)))
+
+
+@inlined
+def phase_of(sector, step):
+    """Place of a sector's middle in the table of 2,048 directions, two numbers each."""
+    turn = (sector + sector + ints(I32(1))) * step + ints(I32(1 << (PHASE_SHIFT - 1)))
+    return ((turn >> ints(I32(PHASE_SHIFT))) & ints(I32(CIRCLE - 1))) << ints(I32(1))
 
 
 # -- paper coding ------------------------------------------------------------------------------------------------
+@jit
+def turn_of(x, y):
+    """Angle of one (x, y) in turns, 0 .. 1."""
+    turn = np.arctan2(y, x) / F32(2 * np.pi)
+    return turn + F32(1) if turn < F32(0) else turn
+
+
 @jit
 def half_of(value):
     """Nearest float16 of a non-negative float64, as its bits; saturates at 65504."""
@@ -476,7 +635,7 @@ def encode_paper(rows, x, order, row_scales, radius_exponent, bounds2, words, st
             for i in range(8):
                 p, q = x[(16 * block + 2 * i) * LANES + l], x[(16 * block + 2 * i + 1) * LANES + l]
                 energy[1, i] = np.float64(p) * p + np.float64(q) * q
-                codes[1, i] = U64(min(np.int32(turns_of(p, q) * F32(16)), np.int32(15)))
+                codes[1, i] = U64(min(np.int32(turn_of(p, q) * F32(16)), np.int32(15)))
             for level in range(2, 5):
                 for i in range(16 >> level):
                     a, b = energy[level - 1, 2 * i], energy[level - 1, 2 * i + 1]
@@ -487,43 +646,44 @@ def encode_paper(rows, x, order, row_scales, radius_exponent, bounds2, words, st
                     codes[level, i] = U64(cell if a + b > 0 else 0)
             radius = np.sqrt(energy[4, 0] / order) / np.float64(row_scales[l]) * 2.0**-radius_exponent
             where = U64(62 * block)
-            put(words, base, where, U64(16), half_of(radius))
+            put_field(words, base, where, U64(16), half_of(radius))
             where += U64(16)
             for up in range(4):
                 level = 4 - up
                 width = U64(2) if level > 1 else U64(4)
                 for i in range(16 >> level):
-                    put(words, base, where, width, codes[level, i])
+                    put_field(words, base, where, width, codes[level, i])
                     where += width
 
 
 @jit
-def decode_paper(rows, order, radius_exponent, cos, sin, circle, mantissa, words, stride, x, first_factor, second_factor):
+def decode_paper(rows, order, radius_exponent, tables, circle, mantissa, words, stride, x, first_factor, second_factor):
     """62 bits a block -> coordinates on the grid of each vector's power of two, in x [order, LANES] (SPEC 7)."""
-    circle_cos, circle_sin = circle
+    cos, sin = tables
     level_radius = np.empty((5, 8), np.float32)
     for l in range(rows):
         base = U64(l * stride)
         largest = 0.0
         for block in range(order // 16):
-            largest = max(largest, half_value(get(words, base, U64(62 * block), U64(16))))
+            largest = max(largest, half_value(get_field(words, base, U64(62 * block), U64(16))))
         power = np.int64(np.floor(np.log2(largest))) + 1 if largest > 0 else np.int64(0)
         for block in range(order // 16):
             where = U64(62 * block)
-            level_radius[4, 0] = F32(half_value(get(words, base, where, U64(16))) * 2.0 ** (11 - power))
+            level_radius[4, 0] = F32(half_value(get_field(words, base, where, U64(16))) * 2.0 ** (11 - power))
             where += U64(16)
             for up in range(3):
                 level = 4 - up
                 for i in range(16 >> level):
-                    code = get(words, base, where, U64(2))
+                    code = get_field(words, base, where, U64(2))
                     where += U64(2)
                     level_radius[level - 1, 2 * i] = level_radius[level, i] * cos[level - 2, code]
                     level_radius[level - 1, 2 * i + 1] = level_radius[level, i] * sin[level - 2, code]
             for i in range(8):
-                phase = (U64(2) * get(words, base, where, U64(4)) + U64(1)) * U64(64)
+                phase = (U64(2) * get_field(words, base, where, U64(4)) + U64(1)) * U64(64)
                 where += U64(4)
-                x[(16 * block + 2 * i) * LANES + l] = level_radius[1, i] * circle_cos[phase]
-                x[(16 * block + 2 * i + 1) * LANES + l] = level_radius[1, i] * circle_sin[phase]
+                at = (16 * block + 2 * i) * LANES + l
+                x[at] = np.rint(level_radius[1, i] * circle[U64(2) * phase])
+                x[at + LANES] = np.rint(level_radius[1, i] * circle[U64(2) * phase + U64(1)])
         exponent = power + radius_exponent
         small = exponent < -100
         first_factor[l] = F32(np.float64(mantissa) * 2.0 ** (exponent + (64 if small else 0)))
@@ -532,92 +692,66 @@ def decode_paper(rows, order, radius_exponent, cos, sin, circle, mantissa, words
 
 # -- blocks ------------------------------------------------------------------------------------------------------
 @jit
-def load_tile(flat, start, stride, rows, head_dim, dtype, tile, tile_bits, order):
-    """Stored numbers of a tile -> float32, row-major; ``dtype`` as in the stream's header."""
-    if dtype == 1:
-        load_rows(flat, start, stride, rows, head_dim, True, tile_bits, order)
-        scale_rows(tile, rows, head_dim, order, F32(2.0**112))
-    elif dtype == 2:
-        load_rows(flat, start, stride, rows, head_dim, False, tile_bits, order)
-    else:
-        load_float_rows(flat, start, stride, rows, head_dim, tile, order)
-
-
-@jit
-def flag_bad_rows(flat, start, stride, rows, head_dim, dtype, tile, tile_bits, order, largest, bad, first_bad):
-    """Mark rows with NaN or Inf in bad [first_bad + row] and set them to zero."""
-    largest_bits(tile_bits, rows, head_dim, order, largest)
-    limit = np.uint32(0x47800000) if dtype == 1 else np.uint32(0x7F800000)  # float16's Inf was scaled to 2^16
-    for r in range(rows):
-        if largest[r] >= limit:
-            bad[first_bad + r] = True
-            for k in range(head_dim):
-                tile[r * order + k] = F32(0)
-
-
-@jit
 def encode_blocks(
-    first_block, last_block, sizes, flat, places, offsets, rope, phase_tables, plan_ints, radius_exponent, factors, base, tree,
-    node_tables, quad_tables, paper_bounds, keys, bad, payload,
+    first_block, last_block, sizes, flat, places_of, offsets, rope, phase_tables, plan_ints, radius_exponent, factors, base, tree,
+    nodes, quads, grids, paper_bounds, keys, bad, payload,
 ):
     """Encode blocks first_block .. last_block-1 (chunk-major) into ``payload``."""
     coding, dtype, head_dim, order, row_bytes, chunk_tokens, leading, first_tokens, coded = sizes
-    starts, token_stride = places
+    starts, token_stride = places_of
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    quads = order // 4
-    nodes = 2 * quads
-    tile = np.zeros(LANES * order, np.float32)
-    tile_bits = tile.view(np.uint32)
-    x = np.zeros(order * LANES, np.float32)
-    spare = np.zeros(order * LANES if base.shape[0] > 1 else 1, np.float32)
-    largest = np.zeros(LANES, np.uint32)
-    row_scales = np.ones(LANES, np.float32)
-    exponents = np.zeros(LANES, np.int64)
-    turns = np.zeros(quads * 2 * LANES, np.float32)
-    energy = np.zeros(nodes * LANES, np.float32)
-    shares, place, budget = np.zeros(nodes * LANES, np.int32), np.zeros(nodes * LANES, np.int32), np.zeros(nodes * LANES, np.int32)
+    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
+    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int64)
+    turns, energy = np.zeros(order // 2 * LANES, np.float32), np.zeros(order // 2 * LANES, np.float32)
+    places, codes = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
+    bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
+    work = (bit_place, budget, codes, np.zeros(order // 4 * LANES, np.int32), np.zeros(order // 4 * LANES, np.int32))
     words = np.zeros(LANES * stride, np.uint64)
-    cos = np.zeros((chunk_tokens if pairs else 1, max(pairs, 1)), np.float32)
-    sin = np.zeros_like(cos)
+    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
     have_chunk = -1
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
         tokens = min(chunk_tokens, coded - first)
-        out = chunk * leading * (chunk_tokens * row_bytes + 4) + lead * (tokens * row_bytes + 4)
-        block_out = out
+        block_out = chunk * leading * (chunk_tokens * row_bytes + 4) + lead * (tokens * row_bytes + 4)
+        out = block_out
         if pairs and chunk != have_chunk:
             fill_phases(first_position + first_tokens + first, tokens, frequencies, phase_tables, cos, sin)
             have_chunk = chunk
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
             start = starts[lead] + (first_tokens + first + row) * token_stride
-            load_tile(flat, start, token_stride, rows, head_dim, dtype, tile, tile_bits, order)
             bad_at = lead * coded + first + row
-            flag_bad_rows(flat, start, token_stride, rows, head_dim, dtype, tile, tile_bits, order, largest, bad, bad_at)
+            load_tile(flat, start, token_stride, rows, head_dim, dtype, tile, order)
+            largest_bits(tile, order, scratch, largest)
+            flag_bad_rows(tile, rows, order, dtype, largest, bad, bad_at)
             if offsets.size:
-                add_offset(tile, rows, head_dim, order, offsets[lead], F32(-1), pairs, pair_p, step, cos, sin, row)
+                add_offset(tile, rows, order, offsets[lead], F32(-1), pairs, pair_p, step, cos, sin, row)
                 for r in range(rows):
-                    for k in range(r * order, r * order + head_dim):
-                        tile[k] = F32(0) if bad[bad_at + r] else min(max(tile[k], -_LARGEST), _LARGEST)
-                largest_bits(tile_bits, rows, head_dim, order, largest)
+                    if bad[bad_at + r]:
+                        tile[r * order : (r + 1) * order] = F32(0)
+                for k in range(0, LANES * order, LANES):
+                    store(tile, k, min(max(load(tile, k), floats(-_LARGEST)), floats(_LARGEST)))
+                largest_bits(tile, order, scratch, largest)
             for r in range(LANES):
-                exponent = I64(largest[r] >> np.uint32(23)) - 127 if r < rows else 0
-                exponents[r] = -min(max(exponent, -126), 126) if abs(exponent) > 40 else 0
+                exponent = I64(largest[r] >> 23) - 127
+                exponents[r] = -min(max(exponent, -126), 126) if abs(exponent) > _FAR else 0
                 row_scales[r] = F32(2.0 ** exponents[r])
-            to_lanes(tile, order, head_dim, factors, row_scales, x)
+            to_lanes(tile, order, factors, row_scales, x)
             hadamard(x, spare, order, base, False)
             words[:] = U64(0)
-            if coding == 1:
-                analyse(x, order, turns, energy, shares, tree[0], tree[1], tree[2], node_tables[6])
+            if coding == CODING_SPLIT:
+                analyse(x, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
                 encode_split(
-                    rows, plan_ints, energy, shares, turns, exponents, tree, node_tables[:6], quad_tables, place, budget, words, stride
+                    rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride
                 )
             else:
                 encode_paper(rows, x, order, row_scales, radius_exponent, paper_bounds, words, stride)
-            words_to_bytes(words, stride, rows, row_bytes, payload, out)
+            rows_to_bytes(words, stride, rows, row_bytes, payload, out)
             out += rows * row_bytes
         total = checksum(payload, block_out, tokens * row_bytes, keys)
         for j in range(4):
@@ -626,37 +760,32 @@ def encode_blocks(
 
 @jit
 def decode_blocks(
-    work, sizes, payload, origin, flat, places, first_lead, first_token, offsets, rope, phase_tables, plan_ints, radius_exponent,
-    factors, base, tree, node_tables, quad_tables, paper_cos, paper_sin, circle, mantissas, keys, limit, write, damaged,
+    items, sizes, payload, flat, places_of, first_lead, first_token, offsets, rope, phase_tables, plan_ints, radius_exponent,
+    factors, base, tree, nodes, quads, paper_tables, circle, mantissas, keys, limit, write, damaged,
 ):
-    """Check, and where ``write`` is set decode, the blocks of ``work`` int64 [n, 5]: chunk, lead, low row, high row, place."""
+    """Check, and where ``write`` is set decode, the blocks of ``items`` int64 [n, 5]: chunk, lead, low row, high row, place."""
     coding, dtype, head_dim, order, row_bytes, chunk_tokens, leading, first_tokens, coded = sizes
-    starts, token_stride = places
+    starts, token_stride = places_of
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    quads = order // 4
-    nodes = 2 * quads
-    tile = np.zeros(LANES * order, np.float32)
-    tile_bits = tile.view(np.uint32)
-    x = np.zeros(order * LANES, np.float32)
-    spare = np.zeros(order * LANES if base.shape[0] > 1 else 1, np.float32)
+    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
+    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
     first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
-    radius = np.zeros(nodes * LANES, np.float32)
-    place, budget = np.zeros(nodes * LANES, np.int32), np.zeros(nodes * LANES, np.int32)
+    radius = np.zeros(order // 2 * LANES, np.float32)
+    bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
+    work = (bit_place, budget, radius, np.zeros(order // 4 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32))
     words = np.zeros(LANES * stride, np.uint64)
-    cos = np.zeros((chunk_tokens if pairs else 1, max(pairs, 1)), np.float32)
-    sin = np.zeros_like(cos)
+    words32 = words.view(np.int32)
+    short = np.zeros(LANES, np.uint16)
+    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
     have_chunk = -1
-    for item in range(work.shape[0]):
-        chunk, lead, low, high, source = work[item]
+    for item in range(items.shape[0]):
+        chunk, lead, low, high, source = items[item]
         first = chunk * chunk_tokens
         tokens = min(chunk_tokens, coded - first)
         end = source + tokens * row_bytes
-        stored = U64(0)
-        for j in range(4):
-            stored |= U64(payload[end + j]) << U64(8 * j)
-        damaged[item] = stored != checksum(payload, source, tokens * row_bytes, keys)
+        damaged[item] = word_at(payload, end) != checksum(payload, source, tokens * row_bytes, keys)
         if not write:
             continue
         if pairs and chunk != have_chunk:
@@ -664,42 +793,33 @@ def decode_blocks(
             have_chunk = chunk
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            bytes_to_words(payload, source + row * row_bytes, rows, row_bytes, words, stride)
-            if coding == 1:
-                decode_split(
-                    rows, plan_ints, tree, node_tables, quad_tables, circle, mantissas, place, budget, radius, words, stride, x,
-                    first_factor, second_factor,
-                )
+            bytes_to_rows(payload, source + row * row_bytes, rows, row_bytes, words, stride)
+            if coding == CODING_SPLIT:
+                radius_factors(rows, plan_ints, mantissas, words, stride, first_factor, second_factor)
+                decode_split(plan_ints, tree, nodes, quads, circle, work, words32, 2 * stride, x)
             else:
                 decode_paper(
-                    rows, order, radius_exponent, paper_cos, paper_sin, circle, mantissas[0], words, stride, x, first_factor,
-                    second_factor,
+                    rows, order, radius_exponent, paper_tables, circle, mantissas[0], words, stride, x, first_factor, second_factor
                 )
-            to_grid(x, order * LANES)
             hadamard(x, spare, order, base, True)
-            from_lanes(x, order, head_dim, factors, first_factor, second_factor, tile)
+            from_lanes(x, order, factors, first_factor, second_factor, tile)
             if offsets.size:
-                add_offset(tile, rows, head_dim, order, offsets[lead], F32(1), pairs, pair_p, step, cos, sin, row)
+                add_offset(tile, rows, order, offsets[lead], F32(1), pairs, pair_p, step, cos, sin, row)
             target = starts[lead - first_lead] + (first_tokens + first + row - first_token) * token_stride
-            if dtype == 3:
-                store_float_rows(tile, rows, head_dim, order, limit, flat, target, token_stride)
-            else:
-                narrow_rows(tile, rows, head_dim, order, limit, dtype == 1, tile_bits, flat, target, token_stride)
+            narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, target, token_stride)
 
 
 @jit
-def sum_blocks(first_lead, last_lead, sizes, flat, places, rope, phase_tables, total):
-    """Sums of the coded tokens, turned back: float64 total [leading, head_dim]; NaN and Inf count as zero vectors."""
+def sum_blocks(first_lead, last_lead, sizes, flat, places_of, rope, phase_tables, total):
+    """Sums of the coded tokens, turned back: float64 total [leading, order]; NaN and Inf count as zero vectors."""
     _, dtype, head_dim, order, _, chunk_tokens, leading, first_tokens, coded = sizes
-    starts, token_stride = places
+    starts, token_stride = places_of
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     tile = np.zeros(LANES * order, np.float32)
-    tile_bits = tile.view(np.uint32)
-    largest = np.zeros(LANES, np.uint32)
+    scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     bad = np.zeros(LANES, np.bool_)
-    cos = np.zeros((chunk_tokens if pairs else 1, max(pairs, 1)), np.float32)
-    sin = np.zeros_like(cos)
+    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
     for first in range(0, coded, chunk_tokens):
         tokens = min(chunk_tokens, coded - first)
         if pairs:
@@ -708,6 +828,7 @@ def sum_blocks(first_lead, last_lead, sizes, flat, places, rope, phase_tables, t
             for row in range(0, tokens, LANES):
                 rows = min(LANES, tokens - row)
                 start = starts[lead] + (first_tokens + first + row) * token_stride
-                load_tile(flat, start, token_stride, rows, head_dim, dtype, tile, tile_bits, order)
-                flag_bad_rows(flat, start, token_stride, rows, head_dim, dtype, tile, tile_bits, order, largest, bad, 0)
-                sum_rows(tile, rows, head_dim, order, pairs, pair_p, step, cos, sin, row, total[lead])
+                load_tile(flat, start, token_stride, rows, head_dim, dtype, tile, order)
+                largest_bits(tile, order, scratch, largest)
+                flag_bad_rows(tile, rows, order, dtype, largest, bad, 0)
+                sum_rows(tile, rows, order, pairs, pair_p, step, cos, sin, row, total[lead])

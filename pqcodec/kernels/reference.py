@@ -171,10 +171,10 @@ def _decode_quad(code: np.ndarray, budget: np.ndarray, radius: np.ndarray, plan:
     n_a, n_b = table.n_a[record].astype(np.int64), table.n_b[record].astype(np.int64)
     sector_a, sector_b = np.divmod(code - cell * table.per_cell[budget], n_b)
     columns = []
-    for pair_radius, sector, n in ((radius * table.cos[record], sector_a, n_a), (radius * table.sin[record], sector_b, n_b)):
+    for mean, sector, n in ((table.cos[record], sector_a, n_a), (table.sin[record], sector_b, n_b)):
         phase = (((2 * sector + 1) * angles.circle_step(n) + (1 << (c.PHASE_SHIFT - 1))) >> c.PHASE_SHIFT) % c.CIRCLE
-        columns += [pair_radius * plan.circle_cos[phase], pair_radius * plan.circle_sin[phase]]
-    return np.rint(np.stack(columns, 1)).astype(np.int32)
+        columns += [mean * plan.circle_cos[phase], mean * plan.circle_sin[phase]]  # exact: 11 bits times 11 bits
+    return np.rint(radius[:, None] * np.stack(columns, 1)).astype(np.int32)
 
 
 # -- paper coding (SPEC 7) ---------------------------------------------------------------------------------------

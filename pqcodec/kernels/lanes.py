@@ -1,0 +1,502 @@
+"""Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64, spelled as LLVM vectors.
+
+``Lanes`` values support + - * & | ^ << >> and comparisons lane by lane (>> is logical); everything else is a function of
+this file. LLVM lowers eight 32-bit lanes to one AVX2 register, or to several smaller ones. No operation here is fused or
+reassociated: a lane's result is the scalar operation's result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 8
+_I1, _I8, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32 = ir.FloatType()
+_ELEMENT = {"float": _F32, "int": _I32, "long": _I64, "mask": _I1}
+
+
+class LanesType(types.Type):
+    """numba type of eight lanes of one kind: "float", "int", "long" or "mask"."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        super().__init__(name=f"Lanes({kind})")
+
+
+FLOAT, INT, LONG, MASK = (LanesType(kind) for kind in ("float", "int", "long", "mask"))
+
+
+@register_model(LanesType)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, lanes: LanesType) -> None:
+        super().__init__(manager, lanes, ir.VectorType(_ELEMENT[lanes.kind], LANES))
+
+
+def _vector(kind: str, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(_ELEMENT[kind], lanes)
+
+
+def _indices(*lanes: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
+
+
+def _splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), _indices(*[0] * LANES))
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------
+def _binary(name_float: str | None, name_int: str | None) -> Any:
+    """An intrinsic that applies an LLVM instruction to two vectors of one kind."""
+
+    @intrinsic
+    def apply(typingctx, a, b):  # type: ignore[no-untyped-def]
+        if not (isinstance(a, LanesType) and a == b):
+            return None
+        name = name_float if a.kind == "float" else name_int
+        if name is None:
+            return None
+        return a(a, b), lambda context, builder, signature, args: getattr(builder, name)(*args)
+
+    return apply
+
+
+def _compare(symbol: str) -> Any:
+    @intrinsic
+    def apply(typingctx, a, b):  # type: ignore[no-untyped-def]
+        if not (isinstance(a, LanesType) and a == b):
+            return None
+
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            compare = builder.fcmp_ordered if a.kind == "float" else builder.icmp_signed
+            return compare(symbol, *args)
+
+        return MASK(a, b), emit
+
+    return apply
+
+
+_OPERATORS = {
+    operator.add: _binary("fadd", "add"),
+    operator.sub: _binary("fsub", "sub"),
+    operator.mul: _binary("fmul", "mul"),
+    operator.and_: _binary(None, "and_"),
+    operator.or_: _binary(None, "or_"),
+    operator.xor: _binary(None, "xor"),
+    operator.lshift: _binary(None, "shl"),
+    operator.rshift: _binary(None, "lshr"),
+    operator.truediv: _binary("fdiv", None),
+    operator.lt: _compare("<"),
+    operator.le: _compare("<="),
+    operator.gt: _compare(">"),
+    operator.ge: _compare(">="),
+    operator.eq: _compare("=="),
+}
+
+
+def _register(symbol: Any, function: Any) -> None:
+    @overload(symbol)
+    def apply(a, b):  # type: ignore[no-untyped-def]
+        if isinstance(a, LanesType) and a == b:
+            return lambda a, b: function(a, b)
+        return None
+
+
+for _symbol, _function in _OPERATORS.items():
+    _register(_symbol, _function)
+
+
+@intrinsic
+def select(typingctx, mask, a, b):  # type: ignore[no-untyped-def]
+    """Lane of ``a`` where the mask is set, else of ``b``."""
+    return a(mask, a, b), lambda context, builder, signature, args: builder.select(*args)
+
+
+@intrinsic
+def floats(typingctx, scalar):  # type: ignore[no-untyped-def]
+    """Eight times one float32."""
+    return FLOAT(types.float32), lambda context, builder, signature, args: _splat(builder, args[0], _vector("float"))
+
+
+@intrinsic
+def ints(typingctx, scalar):  # type: ignore[no-untyped-def]
+    """Eight times one int32."""
+    return INT(types.int32), lambda context, builder, signature, args: _splat(builder, args[0], _vector("int"))
+
+
+def _convert(source: LanesType, target: LanesType, name: str) -> Any:
+    @intrinsic
+    def apply(typingctx, a):  # type: ignore[no-untyped-def]
+        if a != source:
+            return None
+        return target(a), lambda context, builder, signature, args: getattr(builder, name)(args[0], _vector(target.kind))
+
+    return apply
+
+
+truncate = _convert(FLOAT, INT, "fptosi")
+to_float = _convert(INT, FLOAT, "sitofp")
+as_bits = _convert(FLOAT, INT, "bitcast")
+as_float = _convert(INT, FLOAT, "bitcast")
+to_long = _convert(INT, LONG, "zext")
+low_half = _convert(LONG, INT, "trunc")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _load(builder: Any, pointer: Any, vector: ir.Type, align: int) -> Any:
+    load = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    load.align = align
+    return load
+
+
+def _store(builder: Any, value: Any, pointer: Any, align: int) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+
+
+_KIND_OF = {types.float32: FLOAT, types.int32: INT, types.uint32: INT}
+
+
+@intrinsic
+def load(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Eight neighbours from array[index] on: float32 -> float lanes, int32 and uint32 -> int lanes."""
+    lanes = _KIND_OF[array.dtype]
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), _vector(lanes.kind), 4)
+
+    return lanes(array, types.int64), emit
+
+
+@intrinsic
+def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """array[index : index + 8] = value."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, value), emit
+
+
+@intrinsic
+def load_short(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Eight uint16 as int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = _load(builder, _pointer(context, builder, signature.args[0], *args), ir.VectorType(_I16, LANES), 2)
+        return builder.zext(short, _vector("int"))
+
+    return INT(array, types.int64), emit
+
+
+@intrinsic
+def store_short(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """The low 16 bits of int lanes into uint16 array[index : index + 8]."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = builder.trunc(args[2], ir.VectorType(_I16, LANES))
+        _store(builder, short, _pointer(context, builder, signature.args[0], *args[:2]), 2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, INT), emit
+
+
+def _lane_pointers(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> list[Any]:
+    """One pointer a lane; the indices are unsigned."""
+    data = context.make_array(array_type)(context, builder, array).data
+    wide = [builder.zext(builder.extract_element(index, ir.Constant(_I32, i)), _I64) for i in range(LANES)]
+    return [builder.gep(data, [place]) for place in wide]
+
+
+def _stored_indices(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> list[Any]:
+    """Eight int32 of memory, as 64-bit numbers: cheaper than lanes taken out of a register."""
+    pointers = (
+        _pointer(context, builder, array_type, array, builder.add(at, ir.Constant(_I64, i))) for i in range(LANES)
+    )
+    return [builder.zext(builder.load(pointer), _I64) for pointer in pointers]
+
+
+@intrinsic
+def gather(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index] lane by lane, for a 1-D table of 8- or 32-bit numbers."""
+    lanes = _KIND_OF.get(array.dtype, INT)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        result = ir.Constant(_vector(lanes.kind), ir.Undefined)
+        for i, pointer in enumerate(_lane_pointers(context, builder, signature.args[0], *args)):
+            value = builder.load(pointer)
+            if value.type.width < 32 if isinstance(value.type, ir.IntType) else False:
+                value = builder.zext(value, _I32)
+            result = builder.insert_element(result, value, ir.Constant(_I32, i))
+        return result
+
+    return lanes(array, INT), emit
+
+
+def _pairs(builder: Any, pointers: list[Any], kind: str) -> tuple[Any, Any]:
+    """First and second neighbours at eight pointers."""
+    two = [_load(builder, pointer, _vector(kind, 2), 4) for pointer in pointers]
+    four = [builder.shuffle_vector(two[i], two[i + 1], _indices(0, 1, 2, 3)) for i in range(0, LANES, 2)]
+    low = builder.shuffle_vector(four[0], four[2], _indices(*range(8)))
+    high = builder.shuffle_vector(four[1], four[3], _indices(*range(8)))
+    first = builder.shuffle_vector(low, high, _indices(0, 2, 8, 10, 4, 6, 12, 14))
+    second = builder.shuffle_vector(low, high, _indices(1, 3, 9, 11, 5, 7, 13, 15))
+    return first, second
+
+
+@intrinsic
+def gather_pair(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index], array[index + 1] as two vectors."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointers = _lane_pointers(context, builder, signature.args[0], *args)
+        return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
+
+    return result(array, INT), emit
+
+
+def _fours(builder: Any, pointers: list[Any], kind: str) -> list[Any]:
+    """First to fourth neighbours at eight pointers."""
+    four = [_load(builder, pointer, _vector(kind, 4), 4) for pointer in pointers]
+    both = [builder.shuffle_vector(four[i], four[i + 4], _indices(*range(8))) for i in range(4)]
+    low, high = _indices(0, 8, 1, 9, 4, 12, 5, 13), _indices(2, 10, 3, 11, 6, 14, 7, 15)
+    t = [builder.shuffle_vector(*both[:2], low), builder.shuffle_vector(*both[:2], high)]
+    t += [builder.shuffle_vector(*both[2:], low), builder.shuffle_vector(*both[2:], high)]
+    low, high = _indices(0, 1, 8, 9, 4, 5, 12, 13), _indices(2, 3, 10, 11, 6, 7, 14, 15)
+    return [builder.shuffle_vector(t[j], t[j + 2], half) for j in (0, 1) for half in (low, high)]
+
+
+@intrinsic
+def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """gather_four for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 4)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        pointers = [builder.gep(data, [place]) for place in places]
+        return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
+
+    return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """gather_pair for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        pointers = [builder.gep(data, [place]) for place in places]
+        return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
+
+    return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_four(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index] .. array[index + 3] as four vectors."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 4)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointers = _lane_pointers(context, builder, signature.args[0], *args)
+        return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
+
+    return result(array, INT), emit
+
+
+@intrinsic
+def transpose(typingctx, source, start, stride, target, place):  # type: ignore[no-untyped-def]
+    """target[place + 8 i + j] = source[start + j stride + i] for i, j in 0 .. 7, both float32."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        source, start, stride, target, place = args
+        rows = []
+        for i in range(LANES):
+            pointer = _pointer(context, builder, signature.args[0], source, start)
+            rows.append(_load(builder, pointer, _vector("float"), 4))
+            start = builder.add(start, stride)
+        for i, row in enumerate(_transposed(builder, rows)):
+            at = builder.add(place, ir.Constant(_I64, LANES * i))
+            _store(builder, row, _pointer(context, builder, signature.args[3], target, at), 4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64), emit
+
+
+@intrinsic
+def transpose_back(typingctx, source, place, target, start, stride):  # type: ignore[no-untyped-def]
+    """target[start + j stride + i] = source[place + 8 i + j] for i, j in 0 .. 7, both float32."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        source, place, target, start, stride = args
+        rows = []
+        for i in range(LANES):
+            at = builder.add(place, ir.Constant(_I64, LANES * i))
+            rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), _vector("float"), 4))
+        for row in _transposed(builder, rows):
+            _store(builder, row, _pointer(context, builder, signature.args[2], target, start), 4)
+            start = builder.add(start, stride)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), emit
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """An 8 x 8 transposition in three rounds of shuffles."""
+    rounds = (
+        (1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15)),
+        (2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
+        (4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+    )
+    for step, low, high in rounds:
+        turned = list(rows)
+        for i in range(LANES):
+            if not i & step:
+                turned[i] = builder.shuffle_vector(rows[i], rows[i + step], _indices(*low))
+                turned[i + step] = builder.shuffle_vector(rows[i], rows[i + step], _indices(*high))
+        rows = turned
+    return rows
+
+
+# -- bit fields --------------------------------------------------------------------------------------------------
+@intrinsic
+def put(typingctx, words, stride, place, value):  # type: ignore[no-untyped-def]
+    """Or each long lane into its own row of uint64 words, ``stride`` words a row, from bit ``place`` on."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, place, value = args
+        data = context.make_array(signature.args[0])(context, builder, words).data
+        base = ir.Constant(_I64, 0)
+        for i in range(LANES):
+            lane = ir.Constant(_I32, i)
+            at = builder.zext(builder.extract_element(place, lane), _I64)
+            bits = builder.extract_element(value, lane)
+            shift = builder.and_(at, ir.Constant(_I64, 63))
+            rest = builder.lshr(builder.lshr(bits, ir.Constant(_I64, 1)), builder.sub(ir.Constant(_I64, 63), shift))
+            pointer = builder.gep(data, [builder.add(base, builder.lshr(at, ir.Constant(_I64, 6)))])
+            builder.store(builder.or_(builder.load(pointer), builder.shl(bits, shift)), pointer)
+            behind = builder.gep(pointer, [ir.Constant(_I64, 1)])
+            builder.store(builder.or_(builder.load(behind), rest), behind)
+            base = builder.add(base, stride)
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, INT, LONG), emit
+
+
+@intrinsic
+def window_at(typingctx, words, stride, places, at):  # type: ignore[no-untyped-def]
+    """32 bits of each lane's row of int32 words, ``stride`` words a row, from bit places[at + lane] on, as int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, places, at = args
+        data = context.make_array(signature.args[0])(context, builder, words).data
+        base, pointers = ir.Constant(_I64, 0), []
+        for place in _stored_indices(context, builder, signature.args[2], places, at):
+            word = builder.lshr(place, ir.Constant(_I64, 5))
+            pointers.append(builder.gep(data, [builder.add(base, word)]))
+            base = builder.add(base, stride)
+        low, high = _pairs(builder, pointers, "int")
+        place = _load(builder, _pointer(context, builder, signature.args[2], places, at), _vector("int"), 4)
+        shift = builder.and_(place, ir.Constant(_vector("int"), [31] * LANES))
+        back = builder.sub(ir.Constant(_vector("int"), [31] * LANES), shift)
+        high = builder.shl(builder.shl(high, ir.Constant(_vector("int"), [1] * LANES)), back)
+        return builder.or_(builder.lshr(low, shift), high)
+
+    return INT(words, types.int64, places, types.int64), emit
+
+
+@intrinsic
+def any_lane(typingctx, mask):  # type: ignore[no-untyped-def]
+    """Whether a lane of the mask is set."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.icmp_unsigned("!=", builder.bitcast(args[0], _I8), ir.Constant(_I8, 0))
+
+    return types.boolean(MASK), emit
+
+
+@intrinsic
+def word_at(typingctx, data, index):  # type: ignore[no-untyped-def]
+    """The little-endian 32-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        word = _load(builder, _pointer(context, builder, signature.args[0], *args), _I32, 1)
+        return builder.zext(word, _I64)
+
+    return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def long_at(typingctx, data, index):  # type: ignore[no-untyped-def]
+    """The little-endian 64-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), _I64, 1)
+
+    return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def set_long_at(typingctx, data, index, value):  # type: ignore[no-untyped-def]
+    """Write a uint64 at byte ``index`` of a uint8 array, aligned or not."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), 1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), emit
+
+
+@intrinsic
+def nearest(typingctx, value):  # type: ignore[no-untyped-def]
+    """Float lanes rounded to integers, halves to even."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = _vector("float")
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector]), "llvm.rint.v8f32")
+        return builder.call(function, args)
+
+    return FLOAT(FLOAT), emit
+
+
+@intrinsic
+def magnitude(typingctx, value):  # type: ignore[no-untyped-def]
+    """|value| of float lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        mask = ir.Constant(_vector("int"), [0x7FFFFFFF] * LANES)
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], _vector("int")), mask), _vector("float"))
+
+    return FLOAT(FLOAT), emit
+
+
+@overload(min)
+def _min(a, b):  # type: ignore[no-untyped-def]
+    if isinstance(a, LanesType) and a == b:
+        return lambda a, b: select(a < b, a, b)
+    return None
+
+
+@overload(max)
+def _max(a, b):  # type: ignore[no-untyped-def]
+    if isinstance(a, LanesType) and a == b:
+        return lambda a, b: select(a > b, a, b)
+    return None
