@@ -32,7 +32,7 @@ class View:
     def values(self) -> Values:
         """Rows in place; a tensor whose last dimension is not contiguous is copied."""
         stored = self.stored
-        if stored.size and (stored.strides[-1] != stored.itemsize and stored.shape[-1] > 1 or min(stored.strides) < 0):
+        if stored.size and ((stored.strides[-1] != stored.itemsize and stored.shape[-1] > 1) or min(stored.strides) < 0):
             stored = np.ascontiguousarray(stored)
         return values_of(stored)
 
@@ -54,7 +54,9 @@ def view(x: Any) -> View:
     """See a torch or numpy tensor [..., tokens, head_dim]; raises InvalidArgument."""
     if isinstance(x, np.ndarray):
         if x.dtype not in _NUMPY_DTYPES:
-            raise InvalidArgument(f"dtype {x.dtype} of the array; float16 and float32 are supported (bfloat16 as torch tensors)")
+            raise InvalidArgument(
+                f"dtype {x.dtype} of the array; float16 and float32 are supported (bfloat16 as torch tensors)"
+            )
         dtype, stored, device = _NUMPY_DTYPES[x.dtype], x.view(np.uint16) if x.dtype == np.float16 else x, "cpu"
         return View(_checked(x.shape), dtype, True, device, stored)
     torch = sys.modules.get("torch")
@@ -62,7 +64,9 @@ def view(x: Any) -> View:
         raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
     dtypes = {torch.float16: c.DTYPE_FLOAT16, torch.bfloat16: c.DTYPE_BFLOAT16, torch.float32: c.DTYPE_FLOAT32}
     if x.dtype not in dtypes or x.layout != torch.strided:
-        raise InvalidArgument(f"dtype {x.dtype}, layout {x.layout} of the tensor; dense {', '.join(DTYPE_NAMES.values())} expected")
+        raise InvalidArgument(
+            f"dtype {x.dtype}, layout {x.layout} of the tensor; dense {', '.join(DTYPE_NAMES.values())} expected"
+        )
     shape = _checked(tuple(x.shape))
     if x.device.type != "cpu":
         return View(shape, dtypes[x.dtype], False, x.device.type, np.zeros(0, np.uint16))
@@ -79,7 +83,9 @@ def _checked(shape: tuple[int, ...]) -> tuple[int, ...]:
     if not 1 <= len(shape) <= c.MAX_NDIM:
         raise InvalidArgument(f"shape {tuple(shape)}: 1 .. {c.MAX_NDIM} dimensions [..., tokens, head_dim] are expected")
     if not 1 <= shape[-1] <= c.MAX_HEAD_DIM:
-        raise InvalidArgument(f"shape {tuple(shape)}: head_dim {shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension")
+        raise InvalidArgument(
+            f"shape {tuple(shape)}: head_dim {shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension"
+        )
     return tuple(int(n) for n in shape)
 
 

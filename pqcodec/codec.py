@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -109,14 +109,14 @@ def encode(
     values = view.values()
     header = _header(view.shape, view.dtype, preset, seed, center, rope, exact_tokens, chunk_tokens, view.numpy)
     if nonfinite == "exact":
-        header = _replace(header, exceptions=len(_bad_rows(values, header)))
+        header = replace(header, exceptions=len(_bad_rows(values, header)))
     if header.coding == c.CODING_PAPER:
-        header = _replace(header, radius_exponent=_paper_exponent(values, header))
+        header = replace(header, radius_exponent=_paper_exponent(values, header))
     halves = np.zeros((header.leading, 0), np.float16)
     offsets = None
     if header.offsets:
         halves, exponent = centre.store(kernel.means(values, header))
-        header = _replace(header, offset_exponent=exponent)
+        header = replace(header, offset_exponent=exponent)
         offsets = centre.load(halves, exponent)
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
@@ -186,12 +186,6 @@ def _header(
     )
 
 
-def _replace(header: Header, **changes: Any) -> Header:
-    from dataclasses import replace
-
-    return replace(header, **changes)
-
-
 def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]:
     total = header.chunks * header.leading
     done = 0
@@ -238,9 +232,7 @@ def _widened(values: Values, h: Header) -> Any:
 
 def _bad_rows(values: Values, h: Header) -> np.ndarray:
     """Coded vectors that hold NaN or Inf, as lead * coded_tokens + token, ascending."""
-    found = [
-        lead * h.coded_tokens + first + np.nonzero(~np.isfinite(x).all(1))[0] for lead, first, x in _widened(values, h)
-    ]
+    found = [lead * h.coded_tokens + first + np.nonzero(~np.isfinite(x).all(1))[0] for lead, first, x in _widened(values, h)]
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
@@ -260,8 +252,8 @@ def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
     lead, token = (int(i) for i in np.argwhere(bad)[0])
     row = widen(values.rows(lead, h.first_tokens + token, 1), h.dtype)[0]
     channel = int(np.nonzero(~np.isfinite(row))[0][0])
-    index = (*np.unravel_index(lead, h.shape[:-2]), h.first_tokens + token) if len(h.shape) > 2 else (h.first_tokens + token,)
-    place = [int(i) for i in index[-len(h.shape) + 1 :]] + [channel] if len(h.shape) > 1 else [channel]
+    leading = [int(i) for i in np.unravel_index(lead, h.shape[:-2])] if len(h.shape) > 2 else []
+    place = [*leading, h.first_tokens + token, channel][-len(h.shape) :]
     count = int(bad.sum())
     return (
         f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf); "
@@ -299,7 +291,9 @@ def decode(
     if stored.size:
         damage = _decode_into(source, header, kernel, out, (first, last), (low, high), progress)
         if damage:
-            raise CorruptStream(f"checksum does not hold: {damage[0]}" + (f" and {len(damage) - 1} more places" if damage[1:] else ""))
+            raise CorruptStream(
+                f"checksum does not hold: {damage[0]}" + (f" and {len(damage) - 1} more places" if damage[1:] else "")
+            )
     return result if device is None else arrays.to_device(result, device)
 
 
@@ -399,7 +393,9 @@ def _decode_into(
         damaged = np.zeros((high - low, part[1] - part[0]), np.bool_)
         payload = source.read(origin, end - origin)
         job_out = out and Values(out.flat, out.starts[part[0] - leads[0] :], out.stride, out.head_dim)
-        kernel.decode(DecodeJob(h, payload, origin, low, high, *part, *tokens, offsets, job_out, damaged, advance))
+        kernel.decode(
+            DecodeJob(h, payload, origin, low, high, part[0], part[1], tokens[0], tokens[1], offsets, job_out, damaged, advance)
+        )
         for chunk, lead in np.argwhere(damaged):
             start = h.first_tokens + (low + int(chunk)) * h.chunk_tokens
             damage.append(Damage("payload", part[0] + int(lead), (start, start + h.block_tokens(low + int(chunk)))))

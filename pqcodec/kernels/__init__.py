@@ -32,4 +32,6 @@ def backend(name: str, device: str = "cpu") -> Backend:
     try:
         return BACKENDS[chosen]()
     except ImportError as error:
-        raise BackendUnavailable(f"backend {chosen!r} needs {error.name or error}: install it, or choose another backend") from error
+        raise BackendUnavailable(
+            f"backend {chosen!r} needs {error.name or error}: install it, or choose another backend"
+        ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
+_ONE_THREAD_BYTES = 1 << 16
 _WIDTHS = c.MAX_ANGLE_BITS + 1
 
 
@@ -35,10 +36,10 @@ def threads() -> int:
     return int(wanted)
 
 
-def _run(tasks: Iterable[Callable[[], int]], advance: Callable[[int], None]) -> None:
+def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:
     """Run every task and tell ``advance`` what each returns."""
-    workers = threads()
-    if workers == 1:
+    workers = min(threads(), len(tasks))
+    if workers <= 1:
         for task in tasks:
             advance(task())
         return
@@ -192,8 +193,10 @@ def _keys(h: Header) -> np.ndarray:
 
 
 def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
-    """Ranges of about _TASK_BYTES, and at least one for each thread."""
-    step = max(1, min(_TASK_BYTES // max(bytes_each, 1), -(-items // threads())))
+    """Ranges of about _TASK_BYTES, and at least one for each thread where the work is worth a thread."""
+    step = max(1, _TASK_BYTES // max(bytes_each, 1))
+    if items * bytes_each > _ONE_THREAD_BYTES:
+        step = min(step, -(-items // threads()))
     return ((first, min(first + step, items)) for first in range(0, items, step))
 
 
@@ -213,7 +216,7 @@ class Cpu:
             return 0
 
         pieces = _pieces(h.leading, h.coded_tokens * h.vector_bytes)
-        _run((lambda p=p: task(*p) for p in pieces), lambda done: None)
+        _run([partial(task, *piece) for piece in pieces], lambda done: None)
         return total[:, : h.head_dim] / max(h.coded_tokens, 1)
 
     def encode(self, job: EncodeJob) -> None:
@@ -245,7 +248,7 @@ class Cpu:
             return last - first
 
         pieces = _pieces(h.chunks * h.leading, h.chunk_tokens * h.vector_bytes)
-        _run((lambda p=p: task(*p) for p in pieces), job.advance)
+        _run([partial(task, *piece) for piece in pieces], job.advance)
 
     def decode(self, job: DecodeJob) -> None:
         h, plan = job.header, plan_for(job.header)
@@ -282,4 +285,5 @@ class Cpu:
             tiles.decode_blocks(items[first:last], *arguments, damaged[first:last])
             return last - first
 
-        _run((lambda p=p: task(*p) for p in _pieces(len(items), h.chunk_tokens * h.vector_bytes)), job.advance)
+        pieces = _pieces(len(items), h.chunk_tokens * h.vector_bytes)
+        _run([partial(task, *piece) for piece in pieces], job.advance)

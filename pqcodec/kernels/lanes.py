@@ -221,9 +221,7 @@ def _lane_pointers(context: Any, builder: Any, array_type: Any, array: Any, inde
 
 def _stored_indices(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> list[Any]:
     """Eight int32 of memory, as 64-bit numbers: cheaper than lanes taken out of a register."""
-    pointers = (
-        _pointer(context, builder, array_type, array, builder.add(at, ir.Constant(_I64, i))) for i in range(LANES)
-    )
+    pointers = (_pointer(context, builder, array_type, array, builder.add(at, ir.Constant(_I64, i))) for i in range(LANES))
     return [builder.zext(builder.load(pointer), _I64) for pointer in pointers]
 
 
@@ -329,7 +327,7 @@ def transpose(typingctx, source, start, stride, target, place):  # type: ignore[
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         source, start, stride, target, place = args
         rows = []
-        for i in range(LANES):
+        for _ in range(LANES):
             pointer = _pointer(context, builder, signature.args[0], source, start)
             rows.append(_load(builder, pointer, _vector("float"), 4))
             start = builder.add(start, stride)

@@ -184,7 +184,7 @@ def encode_paper(v: np.ndarray, plan: Plan, bits: np.ndarray, exponent: int) -> 
     for block in range(plan.order // c.PAPER_BLOCK):
         x = v[:, c.PAPER_BLOCK * block :][:, : c.PAPER_BLOCK]
         fields = []
-        codes = _sector(x[:, 0::2].ravel(), x[:, 1::2].ravel(), np.int64(1 << c.PAPER_LEVEL_BITS[0])).reshape(n, -1)
+        codes = _sector(x[:, 0::2].ravel(), x[:, 1::2].ravel(), np.array(1 << c.PAPER_LEVEL_BITS[0])).reshape(n, -1)
         fields.append(codes)
         radius = np.hypot(x[:, 0::2], x[:, 1::2])
         for level in (2, 3, 4):
@@ -267,7 +267,7 @@ def decode_rows(rows: np.ndarray, plan: Plan, radius_exponent: int = 0) -> np.nd
         units, first, second = decode_paper(bits, plan, radius_exponent)
     sums = units.astype(np.int64) @ rotation.hadamard(plan.order).astype(np.int64) * plan.signs.astype(np.int64)
     with np.errstate(over="ignore"):  # beyond float32: infinite here, the largest finite value in ``narrow``
-        return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None]
+        return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None] + np.float32(0)  # never -0
 
 
 # -- the backend -------------------------------------------------------------------------------------------------
@@ -326,7 +326,8 @@ class Reference:
                 x = decode_rows(rows, plan, h.radius_exponent)
                 first = h.first_tokens + chunk * h.chunk_tokens + low
                 if job.offsets is not None:
-                    x = x + self._offset(job.offsets[lead], h, first, high - low)
+                    with np.errstate(over="ignore"):
+                        x = x + self._offset(job.offsets[lead], h, first, high - low)
                 job.out.rows(lead - job.first_lead, first - job.first_token, high - low)[:] = narrow(x, h.dtype)
             job.advance(job.last_lead - job.first_lead)
 

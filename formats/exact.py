@@ -1,0 +1,73 @@
+"""Law: tensors of torch and numpy as the little-endian bytes of their numbers, and back, bit for bit.
+
+torch is imported only when a torch tensor is given or wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+
+NUMPY_DTYPES = {name: np.dtype(name) for name in c.EXACT_ITEM_BYTES if name != "bfloat16" and not name.startswith("float8")}
+
+
+def is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype's name: "float16", "int64", "bfloat16" ...; of another dtype whatever it calls itself."""
+    return str(x.dtype).removeprefix("torch.") if is_torch(x) else x.dtype.newbyteorder("=").name
+
+
+def nbytes(x: Any) -> int:
+    return math.prod(x.shape) * int(x.dtype.itemsize)
+
+
+def to_bytes(x: Any) -> np.ndarray:
+    """The numbers of a torch or numpy tensor as uint8 [bytes]; raises InvalidArgument."""
+    if not is_torch(x) and not isinstance(x, np.ndarray):
+        raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
+    name = dtype_name(x)
+    if name not in c.EXACT_ITEM_BYTES:
+        raise InvalidArgument(f"dtype {x.dtype} cannot be stored; choose from {', '.join(c.EXACT_ITEM_BYTES)}")
+    if x.ndim > c.MAX_EXACT_NDIM:
+        raise InvalidArgument(f"{x.ndim} dimensions; at most {c.MAX_EXACT_NDIM} are supported")
+    if is_torch(x):
+        import torch
+
+        if x.layout != torch.strided:
+            raise InvalidArgument(f"layout {x.layout} of the tensor; a dense tensor is expected")
+        return x.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.ascontiguousarray(x, x.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def from_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool) -> Any:
+    """A new tensor over a copy of ``raw`` uint8 [bytes]. Raises CorruptStream or UnsupportedStream."""
+    if numpy:
+        if dtype not in NUMPY_DTYPES:
+            raise CorruptStream(f"numpy has no dtype {dtype}")
+        return raw.copy().view(NUMPY_DTYPES[dtype].newbyteorder("<")).reshape(shape)
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if kind is None:
+        raise UnsupportedStream(f"this torch has no dtype {dtype}: install a newer one")
+    return torch.from_numpy(raw.copy()).view(kind).reshape(shape)
+
+
+def as_torch(x: Any) -> Any:
+    """``x`` as a torch tensor, over the same memory where that is possible."""
+    return x if is_torch(x) else from_bytes(to_bytes(x), tuple(x.shape), dtype_name(x), numpy=False)
+
+
+def contiguous(x: Any) -> Any:
+    """``x`` itself, or a copy in row-major order."""
+    return x.contiguous() if is_torch(x) else np.require(x, requirements="C")

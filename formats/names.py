@@ -1,0 +1,79 @@
+"""Law: which tensor is a key, which a value, and of which layer: by the names that people give them.
+
+The table is read from above and the first pattern that fits decides; a caller's regex replaces the table for its role.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pqcodec.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a tensor is in a KV cache; ``layer`` is None where the name tells none."""
+
+    role: str  # "key", "value" or "other"
+    layer: int | None = None
+
+
+_WORDS = {
+    "key": "k|keys?|k_?cache|keys?_cache|cache_(?:k|keys?)|k_states|key_states|past_keys?|present_keys?",
+    "value": "v|values?|v_?cache|values?_cache|cache_(?:v|values?)|v_states|value_states|past_values?|present_values?",
+}
+_START, _GAP = r"(?:.*[._/\-\]])?", r"[._/\-\[\]]+"
+_LAYER = r"(?P<layer>\d{1,6})"
+_HOLDER = "layers?|blocks?|h|past_key_values|past|present|cache"
+_PATTERNS = (  # WORD stands for the words of a role; what stands behind it in the name makes the tensor something else
+    rf"{_START}(?:{_HOLDER}){_GAP}{_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # layers.3.self_attn.key
+    rf"{_START}{_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # 3.keys, block3/0/k
+    rf"{_START}(?:layers?|block|l){_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # layer3.key
+    rf"{_START}WORD[._/\-\[]*{_LAYER}\]?",  # key_cache.3, k_3, keys[3], v3
+    rf"{_START}WORD",  # keys, model.k_cache
+)
+_LONGEST = 256  # characters at the end of a name that the table looks at
+TABLE = tuple(
+    (role, re.compile(pattern.replace("WORD", f"(?:{words})"), re.IGNORECASE))
+    for pattern in _PATTERNS
+    for role, words in _WORDS.items()
+)
+
+
+def part_of(name: str, keys: str | None = None, values: str | None = None) -> Part:
+    """Role and layer of the tensor ``name``; a regex ``keys`` or ``values`` (searched) alone decides on its role.
+
+    Raises InvalidArgument for a bad regex, or a name that both regexes fit.
+
+    >>> part_of("model.layers.0.self_attn.k_cache"), part_of("v.3"), part_of("layers.0.self_attn.k_proj.weight")
+    (Part(role='key', layer=0), Part(role='value', layer=3), Part(role='other', layer=None))
+    """
+    given = {role: _compile(role, regex) for role, regex in (("key", keys), ("value", values)) if regex is not None}
+    asked = [role for role, regex in given.items() if regex.search(name)]
+    if len(asked) > 1:
+        raise InvalidArgument(f"tensor {name!r} fits the regex of keys and that of values; make one of them narrower")
+    by_table = next(((role, match) for role, regex in TABLE if (match := regex.fullmatch(name[-_LONGEST:]))), None)
+    if asked:
+        return Part(asked[0], _layer(by_table[1]) if by_table else _only_number(name))
+    if by_table is None or by_table[0] in given:
+        return Part("other")
+    return Part(by_table[0], _layer(by_table[1]))
+
+
+def _compile(role: str, regex: str) -> re.Pattern[str]:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise InvalidArgument(f"the regex of {role}s, {regex!r}, cannot be read: {error}") from None
+
+
+def _layer(match: re.Match[str]) -> int | None:
+    layer = match.groupdict().get("layer")
+    return None if layer is None else int(layer)
+
+
+def _only_number(name: str) -> int | None:
+    """The number in a name that no convention fits, if there is exactly one."""
+    numbers = re.findall(r"(?<!\d)\d{1,6}(?!\d)", name)
+    return int(numbers[0]) if len(numbers) == 1 else None

@@ -1,0 +1,246 @@
+"""Law: files of plain tensors, read one tensor at a time and written whole: .safetensors, .npz and .npy.
+
+What a file is, is read from its first bytes; what is written, follows from the extension. Nothing is ever unpickled, and
+torch is imported only for a file that holds what numpy has no numbers for (bfloat16, float8).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.formats import exact
+from pqcodec.formats.atomic import replacing
+
+TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
+
+
+class TensorReader(Protocol):
+    """An open file of tensors; a context manager."""
+
+    format: str  # "safetensors", "npz" or "npy"
+    metadata: dict[str, str]  # what a safetensors file says of itself
+    names: tuple[str, ...]
+    total_bytes: int  # about what reading all tensors takes
+
+    def read(self, name: str) -> Any: ...
+
+    def __enter__(self) -> TensorReader: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """ "pqkv", "stream", "safetensors", "npz" or "npy", from a file's first bytes; raises InvalidArgument or OSError."""
+    with open(path, "rb") as file:
+        first = file.read(9)
+    magics = {c.FILE_MAGIC: "pqkv", c.STREAM_MAGIC: "stream", b"PK\x03\x04": "npz", b"PK\x05\x06": "npz", b"\x93NUM": "npy"}
+    if first[:4] in magics:
+        return magics[first[:4]]
+    if first[8:] == b"{":
+        return "safetensors"
+    known = ".safetensors, .npy, .npz, .pqkv and single streams"
+    raise InvalidArgument(f"{path}: begins with {first!r}; {known} are known: is this the right file?")
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
+    """Open a .safetensors, .npz or .npy file. Raises InvalidArgument, CorruptStream or OSError."""
+    kind = file_kind(path)
+    if kind not in _READERS:
+        raise InvalidArgument(f"{path}: is encoded already; decode it first")
+    return _READERS[kind](Path(path))
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
+    """Write tensors into a file of the kind that the extension names; ``metadata`` goes into safetensors files only.
+
+    The file appears when it is complete. Raises InvalidArgument or OSError.
+    """
+    write = _WRITERS[checked_extension(path)]
+    if Path(path).exists() and not Path(path).is_file():
+        raise InvalidArgument(f"{path}: is no regular file; tensors are written to regular files only")
+    with replacing(path) as temporary:
+        write(temporary, tensors, metadata)
+
+
+def checked_extension(path: str | os.PathLike[str]) -> str:
+    """The extension of a file to write; raises InvalidArgument."""
+    extension = Path(path).suffix.lower()
+    if extension not in _WRITERS:
+        raise InvalidArgument(f"{path}: extension {extension!r} is unknown; choose from {', '.join(_WRITERS)}")
+    return extension
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+@contextmanager
+def _library_errors(path: object, what: str, fault: type[InvalidArgument] | type[CorruptStream]) -> Iterator[None]:
+    """Errors of numpy, zipfile and safetensors become ours and name the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (InvalidArgument, CorruptStream):
+        raise
+    except SafetensorError as error:
+        if "os error" in str(error) or "I/O error" in str(error):
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise fault(f"{path}: {what}: {error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise fault(f"{path}: {what}: {error}") from error
+
+
+def _no_objects(path: object, name: str, dtype: np.dtype) -> None:
+    if dtype.hasobject:
+        raise InvalidArgument(f"{path}: array {name!r} holds pickled Python objects, which are never loaded; save numbers")
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+class _Closing:
+    """What an open file closes at its end."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+class _Safetensors(_Closing):
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        from safetensors import safe_open
+
+        self._path, self.total_bytes = path, path.stat().st_size
+        with _library_errors(path, "is no safetensors file that holds together", CorruptStream):
+            self._file = self._stack.enter_context(safe_open(path, framework="np"))
+            self.names = tuple(self._file.keys())
+            self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # the library's order is random
+            if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
+                self._file = self._stack.enter_context(safe_open(path, framework="pt"))
+
+    def read(self, name: str) -> Any:
+        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
+            return self._file.get_tensor(name)
+
+
+class _Npz(_Closing):
+    format = "npz"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self.metadata = path, dict[str, str]()
+        with _library_errors(path, "is no .npz file that holds together", CorruptStream):
+            self._file = self._stack.enter_context(zipfile.ZipFile(path))
+            infos = self._file.infolist()
+        foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
+        if foreign:
+            self._stack.close()
+            raise InvalidArgument(f"{path}: holds {foreign[0]!r}; an .npz file of .npy arrays is expected")
+        self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
+        self.total_bytes = sum(info.file_size for info in infos)
+
+    def read(self, name: str) -> Any:
+        with (
+            _library_errors(self._path, f"array {name!r} cannot be read", CorruptStream),
+            self._file.open(name + ".npy") as member,
+        ):
+            shape, fortran, dtype = _npy_header(member)
+            _no_objects(self._path, name, dtype)
+            size = self._file.getinfo(name + ".npy").file_size
+            count = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if count > size:
+                raise CorruptStream(f"{self._path}: array {name!r} of {shape} takes {count} bytes, {size} are there")
+            data = np.frombuffer(member.read(count), dtype)
+            return _native(data.reshape(shape, order="F" if fortran else "C"))
+
+
+class _Npy(_Closing):
+    format = "npy"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self.metadata = path, dict[str, str]()
+        self.names: tuple[str, ...] = (path.stem,)
+        self.total_bytes = path.stat().st_size
+
+    def read(self, name: str) -> Any:
+        with _library_errors(self._path, "is no .npy file that holds together", CorruptStream):
+            with open(self._path, "rb") as file:
+                _, _, dtype = _npy_header(file)
+            _no_objects(self._path, name, dtype)
+            return _native(np.load(self._path, mmap_mode="r", allow_pickle=False))
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of the .npy data that ``file`` goes on with."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f".npy version {version}; 1.0 and 2.0 are supported")
+    return readers[version](file)
+
+
+_READERS: dict[str, Callable[[Path], TensorReader]] = {"safetensors": _Safetensors, "npz": _Npz, "npy": _Npy}
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def _write_safetensors(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
+    found = {name: exact.contiguous(x) for name, x in tensors}
+    with _library_errors(path, "cannot be written", InvalidArgument):
+        if any(exact.is_torch(x) for x in found.values()):
+            from safetensors.torch import save_file
+
+            save_file({name: exact.as_torch(x) for name, x in found.items()}, path, metadata=metadata or None)
+        else:
+            from safetensors.numpy import save_file as save_arrays
+
+            save_arrays(found, path, metadata=metadata or None)
+
+
+def _write_npz(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, x in tensors:
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _as_numpy(name, x), allow_pickle=False)
+
+
+def _write_npy(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
+    found = list(tensors)
+    if len(found) != 1:
+        raise InvalidArgument(
+            f"an .npy file holds one tensor, not {len(found)}; write .npz or .safetensors, or choose one tensor"
+        )
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, _as_numpy(*found[0]), allow_pickle=False)
+
+
+def _as_numpy(name: str, x: Any) -> np.ndarray:
+    if exact.dtype_name(x) not in exact.NUMPY_DTYPES:
+        raise InvalidArgument(f"tensor {name!r}: numpy has no {exact.dtype_name(x)}; write a .safetensors file")
+    return x.cpu().numpy() if exact.is_torch(x) else x
+
+
+_WRITERS: dict[str, Callable[[Path, Iterable[tuple[str, Any]], dict[str, str]], None]] = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+    ".npy": _write_npy,
+}

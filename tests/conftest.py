@@ -1,0 +1,45 @@
+"""What several tests share: shapes, tensors and the stored numbers of an output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import pqcodec
+
+BACKENDS = ("reference", "cpu")
+TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal numbers, the same on every machine."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(dtype)
+
+
+def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The stored numbers as integers, so that -0, NaN and the last bit count."""
+    if isinstance(x, torch.Tensor):
+        x = (x if x.dtype == torch.float32 else x.view(torch.int16)).numpy()
+    return x.view(np.uint16 if x.itemsize == 2 else np.uint32)
+
+
+def rel_mse(x: torch.Tensor, y: torch.Tensor) -> float:
+    """||x - y||^2 / ||x||^2 in float64."""
+    x, y = x.double(), y.double()
+    return float(((x - y) ** 2).sum() / (x**2).sum())
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def small_stream() -> bytes:
+    """A stream of a few hundred bytes with every section: offsets, RoPE, exact tokens, an exact vector, two blocks."""
+    x = gaussian(2, 9, 16, seed=3)
+    x[1, 5, 2] = float("nan")
+    rope = pqcodec.Rope(theta=100.0, dim=8)
+    options = {"center": "rope", "rope": rope, "exact_tokens": 1, "nonfinite": "exact", "chunk_tokens": 5}
+    return pqcodec.encode(x, preset="pq2", backend="reference", **options)

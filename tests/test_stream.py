@@ -1,0 +1,155 @@
+"""Damaged, forged and foreign streams: each is refused by its own error, and none costs memory."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import gaussian
+
+import pqcodec
+from pqcodec import CorruptStream, PQError, TruncatedStream, UnsupportedStream
+from pqcodec import constants as c
+from pqcodec.checksum import checksum
+from pqcodec.header import Header
+
+
+def with_header_checksum(data: bytes) -> bytes:
+    """The stream with its header's checksum made to hold again."""
+    size = struct.unpack_from("<I", data, 8)[0]
+    return data[: size - 4] + struct.pack("<I", checksum(data[: size - 4])) + data[size:]
+
+
+def test_every_proper_prefix_is_truncated(small_stream: bytes) -> None:
+    for size in range(len(small_stream)):
+        with pytest.raises(TruncatedStream):
+            pqcodec.decode(small_stream[:size], backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_single_bit_flip_is_detected(small_stream: bytes, backend: str) -> None:
+    """The checksums are the same in both backends; the reference checks the sides, the cpu kernel its payload."""
+    start = 0 if backend == "cpu" else len(small_stream) - 40
+    for bit in range(8 * start, 8 * len(small_stream)):
+        damaged = bytearray(small_stream)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        with pytest.raises((CorruptStream, UnsupportedStream)):
+            pqcodec.decode(bytes(damaged), backend=backend)
+
+
+def test_every_changed_byte_is_detected(small_stream: bytes) -> None:
+    for place in range(len(small_stream)):
+        for change in (0x01, 0x80, 0xFF, 0x55):
+            damaged = bytearray(small_stream)
+            damaged[place] ^= change
+            with pytest.raises((CorruptStream, UnsupportedStream)):
+                pqcodec.decode(bytes(damaged))
+
+
+def test_verify_names_every_damaged_part(small_stream: bytes) -> None:
+    h = Header.from_bytes(small_stream)
+    damaged = bytearray(small_stream)
+    places = (h.header_bytes, h.exact_start + h.exact_block_bytes, h.exceptions_start, h.block_start(1, 0))
+    for place in places:
+        damaged[place] ^= 1
+    found = [str(part) for part in pqcodec.verify(bytes(damaged))]
+    assert found == [
+        "offset, leading index 0",
+        "exact tokens, leading index 1, tokens 0 .. 0",
+        "payload, leading index 0, tokens 6 .. 8",
+        "exact vectors",
+    ]
+    assert pqcodec.verify(small_stream) == []
+
+
+def test_bytes_behind_the_stream_are_refused(small_stream: bytes) -> None:
+    with pytest.raises(CorruptStream, match="1 bytes behind the end"):
+        pqcodec.decode(small_stream + b"\0")
+
+
+def test_foreign_bytes_are_refused() -> None:
+    for data in (b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100), bytes(100)):
+        with pytest.raises(CorruptStream, match="magic"):
+            pqcodec.decode(data)
+    with pytest.raises(TruncatedStream):
+        pqcodec.decode(b"")
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "error"),
+    [
+        (4, b"\x02", UnsupportedStream),  # version
+        (5, b"\x07", UnsupportedStream),  # coding
+        (6, b"\x09", UnsupportedStream),  # dtype
+        (7, b"\x00", CorruptStream),  # ndim
+        (7, b"\xff", CorruptStream),
+        (8, struct.pack("<I", 1 << 31), CorruptStream),  # header_bytes
+        (12, b"\x00\x80", UnsupportedStream),  # flags
+        (14, b"\x63", CorruptStream),  # radius_bits
+        (15, b"\x01", UnsupportedStream),  # linear
+        (16, struct.pack("<I", 15), CorruptStream),  # row_bits
+        (16, struct.pack("<I", 1 << 20), CorruptStream),
+        (20, struct.pack("<I", 0), CorruptStream),  # chunk_tokens
+        (20, struct.pack("<I", 1 << 30), CorruptStream),
+        (28, struct.pack("<I", 1 << 31), CorruptStream),  # exceptions
+        (40, struct.pack("<h", 30000), CorruptStream),  # offset_exponent
+        (42, struct.pack("<h", -30000), CorruptStream),  # radius_exponent
+        (44, b"\x05", UnsupportedStream),  # codebook
+        (47, b"\x01", UnsupportedStream),  # reserved
+        (48 + 16, struct.pack("<Q", 0), CorruptStream),  # head_dim
+        (48 + 16, struct.pack("<Q", 1 << 40), CorruptStream),
+        (48 + 8, struct.pack("<Q", 1 << 62), CorruptStream),  # tokens
+        (48, struct.pack("<Q", (1 << 64) - 1), CorruptStream),  # leading
+    ],
+)
+def test_forged_fields_with_a_good_checksum_are_refused(
+    small_stream: bytes, offset: int, value: bytes, error: type[PQError]
+) -> None:
+    forged = small_stream[:offset] + value + small_stream[offset + len(value) :]
+    if offset != 8:
+        forged = with_header_checksum(forged)
+    with pytest.raises(error):
+        pqcodec.decode(forged)
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 31, 16), (1 << 40, 9, 16), (2, 9, 1024)])
+def test_forged_sizes_allocate_nothing(small_stream: bytes, shape: tuple[int, int, int]) -> None:
+    forged = with_header_checksum(small_stream[:48] + struct.pack("<3Q", *shape) + small_stream[72:])
+    tracemalloc.start()
+    try:
+        with pytest.raises(PQError):
+            pqcodec.decode(forged, backend="reference")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_row_is_never_much_smaller_than_its_vector() -> None:
+    """At least one bit a coordinate: a stream of n bytes decodes to 32 n bytes at the most, and their sides."""
+    with pytest.raises(pqcodec.InvalidArgument, match="rows of 15 bits"):
+        Header(coding=c.CODING_SPLIT, dtype=c.DTYPE_FLOAT32, shape=(4, 16), row_bits=15, radius_bits=11)
+
+
+def test_headers_survive_their_bytes(small_stream: bytes) -> None:
+    h = Header.from_bytes(small_stream)
+    assert h.to_bytes() == small_stream[: h.header_bytes]
+    assert Header.from_bytes(h.to_bytes()) == h
+    assert h.stream_bytes == len(small_stream)
+
+
+def test_any_payload_bits_decode_to_finite_numbers() -> None:
+    """Every code of every field decodes to something: what a checksum lets through is bounded, on both backends."""
+    rng = np.random.default_rng(5)
+    for preset in pqcodec.PRESETS:
+        data = bytearray(pqcodec.encode(gaussian(2, 64, 64), preset=preset, backend="reference"))
+        h = Header.from_bytes(bytes(data))
+        for lead in range(2):
+            start, size = h.block_start(0, lead), h.block_bytes(0) - 4
+            noise = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
+            data[start : start + size] = noise
+            data[start + size : start + size + 4] = struct.pack("<I", checksum(noise))
+        one, two = (pqcodec.decode(bytes(data), backend=name) for name in ("reference", "cpu"))
+        assert bool(one.isfinite().all())
+        np.testing.assert_array_equal(one.numpy().view(np.uint32), two.numpy().view(np.uint32))

@@ -1,0 +1,55 @@
+"""Law: the command ``pqcodec`` and its verbs, wired and nothing else; numpy, torch and numba are loaded inside a verb."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+import pqcodec
+from pqcodec.tools import decode, encode, inspect, verify
+from pqcodec.tools.outcome import INTERRUPTED, reported
+
+app = typer.Typer(
+    name="pqcodec",
+    help="Compress KV-cache tensors to polar-angle streams and back.",
+    epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version, 4 I/O error.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (encode.encode, decode.decode, inspect.inspect, verify.verify):
+    app.command()(reported(verb))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pqcodec {pqcodec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
+) -> None:
+    """Compress KV-cache tensors to polar-angle streams and back."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)  # an unfinished output is removed, as it is at Ctrl-C
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

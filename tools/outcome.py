@@ -1,0 +1,85 @@
+"""Law: how a verb ends: what is printed where, and with which exit code; bad input never ends in a traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
+
+DAMAGED, USAGE, UNSUPPORTED, IO_ERROR, INTERRUPTED = 1, 2, 3, 4, 130
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (UnsupportedStream, UNSUPPORTED),
+    (CorruptStream, DAMAGED),
+    (InvalidArgument, USAGE),
+    (OSError, IO_ERROR),
+    (MemoryError, IO_ERROR),
+    (KeyboardInterrupt, INTERRUPTED),
+)
+
+
+def reported(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose expected errors become a line on stderr (and an object on stdout with --json) and an exit code."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            verb(*args, **options)
+            sys.stdout.flush()
+        except (PQError, OSError, MemoryError, KeyboardInterrupt) as error:
+            if os.environ.get("PQCODEC_DEBUG") == "1":
+                traceback.print_exc()
+            code = next((code for kind, code in _CODES if isinstance(error, kind)), DAMAGED)
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
+            elif options.get("as_json"):
+                print_json({"error": {"kind": type(error).__name__, "message": _message(error), "exit_code": code}})
+            if not isinstance(error, BrokenPipeError):
+                say(f"pqcodec: {_message(error)}")
+            raise typer.Exit(code) from None
+
+    return run
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    print(line, file=sys.stderr)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=True, allow_nan=False))
+
+
+def shown(name: str) -> str:
+    """A tensor's name for a terminal: what cannot be printed is escaped."""
+    return name if name.isprintable() else ascii(name)
+
+
+def bytes_text(count: float) -> str:
+    """A size as people read it.
+
+    >>> bytes_text(999), bytes_text(1234567)
+    ('999 B', '1.23 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}".strip()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
