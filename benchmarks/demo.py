@@ -1,6 +1,7 @@
 """Law: the main job on a real model: its cache goes through the command line and back, and the model reads on from it.
 
-``python -m benchmarks.demo`` prints what each preset costs and saves, and writes benchmarks/results/demo.json.
+``python -m benchmarks.demo`` prints what each preset costs and saves, and writes benchmarks/results/demo.json;
+``--text FILE`` scores another text and writes demo.<its stem>.json beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import pqcodec
 from benchmarks import model as lm
 
 PROSE = Path(__file__).parent / "data" / "prose.txt"
-RESULTS = Path(__file__).parent / "results" / "demo.json"
+RESULTS = Path(__file__).parent / "results"
 PREFIX, SCORED, GREEDY = 1024, 512, 40
 CENTRED = ("pq3", "pq2.5")  # with --rope-theta; the first tokens stay exact by default
 PAPER = "paper"
@@ -62,10 +64,11 @@ class Text:
     following: torch.Tensor
 
 
-def read_text(tokenizer: Any) -> Text:
-    ids = lm.token_ids(tokenizer, PROSE.read_text(encoding="utf-8"))
+def read_text(tokenizer: Any, path: Path) -> Text:
+    """The first tokens of a UTF-8 text; ends the program where it is too short."""
+    ids = lm.token_ids(tokenizer, path.read_text(encoding="utf-8"))
     if len(ids) <= PREFIX + SCORED:
-        raise ValueError(f"{PROSE} has {len(ids)} tokens; more than {PREFIX + SCORED} are needed")
+        raise SystemExit(f"{path} has {len(ids)} tokens; more than {PREFIX + SCORED} are needed")
     return Text(ids[:PREFIX], ids[PREFIX : PREFIX + SCORED], ids[PREFIX + 1 : PREFIX + SCORED + 1])
 
 
@@ -174,11 +177,21 @@ def print_tables(report: dict[str, Any], outcomes: list[Outcome]) -> None:
         console.print(table)
 
 
-def run(folder: Path) -> None:
+def results_of(path: Path) -> Path:
+    """Where the results of a text go: demo.json is that of the text shipped.
+
+    >>> results_of(Path("essay.txt")).name
+    'demo.essay.json'
+    """
+    return RESULTS / ("demo.json" if path == PROSE else f"demo.{path.stem}.json")
+
+
+def run(folder: Path, path: Path) -> None:
+    """Do it all with the text at ``path``; tensors and streams go into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"load {lm.MODEL} (downloaded and unpacked the first time, into {lm.cache_dir()})")
     model, tokenizer = lm.load_smollm2(lm.cache_dir())
-    text, theta = read_text(tokenizer), lm.rope_of(model.config).theta
+    text, theta = read_text(tokenizer, path), lm.rope_of(model.config).theta
     console.print(f"prefill {PREFIX} tokens; save the cache as {folder / 'kv.safetensors'}")
     exact = lm.prefill(model, text.prefix)
     save_file(lm.named_tensors(exact, range(len(exact))), folder / "kv.safetensors")
@@ -188,11 +201,11 @@ def run(folder: Path) -> None:
     presets = (*CENTRED, PAPER)
     outcomes = [measure(preset, theta, folder, model, tokenizer, text, exact, logits) for preset in presets]
     report = {
-        "command": "python -m benchmarks.demo",
+        "command": "python -m benchmarks.demo" + ("" if path == PROSE else f" --text {path.name}"),
         "environment": environment(),
         "model": lm.MODEL,
         "weights": f"{lm.GGUF} from {lm.DISTRIBUTION}",
-        "text": "benchmarks/data/prose.txt",
+        "text": "benchmarks/data/prose.txt" if path == PROSE else path.name,
         "tokens": PREFIX,
         "scored": SCORED,
         "file_bytes": (folder / "kv.safetensors").stat().st_size,
@@ -202,15 +215,22 @@ def run(folder: Path) -> None:
         "kl_paper_over_preset": kl_against_paper(outcomes),
     }
     print_tables(report, outcomes)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"written: {RESULTS}")
+    results = results_of(path)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"written: {results}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="The codec's main job on a real model.")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where tensors and streams go (default: in the cache folder)")
-    run(parser.parse_args().out or lm.cache_dir() / "demo")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep tensors and streams here (default: a temporary folder)")
+    parser.add_argument("--text", type=Path, metavar="FILE", default=PROSE, help="the text to read (default: the one shipped)")
+    options = parser.parse_args()
+    if options.out:
+        run(options.out, options.text)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder), options.text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Law: a whole KV cache <-> one .pqkv file: keys are centred, values are not, the first tokens of both are exact."""
+"""Law: a whole KV cache <-> one .pqkv file: keys are centred, values are not, the first tokens of both are exact, and the
+preset's bits are shared between keys, values and layers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats import rates
 from pqcodec.formats.pqkv import PathOrFile, PQKVFile, PQKVWriter
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
@@ -27,6 +29,7 @@ def save_cache(
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
     center_keys: bool = True,
+    share_bits: bool = True,
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Any = None,
@@ -34,7 +37,8 @@ def save_cache(
     """Write (key, value) tensors [..., tokens, head_dim] of each layer as layers.{i}.key and layers.{i}.value.
 
     ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
-    mean is subtracted. ``progress`` is told (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
+    mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
+    (``formats.rates``). ``progress`` is told (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
     >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
@@ -46,6 +50,10 @@ def save_cache(
     if rope is not None and not center_keys:
         raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
     total = 2 * len(layers)
+    presets = ([preset] * len(layers),) * 2
+    if share_bits and center_keys:
+        energies = [rates.centred_energy(key, rope=rope, exact_tokens=exact_tokens) for key, _ in layers]
+        presets = rates.share(preset, energies)
     with PQKVWriter(path, metadata) as writer:
         for layer, pair in enumerate(layers):
             for place, (role, tensor) in enumerate(zip(("key", "value"), pair, strict=True)):
@@ -55,7 +63,7 @@ def save_cache(
                     tensor,
                     layer=layer,
                     role=role,
-                    preset=preset,
+                    preset=presets[place][layer],
                     seed=seed,
                     center=key_center(rope) if centred else None,
                     rope=rope if centred else None,

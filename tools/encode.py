@@ -18,6 +18,7 @@ from pqcodec.tools.progress import progress_bar
 if TYPE_CHECKING:
     from pqcodec.centre import Rope
     from pqcodec.formats.names import Part
+    from pqcodec.formats.tensors import TensorReader
 
 Input = Annotated[str, typer.Argument(metavar="INPUT", help="A .safetensors, .npz or .npy file, or - for stdin.")]
 Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The .pqkv file to write, or - for stdout.")]
@@ -43,6 +44,10 @@ def encode(
         str | None, typer.Option(metavar="REGEX", help="Tensors that are keys (default: by naming conventions).")
     ] = None,
     values: Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that are values (default: likewise).")] = None,
+    flat: Annotated[
+        bool,
+        typer.Option("--flat", help="The same preset for every tensor; else keys of high energy get more bits than values."),
+    ] = False,
     nonfinite: Annotated[
         str, typer.Option(help="Vectors with NaN or Inf: error, or exact to keep them as they are.")
     ] = "error",
@@ -63,8 +68,8 @@ def encode(
 
     preset_of(preset)
     rope = _rope(rope_theta, rope_dim, rope_style, rope_first)
-    plan = _Plan(_center(center, rope), rope, exact_tokens)
-    options = {"preset": preset, "seed": seed, "nonfinite": nonfinite, "backend": backend}
+    plan = _Plan(preset, _center(center, rope), rope, exact_tokens, flat)
+    options = {"seed": seed, "nonfinite": nonfinite, "backend": backend}
     if chunk_tokens is not None:
         options["chunk_tokens"] = chunk_tokens
     with input_file(source) as path:
@@ -82,9 +87,34 @@ def encode(
 class _Plan:
     """What is done to keys, to values and to others."""
 
+    preset: str
     center: str | None  # of keys
     rope: Rope | None
     exact_tokens: int | None
+    flat: bool
+
+    def presets(self, reader: TensorReader, parts: dict[str, Part]) -> dict[str, str]:
+        """Tensors whose preset is not the one asked for: those of a cache that shares its bits (``formats.rates``)."""
+        from pqcodec.formats import rates
+        from pqcodec.formats.cache import EXACT_TOKENS
+
+        layers = _layers(parts)
+        if self.flat or self.center is None or self.preset not in rates.SHARED or not layers:
+            return {}
+        exact_tokens = EXACT_TOKENS if self.exact_tokens is None else self.exact_tokens
+        shapes, energies = set(), []
+        for key, value in layers:
+            tensors = reader.read(key), reader.read(value)
+            shapes |= {tuple(tensor.shape) for tensor in tensors}
+            if len(shapes) > 1 or any(map(_why_exact, tensors)):
+                return {}
+            energies.append(rates.centred_energy(tensors[0], rope=self.rope, exact_tokens=exact_tokens))
+        shared = rates.share(self.preset, energies)
+        return {
+            name: preset
+            for pair, both in zip(layers, zip(*shared, strict=True), strict=True)
+            for name, preset in zip(pair, both, strict=True)
+        }
 
     def options(self, part: Part) -> dict[str, Any]:
         from pqcodec.formats.cache import EXACT_TOKENS
@@ -94,6 +124,14 @@ class _Plan:
         if part.role == "key":
             options |= {"center": self.center, "rope": self.rope}
         return options
+
+
+def _layers(parts: dict[str, Part]) -> list[tuple[str, str]]:
+    """Names of each layer's key and value, where every layer from 0 on has exactly one of both; else nothing."""
+    found = {(part.layer, part.role): name for name, part in parts.items() if part.role != "other"}
+    count = sum(part.role != "other" for part in parts.values())
+    pairs = [(found.get((layer, "key")), found.get((layer, "value"))) for layer in range(count // 2)]
+    return [(key, value) for key, value in pairs if key and value] if 2 * len(pairs) == count == len(found) else []
 
 
 def _rope(theta: float | None, dim: int | None, style: str | None, first: int | None) -> Rope | None:
@@ -227,6 +265,7 @@ def _encode_file(
         if needs_keys and all(part.role != "key" for part in parts.values()):
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(parts))}); use --keys")
         metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {})
+        presets = plan.presets(reader, parts)
         out = sys.stdout.buffer if target == STANDARD else target
         with progress_bar("encode", reader.total_bytes) as show, PQKVWriter(out, metadata) as writer:
             for name, part in parts.items():
@@ -236,7 +275,8 @@ def _encode_file(
                     writer.add_exact(name, tensor, layer=part.layer, role=part.role)
                     outcome.exact.append((name, reason))
                 else:
-                    _encode_tensor(name, tensor, part, writer, {**options, **plan.options(part)}, outcome, show)
+                    how = {**options, **plan.options(part), "preset": presets.get(name, plan.preset)}
+                    _encode_tensor(name, tensor, part, writer, how, outcome, show)
                 outcome.tensor_bytes += exact.nbytes(tensor)
                 show(outcome.tensor_bytes)
     outcome.file_bytes = writer.bytes_written

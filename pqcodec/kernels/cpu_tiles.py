@@ -75,8 +75,8 @@ _STEPS = 1 << COARSE_GRID_BITS
 
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = njit(**_OPTIONS)
-leaf = njit(**_OPTIONS, _nrt=False)  # allocates nothing: without reference counting of its arrays, a third faster
-inlined = njit(**_OPTIONS, inline="always")
+leaf = njit(**{**_OPTIONS, "_nrt": False})  # allocates nothing: without reference counting of its arrays, a third faster
+inlined = njit(**{**_OPTIONS, "inline": "always"})
 
 
 # -- loading and storing: row-major tiles [lane, coordinate], padded with zeros to the order --------------------------

