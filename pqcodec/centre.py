@@ -76,11 +76,10 @@ def phase_tables() -> np.ndarray:
     return table
 
 
-def phases(rope: RopeField, first_token: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin of each token's and channel pair's angle: float32 [tokens, channels / 2] each (SPEC 8.2)."""
-    position = np.uint64(rope.first_position % (1 << c.PHASE_BITS)) + np.arange(
-        first_token, first_token + tokens, dtype=np.uint64
-    )
+def phases(rope: RopeField, first_token: int, tokens: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin of every ``step``-th token and each channel pair: float32 [tokens, channels / 2] each (SPEC 8.2)."""
+    first = rope.first_position % (1 << c.PHASE_BITS) + first_token
+    position = np.uint64(first) + np.arange(tokens, dtype=np.uint64) * np.uint64(step)
     turns = position[:, None] * np.array(rope.frequencies, np.uint64)[None, :]
     phase = (turns >> np.uint64(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)) & np.uint64(0xFFFF)
     coarse, fine = (phase >> np.uint64(c.PHASE_TABLE_BITS)).astype(np.intp), (phase & np.uint64(0xFF)).astype(np.intp)

@@ -18,7 +18,7 @@ from pqcodec.checksum import checksum_keys
 from pqcodec.errors import InvalidArgument
 from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
+from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
@@ -206,18 +206,17 @@ class Cpu:
     name = "cpu"
 
     def means(self, values: Values, header: Header) -> np.ndarray:
-        """Mean of the coded tokens (turned back under RoPE): float64 [leading, head_dim]."""
         h = header
+        picked, count, step = sampled(values, h)
         total = np.zeros((h.leading, h.order))
-        places = (values.starts, values.stride)
+        arguments = (_sizes(h), picked.flat, (picked.starts, picked.stride), _rope_arrays(h), centre.phase_tables(), total)
 
         def task(first: int, last: int) -> int:
-            tiles.sum_blocks(first, last, _sizes(h), values.flat, places, _rope_arrays(h), centre.phase_tables(), total)
+            tiles.sum_tokens(first, last, count, step, *arguments)
             return 0
 
-        pieces = _pieces(h.leading, h.coded_tokens * h.vector_bytes)
-        _run([partial(task, *piece) for piece in pieces], lambda done: None)
-        return total[:, : h.head_dim] / max(h.coded_tokens, 1)
+        _run([partial(task, *piece) for piece in _pieces(h.leading, count * h.vector_bytes)], lambda done: None)
+        return total[:, : h.head_dim] / max(count, 1)
 
     def encode(self, job: EncodeJob) -> None:
         h, plan = job.header, plan_for(job.header)

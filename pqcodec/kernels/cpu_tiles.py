@@ -177,11 +177,11 @@ def brain_bits(bits):
 
 # -- offsets -----------------------------------------------------------------------------------------------------
 @jit
-def fill_phases(first, tokens, frequencies, tables, cos, sin):
+def fill_phases(first, tokens, step, frequencies, tables, cos, sin):
     """cos, sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2)."""
     pairs = frequencies.size
     for t in range(tokens):
-        position = U64(first + t)
+        position = U64(first + t * step)
         for i in range(pairs):
             phase = ((position * frequencies[i]) >> U64(16)) & U64(0xFFFF)
             h = phase >> U64(8)
@@ -745,7 +745,7 @@ def encode_blocks(
         block_out = chunk * leading * (chunk_tokens * row_bytes + 4) + lead * (tokens * row_bytes + 4)
         out = block_out
         if pairs and chunk != have_chunk:
-            fill_phases(first_position + first_tokens + first, tokens, frequencies, phase_tables, cos, sin)
+            fill_phases(first_position + first_tokens + first, tokens, 1, frequencies, phase_tables, cos, sin)
             have_chunk = chunk
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
@@ -834,7 +834,7 @@ def decode_blocks(
         if not write:
             continue
         if pairs and chunk != have_chunk:
-            fill_phases(first_position + first_tokens + first, tokens, frequencies, phase_tables, cos, sin)
+            fill_phases(first_position + first_tokens + first, tokens, 1, frequencies, phase_tables, cos, sin)
             have_chunk = chunk
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
@@ -865,25 +865,21 @@ def decode_blocks(
 
 
 @jit
-def sum_blocks(first_lead, last_lead, sizes, flat, places_of, rope, phase_tables, total):
-    """Sums of the coded tokens, turned back: float64 total [leading, order]; NaN and Inf count as zero vectors."""
-    _, dtype, head_dim, order, _, chunk_tokens, _, first_tokens, coded = sizes
+def sum_tokens(first_lead, last_lead, count, token_step, sizes, flat, places_of, rope, phase_tables, total):
+    """Sums of ``count`` tokens, turned back: float64 total [leading, order]; NaN and Inf count as zero vectors."""
+    _, dtype, head_dim, order, _, _, _, first_tokens, _ = sizes
     starts, token_stride = places_of
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     tile = np.zeros(LANES * order, np.float32)
     scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     bad = np.zeros(LANES, np.bool_)
-    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
-    for first in range(0, coded, chunk_tokens):
-        tokens = min(chunk_tokens, coded - first)
-        if pairs:
-            fill_phases(first_position + first_tokens + first, tokens, frequencies, phase_tables, cos, sin)
-        for lead in range(first_lead, last_lead):
-            for row in range(0, tokens, LANES):
-                rows = min(LANES, tokens - row)
-                start = starts[lead] + (first_tokens + first + row) * token_stride
-                load_tile(flat, start, token_stride, rows, head_dim, dtype, tile, order)
-                largest_bits(tile, order, scratch, largest)
-                flag_bad_rows(tile, rows, order, dtype, largest, bad, 0)
-                sum_rows(tile, rows, order, pairs, pair_p, step, cos, sin, row, total[lead])
+    cos, sin = np.zeros(count * pairs, np.float32), np.zeros(count * pairs, np.float32)
+    fill_phases(first_position + first_tokens, count, token_step, frequencies, phase_tables, cos, sin)
+    for lead in range(first_lead, last_lead):
+        for row in range(0, count, LANES):
+            rows = min(LANES, count - row)
+            load_tile(flat, starts[lead] + row * token_stride, token_stride, rows, head_dim, dtype, tile, order)
+            largest_bits(tile, order, scratch, largest)
+            flag_bad_rows(tile, rows, order, dtype, largest, bad, 0)
+            sum_rows(tile, rows, order, pairs, pair_p, step, cos, sin, row, total[lead])

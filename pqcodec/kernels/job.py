@@ -36,6 +36,16 @@ class Values:
         return np.lib.stride_tricks.as_strided(self.flat[start:], (tokens, self.head_dim), strides, writeable=writeable)
 
 
+MEAN_TOKENS = 1024  # a mean is taken of so many coded tokens at the most: the error left is 1/1000 of the variance
+
+
+def sampled(values: Values, h: Header) -> tuple[Values, int, int]:
+    """The coded tokens that a mean is taken of: (values from the first one on, their number, the step between them)."""
+    step = max(1, -(-h.coded_tokens // MEAN_TOKENS))
+    starts = values.starts + h.first_tokens * values.stride
+    return Values(values.flat, starts, step * values.stride, values.head_dim), -(-h.coded_tokens // step), step
+
+
 @dataclass(frozen=True)
 class EncodeJob:
     """Encode every block of a stream."""
@@ -86,7 +96,9 @@ class Backend(Protocol):
 
     name: str
 
-    def means(self, values: Values, header: Header) -> np.ndarray: ...
+    def means(self, values: Values, header: Header) -> np.ndarray:
+        """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
+        ...
 
     def encode(self, job: EncodeJob) -> None: ...
 

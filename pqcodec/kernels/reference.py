@@ -12,7 +12,7 @@ from pqcodec import angles, centre, rotation
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
+from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
 from pqcodec.plan import Plan, plan_for
 
 
@@ -277,18 +277,15 @@ class Reference:
     name = "reference"
 
     def means(self, values: Values, header: Header) -> np.ndarray:
-        """Mean of the coded tokens (turned back under RoPE): float64 [leading, head_dim]."""
+        picked, count, step = sampled(values, header)
+        turns = centre.phases(header.rope, header.first_tokens, count, step) if header.rope else None
         total = np.zeros((header.leading, header.head_dim))
-        for chunk in range(header.chunks):
-            first = header.first_tokens + chunk * header.chunk_tokens
-            tokens = header.block_tokens(chunk)
-            turns = centre.phases(header.rope, first, tokens) if header.rope else None
-            for lead in range(header.leading):
-                x = widen(values.rows(lead, first, tokens), header.dtype)
-                x[~np.isfinite(x).all(1)] = 0
-                back = centre.turn_back(x, *turns, header.rope) if turns and header.rope else x.astype(np.float64)
-                total[lead] += back.sum(0)
-        return total / max(header.coded_tokens, 1)
+        for lead in range(header.leading if count else 0):
+            x = widen(picked.rows(lead, 0, count), header.dtype)
+            x[~np.isfinite(x).all(1)] = 0
+            back = centre.turn_back(x, *turns, header.rope) if turns and header.rope else x.astype(np.float64)
+            total[lead] = back.sum(0)
+        return total / max(count, 1)
 
     def encode(self, job: EncodeJob) -> None:
         h, plan = job.header, plan_for(job.header)

@@ -1,0 +1,71 @@
+"""Golden streams are born here, once: ``python tests/make_golden.py`` writes those that are not there yet.
+
+A stream that is committed decodes for ever to the numbers beside it: tests/data/golden/NAME.pqs to NAME.npy (the stored
+numbers as unsigned integers). Nothing is ever overwritten; a new case gets a new name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pqcodec
+from pqcodec import Rope
+
+FOLDER = Path(__file__).parent / "data" / "golden"
+
+
+def stored(x: torch.Tensor) -> np.ndarray:
+    """The stored numbers of a tensor as uint16 or uint32."""
+    return x.view(torch.int16).numpy().view(np.uint16) if x.element_size() == 2 else x.numpy().view(np.uint32)
+
+
+def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """Every preset, dtype, kind of order and section at least once."""
+    rng = np.random.default_rng(2502)
+
+    def gaussian(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
+
+    for preset in pqcodec.PRESETS:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
+    for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
+        yield f"v1-pq3-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "pq3"}
+    yield "v1-pq6-128-bf16", gaussian(3, 128, dtype=torch.bfloat16), {"preset": "pq6", "seed": 2**64 - 1}
+    yield "v1-pq3-64-mean", gaussian(2, 9, 64) + 3, {"center": "mean", "exact_tokens": 4, "chunk_tokens": 2}
+    rope = Rope(theta=1e4, first_position=70000)
+    yield "v1-pq2.5-64-rope-half", gaussian(2, 9, 64) + 3, {"preset": "pq2.5", "center": "rope", "rope": rope}
+    rope = Rope(theta=1e6, dim=16, style="interleaved")
+    yield (
+        "v1-pq4-64-rope-interleaved",
+        gaussian(1, 9, 64, dtype=torch.bfloat16) + 3,
+        {"preset": "pq4", "center": "rope", "rope": rope},
+    )
+    odd = gaussian(2, 6, 64, dtype=torch.float32)
+    odd[0, 1, 3], odd[1, 5, 0] = float("nan"), float("-inf")
+    yield "v1-pq3-64-exact-vectors", odd, {"nonfinite": "exact", "exact_tokens": 1}
+    powers = torch.logspace(-44, 38, 24, dtype=torch.float64)[:, None]
+    extreme = (gaussian(24, 64, dtype=torch.float32).double().clamp(-3, 3) * powers).float()
+    extreme[7] = 0
+    yield "v1-pq3-64-extremes", extreme, {}
+    yield "v1-paper-64-extremes", extreme[8:], {"preset": "paper"}
+    yield "v1-pq3-64-empty", gaussian(3, 0, 64), {"center": "mean"}
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, x, options in cases():
+        if (FOLDER / f"{name}.pqs").exists():
+            continue
+        data = pqcodec.encode(x, backend="reference", **options)
+        (FOLDER / f"{name}.pqs").write_bytes(data)
+        np.save(FOLDER / f"{name}.npy", stored(pqcodec.decode(data, backend="reference")))
+        print(f"{name}: {len(data)} bytes")
+
+
+if __name__ == "__main__":
+    main()

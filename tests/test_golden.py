@@ -1,0 +1,30 @@
+"""The promise: every golden stream decodes to its numbers, on every backend. The streams are born by make_golden.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, bits
+from make_golden import FOLDER, cases
+
+import pqcodec
+
+STREAMS = sorted(FOLDER.glob("*.pqs"))
+
+
+def test_no_golden_stream_is_missing() -> None:
+    assert {name for name, _, _ in cases()} <= {path.stem for path in STREAMS}
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_golden_streams_decode_to_their_numbers(path: Path, backend: str) -> None:
+    decoded = pqcodec.decode(path.read_bytes(), backend=backend)
+    np.testing.assert_array_equal(bits(decoded), np.load(path.with_suffix(".npy"), allow_pickle=False))
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
+def test_golden_streams_are_sound(path: Path) -> None:
+    assert pqcodec.verify(path.read_bytes()) == []

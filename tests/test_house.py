@@ -1,0 +1,133 @@
+"""The house: who may import whom, what importing costs, and that a clean wheel works in an empty folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {"pqcodec": set(), "formats": {"pqcodec.formats"}, "tools": {"pqcodec.formats", "pqcodec.tools"}}
+HOMES = {  # third-party modules that are imported in one place only
+    "numba": {"pqcodec/kernels/cpu_tiles.py", "pqcodec/kernels/lanes.py"},
+    "llvmlite": {"pqcodec/kernels/lanes.py"},
+    "safetensors": {"formats/tensors.py"},
+    "typer": {"tools"},
+    "rich": {"tools"},
+}
+ORDER = [
+    "errors constants",
+    "checksum",
+    "rotation",
+    "header presets",
+    "angles",
+    "plan centre job source",
+    "arrays",
+    "kernels",
+    "codec",
+]
+
+
+def sources() -> list[Path]:
+    return [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_and_libraries_have_one_home(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    floor = place.split("/")[0]
+    for name in imports(path):
+        for upper in ("pqcodec.formats", "pqcodec.tools"):
+            assert not (name.startswith(upper) and upper not in FLOORS[floor]), f"{place} reaches up to {name}"
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or any(place.startswith(h) for h in home), f"{place} imports {name}, whose home is {home}"
+
+
+def test_modules_of_the_core_import_downwards() -> None:
+    rank = {name: i for i, names in enumerate(ORDER) for name in names.split()}
+    for path in (ROOT / "pqcodec").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "pqcodec" and len(parts) > 1:
+                lower = parts[2] if parts[1] == "kernels" and parts[-1] != "backend" and len(parts) > 2 else parts[1]
+                if lower in rank:
+                    assert rank[lower] <= rank[path.stem], f"{path.stem} imports {name} from above"
+
+
+def test_importing_pqcodec_loads_nothing_heavy() -> None:
+    heavy = "('torch', 'numba', 'numpy', 'safetensors', 'rich', 'typer')"
+    code = f"import sys, pqcodec; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_numpy_in_numpy_out_never_loads_torch() -> None:
+    code = (
+        "import sys, numpy as np, pqcodec; pqcodec.decode(pqcodec.encode(np.ones((4, 64), np.float16)));"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
+
+
+def test_help_is_quick() -> None:
+    """Half a second is asked for; three are allowed here, because the machine may be busy."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "pqcodec.tools.cli", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - start < 3
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """The kernels come from numba's cache on disk: no miss for a stream like one that was made before."""
+    code = (
+        "import json, numpy as np, pqcodec; from pqcodec.kernels import cpu_tiles as t;"
+        "pqcodec.decode(pqcodec.encode(np.ones((2, 80, 64), np.float16), center='mean'));"
+        "print(json.dumps([sum(f.stats.cache_misses.values()) for f in (t.encode_blocks, t.decode_blocks, t.sum_tokens)]))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for expected in ([1, 1, 1], [0, 0, 0]):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+        assert json.loads(out) == expected
+
+
+def test_a_clean_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
+    """Built without isolation and unpacked beside nothing else: package-dir maps formats and tools into pqcodec."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    pytest.importorskip("setuptools", reason="building a wheel without isolation needs setuptools")
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import numpy as np, pqcodec; from pqcodec.formats import PQKVFile; import pqcodec.tools.cli;"
+        "from importlib.resources import files; assert files('pqcodec.formats').joinpath('SPEC.md').is_file();"
+        "x = np.ones((3, 64), np.float16); print(pqcodec.__file__);"
+        "assert pqcodec.decode(pqcodec.encode(x, backend='reference'), backend='reference').shape == (3, 64)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path))
