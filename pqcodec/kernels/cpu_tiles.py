@@ -35,6 +35,7 @@ from pqcodec.kernels.lanes import (
     as_float,
     floats,
     gather,
+    gather_at,
     gather_four,
     gather_four_at,
     gather_pair,
@@ -45,7 +46,7 @@ from pqcodec.kernels.lanes import (
     long_at,
     magnitude,
     nearest,
-    put,
+    put_at,
     select,
     set_long_at,
     store,
@@ -464,14 +465,16 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
         store(widths, n * LANES, width)
     for quad in range(order // 4):
         at = (internal + quad) * LANES
-        have = load(budget, at)
-        cell = gather(quad_look_up, (have << ints(I32(COARSE_GRID_BITS))) + load(places, at))
-        per_cell, first = gather_pair(budget_table, have << ints(I32(1)))
-        store(cells, quad * LANES, cell * per_cell)
-        store(codes, at, first + cell)
+        store(codes, at, (load(budget, at) << ints(I32(COARSE_GRID_BITS))) + load(places, at))
     for quad in range(order // 4):
         at = (internal + quad) * LANES
-        n_a, n_b = gather_pair(records, load(codes, at) << ints(I32(1)))
+        cell = gather_at(quad_look_up, codes, at)
+        per_cell, first = gather_pair(budget_table, load(budget, at) << ints(I32(1)))
+        store(cells, quad * LANES, cell * per_cell)
+        store(codes, at, (first + cell) << ints(I32(1)))
+    for quad in range(order // 4):
+        at = (internal + quad) * LANES
+        n_a, n_b = gather_pair_at(records, codes, at)
         sector_a = min(truncate(load(turns, 2 * quad * LANES) * to_float(n_a)), n_a - ints(I32(1)))
         sector_b = min(truncate(load(turns, (2 * quad + 1) * LANES) * to_float(n_b)), n_b - ints(I32(1)))
         store(codes, at, load(cells, quad * LANES) + sector_a * n_b + sector_b)
@@ -481,7 +484,7 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
             a, b, width = left[n] * LANES, right[n] * LANES, load(widths, n * LANES)
             own = own | (to_long(load(codes, a)) << to_long(width))
             own = own | (to_long(load(codes, b)) << to_long(width + load(budget, a)))
-        put(words, stride, load(bit_place, n * LANES), own)
+        put_at(words, stride, bit_place, n * LANES, own)
 
 
 @leaf

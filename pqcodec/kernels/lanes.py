@@ -225,19 +225,24 @@ def _stored_indices(context: Any, builder: Any, array_type: Any, array: Any, at:
     return [builder.zext(builder.load(pointer), _I64) for pointer in pointers]
 
 
+def _gathered(builder: Any, pointers: list[Any], kind: str) -> Any:
+    """One number from each of eight pointers; 8-bit ones are widened."""
+    result = ir.Constant(_vector(kind), ir.Undefined)
+    for i, pointer in enumerate(pointers):
+        value = builder.load(pointer)
+        if isinstance(value.type, ir.IntType) and value.type.width < 32:
+            value = builder.zext(value, _I32)
+        result = builder.insert_element(result, value, ir.Constant(_I32, i))
+    return result
+
+
 @intrinsic
 def gather(typingctx, array, index):  # type: ignore[no-untyped-def]
     """array[index] lane by lane, for a 1-D table of 8- or 32-bit numbers."""
     lanes = _KIND_OF.get(array.dtype, INT)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        result = ir.Constant(_vector(lanes.kind), ir.Undefined)
-        for i, pointer in enumerate(_lane_pointers(context, builder, signature.args[0], *args)):
-            value = builder.load(pointer)
-            if value.type.width < 32 if isinstance(value.type, ir.IntType) else False:
-                value = builder.zext(value, _I32)
-            result = builder.insert_element(result, value, ir.Constant(_I32, i))
-        return result
+        return _gathered(builder, _lane_pointers(context, builder, signature.args[0], *args), lanes.kind)
 
     return lanes(array, INT), emit
 
@@ -376,27 +381,38 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 # -- bit fields --------------------------------------------------------------------------------------------------
 @intrinsic
-def put(typingctx, words, stride, place, value):  # type: ignore[no-untyped-def]
-    """Or each long lane into its own row of uint64 words, ``stride`` words a row, from bit ``place`` on."""
+def put_at(typingctx, words, stride, places, at, value):  # type: ignore[no-untyped-def]
+    """Or each long lane into its own row of uint64 words, ``stride`` words a row, from bit places[at + lane] on."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        words, stride, place, value = args
+        words, stride, places, at, value = args
         data = context.make_array(signature.args[0])(context, builder, words).data
         base = ir.Constant(_I64, 0)
-        for i in range(LANES):
-            lane = ir.Constant(_I32, i)
-            at = builder.zext(builder.extract_element(place, lane), _I64)
-            bits = builder.extract_element(value, lane)
-            shift = builder.and_(at, ir.Constant(_I64, 63))
+        for i, place in enumerate(_stored_indices(context, builder, signature.args[2], places, at)):
+            bits = builder.extract_element(value, ir.Constant(_I32, i))
+            shift = builder.and_(place, ir.Constant(_I64, 63))
             rest = builder.lshr(builder.lshr(bits, ir.Constant(_I64, 1)), builder.sub(ir.Constant(_I64, 63), shift))
-            pointer = builder.gep(data, [builder.add(base, builder.lshr(at, ir.Constant(_I64, 6)))])
+            pointer = builder.gep(data, [builder.add(base, builder.lshr(place, ir.Constant(_I64, 6)))])
             builder.store(builder.or_(builder.load(pointer), builder.shl(bits, shift)), pointer)
             behind = builder.gep(pointer, [ir.Constant(_I64, 1)])
             builder.store(builder.or_(builder.load(behind), rest), behind)
             base = builder.add(base, stride)
         return context.get_dummy_value()
 
-    return types.void(words, types.int64, INT, LONG), emit
+    return types.void(words, types.int64, places, types.int64, LONG), emit
+
+
+@intrinsic
+def gather_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """gather for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF.get(array.dtype, INT)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        return _gathered(builder, [builder.gep(data, [place]) for place in places], lanes.kind)
+
+    return lanes(array, indices, types.int64), emit
 
 
 @intrinsic
