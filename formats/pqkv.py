@@ -6,7 +6,6 @@ Frames are written as they come and read by place, so neither side holds more th
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -25,10 +24,22 @@ from pqcodec.codec import Damage, StreamInfo
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats import exact
 from pqcodec.formats.atomic import replacing
+from pqcodec.formats.frames import (
+    KINDS,
+    Frame,
+    checksum_bytes,
+    frame_header,
+    frame_of,
+    head,
+    json_bytes,
+    json_value,
+    natural,
+    sealed,
+    tensor_problem,
+)
 from pqcodec.source import FileSource, MemorySource, Source, check_range
 
 LAYOUT = "..., tokens, head_dim"
-KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 PathOrFile = str | os.PathLike[str] | BinaryIO
 
@@ -50,27 +61,6 @@ class Entry:
     @property
     def tensor_bytes(self) -> int:
         return math.prod(self.shape) * c.EXACT_ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A frame as the index lists it."""
-
-    offset: int
-    kind: int
-    name: str | None
-    layer: int | None
-    role: str | None
-    meta_bytes: int
-    body_bytes: int
-
-    @property
-    def body_start(self) -> int:
-        return self.offset + c.FRAME_STRUCT.size + self.meta_bytes
-
-    @property
-    def end(self) -> int:
-        return self.body_start + self.body_bytes
 
 
 @contextmanager
@@ -104,19 +94,19 @@ class PQKVWriter:
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
         self._failed = False
-        self._items: list[_Item] = []
+        self._items: list[Frame] = []
         self._names: set[str] = set()
         self.bytes_written = 0
 
     def __enter__(self) -> PQKVWriter:
-        meta = None if self._metadata is None else _json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
+        meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
         with ExitStack() as stack:
             if isinstance(self._target, (str, os.PathLike)):
                 self._file = stack.enter_context(open(stack.enter_context(replacing(self._target)), "wb", buffering=0))
             else:
                 self._file = self._target
             stack.push(self._finish)
-            self._write(_head())
+            self._write(head())
             if meta is not None:
                 self._frame(c.FRAME_METADATA, meta, [])
             self._stack = stack.pop_all()
@@ -150,12 +140,12 @@ class PQKVWriter:
         layout = LAYOUT if role != "other" and array.ndim > 1 else "..."
         shape, dtype, numpy = [int(n) for n in array.shape], exact.dtype_name(array), not exact.is_torch(array)
         meta = {"shape": shape, "dtype": dtype, "layout": layout, "numpy": numpy}
-        self._tensor(c.FRAME_EXACT, name, layer, role, meta, [raw.data, _checksum_bytes(raw)])
+        self._tensor(c.FRAME_EXACT, name, layer, role, meta, [raw.data, checksum_bytes(raw)])
 
     def _check(self, name: str, layer: int | None, role: str) -> None:
         if self._file is None:
             raise InvalidArgument("the writer is not open; use it as `with PQKVWriter(path) as writer:`")
-        problem = _tensor_problem(name, layer, role)
+        problem = tensor_problem(name, layer, role)
         if problem:
             raise InvalidArgument(f"tensor {name!r}: {problem}")
         if name in self._names:
@@ -163,7 +153,7 @@ class PQKVWriter:
 
     def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: list[Any]) -> None:
         meta = {"name": name, "layer": layer, "role": role, **meta}
-        self._frame(kind, _json_bytes(meta, f"tensor {name!r}", c.MAX_META_BYTES), body, name, layer, role)
+        self._frame(kind, json_bytes(meta, f"tensor {name!r}", c.MAX_META_BYTES), body, name, layer, role)
         self._names.add(name)
 
     def _frame(
@@ -175,8 +165,8 @@ class PQKVWriter:
         layer: int | None = None,
         role: str | None = None,
     ) -> None:
-        item = _Item(self.bytes_written, kind, name, layer, role, len(meta), sum(len(piece) for piece in body))
-        self._write(_frame_header(kind, meta, item.body_bytes))
+        item = Frame(self.bytes_written, kind, name, layer, role, len(meta), sum(len(piece) for piece in body))
+        self._write(frame_header(kind, meta, item.body_bytes))
         for piece in (meta, *body):
             self._write(piece)
         self._items.append(item)
@@ -199,59 +189,14 @@ class PQKVWriter:
         if kind is None:
             if self._failed:
                 raise OSError(errno.EIO, "an earlier write failed, the file is not complete", str(self._target))
-            index = _json_bytes([item.__dict__ for item in self._items], "index", c.MAX_INDEX_BYTES)
+            index = json_bytes([item.__dict__ for item in self._items], "index", c.MAX_INDEX_BYTES)
             start = self.bytes_written
-            self._frame(c.FRAME_INDEX, b"{}", [index, _checksum_bytes(index)])
+            self._frame(c.FRAME_INDEX, b"{}", [index, checksum_bytes(index)])
             footer = c.FOOTER_STRUCT.pack(c.FOOTER_MAGIC, start, self.bytes_written + c.FOOTER_STRUCT.size, 0)
-            self._write(_sealed(footer))
+            self._write(sealed(footer))
             assert self._file is not None
             self._file.flush()
         self._file = None
-
-
-def _head() -> bytes:
-    return _sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, c.FILE_VERSION, bytes(7), 0))
-
-
-def _frame_header(kind: int, meta: bytes, body_bytes: int) -> bytes:
-    fields = c.FRAME_STRUCT.pack(c.FRAME_MAGIC, kind, bytes(3), len(meta), body_bytes, 0)[: c.FRAME_CHECKED]
-    return fields + _checksum_bytes(fields + meta)
-
-
-def _sealed(record: bytes) -> bytes:
-    """A record whose last four bytes become the checksum of those before them."""
-    return record[: -c.CHECKSUM_BYTES] + _checksum_bytes(record[: -c.CHECKSUM_BYTES])
-
-
-def _checksum_bytes(data: bytes | np.ndarray) -> bytes:
-    return checksum(data).to_bytes(c.CHECKSUM_BYTES, "little")
-
-
-def _json_bytes(value: Any, what: str, most: int) -> bytes:
-    try:
-        data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{what} cannot be written as JSON: {error}") from None
-    if len(data) > most:
-        raise InvalidArgument(f"{what} takes {len(data)} bytes of JSON, at most {most} are allowed; split the file")
-    return data
-
-
-def _tensor_problem(name: object, layer: object, role: object) -> str:
-    """What is wrong with a tensor's name, layer or role, or an empty string."""
-    if not isinstance(name, str) or not name:
-        return f"the name is {name!r}; a string that is not empty is expected"
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        return "the name is not Unicode text (it holds half a surrogate pair)"
-    if layer is not None and not _natural(layer):
-        return f"layer is {layer!r}; None or a number from 0 is expected"
-    if role not in c.ROLES:
-        return f"role is {role!r}; choose from {', '.join(c.ROLES)}"
-    return ""
-
-
-def _natural(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -369,7 +314,7 @@ class PQKVFile:
         found: list[tuple[str | None, Damage | str]] = []
         for item in self._items:
 
-            def advance(done: int, total: int, item: _Item = item) -> None:
+            def advance(done: int, total: int, item: Frame = item) -> None:
                 if progress:
                     progress(item.body_start + item.body_bytes * done // max(total, 1), self.size)
 
@@ -380,7 +325,7 @@ class PQKVFile:
             advance(1, 1)
         return found
 
-    def _damage(self, item: _Item, backend: str, progress: codec.Progress) -> list[Damage]:
+    def _damage(self, item: Frame, backend: str, progress: codec.Progress) -> list[Damage]:
         if item.name is None:
             self._meta(item)
             return []
@@ -391,7 +336,7 @@ class PQKVFile:
         return []
 
     # -- opening -------------------------------------------------------------------------------------------------
-    def _open(self) -> list[_Item]:
+    def _open(self) -> list[Frame]:
         """The frames before the index, from a head, a footer and an index that hold."""
         self._check_head()
         footer = self._footer(self.size - c.FOOTER_STRUCT.size)
@@ -403,10 +348,10 @@ class PQKVFile:
         index, _ = self._frame(start, end)
         if index.kind != c.FRAME_INDEX or index.end != end or index.body_bytes > c.MAX_INDEX_BYTES + c.CHECKSUM_BYTES:
             raise CorruptStream(f"the frame at byte {start} is not an index that ends at the footer")
-        listed = _json(self._sealed_body(index).tobytes(), "index")
+        listed = json_value(self._sealed_body(index).tobytes(), "index")
         if not isinstance(listed, list):
             raise CorruptStream("index: a JSON list is expected")
-        items = [_item(place, fields) for place, fields in enumerate(listed)]
+        items = [frame_of(place, fields) for place, fields in enumerate(listed)]
         expected = c.FILE_HEAD_STRUCT.size
         for place, item in enumerate(items):
             if item.offset != expected:
@@ -433,7 +378,7 @@ class PQKVFile:
         _, version, reserved, _ = c.FILE_HEAD_STRUCT.unpack(head)
         if version != c.FILE_VERSION:
             raise UnsupportedStream(f"file version {version}; this release reads {c.FILE_VERSION}: install a newer pqcodec")
-        if head != _sealed(head):
+        if head != sealed(head):
             raise CorruptStream("head: checksum does not hold; fetch the file again")
         if any(reserved):
             raise UnsupportedStream("head: reserved bytes are not zero: install a newer pqcodec")
@@ -444,7 +389,7 @@ class PQKVFile:
             return None
         data = self._source.read(place, c.FOOTER_STRUCT.size).tobytes()
         magic, index, size, _ = c.FOOTER_STRUCT.unpack(data)
-        return (index, size) if magic == c.FOOTER_MAGIC and data == _sealed(data) else None
+        return (index, size) if magic == c.FOOTER_MAGIC and data == sealed(data) else None
 
     def _explain_missing_footer(self) -> NoReturn:
         """Walk the frames to tell a file that was cut off from one that is damaged."""
@@ -463,7 +408,7 @@ class PQKVFile:
         )
 
     # -- frames --------------------------------------------------------------------------------------------------
-    def _frame(self, place: int, end: int, beyond: type[PQError] = CorruptStream) -> tuple[_Item, dict[str, Any]]:
+    def _frame(self, place: int, end: int, beyond: type[PQError] = CorruptStream) -> tuple[Frame, dict[str, Any]]:
         """The frame at a byte, and its meta; raises ``beyond`` where the frame does not end at ``end`` or before."""
         if end - place < c.FRAME_STRUCT.size:
             raise beyond(f"frame at byte {place}: {end - place} bytes are there, its header takes {c.FRAME_STRUCT.size}")
@@ -481,27 +426,27 @@ class PQKVFile:
             raise CorruptStream(f"frame at byte {place}: checksum does not hold; fetch the file again")
         if kind not in KINDS or any(reserved):
             raise UnsupportedStream(f"frame at byte {place}: kind {kind}, reserved {reserved!r}: install a newer pqcodec")
-        fields = _json(meta, f"frame at byte {place}")
+        fields = json_value(meta, f"frame at byte {place}")
         if not isinstance(fields, dict):
             raise CorruptStream(f"frame at byte {place}: a JSON object is expected")
         if kind == c.FRAME_METADATA and body_bytes:
             raise CorruptStream(f"frame at byte {place}: file metadata have a body of {body_bytes} bytes")
         tensor = kind in (c.FRAME_CODED, c.FRAME_EXACT)
         name, layer, role = (fields.get(key) if tensor else None for key in ("name", "layer", "role"))
-        return _Item(place, kind, name, layer, role, meta_bytes, body_bytes), fields
+        return Frame(place, kind, name, layer, role, meta_bytes, body_bytes), fields
 
-    def _meta(self, item: _Item) -> dict[str, Any]:
+    def _meta(self, item: Frame) -> dict[str, Any]:
         """The meta of a frame that the index lists, and that says the same."""
         found, meta = self._frame(item.offset, item.end)
         if found != item:
             raise CorruptStream(f"frame at byte {item.offset}: the index says {item}, the frame {found}")
         return meta
 
-    def _read_entry(self, item: _Item) -> tuple[Entry, bool]:
+    def _read_entry(self, item: Frame) -> tuple[Entry, bool]:
         """A tensor's entry, and whether it was given as numpy's."""
         meta = self._meta(item)
         shape, dtype, layout = meta.get("shape"), meta.get("dtype"), meta.get("layout")
-        if not isinstance(shape, list) or not all(_natural(n) for n in shape) or not isinstance(layout, str):
+        if not isinstance(shape, list) or not all(natural(n) for n in shape) or not isinstance(layout, str):
             raise CorruptStream(f"shape {shape!r}, layout {layout!r}: a list of numbers from 0 and a string are expected")
         if not isinstance(dtype, str) or dtype not in c.EXACT_ITEM_BYTES:
             raise UnsupportedStream(f"dtype {dtype!r} is unknown to this release: install a newer pqcodec")
@@ -531,7 +476,7 @@ class PQKVFile:
     def _exact_bytes(self, entry: Entry) -> np.ndarray:
         return self._sealed_part(entry.body_start, entry.body_bytes)
 
-    def _sealed_body(self, item: _Item) -> np.ndarray:
+    def _sealed_body(self, item: Frame) -> np.ndarray:
         return self._sealed_part(item.body_start, item.body_bytes)
 
     def _sealed_part(self, start: int, count: int) -> np.ndarray:
@@ -539,53 +484,12 @@ class PQKVFile:
         if count < c.CHECKSUM_BYTES:
             raise CorruptStream(f"body at byte {start}: {count} bytes, the checksum alone takes {c.CHECKSUM_BYTES}")
         raw = self._source.read(start, count)
-        if raw[-c.CHECKSUM_BYTES :].tobytes() != _checksum_bytes(raw[: -c.CHECKSUM_BYTES]):
+        if raw[-c.CHECKSUM_BYTES :].tobytes() != checksum_bytes(raw[: -c.CHECKSUM_BYTES]):
             raise CorruptStream(f"body at byte {start}: checksum does not hold")
         return raw[: -c.CHECKSUM_BYTES]
 
     def _named(self, name: str) -> Any:
         return named(f"{self._label}: tensor {name!r}")
-
-
-def _item(place: int, fields: object) -> _Item:
-    """A frame of the index, checked; keys that this release does not know are passed over."""
-    keys = tuple(_Item.__dataclass_fields__)
-    if not isinstance(fields, dict) or not fields.keys() >= set(keys):
-        raise CorruptStream(f"index: frame {place} is not an object of {', '.join(keys)}")
-    item = _Item(**{key: fields[key] for key in keys})
-    if item.kind not in KINDS:
-        raise UnsupportedStream(f"index: frame {place} is of kind {item.kind!r:.50}: install a newer pqcodec")
-    if not _natural(item.offset) or not _natural(item.meta_bytes) or not _natural(item.body_bytes):
-        raise CorruptStream(f"index: frame {place}: offset and sizes are not numbers from 0")
-    if item.kind == c.FRAME_METADATA:
-        told = (item.name, item.layer, item.role) != (None, None, None)
-        problem = "file metadata have no name, layer or role" if told else ""
-    elif item.kind == c.FRAME_INDEX:
-        problem = "an index lists no index"
-    else:
-        problem = _tensor_problem(item.name, item.layer, item.role)
-    if problem:
-        raise CorruptStream(f"index: frame {place}: {problem}")
-    return item
-
-
-def _json(data: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8, no NaN, no key twice."""
-    try:
-        return json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CorruptStream(f"{what}: not JSON: {error}") from None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
 
 
 def _cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:

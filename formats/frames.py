@@ -1,0 +1,124 @@
+"""Law: what a frame of a .pqkv file is (SPEC Part II): its record, its checksum, its JSON, and what the index says of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.checksum import checksum
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+
+KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame as the index lists it."""
+
+    offset: int
+    kind: int
+    name: str | None
+    layer: int | None
+    role: str | None
+    meta_bytes: int
+    body_bytes: int
+
+    @property
+    def body_start(self) -> int:
+        return self.offset + c.FRAME_STRUCT.size + self.meta_bytes
+
+    @property
+    def end(self) -> int:
+        return self.body_start + self.body_bytes
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def head() -> bytes:
+    return sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, c.FILE_VERSION, bytes(7), 0))
+
+
+def frame_header(kind: int, meta: bytes, body_bytes: int) -> bytes:
+    fields = c.FRAME_STRUCT.pack(c.FRAME_MAGIC, kind, bytes(3), len(meta), body_bytes, 0)[: c.FRAME_CHECKED]
+    return fields + checksum_bytes(fields + meta)
+
+
+def sealed(record: bytes) -> bytes:
+    """A record whose last four bytes become the checksum of those before them."""
+    return record[: -c.CHECKSUM_BYTES] + checksum_bytes(record[: -c.CHECKSUM_BYTES])
+
+
+def checksum_bytes(data: bytes | np.ndarray) -> bytes:
+    return checksum(data).to_bytes(c.CHECKSUM_BYTES, "little")
+
+
+def json_bytes(value: Any, what: str, most: int) -> bytes:
+    try:
+        data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{what} cannot be written as JSON: {error}") from None
+    if len(data) > most:
+        raise InvalidArgument(f"{what} takes {len(data)} bytes of JSON, at most {most} are allowed; split the file")
+    return data
+
+
+def tensor_problem(name: object, layer: object, role: object) -> str:
+    """What is wrong with a tensor's name, layer or role, or an empty string."""
+    if not isinstance(name, str) or not name:
+        return f"the name is {name!r}; a string that is not empty is expected"
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        return "the name is not Unicode text (it holds half a surrogate pair)"
+    if layer is not None and not natural(layer):
+        return f"layer is {layer!r}; None or a number from 0 is expected"
+    if role not in c.ROLES:
+        return f"role is {role!r}; choose from {', '.join(c.ROLES)}"
+    return ""
+
+
+def natural(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+def frame_of(place: int, fields: object) -> Frame:
+    """A frame of the index, checked; keys that this release does not know are passed over."""
+    keys = tuple(Frame.__dataclass_fields__)
+    if not isinstance(fields, dict) or not fields.keys() >= set(keys):
+        raise CorruptStream(f"index: frame {place} is not an object of {', '.join(keys)}")
+    item = Frame(**{key: fields[key] for key in keys})
+    if item.kind not in KINDS:
+        raise UnsupportedStream(f"index: frame {place} is of kind {item.kind!r:.50}: install a newer pqcodec")
+    if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):
+        raise CorruptStream(f"index: frame {place}: offset and sizes are not numbers from 0")
+    if item.kind == c.FRAME_METADATA:
+        told = (item.name, item.layer, item.role) != (None, None, None)
+        problem = "file metadata have no name, layer or role" if told else ""
+    elif item.kind == c.FRAME_INDEX:
+        problem = "an index lists no index"
+    else:
+        problem = tensor_problem(item.name, item.layer, item.role)
+    if problem:
+        raise CorruptStream(f"index: frame {place}: {problem}")
+    return item
+
+
+def json_value(data: bytes, what: str) -> Any:
+    """Strict JSON: UTF-8, no NaN, no key twice."""
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptStream(f"{what}: not JSON: {error}") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
