@@ -136,7 +136,7 @@ def main() -> None:
         shown.add_row(name, str(row["threads"]), *speeds, f"{row['encode_ratio']:.3f}", f"{row['decode_ratio']:.3f}")
     console.print(shown)
     figures = {"rows": rows, **memory(), **first_byte()}
-    extra = ", ".join(f"{verb} {figures[f'{verb}_extra_bytes'] / 2**20:.0f} MiB" for verb in ("encode", "decode"))
+    extra = ", ".join(f"{verb} {max(figures[f'{verb}_extra_bytes'], 0) / 2**20:.0f} MiB" for verb in ("encode", "decode"))
     console.print(f"peak memory above input + output: {extra}")
     console.print(
         f"process start to first encoded byte: {figures['first_byte_s']:.2f} s, "
