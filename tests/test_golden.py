@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import second_decoder
 from conftest import BACKENDS, bits
 from make_golden import FOLDER, cases
 
@@ -28,3 +29,17 @@ def test_golden_streams_decode_to_their_numbers(path: Path, backend: str) -> Non
 @pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
 def test_golden_streams_are_sound(path: Path) -> None:
     assert pqcodec.verify(path.read_bytes()) == []
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
+def test_a_decoder_written_from_the_specification_agrees(path: Path) -> None:
+    np.testing.assert_array_equal(
+        second_decoder.decode(path.read_bytes()), np.load(path.with_suffix(".npy"), allow_pickle=False)
+    )
+
+
+def test_the_second_decoder_notices_damage() -> None:
+    data = bytearray(STREAMS[-1].read_bytes())
+    data[-1] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        second_decoder.decode(bytes(data))

@@ -1,0 +1,294 @@
+"""A second decoder of streams, written from formats/SPEC.md Part I and from nothing else of this project.
+
+It shares no code with pqcodec, favours the specification's own words over speed, and so tells whether they suffice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from functools import cache
+
+import numpy as np
+
+F = np.float32
+ORDERS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 768, 896, 1024)
+PRIME = 2**32 - 5
+
+
+# -- 4: PRNG and checksum ------------------------------------------------------------------------------------------
+def splitmix64(seed: int, i: int) -> int:
+    mask = 2**64 - 1
+    z = (seed + (i + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & mask
+    return z ^ z >> 31
+
+
+@cache
+def key(i: int) -> int:
+    return 1 + splitmix64(0x5051636865636B31, i) % (PRIME - 1)
+
+
+def checksum(data: bytes) -> int:
+    padded = data + bytes(-len(data) % 4)
+    words = struct.unpack(f"<{len(padded) // 4}I", padded)
+    return (len(data) * key(0) + sum(w * key(i) for i, w in enumerate(words, 1))) % PRIME
+
+
+def checked(data: bytes) -> bytes:
+    """A section without its checksum."""
+    if checksum(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise ValueError("a checksum does not hold")
+    return data[:-4]
+
+
+# -- 5: rotation ---------------------------------------------------------------------------------------------------
+def legendre(a: int, q: int) -> int:
+    a %= q
+    return 0 if a == 0 else 1 if pow(a, (q - 1) // 2, q) == 1 else -1
+
+
+@cache
+def hadamard(order: int) -> np.ndarray:
+    odd = order // (order & -order)
+    if odd == 1:
+        h = np.array([[1]])
+    else:
+        base = 4 * odd
+        q = {12: 11, 20: 19, 28: 13, 36: 17}[base]
+        s = np.array([[0] + [1] * q] + [[1 if q % 4 == 1 else -1] + [legendre(i - j, q) for j in range(q)] for i in range(q)])
+        eye = np.eye(q + 1, dtype=int)
+        h = eye + s if q % 4 == 3 else np.kron(s, [[1, 1], [1, -1]]) + np.kron(eye, [[1, -1], [-1, -1]])
+    while len(h) < order:
+        h = np.kron(h, [[1, 1], [1, -1]])
+    return h
+
+
+# -- 6: tables -----------------------------------------------------------------------------------------------------
+def trunc16(x: float) -> F:
+    """The f16 number nearest to x towards zero."""
+    if abs(x) < 1e-12:  # an exact zero
+        return F(0)
+    step = 2.0 ** max(math.frexp(x)[1] - 11, -24)
+    return F(math.trunc(x / step) * step)
+
+
+@cache
+def means(m_a: int, m_b: int, n: int) -> tuple[list[float], list[float], list[int]]:
+    """c_k, s_k and e_j of section 6.2, by Gauss-Legendre on eight panels a cell."""
+    grid = 2**10 if m_a + m_b <= 16 else 2**14
+    h = 2 * m_a * m_b / (m_a + m_b) + 2
+    s = 1.03 / math.sqrt(h) * (1 + 0.75 / h)
+    e = [0]
+    for j in range(1, n):
+        t = (m_b / m_a) * (j / (n - j)) ** (2 * s)
+        e.append(math.floor(grid * t / (1 + t) + 0.5))
+    e.append(grid)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    top = math.atan(math.sqrt((m_b - 1) / (m_a - 1)))
+    cosines, sines = [], []
+    for low, high in itertools.pairwise(e):
+        cuts = np.linspace(math.asin(math.sqrt(low / grid)), math.asin(math.sqrt(high / grid)), 9)
+        psi = np.concatenate([(a + b) / 2 + (b - a) / 2 * nodes for a, b in itertools.pairwise(cuts)])
+        f = (np.sin(psi) / math.sin(top)) ** (m_b - 1) * (np.cos(psi) / math.cos(top)) ** (m_a - 1) * np.tile(weights, 8)
+        cosines.append(float((f * np.cos(psi)).sum() / f.sum()))
+        sines.append(float((f * np.sin(psi)).sum() / f.sum()))
+    return cosines, sines, e
+
+
+@cache
+def node(m_a: int, m_b: int, w: int) -> tuple[list[F], list[F], list[int]]:
+    """C_k, S_k and d_k of section 6.3."""
+    cosines, sines, _ = means(m_a, m_b, 2**w)
+    ratio = [m_a * m_b / (m_a + m_b) * math.log2(c / s * math.sqrt(m_b / m_a)) for c, s in zip(cosines, sines, strict=True)]
+    return [trunc16(c) for c in cosines], [trunc16(s) for s in sines], [math.floor(r + 0.5) if w else 0 for r in ratio]
+
+
+def z(n: int) -> float:
+    return 0.0 if n == 1 else math.sin(math.pi / n) / (math.pi / n)
+
+
+@cache
+def quad(budget: int) -> tuple[int, list[tuple[int, int, F, F]]]:
+    """T, and (n_a, n_b, C, S) of each cell, of section 6.4."""
+    q = min(128, max(1, math.floor(2 ** (budget / 3 - 1) + 0.5)))
+    codes = 2**budget // q
+    cosines, sines, _ = means(2, 2, q)
+    cells = []
+    for k, (c, s) in enumerate(zip(cosines, sines, strict=True)):
+        u = 1.0 if 2 * k == q - 1 else c / s if 2 * k < q - 1 else s / c
+        wide = min(max(math.floor(math.sqrt(codes * u)), 1), codes)
+        narrow = codes // wide
+        wide, narrow = min(512, codes // narrow), min(512, narrow)
+        n_a, n_b = (wide, narrow) if 2 * k <= q - 1 else (narrow, wide)
+        cells.append((n_a, n_b, trunc16(c * z(n_a)), trunc16(s * z(n_b))))
+    return codes, cells
+
+
+def direction(g: int) -> tuple[F, F]:
+    return trunc16(math.cos(2 * math.pi * g / 2048)), trunc16(math.sin(2 * math.pi * g / 2048))
+
+
+def sector_direction(i: int, n: int) -> tuple[F, F]:
+    k = (2**26 + n // 2) // n
+    return direction(((2 * i + 1) * k + 2**15) // 2**16 % 2048)
+
+
+# -- 6 and 7: rows -------------------------------------------------------------------------------------------------
+def field(row: int, place: int, width: int) -> int:
+    return row >> place & (1 << width) - 1
+
+
+def children(n: int) -> tuple[int, int]:
+    left = 16 * -(-n // 32) if n > 16 else n // 2
+    return left, n - left
+
+
+def walk(row: int, place: int, budget: int, n: int, r: F) -> list[int]:
+    """The n integers under a node that owns ``budget`` bits from ``place`` on."""
+    if n == 4:
+        codes, cells = quad(budget)
+        x = field(row, place, budget)
+        k = min(x // codes, len(cells) - 1)
+        n_a, n_b, c, s = cells[k]
+        i_a, i_b = divmod(x - k * codes, n_b)
+        (x_a, y_a), (x_b, y_b) = sector_direction(i_a, n_a), sector_direction(i_b, n_b)
+        return [int(np.rint(r * point)) for point in (c * x_a, c * y_a, s * x_b, s * y_b)]
+    m_a, m_b = children(n)
+    w = min(budget, max(1, min(7, 16 * budget // (15 * n))))
+    cos, sin, shift = node(m_a, m_b, w)
+    k = field(row, place, w)
+    rest = budget - w
+    left = min(max(rest * m_a // (m_a + m_b) + shift[k], max(0, rest - 7 * m_b)), min(7 * m_a, rest))
+    return walk(row, place + w, left, m_a, r * cos[k]) + walk(row, place + w + left, rest - left, m_b, r * sin[k])
+
+
+def factors(m: float, e: int) -> tuple[F, F]:
+    return (F(math.ldexp(m, e)), F(1)) if e >= -100 else (F(math.ldexp(m, e + 64)), F(2.0**-64))
+
+
+def split_row(row: int, order: int, row_bits: int, radius_bits: int) -> tuple[list[int], F, F]:
+    code, steps = field(row, 0, radius_bits), 7 * 2 ** (radius_bits - 11)
+    a, b = F(0), F(1)
+    if code:
+        e, j = divmod(code - 1, steps)
+        a, b = factors(float(F(2 ** (j / steps) / (2048 * math.sqrt(order)))), e - 155)
+    return walk(row, radius_bits, row_bits - radius_bits, order, F(2048)), a, b
+
+
+def paper_row(row: int, order: int, exponent: int) -> tuple[list[int], F, F]:
+    blocks = order // 16
+    halves = np.array([field(row, 62 * i, 16) & 0x7FFF for i in range(blocks)], np.uint16).view(np.float16)
+    radii = [0.0 if np.isnan(h) else min(float(h), 65504.0) for h in halves]
+    power = math.frexp(max(radii))[1]
+    integers: list[int] = []
+    for block, radius in enumerate(radii):
+        place, values = 62 * block + 16, [F(math.ldexp(radius, 11 - power))]
+        for a, b in ((0.52420, 0.70590), (0.42624, 0.67438), (0.30974, 0.63397)):
+            angles = (a, b, math.pi / 2 - b, math.pi / 2 - a)
+            split = []
+            for r in values:
+                k = field(row, place, 2)
+                place += 2
+                split += [r * trunc16(math.cos(angles[k])), r * trunc16(math.sin(angles[k]))]
+            values = split
+        for r in values:
+            x, y = direction(64 * (2 * field(row, place, 4) + 1))
+            place += 4
+            integers += [int(np.rint(r * x)), int(np.rint(r * y))]
+    return integers, *factors(float(F(1 / (2048 * math.sqrt(order)))), power + exponent)
+
+
+# -- 8: offsets ----------------------------------------------------------------------------------------------------
+def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[int, ...]) -> np.ndarray:
+    out = offset.copy()
+    for i, frequency in enumerate(frequencies):
+        p, q = (i, i + len(frequencies)) if pairing == 1 else (2 * i, 2 * i + 1)
+        h, l = divmod(position * frequency // 2**16 % 2**16, 256)
+        tables = [exact_cos(h / 256), exact_cos(h / 256 - 0.25), exact_cos(l / 65536), exact_cos(l / 65536 - 0.25)]
+        a, b, c, d = map(F, tables)
+        cos, sin = a * c - b * d, b * c + a * d
+        out[p], out[q] = offset[p] * cos - offset[q] * sin, offset[p] * sin + offset[q] * cos
+    return out
+
+
+def exact_cos(turns: float) -> float:
+    """cos of a multiple of 2^-16 turn, with its exact values exact."""
+    value = math.cos(2 * math.pi * turns)
+    return 0.0 if abs(value) < 1e-12 else value
+
+
+# -- 3: the stream -------------------------------------------------------------------------------------------------
+def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
+    """Step 6 of 6.5, as unsigned integers."""
+    most = F({1: 65504.0, 2: (2 - 2.0**-7) * 2.0**127, 3: (2 - 2.0**-23) * 2.0**127}[dtype])
+    y = np.clip(y, -most, most)
+    if dtype == 1:
+        return y.astype(np.float16).view(np.uint16)
+    bits = y.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The tensor of a stream as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
+    magic, version, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk, exact, exceptions = (
+        struct.unpack_from("<4sBBBBIHBBIIII", data)
+    )
+    seed, offset_exponent, radius_exponent, codebook = struct.unpack_from("<QhhB", data, 32)
+    if (magic, version, linear, codebook) != (b"\x89PQS", 1, 0, 0):
+        raise ValueError("not a stream of version 1")
+    checked(data[:size])
+    shape = struct.unpack_from(f"<{ndim}Q", data, 48)
+    head_dim, tokens = shape[-1], shape[-2] if ndim > 1 else 1
+    leading = math.prod(shape[:-2])
+    first_position, pairing, frequencies = 0, 1, ()
+    if flags & 2:
+        first_position, channels, pairing = struct.unpack_from("<QHB", data, 48 + 8 * ndim)
+        frequencies = struct.unpack_from(f"<{channels // 2}I", data, 48 + 8 * ndim + 16)
+    order = next(n for n in ORDERS if n >= head_dim)
+    kind = np.dtype("<u4" if dtype == 3 else "<u2")
+    kept, row_bytes = min(exact, tokens), -(-row_bits // 8)
+    coded = tokens - kept
+    out = np.zeros((leading, tokens, head_dim), kind)
+    at = size
+
+    def take(count: int) -> bytes:
+        nonlocal at
+        at += count + 4
+        if at > len(data):
+            raise ValueError("the stream is cut off")
+        return checked(data[at - count - 4 : at])
+
+    offsets = np.zeros((leading, head_dim), np.float32)
+    if flags & 1:
+        for lead in range(leading):
+            offsets[lead] = np.ldexp(np.frombuffer(take(2 * head_dim), "<f2").astype(np.float64), offset_exponent)
+    if kept:
+        for lead in range(leading):
+            out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
+    records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
+    signs = np.array([1 - 2 * (splitmix64(seed, i // 64) >> i % 64 & 1) for i in range(order)])
+    back = signs[:, None] * hadamard(order).T
+    for first in range(0, coded, chunk):
+        for lead in range(leading):
+            count = min(chunk, coded - first)
+            rows = take(count * row_bytes)
+            for i in range(count):
+                row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
+                told = split_row(row, order, row_bits, radius_bits) if coding == 1 else paper_row(row, order, radius_exponent)
+                integers, a, b = told
+                with np.errstate(over="ignore"):
+                    y = (back @ np.array(integers))[:head_dim].astype(np.float32) * a * b + F(0)
+                    if flags & 1:
+                        token = kept + first + i
+                        offset = offsets[lead]
+                        y = y + (turned(offset, first_position + token, pairing, frequencies) if flags & 2 else offset)
+                out[lead, kept + first + i] = narrow(y, dtype)
+    for place in range(0, len(records), 8 + head_dim * kind.itemsize):
+        lead, token = divmod(struct.unpack_from("<Q", records, place)[0], coded)
+        out[lead, kept + token] = np.frombuffer(records, kind, head_dim, place + 8)
+    if at != len(data):
+        raise ValueError("bytes behind the stream")
+    return out.reshape(shape)
