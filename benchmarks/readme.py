@@ -22,8 +22,8 @@ def figures() -> str:
     speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
     models = {row["preset"]: row for row in demo["presets"]}
     lines = [
-        "| preset | bits/coord | relMSE, Gaussian | against Lloyd-Max + f16 norm, equal bits | KV file, SmolLM2 | next-token KL "
-        "| encode, decode against np.copyto |",
+        "| preset | bits/coord | relMSE, Gaussian | against Lloyd-Max + f16 norm, equal bits | KV file, SmolLM2 | "
+        "next-token KL | encode, decode against np.copyto |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in gaussian.items():
@@ -35,7 +35,8 @@ def figures() -> str:
         [
             *lines,
             "",
-            f"head_dim 128, radius included; KL in nats over {demo['scored']} tokens after a prefix of {demo['tokens']:,}. Machine: {machine}.",
+            f"head_dim 128, radius included; KL in nats over {demo['scored']} tokens after a prefix of {demo['tokens']:,}. "
+            f"Machine: {machine}.",
             f"Commands: `{rate['command']}`, `{speed['command']}`, `{demo['command']}`; files: `benchmarks/results/`.",
             "",
         ]
