@@ -104,6 +104,8 @@ def encode(
     """
     view = arrays.view(x)
     kernel = backend_of(backend, view.device)
+    if view.device != "cpu":
+        raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     if nonfinite not in ("error", "exact"):
         raise InvalidArgument(f"nonfinite {nonfinite!r} is unknown; choose 'error' or 'exact'")
     values = view.values()

@@ -306,6 +306,14 @@ def test_wrong_tensors_are_named(x: Any, message: str) -> None:
         pqcodec.encode(x, backend="reference")
 
 
+def test_tensors_of_other_devices_are_refused() -> None:
+    x = torch.empty(4, 64, device="meta")
+    with pytest.raises(pqcodec.BackendUnavailable, match="choose from"):
+        pqcodec.encode(x)
+    with pytest.raises(InvalidArgument, match=r"is on 'meta'.*pass x.cpu"):
+        pqcodec.encode(x, backend="reference")
+
+
 def test_ranges_outside_the_tensor_are_refused() -> None:
     data = pqcodec.encode(gaussian(4, 64), backend="reference")
     for tokens in ((0, 5), (-1, 2), (3, 2)):

@@ -12,7 +12,7 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.files import check_output, input_file
 from pqcodec.tools.outcome import bytes_text, print_json
-from pqcodec.tools.progress import progress_bar
+from pqcodec.tools.progress import load_kernels, progress_bar
 
 if TYPE_CHECKING:
     from pqcodec.formats.pqkv import PQKVFile
@@ -44,6 +44,7 @@ def decode(
     outcome = _Outcome()
     with input_file(source) as path, open_encoded(path) as file:
         names = _chosen(file, only)
+        load_kernels(backend)
         with progress_bar("decode", sum(file.entry(name).tensor_bytes for name in names)) as show:
             found = _tensors(file, names, wanted, backend, show, outcome)
             write_tensors(target, found, file.metadata.get("safetensors") or {})

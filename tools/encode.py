@@ -13,7 +13,7 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.files import STANDARD, check_output, input_file
 from pqcodec.tools.outcome import bytes_text, print_json, say, shown
-from pqcodec.tools.progress import progress_bar
+from pqcodec.tools.progress import load_kernels, progress_bar
 
 if TYPE_CHECKING:
     from pqcodec.centre import Rope
@@ -265,6 +265,7 @@ def _encode_file(
         if needs_keys and all(part.role != "key" for part in parts.values()):
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(parts))}); use --keys")
         metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {})
+        load_kernels(options["backend"])
         presets = plan.presets(reader, parts)
         out = sys.stdout.buffer if target == STANDARD else target
         with progress_bar("encode", reader.total_bytes) as show, PQKVWriter(out, metadata) as writer:

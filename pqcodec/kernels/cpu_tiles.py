@@ -3,7 +3,8 @@
 A tile is eight vectors, held coordinate-major ([coordinate, lane]): a coordinate of all eight is one SIMD register, and
 everything but the first radius is computed eight at a time. Arithmetic that decides output bits is float32 multiplies and
 integer adds, never fused (no fastmath). Numbers come from the plan's tables; what stands here as a literal is a mask or
-an approximation that the encoder is free to choose.
+an approximation that the encoder is free to choose. The kernels stay in one file, because numba's cache on disk watches the
+file of the function that is called, and no other.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 ``Lanes`` values support + - * & | ^ << >> and comparisons lane by lane (>> is logical); everything else is a function of
 this file. LLVM lowers eight 32-bit lanes to one AVX2 register, or to several smaller ones. No operation here is fused or
 reassociated: a lane's result is the scalar operation's result, bit for bit.
+
+numba's cache on disk watches ``cpu_tiles.py`` alone: after a change here, touch that file.
 """
 
 from __future__ import annotations
@@ -145,7 +147,6 @@ to_float = _convert(INT, FLOAT, "sitofp")
 as_bits = _convert(FLOAT, INT, "bitcast")
 as_float = _convert(INT, FLOAT, "bitcast")
 to_long = _convert(INT, LONG, "zext")
-low_half = _convert(LONG, INT, "trunc")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
