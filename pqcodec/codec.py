@@ -127,10 +127,9 @@ def encode(
     if header.stream_bytes > header.payload_start:
         stream.write(b"\0")
     bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
-    with stream.getbuffer() as buffer:
-        payload = np.frombuffer(buffer, np.uint8)[header.payload_start :]
-        kernel.encode(EncodeJob(header, values, offsets, payload, bad, _counter(header, progress)))
-        del payload
+    payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
+    kernel.encode(EncodeJob(header, values, offsets, payload, bad, _counter(header, progress)))
+    del payload  # the stream gives its buffer away uncopied only when nobody else holds it
     if nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad))
     return stream.getvalue()

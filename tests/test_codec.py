@@ -269,6 +269,14 @@ def test_progress_reaches_the_end(backend: str) -> None:
     assert seen[-1] == (12, 12)
 
 
+def test_an_interrupt_reaches_the_caller(backend: str) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pqcodec.encode(gaussian(3, 200, 32), backend=backend, progress=interrupt)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
