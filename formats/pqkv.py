@@ -20,7 +20,7 @@ import numpy as np
 from pqcodec import arrays, codec
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
-from pqcodec.codec import Damage, StreamInfo
+from pqcodec.stream import Damage, StreamInfo
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats import exact
 from pqcodec.formats.atomic import replacing

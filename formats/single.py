@@ -9,7 +9,7 @@ from typing import Any
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.codec import Damage, StreamInfo
+from pqcodec.stream import Damage, StreamInfo
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.pqkv import LAYOUT, Entry, PQKVFile, Progress, named
 from pqcodec.formats.tensors import file_kind

@@ -19,9 +19,11 @@ from pqcodec.errors import (
 )
 
 if TYPE_CHECKING:
+    from pqcodec.batch import DecodeBatch, EncodeBatch
     from pqcodec.centre import Rope
-    from pqcodec.codec import Damage, StreamInfo, decode, encode, encoded_size, inspect, verify
+    from pqcodec.codec import decode, encode, encoded_size, inspect, verify
     from pqcodec.presets import PRESETS
+    from pqcodec.stream import Damage, StreamInfo
 
 __version__ = "0.1.0"
 
@@ -31,8 +33,10 @@ _LAZY = {
     "inspect": "codec",
     "verify": "codec",
     "encoded_size": "codec",
-    "Damage": "codec",
-    "StreamInfo": "codec",
+    "EncodeBatch": "batch",
+    "DecodeBatch": "batch",
+    "Damage": "stream",
+    "StreamInfo": "stream",
     "Rope": "centre",
     "PRESETS": "presets",
 }
@@ -42,6 +46,8 @@ __all__ = [
     "BackendUnavailable",
     "CorruptStream",
     "Damage",
+    "DecodeBatch",
+    "EncodeBatch",
     "InvalidArgument",
     "NonFiniteInput",
     "PQError",

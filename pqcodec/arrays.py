@@ -108,3 +108,83 @@ def to_device(x: Any, device: Any) -> Any:
     import torch
 
     return torch.as_tensor(x).to(device)
+
+
+# -- outputs of the caller -----------------------------------------------------------------------------------------
+def fits(out: Any, shape: tuple[int, ...], dtype: int) -> bool:
+    """Whether a result can be written into ``out`` where it lies; raises InvalidArgument where it is another's shape or dtype."""
+    found = view(out)
+    if found.shape != tuple(shape) or found.dtype != dtype:
+        raise InvalidArgument(
+            f"out is {DTYPE_NAMES[found.dtype]} {found.shape}, the result is {DTYPE_NAMES[dtype]} {tuple(shape)}; "
+            "pass a tensor of that shape and dtype"
+        )
+    strides = [stride for stride, size in zip(_strides(out), shape, strict=True) if size > 1]
+    return not strides or (min(strides) > 0 and (shape[-1] == 1 or strides[-1] == 1))
+
+
+def _strides(x: Any) -> tuple[int, ...]:
+    """Elements from one index to the next, one a dimension."""
+    return tuple(stride // x.itemsize for stride in x.strides) if isinstance(x, np.ndarray) else tuple(x.stride())
+
+
+def seen(out: Any) -> tuple[Any, np.ndarray]:
+    """A tensor of the CPU and its stored numbers."""
+    return out, view(out).stored
+
+
+def copied(out: Any, result: Any) -> Any:
+    """``out`` with the numbers of ``result``."""
+    if isinstance(out, np.ndarray):
+        out[...] = np.asarray(result)
+    else:
+        import torch
+
+        out.copy_(torch.as_tensor(result))
+    return out
+
+
+# -- devices -------------------------------------------------------------------------------------------------------
+def is_torch(x: Any) -> bool:
+    """Whether x is a torch tensor, such as a stream that lies on a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def device_of(x: Any) -> str:
+    """The device of a tensor by its name; "cpu" of what is none of torch's."""
+    return str(x.device) if is_torch(x) else "cpu"
+
+
+def device_type(device: Any) -> str:
+    """ "cuda" of "cuda:1" or of a torch.device."""
+    return str(device).split(":")[0] if not isinstance(device, int) else "cuda"
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows of a torch tensor [..., tokens, head_dim] by address, for kernels that reach them in place."""
+
+    tensor: Any
+    shape: tuple[int, ...]
+    dtype: int
+    device: str
+    starts: np.ndarray  # int64 [leading]: address of each leading index's first row
+    stride: int  # elements from one token to the next
+
+    def from_token(self, token: int) -> np.ndarray:
+        return self.starts + token * self.stride * c.ITEM_BYTES[self.dtype]
+
+
+def device_rows(x: Any) -> DeviceRows:
+    """See a torch tensor by address; raises InvalidArgument where the last dimension is not contiguous."""
+    if not is_torch(x):
+        raise InvalidArgument(f"a torch.Tensor is expected, not {type(x).__name__}")
+    found = view(x)
+    strides = x.stride()
+    if found.shape[-1] > 1 and strides[-1] != 1:
+        raise InvalidArgument(f"strides {strides} of the tensor: the last dimension must be contiguous; pass x.contiguous()")
+    starts = np.array([x.data_ptr()], np.int64)
+    for size, stride in zip(found.shape[:-2], strides[:-2], strict=True):
+        starts = (starts[:, None] + np.arange(size) * (stride * x.itemsize)).ravel()
+    return DeviceRows(x, found.shape, found.dtype, str(x.device), starts, strides[-2] if x.ndim > 1 else 0)

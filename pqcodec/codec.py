@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,62 +14,18 @@ from pqcodec import arrays, centre
 from pqcodec import constants as c
 from pqcodec.centre import Rope
 from pqcodec.checksum import checksum
-from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, TruncatedStream
-from pqcodec.header import CODING_NAMES, DTYPE_NAMES, Header, header_size
+from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
+from pqcodec.header import CODING_NAMES, DTYPE_NAMES, Header
+from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
-from pqcodec.presets import preset as preset_of
 from pqcodec.presets import preset_name
-from pqcodec.rotation import order_for
 from pqcodec.source import Source, source_of
+from pqcodec.stream import Damage, StreamInfo, checked_range, damage_error, make_header, read_header
+from pqcodec.stream import exceptions_section, paper_exponent, read_exceptions, result_shape, runs_of_blocks
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 _SCAN_ROWS = 1 << 12
-
-
-@dataclass(frozen=True)
-class StreamInfo:
-    """What ``inspect`` tells of a stream; sizes in bytes."""
-
-    version: int
-    preset: str | None
-    coding: str
-    dtype: str
-    shape: tuple[int, ...]
-    seed: int
-    centered: str | None
-    exact_tokens: int
-    exact_vectors: int
-    chunk_tokens: int
-    order: int
-    stream_bytes: int
-    header_bytes: int
-    side_bytes: int  # offsets, exact tokens and exact vectors
-    payload_bytes: int
-    tensor_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        return self.tensor_bytes / self.stream_bytes
-
-    @property
-    def bits_per_coordinate(self) -> float:
-        """All bytes of the stream over all coordinates of the tensor."""
-        return 8 * self.stream_bytes / max(math.prod(self.shape), 1)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A part of a stream whose checksum does not hold; ``leading`` and ``tokens`` are None where all are concerned."""
-
-    part: str  # "offset", "exact tokens", "exact vectors" or "payload"
-    leading: int | None
-    tokens: tuple[int, int] | None
-
-    def __str__(self) -> str:
-        lead = "" if self.leading is None else f", leading index {self.leading}"
-        tokens = "" if self.tokens is None else f", tokens {self.tokens[0]} .. {self.tokens[1] - 1}"
-        return f"{self.part}{lead}{tokens}"
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -90,7 +46,8 @@ def encode(
 
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE,
     described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``nonfinite``: "error", or
-    "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum.
+    "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum. A tensor of a
+    GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -104,12 +61,17 @@ def encode(
     """
     view = arrays.view(x)
     kernel = backend_of(backend, view.device)
-    if view.device != "cpu":
-        raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     if nonfinite not in ("error", "exact"):
         raise InvalidArgument(f"nonfinite {nonfinite!r} is unknown; choose 'error' or 'exact'")
+    options = (preset, seed, center, rope, exact_tokens, chunk_tokens)
+    if kernel.name in ON_DEVICE:
+        from pqcodec import batch
+
+        return batch.encode_bytes(x, *options, nonfinite, kernel, progress)
+    if view.device != "cpu":
+        raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     values = view.values()
-    header = _header(view.shape, view.dtype, preset, seed, center, rope, exact_tokens, chunk_tokens, view.numpy)
+    header = make_header(view.shape, view.dtype, *options, view.numpy)
     if nonfinite == "exact":
         header = replace(header, exceptions=len(_bad_rows(values, header)))
     if header.coding == c.CODING_PAPER:
@@ -153,38 +115,7 @@ def encoded_size(
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     if dtype not in codes:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(codes)}")
-    return _header(tuple(shape), codes[dtype], preset, 0, center, rope, exact_tokens, chunk_tokens, True).stream_bytes
-
-
-def _header(
-    shape: tuple[int, ...],
-    dtype: int,
-    preset: str,
-    seed: int,
-    center: str | None,
-    rope: Rope | None,
-    exact_tokens: int,
-    chunk_tokens: int,
-    numpy: bool,
-) -> Header:
-    chosen = preset_of(preset)
-    if center not in (None, "mean", "rope"):
-        raise InvalidArgument(f"center {center!r} is unknown; choose None, 'mean' or 'rope'")
-    if (center == "rope") != (rope is not None):
-        raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
-    return Header(
-        coding=chosen.coding,
-        dtype=dtype,
-        shape=shape,
-        row_bits=chosen.row_bits(order_for(shape[-1])),
-        radius_bits=chosen.radius_bits,
-        seed=seed,
-        chunk_tokens=chunk_tokens,
-        exact_tokens=exact_tokens,
-        offsets=center is not None,
-        rope=rope.field(shape[-1]) if rope else None,
-        numpy=numpy,
-    )
+    return make_header(tuple(shape), codes[dtype], preset, 0, center, rope, exact_tokens, chunk_tokens, True).stream_bytes
 
 
 def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]:
@@ -214,11 +145,10 @@ def _write_sides(stream: io.BytesIO, h: Header, values: Values, halves: np.ndarr
         for lead in range(h.leading):
             section(values.rows(lead, 0, h.first_tokens).tobytes())
     if h.exceptions:
-        body = bytearray()
-        for row in _bad_rows(values, h):
-            lead, token = divmod(int(row), h.coded_tokens)
-            body += int(row).to_bytes(8, "little") + values.rows(lead, h.first_tokens + token, 1).tobytes()
-        section(bytes(body))
+        rows = _bad_rows(values, h)
+        places = (divmod(int(row), h.coded_tokens) for row in rows)
+        vectors = [values.rows(lead, h.first_tokens + token, 1)[0] for lead, token in places]
+        stream.write(exceptions_section(rows, np.stack(vectors)))
 
 
 def _widened(values: Values, h: Header) -> Any:
@@ -240,11 +170,7 @@ def _bad_rows(values: Values, h: Header) -> np.ndarray:
 def _paper_exponent(values: Values, h: Header) -> int:
     """Power of two that brings the paper coding's radii into float16's range; 0 where they are there already."""
     largest = max((float(np.where(np.isfinite(x), x, 0).max()) for _, _, x in _widened(values, h) if x.size), default=0.0)
-    norm = largest * math.sqrt(h.order)
-    if norm == 0 or 2.0**-4 <= norm < 2.0**15:
-        return 0
-    low, high = c.RADIUS_EXPONENTS
-    return min(max(math.frexp(norm)[1] - 15, low), high)
+    return paper_exponent(largest, h.order)
 
 
 def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
@@ -270,44 +196,39 @@ def decode(
     backend: str = "auto",
     tokens: tuple[int, int] | None = None,
     leading: tuple[int, int] | None = None,
+    out: Any = None,
     progress: Progress | None = None,
 ) -> Any:
     """Decode a stream (bytes-like, or a seekable binary file) into a tensor of the shape, dtype and kind that was encoded.
 
     ``tokens`` = (first, last + 1) decodes that range only and reads only the blocks that hold it: [..., last+1-first,
     head_dim]. ``leading`` = (first, last + 1) does the same for the flattened leading dimensions: [n, tokens, head_dim].
-    ``device``: a torch device for the result. Raises TruncatedStream, CorruptStream or UnsupportedStream.
+    ``device``: a torch device for the result; on a GPU the stream is decoded there. ``out``: a tensor of the result's shape and
+    dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
+    Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
     """
+    where = arrays.device_of(out) if out is not None else device
+    if arrays.is_torch(data) or (where is not None and arrays.device_type(where) != "cpu") or backend in ON_DEVICE:
+        kernel = backend_of(backend, arrays.device_type(where if where is not None else arrays.device_of(data)))
+        if kernel.name in ON_DEVICE:
+            from pqcodec import batch
+
+            return batch.decode_one(data, where, kernel, out, tokens, leading, progress)
     source = source_of(data)
     header = read_header(source)
-    kernel = backend_of(backend)
-    first, last = _range("tokens", tokens, header.tokens)
-    low, high = _range("leading", leading, header.leading)
-    if leading is None:
-        shape = (*header.shape[:-2], last - first, header.head_dim) if len(header.shape) > 1 else header.shape
-    else:
-        shape = (high - low, last - first, header.head_dim)
-    result, stored = arrays.empty(shape, header.dtype, header.numpy)
-    out = arrays.values_of(stored.reshape(-1, last - first, header.head_dim) if stored.size else stored)
+    kernel = backend_of("cpu" if backend == "auto" else backend)
+    first, last = checked_range("tokens", tokens, header.tokens)
+    low, high = checked_range("leading", leading, header.leading)
+    shape = result_shape(header, tokens, leading)
+    in_place = out is not None and arrays.fits(out, shape, header.dtype)
+    result, stored = arrays.seen(out) if in_place else arrays.empty(shape, header.dtype, header.numpy)
     if stored.size:
-        damage = _decode_into(source, header, kernel, out, (first, last), (low, high), progress)
+        damage = _decode_into(source, header, kernel, arrays.values_of(stored), (first, last), (low, high), progress)
         if damage:
-            raise CorruptStream(
-                f"checksum does not hold: {damage[0]}" + (f" and {len(damage) - 1} more places" if damage[1:] else "")
-            )
+            raise damage_error(damage)
+    if out is not None:
+        return out if in_place else arrays.copied(out, result)
     return result if device is None else arrays.to_device(result, device)
-
-
-def read_header(source: Source) -> Header:
-    """The header of a stream whose size is right; allocates nothing that the header asks for."""
-    fixed = source.read(0, min(source.size, c.HEADER_STRUCT.size)).tobytes()
-    size = header_size(fixed)
-    header = Header.from_bytes(source.read(0, min(source.size, size)).tobytes())
-    if source.size < header.stream_bytes:
-        raise TruncatedStream(f"{header.stream_bytes} bytes announced, {source.size} there; the stream is cut off")
-    if source.size > header.stream_bytes:
-        raise CorruptStream(f"{source.size - header.stream_bytes} bytes behind the end of the stream; pass exactly one stream")
-    return header
 
 
 def inspect(data: Any) -> StreamInfo:
@@ -343,19 +264,14 @@ def verify(data: Any, *, backend: str = "auto", progress: Progress | None = None
 
     A header that does not hold raises, as in ``decode``.
     """
+    kernel = backend_of(backend, arrays.device_of(data) if arrays.is_torch(data) else "cpu")
+    if kernel.name in ON_DEVICE:
+        from pqcodec import batch
+
+        return batch.verify_one(data, kernel, progress)
     source = source_of(data)
     header = read_header(source)
-    ranges = (0, header.tokens), (0, header.leading)
-    return _decode_into(source, header, backend_of(backend), None, *ranges, progress)
-
-
-def _range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
-    if wanted is None:
-        return 0, count
-    first, last = wanted
-    if not 0 <= first <= last <= count:
-        raise InvalidArgument(f"{name} {first} .. {last} is outside 0 .. {count} of the tensor")
-    return first, last
+    return _decode_into(source, header, kernel, None, (0, header.tokens), (0, header.leading), progress)
 
 
 def _decode_into(
@@ -388,7 +304,7 @@ def _decode_into(
     first = max(tokens[0] - h.first_tokens, 0) // h.chunk_tokens
     last = -(-max(tokens[1] - h.first_tokens, 0) // h.chunk_tokens)
     advance = _counter(h, progress)
-    for low, high, part in _spans(h, first, last, leads):
+    for low, high, part in runs_of_blocks(h, first, last, leads):
         origin = h.block_start(low, part[0])
         end = h.block_start(high - 1, part[1] - 1) + h.block_bytes(high - 1)
         damaged = np.zeros((high - low, part[1] - part[0]), np.bool_)
@@ -403,17 +319,6 @@ def _decode_into(
     if h.exceptions:
         _place_exceptions(source, h, out, tokens, leads, damage)
     return damage
-
-
-def _spans(h: Header, first: int, last: int, leads: tuple[int, int]) -> Any:
-    """Runs of blocks that lie side by side: (first chunk, last + 1, leading range)."""
-    if leads == (0, h.leading):
-        step = max(1, (16 << 20) // max(h.leading * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES), 1))
-        for low in range(first, last if h.leading else first, step):
-            yield low, min(low + step, last), leads
-    elif leads[1] > leads[0]:
-        for chunk in range(first, last):
-            yield chunk, chunk + 1, leads
 
 
 def _sections(
@@ -437,20 +342,11 @@ def _sections(
 def _place_exceptions(
     source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], damage: list[Damage]
 ) -> None:
-    raw = source.read(h.exceptions_start, h.exceptions_bytes)
-    body = np.ascontiguousarray(raw[: -c.CHECKSUM_BYTES])
-    if checksum(body) != int.from_bytes(raw[-c.CHECKSUM_BYTES :].tobytes(), "little"):
-        damage.append(Damage("exact vectors", None, None))
+    found = read_exceptions(source, h, damage)
+    if out is None or found is None:
         return
-    records = body.reshape(h.exceptions, 8 + h.vector_bytes)
-    rows = np.ascontiguousarray(records[:, :8]).view("<u8").ravel().astype(np.int64)
-    if (np.diff(rows) <= 0).any() or rows[0] < 0 or rows[-1] >= h.leading * h.coded_tokens:
-        raise CorruptStream("exact vectors are not in ascending order inside the tensor")
-    if out is None:
-        return
-    for row, record in zip(rows, records, strict=True):
+    for row, vector in zip(*found, strict=True):
         lead, token = divmod(int(row), h.coded_tokens)
         token += h.first_tokens
         if tokens[0] <= token < tokens[1] and leads[0] <= lead < leads[1]:
-            vector = np.ascontiguousarray(record[8:]).view(out.flat.dtype)
-            out.rows(lead - leads[0], token - tokens[0], 1)[0] = vector
+            out.rows(lead - leads[0], token - tokens[0], 1)[0] = vector.view(out.flat.dtype)

@@ -11,7 +11,7 @@ from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
 from pqcodec.tools.progress import progress_bar
 
 if TYPE_CHECKING:
-    from pqcodec.codec import Damage
+    from pqcodec.stream import Damage
 
 
 def verify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.job import Backend
@@ -20,11 +21,18 @@ def _cpu() -> Backend:
     return Cpu()
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"reference": _reference, "cpu": _cpu}
-BACKEND_OF_DEVICE = {"cpu": "cpu"}  # what backend="auto" means for a tensor's device
+def _triton() -> Any:
+    from pqcodec.kernels.gpu import Triton
+
+    return Triton()
 
 
-def backend(name: str, device: str = "cpu") -> Backend:
+BACKENDS: dict[str, Callable[[], Any]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}
+ON_DEVICE = {"triton"}  # backends that take groups of spans (``device.py``) instead of jobs
+BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # what backend="auto" means for a tensor's device
+
+
+def backend(name: str, device: str = "cpu") -> Any:
     """The backend ``name``, or for "auto" the one of the device type. Raises BackendUnavailable."""
     chosen = BACKEND_OF_DEVICE.get(device, device) if name == "auto" else name
     if chosen not in BACKENDS:

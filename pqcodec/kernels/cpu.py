@@ -18,12 +18,12 @@ from pqcodec.checksum import checksum_keys
 from pqcodec.errors import InvalidArgument
 from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
+from pqcodec.kernels import tables
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
-_WIDTHS = c.MAX_ANGLE_BITS + 1
 
 
 def threads() -> int:
@@ -52,40 +52,21 @@ def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None
 @lru_cache(maxsize=32)
 def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
     """A tree for ``cpu_tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32."""
-    tree = angles.tree(order)
+    tree, nodes = angles.tree(order), tables.node_arrays(order)
     kinds = len(tree.tables)
     most = max(len(table.bits) for table in tree.tables)
     portions = np.zeros((kinds, most), np.int32)
-    shift = np.zeros((kinds, 2 << c.MAX_ANGLE_BITS), np.int32)
-    decoder = np.zeros((kinds, 2 << c.MAX_ANGLE_BITS, 4), np.float32)
-    bounds = np.full((kinds, _WIDTHS, (1 << c.MAX_ANGLE_BITS) + 1), 1 << 30, np.int32)
-    look_up = np.zeros((kinds, _WIDTHS, 1 << c.COARSE_GRID_BITS), np.uint8)
-    look_shift, fixes = np.zeros((2, kinds), np.int32)
     for i, table in enumerate(tree.tables):
         portions[i] = np.arange(most) * table.m_a // table.coordinates
-        shift[i] = table.shift
-        decoder[i] = np.stack([table.cos, table.sin, table.shift.view(np.float32), np.zeros_like(table.cos)], 1)
-        look_shift[i] = angles.grid_bits(table.coordinates) - c.COARSE_GRID_BITS
-        for width in range(_WIDTHS):
-            lower = table.bounds[width, : 1 << width]
-            bounds[i, width, : len(lower)] = lower
-            look_up[i, width] = _cells_of_grid(lower, int(look_shift[i]))
-            if look_shift[i]:
-                fixes[i] = max(fixes[i], np.bincount(lower >> look_shift[i]).max())
+    decoder = np.stack([nodes.cos, nodes.sin, nodes.shift.view(np.float32), np.zeros_like(nodes.cos)], 2)
     m_a, m_b = (np.array([getattr(table, side) for table in tree.tables], np.int32) for side in ("m_a", "m_b"))
     per_bit = (16 / (15 * (m_a + m_b))).astype(np.float32)
     return (
         (tree.kind, tree.left, tree.right, m_a, m_b, per_bit, portions.ravel()),
-        (shift.ravel(), look_up.ravel(), bounds.ravel(), look_shift, fixes),
+        (nodes.shift.ravel(), nodes.look_up.ravel(), nodes.bounds.ravel(), nodes.grid_shift, nodes.fixes),
         decoder.ravel().view(np.int32),
-        np.exp2(look_shift + c.COARSE_GRID_BITS).astype(np.float32),
+        np.exp2(nodes.grid_shift + c.COARSE_GRID_BITS).astype(np.float32),
     )
-
-
-def _cells_of_grid(lower: np.ndarray, shift: int) -> np.ndarray:
-    """Cell of the first sin^2 place of each of 1,024 steps, uint8; lower [cells] are the cells' first places."""
-    places = np.arange(1 << c.COARSE_GRID_BITS) << shift
-    return (np.searchsorted(lower, places, side="right") - 1).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -93,11 +74,10 @@ def _quad_arrays() -> tuple[tuple, tuple]:
     """Quads for ``cpu_tiles``: (by budget: codes a cell and first record; cell look-up; n_a and n_b), and the decoder's
     (by budget: codes a cell, first record, last cell, 1 / codes; by record: cos, sin, n_b, 1 / n_b, K_a, K_b, 0, 0)."""
     table = angles.quad_table()
-    look_up = np.stack([_cells_of_grid(table.bounds[b, :n], 0) for b, n in enumerate(table.cells)])
     codes = table.per_cell.astype(np.int32)
     encoder = (
         np.stack([codes, table.first], 1).ravel(),
-        look_up.ravel(),
+        tables.quad_look_up().ravel(),
         np.stack([table.n_a, table.n_b], 1).ravel(),
     )
     by_budget = np.stack([codes, table.first, table.cells - 1, (1 / codes).astype(np.float32).view(np.int32)], 1)

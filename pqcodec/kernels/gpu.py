@@ -1,0 +1,203 @@
+"""Law: the Triton backend: launches the kernels of ``triton_tiles`` for a group of spans; nothing is allocated or waited for.
+
+Every launch is on the caller's current stream and may be captured in a CUDA graph. Without a GPU the same kernels run in
+Triton's interpreter (TRITON_INTERPRET=1), on tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pqcodec import constants as c
+from pqcodec.errors import BackendUnavailable
+from pqcodec.header import Header
+from pqcodec.kernels import triton_tiles as tiles
+from pqcodec.kernels.device import MEAN_PARTS, Group
+from pqcodec.kernels.job import MEAN_TOKENS
+
+WARPS = 4
+SUM_TILE = 1024
+# Rows of a tile, by columns: none of these shapes spills (tests/test_gpu.py compiles them all).
+ENCODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16, 512: 16, 1024: 16}
+DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
+MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
+_UNITS = 2  # bytes of what side sections are counted in
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+class Triton:
+    """Any GPU that Triton compiles for."""
+
+    name = "triton"
+
+    def check_device(self, device: Any) -> None:
+        """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
+        if device.type == "cpu" and not interpreted():
+            raise BackendUnavailable(
+                f"backend {self.name!r} codes tensors of a GPU, this one is on 'cpu': move it, choose backend 'cpu', "
+                "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+            )
+
+    def encode(self, group: Group) -> None:
+        """Code every block of a group into its payload; ``span_flags`` counts the vectors with NaN or Inf."""
+        group.span_flags.zero_()
+        if not group.blocks:
+            return
+        h, tables = group.header, group.tables
+        tiles.clear_blocks[(group.blocks,)](
+            group.rows, group.block_firsts, tables.row_bytes, h.chunk_tokens, TILE=4 * SUM_TILE, SEARCH=group.search
+        )
+        tiles.encode_blocks[(group.blocks,)](
+            group.rows,
+            group.block_firsts,
+            group.starts,
+            group.span_flags,
+            group.keys,
+            tables.path,
+            tables.node_shift,
+            tables.look_up,
+            tables.bounds,
+            tables.grid_shift,
+            tables.quad_ints,
+            tables.quad_look_up,
+            tables.records,
+            tables.paper,
+            *self._offset_tables(group),
+            h.radius_exponent,
+            **self._shape(group),
+            ROWS=ENCODE_ROWS[tables.columns],
+            GROUPS=tables.columns // c.GROUP,
+            LARGEST_CODE=(1 << tables.radius_bits) - 1,
+            FIXES=tables.fixes,
+            TERMS=1 if h.dtype == c.DTYPE_BFLOAT16 and not h.offsets else 3,
+            OPERAND=tiles.tl.float32 if interpreted() else tiles.tl.bfloat16,  # the interpreter multiplies no bfloat16
+        )
+
+    def decode(self, group: Group) -> None:
+        """Check every block of a group (``block_flags``), and fill the rows that its spans want."""
+        if not group.blocks:
+            return
+        h, tables = group.header, group.tables
+        tiles.decode_blocks[(group.blocks,)](
+            group.rows,
+            group.block_firsts,
+            group.starts,
+            group.block_flags,
+            group.keys,
+            tables.path,
+            tables.node_cos,
+            tables.node_sin,
+            tables.node_shift,
+            tables.quad_ints,
+            tables.quad_floats,
+            tables.records,
+            tables.record_floats,
+            tables.circle,
+            tables.mantissas,
+            tables.paper,
+            *self._offset_tables(group),
+            h.radius_exponent,
+            c.LARGEST_FINITE[h.dtype],
+            **self._shape(group),
+            ROWS=DECODE_ROWS[tables.columns],
+        )
+
+    def write_sides(self, group: Group) -> None:
+        """Means and exact tokens of every lead of a group, into its streams."""
+        h, tables = group.header, group.tables
+        if not group.leads:
+            return
+        search = {"SEARCH": group.search, "num_warps": WARPS, "enable_fp_fusion": False}
+        if h.offsets:
+            means = {"COLUMNS": tables.columns, "PARTS": MEAN_PARTS, **search}
+            sums = group.sums(tables.columns)
+            group.largest.zero_()
+            tiles.sum_tokens[(group.leads, MEAN_PARTS)](
+                group.rows,
+                group.lead_firsts,
+                group.starts,
+                sums,
+                *self._offset_tables(group)[1:],
+                DTYPE=h.dtype,
+                HEAD_DIM=h.head_dim,
+                ROPE=h.rope is not None,
+                MEAN_TOKENS=MEAN_TOKENS,
+                ROWS=MEAN_ROWS[tables.columns],
+                **means,
+            )
+            tiles.largest_means[(group.leads,)](
+                group.rows, group.lead_firsts, sums, group.largest, MEAN_TOKENS=MEAN_TOKENS, **means
+            )
+            least, most = c.OFFSET_EXPONENTS
+            tiles.write_offsets[(group.leads,)](
+                group.rows,
+                group.lead_firsts,
+                sums,
+                group.largest,
+                group.keys,
+                HEAD_DIM=h.head_dim,
+                LEAST=least,
+                MOST=most,
+                **means,
+            )
+        if any(span.header.first_tokens for span in group.spans):
+            tiles.write_exact[(group.leads,)](
+                group.rows, group.lead_firsts, group.starts, group.keys, TILE=SUM_TILE, **self._units(h), **search
+            )
+
+    def read_sides(self, group: Group) -> None:
+        """Check offsets and exact tokens of every lead (``side_flags``), and fill the exact rows that are wanted."""
+        h = group.header
+        if group.leads and (h.offsets or any(span.header.first_tokens for span in group.spans)):
+            tiles.read_sides[(group.leads,)](
+                group.rows,
+                group.lead_firsts,
+                group.starts,
+                group.side_flags,
+                group.keys,
+                HEAD_DIM=h.head_dim,
+                OFFSETS=h.offsets,
+                TILE=SUM_TILE,
+                SEARCH=group.search,
+                num_warps=WARPS,
+                **self._units(h),
+            )
+
+    @staticmethod
+    def _units(h: Header) -> dict[str, int]:
+        return {"UNITS": c.ITEM_BYTES[h.dtype] // _UNITS, "ROW_UNITS": h.vector_bytes // _UNITS}
+
+    @staticmethod
+    def _offset_tables(group: Group) -> tuple[Any, ...]:
+        tables = group.tables
+        return (tables.rotation, tables.partner, tables.pair, tables.sign, tables.frequencies, tables.phases)
+
+    @staticmethod
+    def _shape(group: Group) -> dict[str, Any]:
+        h, tables = group.header, group.tables
+        return {
+            "CODING": h.coding,
+            "DTYPE": h.dtype,
+            "HEAD_DIM": h.head_dim,
+            "ORDER": tables.order,
+            "COLUMNS": tables.columns,
+            "ROW_BYTES": tables.row_bytes,
+            "ROOT_BUDGET": tables.root_budget,
+            "RADIUS_BITS": tables.radius_bits,
+            "RADIUS_STEPS": tables.radius_steps,
+            "CHUNK": h.chunk_tokens,
+            "LEVELS": tables.levels,
+            "KIND_16": tables.kind_16,
+            "OFFSETS": h.offsets,
+            "ROPE": h.rope is not None,
+            "SEARCH": group.search,
+            "SUM_TILE": SUM_TILE,
+            "num_warps": WARPS,
+            "enable_fp_fusion": False,
+        }
+

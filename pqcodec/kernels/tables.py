@@ -1,0 +1,118 @@
+"""Law: the tree's and the quads' numbers laid out for look-ups; numpy arrays that the CPU and GPU backends share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec import angles, rotation
+from pqcodec import constants as c
+
+WIDTHS = c.MAX_ANGLE_BITS + 1
+CODES = 2 << c.MAX_ANGLE_BITS
+BOUNDS = (1 << c.MAX_ANGLE_BITS) + 1
+STEPS = 1 << c.COARSE_GRID_BITS
+WIDTH_SHIFT, SHARE_SHIFT = 24, 18  # divisions of budgets as multiplications: exact for every budget (checked below)
+PATH_FIELDS = 10
+
+
+def cells_of_grid(lower: np.ndarray, shift: int) -> np.ndarray:
+    """Cell of the first sin^2 place of each of 1,024 steps, uint8; lower [cells] are the cells' first places."""
+    places = np.arange(STEPS) << shift
+    return (np.searchsorted(lower, places, side="right") - 1).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class NodeArrays:
+    """The kinds of internal nodes of one order, in the order of ``Tree.tables``."""
+
+    cos: np.ndarray  # float32 [kinds, 256], entry (1 << width) + code
+    sin: np.ndarray  # float32 [kinds, 256]
+    shift: np.ndarray  # int32 [kinds, 256]
+    look_up: np.ndarray  # uint8 [kinds, widths, 1024]: cell of the first place of each coarse step of sin^2
+    bounds: np.ndarray  # int32 [kinds, widths, 129]: first place of each cell on the kind's own grid, then 2^30
+    grid_shift: np.ndarray  # int32 [kinds]: places in a coarse step, as a shift
+    fixes: np.ndarray  # int32 [kinds]: bounds that may lie inside one coarse step
+
+
+@lru_cache(maxsize=32)
+def node_arrays(order: int) -> NodeArrays:
+    """Look-ups of the nodes above the quads (SPEC 6.2, 6.3)."""
+    tables = angles.tree(order).tables
+    kinds = len(tables)
+    bounds = np.full((kinds, WIDTHS, BOUNDS), 1 << 30, np.int32)
+    look_up = np.zeros((kinds, WIDTHS, STEPS), np.uint8)
+    grid_shift, fixes = np.zeros((2, kinds), np.int32)
+    for i, table in enumerate(tables):
+        grid_shift[i] = angles.grid_bits(table.coordinates) - c.COARSE_GRID_BITS
+        for width in range(WIDTHS):
+            lower = table.bounds[width, : 1 << width]
+            bounds[i, width, : len(lower)] = lower
+            look_up[i, width] = cells_of_grid(lower, int(grid_shift[i]))
+            if grid_shift[i]:
+                fixes[i] = max(fixes[i], np.bincount(lower >> grid_shift[i]).max())
+    cos, sin, shift = (np.stack([getattr(table, name) for table in tables]) for name in ("cos", "sin", "shift"))
+    return NodeArrays(cos, sin, shift, look_up, bounds, grid_shift, fixes)
+
+
+@lru_cache(maxsize=1)
+def quad_look_up() -> np.ndarray:
+    """Cell of a quad's place on its sin^2 grid: uint8 [29 budgets, 1024]."""
+    table = angles.quad_table()
+    return np.stack([cells_of_grid(table.bounds[b, :n], 0) for b, n in enumerate(table.cells)])
+
+
+@dataclass(frozen=True)
+class Division:
+    """A node's divisions of a budget B as multiplications: 16 B div (15 n) and B m_a div (m_a + m_b) (SPEC 6.3)."""
+
+    width: int  # (B * width) >> WIDTH_SHIFT
+    share: int  # (B * share) >> SHARE_SHIFT
+
+
+@lru_cache(maxsize=64)
+def division(m_a: int, m_b: int) -> Division:
+    n = m_a + m_b
+    found = Division(-(-(16 << WIDTH_SHIFT) // (15 * n)), -(-(m_a << SHARE_SHIFT) // n))
+    budgets = np.arange(c.MAX_BUDGET_PER_COORDINATE * n + 1, dtype=np.int64)
+    assert ((budgets * found.width >> WIDTH_SHIFT) == 16 * budgets // (15 * n)).all()
+    assert ((budgets * found.share >> SHARE_SHIFT) == budgets * m_a // n).all()
+    return found
+
+
+@lru_cache(maxsize=32)
+def paths(order: int) -> np.ndarray:
+    """The nodes above each group of 16 coordinates, from the root down: int32 [groups, levels, 10].
+
+    Fields: width and share factors, least width, caps of the children's budgets, kind, whether the group lies in the
+    right child, and the node's first group, the right child's first group and the group behind it. Paths that are
+    shorter than the longest end in nodes of the kind ``len(tables)``, which pass everything on unchanged.
+    """
+    tables = angles.tree(order).tables
+    kinds = {(table.m_a, table.m_b): i for i, table in enumerate(tables)}
+    found = []
+    for group in range(order // c.GROUP):
+        first, size, path = 0, order // c.GROUP, []
+        while size > 1:
+            m_a, m_b = angles.children(size * c.GROUP)
+            step, middle = division(m_a, m_b), first + m_a // c.GROUP
+            right = int(group >= middle)
+            caps = (c.MAX_BUDGET_PER_COORDINATE * m_a, c.MAX_BUDGET_PER_COORDINATE * m_b)
+            path.append((step.width, step.share, 1, *caps, kinds[m_a, m_b], right, first, middle, first + size))
+            first, size = (middle, m_b // c.GROUP) if right else (first, m_a // c.GROUP)
+        found.append(path)
+    levels = max(len(path) for path in found)
+    table = np.zeros((len(found), levels, PATH_FIELDS), np.int32)
+    for group, path in enumerate(found):
+        table[group, :] = (0, 0, 0, 0, 1 << 30, len(tables), 1, group, group, group)
+        if path:
+            table[group, : len(path)] = path
+    return table
+
+
+@lru_cache(maxsize=64)
+def signed_hadamard(order: int, seed: int) -> np.ndarray:
+    """H D: int8 [order, order] of +-1; the encoder takes v = H D x / sqrt(order), the decoder (H D)^T (SPEC 5)."""
+    return rotation.hadamard(order) * rotation.signs(seed, order)[None, :]
