@@ -27,9 +27,15 @@ def _triton() -> Any:
     return Triton()
 
 
-BACKENDS: dict[str, Callable[[], Any]] = {"reference": _reference, "cpu": _cpu, "triton": _triton}
-ON_DEVICE = {"triton"}  # backends that take groups of spans (``device.py``) instead of jobs
-BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # what backend="auto" means for a tensor's device
+def _cuda() -> Any:
+    from pqcodec.kernels.gpu_cuda import Cuda
+
+    return Cuda()
+
+
+BACKENDS: dict[str, Callable[[], Any]] = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}
+ON_DEVICE = {"triton", "cuda"}  # backends that take groups of spans (``device.py``) instead of jobs
+BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "xpu": "triton"}  # what backend="auto" means for a tensor's device
 
 
 def backend(name: str, device: str = "cpu") -> Any:
