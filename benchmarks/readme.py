@@ -16,8 +16,9 @@ def result(name: str) -> dict[str, Any]:
 
 
 def figures() -> str:
-    """The table and the lines below it."""
+    """The table and the lines below it; a GPU's figures once they were measured."""
     rate, speed, demo = result("rate_distortion"), result("cpu_speed"), result("demo")
+    gpu = result("gpu_speed") if (ROOT / "benchmarks" / "results" / "gpu_speed.json").exists() else None
     gaussian = {row["preset"]: row for row in rate["gaussian"]["128"]}
     speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
     models = {row["preset"]: row for row in demo["presets"]}
@@ -28,19 +29,34 @@ def figures() -> str:
     ]
     for name, row in gaussian.items():
         model = f"{models[name]['ratio']:.2f}x smaller | {models[name]['kl']:.4f}" if name in models else "|"
-        cpu = f"{speeds[name]['encode_ratio']:.2f}, {speeds[name]['decode_ratio']:.2f}" if name in speeds else ""
+        cpu = _ratios(speeds.get(name))
         lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {model} | {cpu} |")
-    machine = f"{speed['machine']}, {speed['cores']} cores, np.copyto {speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"head_dim 128, radius included; KL in nats over {demo['scored']} tokens after a prefix of {demo['tokens']:,}. "
-            f"Machine: {machine}.",
-            f"Commands: `{rate['command']}`, `{speed['command']}`, `{demo['command']}`; files: `benchmarks/results/`.",
-            "",
-        ]
-    )
+    below = [
+        f"head_dim 128, radius included; KL in nats over {demo['scored']} tokens after a prefix of {demo['tokens']:,}. "
+        f"Machine: {speed['machine']}, {speed['cores']} cores, np.copyto {speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
+    ]
+    if gpu:
+        on_gpu = gpu_speeds(gpu)
+        cells = [f"encode, decode on {gpu['accelerator']}, share of a device copy", "---:"]
+        cells += [_ratios(on_gpu.get(name)) for name in gaussian]
+        lines = [line + (f"{cell}|" if cell == "---:" else f" {cell} |") for line, cell in zip(lines, cells, strict=True)]
+        row = on_gpu["pq3"]
+        below.append(
+            f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
+            f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
+        )
+    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, demo) if found)
+    return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
+
+
+def gpu_speeds(gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The GPU's rows of bf16 tensors of head_dim 128 without options, by preset."""
+    wanted = {"head_dim": 128, "dtype": "bfloat16", "backend": "auto", "keys": False}
+    return {row["preset"]: row for row in gpu["rows"] if wanted.items() <= row.items()}
+
+
+def _ratios(row: dict[str, Any] | None) -> str:
+    return f"{row['encode_ratio']:.2f}, {row['decode_ratio']:.2f}" if row else ""
 
 
 def with_figures(readme: str) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from pqcodec import arrays, codec
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
-from pqcodec.stream import Damage, StreamInfo
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats import exact
 from pqcodec.formats.atomic import replacing
@@ -38,6 +37,7 @@ from pqcodec.formats.frames import (
     tensor_problem,
 )
 from pqcodec.source import FileSource, MemorySource, Source, check_range
+from pqcodec.stream import Damage, StreamInfo
 
 LAYOUT = "..., tokens, head_dim"
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -9,11 +9,11 @@ from typing import Any
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.stream import Damage, StreamInfo
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.pqkv import LAYOUT, Entry, PQKVFile, Progress, named
 from pqcodec.formats.tensors import file_kind
 from pqcodec.source import FileSource
+from pqcodec.stream import Damage, StreamInfo
 
 
 class SingleStream:

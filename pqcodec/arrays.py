@@ -112,7 +112,7 @@ def to_device(x: Any, device: Any) -> Any:
 
 # -- outputs of the caller -----------------------------------------------------------------------------------------
 def fits(out: Any, shape: tuple[int, ...], dtype: int) -> bool:
-    """Whether a result can be written into ``out`` where it lies; raises InvalidArgument where it is another's shape or dtype."""
+    """Whether a result can be written into ``out`` where it lies; raises InvalidArgument where shape or dtype are others."""
     found = view(out)
     if found.shape != tuple(shape) or found.dtype != dtype:
         raise InvalidArgument(
@@ -182,7 +182,7 @@ def device_rows(x: Any) -> DeviceRows:
         raise InvalidArgument(f"a torch.Tensor is expected, not {type(x).__name__}")
     found = view(x)
     strides = x.stride()
-    if found.shape[-1] > 1 and strides[-1] != 1:
+    if x.numel() and found.shape[-1] > 1 and strides[-1] != 1:
         raise InvalidArgument(f"strides {strides} of the tensor: the last dimension must be contiguous; pass x.contiguous()")
     starts = np.array([x.data_ptr()], np.int64)
     for size, stride in zip(found.shape[:-2], strides[:-2], strict=True):

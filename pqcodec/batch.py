@@ -7,8 +7,8 @@ in a CUDA graph and replayed on new numbers in the same tensors; ``check`` waits
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from pqcodec import arrays
 from pqcodec import constants as c
 from pqcodec.arrays import DeviceRows
 from pqcodec.centre import Rope
-from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
 from pqcodec.header import DTYPE_NAMES, Header
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
 from pqcodec.kernels.device import Group, Span, kind_of
-from pqcodec.source import MemorySource, Source, source_of
+from pqcodec.source import Source, source_of
 from pqcodec.stream import (
     Damage,
     checked_range,
@@ -50,6 +50,13 @@ def _kernel(backend: str, device: Any) -> Any:
     return kernel
 
 
+def _current(device: Any) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: the tensors' own."""
+    import torch
+
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+
+
 def _groups(spans: Iterable[Span], device: Any) -> list[Group]:
     """Spans by kind, in the order in which the kinds appear."""
     kinds: dict[Any, list[Span]] = {}
@@ -73,8 +80,9 @@ class EncodeBatch:
     """Streams of many tensors [..., tokens, head_dim] of one GPU, encoded there.
 
     ``streams``: uint8 tensors on the device, one a tensor, complete after ``run``. ``preset`` and ``rope`` are one for all
-    tensors or one each; the other options are those of ``encode``. Vectors with NaN or Inf are coded as zeros and make ``check`` raise.
-    The paper's preset looks at the numbers once, when the batch is made, to bring its radii into float16's range.
+    tensors or one each; the other options are those of ``encode``. Vectors with NaN or Inf are coded as zeros and make
+    ``check`` raise. The paper's preset looks at the numbers once, when the batch is made, to bring its radii into float16's
+    range.
     """
 
     def __init__(
@@ -84,15 +92,13 @@ class EncodeBatch:
         preset: str | Sequence[str] = "pq3",
         seed: int = 0,
         center: str | None = None,
-        rope: Rope | None | Sequence[Rope | None] = None,
+        rope: Rope | Sequence[Rope | None] | None = None,
         exact_tokens: int = 0,
         chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
         backend: str = "auto",
     ) -> None:
         rows = [arrays.device_rows(x) for x in tensors]
-        options = zip(
-            _each("preset", preset, len(rows), str), _each("rope", rope, len(rows), (Rope, type(None))), strict=True
-        )
+        options = zip(_each("preset", preset, len(rows), str), _each("rope", rope, len(rows), (Rope, type(None))), strict=True)
         headers = [
             make_header(r.shape, r.dtype, name, seed, center, turn, exact_tokens, chunk_tokens, False)
             for r, (name, turn) in zip(rows, options, strict=True)
@@ -102,7 +108,7 @@ class EncodeBatch:
     def _prepare(self, rows: list[DeviceRows], headers: list[Header], backend: str) -> None:
         import torch
 
-        device = _one_device([r.tensor for r in rows])
+        self._device = device = _one_device([r.tensor for r in rows])
         self._kernel = _kernel(backend, device)
         self._rows = rows
         headers = [
@@ -134,9 +140,10 @@ class EncodeBatch:
 
     def run(self) -> list[Any]:
         """Encode what the tensors hold now; returns ``streams``. Waits for nothing."""
-        for group in self._groups:
-            self._kernel.write_sides(group)
-            self._kernel.encode(group)
+        with _current(self._device):
+            for group in self._groups:
+                self._kernel.write_sides(group)
+                self._kernel.encode(group)
         return self.streams
 
     def check(self) -> None:
@@ -149,6 +156,9 @@ class EncodeBatch:
 
 
 def _one_device(tensors: Sequence[Any]) -> Any:
+    for x in tensors:
+        if not arrays.is_torch(x):
+            raise InvalidArgument(f"a batch takes torch tensors, not {type(x).__name__}")
     devices = {x.device for x in tensors}
     if len(devices) != 1:
         raise InvalidArgument(f"a batch takes tensors of one device, these lie on {sorted(map(str, devices)) or 'none'}")
@@ -159,7 +169,7 @@ def _paper_exponent(x: Any, h: Header) -> int:
     """Power of two that brings the paper coding's radii into float16's range; 0 where they are there already."""
     import torch
 
-    coded = x[..., h.first_tokens :, :] if x.ndim > 1 else x[h.first_tokens :]
+    coded = torch.atleast_2d(x)[..., h.first_tokens :, :]
     largest = float(torch.where(torch.isfinite(coded), coded, 0).abs().max()) if coded.numel() else 0.0
     return paper_exponent(largest, h.order)
 
@@ -196,10 +206,11 @@ def encode_bytes(
     """``encode`` for a tensor of a GPU."""
     import torch
 
-    x = torch.as_tensor(x)
+    numpy = not arrays.is_torch(x)
+    x = torch.as_tensor(x).resolve_neg()
     x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
     rows = arrays.device_rows(x)
-    header = make_header(rows.shape, rows.dtype, preset, seed, center, rope, exact_tokens, chunk_tokens, False)
+    header = make_header(rows.shape, rows.dtype, preset, seed, center, rope, exact_tokens, chunk_tokens, numpy)
     bad = np.zeros(0, np.int64)
     if nonfinite == "exact" and x.numel():
         coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
@@ -235,9 +246,9 @@ class _Placed:
 class DecodeBatch:
     """Tensors out of many streams that lie on one GPU, decoded there.
 
-    ``streams``: uint8 tensors, each a whole stream, as ``EncodeBatch`` makes them. ``outs``: tensors to fill, of any strides whose
-    last dimension is contiguous, such as parts of a larger cache (None: new ones). ``tokens`` and ``leading`` are those of ``decode``,
-    one for all. Headers and exact vectors are read when the batch is made; numbers are, when it runs.
+    ``streams``: uint8 tensors, each a whole stream, as ``EncodeBatch`` makes them. ``outs``: tensors to fill, of any strides
+    whose last dimension is contiguous, such as parts of a larger cache (None: new ones). ``tokens`` and ``leading`` are those
+    of ``decode``, one for all. Headers and exact vectors are read when the batch is made; numbers are, when it runs.
     """
 
     def __init__(
@@ -251,7 +262,10 @@ class DecodeBatch:
     ) -> None:
         device = _one_device(streams)
         kernel = _kernel(backend, device)
-        placed = [_lying(stream, tokens, leading) for stream in streams]
+        damage: list[Damage] = []
+        placed = [_lying(stream, tokens, leading, damage) for stream in streams]
+        if damage:
+            raise damage_error(damage)
         self._prepare(placed, device, kernel, outs, tokens, leading, True)
 
     def _prepare(
@@ -266,7 +280,7 @@ class DecodeBatch:
     ) -> None:
         import torch
 
-        self._kernel, self._placed = kernel, placed
+        self._kernel, self._placed, self._device = kernel, placed, device
         shapes = [result_shape(p.header, tokens, leading) for p in placed]
         if outs is None and write:
             dtypes = [getattr(torch, DTYPE_NAMES[p.header.dtype]) for p in placed]
@@ -275,13 +289,15 @@ class DecodeBatch:
             raise InvalidArgument(f"{len(outs)} outs are given for {len(placed)} streams")
         self.outs = list(outs or ())
         spans = []
-        self._patches = []
+        self._patches: list[tuple[Any, tuple[Any, ...], Any]] = []
         for i, p in enumerate(placed):
             wanted = checked_range("tokens", tokens, p.header.tokens) if write else (0, 0)
             leads = checked_range("leading", leading, p.header.leading)
             starts, stride = np.zeros(leads[1] - leads[0], np.int64), 0
             if write:
                 out = self.outs[i]
+                if arrays.device_of(out) != str(device):
+                    raise InvalidArgument(f"out {i} lies on {arrays.device_of(out)!r}, its stream on {str(device)!r}")
                 if not arrays.fits(out, shapes[i], p.header.dtype):
                     raise InvalidArgument(f"out {i} has strides {out.stride()}; its last dimension must be contiguous")
                 rows = arrays.device_rows(out)
@@ -323,11 +339,12 @@ class DecodeBatch:
 
     def run(self) -> list[Any]:
         """Decode what the streams hold now; returns ``outs``. Waits for nothing."""
-        for group in self._groups:
-            self._kernel.read_sides(group)
-            self._kernel.decode(group)
-        for out, places, vectors in self._patches:
-            out[places] = vectors
+        with _current(self._device):
+            for group in self._groups:
+                self._kernel.read_sides(group)
+                self._kernel.decode(group)
+            for out, places, vectors in self._patches:
+                out[places] = vectors
         return self.outs
 
     def damage(self) -> list[Damage]:
@@ -341,7 +358,7 @@ class DecodeBatch:
             raise damage_error(damage)
 
 
-def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> _Placed:
+def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None, damage: list[Damage]) -> _Placed:
     """A stream that lies on the device."""
     import torch
 
@@ -359,10 +376,7 @@ def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int]
     runs = (((chunks, leads, address + header.payload_start),)) if chunks[0] < chunks[1] and leads[0] < leads[1] else ()
     if not runs and leads[0] < leads[1]:
         runs = (((0, 0), leads, address + header.payload_start),)
-    damage: list[Damage] = []
     exceptions = read_exceptions(source, header, damage) if header.exceptions else None
-    if damage:
-        raise damage_error(damage)
     return _Placed(header, address, runs, exceptions, stream)
 
 
@@ -415,6 +429,16 @@ def _moved(
     return _Placed(h, stream.data_ptr(), placed, exceptions, stream)
 
 
+def _found(device: Any) -> Any:
+    """A torch device by its full name ("cuda:0" of "cuda"); raises BackendUnavailable where it is not there."""
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise BackendUnavailable(f"device {str(device)!r}: {error}") from error
+
+
 def decode_one(
     data: Any,
     where: Any,
@@ -425,17 +449,18 @@ def decode_one(
     progress: Progress | None,
 ) -> Any:
     """``decode`` on a GPU, of a stream that lies there or is moved there."""
-    import torch
 
-    device = torch.device(where if where is not None else arrays.device_of(data))
+    device = _found(where if where is not None else arrays.device_of(data))
     kernel.check_device(device)
     damage: list[Damage] = []
     if arrays.is_torch(data):
-        placed = _lying(data if data.device == device else data.to(device), tokens, leading)
+        placed = _lying(data if data.device == device else data.to(device), tokens, leading, damage)
     else:
         placed = _moved(source_of(data), device, tokens, leading, damage)
     header = placed.header
-    in_place = out is not None and arrays.fits(out, result_shape(header, tokens, leading), header.dtype)
+    in_place = (
+        out is not None and arrays.fits(out, result_shape(header, tokens, leading), header.dtype) and arrays.is_torch(out)
+    )
     batch = DecodeBatch.__new__(DecodeBatch)
     batch._prepare([placed], device, kernel, [out] if in_place else None, tokens, leading, True)
     result = batch.run()[0]
@@ -456,7 +481,8 @@ def verify_one(data: Any, kernel: Any, progress: Progress | None) -> list[Damage
     device = torch.device(arrays.device_of(data))
     kernel.check_device(device)
     damage: list[Damage] = []
-    placed = _lying(data, None, None) if arrays.is_torch(data) else _moved(source_of(data), device, None, None, damage)
+    lies = arrays.is_torch(data)
+    placed = _lying(data, None, None, damage) if lies else _moved(source_of(data), device, None, None, damage)
     batch = DecodeBatch.__new__(DecodeBatch)
     batch._prepare([placed], device, kernel, None, None, None, False)
     batch.run()

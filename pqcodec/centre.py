@@ -120,7 +120,8 @@ def store(means: np.ndarray) -> tuple[np.ndarray, int]:
         exponent = 0
     else:
         exponent = min(max(math.frexp(largest)[1] - 15, c.OFFSET_EXPONENTS[0]), c.OFFSET_EXPONENTS[1])
-    return np.ldexp(means, -exponent).astype(np.float16), exponent
+    largest_half = c.LARGEST_FINITE[c.DTYPE_FLOAT16]  # beyond 2^127 the exponent's cap leaves more than a half holds
+    return np.ldexp(means, -exponent).clip(-largest_half, largest_half).astype(np.float16), exponent
 
 
 def load(halves: np.ndarray, exponent: int) -> np.ndarray:

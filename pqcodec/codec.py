@@ -21,8 +21,19 @@ from pqcodec.kernels import backend as backend_of
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
 from pqcodec.presets import preset_name
 from pqcodec.source import Source, source_of
-from pqcodec.stream import Damage, StreamInfo, checked_range, damage_error, make_header, read_header
-from pqcodec.stream import exceptions_section, paper_exponent, read_exceptions, result_shape, runs_of_blocks
+from pqcodec.stream import (
+    Damage,
+    StreamInfo,
+    checked_range,
+    damage_error,
+    exceptions_section,
+    make_header,
+    paper_exponent,
+    read_exceptions,
+    read_header,
+    result_shape,
+    runs_of_blocks,
+)
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 _SCAN_ROWS = 1 << 12

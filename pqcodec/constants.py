@@ -13,7 +13,7 @@ STREAM_VERSION = 1
 # magic, version, coding, dtype, ndim, header_bytes, flags, radius_bits, linear, row_bits, chunk_tokens, exact_tokens,
 # exceptions, seed, offset_exponent, radius_exponent, codebook, reserved
 HEADER_STRUCT = struct.Struct("<4sBBBBIHBBIIIIQhhB3s")
-OFFSET_EXPONENT_AT = 40  # its byte in the header
+OFFSET_EXPONENT_AT, RADIUS_EXPONENT_AT = 40, 42  # their bytes in the header
 ROPE_STRUCT = struct.Struct("<QHB5s")  # first_position, rotated channels, pairing, reserved
 CHECKSUM_BYTES = 4
 

@@ -119,9 +119,7 @@ def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tupl
     return first, last
 
 
-def runs_of_blocks(
-    h: Header, first: int, last: int, leads: tuple[int, int]
-) -> Iterator[tuple[int, int, tuple[int, int]]]:
+def runs_of_blocks(h: Header, first: int, last: int, leads: tuple[int, int]) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """Runs of blocks that lie side by side: (first chunk, last + 1, leading range)."""
     if leads == (0, h.leading):
         step = max(1, _RUN_BYTES // max(h.leading * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES), 1))

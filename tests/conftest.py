@@ -1,6 +1,9 @@
-"""What several tests share: shapes, tensors and the stored numbers of an output."""
+"""What several tests share: shapes, tensors, the stored numbers of an output, and what there is of GPUs."""
 
 from __future__ import annotations
+
+import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,6 +14,19 @@ import pqcodec
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run in its interpreter
+HAS_TRITON = find_spec("triton") is not None
+HAS_CUDA = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU here: pytest tests/test_gpu.py on a machine with one")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_cuda = pytest.mark.skipif(
+    not GPU or torch.version.hip is not None or not HAS_CUDA, reason="backend cuda needs an NVIDIA GPU and cuda-bindings"
+)
+GPU_BACKENDS = (pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda))
+
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers, the same on every machine."""
@@ -20,6 +36,7 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
     """The stored numbers as integers, so that -0, NaN and the last bit count."""
     if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().contiguous()
         x = (x if x.dtype == torch.float32 else x.view(torch.int16)).numpy()
     return x.view(np.uint16 if x.itemsize == 2 else np.uint32)
 
@@ -32,6 +49,11 @@ def rel_mse(x: torch.Tensor, y: torch.Tensor) -> float:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

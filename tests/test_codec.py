@@ -156,6 +156,13 @@ def test_extreme_magnitudes_keep_the_error(preset: str, center: str | None, back
             assert rel_mse(x, y) < WORST_ERROR[preset], (dtype, scale)
 
 
+def test_a_mean_that_no_offset_reaches_is_stored_as_the_largest(backend: str) -> None:
+    """Offsets end at 65504 * 2^111, half of what float32 holds."""
+    x = torch.full((10, 64), torch.finfo(torch.float32).max)
+    y = pqcodec.decode(pqcodec.encode(x, center="mean", backend=backend), backend=backend)
+    assert rel_mse(x, y) < WORST_ERROR["pq3"]
+
+
 def test_subnormals_are_as_good_as_their_own_grid(backend: str) -> None:
     for dtype, step in ((torch.float16, 2.0**-24), (torch.bfloat16, 2.0**-133), (torch.float32, 2.0**-149)):
         x = (gaussian(50, 64).double() * 20 * step).to(dtype)

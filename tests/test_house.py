@@ -20,6 +20,8 @@ HOMES = {  # third-party modules that are imported in one place only
     "safetensors": {"formats/tensors.py"},
     "typer": {"tools"},
     "rich": {"tools"},
+    "triton": {"pqcodec/kernels/triton_tiles.py"},
+    "cuda": {"pqcodec/kernels/gpu_cuda.py"},
 }
 ORDER = [
     "errors constants",
@@ -28,8 +30,9 @@ ORDER = [
     "header presets",
     "angles",
     "plan centre job source",
-    "arrays",
+    "arrays stream",
     "kernels",
+    "batch",
     "codec",
 ]
 
@@ -73,7 +76,7 @@ def test_modules_of_the_core_import_downwards() -> None:
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:
-    heavy = "('torch', 'numba', 'numpy', 'safetensors', 'rich', 'typer')"
+    heavy = "('torch', 'numba', 'numpy', 'safetensors', 'rich', 'typer', 'triton', 'cuda')"
     code = f"import sys, pqcodec; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
@@ -119,6 +122,7 @@ def test_a_clean_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     code = (
         "import numpy as np, pqcodec; from pqcodec.formats import PQKVFile; import pqcodec.tools.cli;"
         "from importlib.resources import files; assert files('pqcodec.formats').joinpath('SPEC.md').is_file();"
+        "assert files('pqcodec.kernels').joinpath('cuda_tiles.cu').is_file();"
         "x = np.ones((3, 64), np.float16); print(pqcodec.__file__);"
         "assert pqcodec.decode(pqcodec.encode(x, backend='reference'), backend='reference').shape == (3, 64)"
     )

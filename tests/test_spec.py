@@ -111,9 +111,9 @@ def test_tables_have_the_hashes_of_the_specification(name: str, arrays: list[np.
 
 
 def test_numbers_of_the_specification_stand_once_in_code() -> None:
-    """A name of constants.py is assigned nowhere else."""
+    """A name of constants.py is assigned nowhere else, unless it is from there that it gets its value."""
     root = Path(__file__).parents[1]
     names = "|".join(name for name in vars(c) if name.isupper())
     for path in (*(root / "pqcodec").rglob("*.py"), *(root / "formats").glob("*.py"), *(root / "tools").glob("*.py")):
         if path.name != "constants.py":
-            assert not re.search(rf"^({names})\s*[:=]", path.read_text(), re.MULTILINE), path
+            assert not re.search(rf"^({names})\s*[:=](?!.*\bc\.\1\b)", path.read_text(), re.MULTILINE), path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from pqcodec.errors import BackendUnavailable
@@ -38,9 +39,33 @@ ON_DEVICE = {"triton", "cuda"}  # backends that take groups of spans (``device.p
 BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "xpu": "triton"}  # what backend="auto" means for a tensor's device
 
 
+def auto(device: str) -> str:
+    """What backend="auto" means for a device type: a rule of what is installed, told here; what fails later is an error.
+
+    torch's "cuda" is an NVIDIA GPU or, under ROCm, one of AMD. "cuda" is chosen for NVIDIA's where cuda-bindings is
+    installed, "triton" otherwise.
+    """
+    if device == "cuda" and (_rocm() or not _installed("cuda.bindings")):
+        return "triton"
+    return BACKEND_OF_DEVICE.get(device, device)
+
+
+def _rocm() -> bool:
+    import torch
+
+    return torch.version.hip is not None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent is there
+        return False
+
+
 def backend(name: str, device: str = "cpu") -> Any:
     """The backend ``name``, or for "auto" the one of the device type. Raises BackendUnavailable."""
-    chosen = BACKEND_OF_DEVICE.get(device, device) if name == "auto" else name
+    chosen = auto(device) if name == "auto" else name
     if chosen not in BACKENDS:
         raise BackendUnavailable(f"backend {chosen!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
     try:

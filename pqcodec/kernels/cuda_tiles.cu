@@ -1,14 +1,20 @@
-// Law: the CUDA kernels of split coding for orders 64, 128 and 256, compiled at run time for one kind of stream.
+// Law: the CUDA kernels for orders 64, 128 and 256, compiled at run time for one kind of stream.
 //
-// A warp codes one block (a chunk of tokens of one leading index), sixteen rows at a time, and shares nothing with other
-// warps but read-only tables. Four lanes hold a row: each owns a quarter of its tree, so no lane waits for another but at the
-// two nodes above. The rotation is H = H_16 (x) H_k: H_16 is one mma with a constant +-1 operand, whose rows and columns are
-// permuted so that what the tree makes is what mma reads (and the other way round when encoding), and H_k are additions
-// inside a lane. All sums of the decoder are integers below 2^24, so they are exact. Nothing may be fused that decides output
-// bits: this file is compiled with --fmad=false, and the encoder, which is free, says fmaf where it wants one.
+// A warp codes one block (a chunk of tokens of one leading index), eight rows at a time, and shares nothing with other warps but
+// read-only tables. Four lanes hold a row: each owns a quarter of its tree, so no lane
+// waits for another but at the two nodes above. The rotation is mma with operands of +-1: a lane's quads are what mma reads
+// (decoding) or adds up (encoding), and channels lie so that a lane loads and stores sixteen bytes beside its neighbours'. All
+// sums of the decoder are integers below 2^24, so they are exact. The next rows are on their way while these are coded.
+// Nothing may be fused that decides output bits: this file is compiled with --fmad=false, and the encoder, which is free,
+// says fmaf where it wants one.
 //
-// Compiled with: ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS, ROW_WORDS, CHUNK,
-// OFFSETS, TABLE_BITS, the numbers of constants.py and device.py, and the places of the tables in the blob.
+// Bits of a channel or coordinate of the order 2^L, from 0 up. In a k-step of mma a lane q = lane % 4 holds inputs 2 q, 2 q + 1
+// (bit 0) and the same + 8 (bit HALF); of a tile's outputs it holds 2 q, 2 q + 1 (bit 0). Coordinates: q is bits L-1, L-2 (a
+// quarter of the tree). Channels: q is bits 4 and 3. What is left counts k-steps or tiles.
+//
+// Compiled with: DECODER or ENCODER, PAPER (the coding), ORDER, LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET,
+// RADIUS_BITS, RADIUS_STEPS, ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
+// constants.py and device.py, sizes of shared memory, and the places of the tables.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -16,39 +22,64 @@ typedef long long i64;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-#define LANE_COORDINATES (ORDER / 4)
-#define NODES_8 (LANE_COORDINATES / 8)
-#define STEPS_T (LANE_COORDINATES / 4)  // k-steps of mma: sixteen coordinates each
-#define STAGE_WORDS (16 * ROW_WORDS + 4)
+#define QUADS_LANE (ORDER / 16)  // quads of a lane's quarter, and k-steps of mma
+#define TILES (ORDER / 8)        // tiles of eight outputs
+#define PIECES (ORDER / 32)      // runs of eight channels of a lane
+#define ROWS 8
+#define WARPS (THREADS / 32)
+#define WORDS(rows) ((rows) * ROW_BYTES / 4)
+#define FETCHES ((WORDS(ROWS) + 31) / 32)
 #define ALL 0xffffffffu
+#define PLAIN (DTYPE != 3 && !OFFSETS)  // rows are multiplied as they are stored
 #define INLINE __device__ __forceinline__
 
 INLINE u32 bits_of(float x) { return __float_as_uint(x); }
 INLINE float float_of(u32 x) { return __uint_as_float(x); }
-
-// Which sign H has between the k-th input and the n-th output of one mma, and the output's variant bit.
 INLINE u32 parity(u32 x) { return __popc(x) & 1; }
+
+INLINE u32 half_bits(float x) {
+    u32 r;
+    asm("{.reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h;}" : "=r"(r) : "f"(x));
+    return r;
+}
+
+INLINE float half_value(u32 bits) {
+    float r;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(bits));
+    return r;
+}
 
 // -- blocks ------------------------------------------------------------------------------------------------------
 struct Block {
     const i64* span;
-    i64 chunk, lead, address;
+    u32* payload;
+    i64 lead, token;  // token: of the tensor, that the first row codes
+    i64 rows;         // address of the first row in the tensor
+    int stride;       // bytes from row to row
     int tokens;
+    int first, last;  // rows that are wanted
 };
 
-INLINE Block find_block(const i64* rows, const i64* firsts, int search, i64 index) {
-    i64 low = 0;
+INLINE Block find_block(const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int search,
+                        u32 index) {
+    int low = 0;
+#pragma unroll 1
     for (int bit = search - 1; bit >= 0; bit--)
-        if (firsts[low + (1 << bit)] <= index) low += 1 << bit;
+        if (__ldg(firsts + low + (1 << bit)) <= index) low += 1 << bit;
     Block b;
     b.span = rows + low * FIELDS;
-    i64 local = index - firsts[low], leads = b.span[LEADS];
-    i64 chunk = local / leads;
-    b.chunk = b.span[FIRST_CHUNK] + chunk;
-    b.lead = b.span[FIRST_LEAD] + local - chunk * leads;
-    i64 left = b.span[CODED] - b.chunk * CHUNK;
+    const u32 local = index - (u32)__ldg(firsts + low), leads = (u32)__ldg(b.span + LEADS), turn = local / leads;
+    const i64 chunk = __ldg(b.span + FIRST_CHUNK) + turn, left = __ldg(b.span + CODED) - chunk * CHUNK;
+    const i64 first_token = __ldg(b.span + FIRST_TOKEN);
+    b.lead = __ldg(b.span + FIRST_LEAD) + (local - turn * leads);
     b.tokens = left < CHUNK ? (int)left : CHUNK;
-    b.address = b.span[PAYLOAD] + b.chunk * b.span[LEADING] * (CHUNK * ROW_WORDS * 4 + 4) + b.lead * (b.tokens * ROW_WORDS * 4 + 4);
+    b.token = __ldg(b.span + EXACT) + chunk * CHUNK;
+    b.payload = reinterpret_cast<u32*>(__ldg(b.span + PAYLOAD) + chunk * __ldg(b.span + LEADING) * (CHUNK * ROW_BYTES + 4) +
+                                       b.lead * (b.tokens * ROW_BYTES + 4));
+    b.stride = (int)__ldg(b.span + STRIDE) * ITEM;
+    b.rows = __ldg(starts + __ldg(b.span + STARTS) + (local - turn * leads)) + (b.token - first_token) * b.stride;
+    b.first = (int)max(first_token - b.token, 0ll);
+    b.last = (int)min(__ldg(b.span + LAST_TOKEN) - b.token, (i64)b.tokens);
     return b;
 }
 
@@ -60,76 +91,137 @@ INLINE u32 reduced(u64 sum, u32 bytes, u32 key) {
     return (u32)((sum + folded((u64)bytes * key)) % PRIME);
 }
 
+// Key of a word of a block; words behind the block's end are zero, so any key will do there.
+INLINE u32 key_of(const u8* tables, const i64* __restrict__ keys, int block_words, int word) {
+#ifdef KEYS_AT
+    return reinterpret_cast<const u32*>(tables + KEYS_AT)[1 + word];
+#else
+    return (u32)__ldg(keys + 1 + min(word, block_words - 1));
+#endif
+}
+
+// Where a word of the rows lies in the stage. Rows are kept apart so that lanes of different rows meet in no bank.
+INLINE int place_of_word(int word) {
+#if PAPER
+    return word;
+#else
+    return word + word / WORDS(1) * (STRIDE_WORDS - WORDS(1));
+#endif
+}
+
+// -- the rotation ------------------------------------------------------------------------------------------------
+INLINE void mma_half(float* d, u32 a0, u32 a1, u32 a2, u32 a3, const u32* b, const float* c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+INLINE void mma_brain(float* d, u32 a0, u32 a1, u32 a2, u32 a3, const u32* b, const float* c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// Operands of +-1: the sign of H between input k and output n is the parity of k & n. Bits of k and n that both sides' lanes tell
+// meet each other (bit 0, and one more in order 64); the inputs of one operand differ in bit HALF, which lanes tell of n; one bit
+// of k that steps count, IN, is told of n by lanes; two bits of n that tiles count are told of k by lanes (OUT). The rest of k & n
+// is known when this is compiled.
+#define NEGATIVE 0x80008000u
+#ifdef DECODER
+#define HALF 3
+#define IN 4
+#define OUT_HIGH (LOG2_ORDER - 1)
+#define OUT_LOW (LOG2_ORDER - 2)
+#define STEP(t) (((t) & 1) << 2 | (t) >> 1 << 4)  // the first input of a k-step, but for what lanes tell
+#else
+#define HALF (LOG2_ORDER - 1)
+#define IN (LOG2_ORDER - 2)
+#define OUT_HIGH 4
+#define OUT_LOW 3
+#define STEP(t) (((t) & 1) << 2 | (t) >> 1 << 5)
+#endif
+#define STEPS (ORDER / 32)
+
+struct Signs {  // of a lane: an operand's first register; what changes its second one, and both in steps of bit IN
+    u32 first, half, in, unused;
+
+    INLINE void prepare(int lane, u32 one) {  // one: 1.0 in both halves
+        const u32 k_high = lane >> 1 & 1, k_low = lane & 1, n_high = lane >> 4 & 1, n_low = lane >> 3 & 1, n_0 = lane >> 2 & 1;
+#ifdef DECODER
+        const u32 meet = k_low & n_high, at_half = n_low, at_in = n_high;
+#else
+        const u32 meet = k_high & n_low, at_half = n_high, at_in = n_low;
+#endif
+        const u32 sign = ORDER == 64 ? meet : 0;
+        first = one ^ sign << 15 ^ (sign ^ n_0) << 31;
+        half = at_half ? NEGATIVE : 0, in = at_in ? NEGATIVE : 0;
+    }
+    // The operand of a step with k's bit IN and a tile with n's bits OUT; ``pair`` [negative][register].
+    INLINE void operands(int q, u32 in_bit, u32 n, u32 (*pair)[2]) const {
+        u32 x = first ^ (n >> OUT_HIGH & 1 && (ORDER > 64 || OUT_HIGH != 4) ? (q >> 1) * NEGATIVE : 0);
+        x ^= n >> OUT_LOW & 1 && (ORDER > 64 || OUT_LOW != 4) ? (q & 1) * NEGATIVE : 0;
+        x ^= in_bit && ORDER > 64 ? in : 0;
+        pair[0][0] = x, pair[0][1] = x ^ half;
+        pair[1][0] = x ^ NEGATIVE, pair[1][1] = pair[0][1] ^ NEGATIVE;
+    }
+};
+
+// A tile has eight rows: the other eight of mma's are the same rows' inputs whose bit 1 is set. Their sums are added for
+// outputs whose bit 1 is not set, and taken away for those whose it is.
+INLINE void join(float* p) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float clear = p[i], set = p[2 + i];
+        p[i] = clear + set, p[2 + i] = clear - set;
+    }
+}
+
+// Address of the word that a bit lies in. (As C++ it would take three instructions instead of two.)
+INLINE u32 word_of(u32 words, u32 bit) {
+    u32 number;
+    asm("shr.u32 %0, %1, 5;" : "=r"(number) : "r"(bit));
+    return words + number * 4;
+}
+
 // -- the tree ----------------------------------------------------------------------------------------------------
 template <int N> INLINE int width_of(int budget) {
     constexpr u32 factor = ((16u << 24) + 15 * N - 1) / (15 * N);  // exact for every budget (tables.py)
-    return min(min(max((int)((u32)budget * factor >> 24), 1), 7), budget);
+    return (int)min(min(max((u32)budget * factor, 1u << 24) >> 24, 7u), (u32)budget);
 }
 
 template <int M> INLINE int share_of(int rest, int shift) {
     return min(max((rest >> 1) + shift, max(rest - 7 * M, 0)), min(rest, 7 * M));
 }
 
-INLINE u32 mma_signs(u32 even, u32 odd) {  // two operands of +-1
-#if DTYPE == 1 || defined(DECODER)
-    return 0x3c003c00u ^ even << 15 ^ odd << 31;
-#else
-    return 0x3f803f80u ^ even << 15 ^ odd << 31;
-#endif
-}
-
-INLINE void mma_half(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-INLINE void mma_brain(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Walsh-Hadamard over COUNT accumulators of four.
-template <int COUNT> INLINE void hadamard(float (*p)[4]) {
-#pragma unroll
-    for (int half = 1; half < COUNT; half *= 2)
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (!(i & half))
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float a = p[i][j], b = p[i + half][j];
-                    p[i][j] = a + b;
-                    p[i + half][j] = a - b;
-                }
-}
+constexpr __device__ int place_in(int n) { return n == ORDER ? 0 : 1 + place_in(2 * n); }  // of a node's tables
 
 // -- offsets (SPEC 8) --------------------------------------------------------------------------------------------
 #if OFFSETS
-INLINE float half_value(u32 bits) {
-    float r;
-    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(bits));
-    return r;
+template <int RUN> INLINE void offset_halves(const u32* from, float unit, float* o) {
+#pragma unroll
+    for (int u = 0; u < RUN; u += 2) {
+        const u32 both = __ldg(from + u / 2);
+        o[u] = half_value(both & 0xffff) * unit, o[u + 1] = half_value(both >> 16) * unit;
+    }
 }
 
 // Offsets of RUN neighbouring channels at a token; every operation rounds.
-template <int RUN> INLINE void offset_run(const u8* tables, const Block& b, i64 token, int first, float* o) {
-    const i64 stream = b.span[STREAM];
+template <int RUN> INLINE void offset_run(const u8* tables, const Block& b, int row, int first, float* o) {
+    const i64 stream = __ldg(b.span + STREAM);
     const float unit = float_of((u32)(*reinterpret_cast<const short*>(stream + OFFSET_EXPONENT_AT) + 127) << 23);
-    const u16* halves = reinterpret_cast<const u16*>(stream + b.span[OFFSETS_AT] + b.lead * (2 * ORDER + 4));
-#pragma unroll
-    for (int u = 0; u < RUN; u++) o[u] = half_value(__ldg(halves + first + u)) * unit;
+    const u32* halves = reinterpret_cast<const u32*>(stream + __ldg(b.span + OFFSETS_AT) + b.lead * (2 * ORDER + 4));
+    offset_halves<RUN>(halves + first / 2, unit, o);
 #if PAIRS
     if (first >= 2 * PAIRS) return;
-    const u32 position = (u32)(token + b.span[POSITION]);
+    const u32 position = (u32)(b.token + row + __ldg(b.span + POSITION));
     const u32* frequencies = reinterpret_cast<const u32*>(tables + FREQUENCIES_AT);
     const float2* phases = reinterpret_cast<const float2*>(tables + PHASES_AT);
     float other[RUN];
-#pragma unroll
-    for (int u = 0; u < RUN; u++)
 #if INTERLEAVED
-        other[u] = o[u ^ 1];
+#pragma unroll
+    for (int u = 0; u < RUN; u++) other[u] = o[u ^ 1];
 #else
-        other[u] = half_value(__ldg(halves + (first < PAIRS ? first + PAIRS : first - PAIRS) + u)) * unit;
+    offset_halves<RUN>(halves + (first < PAIRS ? first + PAIRS : first - PAIRS) / 2, unit, other);
 #endif
 #pragma unroll
     for (int u = 0; u < RUN; u++) {
@@ -158,6 +250,13 @@ INLINE u32 pack_half(float even, float odd) {
     return r;
 }
 
+INLINE float2 halves_of(u32 x) {
+    float2 r;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(r.x), "=f"(r.y) : "r"(x));
+    return r;
+}
+
+#if DTYPE != 3
 INLINE u32 pack_stored(float even, float odd) {
     u32 r;
 #if DTYPE == 1
@@ -168,317 +267,417 @@ INLINE u32 pack_stored(float even, float odd) {
     return r;
 }
 
-INLINE u32 positive_zero(u32 x) {  // -0 -> 0 in both halves
+INLINE u32 with_signs(u32 x, u32 signs) {  // x times +-1 in both halves, and never -0
     u32 r;
 #if DTYPE == 1
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(0u));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
 #else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x3f803f80u), "r"(0u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
 #endif
     return r;
 }
+#endif
 
-INLINE u32 window(const u32* words, int bit) {
-    const u32* at = words + (bit >> 5);
-    return __funnelshift_r(at[0], at[1], bit);
+// A word of the stage, by its address in shared memory; volatile keeps it behind the barrier before it.
+INLINE u32 word_at(u32 at) {
+    u32 r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(at));
+    return r;
 }
 
+INLINE u32 window(u32 words, u32 bit) {
+    const u32 at = word_of(words, bit);
+    return __funnelshift_r(word_at(at), word_at(at + 4), bit);
+}
+
+#if !PAPER
 // The entry of a node: cos with the shift in its low 13 bits, sin.
-template <int N> INLINE uint2 node_entry(const u8* tables, const u32* words, int bit, int width) {
-    constexpr int place = ORDER == N ? 0 : ORDER == 2 * N ? 1 : ORDER == 4 * N ? 2 : ORDER == 8 * N ? 3 : ORDER == 16 * N ? 4 : 5;
+template <int N> INLINE uint2 node_entry(const u8* tables, u32 window, int width) {
+    constexpr int place = place_in(N);
     u32 one = 1u << width;
-    u32 index = (window(words, bit) & (one - 1)) | one;
-    return reinterpret_cast<const uint2*>(tables + NODES_AT)[place * 256 + index];
+    return reinterpret_cast<const uint2*>(tables + NODES_AT)[place * 256 + ((window & (one - 1)) | one)];
 }
 INLINE float cos_of(uint2 e) { return float_of(e.x & ~0x1fffu); }
 INLINE int shift_of(uint2 e) { return (int)(e.x << 19) >> 19; }
 
-// A node of which only the child on the lane's side is wanted.
-template <int N> INLINE void descend(const u8* tables, const u32* words, int& bit, int& budget, float& radius, bool right) {
-    int width = width_of<N>(budget);
-    uint2 e = node_entry<N>(tables, words, bit, width);
-    int rest = budget - width, share = share_of<N / 2>(rest, shift_of(e));
-    radius *= right ? float_of(e.y) : cos_of(e);
-    budget = right ? rest - share : share;
-    bit += right ? width + share : width;
+struct Run {  // a node: the bits that it owns, and its radius
+    u32 bit;
+    int budget;
+    float radius;
+};
+
+// The child on the lane's side.
+template <int N> INLINE void descend(const u8* tables, u32 words, Run& node, bool right) {
+    const int width = width_of<N>(node.budget);
+    const uint2 e = node_entry<N>(tables, window(words, node.bit), width);
+    const int rest = node.budget - width, share = share_of<N / 2>(rest, shift_of(e));
+    node.radius *= right ? float_of(e.y) : cos_of(e);
+    node.budget = right ? rest - share : share;
+    node.bit += right ? width + share : width;
 }
 
-INLINE u32 phase_at(u32 sector, u32 step) { return ((2 * sector + 1) * step + (1u << 15)) >> 13 & (2047u << 3); }
+// Both children of COUNT nodes, side by side because each waits for its look-ups.
+template <int N, int COUNT> INLINE void split(const u8* tables, u32 words, const Run* nodes, Run* children) {
+    int width[COUNT];
+    uint2 e[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        width[i] = width_of<N>(nodes[i].budget);
+        e[i] = node_entry<N>(tables, window(words, nodes[i].bit), width[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const int rest = nodes[i].budget - width[i], share = share_of<N / 2>(rest, shift_of(e[i]));
+        const u32 bit = nodes[i].bit + width[i];
+        children[2 * i] = {bit, share, nodes[i].radius * cos_of(e[i])};
+        children[2 * i + 1] = {bit + share, rest - share, nodes[i].radius * float_of(e[i].y)};
+    }
+}
 
-// A quad's four coordinates on the grid (SPEC 6.4, 6.5); ``code`` may hold more bits above its ``budget``.
-INLINE void quad(const u8* tables, u32 code, int budget, float radius, float* v) {
-    u32 one = 1u << budget;
-    code &= one - 1;
-    u32 record, at_a, at_b;
+// A quad's two pairs at radius 1 (SPEC 6.4, 6.5): a looked up sector of a circle each.
+struct Pairs {
+    float2 a, b;
+};
+
+template <int COUNT> INLINE void find_pairs(const u8* tables, const u32* codes, const int* budgets, Pairs* pairs) {
+    u32 left[COUNT];
+    uint4 r[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const uint4 g = reinterpret_cast<const uint4*>(tables + BUDGETS_AT)[budgets[i]];  // magic, shift and last cell, codes a cell, first
+        const u32 code = codes[i] & ((1u << budgets[i]) - 1);
+        const u32 cell = min(__funnelshift_r(__umulhi(2 * code + 1, g.x), 0, g.y), g.y >> 16);
+        r[i] = reinterpret_cast<const uint4*>(tables + RECORDS_AT)[g.w + cell];  // magic of n_b, steps with n_b, factors
+        left[i] = code - cell * g.z;
+    }
+    u32 circle[COUNT][2];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const u32 n_b = __funnelshift_l(r[i].y, r[i].z >> 27, 5), sector = __umulhi(2 * left[i] + 1, r[i].x);
+        const u32 a = (2 * sector + 1) * r[i].y + (1u << 15), b = (2 * (left[i] - sector * n_b) + 1) * r[i].z + (1u << 15);
+        circle[i][0] = *reinterpret_cast<const u32*>(tables + CIRCLE_AT + (a >> 14 & (2047u << 2)));
+        circle[i][1] = *reinterpret_cast<const u32*>(tables + CIRCLE_AT + (b >> 14 & (2047u << 2)));
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const float2 f = halves_of(r[i].w), a = halves_of(circle[i][0]), b = halves_of(circle[i][1]);
+        pairs[i] = {make_float2(__fmul_rn(f.x, a.x), __fmul_rn(f.x, a.y)), make_float2(__fmul_rn(f.y, b.x), __fmul_rn(f.y, b.y))};
+    }
+}
+
 #if TABLE_BITS
-    if (budget <= TABLE_BITS) {
-        u32 entry = reinterpret_cast<const u32*>(tables + QUADS_AT)[one | code];
-        record = entry & 1023, at_a = entry >> 21 << 3, at_b = entry >> 7 & (2047u << 3);
-    } else
+INLINE u32 table_entry(const u8* tables, u32 code, int budget) {  // of a larger budget: some other's
+    const u32 one = 1u << budget;
+    return reinterpret_cast<const u32*>(tables + CODES_AT)[min((code & (one - 1)) | one, (2u << TABLE_BITS) - 1)];
+}
+INLINE Pairs table_pairs(const u8* tables, u32 entry) {
+    return {*reinterpret_cast<const float2*>(tables + POINTS_AT + (entry & 0xffff)),
+            *reinterpret_cast<const float2*>(tables + POINTS_AT + (entry >> 16))};
+}
 #endif
-    {
-        uint4 b = reinterpret_cast<const uint4*>(tables + BUDGETS_AT)[budget];  // magic, shift, codes a cell, first and last
-        u32 cell = min(__umulhi(2 * code + 1, b.x) >> b.y, b.w >> 16);
-        record = (b.w & 0xffff) + cell;
-        u32 left = code - cell * b.z;
-        uint4 r = reinterpret_cast<const uint4*>(tables + RECORDS_AT)[record];  // n_b, its magic, K_a, K_b
-        u32 sector = __umulhi(2 * left + 1, r.y);
-        at_a = phase_at(sector, r.z), at_b = phase_at(left - sector * r.x, r.w);
-    }
-    float2 means = reinterpret_cast<const float2*>(tables + MEANS_AT)[record];
-    float2 a = *reinterpret_cast<const float2*>(tables + CIRCLE_AT + at_a);
-    float2 b = *reinterpret_cast<const float2*>(tables + CIRCLE_AT + at_b);
+
+// The coordinates on the grid, packed.
+INLINE void put_quad(Pairs pairs, float radius, u32* packed) {
     const float magic = 12582912.0f;  // rounds to an integer, ties to even
-    v[0] = __fadd_rn(__fmul_rn(radius, __fmul_rn(means.x, a.x)), magic) - magic;
-    v[1] = __fadd_rn(__fmul_rn(radius, __fmul_rn(means.x, a.y)), magic) - magic;
-    v[2] = __fadd_rn(__fmul_rn(radius, __fmul_rn(means.y, b.x)), magic) - magic;
-    v[3] = __fadd_rn(__fmul_rn(radius, __fmul_rn(means.y, b.y)), magic) - magic;
+    packed[0] = pack_half(__fadd_rn(__fmul_rn(radius, pairs.a.x), magic) - magic, __fadd_rn(__fmul_rn(radius, pairs.a.y), magic) - magic);
+    packed[1] = pack_half(__fadd_rn(__fmul_rn(radius, pairs.b.x), magic) - magic, __fadd_rn(__fmul_rn(radius, pairs.b.y), magic) - magic);
 }
 
-// An 8-node: its angle and its two quads are at most 63 bits side by side.
-INLINE void node_8(const u8* tables, const u32* words, int bit, int budget, float radius, float* v) {
-    const u32* at = words + (bit >> 5);
-    u32 w0 = at[0], w1 = at[1], w2 = at[2];
-    u32 low = __funnelshift_r(w0, w1, bit), high = __funnelshift_r(w1, w2, bit);
-    int width = width_of<8>(budget);
-    u32 one = 1u << width;
-    constexpr int place = ORDER == 64 ? 3 : ORDER == 128 ? 4 : 5;
-    uint2 e = reinterpret_cast<const uint2*>(tables + NODES_AT)[place * 256 + ((low & (one - 1)) | one)];
-    int rest = budget - width, share = share_of<4>(rest, shift_of(e));
-    u32 first = __funnelshift_r(low, high, width);
-    high >>= width;
-    quad(tables, first, share, radius * cos_of(e), v);
-    quad(tables, __funnelshift_r(first, high, share), rest - share, radius * float_of(e.y), v + 4);
-}
-
-INLINE void node_16(const u8* tables, const u32* words, int bit, int budget, float radius, float* v) {
-    int width = width_of<16>(budget);
-    uint2 e = node_entry<16>(tables, words, bit, width);
-    int rest = budget - width, share = share_of<8>(rest, shift_of(e));
-    node_8(tables, words, bit + width, share, radius * cos_of(e), v);
-    node_8(tables, words, bit + width + share, rest - share, radius * float_of(e.y), v + 8);
-}
-
-// The operands of one row's quarter: k-step t holds, in its two registers, coordinates whose index differs in two bits.
-INLINE void row_operands(const u8* tables, const u32* words, int q, u32 (*a)[2]) {
-    int bit = RADIUS_BITS, budget = ROOT_BUDGET;
-    float radius = GRID;
-    descend<ORDER>(tables, words, bit, budget, radius, q & 2);
-    descend<ORDER / 2>(tables, words, bit, budget, radius, q & 1);
-    float v[16];
-#if ORDER == 64
-    node_16(tables, words, bit, budget, radius, v);
+// Two nodes of eight coordinates: mma's operands, two registers a quad.
+INLINE void eights(const u8* tables, u32 words, const Run* nodes, u32 (*a)[2]) {
+    u32 low[2], high[2];
+    int width[2];
+    uint2 e[2];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-        a[t][0] = pack_half(v[t], v[t + 8]);
-        a[t][1] = pack_half(v[t + 4], v[t + 12]);
+    for (int i = 0; i < 2; i++) {  // the angle and its two quads are at most 56 bits side by side
+        const u32 at = word_of(words, nodes[i].bit), middle = word_at(at + 4);
+        low[i] = __funnelshift_r(word_at(at), middle, nodes[i].bit);
+        high[i] = __funnelshift_r(middle, word_at(at + 8), nodes[i].bit);
+        width[i] = width_of<8>(nodes[i].budget);
+        e[i] = node_entry<8>(tables, low[i], width[i]);
     }
-#else
-#if ORDER == 256
-    int width64 = width_of<64>(budget);
-    uint2 e64 = node_entry<64>(tables, words, bit, width64);
-    int rest64 = budget - width64, share64 = share_of<32>(rest64, shift_of(e64));
-    int bit_a = bit + width64;
-    float radius_a = radius;
+    u32 code[4];
+    int budget[4];
+    float radius[4];
+    Pairs pairs[4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        bit = half ? bit_a + share64 : bit_a;
-        budget = half ? rest64 - share64 : share64;
-        radius = radius_a * (half ? float_of(e64.y) : cos_of(e64));
-#else
-    {
-        const int half = 0;
-#endif
-        int width = width_of<32>(budget);
-        uint2 e = node_entry<32>(tables, words, bit, width);
-        int rest = budget - width, share = share_of<16>(rest, shift_of(e));
-        node_16(tables, words, bit + width, share, radius * cos_of(e), v);
-#pragma unroll
-        for (int t = 0; t < 8; t++) a[8 * half + t][0] = pack_half(v[t], v[t + 8]);
-        node_16(tables, words, bit + width + share, rest - share, radius * float_of(e.y), v);
-#pragma unroll
-        for (int t = 0; t < 8; t++) a[8 * half + t][1] = pack_half(v[t], v[t + 8]);
+    for (int i = 0; i < 2; i++) {
+        const int rest = nodes[i].budget - width[i];
+        budget[2 * i] = share_of<4>(rest, shift_of(e[i])), budget[2 * i + 1] = rest - budget[2 * i];
+        code[2 * i] = __funnelshift_r(low[i], high[i], width[i]);
+        code[2 * i + 1] = __funnelshift_r(code[2 * i], high[i] >> width[i], budget[2 * i]);
+        radius[2 * i] = nodes[i].radius * cos_of(e[i]), radius[2 * i + 1] = nodes[i].radius * float_of(e[i].y);
     }
+#if TABLE_BITS
+    u32 entry[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) entry[i] = table_entry(tables, code[i], budget[i]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = table_pairs(tables, entry[i]);
+    if (max(max(budget[0], budget[1]), max(budget[2], budget[3])) > TABLE_BITS)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (budget[i] > TABLE_BITS) find_pairs<1>(tables, code + i, budget + i, pairs + i);
+#else
+    find_pairs<4>(tables, code, budget, pairs);
 #endif
+#pragma unroll
+    for (int i = 0; i < 4; i++) put_quad(pairs[i], radius[i], a[i]);
 }
 
-// Radius factors of a row (SPEC 6.1).
-INLINE void radius_factors(const u8* tables, const u32* words, float& first, float& second) {
-    u32 code = words[0] & ((1u << RADIUS_BITS) - 1);
-    u32 step = max(code, 1u) - 1, octave = step / RADIUS_STEPS;
-    int exponent = (int)octave - RADIUS_BIAS;
-    bool small = exponent < RADIUS_SPLIT;
-    u32 mantissa = reinterpret_cast<const u32*>(tables + MANTISSAS_AT)[step - octave * RADIUS_STEPS];
-    first = code ? float_of(mantissa + ((exponent + (small ? RADIUS_SHIFT : 0)) << 23)) : 0.0f;
+// Everything below a lane's node.
+template <int N> INLINE void subtree(const u8* tables, u32 words, const Run& node, u32 (*a)[2]) {
+    if constexpr (N == 16) {
+        Run nodes[2];
+        split<16, 1>(tables, words, &node, nodes);
+        eights(tables, words, nodes, a);
+    } else if constexpr (N == 32) {
+        Run sixteens[2], nodes[4];
+        split<32, 1>(tables, words, &node, sixteens);
+        split<16, 2>(tables, words, sixteens, nodes);
+        eights(tables, words, nodes, a);
+        eights(tables, words, nodes + 2, a + 4);
+    } else {
+        Run halves[2];
+        split<N, 1>(tables, words, &node, halves);
+        subtree<N / 2>(tables, words, halves[0], a);
+        subtree<N / 2>(tables, words, halves[1], a + N / 8);
+    }
+}
+
+#endif
+
+// Factors of a row: mantissa 2^exponent (SPEC 6.1).
+INLINE void split_factor(float mantissa, int exponent, float& first, float& second) {
+    const bool small = exponent < RADIUS_SPLIT;
+    first = float_of(bits_of(mantissa) + ((exponent + (small ? RADIUS_SHIFT : 0)) << 23));
     second = small ? SECOND_FACTOR : 1.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS) decode_blocks(
-    const i64* rows, const i64* firsts, const i64* starts, int* flags, const i64* keys, const uint4* blob,
-    i64 blocks, int search) {
-    extern __shared__ uint4 memory[];
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = blob[i];
-    __syncthreads();
-    const u8* tables = reinterpret_cast<const u8*>(memory);
-    const int lane = threadIdx.x & 31, q = lane & 3, g = lane >> 2;
-    u32* stage = reinterpret_cast<u32*>(const_cast<u8*>(tables) + BLOB_BYTES) + (threadIdx.x >> 5) * STAGE_WORDS;
+#if !PAPER
+INLINE void radius_factors(const u8* tables, u32 words, float& first, float& second) {
+    u32 code = word_at(words) & ((1u << RADIUS_BITS) - 1);
+    u32 step = max(code, 1u) - 1, octave = step / RADIUS_STEPS;
+    const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[step - octave * RADIUS_STEPS];
+    split_factor(mantissa, (int)octave - RADIUS_BIAS, first, second);
+    first = code ? first : 0.0f;
+}
+#else
+// -- paper coding (SPEC 7) ---------------------------------------------------------------------------------------
+INLINE u32 paper_radius(u32 low) {  // float16 bits: the sign is ignored, NaN counts as 0, infinity as the largest
+    const u32 bits = low & 0x7fff;
+    return bits > 0x7c00 ? 0 : min(bits, 0x7bffu);
+}
 
-    // The constant operand: k = 2 q + e' (+ 8 where h) is an input, n = 2 q_out + e an output coordinate.
-    const u32 qo = lane >> 3, e = lane >> 2 & 1;
-    u32 operand[2][2];
+INLINE float2 paper_angle(const u8* tables, int level, u32 code) {
+    return reinterpret_cast<const float2*>(tables + ANGLES_AT)[4 * (level - 2) + (code & 3)];
+}
+
+// A lane's quarter of a row, which begins at a bit of the stage: mma's operands and the row's factors.
+INLINE void paper_quarter(const u8* tables, u32 words, u32 bit, int radius_exponent, u32 (*a)[2], float& first, float& second) {
+    constexpr int GROUPS = ORDER / 64;
+    u32 low[GROUPS], high[GROUPS], largest = 0;
 #pragma unroll
-    for (u32 variant = 0; variant < 2; variant++)
+    for (int i = 0; i < GROUPS; i++) {
+        const u32 start = bit + 62 * i, at = word_of(words, start), middle = word_at(at + 4);
+        low[i] = __funnelshift_r(word_at(at), middle, start), high[i] = __funnelshift_r(middle, word_at(at + 8), start);
+        largest = max(largest, paper_radius(low[i]));
+    }
+    largest = max(largest, __shfl_xor_sync(ALL, largest, 1));
+    largest = max(largest, __shfl_xor_sync(ALL, largest, 2));
+    const int power = largest ? (int)(bits_of(half_value(largest)) >> 23) - 126 : 0;
+    const float unit = float_of((u32)(11 - power + 127) << 23), magic = 12582912.0f;
 #pragma unroll
-        for (u32 h = 0; h < 2; h++) {
-            u32 signs[2];
+    for (int i = 0; i < GROUPS; i++) {
+        const float radius = half_value(paper_radius(low[i])) * unit;
+        const float2 e4 = paper_angle(tables, 4, low[i] >> 16);
+        const u32 sectors = __funnelshift_r(low[i], high[i], 30);
 #pragma unroll
-            for (u32 odd = 0; odd < 2; odd++) {
-#if ORDER == 64  // inputs 5, 4 | 2 | 3; outputs 4, 3 | 5, variant 2
-                signs[odd] = parity(((u32)q << 4 | h << 2 | odd << 3) & (qo << 3 | e << 5 | variant << 2));
-#elif ORDER == 128  // inputs 6, 5 | 4 | 3; outputs 4, 3 | 5, variant 6
-                signs[odd] = parity(((u32)q << 5 | h << 4 | odd << 3) & (qo << 3 | e << 5 | variant << 6));
-#else  // inputs 7, 6 | 4 | 3; outputs 4, 3 | 6, variant 7
-                signs[odd] = parity(((u32)q << 6 | h << 4 | odd << 3) & (qo << 3 | e << 6 | variant << 7));
-#endif
+        for (int j = 0; j < 2; j++) {
+            const float2 e3 = paper_angle(tables, 3, low[i] >> (18 + 2 * j));
+            const float r3 = radius * (j ? e4.y : e4.x);
+#pragma unroll
+            for (int k = 2 * j; k < 2 * j + 2; k++) {
+                const float2 e2 = paper_angle(tables, 2, low[i] >> (22 + 2 * k));
+                const float r2 = r3 * (k & 1 ? e3.y : e3.x);
+#pragma unroll
+                for (int l = 0; l < 2; l++) {
+                    const float r1 = r2 * (l ? e2.y : e2.x);
+                    const float2 d = reinterpret_cast<const float2*>(tables + DIRECTIONS_AT)[sectors >> (8 * k + 4 * l) & 15];
+                    a[4 * i + k][l] = pack_half(__fadd_rn(__fmul_rn(r1, d.x), magic) - magic, __fadd_rn(__fmul_rn(r1, d.y), magic) - magic);
+                }
             }
-            operand[variant][h] = mma_signs(signs[0], signs[1]);
         }
+    }
+    split_factor(*reinterpret_cast<const float*>(tables + MANTISSAS_AT), power + radius_exponent, first, second);
+}
+#endif
 
-    for (i64 index = (i64)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5); index < blocks; index += (i64)gridDim.x * (THREADS / 32)) {
-        Block b = find_block(rows, firsts, search, index);
-        const u32* payload = reinterpret_cast<const u32*>(b.address);
-        const i64 begin = b.span[EXACT] + b.chunk * CHUNK;
-        const i64 first_token = b.span[FIRST_TOKEN], last_token = b.span[LAST_TOKEN];
-        const i64 start = starts[b.span[STARTS] + b.lead - b.span[FIRST_LEAD]], stride = b.span[STRIDE];
-        const u32 stored = payload[b.tokens * ROW_WORDS];
-        u64 sum = 0;
-        for (int row0 = 0; row0 < b.tokens; row0 += 16) {
-            const int left = min(b.tokens - row0, 16) * ROW_WORDS;
+// Words of the rows, a lane's share; zero behind the block's end.
+INLINE void fetch(u32* fetched, const u32* payload, int row0, int tokens, int lane) {
+    const int have = min(WORDS(tokens - row0), WORDS(ROWS));
 #pragma unroll
-            for (int i = 0; i < (16 * ROW_WORDS + 31) / 32; i++) {
-                int at = i * 32 + lane;
-                if (at < left) {
-                    u32 word = __ldcs(payload + row0 * ROW_WORDS + at);
-                    sum += folded((u64)word * (u32)keys[1 + row0 * ROW_WORDS + at]);
-                    stage[at] = word;
+    for (int i = 0; i < FETCHES; i++) {
+        const int at = i * 32 + lane;
+        fetched[i] = at < have ? __ldcs(payload + WORDS(row0) + at) : 0;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
+    const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    extern __shared__ uint4 memory[];
+    const int lane = threadIdx.x & 31, q = lane & 3, g = lane >> 2;
+    const u8* tables = reinterpret_cast<const u8*>(memory);
+    u32* stage = reinterpret_cast<u32*>(const_cast<u8*>(tables) + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    Block* stash = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);  // of the next block
+    u32 fetched[FETCHES];
+    u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    if (index < blocks) {
+        const Block b = find_block(rows, firsts, starts, search, index);
+        fetch(fetched, b.payload, 0, b.tokens, lane);
+        if (lane == 0) *stash = b;
+    }
+    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    if (threadIdx.x < 32) reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES)[lane].prepare(lane, 0x3c003c00u);
+    __syncthreads();
+
+    for (; index < blocks; index += gridDim.x * WARPS) {
+        const Block b = *stash;
+        const u32 stored = __ldcs(b.payload + WORDS(b.tokens));
+        u64 sum = 0;
+        for (int row0 = 0; row0 < b.tokens; row0 += ROWS) {
+#pragma unroll
+            for (int i = 0; i < FETCHES; i++) {
+                const int word = i * 32 + lane;
+                if (FETCHES * 32 == WORDS(ROWS) || word < WORDS(ROWS)) {
+                    sum += folded((u64)fetched[i] * key_of(tables, keys, WORDS(b.tokens), WORDS(row0) + word));
+                    stage[place_of_word(word)] = fetched[i];
                 }
             }
             __syncwarp();
-            if (begin + row0 + 16 <= first_token || begin + row0 >= last_token) continue;
-
-            u32 a[2][STEPS_T][2];
-            float factor[2], second[2];
-#pragma unroll
-            for (int set = 0; set < 2; set++) {
-                const u32* words = stage + (8 * set + g) * ROW_WORDS;
-                radius_factors(tables, words, factor[set], second[set]);
-                row_operands(tables, words, q, a[set]);
+            if (row0 + ROWS < b.tokens) {
+                fetch(fetched, b.payload, row0 + ROWS, b.tokens, lane);
+            } else if (index + gridDim.x * WARPS < blocks) {
+                const Block next = find_block(rows, firsts, starts, search, index + gridDim.x * WARPS);
+                fetch(fetched, next.payload, 0, next.tokens, lane);
+                if (lane == 0) *stash = next;
             }
+            if (row0 + ROWS <= b.first || row0 >= b.last) {
+                __syncwarp();
+                continue;
+            }
+
+            u32 a[QUADS_LANE][2];
+            float factor, second;
+#if PAPER
+            const int radius_exponent = *reinterpret_cast<const short*>(__ldg(b.span + STREAM) + RADIUS_EXPONENT_AT);
+            const u32 words = (u32)__cvta_generic_to_shared(stage);
+            paper_quarter(tables, words, g * ROW_BYTES * 8 + q * (ORDER / 64 * 62), radius_exponent, a, factor, second);
+#else
+            const u32 words = (u32)__cvta_generic_to_shared(stage + g * STRIDE_WORDS);
+            radius_factors(tables, words, factor, second);
+            Run node = {RADIUS_BITS, ROOT_BUDGET, GRID};
+            descend<ORDER>(tables, words, node, q & 2);
+            descend<ORDER / 2>(tables, words, node, q & 1);
+            subtree<ORDER / 4>(tables, words, node, a);
+#endif
             __syncwarp();
 
             // Ordinary rows neither leave float32's normal range nor the dtype's.
-            const float bound = 181.0f * ORDER;  // > sqrt(ORDER) (2048 + sqrt(ORDER) / 2) for these orders
-            bool plain = true;
-#pragma unroll
-            for (int set = 0; set < 2; set++) plain &= second[set] == 1.0f && factor[set] * bound * 2.0f < LARGEST;
-            plain = __all_sync(ALL, plain);
+            const float bound = (PAPER ? 520.0f : 181.0f * 2) * ORDER;  // a sum's: > sqrt(ORDER) times the coordinates' norm
+            const bool plain = __all_sync(ALL, second == 1.0f && factor * bound < LARGEST);
+            const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
+            const int row = row0 + g;
+            const bool wanted = row >= b.first && row < b.last;
+            const i64 target = b.rows + (i64)row * b.stride + q * 8 * ITEM;
 
 #pragma unroll
-            for (int variant = 0; variant < 2; variant++) {
-                float p[STEPS_T][4];
+            for (int piece = 0; piece < PIECES; piece++) {
+                float p[2][4];
+                u32 operand[2][2][2];  // bit IN, negative, register
+                signs.operands(q, 0, piece << 5, operand[0]);
+                signs.operands(q, 1, piece << 5, operand[1]);
 #pragma unroll
-                for (int t = 0; t < STEPS_T; t++) {
-                    p[t][0] = p[t][1] = p[t][2] = p[t][3] = 0.0f;
-                    mma_half(p[t], a[0][t][0], a[1][t][0], a[0][t][1], a[1][t][1], operand[variant][0], operand[variant][1]);
-                }
-#if ORDER == 64  // t and u are two bits; the outputs' bit 2 is the variant: four coordinates of a run of eight
-                hadamard<4>(p);
-#else
-                hadamard<STEPS_T>(p);
+                for (int t = 0; t < STEPS; t++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                        const u32 k = STEP(t), n = piece << 5 | j << 2;
+                        mma_half(p[j], a[k / 4][0], a[k / 4][1], a[k / 4 + 2][0], a[k / 4 + 2][1],
+                                 operand[k >> IN & 1][parity(k & n & ~(1u << IN))], t ? p[j] : zero);
+                    }
+                join(p[0]);
+                join(p[1]);
+                const int first = piece * 32 + q * 8;
+                float y[8];
+#pragma unroll
+                for (int u = 0; u < 8; u++) y[u] = p[u / 4][u % 4];
+#if DTYPE != 3 && !OFFSETS
+                const uint4 pairs = *reinterpret_cast<const uint4*>(tables + SIGNS_AT + first * 2);
+                const u32 sign[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #endif
-#pragma unroll
-                for (int set = 0; set < 2; set++) {
-                    const i64 token = begin + row0 + 8 * set + g;
-                    const bool wanted = row0 + 8 * set + g < b.tokens && token >= first_token && token < last_token;
-                    const i64 target = start + (token - first_token) * stride * ITEM;
-#pragma unroll
-                    for (int high = 0; high < (ORDER == 256 ? 2 : 1); high++)  // the outputs' bit 5 of order 256
-#pragma unroll
-                        for (int bit_e = 0; bit_e < 2; bit_e++) {
-                            constexpr int RUN = ORDER == 64 ? 4 : 8;
-#if ORDER == 64
-                            const int first = bit_e * 32 + q * 8 + variant * 4;
-#elif ORDER == 128
-                            const int first = variant * 64 + bit_e * 32 + q * 8;
-#else
-                            const int first = variant * 128 + bit_e * 64 + high * 32 + q * 8;
-#endif
-                            float y[RUN];
-#pragma unroll
-                            for (int u = 0; u < RUN; u++) y[u] = p[high * 8 + u][2 * set + bit_e];
 #if DTYPE == 3 || OFFSETS
 #pragma unroll
-                            for (int u = 0; u < RUN; u++) {
-                                y[u] = float_of(bits_of(y[u]) ^ reinterpret_cast<const u32*>(tables + SIGNS_32_AT)[first + u]);
-                                y[u] = y[u] * factor[set] * second[set] + 0.0f;
-                            }
-#if OFFSETS
-                            float o[RUN];
-                            offset_run<RUN>(tables, b, token, first, o);
-#pragma unroll
-                            for (int u = 0; u < RUN; u++) y[u] += o[u];
-#endif
-#pragma unroll
-                            for (int u = 0; u < RUN; u++) y[u] = fminf(fmaxf(y[u], -LARGEST), LARGEST);
-#if DTYPE == 3
-                            if (wanted)
-#pragma unroll
-                                for (int u = 0; u < RUN; u += 4)
-                                    *reinterpret_cast<float4*>(target + (first + u) * ITEM) = make_float4(y[u], y[u + 1], y[u + 2], y[u + 3]);
-#else
-                            u32 packed[RUN / 2];
-#pragma unroll
-                            for (int u = 0; u < RUN; u += 2) packed[u / 2] = pack_stored(y[u], y[u + 1]);
-#endif
-#else
-#pragma unroll
-                            for (int u = 0; u < RUN; u++) y[u] = y[u] * factor[set];
-                            if (!plain)
-#pragma unroll
-                                for (int u = 0; u < RUN; u++) y[u] = fminf(fmaxf(y[u] * second[set], -LARGEST), LARGEST);
-                            u32 packed[RUN / 2];
-                            const u32* signs = reinterpret_cast<const u32*>(tables + SIGNS_AT) + first / 2;
-#pragma unroll
-                            for (int u = 0; u < RUN; u += 2)
-                                packed[u / 2] = positive_zero(pack_stored(y[u], y[u + 1]) ^ signs[u / 2]);
-#endif
-#if DTYPE != 3
-                            if (wanted) {
-#if ORDER == 64
-                                *reinterpret_cast<uint2*>(target + first * ITEM) = make_uint2(packed[0], packed[1]);
-#else
-                                __stcs(reinterpret_cast<uint4*>(target + first * ITEM), make_uint4(packed[0], packed[1], packed[2], packed[3]));
-#endif
-                            }
-#endif
-                        }
+                for (int u = 0; u < 8; u++) {
+                    y[u] = float_of(bits_of(y[u]) ^ reinterpret_cast<const u32*>(tables + SIGNS_32_AT)[first + u]);
+                    y[u] = y[u] * factor * second + 0.0f;
                 }
+#if OFFSETS
+                float o[8];
+                offset_run<8>(tables, b, row, first, o);
+#pragma unroll
+                for (int u = 0; u < 8; u++) y[u] += o[u];
+#endif
+#pragma unroll
+                for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(y[u], -LARGEST), LARGEST);
+#else
+#pragma unroll
+                for (int u = 0; u < 8; u++) y[u] = y[u] * factor;
+                if (!plain)
+#pragma unroll
+                    for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(y[u] * second, -LARGEST), LARGEST);
+#endif
+#if DTYPE == 3
+                if (wanted)
+#pragma unroll
+                    for (int u = 0; u < 8; u += 4)
+                        __stcs(reinterpret_cast<float4*>(target + (piece * 32 + u) * ITEM), make_float4(y[u], y[u + 1], y[u + 2], y[u + 3]));
+#else
+                u32 packed[4];
+#pragma unroll
+                for (int u = 0; u < 4; u++) {
+                    packed[u] = pack_stored(y[2 * u], y[2 * u + 1]);
+#if !OFFSETS
+                    packed[u] = with_signs(packed[u], sign[u]);
+#endif
+                }
+                if (wanted) __stcs(reinterpret_cast<uint4*>(target + piece * 32 * ITEM), make_uint4(packed[0], packed[1], packed[2], packed[3]));
+#endif
             }
         }
-        const u32 good = reduced(sum, b.tokens * ROW_WORDS * 4, (u32)keys[0]);
+        const u32 good = reduced(sum, b.tokens * ROW_BYTES, KEY_0);
         if (lane == 0) flags[index] = good != stored;
+        __syncwarp();
     }
 }
 #endif
 
 #ifdef ENCODER
 // -- encoding ----------------------------------------------------------------------------------------------------
-// Angle of (x, y) in turns, -1/8 .. 7/8: a polynomial, good to 2e-8; negative angles are a turn too small.
+INLINE float inverse(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// Angle of (x, y) in turns, -1/8 .. 7/8: a polynomial, good to 2e-8; negative angles are a turn too small. NaN at (0, 0).
 INLINE float turns_of(float x, float y) {
-    bool steep = fabsf(y) > fabsf(x);
-    float top = steep ? -x : y, bottom = steep ? y : x;
-    float s = __fdividef(top, fabsf(bottom) < 1e-37f ? 1e-37f : bottom);
-    float z = s * s;
+    const bool steep = fabsf(y) > fabsf(x);
+    const float top = steep ? -x : y, bottom = steep ? y : x;
+    float s;  // where the divisor is too small to be normal, so is the dividend, and is 0 here
+    asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(s) : "f"(top), "f"(inverse(bottom)));
+    const float z = s * s;
     float t = fmaf(-0.00074305835f, z, 0.00384616872f);
     t = fmaf(t, z, -0.00944856755f);
     t = fmaf(t, z, 0.0157660429f);
@@ -486,329 +685,457 @@ INLINE float turns_of(float x, float y) {
     t = fmaf(t, z, 0.0317820252f);
     t = fmaf(t, z, -0.0530494615f);
     t = fmaf(t, z, 0.159154927f);
-    float base = (steep ? 0.25f : 0.0f) + (bottom < 0.0f ? 0.5f : 0.0f);
+    float base = steep ? 0.25f : 0.0f;
+    if (bottom < 0.0f) base += 0.5f;
     return fmaf(t, s, base);
 }
 
-// Sector of n that an angle in turns lies in, as a float.
-INLINE float sector_of(float turn, float n) {
-    const float magic = 12582912.0f;
-    float i = __fadd_rd(turn * n, magic) - magic;
-    i = i < 0.0f ? i + n : i;
-    return fminf(i, n - 1.0f);
+// Sector of n that an angle in turns lies in; 0 if there is no angle.
+INLINE u32 sector_of(float turn, u32 n) {
+    const u32 sector = __float2int_rd(turn * (float)(u16)n);
+    return min(sector, sector + n);  // a negative one gets a turn
 }
 
-// Place of b's share of the energy on a sin^2 grid.
-INLINE u32 place_of(float a, float b, float grid) {
-    float share = __fdividef(b, a + b + 1e-37f) * grid;
-    return bits_of(__fadd_rd(fminf(share, grid - 1.0f), 8388608.0f)) & 0x7fffff;
-}
+// Place of b's share of the energy on a sin^2 grid; a is not 0. The product is rounded down as a subnormal number, whose bits are
+// the integer.
+INLINE u32 place_of(float a, float b, float grid) { return bits_of(__fmul_rd(b * inverse(a + b), grid * float_of(1))); }
 
-struct Writer {  // a lane's run of bits, filled from its first bit on
+struct Writer {  // a lane's run of bits; words that hold none of them are told to change nothing, which costs less than to ask
     u32 words;  // address in shared memory
-    u32 bit, held;
-    INLINE void put(u32 value, int width) {
-        u32 shift = bit & 31, at = bit >> 5;
-        held |= value << shift;
-        u32 over = __funnelshift_l(value, 0, shift);
+    u32 bit;
+
+    INLINE static void add(u32 at, u32 value) { asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(at), "r"(value) : "memory"); }
+
+    INLINE void put(u32 value, int width) {  // up to 32 bits
+        const u32 at = word_of(words, bit);
+        add(at, __funnelshift_l(0, value, bit));
+        add(at + 4, __funnelshift_l(value, 0, bit));
         bit += width;
-        const bool full = bit >> 5 != at;  // predicated by hand: as a branch it would cost the warp two synchronisations
-        asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p red.shared.or.b32 [%1], %2;}" ::
-                     "r"((u32)full), "r"(words + 4 * at), "r"(held) : "memory");
-        held = full ? over : held;
     }
-    INLINE void flush() {
-        if (bit & 31) asm volatile("red.shared.or.b32 [%0], %1;" :: "r"(words + 4 * (bit >> 5)), "r"(held) : "memory");
+    INLINE void put(u32 low, u32 high, int width) {  // up to 64
+        const u32 at = word_of(words, bit);
+        add(at, __funnelshift_l(0, low, bit));
+        add(at + 4, __funnelshift_l(low, high, bit));
+        add(at + 8, __funnelshift_l(high, 0, bit));
+        bit += width;
     }
 };
 
-template <int N> INLINE int node_code(const u8* tables, float a, float b, int width) {
-    constexpr int place = ORDER == N ? 0 : ORDER == 2 * N ? 1 : ORDER == 4 * N ? 2 : ORDER == 8 * N ? 3 : ORDER == 16 * N ? 4 : 5;
-    const u8* look_up = tables + LOOK_UPS_AT + (place * 8 + width) * 1024;
-    if (N <= 16) return look_up[place_of(a, b, 1024.0f)];
-    u32 where = place_of(a, b, 16384.0f);
-    int code = look_up[where >> 4];
-    return code + (reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(place * 8 + width) * 130 + 1 + code] <= where);
+#if !PAPER
+struct Angle {
+    u32 code;
+    int width, left, right;  // budgets of the children
+};
+
+// Angles of COUNT nodes, side by side because each waits for its look-ups.
+template <int N, int COUNT> INLINE void find_angles(const u8* tables, const float* a, const float* b, const int* budgets, Angle* angles) {
+    constexpr int place = place_in(N), place_16 = place_in(16);
+    int shift[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        angles[i].width = width_of<N>(budgets[i]);
+        const u8* look_up = tables + LOOK_UPS_AT + (place * 8 + angles[i].width) * LOOK_UP_BYTES;
+        if constexpr (N <= 16) {
+            const u32 where = place_of(a[i], b[i], 1024.0f);
+            angles[i].code = look_up[where];
+            shift[i] = reinterpret_cast<const signed char*>(look_up + (SHIFTS_16_AT - LOOK_UPS_AT - place_16 * 8 * LOOK_UP_BYTES))[where];
+        } else {
+            const u32 where = place_of(a[i], b[i], 16384.0f);
+            u32 code = look_up[where >> 4];
+            code += reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(place * 8 + angles[i].width) * 130 + 1 + code] <= where;
+            shift[i] = reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place * 256 + (1 << angles[i].width) + code];
+            angles[i].code = code;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const int rest = budgets[i] - angles[i].width;
+        angles[i].left = share_of<N / 2>(rest, shift[i]);
+        angles[i].right = rest - angles[i].left;
+    }
 }
 
-template <int N> INLINE int node_shift(const u8* tables, int width, int code) {
-    constexpr int place = ORDER == N ? 0 : ORDER == 2 * N ? 1 : ORDER == 4 * N ? 2 : ORDER == 8 * N ? 3 : ORDER == 16 * N ? 4 : 5;
-    return reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place * 256 + (1 << width) + code];
-}
+#endif
 
-template <int N> INLINE void encode_node(const u8* tables, Writer& out, float a, float b, int budget, int& left, int& right) {
-    int width = width_of<N>(budget), code = node_code<N>(tables, a, b, width);
-    out.put(code, width);
-    int rest = budget - width;
-    left = share_of<N / 2>(rest, node_shift<N>(tables, width, code));
-    right = rest - left;
-}
-
-// A node above the lane's: ``first`` lanes write its angle.
-template <int N> INLINE void encode_above(const u8* tables, Writer& out, float a, float b, int& budget, bool right, bool writes) {
-    int width = width_of<N>(budget), code = node_code<N>(tables, a, b, width);
-    if (writes) out.put(code, width); else out.bit += width;
-    int rest = budget - width, share = share_of<N / 2>(rest, node_shift<N>(tables, width, code));
-    budget = right ? rest - share : share;
-    out.bit += right ? share : 0;
-}
-
-INLINE void encode_quad(const u8* tables, Writer& out, float p, float q, float r, float s, float a, float b, int budget) {
-    u32 cell = (tables + CELLS_AT)[budget * 1024 + place_of(a, b, 1024.0f)];
-    uint2 have = reinterpret_cast<const uint2*>(tables + BUDGETS_AT)[budget];  // codes a cell, first record
-    float2 n = reinterpret_cast<const float2*>(tables + SECTORS_AT)[have.y + cell];
-    float sectors = fmaf(sector_of(turns_of(p, q), n.x), n.y, sector_of(turns_of(r, s), n.y));
-    out.put(cell * have.x + (u32)sectors, budget);
-}
-
+#define LEAST_ENERGY 1e-30f  // of a row that is not zero
+#if !PAPER
 // Code of the radius sqrt(energy / ORDER) 2^-exponent (SPEC 6.1).
 INLINE u32 radius_code(float energy, int exponent) {
-    if (!(energy > 0.0f)) return 0;
-    u32 bits = bits_of(energy);
-    int power = (int)(bits >> 23) - 127 - LOG2_ORDER;
-    float fraction = 0.5f * log2f(float_of((bits & 0x7fffff) | 0x3f800000)) + 0.5f * (power & 1);
-    int code = ((power >> 1) - exponent + RADIUS_BIAS) * RADIUS_STEPS + (int)floorf(fraction * RADIUS_STEPS + 0.5f) + 1;
-    return min(max(code, 1), (1 << RADIUS_BITS) - 1);
+    const u32 bits = bits_of(energy);
+    const int power = (int)(bits >> 23) - 127 - LOG2_ORDER;
+    float doubled;  // twice log2 of the radius within its octave
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(doubled) : "f"(float_of((bits & 0x7fffff) + (127 + (power & 1) << 23))));
+    const int code = ((power >> 1) - exponent + RADIUS_BIAS) * RADIUS_STEPS + __float2int_rd(doubled * (0.5f * RADIUS_STEPS) + 0.5f) + 1;
+    return energy > LEAST_ENERGY ? min(max(code, 1), (1 << RADIUS_BITS) - 1) : 0;
 }
 
-#define AT(i) p[(i) >> 4 & 1][(i) & 7][2 * set + ((i) >> 3 & 1)]
+#endif
 
-// A lane's 32-node.
-INLINE void encode_quarter(const u8* tables, Writer& out, float (*p)[8][4], int set, int budget) {
-    float a[8], b[8], eights[4];
+struct Energies {  // of a lane's quarter: of the pairs of its quads, the first of which is never 0
+    float a[QUADS_LANE], b[QUADS_LANE];
+
+    template <int N> INLINE float of(int quad) const {
+        if constexpr (N == 4) return a[quad] + b[quad];
+        else return of<N / 2>(quad) + of<N / 2>(quad + N / 8);
+    }
+};
+
+// Coordinate i of a lane's quarter.
+#define AT(i) p[(i) >> 2][(i) & 3]
+
+INLINE void find_energies(float (*p)[4], Energies& e) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        a[i] = fmaf(AT(4 * i), AT(4 * i), AT(4 * i + 1) * AT(4 * i + 1));
-        b[i] = fmaf(AT(4 * i + 2), AT(4 * i + 2), AT(4 * i + 3) * AT(4 * i + 3));
+    for (int i = 0; i < QUADS_LANE; i++) {
+        e.a[i] = fmaf(AT(4 * i), AT(4 * i), fmaf(AT(4 * i + 1), AT(4 * i + 1), 1e-37f));
+        e.b[i] = fmaf(AT(4 * i + 2), AT(4 * i + 2), AT(4 * i + 3) * AT(4 * i + 3));
+    }
+}
+
+#if !PAPER
+// Codes of COUNT quads of a row, from the quad ``first`` on.
+template <int COUNT> INLINE void find_codes(const u8* tables, float (*p)[4], const Energies& e, int first, const int* budgets, u32* codes) {
+    u32 cell[COUNT], n[COUNT];
+    uint2 have[COUNT];
+    float turns[COUNT][2];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        cell[i] = (tables + CELLS_AT)[budgets[i] * LOOK_UP_BYTES + place_of(e.a[first + i], e.b[first + i], 1024.0f)];
+        have[i] = reinterpret_cast<const uint2*>(tables + BUDGETS_AT)[budgets[i]];  // codes a cell, first record
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) eights[i] = (a[2 * i] + b[2 * i]) + (a[2 * i + 1] + b[2 * i + 1]);
-    int sixteens[2], pair[2], quads[2];
-    encode_node<32>(tables, out, eights[0] + eights[1], eights[2] + eights[3], budget, sixteens[0], sixteens[1]);
+    for (int i = 0; i < COUNT; i++) {
+        const int at = 4 * (first + i);
+        turns[i][0] = turns_of(AT(at), AT(at + 1)), turns[i][1] = turns_of(AT(at + 2), AT(at + 3));
+    }
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
-        encode_node<16>(tables, out, eights[2 * m], eights[2 * m + 1], sixteens[m], pair[0], pair[1]);
+    for (int i = 0; i < COUNT; i++) n[i] = reinterpret_cast<const u32*>(tables + SECTORS_AT)[have[i].y + cell[i]];  // of both circles
 #pragma unroll
-        for (int k = 2 * m; k < 2 * m + 2; k++) {
-            encode_node<8>(tables, out, a[2 * k] + b[2 * k], a[2 * k + 1] + b[2 * k + 1], pair[k & 1], quads[0], quads[1]);
+    for (int i = 0; i < COUNT; i++) {
+        const u32 a = sector_of(turns[i][0], n[i] & 0xffff), b = sector_of(turns[i][1], n[i] >> 16);
+        codes[i] = cell[i] * have[i].x + (a * (n[i] >> 16) + b);
+    }
+}
+
+// Two nodes of eight coordinates; the first writes an angle that stands before it as well.
+INLINE void eights(const u8* tables, Writer& out, float (*p)[4], const Energies& e, int quad, const int* budgets, u32 before,
+                   int before_width) {
+    const float a[2] = {e.of<4>(quad), e.of<4>(quad + 2)}, b[2] = {e.of<4>(quad + 1), e.of<4>(quad + 3)};
+    Angle angle[2];
+    find_angles<8, 2>(tables, a, b, budgets, angle);
+    const int each[4] = {angle[0].left, angle[0].right, angle[1].left, angle[1].right};
+    u32 codes[4];
+    find_codes<4>(tables, p, e, quad, each, codes);
 #pragma unroll
-            for (int i = 2 * k; i < 2 * k + 2; i++)
-                encode_quad(tables, out, AT(4 * i), AT(4 * i + 1), AT(4 * i + 2), AT(4 * i + 3), a[i], b[i], quads[i & 1]);
+    for (int i = 0; i < 2; i++) {  // at most 56 bits, and seven before
+        u32 low = codes[2 * i] | codes[2 * i + 1] << angle[i].left, high = __funnelshift_l(codes[2 * i + 1], 0, angle[i].left);
+        high = __funnelshift_l(low, high, angle[i].width), low = low << angle[i].width | angle[i].code;
+        if (i == 0) high = __funnelshift_l(low, high, before_width), low = low << before_width | before;
+        out.put(low, high, budgets[i] + (i == 0 ? before_width : 0));
+    }
+}
+
+// Everything below a lane's node.
+template <int N> INLINE void subtree(const u8* tables, Writer& out, float (*p)[4], const Energies& e, int quad, int budget) {
+    const float a = e.of<N / 2>(quad), b = e.of<N / 2>(quad + N / 8);
+    Angle angle;
+    find_angles<N, 1>(tables, &a, &b, &budget, &angle);
+    if constexpr (N == 16) {
+        const int budgets[2] = {angle.left, angle.right};
+        eights(tables, out, p, e, quad, budgets, angle.code, angle.width);
+    } else {
+        out.put(angle.code, angle.width);
+        if constexpr (N == 32) {
+            const float as[2] = {e.of<8>(quad), e.of<8>(quad + 4)}, bs[2] = {e.of<8>(quad + 2), e.of<8>(quad + 6)};
+            const int budgets[2] = {angle.left, angle.right};
+            Angle sixteens[2];
+            find_angles<16, 2>(tables, as, bs, budgets, sixteens);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int below[2] = {sixteens[i].left, sixteens[i].right};
+                eights(tables, out, p, e, quad + 4 * i, below, sixteens[i].code, sixteens[i].width);
+            }
+        } else {
+            subtree<N / 2>(tables, out, p, e, quad, angle.left);
+            subtree<N / 2>(tables, out, p, e, quad + N / 8, angle.right);
         }
     }
 }
 
-// Rows as float32: centred, NaN and Inf found, far magnitudes scaled; a float32 is the sum of three bfloat16, so the products
-// with +-1 are exact.
-INLINE void careful_rows(const u8* tables, const Block& b, i64 first_token, i64 start, i64 stride, int q, int g, int left,
-                         u32 (*operand)[2], int& bad, int* exponent, float (*p)[8][4]) {
-#pragma unroll 1
-    for (int set = 0; set < 2; set++) {
-        const bool have = 8 * set + g < left;
-        const i64 token = first_token + 8 * set + g;
-        float x[4][8];
-        u32 most = 0;
+#else
+// -- paper coding (SPEC 7) ---------------------------------------------------------------------------------------
+INLINE u32 paper_cell(int level, float a, float b) {
+    constexpr float bounds[3][3] = PAPER_BOUNDS;  // squared tangents
+    return (b >= bounds[level - 2][0] * a) + (b >= bounds[level - 2][1] * a) + (b >= bounds[level - 2][2] * a);
+}
+
+// Sector of sixteen: which half of its octant, then octants by swap and signs.
+INLINE u32 paper_sector(float x, float y) {
+    const float least = fminf(fabsf(x), fabsf(y)), most = fmaxf(fabsf(x), fabsf(y));
+    u32 sector = (least >= 0.41421356f * most && most > 0.0f) ^ (fabsf(y) > fabsf(x) ? 3 : 0);
+    sector ^= bits_of(x) >> 31 ? 7 : 0;
+    return sector ^ (bits_of(y) >> 31 ? 15 : 0);
+}
+
+INLINE void paper_quarter(Writer& out, float (*p)[4], const Energies& e, int low_power) {
+    const int half_power = low_power / 2;
 #pragma unroll
-        for (int piece = 0; piece < 4; piece++) {
-            const i64 from = start + (token * stride + piece * 32 + q * 8) * ITEM;
+    for (int i = 0; i < ORDER / 64; i++) {
+        const float energy = e.of<16>(4 * i);
+        const float root = sqrtf(energy * (1.0f / ORDER)) * float_of((u32)(half_power + 127) << 23) * float_of((u32)(low_power - half_power + 127) << 23);
+        u32 low = energy > LEAST_ENERGY ? half_bits(fminf(root, 65504.0f)) : 0;
+        low |= paper_cell(4, e.of<8>(4 * i), e.of<8>(4 * i + 2)) << 16;
+        u32 sectors = 0;
 #pragma unroll
-            for (int u = 0; u < 8; u++) x[piece][u] = 0.0f;
-            if (have) {
+        for (int j = 0; j < 4; j++) {
+            const int quad = 4 * i + j;
+            if (j % 2 == 0) low |= paper_cell(3, e.of<4>(quad), e.of<4>(quad + 1)) << (18 + j);
+            low |= paper_cell(2, e.a[quad], e.b[quad]) << (22 + 2 * j);
+            sectors |= paper_sector(p[quad][0], p[quad][1]) << (8 * j) | paper_sector(p[quad][2], p[quad][3]) << (8 * j + 4);
+        }
+        out.put(low | sectors << 30, sectors >> 2, 62);
+    }
+}
+#endif
+
 #if DTYPE == 3
-                float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 16);
-                x[piece][0] = low.x, x[piece][1] = low.y, x[piece][2] = low.z, x[piece][3] = low.w;
-                x[piece][4] = high.x, x[piece][5] = high.y, x[piece][6] = high.z, x[piece][7] = high.w;
+#define WORDS_8 8
 #else
-                uint4 got = *reinterpret_cast<const uint4*>(from);
-                u32 pairs[4] = {got.x, got.y, got.z, got.w};
-#pragma unroll
-                for (int u = 0; u < 8; u++) {
-#if DTYPE == 1
-                    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(x[piece][u]) : "r"(pairs[u / 2] >> 16 * (u & 1)));
-#else
-                    x[piece][u] = float_of(u & 1 ? pairs[u / 2] & 0xffff0000u : pairs[u / 2] << 16);
+#define WORDS_8 4
 #endif
-                }
-#endif
-            }
+
+// Eight channels as they are stored.
+INLINE void load_8(i64 from, u32* x) {
 #pragma unroll
-            for (int u = 0; u < 8; u++) most = max(most, bits_of(x[piece][u]) & 0x7fffffffu);
-        }
-        most = max(most, __shfl_xor_sync(ALL, most, 1));
-        most = max(most, __shfl_xor_sync(ALL, most, 2));
-        const bool wrong = most >= 0x7f800000u;
-        bad += wrong && q == 0;
-#if OFFSETS
-        most = 0;
-        if (have && !wrong)
-#pragma unroll
-            for (int piece = 0; piece < 4; piece++) {
-                float o[8];
-                offset_run<8>(tables, b, token, piece * 32 + q * 8, o);
-#pragma unroll
-                for (int u = 0; u < 8; u++) {
-                    x[piece][u] = fminf(fmaxf(x[piece][u] - o[u], -LARGEST_32), LARGEST_32);
-                    most = max(most, bits_of(x[piece][u]) & 0x7fffffffu);
-                }
-            }
-        most = max(most, __shfl_xor_sync(ALL, most, 1));
-        most = max(most, __shfl_xor_sync(ALL, most, 2));
-#endif
-        int power = (int)(most >> 23) - 127;
-        power = wrong || abs(power) <= FAR_POWER ? 0 : -min(max(power, -126), 126);
-        exponent[set] = power;
-        const float scale = wrong ? 0.0f : float_of((u32)(power + 127) << 23);
-#pragma unroll
-        for (int piece = 0; piece < 4; piece++)
-#pragma unroll
-            for (int u = 0; u < 8; u++) {
-                u32 sign = reinterpret_cast<const u32*>(tables + SIGNS_32_AT)[piece * 32 + q * 8 + u];
-                x[piece][u] = wrong ? 0.0f : float_of(bits_of(x[piece][u] * scale) ^ sign);
-            }
-#pragma unroll
-        for (int t = 0; t < 8; t++)
-#pragma unroll
-            for (int term = 0; term < 3; term++) {
-                u32 a0 = __byte_perm(bits_of(x[0][t]), bits_of(x[1][t]), 0x7632);
-                u32 a2 = __byte_perm(bits_of(x[2][t]), bits_of(x[3][t]), 0x7632);
-#pragma unroll
-                for (int v = 0; v < 2; v++)
-                    if (set) mma_brain(p[v][t], 0, a0, 0, a2, operand[v][0], operand[v][1]);
-                    else mma_brain(p[v][t], a0, 0, a2, 0, operand[v][0], operand[v][1]);
-#pragma unroll
-                for (int piece = 0; piece < 4; piece++) x[piece][t] -= float_of(bits_of(x[piece][t]) & 0xffff0000u);
-            }
+    for (int i = 0; i < WORDS_8; i += 4) {
+        uint4 got = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
+        x[i] = got.x, x[i + 1] = got.y, x[i + 2] = got.z, x[i + 3] = got.w;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS) encode_blocks(
-    const i64* rows, const i64* firsts, const i64* starts, int* flags, const i64* keys, const uint4* blob,
-    i64 blocks, int search) {
-    extern __shared__ uint4 memory[];
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = blob[i];
-    __syncthreads();
-    const u8* tables = reinterpret_cast<const u8*>(memory);
-    const int lane = threadIdx.x & 31, q = lane & 3, g = lane >> 2;
-    u32* stage = reinterpret_cast<u32*>(const_cast<u8*>(tables) + BLOB_BYTES) + (threadIdx.x >> 5) * STAGE_WORDS;
-    const u32 qo = lane >> 3, e = lane >> 2 & 1;
-    u32 operand[2][2], brain[2][2];
-#pragma unroll
-    for (u32 variant = 0; variant < 2; variant++)
-#pragma unroll
-        for (u32 h = 0; h < 2; h++) {
-            u32 signs[2];
-#pragma unroll
-            for (u32 odd = 0; odd < 2; odd++)  // inputs 4, 3 | 6 | 5; outputs 6, 5 | 3, variant 4
-                signs[odd] = parity(((u32)q << 3 | h << 6 | odd << 5) & (qo << 5 | e << 3 | variant << 4));
-            operand[variant][h] = mma_signs(signs[0], signs[1]);
-            brain[variant][h] = 0x3f803f80u ^ signs[0] << 15 ^ signs[1] << 31;
-        }
+INLINE float value_of(const u32* x, int i) {
+#if DTYPE == 3
+    return float_of(x[i]);
+#elif DTYPE == 1
+    return half_value(x[i / 2] >> 16 * (i & 1));
+#else
+    return float_of(i & 1 ? x[i / 2] & 0xffff0000u : x[i / 2] << 16);
+#endif
+}
 
-    for (i64 index = (i64)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5); index < blocks; index += (i64)gridDim.x * (THREADS / 32)) {
-        Block b = find_block(rows, firsts, search, index);
-        u32* payload = reinterpret_cast<u32*>(b.address);
-        const i64 begin = b.span[EXACT] + b.chunk * CHUNK;
-        const i64 start = starts[b.span[STARTS] + b.lead], stride = b.span[STRIDE];
+// The operand of a k-step and a quad.
+#define OPERAND(operand, t, quad) operand[(quad) >> 1 & 3][parity(STEP(t) & (quad) << 2 & ~(1u << IN))]
+
+// A row as float32: centred, NaN and Inf found, brought to where two float16 side by side hold 22 bits of the largest numbers.
+// Makes accumulators for join().
+INLINE void careful_row(const u8* tables, const Block& b, const i64 from, int row, int lane, int& bad,
+                         int& exponent, float (*p)[4]) {
+    const int q = lane & 3;
+    float x[PIECES][8];
+    u32 most = 0;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        u32 got[WORDS_8];
+        load_8(from + piece * 32 * ITEM, got);
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            x[piece][u] = value_of(got, u);
+            most = max(most, bits_of(x[piece][u]) & 0x7fffffffu);
+        }
+    }
+    most = max(most, __shfl_xor_sync(ALL, most, 1));
+    most = max(most, __shfl_xor_sync(ALL, most, 2));
+    const bool wrong = most >= 0x7f800000u;
+    bad += wrong && row < b.tokens && q == 0;
+    const int channel = q * 8;
+#if OFFSETS
+    most = 0;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        float o[8];
+        offset_run<8>(tables, b, row, channel + piece * 32, o);
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            x[piece][u] = fminf(fmaxf(x[piece][u] - o[u], -LARGEST_32), LARGEST_32);
+            most = max(most, bits_of(x[piece][u]) & 0x7fffffffu);
+        }
+    }
+    most = max(most, __shfl_xor_sync(ALL, most, 1));
+    most = max(most, __shfl_xor_sync(ALL, most, 2));
+#endif
+    exponent = wrong ? 0 : min(13 - ((int)(most >> 23) - 127), 127);
+    const float scale = float_of((u32)(exponent + 127) << 23);
+    const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
+    u32 operand[4][2][2];  // bits OUT, negative, register
+#pragma unroll
+    for (int quad = 0; quad < QUADS_LANE; quad++) p[quad][0] = p[quad][1] = p[quad][2] = p[quad][3] = 0.0f;
+#pragma unroll
+    for (int t = 0; t < STEPS; t++) {
+        u32 a[2][4];  // term; bits HALF and 1 of the channels
+        if (t == 0 || (t == STEPS / 2 && ORDER > 64))
+#pragma unroll
+            for (int out = 0; out < 4; out++) signs.operands(q, t > 0, out << 3, operand[out]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int piece = t / 2 + (i >> 1) * PIECES / 2, u = 4 * (t & 1) + 2 * (i & 1);
+            const u32* sign = reinterpret_cast<const u32*>(tables + SIGNS_32_AT) + channel + piece * 32 + u;
+            float even = wrong ? 0.0f : float_of(bits_of(x[piece][u] * scale) ^ sign[0]);
+            float odd = wrong ? 0.0f : float_of(bits_of(x[piece][u + 1] * scale) ^ sign[1]);
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(a[0][i]) : "f"(odd), "f"(even));
+            even -= half_value(a[0][i] & 0xffff), odd -= half_value(a[0][i] >> 16);
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(a[1][i]) : "f"(odd), "f"(even));
+        }
+#pragma unroll
+        for (int quad = 0; quad < QUADS_LANE; quad++)
+#pragma unroll
+            for (int term = 0; term < 2; term++)
+                mma_half(p[quad], a[term][0], a[term][1], a[term][2], a[term][3], OPERAND(operand, t, quad), p[quad]);
+    }
+}
+
+// Rows behind the block's end repeat its last.
+INLINE i64 row_at(const Block& b, int row) { return b.rows + min(row, b.tokens - 1) * b.stride; }
+
+// Rows of the tensor on their way to the L2 cache: 128 bytes a lane.
+INLINE void fetch(const Block& b, int row0, int lane) {
+    constexpr int LINES = ORDER * ITEM / 128;
+#pragma unroll
+    for (int i = 0; i < ROWS * LINES; i += 32) {
+        const int line = i + lane;
+        if (line < ROWS * LINES) asm volatile("prefetch.global.L2 [%0];" ::"l"(row_at(b, row0 + line / LINES) + line % LINES * 128));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
+    const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    extern __shared__ uint4 memory[];
+    const int lane = threadIdx.x & 31, q = lane & 3, g = lane >> 2;
+    const u8* tables = reinterpret_cast<const u8*>(memory);
+    u32* stage = reinterpret_cast<u32*>(const_cast<u8*>(tables) + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    Block* stash = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);  // of the next block
+    u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    if (index < blocks) {
+        const Block b = find_block(rows, firsts, starts, search, index);
+        fetch(b, 0, lane);
+        if (lane == 0) *stash = b;
+    }
+    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    if (threadIdx.x < 32) {  // of float16, then of bfloat16
+        reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES)[lane].prepare(lane, 0x3c003c00u);
+        reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES + SIGNS_BYTES / 2)[lane].prepare(lane, 0x3f803f80u);
+    }
+    __syncthreads();
+
+    for (; index < blocks; index += gridDim.x * WARPS) {
+        const Block b = *stash;
         u64 sum = 0;
         int bad = 0;
-        for (int row0 = 0; row0 < b.tokens; row0 += 16) {
-            for (int i = lane; i < STAGE_WORDS; i += 32) stage[i] = 0;
-            float p[2][8][4];
-            int exponent[2] = {0, 0};
-            bool careful = DTYPE == 3 || OFFSETS;
-            float energy[2];  // of the lane's quarter
-            while (true) {
+        __syncwarp();
+        for (int row0 = 0; row0 < b.tokens; row0 += ROWS) {
+            const int row = row0 + g;
+            const i64 from = row_at(b, row) + q * 8 * ITEM;
+            float p[QUADS_LANE][4];
+            int exponent = 0;
+#if PLAIN
+            u32 x[PIECES][4];
 #pragma unroll
-                for (int v = 0; v < 2; v++)
+            for (int piece = 0; piece < PIECES; piece++) load_8(from + piece * 32 * ITEM, x[piece]);
 #pragma unroll
-                    for (int t = 0; t < 8; t++) p[v][t][0] = p[v][t][1] = p[v][t][2] = p[v][t][3] = 0.0f;
-#if DTYPE != 3 && !OFFSETS
-                if (!careful) {
-                    u32 x[2][4][4];  // set, piece, pairs of elements
+            for (int i = 0; i < (STAGE_BYTES + 511) / 512; i++)
+                if (i * 512 + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+            const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES + (DTYPE == 2 ? SIGNS_BYTES / 2 : 0))[lane];
+            u32 operand[4][2][2];  // bits OUT, negative, register
 #pragma unroll
-                    for (int set = 0; set < 2; set++)
+            for (int piece = 0; piece < PIECES; piece++) {
+                const uint4 sign = *reinterpret_cast<const uint4*>(tables + SIGNS_AT + (q * 8 + piece * 32) * 2);
+                x[piece][0] ^= sign.x, x[piece][1] ^= sign.y, x[piece][2] ^= sign.z, x[piece][3] ^= sign.w;
+            }
 #pragma unroll
-                        for (int piece = 0; piece < 4; piece++) {
-                            int row = min(row0 + 8 * set + g, b.tokens - 1);
-                            const uint4* from = reinterpret_cast<const uint4*>(start + ((begin + row) * stride + piece * 32 + q * 8) * ITEM);
-                            uint4 got = __ldcs(from);
-                            uint4 sign = reinterpret_cast<const uint4*>(tables + SIGNS_AT)[piece * 4 + q];
-                            x[set][piece][0] = got.x ^ sign.x, x[set][piece][1] = got.y ^ sign.y;
-                            x[set][piece][2] = got.z ^ sign.z, x[set][piece][3] = got.w ^ sign.w;
-                        }
+            for (int t = 0; t < STEPS; t++) {
+                const int one = t / 2, two = one + PIECES / 2, pair = 2 * (t & 1);
+                if (t == 0 || (t == STEPS / 2 && ORDER > 64))
 #pragma unroll
-                    for (int t = 0; t < 8; t++) {
-                        const u32 pick = t & 1 ? 0x7632 : 0x5410;
-                        u32 a0 = __byte_perm(x[0][0][t / 2], x[0][1][t / 2], pick), a2 = __byte_perm(x[0][2][t / 2], x[0][3][t / 2], pick);
-                        u32 a1 = __byte_perm(x[1][0][t / 2], x[1][1][t / 2], pick), a3 = __byte_perm(x[1][2][t / 2], x[1][3][t / 2], pick);
+                    for (int out = 0; out < 4; out++) signs.operands(q, t > 0, out << 3, operand[out]);
 #pragma unroll
-                        for (int v = 0; v < 2; v++)
+                for (int quad = 0; quad < QUADS_LANE; quad++) {
+                    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    const float* c = t ? p[quad] : zero;
 #if DTYPE == 1
-                            mma_half(p[v][t], a0, a1, a2, a3, operand[v][0], operand[v][1]);
+                    mma_half(p[quad], x[one][pair], x[one][pair + 1], x[two][pair], x[two][pair + 1], OPERAND(operand, t, quad), c);
 #else
-                            mma_brain(p[v][t], a0, a1, a2, a3, operand[v][0], operand[v][1]);
+                    mma_brain(p[quad], x[one][pair], x[one][pair + 1], x[two][pair], x[two][pair + 1], OPERAND(operand, t, quad), c);
 #endif
-                    }
-                } else
-#endif
-                    careful_rows(tables, b, begin + row0, start, stride, q, g, b.tokens - row0, brain, bad, exponent, p);
-                hadamard<8>(p[0]);
-                hadamard<8>(p[1]);
-                bool sane = true;
-#pragma unroll
-                for (int set = 0; set < 2; set++) {
-                    energy[set] = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < 32; i += 8) {  // as the tree adds them
-                        float quads[2];
-#pragma unroll
-                        for (int j = 0; j < 2; j++)
-                            quads[j] = fmaf(AT(i + 4 * j), AT(i + 4 * j), AT(i + 4 * j + 1) * AT(i + 4 * j + 1)) +
-                                       fmaf(AT(i + 4 * j + 2), AT(i + 4 * j + 2), AT(i + 4 * j + 3) * AT(i + 4 * j + 3));
-                        energy[set] += quads[0] + quads[1];
-                    }
-                    sane &= energy[set] > 1e-22f && energy[set] < 1e30f;
-                }
-                if (careful || __all_sync(ALL, sane)) break;
-                careful = true;
-            }
-
-            const int have = min(b.tokens - row0, 16);
-            __syncwarp();
-#pragma unroll
-            for (int set = 0; set < 2; set++) {
-                const float other = __shfl_xor_sync(ALL, energy[set], 1);
-                const float pair = energy[set] + other;
-                const float far = __shfl_xor_sync(ALL, pair, 2);
-                const float whole = pair + far;
-                if (8 * set + g < have) {
-                    Writer out = {(u32)__cvta_generic_to_shared(stage + (8 * set + g) * ROW_WORDS), RADIUS_BITS, 0};
-                    int budget = ROOT_BUDGET;
-                    if (q == 0) {
-                        out.bit = 0;
-                        out.put(radius_code(whole, exponent[set]), RADIUS_BITS);
-                    }
-                    encode_above<ORDER>(tables, out, q & 2 ? far : pair, q & 2 ? pair : far, budget, q & 2, q == 0);
-                    encode_above<ORDER / 2>(tables, out, q & 1 ? other : energy[set], q & 1 ? energy[set] : other, budget, q & 1, !(q & 1));
-                    encode_quarter(tables, out, p, set, budget);
-                    out.flush();
                 }
             }
-            __syncwarp();
+#else
 #pragma unroll
-            for (int i = 0; i < (16 * ROW_WORDS + 31) / 32; i++) {
-                int at = i * 32 + lane;
-                if (at < have * ROW_WORDS) {
-                    u32 word = stage[at];
-                    sum += folded((u64)word * (u32)keys[1 + row0 * ROW_WORDS + at]);
-                    __stcs(payload + row0 * ROW_WORDS + at, word);
-                }
+            for (int i = 0; i < (STAGE_BYTES + 511) / 512; i++)
+                if (i * 512 + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+            careful_row(tables, b, from, row, lane, bad, exponent, p);
+#endif
+#pragma unroll
+            for (int quad = 0; quad < QUADS_LANE; quad++) join(p[quad]);
+            __syncwarp();
+            if (row0 + ROWS < b.tokens) {
+                fetch(b, row0 + ROWS, lane);
+            } else if (index + gridDim.x * WARPS < blocks) {
+                const Block next = find_block(rows, firsts, starts, search, index + gridDim.x * WARPS);
+                fetch(next, 0, lane);
+                if (lane == 0) *stash = next;
+            }
+            Energies e;
+            find_energies(p, e);
+            float own = e.of<ORDER / 4>(0);
+#if PLAIN
+            if (!__all_sync(ALL, own > 1e-22f && own < 1e30f)) {
+                careful_row(tables, b, from, row, lane, bad, exponent, p);
+#pragma unroll
+                for (int quad = 0; quad < QUADS_LANE; quad++) join(p[quad]);
+                find_energies(p, e);
+                own = e.of<ORDER / 4>(0);
+            }
+#endif
+#if PAPER
+            const int radius_exponent = *reinterpret_cast<const short*>(__ldg(b.span + STREAM) + RADIUS_EXPONENT_AT);
+            Writer out = {(u32)__cvta_generic_to_shared(stage), (u32)(g * ROW_BYTES * 8 + q * (ORDER / 64 * 62))};
+            paper_quarter(out, p, e, -exponent - radius_exponent);
+#else
+            const float other = __shfl_xor_sync(ALL, own, 1);
+            const float pair = own + other;
+            const float far = __shfl_xor_sync(ALL, pair, 2);
+            const float above[2] = {q & 2 ? far : pair, q & 1 ? other : own};
+            const float below[2] = {q & 2 ? pair : far, q & 1 ? own : other};
+            const int root = ROOT_BUDGET;
+            Angle top, next;
+            find_angles<ORDER, 1>(tables, above, below, &root, &top);
+            const int half = q & 2 ? top.right : top.left;
+            find_angles<ORDER / 2, 1>(tables, above + 1, below + 1, &half, &next);
+            // The first lane writes radius and both angles, the third one angle, the others nothing.
+            Writer out = {(u32)__cvta_generic_to_shared(stage + g * STRIDE_WORDS), 0};
+            const u32 head = radius_code(pair + far, exponent) | top.code << RADIUS_BITS;
+            const int head_width = RADIUS_BITS + top.width;
+            const u32 value = q & 1 ? 0 : q & 2 ? next.code : head | next.code << head_width;
+            out.bit = q & 2 ? head_width + top.left : 0;
+            out.put(value, q & 2 ? next.width : head_width + next.width);
+            out.bit += q & 1 ? next.left : 0;
+            subtree<ORDER / 4>(tables, out, p, e, 0, q & 1 ? next.right : next.left);
+#endif
+            __syncwarp();
+            const int have = WORDS(min(b.tokens - row0, ROWS));
+            u32* payload = b.payload + WORDS(row0);
+#pragma unroll
+            for (int i = 0; i < FETCHES; i++) {
+                const int at_word = i * 32 + lane;
+                const bool inside = at_word < have;
+                const u32 word = inside ? stage[place_of_word(at_word)] : 0;
+                sum += folded((u64)word * key_of(tables, keys, WORDS(b.tokens), WORDS(row0) + at_word));
+                if (inside) __stcs(payload + at_word, word);
             }
             __syncwarp();
         }
-        const u32 total = reduced(sum, b.tokens * ROW_WORDS * 4, (u32)keys[0]);
-        if (lane == 0) payload[b.tokens * ROW_WORDS] = total;
-        if (bad) atomicAdd(flags + b.span[FLAGS], bad);
+        const u32 total = reduced(sum, b.tokens * ROW_BYTES, KEY_0);
+        if (lane == 0) b.payload[WORDS(b.tokens)] = total;
+        if (bad) atomicAdd(flags + __ldg(b.span + FLAGS), bad);
     }
 }
 #endif

@@ -42,6 +42,7 @@ OFFSETS_AT = 14  # byte of the stream where the offsets begin
 EXACT_AT = 15  # ... and the exact tokens
 FIELDS = 16
 OFFSET_EXPONENT_AT = c.OFFSET_EXPONENT_AT
+RADIUS_EXPONENT_AT = c.RADIUS_EXPONENT_AT
 
 MEAN_PARTS = 16  # programs that share the tokens of a mean
 
@@ -93,7 +94,8 @@ class Span:
 def kind_of(h: Header) -> tuple[Any, ...]:
     """Streams of one kind can be coded in one launch."""
     rope = (h.rope.pairing, h.rope.frequencies) if h.rope else None
-    return (h.coding, h.dtype, h.head_dim, h.row_bits, h.radius_bits, h.radius_exponent, h.seed, h.chunk_tokens, h.offsets, rope)
+    rows = (h.row_bits, h.radius_bits, h.radius_exponent)
+    return (h.coding, h.dtype, h.head_dim, *rows, h.seed, h.chunk_tokens, h.offsets, rope)
 
 
 class Group:
@@ -126,7 +128,7 @@ class Group:
     def _words(h: Header) -> int:
         """Words of the longest run of bytes under one checksum."""
         block = min(h.chunk_tokens, max(h.coded_tokens, 1)) * h.row_bytes
-        return -(-max(block, h.offset_block_bytes, h.exact_block_bytes) // 4)
+        return -(-max(block, h.offset_block_bytes, h.exact_block_bytes, h.header_bytes) // 4)
 
     def _firsts(self, counts: list[int]) -> np.ndarray:
         """First block (or lead) of each span, then a number that is never reached."""
@@ -161,7 +163,8 @@ class Group:
         """What a check of blocks and sides found; waits. Raises CorruptStream where an offset is not finite."""
         found: list[Damage] = []
         h = self.header
-        sides = self.side_flags.cpu().numpy().reshape(-1, 2) if h.offsets or any(s.header.first_tokens for s in self.spans) else []
+        checked = h.offsets or any(span.header.first_tokens for span in self.spans)
+        sides = self.side_flags.cpu().numpy().reshape(-1, 2) if checked else []
         at = 0
         for span in self.spans:
             for lead in range(*span.leads) if span.side_leads and len(sides) else ():

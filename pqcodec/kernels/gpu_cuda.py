@@ -1,7 +1,7 @@
 """Law: the CUDA backend: ``cuda_tiles.cu`` compiled at run time (NVRTC) where it pays, Triton's kernels for everything else.
 
-NVIDIA GPUs of compute capability 8.0 and more; budget-splitting presets; head_dim 64, 128 or 256 (decoding), 128 (encoding),
-rows whose addresses are multiples of 16 bytes. ``covers`` is the whole rule. A kernel is compiled once a process for each kind of stream.
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes. ``covers`` is
+the whole rule. A kernel is compiled once a process for each kind of stream.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cuda.bindings import driver, nvrtc
 
 from pqcodec import angles, centre
 from pqcodec import constants as c
+from pqcodec.checksum import checksum_keys
 from pqcodec.errors import BackendUnavailable
 from pqcodec.header import Header
 from pqcodec.kernels import device as d
@@ -24,25 +25,38 @@ from pqcodec.kernels.device import Group
 from pqcodec.kernels.gpu import Triton
 from pqcodec.plan import Plan, plan_for
 
-ORDERS = {"encode": (128,), "decode": (64, 128, 256)}
-# Threads of a block by direction and order, one block a multiprocessor (the tables fill half of its shared memory).
-THREADS = {("encode", 128): 384, ("decode", 64): 512, ("decode", 128): 512, ("decode", 256): 256}
-TABLE_BITS = 13  # quads of so many bits are looked up, where most of them are that small
-TABLE_BUDGET = 3.2  # bits a coordinate, up to which they are
+ORDERS = (64, 128, 256)
+# Threads of a block, one block a multiprocessor (the tables fill most of its shared memory), by direction and order: as many as
+# registers suffice for. Decoders with look-up tables for whole quads, and those that turn offsets, need fewer or more registers.
+THREADS = {
+    ("encode", 64): 768,
+    ("encode", 128): 640,
+    ("encode", 256): 384,
+    ("decode", 64): 768,
+    ("decode", 128): 640,
+    ("decode", 256): 384,
+}
+TABLE_THREADS = {("decode", 128): 768}
+ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
+# Quads of so many bits are looked up, by bits a coordinate: so many that nearly every quad is.
+TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
+MOST_KEYS = 4096  # checksum keys that lie in shared memory; blocks of more words read them from the device's
 _ALIGNED = 16
-_FAR_POWER = 40
+ROWS = 8  # of a tile
+LOOK_UP_BYTES = t.STEPS + 4
 
 
-def covers(verb: str, group: Group) -> bool:
+def covers(group: Group) -> bool:
     """Whether ``cuda_tiles.cu`` codes a group; otherwise Triton's kernels do."""
     h = group.header
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        h.coding == c.CODING_SPLIT
-        and h.head_dim in ORDERS[verb]
-        and h.row_bits % 32 == 0
+        h.head_dim in ORDERS
+        and group.blocks < 1 << 31
+        and (h.row_bits % 32 == 0 or h.chunk_tokens % 2 == 0 and not any(s.header.coded_tokens % 2 for s in group.spans))
         and rope
+        and all(abs(s.stride) * item * h.chunk_tokens < 1 << 31 for s in group.spans)
         and all(s.payload % 4 == 0 and s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
     )
 
@@ -59,64 +73,115 @@ def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(h: Header, plan: Plan) -> dict[str, np.ndarray]:
+def _shared(verb: str, h: Header, plan: Plan) -> dict[str, np.ndarray]:
     signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
-    arrays = {"SIGNS": signs[0::2] >> 16 | signs[1::2], "SIGNS_32": signs}
+    one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001 if verb == "decode" else 0
+    arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
         cos_h, sin_h, cos_l, sin_l = centre.phase_tables()
         arrays["PHASES"] = np.stack([np.stack([cos_h, sin_h], 1), np.stack([cos_l, sin_l], 1)])
+    words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
+    if words <= MOST_KEYS:
+        arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
 
 
+def _halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Two float32 that float16 holds exactly, packed: uint32."""
+    first, second = (x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in (a, b))
+    return first | second << 16
+
+
 def _decoder_tables(h: Header, plan: Plan, table_bits: int) -> dict[str, np.ndarray]:
+    if h.coding == c.CODING_PAPER:
+        _, cos, sin = _paper_cells()
+        directions = (2 * np.arange(16) + 1) * (c.CIRCLE // 32)
+        return {
+            "ANGLES": np.stack([cos, sin], 2).astype(np.float32),
+            "DIRECTIONS": np.stack([plan.circle_cos[directions], plan.circle_sin[directions]], 1),
+            "MANTISSAS": plan.mantissas[:1],
+        }
     nodes, quads = t.node_arrays(plan.order), plan.quads
     packed = nodes.cos.view(np.uint32) | (nodes.shift & 0x1FFF).astype(np.uint32)  # factors have 11 bits: 13 are free
     codes, last = quads.per_cell, quads.cells.astype(np.int64) - 1
     shift = np.array([int(n).bit_length() - 1 for n in codes])
     magic = [-(-(1 << (31 + int(s))) // int(n)) for s, n in zip(shift, codes, strict=True)]
-    steps = [angles.circle_step(n) for n in (quads.n_a, quads.n_b)]
-    magic_b = -(-(1 << 31) // quads.n_b.astype(np.int64))
+    n_b = quads.n_b.astype(np.int64)
+    # A circle of one sector has the factor 0, so its step may be any. Bits from 27 on do not reach a direction: n_b lies there.
+    step_a, step_b = (np.where(n > 1, angles.circle_step(n), 0).astype(np.int64) for n in (quads.n_a, quads.n_b))
+    records = [-(-(1 << 31) // n_b), step_a | (n_b & 31) << 27, step_b | n_b >> 5 << 27, _halves(quads.cos, quads.sin)]
     arrays = {
         "NODES": np.stack([packed, nodes.sin.view(np.uint32)], 2),
-        "CIRCLE": np.stack([plan.circle_cos, plan.circle_sin], 1),
-        "MEANS": np.stack([quads.cos, quads.sin], 1),
-        "BUDGETS": np.stack([magic, shift, codes, quads.first | last << 16], 1).astype(np.uint32),
-        "RECORDS": np.stack([quads.n_b, magic_b, *steps], 1).astype(np.uint32),
+        "CIRCLE": _halves(plan.circle_cos, plan.circle_sin),
+        "BUDGETS": np.stack([magic, shift | last << 16, codes, quads.first], 1).astype(np.uint32),
+        "RECORDS": np.stack(records, 1).astype(np.uint32),
         "MANTISSAS": plan.mantissas,
     }
     if table_bits:
-        arrays["QUADS"] = _quad_table(quads, table_bits)
+        arrays["CODES"], arrays["POINTS"] = _code_table(plan, table_bits)
     return arrays
 
 
-def _quad_table(quads: angles.QuadTable, most: int) -> np.ndarray:
-    """Record (10 bits) and directions of b and a (11 each) of every code, entry 2^budget + code: uint32."""
+def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places (bytes, 16 bits each) of the two pairs' points of every code, entry 2^budget + code: uint32; and those points."""
+    quads = plan.quads
+    records = quads.first[most] + quads.cells[most]
+    points, first = [], np.zeros((2, records), np.int64)
+    at = 0
+    for record in range(records):
+        for pair, (n, factor) in enumerate(((quads.n_a, quads.cos), (quads.n_b, quads.sin))):
+            sectors = np.arange(n[record], dtype=np.int64)
+            step = int(angles.circle_step(n[record]))
+            direction = ((2 * sectors + 1) * step + (1 << (c.PHASE_SHIFT - 1)) >> c.PHASE_SHIFT) % c.CIRCLE
+            points.append(factor[record] * np.stack([plan.circle_cos[direction], plan.circle_sin[direction]], 1))
+            first[pair, record] = at
+            at += len(sectors)
     table = np.zeros(2 << most, np.uint32)
     for budget in range(most + 1):
         code = np.arange(1 << budget)
         cell = np.minimum(code // quads.per_cell[budget], quads.cells[budget] - 1)
         record = quads.first[budget] + cell
-        sectors = np.divmod(code - cell * quads.per_cell[budget], quads.n_b[record])
-        phases = [
-            ((2 * sector + 1) * angles.circle_step(n[record]) + (1 << (c.PHASE_SHIFT - 1)) >> c.PHASE_SHIFT) % c.CIRCLE
-            for sector, n in zip(sectors, (quads.n_a, quads.n_b), strict=True)
-        ]
-        table[1 << budget : 2 << budget] = phases[0] << 21 | phases[1] << 10 | record
-    return table
+        a, b = np.divmod(code - cell * quads.per_cell[budget], quads.n_b[record])
+        table[1 << budget : 2 << budget] = 8 * (first[0, record] + a) | 8 * (first[1, record] + b) << 16
+    found = np.concatenate(points).astype(np.float32)
+    assert found.nbytes <= 1 << 16
+    return table, found
+
+
+def _paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds [3, 3], cos and sin [3, 4] of levels 2 to 4."""
+    bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
+    return np.stack(bounds), np.stack(cos), np.stack(sin)
 
 
 def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
+    if h.coding == c.CODING_PAPER:
+        return {}
     nodes, quads = t.node_arrays(plan.order), plan.quads
     bounds = np.minimum(np.pad(nodes.bounds, ((0, 0), (0, 0), (0, 1)), constant_values=1 << 30), (1 << 16) - 1)
     return {
-        "LOOK_UPS": nodes.look_up,
+        "LOOK_UPS": _past_the_end(nodes.look_up),
         "BOUNDS": bounds.astype(np.uint16),
         "SHIFTS": nodes.shift.astype(np.int8),
-        "CELLS": t.quad_look_up(),
+        "CELLS": _past_the_end(t.quad_look_up()),
         "BUDGETS": np.stack([quads.per_cell, quads.first], 1).astype(np.uint32),
-        "SECTORS": np.stack([quads.n_a, quads.n_b], 1).astype(np.float32),
+        "SECTORS": (quads.n_a | quads.n_b << 16).astype(np.uint32),
+        "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order)),
     }
+
+
+def _shift_look_up(nodes: t.NodeArrays, order: int) -> np.ndarray:
+    """Shift of the share by place, for nodes of 16 and 8 coordinates: int8 [2, widths, 1024]."""
+    kinds = np.array([order // 16, order // 8]).astype(float)
+    kinds = np.log2(kinds).astype(int)
+    widths = 1 << np.arange(t.WIDTHS)[None, :, None]
+    return nodes.shift[kinds[:, None, None], widths + nodes.look_up[kinds]].astype(np.int8)
+
+
+def _past_the_end(look_up: np.ndarray) -> np.ndarray:
+    """Rows of 1,024 places, continued to LOOK_UP_BYTES: a share of all the energy is place 1,024."""
+    return np.pad(look_up, [(0, 0)] * (look_up.ndim - 1) + [(0, LOOK_UP_BYTES - t.STEPS)], mode="edge")
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------
@@ -130,9 +195,20 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 def definitions(verb: str, h: Header, places: dict[str, int], blob_bytes: int) -> dict[str, Any]:
     """The macros that ``cuda_tiles.cu`` is compiled with."""
-    plan = plan_for(h)
-    fields = ("STREAM", "PAYLOAD", "LEADING", "CODED", "EXACT", "FIRST_CHUNK", "FIRST_LEAD", "LEADS", "FIRST_TOKEN", "LAST_TOKEN")
-    fields += ("STRIDE", "STARTS", "FLAGS", "POSITION", "OFFSETS_AT", "FIELDS", "OFFSET_EXPONENT_AT")
+    plan, paper = plan_for(h), h.coding == c.CODING_PAPER
+    fields: tuple[str, ...] = (
+        "STREAM",
+        "PAYLOAD",
+        "LEADING",
+        "CODED",
+        "EXACT",
+        "FIRST_CHUNK",
+        "FIRST_LEAD",
+        "LEADS",
+        "FIRST_TOKEN",
+        "LAST_TOKEN",
+    )
+    fields += ("STRIDE", "STARTS", "FLAGS", "POSITION", "OFFSETS_AT", "FIELDS", "OFFSET_EXPONENT_AT", "RADIUS_EXPONENT_AT")
     return {
         "DECODER" if verb == "decode" else "ENCODER": 1,
         "ORDER": plan.order,
@@ -141,39 +217,78 @@ def definitions(verb: str, h: Header, places: dict[str, int], blob_bytes: int) -
         "ITEM": c.ITEM_BYTES[h.dtype],
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
         "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
-        "ROOT_BUDGET": plan.root_budget,
+        "ROOT_BUDGET": 0 if paper else plan.root_budget,
         "RADIUS_BITS": plan.radius_bits,
-        "RADIUS_STEPS": plan.radius_steps,
+        "RADIUS_STEPS": 1 if paper else plan.radius_steps,
         "RADIUS_BIAS": c.RADIUS_BIAS,
         "RADIUS_SPLIT": f"({c.RADIUS_SPLIT})",
         "RADIUS_SHIFT": c.RADIUS_SHIFT,
         "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
         "GRID": f"{float(c.GRID)!r}f",
-        "ROW_WORDS": plan.row_bytes // 4,
+        "PAPER": int(paper),
+        "PAPER_BOUNDS": _braces(_paper_cells()[0] ** 2),
+        "ROW_BYTES": plan.row_bytes,
+        "STRIDE_WORDS": _stride_words(h),
+        "STAGE_BYTES": _stage_bytes(h),
+        "WARP_BYTES": _warp_bytes(h),
         "CHUNK": h.chunk_tokens,
         "OFFSETS": int(h.offsets),
         "PAIRS": len(h.rope.frequencies) if h.rope else 0,
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "TABLE_BITS": table_bits(h),
+        "LOOK_UP_BYTES": LOOK_UP_BYTES,
+        "SIGNS_BYTES": _signs_bytes(verb),
+        "KEY_0": f"{checksum_keys(1)[0]}u",
         "PRIME": f"{c.CHECKSUM_PRIME}ull",
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
-        "FAR_POWER": _FAR_POWER,
-        "THREADS": THREADS[verb, plan.order],
-        "CTAS": 1,
+        "THREADS": threads(verb, h),
         "BLOB_BYTES": blob_bytes,
         **{name: getattr(d, name) for name in fields},
         **places,
     }
 
 
+def _signs_bytes(verb: str) -> int:
+    """The operands of the rotation: 16 bytes a lane, of float16 and, when encoding, of bfloat16."""
+    return 512 if verb == "decode" else 1024
+
+
+def _braces(array: np.ndarray) -> str:
+    """An array of float32 as C++ writes it."""
+    return "{" + ",".join("{" + ",".join(f"{x!r}f" for x in map(float, row.astype(np.float32))) + "}" for row in array) + "}"
+
+
+def _stride_words(h: Header) -> int:
+    """Words from row to row while they are coded: four more than a multiple of eight, so that rows begin in different banks."""
+    return (plan_for(h).row_bytes // 4 + 3) // 8 * 8 + 4
+
+
+def _stage_bytes(h: Header) -> int:
+    """A tile's rows, and what a last run may touch behind them; a multiple of 16."""
+    paper = h.coding == c.CODING_PAPER
+    return ROWS * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) + 16
+
+
+def _warp_bytes(h: Header) -> int:
+    """Shared memory of one warp: a tile's rows and the next block."""
+    return _stage_bytes(h) + 64
+
+
+def threads(verb: str, h: Header) -> int:
+    """Threads of a block."""
+    key = verb, h.order
+    special = ROPE_THREADS if h.rope else TABLE_THREADS if table_bits(h) else {}
+    return special.get(key, THREADS[key])
+
+
 def table_bits(h: Header) -> int:
-    return TABLE_BITS if h.row_bits <= TABLE_BUDGET * h.order else 0
+    return next((bits for most, bits in TABLE_BITS if h.coding == c.CODING_SPLIT and h.row_bits <= most * h.order), 0)
 
 
 def tables_for(verb: str, h: Header) -> tuple[np.ndarray, dict[str, int]]:
     plan = plan_for(h)
     own = _decoder_tables(h, plan, table_bits(h)) if verb == "decode" else _encoder_tables(h, plan)
-    return _blob({**own, **_shared(h, plan)})
+    return _blob({**own, **_shared(verb, h, plan)})
 
 
 def compiled(verb: str, h: Header, places: dict[str, int], blob_bytes: int, architecture: str) -> bytes:
@@ -209,16 +324,16 @@ def _kernel(verb: str, kind: Header, device: str) -> Kernel:
     blob, places = tables_for(verb, kind)
     properties = torch.cuda.get_device_properties(device)
     code = compiled(verb, kind, places, blob.size, f"sm_{properties.major}{properties.minor}")
-    threads = THREADS[verb, kind.order]
-    stage = (threads // 32) * (16 * plan_for(kind).row_bytes + 16)
+    count = threads(verb, kind)
+    shared_bytes = blob.size + _signs_bytes(verb) + count // 32 * _warp_bytes(kind)
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # a context for the driver
         module = _checked(driver.cuModuleLoadData(code))
         function = _checked(driver.cuModuleGetFunction(module, f"{verb}_blocks".encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, blob.size + stage))
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
         tensor = torch.from_numpy(blob).to(device)
-    return Kernel(function, tensor, blob.size + stage, properties.multi_processor_count, threads)
+    return Kernel(function, tensor, shared_bytes, properties.multi_processor_count, count)
 
 
 def _kind(h: Header) -> Header:
@@ -244,13 +359,13 @@ class Cuda(Triton):
             )
 
     def encode(self, group: Group) -> None:
-        if not covers("encode", group):
+        if not covers(group):
             return super().encode(group)
         group.span_flags.zero_()
         self._launch("encode", group, group.span_flags)
 
     def decode(self, group: Group) -> None:
-        if not covers("decode", group):
+        if not covers(group):
             return super().decode(group)
         self._launch("decode", group, group.block_flags)
 

@@ -263,7 +263,11 @@ def decode_quads(words, bit, budget, radius, mask, quad_ints, quad_floats, recor
     cell = tl.minimum(cell + (left >= codes).to(tl.int32) - (left < 0).to(tl.int32), last)
     left = code - cell * codes
     record = first + cell
-    n_b, step_a, step_b = tl.load(records + 4 * record + 1), tl.load(records + 4 * record + 2), tl.load(records + 4 * record + 3)
+    n_b, step_a, step_b = (
+        tl.load(records + 4 * record + 1),
+        tl.load(records + 4 * record + 2),
+        tl.load(records + 4 * record + 3),
+    )
     cos, sin = tl.load(record_floats + 3 * record), tl.load(record_floats + 3 * record + 1)
     sector = ((left.to(tl.float32) + 0.5) * tl.load(record_floats + 3 * record + 2)).to(tl.int32)  # exact below 2^21
     phase_a, phase_b = phase_of(sector, step_a), phase_of(left - sector * n_b, step_b)
@@ -355,7 +359,9 @@ def block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH: tl.constexpr):
     chunk = tl.load(span + FIRST_CHUNK) + local // leads
     lead = tl.load(span + FIRST_LEAD) + local % leads
     tokens = tl.minimum(tl.load(span + CODED) - chunk * CHUNK, CHUNK)
-    start = tl.load(span + PAYLOAD) + chunk * tl.load(span + LEADING) * (CHUNK * ROW_BYTES + 4) + lead * (tokens * ROW_BYTES + 4)
+    start = (
+        tl.load(span + PAYLOAD) + chunk * tl.load(span + LEADING) * (CHUNK * ROW_BYTES + 4) + lead * (tokens * ROW_BYTES + 4)
+    )
     skew = (start & 3).to(tl.int32)
     return span, chunk, lead, tokens.to(tl.int32), (start - skew).to(tl.pointer_type(tl.uint32)), skew
 
@@ -363,7 +369,9 @@ def block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH: tl.constexpr):
 @triton.jit
 def clear_blocks(spans, firsts, row_bytes, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.constexpr):
     """Zeros over one block and its checksum."""
-    span, chunk, lead, tokens, words, skew = block_place(spans, firsts, tl.program_id(0).to(tl.int64), row_bytes, chunk_tokens, SEARCH)
+    _span, _chunk, _lead, tokens, words, skew = block_place(
+        spans, firsts, tl.program_id(0).to(tl.int64), row_bytes, chunk_tokens, SEARCH
+    )
     start = words.to(tl.pointer_type(tl.uint8)) + skew
     count = tokens * row_bytes + 4
     for first in range(0, count, TILE):
@@ -816,7 +824,9 @@ def sum_tokens(
 
 
 @triton.jit
-def largest_means(spans, firsts, sums, largest, MEAN_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr):
+def largest_means(
+    spans, firsts, sums, largest, MEAN_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr
+):
     """Means of one lead over sums [lead, 0], and the largest of a span's as float32 bits over largest [span]."""
     index = tl.program_id(0).to(tl.int64)
     which = find_span(firsts, index, SEARCH)

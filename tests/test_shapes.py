@@ -1,0 +1,59 @@
+"""No launch shape of the GPU kernels spills registers, but for those that are counted here: compiled for sm_90, no GPU needed.
+
+The ordinary run compiles ``SOME`` shapes; with PQCODEC_ALL_SHAPES=1 it compiles every one, which takes most of an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HAS_CUDA, HAS_TRITON
+from launch_shapes import COLUMNS, EVERY, Shape
+
+NEEDS_BINDINGS = pytest.mark.skipif(not HAS_CUDA, reason="cuda-bindings is not installed")
+ALL = os.environ.get("PQCODEC_ALL_SHAPES") == "1"
+SOME: list[Shape] = [
+    ("triton", "pq3", "float32", 16, "mean"),
+    ("triton", "paper", "float16", 64, None),
+    ("triton", "pq3", "bfloat16", 64, "half"),
+    ("cuda", "pq3", "bfloat16", 128, "half"),
+    ("cuda", "pq4", "float16", 64, None),
+]
+# Bytes of stack that Triton's kernels still take, by columns of the tile, at the most: wide rows do not fit in 255 registers.
+SPILLS = {
+    "encode_blocks": {128: 48, 256: 24, 512: 800, 1024: 3000},
+    "decode_blocks": {512: 320, 1024: 2600},
+}
+
+
+def spill_allowed(shape: Shape, kernel: str) -> int:
+    columns = next(n for n in COLUMNS if n >= shape[3])
+    return SPILLS.get(kernel, {}).get(columns, 0) if shape[0] == "triton" else 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed, whose assembler is asked")
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=NEEDS_BINDINGS)])
+def test_no_launch_shape_spills_but_those_that_are_counted(backend: str) -> None:
+    shapes = [shape for shape in (EVERY if ALL else SOME) if shape[0] == backend]
+    if backend == "cuda":
+        pytest.importorskip("cuda.bindings.nvrtc")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("launch_shapes.py")],
+        input=json.dumps(shapes),
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [(tuple(shape), kernel, needs) for shape, kernel, needs in map(json.loads, run.stdout.splitlines())]
+    assert {shape for shape, _, _ in found} == set(shapes)
+    spilled = [
+        (*shape, kernel, needs["stack"]) for shape, kernel, needs in found if needs["stack"] > spill_allowed(shape, kernel)
+    ]
+    assert spilled == []
