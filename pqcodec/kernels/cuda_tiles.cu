@@ -109,6 +109,18 @@ INLINE int place_of_word(int word) {
 #endif
 }
 
+#if DTYPE != 3
+INLINE u32 with_signs(u32 x, u32 signs) {  // x times +-1 in both halves, and never -0
+    u32 r;
+#if DTYPE == 1
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
+#endif
+    return r;
+}
+#endif
+
 // -- the rotation ------------------------------------------------------------------------------------------------
 INLINE void mma_half(float* d, u32 a0, u32 a1, u32 a2, u32 a3, const u32* b, const float* c) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -266,16 +278,6 @@ INLINE u32 pack_stored(float even, float odd) {
 #endif
     return r;
 }
-
-INLINE u32 with_signs(u32 x, u32 signs) {  // x times +-1 in both halves, and never -0
-    u32 r;
-#if DTYPE == 1
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
-#else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(signs), "r"(0u));
-#endif
-    return r;
-}
 #endif
 
 // A word of the stage, by its address in shared memory; volatile keeps it behind the barrier before it.
@@ -291,14 +293,19 @@ INLINE u32 window(u32 words, u32 bit) {
 }
 
 #if !PAPER
-// The entry of a node: cos with the shift in its low 13 bits, sin.
-template <int N> INLINE uint2 node_entry(const u8* tables, u32 window, int width) {
+struct Entry {  // of a node's angle
+    u32 factors;  // cos and sin, packed
+    int shift;
+    INLINE float cos() const { return halves_of(factors).x; }
+    INLINE float sin() const { return halves_of(factors).y; }
+};
+
+template <int N> INLINE Entry node_entry(const u8* tables, u32 window, int width) {
     constexpr int place = place_in(N);
-    u32 one = 1u << width;
-    return reinterpret_cast<const uint2*>(tables + NODES_AT)[place * 256 + ((window & (one - 1)) | one)];
+    const u32 one = 1u << width;
+    const uint2 e = reinterpret_cast<const uint2*>(tables + NODES_AT)[place * 256 + ((window & (one - 1)) | one)];
+    return {e.x, (int)e.y};
 }
-INLINE float cos_of(uint2 e) { return float_of(e.x & ~0x1fffu); }
-INLINE int shift_of(uint2 e) { return (int)(e.x << 19) >> 19; }
 
 struct Run {  // a node: the bits that it owns, and its radius
     u32 bit;
@@ -309,9 +316,9 @@ struct Run {  // a node: the bits that it owns, and its radius
 // The child on the lane's side.
 template <int N> INLINE void descend(const u8* tables, u32 words, Run& node, bool right) {
     const int width = width_of<N>(node.budget);
-    const uint2 e = node_entry<N>(tables, window(words, node.bit), width);
-    const int rest = node.budget - width, share = share_of<N / 2>(rest, shift_of(e));
-    node.radius *= right ? float_of(e.y) : cos_of(e);
+    const Entry e = node_entry<N>(tables, window(words, node.bit), width);
+    const int rest = node.budget - width, share = share_of<N / 2>(rest, e.shift);
+    node.radius *= right ? e.sin() : e.cos();
     node.budget = right ? rest - share : share;
     node.bit += right ? width + share : width;
 }
@@ -319,7 +326,7 @@ template <int N> INLINE void descend(const u8* tables, u32 words, Run& node, boo
 // Both children of COUNT nodes, side by side because each waits for its look-ups.
 template <int N, int COUNT> INLINE void split(const u8* tables, u32 words, const Run* nodes, Run* children) {
     int width[COUNT];
-    uint2 e[COUNT];
+    Entry e[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         width[i] = width_of<N>(nodes[i].budget);
@@ -327,10 +334,10 @@ template <int N, int COUNT> INLINE void split(const u8* tables, u32 words, const
     }
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        const int rest = nodes[i].budget - width[i], share = share_of<N / 2>(rest, shift_of(e[i]));
+        const int rest = nodes[i].budget - width[i], share = share_of<N / 2>(rest, e[i].shift);
         const u32 bit = nodes[i].bit + width[i];
-        children[2 * i] = {bit, share, nodes[i].radius * cos_of(e[i])};
-        children[2 * i + 1] = {bit + share, rest - share, nodes[i].radius * float_of(e[i].y)};
+        children[2 * i] = {bit, share, nodes[i].radius * e[i].cos()};
+        children[2 * i + 1] = {bit + share, rest - share, nodes[i].radius * e[i].sin()};
     }
 }
 
@@ -344,17 +351,17 @@ template <int COUNT> INLINE void find_pairs(const u8* tables, const u32* codes, 
     uint4 r[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        const uint4 g = reinterpret_cast<const uint4*>(tables + BUDGETS_AT)[budgets[i]];  // magic, shift and last cell, codes a cell, first
+        const uint4 g = reinterpret_cast<const uint4*>(tables + BUDGETS_AT)[budgets[i]];  // magic, shift and last cell, -codes a cell, first
         const u32 code = codes[i] & ((1u << budgets[i]) - 1);
         const u32 cell = min(__funnelshift_r(__umulhi(2 * code + 1, g.x), 0, g.y), g.y >> 16);
-        r[i] = reinterpret_cast<const uint4*>(tables + RECORDS_AT)[g.w + cell];  // magic of n_b, steps with n_b, factors
-        left[i] = code - cell * g.z;
+        r[i] = reinterpret_cast<const uint4*>(tables + RECORDS_AT)[g.w + cell];  // magic of n_b, steps with -n_b, factors
+        left[i] = code + cell * g.z;
     }
     u32 circle[COUNT][2];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        const u32 n_b = __funnelshift_l(r[i].y, r[i].z >> 27, 5), sector = __umulhi(2 * left[i] + 1, r[i].x);
-        const u32 a = (2 * sector + 1) * r[i].y + (1u << 15), b = (2 * (left[i] - sector * n_b) + 1) * r[i].z + (1u << 15);
+        const u32 minus_n_b = __funnelshift_l(r[i].y, (int)r[i].z >> 27, 5), sector = __umulhi(2 * left[i] + 1, r[i].x);
+        const u32 a = (2 * sector + 1) * r[i].y + (1u << 15), b = (2 * (left[i] + sector * minus_n_b) + 1) * r[i].z + (1u << 15);
         circle[i][0] = *reinterpret_cast<const u32*>(tables + CIRCLE_AT + (a >> 14 & (2047u << 2)));
         circle[i][1] = *reinterpret_cast<const u32*>(tables + CIRCLE_AT + (b >> 14 & (2047u << 2)));
     }
@@ -387,7 +394,7 @@ INLINE void put_quad(Pairs pairs, float radius, u32* packed) {
 INLINE void eights(const u8* tables, u32 words, const Run* nodes, u32 (*a)[2]) {
     u32 low[2], high[2];
     int width[2];
-    uint2 e[2];
+    Entry e[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {  // the angle and its two quads are at most 56 bits side by side
         const u32 at = word_of(words, nodes[i].bit), middle = word_at(at + 4);
@@ -403,10 +410,10 @@ INLINE void eights(const u8* tables, u32 words, const Run* nodes, u32 (*a)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int rest = nodes[i].budget - width[i];
-        budget[2 * i] = share_of<4>(rest, shift_of(e[i])), budget[2 * i + 1] = rest - budget[2 * i];
+        budget[2 * i] = share_of<4>(rest, e[i].shift), budget[2 * i + 1] = rest - budget[2 * i];
         code[2 * i] = __funnelshift_r(low[i], high[i], width[i]);
         code[2 * i + 1] = __funnelshift_r(code[2 * i], high[i] >> width[i], budget[2 * i]);
-        radius[2 * i] = nodes[i].radius * cos_of(e[i]), radius[2 * i + 1] = nodes[i].radius * float_of(e[i].y);
+        radius[2 * i] = nodes[i].radius * e[i].cos(), radius[2 * i + 1] = nodes[i].radius * e[i].sin();
     }
 #if TABLE_BITS
     u32 entry[4];
@@ -523,6 +530,31 @@ INLINE void fetch(u32* fetched, const u32* payload, int row0, int tokens, int la
     }
 }
 
+#if BULK
+// Rows leave shared memory by the bulk copy engine: as whole lines, and past the pipe that look-ups keep busy.
+#define OUT_BYTES (ORDER * ITEM + 64)  // from row to row there; so much that neighbouring rows lie in different banks
+#define STORE(type, at, value) *reinterpret_cast<type*>(at) = value
+
+INLINE void bulk_wait() {  // until what was stored before has been read
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+}
+
+INLINE void bulk_store(const u8* from, const Block& b, int row0, int lane) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    const int row = row0 + lane;
+    if (lane < ROWS && row >= b.first && row < b.last)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(b.rows + (i64)row * b.stride),
+                     "r"((u32)__cvta_generic_to_shared(from + lane * OUT_BYTES)), "r"(ORDER * ITEM)
+                     : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+#else
+#define STORE(type, at, value) \
+    if (wanted) __stcs(reinterpret_cast<type*>(at), value)
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
     const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
@@ -531,6 +563,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
     const u8* tables = reinterpret_cast<const u8*>(memory);
     u32* stage = reinterpret_cast<u32*>(const_cast<u8*>(tables) + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* stash = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);  // of the next block
+#if BULK
+    u8* rows_out = reinterpret_cast<u8*>(stash + 1) + (64 - sizeof(Block));
+#endif
     u32 fetched[FETCHES];
     u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     if (index < blocks) {
@@ -589,8 +624,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
             const bool plain = __all_sync(ALL, second == 1.0f && factor * bound < LARGEST);
             const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
             const int row = row0 + g;
+#if BULK
+            bulk_wait();
+            u8* target = rows_out + g * OUT_BYTES + q * 8 * ITEM;
+#else
             const bool wanted = row >= b.first && row < b.last;
             const i64 target = b.rows + (i64)row * b.stride + q * 8 * ITEM;
+#endif
 
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
@@ -639,10 +679,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                     for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(y[u] * second, -LARGEST), LARGEST);
 #endif
 #if DTYPE == 3
-                if (wanted)
 #pragma unroll
-                    for (int u = 0; u < 8; u += 4)
-                        __stcs(reinterpret_cast<float4*>(target + (piece * 32 + u) * ITEM), make_float4(y[u], y[u + 1], y[u + 2], y[u + 3]));
+                for (int u = 0; u < 8; u += 4) STORE(float4, target + (piece * 32 + u) * ITEM, make_float4(y[u], y[u + 1], y[u + 2], y[u + 3]));
 #else
                 u32 packed[4];
 #pragma unroll
@@ -652,14 +690,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                     packed[u] = with_signs(packed[u], sign[u]);
 #endif
                 }
-                if (wanted) __stcs(reinterpret_cast<uint4*>(target + piece * 32 * ITEM), make_uint4(packed[0], packed[1], packed[2], packed[3]));
+                STORE(uint4, target + piece * 32 * ITEM, make_uint4(packed[0], packed[1], packed[2], packed[3]));
 #endif
             }
+#if BULK
+            bulk_store(rows_out, b, row0, lane);
+#endif
         }
         const u32 good = reduced(sum, b.tokens * ROW_BYTES, KEY_0);
         if (lane == 0) flags[index] = good != stored;
         __syncwarp();
     }
+#if BULK
+    bulk_wait();
+#endif
 }
 #endif
 
@@ -685,9 +729,10 @@ INLINE float turns_of(float x, float y) {
     t = fmaf(t, z, 0.0317820252f);
     t = fmaf(t, z, -0.0530494615f);
     t = fmaf(t, z, 0.159154927f);
-    float base = steep ? 0.25f : 0.0f;
-    if (bottom < 0.0f) base += 0.5f;
-    return fmaf(t, s, base);
+    t *= s;
+    if (steep) t += 0.25f;
+    if (bottom < 0.0f) t += 0.5f;
+    return t;
 }
 
 // Sector of n that an angle in turns lies in; 0 if there is no angle.
@@ -1048,7 +1093,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 const uint4 sign = *reinterpret_cast<const uint4*>(tables + SIGNS_AT + (q * 8 + piece * 32) * 2);
-                x[piece][0] ^= sign.x, x[piece][1] ^= sign.y, x[piece][2] ^= sign.z, x[piece][3] ^= sign.w;
+                x[piece][0] = with_signs(x[piece][0], sign.x), x[piece][1] = with_signs(x[piece][1], sign.y);
+                x[piece][2] = with_signs(x[piece][2], sign.z), x[piece][3] = with_signs(x[piece][3], sign.w);
             }
 #pragma unroll
             for (int t = 0; t < STEPS; t++) {

@@ -1,7 +1,7 @@
 """Law: the CUDA backend: ``cuda_tiles.cu`` compiled at run time (NVRTC) where it pays, Triton's kernels for everything else.
 
-NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes. ``covers`` is
-the whole rule. A kernel is compiled once a process for each kind of stream.
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes.
+``covers`` and ``layout`` are the whole rule. A kernel is compiled once a process for each kind of stream.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pqcodec.kernels.gpu import Triton
 from pqcodec.plan import Plan, plan_for
 
 ORDERS = (64, 128, 256)
-# Threads of a block, one block a multiprocessor (the tables fill most of its shared memory), by direction and order: as many as
-# registers suffice for. Decoders with look-up tables for whole quads, and those that turn offsets, need fewer or more registers.
+# Threads of a block, one block a multiprocessor (the tables fill most of its shared memory), by direction and order: as many
+# as registers suffice for. Decoders that look up whole quads need fewer registers, kernels that turn offsets more.
 THREADS = {
     ("encode", 64): 768,
     ("encode", 128): 640,
@@ -40,6 +40,7 @@ TABLE_THREADS = {("decode", 128): 768}
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 # Quads of so many bits are looked up, by bits a coordinate: so many that nearly every quad is.
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
+FEW = 8  # blocks a multiprocessor, up to which large tables do not pay
 MOST_KEYS = 4096  # checksum keys that lie in shared memory; blocks of more words read them from the device's
 _ALIGNED = 16
 ROWS = 8  # of a tile
@@ -54,7 +55,7 @@ def covers(group: Group) -> bool:
     return (
         h.head_dim in ORDERS
         and group.blocks < 1 << 31
-        and (h.row_bits % 32 == 0 or h.chunk_tokens % 2 == 0 and not any(s.header.coded_tokens % 2 for s in group.spans))
+        and all(tokens * h.row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
         and rope
         and all(abs(s.stride) * item * h.chunk_tokens < 1 << 31 for s in group.spans)
         and all(s.payload % 4 == 0 and s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
@@ -73,9 +74,9 @@ def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(verb: str, h: Header, plan: Plan) -> dict[str, np.ndarray]:
+def _shared(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
-    one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001 if verb == "decode" else 0
+    one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
     arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
@@ -103,18 +104,17 @@ def _decoder_tables(h: Header, plan: Plan, table_bits: int) -> dict[str, np.ndar
             "MANTISSAS": plan.mantissas[:1],
         }
     nodes, quads = t.node_arrays(plan.order), plan.quads
-    packed = nodes.cos.view(np.uint32) | (nodes.shift & 0x1FFF).astype(np.uint32)  # factors have 11 bits: 13 are free
     codes, last = quads.per_cell, quads.cells.astype(np.int64) - 1
     shift = np.array([int(n).bit_length() - 1 for n in codes])
     magic = [-(-(1 << (31 + int(s))) // int(n)) for s, n in zip(shift, codes, strict=True)]
     n_b = quads.n_b.astype(np.int64)
-    # A circle of one sector has the factor 0, so its step may be any. Bits from 27 on do not reach a direction: n_b lies there.
+    # A circle of one sector has the factor 0: its step may be any. Bits from 27 on do not reach a direction: -n_b lies there.
     step_a, step_b = (np.where(n > 1, angles.circle_step(n), 0).astype(np.int64) for n in (quads.n_a, quads.n_b))
-    records = [-(-(1 << 31) // n_b), step_a | (n_b & 31) << 27, step_b | n_b >> 5 << 27, _halves(quads.cos, quads.sin)]
+    records = [-(-(1 << 31) // n_b), step_a | (-n_b & 31) << 27, step_b | (-n_b >> 5 & 31) << 27, _halves(quads.cos, quads.sin)]
     arrays = {
-        "NODES": np.stack([packed, nodes.sin.view(np.uint32)], 2),
+        "NODES": np.stack([_halves(nodes.cos, nodes.sin), nodes.shift.view(np.uint32)], 2),
         "CIRCLE": _halves(plan.circle_cos, plan.circle_sin),
-        "BUDGETS": np.stack([magic, shift | last << 16, codes, quads.first], 1).astype(np.uint32),
+        "BUDGETS": np.stack([magic, shift | last << 16, -codes, quads.first], 1).astype(np.uint32),
         "RECORDS": np.stack(records, 1).astype(np.uint32),
         "MANTISSAS": plan.mantissas,
     }
@@ -193,7 +193,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def definitions(verb: str, h: Header, places: dict[str, int], blob_bytes: int) -> dict[str, Any]:
+def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
     """The macros that ``cuda_tiles.cu`` is compiled with."""
     plan, paper = plan_for(h), h.coding == c.CODING_PAPER
     fields: tuple[str, ...] = (
@@ -230,21 +230,22 @@ def definitions(verb: str, h: Header, places: dict[str, int], blob_bytes: int) -
         "ROW_BYTES": plan.row_bytes,
         "STRIDE_WORDS": _stride_words(h),
         "STAGE_BYTES": _stage_bytes(h),
-        "WARP_BYTES": _warp_bytes(h),
+        "WARP_BYTES": _warp_bytes(h, layout.bulk),
+        "BULK": int(layout.bulk),
         "CHUNK": h.chunk_tokens,
         "OFFSETS": int(h.offsets),
         "PAIRS": len(h.rope.frequencies) if h.rope else 0,
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
-        "TABLE_BITS": table_bits(h),
+        "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
         "SIGNS_BYTES": _signs_bytes(verb),
         "KEY_0": f"{checksum_keys(1)[0]}u",
         "PRIME": f"{c.CHECKSUM_PRIME}ull",
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
-        "THREADS": threads(verb, h),
-        "BLOB_BYTES": blob_bytes,
+        "THREADS": layout.threads,
+        "BLOB_BYTES": layout.blob.size,
         **{name: getattr(d, name) for name in fields},
-        **places,
+        **layout.places,
     }
 
 
@@ -264,37 +265,59 @@ def _stride_words(h: Header) -> int:
 
 
 def _stage_bytes(h: Header) -> int:
-    """A tile's rows, and what a last run may touch behind them; a multiple of 16."""
+    """A tile's rows, and what a last run may touch behind them."""
     paper = h.coding == c.CODING_PAPER
-    return ROWS * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) + 16
+    return -(-ROWS * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
 
 
-def _warp_bytes(h: Header) -> int:
-    """Shared memory of one warp: a tile's rows and the next block."""
-    return _stage_bytes(h) + 64
+def _warp_bytes(h: Header, bulk: bool) -> int:
+    """Shared memory of one warp: a tile's rows, the next block, and decoded rows for the bulk copy engine."""
+    return _stage_bytes(h) + 64 + (ROWS * (h.vector_bytes + 64) if bulk else 0)
 
 
-def threads(verb: str, h: Header) -> int:
-    """Threads of a block."""
-    key = verb, h.order
-    special = ROPE_THREADS if h.rope else TABLE_THREADS if table_bits(h) else {}
-    return special.get(key, THREADS[key])
+@dataclass(frozen=True)
+class Layout:
+    """What a kernel keeps in shared memory, and how many threads share it."""
+
+    threads: int
+    table_bits: int  # quads of so many bits are looked up
+    bulk: bool  # decoded rows leave by the bulk copy engine
+    blob: np.ndarray
+    places: dict[str, int]
+    shared_bytes: int
+
+
+def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448) -> Layout | None:
+    """The layout for a device of a compute capability and bytes of shared memory; None if there is none.
+
+    ``few``: there are few blocks, for which large tables do not pay.
+    """
+    decode = verb == "decode"
+    for bits in sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True):
+        blob, places = tables_for(verb, h, bits)
+        special = ROPE_THREADS if h.rope else TABLE_THREADS if bits else {}
+        threads = special.get((verb, h.order), THREADS[verb, h.order])
+        for bulk in (True, False) if decode and major >= 9 else (False,):
+            size = blob.size + _signs_bytes(verb) + threads // 32 * _warp_bytes(h, bulk)
+            if size <= limit:
+                return Layout(threads, bits, bulk, blob, places, size)
+    return None
 
 
 def table_bits(h: Header) -> int:
     return next((bits for most, bits in TABLE_BITS if h.coding == c.CODING_SPLIT and h.row_bits <= most * h.order), 0)
 
 
-def tables_for(verb: str, h: Header) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(verb: str, h: Header, bits: int) -> tuple[np.ndarray, dict[str, int]]:
     plan = plan_for(h)
-    own = _decoder_tables(h, plan, table_bits(h)) if verb == "decode" else _encoder_tables(h, plan)
-    return _blob({**own, **_shared(verb, h, plan)})
+    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
+    return _blob({**own, **_shared(h, plan)})
 
 
-def compiled(verb: str, h: Header, places: dict[str, int], blob_bytes: int, architecture: str) -> bytes:
+def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     """The machine code (cubin) of one direction for one kind of stream."""
     source = files("pqcodec.kernels").joinpath("cuda_tiles.cu").read_bytes()
-    options = [f"-D{name}={value}" for name, value in definitions(verb, h, places, blob_bytes).items()]
+    options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
     options += [f"--gpu-architecture={architecture}", "--fmad=false", "--std=c++17"]
     program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda_tiles.cu", 0, [], []))
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
@@ -311,29 +334,40 @@ def compiled(verb: str, h: Header, places: dict[str, int], blob_bytes: int, arch
 @dataclass(frozen=True)
 class Kernel:
     function: Any
-    blob: Any  # the tables, a torch tensor on the device
-    shared_bytes: int
-    processors: int
-    threads: int
+    layout: Layout
+    blob: Any  # the layout's, a torch tensor on the device
 
 
 @lru_cache(maxsize=64)
-def _kernel(verb: str, kind: Header, device: str) -> Kernel:
+def _device(device: str) -> tuple[int, str, int, int]:
+    """Major compute capability, architecture, multiprocessors, and bytes of shared memory that a block may have."""
     import torch
 
-    blob, places = tables_for(verb, kind)
     properties = torch.cuda.get_device_properties(device)
-    code = compiled(verb, kind, places, blob.size, f"sm_{properties.major}{properties.minor}")
-    count = threads(verb, kind)
-    shared_bytes = blob.size + _signs_bytes(verb) + count // 32 * _warp_bytes(kind)
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # a context for the driver
+        which = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        limit = _checked(driver.cuDeviceGetAttribute(which, _checked(driver.cuCtxGetDevice())))
+    return properties.major, f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, limit
+
+
+@lru_cache(maxsize=64)
+def _kernel(verb: str, kind: Header, few: bool, device: str) -> Kernel | None:
+    """The kernel of one direction for a kind of streams; None where the device has too little shared memory."""
+    import torch
+
+    major, architecture, _, limit = _device(device)
+    found = layout(verb, kind, few, major, limit)
+    if found is None:
+        return None
+    code = compiled(verb, kind, found, architecture)
+    with torch.cuda.device(device):
         module = _checked(driver.cuModuleLoadData(code))
         function = _checked(driver.cuModuleGetFunction(module, f"{verb}_blocks".encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-        tensor = torch.from_numpy(blob).to(device)
-    return Kernel(function, tensor, shared_bytes, properties.multi_processor_count, count)
+        _checked(driver.cuFuncSetAttribute(function, attribute, found.shared_bytes))
+        tensor = torch.from_numpy(found.blob).to(device)
+    return Kernel(function, found, tensor)
 
 
 def _kind(h: Header) -> Header:
@@ -354,37 +388,48 @@ class Cuda(Triton):
 
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 8:
             raise BackendUnavailable(
-                f"backend 'cuda' codes tensors of NVIDIA GPUs of compute capability 8.0 and more, this one is on {str(device)!r}; "
-                "choose backend 'triton' or 'cpu'"
+                f"backend 'cuda' codes tensors of NVIDIA GPUs of compute capability 8.0 and more, this one is on "
+                f"{str(device)!r}; choose backend 'triton' or 'cpu'"
             )
 
     def encode(self, group: Group) -> None:
-        if not covers(group):
+        kernel = self._kernel("encode", group)
+        if kernel is None:
             return super().encode(group)
         group.span_flags.zero_()
-        self._launch("encode", group, group.span_flags)
+        self._launch(kernel, group, group.span_flags)
 
     def decode(self, group: Group) -> None:
-        if not covers(group):
+        kernel = self._kernel("decode", group)
+        if kernel is None:
             return super().decode(group)
-        self._launch("decode", group, group.block_flags)
+        self._launch(kernel, group, group.block_flags)
 
     @staticmethod
-    def _launch(verb: str, group: Group, flags: Any) -> None:
+    def _kernel(verb: str, group: Group) -> Kernel | None:
+        """The kernel that codes a group; None where Triton's do."""
+        if not covers(group):
+            return None
+        device = str(group.device)
+        few = group.blocks <= FEW * _device(device)[2]
+        return _kernel(verb, _kind(group.header), few, device)
+
+    @staticmethod
+    def _launch(kernel: Kernel, group: Group, flags: Any) -> None:
         import torch
 
         if not group.blocks:
             return
-        kernel = _kernel(verb, _kind(group.header), str(group.device))
         tensors = (group.rows, group.block_firsts, group.starts, flags, group.keys, kernel.blob)
         values = [np.array(x.data_ptr(), np.uint64) for x in tensors]
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
-        grid = min(kernel.processors, -(-group.blocks // (kernel.threads // 32)))
+        threads = kernel.layout.threads
+        grid = min(_device(str(group.device))[2], -(-group.blocks // (threads // 32)))
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
             _checked(
                 driver.cuLaunchKernel(
-                    kernel.function, grid, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, pointers.ctypes.data, 0
+                    kernel.function, grid, 1, 1, threads, 1, 1, kernel.layout.shared_bytes, stream, pointers.ctypes.data, 0
                 )
             )
