@@ -137,6 +137,8 @@ class EncodeBatch:
             ),
             device,
         )
+        for group in self._groups:
+            self._kernel.prepare("encode", group)
 
     def run(self) -> list[Any]:
         """Encode what the tensors hold now; returns ``streams``. Waits for nothing."""
@@ -318,6 +320,8 @@ class DecodeBatch:
                 for number, (chunks, run, payload) in enumerate(p.runs)
             ]
         self._groups = _groups(spans, device) if spans else []
+        for group in self._groups:
+            kernel.prepare("decode", group)
 
     def _patch(self, out: Any, p: _Placed, tokens: tuple[int, int], leads: tuple[int, int]) -> None:
         """Note the exact vectors that ``run`` copies over what their rows decode to."""

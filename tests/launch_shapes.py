@@ -23,7 +23,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 CENTRES = (None, "mean", "half", "interleaved")
 COLUMNS = (16, 32, 64, 128, 256, 512, 1024)  # the kernels' tiles are this wide
 OTHER_ORDERS = (48, 80, 160, 288, 576)  # orders that are no power of two
-CUDA_PRESETS = ("pq2", "pq2.5", "pq3", "pq3.5", "pq4", "pq5", "pq6")
+CUDA_PRESETS = ("pq2", "pq2.5", "pq3", "pq3.5", "pq4", "pq5", "pq6", "paper")
 Shape = tuple[str, str, str, int, str | None]
 EVERY: list[Shape] = [
     *product(("triton",), ("pq3", "paper"), DTYPES, COLUMNS, (None, "mean", "half")),
@@ -72,7 +72,7 @@ def batches(shape: Shape) -> tuple[Any, Any]:
     backend, preset, dtype, head_dim, centre = shape
     rope = pqcodec.Rope(theta=1e4, dim=head_dim, style=centre) if centre in ("half", "interleaved") else None
     center = "rope" if rope else centre
-    x = torch.ones((70, head_dim), dtype=getattr(torch, dtype))
+    x = torch.ones((69, head_dim), dtype=getattr(torch, dtype))
     options: dict[str, Any] = {"preset": preset, "center": center, "rope": rope, "exact_tokens": 1}
     stream = torch.frombuffer(bytearray(pqcodec.encode(x, backend="cpu", **options)), dtype=torch.uint8)
     made = pqcodec.EncodeBatch([x] * LEADS, backend=backend, **options)
@@ -101,16 +101,17 @@ def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     """Every kernel of ``cuda_tiles.cu`` that the CUDA backend launches for a shape."""
     from pqcodec.kernels import gpu_cuda
 
-    launched = []
+    asked: list[tuple[str, Any]] = []
     gpu_cuda.Cuda.check_device = _anywhere
-    gpu_cuda.Cuda._launch = staticmethod(lambda verb, group, *_: launched.append((verb, group.header)))
-    for batch in batches(shape):
-        for group in batch._groups:
-            getattr(batch._kernel, "encode" if batch.__class__.__name__ == "EncodeBatch" else "decode")(group)
-    for verb, header in launched:
-        kind = gpu_cuda._kind(header)
-        blob, places = gpu_cuda.tables_for(verb, kind)
-        yield from local_bytes(gpu_cuda.compiled(verb, kind, places, blob.size, f"sm_{ARCHITECTURE}")).items()
+    gpu_cuda.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
+    batches(shape)
+    for verb, group in asked:
+        kind = gpu_cuda._kind(group.header)
+        layouts = [gpu_cuda.layout(verb, kind, few) for few in (False, True)] if gpu_cuda.covers(group) else []
+        for layout in {found.table_bits: found for found in layouts if found}.values():
+            code = gpu_cuda.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
+            for name, needs in local_bytes(code).items():
+                yield f"{name}, look-ups of {layout.table_bits} bits", needs
 
 
 def _anywhere(self: Any, device: Any) -> None:

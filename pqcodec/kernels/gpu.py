@@ -45,6 +45,15 @@ class Triton:
                 "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
 
+    def prepare(self, verb: str, group: Group) -> None:
+        """Make what ``verb`` ("encode" or "decode") writes into beside tensors and streams: it allocates nothing itself."""
+        if verb == "decode":
+            _ = group.block_flags, group.side_flags
+        else:
+            _ = group.span_flags, group.largest
+            if group.header.offsets:
+                group.sums(group.tables.columns)
+
     def encode(self, group: Group) -> None:
         """Code every block of a group into its payload; ``span_flags`` counts the vectors with NaN or Inf."""
         group.span_flags.zero_()

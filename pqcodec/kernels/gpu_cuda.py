@@ -41,6 +41,7 @@ ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384,
 # Quads of so many bits are looked up, by bits a coordinate: so many that nearly every quad is.
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 FEW = 8  # blocks a multiprocessor, up to which large tables do not pay
+SPREAD = 8  # blocks that one multiprocessor takes before the next is used
 MOST_KEYS = 4096  # checksum keys that lie in shared memory; blocks of more words read them from the device's
 _ALIGNED = 16
 ROWS = 8  # of a tile
@@ -295,7 +296,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     decode = verb == "decode"
     for bits in sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True):
         blob, places = tables_for(verb, h, bits)
-        special = ROPE_THREADS if h.rope else TABLE_THREADS if bits else {}
+        special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         threads = special.get((verb, h.order), THREADS[verb, h.order])
         for bulk in (True, False) if decode and major >= 9 else (False,):
             size = blob.size + _signs_bytes(verb) + threads // 32 * _warp_bytes(h, bulk)
@@ -392,6 +393,10 @@ class Cuda(Triton):
                 f"{str(device)!r}; choose backend 'triton' or 'cpu'"
             )
 
+    def prepare(self, verb: str, group: Group) -> None:
+        super().prepare(verb, group)
+        self._kernel(verb, group)  # compiled and loaded here, which a stream that is being captured would not allow
+
     def encode(self, group: Group) -> None:
         kernel = self._kernel("encode", group)
         if kernel is None:
@@ -425,7 +430,7 @@ class Cuda(Triton):
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
         threads = kernel.layout.threads
-        grid = min(_device(str(group.device))[2], -(-group.blocks // (threads // 32)))
+        grid = min(_device(str(group.device))[2], -(-group.blocks // min(threads // 32, SPREAD)))
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
             _checked(
