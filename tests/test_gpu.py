@@ -119,7 +119,8 @@ AGREEING = [
 def test_options_agree(options: dict[str, Any], dtype: torch.dtype, head_dim: int, gpu_backend: str) -> None:
     """Means, exact tokens and all their checksums are the CPU's to the byte; so is the header, offset exponent included."""
     x = gaussian(2, TOKENS, head_dim, dtype=dtype) + 5
-    assert agrees(x, gpu_backend, **options) <= 1 + WORST_TIES * 2 * TOKENS
+    radii = max(head_dim // 16, 1) if options.get("preset") == "paper" else 1  # each may tie where it is rounded to float16
+    assert agrees(x, gpu_backend, **options) <= 1 + WORST_TIES * 2 * TOKENS * radii
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e6, 3e37])

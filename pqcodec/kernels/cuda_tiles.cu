@@ -23,7 +23,6 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 
 #define QUADS_LANE (ORDER / 16)  // quads of a lane's quarter, and k-steps of mma
-#define TILES (ORDER / 8)        // tiles of eight outputs
 #define PIECES (ORDER / 32)      // runs of eight channels of a lane
 #define ROWS 8
 #define WARPS (THREADS / 32)

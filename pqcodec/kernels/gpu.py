@@ -41,8 +41,8 @@ class Triton:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
         if device.type == "cpu" and not interpreted():
             raise BackendUnavailable(
-                f"backend {self.name!r} codes tensors of a GPU, this one is on 'cpu': move it, choose backend 'cpu', "
-                "or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+                f"backend {self.name!r} codes tensors of a GPU, this one is on 'cpu': move it (bytes: pass device=), "
+                "choose backend 'cpu', or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
             )
 
     def prepare(self, verb: str, group: Group) -> None:

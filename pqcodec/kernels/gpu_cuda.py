@@ -43,6 +43,10 @@ TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 FEW = 8  # blocks a multiprocessor, up to which large tables do not pay
 SPREAD = 8  # blocks that one multiprocessor takes before the next is used
 MOST_KEYS = 4096  # checksum keys that lie in shared memory; blocks of more words read them from the device's
+FIELDS = (  # of device.py, that the kernels know
+    *("STREAM", "PAYLOAD", "LEADING", "CODED", "EXACT", "FIRST_CHUNK", "FIRST_LEAD", "LEADS", "FIRST_TOKEN", "LAST_TOKEN"),
+    *("STRIDE", "STARTS", "FLAGS", "POSITION", "OFFSETS_AT", "FIELDS", "OFFSET_EXPONENT_AT", "RADIUS_EXPONENT_AT"),
+)
 _ALIGNED = 16
 ROWS = 8  # of a tile
 LOOK_UP_BYTES = t.STEPS + 4
@@ -174,8 +178,7 @@ def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
 
 def _shift_look_up(nodes: t.NodeArrays, order: int) -> np.ndarray:
     """Shift of the share by place, for nodes of 16 and 8 coordinates: int8 [2, widths, 1024]."""
-    kinds = np.array([order // 16, order // 8]).astype(float)
-    kinds = np.log2(kinds).astype(int)
+    kinds = np.array([order.bit_length() - 5, order.bit_length() - 4])  # these orders halve down to 8: one kind a level
     widths = 1 << np.arange(t.WIDTHS)[None, :, None]
     return nodes.shift[kinds[:, None, None], widths + nodes.look_up[kinds]].astype(np.int8)
 
@@ -197,19 +200,6 @@ def _checked(result: tuple[Any, ...]) -> Any:
 def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
     """The macros that ``cuda_tiles.cu`` is compiled with."""
     plan, paper = plan_for(h), h.coding == c.CODING_PAPER
-    fields: tuple[str, ...] = (
-        "STREAM",
-        "PAYLOAD",
-        "LEADING",
-        "CODED",
-        "EXACT",
-        "FIRST_CHUNK",
-        "FIRST_LEAD",
-        "LEADS",
-        "FIRST_TOKEN",
-        "LAST_TOKEN",
-    )
-    fields += ("STRIDE", "STARTS", "FLAGS", "POSITION", "OFFSETS_AT", "FIELDS", "OFFSET_EXPONENT_AT", "RADIUS_EXPONENT_AT")
     return {
         "DECODER" if verb == "decode" else "ENCODER": 1,
         "ORDER": plan.order,
@@ -245,7 +235,7 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
         "THREADS": layout.threads,
         "BLOB_BYTES": layout.blob.size,
-        **{name: getattr(d, name) for name in fields},
+        **{name: getattr(d, name) for name in FIELDS},
         **layout.places,
     }
 
@@ -320,7 +310,10 @@ def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     source = files("pqcodec.kernels").joinpath("cuda_tiles.cu").read_bytes()
     options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
     options += [f"--gpu-architecture={architecture}", "--fmad=false", "--std=c++17"]
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda_tiles.cu", 0, [], []))
+    try:
+        program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda_tiles.cu", 0, [], []))
+    except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
+        raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     if int(error):
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
@@ -390,7 +383,7 @@ class Cuda(Triton):
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 8:
             raise BackendUnavailable(
                 f"backend 'cuda' codes tensors of NVIDIA GPUs of compute capability 8.0 and more, this one is on "
-                f"{str(device)!r}; choose backend 'triton' or 'cpu'"
+                f"{str(device)!r}; move it (bytes: pass device='cuda'), or choose backend 'triton' (other GPUs) or 'cpu'"
             )
 
     def prepare(self, verb: str, group: Group) -> None:
