@@ -10,7 +10,7 @@ from typing import Any
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import rates
-from pqcodec.formats.pqkv import PathOrFile, PQKVFile, PQKVWriter
+from pqcodec.formats.pqkv import PathOrFile, PQKVAppender, PQKVFile, PQKVWriter
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 
@@ -72,6 +72,46 @@ def save_cache(
                 )
                 if progress:
                     progress(2 * layer + place + 1, total)
+
+
+def append_cache(
+    path: str | os.PathLike[str],
+    layers: Sequence[tuple[Any, Any]],
+    *,
+    rope: Rope | None = None,
+    backend: str = "auto",
+    progress: Any = None,
+) -> None:
+    """Add the new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
+
+    Each tensor is coded as its first tokens were; ``rope`` is that of the first call. What is there is not read or written
+    again. New tokens get means of their own: 64 of them or more at once keep what that costs small. Raises as ``save_cache``
+    does.
+    """
+    with PQKVAppender(path) as writer, PQKVFile(path) as there:
+        names = [
+            (f"layers.{i}.{role}", x) for i, pair in enumerate(layers) for role, x in zip(("key", "value"), pair, strict=True)
+        ]
+        if set(there.names) != {name for name, _ in names}:
+            raise InvalidArgument(
+                f"{os.fspath(path)}: {len(layers)} layers are given, the file holds {', '.join(there.names[:4])} ..."
+            )
+        for done, (name, tensor) in enumerate(names, 1):
+            info = there.inspect(name)
+            if info.centered == "rope" and rope is None:
+                raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} is centred under RoPE; pass the rope of save_cache")
+            writer.extend(
+                name,
+                tensor,
+                preset=info.preset,
+                seed=info.seed,
+                center=info.centered,
+                rope=rope if info.centered == "rope" else None,
+                chunk_tokens=info.chunk_tokens,
+                backend=backend,
+            )
+            if progress:
+                progress(done, len(names))
 
 
 def load_cache(

@@ -37,8 +37,8 @@ class Frame:
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
-def head() -> bytes:
-    return sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, c.FILE_VERSION, bytes(7), 0))
+def head(version: int = c.FILE_VERSION) -> bytes:
+    return sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, version, bytes(7), 0))
 
 
 def frame_header(kind: int, meta: bytes, body_bytes: int) -> bytes:

@@ -1,6 +1,7 @@
 """Law: the .pqkv file (SPEC Part II): many coded and exact tensors in one log of frames, an index and a footer behind them.
 
-Frames are written as they come and read by place, so neither side holds more than one tensor.
+Frames are written as they come and read by place, so neither side holds more than one tensor. A file grows by frames, an
+index and a footer behind what is there: nothing that was committed is written again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
@@ -37,7 +38,7 @@ from pqcodec.formats.frames import (
     tensor_problem,
 )
 from pqcodec.source import FileSource, MemorySource, Source, check_range
-from pqcodec.stream import Damage, StreamInfo
+from pqcodec.stream import Damage, StreamInfo, checked_range
 
 LAYOUT = "..., tokens, head_dim"
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -55,8 +56,9 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     layout: str  # what the dimensions are
-    body_start: int  # byte of the file
-    body_bytes: int
+    body_start: int  # byte of the file; of the first part
+    body_bytes: int  # of all parts
+    parts: int = 1  # streams that hold its tokens one behind the other
 
     @property
     def tensor_bytes(self) -> int:
@@ -91,12 +93,14 @@ class PQKVWriter:
 
     def __init__(self, target: PathOrFile, metadata: dict[str, Any] | None = None) -> None:
         self._target, self._metadata = target, metadata
+        self._version = c.FILE_VERSION
+        self._previous: int | None = None  # where the frames end that were there before
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
         self._failed = False
         self._items: list[Frame] = []
         self._names: set[str] = set()
-        self.bytes_written = 0
+        self.bytes_written = 0  # of the whole file
 
     def __enter__(self) -> PQKVWriter:
         meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
@@ -187,16 +191,120 @@ class PQKVWriter:
 
     def _finish(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
-            if self._failed:
-                raise OSError(errno.EIO, "an earlier write failed, the file is not complete", str(self._target))
-            index = json_bytes([item.__dict__ for item in self._items], "index", c.MAX_INDEX_BYTES)
-            start = self.bytes_written
-            self._frame(c.FRAME_INDEX, b"{}", [index, checksum_bytes(index)])
-            footer = c.FOOTER_STRUCT.pack(c.FOOTER_MAGIC, start, self.bytes_written + c.FOOTER_STRUCT.size, 0)
-            self._write(sealed(footer))
-            assert self._file is not None
-            self._file.flush()
+            self._commit()
         self._file = None
+
+    def _commit(self) -> None:
+        """Index and footer of the frames since the last ones."""
+        if self._failed:
+            raise OSError(errno.EIO, "an earlier write failed, the file is not complete", str(self._target))
+        frames = [item.__dict__ for item in self._items]
+        listed = frames if self._previous is None else {"previous": self._previous, "frames": frames}
+        index = json_bytes(listed, "index", c.MAX_INDEX_BYTES)
+        start = self.bytes_written
+        self._frame(c.FRAME_INDEX, b"{}", [index, checksum_bytes(index)])
+        footer = c.FOOTER_STRUCT.pack(c.FOOTER_MAGIC, start, self.bytes_written + c.FOOTER_STRUCT.size, 0)
+        self._write(sealed(footer))
+        assert self._file is not None
+        self._file.flush()
+
+
+class PQKVAppender(PQKVWriter):
+    """Grows a file in place: new tensors, and new tokens of tensors that are there; a context manager.
+
+    What was committed stays as it is, byte for byte. ``commit`` makes what was added so far part of the file, as the end of
+    the block does; what a killed writer has left behind its last commit is cut off. Where the block fails, the file ends at
+    the last commit. One appender at a time: a second one is refused (BlockingIOError).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._entries: dict[str, Entry] = {}
+
+    def __enter__(self) -> PQKVAppender:
+        path = os.fspath(self._target)  # type: ignore[arg-type]
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "r+b", buffering=0))
+            _lock(self._file, path)
+            with PQKVFile(path) as there:
+                self._entries = {name: there.entry(name) for name in there.names}
+                self._names = set(there.names)
+                self.bytes_written = self._previous = there.committed_bytes
+            self._file.truncate(self.bytes_written)
+            if there.version == c.FILE_VERSION:
+                self._file.seek(0)
+                self._file.write(head(c.GROWN_VERSION))  # one write of 16 bytes: the file is whole before it and after it
+            self._file.seek(self.bytes_written)
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def commit(self) -> None:
+        """Make what was added part of the file, and go on."""
+        if self._items:
+            self._commit()
+            assert self._file is not None
+            os.fsync(self._file.fileno())
+            self._items, self._previous = [], self.bytes_written
+
+    def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
+        """Add tokens to a coded tensor of the file, [..., new tokens, head_dim]; its other dimensions and dtype are as before.
+
+        ``rope``: that of the first tokens; its first position moves on by the tokens that are there.
+        """
+        entry = self._entries.get(name)
+        if entry is None or not entry.coded:
+            some = "kept exactly" if entry else "not in the file"
+            raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
+        there = entry.shape[-2] if len(entry.shape) > 1 else 1
+        rope = encode_options.get("rope")
+        if rope is not None:
+            encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
+        with named(f"tensor {name!r}"):
+            stream = codec.encode(tensor, **encode_options)
+            info = codec.inspect(stream)
+            if len(info.shape) < 2 or (info.shape[:-2], info.shape[-1], info.dtype) != _but_tokens(entry):
+                raise InvalidArgument(
+                    f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"
+                )
+        meta = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "first_token": there}
+        self._tensor(c.FRAME_CODED, name, entry.layer, entry.role, meta, [stream])
+        tokens = there + info.shape[-2]
+        self._entries[name] = replace(entry, shape=(*entry.shape[:-2], tokens, entry.shape[-1]), parts=entry.parts + 1)
+        return info
+
+    def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: list[Any]) -> None:
+        super()._tensor(kind, name, layer, role, meta, body)
+        if name not in self._entries:
+            shape = tuple(int(n) for n in meta["shape"])
+            coded = kind == c.FRAME_CODED
+            self._entries[name] = Entry(name, coded, layer, role, shape, meta["dtype"], meta["layout"], 0, 0)
+
+    def _finish(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._file is not None
+        assert self._previous is not None
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self._file.truncate(self._previous)
+            self._file = None
+
+
+def _but_tokens(entry: Entry) -> tuple[Any, ...]:
+    return entry.shape[:-2], entry.shape[-1], entry.dtype
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    """Hold a file against other appenders until it is closed; nothing is held where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another process appends to the file; wait for it", path) from None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -214,8 +322,9 @@ class _Part:
 class PQKVFile:
     """Reads a .pqkv file from a path, a bytes-like object or a seekable binary file; a context manager.
 
-    Opening reads head, footer and index; a tensor's bytes are read when it is asked for. Every length is held against
-    the file's real size before it is used. Raises TruncatedStream, CorruptStream or UnsupportedStream.
+    Opening reads head, footers and indexes; a tensor's bytes are read when it is asked for. Every length is held against
+    the file's real size before it is used. A file that has grown opens at its last complete append: ``torn_bytes`` lie
+    behind it if a writer was killed. Raises TruncatedStream, CorruptStream or UnsupportedStream.
     """
 
     def __init__(self, source: PathOrFile | bytes | bytearray | memoryview) -> None:
@@ -237,7 +346,10 @@ class PQKVFile:
         except BaseException:
             self.close()
             raise
-        self._tensors = {item.name: item for item in self._items if item.name is not None}
+        self._tensors: dict[str, list[Frame]] = {}  # a tensor's parts, in the order of their tokens
+        for item in self._items:
+            if item.name is not None:
+                self._tensors.setdefault(item.name, []).append(item)
         self._entries: dict[str, Entry] = {}
         self._numpy: dict[str, bool] = {}
 
@@ -255,6 +367,16 @@ class PQKVFile:
     def size(self) -> int:
         """Bytes of the file."""
         return self._source.size
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes up to the end of the last complete write or append."""
+        return self._committed
+
+    @property
+    def torn_bytes(self) -> int:
+        """Bytes of an append that was cut off; they are not part of the file."""
+        return self.size - self._committed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -275,8 +397,16 @@ class PQKVFile:
             raise InvalidArgument(f"{self._label}: no tensor is called {name!r}; there are {some or 'none'}")
         if name not in self._entries:
             with self._named(name):
-                self._entries[name], self._numpy[name] = self._read_entry(self._tensors[name])
+                self._entries[name], self._numpy[name] = self._whole(self._tensors[name])
         return self._entries[name]
+
+    def stream(self, name: str, part: int = 0) -> Source:
+        """The stream of a coded tensor (or of one part of a grown one), to be read by place or moved as it is."""
+        entry = self.entry(name)
+        with self._named(name):
+            if not entry.coded or not 0 <= part < entry.parts:
+                raise InvalidArgument("is kept exactly, it has no stream" if not entry.coded else f"has no part {part}")
+            return self._stream(self._read_entry(self._tensors[name][part])[0])
 
     def inspect(self, name: str) -> StreamInfo:
         """What the stream of a coded tensor says of itself; reads only its header."""
@@ -284,7 +414,9 @@ class PQKVFile:
         with self._named(name):
             if not entry.coded:
                 raise InvalidArgument("is kept exactly, no stream is there to inspect; see entry(name)")
-            return codec.inspect(self._stream(entry))
+            parts = [codec.inspect(self._stream(self._read_entry(item)[0])) for item in self._tensors[name]]
+            sizes = ("stream_bytes", "header_bytes", "side_bytes", "payload_bytes", "tensor_bytes")
+            return replace(parts[0], shape=entry.shape, **{key: sum(getattr(part, key) for part in parts) for key in sizes})
 
     def decode(
         self,
@@ -303,15 +435,33 @@ class PQKVFile:
         entry = self.entry(name)
         with self._named(name):
             if entry.coded:
-                stream = self._stream(entry)
-                return codec.decode(stream, device=device, backend=backend, tokens=tokens, leading=leading, progress=progress)
+                options = {"device": device, "backend": backend, "leading": leading, "progress": progress}
+                if entry.parts == 1:
+                    return codec.decode(self._stream(entry), tokens=tokens, **options)
+                return arrays.joined(self._decoded_parts(entry, tokens, options))
             x = exact.from_bytes(self._exact_bytes(entry), entry.shape, entry.dtype, self._numpy[name])
             x = _cut(x, tokens, leading)
             return x if device is None else arrays.to_device(x, device)
 
+    def _decoded_parts(self, entry: Entry, tokens: tuple[int, int] | None, options: dict[str, Any]) -> Iterator[Any]:
+        """What each part of a grown tensor that is wanted gives; at least one."""
+        first, last = checked_range("tokens", tokens, entry.shape[-2])
+        begin = given = 0
+        for number, item in enumerate(self._tensors[entry.name]):
+            part, _ = self._read_entry(item)
+            end = begin + part.shape[-2]
+            wanted = max(first, begin), min(last, end)
+            if wanted[0] < wanted[1] or (number == entry.parts - 1 and not given):
+                wanted = wanted if wanted[0] < wanted[1] else (end, end)
+                given += 1
+                yield codec.decode(self._stream(part), tokens=(wanted[0] - begin, wanted[1] - begin), **options)
+            begin = end
+
     def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> list[tuple[str | None, Damage | str]]:
         """Check every byte; an empty list is a sound file. The name is None where the file's metadata are damaged."""
         found: list[tuple[str | None, Damage | str]] = []
+        if self.torn_bytes:
+            found.append((None, f"{self.torn_bytes} bytes of an append that was cut off; appending again removes them"))
         for item in self._items:
 
             def advance(done: int, total: int, item: Frame = item) -> None:
@@ -337,36 +487,63 @@ class PQKVFile:
 
     # -- opening -------------------------------------------------------------------------------------------------
     def _open(self) -> list[Frame]:
-        """The frames before the index, from a head, a footer and an index that hold."""
-        self._check_head()
+        """The frames that the indexes list, from a head, footers and indexes that hold."""
+        self.version = self._check_head()
+        grown = self.version == c.GROWN_VERSION
         footer = self._footer(self.size - c.FOOTER_STRUCT.size)
-        if footer is None or footer[1] != self.size:
+        whole = footer is not None and footer[1] == self.size
+        if not whole and not grown:
             self._explain_missing_footer()
-        start, end = footer[0], self.size - c.FOOTER_STRUCT.size
+        end = self._committed = self.size if whole else self._last_commit()
+        runs: list[list[Frame]] = []
+        first: int | None = end
+        while first is not None:
+            items, first = self._listed(end, grown)
+            runs.append(items)
+            end = first or 0
+        items = [item for run in reversed(runs) for item in run]
+        seen: dict[str | None, Frame] = {}
+        for item in items:
+            before = seen.get(item.name)
+            continues = grown and before is not None and before.kind == item.kind == c.FRAME_CODED
+            if before is not None and not (continues and (before.layer, before.role) == (item.layer, item.role)):
+                raise CorruptStream(f"index: two tensors are called {item.name!r}" if item.name else "index: two file metadata")
+            seen[item.name] = item
+        return items
+
+    def _listed(self, size: int, grown: bool) -> tuple[list[Frame], int | None]:
+        """The frames of the index whose footer ends at a byte, and where the footer before them ends (None: no other is)."""
+        footer = self._footer(size - c.FOOTER_STRUCT.size)
+        if footer is None or footer[1] != size:
+            raise CorruptStream(f"no footer that holds ends at byte {size}")
+        start, end = footer[0], size - c.FOOTER_STRUCT.size
         if not c.FILE_HEAD_STRUCT.size <= start <= end:
             raise CorruptStream(f"footer: the index is at byte {start}, outside the file")
         index, _ = self._frame(start, end)
         if index.kind != c.FRAME_INDEX or index.end != end or index.body_bytes > c.MAX_INDEX_BYTES + c.CHECKSUM_BYTES:
             raise CorruptStream(f"the frame at byte {start} is not an index that ends at the footer")
         listed = json_value(self._sealed_body(index).tobytes(), "index")
+        previous = None
+        if grown and isinstance(listed, dict):
+            previous, listed = listed.get("previous"), listed.get("frames")
+            if not natural(previous) or not c.FILE_HEAD_STRUCT.size < previous <= start:
+                raise CorruptStream(
+                    f"index at byte {start}: the footer before it ends at {previous!r}, a byte before it is expected"
+                )
         if not isinstance(listed, list):
             raise CorruptStream("index: a JSON list is expected")
         items = [frame_of(place, fields) for place, fields in enumerate(listed)]
-        expected = c.FILE_HEAD_STRUCT.size
+        expected = c.FILE_HEAD_STRUCT.size if previous is None else previous
         for place, item in enumerate(items):
             if item.offset != expected:
                 raise CorruptStream(f"index: frame {place} is at byte {item.offset}, the one before it ends at {expected}")
             expected = item.end
         if expected != start:
             raise CorruptStream(f"index: its frames end at byte {expected}, the index is at {start}")
-        seen: set[str | None] = set()
-        for item in items:
-            if item.name in seen:
-                raise CorruptStream(f"index: two tensors are called {item.name!r}" if item.name else "index: two file metadata")
-            seen.add(item.name)
-        return items
+        return items, previous
 
-    def _check_head(self) -> None:
+    def _check_head(self) -> int:
+        """The file's version."""
         head = self._source.read(0, min(self.size, c.FILE_HEAD_STRUCT.size)).tobytes()
         magic = head[: len(c.FILE_MAGIC)]
         if magic == c.STREAM_MAGIC:
@@ -376,12 +553,14 @@ class PQKVFile:
         if len(head) < c.FILE_HEAD_STRUCT.size:
             raise TruncatedStream(f"{len(head)} bytes, a head takes {c.FILE_HEAD_STRUCT.size}; the file is cut off")
         _, version, reserved, _ = c.FILE_HEAD_STRUCT.unpack(head)
-        if version != c.FILE_VERSION:
-            raise UnsupportedStream(f"file version {version}; this release reads {c.FILE_VERSION}: install a newer pqcodec")
+        if version not in (c.FILE_VERSION, c.GROWN_VERSION):
+            known = f"{c.FILE_VERSION} and {c.GROWN_VERSION}"
+            raise UnsupportedStream(f"file version {version}; this release reads {known}: install a newer pqcodec")
         if head != sealed(head):
             raise CorruptStream("head: checksum does not hold; fetch the file again")
         if any(reserved):
             raise UnsupportedStream("head: reserved bytes are not zero: install a newer pqcodec")
+        return int(version)
 
     def _footer(self, place: int) -> tuple[int, int] | None:
         """Index offset and file size of a footer that holds at a byte, or None."""
@@ -393,19 +572,56 @@ class PQKVFile:
 
     def _explain_missing_footer(self) -> NoReturn:
         """Walk the frames to tell a file that was cut off from one that is damaged."""
-        place, tensors = c.FILE_HEAD_STRUCT.size, 0
-        head, footer = c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size
-        while self.size - place >= head and self._source.read(place, 4).tobytes() == c.FRAME_MAGIC:
-            with named(f"{tensors} whole tensors, then"):
-                item, _ = self._frame(place, self.size, TruncatedStream)
-            place, tensors = item.end, tensors + (item.kind in (c.FRAME_CODED, c.FRAME_EXACT))
-        if self.size - place < max(head, footer):
+        place, tensors, footers = self._walk()
+        if self.size - place < max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not footers:
             raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
-        if self._footer(place):
-            raise CorruptStream(f"{self.size - place - footer} bytes behind the end of the file; cut them off")
+        if footers:
+            raise CorruptStream(f"{self.size - footers[0]} bytes behind the end of the file; cut them off")
         raise CorruptStream(
             f"at byte {place} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
         )
+
+    def _last_commit(self) -> int:
+        """Where the last footer of a grown file ends, if what lies behind it was cut off; raises where it was not."""
+        place, tensors, footers = self._walk()
+        rest = self.size - place
+        if not footers:
+            raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
+        if rest >= max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not self._runs_out(place):
+            raise CorruptStream(
+                f"at byte {place} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
+            )
+        return footers[-1]
+
+    def _walk(self) -> tuple[int, int, list[int]]:
+        """Frames and footers from the head on: where the first begins that is not whole, tensors before it, ends of footers."""
+        place, tensors, footers = c.FILE_HEAD_STRUCT.size, 0, []
+        while self.size - place >= c.FRAME_STRUCT.size:
+            magic = self._source.read(place, 4).tobytes()
+            if magic == c.FRAME_MAGIC and not (self.version == c.GROWN_VERSION and self._runs_out(place)):
+                with named(f"{tensors} whole tensors, then"):
+                    item, _ = self._frame(place, self.size, TruncatedStream)
+                place, tensors = item.end, tensors + (item.kind in (c.FRAME_CODED, c.FRAME_EXACT))
+            elif (footer := self._footer(place)) and footer[1] == place + c.FOOTER_STRUCT.size:
+                place += c.FOOTER_STRUCT.size
+                footers.append(place)
+                if self.version == c.FILE_VERSION:
+                    break
+            else:
+                break
+        return place, tensors, footers
+
+    def _runs_out(self, place: int) -> bool:
+        """Whether a frame begins at a byte whose header holds and which ends behind the file."""
+        header = self._source.read(place, c.FRAME_STRUCT.size).tobytes()
+        magic, _, _, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack(header)
+        meta = place + c.FRAME_STRUCT.size
+        if magic != c.FRAME_MAGIC or meta_bytes > c.MAX_META_BYTES:
+            return False
+        if meta + meta_bytes > self.size:
+            return True  # the checksum is of the meta, too, which is not there
+        holds = stored == checksum(header[: c.FRAME_CHECKED] + self._source.read(meta, meta_bytes).tobytes())
+        return bool(holds) and meta + meta_bytes + body_bytes > self.size
 
     # -- frames --------------------------------------------------------------------------------------------------
     def _frame(self, place: int, end: int, beyond: type[PQError] = CorruptStream) -> tuple[Frame, dict[str, Any]]:
@@ -442,8 +658,27 @@ class PQKVFile:
             raise CorruptStream(f"frame at byte {item.offset}: the index says {item}, the frame {found}")
         return meta
 
+    def _whole(self, items: list[Frame]) -> tuple[Entry, bool]:
+        """The entry of a tensor of one part or of many, whose tokens follow each other."""
+        entry, numpy = self._read_entry(items[0])
+        tokens = entry.shape[-2] if len(entry.shape) > 1 else 1
+        for item in items[1:]:
+            part, _ = self._read_entry(item)
+            if len(entry.shape) < 2 or len(part.shape) < 2 or _but_tokens(part) != _but_tokens(entry):
+                raise CorruptStream(
+                    f"the part at byte {item.offset} is {part.dtype} {part.shape}, the first {entry.dtype} {entry.shape}"
+                )
+            first = self._meta(item).get("first_token")
+            if first != tokens:
+                raise CorruptStream(f"the part at byte {item.offset} begins with token {first!r}, {tokens} is expected")
+            tokens += part.shape[-2]
+        if len(items) == 1:
+            return entry, numpy
+        shape = (*entry.shape[:-2], tokens, entry.shape[-1])
+        return replace(entry, shape=shape, body_bytes=sum(item.body_bytes for item in items), parts=len(items)), numpy
+
     def _read_entry(self, item: Frame) -> tuple[Entry, bool]:
-        """A tensor's entry, and whether it was given as numpy's."""
+        """The entry of a tensor's part, and whether it was given as numpy's."""
         meta = self._meta(item)
         shape, dtype, layout = meta.get("shape"), meta.get("dtype"), meta.get("layout")
         if not isinstance(shape, list) or not all(natural(n) for n in shape) or not isinstance(layout, str):

@@ -144,6 +144,18 @@ def copied(out: Any, result: Any) -> Any:
     return out
 
 
+def joined(parts: Any) -> Any:
+    """Tensors [..., tokens, head_dim] of one kind, one behind the other along the tokens."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    if is_torch(parts[0]):
+        import torch
+
+        return torch.cat(parts, -2)
+    return np.concatenate(parts, -2)
+
+
 # -- devices -------------------------------------------------------------------------------------------------------
 def is_torch(x: Any) -> bool:
     """Whether x is a torch tensor, such as a stream that lies on a GPU."""

@@ -93,7 +93,7 @@ RADIUS_EXPONENTS = (-125, 117)  # ... and the paper coding's float16 radii
 
 # -- Container (SPEC Part II) ------------------------------------------------------------------------------------
 FILE_MAGIC = b"\x89PQF"
-FILE_VERSION = 1
+FILE_VERSION, GROWN_VERSION = 1, 2  # of a file that was written once, and of one that has grown since
 FILE_HEAD_STRUCT = struct.Struct("<4sB7sI")  # magic, version, reserved, checksum of the bytes before it
 FRAME_MAGIC = b"PQFR"
 FRAME_STRUCT = struct.Struct("<4sB3sIQI")  # magic, kind, reserved, meta_bytes, body_bytes, checksum (of these and the meta)

@@ -285,7 +285,7 @@ def test_hand_built_file_is_read() -> None:
 ITEM = {"offset": 16, "kind": 2, "name": "x", "layer": None, "role": "other", "meta_bytes": 2, "body_bytes": 8}
 REFUSED = {
     "another magic": (b"GIF89a" + bytes(40), CorruptStream, "right file"),
-    "version": (assemble(version=2), UnsupportedStream, "version 2"),
+    "version": (assemble(version=3), UnsupportedStream, "version 3"),
     "reserved head": (assemble(reserved=1), UnsupportedStream, "reserved"),
     "trailing bytes": (assemble() + bytes(100), CorruptStream, "100 bytes behind"),
     "name twice": (assemble(exact_frame(), exact_frame()), CorruptStream, "called 'x'"),

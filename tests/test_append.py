@@ -1,0 +1,248 @@
+"""Files that grow: new tokens and tensors, what a killed writer leaves, and damage."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pqcodec
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream
+from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
+
+REFERENCE = {"backend": "reference"}
+KILLS = int(os.environ.get("PQCODEC_KILLS", "200"))
+
+
+def tensor(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+
+
+def grown(path: Path) -> tuple[list[int], np.ndarray]:
+    """A file of three commits; where they end, and the tokens of "k"."""
+    x = tensor(2, 11, 16)
+    ends = []
+    with PQKVWriter(path, {"m": 1}) as writer:
+        writer.add("k", x[:, :4], role="key", layer=0, preset="pq2", **REFERENCE)
+    ends.append(path.stat().st_size)
+    for first, last in ((4, 5), (5, 11)):
+        with PQKVAppender(path) as writer:
+            writer.extend("k", x[:, first:last], preset="pq2", **REFERENCE)
+            writer.add_exact(f"n{last}", np.arange(last))
+        ends.append(path.stat().st_size)
+    return ends, x
+
+
+def test_a_grown_tensor_is_its_parts_one_behind_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    ends, x = grown(path)
+    parts = [
+        pqcodec.decode(pqcodec.encode(x[:, a:b], preset="pq2", **REFERENCE), **REFERENCE) for a, b in ((0, 4), (4, 5), (5, 11))
+    ]
+    whole = np.concatenate(parts, 1)
+    with PQKVFile(path) as file:
+        assert (file.names, file.metadata, file.torn_bytes) == (("k", "n5", "n11"), {"m": 1}, 0)
+        assert file.entry("k").shape == file.inspect("k").shape == (2, 11, 16)
+        assert file.entry("k").parts == 3
+        np.testing.assert_array_equal(file.decode("k", **REFERENCE), whole)
+        for first in range(12):
+            for last in range(first, 12):
+                np.testing.assert_array_equal(file.decode("k", tokens=(first, last), **REFERENCE), whole[:, first:last])
+        np.testing.assert_array_equal(file.decode("k", leading=(1, 2), tokens=(3, 9), **REFERENCE), whole[1:, 3:9])
+        assert file.verify(**REFERENCE) == []
+        with pytest.raises(InvalidArgument, match="tokens"):
+            file.decode("k", tokens=(3, 12), **REFERENCE)
+    assert ends == sorted(ends)
+
+
+def test_appending_writes_nothing_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    with PQKVWriter(path) as writer:
+        writer.add("k", tensor(1, 4, 16), **REFERENCE)
+    before = path.read_bytes()
+    with PQKVAppender(path) as writer:
+        writer.extend("k", tensor(1, 4, 16), **REFERENCE)
+    assert path.read_bytes()[16 : len(before)] == before[16:]  # the head says that the file has grown
+
+
+def test_a_cache_grows(tmp_path: Path) -> None:
+    path, rope = tmp_path / "a.pqkv", pqcodec.Rope(theta=100.0)
+    cache = [(torch.randn(1, 2, 90, 64), torch.randn(1, 2, 90, 64)) for _ in range(2)]
+    save_cache(path, [(k[:, :, :50], v[:, :, :50]) for k, v in cache], preset="pq6", rope=rope)
+    append_cache(path, [(k[:, :, 50:], v[:, :, 50:]) for k, v in cache], rope=rope)
+    for pair, found in zip(cache, load_cache(path), strict=True):
+        for x, y in zip(pair, found, strict=True):
+            assert float(((x - y) ** 2).mean()) < 0.001
+    with PQKVFile(path) as file:
+        one, two = (
+            pqcodec.inspect(file.stream("layers.0.key", part).read(0, file.stream("layers.0.key", part).size).tobytes())
+            for part in (0, 1)
+        )
+        assert (one.centered, two.centered, one.preset) == ("rope", "rope", two.preset)
+    with pytest.raises(InvalidArgument, match="pass the rope"):
+        append_cache(path, cache)
+    with pytest.raises(InvalidArgument, match="1 layers are given"):
+        append_cache(path, cache[:1], rope=rope)
+    assert load_cache(path)[0][0].shape[2] == 90
+
+
+def test_every_prefix_opens_at_its_last_commit(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    ends, _ = grown(path)
+    data = path.read_bytes()
+    tokens = {ends[0]: 4, ends[1]: 5, ends[2]: 11}
+    for size in range(len(data) + 1):
+        if size < ends[0]:
+            with pytest.raises(TruncatedStream):
+                PQKVFile(data[:size])
+            continue
+        file = PQKVFile(data[:size])
+        last = max(end for end in ends if end <= size)
+        assert (file.committed_bytes, file.torn_bytes, file.entry("k").shape[1]) == (last, size - last, tokens[last])
+        assert bool(file.verify(**REFERENCE)) == (size != last)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    grown(path)
+    data = bytearray(path.read_bytes())
+    missed = []
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            if not PQKVFile(bytes(data)).verify(**REFERENCE):
+                missed.append(divmod(bit, 8))
+        except PQError:
+            pass
+        data[bit // 8] ^= 1 << bit % 8
+    assert missed == []
+
+
+def test_a_torn_append_is_cut_off_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    ends, x = grown(path)
+    os.truncate(path, ends[2] - 30)
+    with PQKVAppender(path) as writer:
+        writer.extend("k", x[:, 5:], preset="pq2", **REFERENCE)
+    with PQKVFile(path) as file:
+        assert (file.names, file.torn_bytes, file.entry("k").shape) == (("k", "n5"), 0, (2, 11, 16))
+
+
+def test_what_fails_leaves_the_last_commit(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    grown(path)
+    before = path.read_bytes()
+    with pytest.raises(InvalidArgument, match="only tokens may differ"):
+        _fail(path, lambda writer: writer.extend("k", tensor(3, 4, 16), **REFERENCE))
+    assert path.read_bytes() == before
+    with pytest.raises(ZeroDivisionError):
+        _fail(path, lambda writer: 1 // 0, commit=True)
+    assert PQKVFile(path.read_bytes()).names == ("k", "n5", "n11", "kept")
+    with PQKVAppender(path) as writer:
+        for name, message in (("n5", "kept exactly"), ("x", "not in the file")):
+            with pytest.raises(InvalidArgument, match=message):
+                writer.extend(name, tensor(1, 1, 16), **REFERENCE)
+        with pytest.raises(InvalidArgument, match="unique"):
+            writer.add_exact("n5", np.arange(3))
+
+
+def _fail(path: Path, work: Callable[[PQKVAppender], object], commit: bool = False) -> None:
+    with PQKVAppender(path) as writer:
+        writer.add_exact("kept", np.arange(3))
+        if commit:
+            writer.commit()
+        writer.add_exact("lost", np.arange(1000))
+        work(writer)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are locked by flock")
+def test_a_second_appender_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    grown(path)
+    with PQKVAppender(path), pytest.raises(BlockingIOError, match="another process appends"), PQKVAppender(path):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a writer is forked to be killed")
+def test_a_writer_killed_at_any_moment_loses_nothing_that_it_committed(tmp_path: Path) -> None:
+    """Kill -9 at random; every commit that the writer told of is there, whole, and the next writer goes on."""
+    path, told = tmp_path / "a.pqkv", tmp_path / "told"
+    stream = pqcodec.encode(tensor(1, 2, 16), preset="pq2", **REFERENCE)
+    with PQKVWriter(path) as writer:
+        writer.add_stream("first", stream)
+    rng, torn, committed = random.Random(0), 0, 0
+    for _ in range(KILLS):
+        told.write_text(str(committed))
+        child = os.fork()
+        if child == 0:
+            try:
+                _append_for_ever(path, told, committed, stream)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.0005, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with PQKVFile(path) as file:
+            committed = len(file.names) - 1
+            torn += file.torn_bytes > 0
+            assert committed >= int(told.read_text() or 0)
+            assert all(name is None for name, _ in file.verify(**REFERENCE))
+        if committed > 200:
+            with PQKVWriter(path) as writer:
+                writer.add_stream("first", stream)
+            committed = 0
+    assert torn > 0
+
+
+def _append_for_ever(path: Path, told: Path, committed: int, stream: bytes) -> None:
+    with PQKVAppender(path) as writer:
+        while True:
+            writer.add_stream(f"{committed}.{os.getpid()}", stream)
+            writer.commit()
+            committed += 1
+            handle = os.open(told, os.O_WRONLY)
+            os.pwrite(handle, str(committed).encode(), 0)
+            os.close(handle)
+
+
+def test_parts_that_do_not_follow_each_other_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pqkv"
+    grown(path)
+    with PQKVAppender(path) as writer:
+        writer._entries["k"] = writer._entries["n5"].__class__("k", True, 0, "key", (2, 9, 16), "float16", "", 0, 0)
+        writer.extend("k", tensor(2, 3, 16), preset="pq2", **REFERENCE)
+    with pytest.raises(CorruptStream, match="begins with token 9, 11 is expected"):
+        PQKVFile(path.read_bytes()).entry("k")
+
+
+class Counting(io.BytesIO):
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+def test_only_wanted_parts_are_read(tmp_path: Path) -> None:
+    path, x = tmp_path / "a.pqkv", tensor(4, 512, 64)
+    with PQKVWriter(path) as writer:
+        writer.add("k", x, **REFERENCE)
+        writer.add("v", x, **REFERENCE)
+    with PQKVAppender(path) as writer:
+        writer.extend("k", x, **REFERENCE)
+    source = Counting(path.read_bytes())
+    with PQKVFile(source) as file:
+        file.entry("k")
+        source.count = 0
+        file.decode("k", tokens=(512, 768), leading=(1, 2), **REFERENCE)
+    payload = 256 * 64 * 3 // 8
+    assert payload <= source.count <= payload + 4 * 4 + 1200  # checksums; and what frames and headers say
