@@ -22,7 +22,7 @@ from pqcodec import arrays, codec
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
-from pqcodec.formats import exact
+from pqcodec.formats import exact, remote
 from pqcodec.formats.atomic import replacing
 from pqcodec.formats.frames import (
     KINDS,
@@ -37,7 +37,7 @@ from pqcodec.formats.frames import (
     sealed,
     tensor_problem,
 )
-from pqcodec.source import FileSource, MemorySource, Source, check_range
+from pqcodec.source import FileSource, MappedSource, MemorySource, Source, check_range
 from pqcodec.stream import Damage, StreamInfo, checked_range
 
 LAYOUT = "..., tokens, head_dim"
@@ -106,7 +106,8 @@ class PQKVWriter:
         meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
         with ExitStack() as stack:
             if isinstance(self._target, (str, os.PathLike)):
-                self._file = stack.enter_context(open(stack.enter_context(replacing(self._target)), "wb", buffering=0))
+                local = remote.uploading if remote.is_url(self._target) else replacing
+                self._file = stack.enter_context(open(stack.enter_context(local(self._target)), "wb", buffering=0))  # type: ignore[arg-type]
             else:
                 self._file = self._target
             stack.push(self._finish)
@@ -223,6 +224,8 @@ class PQKVAppender(PQKVWriter):
 
     def __enter__(self) -> PQKVAppender:
         path = os.fspath(self._target)  # type: ignore[arg-type]
+        if remote.is_url(path):
+            raise InvalidArgument(f"{path}: files of a store do not grow in place; download it, append, and upload it again")
         with ExitStack() as stack:
             self._file = stack.enter_context(open(path, "r+b", buffering=0))
             _lock(self._file, path)
@@ -332,9 +335,10 @@ class PQKVFile:
         self._source: Source
         if isinstance(source, (bytes, bytearray, memoryview)):
             self._label, self._source = "<bytes>", MemorySource(source)
+        elif remote.is_url(source):
+            self._label, self._source = str(source), remote.RemoteSource(str(source))
         elif isinstance(source, (str, os.PathLike)):
-            self._label = os.fspath(source)
-            self._source = FileSource(self._stack.enter_context(open(source, "rb")))  # noqa: SIM115 (the stack closes it)
+            self._label, self._source = os.fspath(source), self._stack.enter_context(MappedSource(source))
         elif hasattr(source, "seek") and hasattr(source, "read"):
             self._label = str(getattr(source, "name", "<file>"))
             self._source = FileSource(source)
@@ -525,10 +529,11 @@ class PQKVFile:
         listed = json_value(self._sealed_body(index).tobytes(), "index")
         previous = None
         if grown and isinstance(listed, dict):
-            previous, listed = listed.get("previous"), listed.get("frames")
-            if not natural(previous) or not c.FILE_HEAD_STRUCT.size < previous <= start:
+            told, listed = listed.get("previous"), listed.get("frames")
+            previous = int(told) if natural(told) else 0
+            if not c.FILE_HEAD_STRUCT.size < previous <= start:
                 raise CorruptStream(
-                    f"index at byte {start}: the footer before it ends at {previous!r}, a byte before it is expected"
+                    f"index at byte {start}: the footer before it ends at {told!r}, a byte before it is expected"
                 )
         if not isinstance(listed, list):
             raise CorruptStream("index: a JSON list is expected")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import BinaryIO, Protocol
 
@@ -46,6 +47,27 @@ class FileSource:
         if len(data) != count:
             raise TruncatedStream(f"bytes {start} .. {start + count} wanted, the file ends {count - len(data)} bytes earlier")
         return np.frombuffer(data, np.uint8)
+
+
+class MappedSource:
+    """A file that is mapped into memory; reads are views of it, valid until it is closed. A context manager."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        with open(path, "rb") as file:
+            self.size = file.seek(0, os.SEEK_END)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self._data = np.frombuffer(self._map if self._map is not None else b"", np.uint8)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        check_range(start, count, self.size)
+        return self._data[start : start + count]
+
+    def __enter__(self) -> MappedSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing can be read any more; the mapping ends with the last view."""
+        self.size, self._map, self._data = 0, None, np.zeros(0, np.uint8)
 
 
 def check_range(start: int, count: int, size: int) -> None:

@@ -320,7 +320,7 @@ def test_wrong_use_is_2(arguments: str, cache: Path, coded: Path, tmp_path: Path
 
 def test_a_newer_version_is_3(coded: Path) -> None:
     data = bytearray(coded.read_bytes())
-    data[4] = 2
+    data[4] = 3
     coded.write_bytes(data)
     assert "install a newer pqcodec" in run("verify", coded, code=3).stderr
 

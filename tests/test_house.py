@@ -20,6 +20,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "safetensors": {"formats/tensors.py"},
     "typer": {"tools"},
     "rich": {"tools"},
+    "fsspec": {"formats/remote.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
     "cuda": {"pqcodec/kernels/gpu_cuda.py"},
 }
