@@ -106,8 +106,9 @@ class PQKVWriter:
         meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
         with ExitStack() as stack:
             if isinstance(self._target, (str, os.PathLike)):
-                local = remote.uploading if remote.is_url(self._target) else replacing
-                self._file = stack.enter_context(open(stack.enter_context(local(self._target)), "wb", buffering=0))  # type: ignore[arg-type]
+                url = remote.is_url(self._target)
+                path = stack.enter_context(remote.uploading(str(self._target)) if url else replacing(self._target))
+                self._file = stack.enter_context(open(path, "wb", buffering=0))
             else:
                 self._file = self._target
             stack.push(self._finish)
@@ -530,7 +531,7 @@ class PQKVFile:
         previous = None
         if grown and isinstance(listed, dict):
             told, listed = listed.get("previous"), listed.get("frames")
-            previous = int(told) if natural(told) else 0
+            previous = told if isinstance(told, int) and natural(told) else 0
             if not c.FILE_HEAD_STRUCT.size < previous <= start:
                 raise CorruptStream(
                     f"index at byte {start}: the footer before it ends at {told!r}, a byte before it is expected"
