@@ -10,6 +10,8 @@ import numpy as np
 
 from pqcodec.errors import InvalidArgument, TruncatedStream
 
+_WORTH_A_HINT = 1 << 16  # bytes of a read that the system is told of beforehand
+
 
 class Source(Protocol):
     """A run of bytes that is read by place."""
@@ -60,6 +62,9 @@ class MappedSource:
 
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)
+        if self._map is not None and count >= _WORTH_A_HINT and hasattr(mmap, "MADV_WILLNEED"):
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + count - page)  # else each page waits for the disk by itself
         return self._data[start : start + count]
 
     def __enter__(self) -> MappedSource:

@@ -1,8 +1,8 @@
 // Law: the CUDA kernels for orders 64, 128 and 256, compiled at run time for one kind of stream.
 //
 // A warp codes one block (a chunk of tokens of one leading index), eight rows at a time, and shares nothing with other warps but
-// read-only tables. Four lanes hold a row: each owns a quarter of its tree, so no lane
-// waits for another but at the two nodes above. The rotation is mma with operands of +-1: a lane's quads are what mma reads
+// read-only tables. Four lanes hold a row: each owns a quarter of its tree, so no lane waits for another but at the two nodes
+// above. The rotation is mma with operands of +-1: a lane's quads are what mma reads
 // (decoding) or adds up (encoding), and channels lie so that a lane loads and stores sixteen bytes beside its neighbours'. All
 // sums of the decoder are integers below 2^24, so they are exact. The next rows are on their way while these are coded.
 // Nothing may be fused that decides output bits: this file is compiled with --fmad=false, and the encoder, which is free,
@@ -22,7 +22,7 @@ typedef long long i64;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-#define QUADS_LANE (ORDER / 16)  // quads of a lane's quarter, and k-steps of mma
+#define QUADS_LANE (ORDER / 16)  // quads of a lane's quarter
 #define PIECES (ORDER / 32)      // runs of eight channels of a lane
 #define ROWS 8
 #define WARPS (THREADS / 32)
