@@ -21,6 +21,7 @@ from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import exact
 from pqcodec.formats.atomic import replacing
+from pqcodec.formats.frames import json_value
 
 TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
 
@@ -79,6 +80,20 @@ def checked_extension(path: str | os.PathLike[str]) -> str:
     if extension not in _WRITERS:
         raise InvalidArgument(f"{path}: extension {extension!r} is unknown; choose from {', '.join(_WRITERS)}")
     return extension
+
+
+def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file, checked by the library, and the byte where its tensors begin.
+
+    Raises CorruptStream or OSError; a name that stands twice is damage, too.
+    """
+    from safetensors import safe_open
+
+    with _library_errors(path, "is no safetensors file that holds together", CorruptStream), safe_open(path, framework="np"):
+        pass
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json_value(file.read(size), f"{path}: header"), 8 + size
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
