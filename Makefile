@@ -29,9 +29,10 @@ check: $(VENV)/installed  ## lint, format, types
 	cp -r pqcodec build/types/ && cp -r formats tools build/types/pqcodec/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p pqcodec
 
-bench: $(VENV)/installed  ## the benchmarks that need no model; tables, JSON and PNG under benchmarks/results
+bench: $(VENV)/installed  ## the benchmarks that need no model and no GPU; tables, JSON and PNG under benchmarks/results
 	$(BIN)/python -m benchmarks.rate_distortion
 	$(BIN)/python -m benchmarks.cpu_speed
+	$(BIN)/python -m benchmarks.io_speed
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -124,6 +125,30 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             pass
         data[bit // 8] ^= 1 << bit % 8
     assert missed == []
+
+
+def test_random_edits_are_found(tmp_path: Path) -> None:
+    """Bytes changed, runs of bytes overwritten, exchanged or removed: PQCODEC_EDITS of them (500 unless told)."""
+    path = tmp_path / "a.pqkv"
+    ends, _ = grown(path)
+    good, rng = path.read_bytes(), random.Random(int(os.environ.get("PQCODEC_SEED", "0")))
+    for number in range(int(os.environ.get("PQCODEC_EDITS", "500"))):
+        data = bytearray(good)
+        kind, at, length = rng.randrange(4), rng.randrange(len(data)), rng.randrange(1, 40)
+        if kind == 0:
+            for place in rng.sample(range(len(data)), rng.randrange(1, 4)):
+                data[place] ^= rng.randrange(1, 256)
+        elif kind == 1:
+            data[at : at + length] = rng.randbytes(len(data[at : at + length]))
+        elif kind == 2:
+            other = rng.randrange(len(data))
+            data[at : at + length], data[other : other + length] = data[other : other + length], data[at : at + length]
+        else:
+            del data[at : at + length]
+        if bytes(data) == good or (good.startswith(bytes(data)) and len(data) in ends):
+            continue  # nothing changed, or an older state of the file
+        with contextlib.suppress(PQError):
+            assert PQKVFile(bytes(data)).verify(**REFERENCE), f"edit {number}"
 
 
 def test_a_torn_append_is_cut_off_by_the_next(tmp_path: Path) -> None:
