@@ -137,7 +137,7 @@ def main() -> None:
         payload = sum(file.inspect(name).payload_bytes for name in file.names)
         streams = sum(file.inspect(name).stream_bytes for name in file.names)
         figures["container_overhead"] = (file.size - streams) / streams
-        figures["overhead_with_checksums"] = file.size / (payload * 1.0) - 1
+        figures["overhead_with_checksums"] = file.size / payload - 1
     figures["partial"] = partial(coded)
     new = cache(1, NEW_TOKENS)
     figures["append_seconds"] = seconds(lambda: append_cache(coded, new))

@@ -1,6 +1,7 @@
 """Law: other people's containers and files of many streams; what one stream holds is the package ``pqcodec``'s business."""
 
+from pqcodec.formats.appender import PQKVAppender
 from pqcodec.formats.cache import append_cache, load_cache, save_cache
-from pqcodec.formats.pqkv import Entry, PQKVAppender, PQKVFile, PQKVWriter
+from pqcodec.formats.pqkv import Entry, PQKVFile, PQKVWriter
 
 __all__ = ["Entry", "PQKVAppender", "PQKVFile", "PQKVWriter", "append_cache", "load_cache", "save_cache"]

@@ -10,7 +10,8 @@ from typing import Any
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import rates
-from pqcodec.formats.pqkv import PathOrFile, PQKVAppender, PQKVFile, PQKVWriter
+from pqcodec.formats.appender import PQKVAppender
+from pqcodec.formats.pqkv import PathOrFile, PQKVFile, PQKVWriter
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 
@@ -18,6 +19,21 @@ EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all oth
 def key_center(rope: Rope | None) -> str:
     """What keys are centred with by default."""
     return "mean" if rope is None else "rope"
+
+
+def check_centring(rope: Rope | None, center_keys: bool) -> None:
+    """Raises InvalidArgument where a rope is given and nothing is centred with it."""
+    if rope is not None and not center_keys:
+        raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
+
+
+def presets_of(
+    layers: Sequence[tuple[Any, Any]], preset: str, rope: Rope | None, exact_tokens: int, shared: bool
+) -> tuple[list[str], list[str]]:
+    """Presets of each layer's keys and values; ``shared``: bits go to the keys of high energy (``formats.rates``)."""
+    if not shared:
+        return [preset] * len(layers), [preset] * len(layers)
+    return rates.share(preset, [rates.centred_energy(key, rope=rope, exact_tokens=exact_tokens) for key, _ in layers])
 
 
 def save_cache(
@@ -47,13 +63,9 @@ def save_cache(
     >>> [key.shape for key, value in load_cache(file, tokens=(2, 6), backend="reference")]
     [(1, 2, 4, 64)]
     """
-    if rope is not None and not center_keys:
-        raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
+    check_centring(rope, center_keys)
     total = 2 * len(layers)
-    presets = ([preset] * len(layers),) * 2
-    if share_bits and center_keys:
-        energies = [rates.centred_energy(key, rope=rope, exact_tokens=exact_tokens) for key, _ in layers]
-        presets = rates.share(preset, energies)
+    presets = presets_of(layers, preset, rope, exact_tokens, share_bits and center_keys)
     with PQKVWriter(path, metadata) as writer:
         for layer, pair in enumerate(layers):
             for place, (role, tensor) in enumerate(zip(("key", "value"), pair, strict=True)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.stream import checked_range
 
 NUMPY_DTYPES = {name: np.dtype(name) for name in c.EXACT_ITEM_BYTES if name != "bfloat16" and not name.startswith("float8")}
 
@@ -71,3 +72,16 @@ def as_torch(x: Any) -> Any:
 def contiguous(x: Any) -> Any:
     """``x`` itself, or a copy in row-major order."""
     return x.contiguous() if is_torch(x) else np.require(x, requirements="C")
+
+
+def cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:
+    """``tokens`` and ``leading`` of an exact tensor, as ``pqcodec.decode`` cuts a coded one; raises InvalidArgument."""
+    if tokens is None and leading is None:
+        return x
+    if x.ndim < 2:
+        raise InvalidArgument(f"shape {tuple(x.shape)}: tokens and leading need [..., tokens, head_dim]")
+    first, last = checked_range("tokens", tokens, x.shape[-2])
+    if leading is not None:
+        low, high = checked_range("leading", leading, math.prod(x.shape[:-2]))
+        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])[low:high]
+    return x[..., first:last, :]

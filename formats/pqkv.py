@@ -1,7 +1,7 @@
 """Law: the .pqkv file (SPEC Part II): many coded and exact tensors in one log of frames, an index and a footer behind them.
 
 Frames are written as they come and read by place, so neither side holds more than one tensor. A file grows by frames, an
-index and a footer behind what is there: nothing that was committed is written again.
+index and a footer behind what is there (``appender``): nothing that was committed is written again.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ class Entry:
     def tensor_bytes(self) -> int:
         return math.prod(self.shape) * c.EXACT_ITEM_BYTES[self.dtype]
 
+    @property
+    def tokens(self) -> int:
+        return self.shape[-2] if len(self.shape) > 1 else 1
+
+    def continued_by(self, shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether tokens of a shape and dtype can stand behind these."""
+        whole = min(len(shape), len(self.shape)) > 1
+        return whole and (shape[:-2], shape[-1], dtype) == (self.shape[:-2], self.shape[-1], self.dtype)
+
+    def with_tokens(self, tokens: int, parts: int, body_bytes: int) -> Entry:
+        return replace(self, shape=(*self.shape[:-2], tokens, self.shape[-1]), parts=parts, body_bytes=body_bytes)
+
 
 @contextmanager
 def named(place: str) -> Iterator[None]:
@@ -72,6 +84,12 @@ def named(place: str) -> Iterator[None]:
         yield
     except PQError as error:
         raise type(error)(f"{place}: {error}") from error
+
+
+def unknown(label: str, name: str, names: tuple[str, ...]) -> InvalidArgument:
+    """The error for a tensor that is not in a file."""
+    some = ", ".join(repr(n) for n in names[:5]) + (" ..." if len(names) > 5 else "")
+    return InvalidArgument(f"{label}: no tensor is called {name!r}; there are {some or 'none'}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -93,7 +111,6 @@ class PQKVWriter:
 
     def __init__(self, target: PathOrFile, metadata: dict[str, Any] | None = None) -> None:
         self._target, self._metadata = target, metadata
-        self._version = c.FILE_VERSION
         self._previous: int | None = None  # where the frames end that were there before
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
@@ -211,106 +228,6 @@ class PQKVWriter:
         self._file.flush()
 
 
-class PQKVAppender(PQKVWriter):
-    """Grows a file in place: new tensors, and new tokens of tensors that are there; a context manager.
-
-    What was committed stays as it is, byte for byte. ``commit`` makes what was added so far part of the file, as the end of
-    the block does; what a killed writer has left behind its last commit is cut off. Where the block fails, the file ends at
-    the last commit. One appender at a time: a second one is refused (BlockingIOError).
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
-        self._entries: dict[str, Entry] = {}
-
-    def __enter__(self) -> PQKVAppender:
-        path = os.fspath(self._target)  # type: ignore[arg-type]
-        if remote.is_url(path):
-            raise InvalidArgument(f"{path}: files of a store do not grow in place; download it, append, and upload it again")
-        with ExitStack() as stack:
-            self._file = stack.enter_context(open(path, "r+b", buffering=0))
-            _lock(self._file, path)
-            with PQKVFile(path) as there:
-                self._entries = {name: there.entry(name) for name in there.names}
-                self._names = set(there.names)
-                self.bytes_written = self._previous = there.committed_bytes
-            self._file.truncate(self.bytes_written)
-            if there.version == c.FILE_VERSION:
-                self._file.seek(0)
-                self._file.write(head(c.GROWN_VERSION))  # one write of 16 bytes: the file is whole before it and after it
-            self._file.seek(self.bytes_written)
-            stack.push(self._finish)
-            self._stack = stack.pop_all()
-        return self
-
-    def commit(self) -> None:
-        """Make what was added part of the file, and go on."""
-        if self._items:
-            self._commit()
-            assert self._file is not None
-            os.fsync(self._file.fileno())
-            self._items, self._previous = [], self.bytes_written
-
-    def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
-        """Add tokens to a coded tensor of the file, [..., new tokens, head_dim]; its other dimensions and dtype are as before.
-
-        ``rope``: that of the first tokens; its first position moves on by the tokens that are there.
-        """
-        entry = self._entries.get(name)
-        if entry is None or not entry.coded:
-            some = "kept exactly" if entry else "not in the file"
-            raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
-        there = entry.shape[-2] if len(entry.shape) > 1 else 1
-        rope = encode_options.get("rope")
-        if rope is not None:
-            encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
-        with named(f"tensor {name!r}"):
-            stream = codec.encode(tensor, **encode_options)
-            info = codec.inspect(stream)
-            if len(info.shape) < 2 or (info.shape[:-2], info.shape[-1], info.dtype) != _but_tokens(entry):
-                raise InvalidArgument(
-                    f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"
-                )
-        meta = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "first_token": there}
-        self._tensor(c.FRAME_CODED, name, entry.layer, entry.role, meta, [stream])
-        tokens = there + info.shape[-2]
-        self._entries[name] = replace(entry, shape=(*entry.shape[:-2], tokens, entry.shape[-1]), parts=entry.parts + 1)
-        return info
-
-    def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: list[Any]) -> None:
-        super()._tensor(kind, name, layer, role, meta, body)
-        if name not in self._entries:
-            shape = tuple(int(n) for n in meta["shape"])
-            coded = kind == c.FRAME_CODED
-            self._entries[name] = Entry(name, coded, layer, role, shape, meta["dtype"], meta["layout"], 0, 0)
-
-    def _finish(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._file is not None
-        assert self._previous is not None
-        try:
-            if kind is None:
-                self.commit()
-        finally:
-            self._file.truncate(self._previous)
-            self._file = None
-
-
-def _but_tokens(entry: Entry) -> tuple[Any, ...]:
-    return entry.shape[:-2], entry.shape[-1], entry.dtype
-
-
-def _lock(file: BinaryIO, path: str) -> None:
-    """Hold a file against other appenders until it is closed; nothing is held where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "another process appends to the file; wait for it", path) from None
-
-
 # -- reading -----------------------------------------------------------------------------------------------------
 class _Part:
     """A run of bytes of another source."""
@@ -398,8 +315,7 @@ class PQKVFile:
     def entry(self, name: str) -> Entry:
         """Role, layer, shape, dtype and place of a tensor."""
         if name not in self._tensors:
-            some = ", ".join(repr(n) for n in self.names[:5]) + (" ..." if len(self.names) > 5 else "")
-            raise InvalidArgument(f"{self._label}: no tensor is called {name!r}; there are {some or 'none'}")
+            raise unknown(self._label, name, self.names)
         if name not in self._entries:
             with self._named(name):
                 self._entries[name], self._numpy[name] = self._whole(self._tensors[name])
@@ -445,7 +361,7 @@ class PQKVFile:
                     return codec.decode(self._stream(entry), tokens=tokens, **options)
                 return arrays.joined(self._decoded_parts(entry, tokens, options))
             x = exact.from_bytes(self._exact_bytes(entry), entry.shape, entry.dtype, self._numpy[name])
-            x = _cut(x, tokens, leading)
+            x = exact.cut(x, tokens, leading)
             return x if device is None else arrays.to_device(x, device)
 
     def _decoded_parts(self, entry: Entry, tokens: tuple[int, int] | None, options: dict[str, Any]) -> Iterator[Any]:
@@ -667,10 +583,10 @@ class PQKVFile:
     def _whole(self, items: list[Frame]) -> tuple[Entry, bool]:
         """The entry of a tensor of one part or of many, whose tokens follow each other."""
         entry, numpy = self._read_entry(items[0])
-        tokens = entry.shape[-2] if len(entry.shape) > 1 else 1
+        tokens = entry.tokens
         for item in items[1:]:
             part, _ = self._read_entry(item)
-            if len(entry.shape) < 2 or len(part.shape) < 2 or _but_tokens(part) != _but_tokens(entry):
+            if not entry.continued_by(part.shape, part.dtype):
                 raise CorruptStream(
                     f"the part at byte {item.offset} is {part.dtype} {part.shape}, the first {entry.dtype} {entry.shape}"
                 )
@@ -680,8 +596,7 @@ class PQKVFile:
             tokens += part.shape[-2]
         if len(items) == 1:
             return entry, numpy
-        shape = (*entry.shape[:-2], tokens, entry.shape[-1])
-        return replace(entry, shape=shape, body_bytes=sum(item.body_bytes for item in items), parts=len(items)), numpy
+        return entry.with_tokens(tokens, len(items), sum(item.body_bytes for item in items)), numpy
 
     def _read_entry(self, item: Frame) -> tuple[Entry, bool]:
         """The entry of a tensor's part, and whether it was given as numpy's."""
@@ -731,19 +646,3 @@ class PQKVFile:
 
     def _named(self, name: str) -> Any:
         return named(f"{self._label}: tensor {name!r}")
-
-
-def _cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:
-    """``tokens`` and ``leading`` of an exact tensor, as ``pqcodec.decode`` cuts a coded one."""
-    if tokens is None and leading is None:
-        return x
-    if x.ndim < 2:
-        raise InvalidArgument(f"shape {tuple(x.shape)}: tokens and leading need [..., tokens, head_dim]")
-    if leading is not None:
-        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    for name, wanted, count in (("tokens", tokens, x.shape[-2]), ("leading", leading, x.shape[0])):
-        if wanted is not None and not 0 <= wanted[0] <= wanted[1] <= count:
-            raise InvalidArgument(f"{name} {wanted[0]} .. {wanted[1]} is outside 0 .. {count} of the tensor")
-    if tokens is not None:
-        x = x[..., tokens[0] : tokens[1], :]
-    return x if leading is None else x[leading[0] : leading[1]]

@@ -34,14 +34,14 @@ from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import exact, rates
 from pqcodec.formats.atomic import replacing
-from pqcodec.formats.cache import EXACT_TOKENS, key_center
+from pqcodec.formats.cache import EXACT_TOKENS, check_centring, key_center
 from pqcodec.formats.frames import checksum_bytes, json_bytes, json_value, tensor_problem
 from pqcodec.formats.names import Part, part_of
-from pqcodec.formats.pqkv import LAYOUT, Entry, Progress, named
+from pqcodec.formats.pqkv import LAYOUT, Entry, Progress, named, unknown
 from pqcodec.formats.tensors import open_tensors, safetensors_header
 from pqcodec.header import DTYPE_NAMES
 from pqcodec.source import FileSource, MemorySource, Source
-from pqcodec.stream import Damage, StreamInfo, checked_range
+from pqcodec.stream import Damage, StreamInfo
 
 FORMAT, VERSION = "kv-cache", "1"
 _KEYS = tuple(f"pqcodec_{key}" for key in ("format", "version", "tensors", "metadata", "checksum"))
@@ -215,8 +215,7 @@ def save_safetensors(
     ...     file.names, file.metadata, file.decode("layers.0.key", tokens=(2, 6), backend="reference").shape
     (('layers.0.key', 'layers.0.value'), {'model': 'tiny'}, (1, 2, 4, 64))
     """
-    if rope is not None and not center_keys:
-        raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
+    check_centring(rope, center_keys)
     if isinstance(cache, Mapping):
         tensors, parts = dict(cache), {name: part_of(name) for name in cache}
     else:
@@ -366,8 +365,7 @@ class SafetensorsCache:
     def entry(self, name: str) -> Entry:
         """Role, layer, shape, dtype and place of a tensor."""
         if name not in self._tensors:
-            some = ", ".join(repr(n) for n in self.names[:5]) + (" ..." if len(self.names) > 5 else "")
-            raise InvalidArgument(f"{self._label}: no tensor is called {name!r}; there are {some or 'none'}")
+            raise unknown(self._label, name, self.names)
         if name not in self._entries:
             with self._named(name):
                 self._entries[name] = self._read_entry(name)
@@ -403,7 +401,7 @@ class SafetensorsCache:
                 stream = self._body(name)
                 return codec.decode(stream, device=device, backend=backend, tokens=tokens, leading=leading, progress=progress)
             x = exact.from_bytes(self._exact_bytes(name), entry.shape, entry.dtype, self._tensors[name]["numpy"])
-            x = _cut(x, tokens, leading)
+            x = exact.cut(x, tokens, leading)
             return x if device is None else arrays.to_device(x, device)
 
     def get_tensor(self, name: str) -> Any:
@@ -516,19 +514,6 @@ def _fields_problem(fields: object) -> str:
     if not isinstance(fields.get("layout"), str) or not isinstance(fields.get("seal"), str):
         return f"layout is {fields.get('layout')!r}, seal {fields.get('seal')!r}; strings are expected"
     return tensor_problem(fields.get("name"), fields.get("layer"), fields.get("role"))
-
-
-def _cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:
-    """``tokens`` and ``leading`` of an exact tensor, as ``pqcodec.decode`` cuts a coded one."""
-    if tokens is None and leading is None:
-        return x
-    if x.ndim < 2:
-        raise InvalidArgument(f"shape {tuple(x.shape)}: tokens and leading need [..., tokens, head_dim]")
-    first, last = checked_range("tokens", tokens, x.shape[-2])
-    if leading is not None:
-        low, high = checked_range("leading", leading, math.prod(x.shape[:-2]))
-        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])[low:high]
-    return x[..., first:last, :]
 
 
 # -- slices ------------------------------------------------------------------------------------------------------

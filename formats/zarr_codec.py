@@ -27,8 +27,7 @@ from pqcodec import constants as c
 from pqcodec.arrays import is_torch
 from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
-from pqcodec.formats import rates
-from pqcodec.formats.cache import EXACT_TOKENS, key_center
+from pqcodec.formats.cache import EXACT_TOKENS, check_centring, key_center, presets_of
 from pqcodec.formats.pqkv import LAYOUT, named
 from pqcodec.header import DTYPE_NAMES, Header, header_size
 from pqcodec.source import MemorySource, Source, check_range
@@ -377,17 +376,13 @@ def save_zarr(
     >>> zarr.open(store)["layers/0/key"][1, 250:260].shape, load_zarr(store, tokens=(0, 4))[0][0].shape
     ((10, 64), (2, 4, 64))
     """
-    if rope is not None and not center_keys:
-        raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
+    check_centring(rope, center_keys)
     if not 0 <= exact_tokens <= tokens_per_chunk:
         raise InvalidArgument(f"exact_tokens {exact_tokens} is outside 0 .. {tokens_per_chunk}, the tokens of the first chunk")
     for i, role, x in _named_tensors(layers):
         if x.ndim < 2:
             raise InvalidArgument(f"layers/{i}/{role}: shape {tuple(x.shape)}; [..., tokens, head_dim] is expected")
-    presets = ([preset] * len(layers),) * 2
-    if share_bits and center_keys:
-        energies = [rates.centred_energy(key, rope=rope, exact_tokens=exact_tokens) for key, _ in layers]
-        presets = rates.share(preset, energies)
+    presets = presets_of(layers, preset, rope, exact_tokens, share_bits and center_keys)
     about = {"format": CACHE_FORMAT, "pqcodec": __version__, "metadata": metadata or {}}
     try:
         root = zarr.create_group(store, attributes=about, overwrite=overwrite)

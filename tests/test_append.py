@@ -172,6 +172,9 @@ def test_what_fails_leaves_the_last_commit(tmp_path: Path) -> None:
         _fail(path, lambda writer: 1 // 0, commit=True)
     assert PQKVFile(path.read_bytes()).names == ("k", "n5", "n11", "kept")
     with PQKVAppender(path) as writer:
+        writer.add("vector", tensor(16), **REFERENCE)
+        with pytest.raises(InvalidArgument, match="only tokens may differ"):
+            writer.extend("vector", tensor(2, 16), **REFERENCE)
         for name, message in (("n5", "kept exactly"), ("x", "not in the file")):
             with pytest.raises(InvalidArgument, match=message):
                 writer.extend(name, tensor(1, 1, 16), **REFERENCE)

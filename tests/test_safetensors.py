@@ -24,8 +24,8 @@ from safetensors.numpy import save_file as save_plain
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, PQError, UnsupportedStream
 from pqcodec.formats import PQKVFile, PQKVWriter, exact, load_cache, safetensors_file
+from pqcodec.formats.appender import PQKVAppender
 from pqcodec.formats.convert import pqkv_to_safetensors, safetensors_to_pqkv
-from pqcodec.formats.pqkv import PQKVAppender
 from pqcodec.formats.safetensors_file import SafetensorsCache, load_file, save_safetensors
 
 REFERENCE = {"backend": "reference"}

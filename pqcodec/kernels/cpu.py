@@ -120,8 +120,8 @@ def _circle() -> np.ndarray:
 @lru_cache(maxsize=1)
 def _paper_arrays() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
-    bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
-    return np.stack(bounds) ** 2, (np.stack(cos), np.stack(sin))
+    bounds, cos, sin = tables.paper_cells()
+    return bounds**2, (cos, sin)
 
 
 def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:

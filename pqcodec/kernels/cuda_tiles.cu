@@ -13,7 +13,7 @@
 // quarter of the tree). Channels: q is bits 4 and 3. What is left counts k-steps or tiles.
 //
 // Compiled with: DECODER or ENCODER, PAPER (the coding), ORDER, LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET,
-// RADIUS_BITS, RADIUS_STEPS, ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
+// RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
 // constants.py and device.py, sizes of shared memory, and the places of the tables.
 
 typedef unsigned int u32;
@@ -24,7 +24,6 @@ typedef unsigned char u8;
 
 #define QUADS_LANE (ORDER / 16)  // quads of a lane's quarter
 #define PIECES (ORDER / 32)      // runs of eight channels of a lane
-#define ROWS 8
 #define WARPS (THREADS / 32)
 #define WORDS(rows) ((rows) * ROW_BYTES / 4)
 #define FETCHES ((WORDS(ROWS) + 31) / 32)

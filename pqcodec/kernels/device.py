@@ -253,7 +253,7 @@ def tables_on(
     rotation = np.zeros((order, columns), np.float16)
     rotation[:, :order] = t.signed_hadamard(order, seed)
     circle_steps = [angles.circle_step(n) for n in (quads.n_a, quads.n_b)]
-    paper = [np.stack(part) for part in zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)]
+    paper = t.paper_cells()
 
     def extended(array: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([array, np.full_like(array[:1], value)])

@@ -101,7 +101,7 @@ def _halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _decoder_tables(h: Header, plan: Plan, table_bits: int) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_PAPER:
-        _, cos, sin = _paper_cells()
+        _, cos, sin = t.paper_cells()
         directions = (2 * np.arange(16) + 1) * (c.CIRCLE // 32)
         return {
             "ANGLES": np.stack([cos, sin], 2).astype(np.float32),
@@ -152,12 +152,6 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
     found = np.concatenate(points).astype(np.float32)
     assert found.nbytes <= 1 << 16
     return table, found
-
-
-def _paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bounds [3, 3], cos and sin [3, 4] of levels 2 to 4."""
-    bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
-    return np.stack(bounds), np.stack(cos), np.stack(sin)
 
 
 def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
@@ -217,7 +211,8 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
         "GRID": f"{float(c.GRID)!r}f",
         "PAPER": int(paper),
-        "PAPER_BOUNDS": _braces(_paper_cells()[0] ** 2),
+        "PAPER_BOUNDS": _braces(t.paper_cells()[0] ** 2),
+        "ROWS": ROWS,
         "ROW_BYTES": plan.row_bytes,
         "STRIDE_WORDS": _stride_words(h),
         "STAGE_BYTES": _stage_bytes(h),

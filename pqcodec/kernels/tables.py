@@ -112,6 +112,13 @@ def paths(order: int) -> np.ndarray:
     return table
 
 
+@lru_cache(maxsize=1)
+def paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The paper coding's levels 2 to 4: bounds in tan psi [3, 3], cos and sin of the centroids [3, 4]."""
+    bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
+    return np.stack(bounds), np.stack(cos), np.stack(sin)
+
+
 @lru_cache(maxsize=64)
 def signed_hadamard(order: int, seed: int) -> np.ndarray:
     """H D: int8 [order, order] of +-1; the encoder takes v = H D x / sqrt(order), the decoder (H D)^T (SPEC 5)."""
