@@ -153,13 +153,17 @@ def _nowhere(h: Header) -> Values:
 def _items(job: DecodeJob) -> np.ndarray:
     """The blocks of a job, chunk-major: int64 [n, 5] of chunk, leading index, low row, high row and place in the payload."""
     h = job.header
-    chunks, leads = job.last_chunk - job.first_chunk, job.last_lead - job.first_lead
-    items = np.zeros((chunks, leads, 5), np.int64)
-    for i, chunk in enumerate(range(job.first_chunk, job.last_chunk)):
-        place = h.block_start(chunk, job.first_lead) - job.origin
-        items[i, :, 0], items[i, :, 1] = chunk, np.arange(job.first_lead, job.last_lead)
-        items[i, :, 2], items[i, :, 3] = job.rows_of(chunk)
-        items[i, :, 4] = place + np.arange(leads) * h.block_bytes(chunk)
+    chunks, leads = np.arange(job.first_chunk, job.last_chunk), np.arange(job.first_lead, job.last_lead)
+    tokens = np.minimum(h.chunk_tokens, h.coded_tokens - chunks * h.chunk_tokens)
+    start = h.first_tokens + chunks * h.chunk_tokens
+    low = np.maximum(job.first_token - start, 0)
+    whole = h.block_start(1, 0) - h.block_start(0, 0) if h.chunks > 1 else 0  # bytes from one chunk to the next
+    items = np.empty((chunks.size, leads.size, 5), np.int64)
+    items[..., 0], items[..., 1] = chunks[:, None], leads
+    items[..., 2] = low[:, None]
+    items[..., 3] = np.maximum(low, np.minimum(job.last_token - start, tokens))[:, None]
+    items[..., 4] = (h.payload_start - job.origin + chunks * whole)[:, None]
+    items[..., 4] += leads * (tokens * h.row_bytes + c.CHECKSUM_BYTES)[:, None]
     return items.reshape(-1, 5)
 
 
