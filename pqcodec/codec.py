@@ -27,12 +27,13 @@ from pqcodec.stream import (
     checked_range,
     damage_error,
     exceptions_section,
+    groups_of_chunks,
     make_header,
     paper_exponent,
+    read_blocks,
     read_exceptions,
     read_header,
     result_shape,
-    runs_of_blocks,
 )
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
@@ -315,18 +316,13 @@ def _decode_into(
     first = max(tokens[0] - h.first_tokens, 0) // h.chunk_tokens
     last = -(-max(tokens[1] - h.first_tokens, 0) // h.chunk_tokens)
     advance = _counter(h, progress)
-    for low, high, part in runs_of_blocks(h, first, last, leads):
-        origin = h.block_start(low, part[0])
-        end = h.block_start(high - 1, part[1] - 1) + h.block_bytes(high - 1)
-        damaged = np.zeros((high - low, part[1] - part[0]), np.bool_)
-        payload = source.read(origin, end - origin)
-        job_out = out and Values(out.flat, out.starts[part[0] - leads[0] :], out.stride, out.head_dim)
-        kernel.decode(
-            DecodeJob(h, payload, origin, low, high, part[0], part[1], tokens[0], tokens[1], offsets, job_out, damaged, advance)
-        )
+    for low, high in groups_of_chunks(h, first, last, leads[1] - leads[0]):
+        damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
+        payload = read_blocks(source, h, low, high, leads)
+        kernel.decode(DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, advance))
         for chunk, lead in np.argwhere(damaged):
             start = h.first_tokens + (low + int(chunk)) * h.chunk_tokens
-            damage.append(Damage("payload", part[0] + int(lead), (start, start + h.block_tokens(low + int(chunk)))))
+            damage.append(Damage("payload", leads[0] + int(lead), (start, start + h.block_tokens(low + int(chunk)))))
     if h.exceptions:
         _place_exceptions(source, h, out, tokens, leads, damage)
     return damage

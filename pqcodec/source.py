@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import BinaryIO, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from pqcodec.errors import InvalidArgument, TruncatedStream
 
 _WORTH_A_HINT = 1 << 16  # bytes of a read that the system is told of beforehand
+_AHEAD_BYTES = 4 << 20
 
 
 class Source(Protocol):
@@ -21,6 +25,15 @@ class Source(Protocol):
     def read(self, start: int, count: int) -> np.ndarray:
         """uint8 [count]; raises TruncatedStream where the bytes end earlier."""
         ...
+
+
+Range = tuple[int, int]  # first byte, number of bytes
+
+
+def read_many(source: Source, ranges: Sequence[Range]) -> list[np.ndarray]:
+    """Several reads; at once where the source can (a store that answers many requests together has ``read_many``)."""
+    many = getattr(source, "read_many", None)
+    return many(list(ranges)) if many and len(ranges) > 1 else [source.read(*wanted) for wanted in ranges]
 
 
 class MemorySource:
@@ -51,6 +64,23 @@ class FileSource:
         return np.frombuffer(data, np.uint8)
 
 
+class Part:
+    """A run of bytes of another source, such as one stream of many; the stream's header is kept once it was read."""
+
+    def __init__(self, source: Source, base: int, size: int) -> None:
+        self._source, self._base, self.size = source, base, size
+        self.header: Any = None
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        check_range(start, count, self.size)
+        return self._source.read(self._base + start, count)
+
+    def read_many(self, ranges: Sequence[Range]) -> list[np.ndarray]:
+        for start, count in ranges:
+            check_range(start, count, self.size)
+        return read_many(self._source, [(self._base + start, count) for start, count in ranges])
+
+
 class MappedSource:
     """A file that is mapped into memory; reads are views of it, valid until it is closed. A context manager."""
 
@@ -73,6 +103,27 @@ class MappedSource:
     def __exit__(self, *_: object) -> None:
         """Nothing can be read any more; the mapping ends with the last view."""
         self.size, self._map, self._data = 0, None, np.zeros(0, np.uint8)
+
+
+@contextmanager
+def reading_ahead(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While the block runs, a thread takes a local file from the disk into the system's cache, from its beginning on."""
+    stop = Event()
+
+    def read() -> None:
+        buffer = bytearray(_AHEAD_BYTES)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while not stop.is_set() and file.readinto(buffer):
+                    pass
+        except OSError:
+            pass  # who reads in earnest will be told
+
+    Thread(target=read, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 def check_range(start: int, count: int, size: int) -> None:

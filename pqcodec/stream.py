@@ -15,7 +15,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.header import Header, header_size
 from pqcodec.presets import preset as preset_of
 from pqcodec.rotation import order_for
-from pqcodec.source import Source
+from pqcodec.source import Part, Range, Source, read_many
 
 _RUN_BYTES = 16 << 20  # of blocks that are read at once
 
@@ -99,6 +99,9 @@ def make_header(
 
 def read_header(source: Source) -> Header:
     """The header of a stream whose size is right; allocates nothing that the header asks for."""
+    kept = getattr(source, "header", None)
+    if kept is not None:
+        return kept  # type: ignore[no-any-return]
     fixed = source.read(0, min(source.size, c.HEADER_STRUCT.size)).tobytes()
     size = header_size(fixed)
     header = Header.from_bytes(source.read(0, min(source.size, size)).tobytes())
@@ -106,6 +109,8 @@ def read_header(source: Source) -> Header:
         raise TruncatedStream(f"{header.stream_bytes} bytes announced, {source.size} there; the stream is cut off")
     if source.size > header.stream_bytes:
         raise CorruptStream(f"{source.size - header.stream_bytes} bytes behind the end of the stream; pass exactly one stream")
+    if isinstance(source, Part):
+        source.header = header
     return header
 
 
@@ -128,6 +133,28 @@ def runs_of_blocks(h: Header, first: int, last: int, leads: tuple[int, int]) -> 
     elif leads[1] > leads[0]:
         for chunk in range(first, last):
             yield chunk, chunk + 1, leads
+
+
+def groups_of_chunks(h: Header, first: int, last: int, leads: int) -> Iterator[tuple[int, int]]:
+    """Ranges of chunks whose blocks of so many leading indices are read at once."""
+    step = max(1, _RUN_BYTES // max(leads * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES), 1))
+    return ((low, min(low + step, last)) for low in range(first, last if leads else first, step))
+
+
+def read_blocks(source: Source, h: Header, low: int, high: int, leads: tuple[int, int]) -> np.ndarray:
+    """Blocks of some chunks and leading indices, one behind the other, chunk by chunk: uint8 [n]."""
+    if leads == (0, h.leading):
+        ranges: list[Range] = [_span(h, low, high - 1, leads)]
+    else:
+        ranges = [_span(h, chunk, chunk, leads) for chunk in range(low, high)]
+    found = read_many(source, ranges)
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _span(h: Header, low: int, high: int, leads: tuple[int, int]) -> Range:
+    """Bytes from the first leading index's block of a chunk to the end of the last one's of another."""
+    start = h.block_start(low, leads[0])
+    return start, h.block_start(high, leads[1] - 1) + h.block_bytes(high) - start
 
 
 def result_shape(h: Header, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> tuple[int, ...]:

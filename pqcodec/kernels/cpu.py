@@ -157,13 +157,12 @@ def _items(job: DecodeJob) -> np.ndarray:
     tokens = np.minimum(h.chunk_tokens, h.coded_tokens - chunks * h.chunk_tokens)
     start = h.first_tokens + chunks * h.chunk_tokens
     low = np.maximum(job.first_token - start, 0)
-    whole = h.block_start(1, 0) - h.block_start(0, 0) if h.chunks > 1 else 0  # bytes from one chunk to the next
     items = np.empty((chunks.size, leads.size, 5), np.int64)
     items[..., 0], items[..., 1] = chunks[:, None], leads
     items[..., 2] = low[:, None]
     items[..., 3] = np.maximum(low, np.minimum(job.last_token - start, tokens))[:, None]
-    items[..., 4] = (h.payload_start - job.origin + chunks * whole)[:, None]
-    items[..., 4] += leads * (tokens * h.row_bytes + c.CHECKSUM_BYTES)[:, None]
+    items[..., 4] = ((chunks - job.first_chunk) * job.chunk_bytes)[:, None]
+    items[..., 4] += (leads - job.first_lead) * (tokens * h.row_bytes + c.CHECKSUM_BYTES)[:, None]
     return items.reshape(-1, 5)
 
 

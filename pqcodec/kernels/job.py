@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pqcodec import constants as c
 from pqcodec.header import Header
 
 
@@ -62,12 +63,11 @@ class EncodeJob:
 class DecodeJob:
     """Check, and decode where ``out`` is given, the blocks of some chunks and leading indices.
 
-    ``payload`` holds the stream's bytes from ``origin`` on. Tokens count from the tensor's beginning.
+    ``payload`` holds their blocks and nothing else, chunk by chunk. Tokens count from the tensor's beginning.
     """
 
     header: Header
     payload: np.ndarray  # uint8 [n]
-    origin: int
     first_chunk: int
     last_chunk: int
     first_lead: int
@@ -81,8 +81,15 @@ class DecodeJob:
 
     def block(self, chunk: int, lead: int) -> np.ndarray:
         """Bytes of a block with its checksum."""
-        start = self.header.block_start(chunk, lead) - self.origin
-        return self.payload[start : start + self.header.block_bytes(chunk)]
+        size = self.header.block_bytes(chunk)
+        start = (chunk - self.first_chunk) * self.chunk_bytes + (lead - self.first_lead) * size
+        return self.payload[start : start + size]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a whole chunk's blocks."""
+        h = self.header
+        return (self.last_lead - self.first_lead) * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES)
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First row of a block that is wanted, and one behind the last."""
