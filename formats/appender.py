@@ -13,7 +13,9 @@ from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import remote
 from pqcodec.formats.frames import head
-from pqcodec.formats.pqkv import LAYOUT, Entry, PQKVFile, PQKVWriter, named
+from pqcodec.formats.pqkv import Body, PQKVFile, PQKVWriter
+from pqcodec.formats.tensor_file import Entry, named
+from pqcodec.source import MemorySource
 from pqcodec.stream import StreamInfo
 
 
@@ -77,12 +79,11 @@ class PQKVAppender(PQKVWriter):
                 raise InvalidArgument(
                     f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"
                 )
-        meta = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "first_token": there}
-        self._tensor(c.FRAME_CODED, name, entry.layer, entry.role, meta, [stream])
+        self._stream(name, entry.layer, entry.role, info, MemorySource(stream), there, None)
         self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + len(stream))
         return info
 
-    def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: list[Any]) -> None:
+    def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: Body) -> None:
         super()._tensor(kind, name, layer, role, meta, body)
         if name not in self._entries:
             shape = tuple(int(n) for n in meta["shape"])

@@ -1,10 +1,11 @@
-"""Law: a file is there whole or not at all: it is written beside its place and renamed when it is complete."""
+"""Law: a file or folder is there whole or not at all: it is written beside its place and renamed when it is complete."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,43 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if os.name == "posix":
         _sync(final.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
+    """A new folder to write into; it takes the place of ``path`` when the block ends well and is removed when it does not.
+
+    A folder that is there is replaced only if it is empty or holds a file called ``mark``, and is itself set aside until
+    the new one has its place. Raises OSError.
+    """
+    final = Path(os.path.realpath(path))
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder, a folder is to be written here", str(path))
+    if not final.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder to write to does not exist", str(final.parent))
+    if final.is_dir() and any(final.iterdir()) and not (final / mark).is_file():
+        raise FileExistsError(errno.EEXIST, f"is a folder without a {mark}, which is not replaced", str(path))
+    unique = f".{final.name[:200]}.{secrets.token_hex(4)}"
+    temporary, aside = final.with_name(unique + ".part"), final.with_name(unique + ".old")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for place, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                _sync(Path(place, name))
+            if os.name == "posix":
+                _sync(Path(place))
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(temporary, final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.name == "posix":
+        _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Law: a whole KV cache <-> one .pqkv file: keys are centred, values are not, the first tokens of both are exact, and the
-preset's bits are shared between keys, values and layers."""
+"""Law: a whole KV cache of (key, value) tensors <-> one .pqkv file, which new tokens are added to in place."""
 
 from __future__ import annotations
 
@@ -9,31 +8,17 @@ from typing import Any
 
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import rates
 from pqcodec.formats.appender import PQKVAppender
-from pqcodec.formats.pqkv import PathOrFile, PQKVFile, PQKVWriter
-
-EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
-
-
-def key_center(rope: Rope | None) -> str:
-    """What keys are centred with by default."""
-    return "mean" if rope is None else "rope"
+from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, Recipe, layers_by_name
+from pqcodec.formats.tensor_file import Progress, TensorFile
 
 
-def check_centring(rope: Rope | None, center_keys: bool) -> None:
-    """Raises InvalidArgument where a rope is given and nothing is centred with it."""
+def recipe_of(rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:
+    """The recipe that the options of ``save_cache`` ask for; raises InvalidArgument."""
     if rope is not None and not center_keys:
         raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
-
-
-def presets_of(
-    layers: Sequence[tuple[Any, Any]], preset: str, rope: Rope | None, exact_tokens: int, shared: bool
-) -> tuple[list[str], list[str]]:
-    """Presets of each layer's keys and values; ``shared``: bits go to the keys of high energy (``formats.rates``)."""
-    if not shared:
-        return [preset] * len(layers), [preset] * len(layers)
-    return rates.share(preset, [rates.centred_energy(key, rope=rope, exact_tokens=exact_tokens) for key, _ in layers])
+    return Recipe(rope=rope, center="auto" if center_keys else None, **options)
 
 
 def save_cache(
@@ -46,15 +31,17 @@ def save_cache(
     seed: int = 0,
     center_keys: bool = True,
     share_bits: bool = True,
+    chunk_tokens: int = CHUNK_TOKENS,
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write (key, value) tensors [..., tokens, head_dim] of each layer as layers.{i}.key and layers.{i}.value.
 
     ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
     mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
-    (``formats.rates``). ``progress`` is told (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
+    (``formats.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is told (tensors
+    done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
     >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
@@ -63,27 +50,17 @@ def save_cache(
     >>> [key.shape for key, value in load_cache(file, tokens=(2, 6), backend="reference")]
     [(1, 2, 4, 64)]
     """
-    check_centring(rope, center_keys)
-    total = 2 * len(layers)
-    presets = presets_of(layers, preset, rope, exact_tokens, share_bits and center_keys)
-    with PQKVWriter(path, metadata) as writer:
-        for layer, pair in enumerate(layers):
-            for place, (role, tensor) in enumerate(zip(("key", "value"), pair, strict=True)):
-                centred = role == "key" and center_keys
-                writer.add(
-                    f"layers.{layer}.{role}",
-                    tensor,
-                    layer=layer,
-                    role=role,
-                    preset=presets[place][layer],
-                    seed=seed,
-                    center=key_center(rope) if centred else None,
-                    rope=rope if centred else None,
-                    exact_tokens=exact_tokens,
-                    backend=backend,
-                )
-                if progress:
-                    progress(2 * layer + place + 1, total)
+    recipe = recipe_of(
+        rope,
+        center_keys,
+        preset=preset,
+        exact_tokens=exact_tokens,
+        seed=seed,
+        share_bits=share_bits,
+        chunk_tokens=chunk_tokens,
+        backend=backend,
+    )
+    write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
 
 
 def append_cache(
@@ -134,17 +111,26 @@ def load_cache(
     Raises InvalidArgument where a layer has not exactly one key and one value, and as ``pqcodec.decode`` does.
     """
     with PQKVFile(path) as file:
-        found: dict[tuple[int, str], list[str]] = {}
-        for name in file.names:
-            entry = file.entry(name)
-            if entry.layer is not None and entry.role != "other":
-                found.setdefault((entry.layer, entry.role), []).append(name)
-        layers = 1 + max((layer for layer, _ in found), default=-1)
-        if len(found) != 2 * layers or any(len(names) > 1 for names in found.values()):
-            label = os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the file"
-            raise InvalidArgument(f"{label}: one key and one value of each layer from 0 on are expected; open it with PQKVFile")
-        load = {"tokens": tokens, "device": device, "backend": backend}
-        return [
-            (file.decode(found[layer, "key"][0], **load), file.decode(found[layer, "value"][0], **load))  # type: ignore[arg-type]
-            for layer in range(layers)
-        ]
+        return layers_of(file, tokens=tokens, device=device, backend=backend)
+
+
+def layers_of(
+    file: TensorFile, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
+) -> list[tuple[Any, Any]]:
+    """The (key, value) tensors of each layer of an open file of any container; arguments and errors of ``load_cache``."""
+    if tokens is None:
+        file.read_ahead()
+    found: dict[tuple[int, str], list[str]] = {}
+    for name in file.names:
+        entry = file.entry(name)
+        if entry.layer is not None and entry.role != "other":
+            found.setdefault((entry.layer, entry.role), []).append(name)
+    layers = 1 + max((layer for layer, _ in found), default=-1)
+    if len(found) != 2 * layers or any(len(names) > 1 for names in found.values()):
+        raise InvalidArgument(f"{file.label}: one key and one value of each layer from 0 on are expected; open it by itself")
+    load = {"tokens": tokens, "device": device, "backend": backend}
+
+    def tensor(layer: int, role: str) -> Any:
+        return file.decode(found[layer, role][0], **load)
+
+    return [(tensor(layer, "key"), tensor(layer, "value")) for layer in range(layers)]

@@ -23,6 +23,10 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_tensor(x: Any) -> bool:
+    return is_torch(x) or isinstance(x, np.ndarray)
+
+
 def dtype_name(x: Any) -> str:
     """The dtype's name: "float16", "int64", "bfloat16" ...; of another dtype whatever it calls itself."""
     return str(x.dtype).removeprefix("torch.") if is_torch(x) else x.dtype.newbyteorder("=").name
@@ -34,7 +38,7 @@ def nbytes(x: Any) -> int:
 
 def to_bytes(x: Any) -> np.ndarray:
     """The numbers of a torch or numpy tensor as uint8 [bytes]; raises InvalidArgument."""
-    if not is_torch(x) and not isinstance(x, np.ndarray):
+    if not is_tensor(x):
         raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
     name = dtype_name(x)
     if name not in c.EXACT_ITEM_BYTES:

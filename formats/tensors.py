@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +20,26 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
-from pqcodec.formats import exact
-from pqcodec.formats.atomic import replacing
+from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.frames import json_value
 
+_NO_SAFETENSORS = "is no safetensors file that holds together"
+_MOST_HEADER_BYTES = 100_000_000  # the library's cap
 TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
+
+
+SAFETENSORS_CODES = {  # safetensors' names of dtypes
+    "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "bfloat16": "BF16",
+    "complex64": "C64",
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+}
+SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 
 
 class TensorReader(Protocol):
@@ -33,6 +49,10 @@ class TensorReader(Protocol):
     metadata: dict[str, str]  # what a safetensors file says of itself
     names: tuple[str, ...]
     total_bytes: int  # about what reading all tensors takes
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor."""
+        ...
 
     def read(self, name: str) -> Any: ...
 
@@ -44,12 +64,19 @@ class TensorReader(Protocol):
 def file_kind(path: str | os.PathLike[str]) -> str:
     """ "pqkv", "stream", "safetensors", "npz" or "npy", from a file's first bytes; raises InvalidArgument or OSError."""
     with open(path, "rb") as file:
-        first = file.read(9)
+        return kind_of_bytes(path, file.read(9))
+
+
+def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
+    """``file_kind`` of a file that begins with these nine bytes."""
     magics = {c.FILE_MAGIC: "pqkv", c.STREAM_MAGIC: "stream", b"PK\x03\x04": "npz", b"PK\x05\x06": "npz", b"\x93NUM": "npy"}
     if first[:4] in magics:
         return magics[first[:4]]
     if first[8:] == b"{":
         return "safetensors"
+    extension = Path(path).suffix.lower().removeprefix(".")
+    if extension in ("pqkv", "safetensors"):
+        return extension  # what is damaged there, its reader tells
     known = ".safetensors, .npy, .npz, .pqkv and single streams"
     raise InvalidArgument(f"{path}: begins with {first!r}; {known} are known: is this the right file?")
 
@@ -57,8 +84,8 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
     """Open a .safetensors, .npz or .npy file. Raises InvalidArgument, CorruptStream or OSError."""
     kind = file_kind(path)
-    if kind not in _READERS:
-        raise InvalidArgument(f"{path}: is encoded already; decode it first")
+    if kind not in _READERS or (kind == "safetensors" and holds_streams(path)):
+        raise InvalidArgument(f"{path}: is encoded already; decode it first, or convert it into another container")
     return _READERS[kind](Path(path))
 
 
@@ -68,9 +95,9 @@ def write_tensors(path: str | os.PathLike[str], tensors: Iterable[tuple[str, Any
     The file appears when it is complete. Raises InvalidArgument or OSError.
     """
     write = _WRITERS[checked_extension(path)]
-    if Path(path).exists() and not Path(path).is_file():
+    if not remote.is_url(path) and Path(path).exists() and not Path(path).is_file():
         raise InvalidArgument(f"{path}: is no regular file; tensors are written to regular files only")
-    with replacing(path) as temporary:
+    with remote.placing(path) as temporary:
         write(temporary, tensors, metadata)
 
 
@@ -83,17 +110,45 @@ def checked_extension(path: str | os.PathLike[str]) -> str:
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """The header of a .safetensors file, checked by the library, and the byte where its tensors begin.
+    """The header of a .safetensors file or URL, checked by the library, and the byte where its tensors begin.
 
     Raises CorruptStream or OSError; a name that stands twice is damage, too.
     """
-    from safetensors import safe_open
-
-    with _library_errors(path, "is no safetensors file that holds together", CorruptStream), safe_open(path, framework="np"):
+    if remote.is_url(path):
+        return _remote_header(str(path))
+    with _library_errors(path, _NO_SAFETENSORS, CorruptStream), _safe_open(path):
         pass
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json_value(file.read(size), f"{path}: header"), 8 + size
+
+
+def holds_streams(path: str | os.PathLike[str]) -> bool:
+    """Whether a .safetensors file is an encoded cache. Raises as ``safetensors_header`` does."""
+    return listing.is_listing(safetensors_header(path)[0].get("__metadata__") or {})
+
+
+def _remote_header(url: str) -> tuple[dict[str, Any], int]:
+    """Likewise of a URL: the library looks at a file of the same size that holds the header and nothing else."""
+    source = remote.RemoteSource(url)
+    first = source.read(0, min(source.size, 8)).tobytes()
+    size = int.from_bytes(first, "little")
+    if len(first) < 8 or size > min(source.size - 8, _MOST_HEADER_BYTES):
+        raise CorruptStream(f"{url}: {_NO_SAFETENSORS}: a header of {size} bytes in a file of {source.size}")
+    raw = source.read(8, size).tobytes()
+    with tempfile.NamedTemporaryFile(prefix="pqcodec-") as copy:
+        copy.write(first + raw)
+        copy.truncate(source.size)  # the rest takes no room on the disk
+        copy.flush()
+        with _library_errors(url, _NO_SAFETENSORS, CorruptStream), _safe_open(copy.name):
+            pass
+    return json_value(raw, f"{url}: header"), 8 + size
+
+
+def _safe_open(path: str | os.PathLike[str]) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="np")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -145,12 +200,17 @@ class _Safetensors(_Closing):
         from safetensors import safe_open
 
         self._path, self.total_bytes = path, path.stat().st_size
-        with _library_errors(path, "is no safetensors file that holds together", CorruptStream):
+        with _library_errors(path, _NO_SAFETENSORS, CorruptStream):
             self._file = self._stack.enter_context(safe_open(path, framework="np"))
             self.names = tuple(self._file.keys())
             self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # the library's order is random
             if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
                 self._file = self._stack.enter_context(safe_open(path, framework="pt"))
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
+            part = self._file.get_slice(name)
+            return tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
 
     def read(self, name: str) -> Any:
         with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
@@ -169,9 +229,19 @@ class _Npz(_Closing):
         foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
         if foreign:
             self._stack.close()
-            raise InvalidArgument(f"{path}: holds {foreign[0]!r}; an .npz file of .npy arrays is expected")
+            hint = "is it an .npz?"
+            if any(name.endswith("/data.pkl") for name in foreign):
+                hint = "it is torch.save's, and pickles are never loaded: save the tensors as .safetensors"
+            raise InvalidArgument(f"{path}: holds {foreign[0]!r}; an .npz file of .npy arrays is expected; {hint}")
         self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
         self.total_bytes = sum(info.file_size for info in infos)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with (
+            _library_errors(self._path, f"array {name!r} cannot be read", CorruptStream),
+            self._file.open(name + ".npy") as member,
+        ):
+            return _described(_npy_header(member))
 
     def read(self, name: str) -> Any:
         with (
@@ -197,6 +267,10 @@ class _Npy(_Closing):
         self.names: tuple[str, ...] = (path.stem,)
         self.total_bytes = path.stat().st_size
 
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with _library_errors(self._path, "is no .npy file that holds together", CorruptStream), open(self._path, "rb") as file:
+            return _described(_npy_header(file))
+
     def read(self, name: str) -> Any:
         with _library_errors(self._path, "is no .npy file that holds together", CorruptStream):
             with open(self._path, "rb") as file:
@@ -212,6 +286,11 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version not in readers:
         raise ValueError(f".npy version {version}; 1.0 and 2.0 are supported")
     return readers[version](file)
+
+
+def _described(header: tuple[tuple[int, ...], bool, np.dtype]) -> tuple[tuple[int, ...], str]:
+    shape, _, dtype = header
+    return shape, dtype.newbyteorder("=").name
 
 
 _READERS: dict[str, Callable[[Path], TensorReader]] = {"safetensors": _Safetensors, "npz": _Npz, "npy": _Npy}

@@ -3,7 +3,8 @@
 A stream says everything of itself, so the codec's configuration tells only how new chunks are written. A codec is not told
 where its chunk lies. Keys under RoPE bear that: another first position turns a chunk's mean and nothing else, and each stream
 holds the position that it was made with; any constant will do. Exact tokens do not: ``exact_tokens`` is of every chunk (4 of
-256 tokens cost 7 % at 3 bits), and ``save_zarr``, which knows the first chunk, keeps those of that one only.
+256 tokens cost 7 % at 3 bits), and ``save_zarr``, which knows the first chunk, keeps those of that one only. A chunk may be
+several streams, one behind the other along the tokens, and bfloat16 streams (zarr has no such numbers) in an array of float32.
 
 Write whole chunks. zarr fills up the last one: its trailing tokens that hold nothing but the fill value are not coded. Tokens
 added to it later have zarr decode it and encode it again, with the loss of both; chunks before it stay as they are.
@@ -12,26 +13,23 @@ added to it later have zarr decode it and encode it again, with the loss of both
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from zarr.abc.codec import ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin
 from zarr.abc.store import RangeByteRequest
-from zarr.errors import ContainsArrayError, ContainsGroupError
 
-from pqcodec import __version__, codec
+from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.arrays import is_torch
+from pqcodec.arrays import view
 from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
-from pqcodec.formats.cache import EXACT_TOKENS, check_centring, key_center, presets_of
-from pqcodec.formats.pqkv import LAYOUT, named
+from pqcodec.formats.tensor_file import named
 from pqcodec.header import DTYPE_NAMES, Header, header_size
-from pqcodec.source import MemorySource, Source, check_range
-from pqcodec.stream import checked_range, make_header, read_header
+from pqcodec.kernels.reference import widen
+from pqcodec.source import MemorySource, Part, Source, check_range
+from pqcodec.stream import make_header, read_header
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, NDBuffer
 
 NAME = "pqcodec"
-CACHE_FORMAT = "pqcodec.kv_cache"  # what save_zarr calls its groups
 TOKENS_PER_CHUNK = 256
 _DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
 _HEAD_BYTES = 4096  # read first where the configuration does not tell how long a stream's sides are
@@ -135,7 +132,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
                 seed=self.seed,
                 center=self.center,
                 rope=self.rope,
-                exact_tokens=self._exact_tokens(x),
+                exact_tokens=self.exact_tokens,
                 nonfinite=self.nonfinite,
                 chunk_tokens=self.chunk_tokens,
             )
@@ -143,9 +140,6 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
         return await asyncio.to_thread(self._encode_sync, chunk_array, chunk_spec)
-
-    def _exact_tokens(self, x: np.ndarray) -> int:
-        return self.exact_tokens
 
     def _header(self, shape: tuple[int, ...], dtype: int) -> Header:
         with named(f"zarr codec {NAME}"):
@@ -173,7 +167,10 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
             return None if source is None else (await asyncio.to_thread(_decoded, source, tokens, chunk_spec))[inner]
 
     async def _part(self, byte_getter: ByteGetter, tokens: tuple[int, int], chunk_spec: ArraySpec) -> Source | None:
-        """What decoding a range of tokens reads: the stream up to its blocks, and the blocks that hold the range."""
+        """What decoding a range of tokens reads: the stream up to its blocks, and the blocks that hold the range.
+
+        Where the first stream does not hold the range, the chunk is several, or filled up, and is read whole.
+        """
 
         async def read(start: int, stop: int) -> bytes | None:
             data = await byte_getter.get(prototype=chunk_spec.prototype, byte_range=RangeByteRequest(start, stop))
@@ -190,6 +187,9 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         if len(head) < size:
             head += await read(len(head), size) or b""
         header = Header.from_bytes(head)
+        if header.tokens < tokens[1]:
+            data = await byte_getter.get(prototype=chunk_spec.prototype)
+            return None if data is None else MemorySource(data.as_numpy_array())
         if len(head) < header.payload_start:
             head += await read(len(head), header.payload_start) or b""
         first, last = (min(max(token - header.first_tokens, 0), header.coded_tokens) for token in tokens)
@@ -215,19 +215,46 @@ class _Pieces:
         return self._blocks.read(start - self._start, count)
 
 
+def streams_in(source: Source) -> list[Part]:
+    """The streams that a chunk is, one behind the other; at least one."""
+    found: list[Part] = []
+    place = 0
+    while place < source.size or not found:
+        fixed = source.read(place, min(source.size - place, c.HEADER_STRUCT.size)).tobytes()
+        size = min(source.size - place, header_size(fixed))
+        header = Header.from_bytes(source.read(place, size).tobytes())
+        check_range(place, header.stream_bytes, source.size)
+        part = Part(source, place, header.stream_bytes)
+        part.header = header
+        found.append(part)
+        place += header.stream_bytes
+    return found
+
+
 def _decoded(source: Source, tokens: tuple[int, int], spec: ArraySpec) -> NDBuffer:
-    """A range of a chunk's tokens; those that the stream lacks are fill values."""
-    h, shape, dtype = read_header(source), _shape(spec), _coded_dtype(spec.dtype)
-    if len(h.shape) < 2 or (*h.shape[:-2], h.head_dim, h.dtype) != (*shape[:-2], shape[-1], dtype) or h.tokens > shape[-2]:
-        raise CorruptStream(
-            f"the chunk's stream holds {DTYPE_NAMES[h.dtype]} {h.shape}, the array's chunks are {DTYPE_NAMES[dtype]} {shape}; "
-            "is it the chunk of another array?"
-        )
-    first, last = (min(token, h.tokens) for token in tokens)
+    """A range of a chunk's tokens; those that its streams lack are fill values."""
+    shape, dtype = _shape(spec), _coded_dtype(spec.dtype)
     native = _native(spec.dtype)
     out = np.empty((*shape[:-2], tokens[1] - tokens[0], shape[-1]), native.newbyteorder("="))
-    codec.decode(source, tokens=(first, last), out=out[..., : last - first, :])
-    out[..., last - first :, :] = _fill(spec)
+    begin = 0
+    for part in [source] if isinstance(source, _Pieces) else streams_in(source):
+        h = read_header(part)
+        wide = h.dtype == c.DTYPE_BFLOAT16 and dtype == c.DTYPE_FLOAT32
+        fits = (h.shape[:-2], h.head_dim) == (shape[:-2], shape[-1]) and (wide or h.dtype == dtype)
+        if not fits or begin + h.tokens > shape[-2]:
+            raise CorruptStream(
+                f"the chunk's stream holds {DTYPE_NAMES[h.dtype]} {h.shape}, the array's chunks are {DTYPE_NAMES[dtype]} "
+                f"{shape}; is it the chunk of another array?"
+            )
+        low, high = max(tokens[0], begin), min(tokens[1], begin + h.tokens)
+        if low < high:
+            target = out[..., low - tokens[0] : high - tokens[0], :] if len(h.shape) > 1 else out[0]
+            if wide:
+                target[...] = widen(view(codec.decode(part, tokens=(low - begin, high - begin))).stored, h.dtype)
+            else:
+                codec.decode(part, tokens=(low - begin, high - begin), out=target)
+        begin += h.tokens
+    out[..., max(begin - tokens[0], 0) :, :] = _fill(spec)
     out = out.astype(native, copy=False)
     return spec.prototype.nd_buffer.from_numpy_array(out if len(spec.shape) > 1 else out.reshape(spec.shape))
 
@@ -332,129 +359,3 @@ def _rope(given: dict[str, Any]) -> Rope:
             "style (string) are expected"
         )
     return Rope(**{**given, "frequencies": None if frequencies is None else tuple(map(float, frequencies))})
-
-
-# -- whole caches ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _FirstExact(PQCodec):
-    """Keeps the first tokens of the chunk that begins with ``first`` exactly; zarr.json does not tell it from a PQCodec."""
-
-    first: np.ndarray = field(default_factory=lambda: np.zeros(0), compare=False, repr=False)
-
-    def _exact_tokens(self, x: np.ndarray) -> int:
-        exact = self.first.shape[-2]
-        begin = x[..., :exact, :]
-        return exact if np.array_equal(begin, self.first[..., : begin.shape[-2], :], equal_nan=True) else self.exact_tokens
-
-
-def save_zarr(
-    store: Any,
-    layers: Sequence[tuple[Any, Any]],
-    *,
-    preset: str = "pq3",
-    rope: Rope | None = None,
-    exact_tokens: int = EXACT_TOKENS,
-    seed: int = 0,
-    center_keys: bool = True,
-    share_bits: bool = True,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
-    chunks_per_shard: int | None = None,
-    metadata: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write (key, value) tensors [..., tokens, head_dim] of each layer as zarr arrays layers/{i}/key and layers/{i}/value.
-
-    ``store``: a path or URL, or a store of zarr. A chunk holds ``tokens_per_chunk`` tokens of all leading indices;
-    ``chunks_per_shard`` puts so many into one object of the store. ``overwrite``: drop what the store holds. The other
-    options are those of ``save_cache``; each chunk of a key has a mean of its own (2 % of 256 tokens). bfloat16 becomes
-    float32, for zarr has none, and is bfloat16 again after ``load_zarr``. Raises InvalidArgument, or as ``pqcodec.encode``
-    does.
-
-    >>> from zarr.storage import MemoryStore
-    >>> store = MemoryStore()
-    >>> save_zarr(store, [(np.ones((2, 300, 64), np.float16), np.ones((2, 300, 64), np.float16))])
-    >>> zarr.open(store)["layers/0/key"][1, 250:260].shape, load_zarr(store, tokens=(0, 4))[0][0].shape
-    ((10, 64), (2, 4, 64))
-    """
-    check_centring(rope, center_keys)
-    if not 0 <= exact_tokens <= tokens_per_chunk:
-        raise InvalidArgument(f"exact_tokens {exact_tokens} is outside 0 .. {tokens_per_chunk}, the tokens of the first chunk")
-    for i, role, x in _named_tensors(layers):
-        if x.ndim < 2:
-            raise InvalidArgument(f"layers/{i}/{role}: shape {tuple(x.shape)}; [..., tokens, head_dim] is expected")
-    presets = presets_of(layers, preset, rope, exact_tokens, share_bits and center_keys)
-    about = {"format": CACHE_FORMAT, "pqcodec": __version__, "metadata": metadata or {}}
-    try:
-        root = zarr.create_group(store, attributes=about, overwrite=overwrite)
-    except (ContainsGroupError, ContainsArrayError) as error:
-        raise InvalidArgument(f"{error} Pass overwrite=True to replace it, or choose another place.") from None
-    for i, role, x in _named_tensors(layers):
-        with named(f"layers/{i}/{role}"):
-            options: dict[str, Any] = {"preset": presets[role == "value"][i], "seed": seed}
-            if role == "key" and center_keys:
-                options |= {"center": key_center(rope), "rope": rope}
-            numbers = _numbers(x)
-            first = numbers[..., :exact_tokens, :].copy()
-            chunks = (*(max(n, 1) for n in numbers.shape[:-2]), tokens_per_chunk, numbers.shape[-1])
-            array = root.create_array(
-                f"layers/{i}/{role}",
-                shape=numbers.shape,
-                dtype=numbers.dtype,
-                chunks=chunks,
-                shards=(*chunks[:-2], chunks[-2] * chunks_per_shard, chunks[-1]) if chunks_per_shard else None,
-                serializer=_FirstExact(**options, first=first) if first.size else PQCodec(**options),
-                compressors=None,
-                fill_value=0,
-                dimension_names=(*(None,) * (numbers.ndim - 2), "tokens", "head_dim"),
-                attributes={
-                    "layout": LAYOUT,
-                    "layer": i,
-                    "role": role,
-                    "dtype": str(x.dtype).removeprefix("torch."),
-                    "torch": is_torch(x),
-                    "exact_tokens": exact_tokens,
-                    "pqcodec": __version__,
-                },
-            )
-            array[...] = numbers
-    root.create_group("complete", attributes={"layers": len(layers)})
-
-
-def load_zarr(store: Any, *, tokens: tuple[int, int] | None = None) -> list[tuple[Any, Any]]:
-    """The (key, value) tensors of each layer that ``save_zarr`` wrote; ``tokens`` = (first, last + 1) reads those only.
-
-    Raises InvalidArgument where the store holds no complete cache, and as ``pqcodec.decode`` does.
-    """
-    root = zarr.open_group(store, mode="r")
-    ours = root.attrs.get("format") == CACHE_FORMAT
-    if not ours or "complete" not in root:
-        what = "a cache that was not written to its end" if ours else "no cache of save_zarr"
-        raise InvalidArgument(f"{root.store_path}: holds {what}; write it again with save_zarr(..., overwrite=True)")
-    count: Any = root["complete"].attrs["layers"]
-    return [(_load(root, i, "key", tokens), _load(root, i, "value", tokens)) for i in range(count)]
-
-
-def _named_tensors(layers: Sequence[tuple[Any, Any]]) -> Any:
-    for i, pair in enumerate(layers):
-        for role, x in zip(("key", "value"), pair, strict=True):
-            yield i, role, x
-
-
-def _numbers(x: Any) -> np.ndarray:
-    """A tensor as numpy's; bfloat16 as float32."""
-    if not is_torch(x):
-        return np.asarray(x)
-    x = x.detach().cpu()
-    return np.asarray((x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy())
-
-
-def _load(root: Any, layer: int, role: str, tokens: tuple[int, int] | None) -> Any:
-    array = root[f"layers/{layer}/{role}"]
-    with named(f"layers/{layer}/{role}"):
-        first, last = checked_range("tokens", tokens, array.shape[-2])
-    x = array[..., first:last, :]
-    if not array.attrs["torch"]:
-        return x
-    import torch
-
-    return torch.from_numpy(x).to(getattr(torch, array.attrs["dtype"]))

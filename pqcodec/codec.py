@@ -250,7 +250,11 @@ def inspect(data: Any) -> StreamInfo:
     >>> inspect(encode(np.zeros((4, 64), np.float16), preset="pq4", backend="reference")).preset
     'pq4'
     """
-    h = read_header(source_of(data))
+    return inspect_header(read_header(source_of(data)))
+
+
+def inspect_header(h: Header) -> StreamInfo:
+    """What a header says of its stream."""
     return StreamInfo(
         version=c.STREAM_VERSION,
         preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order),
@@ -286,6 +290,32 @@ def verify(data: Any, *, backend: str = "auto", progress: Progress | None = None
     return _decode_into(source, header, kernel, None, (0, header.tokens), (0, header.leading), progress)
 
 
+def means(data: Any) -> np.ndarray | None:
+    """What a stream's encoder subtracted: float32 [leading, head_dim], turned back to position 0 under RoPE; None for nothing.
+
+    Raises as ``decode`` does.
+    """
+    source = source_of(data)
+    header, damage = read_header(source), list[Damage]()
+    found = _offsets(source, header, (0, header.leading), damage)
+    if damage:
+        raise damage_error(damage)
+    return found
+
+
+def _offsets(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]) -> np.ndarray | None:
+    """The offsets of some leading indices, zeros for all others and for damaged ones; None where the stream has none."""
+    if not h.offsets:
+        return None
+    offsets = np.zeros((h.leading, h.head_dim), np.float32)
+    for lead, raw in _sections(source, h, h.header_bytes, h.offset_block_bytes, leads, "offset", damage):
+        half = raw.view("<f2")
+        if not np.isfinite(half).all():
+            raise CorruptStream(f"offset of leading index {lead} is not finite")
+        offsets[lead] = centre.load(half, h.offset_exponent)
+    return offsets
+
+
 def _decode_into(
     source: Source,
     h: Header,
@@ -297,15 +327,7 @@ def _decode_into(
 ) -> list[Damage]:
     """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
     damage: list[Damage] = []
-    halves = _sections(source, h, h.header_bytes, h.offset_block_bytes, leads, "offset", damage)
-    offsets = None
-    if h.offsets:
-        offsets = np.zeros((h.leading, h.head_dim), np.float32)
-        for lead, raw in halves:
-            half = raw.view("<f2")
-            if not np.isfinite(half).all():
-                raise CorruptStream(f"offset of leading index {lead} is not finite")
-            offsets[lead] = centre.load(half, h.offset_exponent)
+    offsets = _offsets(source, h, leads, damage)
     if tokens[0] < h.first_tokens:
         exact = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
         for lead, raw in exact:

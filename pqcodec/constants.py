@@ -126,3 +126,7 @@ EXACT_ITEM_BYTES = {  # dtypes of exact tensors and the bytes of a number
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
 }
+
+# -- Other containers (SPEC Part III) ----------------------------------------------------------------------------
+LISTING_PREFIX, LISTING_FORMAT, LISTING_VERSION = "pqcodec_", "kv-cache", "1"
+ZARR_FORMAT, ZARR_COMPLETE = "pqcodec.kv_cache", "complete"  # what a group says of itself, and the group that is written last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import Any, BinaryIO, Protocol
 
@@ -71,6 +71,11 @@ class Part:
         self._source, self._base, self.size = source, base, size
         self.header: Any = None
 
+    @property
+    def costly(self) -> bool:
+        """Whether each read takes a request to a store."""
+        return bool(getattr(self._source, "costly", False))
+
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)
         return self._source.read(self._base + start, count)
@@ -79,6 +84,11 @@ class Part:
         for start, count in ranges:
             check_range(start, count, self.size)
         return read_many(self._source, [(self._base + start, count) for start, count in ranges])
+
+
+def fetched(source: Source) -> Source:
+    """All of a source at once where each read takes a request; a source itself where it does not."""
+    return MemorySource(source.read(0, source.size)) if getattr(source, "costly", False) else source
 
 
 class MappedSource:
@@ -106,18 +116,17 @@ class MappedSource:
 
 
 @contextmanager
-def reading_ahead(path: str | os.PathLike[str]) -> Iterator[None]:
-    """While the block runs, a thread takes a local file from the disk into the system's cache, from its beginning on."""
+def reading_ahead(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """While the block runs, a thread takes local files from the disk into the system's cache, one behind the other."""
     stop = Event()
 
     def read() -> None:
         buffer = bytearray(_AHEAD_BYTES)
-        try:
-            with open(path, "rb", buffering=0) as file:
-                while not stop.is_set() and file.readinto(buffer):
-                    pass
-        except OSError:
-            pass  # who reads in earnest will be told
+        with suppress(OSError):  # who reads in earnest will be told
+            for path in paths:
+                with open(path, "rb", buffering=0) as file:
+                    while not stop.is_set() and file.readinto(buffer):
+                        pass
 
     Thread(target=read, daemon=True).start()
     try:

@@ -245,7 +245,7 @@ def test_other_byte_and_element_orders(tmp_path: Path, x: np.ndarray, extension:
 
 # -- inspect and verify ------------------------------------------------------------------------------------------
 def test_inspect_shows_every_tensor(coded: Path, tensors: dict[str, np.ndarray]) -> None:
-    text = run("inspect", coded).stdout
+    text = run("inspect", coded, "--tensors").stdout
     assert all(name in text for name in tensors)
     assert "pq3" in text
     found = {t["name"]: t for t in told("inspect", coded)["tensors"]}
@@ -327,7 +327,7 @@ def test_a_newer_version_is_3(coded: Path) -> None:
 
 def test_files_that_are_not_there_are_4(cache: Path, tmp_path: Path) -> None:
     assert "none.npz" in run("encode", tmp_path / "none.npz", tmp_path / "o.pqkv", code=4).stderr
-    run("encode", tmp_path, tmp_path / "o.pqkv", code=4)
+    run("encode", tmp_path / "none", tmp_path / "o.pqkv", code=4)
     run("encode", cache, tmp_path / "none" / "o.pqkv", *REFERENCE, code=4)
     assert "'error'" in str(told("inspect", tmp_path / "none.pqkv", code=4))
 
@@ -424,3 +424,139 @@ def test_readers_name_what_they_read(cache: Path, tensors: dict[str, np.ndarray]
         assert reader.metadata == METADATA
         assert set(reader.names) == set(tensors)
         np.testing.assert_array_equal(reader.read("positions"), tensors["positions"])
+
+
+# -- containers, folders, many files -----------------------------------------------------------------------------
+@pytest.fixture
+def folder(cache: Path, tmp_path: Path) -> Path:
+    """A folder of two caches, one of them deeper, and a file that is none of the codec's business."""
+    place = tmp_path / "kv"
+    (place / "deep").mkdir(parents=True)
+    shutil.move(cache, place / "a.safetensors")
+    np.savez(place / "deep" / "b.npz", k_0=np.ones((8, 64), np.float32), v_0=np.ones((8, 64), np.float32))
+    (place / "notes.txt").write_text("none of the codec's business")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["pqkv", "safetensors", "zarr"])
+def test_every_container_by_its_extension(cache: Path, tmp_path: Path, tensors: dict[str, np.ndarray], kind: str) -> None:
+    pytest.importorskip("zarr") if kind == "zarr" else None
+    path = tmp_path / f"c.{kind}"
+    outcome = told("encode", cache, path, *REFERENCE)
+    size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    assert outcome["file_bytes"] == size
+    assert "all sound" in run("verify", path, *REFERENCE).stdout
+    assert told("inspect", path)["metadata"]["safetensors"] == METADATA
+    run("decode", path, tmp_path / "out.safetensors", *REFERENCE)
+    found = load_file(tmp_path / "out.safetensors")
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (x.shape, x.dtype) for n, x in tensors.items()}
+    assert "--force" in run("encode", cache, path, *REFERENCE, code=2).stderr
+    run("encode", cache, path, "--force", *REFERENCE)
+    assert "all sound" in run("verify", path, *REFERENCE).stdout
+
+
+def test_to_overrides_the_extension(cache: Path, tmp_path: Path) -> None:
+    run("encode", cache, tmp_path / "c.bin", "--to", "safetensors", *REFERENCE)
+    with safe_open(tmp_path / "c.bin", "np") as file:
+        assert file.metadata()["pqcodec_format"] == "kv-cache"
+    assert "'.bin' is unknown" in run("encode", cache, tmp_path / "d.bin", *REFERENCE, code=2).stderr
+    assert "encoded already" in run("encode", tmp_path / "c.bin", tmp_path / "d.pqkv", *REFERENCE, code=2).stderr
+
+
+def test_convert_there_and_back(coded: Path, tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    assert "nothing decoded" in run("convert", coded, tmp_path / "b.zarr").stdout
+    run("convert", tmp_path / "b.zarr", tmp_path / "c.safetensors")
+    outcome = told("convert", tmp_path / "c.safetensors", tmp_path / "d.pqkv")
+    assert outcome["file_bytes"] == coded.stat().st_size
+    assert (tmp_path / "d.pqkv").read_bytes() == coded.read_bytes()
+    assert run("convert", tmp_path / "b.zarr", "-").stdout_bytes == coded.read_bytes()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_folder_goes_to_a_folder(folder: Path, tmp_path: Path, jobs: int) -> None:
+    out = tmp_path / "out"
+    outcome = told("encode", folder, out, "--jobs", jobs, *REFERENCE)
+    assert outcome["failed"] == 0
+    assert [file["output"] for file in outcome["files"]] == [str(out / "a.pqkv"), str(out / "deep" / "b.pqkv")]
+    table = run("verify", out, "--jobs", jobs, *REFERENCE).stdout
+    assert table.count("all sound") == 2
+    run("convert", out, tmp_path / "st", "--to", "safetensors", "--jobs", jobs)
+    assert {p.name for p in (tmp_path / "st").rglob("*.*")} == {"a.safetensors", "b.safetensors"}
+    run("decode", tmp_path / "st", tmp_path / "plain", "--to", "npz", "--jobs", jobs, *REFERENCE)
+    with np.load(tmp_path / "plain" / "deep" / "b.npz") as found:
+        assert set(found) == {"k_0", "v_0"}
+    assert told("inspect", tmp_path / "st")["files"][1]["file"].endswith("b.safetensors")
+    assert "bits/coord" in run("inspect", tmp_path / "st").stdout
+
+
+def test_patterns_and_lists(folder: Path, tmp_path: Path) -> None:
+    outcome = told("encode", folder / "**" / "*.npz", tmp_path / "out", *REFERENCE)
+    assert [file["output"] for file in outcome["files"]] == [str(tmp_path / "out" / "deep" / "b.pqkv")]
+    run("encode", folder / "a.safetensors", folder / "deep" / "b.npz", tmp_path / "two", *REFERENCE)
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"a.pqkv", "b.pqkv"}
+    run("encode", folder / "a.safetensors", tmp_path / "two", "--to", "safetensors", *REFERENCE)
+    assert (tmp_path / "two" / "a.safetensors").is_file()
+    assert "no file" in run("encode", folder / "*.npy", tmp_path / "out", code=2).stderr
+    assert "a folder then" in run("encode", folder, tmp_path / "o.pqkv", code=2).stderr
+    np.savez(folder / "a.npz", k_0=np.ones((8, 64), np.float32))
+    assert "would both be written" in run("encode", folder, tmp_path / "new", code=2).stderr
+    assert "--jobs 0" in run("verify", tmp_path / "two", "--jobs", 0, code=2).stderr
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_failure_does_not_stop_the_others(folder: Path, tmp_path: Path, jobs: int) -> None:
+    (folder / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
+    outcome = told("encode", folder, tmp_path / "out", "--jobs", jobs, *REFERENCE, code=1)
+    assert (outcome["failed"], len(outcome["files"])) == (1, 3)
+    assert outcome["files"][1]["error"]["kind"] == "CorruptStream"
+    result = run("encode", folder, tmp_path / "out", "--force", "--jobs", jobs, *REFERENCE, code=1)
+    assert "broken.npz" in result.stderr
+    assert "failed" in result.stdout
+    damaged(tmp_path / "out" / "a.pqkv", "layers.1.value")
+    assert "1 damaged places" in run("verify", tmp_path / "out", "--jobs", jobs, *REFERENCE, code=1).stdout
+
+
+def test_inspect_draws_a_table_of_layers(coded: Path, tmp_path: Path) -> None:
+    text = run("inspect", coded).stdout
+    rows = [line.split() for line in text.splitlines()]
+    assert [row[:3] for row in rows if row and row[0] in ("0", "1")] == [["0", "pq3", "mean"], ["1", "pq3", "mean"]]
+    assert all(name in text for name in ("positions", "hidden", "relMSE", "|mean|", "at"))
+    found = {t["name"]: t for t in told("inspect", coded)["tensors"]}
+    key = found["layers.0.key"]
+    assert 0.01 < key["rel_mse"] < 0.06
+    assert 0.5 < key["mean_norm"] < 4
+    with PQKVFile(coded) as file:
+        assert key["at"] == file.entry("layers.0.key").body_start
+
+
+def test_notes_are_metadata(cache: Path, tmp_path: Path) -> None:
+    run("encode", cache, tmp_path / "c.pqkv", "--note", "model=tiny", "--note", "tokens=a=b", *REFERENCE)
+    metadata = told("inspect", tmp_path / "c.pqkv")["metadata"]
+    assert (metadata["model"], metadata["tokens"]) == ("tiny", "a=b")
+    for note in ("model", "=x", "format=x"):
+        assert "--note" in run("encode", cache, tmp_path / "d.pqkv", "--note", note, *REFERENCE, code=2).stderr
+
+
+def test_urls(cache: Path, tmp_path: Path, tensors: dict[str, np.ndarray]) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.put_file(str(cache), "/bucket/in.safetensors")
+    for kind in ("pqkv", "safetensors"):
+        url = f"memory://bucket/c.{kind}"
+        run("encode", "memory://bucket/in.safetensors", url, *REFERENCE)
+        assert "--force" in run("encode", cache, url, *REFERENCE, code=2).stderr
+        assert "all sound" in run("verify", url, *REFERENCE).stdout
+        run("decode", url, f"memory://bucket/out.{kind}.npz", "--only", "positions", *REFERENCE)
+        assert store.exists(f"/bucket/out.{kind}.npz")
+    assert len(told("inspect", "memory://bucket/c.*")["files"]) == 2
+    run("convert", "memory://bucket/*.pqkv", "memory://bucket/more", "--to", "safetensors")
+    assert store.exists("/bucket/more/c.safetensors")
+    assert "none.pqkv" in run("verify", "memory://bucket/none.pqkv", code=4).stderr
+
+
+def test_files_of_torch_save_are_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"k": torch.ones(3)}, tmp_path / "x.pt")
+    assert "pickles are never loaded" in run("encode", tmp_path / "x.pt", tmp_path / "o.pqkv", code=2).stderr

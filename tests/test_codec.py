@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -334,3 +337,40 @@ def test_ranges_outside_the_tensor_are_refused() -> None:
     for tokens in ((0, 5), (-1, 2), (3, 2)):
         with pytest.raises(InvalidArgument, match="tokens"):
             pqcodec.decode(data, tokens=tokens, backend="reference")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is forked")
+def test_a_forked_child_decodes() -> None:
+    """The threads that the parent keeps are not the child's."""
+    x = gaussian(4, 512, 64)
+    stream = pqcodec.encode(x, backend="cpu")
+    expected = bits(pqcodec.decode(stream, backend="cpu"))
+    child = os.fork()
+    if child == 0:
+        ok = False
+        try:
+            ok = np.array_equal(bits(pqcodec.decode(pqcodec.encode(x, backend="cpu"), backend="cpu")), expected)
+        finally:
+            os._exit(0 if ok else 1)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert (done, os.waitstatus_to_exitcode(status)) == (child, 0)
+
+
+def test_an_interrupt_leaves_threads_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PQCODEC_THREADS", "3")
+    x = gaussian(4, 4096, 64)
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pqcodec.encode(x, backend="cpu", progress=interrupted)
+    stream = pqcodec.encode(x, backend="cpu")
+    assert rel_mse(x, pqcodec.decode(stream, backend="cpu")) < 0.04

@@ -345,7 +345,7 @@ def test_decoding_refuses(case: str) -> None:
 def test_a_stream_that_contradicts_its_frame_is_refused() -> None:
     stream = pqcodec.encode(tensor(4, 64), **REFERENCE)
     meta = {"name": "x", "layer": None, "role": "other", "shape": [5, 64], "dtype": "float16", "layout": "..."}
-    with pytest.raises(CorruptStream, match="the frame says"):
+    with pytest.raises(CorruptStream, match="the file says"):
         PQKVFile(assemble(frame(1, json.dumps(meta).encode(), stream))).decode("x", **REFERENCE)
 
 

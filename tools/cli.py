@@ -8,7 +8,7 @@ import sys
 import typer
 
 import pqcodec
-from pqcodec.tools import decode, encode, inspect, verify
+from pqcodec.tools import convert, decode, encode, inspect, verify
 from pqcodec.tools.outcome import INTERRUPTED, reported
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (encode.encode, decode.decode, inspect.inspect, verify.verify):
+for verb in (encode.encode, decode.decode, convert.convert, inspect.inspect, verify.verify):
     app.command()(reported(verb))
 
 

@@ -1,32 +1,41 @@
-"""Law: ``pqcodec encode``: a file of tensors becomes one .pqkv file, tensor by tensor."""
+"""Law: ``pqcodec encode``: files of tensors become encoded ones, tensor by tensor."""
 
 from __future__ import annotations
 
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.files import STANDARD, check_output, input_file
-from pqcodec.tools.outcome import bytes_text, print_json, say, shown
-from pqcodec.tools.progress import load_kernels, progress_bar
+from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, make_folder, tasks
+from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.outcome import bytes_text, say, shown
+from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
     from pqcodec.centre import Rope
     from pqcodec.formats.names import Part
-    from pqcodec.formats.tensors import TensorReader
+    from pqcodec.formats.recipe import Encoded, Recipe
 
-Input = Annotated[str, typer.Argument(metavar="INPUT", help="A .safetensors, .npz or .npy file, or - for stdin.")]
-Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="The .pqkv file to write, or - for stdout.")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Files (.safetensors, .npz, .npy), folders, patterns or URLs, or - for stdin."),
+]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="OUTPUT", help="The file to write (.pqkv, .safetensors or .zarr), a folder for many, or -."),
+]
+To = Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension, else pqkv).")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Files worked on at once.")]
 
 
 def encode(
-    source: Input,
-    target: Output,
+    sources: Sources,
+    target: Target,
+    to: To = None,
     preset: Annotated[str, typer.Option(help="pq2, pq2.5, pq3, pq3.5, pq4, pq5, pq6 or paper.")] = "pq3",
     seed: Annotated[int, typer.Option(help="Seed of the random rotation.")] = 0,
     center: Annotated[
@@ -51,87 +60,81 @@ def encode(
     nonfinite: Annotated[
         str, typer.Option(help="Vectors with NaN or Inf: error, or exact to keep them as they are.")
     ] = "error",
-    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum (default 64).")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
+    note: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata that the file carries; may be repeated.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
-    check: Annotated[bool, typer.Option("--check", help="Decode every stream and tell the error.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUTPUT if it exists.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Take the error of all numbers, not of a sample.")] = False,
+    jobs: Jobs = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
-    """Encode tensors into a .pqkv file.
+    """Encode files of tensors.
 
-    Tensors are [..., tokens, head_dim] of float16, bfloat16 or float32; all others are kept exactly.
+    Tensors are [..., tokens, head_dim] of float16, bfloat16 or float32; all others are kept exactly. Several inputs, a folder
+    or a pattern go into the folder OUTPUT.
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
-    check_output(source, target, force)
-    from pqcodec.presets import preset as preset_of
-
-    preset_of(preset)
     rope = _rope(rope_theta, rope_dim, rope_style, rope_first)
-    plan = _Plan(preset, _center(center, rope), rope, exact_tokens, flat)
-    options = {"seed": seed, "nonfinite": nonfinite, "backend": backend}
-    if chunk_tokens is not None:
-        options["chunk_tokens"] = chunk_tokens
-    with input_file(source) as path:
-        outcome = _encode_file(path, target, plan, options, (keys, values), center in ("mean", "rope"), check)
-    if as_json:
-        print_json({"output": target, **outcome.as_dict()})
-        return
-    for line in outcome.notes():
-        say(line)
-    print(outcome.line(target), file=sys.stderr if target == STANDARD else sys.stdout)
+    from pqcodec.formats.recipe import CHUNK_TOKENS, Recipe
+
+    recipe = Recipe(
+        preset=preset,
+        rope=rope,
+        center=_center(center, rope),
+        exact_tokens=exact_tokens,
+        seed=seed,
+        share_bits=not flat,
+        nonfinite=nonfinite,
+        chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
+        measure_all=check,
+        backend=backend,
+    )
+    wanted = _Wanted(recipe, (keys, values), center in ("mean", "rope"), _notes(note))
+    todo, many = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force)
+    kinds = {task.target: container(task.target, to) for task in todo}
+    load_kernels(backend)
+
+    def work(task: Task, show: Show) -> _Outcome:
+        with input_file(task.source, local=True) as path:
+            make_folder(task.target if many else STANDARD)
+            return _encode_file(path, task.target, kinds[task.target], wanted, show)
+
+    found = run(todo, work, lambda task: task.source, jobs, "encode")
+    if not as_json:
+        for line in dict.fromkeys(line for done in found if done.outcome for line in done.outcome.notes()):
+            say(line)
+    if not many and not as_json:
+        print(found[0].outcome.line(target), file=sys.stderr if target == STANDARD else sys.stdout)
+    report(found, _Outcome.COLUMNS, many, as_json)
+
+
+def container(target: str, to: str | None) -> str:
+    """The kind of an output; stdout is a .pqkv file."""
+    from pqcodec.formats.containers import container_of
+
+    return container_of(target, to or ("pqkv" if target == STANDARD else None))
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Plan:
-    """What is done to keys, to values and to others."""
+class _Wanted:
+    """What is done to each file."""
 
-    preset: str
-    center: str | None  # of keys
-    rope: Rope | None
-    exact_tokens: int | None
-    flat: bool
-
-    def presets(self, reader: TensorReader, parts: dict[str, Part]) -> dict[str, str]:
-        """Tensors whose preset is not the one asked for: those of a cache that shares its bits (``formats.rates``)."""
-        from pqcodec.formats import rates
-        from pqcodec.formats.cache import EXACT_TOKENS
-
-        layers = _layers(parts)
-        if self.flat or self.center is None or self.preset not in rates.SHARED or not layers:
-            return {}
-        exact_tokens = EXACT_TOKENS if self.exact_tokens is None else self.exact_tokens
-        shapes, energies = set(), []
-        for key, value in layers:
-            tensors = reader.read(key), reader.read(value)
-            shapes |= {tuple(tensor.shape) for tensor in tensors}
-            if len(shapes) > 1 or any(map(_why_exact, tensors)):
-                return {}
-            energies.append(rates.centred_energy(tensors[0], rope=self.rope, exact_tokens=exact_tokens))
-        shared = rates.share(self.preset, energies)
-        return {
-            name: preset
-            for pair, both in zip(layers, zip(*shared, strict=True), strict=True)
-            for name, preset in zip(pair, both, strict=True)
-        }
-
-    def options(self, part: Part) -> dict[str, Any]:
-        from pqcodec.formats.cache import EXACT_TOKENS
-
-        default = 0 if part.role == "other" else EXACT_TOKENS
-        options: dict[str, Any] = {"exact_tokens": default if self.exact_tokens is None else self.exact_tokens}
-        if part.role == "key":
-            options |= {"center": self.center, "rope": self.rope}
-        return options
+    recipe: Recipe
+    regexes: tuple[str | None, str | None]  # of keys and of values
+    needs_keys: bool
+    notes: dict[str, str]
 
 
-def _layers(parts: dict[str, Part]) -> list[tuple[str, str]]:
-    """Names of each layer's key and value, where every layer from 0 on has exactly one of both; else nothing."""
-    found = {(part.layer, part.role): name for name, part in parts.items() if part.role != "other"}
-    count = sum(part.role != "other" for part in parts.values())
-    pairs = [(found.get((layer, "key")), found.get((layer, "value"))) for layer in range(count // 2)]
-    return [(key, value) for key, value in pairs if key and value] if 2 * len(pairs) == count == len(found) else []
+def _notes(given: list[str] | None) -> dict[str, str]:
+    pairs = [note.partition("=") for note in given or ()]
+    for key, equals, _ in pairs:
+        if not key or not equals or key in ("format", "safetensors"):
+            raise InvalidArgument(f"--note {key + equals!r}: KEY=VALUE is expected; format and safetensors are the codec's own")
+    return {key: value for key, _, value in pairs}
 
 
 def _rope(theta: float | None, dim: int | None, style: str | None, first: int | None) -> Rope | None:
@@ -145,9 +148,7 @@ def _rope(theta: float | None, dim: int | None, style: str | None, first: int | 
 
 
 def _center(center: str, rope: Rope | None) -> str | None:
-    from pqcodec.formats.cache import key_center
-
-    chosen = {"auto": key_center(rope), "none": None, "mean": "mean", "rope": "rope"}
+    chosen = {"auto": "mean" if rope is None else "rope", "none": None, "mean": "mean", "rope": "rope"}
     if center not in chosen:
         raise InvalidArgument(f"--center {center!r} is unknown; choose from {', '.join(chosen)}")
     if (chosen[center] == "rope") != (rope is not None):
@@ -157,29 +158,19 @@ def _center(center: str, rope: Rope | None) -> str | None:
 
 # -- the work ----------------------------------------------------------------------------------------------------
 @dataclass
-class _Coded:
-    """A tensor that was encoded."""
-
-    name: str
-    part: Part
-    coordinates: int
-    stream_bytes: int
-    error: float = 0.0  # squared error and squared norm over finite coordinates, with --check
-    norm: float = 0.0
-
-
-@dataclass
 class _Outcome:
-    """What ``encode`` tells at its end."""
+    """What ``encode`` tells of a file."""
 
-    checked: bool
-    coded: list[_Coded] = field(default_factory=list)
+    COLUMNS = ("tensors", "bits/coord", "relMSE", "smaller", "bytes", "GB/s")
+    exit_code = 0
+
+    output: str
+    all_measured: bool  # relMSE is of all numbers, not of a sample
+    coded: list[Encoded] = field(default_factory=list)
     exact: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     tensor_bytes: int = 0
-    coded_bytes: int = 0  # bytes of the tensors that were encoded
     file_bytes: int = 0
     seconds: float = 0.0
-    encode_seconds: float = 0.0
 
     def bits(self, role: str | None = None) -> float | None:
         """Bits per coordinate of the coded tensors (of a role)."""
@@ -188,28 +179,34 @@ class _Outcome:
         return 8 * sum(c.stream_bytes for c in of) / coordinates if coordinates else None
 
     def rel_mse(self, role: str | None = None) -> float | None:
-        """Squared error over squared norm of the coded tensors (of a role); None without --check."""
-        of = [c for c in self.coded if role in (None, c.part.role)]
-        norm = sum(c.norm for c in of)
-        return sum(c.error for c in of) / norm if self.checked and norm else None
+        """Squared error over squared norm of the coded tensors (of a role), each tensor's sample weighted by its size."""
+        of = [c for c in self.coded if role in (None, c.part.role) and c.error.norm]
+        seen = sum(c.error.norm * c.weight for c in of)
+        return sum(c.error.squares * c.weight for c in of) / seen if seen else None
 
     @property
     def ratio(self) -> float:
         return self.tensor_bytes / self.file_bytes
 
     @property
+    def encode_seconds(self) -> float:
+        return sum(c.seconds for c in self.coded)
+
+    @property
     def rate(self) -> float:
         """GB/s of tensors into the encoder, reading and writing not counted."""
-        return self.coded_bytes / self.encode_seconds / 1e9 if self.encode_seconds else 0.0
+        return sum(c.tensor_bytes for c in self.coded) / self.encode_seconds / 1e9 if self.encode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         roles = {"all": None, "key": "key", "value": "value", "other": "other"}
         return {
+            "output": self.output,
             "tensors": len(self.coded),
             "exact_tensors": [{"name": name, "reason": reason} for name, reason in self.exact],
             "coordinates": sum(c.coordinates for c in self.coded),
             "bits_per_coordinate": {name: self.bits(role) for name, role in roles.items()},
-            "rel_mse": {name: self.rel_mse(role) for name, role in roles.items()} if self.checked else None,
+            "rel_mse": {name: self.rel_mse(role) for name, role in roles.items()},
+            "rel_mse_of": "all" if self.all_measured else "sample",
             "tensor_bytes": self.tensor_bytes,
             "file_bytes": self.file_bytes,
             "ratio": self.ratio,
@@ -217,6 +214,11 @@ class _Outcome:
             "encode_seconds": self.encode_seconds,
             "encode_gb_per_s": self.rate,
         }
+
+    def cells(self) -> list[str]:
+        bits, error = self.bits(), self.rel_mse()
+        told = ["-" if bits is None else f"{bits:.3f}", "-" if error is None else f"{error:.5f}", f"{self.ratio:.2f}x"]
+        return [str(len(self.coded) + len(self.exact)), *told, bytes_text(self.file_bytes), f"{self.rate:.3g}"]
 
     def notes(self) -> list[str]:
         """Lines about what the user may not expect."""
@@ -235,7 +237,7 @@ class _Outcome:
         parts.append(f"{self.ratio:.2f}x smaller ({bytes_text(self.tensor_bytes)} to {bytes_text(self.file_bytes)})")
         if (error := self.rel_mse()) is not None:
             by_role = [f"{role}s {e:.5f}" for role in ("key", "value", "other") if (e := self.rel_mse(role)) is not None]
-            parts.append(f"relMSE {error:.5f} ({', '.join(by_role)})")
+            parts.append(f"relMSE {'' if self.all_measured else 'about '}{error:.5f} ({', '.join(by_role)})")
         parts.append(f"{self.rate:.3g} GB/s")
         return f"{'stdout' if target == STANDARD else target}: {', '.join(parts)}"
 
@@ -244,100 +246,46 @@ def _some(names: list[str]) -> str:
     return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _encode_file(
-    path: Path,
-    target: str,
-    plan: _Plan,
-    options: dict[str, Any],
-    regexes: tuple[str | None, str | None],
-    needs_keys: bool,
-    check: bool,
-) -> _Outcome:
-    from pqcodec.formats import exact
+def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show) -> _Outcome:
+    from pqcodec.formats import containers
     from pqcodec.formats.names import part_of
-    from pqcodec.formats.pqkv import PQKVWriter
+    from pqcodec.formats.recipe import Watch, why_exact
     from pqcodec.formats.tensors import open_tensors
 
     start = time.perf_counter()
-    outcome = _Outcome(check)
+    outcome = _Outcome(target, wanted.recipe.measure_all)
     with open_tensors(path) as reader:
-        parts = {name: part_of(name, *regexes) for name in reader.names}
-        if needs_keys and all(part.role != "key" for part in parts.values()):
+        parts: dict[str, Part] = {name: part_of(name, *wanted.regexes) for name in reader.names}
+        if wanted.needs_keys and all(part.role != "key" for part in parts.values()):
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(parts))}); use --keys")
-        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {})
-        load_kernels(options["backend"])
-        presets = plan.presets(reader, parts)
-        out = sys.stdout.buffer if target == STANDARD else target
-        with progress_bar("encode", reader.total_bytes) as show, PQKVWriter(out, metadata) as writer:
-            for name, part in parts.items():
-                tensor = reader.read(name)
-                reason = _why_exact(tensor)
-                if reason:
-                    writer.add_exact(name, tensor, layer=part.layer, role=part.role)
-                    outcome.exact.append((name, reason))
-                else:
-                    how = {**options, **plan.options(part), "preset": presets.get(name, plan.preset)}
-                    _encode_tensor(name, tensor, part, writer, how, outcome, show)
-                outcome.tensor_bytes += exact.nbytes(tensor)
-                show(outcome.tensor_bytes)
-    outcome.file_bytes = writer.bytes_written
+        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | wanted.notes
+        reasons = {name: why_exact(*reader.describe(name)) for name in reader.names}
+        outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
+        sizes = {name: tensor_bytes(*reader.describe(name)) for name in reader.names}
+        outcome.tensor_bytes = sum(sizes.values())
+        all_bytes = max(sum(size for name, size in sizes.items() if not reasons[name]), 1)
+        finished = 0
+
+        def advance(name: str, done: int, total: int) -> None:
+            show((finished + sizes[name] * done / max(total, 1)) / all_bytes)
+
+        def encoded(one: Encoded) -> None:
+            nonlocal finished
+            finished += one.tensor_bytes
+            outcome.coded.append(one)
+
+        coded = [name for name, reason in reasons.items() if not reason]
+        pieces = wanted.recipe.pieces(reader, parts, coded, Watch(advance, encoded))
+        out: Any = sys.stdout.buffer if target == STANDARD else target
+        outcome.file_bytes = containers.write(out, pieces, metadata, to=kind)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _encode_tensor(
-    name: str, tensor: Any, part: Part, writer: Any, options: dict[str, Any], outcome: _Outcome, show: Any
-) -> None:
+def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a tensor as it is; 0 where the dtype is unknown and an error will follow."""
     import math
 
-    from pqcodec import codec
-    from pqcodec.formats import exact
-    from pqcodec.formats.pqkv import named
-
-    size, before = exact.nbytes(tensor), outcome.tensor_bytes
-    start = time.perf_counter()
-    with named(f"tensor {name!r}"):
-        stream = codec.encode(tensor, progress=lambda done, total: show(before + size * done // max(total, 1)), **options)
-    outcome.encode_seconds += time.perf_counter() - start
-    outcome.coded_bytes += size
-    coded = _Coded(name, part, math.prod(tensor.shape), len(stream))
-    if outcome.checked:
-        coded.error, coded.norm = _errors(tensor, codec.decode(stream, backend=options["backend"]))
-    writer.add_stream(name, stream, layer=part.layer, role=part.role)
-    outcome.coded.append(coded)
-
-
-def _why_exact(tensor: Any) -> str | None:
-    """Why a tensor cannot be encoded, or None."""
     from pqcodec import constants as c
-    from pqcodec.formats import exact
-    from pqcodec.header import DTYPE_NAMES
 
-    if exact.dtype_name(tensor) not in DTYPE_NAMES.values():
-        return f"dtype {exact.dtype_name(tensor)}"
-    if not 2 <= tensor.ndim <= c.MAX_NDIM:
-        return f"{tensor.ndim} dimensions, 2 to {c.MAX_NDIM} can be encoded"
-    if not 1 <= tensor.shape[-1] <= c.MAX_HEAD_DIM:
-        return f"head_dim outside 1 to {c.MAX_HEAD_DIM}"
-    return None
-
-
-def _errors(x: Any, y: Any) -> tuple[float, float]:
-    """Squared error and squared norm, over the coordinates where ``x`` is finite."""
-    import numpy as np
-
-    from pqcodec import arrays
-    from pqcodec.kernels.reference import widen
-
-    seen = arrays.view(x), arrays.view(y)
-    given, decoded = (view.values() for view in seen)
-    tokens = x.shape[-2]
-    error = norm = 0.0
-    for lead in range(len(given.starts)):
-        for first in range(0, tokens, 4096):
-            count = min(4096, tokens - first)
-            a, b = (widen(v.rows(lead, first, count), seen[0].dtype).astype(np.float64) for v in (given, decoded))
-            finite = np.isfinite(a)
-            error += float((np.where(finite, a - b, 0) ** 2).sum())
-            norm += float((np.where(finite, a, 0) ** 2).sum())
-    return error, norm
+    return math.prod(shape) * c.EXACT_ITEM_BYTES.get(dtype, 0)

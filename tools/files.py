@@ -1,32 +1,122 @@
-"""Law: where a verb reads and writes: "-" is stdin or stdout, and no file is replaced that the user did not offer."""
+"""Law: which files a verb works on and where it writes: names, folders, patterns, URLs, "-"; nothing is replaced unasked."""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from pqcodec.errors import InvalidArgument
 
 STANDARD = "-"
+PLAIN, ENCODED = (".safetensors", ".npz", ".npy"), (".pqkv", ".safetensors", ".zarr", ".pqs")
+_FOLDER = ".zarr"  # the extension of what is a folder and yet one file to its user
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file to work on, and what it is called below the folder or pattern that it was found by."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file to read and one to write."""
+
+    source: str
+    target: str
+
+
+def inputs(sources: Sequence[str], extensions: tuple[str, ...]) -> tuple[list[Input], bool]:
+    """The files that arguments name, and whether they may be many: of a folder those with an extension of ``extensions``.
+
+    Raises InvalidArgument where a folder or a pattern holds none.
+    """
+    found: list[Input] = []
+    many = len(sources) > 1
+    for source in sources:
+        if source == STANDARD and len(sources) > 1:
+            raise InvalidArgument("INPUT '-' stands for stdin and goes with no other input")
+        pattern = glob.has_magic(source) and not os.path.exists(source)
+        if _is_url(source):
+            found += [Input(url, PurePosixPath(url).name) for url in (_remote_glob(source) if pattern else [source])]
+        elif pattern:
+            root = Path(_fixed_part(source))
+            for path in sorted(glob.glob(source, recursive=True)):
+                if os.path.isfile(path) or path.lower().endswith(_FOLDER):
+                    found.append(Input(path, os.path.relpath(path, root)))
+        elif os.path.isdir(source) and not _is_zarr(source):
+            pattern = True
+            found += _in_folder(source, extensions)
+        else:
+            found.append(Input(source, os.path.basename(source)))
+        many = many or pattern
+        if pattern and not found:
+            raise InvalidArgument(f"{source}: no file with an extension of {', '.join(extensions)} is there")
+    return found, many
+
+
+def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: str, force: bool) -> tuple[list[Task], bool]:
+    """What is read and where it is written, and whether these are many: then ``target`` is a folder, ``written`` the extension.
+
+    Raises InvalidArgument where an output exists without ``force``, is an input as well, or is that of two inputs.
+    """
+    found, many = inputs(sources, read)
+    into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
+    if not many and not into and not target.endswith("/"):
+        check_output(found[0].path, target, force)
+        return [Task(found[0].path, target)], False
+    if not into and Path(target).suffix.lower() in (*PLAIN, *ENCODED):
+        raise InvalidArgument(f"{target}: there are {len(found)} inputs; OUTPUT is a folder then, not a file")
+    if target == STANDARD:
+        raise InvalidArgument(f"OUTPUT is '-', but there are {len(found)} inputs; name a folder")
+    seen: dict[str, str] = {}
+    made = []
+    for item in found:
+        name = str(Path("stdin" if item.name == STANDARD else item.name).with_suffix(written))
+        path = f"{target.rstrip('/')}/{name}" if _is_url(target) else os.path.join(target, name)
+        if path in seen:
+            raise InvalidArgument(f"{seen[path]} and {item.path} would both be written to {path}; encode them one by one")
+        seen[path] = item.path
+        check_output(item.path, path, force)
+        made.append(Task(item.path, path))
+    return made, True
+
+
+def make_folder(target: str) -> None:
+    """The folder that a file is written to; a store needs none."""
+    if not _is_url(target) and target != STANDARD:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def input_file(name: str) -> Iterator[Path]:
-    """The path of an input; stdin is first copied into a temporary file, because readers go from place to place."""
-    if name != STANDARD:
-        yield Path(name)
-        return
-    if sys.stdin.isatty():
+def input_file(name: str, *, local: bool = False) -> Iterator[str]:
+    """The path of an input; stdin is first copied into a temporary file, because readers go from place to place.
+
+    ``local``: a URL is fetched first, for what is read whole by other people's libraries.
+    """
+    if _is_url(name) and local:
+        from pqcodec.formats import remote
+
+        with remote.downloaded(name) as path:
+            yield str(path)
+    elif name != STANDARD:
+        yield name
+    elif sys.stdin.isatty():
         raise InvalidArgument("INPUT is '-', but stdin is a terminal; pipe a file into it")
-    with tempfile.NamedTemporaryFile(prefix="pqcodec-", suffix=".stdin") as copy:
-        shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
-        copy.flush()
-        yield Path(copy.name)
+    else:
+        with tempfile.NamedTemporaryFile(prefix="pqcodec-", suffix=".stdin") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
+            copy.flush()
+            yield copy.name
 
 
 def check_output(source: str, target: str, force: bool) -> None:
@@ -35,9 +125,64 @@ def check_output(source: str, target: str, force: bool) -> None:
         if sys.stdout.isatty():
             raise InvalidArgument("OUTPUT is '-', but stdout is a terminal; pipe it somewhere")
         return
+    if source == target:
+        raise InvalidArgument(f"{target}: is the input as well; write to another file")
+    if _is_url(target):
+        from pqcodec.formats import remote
+
+        if not force and remote.exists(target):
+            raise InvalidArgument(f"{target}: exists; pass --force to replace it")
+        return
     if not os.path.exists(target):
         return
     if source != STANDARD and os.path.exists(source) and os.path.samefile(source, target):
         raise InvalidArgument(f"{target}: is the input as well; write to another file")
-    if not force and os.path.isfile(target):
+    if not force and (os.path.isfile(target) or target.lower().endswith(_FOLDER)):
         raise InvalidArgument(f"{target}: exists; pass --force to replace it")
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text
+
+
+def _remote_glob(pattern: str) -> list[str]:
+    from pqcodec.formats import remote
+
+    return remote.matching(pattern)
+
+
+def _is_zarr(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "zarr.json"))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder of a pattern before its first wildcard."""
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return str(Path(*parts[:fixed])) if fixed else "."
+
+
+def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[Input]:
+    """The files below a folder; of .safetensors files those that hold what the verb is for."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        whole = [name for name in folders if _is_zarr(os.path.join(place, name))]
+        folders[:] = sorted(set(folders) - set(whole))
+        for name in sorted([*names, *whole]):
+            path = os.path.join(place, name)
+            if Path(name).suffix.lower() in extensions and _holds(path, extensions):
+                found.append(Input(path, os.path.relpath(path, folder)))
+    return found
+
+
+def _holds(path: str, extensions: tuple[str, ...]) -> bool:
+    """Whether a .safetensors file holds plain tensors, or streams, as is wanted; one that cannot be read is tried."""
+    if not path.lower().endswith(".safetensors"):
+        return True
+    from pqcodec.errors import PQError
+    from pqcodec.formats.tensors import holds_streams
+
+    try:
+        return holds_streams(path) == (extensions == ENCODED)
+    except (PQError, OSError):
+        return True

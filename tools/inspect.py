@@ -1,43 +1,53 @@
-"""Law: ``pqcodec inspect``: what an encoded file holds, from its headers alone."""
+"""Law: ``pqcodec inspect``: what encoded files hold, from their headers: a table of layers, or of tensors."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcodec.tools.files import input_file
-from pqcodec.tools.outcome import bytes_text, print_json, shown
+from pqcodec.tools.decode import Sources
+from pqcodec.tools.files import ENCODED, Input, input_file, inputs
+from pqcodec.tools.jobs import WIDTH_WITHOUT_TERMINAL, Show, report, run
+from pqcodec.tools.outcome import bytes_text, shown
 
 if TYPE_CHECKING:
-    from pqcodec.formats.pqkv import PQKVFile
-    from pqcodec.formats.single import SingleStream
+    from pqcodec.formats.tensor_file import TensorFile
 
-WIDTH_WITHOUT_TERMINAL = 160
+PAIR = ("key", "value")
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A .pqkv file or a single stream, or - for stdin.")],
+    sources: Sources,
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor, instead of one for each layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
-    """Show what an encoded file holds.
+    """Show what encoded files hold.
 
-    Only headers are read.
+    Only headers and means are read. relMSE is what the writer measured; |mean| is the length of what was subtracted, "at" the
+    byte at which a tensor begins.
     """
-    from pqcodec.formats.single import open_encoded
+    from pqcodec.formats.containers import open_encoded
 
-    with input_file(source) as path, open_encoded(path) as file:
-        tensors = [_told(file, name) for name in file.names]
-        whole = {"file": source, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensors}
-    if as_json:
-        print_json(whole)
-    else:
-        _print_table(whole)
+    def work(item: Input, show: Show) -> _Outcome:
+        with input_file(item.path) as path, open_encoded(path) as file:
+            told = [_told(file, name) for name in file.names]
+            whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": told}
+        return _Outcome(whole, tensors)
+
+    todo, many = inputs(sources, ENCODED)
+    found = run(todo, work, lambda item: item.path, 1, "inspect")
+    if not many and not as_json:
+        found[0].outcome.print()
+    report(found, _Outcome.COLUMNS, many, as_json)
 
 
-def _told(file: PQKVFile | SingleStream, name: str) -> dict[str, Any]:
+def _told(file: TensorFile, name: str) -> dict[str, Any]:
+    from pqcodec import codec
+
     entry = file.entry(name)
     told: dict[str, Any] = {
         "name": name,
@@ -47,49 +57,118 @@ def _told(file: PQKVFile | SingleStream, name: str) -> dict[str, Any]:
         "shape": entry.shape,
         "dtype": entry.dtype,
         "tensor_bytes": entry.tensor_bytes,
+        "at": entry.body_start,
         "bytes": entry.body_bytes,
-        "ratio": entry.tensor_bytes / entry.body_bytes,
+        "ratio": entry.tensor_bytes / max(entry.body_bytes, 1),
     }
     if entry.coded:
-        info = file.inspect(name)
-        told |= {"bits_per_coordinate": info.bits_per_coordinate, "stream": asdict(info)}
+        info, means = file.inspect(name), codec.means(file.stream(name))
+        told |= {"bits_per_coordinate": info.bits_per_coordinate, "rel_mse": entry.rel_mse, "parts": entry.parts}
+        told |= {"mean_norm": None if means is None or not means.size else float((means**2).sum(-1).mean() ** 0.5)}
+        told |= {"stream": asdict(info)}
     return told
 
 
-def _print_table(whole: dict[str, Any]) -> None:
-    from rich.console import Console
+class _Outcome:
+    """What ``inspect`` tells of a file."""
+
+    COLUMNS = ("tensors", "layers", "bits/coord", "smaller", "bytes")
+    exit_code = 0
+
+    def __init__(self, whole: dict[str, Any], by_tensor: bool) -> None:
+        self._whole, self._tensors = whole, whole["tensors"]
+        layered = [t for t in self._tensors if t["coded"] and t["layer"] is not None and t["role"] in PAIR]
+        found = {(t["layer"], t["role"]): t for t in layered}
+        whole_layers = len(found) == len(layered)
+        self._cache = found if whole_layers and not by_tensor else {}
+
+    def as_dict(self) -> dict[str, Any]:
+        return self._whole
+
+    def cells(self) -> list[str]:
+        coded = [t for t in self._tensors if t["coded"]]
+        coordinates = sum(t["bytes"] * 8 / t["bits_per_coordinate"] for t in coded if t["bits_per_coordinate"])
+        bits = 8 * sum(t["bytes"] for t in coded) / coordinates if coordinates else None
+        layers = len({t["layer"] for t in self._tensors if t["layer"] is not None})
+        size = self._whole["file_bytes"]
+        told = ["-" if bits is None else f"{bits:.3f}", f"{self._original / max(size, 1):.2f}x", bytes_text(size)]
+        return [str(len(self._tensors)), str(layers), *told]
+
+    @property
+    def _original(self) -> int:
+        return sum(t["tensor_bytes"] for t in self._tensors)
+
+    def print(self) -> None:
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+        whole = self._whole
+        size = f"{bytes_text(whole['file_bytes'])}, {len(self._tensors)} tensors of {bytes_text(self._original)}"
+        ratio = self._original / max(whole["file_bytes"], 1)
+        console.print(Text(f"{shown(whole['file'])}: {size}, {ratio:.2f}x smaller"))
+        for key, value in whole["metadata"].items():
+            console.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
+        if self._cache:
+            console.print(_table(_LAYER_COLUMNS, [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]))
+        others = [t for t in self._tensors if self._cache.get((t["layer"], t["role"])) is not t]
+        if others:
+            console.print(_table(_TENSOR_COLUMNS, [_tensor(t) for t in others]))
+
+    def _layer(self, layer: int) -> list[str]:
+        cells = [str(layer)]
+        pair = [self._cache.get((layer, role)) for role in PAIR]
+        for t in pair:
+            cells += _coded(t) if t else ["-"] * 6
+        there = [t for t in pair if t]
+        return [*cells, f"{sum(t['tensor_bytes'] for t in there) / max(sum(t['bytes'] for t in there), 1):.2f}x"]
+
+
+_HALF = ("bits/coord", "bytes", "relMSE", "|mean|", "at")
+_LAYER_COLUMNS = ("layer", "key", *_HALF, "value", *_HALF, "smaller")
+_TENSOR_COLUMNS = (
+    "name",
+    "role",
+    "layer",
+    "shape",
+    "dtype",
+    "preset",
+    "bits/coord",
+    "bytes",
+    "relMSE",
+    "|mean|",
+    "at",
+    "smaller",
+)
+_LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
+
+
+def _coded(t: dict[str, Any]) -> list[str]:
+    """Preset (with what is subtracted), bits, bytes, error, length of the mean, and place of a coded tensor."""
+    stream = t["stream"]
+    preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"])))
+    error = "-" if t["rel_mse"] is None else f"{t['rel_mse']:.5f}"
+    norm = "-" if t["mean_norm"] is None else f"{t['mean_norm']:.3g}"
+    return [preset, f"{t['bits_per_coordinate']:.3f}", str(t["bytes"]), error, norm, str(t["at"])]
+
+
+def _tensor(t: dict[str, Any]) -> list[str]:
+    shape = " x ".join(map(str, t["shape"])) or "-"
+    about = [shown(t["name"]), t["role"], "-" if t["layer"] is None else str(t["layer"]), shape, t["dtype"]]
+    how = _coded(t) if t["coded"] else ["exact", "-", str(t["bytes"]), "-", "-", str(t["at"])]
+    return [*about, *how, f"{t['ratio']:.2f}x"]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    tensors = whole["tensors"]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("name", overflow="fold")
-    for column, justify in (("role", "left"), ("layer", "right"), ("shape", "left"), ("dtype", "left"), ("preset", "left")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for column in ("centre", "seed", "exact tokens"):
-        table.add_column(column)
-    for column in ("bits/coord", "bytes", "ratio"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for t in tensors:
-        table.add_row(*(Text(cell) for cell in _cells(t)))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
-    original = sum(t["tensor_bytes"] for t in tensors)
-    size = f"{bytes_text(whole['file_bytes'])}, {len(tensors)} tensors of {bytes_text(original)}"
-    console.print(Text(f"{shown(whole['file'])}: {size}, {original / whole['file_bytes']:.2f}x smaller"))
-    for key, value in whole["metadata"].items():
-        console.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
-    if tensors:
-        console.print(table)
-
-
-def _cells(t: dict[str, Any]) -> list[str]:
-    shape = " x ".join(map(str, t["shape"])) or "-"
-    layer = "-" if t["layer"] is None else str(t["layer"])
-    ratio = f"{t['ratio']:.2f}"
-    if not t["coded"]:
-        return [shown(t["name"]), t["role"], layer, shape, t["dtype"], "exact", "-", "-", "-", "-", str(t["bytes"]), ratio]
-    stream = t["stream"]
-    preset = stream["preset"] or f"({stream['coding']})"
-    exact = str(stream["exact_tokens"]) + (f" + {stream['exact_vectors']} vectors" if stream["exact_vectors"] else "")
-    coded = [preset, stream["centered"] or "none", str(stream["seed"]), exact, f"{t['bits_per_coordinate']:.3f}"]
-    return [shown(t["name"]), t["role"], layer, shape, t["dtype"], *coded, str(t["bytes"]), ratio]
+    for column in columns:
+        if column == "name":
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

@@ -36,16 +36,21 @@ def reported(verb: Callable[..., None]) -> Callable[..., None]:
         except (PQError, OSError, MemoryError, KeyboardInterrupt) as error:
             if os.environ.get("PQCODEC_DEBUG") == "1":
                 traceback.print_exc()
-            code = next((code for kind, code in _CODES if isinstance(error, kind)), DAMAGED)
+            code = code_of(error)
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
             elif options.get("as_json"):
-                print_json({"error": {"kind": type(error).__name__, "message": _message(error), "exit_code": code}})
+                print_json({"error": {"kind": type(error).__name__, "message": message_of(error), "exit_code": code}})
             if not isinstance(error, BrokenPipeError):
-                say(f"pqcodec: {_message(error)}")
+                say(f"pqcodec: {message_of(error)}")
             raise typer.Exit(code) from None
 
     return run
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error ends with."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), DAMAGED)
 
 
 def say(line: str) -> None:
@@ -75,7 +80,8 @@ def bytes_text(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """An error as a line for people."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many bytes are done, with a bar of size, rate and remaining time while the block runs."""
+def progress_bar(title: str, files: int) -> Iterator[Callable[[float], None]]:
+    """A function that is told how many files are done, also in parts, with a bar of them while the block runs."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
+    count = [] if files == 1 else [TextColumn("{task.completed:.0f}/{task.total:.0f} files")]
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *count, TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=files)
         yield lambda done: progress.update(task, completed=done)
 
 

@@ -1,42 +1,78 @@
-"""Law: ``pqcodec verify``: every byte of an encoded file against its checksums; what is damaged is named."""
+"""Law: ``pqcodec verify``: every byte of encoded files against their checksums; what is damaged is named."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcodec.tools.files import input_file
-from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
-from pqcodec.tools.progress import progress_bar
+from pqcodec.tools.decode import Sources
+from pqcodec.tools.encode import Jobs
+from pqcodec.tools.files import ENCODED, Input, input_file, inputs
+from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.outcome import DAMAGED, bytes_text, shown
 
 if TYPE_CHECKING:
+    from pqcodec.formats.tensor_file import Found
     from pqcodec.stream import Damage
 
 
 def verify(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A .pqkv file or a single stream, or - for stdin.")],
+    sources: Sources,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    jobs: Jobs = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
-    """Check all checksums of an encoded file.
+    """Check all checksums of encoded files.
 
     What is damaged is named by tensor and tokens; the exit code is 1 then.
     """
-    from pqcodec.formats.single import open_encoded
+    from pqcodec.formats.containers import open_encoded
 
-    with input_file(source) as path, open_encoded(path) as file, progress_bar("verify", file.size) as show:
-        found = file.verify(lambda done, total: show(done), backend=backend)
-        size, count = file.size, len(file.names)
-    if as_json:
-        print_json({"file": source, "ok": not found, "damage": [_told(name, damage) for name, damage in found]})
-    else:
-        for name, damage in found:
-            print(f"{'file metadata' if name is None else shown(name)}: damaged: {damage}")
-        outcome = f"{len(found)} damaged places" if found else "all sound"
-        print(f"{source}: {count} tensors, {bytes_text(size)}, {outcome}")
-    if found:
-        raise typer.Exit(DAMAGED)
+    def work(item: Input, show: Show) -> _Outcome:
+        with input_file(item.path) as path, open_encoded(path) as file:
+            found = file.verify(lambda done, total: show(done / max(total, 1)), backend=backend)
+            return _Outcome(item.path, found, file.size, len(file.names))
+
+    todo, many = inputs(sources, ENCODED)
+    done = run(todo, work, lambda item: item.path, jobs, "verify")
+    if not as_json:
+        for one in done:
+            for line in one.outcome.lines(many) if one.outcome else ():
+                print(line)
+    report(done, _Outcome.COLUMNS, many, as_json)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What ``verify`` tells of a file."""
+
+    file: str
+    found: Found
+    size: int
+    tensors: int
+
+    COLUMNS = ("tensors", "bytes", "")
+
+    @property
+    def exit_code(self) -> int:
+        return DAMAGED if self.found else 0
+
+    @property
+    def verdict(self) -> str:
+        return f"{len(self.found)} damaged places" if self.found else "all sound"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"file": self.file, "ok": not self.found, "damage": [_told(name, damage) for name, damage in self.found]}
+
+    def cells(self) -> list[str]:
+        return [str(self.tensors), bytes_text(self.size), self.verdict]
+
+    def lines(self, many: bool) -> list[str]:
+        before = f"{shown(self.file)}: " if many else ""
+        lines = [f"{before}{'file metadata' if n is None else shown(n)}: damaged: {damage}" for n, damage in self.found]
+        return lines if many else [*lines, f"{self.file}: {self.tensors} tensors, {bytes_text(self.size)}, {self.verdict}"]
 
 
 def _told(name: str | None, damage: Damage | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 
 import numpy as np
@@ -43,9 +43,25 @@ def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None
         for task in tasks:
             advance(task())
         return
-    with ThreadPoolExecutor(workers) as pool:
-        for done in pool.map(lambda task: task(), tasks):
-            advance(done)
+    futures = [_pool(threads()).submit(task) for task in tasks]
+    try:
+        for future in futures:
+            advance(future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # nothing is written into the caller's memory once it knows
+        raise
+
+
+@lru_cache(maxsize=1)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that wait for work: to start them takes longer than to decode a small tensor."""
+    return ThreadPoolExecutor(workers, "pqcodec")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 # -- tables, flattened -------------------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""Law: how the tensors of a cache are encoded, whatever file they go to: keys are centred, values are not, the first tokens of
+both are exact, and the preset's bits are shared between keys, values and layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.centre import Rope
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats import exact, rates
+from pqcodec.formats.measure import SAMPLES, Error, error_of
+from pqcodec.formats.names import Part
+from pqcodec.formats.pieces import Coded, Piece
+from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, named
+from pqcodec.header import DTYPE_NAMES
+from pqcodec.presets import preset as preset_of
+from pqcodec.source import MemorySource
+
+EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
+CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants
+AUTO = "auto"
+
+
+class Tensors(Protocol):
+    """Tensors by name, each read when its turn comes."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype."""
+        ...
+
+    def read(self, name: str) -> Any: ...
+
+
+class InMemory:
+    """Tensors of torch or numpy that are there; raises InvalidArgument for anything else."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = dict(tensors)
+        self.names = tuple(self._tensors)
+        for name, x in self._tensors.items():
+            if not exact.is_tensor(x):
+                raise InvalidArgument(f"tensor {name!r}: a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        x = self._tensors[name]
+        return tuple(int(n) for n in x.shape), exact.dtype_name(x)
+
+    def read(self, name: str) -> Any:
+        return self._tensors[name]
+
+
+def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, Part]]:
+    """(key, value) tensors of each layer as layers.{i}.key and layers.{i}.value."""
+    pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
+    tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
+    return tensors, {f"layers.{layer}.{role}": Part(role, layer) for layer, role, _ in pairs}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of a tensor that was encoded."""
+
+    name: str
+    part: Part
+    coordinates: int
+    tensor_bytes: int
+    stream_bytes: int
+    seconds: float  # inside the encoder
+    error: Error
+
+    @property
+    def weight(self) -> float:
+        """Coordinates that each one stands for whose error was measured."""
+        return self.coordinates / max(self.error.coordinates, 1)
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told of the work: of a tensor's progress (name, done, total), and of each tensor that was encoded."""
+
+    advance: Callable[[str, int, int], None] = _ignore
+    encoded: Callable[[Encoded], None] = _ignore
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of encoding a cache; the defaults are those of ``save_cache``. Raises InvalidArgument.
+
+    ``center`` is of keys: "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope"; ``exact_tokens``: None
+    is 4 of keys and values, 0 of others; ``share_bits``: give keys of high energy more bits than values, the preset being
+    the mean (``formats.rates``); ``stream_tokens``: cut a tensor into streams of so many tokens (None: one stream);
+    ``measure_all``: take the error of all numbers, not of a sample.
+    """
+
+    preset: str = "pq3"
+    rope: Rope | None = None
+    center: str | None = AUTO
+    exact_tokens: int | None = None
+    seed: int = 0
+    share_bits: bool = True
+    nonfinite: str = "error"
+    chunk_tokens: int = CHUNK_TOKENS
+    stream_tokens: int | None = None
+    measure_all: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        preset_of(self.preset)
+        if self.center == AUTO:
+            object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
+        if self.center not in (None, "mean", "rope"):
+            raise InvalidArgument(f"center {self.center!r} is unknown; choose 'auto', None, 'mean' or 'rope'")
+        if (self.center == "rope") != (self.rope is not None):
+            raise InvalidArgument("centring keys under RoPE and a rope go together; give both or neither")
+        if self.stream_tokens is not None and self.stream_tokens < 1:
+            raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
+
+    # -- what is done to a tensor --------------------------------------------------------------------------------
+    def options(self, part: Part, first_token: int = 0) -> dict[str, Any]:
+        """Options of ``pqcodec.encode`` for a tensor that begins with a token, all but the preset."""
+        exact_tokens = self.exact_tokens
+        if exact_tokens is None:
+            exact_tokens = 0 if part.role == "other" else EXACT_TOKENS
+        options: dict[str, Any] = {"exact_tokens": max(exact_tokens - first_token, 0)}
+        if part.role == "key":
+            rope = self.rope and replace(self.rope, first_position=self.rope.first_position + first_token)
+            options |= {"center": self.center, "rope": rope}
+        return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
+
+    def presets(self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str]) -> dict[str, str]:
+        """The preset of each coded tensor: of a cache with one key and one value of each layer, all of one shape, its bits are
+        shared."""
+        flat = dict.fromkeys(coded, self.preset)
+        found = {(parts[name].layer, parts[name].role): name for name in coded if parts[name].role != "other"}
+        layers = sum(parts[name].role != "other" for name in coded) // 2
+        wanted = {(layer, role) for layer in range(layers) for role in ("key", "value")}
+        of_cache = [name for name in coded if parts[name].role != "other"]
+        alike = len({tensors.describe(name)[0] for name in of_cache}) == 1
+        if not self.share_bits or self.center is None or found.keys() != wanted or len(found) != len(of_cache) or not alike:
+            return flat
+        if self.preset not in rates.SHARED or layers < rates.FEWEST_LAYERS:
+            return flat
+        keys, values = ([found[layer, role] for layer in range(layers)] for role in ("key", "value"))
+        exact_tokens = EXACT_TOKENS if self.exact_tokens is None else self.exact_tokens
+        energies = [rates.centred_energy(tensors.read(name), rope=self.rope, exact_tokens=exact_tokens) for name in keys]
+        of_keys, of_values = rates.share(self.preset, energies)
+        return flat | dict(zip([*keys, *values], [*of_keys, *of_values], strict=True))
+
+    def pieces(
+        self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None
+    ) -> list[Piece]:
+        """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
+        coded = tensors.names if coded is None else coded
+        presets = self.presets(tensors, parts, coded)
+        return [self._piece(tensors, name, parts[name], presets.get(name), watch or Watch()) for name in tensors.names]
+
+    def _piece(self, tensors: Tensors, name: str, part: Part, preset: str | None, watch: Watch) -> Piece:
+        shape, dtype = tensors.describe(name)
+        if preset is None:
+            layout = LAYOUT if part.role != "other" and len(shape) > 1 else NO_LAYOUT
+            return Piece(name, False, part.layer, part.role, shape, dtype, layout, lambda: tensors.read(name))
+        tokens = shape[-2] if len(shape) > 1 else 1
+        step = tokens if self.stream_tokens is None else self.stream_tokens
+        starts = range(0, max(tokens, 1), max(step, 1)) if len(shape) > 1 else range(1)
+
+        def body() -> Coded:
+            return self._encoded(tensors.read(name), name, part, preset, starts, watch)
+
+        return Piece(name, True, part.layer, part.role, shape, dtype, LAYOUT, body, len(starts))
+
+    def _encoded(self, x: Any, name: str, part: Part, preset: str, starts: range, watch: Watch) -> Coded:
+        streams, error, seconds = [], Error(), 0.0
+        measured = range(0, len(starts), max(len(starts) // SAMPLES, 1))  # streams that a sample is taken of
+        for number, first in enumerate(starts):
+
+            def advance(done: int, total: int, number: int = number) -> None:
+                watch.advance(name, number * total + done, len(starts) * total)
+
+            cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
+            start = time.perf_counter()
+            with named(f"tensor {name!r}"):
+                stream = codec.encode(cut, preset=preset, progress=advance, **self.options(part, first))
+            seconds += time.perf_counter() - start
+            if x.ndim > 1 and (self.measure_all or number in measured):
+                error += error_of(cut, stream, backend=self.backend, sample=not self.measure_all)
+            streams.append(MemorySource(stream))
+        size = exact.nbytes(x)
+        watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
+        return Coded(streams, error.rel_mse)
+
+
+def why_exact(shape: tuple[int, ...], dtype: str) -> str | None:
+    """Why a tensor cannot be encoded, or None."""
+    if dtype not in DTYPE_NAMES.values():
+        return f"dtype {dtype}"
+    if not 2 <= len(shape) <= c.MAX_NDIM:
+        return f"{len(shape)} dimensions, 2 to {c.MAX_NDIM} can be encoded"
+    if not 1 <= shape[-1] <= c.MAX_HEAD_DIM:
+        return f"head_dim outside 1 to {c.MAX_HEAD_DIM}"
+    return None

@@ -1,0 +1,78 @@
+"""Law: ``pqcodec convert``: encoded files move into another container; nothing is decoded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.tools.decode import Sources
+from pqcodec.tools.encode import Jobs, Target, container
+from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, make_folder, tasks
+from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.outcome import bytes_text
+
+
+def convert(
+    sources: Sources,
+    target: Target,
+    to: Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).")] = None,
+    jobs: Jobs = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
+) -> None:
+    """Move encoded files into another container, without decoding.
+
+    Streams stay as they are, byte for byte; names, layers, roles and metadata go along.
+    """
+    if as_json and target == STANDARD:
+        raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
+    todo, many = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force)
+    if many and to is None:
+        raise InvalidArgument("--to is needed where many files are written; choose pqkv, safetensors or zarr")
+    kinds = {task.target: container(task.target, to) for task in todo}
+    from pqcodec.formats import containers
+
+    def work(task: Task, show: Show) -> _Outcome:
+        start = time.perf_counter()
+        with input_file(task.source) as path:
+            make_folder(task.target if many else STANDARD)
+            before = os.path.getsize(path) if os.path.isfile(path) else None
+            out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
+            progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
+            size = containers.convert(path, out, to=kinds[task.target], progress=progress)
+        return _Outcome(task.target, before, size, time.perf_counter() - start)
+
+    found = run(todo, work, lambda task: task.source, jobs, "convert")
+    if not many and not as_json:
+        print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
+    report(found, _Outcome.COLUMNS, many, as_json)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What ``convert`` tells of a file."""
+
+    output: str
+    read_bytes: int | None  # of a single local file
+    file_bytes: int
+    seconds: float
+
+    COLUMNS = ("read", "written", "seconds")
+    exit_code = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def cells(self) -> list[str]:
+        read = "-" if self.read_bytes is None else bytes_text(self.read_bytes)
+        return [read, bytes_text(self.file_bytes), f"{self.seconds:.2f}"]
+
+    def line(self) -> str:
+        read = "" if self.read_bytes is None else f" from {bytes_text(self.read_bytes)}"
+        return f"{'stdout' if self.output == STANDARD else self.output}: {bytes_text(self.file_bytes)}{read}, nothing decoded"

@@ -1,0 +1,110 @@
+"""Law: a verb's work on many files: some at once, one's failure does not stop the others, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import typer
+
+from pqcodec.errors import InvalidArgument, PQError
+from pqcodec.tools.outcome import code_of, message_of, print_json, say, shown
+
+T = TypeVar("T")
+Show = Callable[[float], None]  # is told which share of a file is done
+EXPECTED = (PQError, OSError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a file: a verb's outcome, or the error that ended it."""
+
+    path: str
+    outcome: Any = None
+    error: BaseException | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.error is None:
+            told: dict[str, Any] = self.outcome.as_dict()
+            return told
+        kind = {"kind": type(self.error).__name__, "message": message_of(self.error), "exit_code": code_of(self.error)}
+        return {"file": self.path, "error": kind}
+
+
+def run(items: Sequence[T], work: Callable[[T, Show], Any], path: Callable[[T], str], jobs: int, title: str) -> list[Done]:
+    """Work on every item, ``jobs`` at once; errors that are expected become part of the outcome.
+
+    A single item's error is raised as it is.
+    """
+    from pqcodec.tools.progress import progress_bar
+
+    if jobs < 1:
+        raise InvalidArgument(f"--jobs {jobs}: a number from 1 is expected")
+    stopped = threading.Event()
+    with progress_bar(title, len(items)) as bar:
+        shares = dict.fromkeys(range(len(items)), 0.0)
+
+        def one(number: int) -> Done:
+            def show(share: float) -> None:
+                if stopped.is_set():
+                    raise KeyboardInterrupt
+                shares[number] = share
+                bar(sum(shares.values()))
+
+            try:
+                done = Done(path(items[number]), work(items[number], show))
+            except EXPECTED as error:
+                if len(items) == 1:
+                    raise
+                done = Done(path(items[number]), error=error)
+            show(1.0)
+            return done
+
+        if jobs == 1 or len(items) == 1:
+            return [one(number) for number in range(len(items))]
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                return list(pool.map(one, range(len(items))))
+            except BaseException:
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool) -> None:
+    """Tell what came of many files: a row each, errors on stderr; the exit code is the first failure's."""
+    failed = [done for done in found if done.error is not None]
+    if as_json:
+        told = [done.as_dict() for done in found]
+        print_json({"files": told, "failed": len(failed)} if many else told[0])
+    elif many:
+        _table(found, columns)
+        for done in failed:
+            assert done.error is not None
+            say(f"pqcodec: {message_of(done.error)}")
+    code = next((code_of(done.error) for done in failed if done.error), 0)
+    code = code or next((done.outcome.exit_code for done in found if done.outcome and done.outcome.exit_code), 0)
+    if code:
+        raise typer.Exit(code)
+
+
+def _table(found: list[Done], columns: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for done in found:
+        cells = done.outcome.cells() if done.error is None else ["failed", *[""] * (len(columns) - 1)]
+        table.add_row(Text(shown(done.path)), *map(Text, cells))
+    Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
+
+
+WIDTH_WITHOUT_TERMINAL = 160
