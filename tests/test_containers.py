@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,31 @@ def test_single_streams_convert_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.decode("k", **REFERENCE), single.decode("k", **REFERENCE))
         assert single.verify(**REFERENCE) == []
         assert single.size == (tmp_path / "k.pqs").stat().st_size
+
+
+class Counting(io.FileIO):
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        self.count += len(data)
+        return data
+
+
+def test_what_is_read_of_256_tokens_is_what_was_wanted(tmp_path: Path) -> None:
+    """Any 256 tokens of a head: nine tenths of the bytes are their rows; and what is added to rows is half a percent."""
+    tokens, heads, row = 2048, 8, 128 * 3 // 8
+    rng = np.random.default_rng(0)
+    save_cache(tmp_path / "a.pqkv", [(tensor(heads, tokens, 128), tensor(heads, tokens, 128))], share_bits=False)
+    with Counting(tmp_path / "a.pqkv") as counted, PQKVFile(counted) as file:
+        whole = {name: file.decode(name) for name in file.names}
+        counted.count = 0
+        for number in range(200):
+            name, first, head = file.names[number % 2], int(rng.integers(4, tokens - 255)), int(rng.integers(heads))
+            x = file.decode(name, tokens=(first, first + 256), leading=(head, head + 1))
+            np.testing.assert_array_equal(x[0], whole[name][head, first : first + 256])
+        assert 200 * 256 * row / counted.count >= 0.9
+        streams = [file.inspect(name) for name in file.names]
+        rows = len(streams) * heads * (tokens - 4) * row
+        assert sum(info.payload_bytes for info in streams) <= 1.005 * rows  # with their checksums
+        assert file.size - sum(info.stream_bytes for info in streams) <= 0.005 * rows

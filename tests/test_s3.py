@@ -14,6 +14,8 @@ import pytest
 
 from pqcodec.errors import TruncatedStream
 from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, remote, save_cache
+from pqcodec.formats.cache import layers_of
+from pqcodec.formats.containers import convert, open_encoded
 
 pytest.importorskip("moto.server", reason="needs a server that speaks S3: pip install 'moto[server]'")
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
@@ -378,3 +380,28 @@ def test_no_credentials_are_told_at_once(proxy: servers.Proxy, monkeypatch: pyte
     with pytest.raises(PermissionError, match=f"Unable to locate credentials.*check the credentials.*{URL}"):
         PQKVFile(URL)
     assert proxy.exchanges == []
+
+
+# -- every container -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["pqkv", "safetensors", "zarr"])
+def test_every_container_lives_in_a_store(kind: str, proxy: servers.Proxy, store: s3fs.S3FileSystem) -> None:
+    """Converted there and back within the store, read whole and in part; a connection that breaks is tried again."""
+    pytest.importorskip("zarr", reason="needs zarr: pip install zarr") if kind == "zarr" else None
+    tensors = np.random.default_rng(0).standard_normal((2, 1, 4, 600, 64)).astype(np.float16)
+    save_cache(URL, [tuple(tensors)], **REFERENCE)
+    url = f"s3://bucket/other/b.{kind}"
+    convert(URL, url)
+    convert(url, "s3://bucket/back.pqkv")
+    assert store.cat("bucket/back.pqkv") == store.cat(KEY)
+    expected = load_cache(URL, **REFERENCE)[0][0]
+    with open_encoded(url) as file:
+        assert file.verify(**REFERENCE) == []
+        np.testing.assert_array_equal(file.decode("layers.0.key", **REFERENCE), expected)
+    proxy.exchanges.clear()
+    with open_encoded(url) as file:
+        part = file.decode("layers.0.key", tokens=(100, 356), leading=(1, 2), **REFERENCE)
+    np.testing.assert_array_equal(part[0], expected[0, 1, 100:356])
+    assert sum(exchange.received for exchange in proxy.exchanges) < 0.7 * store.size(KEY)
+    if kind != "zarr":  # whose own store tries again, or does not
+        proxy.cut(1, after=20)
+        assert [x.shape for x in layers_of(open_encoded(url), **REFERENCE)[0]] == [(1, 4, 600, 64)] * 2
