@@ -50,6 +50,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
     Chunks hold whole vectors: their last dimension is the array's. Reading some tokens of a chunk reads only the blocks of
     ``chunk_tokens`` that hold them. Raises InvalidArgument; damaged chunks raise CorruptStream where they are read.
 
+    >>> import zarr
     >>> from zarr.storage import MemoryStore
     >>> array = zarr.create_array(
     ...     MemoryStore(), shape=(2, 512, 64), chunks=(1, 256, 64), dtype="float16", serializer=PQCodec("pq4"), compressors=None
