@@ -85,7 +85,9 @@ def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields
         known = f"this release reads {c.LISTING_FORMAT!r} version {c.LISTING_VERSION!r}"
         told = f"{form!r:.40} version {version!r:.20}; {known}"
         raise UnsupportedStream(f"metadata: {told}: install a newer pqcodec")
-    listed, found = (json_value(text.encode(), key) for text, key in ((tensors, KEYS[2]), (metadata, KEYS[3])))
+    listed, found = (
+        json_value(text.encode("utf-8", "surrogatepass"), key) for text, key in ((tensors, KEYS[2]), (metadata, KEYS[3]))
+    )
     if not isinstance(listed, list) or not isinstance(found, dict):
         raise CorruptStream("pqcodec_tensors and pqcodec_metadata: a JSON list and a JSON object are expected")
     for place, fields in enumerate(listed):
@@ -138,19 +140,20 @@ def _streams_problem(fields: Fields) -> str:
 # -- tensors -----------------------------------------------------------------------------------------------------
 def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size: int) -> Entry:
     """The entry of a tensor that the list tells of."""
-    about = (
+    return Entry(
         fields["name"],
         fields["coded"],
-        fields["layer"],
+        fields.get("layer"),
         fields["role"],
         tuple(shape),
         dtype,
         fields["layout"],
         place,
         size,
+        parts=len(fields.get("streams", [0])),
+        numpy=fields.get("numpy", False),
+        rel_mse=checked_rel_mse(fields.get("rel_mse")),
     )
-    error = checked_rel_mse(fields.get("rel_mse"))
-    return Entry(*about, parts=len(fields.get("streams", [0])), numpy=fields.get("numpy", False), rel_mse=error)
 
 
 def streams_in(body: Source, fields: Fields) -> list[Part]:

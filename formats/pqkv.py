@@ -356,6 +356,9 @@ class PQKVFile(TensorFile):
             yield Check(None, 0, 0, lambda backend, progress: [torn])
         for item in self._log.items:
             yield Check(item.name, item.body_start, item.body_bytes, self._damage(item))
+        for name, items in self._tensors.items():
+            if len(items) > 1:
+                yield Check(name, self.size, 0, self._follow(name))
 
     def _damage(self, item: Frame) -> Callable[[str, codec.Progress], Sequence[Damage | str]]:
         def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
@@ -365,6 +368,13 @@ class PQKVFile(TensorFile):
                 return codec.verify(self._part(item).open(True), backend=backend, progress=progress)
             else:
                 self._read_exact(self._frame_entry(item))
+            return []
+
+        return found
+
+    def _follow(self, name: str) -> Callable[[str, codec.Progress], Sequence[Damage | str]]:
+        def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
+            self._read_entry(name)  # raises where the parts of a tensor do not follow each other
             return []
 
         return found

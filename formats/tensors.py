@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.frames import json_value
+from pqcodec.formats.npy import read_npy_header
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
 _MOST_HEADER_BYTES = 100_000_000  # the library's cap
@@ -159,23 +160,14 @@ def _library_errors(path: object, what: str, fault: type[InvalidArgument] | type
 
     try:
         yield
-    except (InvalidArgument, CorruptStream):
-        raise
+    except PQError as error:
+        raise type(error)(f"{path}: {what}: {error}") from error
     except SafetensorError as error:
         if "os error" in str(error) or "I/O error" in str(error):
             raise OSError(errno.EIO, str(error), str(path)) from error
         raise fault(f"{path}: {what}: {error}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise fault(f"{path}: {what}: {error}") from error
-
-
-def _no_objects(path: object, name: str, dtype: np.dtype) -> None:
-    if dtype.hasobject:
-        raise InvalidArgument(f"{path}: array {name!r} holds pickled Python objects, which are never loaded; save numbers")
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -226,36 +218,44 @@ class _Npz(_Closing):
         with _library_errors(path, "is no .npz file that holds together", CorruptStream):
             self._file = self._stack.enter_context(zipfile.ZipFile(path))
             infos = self._file.infolist()
-        foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
-        if foreign:
+        if problem := _npz_problem(infos):
             self._stack.close()
-            hint = "is it an .npz?"
-            if any(name.endswith("/data.pkl") for name in foreign):
-                hint = "it is torch.save's, and pickles are never loaded: save the tensors as .safetensors"
-            raise InvalidArgument(f"{path}: holds {foreign[0]!r}; an .npz file of .npy arrays is expected; {hint}")
+            raise InvalidArgument(f"{path}: {problem}")
         self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
         self.total_bytes = sum(info.file_size for info in infos)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with (
-            _library_errors(self._path, f"array {name!r} cannot be read", CorruptStream),
-            self._file.open(name + ".npy") as member,
-        ):
-            return _described(_npy_header(member))
+        with self._member(name) as member:
+            header = read_npy_header(member)
+            return header.shape, header.dtype_name
 
     def read(self, name: str) -> Any:
-        with (
-            _library_errors(self._path, f"array {name!r} cannot be read", CorruptStream),
-            self._file.open(name + ".npy") as member,
-        ):
-            shape, fortran, dtype = _npy_header(member)
-            _no_objects(self._path, name, dtype)
-            size = self._file.getinfo(name + ".npy").file_size
-            count = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if count > size:
-                raise CorruptStream(f"{self._path}: array {name!r} of {shape} takes {count} bytes, {size} are there")
-            data = np.frombuffer(member.read(count), dtype)
-            return _native(data.reshape(shape, order="F" if fortran else "C"))
+        with self._member(name) as member:
+            header, size = read_npy_header(member), self._file.getinfo(name + ".npy").file_size
+            if header.data_bytes > size:
+                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {size} are there")
+            data = member.read(header.data_bytes)
+            if len(data) < header.data_bytes:
+                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {len(data)} are there")
+            return header.array(data)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[Any]:
+        with _library_errors(self._path, f"array {name!r}", CorruptStream), self._file.open(name + ".npy") as member:
+            yield member
+
+
+def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
+    """Why an archive is none of numpy's, or an empty string."""
+    foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
+    if any(name.endswith("/data.pkl") for name in foreign):
+        return "is torch.save's; pickles are never loaded: save the tensors as .safetensors"
+    if foreign:
+        return f"holds {foreign[0]!r}; an .npz file of .npy arrays is expected"
+    for info in infos:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            return f"{info.filename!r} is encrypted, or compressed in a way that numpy does not; save it with numpy.savez"
+    return ""
 
 
 class _Npy(_Closing):
@@ -268,29 +268,17 @@ class _Npy(_Closing):
         self.total_bytes = path.stat().st_size
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with _library_errors(self._path, "is no .npy file that holds together", CorruptStream), open(self._path, "rb") as file:
-            return _described(_npy_header(file))
+        with _library_errors(self._path, "array", CorruptStream), open(self._path, "rb") as file:
+            header = read_npy_header(file)
+            return header.shape, header.dtype_name
 
     def read(self, name: str) -> Any:
-        with _library_errors(self._path, "is no .npy file that holds together", CorruptStream):
-            with open(self._path, "rb") as file:
-                _, _, dtype = _npy_header(file)
-            _no_objects(self._path, name, dtype)
-            return _native(np.load(self._path, mmap_mode="r", allow_pickle=False))
-
-
-def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of the .npy data that ``file`` goes on with."""
-    version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f".npy version {version}; 1.0 and 2.0 are supported")
-    return readers[version](file)
-
-
-def _described(header: tuple[tuple[int, ...], bool, np.dtype]) -> tuple[tuple[int, ...], str]:
-    shape, _, dtype = header
-    return shape, dtype.newbyteorder("=").name
+        with _library_errors(self._path, "array", CorruptStream), open(self._path, "rb") as file:
+            header, start = read_npy_header(file), file.tell()
+            there = os.path.getsize(self._path) - start
+            if header.data_bytes != there:
+                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {there} are there")
+            return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"")
 
 
 _READERS: dict[str, Callable[[Path], TensorReader]] = {"safetensors": _Safetensors, "npz": _Npz, "npy": _Npy}

@@ -54,6 +54,7 @@ _STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they l
 _SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that can be that of a folder
 _CRC_BYTES = 4
 _WHOLE_BYTES = 1 << 20  # objects of a store up to this size come in one request
+_MOST_IN_SHARD = 1 << 20  # chunks
 _MISSING = (1 << 64) - 1  # in the index of a shard
 
 
@@ -306,7 +307,7 @@ def _seal(document: Any) -> str:
     """Of what zarr says of an array, people's attributes left out."""
     said = {key: value for key, value in document.items() if key != "attributes"}
     text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return checksum_bytes(text.encode()).hex()
+    return checksum_bytes(text.encode("utf-8", "surrogatepass")).hex()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -488,7 +489,13 @@ def _problem(fields: listing.Fields) -> str:
     streams, objects = fields.get("streams"), fields.get("objects", [1])
     if streams is None or not isinstance(objects, list) or not all(map(natural, objects)) or sum(objects) != len(streams):
         return f"objects is {objects!r:.60}; the number of streams in each is expected"
-    return "" if natural(fields.get("per_shard", 0)) else "per_shard is no number from 0"
+    per_shard = fields.get("per_shard", 0)
+    whole = natural(per_shard) and per_shard <= _MOST_IN_SHARD and (not per_shard or max(objects) <= per_shard)
+    return (
+        ""
+        if whole
+        else f"per_shard is {per_shard!r:.20}; a number from 0 to {_MOST_IN_SHARD}, enough for its objects, is expected"
+    )
 
 
 # -- whole caches ------------------------------------------------------------------------------------------------
@@ -535,8 +542,9 @@ def save_zarr(
         stream_tokens=tokens_per_chunk,
         backend=backend,
     )
-    if chunks_per_shard is not None and (chunks_per_shard < 1 or tokens_per_chunk is None):
-        raise InvalidArgument(f"chunks_per_shard {chunks_per_shard}: a number from 1, and tokens_per_chunk, are expected")
+    if chunks_per_shard is not None and (not 1 <= chunks_per_shard <= _MOST_IN_SHARD or tokens_per_chunk is None):
+        wanted = f"a number from 1 to {_MOST_IN_SHARD}, and tokens_per_chunk, are expected"
+        raise InvalidArgument(f"chunks_per_shard {chunks_per_shard}: {wanted}")
     pieces = recipe.pieces(*layers_by_name(layers))
     write_pieces(store, pieces, metadata, progress, overwrite=overwrite, chunks_per_shard=chunks_per_shard)
 
