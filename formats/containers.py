@@ -20,7 +20,7 @@ from pqcodec.formats.tensors import file_kind, kind_of_bytes
 
 EXTENSIONS = {".pqkv": "pqkv", ".safetensors": "safetensors", ".zarr": "zarr"}
 KINDS = tuple(EXTENSIONS.values())
-_MODULES = {"pqkv": "pqkv", "safetensors": "safetensors_file", "zarr": "zarr_cache"}
+_MODULES = {"pqkv": "pqkv", "safetensors": "safetensors_file", "zarr": "zarr_writer"}
 _READERS = {
     "pqkv": ("pqkv", "PQKVFile"),
     "stream": ("single", "SingleStream"),

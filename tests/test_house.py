@@ -18,7 +18,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "numba": {"pqcodec/kernels/cpu_tiles.py", "pqcodec/kernels/lanes.py"},
     "llvmlite": {"pqcodec/kernels/lanes.py"},
     "safetensors": {"formats/tensors.py"},
-    "zarr": {"formats/zarr_codec.py", "formats/zarr_cache.py"},
+    "zarr": {"formats/zarr_"},
     "typer": {"tools"},
     "rich": {"tools"},
     "fsspec": {"formats/remote.py"},

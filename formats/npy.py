@@ -1,0 +1,58 @@
+"""Law: numpy's .npy data: nothing of its header is believed before it was checked, and objects are never unpickled."""
+
+from __future__ import annotations
+
+import math
+import tokenize
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.formats.exact import NUMPY_DTYPES
+
+_MOST_HEADER_BYTES = 1024  # numpy takes up to 10,000, which an odd header keeps busy for seconds
+_VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """What stands before an array's numbers."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype  # in the file's byte order
+
+    @property
+    def dtype_name(self) -> str:
+        return self.dtype.newbyteorder("=").name
+
+    @property
+    def data_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self, data: Any) -> np.ndarray:
+        """The array over ``data`` (uint8 [data_bytes]), in the machine's byte order."""
+        x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
+    """The header that a file goes on with; raises CorruptStream, or InvalidArgument for what is no array of numbers."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _VERSIONS:
+            raise CorruptStream(f".npy version {version[0]}.{version[1]}; 1.0 and 2.0 are supported")
+        shape, fortran, dtype = _VERSIONS[version](file, max_header_size=_MOST_HEADER_BYTES)
+    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise CorruptStream(f"is no .npy data that holds together: {str(error).splitlines()[0]:.200}") from error
+    if dtype.hasobject:
+        raise InvalidArgument("holds pickled Python objects, which are never loaded; save numbers")
+    if dtype.newbyteorder("=").name not in NUMPY_DTYPES:
+        raise InvalidArgument(f"dtype {dtype} cannot be stored; choose from {', '.join(NUMPY_DTYPES)}")
+    whole = len(shape) <= c.MAX_EXACT_NDIM and all(type(n) is int and n >= 0 for n in shape)
+    if not whole or math.prod(max(n, 1) for n in shape) > c.MAX_ELEMENTS:
+        raise CorruptStream(f"is no .npy data that holds together: shape {shape!s:.100}")
+    return NpyHeader(shape, bool(fortran), dtype)
