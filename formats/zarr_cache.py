@@ -237,6 +237,7 @@ def save_zarr(
     ``save_cache``. bfloat16, which zarr lacks, is an array of float32 to zarr, and bfloat16 in ``load_zarr``. Raises
     InvalidArgument, or as ``pqcodec.encode`` does.
 
+    >>> import numpy as np, zarr
     >>> from zarr.storage import MemoryStore
     >>> store = MemoryStore()
     >>> save_zarr(store, [(np.ones((2, 300, 64), np.float16), np.ones((2, 300, 64), np.float16))])
