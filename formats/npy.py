@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import tokenize
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.exact import NUMPY_DTYPES
 
 _MOST_HEADER_BYTES = 1024  # numpy takes up to 10,000, which an odd header keeps busy for seconds
-_VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_VERSIONS = {  # the bytes of the header's length, and what reads it
+    (1, 0): (2, np.lib.format.read_array_header_1_0),
+    (2, 0): (4, np.lib.format.read_array_header_2_0),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
         version = np.lib.format.read_magic(file)
         if version not in _VERSIONS:
             raise CorruptStream(f".npy version {version[0]}.{version[1]}; 1.0 and 2.0 are supported")
-        shape, fortran, dtype = _VERSIONS[version](file, max_header_size=_MOST_HEADER_BYTES)
+        width, parse = _VERSIONS[version]
+        length = file.read(width)
+        if int.from_bytes(length, "little") > _MOST_HEADER_BYTES:
+            raise CorruptStream(f"a header of {int.from_bytes(length, 'little')} bytes; at most {_MOST_HEADER_BYTES} are taken")
+        head = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
+        shape, fortran, dtype = parse(head, max_header_size=_MOST_HEADER_BYTES)
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise CorruptStream(f"is no .npy data that holds together: {str(error).splitlines()[0]:.200}") from error
     if dtype.hasobject:
