@@ -92,7 +92,7 @@ def ways(folder: Path, layers: Layers) -> list[Way]:
             lambda: safetensors_file.load_file(coded),
         ),
         Way("pq3, .zarr, a chunk a tensor", whole, to_zarr(whole, tokens_per_chunk=None), lambda: zarr_cache.load_zarr(whole)),
-        Way("pq3, .zarr, chunks of 256", chunks, to_zarr(chunks), lambda: zarr_cache.load_zarr(chunks)),
+        Way("pq3, .zarr, chunks of 4096", chunks, to_zarr(chunks), lambda: zarr_cache.load_zarr(chunks)),
     ]
 
 

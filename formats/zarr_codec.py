@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, NDBuffer
 
 NAME = "pqcodec"
-TOKENS_PER_CHUNK = 256
+TOKENS_PER_CHUNK = 4096
 _DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
 _HEAD_BYTES = 4096  # read first where the configuration does not tell how long a stream's sides are
 

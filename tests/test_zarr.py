@@ -437,7 +437,7 @@ def test_caches_in_every_store(kind: str, shards: int | None, tmp_path: Path, re
 
 def test_only_the_first_chunk_has_exact_tokens() -> None:
     store = MemoryStore()
-    save_zarr(store, cache(tokens=700))
+    save_zarr(store, cache(tokens=700), tokens_per_chunk=256)
     streams = [pqcodec.inspect(data_of(store, f"layers/0/value/c/0/{i}/0")) for i in range(3)]
     assert [info.exact_tokens for info in streams] == [4, 0, 0]
     assert json.loads(data_of(store, "layers/0/value/zarr.json"))["codecs"] == [PQCodec(chunk_tokens=24).to_dict()]
