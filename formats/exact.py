@@ -65,7 +65,7 @@ def from_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool)
     kind = getattr(torch, dtype, None)
     if kind is None:
         raise UnsupportedStream(f"this torch has no dtype {dtype}: install a newer one")
-    return torch.from_numpy(raw.copy()).view(kind).reshape(shape)
+    return torch.from_numpy(raw.copy()).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
 
 
 def as_torch(x: Any) -> Any:

@@ -205,6 +205,10 @@ class _Safetensors(_Closing):
             return tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
 
     def read(self, name: str) -> Any:
+        _, dtype = self.describe(name)
+        if dtype not in SAFETENSORS_CODES:
+            known = ", ".join(SAFETENSORS_CODES)
+            raise InvalidArgument(f"{self._path}: tensor {name!r} is of dtype {dtype}, which is unknown; {known} are known")
         with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
             return self._file.get_tensor(name)
 
