@@ -50,12 +50,12 @@ def decode(
 
     for task in todo:
         checked_extension(task.target)
+    load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome:
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
             names = _chosen(file, only)
-            load_kernels(backend)
             make_folder(task.target if many else "-")
             found = _tensors(file, names, wanted, backend, show, outcome)
             write_tensors(task.target, found, file.metadata.get("safetensors") or {})

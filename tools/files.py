@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -72,8 +73,11 @@ def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: s
     found, many = inputs(sources, read)
     into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
     if not many and not into and not target.endswith("/"):
-        check_output(found[0].path, target, force)
-        return [Task(found[0].path, target)], False
+        source = found[0].path
+        if source != STANDARD and not _is_url(source) and not os.path.exists(source):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+        check_output(source, target, force)
+        return [Task(source, target)], False
     if not into and Path(target).suffix.lower() in (*PLAIN, *ENCODED):
         raise InvalidArgument(f"{target}: there are {len(found)} inputs; OUTPUT is a folder then, not a file")
     if target == STANDARD:
