@@ -109,8 +109,11 @@ class _Outcome:
         console.print(Text(f"{shown(whole['file'])}: {size}, {ratio:.2f}x smaller"))
         for key, value in whole["metadata"].items():
             console.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
-        if self._cache:
+        if self._cache and console.width >= _WIDE:
             console.print(_table(_LAYER_COLUMNS, [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]))
+        elif self._cache:  # a row for keys and one for values
+            rows = [[str(layer), role, *_coded(t), f"{t['ratio']:.2f}x"] for (layer, role), t in sorted(self._cache.items())]
+            console.print(_table(("layer", "role", "preset", *_HALF, "smaller"), rows))
         others = [t for t in self._tensors if self._cache.get((t["layer"], t["role"])) is not t]
         if others:
             console.print(_table(_TENSOR_COLUMNS, [_tensor(t) for t in others]))
@@ -140,6 +143,7 @@ _TENSOR_COLUMNS = (
     "at",
     "smaller",
 )
+_WIDE = 120  # characters that the table of layers takes
 _LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
 
 
