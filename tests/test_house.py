@@ -38,6 +38,16 @@ ORDER = [
     "codec",
 ]
 
+FORMATS_ORDER = [
+    "atomic exact frames measure names rates",
+    "npy remote tensor_file",
+    "log pieces single zarr_codec zarr_store",
+    "listing pqkv recipe",
+    "appender tensors zarr_writer",
+    "cache containers",
+    "safetensors_file zarr_cache",
+]
+
 
 def sources() -> list[Path]:
     return [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
@@ -75,6 +85,17 @@ def test_modules_of_the_core_import_downwards() -> None:
                 lower = parts[2] if parts[1] == "kernels" and parts[-1] != "backend" and len(parts) > 2 else parts[1]
                 if lower in rank:
                     assert rank[lower] <= rank[path.stem], f"{path.stem} imports {name} from above"
+
+
+def test_modules_of_formats_import_downwards() -> None:
+    """And each has its place in the order."""
+    rank = {name: i for i, names in enumerate(FORMATS_ORDER) for name in names.split()}
+    assert set(rank) == {path.stem for path in (ROOT / "formats").glob("*.py")} - {"__init__"}
+    for name, floor in rank.items():
+        below = {
+            found.split(".")[2] for found in imports(ROOT / "formats" / f"{name}.py") if found.startswith("pqcodec.formats.")
+        }
+        assert all(rank[other] < floor for other in below & set(rank)), f"{name} imports {below}"
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:
