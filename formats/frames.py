@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -75,6 +76,16 @@ def tensor_problem(name: object, layer: object, role: object) -> str:
         return f"layer is {layer!r}; None or a number from 0 is expected"
     if role not in c.ROLES:
         return f"role is {role!r}; choose from {', '.join(c.ROLES)}"
+    return ""
+
+
+def shape_problem(shape: object) -> str:
+    """What is wrong with a tensor's shape, or an empty string."""
+    if not isinstance(shape, (list, tuple)) or not all(map(natural, shape)):
+        return f"shape {shape!r:.60}: a list of numbers from 0 is expected"
+    if len(shape) > c.MAX_EXACT_NDIM or math.prod(max(n, 1) for n in shape) > c.MAX_ELEMENTS:
+        caps = f"{c.MAX_EXACT_NDIM} dimensions and {c.MAX_ELEMENTS} elements"
+        return f"shape {list(shape)!r:.200} is outside the caps of {caps}"
     return ""
 
 

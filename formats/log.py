@@ -16,6 +16,8 @@ from pqcodec.formats.frames import KINDS, Frame, checksum_bytes, frame_of, json_
 from pqcodec.formats.tensor_file import named
 from pqcodec.source import Source
 
+_SEARCHED_BYTES = 16 << 20  # at once, behind the last commit
+
 
 class Log:
     """The frames of a file, from a head, footers and indexes that hold; a file that has grown ends at its last footer.
@@ -135,7 +137,21 @@ class Log:
             raise CorruptStream(
                 f"at byte {place} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
             )
+        if later := self._footer_behind(place):
+            raise CorruptStream(f"at byte {place} a frame is damaged: a commit lies behind it, which ends at byte {later}")
         return footers[-1]
+
+    def _footer_behind(self, place: int) -> int:
+        """Where a footer ends that lies behind a byte and holds; 0 if none does."""
+        for start in range(place, self.size, _SEARCHED_BYTES):
+            data = self._source.read(start, min(_SEARCHED_BYTES + c.FOOTER_STRUCT.size, self.size - start)).tobytes()
+            found = data.find(c.FOOTER_MAGIC)
+            while 0 <= found <= len(data) - c.FOOTER_STRUCT.size:
+                footer = self._footer(start + found)
+                if footer and footer[1] == start + found + c.FOOTER_STRUCT.size:
+                    return footer[1]
+                found = data.find(c.FOOTER_MAGIC, found + 1)
+        return 0
 
     def _walk(self) -> tuple[int, int, list[int]]:
         """Frames and footers from the head on: where the first begins that is not whole, tensors before it, ends of footers."""

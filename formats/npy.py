@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.exact import NUMPY_DTYPES
+from pqcodec.formats.frames import shape_problem
 
 _MOST_HEADER_BYTES = 1024  # numpy takes up to 10,000, which an odd header keeps busy for seconds
 _VERSIONS = {  # the bytes of the header's length, and what reads it
@@ -56,12 +56,12 @@ def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
         head = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
         shape, fortran, dtype = parse(head, max_header_size=_MOST_HEADER_BYTES)
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        raise CorruptStream(f"is no .npy data that holds together: {str(error).splitlines()[0]:.200}") from error
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptStream(f"is no .npy data that holds together: {told:.200}") from error
     if dtype.hasobject:
         raise InvalidArgument("holds pickled Python objects, which are never loaded; save numbers")
     if dtype.newbyteorder("=").name not in NUMPY_DTYPES:
         raise InvalidArgument(f"dtype {dtype} cannot be stored; choose from {', '.join(NUMPY_DTYPES)}")
-    whole = len(shape) <= c.MAX_EXACT_NDIM and all(type(n) is int and n >= 0 for n in shape)
-    if not whole or math.prod(max(n, 1) for n in shape) > c.MAX_ELEMENTS:
-        raise CorruptStream(f"is no .npy data that holds together: shape {shape!s:.100}")
+    if problem := shape_problem(shape):
+        raise CorruptStream(f"is no .npy data that holds together: {problem}")
     return NpyHeader(shape, bool(fortran), dtype)

@@ -7,7 +7,6 @@ index and a footer behind what is there (``appender``): nothing that was committ
 from __future__ import annotations
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import exact, remote
-from pqcodec.formats.frames import Frame, checksum_bytes, frame_header, head, json_bytes, natural, sealed, tensor_problem
+from pqcodec.formats.frames import Frame, checksum_bytes, frame_header, head, json_bytes, sealed, shape_problem, tensor_problem
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import Coded, Piece, check_pieces, checked_rel_mse, read_in_pieces
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named, stream_of
@@ -311,9 +310,12 @@ class PQKVFile(TensorFile):
     def _frame_entry(self, item: Frame) -> Entry:
         """The entry of a tensor's part."""
         meta = self._log.meta(item)
-        shape, dtype, layout, numpy = (meta.get(key) for key in ("shape", "dtype", "layout", "numpy"))
-        if not isinstance(shape, list) or not all(natural(n) for n in shape) or not isinstance(layout, str):
-            raise CorruptStream(f"shape {shape!r}, layout {layout!r}: a list of numbers from 0 and a string are expected")
+        shape: Any = meta.get("shape")
+        dtype, layout, numpy = (meta.get(key) for key in ("dtype", "layout", "numpy"))
+        if problem := shape_problem(shape):
+            raise CorruptStream(problem)
+        if not isinstance(layout, str):
+            raise CorruptStream(f"layout {layout!r}: a string is expected")
         if not isinstance(dtype, str) or dtype not in c.EXACT_ITEM_BYTES:
             raise UnsupportedStream(f"dtype {dtype!r} is unknown to this release: install a newer pqcodec")
         if numpy is not None and type(numpy) is not bool:
@@ -332,10 +334,6 @@ class PQKVFile(TensorFile):
             numpy=bool(numpy),
             rel_mse=checked_rel_mse(meta.get("rel_mse")),
         )
-        elements = math.prod(max(n, 1) for n in shape)
-        if len(shape) > c.MAX_EXACT_NDIM or elements > c.MAX_ELEMENTS:
-            caps = f"{c.MAX_EXACT_NDIM} dimensions and {c.MAX_ELEMENTS} elements"
-            raise CorruptStream(f"shape {shape} is outside the caps of {caps}")
         if not coded and entry.tensor_bytes + c.CHECKSUM_BYTES != item.body_bytes:
             raise CorruptStream(f"shape {shape} of {dtype} does not go with a body of {item.body_bytes} bytes")
         return entry

@@ -23,7 +23,7 @@ from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.cache import recipe_of
-from pqcodec.formats.frames import checksum_bytes, json_bytes
+from pqcodec.formats.frames import checksum_bytes, json_bytes, shape_problem
 from pqcodec.formats.names import part_of
 from pqcodec.formats.pieces import Coded, Piece, check_pieces, read_in_pieces
 from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, InMemory, layers_by_name, why_exact
@@ -326,7 +326,9 @@ class SafetensorsCache(TensorFile):
         if fields["coded"]:
             return listing.entry_of(fields, fields["shape"], fields["dtype"], place, body.size)
         shape, dtype = tuple(item["shape"]), _DTYPES[item["dtype"]]
-        if len(shape) > c.MAX_EXACT_NDIM or math.prod(shape) * c.EXACT_ITEM_BYTES[dtype] != body.size:
+        if problem := shape_problem(shape):
+            raise CorruptStream(problem)
+        if math.prod(shape) * c.EXACT_ITEM_BYTES[dtype] != body.size:
             raise CorruptStream(f"shape {list(shape)} of {dtype} does not go with {body.size} bytes")
         return listing.entry_of(fields, shape, dtype, place, body.size)
 

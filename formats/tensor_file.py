@@ -17,8 +17,9 @@ from pqcodec import arrays, codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import exact
+from pqcodec.kernels import ON_DEVICE
 from pqcodec.source import Source, reading_ahead
-from pqcodec.stream import Damage, StreamInfo, checked_range
+from pqcodec.stream import Damage, StreamInfo, checked_range, read_header
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -41,6 +42,10 @@ class Entry:
     parts: int = 1  # streams that hold its tokens one behind the other
     numpy: bool = False  # an exact tensor that was numpy's
     rel_mse: float | None = None  # what its writer measured, of a sample or of all numbers
+
+    def __post_init__(self) -> None:
+        if self.numpy and self.dtype not in exact.NUMPY_DTYPES:
+            raise CorruptStream(f"numpy has no dtype {self.dtype}")
 
     @property
     def tensor_bytes(self) -> int:
@@ -198,7 +203,10 @@ class TensorFile(ABC):
                 parts = self._streams(name)
                 if len(parts) == 1:
                     return codec.decode(parts[0].open(tokens is None and leading is None), tokens=tokens, **options)
-                return arrays.joined(_decoded(entry, parts, tokens, options))
+                wanted = _wanted(entry, parts, tokens, leading is None)
+                if device is None and backend not in ON_DEVICE:
+                    return _filled(entry, wanted, options)
+                return arrays.joined(codec.decode(one.open(), tokens=one.tokens, **options) for one in wanted)
             x = exact.from_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
             x = exact.cut(x, tokens, leading)
             return x if device is None else arrays.to_device(x, device)
@@ -236,18 +244,45 @@ class TensorFile(ABC):
         return named(f"{self._label}: tensor {name!r}")
 
 
-def _decoded(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, options: dict[str, Any]) -> Iterator[Any]:
-    """What each part of a tensor that is wanted gives; at least one."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of one part of a tensor."""
+
+    part: StreamPart
+    tokens: tuple[int, int]  # of the part
+    place: int  # of the first of them in the result
+    whole: bool  # all of its bytes are
+
+    def open(self) -> Source:
+        return self.part.open(self.whole)
+
+
+def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_Wanted]:
+    """The parts that hold a range of tokens; at least one."""
     first, last = checked_range("tokens", tokens, entry.tokens)
-    begin = given = 0
-    for number, part in enumerate(parts):
-        end = begin + part.tokens
-        low, high = max(first, begin), min(last, end)
-        if low < high or (number == len(parts) - 1 and not given):
-            given += 1
-            whole = (low, high) == (begin, end) and options["leading"] is None
-            yield codec.decode(part.open(whole), tokens=(low - begin, high - begin) if low < high else (0, 0), **options)
-        begin = end
+    begin, found = 0, []
+    for part in parts:
+        low, high = max(first, begin), min(last, begin + part.tokens)
+        if low < high:
+            wanted = (low - begin, high - begin)
+            found.append(_Wanted(part, wanted, low - first, all_leading and wanted == (0, part.tokens)))
+        begin += part.tokens
+    return found or [_Wanted(parts[-1], (0, 0), 0, False)]
+
+
+def _filled(entry: Entry, wanted: list[_Wanted], options: dict[str, Any]) -> Any:
+    """A tensor that its parts were decoded into."""
+    header = read_header(wanted[0].open())
+    tokens = sum(high - low for low, high in (one.tokens for one in wanted))
+    shape = (*entry.shape[:-2], tokens, header.head_dim)
+    if options["leading"] is not None:
+        low, high = checked_range("leading", options["leading"], header.leading)
+        shape = (high - low, tokens, header.head_dim)
+    result, _ = arrays.empty(shape, header.dtype, header.numpy)
+    for one in wanted:
+        end = one.place + one.tokens[1] - one.tokens[0]
+        codec.decode(one.open(), tokens=one.tokens, out=result[..., one.place : end, :], **options)
+    return result
 
 
 def stream_of(source: Source, entry: Entry, tokens: int | None = None) -> Source:

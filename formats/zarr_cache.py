@@ -194,7 +194,7 @@ def _problem(fields: listing.Fields) -> str:
     path, document = fields.get("path"), fields.get("document")
     if not isinstance(path, str) or not all(SAFE.fullmatch(part) for part in path.split("/")) or not isinstance(document, str):
         return f"path is {path!r:.60}, document {document!r:.20}; the name of an array in the group and a checksum are expected"
-    if problem := listing.shape_problem(fields):
+    if problem := listing.numbers_problem(fields):
         return problem
     if not fields["coded"]:
         return ""

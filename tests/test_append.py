@@ -274,3 +274,18 @@ def test_only_wanted_parts_are_read(tmp_path: Path) -> None:
         file.decode("k", tokens=(512, 768), leading=(1, 2), **REFERENCE)
     payload = 256 * 64 * 3 // 8
     assert payload <= source.count <= payload + 4 * 4 + 1200  # checksums; and what frames and headers say
+
+
+def test_a_damaged_frame_before_a_commit_is_no_torn_append(tmp_path: Path) -> None:
+    """Two bytes that make a commit look like an append that was cut off: it is not cut off by the next appender."""
+    path = tmp_path / "a.pqkv"
+    ends, x = grown(path)
+    data = bytearray(path.read_bytes())
+    data[ends[0] + 8 + 2] ^= 100  # of meta_bytes: the frame seems to run out of the file
+    data[-10] ^= 1  # the last footer
+    path.write_bytes(data)
+    with pytest.raises(CorruptStream, match=f"a commit lies behind it, which ends at byte {ends[1]}"):
+        PQKVFile(path)
+    with pytest.raises(CorruptStream), PQKVAppender(path) as writer:
+        writer.extend("k", x[:, 5:], preset="pq2", **REFERENCE)
+    assert path.read_bytes() == bytes(data)

@@ -1,0 +1,218 @@
+"""What each parser is asked, and what a reader tells."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pqcodec import constants as c
+
+from .base import MOST_UNPACKED, SMALL, Read, Wrong, attempt, signature
+from .shapes import unpacked
+
+
+def numbers(x: Any) -> tuple[str, str, tuple[int, ...], bytes]:
+    """All of a tensor of torch or numpy, to be compared bit for bit."""
+    if isinstance(x, np.ndarray | np.generic):
+        return "numpy", str(x.dtype), tuple(x.shape), x.tobytes()
+    import torch
+
+    raw = x.contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else np.zeros(0, np.uint8)
+    return "torch", str(x.dtype), tuple(x.shape), raw.tobytes()
+
+
+def everything(file: Any) -> dict[str, Any]:
+    """All that an open cache tells: its metadata, and of each tensor what it is and its numbers."""
+    found: dict[str, Any] = {"metadata": file.metadata}
+    for name in file.names:
+        entry = file.entry(name)
+        said = (entry.coded, entry.layer, entry.role, entry.shape, entry.dtype, entry.layout)
+        found["tensor " + name] = (said, numbers(file.decode(name, backend="cpu")))
+    return found
+
+
+@cache
+def scratch() -> Path:
+    """A file to be read by path."""
+    folder = tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "f"
+
+
+def on_disk(data: bytes) -> Path:
+    path = scratch()
+    path.write_bytes(data)
+    return path
+
+
+def stream(data: bytes) -> None:
+    """One stream: inspect, decode, verify and parts agree with each other, and the backends bit for bit."""
+    import pqcodec
+    from pqcodec.header import Header
+
+    info, refused = attempt(pqcodec.inspect, data)
+    if refused:
+        if not attempt(pqcodec.decode, data, backend="cpu")[1]:
+            raise Wrong("decode takes what inspect refuses")
+        raise refused
+    h = Header.from_bytes(data)
+    if h.to_bytes() != data[: info.header_bytes]:
+        raise Wrong("the header that was read is not the one that would be written")
+    x, refused = attempt(pqcodec.decode, data, backend="cpu")
+    damage, complaint = attempt(pqcodec.verify, data, backend="cpu")
+    if h.leading * h.chunks * h.order <= SMALL:
+        y, other = attempt(pqcodec.decode, data, backend="reference")
+        if str(refused) != str(other) or (refused is None and numbers(x) != numbers(y)):
+            raise Wrong("cpu and reference decode differently")
+        told, other = attempt(pqcodec.verify, data, backend="reference")
+        if (damage, str(complaint)) != (told, str(other)):
+            raise Wrong("cpu and reference verify differently")
+    unsound = bool(damage or complaint)
+    if refused:
+        if not unsound:
+            raise Wrong("verify is silent where decode refuses")
+        raise refused
+    if unsound and math.prod(info.shape):
+        raise Wrong("decode takes what verify refuses")
+    if not unsound and math.prod(info.shape):
+        _exact_rows_ascend(data, h)
+        _parts_are_those_of_the_whole(data, x)
+
+
+def _exact_rows_ascend(data: bytes, h: Any) -> None:
+    size = 8 + h.vector_bytes
+    rows = [int.from_bytes(data[h.exceptions_start + i * size :][:8], "little") for i in range(h.exceptions)]
+    if rows != sorted(set(rows)) or any(row >= h.leading * h.coded_tokens for row in rows):
+        raise Wrong("exact vectors out of order are taken")
+
+
+def _parts_are_those_of_the_whole(data: bytes, x: Any) -> None:
+    """Ranges of tokens and leading indices, and an output with room around it that must stay as it is."""
+    import pqcodec
+
+    if x.ndim < 2:
+        return
+    tokens, head_dim = x.shape[-2:]
+    first, last = tokens // 3, tokens - tokens // 4
+    if numbers(pqcodec.decode(data, backend="cpu", tokens=(first, last))) != numbers(x[..., first:last, :]):
+        raise Wrong("a range of tokens is not that of the whole tensor")
+    heads = x.reshape(-1, tokens, head_dim)
+    low = len(heads) // 2
+    part = pqcodec.decode(data, backend="cpu", tokens=(first, last), leading=(low, len(heads)))
+    if numbers(part) != numbers(heads[low:, first:last]):
+        raise Wrong("a range of leading indices is not that of the whole tensor")
+    like = np.full if isinstance(x, np.ndarray) else sys.modules["torch"].full
+    room = like((*x.shape[:-2], tokens + 2, head_dim + 2), 7.0, dtype=x.dtype)
+    out = room[..., 1:-1, 1:-1]
+    pqcodec.decode(data, backend="cpu", out=out)
+    if numbers(out) != numbers(x):
+        raise Wrong("an output of the caller's holds other numbers")
+    out[...] = 7.0
+    if not bool((room == 7.0).all()):
+        raise Wrong("decoding writes beside the output")
+
+
+def cache_reader(opened: Callable[[bytes], Any], beyond: bool = False) -> Read:
+    """The target of a reader of caches (names, metadata, entry, decode, verify): what verify passes can be read, and back.
+
+    ``beyond``: verify also looks at what reading does not need.
+    """
+
+    def target(data: bytes) -> None:
+        with opened(data) as file:
+            _, refused = attempt(everything, file)
+            complaints, also = attempt(file.verify, backend="cpu")
+            torn = bool(getattr(file, "torn_bytes", 0))
+            grave = also or [name for name, _ in complaints if not (torn and name is None)]
+            if refused and not grave:
+                raise Wrong(f"verify is silent where reading refuses: {signature(refused)}")
+            if refused:
+                raise refused
+            if not beyond and (also or not all(_nothing_to_read(file, name) for name in grave)):
+                raise Wrong("reading takes what verify refuses")
+
+    return target
+
+
+def _nothing_to_read(file: Any, name: str | None) -> bool:
+    """Whether damage of a tensor may lie where no number comes from: it, or one of its parts, has none."""
+    entry = None if name is None else file.entry(name)
+    return entry is not None and (getattr(entry, "parts", 1) > 1 or not math.prod(entry.shape))
+
+
+def _open_pqkv(data: bytes) -> Any:
+    from pqcodec.formats import PQKVFile
+
+    return PQKVFile(data)
+
+
+def _open_safetensors(data: bytes) -> Any:
+    from pqcodec.formats.safetensors_file import SafetensorsCache
+
+    return SafetensorsCache(on_disk(data))
+
+
+def _open_store(data: bytes) -> Any:
+    from zarr.core.buffer.cpu import Buffer
+    from zarr.storage import MemoryStore
+
+    from pqcodec.formats.zarr_cache import ZarrCache
+
+    return ZarrCache(MemoryStore({key: Buffer.from_bytes(value) for key, value in unpacked(data).items()}))
+
+
+def plain(data: bytes) -> None:
+    """A file of plain tensors, .safetensors, .npz or .npy."""
+    from pqcodec.formats.tensors import open_tensors
+
+    with open_tensors(on_disk(data)) as file:
+        for name in file.names:
+            x = file.read(name)
+            if math.prod(x.shape) > MOST_UNPACKED * len(data):
+                raise Wrong("numbers come out of nothing")
+            numbers(x)
+            dtype = str(x.dtype).removeprefix("torch.") if hasattr(x, "numel") else x.dtype.newbyteorder("=").name
+            if hasattr(file, "describe") and file.describe(name) != (tuple(x.shape), dtype):
+                raise Wrong("a tensor is not what it was described as")
+
+
+CHUNK = (2, 9, 16)
+
+
+@cache
+def _zarr(dtype: str) -> tuple[dict[str, Any], Any, Callable[[bytes], Any]]:
+    """The objects of a store, an array of one chunk in it, and what makes an object of bytes."""
+    import zarr
+    from zarr.core.buffer.cpu import Buffer
+    from zarr.storage import MemoryStore
+
+    from pqcodec.formats.zarr_codec import PQCodec
+
+    objects: dict[str, Any] = {}
+    options = {"shape": CHUNK, "chunks": CHUNK, "dtype": dtype, "serializer": PQCodec("pq2"), "compressors": None}
+    return objects, zarr.create_array(MemoryStore(objects), fill_value=1, **options), Buffer.from_bytes
+
+
+def _chunk(data: bytes) -> Any:
+    objects, array, buffer = _zarr("float32" if data[6:7] == bytes([c.DTYPE_FLOAT32]) else "float16")
+    objects["c/0/0/0"] = buffer(data)
+    return array
+
+
+def zarr_chunk(data: bytes) -> None:
+    """One chunk of a zarr array: what can be read of all can be read in parts."""
+    array = _chunk(data)
+    whole = array[...]
+    for place in ((slice(None), slice(3, 7)), (1, 8), (slice(None), slice(0, 1)), (slice(None), slice(None, None, 4))):
+        if numbers(array[place]) != numbers(whole[place]):
+            raise Wrong("a part of the chunk is not that of the whole")
