@@ -17,7 +17,7 @@ def result(name: str) -> dict[str, Any]:
 
 def figures() -> str:
     """The table and the lines below it; a GPU's figures once they were measured."""
-    rate, speed, demo = result("rate_distortion"), result("cpu_speed"), result("demo")
+    rate, speed, demo, files = (result(name) for name in ("rate_distortion", "cpu_speed", "demo", "io_speed"))
     gpu = result("gpu_speed") if (ROOT / "benchmarks" / "results" / "gpu_speed.json").exists() else None
     gaussian = {row["preset"]: row for row in rate["gaussian"]["128"]}
     speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
@@ -45,8 +45,19 @@ def figures() -> str:
             f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
             f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
         )
-    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, demo) if found)
+    below.append(file_speeds(files))
+    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, demo, files) if found)
     return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
+
+
+def file_speeds(files: dict[str, Any]) -> str:
+    """What loading takes against raw safetensors, and what a partial read and a file add."""
+    cold = ", ".join(f"{row['name'].removeprefix('pq3, ')} {row['cold_ratio']:.2f}x" for row in files["rows"][1:4])
+    return (
+        f"Files ({files['machine']}): loading {files['tensor_bytes'] / 2**30:.0f} GiB of fp16 kept as pq3, cold from a disk of "
+        f"{files['rows'][0]['disk']:.1f} GB/s, takes of raw safetensors' time: {cold}; of a read of any 256 tokens of a head "
+        f"{files['partial']['useful_share']:.0%} of the bytes are their rows."
+    )
 
 
 def gpu_speeds(gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:
