@@ -292,7 +292,7 @@ class SafetensorsCache(TensorFile):
         if not listing.is_listing(values):
             raise InvalidArgument(
                 "holds plain tensors, no cache that pqcodec has encoded (no pqcodec_format in its metadata); "
-                "load_file(path, foreign=True) reads them as they are"
+                "encode it, or read it as it is with load_file(path, foreign=True)"
             )
         found, listed = listing.read_listing(values)
         for fields in listed:
