@@ -5,6 +5,7 @@ Containers write pieces and ask no more; so a cache that is encoded, one that is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,4 +87,4 @@ def read_in_pieces(source: Source) -> Iterator[memoryview]:
 
 def checked_rel_mse(value: object) -> float | None:
     """What a file says of an error that was measured; anything but a number from 0 is as if nothing was said."""
-    return float(value) if type(value) in (int, float) and value >= 0 else None  # type: ignore[arg-type,operator]
+    return value if type(value) is float and math.isfinite(value) and value >= 0 else None

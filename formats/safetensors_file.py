@@ -35,7 +35,7 @@ from pqcodec.stream import Damage
 _CODED = "U8"
 _ALIGNMENT = 16
 _WIDEST = (1 << 63) - 1  # a number that takes the most room
-_WIDEST_ERROR = 1.234e-300
+_WIDEST_ERROR = 2.2250738585072014e-308  # likewise: no number above zero has a longer text
 CODES, _DTYPES = SAFETENSORS_CODES, SAFETENSORS_DTYPES
 
 
@@ -71,8 +71,10 @@ def write_pieces(
                 end = one.end
                 if progress:
                     progress(done, len(pieces))
+            header = _header(pieces, found, meta)
+            assert len(header) <= room, "what was expected takes at least as much room"
             file.seek(0)
-            file.write(room.to_bytes(8, "little") + _header(pieces, found, meta).ljust(room))
+            file.write(room.to_bytes(8, "little") + header.ljust(room))
         except OSError as error:
             error.filename = os.fspath(path)
             raise

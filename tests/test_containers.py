@@ -211,3 +211,13 @@ def test_what_is_read_of_256_tokens_is_what_was_wanted(tmp_path: Path) -> None:
         rows = len(streams) * heads * (tokens - 4) * row
         assert sum(info.payload_bytes for info in streams) <= 1.005 * rows  # with their checksums
         assert file.size - sum(info.stream_bytes for info in streams) <= 0.005 * rows
+
+
+@pytest.mark.parametrize("error", [0.0, 5e-324, 0.00012345678901234567, 1234567890123456.7, 1.7976931348623157e308, None])
+def test_any_measured_error_has_room_in_a_header(error: float | None, tmp_path: Path) -> None:
+    with PQKVWriter(tmp_path / "a.pqkv") as writer:
+        writer.add_stream("k", pqcodec.encode(tensor(5, 16), **REFERENCE), rel_mse=error)
+    convert(tmp_path / "a.pqkv", tmp_path / "a.safetensors")
+    with open_encoded(tmp_path / "a.safetensors") as file:
+        assert file.entry("k").rel_mse == error
+        assert file.verify(**REFERENCE) == []
