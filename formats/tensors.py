@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -257,9 +258,17 @@ def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
     if foreign:
         return f"holds {foreign[0]!r}; an .npz file of .npy arrays is expected"
     for info in infos:
+        if _leads_out(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
+            return f"holds {info.filename!r:.200}, which leads out of the archive; it is not opened"
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             return f"{info.filename!r} is encrypted, or compressed in a way that numpy does not; save it with numpy.savez"
     return ""
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a name in an archive, unpacked as a path, would lie outside the folder."""
+    path = name.replace("\\", "/")
+    return ".." in path.split("/") or path.startswith("/") or path[1:3] == ":/"
 
 
 class _Npy(_Closing):
@@ -305,6 +314,8 @@ def _write_safetensors(path: Path, tensors: Iterable[tuple[str, Any]], metadata:
 def _write_npz(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, x in tensors:
+            if _leads_out(name):
+                raise InvalidArgument(f"tensor {name!r}: would lie outside an archive; write a .safetensors file")
             with archive.open(name + ".npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, _as_numpy(name, x), allow_pickle=False)
 

@@ -560,3 +560,27 @@ def test_files_of_torch_save_are_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"k": torch.ones(3)}, tmp_path / "x.pt")
     assert "pickles are never loaded" in run("encode", tmp_path / "x.pt", tmp_path / "o.pqkv", code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["../k", "a/../../k", "/etc/k", "C:/k", "..\\k"])
+def test_names_that_lead_out_of_an_archive_are_refused(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:
+        file = io.BytesIO()
+        np.save(file, np.ones((8, 64), np.float32))
+        archive.writestr(name + ".npy", file.getvalue())
+    assert "leads out" in run("encode", tmp_path / "in.npz", tmp_path / "o.pqkv", code=2).stderr
+    save_file({name: np.ones(3)}, tmp_path / "in.safetensors")
+    run("encode", tmp_path / "in.safetensors", tmp_path / "o.pqkv", *REFERENCE)
+    before = set(tmp_path.rglob("*"))
+    assert "outside an archive" in run("decode", tmp_path / "o.pqkv", tmp_path / "o.npz", *REFERENCE, code=2).stderr
+    assert set(tmp_path.rglob("*")) == before
+    run("decode", tmp_path / "o.pqkv", tmp_path / "o.safetensors", *REFERENCE)
+    assert list(load_file(tmp_path / "o.safetensors")) == [name]
+
+
+def test_links_in_an_archive_are_refused(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("k.npy")
+    info.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    assert "leads out" in run("encode", tmp_path / "in.npz", tmp_path / "o.pqkv", code=2).stderr
