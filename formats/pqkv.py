@@ -339,10 +339,13 @@ class PQKVFile(TensorFile):
         return entry
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
-        return [self._part(item) for item in self._tensors[entry.name]]
+        items = self._tensors[entry.name]
+        if len(items) == 1:
+            return [self._part(items[0], entry)]
+        return [self._part(item, self._frame_entry(item)) for item in items]
 
-    def _part(self, item: Frame) -> StreamPart:
-        entry, source = self._frame_entry(item), Part(self._source, item.body_start, item.body_bytes)
+    def _part(self, item: Frame, entry: Entry) -> StreamPart:
+        source = Part(self._source, item.body_start, item.body_bytes)
         return StreamPart(entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry))
 
     def _read_exact(self, entry: Entry) -> Any:
@@ -363,7 +366,7 @@ class PQKVFile(TensorFile):
             if item.kind == c.FRAME_METADATA:
                 self._log.meta(item)
             elif item.kind == c.FRAME_CODED:
-                return codec.verify(self._part(item).open(True), backend=backend, progress=progress)
+                return codec.verify(self._part(item, self._frame_entry(item)).open(True), backend=backend, progress=progress)
             else:
                 self._read_exact(self._frame_entry(item))
             return []

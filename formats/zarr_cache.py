@@ -203,11 +203,9 @@ def _problem(fields: listing.Fields) -> str:
         return f"objects is {objects!r:.60}; the number of streams in each is expected"
     per_shard = fields.get("per_shard", 0)
     whole = natural(per_shard) and per_shard <= _MOST_IN_SHARD and (not per_shard or max(objects) <= per_shard)
-    return (
-        ""
-        if whole
-        else f"per_shard is {per_shard!r:.20}; a number from 0 to {_MOST_IN_SHARD}, enough for its objects, is expected"
-    )
+    if not whole:
+        return f"per_shard is {per_shard!r:.20}; a number from 0 to {_MOST_IN_SHARD}, enough for its objects, is expected"
+    return ""
 
 
 # -- whole caches ------------------------------------------------------------------------------------------------
