@@ -71,6 +71,11 @@ def as_torch(x: Any) -> Any:
     return x if is_torch(x) else from_bytes(to_bytes(x), tuple(x.shape), dtype_name(x), numpy=False)
 
 
+def on_cpu(x: Any) -> Any:
+    """``x`` itself, or a copy of a GPU's tensor."""
+    return x.detach().cpu() if is_torch(x) else x
+
+
 def contiguous(x: Any) -> Any:
     """``x`` itself, or a copy in row-major order."""
     return x.contiguous() if is_torch(x) else np.require(x, requirements="C")

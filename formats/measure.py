@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import arrays, codec
+from pqcodec.formats import exact
 from pqcodec.kernels.reference import widen
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
@@ -56,7 +57,5 @@ def _error(x: Any, y: Any) -> Error:
 
 
 def _numbers(x: Any) -> np.ndarray:
-    if arrays.is_torch(x):
-        x = x.detach().cpu()
-    seen = arrays.view(x)
+    seen = arrays.view(exact.on_cpu(x))
     return widen(seen.stored, seen.dtype).astype(np.float64)

@@ -6,8 +6,9 @@ The table is read from above and the first pattern that fits decides; a caller's
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 
 
@@ -17,6 +18,8 @@ class Part:
 
     role: str  # "key", "value" or "other"
     layer: int | None = None
+    rope: Rope | None = field(default=None, repr=False)  # of this tensor, in place of the cache's
+    first_token: int = field(default=0, repr=False)  # tokens of the sequence before the tensor's first
 
 
 _WORDS = {

@@ -4,6 +4,7 @@ both are exact, and the preset's bits are shared between keys, values and layers
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,34 +131,47 @@ class Recipe:
 
     # -- what is done to a tensor --------------------------------------------------------------------------------
     def options(self, part: Part, first_token: int = 0) -> dict[str, Any]:
-        """Options of ``pqcodec.encode`` for a tensor that begins with a token, all but the preset."""
-        exact_tokens = self.exact_tokens
-        if exact_tokens is None:
-            exact_tokens = 0 if part.role == "other" else EXACT_TOKENS
-        options: dict[str, Any] = {"exact_tokens": max(exact_tokens - first_token, 0)}
-        if part.role == "key":
-            rope = self.rope and replace(self.rope, first_position=self.rope.first_position + first_token)
-            options |= {"center": self.center, "rope": rope}
+        """Options of ``pqcodec.encode`` for a tensor from one of its tokens on, all but the preset."""
+        first_token += part.first_token
+        rope = part.rope or (self.rope if part.role == "key" and self.center == "rope" else None)
+        options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(part) - first_token, 0)}
+        if rope and self.center:
+            rope = replace(rope, first_position=rope.first_position + first_token)
+            options |= {"center": "rope", "rope": rope}
+        elif part.role == "key" and self.center:
+            options |= {"center": "mean"}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
 
+    def _exact_tokens(self, part: Part) -> int:
+        if self.exact_tokens is None:
+            return 0 if part.role == "other" else EXACT_TOKENS
+        return self.exact_tokens
+
     def presets(self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str]) -> dict[str, str]:
-        """The preset of each coded tensor: of a cache with one key and one value of each layer, all of one shape, its bits are
-        shared."""
+        """The preset of each coded tensor: the layers that have one key and one value, of one shape, share their bits."""
         flat = dict.fromkeys(coded, self.preset)
-        found = {(parts[name].layer, parts[name].role): name for name in coded if parts[name].role != "other"}
-        layers = sum(parts[name].role != "other" for name in coded) // 2
-        wanted = {(layer, role) for layer in range(layers) for role in ("key", "value")}
-        of_cache = [name for name in coded if parts[name].role != "other"]
-        alike = len({tensors.describe(name)[0] for name in of_cache}) == 1
-        if not self.share_bits or self.center is None or found.keys() != wanted or len(found) != len(of_cache) or not alike:
+        if not self.share_bits or self.center is None:
             return flat
-        if self.preset not in rates.SHARED or layers < rates.FEWEST_LAYERS:
+        found: dict[tuple[int, str], list[str]] = {}
+        for name in coded:
+            layer, role = parts[name].layer, parts[name].role
+            if layer is not None and role != "other":
+                found.setdefault((layer, role), []).append(name)
+        shapes = {name: tensors.describe(name)[0] for names in found.values() for name in names}
+        pairs: dict[int, tuple[str, str]] = {}
+        for layer in sorted({layer for layer, _ in found}):
+            keys, values = (found.get((layer, role), []) for role in c.ROLES[:2])
+            if len(keys) == len(values) == 1 and shapes[keys[0]] == shapes[values[0]]:
+                pairs[layer] = (keys[0], values[0])
+        if not rates.shares(self.preset, len(pairs)):
             return flat
-        keys, values = ([found[layer, role] for layer in range(layers)] for role in ("key", "value"))
-        exact_tokens = EXACT_TOKENS if self.exact_tokens is None else self.exact_tokens
-        energies = [rates.centred_energy(tensors.read(name), rope=self.rope, exact_tokens=exact_tokens) for name in keys]
-        of_keys, of_values = rates.share(self.preset, energies)
-        return flat | dict(zip([*keys, *values], [*of_keys, *of_values], strict=True))
+        energies = {layer: self._energy(tensors.read(key), parts[key]) for layer, (key, _) in pairs.items()}
+        shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
+        return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
+
+    def _energy(self, key: Any, part: Part) -> float:
+        options = self.options(part)
+        return rates.centred_energy(key, rope=options.get("rope"), exact_tokens=options["exact_tokens"])
 
     def pieces(
         self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None

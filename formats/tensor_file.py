@@ -190,6 +190,7 @@ class TensorFile(ABC):
         leading: tuple[int, int] | None = None,
         device: Any = None,
         backend: str = "auto",
+        out: Any = None,
         progress: codec.Progress | None = None,
     ) -> Any:
         """The tensor ``name``; arguments and result are those of ``pqcodec.decode``.
@@ -202,13 +203,17 @@ class TensorFile(ABC):
                 options = {"device": device, "backend": backend, "leading": leading, "progress": progress}
                 parts = self._streams(name)
                 if len(parts) == 1:
-                    return codec.decode(parts[0].open(tokens is None and leading is None), tokens=tokens, **options)
+                    source = parts[0].open(tokens is None and leading is None)
+                    return codec.decode(source, tokens=tokens, out=out, **options)
                 wanted = _wanted(entry, parts, tokens, leading is None)
-                if device is None and backend not in ON_DEVICE:
+                if out is None and device is None and backend not in ON_DEVICE:
                     return _filled(entry, wanted, options)
-                return arrays.joined(codec.decode(one.open(), tokens=one.tokens, **options) for one in wanted)
+                joined = arrays.joined(codec.decode(one.open(), tokens=one.tokens, **options) for one in wanted)
+                return joined if out is None else arrays.copied(out, joined)
             x = exact.from_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
             x = exact.cut(x, tokens, leading)
+            if out is not None:
+                return arrays.copied(out, x)
             return x if device is None else arrays.to_device(x, device)
 
     def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Found:
