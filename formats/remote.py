@@ -62,6 +62,19 @@ def exists(url: str) -> bool:
     return True
 
 
+def fetched(url: str) -> np.ndarray:
+    """All bytes of an object as uint8; raises FileNotFoundError."""
+    source = RemoteSource(url)
+    return source.read(0, source.size)
+
+
+def remove(url: str) -> None:
+    """Remove an object; one that is not there is removed already."""
+    fs, path = _file_system(url)
+    with suppress(FileNotFoundError):
+        _tried(url, "removing it", lambda: fs.rm_file(path))
+
+
 def matching(pattern: str, folders: str = ".zarr") -> list[str]:
     """URLs that a pattern such as s3://bucket/caches/*.pqkv fits, in their order: of objects, and of ``folders``.
 

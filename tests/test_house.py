@@ -22,6 +22,8 @@ HOMES = {  # third-party modules that are imported in one place only
     "typer": {"tools"},
     "rich": {"tools"},
     "fsspec": {"formats/remote.py"},
+    "transformers": {"formats/transformers_cache.py"},
+    "sqlite3": {"formats/store/index.py", "formats/store/shelf.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
     "cuda": {"pqcodec/kernels/gpu_cuda.py"},
 }
@@ -39,13 +41,17 @@ ORDER = [
 ]
 
 FORMATS_ORDER = [
-    "atomic exact frames measure names rates",
-    "npy remote tensor_file",
+    "atomic exact frames model_identity names",
+    "measure npy rates remote tensor_file",
     "log pieces single zarr_codec zarr_store",
     "listing pqkv recipe",
     "appender tensors zarr_writer",
     "cache containers",
-    "safetensors_file zarr_cache",
+    "safetensors_file transformers_cache zarr_cache",
+    "store.files store.index store.keys",
+    "store.blocks store.generation",
+    "store.shelf",
+    "store.prefix_store",
 ]
 
 
@@ -90,12 +96,15 @@ def test_modules_of_the_core_import_downwards() -> None:
 def test_modules_of_formats_import_downwards() -> None:
     """And each has its place in the order."""
     rank = {name: i for i, names in enumerate(FORMATS_ORDER) for name in names.split()}
-    assert set(rank) == {path.stem for path in (ROOT / "formats").glob("*.py")} - {"__init__"}
+    paths = {_module(path): path for path in (ROOT / "formats").rglob("*.py") if path.stem != "__init__"}
+    assert set(rank) == set(paths)
     for name, floor in rank.items():
-        below = {
-            found.split(".")[2] for found in imports(ROOT / "formats" / f"{name}.py") if found.startswith("pqcodec.formats.")
-        }
+        below = {found.removeprefix("pqcodec.formats.") for found in imports(paths[name]) if "pqcodec.formats." in found}
         assert all(rank[other] < floor for other in below & set(rank)), f"{name} imports {below}"
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "formats").with_suffix("").parts)
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:

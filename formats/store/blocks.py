@@ -1,0 +1,252 @@
+"""Law: one block of a prefix as a .pqkv file (SPEC IV.2): its tokens, its part of each layer, and what the index says of it.
+
+Tensors of one kind (path, preset, RoPE, shape, dtype) are stacked over the layers, so that a block is a few long streams
+instead of two short ones a layer, and decode straight into the stacked cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pqcodec import arrays
+from pqcodec.errors import CorruptStream, UnsupportedStream
+from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.exact import dtype_name
+from pqcodec.formats.names import Part
+from pqcodec.formats.pieces import Piece
+from pqcodec.formats.pqkv import PQKVFile, write_pieces
+from pqcodec.formats.recipe import InMemory, Recipe, why_exact
+from pqcodec.formats.store.index import Row
+from pqcodec.formats.tensor_file import LAYOUT
+from pqcodec.header import DTYPE_NAMES
+
+KEY = "prefix.block"  # of the file's metadata
+FORMAT = 1
+TOKENS = "tokens"  # the exact tensor of token ids
+EXACT = "exact"  # the preset of a store that keeps numbers as they are
+DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
+ROLES = {"keys": "key", "values": "value"}
+Choice = tuple[str, str | None]  # preset and RoPE pairing
+
+
+# -- how layers are encoded --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plan:
+    """Preset and RoPE pairing of each (layer, path); a prefix's blocks share the plan of the first one."""
+
+    choices: Mapping[tuple[int, str], Choice]
+
+    @classmethod
+    def of(cls, state: tc.CacheState, config: Any, recipe: Recipe | None) -> Plan:
+        """The plan for a cache, from its energies; without a recipe all of it is exact."""
+        if recipe is None:
+            return cls({})
+        named = tc.parts_of(config, state)
+        tensors = InMemory({name: tensor for name, (tensor, _) in named.items()})
+        parts = {name: part for name, (_, part) in named.items()}
+        coded = [name for name, part in parts.items() if part.role != "other" and not why_exact(*tensors.describe(name))]
+        presets = recipe.presets(tensors, parts, coded)
+        pairings = tc.pairings(config, state)
+        choices = {}
+        for prefix, index, layer in state.layers():
+            for path in layer.tensors:
+                if f"{prefix}.{ROLES.get(path)}" in presets:
+                    choices[index, path] = (presets[f"{prefix}.{ROLES[path]}"], pairings.get(f"{prefix}.{path}"))
+        return cls(choices)
+
+    @classmethod
+    def in_file(cls, groups: Sequence[Mapping[str, Any]]) -> Plan:
+        """The plan that a block was written by."""
+        return cls({(layer, g["path"]): (g["preset"], g["pairing"]) for g in groups for layer in g["layers"]})
+
+    def at(self, preset: str) -> Plan:
+        """The same with all tensors at one preset."""
+        return Plan({key: (preset, pairing) for key, (_, pairing) in self.choices.items()})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are stacked into one: [layers, batch, heads, tokens, head_dim]."""
+
+    path: str
+    preset: str
+    pairing: str | None
+    layers: tuple[int, ...]
+    state: bool = False  # of the whole prefix, not of the block's tokens
+
+    def as_dict(self, name: str) -> dict[str, Any]:
+        return {"name": name, **self.__dict__}
+
+
+def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
+    found: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for path, tensor in layer.tensors.items():
+            if path in ROLES and tensor.ndim > 1:
+                preset, pairing = plan.choices.get((index, path), (EXACT, None))
+                place = (not layer.cuttable, layer.tokens - layer.kept)
+                found.setdefault((path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype), []).append(index)
+    return [Group(path, preset, pairing, tuple(at), state) for (path, preset, pairing, state, *_), at in found.items()]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def write(
+    path: str, row: Row, layers: Sequence[tc.LayerState], plan: Plan, config: Any, recipe: Recipe, about: dict[str, Any]
+) -> int:
+    """Write a block's file and return its bytes. ``layers``: each layer's part; ``about``: what its root stands for."""
+    import torch
+
+    groups = {f"{number}.{ROLES[group.path]}": group for number, group in enumerate(_groups(layers, plan))}
+    pieces: list[Piece] = []
+    for name, group in groups.items():
+        of = [layers[index] for index in group.layers]
+        stacked = torch.stack([layer.tensors[group.path] for layer in of])
+        if group.preset == EXACT:
+            pieces.append(_exact(name, stacked, None, ROLES[group.path]))
+            continue
+        rope = tc.rope_of(config, group.layers[0], int(stacked.shape[-1]), group.pairing)
+        first = of[0].tokens - of[0].kept if group.state else row.start
+        part = Part(ROLES[group.path], None, rope, first)
+        cooked = replace(recipe, preset=group.preset, share_bits=False)
+        pieces += cooked.pieces(InMemory({name: stacked}), {name: part})
+    coded = {(index, group.path) for group in groups.values() for index in group.layers}
+    for index, layer in enumerate(layers):
+        rest = {path: x for path, x in layer.tensors.items() if (index, path) not in coded}
+        pieces += [_exact(f"layers.{index}.{path}", x, index) for path, x in rest.items()]
+    pieces.append(_exact(TOKENS, row.tokens, None))
+    kinds = [{"class": layer.kind, "fields": dict(layer.fields), "tensors": list(layer.tensors)} for layer in layers]
+    distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+    told = {
+        "format": FORMAT,
+        **{key: getattr(row, key).hex() for key in ("name", "parent", "root")},
+        **{key: getattr(row, key) for key in ("start", "whole", "stateful")},
+        **about,
+        "kinds": distinct,
+        "layers": [distinct.index(kind) for kind in kinds],
+        "groups": [group.as_dict(name) for name, group in groups.items()],
+    }
+    return write_pieces(path, pieces, {KEY: told})
+
+
+def _exact(name: str, x: Any, layer: int | None, role: str = "other") -> Piece:
+    return Piece(name, False, layer, role, tuple(int(n) for n in x.shape), dtype_name(x), LAYOUT, lambda: x)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+def described(file: PQKVFile) -> dict[str, Any]:
+    """What a block's file says of itself; raises CorruptStream or UnsupportedStream."""
+    told = file.metadata.get(KEY)
+    if not isinstance(told, dict):
+        raise CorruptStream(f"{file.label}: is no block of a prefix store")
+    if told.get("format") != FORMAT:
+        raise UnsupportedStream(f"{file.label}: a block of format {told.get('format')!r}; install a newer pqcodec")
+    return told
+
+
+def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
+    """The index's row of a block whose file lies ``at`` a place, and what its root stands for; raises CorruptStream."""
+    told = described(file)
+    try:
+        name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
+        tokens = np.asarray(file.decode(TOKENS)).astype("<i8")
+        flags = (bool(told["whole"]), bool(told["stateful"]))
+        row = Row(name, parent, root, int(told["start"]), tokens, *flags, at, file.size)
+        return row, {key: told[key] for key in ("label", "settings")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStream(f"{file.label}: does not say which block it is ({error!r})") from error
+
+
+class Assembly:
+    """Layers of a cache that blocks are decoded into, one behind the other."""
+
+    def __init__(self, tokens: int, device: Any, backend: str) -> None:
+        self._total, self._device, self._backend = tokens, device, backend
+        self.tokens = 0  # that are there
+        self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
+        self._kinds: list[tc.LayerState] = []
+        self._pieces: dict[tuple[int, str], list[Any]] = {}  # exact tensors along the tokens
+        self._state: dict[tuple[int, str], Any] = {}  # tensors of the prefix as a whole
+
+    def add(self, file: PQKVFile, row: Row, count: int) -> None:
+        """Decode the first ``count`` tokens of a block behind what is there; raises CorruptStream, and changes nothing then."""
+        told = described(file)
+        if told["name"] != row.name.hex() or not np.array_equal(np.asarray(file.decode(TOKENS)), row.tokens):
+            raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]}")
+        try:
+            self._add(file, told, None if count == len(row.tokens) else (0, count), count)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
+
+    def _add(self, file: PQKVFile, told: dict[str, Any], tokens: tuple[int, int] | None, count: int) -> None:
+        kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in told["kinds"]]
+        layers = [kinds[number] for number in told["layers"]]
+        groups = {g.pop("name"): Group(**{**g, "layers": tuple(g["layers"])}) for g in map(dict, told["groups"])}
+        state: dict[tuple[int, str], Any] = {}
+        pieces: dict[tuple[int, str], Any] = {}
+        for name, group in groups.items():
+            if group.state:
+                state |= self._each(group, file.decode(name, device=self._device, backend=self._backend))
+            else:
+                self._decode(file, name, group, tokens, count)
+        coded = {(layer, group.path) for group in groups.values() for layer in group.layers}
+        for index, number in enumerate(told["layers"]):
+            for path in told["kinds"][number]["tensors"]:
+                if (index, path) in coded:
+                    continue
+                x = file.decode(f"layers.{index}.{path}", device=self._device)
+                if layers[index].cuttable:
+                    pieces[index, path] = tc.along(path, x, 0, count)
+                else:
+                    state[index, path] = x
+        for key, x in pieces.items():
+            self._pieces.setdefault(key, []).append(x)
+        self._kinds, self._state = layers, state
+        self.tokens += count
+
+    def _each(self, group: Group, stacked: Any) -> dict[tuple[int, str], Any]:
+        return {(layer, group.path): stacked[at] for at, layer in enumerate(group.layers)}
+
+    def _decode(self, file: PQKVFile, name: str, group: Group, tokens: tuple[int, int] | None, count: int) -> None:
+        key, span = (group.path, group.layers), slice(self.tokens, self.tokens + count)
+        new = not any((layer, group.path) in self._places for layer in group.layers)
+        if new and not self.tokens:
+            entry = file.entry(name)
+            if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
+                raise CorruptStream(f"{file.label}: tensor {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
+            shape = (*entry.shape[:-2], self._total, entry.shape[-1])
+            self._stacks[key] = _empty(shape, entry.dtype, self._device)
+            self._places |= self._each(group, self._stacks[key])
+        if key in self._stacks:
+            file.decode(name, tokens=tokens, backend=self._backend, out=self._stacks[key][..., span, :])
+            return
+        stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
+        for (layer, path), x in self._each(group, stacked).items():
+            place = self._places.get((layer, path))
+            if place is None or place[..., span, :].shape != x.shape or place.dtype != x.dtype:
+                raise CorruptStream(f"{file.label}: {path} of layer {layer} do not continue the blocks before")
+            place[..., span, :] = x
+
+    def state(self) -> tc.CacheState:
+        """What is there."""
+        tensors: list[dict[str, Any]] = [{} for _ in self._kinds]
+        for (layer, path), x in self._places.items():
+            tensors[layer][path] = x[..., : self.tokens, :]
+        for (layer, path), parts in self._pieces.items():
+            tensors[layer][path] = tc.joined(path, parts)
+        for (layer, path), x in self._state.items():
+            tensors[layer][path] = x
+        layers = [replace(kind, tensors=of) for kind, of in zip(self._kinds, tensors, strict=True)]
+        return tc.CacheState("DynamicCache", {"": layers})
+
+
+def _empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:
+    import torch
+
+    if dtype in DTYPES and arrays.device_type(device or "cpu") == "cpu":
+        return arrays.empty(shape, DTYPES[dtype], numpy=False)[0]
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)

@@ -1,0 +1,222 @@
+"""Law: the index of a prefix store: which blocks are committed, where, how large, when used; SQLite, for many processes.
+
+A block is there when its row is. Its file is written before and removed after, under a name that no other write uses, so a
+crash leaves files without a row (``PrefixStore.gc`` removes them), never a row without its file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from pqcodec.errors import UnsupportedStream
+
+VERSION = 1
+WAIT = 120.0  # seconds that a process waits for another's write
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blocks (
+    name BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, start INTEGER NOT NULL, tokens BLOB NOT NULL,
+    whole INTEGER NOT NULL, stateful INTEGER NOT NULL, file TEXT NOT NULL, size INTEGER NOT NULL,
+    created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0, pinned INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_parent ON blocks (parent);
+CREATE INDEX IF NOT EXISTS by_use ON blocks (used);
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
+    UPDATE counters SET value = value + new.size WHERE name = 'bytes'; END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
+    UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A committed block."""
+
+    name: bytes
+    parent: bytes
+    root: bytes
+    start: int  # tokens before its first
+    tokens: np.ndarray  # int64 [n]
+    whole: bool  # a full block; False: the tail of a prefix, which nothing follows
+    stateful: bool  # of a model whose state cannot be cut: a tail is usable only whole
+    file: str  # below the folder or URL of the data
+    size: int  # bytes
+    created: float = 0.0
+    used: float = 0.0
+    hits: int = 0
+    pinned: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+_COLUMNS = [field.name for field in fields(Row)]
+_SELECT = f"SELECT {', '.join('b.' + column for column in _COLUMNS)} FROM blocks b"
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    named = dict(zip(_COLUMNS, values, strict=True))
+    named["tokens"] = np.frombuffer(named["tokens"], "<i8")
+    return Row(**{**named, **{key: bool(named[key]) for key in ("whole", "stateful", "pinned")}})
+
+
+_open_indexes: WeakSet[Index] = WeakSet()
+_left_behind: list[Any] = []  # connections of a parent, kept from being closed
+
+
+class Index:
+    """The index in one file; safe for threads, processes and forks. Raises sqlite3.DatabaseError where the file is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        _open_indexes.add(self)
+        with self._changing() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise UnsupportedStream(f"{path}: an index of version {version}; install a newer pqcodec")
+            self.new = version == 0  # there was none
+            for statement in _statements(_SCHEMA):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    def _forked(self) -> None:
+        """In a child: a connection does not survive a fork, and closing it here would disturb the parent's."""
+        _left_behind.append(self._connection)
+        self._lock, self._connection = threading.RLock(), None
+
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            db = sqlite3.connect(self._path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")  # what is committed survives a loss of power
+            self._connection = db
+        return self._connection
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that either happens or does not."""
+        with self._lock:
+            db = self._db()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, clause: str, values: Sequence[Any] = ()) -> list[Row]:
+        with self._lock:
+            return [_row(found) for found in self._db().execute(f"{_SELECT} {clause}", values)]
+
+    # -- reading -------------------------------------------------------------------------------------------------
+    def find(self, name: bytes) -> Row | None:
+        return next(iter(self._rows("WHERE b.name = ?", (name,))), None)
+
+    def children(self, parent: bytes) -> list[Row]:
+        return self._rows("WHERE b.parent = ?", (parent,))
+
+    def all(self) -> list[Row]:
+        """Every block, parents before their children."""
+        return self._rows("ORDER BY b.root, b.start, b.name")
+
+    def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
+        """Label and settings of each root."""
+        with self._lock:
+            found = self._db().execute("SELECT name, label, settings FROM roots").fetchall()
+        return {name: (label, json.loads(settings)) for name, label, settings in found}
+
+    def counters(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._db().execute("SELECT name, value FROM counters").fetchall())
+
+    def coldest(self) -> Row | None:
+        """The unpinned block that was used longest ago, of those that no other block follows."""
+        clause = "WHERE b.pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name) ORDER BY b.used LIMIT 1"
+        return next(iter(self._rows(clause)), None)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+    def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
+        with self._changing() as db:
+            text = json.dumps(settings, sort_keys=True)
+            db.execute("INSERT OR IGNORE INTO roots VALUES (?, ?, ?)", (name, label, text))
+
+    def add(self, row: Row) -> bool:
+        """Commit a block; False where another process has committed it meanwhile."""
+        now = time.time()
+        values = {**row.__dict__, "tokens": row.tokens.astype("<i8").tobytes(), "created": now, "used": now}
+        with self._changing() as db:
+            marks = ", ".join("?" * len(_COLUMNS))
+            done = db.execute(
+                f"INSERT OR IGNORE INTO blocks ({', '.join(_COLUMNS)}) VALUES ({marks})", [values[key] for key in _COLUMNS]
+            )
+            return done.rowcount == 1
+
+    def remove(self, row: Row) -> bool:
+        """Take a block out, if its file is still this one; the caller removes the file afterwards."""
+        with self._changing() as db:
+            return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
+
+    def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
+        """The blocks are in use now; ``counts`` are added to the counters. A loss of power may undo this."""
+        with self._lock:
+            self._db().execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self._changing() as db:
+                    values = [(time.time(), int(hit), row.name) for row in rows]
+                    db.executemany("UPDATE blocks SET used = ?, hits = hits + ? WHERE name = ?", values)
+                    text = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+                    db.executemany(text, counts.items())
+            finally:
+                self._db().execute("PRAGMA synchronous = FULL")
+
+    def pin(self, row: Row, pinned: bool) -> None:
+        with self._changing() as db:
+            db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
+
+    def set(self, name: str, value: int) -> None:
+        with self._changing() as db:
+            db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, value))
+
+
+def _statements(script: str) -> list[str]:
+    found, statement = [], ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            found.append(statement)
+            statement = ""
+    return found
+
+
+def _after_fork() -> None:
+    for index in list(_open_indexes):
+        index._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

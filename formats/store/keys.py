@@ -1,0 +1,63 @@
+"""Law: the name of a prefix: a chain of hashes over its tokens, rooted in the model, the settings and the tenant (SPEC IV.1).
+
+A name stands for all tokens up to the block's last one and for everything that their keys and values depend on. The hash is
+BLAKE2b with 32 bytes, keyed by the tenant: without its salt no name can be computed, so none can be asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.model_identity import Identity
+
+BLOCK_TOKENS = 256
+NAME_BYTES = 32
+PERSON = b"pqcodec-prefix"
+FORMAT = 1
+
+
+def token_ids(tokens: Any) -> np.ndarray:
+    """Token ids int64 [n] of a list, an array or a tensor [n] or [1, n]; raises InvalidArgument."""
+    if hasattr(tokens, "detach"):
+        tokens = tokens.detach().cpu().numpy()
+    ids = np.asarray(tokens)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise InvalidArgument(f"tokens {ids.dtype} {ids.shape}: the ids of one sequence are expected, integers [n] or [1, n]")
+    return np.ascontiguousarray(ids, "<i8")
+
+
+class Chain:
+    """Names under one root.
+
+    >>> chain = Chain({"model": "tiny"}, tenant="a")
+    >>> one = chain.child(chain.root, [1, 2, 3])
+    >>> one == Chain({"model": "tiny"}, tenant="b").child(chain.root, [1, 2, 3])
+    False
+    """
+
+    def __init__(self, settings: Mapping[str, Any], tenant: str = "") -> None:
+        self._key = hashlib.blake2b(tenant.encode(), person=PERSON).digest() if tenant else b""
+        self.settings = {"format": FORMAT, **settings}
+        self.root = self._hash(json.dumps(self.settings, sort_keys=True).encode())
+
+    def child(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> bytes:
+        """The name of the block whose tokens follow ``parent``."""
+        ids = np.ascontiguousarray(tokens, "<i8")
+        return self._hash(parent + len(ids).to_bytes(8, "little") + ids.tobytes())
+
+    def _hash(self, data: bytes) -> bytes:
+        return hashlib.blake2b(data, digest_size=NAME_BYTES, key=self._key, person=PERSON).digest()
+
+
+def settings_of(identity: Identity, tokenizer: str, codec: Mapping[str, Any], extra: str) -> dict[str, Any]:
+    """What a root is made of: the model, its tokenizer, the codec's settings and what the caller adds."""
+    model = identity.as_dict()
+    return {"model": model, "tokenizer": tokenizer, "codec": dict(codec), "extra": extra}

@@ -1,0 +1,352 @@
+"""Law: prefixes of prompts and their caches, found again by their tokens: what is kept, shared, evicted, and never mistaken.
+
+A prefix is a chain of blocks of 256 tokens and a tail. A block is named by all tokens up to its end and by all that they were
+computed with (``keys``), committed by its row (``index``) and held by its file (``blocks``). Tails are kept at a high rate,
+because the block that they grow into is encoded from them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.model_identity import Identity, tokenizer_digest
+from pqcodec.formats.recipe import Recipe
+from pqcodec.formats.store import blocks, generation
+from pqcodec.formats.store.index import Row
+from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
+from pqcodec.formats.store.shelf import Shelf
+
+TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
+BLOCK_CHUNK = 64  # tokens under one checksum
+PENDING = 4  # puts that may wait in the background
+
+
+class Prefix(NamedTuple):
+    """What ``PrefixStore.get`` found: a cache of ``length`` tokens, to be fed the tokens from ``length`` on."""
+
+    cache: Any
+    length: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What ``PrefixStore.put`` did."""
+
+    tokens: int  # of the prefix that is in the store now
+    new_tokens: int  # of them that were not there before
+    new_bytes: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A cache to be put, and all that is known of it."""
+
+    identity: Identity
+    chain: Chain
+    label: str
+    ids: np.ndarray
+    state: tc.CacheState
+    pin: bool
+
+
+class PrefixStore:
+    """A store of prefix caches in a folder, for many processes and threads at once.
+
+    ``preset``: of the blocks' keys and values; "exact" keeps all numbers. ``max_bytes``: a quota, past which the prefixes
+    that were used longest ago are dropped (None: what the folder was told before). ``tenant``: a salt; a store opened with
+    another one finds nothing of this one's. ``tokenizer``: makes its vocabulary part of a prefix's name. ``data``: a folder
+    or URL (s3://...) for the files; the index stays in ``folder``, which has to be on a local disk. ``shelf`` looks after
+    what is stored: damage, quota, orphans.
+
+    >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
+    >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
+    >>> out = model.generate(ids, past_key_values=cache)                              # doctest: +SKIP
+    >>> store.put(model, out, cache)                                                  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        preset: str = "pq3",
+        max_bytes: int | None = None,
+        tenant: str = "",
+        tokenizer: Any = None,
+        data: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        if max_bytes is not None and max_bytes < 0:
+            raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
+        self._exact = preset == blocks.EXACT
+        self._recipe = Recipe(
+            preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
+        )
+        self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
+        self.shelf = Shelf(folder, data)
+        self._index, self._files = self.shelf.index, self.shelf.files
+        if max_bytes is not None:
+            self._index.set("max_bytes", max_bytes)
+        self._saver: ThreadPoolExecutor | None = None
+        self._waiting: set[Future[Stored]] = set()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> PrefixStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is being saved, and close the index."""
+        if self._saver is not None:
+            self._saver.shutdown()
+            self._saver = None
+        self.shelf.close()
+
+    # -- getting -------------------------------------------------------------------------------------------------
+    def get(self, model: Any, tokens: Any, *, extra: str = "", leave: int = 1, device: Any = None) -> Prefix:
+        """The cache of the longest stored prefix of ``tokens`` ([n] or [1, n]); an empty cache and 0 where there is none.
+
+        At least ``leave`` tokens are left, for a model has to be fed one to go on. ``extra``: what the keys depend on beyond
+        the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: the model's). A damaged
+        block is dropped with a warning and never used: the prefix ends before it.
+        """
+        identity, ids = self._identity(model), token_ids(tokens)
+        longest = tc.longest_prefix(identity.config)
+        if longest is not None and len(ids) > longest:
+            return Prefix(tc.empty_cache(identity.config), 0)
+        chain = self._chain(identity, extra)
+        found = self._longest(chain, ids[: max(len(ids) - leave, 0)])
+        device = identity.device if device is None else device
+        assembly = blocks.Assembly(sum(count for _, count in found), device, self._recipe.backend)
+        used = self._assembled(assembly, found)
+        if len(used) < len(found) and found[-1][0].stateful:  # the state is gone with its tail: look for another
+            return self.get(model, ids, extra=extra, leave=leave, device=device)
+        self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
+        if not assembly.tokens:
+            return Prefix(tc.empty_cache(identity.config), 0)
+        return Prefix(tc.cache_of(assembly.state()), assembly.tokens)
+
+    def _assembled(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
+        """Decode blocks one behind the other up to the first that cannot be; returns those that could."""
+        used = []
+        with self._files.opened([row.file for row, _ in found]) as opened:
+            for row, count in found:
+                try:
+                    assembly.add(opened(row.file), row, count)
+                except (CorruptStream, UnsupportedStream, InvalidArgument, FileNotFoundError) as error:
+                    self.shelf.give_up(row, error)
+                    break
+                used.append(row)
+        return used
+
+    def _longest(self, chain: Chain, ids: np.ndarray) -> list[tuple[Row, int]]:
+        """The blocks that hold the longest prefix there is, and how many tokens of each are wanted."""
+        found: list[tuple[Row, int]] = []
+        parent = chain.root
+        while len(ids) - BLOCK_TOKENS * len(found) >= BLOCK_TOKENS:
+            start = BLOCK_TOKENS * len(found)
+            row = self._index.find(chain.child(parent, ids[start : start + BLOCK_TOKENS]))
+            if row is None:
+                break
+            found.append((row, BLOCK_TOKENS))
+            parent = row.name
+        ends = range(len(found), -1, -1)  # a state that cannot be cut is there at tails only, perhaps of a shorter prefix
+        for end in ends:
+            name = found[end - 1][0].name if end else chain.root
+            best = self._best_child(name, ids[BLOCK_TOKENS * end :])
+            if best is not None and best[0].stateful:
+                return [*found[:end], best]
+            if end == len(found) and best is not None:
+                return [*found, best]
+            if not (found and found[0][0].stateful):
+                return found
+        return []
+
+    def _best_child(self, parent: bytes, ids: np.ndarray) -> tuple[Row, int] | None:
+        """The block that shares most tokens with ``ids``, of those that follow ``parent``; None where none shares any."""
+        best: tuple[Row, int] | None = None
+        for row in self._index.children(parent):
+            common = _common(row.tokens, ids)
+            if row.stateful and (row.whole or common < len(row.tokens)):
+                continue
+            if best is None or common > best[1]:
+                best = (row, common)
+        return best if best and (best[1] or best[0].stateful) else None
+
+    # -- putting -------------------------------------------------------------------------------------------------
+    def put(
+        self, model: Any, tokens: Any, cache: Any, *, extra: str = "", pin: bool = False, wait: bool = True
+    ) -> Stored | Future[Stored]:
+        """Keep the cache of ``tokens`` [n] or [1, n]; only blocks that are not there yet are encoded and written.
+
+        ``tokens`` may go on beyond the cache, as the last token that was generated does (a cache of recurrent state alone does
+        not tell its length: pass what it has seen). ``pin``: never evict it. ``wait=False`` returns a Future at once and
+        saves in the background, from the tensors as they are now; where four saves wait already, a fifth is left out with
+        a warning. Raises InvalidArgument for a cache that cannot be kept, and OSError; what was there stays there.
+        """
+        work = self._work(model, tokens, cache, extra, pin)
+        if wait:
+            return self._write(work)
+        with self._lock:
+            self._waiting = {future for future in self._waiting if not future.done()}
+            if len(self._waiting) >= PENDING:
+                warnings.warn(
+                    f"{PENDING} caches wait to be saved in {self.shelf.folder}; this one is left out", RuntimeWarning, 2
+                )
+                skipped: Future[Stored] = Future()
+                skipped.set_result(Stored(0, 0, 0))
+                return skipped
+            if self._saver is None:
+                self._saver = ThreadPoolExecutor(1, thread_name_prefix="pqcodec-save")
+            future = self._saver.submit(self._write, replace(work, state=tc.frozen(work.state)))
+            self._waiting.add(future)
+        return future
+
+    def generate(self, model: Any, input_ids: Any, *, extra: str = "", wait: bool = False, **options: Any) -> Any:
+        """``model.generate`` for one prompt [1, n], from the longest prefix there is; keeps the caches of prompt and answer.
+
+        get, prefill of the rest, put, generate, put: saving happens in the background (``wait=True``: before returning).
+        ``options`` are those of ``model.generate``, whose result is returned. Raises InvalidArgument for more than one
+        prompt, or a mask with gaps.
+        """
+        return generation.generate(self, model, input_ids, extra=extra, wait=wait, **options)
+
+    def flush(self) -> None:
+        """Wait for what is being saved; raises what saving raised."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for future in waiting:
+            future.result()
+
+    def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
+        identity, ids, state = self._identity(model), token_ids(tokens), tc.state_of(cache)
+        if state.kind != "DynamicCache":
+            raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
+        layers = state.parts[""]
+        batches = {int(layer.tensors["keys"].shape[0]) for layer in layers if layer.kept}
+        if batches - {1}:
+            raise InvalidArgument(f"a cache of {max(batches)} sequences; put each one by itself (batch 1)")
+        lengths = {layer.tokens for layer in layers if layer.tokens}
+        if len(lengths) > 1:
+            raise InvalidArgument(f"layers that have seen {sorted(lengths)} tokens; one number is expected")
+        cached = lengths.pop() if lengths else len(ids)
+        cuttable = all(layer.cuttable for layer in layers)
+        if len(ids) < cached and not cuttable:
+            raise InvalidArgument(f"{len(ids)} tokens, the cache has seen {cached} and cannot be cut; pass all tokens")
+        ids = ids[:cached]
+        longest = tc.longest_prefix(identity.config)
+        if longest is not None and len(ids) > longest:
+            raise InvalidArgument(
+                f"{len(ids)} tokens: this model's RoPE scaling changes all keys of sequences beyond {longest} tokens, "
+                "so that a longer prefix cannot be used again"
+            )
+        label = str(getattr(identity.config, "model_type", "model"))
+        return _Work(identity, self._chain(identity, extra), label, ids, state, pin)
+
+    @staticmethod
+    def _identity(model: Any) -> Identity:
+        identity = Identity.of(model)
+        if not identity.weights:
+            raise InvalidArgument("a config alone does not tell a model from others of its shape; pass the model")
+        return identity
+
+    def _chain(self, identity: Identity, extra: str) -> Chain:
+        preset = blocks.EXACT if self._exact else self._recipe.preset
+        codec = {"preset": preset, "seed": self._recipe.seed, "block_tokens": BLOCK_TOKENS, "tail": TAIL_PRESET}
+        return Chain(settings_of(identity, self._tokenizer, codec, extra), self._tenant)
+
+    def _write(self, work: _Work) -> Stored:
+        layers, chain, ids = work.state.parts[""], work.chain, work.ids
+        stateful = not all(layer.cuttable for layer in layers)
+        self._index.add_root(chain.root, work.label, chain.settings)
+        plan: blocks.Plan | None = None
+        parent, written, size = chain.root, 0, 0
+        last: Row | None = None
+        seen: list[Row] = []
+        for start in range(0, len(ids) + 1, BLOCK_TOKENS):
+            run = ids[start : start + BLOCK_TOKENS]
+            whole = len(run) == BLOCK_TOKENS
+            if not whole and not len(run) and not stateful:
+                break
+            name = chain.child(parent, run)
+            row = self._index.find(name)
+            if row is None and not whole and not stateful:
+                row = self._covering(parent, run)
+            if row is None:
+                plan = plan or self._plan(work, last)
+                row = Row(name, parent, chain.root, start, run, whole, stateful, self._files.new(name), 0)
+                row, new = self._add(row, work, plan)
+                written, size = written + new * len(run), size + new * row.size
+            seen.append(row)
+            parent, last = name, row
+        self._index.touch(seen, hit=False, puts=1)
+        if work.pin and last is not None:
+            self._index.pin(last, True)
+        self.shelf.evict()
+        return Stored(len(ids), written, size)
+
+    def _add(self, row: Row, work: _Work, plan: blocks.Plan) -> tuple[Row, bool]:
+        """Encode a block, write its file, commit it; and whether it is new."""
+        cut = [self._part(layer, row) for layer in work.state.parts[""]]
+        path = self._files.path(row.file)
+        about = {"label": work.label, "settings": work.chain.settings}
+        rates = plan if row.whole or self._exact else plan.at(TAIL_PRESET)
+        row = replace(row, size=blocks.write(path, row, cut, rates, work.identity.config, self._recipe, about))
+        new = self.shelf.commit(row)
+        if new and not row.stateful:
+            for tail in self._index.children(row.parent):
+                grown = _common(tail.tokens, row.tokens) == len(tail.tokens) and tail.name != row.name
+                if grown and not tail.whole and not tail.pinned:
+                    self.shelf.drop(tail)
+        return row, new
+
+    @staticmethod
+    def _part(layer: tc.LayerState, row: Row) -> tc.LayerState:
+        """A layer's part of a block: its tokens, and in a tail the state that cannot be cut."""
+        if layer.cuttable:
+            return layer.cut(row.start, row.end)
+        return layer.without_tensors() if row.whole else layer
+
+    def _covering(self, parent: bytes, run: np.ndarray) -> Row | None:
+        """A block that holds a tail's tokens and more."""
+        rows = (row for row in self._index.children(parent) if _common(row.tokens, run) == len(run))
+        return next(rows, None)
+
+    def _plan(self, work: _Work, last: Row | None) -> blocks.Plan:
+        """How the next blocks are encoded: as the one before them was."""
+        if last is not None and last.whole:
+            try:
+                with self._files.open(last.file) as file:
+                    return blocks.Plan.in_file(blocks.described(file)["groups"])
+            except (CorruptStream, UnsupportedStream, FileNotFoundError, KeyError, TypeError):
+                pass  # a damaged block is found when it is read; the plan can be made anew
+        return blocks.Plan.of(work.state, work.identity.config, None if self._exact else self._recipe)
+
+    # -- keeping -------------------------------------------------------------------------------------------------
+    def pin(self, model: Any, tokens: Any, *, extra: str = "", pinned: bool = True) -> int:
+        """Keep the longest stored prefix of ``tokens`` from eviction (or let it go again); returns its length."""
+        chain = self._chain(self._identity(model), extra)
+        found = self._longest(chain, token_ids(tokens))
+        if found:
+            self._index.pin(found[-1][0], pinned)
+        return sum(count for _, count in found)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that two runs share from their beginning."""
+    n = min(len(a), len(b))
+    other = np.nonzero(a[:n] != b[:n])[0]
+    return int(other[0]) if len(other) else n
