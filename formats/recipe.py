@@ -103,7 +103,7 @@ class Recipe:
     ``center`` is of keys: "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope"; ``exact_tokens``: None
     is 4 of keys and values, 0 of others; ``share_bits``: give keys of high energy more bits than values, the preset being
     the mean (``formats.rates``); ``stream_tokens``: cut a tensor into streams of so many tokens (None: one stream);
-    ``measure_all``: take the error of all numbers, not of a sample.
+    ``measured``: "sample" (the error is taken of a sample and kept), "all" (of all numbers) or "none".
     """
 
     preset: str = "pq3"
@@ -115,7 +115,7 @@ class Recipe:
     nonfinite: str = "error"
     chunk_tokens: int = CHUNK_TOKENS
     stream_tokens: int | None = None
-    measure_all: bool = False
+    measured: str = "sample"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -126,6 +126,8 @@ class Recipe:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose 'auto', None, 'mean' or 'rope'")
         if (self.center == "rope") != (self.rope is not None):
             raise InvalidArgument("centring keys under RoPE and a rope go together; give both or neither")
+        if self.measured not in ("sample", "all", "none"):
+            raise InvalidArgument(f"measured {self.measured!r} is unknown; choose 'sample', 'all' or 'none'")
         if self.stream_tokens is not None and self.stream_tokens < 1:
             raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
 
@@ -165,13 +167,16 @@ class Recipe:
                 pairs[layer] = (keys[0], values[0])
         if not rates.shares(self.preset, len(pairs)):
             return flat
-        energies = {layer: self._energy(tensors.read(key), parts[key]) for layer, (key, _) in pairs.items()}
+        energies = {layer: self._energies(tensors, parts, pair) for layer, pair in pairs.items()}
         shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
         return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
 
-    def _energy(self, key: Any, part: Part) -> float:
-        options = self.options(part)
-        return rates.centred_energy(key, rope=options.get("rope"), exact_tokens=options["exact_tokens"])
+    def _energies(self, tensors: Tensors, parts: Mapping[str, Part], pair: tuple[str, str]) -> tuple[float, float]:
+        """What ``rates.share`` wants of a layer."""
+        key, value = pair
+        of_key, of_value = (self.options(parts[name]) for name in pair)
+        centred = rates.energy(tensors.read(key), rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
+        return centred, rates.energy(tensors.read(value), exact_tokens=of_value["exact_tokens"], centred=False)
 
     def pieces(
         self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None
@@ -197,7 +202,7 @@ class Recipe:
 
     def _encoded(self, x: Any, name: str, part: Part, preset: str, starts: range, watch: Watch) -> Coded:
         streams, error, seconds = [], Error(), 0.0
-        measured = range(0, len(starts), max(len(starts) // SAMPLES, 1))  # streams that a sample is taken of
+        sampled = range(0, len(starts) if self.measured == "sample" else 0, max(len(starts) // SAMPLES, 1))
         for number, first in enumerate(starts):
 
             def advance(done: int, total: int, number: int = number) -> None:
@@ -208,8 +213,8 @@ class Recipe:
             with named(f"tensor {name!r}"):
                 stream = codec.encode(cut, preset=preset, progress=advance, **self.options(part, first))
             seconds += time.perf_counter() - start
-            if x.ndim > 1 and (self.measure_all or number in measured):
-                error += error_of(cut, stream, backend=self.backend, sample=not self.measure_all)
+            if x.ndim > 1 and (self.measured == "all" or number in sampled):
+                error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
             streams.append(MemorySource(stream))
         size = exact.nbytes(x)
         watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))

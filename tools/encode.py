@@ -89,7 +89,7 @@ def encode(
         share_bits=not flat,
         nonfinite=nonfinite,
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
-        measure_all=check,
+        measured="all" if check else "sample",
         backend=backend,
     )
     wanted = _Wanted(recipe, (keys, values), center in ("mean", "rope"), _notes(note))
@@ -253,7 +253,7 @@ def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show)
     from pqcodec.formats.tensors import open_tensors
 
     start = time.perf_counter()
-    outcome = _Outcome(target, wanted.recipe.measure_all)
+    outcome = _Outcome(target, wanted.recipe.measured == "all")
     with open_tensors(path) as reader:
         parts: dict[str, Part] = {name: part_of(name, *wanted.regexes) for name in reader.names}
         if wanted.needs_keys and all(part.role != "key" for part in parts.values()):
