@@ -81,15 +81,33 @@ def matching(pattern: str, folders: str = ".zarr") -> list[str]:
     Folders are left out but for those whose names end so.
     """
     fs, path = _file_system(pattern)
-
-    def look() -> list[str]:
-        fs.invalidate_cache()
-        found = fs.glob(path, detail=True).items()
-        return [name for name, info in found if info["type"] != "directory" or name.lower().endswith(folders)]
-
-    names = _tried(pattern, "looking for what fits it", look)
+    found = _fitting(fs, path, pattern)
+    names = [name for name, info in found.items() if info["type"] != "directory" or name.lower().endswith(folders)]
     head, fits, _ = pattern.rpartition(path.lstrip("/"))
     return sorted(head + name.lstrip("/") if fits else fs.unstrip_protocol(name) for name in names)
+
+
+def ages(pattern: str) -> list[tuple[str, float]]:
+    """(path, seconds since it was written) of every object that a pattern fits; 0 s where the store does not tell."""
+    fs, path = _file_system(pattern)
+    now = time.time()
+
+    def age(info: dict[str, Any]) -> float:
+        written = next(
+            (info[key] for key in ("LastModified", "updated", "last_modified", "mtime", "created") if info.get(key)), now
+        )
+        seconds = written.timestamp() if hasattr(written, "timestamp") else written
+        return now - seconds if isinstance(seconds, (int, float)) else 0.0
+
+    return [(name, age(info)) for name, info in _fitting(fs, path, pattern).items() if info["type"] != "directory"]
+
+
+def _fitting(fs: Any, path: str, pattern: str) -> dict[str, dict[str, Any]]:
+    def look() -> dict[str, dict[str, Any]]:
+        fs.invalidate_cache()
+        return dict(fs.glob(path, detail=True))
+
+    return _tried(pattern, "looking for what fits it", look)
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -80,6 +80,10 @@ class LayerState:
         """Whether the state after fewer tokens is a part of this one: of full attention, not of a window or a recurrence."""
         return self.kind in ("DynamicLayer", "DynamicIndexedLayer", "DummyLayer")
 
+    def batches(self) -> set[int]:
+        """How many sequences its tensors are of."""
+        return {int(x.shape[path == "indexer_position_ids"]) for path, x in self.tensors.items() if x.ndim > 1}
+
     def cut(self, first: int, last: int) -> LayerState:
         """The state of some tokens alone; only of a layer that is ``cuttable``."""
         return LayerState(self.kind, {path: along(path, x, first, last) for path, x in self.tensors.items()}, self.fields)
@@ -244,14 +248,14 @@ def pairings(config: Any, state: CacheState) -> dict[str, str]:
     for prefix, index, layer in state.layers():
         if prefix.startswith("cross_attention_cache") or layer.kept < 2:
             continue
-        rotary = "values" if _is_latent(config, layer) else "keys"  # a latent cache holds the rotary key as the value
+        rotary = "values" if _is_latent(config, index, layer) else "keys"  # a latent cache holds the rotary key as the value
         tensor = layer.tensors[rotary]
         if why_exact(tuple(tensor.shape), exact.dtype_name(tensor)):
             continue
         name, exact_tokens = f"{prefix}.{rotary}", max(EXACT_TOKENS - (layer.tokens - layer.kept), 0)
-        plain[name] = rates.centred_energy(tensor, exact_tokens=exact_tokens)
+        plain[name] = rates.energy(tensor, exact_tokens=exact_tokens)
         for pairing, rope in _candidates(config, index, int(tensor.shape[-1])).items():
-            turned.setdefault(pairing, {})[name] = rates.centred_energy(tensor, rope=rope, exact_tokens=exact_tokens)
+            turned.setdefault(pairing, {})[name] = rates.energy(tensor, rope=rope, exact_tokens=exact_tokens)
 
     def left(pairing: str) -> float:
         return sum(min(energy / max(plain[name], 1e-30), 1.0) - 1 for name, energy in turned[pairing].items())
@@ -293,15 +297,21 @@ def longest_prefix(config: Any) -> int | None:
     return int(original or config.max_position_embeddings)
 
 
-def _is_latent(config: Any, layer: LayerState) -> bool:
+def _is_latent(config: Any, index: int, layer: LayerState) -> bool:
     """Whether a layer keeps the latent of multi-head latent attention and beside it one rotary key for all heads."""
-    rank, rotary = (getattr(_text(config), name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    one = _of_layer(_text(config), index)
+    rank, rotary = (getattr(one, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     dims = tuple(int(layer.tensors[name].shape[-1]) for name in ("keys", "values"))
     return rank is not None and dims == (rank, rotary)
 
 
 def _text(config: Any) -> Any:
     return config.get_text_config(decoder=True)
+
+
+def _of_layer(config: Any, index: int) -> Any:
+    """The config of one layer, where they differ."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _candidates(config: Any, index: int, head_dim: int) -> dict[str, Rope]:
@@ -334,8 +344,9 @@ def frequencies(config: Any, index: int) -> tuple[float, ...] | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if kind == "default" or kind not in ROPE_INIT_FUNCTIONS:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        head_dim = getattr(config, "qk_rope_head_dim", None) or head_dim
+        one = _of_layer(config, index)
+        head_dim = getattr(one, "qk_rope_head_dim", None) or getattr(one, "head_dim", None)
+        head_dim = head_dim or one.hidden_size // one.num_attention_heads
         dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         theta = parameters.get("rope_theta")
         return None if theta is None else tuple(float(theta) ** (-2 * i / dim) for i in range(dim // 2))
@@ -427,25 +438,25 @@ def load(
         told = file.metadata.get(KEY)
         if not isinstance(told, dict):
             raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
+        if told.get("format") != FORMAT:
+            raise UnsupportedStream(f"{file.label}: format {told.get('format')!r} of {KEY}; install a newer pqcodec")
         file.read_ahead()
-        return cache_of(_state_in(file, told, device, backend))
+        try:
+            return cache_of(_state_in(file, told, device, backend))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
 
 
 def _state_in(file: TensorFile, told: dict[str, Any], device: Any, backend: str) -> CacheState:
-    if told.get("format") != FORMAT:
-        raise UnsupportedStream(f"{file.label}: format {told.get('format')!r} of {KEY}; install a newer pqcodec")
     parts: dict[str, list[LayerState]] = {}
-    try:
-        for name, layers in told["parts"].items():
-            parts[name] = []
-            for index, layer in enumerate(layers):
-                prefix = f"{name}.layers.{index}" if name else f"layers.{index}"
-                tensors = {
-                    path: file.decode(f"{prefix}.{_ROLES.get(path, path)}", device=device, backend=backend)
-                    for path in layer["tensors"]
-                }
-                parts[name].append(LayerState(layer["class"], tensors, layer["fields"]))
-        kind = {"": "DynamicCache"} if list(parts) == [""] else dict.fromkeys(_ENCODER_DECODER, "EncoderDecoderCache")
-        return CacheState(told["class"], {name: parts[name] for name in kind})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
+    for name, layers in told["parts"].items():
+        parts[name] = []
+        for index, layer in enumerate(layers):
+            prefix = f"{name}.layers.{index}" if name else f"layers.{index}"
+            tensors = {
+                path: file.decode(f"{prefix}.{_ROLES.get(path, path)}", device=device, backend=backend)
+                for path in layer["tensors"]
+            }
+            parts[name].append(LayerState(layer["class"], tensors, layer["fields"]))
+    kinds = {"DynamicCache": ("",), "EncoderDecoderCache": _ENCODER_DECODER}
+    return CacheState(told["class"], {name: parts[name] for name in kinds[told["class"]]})

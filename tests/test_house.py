@@ -23,7 +23,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "rich": {"tools"},
     "fsspec": {"formats/remote.py"},
     "transformers": {"formats/transformers_cache.py"},
-    "sqlite3": {"formats/store/index.py", "formats/store/shelf.py"},
+    "sqlite3": {"formats/store/index.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
     "cuda": {"pqcodec/kernels/gpu_cuda.py"},
 }
@@ -51,7 +51,7 @@ FORMATS_ORDER = [
     "store.files store.index store.keys",
     "store.blocks store.generation",
     "store.shelf",
-    "store.prefix_store",
+    "store.prefix_store store.transfer",
 ]
 
 

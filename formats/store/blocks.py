@@ -21,6 +21,7 @@ from pqcodec.formats.pieces import Piece
 from pqcodec.formats.pqkv import PQKVFile, write_pieces
 from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.store.index import Row
+from pqcodec.formats.store.keys import NAME_BYTES
 from pqcodec.formats.tensor_file import LAYOUT
 from pqcodec.header import DTYPE_NAMES
 
@@ -151,48 +152,80 @@ def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
     """The index's row of a block whose file lies ``at`` a place, and what its root stands for; raises CorruptStream."""
     told = described(file)
     try:
-        name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
-        tokens = np.asarray(file.decode(TOKENS)).astype("<i8")
-        flags = (bool(told["whole"]), bool(told["stateful"]))
-        row = Row(name, parent, root, int(told["start"]), tokens, *flags, at, file.size)
+        row = replace(row_of(told, file.decode(TOKENS)), file=at, size=file.size)
         return row, {key: told[key] for key in ("label", "settings")}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStream(f"{file.label}: does not say which block it is ({error!r})") from error
 
 
+def row_of(told: Mapping[str, Any], tokens: Any) -> Row:
+    """The row, still without a file, of a block by its metadata; raises KeyError, TypeError or ValueError."""
+    name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
+    start, whole, stateful = (told[key] for key in ("start", "whole", "stateful"))
+    tokens = np.asarray(tokens)
+    if {len(name), len(parent), len(root)} != {NAME_BYTES} or name == parent or tokens.ndim != 1 or tokens.dtype != np.int64:
+        raise ValueError("names and tokens are not those of a block")
+    if type(start) is not int or type(whole) is not bool or type(stateful) is not bool:
+        raise TypeError("start, whole and stateful are a number and two truths")
+    if not isinstance(told["label"], str) or not isinstance(told["settings"], dict):
+        raise TypeError("label and settings are a string and an object")
+    return Row(name, parent, root, start, tokens.astype("<i8"), whole, stateful, "", 0)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a block brought beside what went into the stacks."""
+
+    count: int  # tokens
+    kinds: list[tc.LayerState]  # of each layer, without tensors
+    pieces: dict[tuple[int, str], Any]  # exact tensors along the tokens
+    state: dict[tuple[int, str], Any]  # tensors of the prefix as a whole
+
+
 class Assembly:
-    """Layers of a cache that blocks are decoded into, one behind the other."""
+    """Layers of a cache that blocks are decoded into, one behind the other.
+
+    ``decode`` the first block by itself, then others, at once if need be; ``accept`` what came of them in their order.
+    """
 
     def __init__(self, tokens: int, device: Any, backend: str) -> None:
         self._total, self._device, self._backend = tokens, device, backend
-        self.tokens = 0  # that are there
         self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
-        self._kinds: list[tc.LayerState] = []
-        self._pieces: dict[tuple[int, str], list[Any]] = {}  # exact tensors along the tokens
-        self._state: dict[tuple[int, str], Any] = {}  # tensors of the prefix as a whole
+        self._accepted: list[Decoded] = []
 
-    def add(self, file: PQKVFile, row: Row, count: int) -> None:
-        """Decode the first ``count`` tokens of a block behind what is there; raises CorruptStream, and changes nothing then."""
+    @property
+    def on_cpu(self) -> bool:
+        return arrays.device_type(self._device or "cpu") == "cpu"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are there."""
+        return sum(decoded.count for decoded in self._accepted)
+
+    def accept(self, decoded: Decoded) -> None:
+        self._accepted.append(decoded)
+
+    def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
+        """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
         told = described(file)
         if told["name"] != row.name.hex() or not np.array_equal(np.asarray(file.decode(TOKENS)), row.tokens):
             raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]}")
         try:
-            self._add(file, told, None if count == len(row.tokens) else (0, count), count)
+            return self._decoded(file, told, row, count)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
-    def _add(self, file: PQKVFile, told: dict[str, Any], tokens: tuple[int, int] | None, count: int) -> None:
+    def _decoded(self, file: PQKVFile, told: dict[str, Any], row: Row, count: int) -> Decoded:
         kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in told["kinds"]]
         layers = [kinds[number] for number in told["layers"]]
         groups = {g.pop("name"): Group(**{**g, "layers": tuple(g["layers"])}) for g in map(dict, told["groups"])}
-        state: dict[tuple[int, str], Any] = {}
-        pieces: dict[tuple[int, str], Any] = {}
+        found = Decoded(count, layers, {}, {})
         for name, group in groups.items():
             if group.state:
-                state |= self._each(group, file.decode(name, device=self._device, backend=self._backend))
+                found.state.update(self._each(group, file.decode(name, device=self._device, backend=self._backend)))
             else:
-                self._decode(file, name, group, tokens, count)
+                self._fill(file, name, group, row, count)
         coded = {(layer, group.path) for group in groups.values() for layer in group.layers}
         for index, number in enumerate(told["layers"]):
             for path in told["kinds"][number]["tensors"]:
@@ -200,27 +233,25 @@ class Assembly:
                     continue
                 x = file.decode(f"layers.{index}.{path}", device=self._device)
                 if layers[index].cuttable:
-                    pieces[index, path] = tc.along(path, x, 0, count)
+                    found.pieces[index, path] = tc.along(path, x, 0, count)
                 else:
-                    state[index, path] = x
-        for key, x in pieces.items():
-            self._pieces.setdefault(key, []).append(x)
-        self._kinds, self._state = layers, state
-        self.tokens += count
+                    found.state[index, path] = x
+        return found
 
     def _each(self, group: Group, stacked: Any) -> dict[tuple[int, str], Any]:
         return {(layer, group.path): stacked[at] for at, layer in enumerate(group.layers)}
 
-    def _decode(self, file: PQKVFile, name: str, group: Group, tokens: tuple[int, int] | None, count: int) -> None:
-        key, span = (group.path, group.layers), slice(self.tokens, self.tokens + count)
-        new = not any((layer, group.path) in self._places for layer in group.layers)
-        if new and not self.tokens:
+    def _fill(self, file: PQKVFile, name: str, group: Group, row: Row, count: int) -> None:
+        """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
+        key, span = (group.path, group.layers), slice(row.start, row.start + count)
+        if not row.start:
             entry = file.entry(name)
             if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
                 raise CorruptStream(f"{file.label}: tensor {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
             shape = (*entry.shape[:-2], self._total, entry.shape[-1])
             self._stacks[key] = _empty(shape, entry.dtype, self._device)
             self._places |= self._each(group, self._stacks[key])
+        tokens = None if count == len(row.tokens) else (0, count)
         if key in self._stacks:
             file.decode(name, tokens=tokens, backend=self._backend, out=self._stacks[key][..., span, :])
             return
@@ -232,15 +263,16 @@ class Assembly:
             place[..., span, :] = x
 
     def state(self) -> tc.CacheState:
-        """What is there."""
-        tensors: list[dict[str, Any]] = [{} for _ in self._kinds]
+        """What was accepted."""
+        last, tokens = self._accepted[-1], self.tokens
+        tensors: list[dict[str, Any]] = [{} for _ in last.kinds]
         for (layer, path), x in self._places.items():
-            tensors[layer][path] = x[..., : self.tokens, :]
-        for (layer, path), parts in self._pieces.items():
-            tensors[layer][path] = tc.joined(path, parts)
-        for (layer, path), x in self._state.items():
+            tensors[layer][path] = x[..., :tokens, :]
+        for layer, path in last.pieces:
+            tensors[layer][path] = tc.joined(path, [decoded.pieces[layer, path] for decoded in self._accepted])
+        for (layer, path), x in last.state.items():
             tensors[layer][path] = x
-        layers = [replace(kind, tensors=of) for kind, of in zip(self._kinds, tensors, strict=True)]
+        layers = [replace(kind, tensors=of) for kind, of in zip(last.kinds, tensors, strict=True)]
         return tc.CacheState("DynamicCache", {"": layers})
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pqcodec.formats import remote
 from pqcodec.formats.pqkv import PQKVFile
 
 EXTENSION = ".pqkv"
-AT_ONCE = 8  # objects of a store that are fetched at the same time
 GRACE = 3600.0  # seconds for which a file without a row may be one that is being written
+AT_ONCE = 8  # objects of a store that are fetched at the same time
+_COMPLETE = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}-[0-9a-f]{12}\.pqkv")
+_PARTIAL = re.compile(r"[0-9a-f]{2}/\.[0-9a-f]{64}-[0-9a-f]{12}\.pqkv\.[0-9a-f]+\.part")
 
 
 class BlockFiles:
-    """Block files below ``place``, a local folder or a URL."""
+    """Block files below ``place``, a local folder or a URL. What else is there is never touched."""
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         self.place = os.fspath(place)
@@ -43,16 +46,17 @@ class BlockFiles:
         return PQKVFile(remote.fetched(self.path(file)).data) if self.remote else PQKVFile(Path(self.place, file))
 
     @contextmanager
-    def opened(self, files: Sequence[str]) -> Iterator[Callable[[str], PQKVFile]]:
-        """Opens files that are wanted one after the other; a store's are fetched some at once, ahead of their turn."""
-        with ExitStack() as stack:
-            if not self.remote:
-                yield lambda file: stack.enter_context(self.open(file))
-                return
-            pool = stack.enter_context(ThreadPoolExecutor(AT_ONCE))
+    def opening(self, files: Sequence[str]) -> Iterator[Callable[[str], PQKVFile]]:
+        """Opens files that are wanted one after the other; those of a URL are fetched some at once, ahead of their turn."""
+        if not self.remote:
+            yield self.open
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             coming = {file: pool.submit(self.open, file) for file in files}
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            yield lambda file: coming[file].result()
+            try:
+                yield lambda file: coming.pop(file).result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def remove(self, file: str) -> None:
         if self.remote:
@@ -61,13 +65,17 @@ class BlockFiles:
             Path(self.place, file).unlink(missing_ok=True)
 
     def all(self) -> Iterator[tuple[str, float]]:
-        """(file, seconds since it was written) of every file, unfinished ones too; of a URL the age is infinite."""
+        """(file, seconds since it was written) of every file that a store wrote here; the age is 0 where it is not known."""
         if self.remote:
-            for url in remote.matching(self.path("**" + EXTENSION)):
-                yield url.removeprefix(self.place.rstrip("/") + "/"), float("inf")
+            found = remote.ages(self.path(f"*/*{EXTENSION}"))
+            yield from ((file, age) for url, age in found if _COMPLETE.fullmatch(file := "/".join(url.split("/")[-2:])))
             return
-        for folder, _, names in os.walk(self.place):
-            for name in names:
-                path = Path(folder, name)
+        for path in Path(self.place).glob("??/*"):
+            file = f"{path.parent.name}/{path.name}"
+            if _COMPLETE.fullmatch(file) or _PARTIAL.fullmatch(file):
                 with suppress(FileNotFoundError):
-                    yield str(path.relative_to(self.place)), time.time() - path.stat().st_mtime
+                    yield file, time.time() - path.stat().st_mtime
+
+    def complete(self) -> Iterator[str]:
+        """Every file that was written to its end."""
+        yield from (file for file, _ in self.all() if _COMPLETE.fullmatch(file))

@@ -1,4 +1,4 @@
-"""Law: the index of a prefix store: which blocks are committed, where, how large, when used; SQLite, for many processes.
+"""Law: the index of a prefix store: which blocks are committed, where, how large, when used; SQLite, whose only home this is.
 
 A block is there when its row is. Its file is written before and removed after, under a name that no other write uses, so a
 crash leaves files without a row (``PrefixStore.gc`` removes them), never a row without its file.
@@ -20,9 +20,10 @@ from weakref import WeakSet
 
 import numpy as np
 
-from pqcodec.errors import UnsupportedStream
+from pqcodec.errors import CorruptStream, UnsupportedStream
 
 VERSION = 1
+CHECKED_BYTES = 64 << 20  # an index up to this size is checked whole when it is opened, in a fraction of a second
 WAIT = 120.0  # seconds that a process waits for another's write
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
@@ -33,6 +34,7 @@ CREATE TABLE IF NOT EXISTS blocks (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_parent ON blocks (parent);
 CREATE INDEX IF NOT EXISTS by_use ON blocks (used);
+CREATE TABLE IF NOT EXISTS places (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
@@ -80,7 +82,11 @@ _left_behind: list[Any] = []  # connections of a parent, kept from being closed
 
 
 class Index:
-    """The index in one file; safe for threads, processes and forks. Raises sqlite3.DatabaseError where the file is damaged."""
+    """The index in one file; safe for threads, processes and forks.
+
+    Raises OSError where the file cannot be used now, and CorruptStream where it is damaged; it is marked then, and made anew
+    when it is opened again (``Shelf``).
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -91,6 +97,8 @@ class Index:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise UnsupportedStream(f"{path}: an index of version {version}; install a newer pqcodec")
+            if path.stat().st_size <= CHECKED_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
             self.new = version == 0  # there was none
             for statement in _statements(_SCHEMA):
                 db.execute(statement)
@@ -118,7 +126,7 @@ class Index:
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that either happens or does not."""
-        with self._lock:
+        with self._lock, self._named():
             db = self._db()
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -129,9 +137,30 @@ class Index:
                     db.execute("ROLLBACK")
                 raise
 
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of SQLite as those of pqcodec."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, no space, no permission: nothing is damaged
+            raise OSError(f"{self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            self.damage_mark(self._path).touch()
+            raise CorruptStream(
+                f"{self._path}: the index is damaged ({error}); open the store again to make it anew"
+            ) from error
+
+    @staticmethod
+    def damage_mark(path: Path) -> Path:
+        """The file beside an index that says that it was found damaged."""
+        return path.with_name(path.name + ".damaged")
+
+    def _select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, self._named():
+            return self._db().execute(text, values).fetchall()
+
     def _rows(self, clause: str, values: Sequence[Any] = ()) -> list[Row]:
-        with self._lock:
-            return [_row(found) for found in self._db().execute(f"{_SELECT} {clause}", values)]
+        return [_row(found) for found in self._select(f"{_SELECT} {clause}", values)]
 
     # -- reading -------------------------------------------------------------------------------------------------
     def find(self, name: bytes) -> Row | None:
@@ -146,13 +175,16 @@ class Index:
 
     def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
         """Label and settings of each root."""
-        with self._lock:
-            found = self._db().execute("SELECT name, label, settings FROM roots").fetchall()
+        found = self._select("SELECT name, label, settings FROM roots")
         return {name: (label, json.loads(settings)) for name, label, settings in found}
 
     def counters(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self._db().execute("SELECT name, value FROM counters").fetchall())
+        return {str(name): int(value) for name, value in self._select("SELECT name, value FROM counters")}
+
+    @property
+    def data(self) -> str | None:
+        """Where the files lie, if not beside the index."""
+        return next((str(value) for (value,) in self._select("SELECT value FROM places WHERE name = 'data'")), None)
 
     def coldest(self) -> Row | None:
         """The unpinned block that was used longest ago, of those that no other block follows."""
@@ -184,7 +216,7 @@ class Index:
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """The blocks are in use now; ``counts`` are added to the counters. A loss of power may undo this."""
         with self._lock:
-            self._db().execute("PRAGMA synchronous = NORMAL")
+            self._lasting(False)
             try:
                 with self._changing() as db:
                     values = [(time.time(), int(hit), row.name) for row in rows]
@@ -192,15 +224,25 @@ class Index:
                     text = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
                     db.executemany(text, counts.items())
             finally:
-                self._db().execute("PRAGMA synchronous = FULL")
+                self._lasting(True)
+
+    def _lasting(self, wanted: bool) -> None:
+        with self._named():
+            self._db().execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
 
     def pin(self, row: Row, pinned: bool) -> None:
         with self._changing() as db:
             db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
 
-    def set(self, name: str, value: int) -> None:
+    def set_quota(self, max_bytes: int | None) -> None:
         with self._changing() as db:
-            db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, value))
+            db.execute("DELETE FROM counters WHERE name = 'max_bytes'")
+            if max_bytes is not None:
+                db.execute("INSERT INTO counters VALUES ('max_bytes', ?)", (max_bytes,))
+
+    def set_data(self, place: str) -> None:
+        with self._changing() as db:
+            db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (place,))
 
 
 def _statements(script: str) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from pqcodec.formats.store.shelf import Shelf
 
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum
+DECODERS = 2  # blocks that are decoded at once: one is opened and laid out while another uses all cores
 PENDING = 4  # puts that may wait in the background
 
 
@@ -91,13 +92,13 @@ class PrefixStore:
             raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
         self._exact = preset == blocks.EXACT
         self._recipe = Recipe(
-            preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
+            measured="none", preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
         )
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data)
         self._index, self._files = self.shelf.index, self.shelf.files
         if max_bytes is not None:
-            self._index.set("max_bytes", max_bytes)
+            self._index.set_quota(max_bytes)
         self._saver: ThreadPoolExecutor | None = None
         self._waiting: set[Future[Stored]] = set()
         self._lock = threading.Lock()
@@ -141,12 +142,22 @@ class PrefixStore:
 
     def _assembled(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
         """Decode blocks one behind the other up to the first that cannot be; returns those that could."""
-        used = []
-        with self._files.opened([row.file for row, _ in found]) as opened:
-            for row, count in found:
+        used: list[Row] = []
+        workers = DECODERS if assembly.on_cpu else 1
+        with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(workers) as pool:
+
+            def decode(row: Row, count: int) -> blocks.Decoded:
+                with opened(row.file) as file:
+                    return assembly.decode(file, row, count)
+
+            first = [pool.submit(decode, *block) for block in found[:1]]
+            wait(first)  # it lays out the stacks that all others go into
+            coming = first + [pool.submit(decode, *block) for block in found[1:]]
+            for (row, _), decoded in zip(found, coming, strict=True):
                 try:
-                    assembly.add(opened(row.file), row, count)
-                except (CorruptStream, UnsupportedStream, InvalidArgument, FileNotFoundError) as error:
+                    assembly.accept(decoded.result())
+                except (CorruptStream, UnsupportedStream, OSError) as error:
+                    pool.shutdown(cancel_futures=True)
                     self.shelf.give_up(row, error)
                     break
                 used.append(row)
@@ -236,7 +247,7 @@ class PrefixStore:
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
         layers = state.parts[""]
-        batches = {int(layer.tensors["keys"].shape[0]) for layer in layers if layer.kept}
+        batches = {size for layer in layers for size in layer.batches()}
         if batches - {1}:
             raise InvalidArgument(f"a cache of {max(batches)} sequences; put each one by itself (batch 1)")
         lengths = {layer.tokens for layer in layers if layer.tokens}
@@ -331,7 +342,7 @@ class PrefixStore:
             try:
                 with self._files.open(last.file) as file:
                     return blocks.Plan.in_file(blocks.described(file)["groups"])
-            except (CorruptStream, UnsupportedStream, FileNotFoundError, KeyError, TypeError):
+            except (CorruptStream, UnsupportedStream, OSError, KeyError, TypeError):
                 pass  # a damaged block is found when it is read; the plan can be made anew
         return blocks.Plan.of(work.state, work.identity.config, None if self._exact else self._recipe)
 

@@ -7,13 +7,11 @@ finds a file, or learns that another process has dropped both meanwhile.
 from __future__ import annotations
 
 import os
-import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,23 +20,33 @@ try:
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
-from pqcodec.errors import CorruptStream, UnsupportedStream
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.store.blocks import row_in
-from pqcodec.formats.store.files import EXTENSION, GRACE, BlockFiles
+from pqcodec.formats.store.files import GRACE, BlockFiles
 from pqcodec.formats.store.index import Index, Row
 
 INDEX, LOCK = "index.sqlite", "lock"
-UNREADABLE = (CorruptStream, UnsupportedStream, OSError)
 
 
 class Shelf:
-    """The blocks of a store's folder; ``data``: a folder or URL for their files, where they are not in the folder itself."""
+    """The blocks of a store's folder; ``data``: a folder or URL for their files, which the folder remembers.
+
+    An index that is missing or damaged is made anew from the files. Raises InvalidArgument where the folder's files are known
+    to lie elsewhere than in ``data``, OSError, and UnsupportedStream for an index of a newer version.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = BlockFiles(self.folder / "blocks" if data is None else data)
-        self.index = self._opened()
+        self.index, damage = self._opened()
+        if data is not None and self.index.data not in (None, os.fspath(data)):
+            self.index.close()
+            raise InvalidArgument(f"{folder}: the files of this store lie in {self.index.data}, not in {data}")
+        if data is not None and self.index.data is None:
+            self.index.set_data(os.fspath(data))
+        self.files = BlockFiles(self.index.data or self.folder / "blocks")
+        if self.index.new:
+            self._refill(damage)
 
     def close(self) -> None:
         self.index.close()
@@ -61,22 +69,16 @@ class Shelf:
         return done
 
     def give_up(self, row: Row, error: Exception) -> None:
-        """Drop a block that cannot be read, with a warning, unless another process has dropped it meanwhile."""
-        if self.drop(row):
+        """A block cannot be read: warn, and drop it if it is damaged, unless another process has dropped it meanwhile."""
+        what = f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.folder}"
+        if isinstance(error, (CorruptStream, FileNotFoundError)):
+            if not self.drop(row):
+                return
             self.index.touch([], damaged=1)
-            warnings.warn(
-                f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.folder} is damaged and was "
-                f"dropped; its tokens will be computed anew: {error}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-
-    def remove(self, row: Row) -> list[Row]:
-        """Drop a block and all that follow it, the last ones first; returns them."""
-        found = [row]
-        for at in found:
-            found += self.index.children(at.name)
-        return [at for at in reversed(found) if self.drop(at)]
+            text = f"{what} is damaged and was dropped; its tokens will be computed anew: {error}"
+        else:
+            text = f"{what} cannot be read, the prefix ends before it: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- the quota -----------------------------------------------------------------------------------------------
     @property
@@ -101,13 +103,14 @@ class Shelf:
 
     # -- upkeep --------------------------------------------------------------------------------------------------
     def problems(self, row: Row, backend: str = "auto") -> list[str]:
-        """What is wrong with a block, checked byte by byte; nothing is dropped."""
+        """What is wrong with a block, checked byte by byte; nothing is dropped. Raises OSError for a file out of reach."""
         try:
             with self.files.open(row.file) as file:
                 found, _ = row_in(file, row.file)
-                wrong = [str(damage) for _, damage in file.verify(backend=backend)]
-        except UNREADABLE as error:
+                damage = file.verify(backend=backend)
+        except (CorruptStream, UnsupportedStream, FileNotFoundError) as error:
             return [str(error)]
+        wrong = [f"{'' if name is None else f'tensor {name!r}: '}{what}" for name, what in damage]
         same = (found.name, found.parent, found.start) == (row.name, row.parent, row.start)
         return wrong if same and np.array_equal(found.tokens, row.tokens) else [*wrong, "is another block"]
 
@@ -116,52 +119,48 @@ class Shelf:
 
         Files younger than ``grace`` seconds stay: they may be being written.
         """
-        rows = {row.file: row for row in self.index.all()}
+        before = self.index.all()
         there = dict(self.files.all())
-        orphans = [file for file, age in there.items() if file not in rows and age >= grace]
+        owned = {row.file for row in self.index.all()}  # by now, for blocks are committed meanwhile
+        orphans = [file for file, age in there.items() if file not in owned and age >= grace]
         for file in orphans:
             self.files.remove(file)
-        missing = sum(self.drop(row) for file, row in rows.items() if file not in there)
+        missing = sum(self.drop(row) for row in before if row.file not in there)
         return {"orphans": len(orphans), "missing": missing, "evicted_bytes": self.evict()}
 
     # -- the index -----------------------------------------------------------------------------------------------
-    def _opened(self) -> Index:
-        """The index; where it is missing or damaged, it is made anew from the blocks' files."""
+    def _opened(self) -> tuple[Index, str]:
+        """The index, and what was wrong with the one that was there: it is set aside."""
         path = self.folder / INDEX
+        mark = Index.damage_mark(path)
         with _only_one(self.folder / LOCK):
             try:
-                index, damage = Index(path), None
-            except sqlite3.OperationalError as error:  # locked, no space, no permission: nothing is damaged
-                raise OSError(f"{path}: {error}") from error
-            except sqlite3.DatabaseError as error:
-                aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
+                if not mark.exists():
+                    return Index(path), ""
+            except CorruptStream:
+                pass
+            aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
+            if path.exists():
                 os.replace(path, aside)
-                for suffix in ("-wal", "-shm"):
-                    path.with_name(INDEX + suffix).unlink(missing_ok=True)
-                index, damage = Index(path), f"{path} was damaged ({error}) and is set aside as {aside.name}"
-            found = self._refill(index) if index.new else 0
-        if damage or found:
-            text = f"{damage or f'{path} was missing'}: {found} blocks were found again by their files"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-        return index
+            for suffix in ("-wal", "-shm"):
+                path.with_name(INDEX + suffix).unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
+            return Index(path), f"{path} was damaged and is set aside as {aside.name}"
 
-    def _refill(self, index: Index) -> int:
-        """Rows for every file that says which block it is; returns how many."""
+    def _refill(self, damage: str) -> None:
+        """Rows for every file that says which block it is, in an index that is new."""
         count = 0
-        for row, about in self._found():
-            index.add_root(row.root, about["label"], about["settings"])
-            count += index.add(row)
-        return count
-
-    def _found(self) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """Every file that says which block it is."""
-        for file, _ in self.files.all():
-            if file.endswith(EXTENSION):
-                try:
-                    with self.files.open(file) as opened:
-                        yield row_in(opened, file)
-                except UNREADABLE:
-                    continue
+        for file in self.files.complete():
+            try:
+                with self.files.open(file) as opened:
+                    row, about = row_in(opened, file)
+            except (CorruptStream, UnsupportedStream, FileNotFoundError):
+                continue
+            self.index.add_root(row.root, about["label"], about["settings"])
+            count += self.index.add(row)
+        if damage or count:
+            text = f"{damage or f'{self.folder / INDEX} was missing'}: {count} blocks were found again by their files"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 @contextmanager

@@ -1,0 +1,197 @@
+"""Law: a prefix as one .pqkv file, out of a store and into another: all blocks from the root on, nothing encoded or decoded.
+
+Tensors of block n are called ``n/<their name>``; the metadata's key "prefix.chain" holds what each block's file says of itself
+(SPEC IV.2). So a block that went out and came in again is the same file, byte for byte. Names are those of the store that the
+file comes from: a store finds what was put with the same model, settings and tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats.pieces import Piece, pieces_of
+from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.store import blocks
+from pqcodec.formats.store.index import Row
+from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
+from pqcodec.formats.store.shelf import Shelf
+from pqcodec.formats.tensor_file import Progress, TensorFile
+
+KEY = "prefix.chain"  # of the file's metadata
+FORMAT = 1
+
+
+# -- out of a store ----------------------------------------------------------------------------------------------
+def lineage(shelf: Shelf, row: Row) -> list[Row]:
+    """A block and all before it, the first one first; raises InvalidArgument where one of them is not there any more."""
+    found = [row]
+    while found[0].start:
+        before = shelf.index.find(found[0].parent)
+        if before is None:
+            raise InvalidArgument(f"block {row.name.hex()[:12]}: the block before token {found[0].start} is not in the store")
+        found.insert(0, before)
+    return found
+
+
+def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress | None = None) -> int:
+    """Write a block and all before it as one file, every byte checked, and return its bytes.
+
+    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, CorruptStream or OSError, leaving nothing.
+    """
+    source, pieces, told = _Opened(shelf), [], []
+    for number, at in enumerate(lineage(shelf, row)):
+        with shelf.files.open(at.file) as file:
+            told.append(blocks.described(file))
+            if told[-1]["name"] != at.name.hex():
+                raise CorruptStream(f"{file.label}: is another block than {at.name.hex()[:12]}")
+            pieces += [
+                replace(piece, name=f"{number}/{piece.name}", body=source.body(at, piece.name)) for piece in pieces_of(file)
+            ]
+    try:
+        return write_pieces(target, pieces, {KEY: {"format": FORMAT, "blocks": told}}, progress)
+    finally:
+        source.close()
+
+
+class _Opened:
+    """Files of blocks, of which one is open at a time; it is checked before anything of it is used."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._row: Row | None = None
+        self._file: PQKVFile | None = None
+        self._pieces: dict[str, Piece] = {}
+
+    def body(self, row: Row, name: str) -> Callable[[], Any]:
+        """The body of a tensor of a block, for its turn."""
+
+        def made() -> Any:
+            if self._row is not row:
+                self._open(row)
+            return self._pieces[name].body()
+
+        return made
+
+    def _open(self, row: Row) -> None:
+        self.close()
+        self._row, self._file = row, self._shelf.files.open(row.file)
+        if damage := self._file.verify():
+            name, what = damage[0]
+            raise CorruptStream(f"{self._file.label}: {'' if name is None else f'tensor {name!r}: '}damaged: {what}")
+        self._pieces = {piece.name: piece for piece in pieces_of(self._file)}
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+# -- into a store ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Added:
+    """What ``add_prefix`` did."""
+
+    name: str  # of the last block, in hexadecimal
+    tokens: int  # of the prefix
+    new_blocks: int
+    present_blocks: int  # that were there already
+    new_bytes: int
+    evicted_bytes: int  # dropped for the quota's sake
+
+
+def add_prefix(shelf: Shelf, file: TensorFile, progress: Progress | None = None) -> Added:
+    """Add the blocks of a file that ``write_prefix`` wrote to a store; each is checked byte by byte before it is committed.
+
+    ``progress`` is told (blocks done, blocks in all). Raises InvalidArgument for a file without a prefix, CorruptStream,
+    UnsupportedStream and OSError; the blocks before the one at fault stay then.
+    """
+    told, rows = _rows_in(file)
+    about = {key: told[0][key] for key in ("label", "settings")}
+    known = shelf.index.roots().get(rows[0].root)
+    if known is not None and known[1] != about["settings"]:
+        raise CorruptStream(f"{file.label}: names a root that stands for other settings in {shelf.folder}")
+    pieces: list[list[Piece]] = [[] for _ in rows]
+    for piece in pieces_of(file):
+        number, _, name = piece.name.partition("/")
+        pieces[int(number)].append(replace(piece, name=name))
+    new: list[Row] = []
+    for place, row in enumerate(rows):
+        there = shelf.index.find(row.name)
+        if there is None:
+            written = _written(shelf, file, row, pieces[place], told[place])
+            shelf.index.add_root(row.root, **about)
+            new += [written] if shelf.commit(written) else []
+        elif (there.parent, there.start, there.tokens.tolist()) != (row.parent, row.start, row.tokens.tolist()):
+            raise CorruptStream(f"{file.label}: block {place} has the name of another block of {shelf.folder}")
+        if progress:
+            progress(place + 1, len(rows))
+    shelf.index.touch(rows, hit=False)
+    done = (len(new), len(rows) - len(new), sum(row.size for row in new))
+    return Added(rows[-1].name.hex(), rows[-1].end, *done, shelf.evict())
+
+
+def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], told: dict[str, Any]) -> Row:
+    """The row of a block whose file is written and sound; raises CorruptStream, and no file is left then."""
+    at = shelf.files.new(row.name)
+    try:
+        row = replace(row, file=at, size=write_pieces(shelf.files.path(at), pieces, {blocks.KEY: told}))
+        if wrong := shelf.problems(row):
+            raise CorruptStream(f"{file.label}: tokens {row.start} to {row.end - 1} are damaged: {wrong[0]}")
+    except BaseException:
+        shelf.files.remove(at)
+        raise
+    return row
+
+
+def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
+    """What each block says of itself, and its row, still without a file; they make one prefix, from its first token on."""
+    chain = file.metadata.get(KEY)
+    if chain is None:
+        raise InvalidArgument(f"{file.label}: holds no prefix of a store; `pqcodec store export` writes such files")
+    if not isinstance(chain, dict) or not isinstance(chain.get("blocks"), list) or not chain["blocks"]:
+        raise CorruptStream(f"{file.label}: its metadata does not list the blocks of a prefix")
+    told = chain["blocks"]
+    formats = [chain.get("format"), *(of.get("format") if isinstance(of, dict) else None for of in told)]
+    if formats != [FORMAT, *[blocks.FORMAT] * len(told)]:
+        raise UnsupportedStream(f"{file.label}: a prefix of format {formats[0]!r}; install a newer pqcodec")
+    try:
+        wanted = {f"{number}/{name}" for number, of in enumerate(told) for name in _names(of)}
+        if set(file.names) != wanted:
+            raise CorruptStream(f"{file.label}: holds other tensors than its blocks tell")
+        rows = [blocks.row_of(of, file.decode(f"{number}/{blocks.TOKENS}")) for number, of in enumerate(told)]
+        names = Chain(told[0]["settings"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptStream(f"{file.label}: its metadata does not describe blocks ({error!r})") from error
+    keyed = names.root != rows[0].root  # by a tenant, whom nobody here knows
+    parent, end = rows[0].root, 0
+    for number, (of, row) in enumerate(zip(told, rows, strict=True)):
+        problem = _problem(row, parent, end, last=number == len(rows) - 1)
+        if any(of[key] != told[0][key] for key in ("root", "stateful", "label", "settings")):
+            problem = problem or "belongs to another prefix than the first one"
+        if not keyed and names.child(parent, row.tokens) != row.name:
+            problem = problem or "has a name that is not that of its tokens"
+        if problem:
+            raise CorruptStream(f"{file.label}: block {number} {problem}")
+        parent, end = row.name, row.end
+    return told, rows
+
+
+def _names(told: dict[str, Any]) -> list[str]:
+    """The tensors of a block's file, by its metadata."""
+    groups = told["groups"]
+    coded = {(layer, group["path"]) for group in groups for layer in group["layers"]}
+    each = [(index, path) for index, kind in enumerate(told["layers"]) for path in told["kinds"][kind]["tensors"]]
+    rest = [f"layers.{index}.{path}" for index, path in each if (index, path) not in coded]
+    return [*(group["name"] for group in groups), *rest, blocks.TOKENS]
+
+
+def _problem(row: Row, parent: bytes, end: int, last: bool) -> str:
+    """Why a block does not follow ``parent``, whose last token is before ``end``; or an empty string."""
+    if (row.parent, row.start) != (parent, end):
+        return "does not follow the one before it"
+    if row.whole != (len(row.tokens) == BLOCK_TOKENS) or len(row.tokens) > BLOCK_TOKENS:
+        return f"is of {len(row.tokens)} tokens"
+    ends = last and (len(row.tokens) or row.stateful)
+    return "" if row.whole or ends else "has a tail that something follows, or an empty one"
