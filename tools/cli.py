@@ -8,7 +8,7 @@ import sys
 import typer
 
 import pqcodec
-from pqcodec.tools import convert, decode, encode, inspect, verify
+from pqcodec.tools import convert, decode, encode, inspect, store, verify
 from pqcodec.tools.outcome import INTERRUPTED, reported
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for verb in (encode.encode, decode.decode, convert.convert, inspect.inspect, verify.verify):
     app.command()(reported(verb))
+app.add_typer(store.app)
 
 
 def _version(wanted: bool) -> None:

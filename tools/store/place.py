@@ -1,0 +1,152 @@
+"""Law: a store as the verbs of ``pqcodec store`` see it: its folder, its prefixes, and blocks by the names that people type."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.tools.jobs import WIDTH_WITHOUT_TERMINAL
+from pqcodec.tools.outcome import say, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pqcodec.formats.store.index import Row
+    from pqcodec.formats.store.shelf import Shelf
+
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The store's folder.")]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="PLACE", help="Folder or URL of the store's files, where they lie elsewhere.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+Models = dict[bytes, tuple[str, str]]  # label and preset of each root
+SHORT = 12  # hexadecimal digits of a name that are shown
+LEAST = 6  # that have to be given
+
+
+@contextmanager
+def opened(folder: str, data: str | None, new: bool = False) -> Iterator[Shelf]:
+    """The store in a folder; what it warns of is said in a line. ``new``: it is made where there is none."""
+    if "://" in folder:
+        raise InvalidArgument(f"{folder}: the index of a store is in a local folder; pass the URL of its files by --data")
+    if not new and not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+    if not new and data is None and not _is_store(Path(folder)):
+        raise InvalidArgument(f"{folder}: is no prefix store; it has no index")
+    from pqcodec.formats.store.shelf import Shelf
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_: say(f"pqcodec: {message}")  # type: ignore[assignment]
+        shelf = Shelf(folder, data)
+        try:
+            yield shelf
+        finally:
+            shelf.close()
+
+
+def _is_store(folder: Path) -> bool:
+    from pqcodec.formats.store.shelf import INDEX
+
+    return (folder / INDEX).is_file() or any(folder.glob("blocks/*/*.pqkv"))
+
+
+def check_place(shelf: Shelf) -> None:
+    """Refuse to look after a store whose files all lie elsewhere: they would seem lost; raises InvalidArgument."""
+    files = {row.file for row in shelf.index.all()}
+    if files and not any(file in files for file, _ in shelf.files.all()):
+        raise InvalidArgument(
+            f"{shelf.folder}: none of its {len(files)} blocks has a file in {shelf.files.place}; pass by --data where they lie"
+        )
+
+
+def models_of(shelf: Shelf) -> Models:
+    """Label and preset by the root."""
+    found: Models = defaultdict(lambda: ("?", "?"))
+    for root, (label, settings) in shelf.index.roots().items():
+        codec = settings.get("codec")
+        found[root] = (label, str(codec.get("preset", "?")) if isinstance(codec, dict) else "?")
+    return found
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+def short(row: Row) -> str:
+    return row.name.hex()[:SHORT]
+
+
+def named(rows: Sequence[Row], text: str) -> Row:
+    """The block whose name begins so; raises InvalidArgument where that is none or several."""
+    if not re.fullmatch(f"[0-9a-f]{{{LEAST},64}}", text.lower()):
+        raise InvalidArgument(f"{text!r}: the name of a block is expected, {LEAST} of its hexadecimal digits or more; see ls")
+    found = [row for row in rows if row.name.hex().startswith(text.lower())]
+    if len(found) > 1:
+        some = ", ".join(short(row) for row in found[:5]) + (" ..." if len(found) > 5 else "")
+        raise InvalidArgument(f"{text}: {len(found)} blocks are called so: {some}; give more digits")
+    if not found:
+        raise InvalidArgument(f"{text}: no block is called so; see ls, or ls --blocks")
+    return found[0]
+
+
+# -- prefixes ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prefix:
+    """A block that no other follows, and those before it."""
+
+    blocks: list[Row]  # the first one first
+    own: list[Row]  # that no other prefix shares
+
+    @property
+    def end(self) -> Row:
+        return self.blocks[-1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is there from its first token on."""
+        return self.blocks[0].start == 0
+
+
+def prefixes(rows: Sequence[Row]) -> list[Prefix]:
+    """The prefixes that blocks make, those used last first."""
+    by_name, parents = {row.name: row for row in rows}, {row.parent for row in rows}
+    chains = []
+    for row in rows:
+        if row.name not in parents:
+            chain = [row]
+            while (before := by_name.get(chain[-1].parent)) is not None:
+                chain.append(before)
+            chains.append(chain[::-1])
+    users = Counter(row.name for chain in chains for row in chain)
+    found = [Prefix(chain, [row for row in chain if users[row.name] == 1]) for chain in chains]
+    return sorted(found, key=lambda prefix: -prefix.end.used)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[str]) -> Any:
+    """A table; cells that are strings are escaped."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, show_header=any(columns), header_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(Text(shown(cell)) if isinstance(cell, str) else cell for cell in row))
+    return made
