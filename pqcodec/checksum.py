@@ -57,3 +57,18 @@ def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
         keys = _keys(start, _PIECE_WORDS)[: words.size] if start > 1 or words.size > 256 else _keys(1, 256)[: words.size]
         total += int((words * keys % prime).sum())
     return total % CHECKSUM_PRIME
+
+
+def checksums(rows: np.ndarray) -> np.ndarray:
+    """Checksum of each row of uint8 [n, bytes]: uint64 [n].
+
+    >>> int(checksums(np.frombuffer(b"polar", np.uint8)[None])[0]) == checksum(b"polar")
+    True
+    """
+    prime, size = np.uint64(CHECKSUM_PRIME), rows.shape[1]
+    total = np.full(len(rows), size % CHECKSUM_PRIME * int(checksum_keys(0)[0]) % CHECKSUM_PRIME, np.uint64)
+    for first in range(0, size, 4 * _PIECE_WORDS):
+        piece = rows[:, first : first + 4 * _PIECE_WORDS]
+        words = np.ascontiguousarray(np.pad(piece, ((0, 0), (0, -piece.shape[1] % 4)))).view("<u4").astype(np.uint64)
+        total += (words * _keys(first // 4 + 1, words.shape[1]) % prime).sum(1)
+    return total % prime

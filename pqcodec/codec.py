@@ -13,7 +13,7 @@ import numpy as np
 from pqcodec import arrays, centre
 from pqcodec import constants as c
 from pqcodec.centre import Rope
-from pqcodec.checksum import checksum
+from pqcodec.checksum import checksum, checksums
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.header import CODING_NAMES, DTYPE_NAMES, Header
 from pqcodec.kernels import ON_DEVICE
@@ -308,11 +308,12 @@ def _offsets(source: Source, h: Header, leads: tuple[int, int], damage: list[Dam
     if not h.offsets:
         return None
     offsets = np.zeros((h.leading, h.head_dim), np.float32)
-    for lead, raw in _sections(source, h, h.header_bytes, h.offset_block_bytes, leads, "offset", damage):
-        half = raw.view("<f2")
-        if not np.isfinite(half).all():
-            raise CorruptStream(f"offset of leading index {lead} is not finite")
-        offsets[lead] = centre.load(half, h.offset_exponent)
+    sound, raw = _sections(source, h, h.header_bytes, h.offset_block_bytes, leads, "offset", damage)
+    halves = raw.view("<f2").reshape(-1, h.head_dim)
+    if not np.isfinite(halves).all():
+        lead = sound[int(np.argmin(np.isfinite(halves).all(1)))]
+        raise CorruptStream(f"offset of leading index {lead} is not finite")
+    offsets[sound] = centre.load(halves, h.offset_exponent)
     return offsets
 
 
@@ -330,7 +331,7 @@ def _decode_into(
     offsets = _offsets(source, h, leads, damage)
     if tokens[0] < h.first_tokens:
         exact = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
-        for lead, raw in exact:
+        for lead, raw in zip(*exact, strict=True):
             if out is not None:
                 last = min(tokens[1], h.first_tokens)
                 rows = raw.view(out.flat.dtype).reshape(h.first_tokens, h.head_dim)[tokens[0] : last]
@@ -352,20 +353,17 @@ def _decode_into(
 
 def _sections(
     source: Source, h: Header, start: int, block: int, leads: tuple[int, int], part: str, damage: list[Damage]
-) -> list[tuple[int, np.ndarray]]:
-    """Checked side blocks of some leading indices as (lead, bytes without the checksum)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Side blocks of some leading indices that are sound: the indices [n], their bytes without checksums uint8 [n, bytes]."""
     if not block or leads[0] == leads[1]:
-        return []
+        return np.zeros(0, np.intp), np.zeros((0, max(block - c.CHECKSUM_BYTES, 0)), np.uint8)
     data = source.read(start + leads[0] * block, (leads[1] - leads[0]) * block).reshape(-1, block)
-    found = []
-    for lead, raw in enumerate(data, leads[0]):
-        body = np.ascontiguousarray(raw[: -c.CHECKSUM_BYTES])
-        if checksum(body) != int.from_bytes(raw[-c.CHECKSUM_BYTES :].tobytes(), "little"):
-            tokens = (0, h.first_tokens) if part == "exact tokens" else None
-            damage.append(Damage(part, lead, tokens))
-        else:
-            found.append((lead, body))
-    return found
+    bodies = np.ascontiguousarray(data[:, : -c.CHECKSUM_BYTES])
+    told = np.ascontiguousarray(data[:, -c.CHECKSUM_BYTES :]).view("<u4")[:, 0]
+    sound = checksums(bodies) == told
+    tokens = (0, h.first_tokens) if part == "exact tokens" else None
+    damage += [Damage(part, leads[0] + int(lead), tokens) for lead in np.flatnonzero(~sound)]
+    return leads[0] + np.flatnonzero(sound), bodies[sound]
 
 
 def _place_exceptions(

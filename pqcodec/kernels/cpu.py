@@ -15,25 +15,15 @@ import numpy as np
 from pqcodec import angles, centre
 from pqcodec import constants as c
 from pqcodec.checksum import checksum_keys
-from pqcodec.errors import InvalidArgument
 from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
 from pqcodec.kernels import tables
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
+from pqcodec.kernels.threads import threads
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
-
-
-def threads() -> int:
-    """Threads to use: PQCODEC_THREADS, or the processors that this process may run on."""
-    wanted = os.environ.get("PQCODEC_THREADS", "")
-    if not wanted:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= 1024:
-        raise InvalidArgument(f"PQCODEC_THREADS is {wanted!r}; a number from 1 to 1024 is expected")
-    return int(wanted)
 
 
 def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:

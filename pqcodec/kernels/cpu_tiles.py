@@ -145,7 +145,9 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, start, s
     for r in range(rows):
         source, target = r * order, start + r * stride
         if dtype == DTYPE_FLOAT32:
-            for k in range(head_dim):
+            for k in range(0, whole, LANES):
+                store(flat, target + k, min(max(load(tile, source + k), least), most))
+            for k in range(whole, head_dim):
                 flat[target + k] = min(max(tile[source + k], -limit), limit)
         else:
             for k in range(0, head_dim, LANES):
