@@ -45,6 +45,7 @@ class Identity:
     adapters: str = ""
     dtype: str = ""
     device: Any = None
+    spread: bool = False  # over several devices
 
     @classmethod
     def of(cls, model: Any) -> Identity:
@@ -56,7 +57,17 @@ class Identity:
             raise InvalidArgument(f"a transformers model or its config is expected, not {type(model).__name__}")
         if config is model:
             return cls(config, _config_digest(config))
-        return cls(config, _config_digest(config), _weights_digest(model), _adapters(model), str(model.dtype), model.device)
+        spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        digests = (_config_digest(config), _weights_digest(model), _adapters(model))
+        return cls(config, *digests, str(model.dtype), model.device, spread)
+
+    def target(self, device: Any = None) -> Any:
+        """The device for a cache of the model; raises InvalidArgument where it would be several."""
+        if device is None and self.spread:
+            raise InvalidArgument(
+                "the model's layers are on several devices: pass device='cpu', and move each layer's keys and values to its own"
+            )
+        return self.device if device is None else device
 
     def as_dict(self) -> dict[str, str]:
         """For a file's metadata."""

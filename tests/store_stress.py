@@ -160,8 +160,9 @@ def stress(
     """Run it and return what is found; the keys ``wrong``, ``lost`` and ``problems`` have to be 0, 0 and []."""
     began, rng = time.monotonic(), random.Random(f"killer {seed}")
     limit = QUOTA if quota is True else int(quota)
-    with PrefixStore(folder, preset=preset, max_bytes=limit or None):
-        pass  # closed before the first fork
+    with PrefixStore(folder, preset=preset, max_bytes=limit or None), PrefixStore(f"{folder}.warm", preset=preset) as warm:
+        warm.put(MODEL, tokens_of("0"), cache_of(expected("0")))  # what is loaded once is there in every worker
+        warm.get(MODEL, tokens_of("0"))
     done = mmap.mmap(-1, 8 * processes)
     options = (folder, operations, seed, preset, done)
     lives: Counter[int] = Counter(range(processes))

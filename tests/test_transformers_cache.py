@@ -14,7 +14,7 @@ import torch
 from conftest import gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
-from pqcodec.formats import PQKVFile, load_cache, save_cache
+from pqcodec.formats import PQKVFile, load_cache, rates, save_cache
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, forget
 from pqcodec.formats.recipe import EXACT_TOKENS
@@ -731,3 +731,17 @@ def test_a_model_that_is_not_loaded_cannot_be_told() -> None:
         Identity.of(model)
     known = Identity(model.config, "c" * 32, weights="w" * 32)
     assert Identity.of(known) is known
+
+
+def test_frequencies_that_are_in_the_code() -> None:
+    """GPT-J's config tells how many channels turn, no theta: one token again and again has one key, turned by its place."""
+    model = tiny("gpt-j")
+    keys = cached(model, torch.full((1, 60), 7)).layers[0].keys
+    turned = tc.rope_of(model.config, 0, keys.shape[-1], "interleaved")
+    assert rates.energy(keys, rope=turned) < 1e-6 * rates.energy(keys)
+
+
+def test_a_model_that_keeps_state_outside_its_cache_is_refused(tmp_path: Path) -> None:
+    config = transformers.RecurrentGemmaConfig()
+    with pytest.raises(InvalidArgument, match="recurrent_gemma keeps recurrent state in its modules"):
+        tc.save(transformers.DynamicCache(), tmp_path / "a.pqkv", config)

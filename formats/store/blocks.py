@@ -79,9 +79,6 @@ class Group:
     layers: tuple[int, ...]
     state: bool = False  # of the whole prefix, not of the block's tokens
 
-    def as_dict(self, name: str) -> dict[str, Any]:
-        return {"name": name, **self.__dict__}
-
 
 def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
     found: dict[Any, list[int]] = {}
@@ -128,7 +125,7 @@ def write(
         **about,
         "kinds": distinct,
         "layers": [distinct.index(kind) for kind in kinds],
-        "groups": [group.as_dict(name) for name, group in groups.items()],
+        "groups": [{"name": name, **vars(group)} for name, group in groups.items()],
     }
     return write_pieces(path, pieces, {KEY: told})
 
@@ -185,7 +182,7 @@ class Decoded:
 class Assembly:
     """Layers of a cache that blocks are decoded into, one behind the other.
 
-    ``decode`` the first block by itself, then others, at once if need be; ``accept`` what came of them in their order.
+    ``lay_out`` by the first block, ``decode`` all of them, in threads if need be, ``accept`` what comes of each in its turn.
     """
 
     def __init__(self, tokens: int, device: Any, backend: str) -> None:
@@ -203,6 +200,21 @@ class Assembly:
         """Tokens that are there."""
         return sum(decoded.count for decoded in self._accepted)
 
+    def lay_out(self, file: PQKVFile) -> None:
+        """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
+        try:
+            for name, group in _groups_in(described(file)).items():
+                entry = file.entry(name)
+                if group.state:
+                    continue
+                if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
+                    raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
+                stack = _empty((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype, self._device)
+                self._stacks[group.path, group.layers] = stack
+                self._places |= self._each(group, stack)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
+
     def accept(self, decoded: Decoded) -> None:
         self._accepted.append(decoded)
 
@@ -219,7 +231,7 @@ class Assembly:
     def _decoded(self, file: PQKVFile, told: dict[str, Any], row: Row, count: int) -> Decoded:
         kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in told["kinds"]]
         layers = [kinds[number] for number in told["layers"]]
-        groups = {g.pop("name"): Group(**{**g, "layers": tuple(g["layers"])}) for g in map(dict, told["groups"])}
+        groups = _groups_in(told)
         found = Decoded(count, layers, {}, {})
         for name, group in groups.items():
             if group.state:
@@ -244,13 +256,6 @@ class Assembly:
     def _fill(self, file: PQKVFile, name: str, group: Group, row: Row, count: int) -> None:
         """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
         key, span = (group.path, group.layers), slice(row.start, row.start + count)
-        if not row.start:
-            entry = file.entry(name)
-            if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
-                raise CorruptStream(f"{file.label}: tensor {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
-            shape = (*entry.shape[:-2], self._total, entry.shape[-1])
-            self._stacks[key] = _empty(shape, entry.dtype, self._device)
-            self._places |= self._each(group, self._stacks[key])
         tokens = None if count == len(row.tokens) else (0, count)
         if key in self._stacks:
             file.decode(name, tokens=tokens, backend=self._backend, out=self._stacks[key][..., span, :])
@@ -274,6 +279,12 @@ class Assembly:
             tensors[layer][path] = x
         layers = [replace(kind, tensors=of) for kind, of in zip(last.kinds, tensors, strict=True)]
         return tc.CacheState("DynamicCache", {"": layers})
+
+
+def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
+    """The groups of a block by the names of their tensors; raises KeyError or TypeError."""
+    fields = ("path", "preset", "pairing")
+    return {g["name"]: Group(*(g[key] for key in fields), tuple(g["layers"]), g["state"]) for g in told["groups"]}
 
 
 def _empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,15 +21,16 @@ import numpy as np
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, tokenizer_digest
+from pqcodec.formats.pqkv import PQKVFile
 from pqcodec.formats.recipe import Recipe
 from pqcodec.formats.store import blocks, generation
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.kernels.threads import one_thread, threads
 
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum
-DECODERS = 2  # blocks that are decoded at once: one is opened and laid out while another uses all cores
 PENDING = 4  # puts that may wait in the background
 
 
@@ -128,70 +129,74 @@ class PrefixStore:
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
-        chain = self._chain(identity, extra)
-        found = self._longest(chain, ids[: max(len(ids) - leave, 0)])
-        device = identity.device if device is None else device
-        assembly = blocks.Assembly(sum(count for _, count in found), device, self._recipe.backend)
-        used = self._assembled(assembly, found)
-        if len(used) < len(found) and found[-1][0].stateful:  # the state is gone with its tail: look for another
-            return self.get(model, ids, extra=extra, leave=leave, device=device)
+        chain, device = self._chain(identity, extra), identity.target(device)
+        unreadable: set[bytes] = set()
+        while True:
+            found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
+            assembly = blocks.Assembly(sum(count for _, count in found), device, self._recipe.backend)
+            used = self._assembled(assembly, found)
+            if len(used) == len(found) or not found[-1][0].stateful:
+                break
+            unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
-        if not assembly.tokens:
+        if not used:
             return Prefix(tc.empty_cache(identity.config), 0)
         return Prefix(tc.cache_of(assembly.state()), assembly.tokens)
 
     def _assembled(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
         """Decode blocks one behind the other up to the first that cannot be; returns those that could."""
         used: list[Row] = []
-        workers = DECODERS if assembly.on_cpu else 1
+        if not found:
+            return used
+        workers = threads() if assembly.on_cpu else 1
         with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(workers) as pool:
 
-            def decode(row: Row, count: int) -> blocks.Decoded:
-                with opened(row.file) as file:
-                    return assembly.decode(file, row, count)
+            def decode(file: PQKVFile | None, row: Row, count: int) -> blocks.Decoded:
+                with file or opened(row.file) as at, one_thread():
+                    return assembly.decode(at, row, count)
 
-            first = [pool.submit(decode, *block) for block in found[:1]]
-            wait(first)  # it lays out the stacks that all others go into
-            coming = first + [pool.submit(decode, *block) for block in found[1:]]
-            for (row, _), decoded in zip(found, coming, strict=True):
-                try:
+            row = found[0][0]
+            try:
+                first = opened(row.file)
+                assembly.lay_out(first)
+                coming = [pool.submit(decode, None if number else first, *block) for number, block in enumerate(found)]
+                for (row, _), decoded in zip(found, coming, strict=True):
                     assembly.accept(decoded.result())
-                except (CorruptStream, UnsupportedStream, OSError) as error:
-                    pool.shutdown(cancel_futures=True)
-                    self.shelf.give_up(row, error)
-                    break
-                used.append(row)
+                    used.append(row)
+            except (CorruptStream, UnsupportedStream, OSError) as error:
+                pool.shutdown(cancel_futures=True)
+                self.shelf.give_up(row, error)
         return used
 
-    def _longest(self, chain: Chain, ids: np.ndarray) -> list[tuple[Row, int]]:
+    def _longest(self, chain: Chain, ids: np.ndarray, unreadable: Collection[bytes] = frozenset()) -> list[tuple[Row, int]]:
         """The blocks that hold the longest prefix there is, and how many tokens of each are wanted."""
         found: list[tuple[Row, int]] = []
         parent = chain.root
         while len(ids) - BLOCK_TOKENS * len(found) >= BLOCK_TOKENS:
             start = BLOCK_TOKENS * len(found)
             row = self._index.find(chain.child(parent, ids[start : start + BLOCK_TOKENS]))
-            if row is None:
+            if row is None or row.name in unreadable:
                 break
             found.append((row, BLOCK_TOKENS))
             parent = row.name
-        ends = range(len(found), -1, -1)  # a state that cannot be cut is there at tails only, perhaps of a shorter prefix
-        for end in ends:
+        best = self._best_child(parent, ids[BLOCK_TOKENS * len(found) :], unreadable)
+        if best is not None:
+            return [*found, best]
+        if not found or not found[0][0].stateful:
+            return found
+        for end in reversed(range(len(found))):  # a state that cannot be cut is there at tails only
             name = found[end - 1][0].name if end else chain.root
-            best = self._best_child(name, ids[BLOCK_TOKENS * end :])
-            if best is not None and best[0].stateful:
+            best = self._best_child(name, ids[BLOCK_TOKENS * end :], unreadable)
+            if best is not None:
                 return [*found[:end], best]
-            if end == len(found) and best is not None:
-                return [*found, best]
-            if not (found and found[0][0].stateful):
-                return found
         return []
 
-    def _best_child(self, parent: bytes, ids: np.ndarray) -> tuple[Row, int] | None:
+    def _best_child(self, parent: bytes, ids: np.ndarray, unreadable: Collection[bytes]) -> tuple[Row, int] | None:
         """The block that shares most tokens with ``ids``, of those that follow ``parent``; None where none shares any."""
         best: tuple[Row, int] | None = None
         for row in self._index.children(parent):
             common = _common(row.tokens, ids)
-            if row.stateful and (row.whole or common < len(row.tokens)):
+            if row.name in unreadable or (row.stateful and (row.whole or common < len(row.tokens))):
                 continue
             if best is None or common > best[1]:
                 best = (row, common)
@@ -243,7 +248,8 @@ class PrefixStore:
             future.result()
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
-        identity, ids, state = self._identity(model), token_ids(tokens), tc.state_of(cache)
+        identity, ids = self._identity(model), token_ids(tokens)
+        state = tc.state_of(cache, identity.config)
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
         layers = state.parts[""]

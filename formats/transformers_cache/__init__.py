@@ -1,0 +1,36 @@
+"""Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
+
+from pqcodec.formats.transformers_cache.files import KEY, load, parts_of, save
+from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
+from pqcodec.formats.transformers_cache.state import (
+    CacheState,
+    LayerState,
+    along,
+    argument_of,
+    cache_of,
+    empty_cache,
+    frozen,
+    joined,
+    state_of,
+)
+
+__all__ = [
+    "KEY",
+    "CacheState",
+    "LayerState",
+    "along",
+    "argument_of",
+    "cache_of",
+    "empty_cache",
+    "frequencies",
+    "frozen",
+    "joined",
+    "load",
+    "longest_prefix",
+    "pairings",
+    "parts_of",
+    "rope_of",
+    "ropes",
+    "save",
+    "state_of",
+]
