@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 
-.PHONY: demo test check bench golden wheel clean
+.PHONY: demo test check bench fidelity golden wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ bench: $(VENV)/installed  ## the benchmarks that need no model and no GPU; table
 	$(BIN)/python -m benchmarks.rate_distortion
 	$(BIN)/python -m benchmarks.cpu_speed
 	$(BIN)/python -m benchmarks.io_speed
+
+fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real model, and the time to its first token
+	$(BIN)/python -m benchmarks.fidelity --text benchmarks/data/prose.txt
+	$(BIN)/python -m benchmarks.ttft
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b"}
+TEXTS = ("linux", "devil")
 MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
@@ -17,23 +19,25 @@ def result(name: str) -> dict[str, Any]:
 
 def figures() -> str:
     """The table and the lines below it; a GPU's figures once they were measured."""
-    rate, speed, demo, files = (result(name) for name in ("rate_distortion", "cpu_speed", "demo", "io_speed"))
+    rate, speed, files, ttft = (result(name) for name in ("rate_distortion", "cpu_speed", "io_speed", "ttft"))
     gpu = result("gpu_speed") if (ROOT / "benchmarks" / "results" / "gpu_speed.json").exists() else None
     gaussian = {row["preset"]: row for row in rate["gaussian"]["128"]}
     speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
-    models = {row["preset"]: row for row in demo["presets"]}
+    fidelity = {model: [result(f"fidelity.{file}.{text}") for text in TEXTS] for model, file in MODELS.items()}
     lines = [
-        "| preset | bits/coord | relMSE, Gaussian | against Lloyd-Max + f16 norm, equal bits | KV file, SmolLM2 | "
-        "next-token KL | encode, decode against np.copyto |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| preset | bits/coord | relMSE, Gaussian | against Lloyd-Max + f16 norm, equal bits | "
+        f"next-token KL: {', '.join(fidelity)} | encode, decode against np.copyto |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in gaussian.items():
-        model = f"{models[name]['ratio']:.2f}x smaller | {models[name]['kl']:.4f}" if name in models else "|"
+        kl = ", ".join(f"{_of(found[0], name)['kl']:.4f}" for found in fidelity.values())
         cpu = _ratios(speeds.get(name))
-        lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {model} | {cpu} |")
+        lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {kl} | {cpu} |")
+    one = next(iter(fidelity.values()))[0]
     below = [
-        f"head_dim 128, radius included; KL in nats over {demo['scored']} tokens after a prefix of {demo['tokens']:,}. "
-        f"Machine: {speed['machine']}, {speed['cores']} cores, np.copyto {speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
+        f"head_dim 128, radius included; KL in nats over {one['scored']} tokens of Linux documentation after a prefix of "
+        f"{one['prefix']:,}, mean of {one['seeds']} seeds. Machine: {speed['machine']}, {speed['cores']} cores, np.copyto "
+        f"{speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
     ]
     if gpu:
         on_gpu = gpu_speeds(gpu)
@@ -45,8 +49,8 @@ def figures() -> str:
             f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
             f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
         )
-    below.append(file_speeds(files))
-    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, demo, files) if found)
+    below += [file_speeds(files), against_peers(fidelity), reloading(ttft)]
+    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, ttft) if found)
     return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
 
 
@@ -58,6 +62,35 @@ def file_speeds(files: dict[str, Any]) -> str:
         f"{files['rows'][0]['disk']:.1f} GB/s, takes of raw safetensors' time: {cold}; of a read of any 256 tokens of a head "
         f"{files['partial']['useful_share']:.0%} of the bytes are their rows."
     )
+
+
+def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
+    """KL over that of peers, the least and the greatest of all models and texts."""
+    named = {
+        "pq3/paper": "the paper's setting (3.9 bits)",
+        "pq3/turboquant3+cures": "TurboQuant 3 b with the same two cures",
+        "pq4/kivi4": "KIVI-4 (5 bits)",
+        "pq2.5/kivi2": "KIVI-2 (3 bits)",
+    }
+    told = []
+    for pair, peer in named.items():
+        found = sorted(one["ratios"][pair]["kl_ratio"] for texts in fidelity.values() for one in texts)
+        told.append(f"{pair.split('/')[0]} {found[0]:.2g} to {found[-1]:.2g} of {peer}")
+    return f"KL of these models on two texts each: {'; '.join(told)}."
+
+
+def reloading(ttft: dict[str, Any]) -> str:
+    """What a stored prefix saves."""
+    row = ttft["rows"][-1]
+    return (
+        f"A prefix of {row['tokens']:,} tokens of {ttft['model']} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
+        f"{row['prefill_over_store']:.0f} times faster than computing it again on {ttft['cores']} cores, in "
+        f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw fp16 safetensors."
+    )
+
+
+def _of(fidelity: dict[str, Any], cache: str) -> dict[str, Any]:
+    return next(row for row in fidelity["caches"] if row["name"] == cache)
 
 
 def gpu_speeds(gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,196 @@
+"""Law: time to the first token of a prompt whose beginning is known: computed again, loaded raw, or loaded from a store.
+
+``python -m benchmarks.ttft`` prefills prompts of 1k, 2k, 4k ... tokens and keeps their caches as pq3 in a ``PrefixStore`` and
+as raw fp16 safetensors, in one file a block, as the store has them, side by side on one disk; then the ways to the first
+token are timed, turn by turn, files being in the page cache. A load ends with a cache in the model's own dtype that the model
+can go on from. The store's checks every byte, finds the prefix by its tokens and makes sure of the model; the raw one does
+neither and has its file names. Writes results/ttft.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from benchmarks import model as lm
+from benchmarks import results_file
+from benchmarks.fidelity import SMOLLM2, load_model
+from benchmarks.io_speed import touch_memory
+from pqcodec.formats import PrefixStore
+from pqcodec.formats.store.keys import BLOCK_TOKENS
+
+PROSE = Path(__file__).parent / "data" / "prose.txt"
+LENGTHS = (1024, 2048, 4096)
+ROUNDS = 7
+console = Console()
+
+
+def prompt_of(tokenizer: Any, text: Path, tokens: int) -> torch.Tensor:
+    """Token ids [tokens] of a text, which is read again and again until there are as many."""
+    ids = lm.token_ids(tokenizer, text.read_text(encoding="utf-8"))
+    return ids.repeat(-(-tokens // len(ids)))[:tokens]
+
+
+@torch.inference_mode()
+def first_token(model: Any, cache: Any, ids: torch.Tensor) -> int:
+    """The model's next token after a prompt [n] of which the cache holds all but the last."""
+    return int(model(input_ids=ids[None, -1:], past_key_values=cache).logits[0, -1].argmax())
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int) -> dict[str, Any]:
+    """Medians of seconds, and bytes, for one prompt: all tokens but the last are its prefix."""
+    from transformers import DynamicCache
+
+    tokens = len(ids) - 1
+    raw = folder / f"raw-{tokens}"
+    raw.mkdir()
+
+    def prefill() -> Any:
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=ids[None, :-1], past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def load_raw() -> Any:
+        blocks = [load_file(file) for file in files]
+        cache = DynamicCache(config=model.config)
+        for index, layer in enumerate(cache.layers):
+            names = (f"layers.{index}.{role}" for role in lm.ROLES)
+            key, value = (torch.cat([block[name] for block in blocks], -2).to(model.dtype) for name in names)
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value  # not by update(), which would copy them once more
+        return cache
+
+    prefills = [seconds(prefill)[0]]
+    spent, cache = seconds(prefill)
+    prefills.append(spent)
+    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    files = []
+    for start in range(0, tokens, BLOCK_TOKENS):
+        block = [(key[:, start : start + BLOCK_TOKENS], value[:, start : start + BLOCK_TOKENS]) for key, value in layers]
+        files.append(raw / f"{start}.safetensors")
+        save_file(lm.named_tensors(block, range(len(block))), files[-1])
+    with PrefixStore(folder / f"store-{tokens}") as store:
+        put, _ = seconds(lambda: store.put(model, ids[:-1], cache))
+        found = store.get(model, ids)
+        assert found.length == tokens, f"{found.length} of {tokens} tokens were found"
+        stored = store.shelf.index.counters()["bytes"]
+        loads: dict[str, list[float]] = {"raw": [], "store": [], "first": []}
+        for _ in range(rounds):
+            touch_memory()
+            loads["raw"].append(seconds(load_raw)[0])
+            spent, found = seconds(lambda: store.get(model, ids))
+            loads["store"].append(spent)
+            loads["first"].append(seconds(partial(first_token, model, found.cache, ids))[0])
+    names = {"raw": "raw_load_s", "store": "store_load_s", "first": "first_token_s"}
+    return {
+        "tokens": tokens,
+        "prefill_s": min(prefills),
+        "put_s": put,
+        **{names[key]: median(values) for key, values in loads.items()},
+        "store_load_s_all": loads["store"],
+        "raw_load_s_all": loads["raw"],
+        "raw_bytes": sum(file.stat().st_size for file in files),
+        "store_bytes": stored,
+    }
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    return {
+        "prefill_over_store": row["prefill_s"] / row["store_load_s"],
+        "store_over_raw": row["store_load_s"] / row["raw_load_s"],
+        "bytes_over_raw": row["store_bytes"] / row["raw_bytes"],
+    }
+
+
+def copy_speed() -> float:
+    """GB/s at which numpy copies 256 MiB, reading and writing counted once."""
+    source = np.ones(1 << 26, np.float32)
+    target = np.empty_like(source)
+    return source.nbytes / min(seconds(lambda: np.copyto(target, source))[0] for _ in range(5)) / 1e9
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=title)
+    for head in (
+        "tokens",
+        "prefill s",
+        "raw fp16 load s",
+        "store load s",
+        "first token s",
+        "prefill / store",
+        "store / raw",
+        "bytes",
+    ):
+        shown.add_column(head, justify="right")
+    for row in rows:
+        times = [f"{row[key]:.3f}" for key in ("prefill_s", "raw_load_s", "store_load_s", "first_token_s")]
+        found = [f"{row['prefill_over_store']:.0f} x", f"{row['store_over_raw']:.2f} x", f"{row['bytes_over_raw']:.3f} x"]
+        shown.add_row(f"{row['tokens']:,}", *times, *found)
+    return shown
+
+
+def plot(title: str, rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    ways = {"prefill again": "prefill_s", "raw fp16 safetensors": "raw_load_s", "pq3 from the store": "store_load_s"}
+    for (name, key), marker in zip(ways.items(), "so^", strict=True):
+        times = [row[key] + (row["first_token_s"] if key != "prefill_s" else 0) for row in rows]
+        axis.loglog([row["tokens"] for row in rows], times, f"-{marker}", label=name)
+    axis.set(title=title, xlabel="tokens of the prefix", ylabel="seconds to the first token")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ttft", description="Time to the first token of a known prefix.")
+    parser.add_argument("--model", default=SMOLLM2, help=f"a checkpoint's folder, a .gguf file, or {SMOLLM2} (default)")
+    parser.add_argument("--text", type=Path, default=PROSE, metavar="FILE", help="UTF-8; repeated where it is too short")
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, metavar="N", help="lengths of the prefix")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="loads of each kind")
+    parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
+    options = parser.parse_args()
+    name, model, tokenizer = load_model(options.model)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for tokens in options.tokens:
+            with console.status(f"{tokens:,} tokens"):
+                row = measure(model, prompt_of(tokenizer, options.text, tokens + 1), Path(folder), options.rounds)
+            rows.append({**row, **ratios(row)})
+    title = f"{name} in {model.dtype}, {torch.get_num_threads()} threads"
+    console.print(table(title, rows))
+    report = {"model": name, "dtype": str(model.dtype), "copy_gb_per_s": copy_speed(), "torch": torch.__version__, "rows": rows}
+    arguments = "" if name == SMOLLM2 else f" --model {name}"
+    path = results_file.write("ttft", f"python -m benchmarks.ttft{arguments}", report)
+    plot(title, rows, path.with_suffix(".png"))
+    console.print(
+        f"np.copyto runs at {report['copy_gb_per_s']:.1f} GB/s here; wrote {path} and {path.with_suffix('.png').name}"
+    )
+
+
+if __name__ == "__main__":
+    main()
