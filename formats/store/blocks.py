@@ -283,8 +283,7 @@ class Assembly:
 
 def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
     """The groups of a block by the names of their tensors; raises KeyError or TypeError."""
-    fields = ("path", "preset", "pairing")
-    return {g["name"]: Group(*(g[key] for key in fields), tuple(g["layers"]), g["state"]) for g in told["groups"]}
+    return {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}
 
 
 def _empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:
