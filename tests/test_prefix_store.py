@@ -747,3 +747,26 @@ def test_gaussian_layers_of_any_shape(store: PrefixStore) -> None:
         cache.update(gaussian(1, heads, 600, dim, seed=index), gaussian(1, heads, 600, dim, seed=9 + index), index)
     store.put(model, ids, cache)
     check_same(cache, store.get(model, ids, leave=0).cache, most=1e-30)
+
+
+@pytest.mark.parametrize("tokens", [60, 80])
+def test_generation_past_the_length_that_frequencies_change_at(store: PrefixStore, tokens: int) -> None:
+    """The answer comes all the same; only what cannot be used again is left out."""
+    model, ids = tiny("phi3, longrope"), prompt(tokens)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert store.generate(model, ids, wait=True, **options).shape[1] == tokens + 12
+    assert store.get(model, ids[:, :64], leave=0).length == (59 if tokens == 60 else 0)
+
+
+def test_a_save_that_fails_in_the_background_is_told(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    def saved() -> BaseException | None:
+        future = store.put(model, ids, cached(model, ids), wait=False)
+        return future.exception()  # type: ignore[union-attr]
+
+    model, ids = tiny("llama"), prompt(20)
+    monkeypatch.setattr(store, "_write", full)
+    with pytest.warns(RuntimeWarning, match="a cache of 20 tokens could not be saved: no space left"):
+        assert isinstance(saved(), OSError)

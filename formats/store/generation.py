@@ -38,15 +38,21 @@ def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool
     with torch.no_grad():
         for start in range(length, last, PREFILL_TOKENS):
             model(input_ids=ids[:, start : min(start + PREFILL_TOKENS, last)], logits_to_keep=1, **{name: cache})
+    longest = tc.longest_prefix(model.config)
+
+    def keep(tokens: Any) -> None:
+        if longest is None or tokens.shape[1] <= longest:  # beyond, keys depend on what follows
+            store.put(model, tokens, cache, extra=extra, wait=wait)
+
     if length < last:
-        store.put(model, ids[:, :last], cache, extra=extra, wait=wait)
+        keep(ids[:, :last])
     answers = _answers(model, options)
     if answers > 1:
         cache.batch_repeat_interleave(answers)
     result = model.generate(ids, **{name: cache}, **options)
     if answers == 1:
         sequence = result if isinstance(result, torch.Tensor) else result.sequences
-        store.put(model, sequence[:, :-1], cache, extra=extra, wait=wait)  # the last token was not fed
+        keep(sequence[:, :-1])  # the last token was not fed
     return result
 
 

@@ -227,7 +227,7 @@ class PrefixStore:
                 return skipped
             if self._saver is None:
                 self._saver = ThreadPoolExecutor(1, thread_name_prefix="pqcodec-save")
-            future = self._saver.submit(self._write, replace(work, state=tc.frozen(work.state)))
+            future = self._saver.submit(self._saved, replace(work, state=tc.frozen(work.state)))
             self._waiting.add(future)
         return future
 
@@ -246,6 +246,14 @@ class PrefixStore:
             waiting = list(self._waiting)
         for future in waiting:
             future.result()
+
+    def _saved(self, work: _Work) -> Stored:
+        """Write in the background, where nobody may ask how it went."""
+        try:
+            return self._write(work)
+        except Exception as error:
+            warnings.warn(f"a cache of {len(work.ids)} tokens could not be saved: {error}", RuntimeWarning, stacklevel=2)
+            raise
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
