@@ -19,7 +19,7 @@ from pqcodec.formats.exact import dtype_name
 from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Piece
 from pqcodec.formats.pqkv import PQKVFile, write_pieces
-from pqcodec.formats.recipe import InMemory, Recipe, why_exact
+from pqcodec.formats.recipe import InMemory, Recipe
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import NAME_BYTES
 from pqcodec.formats.tensor_file import LAYOUT
@@ -30,7 +30,6 @@ FORMAT = 1
 TOKENS = "tokens"  # the exact tensor of token ids
 EXACT = "exact"  # the preset of a store that keeps numbers as they are
 DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
-ROLES = {"keys": "key", "values": "value"}
 Choice = tuple[str, str | None]  # preset and RoPE pairing
 
 
@@ -46,17 +45,13 @@ class Plan:
         """The plan for a cache, from its energies; without a recipe all of it is exact."""
         if recipe is None:
             return cls({})
-        named = tc.parts_of(config, state)
-        tensors = InMemory({name: tensor for name, (tensor, _) in named.items()})
-        parts = {name: part for name, (_, part) in named.items()}
-        coded = [name for name, part in parts.items() if part.role != "other" and not why_exact(*tensors.describe(name))]
-        presets = recipe.presets(tensors, parts, coded)
         pairings = tc.pairings(config, state)
+        presets = recipe.presets(*tc.tensors_of(config, state, pairings))
         choices = {}
         for prefix, index, layer in state.layers():
             for path in layer.tensors:
-                if f"{prefix}.{ROLES.get(path)}" in presets:
-                    choices[index, path] = (presets[f"{prefix}.{ROLES[path]}"], pairings.get(f"{prefix}.{path}"))
+                if f"{prefix}.{tc.ROLES.get(path)}" in presets:
+                    choices[index, path] = (presets[f"{prefix}.{tc.ROLES[path]}"], pairings.get(f"{prefix}.{path}"))
         return cls(choices)
 
     @classmethod
@@ -84,7 +79,7 @@ def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         for path, tensor in layer.tensors.items():
-            if path in ROLES and tensor.ndim > 1:
+            if path in tc.ROLES and tensor.ndim > 1:
                 preset, pairing = plan.choices.get((index, path), (EXACT, None))
                 place = (not layer.cuttable, layer.tokens - layer.kept)
                 found.setdefault((path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype), []).append(index)
@@ -98,17 +93,17 @@ def write(
     """Write a block's file and return its bytes. ``layers``: each layer's part; ``about``: what its root stands for."""
     import torch
 
-    groups = {f"{number}.{ROLES[group.path]}": group for number, group in enumerate(_groups(layers, plan))}
+    groups = {f"{number}.{tc.ROLES[group.path]}": group for number, group in enumerate(_groups(layers, plan))}
     pieces: list[Piece] = []
     for name, group in groups.items():
         of = [layers[index] for index in group.layers]
         stacked = torch.stack([layer.tensors[group.path] for layer in of])
         if group.preset == EXACT:
-            pieces.append(_exact(name, stacked, None, ROLES[group.path]))
+            pieces.append(_exact(name, stacked, None, tc.ROLES[group.path]))
             continue
         rope = tc.rope_of(config, group.layers[0], int(stacked.shape[-1]), group.pairing)
         first = of[0].tokens - of[0].kept if group.state else row.start
-        part = Part(ROLES[group.path], None, rope, first)
+        part = Part(tc.ROLES[group.path], None, rope, first)
         cooked = replace(recipe, preset=group.preset, share_bits=False)
         pieces += cooked.pieces(InMemory({name: stacked}), {name: part})
     coded = {(index, group.path) for group in groups.values() for index in group.layers}

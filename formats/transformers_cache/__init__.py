@@ -1,8 +1,9 @@
 """Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
 
-from pqcodec.formats.transformers_cache.files import KEY, load, parts_of, save
+from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
+    ROLES,
     CacheState,
     LayerState,
     along,
@@ -16,6 +17,7 @@ from pqcodec.formats.transformers_cache.state import (
 
 __all__ = [
     "KEY",
+    "ROLES",
     "CacheState",
     "LayerState",
     "along",
@@ -28,9 +30,9 @@ __all__ = [
     "load",
     "longest_prefix",
     "pairings",
-    "parts_of",
     "rope_of",
     "ropes",
     "save",
     "state_of",
+    "tensors_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
@@ -12,7 +13,7 @@ from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Piece
 from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.tensor_file import Progress, TensorFile
-from pqcodec.formats.transformers_cache.rope import ropes
+from pqcodec.formats.transformers_cache.rope import pairings, ropes
 from pqcodec.formats.transformers_cache.state import ENCODER_DECODER, ROLES, CacheState, LayerState, cache_of, state_of
 
 FORMAT = 1
@@ -20,18 +21,20 @@ KEY = "transformers.cache"  # of the file's metadata
 MODEL = "transformers.model"
 
 
-def parts_of(config: Any, state: CacheState) -> dict[str, tuple[Any, Part]]:
-    """Every tensor of a cache by its name in a file, with what it is."""
-    turned = ropes(config, state)
-    named: dict[str, tuple[Any, Part]] = {}
+def tensors_of(config: Any, state: CacheState, paired: Mapping[str, str]) -> tuple[InMemory, dict[str, Part], list[str]]:
+    """Every tensor of a cache by its name in a file, what each is, and which are coded; ``paired`` is that of ``pairings``."""
+    turned = ropes(config, state, paired)
+    named: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
     for prefix, index, layer in state.layers():
         for path, tensor in layer.tensors.items():
+            name = f"{prefix}.{ROLES.get(path, path)}"
+            named[name], parts[name] = tensor, Part("other", index)
             if path in ROLES:
-                part = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept)
-            else:
-                part = Part("other", index)
-            named[f"{prefix}.{ROLES.get(path, path)}"] = (tensor, part)
-    return named
+                parts[name] = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept)
+    tensors = InMemory(named)
+    coded = [name for name, part in parts.items() if part.role != "other" and why_exact(*tensors.describe(name)) is None]
+    return tensors, parts, coded
 
 
 def save(
@@ -63,10 +66,7 @@ def save(
 
 def pieces_of(state: CacheState, config: Any, recipe: Recipe) -> list[Piece]:
     """What a container writes of a cache: keys and values are coded, all else is exact."""
-    named = parts_of(config, state)
-    tensors = InMemory({name: tensor for name, (tensor, _) in named.items()})
-    coded = [name for name, (_, part) in named.items() if part.role != "other" and why_exact(*tensors.describe(name)) is None]
-    return recipe.pieces(tensors, {name: part for name, (_, part) in named.items()}, coded)
+    return recipe.pieces(*tensors_of(config, state, pairings(config, state)))
 
 
 def described(state: CacheState) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Scaled frequencies are computed by transformers' own functions (5.20 to 5.24).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pqcodec.centre import Rope
@@ -49,9 +49,8 @@ def rope_of(config: Any, index: int, head_dim: int, pairing: str | None) -> Rope
     return None if pairing is None else _candidates(config, index, head_dim).get(pairing)
 
 
-def ropes(config: Any, state: CacheState) -> dict[str, Rope]:
-    """The RoPE of each tensor that went through one, by the tensor's name (``layers.0.keys``)."""
-    found = pairings(config, state)
+def ropes(config: Any, state: CacheState, found: Mapping[str, str]) -> dict[str, Rope]:
+    """The RoPE of each tensor that went through one, from its pairing; both by the tensor's name (``layers.0.keys``)."""
     turned: dict[str, Rope] = {}
     for prefix, index, layer in state.layers():
         for path, tensor in layer.tensors.items():
