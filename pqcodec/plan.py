@@ -6,7 +6,7 @@ Every array is read-only and shared by all streams of the same rotation order, s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -40,6 +40,16 @@ class Plan:
     @property
     def radius_steps(self) -> int:
         return c.RADIUS_STEPS_PER_OCTAVE[self.radius_bits]
+
+    @cached_property
+    def radii(self) -> np.ndarray:
+        """Factors A and B of every radius code (SPEC 6.1): float32 [2, 2^radius_bits]; code 0 is the zero vector."""
+        octave, step = np.divmod(np.maximum(np.arange(1 << self.radius_bits) - 1, 0), self.radius_steps)
+        exponent = octave - c.RADIUS_BIAS
+        small = exponent < c.RADIUS_SPLIT
+        first = np.ldexp(self.mantissas[step].astype(np.float64), exponent + np.where(small, c.RADIUS_SHIFT, 0))
+        first[0] = 0
+        return np.stack([first, np.where(small, 2.0**-c.RADIUS_SHIFT, 1)]).astype(np.float32)
 
 
 def plan_for(header: Header) -> Plan:

@@ -134,7 +134,8 @@ def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:
     """Offsets float32 [leading, order], padded with zeros; none: [0, 0]."""
     if offsets is None:
         return np.zeros((0, 0), np.float32)
-    return np.pad(offsets, ((0, 0), (0, order - offsets.shape[1])))
+    missing = order - offsets.shape[1]
+    return np.pad(offsets, ((0, 0), (0, missing))) if missing else offsets
 
 
 def _rope_arrays(h: Header) -> tuple[np.ndarray, int, int, int]:
@@ -263,7 +264,8 @@ class Cpu:
             _quad_arrays()[1],
             _paper_arrays()[1],
             _circle(),
-            plan.mantissas,
+            plan.radii if plan.coding == c.CODING_SPLIT else np.zeros((2, 0), np.float32),
+            plan.mantissas[0],
             _keys(h),
             np.float32(c.LARGEST_FINITE[h.dtype]),
             job.out is not None,

@@ -26,8 +26,6 @@ from pqcodec.constants import (
     MAX_BUDGET_PER_COORDINATE,
     PHASE_SHIFT,
     RADIUS_BIAS,
-    RADIUS_SHIFT,
-    RADIUS_SPLIT,
 )
 from pqcodec.kernels.lanes import (
     LANES,
@@ -45,6 +43,8 @@ from pqcodec.kernels.lanes import (
     load,
     load_short,
     long_at,
+    long_window_at,
+    low_half,
     magnitude,
     nearest,
     put_at,
@@ -258,6 +258,13 @@ def from_lanes(x, order, factors, first, second, tile):
         transpose_back(x, k * LANES, tile, k, order)
 
 
+@inlined
+def sums_of_four(p, q, r, s):
+    """Two stages of the Hadamard matrix: of neighbours, and of pairs."""
+    a, c, d, e = p + q, p - q, r + s, r - s
+    return a + d, c + e, a - d, c - e
+
+
 @leaf
 def hadamard(x, spare, order, base, transposed):
     """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
@@ -266,15 +273,29 @@ def hadamard(x, spare, order, base, transposed):
     half = 1
     while half < inner:
         j = half * LANES
-        if 2 * half < inner:  # two stages in one pass over the tile
+        if 4 * half < inner:  # three stages in one pass over the tile
+            for first in range(0, order, 8 * half):
+                for i in range(first * LANES, (first + half) * LANES, LANES):
+                    a, c, d, e = sums_of_four(load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j))
+                    k = i + 4 * j
+                    p, q, r, s = sums_of_four(load(x, k), load(x, k + j), load(x, k + 2 * j), load(x, k + 3 * j))
+                    store(x, i, a + p)
+                    store(x, i + j, c + q)
+                    store(x, i + 2 * j, d + r)
+                    store(x, i + 3 * j, e + s)
+                    store(x, k, a - p)
+                    store(x, k + j, c - q)
+                    store(x, k + 2 * j, d - r)
+                    store(x, k + 3 * j, e - s)
+            half *= 8
+        elif 2 * half < inner:
             for first in range(0, order, 4 * half):
                 for i in range(first * LANES, (first + half) * LANES, LANES):
-                    p, q, r, s = load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j)
-                    a, c, d, e = p + q, p - q, r + s, r - s
-                    store(x, i, a + d)
-                    store(x, i + j, c + e)
-                    store(x, i + 2 * j, a - d)
-                    store(x, i + 3 * j, c - e)
+                    p, q, r, s = sums_of_four(load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j))
+                    store(x, i, p)
+                    store(x, i + j, q)
+                    store(x, i + 2 * j, r)
+                    store(x, i + 3 * j, s)
             half *= 4
         else:
             for first in range(0, order, 2 * half):
@@ -491,25 +512,21 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
 
 
 @leaf
-def radius_factors(rows, plan_ints, mantissas, words, stride, first_factor, second_factor):
-    """Factors A and B of each row from its radius code (SPEC 6.1)."""
-    radius_bits, steps, _, _ = plan_ints
+def radius_factors(rows, radius_bits, radii, words, stride, first_factor, second_factor):
+    """Factors A and B of each row from its radius code (SPEC 6.1), which ``radii`` float32 [2, codes] lists."""
     for l in range(LANES):
         code = I64(words[l * stride] & U64((1 << radius_bits) - 1)) if l < rows else 0
-        octave = (max(code, 1) - 1) // steps
-        exponent = octave - RADIUS_BIAS
-        small = exponent < RADIUS_SPLIT
-        power = 2.0 ** (exponent + (RADIUS_SHIFT if small else 0))
-        first_factor[l] = F32(np.float64(mantissas[max(code, 1) - 1 - octave * steps]) * power) if code > 0 else F32(0)
-        second_factor[l] = F32(2.0**-RADIUS_SHIFT) if small else F32(1)
+        first_factor[l] = radii[0, code]
+        second_factor[l] = radii[1, code]
 
 
 @leaf
-def decode_split(plan_ints, tree, nodes, quads, circle, work, words32, stride32, x):
+def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
     """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
     radius_bits, _, root_budget, order = plan_ints
     kind, left, right, m_a, m_b, per_bit, portions = tree
-    bit_place, budget, radius, _, _ = work
+    bit_place, budget, radius, entries, _ = work
+    words32 = words.view(np.int32)
     internal = kind.size
     store(bit_place, 0, ints(I32(radius_bits)))
     store(budget, 0, ints(I32(root_budget)))
@@ -520,38 +537,52 @@ def decode_split(plan_ints, tree, nodes, quads, circle, work, words32, stride32,
         have, where, whole = load(budget, n * LANES), load(bit_place, n * LANES), load(radius, n * LANES)
         width = width_of(have, per_bit[k])
         one = ints(I32(1)) << width
-        code = window_at(words32, stride32, bit_place, n * LANES) & (one - ints(I32(1)))
-        cos, sin, moved, _ = gather_four(nodes, (one + code + ints(I32(k * _CODES))) << ints(I32(2)))
-        rest = have - width
         cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
-        share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
-        store(budget, a, share)
-        store(budget, b, rest - share)
-        store(bit_place, a, where + width)
-        store(bit_place, b, where + width + share)
+        first = ints(I32(k * _CODES))
+        if m_a[k] == 4:  # the node's and its two quads' bits lie side by side: 56 at the most
+            window = long_window_at(words, stride, bit_place, n * LANES)
+            store(entries, 0, (one + (low_half(window) & (one - ints(I32(1)))) + first) << ints(I32(2)))
+            cos, sin, moved, _ = gather_four_at(nodes, entries, 0)
+            rest = have - width
+            share = share_of(rest, moved, cap_a, cap_b, True, portions, I32(0))
+            other = rest - share
+            window = window >> to_long(width)
+            store(bit_place, a, low_half(window) & ((ints(I32(1)) << share) - ints(I32(1))))
+            store(bit_place, b, low_half(window >> to_long(share)) & ((ints(I32(1)) << other) - ints(I32(1))))
+            store(budget, a, share)
+            store(budget, b, other)
+        else:
+            code = window_at(words32, 2 * stride, bit_place, n * LANES) & (one - ints(I32(1)))
+            store(entries, 0, (one + code + first) << ints(I32(2)))
+            cos, sin, moved, _ = gather_four_at(nodes, entries, 0)
+            rest = have - width
+            share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
+            store(budget, a, share)
+            store(budget, b, rest - share)
+            store(bit_place, a, where + width)
+            store(bit_place, b, where + width + share)
         store(radius, a, whole * as_float(cos))
         store(radius, b, whole * as_float(sin))
     if root_budget <= _SMALL_BUDGETS * order:
-        decode_small_quads(order // 4, internal * LANES, quads, circle, work, words32, stride32, x)
+        decode_small_quads(order // 4, internal * LANES, quads, circle, work, x)
     else:
-        decode_quads(0, order // 4, internal * LANES, quads, circle, work, words32, stride32, x)
+        decode_quads(0, order // 4, internal * LANES, quads, circle, work, x)
 
 
 @leaf
-def decode_small_quads(count, base, quads, circle, work, words32, stride32, x):
+def decode_small_quads(count, base, quads, circle, work, x):
     """Quads of few bits: one look-up in the list of all their points; a quad of many bits goes the long way."""
     codebook = quads[2]
-    bit_place, budget, radius, phases, _ = work
+    codes, budget, radius, phases, _ = work
     largest = ints(I32(CODEBOOK_BUDGET))
     for quad in range(count):
         at = base + quad * LANES
-        one = ints(I32(1)) << load(budget, at)
-        code = one | (window_at(words32, stride32, bit_place, at) & (one - ints(I32(1))))
+        code = (ints(I32(1)) << load(budget, at)) | load(codes, at)
         store(phases, quad * LANES, code << ints(I32(2)))
     for quad in range(count):
         at = base + quad * LANES
         if any_lane(load(budget, at) > largest):
-            decode_quads(quad, quad + 1, base, quads, circle, work, words32, stride32, x)
+            decode_quads(quad, quad + 1, base, quads, circle, work, x)
         else:
             p, q, r, s = gather_four_at(codebook, phases, quad * LANES)
             whole, target = load(radius, at), 4 * quad * LANES
@@ -562,28 +593,25 @@ def decode_small_quads(count, base, quads, circle, work, words32, stride32, x):
 
 
 @leaf
-def decode_quads(first_quad, last_quad, base, quads, circle, work, words32, stride32, x):
+def decode_quads(first_quad, last_quad, base, quads, circle, work, x):
     """Quads of any number of bits (SPEC 6.4); every code decodes to something."""
     budget_table, records, _ = quads
-    bit_place, budget, radius, _, scratch = work
+    codes, budget, radius, _, scratch = work
     for quad in range(first_quad, last_quad):  # which record, and the code inside it
         at = base + quad * LANES
-        have = load(budget, at)
-        code = window_at(words32, stride32, bit_place, at) & ((ints(I32(1)) << have) - ints(I32(1)))
-        codes, first, last, reciprocal = gather_four(budget_table, have << ints(I32(2)))
+        have, code = load(budget, at), load(codes, at)
+        each, first, last, reciprocal = gather_four(budget_table, have << ints(I32(2)))
         cell = truncate(to_float(code) * as_float(reciprocal))  # off by one at most
-        rest = code - cell * codes
-        cell = (
-            cell + select(rest >= codes, ints(I32(1)), ints(I32(0))) - select(rest < ints(I32(0)), ints(I32(1)), ints(I32(0)))
-        )
+        rest = code - cell * each
+        cell = cell + select(rest >= each, ints(I32(1)), ints(I32(0))) - select(rest < ints(I32(0)), ints(I32(1)), ints(I32(0)))
         cell = min(cell, last)
         store(budget, at, (first + cell) << ints(I32(3)))
-        store(bit_place, at, code - cell * codes)
+        store(codes, at, code - cell * each)
     for quad in range(first_quad, last_quad):  # the two circles' phases
         at = base + quad * LANES
         _, _, n_b, reciprocal = gather_four_at(records, budget, at)
         step_a, step_b = gather_pair(records, load(budget, at) + ints(I32(4)))
-        rest = load(bit_place, at)
+        rest = load(codes, at)
         sector_a = truncate((to_float(rest) + floats(F32(0.5))) * as_float(reciprocal))  # exact below 2^21
         store(scratch, 2 * quad * LANES, phase_of(sector_a, step_a))
         store(scratch, (2 * quad + 1) * LANES, phase_of(rest - sector_a * n_b, step_b))
@@ -808,7 +836,8 @@ def decode_blocks(
     quads,
     paper_tables,
     circle,
-    mantissas,
+    radii,
+    mantissa,
     keys,
     limit,
     write,
@@ -827,7 +856,6 @@ def decode_blocks(
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
     work = (bit_place, budget, radius, np.zeros(order // 4 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32))
     words = np.zeros(LANES * stride, np.uint64)
-    words32 = words.view(np.int32)
     short = np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
     have_chunk = -1
@@ -846,8 +874,8 @@ def decode_blocks(
             rows = min(LANES, high - row)
             bytes_to_rows(payload, source + row * row_bytes, rows, row_bytes, words, stride)
             if coding == CODING_SPLIT:
-                radius_factors(rows, plan_ints, mantissas, words, stride, first_factor, second_factor)
-                decode_split(plan_ints, tree, nodes, quads, circle, work, words32, 2 * stride, x)
+                radius_factors(rows, plan_ints[0], radii, words, stride, first_factor, second_factor)
+                decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x)
             else:
                 decode_paper(
                     rows,
@@ -855,7 +883,7 @@ def decode_blocks(
                     radius_exponent,
                     paper_tables,
                     circle,
-                    mantissas[0],
+                    mantissa,
                     words,
                     stride,
                     x,

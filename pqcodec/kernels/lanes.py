@@ -147,6 +147,7 @@ to_float = _convert(INT, FLOAT, "sitofp")
 as_bits = _convert(FLOAT, INT, "bitcast")
 as_float = _convert(INT, FLOAT, "bitcast")
 to_long = _convert(INT, LONG, "zext")
+low_half = _convert(LONG, INT, "trunc")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
@@ -436,6 +437,27 @@ def window_at(typingctx, words, stride, places, at):  # type: ignore[no-untyped-
         return builder.or_(builder.lshr(low, shift), high)
 
     return INT(words, types.int64, places, types.int64), emit
+
+
+@intrinsic
+def long_window_at(typingctx, words, stride, places, at):  # type: ignore[no-untyped-def]
+    """57 bits or more of each lane's row of uint64 words, ``stride`` words a row, from bit places[at + lane] on: long lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, places, at = args
+        data = builder.bitcast(context.make_array(signature.args[0])(context, builder, words).data, _I8.as_pointer())
+        base, stride = ir.Constant(_I64, 0), builder.shl(stride, ir.Constant(_I64, 3))
+        result = ir.Constant(_vector("long"), ir.Undefined)
+        for i, place in enumerate(_stored_indices(context, builder, signature.args[2], places, at)):
+            byte = builder.add(base, builder.lshr(place, ir.Constant(_I64, 3)))
+            window = _load(builder, builder.gep(data, [byte]), _I64, 1)
+            result = builder.insert_element(result, window, ir.Constant(_I32, i))
+            base = builder.add(base, stride)
+        place = _load(builder, _pointer(context, builder, signature.args[2], places, at), _vector("int"), 4)
+        shift = builder.and_(place, ir.Constant(_vector("int"), [7] * LANES))
+        return builder.lshr(result, builder.zext(shift, _vector("long")))
+
+    return LONG(words, types.int64, places, types.int64), emit
 
 
 @intrinsic

@@ -63,16 +63,6 @@ def radius_code(norm: np.ndarray, plan: Plan) -> np.ndarray:
     return np.where(norm > 0, np.clip(code, 1, (1 << plan.radius_bits) - 1), 0).astype(np.int64)
 
 
-def radius_scale(code: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Code int64 [n] -> float32 factors A, B [n]: an output is integer * A * B (SPEC 6.1)."""
-    octave, step = np.divmod(np.maximum(code, 1) - 1, plan.radius_steps)
-    exponent = octave - c.RADIUS_BIAS
-    small = exponent < c.RADIUS_SPLIT
-    first = np.ldexp(plan.mantissas[step], exponent + np.where(small, c.RADIUS_SHIFT, 0)).astype(np.float32)
-    second = np.where(small, np.float32(2.0**-c.RADIUS_SHIFT), np.float32(1)).astype(np.float32)
-    return np.where(code > 0, first, np.float32(0)), second
-
-
 def _cell(bounds: np.ndarray, cells: np.ndarray, grid: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cell of the angle between energies a and b; bounds [n, 129] are each row's, of which ``cells`` + 1 count."""
     share = np.divide(b, a + b, out=np.zeros_like(b), where=a + b > 0)
@@ -144,7 +134,7 @@ def decode_split(bits: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray, 
     tree, n = plan.tree, len(bits)
     internal = len(tree.kind)
     zeros = np.zeros(n, np.int64)
-    scale = radius_scale(read_field(bits, zeros, zeros + plan.radius_bits), plan)
+    scale = plan.radii[:, read_field(bits, zeros, zeros + plan.radius_bits)]  # A and B (SPEC 6.1)
     place, budget = np.zeros((2, internal + tree.quads, n), np.int64)
     radius = np.zeros((internal + tree.quads, n), np.float32)
     place[0], budget[0], radius[0] = plan.radius_bits, plan.root_budget, c.GRID
