@@ -17,6 +17,7 @@ from pqcodec import arrays, codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import exact
+from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.source import Source, reading_ahead
 from pqcodec.stream import Damage, StreamInfo, checked_range, read_header
@@ -292,8 +293,9 @@ def _filled(entry: Entry, wanted: list[_Wanted], options: dict[str, Any]) -> Any
 
 def stream_of(source: Source, entry: Entry, tokens: int | None = None) -> Source:
     """A stream that goes with the entry of its tensor (or holds so many of its tokens); raises CorruptStream."""
-    info = codec.inspect(source)
+    header = read_header(source)
     shape = entry.shape if tokens is None else (*entry.shape[:-2], tokens, entry.shape[-1])
-    if (info.shape, info.dtype) != (shape, entry.dtype):
-        raise CorruptStream(f"the file says {shape} of {entry.dtype}, the stream {info.shape} of {info.dtype}")
+    if (header.shape, DTYPE_NAMES[header.dtype]) != (shape, entry.dtype):
+        found = f"{header.shape} of {DTYPE_NAMES[header.dtype]}"
+        raise CorruptStream(f"the file says {shape} of {entry.dtype}, the stream {found}")
     return source

@@ -69,6 +69,8 @@ def checksums(rows: np.ndarray) -> np.ndarray:
     total = np.full(len(rows), size % CHECKSUM_PRIME * int(checksum_keys(0)[0]) % CHECKSUM_PRIME, np.uint64)
     for first in range(0, size, 4 * _PIECE_WORDS):
         piece = rows[:, first : first + 4 * _PIECE_WORDS]
-        words = np.ascontiguousarray(np.pad(piece, ((0, 0), (0, -piece.shape[1] % 4)))).view("<u4").astype(np.uint64)
+        if piece.shape[1] % 4:
+            piece = np.pad(piece, ((0, 0), (0, -piece.shape[1] % 4)))
+        words = np.ascontiguousarray(piece).view("<u4").astype(np.uint64)
         total += (words * _keys(first // 4 + 1, words.shape[1]) % prime).sum(1)
     return total % prime

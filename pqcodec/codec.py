@@ -343,7 +343,7 @@ def _decode_into(
         damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
         payload = read_blocks(source, h, low, high, leads)
         kernel.decode(DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, advance))
-        for chunk, lead in np.argwhere(damaged):
+        for chunk, lead in np.argwhere(damaged) if damaged.any() else ():
             start = h.first_tokens + (low + int(chunk)) * h.chunk_tokens
             damage.append(Damage("payload", leads[0] + int(lead), (start, start + h.block_tokens(low + int(chunk)))))
     if h.exceptions:
