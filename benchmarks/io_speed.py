@@ -26,6 +26,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from benchmarks import results_file
+from benchmarks.memory import touch_memory
 from pqcodec import encoded_size
 from pqcodec.formats import PQKVFile, append_cache, load_cache, safetensors_file, save_cache, zarr_cache
 
@@ -33,7 +34,6 @@ LAYERS, SHAPE = 8, (1, 8, 32768, 128)  # 64 MiB of fp16 a tensor, 1 GiB in all
 NEW_TOKENS = 256
 ROUNDS = 5
 READS = 256
-TOUCHED_BYTES = 3 << 30  # more than any way takes
 COMMAND = "python -m benchmarks.io_speed"
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -109,11 +109,6 @@ def forget(way: Way) -> None:
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
-
-
-def touch_memory() -> None:
-    """Have the machine give memory before the clock runs: a virtual one takes back what was freed, and is slow to give."""
-    np.ones(TOUCHED_BYTES // 8)
 
 
 def stream(way: Way) -> None:

@@ -4,7 +4,8 @@
 as raw fp16 safetensors, in one file a block, as the store has them, side by side on one disk; then the ways to the first
 token are timed, turn by turn, files being in the page cache. A load ends with a cache in the model's own dtype that the model
 can go on from. The store's checks every byte, finds the prefix by its tokens and makes sure of the model; the raw one does
-neither and has its file names. Writes results/ttft.json and .png.
+neither and has its file names. Writes results/ttft.json and .png; with ``--device cuda``, ttft_gpu, where loads end on the GPU
+(``--model llama-shaped`` is an 8B Llama's shape with random weights).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,14 +27,29 @@ from safetensors.torch import load_file, save_file
 from benchmarks import model as lm
 from benchmarks import results_file
 from benchmarks.fidelity import SMOLLM2, load_model
-from benchmarks.io_speed import touch_memory
+from benchmarks.memory import copy_speed, touch_memory
 from pqcodec.formats import PrefixStore
 from pqcodec.formats.store.keys import BLOCK_TOKENS
 
 PROSE = Path(__file__).parent / "data" / "prose.txt"
 LENGTHS = (1024, 2048, 4096)
 ROUNDS = 7
+RANDOM = "llama-shaped"
 console = Console()
+
+
+def random_llama(device: str) -> Any:
+    """A model of Llama-3-8B's shape in bfloat16, with random weights: its times and sizes count, its text does not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = LlamaConfig(**shape, num_key_value_heads=8, head_dim=128, vocab_size=32000, max_position_embeddings=131072)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def prompt_of(tokenizer: Any, text: Path, tokens: int) -> torch.Tensor:
@@ -50,8 +65,11 @@ def first_token(model: Any, cache: Any, ids: torch.Tensor) -> int:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until all that ``work`` set going is done, and its result."""
     start = time.perf_counter()
     result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -70,7 +88,7 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int) -> dict[st
         return cache
 
     def load_raw() -> Any:
-        blocks = [load_file(file) for file in files]
+        blocks = [load_file(file, device=str(model.device)) for file in files]
         cache = DynamicCache(config=model.config)
         for index, layer in enumerate(cache.layers):
             names = (f"layers.{index}.{role}" for role in lm.ROLES)
@@ -82,7 +100,7 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int) -> dict[st
     prefills = [seconds(prefill)[0]]
     spent, cache = seconds(prefill)
     prefills.append(spent)
-    layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    layers = [(layer.keys[0].cpu(), layer.values[0].cpu()) for layer in cache.layers]
     files = []
     for start in range(0, tokens, BLOCK_TOKENS):
         block = [(key[:, start : start + BLOCK_TOKENS], value[:, start : start + BLOCK_TOKENS]) for key, value in layers]
@@ -119,13 +137,6 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         "store_over_raw": row["store_load_s"] / row["raw_load_s"],
         "bytes_over_raw": row["store_bytes"] / row["raw_bytes"],
     }
-
-
-def copy_speed() -> float:
-    """GB/s at which numpy copies 256 MiB, reading and writing counted once."""
-    source = np.ones(1 << 26, np.float32)
-    target = np.empty_like(source)
-    return source.nbytes / min(seconds(lambda: np.copyto(target, source))[0] for _ in range(5)) / 1e9
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
@@ -173,19 +184,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, metavar="N", help="lengths of the prefix")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="loads of each kind")
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model is and loads end")
     options = parser.parse_args()
-    name, model, tokenizer = load_model(options.model)
+    if options.model == RANDOM:
+        name, model, prompts = RANDOM, random_llama(options.device), torch.randint(32000, (max(options.tokens) + 1,))
+    else:
+        name, model, tokenizer = load_model(options.model)
+        model, prompts = model.to(options.device), prompt_of(tokenizer, options.text, max(options.tokens) + 1)
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for tokens in options.tokens:
             with console.status(f"{tokens:,} tokens"):
-                row = measure(model, prompt_of(tokenizer, options.text, tokens + 1), Path(folder), options.rounds)
+                row = measure(model, prompts[: tokens + 1].to(options.device), Path(folder), options.rounds)
             rows.append({**row, **ratios(row)})
-    title = f"{name} in {model.dtype}, {torch.get_num_threads()} threads"
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    title = f"{name} in {model.dtype}, {where}"
     console.print(table(title, rows))
-    report = {"model": name, "dtype": str(model.dtype), "copy_gb_per_s": copy_speed(), "torch": torch.__version__, "rows": rows}
+    about = {"model": name, "dtype": str(model.dtype), "device": where, "torch": torch.__version__}
+    report = {**about, "copy_gb_per_s": copy_speed(), "rows": rows}
     arguments = "" if name == SMOLLM2 else f" --model {name}"
-    path = results_file.write("ttft", f"python -m benchmarks.ttft{arguments}", report)
+    arguments += "" if options.device == "cpu" else f" --device {options.device} --tokens {' '.join(map(str, options.tokens))}"
+    result = "ttft" if options.device == "cpu" else "ttft_gpu"
+    path = results_file.write(result, f"python -m benchmarks.ttft{arguments}", report)
     plot(title, rows, path.with_suffix(".png"))
     console.print(
         f"np.copyto runs at {report['copy_gb_per_s']:.1f} GB/s here; wrote {path} and {path.with_suffix('.png').name}"

@@ -433,6 +433,36 @@ def _moved(
     return _Placed(h, stream.data_ptr(), placed, exceptions, stream)
 
 
+def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = "auto") -> None:
+    """Decode whole streams of the host into tensors of one GPU: their bytes move there in one copy.
+
+    Waits. Raises as ``decode`` does, and does not say which of the streams is damaged.
+    """
+    import torch
+
+    device = _one_device(outs)
+    kernel = _kernel(backend, device)
+    places = np.cumsum([0, *(-(-source.size // _ALIGNMENT) * _ALIGNMENT for source in sources)])
+    host = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    rows = host.numpy()
+    for source, at in zip(sources, places, strict=False):
+        rows[at : at + source.size] = source.read(0, source.size)
+    arena = host.to(device, non_blocking=True)
+    damage: list[Damage] = []
+    placed = []
+    for source, at in zip(sources, places, strict=False):
+        h, address = read_header(source), arena.data_ptr() + int(at)
+        run = ((0, h.chunks), (0, h.leading), address + h.payload_start)
+        exceptions = read_exceptions(source, h, damage) if h.exceptions else None
+        placed.append(_Placed(h, address, (run,) if h.leading else (), exceptions, arena))
+    batch = DecodeBatch.__new__(DecodeBatch)
+    batch._prepare(placed, device, kernel, outs, None, None, True)
+    batch.run()
+    damage += batch.damage()
+    if damage:
+        raise damage_error(damage)
+
+
 def _found(device: Any) -> Any:
     """A torch device by its full name ("cuda:0" of "cuda"); raises BackendUnavailable where it is not there."""
     import torch

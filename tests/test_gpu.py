@@ -29,8 +29,10 @@ from pqcodec import (
     TruncatedStream,
     kernels,
 )
+from pqcodec.batch import decode_moved
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
+from pqcodec.source import MemorySource
 
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 
@@ -426,6 +428,23 @@ def test_a_batch_fills_ranges_into_parts_of_caches(gpu_backend: str) -> None:
         expected = torch.zeros(cache.shape)
         expected[1:6] = pqcodec.decode(data, tokens=(3, 8), leading=(1, 3), backend="cpu").transpose(0, 1)
         same(cache, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 2, "chunk_tokens": 4}], ids=str)
+def test_streams_of_the_host_are_moved_and_decoded_together(options: dict[str, Any], gpu_backend: str) -> None:
+    tensors, presets = mixed()
+    streams = [pqcodec.encode(x.cpu(), preset=name, **options) for x, name in zip(tensors, presets, strict=True)]
+    infinite = gaussian(3, 9, 16)
+    infinite[1, 4, 3] = torch.inf
+    streams.append(pqcodec.encode(infinite, nonfinite="exact", **options))
+    outs = [torch.zeros(x.shape, dtype=x.dtype, device=DEVICE) for x in [*tensors, infinite]]
+    decode_moved([MemorySource(stream) for stream in streams], outs, gpu_backend)
+    for out, data in zip(outs, streams, strict=True):
+        same(out, pqcodec.decode(data, backend="cpu"))
+    broken = bytearray(streams[0])
+    broken[-5] ^= 1
+    with pytest.raises(CorruptStream, match="checksum does not hold: payload"):
+        decode_moved([MemorySource(stream) for stream in [*streams[1:], broken]], [*outs[1:], outs[0]], gpu_backend)
 
 
 def test_a_batch_tells_which_stream_is_damaged(gpu_backend: str) -> None:

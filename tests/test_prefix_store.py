@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gaussian, rel_mse
+from conftest import DEVICE, GPU_BACKENDS, gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats import transformers_cache as tc
@@ -344,6 +344,22 @@ def test_a_damaged_block_is_dropped_and_never_used(tmp_path: Path, damage: str, 
         assert length == 600
         check_same(cache, again, 1e-30 if preset == "exact" else 0.08)
         check_whole(store)
+
+
+@pytest.mark.parametrize("gpu_backend", GPU_BACKENDS)
+def test_blocks_that_a_gpu_decodes_together(tmp_path: Path, gpu_backend: str) -> None:
+    """Whole streams wait for each other, a part of one does not; a damaged one is found block by block."""
+    model, ids = tiny("llama"), prompt(601)
+    with PrefixStore(tmp_path / "s") as store, PrefixStore(tmp_path / "s", backend=gpu_backend) as other:
+        store.put(model, ids, cached(model, ids[:, :600]))
+        for tokens in (601, 512, 500):
+            expected, found = store.get(model, ids[:, :tokens]), other.get(model, ids[:, :tokens], device=DEVICE)
+            assert found.length == expected.length == min(tokens, 600) - (tokens < 600)
+            for (_, layer), (_, same) in zip(layers(found.cache), layers(expected.cache), strict=True):
+                assert all(torch.equal(x.cpu(), same.tensors[path]) for path, x in layer.tensors.items())
+        flip(files(store)[1])
+        with pytest.warns(RuntimeWarning, match="is damaged and was dropped; its tokens will be computed anew"):
+            assert other.get(model, ids, device=DEVICE).length == BLOCK
 
 
 @pytest.mark.parametrize(("one", "two"), [(0, 1), (0, 2), (1, 2)])

@@ -24,6 +24,9 @@ from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import NAME_BYTES
 from pqcodec.formats.tensor_file import LAYOUT
 from pqcodec.header import DTYPE_NAMES
+from pqcodec.kernels import ON_DEVICE
+from pqcodec.kernels import backend as kernel_of
+from pqcodec.source import MemorySource, Source
 
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1
@@ -177,18 +180,17 @@ class Decoded:
 class Assembly:
     """Layers of a cache that blocks are decoded into, one behind the other.
 
-    ``lay_out`` by the first block, ``decode`` all of them, in threads if need be, ``accept`` what comes of each in its turn.
+    ``lay_out`` by the first block, ``decode`` all of them, in threads unless ``on_device``, ``accept`` what comes of each in
+    its turn, and ``finish``. ``together``: on a GPU whole streams wait for ``finish``, which moves and decodes all at once.
     """
 
-    def __init__(self, tokens: int, device: Any, backend: str) -> None:
+    def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
         self._total, self._device, self._backend = tokens, device, backend
+        self.on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
+        self._waiting: list[tuple[Source, Any]] | None = [] if together and self.on_device else None
         self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
         self._accepted: list[Decoded] = []
-
-    @property
-    def on_cpu(self) -> bool:
-        return arrays.device_type(self._device or "cpu") == "cpu"
 
     @property
     def tokens(self) -> int:
@@ -253,7 +255,12 @@ class Assembly:
         key, span = (group.path, group.layers), slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
         if key in self._stacks:
-            file.decode(name, tokens=tokens, backend=self._backend, out=self._stacks[key][..., span, :])
+            out = self._stacks[key][..., span, :]
+            if self._waiting is not None and tokens is None and file.entry(name).shape == tuple(out.shape):
+                stream = file.stream(name)
+                self._waiting.append((MemorySource(stream.read(0, stream.size)), out))  # outlives the file
+            else:
+                file.decode(name, tokens=tokens, backend=self._backend, out=out)
             return
         stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
         for (layer, path), x in self._each(group, stacked).items():
@@ -261,6 +268,15 @@ class Assembly:
             if place is None or place[..., span, :].shape != x.shape or place.dtype != x.dtype:
                 raise CorruptStream(f"{file.label}: {path} of layer {layer} do not continue the blocks before")
             place[..., span, :] = x
+
+    def finish(self) -> None:
+        """Decode what waits; raises CorruptStream, without saying of which block, if any of it is damaged."""
+        if self._waiting:
+            from pqcodec import batch
+
+            sources, outs = zip(*self._waiting, strict=True)
+            batch.decode_moved(sources, outs, self._backend)
+            self._waiting.clear()
 
     def state(self) -> tc.CacheState:
         """What was accepted."""

@@ -133,8 +133,7 @@ class PrefixStore:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
-            assembly = blocks.Assembly(sum(count for _, count in found), device, self._recipe.backend)
-            used = self._assembled(assembly, found)
+            assembly, used = self._assembled(found, device)
             if len(used) == len(found) or not found[-1][0].stateful:
                 break
             unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
@@ -143,12 +142,24 @@ class PrefixStore:
             return Prefix(tc.empty_cache(identity.config), 0)
         return Prefix(tc.cache_of(assembly.state()), assembly.tokens)
 
-    def _assembled(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
+    def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
+        """Decode blocks up to the first that cannot be; returns them, and the rows of those that could."""
+        tokens = sum(count for _, count in found)
+        assembly = blocks.Assembly(tokens, device, self._recipe.backend)
+        used = self._decoded(assembly, found)
+        try:
+            assembly.finish()
+        except CorruptStream:  # one by one, to find out which
+            assembly = blocks.Assembly(tokens, device, self._recipe.backend, together=False)
+            used = self._decoded(assembly, found)
+        return assembly, used
+
+    def _decoded(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
         """Decode blocks one behind the other up to the first that cannot be; returns those that could."""
         used: list[Row] = []
         if not found:
             return used
-        workers = threads() if assembly.on_cpu else 1
+        workers = 1 if assembly.on_device else threads()
         with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(workers) as pool:
 
             def decode(file: PQKVFile | None, row: Row, count: int) -> blocks.Decoded:
