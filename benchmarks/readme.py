@@ -19,7 +19,7 @@ def result(name: str) -> dict[str, Any]:
 
 def figures() -> str:
     """The table and the lines below it; a GPU's figures once they were measured."""
-    rate, speed, files, ttft = (result(name) for name in ("rate_distortion", "cpu_speed", "io_speed", "ttft"))
+    rate, speed, files, *ttft = (result(name) for name in ("rate_distortion", "cpu_speed", "io_speed", "ttft", "ttft_gpu"))
     gpu = result("gpu_speed") if (ROOT / "benchmarks" / "results" / "gpu_speed.json").exists() else None
     gaussian = {row["preset"]: row for row in rate["gaussian"]["128"]}
     speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
@@ -49,8 +49,8 @@ def figures() -> str:
             f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
             f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
         )
-    below += [file_speeds(files), against_peers(fidelity), reloading(ttft)]
-    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, ttft) if found)
+    below += [file_speeds(files), against_peers(fidelity), *map(reloading, ttft)]
+    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, *ttft) if found)
     return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
 
 
@@ -82,10 +82,13 @@ def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
 def reloading(ttft: dict[str, Any]) -> str:
     """What a stored prefix saves."""
     row = ttft["rows"][-1]
+    on_cpu = ttft["device"].endswith("threads")
+    where = f"{ttft['cores']} cores" if on_cpu else f"an {ttft['device']}"
+    model = ttft["model"] if on_cpu else "a model of Llama 8B's shape"
     return (
-        f"A prefix of {row['tokens']:,} tokens of {ttft['model']} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
-        f"{row['prefill_over_store']:.0f} times faster than computing it again on {ttft['cores']} cores, in "
-        f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw fp16 safetensors."
+        f"A prefix of {row['tokens']:,} tokens of {model} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
+        f"{row['prefill_over_store']:.2g} times faster than computing it again on {where}, in "
+        f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
     )
 
 
