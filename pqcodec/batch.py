@@ -42,7 +42,8 @@ _ALIGNMENT = 16  # bytes between the beginnings of a batch's streams
 _HEADER_READ = 4096  # no header is longer
 
 
-def _kernel(backend: str, device: Any) -> Any:
+def batch_kernel(backend: str, device: Any) -> Any:
+    """The backend that codes batches on a device; raises InvalidArgument or BackendUnavailable."""
     kernel = backend_of(backend, device.type)
     if kernel.name not in ON_DEVICE:
         raise InvalidArgument(f"backend {kernel.name!r} does not code batches; choose from {sorted(ON_DEVICE)} or 'auto'")
@@ -109,7 +110,7 @@ class EncodeBatch:
         import torch
 
         self._device = device = _one_device([r.tensor for r in rows])
-        self._kernel = _kernel(backend, device)
+        self._kernel = batch_kernel(backend, device)
         self._rows = rows
         headers = [
             replace(h, radius_exponent=_paper_exponent(r.tensor, h)) if h.coding == c.CODING_PAPER else h
@@ -235,7 +236,7 @@ def encode_bytes(
 
 # -- decode --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Placed:
+class Placed:
     """A stream whose parts lie on a device: its header, and where the parts are."""
 
     header: Header
@@ -243,6 +244,12 @@ class _Placed:
     runs: tuple[tuple[tuple[int, int], tuple[int, int], int], ...]  # (chunks, leads, address of the payload, reckoned)
     exceptions: tuple[np.ndarray, np.ndarray] | None
     keeps: Any  # the tensor that holds the bytes
+
+    @classmethod
+    def whole(cls, header: Header, address: int, keeps: Any, exceptions: tuple[np.ndarray, np.ndarray] | None = None) -> Placed:
+        """All of a stream, side by side from ``address`` on."""
+        run = ((0, header.chunks), (0, header.leading), address + header.payload_start)
+        return cls(header, address, (run,) if header.leading else (), exceptions, keeps)
 
 
 class DecodeBatch:
@@ -263,7 +270,7 @@ class DecodeBatch:
         backend: str = "auto",
     ) -> None:
         device = _one_device(streams)
-        kernel = _kernel(backend, device)
+        kernel = batch_kernel(backend, device)
         damage: list[Damage] = []
         placed = [_lying(stream, tokens, leading, damage) for stream in streams]
         if damage:
@@ -272,7 +279,7 @@ class DecodeBatch:
 
     def _prepare(
         self,
-        placed: list[_Placed],
+        placed: list[Placed],
         device: Any,
         kernel: Any,
         outs: Sequence[Any] | None,
@@ -323,7 +330,7 @@ class DecodeBatch:
         for group in self._groups:
             kernel.prepare("decode", group)
 
-    def _patch(self, out: Any, p: _Placed, tokens: tuple[int, int], leads: tuple[int, int]) -> None:
+    def _patch(self, out: Any, p: Placed, tokens: tuple[int, int], leads: tuple[int, int]) -> None:
         """Note the exact vectors that ``run`` copies over what their rows decode to."""
         import torch
 
@@ -362,7 +369,7 @@ class DecodeBatch:
             raise damage_error(damage)
 
 
-def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None, damage: list[Damage]) -> _Placed:
+def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None, damage: list[Damage]) -> Placed:
     """A stream that lies on the device."""
     import torch
 
@@ -381,7 +388,7 @@ def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int]
     if not runs and leads[0] < leads[1]:
         runs = (((0, 0), leads, address + header.payload_start),)
     exceptions = read_exceptions(source, header, damage) if header.exceptions else None
-    return _Placed(header, address, runs, exceptions, stream)
+    return Placed(header, address, runs, exceptions, stream)
 
 
 class _DeviceSource:
@@ -405,7 +412,7 @@ def _chunks(h: Header, tokens: tuple[int, int]) -> tuple[int, int]:
 
 def _moved(
     source: Source, device: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None, damage: list[Damage]
-) -> _Placed:
+) -> Placed:
     """A stream of the host, of which the parts that are needed are moved to the device."""
     import torch
 
@@ -430,7 +437,7 @@ def _moved(
         runs.append(((0, 0), leads, 0))
     placed = tuple((chunks, part, stream.data_ptr() + place) for chunks, part, place in runs)
     exceptions = read_exceptions(source, h, damage) if h.exceptions else None
-    return _Placed(h, stream.data_ptr(), placed, exceptions, stream)
+    return Placed(h, stream.data_ptr(), placed, exceptions, stream)
 
 
 def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = "auto") -> None:
@@ -441,7 +448,7 @@ def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = 
     import torch
 
     device = _one_device(outs)
-    kernel = _kernel(backend, device)
+    kernel = batch_kernel(backend, device)
     places = np.cumsum([0, *(-(-source.size // _ALIGNMENT) * _ALIGNMENT for source in sources)])
     host = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     rows = host.numpy()
@@ -451,10 +458,9 @@ def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = 
     damage: list[Damage] = []
     placed = []
     for source, at in zip(sources, places, strict=False):
-        h, address = read_header(source), arena.data_ptr() + int(at)
-        run = ((0, h.chunks), (0, h.leading), address + h.payload_start)
+        h = read_header(source)
         exceptions = read_exceptions(source, h, damage) if h.exceptions else None
-        placed.append(_Placed(h, address, (run,) if h.leading else (), exceptions, arena))
+        placed.append(Placed.whole(h, arena.data_ptr() + int(at), arena, exceptions))
     batch = DecodeBatch.__new__(DecodeBatch)
     batch._prepare(placed, device, kernel, outs, None, None, True)
     batch.run()

@@ -22,7 +22,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "typer": {"tools"},
     "rich": {"tools"},
     "fsspec": {"formats/remote.py"},
-    "transformers": {"formats/transformers_cache/"},
+    "transformers": {"formats/transformers_cache/", "formats/offload/encoded_cache.py"},
     "sqlite3": {"formats/store/index.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
     "cuda": {"pqcodec/kernels/gpu_cuda.py"},
@@ -54,6 +54,9 @@ FORMATS_ORDER = [
     "store.blocks store.generation",
     "store.shelf",
     "store.prefix_store store.transfer",
+    "offload.graphs offload.paged offload.pieces offload.pinned",
+    "offload.old_tokens offload.pipeline",
+    "offload.encoded_cache offload.host_pool",
 ]
 
 

@@ -1,0 +1,40 @@
+"""Law: KV caches kept encoded outside the tensors that attention reads, and decoded when they are needed again.
+
+``HostPool`` keeps blocks in host memory, ``encode_blocks`` and ``decode_blocks`` reach the block tables of engines, and
+``EncodedCache`` is a cache of transformers (which is loaded when it is first asked for).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pqcodec.formats.offload.host_pool import Counters, Get, HostPool, Put, Usage
+from pqcodec.formats.offload.paged import LAYOUTS, decode_blocks, encode_blocks, gather_blocks, scatter_blocks
+from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice
+
+if TYPE_CHECKING:
+    from pqcodec.formats.offload.encoded_cache import EncodedCache
+
+__all__ = [
+    "LAYOUTS",
+    "ArenaFull",
+    "Counters",
+    "EncodedCache",
+    "Get",
+    "HostPool",
+    "PinnedArena",
+    "PinnedSlice",
+    "Put",
+    "Usage",
+    "decode_blocks",
+    "encode_blocks",
+    "gather_blocks",
+    "scatter_blocks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "EncodedCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("pqcodec.formats.offload.encoded_cache"), name)

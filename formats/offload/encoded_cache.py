@@ -1,0 +1,350 @@
+"""Law: a cache of transformers whose old tokens are encoded: what a layer's ``update`` keeps, encodes and gives to attention.
+
+A layer is its first tokens and its last ones, both exact, and the tokens between as streams (``old_tokens``). A step decodes
+these into a scratch that all layers of a device share and puts the exact ones beside them, so what ``update`` returns holds
+until the next layer's: the cache is for inference. Layers that are bounded (sliding windows), that hold a recurrence, or whose
+keys other layers read are transformers' own, and exact. Works with transformers 5.20 to 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import cache_utils
+
+from pqcodec.centre import Rope
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats import exact
+from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.offload.old_tokens import Coding, OldTokens, Workshop, checked_place
+from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
+from pqcodec.presets import preset as preset_of
+
+WINDOW = 128  # last tokens that are exact, at least
+CHUNK = 512  # tokens that are encoded at once while a text grows
+_FIRST_ROOM = 64  # tokens
+_ROLES = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of an ``EncodedCache``; raises InvalidArgument."""
+
+    presets: tuple[str, str] = ("pq3", "pq3")
+    place: str = "host"
+    window: int = WINDOW
+    chunk: int = CHUNK
+    exact_tokens: int = EXACT_TOKENS
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        checked_place(self.place)
+        for preset in self.presets:
+            preset_of(preset)
+        for name, least in (("window", 1), ("chunk", 1), ("exact_tokens", 0)):
+            if getattr(self, name) < least:
+                raise InvalidArgument(f"{name} {getattr(self, name)}: at least {least} is expected")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a cache: streams, exact tokens, and what all layers share on the devices."""
+
+    encoded: int
+    exact: int
+    scratch: int
+
+
+class EncodedCache(cache_utils.DynamicCache):
+    """A cache for ``model.generate(..., past_key_values=cache)`` (``cache=`` in newer versions) of a model, or by its config.
+
+    ``place``: where encoded tokens lie, "host" (pinned memory; the next layer's are fetched while a layer computes) or
+    "device". ``preset``: one for all, or one of keys and one of values. The last ``window`` tokens and the first
+    ``exact_tokens`` are exact; a text grows by ``window`` to ``window + chunk`` exact tokens before some are encoded, a long
+    prompt is encoded at once. On a GPU, keys or values that hold NaN or Inf raise NonFiniteInput when they are encoded.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        preset: str | Sequence[str] = "pq3",
+        place: str = "host",
+        window: int = WINDOW,
+        chunk: int = CHUNK,
+        exact_tokens: int = EXACT_TOKENS,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        presets = (preset, preset) if isinstance(preset, str) else tuple(preset)
+        if len(presets) != 2:
+            raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
+        self.options = Options((presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend)
+        config = getattr(model, "config", model)
+        super().__init__(config=config)
+        self._shops: dict[Any, Workshop] = {}
+        lenders = _lenders(config.get_text_config(decoder=True))
+        self.layers = [
+            EncodedLayer(self.options, config, index, self._shops)
+            if type(layer) is cache_utils.DynamicLayer and index not in lenders
+            else layer
+            for index, layer in enumerate(self.layers)
+        ]
+
+    @property
+    def encoded_layers(self) -> list[EncodedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
+
+    @property
+    def memory(self) -> Memory:
+        layers = self.encoded_layers
+        exact_bytes = sum(layer.exact_bytes for layer in layers)
+        others = (layer for layer in self.layers if not isinstance(layer, EncodedLayer))
+        exact_bytes += sum(x.nbytes for layer in others for x in vars(layer).values() if isinstance(x, torch.Tensor))
+        encoded = sum(layer.encoded_bytes for layer in layers)
+        return Memory(encoded, exact_bytes, sum(shop.nbytes for shop in self._shops.values()))
+
+
+def _lenders(config: Any) -> set[int]:
+    """Layers whose keys and values later layers read again: those must outlast the scratch."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        return {index for index, mode in enumerate(modes) if mode == "store"}
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+    return set({kind: index for index, kind in enumerate(kinds[: len(kinds) - shared])}.values()) if shared else set()
+
+
+class Tail:
+    """The exact last tokens of a layer, with room for more."""
+
+    def __init__(self, keys: Any, values: Any) -> None:
+        self.tokens = 0
+        self._both = [_room_of(x, 0) for x in (keys, values)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self._both)
+
+    def read(self) -> tuple[Any, Any]:
+        keys, values = (x[:, :, : self.tokens] for x in self._both)
+        return keys, values
+
+    def append(self, keys: Any, values: Any) -> None:
+        tokens = self.tokens + int(keys.shape[-2])
+        if tokens > self._both[0].shape[-2]:
+            old = self.read()
+            self._both = [_room_of(x, max(_FIRST_ROOM, tokens + tokens // 2)) for x in (keys, values)]
+            for room, x in zip(self._both, old, strict=True):
+                room[:, :, : self.tokens] = x
+        for room, x in zip(self._both, (keys, values), strict=True):
+            room[:, :, self.tokens : tokens] = x
+        self.tokens = tokens
+
+    def replace(self, keys: Any, values: Any) -> None:
+        """Other tokens, of which none is in the tail's own memory."""
+        self.tokens = 0
+        self._both = [_room_of(x, self._both[0].shape[-2]) for x in (keys, values)] if self._outgrown(keys) else self._both
+        self.append(keys, values)
+
+    def _outgrown(self, keys: Any) -> bool:
+        """Whether the memory is of another batch."""
+        return bool(self._both[0].shape[0] != keys.shape[0])
+
+    def cut(self, tokens: int) -> None:
+        self.tokens = min(self.tokens, tokens)
+
+    def select(self, rows: Any) -> None:
+        self._both = [_selected(x, rows) for x in self._both]
+
+
+def _room_of(x: Any, tokens: int) -> Any:
+    """Memory for so many tokens like those of x [sequences, heads, n, head_dim]."""
+    with torch.inference_mode(False):
+        return torch.empty((*x.shape[:2], tokens, x.shape[-1]), dtype=x.dtype, device=x.device)
+
+
+def _selected(x: Any, rows: Any) -> Any:
+    with torch.inference_mode(False), torch.no_grad():
+        return x.index_select(0, rows.to(x.device))
+
+
+class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+    """A layer of full attention."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, options: Options, config: Any, index: int, shops: dict[Any, Workshop]) -> None:
+        super().__init__()
+        self._options, self._config, self._index, self._shops = options, config, index, shops
+        self._sinks: tuple[Any, Any] | None = None  # the exact first tokens, once others are encoded
+        self._old: OldTokens | None = None
+        self._tail: Tail | None = None
+        self._encodes = True
+
+    # -- what transformers calls -----------------------------------------------------------------------------------
+    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self._tail = Tail(key_states, value_states)
+        self._encodes = all(why_exact(tuple(x.shape), exact.dtype_name(x)) is None for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Keep new tokens [sequences, heads, n, head_dim]; all keys and values, until the next layer's update."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise InvalidArgument("an EncodedCache is for inference: call the model under torch.no_grad() or inference_mode()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        with _current(key_states.device):
+            return self._grown(key_states, value_states) if self._has_old else self._begun(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._kept_first + self._encoded + (self._tail.tokens if self._tail else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._sinks = self._tail = None
+        if self._old is not None:
+            self._old.cut(0)
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self._sequences).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        self._select(torch.arange(self._sequences)[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): the tokens to remove are a negative number here, as in DynamicCache")
+        left = max(self.get_seq_length() + tokens_to_remove, 0)
+        if self._tail is None or not tokens_to_remove:
+            return
+        behind = left - self._kept_first - self._encoded
+        self._tail.cut(max(behind, 0))
+        if behind < 0 and self._old is not None and self._sinks is not None:
+            self._old.cut(max(left - self._kept_first, 0))
+            if left <= self._kept_first:
+                self._tail.replace(*(x[:, :, :left] for x in self._sinks))
+                self._sinks = None
+
+    # -- what it does ----------------------------------------------------------------------------------------------
+    @property
+    def encoded_bytes(self) -> int:
+        return self._old.nbytes if self._old else 0
+
+    @property
+    def exact_bytes(self) -> int:
+        return (self._tail.nbytes if self._tail else 0) + sum(x.nbytes for x in self._sinks or ())
+
+    @property
+    def _has_old(self) -> bool:
+        return self._encoded > 0
+
+    @property
+    def _encoded(self) -> int:
+        return self._old.tokens if self._old else 0
+
+    @property
+    def _kept_first(self) -> int:
+        return 0 if self._sinks is None else int(self._sinks[0].shape[-2])
+
+    @property
+    def _sequences(self) -> int:
+        return self._tail.read()[0].shape[0] if self._tail else 0
+
+    def _begun(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """While nothing is encoded, the tail holds all tokens."""
+        tail, options = self._tail, self._options
+        assert tail is not None
+        tokens = tail.tokens + int(keys.shape[-2])
+        if not self._encodes or tokens < options.exact_tokens + options.window + options.chunk:
+            tail.append(keys, values)
+            return tail.read()
+        if tail.tokens:
+            keys, values = (torch.cat(pair, -2) for pair in zip(tail.read(), (keys, values), strict=True))
+        first, last = options.exact_tokens, tokens - options.window
+        self._sinks = _kept(keys, first), _kept(values, first)
+        self._encode(keys[:, :, first:last], values[:, :, first:last])
+        tail.replace(keys[:, :, last:], values[:, :, last:])
+        return keys, values
+
+    def _grown(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Decode, put the exact tokens beside, and encode what the tail has too many of for the next time."""
+        tail, old = self._tail, self._old
+        assert tail is not None
+        assert old is not None
+        assert self._sinks is not None
+        begin, end = self._kept_first, self._kept_first + self._encoded
+        exact_tokens = tail.tokens + int(keys.shape[-2])
+        whole = self._shop(keys).scratch(keys, values, end + exact_tokens)
+        old.decode(*(x[:, :, begin:end] for x in whole))
+        for all_tokens, first, last, new in zip(whole, self._sinks, tail.read(), (keys, values), strict=True):
+            all_tokens[:, :, :begin] = first
+            all_tokens[:, :, end : end + tail.tokens] = last
+            all_tokens[:, :, end + tail.tokens :] = new
+        if exact_tokens < self._options.window + self._options.chunk:
+            tail.append(keys, values)
+        else:
+            last = end + exact_tokens - self._options.window
+            self._encode(*(x[:, :, end:last] for x in whole))
+            tail.replace(*(x[:, :, last:] for x in whole))
+        return whole
+
+    def _encode(self, keys: Any, values: Any) -> None:
+        if self._old is None:
+            presets = dict(zip(_ROLES, self._options.presets, strict=True))
+            ropes = _ropes(self._config, self._index, keys, values)
+            coding = Coding(presets, ropes, self._options.seed, self._options.backend)
+            self._old = self._shop(keys).old_tokens(self._options.place, coding)
+        self._old.append(keys, values)
+
+    def _shop(self, keys: Any) -> Workshop:
+        if keys.device not in self._shops:
+            self._shops[keys.device] = Workshop(keys.device)
+        return self._shops[keys.device]
+
+    def _select(self, rows: Any) -> None:
+        if self._tail is None:
+            return
+        self._tail.select(rows)
+        if self._has_old and self._old is not None and self._sinks is not None:
+            keys, values = (_selected(x, rows) for x in self._sinks)
+            self._sinks = keys, values
+            self._old.select(rows.tolist())
+
+
+def _kept(x: Any, tokens: int) -> Any:
+    """A copy of the first tokens."""
+    room = _room_of(x, tokens)
+    room.copy_(x[:, :, :tokens])
+    return room
+
+
+def _current(device: Any) -> AbstractContextManager[Any]:
+    """Streams and events are those of the tensors' device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _ropes(config: Any, index: int, keys: Any, values: Any) -> dict[str, Rope]:
+    """The RoPE that a layer's keys (values, of a latent cache) went through, as the first sequence's two first heads tell."""
+    nothing = tc.LayerState("DummyLayer", {}, {})
+    layer = tc.LayerState("DynamicLayer", {"keys": keys[:1, :2], "values": values[:1, :2]}, {})
+    state = tc.CacheState("DynamicCache", {"": [*[nothing] * index, layer]})
+    turned = tc.ropes(config, state, tc.pairings(config, state))
+    return {name.rpartition(".")[2]: rope for name, rope in turned.items()}

@@ -1,0 +1,586 @@
+"""Law: encoded blocks in a bounded pool of pinned host memory: who has room, who goes when it is full, and who waits for whom.
+
+How tensors become pieces is ``pieces``' business, how these travel ``pipeline``'s. A block's memory is given to others only
+when no copy reads or writes it any more; a block that is put in another's place takes it when all of it has arrived.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Condition
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pqcodec import arrays
+from pqcodec.centre import Rope
+from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
+from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
+from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice, aligned
+from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
+from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
+from pqcodec.kernels import ON_DEVICE
+from pqcodec.kernels import backend as backend_of
+
+PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
+
+
+@dataclass
+class Counters:
+    """How often; of blocks."""
+
+    puts: int = 0
+    hits: int = 0
+    misses: int = 0
+    prefetches: int = 0
+    evicted: int = 0  # dropped to make room
+    spilled: int = 0  # moved to disk to make room
+    reloaded: int = 0  # read from disk again
+    failed: int = 0  # puts and gets that raised
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a pool holds now. Bytes; ``logical_bytes``: of the tensors that the blocks decode to."""
+
+    capacity_bytes: int
+    used_bytes: int
+    blocks: int
+    blocks_on_disk: int
+    disk_bytes: int
+    logical_bytes: int
+
+
+@dataclass
+class _Block:
+    key: Hashable
+    layout: Layout
+    single: bool  # one tensor was put, not a list
+    slices: list[PinnedSlice] | None = None
+    path: Path | None = None  # of its bytes on disk
+    put: Transfer | None = None  # until it is known to be sound
+    before: _Block | None = None  # what it replaces, until then
+    users: int = 0  # calls that need it where it is
+    reads: list[Transfer] = field(default_factory=list)
+    staged: list[Any] | None = None  # its pieces on the device
+
+    @property
+    def hosts(self) -> list[Any]:
+        return [part.tensor for part in self.slices or ()]
+
+
+class Put:
+    """A block on its way into a pool."""
+
+    def __init__(self, pool: HostPool, block: _Block, displaced: list[tuple[Hashable, str]]) -> None:
+        self._pool, self._block, self._transfer = pool, block, block.put or Transfer()
+        self.displaced = displaced  # (key, "evicted" or "spilled") of what made room
+        self.nbytes = block.layout.nbytes
+
+    def done(self) -> bool:
+        """Whether all of it has arrived; waits for nothing."""
+        return self._transfer.done()
+
+    def read(self, stream: Any) -> None:
+        """Make a stream of the GPU wait until the tensors have been read: what comes after may write into them."""
+        if self._transfer.coded:
+            stream.wait_event(self._transfer.coded[-1])
+
+    def wait(self) -> None:
+        """Until it has arrived; raises NonFiniteInput if a tensor held NaN or Inf: the pool keeps what it had."""
+        self._transfer.wait()
+        self._pool._settle(self._block)
+        if not self._transfer.sound():
+            raise NonFiniteInput(
+                f"block {self._block.key!r}: a tensor held NaN or Inf when it was encoded, the block is not kept; "
+                "mend the tensors, or keep them elsewhere"
+            )
+
+
+class Get:
+    """Tensors on their way out of a pool; work of the stream that was current sees them filled."""
+
+    def __init__(self, key: Hashable, tensors: list[Any], single: bool, transfer: Transfer) -> None:
+        self._key, self._tensors, self._single, self._transfer = key, tensors, single, transfer
+
+    @property
+    def tensors(self) -> Any:
+        return self._tensors[0] if self._single else self._tensors
+
+    def done(self) -> bool:
+        return self._transfer.done()
+
+    def wait(self) -> Any:
+        """The tensors, checked; raises CorruptStream if a checksum did not hold."""
+        self._transfer.wait()
+        if not self._transfer.sound():
+            raise CorruptStream(f"block {self._key!r}: a checksum does not hold, the host memory was overwritten; put it again")
+        return self.tensors
+
+
+class HostPool:
+    """Encoded blocks by key, in ``capacity_bytes`` of host memory; a context manager, usable by many threads at once.
+
+    A block is one tensor [..., tokens, head_dim] or a list of them, encoded where it lies (``device``: that of its tensors;
+    None: CUDA where torch finds it), copied to the host beside whatever else the GPU does, and decoded again into the
+    caller's tensors. A full pool spills the blocks that were used longest ago to files in the folder ``spill`` or, without
+    one, evicts them (``on_displaced`` is told key and "spilled" or "evicted"). The files go when the pool is closed.
+    ``piece_bytes``: of tensors, what one step of the pipeline moves; two steps in each direction lie encoded on the GPU.
+    Beside products that fill the GPU one step is coded between two of them: small steps slow them less, large ones move more.
+
+    >>> import torch
+    >>> with HostPool(1 << 20, device="cpu") as pool:
+    ...     put = pool.put("layer 0", [torch.ones(2, 64, 64), torch.ones(2, 64, 64)], wait=True)
+    ...     keys, values = pool.get("layer 0")
+    ...     keys.shape, pool.usage().blocks, pool.get("layer 1")
+    (torch.Size([2, 64, 64]), 1, None)
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        device: Any = None,
+        preset: str = "pq3",
+        spill: str | os.PathLike[str] | None = None,
+        backend: str = "auto",
+        piece_bytes: int = PIECE_BYTES,
+        on_displaced: Callable[[Hashable, str], None] | None = None,
+    ) -> None:
+        import torch
+
+        if piece_bytes < 1:
+            raise InvalidArgument(f"piece_bytes {piece_bytes}: 1 and more are possible")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.empty(0, device=device).device  # "cuda:0" of "cuda"
+        kernel = backend_of(backend, self.device.type)
+        self.preset, self._piece_bytes, self._told = preset, piece_bytes, on_displaced
+        self._lanes: DevicePipeline | HostPipeline
+        if kernel.name in ON_DEVICE:
+            kernel.check_device(self.device)
+            self._lanes = DevicePipeline(self.device, kernel.name)
+        else:
+            self._lanes = HostPipeline(kernel.name)
+        self._folder = Path(spill) if spill is not None else None
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda")
+        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()  # the one used longest ago is the first
+        self._leaving: list[_Block] = []  # blocks that are gone, but are still being read or written
+        self._changed = Condition()
+        self.counters = Counters()
+        self._closed = False
+
+    def __enter__(self) -> HostPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way, and drop everything, the files too."""
+        with self._changed:
+            self._closed = True
+            while any(block.users for block in self._blocks.values()):
+                self._changed.wait()
+            for key in list(self._blocks):
+                self._forget(key)
+            self._reclaim(wait=True)
+        self._lanes.close()
+
+    # -- in ------------------------------------------------------------------------------------------------------
+    def put(
+        self,
+        key: Hashable,
+        tensors: Any,
+        *,
+        preset: str | Sequence[str] | None = None,
+        center: str | Sequence[str | None] | None = None,
+        rope: Rope | Sequence[Rope | None] | None = None,
+        exact_tokens: int = 0,
+        wait: bool = False,
+    ) -> Put:
+        """Encode a tensor or a list of them and keep the block under ``key``, in place of what was there.
+
+        The options are those of ``pqcodec.encode``, one for all tensors or one each. Without ``wait`` this returns when all is
+        told to the GPU: until then the tensors must not be written (``Put.read`` makes a stream wait for that).
+        Raises InvalidArgument, also for a block larger than the pool; NonFiniteInput with ``wait``; OSError of a spill. After
+        an error the pool holds what it held, but for blocks that made room.
+        """
+        single = arrays.is_torch(tensors)
+        given = [tensors] if single else list(tensors)
+        codings = self._codings(len(given), preset, center, rope, exact_tokens)
+        self._check_given(given)
+        block = _Block(key, layout_of(given, codings, self._piece_bytes), single)
+        displaced: list[tuple[Hashable, str]] = []
+        transfer = Transfer()
+        try:
+            block.slices = self._room(block, displaced)
+            self._lanes.begin(given)
+            for piece, host in zip(block.layout.pieces, block.hosts, strict=True):
+                self._lanes.encode(piece, given, host, transfer)
+            self._lanes.end(given, transfer, filled=False)
+        except BaseException:
+            with self._changed:
+                self.counters.failed += 1
+            self._give_back(block)
+            raise
+        block.put = transfer
+        with self._changed:
+            if self._closed:
+                self._leave(block)
+                raise InvalidArgument("the pool is closed; put blocks before that")
+            self.counters.puts += 1
+            block.before = self._blocks.pop(key, None)
+            self._blocks[key] = block
+        handle = Put(self, block, displaced)
+        if wait:
+            handle.wait()
+        return handle
+
+    def _codings(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[Coding]:
+        presets = _each("preset", self.preset if preset is None else preset, count, str)
+        centers = _each("center", center, count, (str, type(None)))
+        ropes = _each("rope", rope, count, (Rope, type(None)))
+        return [Coding(*three, exact_tokens) for three in zip(presets, centers, ropes, strict=True)]
+
+    def _check_given(self, tensors: Sequence[Any]) -> None:
+        if self._closed:
+            raise InvalidArgument("the pool is closed; make a new one")
+        for number, x in enumerate(tensors):
+            if not arrays.is_torch(x):
+                raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
+            if x.device != self.device:
+                raise InvalidArgument(f"tensor {number} lies on {x.device}, this pool's are on {self.device}; move it there")
+
+    # -- out -----------------------------------------------------------------------------------------------------
+    def get(self, key: Hashable, out: Any = None) -> Any:
+        """The tensors of a block, new ones or ``out`` filled, checked; None where there is no such block. Waits.
+
+        Raises InvalidArgument, CorruptStream (``out`` is undefined then) and OSError of a block on disk.
+        """
+        found = self.fetch(key, out)
+        if found is None:
+            return None
+        try:
+            return found.wait()
+        except CorruptStream:
+            with self._changed:
+                self.counters.failed += 1
+            raise
+
+    def fetch(self, key: Hashable, out: Any = None) -> Get | None:
+        """As ``get``, but waits for nothing that is in memory already: ``Get.wait`` does, and checks."""
+        block = self._use(key)
+        if block is None:
+            return None
+        try:
+            outs = self._outs(block, out)
+            hosts = self._in_memory(block)
+            transfer = Transfer()
+            try:
+                self._lanes.begin(outs)
+                for piece, host in zip(block.layout.pieces, hosts, strict=True):
+                    self._lanes.decode(piece, host, outs, transfer)
+                self._lanes.end(outs, transfer, filled=True)
+            except BaseException:
+                self._lanes.drain()
+                raise
+            with self._changed:
+                block.reads = [*(read for read in block.reads if not read.done()), transfer]
+            return Get(key, outs, block.single, transfer)
+        except BaseException:
+            with self._changed:
+                self.counters.failed += 1
+            raise
+        finally:
+            self._used(block)
+
+    def prefetch(self, key: Hashable) -> bool:
+        """Bring a block nearer: from disk to memory, and its encoded bytes to the GPU; False where there is no such block.
+
+        The next ``get`` or ``fetch`` uses them up.
+        """
+        block = self._use(key, count=False)
+        if block is None:
+            return False
+        try:
+            hosts = self._in_memory(block)
+            staged = [self._lanes.moved(host) for host in hosts]
+            with self._changed:
+                self.counters.prefetches += 1
+                block.staged = staged if staged and staged[0] is not None else None
+        finally:
+            self._used(block)
+        return True
+
+    def _outs(self, block: _Block, out: Any) -> list[Any]:
+        if out is None:
+            return block.layout.new_tensors(self.device)
+        outs = [out] if block.single else list(out)
+        self._check_given(outs)
+        expected = block.layout
+        if len(outs) != len(expected.shapes):
+            raise InvalidArgument(f"out: {len(outs)} tensors are given, block {block.key!r} holds {len(expected.shapes)}")
+        seen = set()
+        for number, (x, shape, dtype) in enumerate(zip(outs, expected.shapes, expected.dtypes, strict=True)):
+            kind = (x.shape, x.stride(), x.dtype, shape, dtype)
+            if kind in seen:
+                continue
+            seen.add(kind)
+            if not arrays.fits(x, shape, dtype):
+                raise InvalidArgument(f"out {number} has strides {x.stride()}; its last dimension must be contiguous")
+        return outs
+
+    def _use(self, key: Hashable, count: bool = True) -> _Block | None:
+        """The block of a key, sound, and kept where it is until ``_used``."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    raise InvalidArgument("the pool is closed; make a new one")
+                block = self._blocks.get(key)
+                if block is None:
+                    self.counters.misses += count
+                    return None
+                if block.put is None:
+                    self._blocks.move_to_end(key)
+                    self.counters.hits += count
+                    block.users += 1
+                    return block
+            self._settle(block)
+
+    def _used(self, block: _Block) -> None:
+        with self._changed:
+            block.users -= 1
+            self._changed.notify_all()
+
+    # -- upkeep --------------------------------------------------------------------------------------------------
+    def drop(self, key: Hashable) -> bool:
+        """Forget a block; False where there is none. Transfers under way end well."""
+        with self._changed:
+            return self._forget(key)
+
+    def __contains__(self, key: Hashable) -> bool:
+        with self._changed:
+            return key in self._blocks
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._blocks)
+
+    def usage(self) -> Usage:
+        with self._changed:
+            self._reclaim()
+            on_disk = [block for block in self._blocks.values() if block.slices is None]
+            written = [block.path for block in self._blocks.values() if block.path is not None]
+            return Usage(
+                self._arena.capacity_bytes,
+                self._arena.used_bytes,
+                len(self._blocks),
+                len(on_disk),
+                sum(path.stat().st_size for path in written),
+                sum(block.layout.logical_bytes for block in self._blocks.values()),
+            )
+
+    def _settle(self, block: _Block) -> None:
+        """Wait for a put; what it replaced goes, or comes back if it is not sound."""
+        put = block.put
+        if put is None:
+            return
+        put.wait()
+        with self._changed:
+            if block.put is None:
+                return
+            block.put, before, block.before = None, block.before, None
+            if put.sound():
+                self._leave(before)
+            elif self._blocks.get(block.key) is block:
+                del self._blocks[block.key]
+                if before is not None:
+                    self._blocks[block.key] = before
+                self._leave(block)
+                self.counters.failed += 1
+            self._changed.notify_all()
+
+    def _forget(self, key: Hashable) -> bool:
+        """``drop``, with the lock held."""
+        block = self._blocks.pop(key, None)
+        self._leave(block)
+        return block is not None
+
+    def _leave(self, block: _Block | None) -> None:
+        """A block is gone, with all that it had replaced; memory and files follow when nobody needs them. The lock is held."""
+        while block is not None:
+            self._leaving.append(block)
+            before, block.before = block.before, None
+            block = before
+        self._reclaim()
+        self._changed.notify_all()
+
+    def _reclaim(self, wait: bool = False) -> bool:
+        """Take the memory of blocks back that are gone; whether any came. The lock is held."""
+        kept, freed = [], False
+        for block in self._leaving:
+            transfers = [*block.reads, *([block.put] if block.put else [])]
+            if block.users == 0 and wait:
+                for transfer in transfers:
+                    transfer.wait()
+            if block.users or not all(transfer.done() for transfer in transfers):
+                kept.append(block)
+                continue
+            for part in block.slices or ():
+                part.free()
+            if block.path is not None:
+                block.path.unlink(missing_ok=True)
+            block.slices, block.path, block.staged, freed = None, None, None, True
+        self._leaving = kept
+        return freed
+
+    def _give_back(self, block: _Block) -> None:
+        """The memory of a block that did not come to be."""
+        with suppress(Exception):  # the first error is the one that is told
+            self._lanes.drain()
+        for part in block.slices or ():
+            part.free()
+        with self._changed:
+            self._changed.notify_all()
+
+    # -- room ----------------------------------------------------------------------------------------------------
+    def _room(self, block: _Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice]:
+        """Memory for all pieces of a block; others make room for it."""
+        sizes = [piece.nbytes for piece in block.layout.pieces]
+        needed = sum(map(aligned, sizes))
+        if needed > self._arena.capacity_bytes:
+            raise InvalidArgument(
+                f"block {block.key!r} takes {needed} bytes, the pool has {self._arena.capacity_bytes} in all; "
+                "put fewer tensors under one key, or make the pool larger"
+            )
+        while True:
+            with self._changed:
+                self._reclaim()
+                slices = self._allocated(sizes)
+                if slices is not None:
+                    return slices
+                if self._reclaim(wait=True):
+                    continue
+                coldest = self._coldest()
+                if coldest is None:
+                    self._changed.wait(0.05)  # all blocks are in use; a little later one is not
+                    continue
+                coldest.users += 1
+            try:
+                self._make_way(coldest, displaced)
+            finally:
+                self._used(coldest)
+
+    def _allocated(self, sizes: Sequence[int]) -> list[PinnedSlice] | None:
+        slices: list[PinnedSlice] = []
+        try:
+            for size in sizes:
+                slices.append(self._arena.allocate(size))
+        except ArenaFull:
+            for part in slices:
+                part.free()
+            return None
+        return slices
+
+    def _coldest(self) -> _Block | None:
+        """The next block to make way: one that has replaced another, or else the one used longest ago."""
+        there = [block for block in self._blocks.values() if block.slices is not None and not block.users]
+        return next((block for block in there if block.before is not None), there[0] if there else None)
+
+    def _make_way(self, block: _Block, displaced: list[tuple[Hashable, str]]) -> None:
+        """Spill or evict a block, which the caller uses; or let go what it has replaced."""
+        replaced = block.before is not None
+        self._settle(block)
+        if replaced:
+            return
+        if self._folder is not None and block.path is None and self._blocks.get(block.key) is block:
+            path = self._folder / f"{uuid.uuid4().hex}.pqkv"
+            _write(path, block)
+            block.path = path
+        with self._changed:
+            if self._blocks.get(block.key) is not block or block.users > 1 or block.slices is None:
+                return  # it was dropped, replaced, or is wanted again
+            for read in block.reads:
+                read.wait()
+            what = "evicted" if self._folder is None else "spilled"
+            if what == "evicted":
+                del self._blocks[block.key]
+            for part in block.slices:
+                part.free()
+            block.slices, block.staged, block.reads = None, None, []
+            setattr(self.counters, what, getattr(self.counters, what) + 1)
+            displaced.append((block.key, what))
+        if self._told is not None:
+            self._told(block.key, what)
+
+    def _in_memory(self, block: _Block) -> list[Any]:
+        """Where a block's pieces are: on the device if they were fetched, or in host memory, read from disk if need be."""
+        with self._changed:
+            staged, block.staged = block.staged, None
+            if staged is not None:
+                return staged
+            if block.slices is not None:
+                return block.hosts
+        slices = self._room(block, [])
+        try:
+            assert block.path is not None
+            _read(block.path, block, slices)
+        except BaseException:
+            for part in slices:
+                part.free()
+            raise
+        with self._changed:
+            if block.slices is None:
+                block.slices = slices
+                self.counters.reloaded += 1
+            else:  # another thread was quicker
+                for part in slices:
+                    part.free()
+            return block.hosts
+
+
+def _each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:
+    """``value`` for each tensor: the same for all, or one each."""
+    if isinstance(value, one):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise InvalidArgument(f"{name}: {len(values)} are given for {count} tensors; give one for all, or one each")
+    return values
+
+
+# -- disk ----------------------------------------------------------------------------------------------------------
+def _write(path: Path, block: _Block) -> None:
+    """A block's streams as a .pqkv file; raises OSError."""
+    number = 0
+    with PQKVWriter(path, {"key": repr(block.key)}) as writer:
+        for piece, host in zip(block.layout.pieces, block.hosts, strict=True):
+            rows = host.numpy()
+            for part in piece.parts:
+                stream = rows[part.place : part.place + part.header.stream_bytes]
+                writer.add_stream(str(number), stream)
+                number += 1
+
+
+def _read(path: Path, block: _Block, slices: Sequence[PinnedSlice]) -> None:
+    """A file's streams into memory; raises OSError and CorruptStream."""
+    number = 0
+    with PQKVFile(path) as file:
+        for piece, host in zip(block.layout.pieces, slices, strict=True):
+            rows = host.tensor.numpy()
+            for part in piece.parts:
+                source = file.stream(str(number))
+                if source.size != part.header.stream_bytes:
+                    raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {part.header.stream_bytes}")
+                rows[part.place : part.place + source.size] = np.asarray(source.read(0, source.size))
+                number += 1

@@ -1,0 +1,151 @@
+"""Law: how a block of tensors becomes pieces: streams that are encoded together, lie together and are copied at once.
+
+A piece is as much as one step of the pipeline moves; a tensor larger than that becomes several streams, along its first
+dimension. All follows from shapes, dtypes and options: tensors of the same kind have the same pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import count, pairwise
+from typing import Any
+
+from pqcodec import arrays
+from pqcodec import constants as c
+from pqcodec.centre import Rope
+from pqcodec.errors import InvalidArgument
+from pqcodec.header import DTYPE_NAMES, Header
+from pqcodec.stream import make_header
+
+_NUMBERS = count()
+STREAM_ALIGNMENT = 16  # bytes between the beginnings of a piece's streams
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How one tensor is encoded: the options of ``pqcodec.encode``."""
+
+    preset: str = "pq3"
+    center: str | None = None
+    rope: Rope | None = None
+    exact_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rope is not None and not isinstance(self.rope.frequencies, Hashable):
+            object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies or ())))
+
+    def header(self, shape: tuple[int, ...], dtype: int) -> Header:
+        options = (self.preset, 0, self.center, self.rope, self.exact_tokens, c.DEFAULT_CHUNK_TOKENS, False)
+        header = make_header(shape, dtype, *options)
+        if header.coding == c.CODING_PAPER:
+            raise InvalidArgument(f"preset {self.preset!r} looks at the numbers before it encodes: a pool takes the others")
+        return header
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream: rows ``first`` to ``last - 1`` of a tensor's first dimension (all of it: 0, -1); its place in the piece."""
+
+    tensor: int
+    first: int
+    last: int
+    header: Header
+    place: int
+    coding: Coding
+
+    def of(self, x: Any) -> Any:
+        """The part of a tensor."""
+        return x if self.last < 0 else x[self.first : self.last]
+
+
+@dataclass(frozen=True)
+class Piece:
+    parts: tuple[Part, ...]
+    nbytes: int
+
+    @cached_property
+    def kind(self) -> int:
+        """Pieces of one kind hold the same streams in the same places, of whichever tensors."""
+        return _kind_number(tuple((part.header, part.place) for part in self.parts))
+
+    def views(self, tensors: Sequence[Any]) -> list[Any]:
+        return [part.of(tensors[part.tensor]) for part in self.parts]
+
+
+@lru_cache(maxsize=1024)
+def _kind_number(streams: tuple[tuple[Header, int], ...]) -> int:
+    """A number that no other streams have."""
+    return next(_NUMBERS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a block's tensors are, and the pieces they make."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all streams."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @cached_property
+    def logical_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(_bytes(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+    def new_tensors(self, device: Any) -> list[Any]:
+        import torch
+
+        kinds = [getattr(torch, DTYPE_NAMES[dtype]) for dtype in self.dtypes]
+        return [torch.empty(shape, dtype=kind, device=device) for shape, kind in zip(self.shapes, kinds, strict=True)]
+
+
+def _bytes(shape: tuple[int, ...], dtype: int) -> int:
+    size = c.ITEM_BYTES[dtype]
+    for n in shape:
+        size *= n
+    return size
+
+
+def layout_of(tensors: Sequence[Any], codings: Sequence[Coding], piece_bytes: int) -> Layout:
+    """The layout of tensors [..., tokens, head_dim], cut where ``piece_bytes`` of them are full; raises InvalidArgument."""
+    kinds: dict[Any, int] = {}
+    for x in tensors:
+        if (x.shape, x.dtype) not in kinds:
+            kinds[x.shape, x.dtype] = arrays.view(x).dtype  # checks both
+    told = tuple((tuple(x.shape), kinds[x.shape, x.dtype]) for x in tensors)
+    return _layout(told, tuple(codings), piece_bytes)
+
+
+@lru_cache(maxsize=256)
+def _layout(kinds: tuple[tuple[tuple[int, ...], int], ...], codings: tuple[Coding, ...], piece_bytes: int) -> Layout:
+    shapes, dtypes = tuple(shape for shape, _ in kinds), tuple(dtype for _, dtype in kinds)
+    headers = lru_cache(Coding.header)  # tensors of a kind share one
+    pieces: list[Piece] = []
+    parts: list[Part] = []
+    filled = place = 0
+    for number, (shape, dtype, coding) in enumerate(zip(shapes, dtypes, codings, strict=True)):
+        for first, last in _cuts(shape, dtype, piece_bytes):
+            own = shape if last < 0 else (last - first, *shape[1:])
+            size = _bytes(own, dtype)
+            if parts and filled + size > piece_bytes:
+                pieces.append(Piece(tuple(parts), place))
+                parts, filled, place = [], 0, 0
+            header = headers(coding, own, dtype)
+            parts.append(Part(number, first, last, header, place, coding))
+            filled, place = filled + size, place + -(-header.stream_bytes // STREAM_ALIGNMENT) * STREAM_ALIGNMENT
+    return Layout(shapes, dtypes, (*pieces, Piece(tuple(parts), place)) if parts else tuple(pieces))
+
+
+def _cuts(shape: tuple[int, ...], dtype: int, piece_bytes: int) -> list[tuple[int, int]]:
+    """Runs of a tensor's first dimension, of equal size as nearly as may be."""
+    size = _bytes(shape, dtype)
+    if size <= piece_bytes or len(shape) < 3 or shape[0] < 2:
+        return [(0, -1)]
+    runs = min(-(-size // piece_bytes), shape[0])
+    return list(pairwise(shape[0] * i // runs for i in range(runs + 1)))

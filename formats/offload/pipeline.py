@@ -1,0 +1,308 @@
+"""Law: how a piece gets from tensors to host memory and back: encode, copy, decode, each on its own stream, with events.
+
+Nothing here waits for a device as a whole. ``DevicePipeline`` works on a GPU: tables and buffers of a kind of piece are
+prepared once, two of each (``SLOTS``), so that one piece is coded while another is copied; a run only tells the kernels where
+this time's tensors lie. ``HostPipeline`` codes on the CPU, at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from pqcodec import codec
+from pqcodec.arrays import device_rows
+from pqcodec.batch import DecodeBatch, EncodeBatch, Placed, batch_kernel
+from pqcodec.formats.offload.graphs import Replayed
+from pqcodec.formats.offload.pieces import Piece
+from pqcodec.kernels.device import Group, kind_of
+
+SLOTS = 2
+KINDS = 8  # of pieces in each direction, whose tables are kept
+_ALIGNED = 16  # bytes: what is coded by which kernel depends on an address modulo this
+
+
+@dataclass
+class Transfer:
+    """Pieces under way: events that tell when they have arrived, and what the kernels found (numbers that should be 0)."""
+
+    events: list[Any] = field(default_factory=list)
+    flags: list[Any] = field(default_factory=list)
+    coded: list[Any] = field(default_factory=list)  # events: the caller's tensors were read, or filled
+
+    def done(self) -> bool:
+        return all(event.query() for event in self.events)
+
+    def wait(self) -> None:
+        """Until every piece has arrived."""
+        for event in self.events:
+            event.synchronize()
+
+    def sound(self) -> bool:
+        """Whether the kernels found nothing wrong; after ``wait``."""
+        return not any(bool(flag.any()) for flag in self.flags)
+
+
+# -- the CPU -------------------------------------------------------------------------------------------------------
+class HostPipeline:
+    """Tensors of the CPU: encoded and decoded before a call returns."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def begin(self, tensors: Sequence[Any]) -> None:
+        """Tensors of the caller are about to be coded."""
+
+    def end(self, tensors: Sequence[Any], transfer: Transfer, filled: bool) -> None:
+        """They have all been told of; ``filled``: the caller's own work waits for them."""
+
+    def encode(self, piece: Piece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
+        """A piece of ``tensors`` into ``host``, uint8 [piece.nbytes]."""
+        rows = host.numpy()
+        for part, x in zip(piece.parts, piece.views(tensors), strict=True):
+            how = part.coding
+            options: dict[str, Any] = {"center": how.center, "rope": how.rope, "exact_tokens": how.exact_tokens}
+            stream = codec.encode(x, preset=how.preset, backend=self._backend, **options)
+            rows[part.place : part.place + len(stream)] = np.frombuffer(stream, np.uint8)
+
+    def decode(self, piece: Piece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
+        """``host`` into a piece of ``outs``."""
+        rows = host.numpy()
+        for part, out in zip(piece.parts, piece.views(outs), strict=True):
+            codec.decode(rows[part.place : part.place + part.header.stream_bytes], out=out, backend=self._backend)
+
+    def moved(self, host: Any) -> Any:
+        """A copy of ``host`` on the device, under way; None: there is no device."""
+        return None
+
+    def drain(self) -> None:
+        """Wait for what is under way."""
+
+    def close(self) -> None:
+        """Give up what is prepared."""
+
+
+# -- a GPU ---------------------------------------------------------------------------------------------------------
+class _Addresses:
+    """The addresses of a batch's rows, which are told anew before each run: int64, for each of the batch's groups."""
+
+    def __init__(self, groups: Sequence[Group], piece: Piece, views: Sequence[Any], device: Any) -> None:
+        kinds: dict[Any, list[int]] = {}
+        for number, part in enumerate(piece.parts):
+            kinds.setdefault(kind_of(part.header), []).append(number)
+        self._device = device
+        self._told: list[int] = [x.data_ptr() for x in views]
+        self._groups = []
+        for group, numbers in zip(groups, kinds.values(), strict=True):
+            starts = [device_rows(views[n]).starts - views[n].data_ptr() for n in numbers]
+            self._groups.append((group, np.concatenate(starts), np.repeat(numbers, [len(s) for s in starts])))
+
+    def tell(self, views: Sequence[Any]) -> None:
+        """Copy the addresses of ``views`` to the device on the current stream, if they are others than last time's."""
+        import torch
+
+        addresses = [x.data_ptr() for x in views]
+        if addresses == self._told:
+            return
+        now = np.array(addresses, np.int64)
+        for group, starts, numbers in self._groups:
+            rows = torch.from_numpy(starts + now[numbers])
+            if self._device.type == "cuda":
+                rows = rows.pin_memory()
+            group.starts.copy_(rows, non_blocking=True)
+        self._told = addresses
+
+
+class _Encoder(EncodeBatch):
+    """A batch whose tensors are others at each run, of the same shapes, strides and alignment."""
+
+    def __init__(self, piece: Piece, views: Sequence[Any], device: Any, backend: str) -> None:
+        import torch
+
+        self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
+        self._rows = []  # the tensors are not kept
+        self._addresses = _Addresses(self._groups, piece, views, device)
+        self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
+        self.code = Replayed(self.run, device, plain=1)
+        self.free: Any = None  # event: the arena has been copied
+
+    def tell(self, views: Sequence[Any]) -> None:
+        self._addresses.tell(views)
+
+    def flags(self) -> list[Any]:
+        return [group.span_flags for group in self._groups]
+
+
+class _Decoder(DecodeBatch):
+    """A batch with a buffer for its streams; its outs are others at each run, of the same shapes, strides and alignment."""
+
+    def __init__(self, piece: Piece, views: Sequence[Any], device: Any, backend: str) -> None:
+        import torch
+
+        self.buffer = torch.empty(piece.nbytes, dtype=torch.uint8, device=device)
+        places = ((part.header, self.buffer.data_ptr() + part.place) for part in piece.parts)
+        placed = [Placed.whole(header, address, self.buffer) for header, address in places]
+        self._prepare(placed, device, batch_kernel(backend, device), list(views), None, None, True)
+        self.outs = []
+        self._addresses = _Addresses(self._groups, piece, views, device)
+        self.code = Replayed(self.run, device, plain=1)
+        self.free: Any = None  # event: the buffer has been decoded
+
+    def tell(self, views: Sequence[Any]) -> None:
+        self._addresses.tell(views)
+
+    def flags(self) -> list[Any]:
+        return [flags for group in self._groups for flags in (group.block_flags, group.side_flags)]
+
+
+class _Slots:
+    """Batches of each kind of piece, in turn; the kinds that were used longest ago are given up."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._kinds: OrderedDict[Any, list[Any]] = OrderedDict()
+
+    def next(self, piece: Piece, views: Sequence[Any]) -> Any:
+        places = tuple((x.stride(), x.data_ptr() % _ALIGNED) for x in views)
+        kind = (piece.kind, places)
+        found = self._kinds.pop(kind, [])
+        if len(found) < SLOTS:
+            found.append(self._make(piece, views))
+        else:
+            found.append(found.pop(0))
+        self._kinds[kind] = found
+        while len(self._kinds) > KINDS:
+            for batch in self._kinds.popitem(last=False)[1]:
+                if batch.free is not None:
+                    batch.free.synchronize()
+        return found[-1]
+
+    def close(self) -> None:
+        for batches in self._kinds.values():
+            for batch in batches:
+                if batch.free is not None:
+                    batch.free.synchronize()
+        self._kinds.clear()
+
+
+class DevicePipeline:
+    """Tensors of one GPU (or of the CPU, where the kernels run in Triton's interpreter).
+
+    Kernels run on streams of the lowest priority: a caller's stream of -1 goes first.
+    """
+
+    def __init__(self, device: Any, backend: str) -> None:
+        import torch
+
+        self._device, self._lock = device, RLock()
+        gpu = device.type == "cuda"
+        names = ("encode", "leave", "arrive", "decode")
+        self._streams: dict[str, Any] = {name: torch.cuda.Stream(device) if gpu else None for name in names}
+        self._encoders = _Slots(lambda piece, views: _Encoder(piece, views, device, backend))
+        self._decoders = _Slots(lambda piece, views: _Decoder(piece, views, device, backend))
+
+    def begin(self, tensors: Sequence[Any]) -> None:
+        """What the caller's current stream has to do comes before what is told next."""
+        if self._device.type != "cuda":
+            return
+        import torch
+
+        before = torch.cuda.current_stream(self._device).record_event()
+        with self._lock:
+            for name in ("encode", "decode"):
+                self._streams[name].wait_event(before)
+
+    def end(self, tensors: Sequence[Any], transfer: Transfer, filled: bool) -> None:
+        """The memory of the tensors is not given to others too early; a caller's stream waits for tensors that are filled."""
+        if self._device.type != "cuda":
+            return
+        import torch
+
+        for x in tensors:
+            x.record_stream(self._streams["decode" if filled else "encode"])
+        if filled and transfer.coded:
+            torch.cuda.current_stream(self._device).wait_event(transfer.coded[-1])
+
+    def encode(self, piece: Piece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
+        views = piece.views(tensors)
+        with self._lock:
+            with self._on("encode"):
+                batch = self._encoders.next(piece, views)
+                self._wait("encode", batch.free)
+                batch.tell(views)
+                batch.code()
+                encoded = self._event("encode")
+            with self._on("leave"):
+                self._wait("leave", encoded)
+                host.copy_(batch.arena, non_blocking=True)
+                transfer.flags += map(self._fetched, batch.flags())
+                batch.free = self._event("leave")
+        self._note(transfer, encoded, batch.free)
+
+    def decode(self, piece: Piece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
+        views = piece.views(outs)
+        with self._lock:
+            with self._on("arrive"):
+                batch = self._decoders.next(piece, views)
+                self._wait("arrive", batch.free)
+                batch.tell(views)
+                batch.buffer.copy_(host, non_blocking=True)
+                arrived = self._event("arrive")
+            with self._on("decode"):
+                self._wait("decode", arrived)
+                batch.code()
+                decoded = self._event("decode")
+                transfer.flags += map(self._fetched, batch.flags())
+                batch.free = self._event("decode")
+        self._note(transfer, decoded, batch.free)
+
+    def moved(self, host: Any) -> Any:
+        """A copy of ``host`` on the device, under way on the stream that ``decode`` copies on."""
+        with self._lock, self._on("arrive"):
+            return host.to(self._device, non_blocking=True)
+
+    def drain(self) -> None:
+        """Wait for what is under way on the streams of this pipeline, of which a transfer that failed may not tell."""
+        for stream in self._streams.values():
+            if stream is not None:
+                stream.synchronize()
+
+    def close(self) -> None:
+        """Wait for what is under way, and give up what is prepared."""
+        with self._lock:
+            self._encoders.close()
+            self._decoders.close()
+
+    # -- streams -------------------------------------------------------------------------------------------------
+    def _on(self, name: str) -> AbstractContextManager[Any]:
+        import torch
+
+        return torch.cuda.stream(self._streams[name]) if self._streams[name] is not None else nullcontext()
+
+    def _event(self, name: str) -> Any:
+        return self._streams[name].record_event() if self._streams[name] is not None else None
+
+    def _wait(self, name: str, event: Any) -> None:
+        if event is not None:
+            self._streams[name].wait_event(event)
+
+    @staticmethod
+    def _note(transfer: Transfer, coded: Any, done: Any) -> None:
+        if done is not None:
+            transfer.coded.append(coded)
+            transfer.events.append(done)
+
+    def _fetched(self, flags: Any) -> Any:
+        """Numbers of the device in host memory, once the current stream has come so far."""
+        import torch
+
+        if self._device.type != "cuda":
+            return flags.clone()
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        return host.copy_(flags, non_blocking=True)
