@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b"}
 TEXTS = ("linux", "devil")
+MAIN_PIECE = 128  # MiB a step of a HostPool, its default
 MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
@@ -49,8 +50,9 @@ def figures() -> str:
             f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
             f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
         )
-    below += [file_speeds(files), against_peers(fidelity), *map(reloading, ttft)]
-    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, *ttft) if found)
+    offload, context = result("offload_speed"), result("long_context")
+    below += [file_speeds(files), against_peers(fidelity), *map(reloading, ttft), offloading(offload, context)]
+    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, *ttft, offload, context) if found)
     return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
 
 
@@ -89,6 +91,24 @@ def reloading(ttft: dict[str, Any]) -> str:
         f"A prefix of {row['tokens']:,} tokens of {model} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
         f"{row['prefill_over_store']:.2g} times faster than computing it again on {where}, in "
         f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
+    )
+
+
+def offloading(offload: dict[str, Any], context: dict[str, Any]) -> str:
+    """Out of a GPU and back, and generation behind a long context."""
+    speed = next(row for row in offload["speed"] if row["piece_mib"] == MAIN_PIECE)
+    out, back = speed["out"], speed["back"]
+    beside = [row for row in offload["beside"] if row["work"].startswith("pool") and row["piece_mib"] == MAIN_PIECE]
+    slower = sorted(row["slow_down"] for row in beside)
+    least = min(row["gb_s"] for row in beside)
+    host = context["rows"]["pq3 on the host"]["tokens_per_s"]
+    return (
+        f"Offload ({offload['accelerator']}, bf16 as pq3): to host memory at {out['pool_gb_s']:.0f} GB/s of tensors and back "
+        f"at {back['pool_gb_s']:.0f}, {out['ratio']:.1f} and {back['ratio']:.1f} times as fast as pinned copies; beside matrix "
+        f"products at {least:.0f} GB/s, which slows these by {slower[0]:.0%} to {slower[-1]:.0%}. An 8B Llama behind "
+        f"{context['tokens']:,} tokens in host memory makes {host:.0f} tokens/s, {context['host_over_offloaded']:.1f} times as "
+        f"many as with transformers' offloaded cache; encoded on the GPU, a context {context['longest_over_exact']:.1f} times "
+        f"as long as an exact one fits into {context['budget_gib']:.0f} GiB."
     )
 
 
