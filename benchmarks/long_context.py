@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import model as lm
 from benchmarks import results_file
 from pqcodec.formats.offload.encoded_cache import CHUNK, EncodedCache
 
@@ -31,31 +32,7 @@ CONTEXT = 32768
 BUDGET_GIB = 8.0
 PIECE = 8192  # tokens of the prefill at once
 WARM_UP, STEPS, FEW_STEPS = 4, CHUNK + 8, 32
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 1 << 22,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}
 console = Console()
-
-
-def model_of(layers: int) -> Any:
-    """A model with random weights on the GPU."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def caches(config: Any, preset: str) -> dict[str, Callable[[], Any]]:
@@ -211,7 +188,7 @@ def main() -> None:
     import transformers
 
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model = model_of(options.layers)
+    model = lm.llama_shaped(options.layers)
     config = model.config
     clean()
     weights = torch.cuda.memory_reserved()
@@ -238,7 +215,7 @@ def main() -> None:
         **results_file.accelerator(),
         "transformers": transformers.__version__,
         "model": f"Llama, {options.layers} layers, random weights, bf16, batch 1",
-        "shape": SHAPE,
+        "shape": lm.LLAMA_8B,
         "attention": "torch's scaled_dot_product_attention, without its cuDNN backend",
         "tokens": options.tokens,
         "prefill": f"random keys and values given to cache.update, {PIECE} tokens at once",

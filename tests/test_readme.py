@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE, rel_mse
 
 from benchmarks.readme import ROOT, with_figures
 from pqcodec.formats import PrefixStore
@@ -26,17 +28,30 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     x = np.random.default_rng(0).standard_normal((2, 600, 64)).astype(np.float16)
     names = {"x": x, "key": x, "value": x}
-    exec(blocks()[1].replace("(key, value), ...", "(key, value)"), names)
+    exec(blocks()[2].replace("(key, value), ...", "(key, value)"), names)
     assert names["y"].shape == x.shape
     assert len(names["layers"]) == 1
 
 
-def test_its_three_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_model() -> Any:
     transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+
+
+def test_its_lines_for_offload_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys, values = torch.ones(2, 8, 300, 64, device=DEVICE)
+    names = {"model": tiny_model(), "input_ids": torch.randint(3, 100, (1, 1000)), "keys": keys, "values": values}
+    exec(blocks()[1].replace("8 << 30", "8 << 20"), names)
+    assert rel_mse(keys, names["keys"]) < 0.05
+    assert names["out"].shape[1] > 1000
+
+
+def test_its_three_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
     names = {"model": model, "input_ids": torch.randint(3, 100, (1, 300))}
     for _ in range(2):
         exec(blocks()[0], names)

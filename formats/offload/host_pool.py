@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import arrays
+from pqcodec.batch import each
 from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
@@ -247,9 +248,9 @@ class HostPool:
         return handle
 
     def _codings(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[Coding]:
-        presets = _each("preset", self.preset if preset is None else preset, count, str)
-        centers = _each("center", center, count, (str, type(None)))
-        ropes = _each("rope", rope, count, (Rope, type(None)))
+        presets = each("preset", self.preset if preset is None else preset, count, str)
+        centers = each("center", center, count, (str, type(None)))
+        ropes = each("rope", rope, count, (Rope, type(None)))
         return [Coding(*three, exact_tokens) for three in zip(presets, centers, ropes, strict=True)]
 
     def _check_given(self, tensors: Sequence[Any]) -> None:
@@ -547,16 +548,6 @@ class HostPool:
                 for part in slices:
                     part.free()
             return block.hosts
-
-
-def _each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:
-    """``value`` for each tensor: the same for all, or one each."""
-    if isinstance(value, one):
-        return [value] * count
-    values = list(value)
-    if len(values) != count:
-        raise InvalidArgument(f"{name}: {len(values)} are given for {count} tensors; give one for all, or one each")
-    return values
 
 
 # -- disk ----------------------------------------------------------------------------------------------------------
