@@ -27,6 +27,7 @@ from rich.table import Table
 from benchmarks import model as lm
 from benchmarks import results_file
 from pqcodec.formats.offload.encoded_cache import CHUNK, EncodedCache
+from pqcodec.formats.transformers_cache import argument_of
 
 CONTEXT = 32768
 BUDGET_GIB = 8.0
@@ -58,16 +59,10 @@ def fill(cache: Any, config: Any, tokens: int) -> None:
             cache.update(key, value, layer)
 
 
-def argument(model: Any) -> str:
-    from pqcodec.formats.transformers_cache import argument_of
-
-    return argument_of(model)
-
-
 def steps(model: Any, cache: Any, count: int) -> float:
     """Seconds of so many greedy steps."""
     token = torch.ones(1, 1, dtype=torch.long, device="cuda")
-    name = argument(model)
+    name = argument_of(model)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(count):

@@ -38,8 +38,13 @@ from pqcodec.stream import (
 )
 
 Progress = Callable[[int, int], None]
-_ALIGNMENT = 16  # bytes between the beginnings of a batch's streams
+ALIGNMENT = 16  # bytes between the beginnings of streams that lie together
 _HEADER_READ = 4096  # no header is longer
+
+
+def aligned(size: int) -> int:
+    """Where the next stream begins behind so many bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def batch_kernel(backend: str, device: Any) -> Any:
@@ -51,7 +56,7 @@ def batch_kernel(backend: str, device: Any) -> Any:
     return kernel
 
 
-def _current(device: Any) -> AbstractContextManager[Any]:
+def current(device: Any) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: the tensors' own."""
     import torch
 
@@ -116,7 +121,7 @@ class EncodeBatch:
             replace(h, radius_exponent=_paper_exponent(r.tensor, h)) if h.coding == c.CODING_PAPER else h
             for r, h in zip(rows, headers, strict=True)
         ]
-        places = np.cumsum([0, *(-(-h.stream_bytes // _ALIGNMENT) * _ALIGNMENT for h in headers)])
+        places = np.cumsum([0, *(aligned(h.stream_bytes) for h in headers)])
         arena = torch.empty(int(places[-1]), dtype=torch.uint8, device=device)
         self.streams = [arena[int(p) : int(p) + h.stream_bytes] for p, h in zip(places, headers, strict=False)]
         self.headers = headers
@@ -143,7 +148,7 @@ class EncodeBatch:
 
     def run(self) -> list[Any]:
         """Encode what the tensors hold now; returns ``streams``. Waits for nothing."""
-        with _current(self._device):
+        with current(self._device):
             for group in self._groups:
                 self._kernel.write_sides(group)
                 self._kernel.encode(group)
@@ -350,7 +355,7 @@ class DecodeBatch:
 
     def run(self) -> list[Any]:
         """Decode what the streams hold now; returns ``outs``. Waits for nothing."""
-        with _current(self._device):
+        with current(self._device):
             for group in self._groups:
                 self._kernel.read_sides(group)
                 self._kernel.decode(group)
@@ -377,7 +382,7 @@ def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int]
         raise InvalidArgument(
             f"a stream on a device is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
         )
-    source = _DeviceSource(stream)
+    source = DeviceSource(stream)
     header = read_header(source)
     if stream.data_ptr() % 4:
         raise InvalidArgument("a stream on a device begins at a multiple of 4 bytes; pass stream.clone()")
@@ -391,7 +396,7 @@ def _lying(stream: Any, tokens: tuple[int, int] | None, leading: tuple[int, int]
     return Placed(header, address, runs, exceptions, stream)
 
 
-class _DeviceSource:
+class DeviceSource:
     """A stream on a device, whose header and exact vectors are read from the host."""
 
     def __init__(self, stream: Any) -> None:
@@ -449,7 +454,7 @@ def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = 
 
     device = _one_device(outs)
     kernel = batch_kernel(backend, device)
-    places = np.cumsum([0, *(-(-source.size // _ALIGNMENT) * _ALIGNMENT for source in sources)])
+    places = np.cumsum([0, *(aligned(source.size) for source in sources)])
     host = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     rows = host.numpy()
     for source, at in zip(sources, places, strict=False):

@@ -9,13 +9,13 @@ keys other layers read are transformers' own, and exact. Works with transformers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import cache_utils
 
+from pqcodec.batch import current
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact
@@ -201,7 +201,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             raise InvalidArgument("an EncodedCache is for inference: call the model under torch.no_grad() or inference_mode()")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        with _current(key_states.device):
+        with current(key_states.device):
             return self._grown(key_states, value_states) if self._has_old else self._begun(key_states, value_states)
 
     def get_seq_length(self) -> int:
@@ -334,11 +334,6 @@ def _kept(x: Any, tokens: int) -> Any:
     room = _room_of(x, tokens)
     room.copy_(x[:, :, :tokens])
     return room
-
-
-def _current(device: Any) -> AbstractContextManager[Any]:
-    """Streams and events are those of the tensors' device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _ropes(config: Any, index: int, keys: Any, values: Any) -> dict[str, Rope]:

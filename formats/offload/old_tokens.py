@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pqcodec import codec
-from pqcodec.batch import DecodeBatch, EncodeBatch
+from pqcodec.batch import DecodeBatch, EncodeBatch, aligned
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.graphs import Replayed
@@ -22,7 +22,6 @@ from pqcodec.header import Header
 from pqcodec.kernels import ON_DEVICE
 
 PLACES = ("host", "device")
-_ALIGNMENT = 16  # bytes between the beginnings of streams
 _HOME_BYTES = 2 << 20  # of pinned memory, at least: chunks share one, and the next is as large as all before
 _SPARE = 1 / 32  # of the scratch: so much longer a sequence can become before it is laid out again
 _SPARE_TOKENS = 256  # ... and at least so many tokens
@@ -260,10 +259,6 @@ class OnHost(OnDevice):
             lambda s: slot.buffer[starts[id(s.home)] + s.start :][: len(s)],
         )
         slot.free.record()
-
-
-def aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class NoEvent:

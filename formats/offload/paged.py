@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import arrays, codec
-from pqcodec.batch import EncodeBatch
+from pqcodec.batch import DeviceSource, EncodeBatch
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.kernels import ON_DEVICE
@@ -97,7 +97,7 @@ def decode_blocks(
     caches = _caches(kv_cache, layout)
     if len(streams) != len(caches):
         raise InvalidArgument(f"{len(streams)} streams are given; two are expected, of keys and of values")
-    found = [codec.inspect(_host_head(stream)) for stream in streams]
+    found = [codec.inspect(DeviceSource(stream) if arrays.is_torch(stream) else stream) for stream in streams]
     for name, info, cache in zip(("keys", "values"), found, caches, strict=True):
         heads, dim, dtype = cache.shape[2], cache.shape[3], str(cache.dtype).removeprefix("torch.")
         if len(info.shape) != 3 or (info.shape[0], info.shape[2], info.dtype) != (heads, dim, dtype):
@@ -208,8 +208,3 @@ def _scatter(caches: Sequence[Any], places: tuple[np.ndarray, np.ndarray], pair:
     blocks, rows = (torch.from_numpy(np.ascontiguousarray(place)).to(device) for place in places)
     for cache, x in zip(caches, pair, strict=True):
         cache[blocks, rows] = x.transpose(0, 1)
-
-
-def _host_head(stream: Any) -> Any:
-    """A stream for ``inspect``, which reads its header and its size."""
-    return stream.cpu().numpy() if arrays.is_torch(stream) else stream

@@ -14,13 +14,13 @@ from typing import Any
 
 from pqcodec import arrays
 from pqcodec import constants as c
+from pqcodec.batch import aligned
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.header import DTYPE_NAMES, Header
 from pqcodec.stream import make_header
 
 _NUMBERS = count()
-STREAM_ALIGNMENT = 16  # bytes between the beginnings of a piece's streams
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _layout(kinds: tuple[tuple[tuple[int, ...], int], ...], codings: tuple[Codin
                 parts, filled, place = [], 0, 0
             header = headers(coding, own, dtype)
             parts.append(Part(number, first, last, header, place, coding))
-            filled, place = filled + size, place + -(-header.stream_bytes // STREAM_ALIGNMENT) * STREAM_ALIGNMENT
+            filled, place = filled + size, place + aligned(header.stream_bytes)
     return Layout(shapes, dtypes, (*pieces, Piece(tuple(parts), place)) if parts else tuple(pieces))
 
 

@@ -127,13 +127,10 @@ class _Encoder(EncodeBatch):
 
         self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
         self._rows = []  # the tensors are not kept
-        self._addresses = _Addresses(self._groups, piece, views, device)
+        self.addresses = _Addresses(self._groups, piece, views, device)
         self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the arena has been copied
-
-    def tell(self, views: Sequence[Any]) -> None:
-        self._addresses.tell(views)
 
     def flags(self) -> list[Any]:
         return [group.span_flags for group in self._groups]
@@ -150,12 +147,9 @@ class _Decoder(DecodeBatch):
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
         self._prepare(placed, device, batch_kernel(backend, device), list(views), None, None, True)
         self.outs = []
-        self._addresses = _Addresses(self._groups, piece, views, device)
+        self.addresses = _Addresses(self._groups, piece, views, device)
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the buffer has been decoded
-
-    def tell(self, views: Sequence[Any]) -> None:
-        self._addresses.tell(views)
 
     def flags(self) -> list[Any]:
         return [flags for group in self._groups for flags in (group.block_flags, group.side_flags)]
@@ -178,17 +172,17 @@ class _Slots:
             found.append(found.pop(0))
         self._kinds[kind] = found
         while len(self._kinds) > KINDS:
-            for batch in self._kinds.popitem(last=False)[1]:
-                if batch.free is not None:
-                    batch.free.synchronize()
+            self._give_up_oldest()
         return found[-1]
 
     def close(self) -> None:
-        for batches in self._kinds.values():
-            for batch in batches:
-                if batch.free is not None:
-                    batch.free.synchronize()
-        self._kinds.clear()
+        while self._kinds:
+            self._give_up_oldest()
+
+    def _give_up_oldest(self) -> None:
+        for batch in self._kinds.popitem(last=False)[1]:
+            if batch.free is not None:
+                batch.free.synchronize()
 
 
 class DevicePipeline:
@@ -235,7 +229,7 @@ class DevicePipeline:
             with self._on("encode"):
                 batch = self._encoders.next(piece, views)
                 self._wait("encode", batch.free)
-                batch.tell(views)
+                batch.addresses.tell(views)
                 batch.code()
                 encoded = self._event("encode")
             with self._on("leave"):
@@ -251,7 +245,7 @@ class DevicePipeline:
             with self._on("arrive"):
                 batch = self._decoders.next(piece, views)
                 self._wait("arrive", batch.free)
-                batch.tell(views)
+                batch.addresses.tell(views)
                 batch.buffer.copy_(host, non_blocking=True)
                 arrived = self._event("arrive")
             with self._on("decode"):
