@@ -119,7 +119,7 @@ def frame_of(place: int, fields: object) -> Frame:
 def json_value(data: bytes, what: str) -> Any:
     """Strict JSON: UTF-8, no NaN, no key twice."""
     try:
-        return json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
+        return _STRICT.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise CorruptStream(f"{what}: not JSON: {error}") from None
 
@@ -133,3 +133,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice in an object")
     return found
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)

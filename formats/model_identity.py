@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,7 @@ _AT_RUN_TIME = {  # settings of a config that leave the cache's numbers as they 
     "experts_implementation",
 }
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged_adapters", "scaling")
+_ADAPTER_ATTRIBUTES = {*_ADAPTER_STATE, "lora_A"}
 _WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once, and weights of the sum
 
 _digests: WeakKeyDictionary[Any, dict[str, tuple[Any, bytes]]] = WeakKeyDictionary()
@@ -128,11 +130,30 @@ def _adapters(model: Any) -> str:
     """The adapters that are switched on, module by module; "" where there are none."""
     found = []
     for name, module in model.named_modules():
+        if not _may_adapt(module):
+            continue
         state = {key: getattr(module, key, None) for key in _ADAPTER_STATE if hasattr(module, "lora_A") or "adapter" in key}
         state = {key: value for key, value in state.items() if value is not None and not callable(value)}
         if state:
             found.append((name, {key: str(value) for key, value in state.items()}))
     return _json_digest(found) if found else ""
+
+
+def _may_adapt(module: Any) -> bool:
+    """Whether a module has any of an adapter's attributes; quick, for a model has hundreds of modules that have none."""
+    own = vars(module)
+    places = (own, own.get("_modules", ()), own.get("_parameters", ()), own.get("_buffers", ()))
+    kind: Any = type(module)
+    return _class_adapts(kind) or any(not _ADAPTER_ATTRIBUTES.isdisjoint(place) for place in places)
+
+
+@lru_cache(maxsize=1024)
+def _class_adapts(kind: Any) -> bool:
+    """Whether a class of modules has them, or tells of attributes only when it is asked."""
+    import torch
+
+    asks = getattr(kind, "__getattr__", None) is not torch.nn.Module.__getattr__
+    return asks or any(hasattr(kind, name) for name in _ADAPTER_ATTRIBUTES)
 
 
 def _weights_digest(model: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -83,13 +83,17 @@ class Check:
     damage: Callable[[str, codec.Progress], Sequence[Damage | str]]  # of a backend and a progress
 
 
-@contextmanager
-def named(place: str) -> Iterator[None]:
-    """Errors of pqcodec inside the block say first where they arose."""
-    try:
-        yield
-    except PQError as error:
-        raise type(error)(f"{place}: {error}") from error
+class named:  # noqa: N801 - reads as a function
+    """A context: errors of pqcodec inside it say first where they arose."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PQError):
+            raise type(error)(f"{self._place}: {error}") from error
 
 
 class TensorFile(ABC):

@@ -130,6 +130,21 @@ def _strides(x: Any) -> tuple[int, ...]:
     return tuple(stride // x.itemsize for stride in x.strides) if isinstance(x, np.ndarray) else tuple(x.stride())
 
 
+def values_in_place(out: Any) -> Values:
+    """The rows of a tensor of the CPU that is to be written to; raises InvalidArgument where they are not contiguous."""
+    found = view(out)
+    if not fits(out, found.shape, found.dtype):
+        raise InvalidArgument(f"out has strides {_strides(out)}; its last dimension must be contiguous")
+    return values_of(found.stored)
+
+
+def holds(out: Any, shape: tuple[int, ...], dtype: int, start: int) -> bool:
+    """Whether a tensor [..., tokens, head_dim] has room for one of a shape and dtype from a token on."""
+    room = tuple(out.shape)
+    same = len(room) == len(shape) > 1 and (room[:-2], room[-1]) == (shape[:-2], shape[-1])
+    return same and 0 <= start <= room[-2] - shape[-2] and str(out.dtype).endswith(DTYPE_NAMES[dtype])
+
+
 def seen(out: Any) -> tuple[Any, np.ndarray]:
     """A tensor of the CPU and its stored numbers."""
     return out, view(out).stored

@@ -22,7 +22,7 @@ from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
 from pqcodec.header import DTYPE_NAMES, Header
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
-from pqcodec.kernels.device import Group, Span, kind_of
+from pqcodec.kernels.device import Group, Span
 from pqcodec.source import Source, source_of
 from pqcodec.stream import (
     Damage,
@@ -60,14 +60,16 @@ def current(device: Any) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: the tensors' own."""
     import torch
 
-    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    if device.type == "cpu" or getattr(torch, device.type).current_device() == device.index:
+        return nullcontext()
+    return getattr(torch, device.type).device(device)
 
 
 def _groups(spans: Iterable[Span], device: Any) -> list[Group]:
     """Spans by kind, in the order in which the kinds appear."""
     kinds: dict[Any, list[Span]] = {}
     for span in spans:
-        kinds.setdefault(kind_of(span.header), []).append(span)
+        kinds.setdefault(span.header.kind, []).append(span)
     return [Group(members, device) for members in kinds.values()]
 
 
@@ -445,11 +447,8 @@ def _moved(
     return Placed(h, stream.data_ptr(), placed, exceptions, stream)
 
 
-def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = "auto") -> None:
-    """Decode whole streams of the host into tensors of one GPU: their bytes move there in one copy.
-
-    Waits. Raises as ``decode`` does, and does not say which of the streams is damaged.
-    """
+def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
+    """``codec.decode_together`` for tensors of one GPU: the streams' bytes move there in one copy. Waits."""
     import torch
 
     device = _one_device(outs)
@@ -467,7 +466,8 @@ def decode_moved(sources: Sequence[Source], outs: Sequence[Any], backend: str = 
         exceptions = read_exceptions(source, h, damage) if h.exceptions else None
         placed.append(Placed.whole(h, arena.data_ptr() + int(at), arena, exceptions))
     batch = DecodeBatch.__new__(DecodeBatch)
-    batch._prepare(placed, device, kernel, outs, None, None, True)
+    parts = [out[..., start : start + p.header.tokens, :] for out, start, p in zip(outs, starts, placed, strict=True)]
+    batch._prepare(placed, device, kernel, parts, None, None, True)
     batch.run()
     damage += batch.damage()
     if damage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -328,27 +328,82 @@ def _decode_into(
 ) -> list[Damage]:
     """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
     damage: list[Damage] = []
+    advance = _counter(h, progress)
     offsets = _offsets(source, h, leads, damage)
-    if tokens[0] < h.first_tokens:
-        exact = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
-        for lead, raw in zip(*exact, strict=True):
-            if out is not None:
-                last = min(tokens[1], h.first_tokens)
-                rows = raw.view(out.flat.dtype).reshape(h.first_tokens, h.head_dim)[tokens[0] : last]
-                out.rows(lead - leads[0], 0, last - tokens[0])[:] = rows
+    _place_exact(source, h, out, tokens, leads, damage)
+    for job in _jobs(source, h, out, tokens, leads, offsets):
+        kernel.decode([job], advance)
+        damage += _damage_of(job)
+    _place_exceptions(source, h, out, tokens, leads, damage)
+    return damage
+
+
+def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
+    """Decode whole streams into tensors of the CPU, all at once: what many small streams cost beside their numbers, once.
+
+    Each stream goes to the tokens of its out [..., tokens, head_dim] from a start on; many may share one out. Raises as
+    ``decode`` does, and does not say which of the streams is damaged.
+    """
+    kernel = backend_of("cpu" if backend == "auto" else backend)
+    damage: list[Damage] = []
+    seen: dict[int, Values] = {}
+    placed: list[tuple[Source, Header, Values]] = []
+    jobs: list[DecodeJob] = []
+    for source, out, start in zip(sources, outs, starts, strict=True):
+        h = read_header(source)
+        if id(out) not in seen:
+            seen[id(out)] = arrays.values_in_place(out)
+        values = seen[id(out)].from_token(start)
+        if not arrays.holds(out, h.shape, h.dtype, start):
+            raise InvalidArgument(f"a stream {h.shape} does not go to token {start} of an out {tuple(out.shape)}")
+        whole = (0, h.tokens), (0, h.leading)
+        jobs += _jobs(source, h, values, *whole, _offsets(source, h, whole[1], damage))
+        placed.append((source, h, values))
+    kernel.decode(jobs)
+    damage += [found for job in jobs for found in _damage_of(job)]
+    for source, h, values in placed:  # after the rest: who writes to a page first waits until it is zeroed
+        whole = (0, h.tokens), (0, h.leading)
+        _place_exact(source, h, values, *whole, damage)
+        _place_exceptions(source, h, values, *whole, damage)
+    if damage:
+        raise damage_error(damage)
+
+
+def _place_exact(
+    source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], damage: list[Damage]
+) -> None:
+    """Copy exact first tokens to where they belong."""
+    if tokens[0] >= h.first_tokens:
+        return
+    exact = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
+    if out is None:
+        return
+    for lead, raw in zip(*exact, strict=True):
+        last = min(tokens[1], h.first_tokens)
+        rows = raw.view(out.flat.dtype).reshape(h.first_tokens, h.head_dim)[tokens[0] : last]
+        out.rows(lead - leads[0], 0, last - tokens[0])[:] = rows
+
+
+def _jobs(
+    source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], offsets: np.ndarray | None
+) -> Iterator[DecodeJob]:
+    """The blocks that hold some tokens of some leading indices, so many at once as are read at once."""
     first = max(tokens[0] - h.first_tokens, 0) // h.chunk_tokens
     last = -(-max(tokens[1] - h.first_tokens, 0) // h.chunk_tokens)
-    advance = _counter(h, progress)
     for low, high in groups_of_chunks(h, first, last, leads[1] - leads[0]):
         damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
         payload = read_blocks(source, h, low, high, leads)
-        kernel.decode(DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, advance))
-        for chunk, lead in np.argwhere(damaged) if damaged.any() else ():
-            start = h.first_tokens + (low + int(chunk)) * h.chunk_tokens
-            damage.append(Damage("payload", leads[0] + int(lead), (start, start + h.block_tokens(low + int(chunk)))))
-    if h.exceptions:
-        _place_exceptions(source, h, out, tokens, leads, damage)
-    return damage
+        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged)
+
+
+def _damage_of(job: DecodeJob) -> list[Damage]:
+    """What a backend found of the blocks of a job."""
+    found, h = [], job.header
+    for chunk, lead in np.argwhere(job.damaged) if job.damaged.any() else ():
+        start = h.first_tokens + (job.first_chunk + int(chunk)) * h.chunk_tokens
+        tokens = (start, start + h.block_tokens(job.first_chunk + int(chunk)))
+        found.append(Damage("payload", job.first_lead + int(lead), tokens))
+    return found
 
 
 def _sections(
@@ -361,6 +416,8 @@ def _sections(
     bodies = np.ascontiguousarray(data[:, : -c.CHECKSUM_BYTES])
     told = np.ascontiguousarray(data[:, -c.CHECKSUM_BYTES :]).view("<u4")[:, 0]
     sound = checksums(bodies) == told
+    if sound.all():
+        return np.arange(*leads), bodies
     tokens = (0, h.first_tokens) if part == "exact tokens" else None
     damage += [Damage(part, leads[0] + int(lead), tokens) for lead in np.flatnonzero(~sound)]
     return leads[0] + np.flatnonzero(sound), bodies[sound]
@@ -369,7 +426,8 @@ def _sections(
 def _place_exceptions(
     source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], damage: list[Damage]
 ) -> None:
-    found = read_exceptions(source, h, damage)
+    """Copy exact vectors to where they belong."""
+    found = read_exceptions(source, h, damage) if h.exceptions else None
     if out is None or found is None:
         return
     for row, vector in zip(*found, strict=True):

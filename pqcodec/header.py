@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
+from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
@@ -67,12 +68,12 @@ class Header:
     def tokens(self) -> int:
         return self.shape[-2] if len(self.shape) > 1 else 1
 
-    @cached_property
+    @property
     def leading(self) -> int:
         """Product of the dimensions before tokens."""
         return math.prod(self.shape[:-2])
 
-    @cached_property
+    @property
     def order(self) -> int:
         return order_for(self.head_dim)
 
@@ -90,8 +91,15 @@ class Header:
     def chunks(self) -> int:
         return -(-self.coded_tokens // self.chunk_tokens)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Streams of one kind are coded by the same tables, and in one launch."""
+        rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
+        rows = (self.row_bits, self.radius_bits, self.radius_exponent)
+        return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
+
     # -- sizes in bytes ------------------------------------------------------------------------------------------
-    @cached_property
+    @property
     def header_bytes(self) -> int:
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         return c.HEADER_STRUCT.size + 8 * len(self.shape) + rope + c.CHECKSUM_BYTES
@@ -142,7 +150,7 @@ class Header:
         whole = self.leading * (self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES)
         return self.payload_start + chunk * whole + lead * self.block_bytes(chunk)
 
-    @cached_property
+    @property
     def stream_bytes(self) -> int:
         """Size of the whole stream, in bytes."""
         rows = self.leading * self.coded_tokens
@@ -192,11 +200,7 @@ class Header:
         size = header_size(data)
         if len(data) < size:
             raise TruncatedStream(f"header: {size} bytes announced, only {len(data)} there; the stream is cut off")
-        body = bytes(data[: size - c.CHECKSUM_BYTES])
-        stored = struct.unpack_from("<I", data, size - c.CHECKSUM_BYTES)[0]
-        if stored != checksum(body):
-            raise CorruptStream(f"header: checksum is {checksum(body):#010x}, stored {stored:#010x}; fetch the stream again")
-        return _parse(body)
+        return _checked(bytes(data[:size]))
 
     def with_tokens(self, tokens: int) -> Header:
         """The same header for another number of tokens."""
@@ -217,6 +221,15 @@ def header_size(data: bytes | memoryview) -> int:
     if not c.HEADER_STRUCT.size + c.CHECKSUM_BYTES <= size <= largest:
         raise CorruptStream(f"header: size {size} is outside {c.HEADER_STRUCT.size + c.CHECKSUM_BYTES} .. {largest}")
     return int(size)
+
+
+@lru_cache(maxsize=256)  # streams of a file are often of one shape and kind
+def _checked(data: bytes) -> Header:
+    """Header from its bytes and their checksum."""
+    body, stored = data[: -c.CHECKSUM_BYTES], int.from_bytes(data[-c.CHECKSUM_BYTES :], "little")
+    if stored != checksum(body):
+        raise CorruptStream(f"header: checksum is {checksum(body):#010x}, stored {stored:#010x}; fetch the stream again")
+    return _parse(body)
 
 
 def _parse(body: bytes) -> Header:

@@ -37,11 +37,12 @@ def read_many(source: Source, ranges: Sequence[Range]) -> list[np.ndarray]:
 
 
 class MemorySource:
-    """A bytes-like object; reads are views."""
+    """A bytes-like object; reads are views. ``header``: of the stream that it is, where that is known."""
 
-    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray, header: Any = None) -> None:
         self._data = np.frombuffer(data, np.uint8)
         self.size = self._data.size
+        self.header = header
 
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)

@@ -105,10 +105,11 @@ def read_header(source: Source) -> Header:
     fixed = source.read(0, min(source.size, c.HEADER_STRUCT.size)).tobytes()
     size = header_size(fixed)
     header = Header.from_bytes(source.read(0, min(source.size, size)).tobytes())
-    if source.size < header.stream_bytes:
-        raise TruncatedStream(f"{header.stream_bytes} bytes announced, {source.size} there; the stream is cut off")
-    if source.size > header.stream_bytes:
-        raise CorruptStream(f"{source.size - header.stream_bytes} bytes behind the end of the stream; pass exactly one stream")
+    told = header.stream_bytes
+    if source.size < told:
+        raise TruncatedStream(f"{told} bytes announced, {source.size} there; the stream is cut off")
+    if source.size > told:
+        raise CorruptStream(f"{source.size - told} bytes behind the end of the stream; pass exactly one stream")
     if isinstance(source, Part):
         source.header = header
     return header

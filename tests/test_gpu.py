@@ -29,7 +29,7 @@ from pqcodec import (
     TruncatedStream,
     kernels,
 )
-from pqcodec.batch import decode_moved
+from pqcodec.batch import decode_together
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
 from pqcodec.source import MemorySource
@@ -438,13 +438,14 @@ def test_streams_of_the_host_are_moved_and_decoded_together(options: dict[str, A
     infinite[1, 4, 3] = torch.inf
     streams.append(pqcodec.encode(infinite, nonfinite="exact", **options))
     outs = [torch.zeros(x.shape, dtype=x.dtype, device=DEVICE) for x in [*tensors, infinite]]
-    decode_moved([MemorySource(stream) for stream in streams], outs, gpu_backend)
+    decode_together([MemorySource(stream) for stream in streams], outs, [0] * len(outs), gpu_backend)
     for out, data in zip(outs, streams, strict=True):
         same(out, pqcodec.decode(data, backend="cpu"))
     broken = bytearray(streams[0])
     broken[-5] ^= 1
+    sources = [MemorySource(stream) for stream in [*streams[1:], broken]]
     with pytest.raises(CorruptStream, match="checksum does not hold: payload"):
-        decode_moved([MemorySource(stream) for stream in [*streams[1:], broken]], [*outs[1:], outs[0]], gpu_backend)
+        decode_together(sources, [*outs[1:], outs[0]], [0] * len(outs), gpu_backend)
 
 
 def test_a_batch_tells_which_stream_is_damaged(gpu_backend: str) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import gaussian
 
 import pqcodec
-from pqcodec import CorruptStream, PQError, TruncatedStream, UnsupportedStream
+from pqcodec import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream, encode
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
+from pqcodec.codec import decode_together
 from pqcodec.header import Header
+from pqcodec.source import MemorySource
 
 
 def with_header_checksum(data: bytes) -> bytes:
@@ -153,3 +157,40 @@ def test_any_payload_bits_decode_to_finite_numbers() -> None:
         one, two = (pqcodec.decode(bytes(data), backend=name) for name in ("reference", "cpu"))
         assert bool(one.isfinite().all())
         np.testing.assert_array_equal(one.numpy().view(np.uint32), two.numpy().view(np.uint32))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 3}], ids=str)
+def test_streams_decoded_together_are_those_decoded_alone(backend: str, options: dict[str, Any]) -> None:
+    """Streams of several kinds and lengths, two of them into one tensor, one with an exact vector."""
+    infinite = gaussian(2, 9, 20)
+    infinite[1, 5, 3] = torch.inf
+    tensors = [gaussian(2, 70, 32), gaussian(2, 50, 32), gaussian(2, 1, 3, 40, 64).half(), infinite]
+    presets = ["pq3", "pq3", "pq5", "paper"]
+    streams = [
+        encode(x, preset=preset, nonfinite="exact", chunk_tokens=16, backend="cpu", **options)
+        for x, preset in zip(tensors, presets, strict=True)
+    ]
+    both = torch.zeros(2, 130, 32)
+    outs = [both, both, *(torch.zeros_like(x) for x in tensors[2:])]
+    decode_together([MemorySource(stream) for stream in streams], outs, [0, 75, 0, 0], backend)
+    found = [both[:, :70], both[:, 75:125], *outs[2:]]
+    for x, stream in zip(found, streams, strict=True):
+        torch.testing.assert_close(x, pqcodec.decode(stream, backend=backend), rtol=0, atol=0)
+    assert not both[:, 70:75].any()
+    assert not both[:, 125:].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_streams_decoded_together_refuse_damage_and_outs_they_do_not_fit(backend: str) -> None:
+    data = encode(gaussian(2, 40, 16), backend="cpu")
+    broken = bytearray(data)
+    broken[-5] ^= 1
+    out = np.zeros((2, 80, 16), np.float32)
+    with pytest.raises(CorruptStream, match="checksum does not hold: payload, leading index 1"):
+        decode_together([MemorySource(data), MemorySource(broken)], [out, out], [0, 40], backend)
+    for wrong, start in ((out, 41), (np.zeros((3, 80, 16), np.float32), 0), (out.astype(np.float16), 0)):
+        with pytest.raises(InvalidArgument, match="does not go to token"):
+            decode_together([MemorySource(data)], [wrong], [start], backend)
+    with pytest.raises(InvalidArgument, match="last dimension must be contiguous"):
+        decode_together([MemorySource(data)], [np.zeros((2, 16, 40), np.float32).swapaxes(1, 2)], [0], backend)

@@ -21,7 +21,7 @@ from pqcodec.arrays import device_rows
 from pqcodec.batch import DecodeBatch, EncodeBatch, Placed, batch_kernel
 from pqcodec.formats.offload.graphs import Replayed
 from pqcodec.formats.offload.pieces import Piece
-from pqcodec.kernels.device import Group, kind_of
+from pqcodec.kernels.device import Group
 
 SLOTS = 2
 KINDS = 8  # of pieces in each direction, whose tables are kept
@@ -95,7 +95,7 @@ class _Addresses:
     def __init__(self, groups: Sequence[Group], piece: Piece, views: Sequence[Any], device: Any) -> None:
         kinds: dict[Any, list[int]] = {}
         for number, part in enumerate(piece.parts):
-            kinds.setdefault(kind_of(part.header), []).append(number)
+            kinds.setdefault(part.header.kind, []).append(number)
         self._device = device
         self._told: list[int] = [x.data_ptr() for x in views]
         self._groups = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays
+from pqcodec import arrays, codec
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.exact import dtype_name
@@ -27,6 +27,7 @@ from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as kernel_of
 from pqcodec.source import MemorySource, Source
+from pqcodec.stream import read_header
 
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1
@@ -180,14 +181,14 @@ class Decoded:
 class Assembly:
     """Layers of a cache that blocks are decoded into, one behind the other.
 
-    ``lay_out`` by the first block, ``decode`` all of them, in threads unless ``on_device``, ``accept`` what comes of each in
-    its turn, and ``finish``. ``together``: on a GPU whole streams wait for ``finish``, which moves and decodes all at once.
+    ``decode`` all of them, the first of which tells the layout, and ``finish``. ``together``: whole streams wait for
+    ``finish``, which decodes all of them at once.
     """
 
     def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
         self._total, self._device, self._backend = tokens, device, backend
-        self.on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
-        self._waiting: list[tuple[Source, Any]] | None = [] if together and self.on_device else None
+        self._on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
+        self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
         self._accepted: list[Decoded] = []
@@ -197,7 +198,7 @@ class Assembly:
         """Tokens that are there."""
         return sum(decoded.count for decoded in self._accepted)
 
-    def lay_out(self, file: PQKVFile) -> None:
+    def _lay_out(self, file: PQKVFile) -> None:
         """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
         try:
             for name, group in _groups_in(described(file)).items():
@@ -212,16 +213,15 @@ class Assembly:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
-    def accept(self, decoded: Decoded) -> None:
-        self._accepted.append(decoded)
-
-    def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
-        """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
+    def decode(self, file: PQKVFile, row: Row, count: int) -> None:
+        """Decode the first ``count`` tokens of the next block to where they belong; raises CorruptStream."""
         told = described(file)
+        if not self._accepted:
+            self._lay_out(file)
         if told["name"] != row.name.hex() or not np.array_equal(np.asarray(file.decode(TOKENS)), row.tokens):
             raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]}")
         try:
-            return self._decoded(file, told, row, count)
+            self._accepted.append(self._decoded(file, told, row, count))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
@@ -255,12 +255,15 @@ class Assembly:
         key, span = (group.path, group.layers), slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
         if key in self._stacks:
-            out = self._stacks[key][..., span, :]
-            if self._waiting is not None and tokens is None and file.entry(name).shape == tuple(out.shape):
+            stack = self._stacks[key]
+            entry = file.entry(name)
+            fits = entry.coded and tokens is None and arrays.holds(stack, entry.shape, DTYPES[entry.dtype], row.start)
+            if fits and self._waiting is not None:
                 stream = file.stream(name)
-                self._waiting.append((MemorySource(stream.read(0, stream.size)), out))  # outlives the file
+                held = MemorySource(stream.read(0, stream.size), read_header(stream))  # outlives the file
+                self._waiting.append((held, stack, row.start))
             else:
-                file.decode(name, tokens=tokens, backend=self._backend, out=out)
+                file.decode(name, tokens=tokens, backend=self._backend, out=stack[..., span, :])
             return
         stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
         for (layer, path), x in self._each(group, stacked).items():
@@ -271,12 +274,15 @@ class Assembly:
 
     def finish(self) -> None:
         """Decode what waits; raises CorruptStream, without saying of which block, if any of it is damaged."""
-        if self._waiting:
+        if not self._waiting:
+            return
+        together: Any = codec.decode_together
+        if self._on_device:
             from pqcodec import batch
 
-            sources, outs = zip(*self._waiting, strict=True)
-            batch.decode_moved(sources, outs, self._backend)
-            self._waiting.clear()
+            together = batch.decode_together
+        together(*zip(*self._waiting, strict=True), self._backend)
+        self._waiting.clear()
 
     def state(self) -> tc.CacheState:
         """What was accepted."""

@@ -6,9 +6,10 @@ Kernels are compiled once and cached on disk by numba; they hold no lock, so pla
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,11 @@ from pqcodec.checksum import checksum_keys
 from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
 from pqcodec.kernels import tables
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, nobody, sampled
 from pqcodec.kernels.threads import threads
 from pqcodec.plan import Plan, plan_for
 
-_TASK_BYTES = 1 << 20  # of input, for one thread at a time: small enough for progress, large enough to forget Python
+_TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
 
 
@@ -152,25 +153,48 @@ def _sizes(h: Header) -> tuple[int, ...]:
     return (h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, h.chunk_tokens, h.leading, h.first_tokens, h.coded_tokens)
 
 
-def _nowhere(h: Header) -> Values:
-    """Stands for the output of a job that only checks."""
-    return Values(np.zeros(0, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16), np.zeros(1, np.int64), 0, h.head_dim)
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
-def _items(job: DecodeJob) -> np.ndarray:
-    """The blocks of a job, chunk-major: int64 [n, 5] of chunk, leading index, low row, high row and place in the payload."""
+def _items(job: DecodeJob, offsets: np.ndarray) -> np.ndarray:
+    """The blocks of a job, chunk-major, for ``cpu_tiles.decode_blocks``; ``offsets``: float32 [leading or 0, order]."""
     h = job.header
-    chunks, leads = np.arange(job.first_chunk, job.last_chunk), np.arange(job.first_lead, job.last_lead)
-    tokens = np.minimum(h.chunk_tokens, h.coded_tokens - chunks * h.chunk_tokens)
-    start = h.first_tokens + chunks * h.chunk_tokens
-    low = np.maximum(job.first_token - start, 0)
-    items = np.empty((chunks.size, leads.size, 5), np.int64)
-    items[..., 0], items[..., 1] = chunks[:, None], leads
-    items[..., 2] = low[:, None]
-    items[..., 3] = np.maximum(low, np.minimum(job.last_token - start, tokens))[:, None]
-    items[..., 4] = ((chunks - job.first_chunk) * job.chunk_bytes)[:, None]
-    items[..., 4] += (leads - job.first_lead) * (tokens * h.row_bytes + c.CHECKSUM_BYTES)[:, None]
-    return items.reshape(-1, 5)
+    sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes)
+    leads = (job.first_lead, job.last_lead)
+    start, items = _places(*sizes, job.first_chunk, job.last_chunk, leads[1] - leads[0], job.first_token, job.last_token)
+    items = items.copy()
+    items[..., 3] += _address(job.payload)
+    if job.out is not None:
+        rows = (start - job.first_token)[:, None] * job.out.stride + job.out.starts
+        items[..., 4] = rows * job.out.flat.itemsize + _address(job.out.flat)
+        items[..., 6] = job.out.stride
+    if offsets.size:
+        items[..., 5] = np.arange(*leads) * offsets.strides[0] + _address(offsets)
+    if h.rope:
+        items[..., 7] += h.rope.first_position % (1 << c.PHASE_BITS)
+    return items.reshape(-1, 8)
+
+
+@lru_cache(maxsize=16)
+def _places(
+    exact: int, coded: int, chunk: int, row_bytes: int, low: int, high: int, leads: int, first_token: int, last_token: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks low .. high - 1: their first tokens int64 [chunks], and items [chunks, leads, 8] without any address.
+
+    ``exact`` and ``coded``: tokens of the tensor; ``chunk``: of a chunk; ``first_token`` and ``last_token``: what is wanted.
+    """
+    chunks = np.arange(low, high)
+    tokens, start = np.minimum(chunk, coded - chunks * chunk), exact + chunks * chunk
+    first = np.maximum(first_token - start, 0)
+    items = np.zeros((high - low, leads, 8), np.int64)
+    items[..., 0] = tokens[:, None]
+    items[..., 1] = first[:, None]
+    items[..., 2] = np.maximum(first, np.minimum(last_token - start, tokens))[:, None]
+    items[..., 3] = ((chunks - low) * leads * (chunk * row_bytes + c.CHECKSUM_BYTES))[:, None]
+    items[..., 3] += np.arange(leads) * (tokens * row_bytes + c.CHECKSUM_BYTES)[:, None]
+    items[..., 7] = start[:, None]
+    return start, items
 
 
 def _plan_ints(plan: Plan) -> tuple[int, int, int, int]:
@@ -178,8 +202,9 @@ def _plan_ints(plan: Plan) -> tuple[int, int, int, int]:
     return plan.radius_bits, steps, plan.root_budget, plan.order
 
 
-def _keys(h: Header) -> np.ndarray:
-    return checksum_keys(-(-min(h.chunk_tokens, max(h.coded_tokens, 1)) * h.row_bytes // 4) + 1)
+def _keys(h: Header, tokens: int) -> np.ndarray:
+    """Keys for the checksum of a block of so many tokens."""
+    return checksum_keys(-(-tokens * h.row_bytes // 4) + 1)
 
 
 def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
@@ -227,7 +252,7 @@ class Cpu:
             _quad_arrays()[0],
             grids,
             _paper_arrays()[0],
-            _keys(h),
+            _keys(h, min(h.chunk_tokens, h.coded_tokens)),
             job.bad.reshape(-1),
             job.payload,
         )
@@ -239,21 +264,33 @@ class Cpu:
         pieces = _pieces(h.chunks * h.leading, h.chunk_tokens * h.vector_bytes)
         _run([partial(task, *piece) for piece in pieces], job.advance)
 
-    def decode(self, job: DecodeJob) -> None:
+    def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
+        kinds: dict[Any, list[DecodeJob]] = {}
+        for job in jobs:
+            kinds.setdefault((job.header.kind, job.out is not None), []).append(job)
+        offsets = [[_offset_rows(job.offsets, job.header.order) for job in alike] for alike in kinds.values()]
+        tasks, found = [], []
+        for alike, rows in zip(kinds.values(), offsets, strict=True):
+            items = np.concatenate([_items(*pair) for pair in zip(alike, rows, strict=True)])
+            damaged = np.zeros(len(items), np.bool_)
+            tasks += self._decoders(alike[0], items, damaged)
+            found.append(damaged)
+        _run(tasks, advance)
+        for alike, damaged in zip(kinds.values(), found, strict=True):
+            ends = np.cumsum([job.damaged.size for job in alike])
+            for job, part in zip(alike, np.split(damaged, ends[:-1]), strict=True):
+                job.damaged[:] = part.reshape(job.damaged.shape)
+
+    @staticmethod
+    def _decoders(job: DecodeJob, items: np.ndarray, damaged: np.ndarray) -> list[Callable[[], int]]:
+        """Tasks for blocks of the kind of a job."""
         h, plan = job.header, plan_for(job.header)
         tree, _, nodes, _ = _tree_arrays(h.order)
-        items = _items(job)
-        damaged = job.damaged.reshape(-1)
-        out = job.out or _nowhere(h)
+        most = int(items[:, 0].max(initial=0))
         arguments = (
-            _sizes(h),
-            job.payload,
-            out.flat,
-            (out.starts, out.stride),
-            job.first_lead,
-            job.first_token,
-            _offset_rows(job.offsets, h.order),
-            _rope_arrays(h),
+            (h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, most),
+            np.zeros(1, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16),
+            _rope_arrays(h)[:3],
             centre.phase_tables(),
             _plan_ints(plan),
             h.radius_exponent,
@@ -266,7 +303,7 @@ class Cpu:
             _circle(),
             plan.radii if plan.coding == c.CODING_SPLIT else np.zeros((2, 0), np.float32),
             plan.mantissas[0],
-            _keys(h),
+            _keys(h, most),
             np.float32(c.LARGEST_FINITE[h.dtype]),
             job.out is not None,
         )
@@ -275,5 +312,4 @@ class Cpu:
             tiles.decode_blocks(items[first:last], *arguments, damaged[first:last])
             return last - first
 
-        pieces = _pieces(len(items), h.chunk_tokens * h.vector_bytes)
-        _run([partial(task, *piece) for piece in pieces], job.advance)
+        return [partial(task, *piece) for piece in _pieces(len(items), h.chunk_tokens * h.vector_bytes)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from pqcodec.constants import (
     CHECKSUM_PRIME,
@@ -47,6 +47,7 @@ from pqcodec.kernels.lanes import (
     low_half,
     magnitude,
     nearest,
+    pointer,
     put_at,
     select,
     set_long_at,
@@ -819,12 +820,7 @@ def encode_blocks(
 def decode_blocks(
     items,
     sizes,
-    payload,
-    flat,
-    places_of,
-    first_lead,
-    first_token,
-    offsets,
+    like,
     rope,
     phase_tables,
     plan_ints,
@@ -843,10 +839,13 @@ def decode_blocks(
     write,
     damaged,
 ):
-    """Check, and where ``write`` is set decode, the blocks of ``items`` int64 [n, 5]: chunk, lead, low row, high row, place."""
-    coding, dtype, head_dim, order, row_bytes, chunk_tokens, _, first_tokens, coded = sizes
-    starts, token_stride = places_of
-    frequencies, pair_p, step, first_position = rope
+    """Check, and where ``write`` is set decode, the blocks of ``items`` int64 [n, 8], which lie anywhere in memory.
+
+    An item: tokens of the block, rows low .. high - 1 that are wanted, addresses of its bytes, of row 0 in the result (of
+    ``like``'s dtype) and of its offset float32 [order] (0: none), elements from row to row, position of row 0 under RoPE.
+    """
+    coding, dtype, head_dim, order, row_bytes, chunk_tokens = sizes
+    frequencies, pair_p, step = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
     tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
@@ -858,21 +857,21 @@ def decode_blocks(
     words = np.zeros(LANES * stride, np.uint64)
     short = np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
-    have_chunk = -1
+    have_position = I64(-1)
     for item in range(items.shape[0]):
-        chunk, lead, low, high, source = items[item]
-        first = chunk * chunk_tokens
-        tokens = min(chunk_tokens, coded - first)
-        end = source + tokens * row_bytes
-        damaged[item] = word_at(payload, end) != checksum(payload, source, tokens * row_bytes, keys)
-        if not write:
+        tokens, low, high, source, target, offset_at, token_stride, position = items[item]
+        size = tokens * row_bytes
+        payload = carray(pointer(source), (size + 4,), np.uint8)
+        damaged[item] = word_at(payload, size) != checksum(payload, 0, size, keys)
+        if not write or low >= high:
             continue
-        if pairs and chunk != have_chunk:
-            fill_phases(first_position + first_tokens + first, tokens, 1, frequencies, phase_tables, cos, sin)
-            have_chunk = chunk
+        if pairs and position != have_position:
+            fill_phases(position, tokens, 1, frequencies, phase_tables, cos, sin)
+            have_position = position
+        out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            bytes_to_rows(payload, source + row * row_bytes, rows, row_bytes, words, stride)
+            bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
             if coding == CODING_SPLIT:
                 radius_factors(rows, plan_ints[0], radii, words, stride, first_factor, second_factor)
                 decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x)
@@ -892,10 +891,10 @@ def decode_blocks(
                 )
             hadamard(x, spare, order, base, True)
             from_lanes(x, order, factors, first_factor, second_factor, tile)
-            if offsets.size:
-                add_offset(tile, rows, order, offsets[lead], F32(1), pairs, pair_p, step, cos, sin, row)
-            target = starts[lead - first_lead] + (first_tokens + first + row - first_token) * token_stride
-            narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, target, token_stride)
+            if offset_at:
+                offset = carray(pointer(offset_at), (order,), np.float32)
+                add_offset(tile, rows, order, offset, F32(1), pairs, pair_p, step, cos, sin, row)
+            narrow_tile(tile, rows, head_dim, order, dtype, limit, short, out, (row - low) * token_stride, token_stride)
 
 
 @jit

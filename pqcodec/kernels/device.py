@@ -91,13 +91,6 @@ class Span:
         ]
 
 
-def kind_of(h: Header) -> tuple[Any, ...]:
-    """Streams of one kind can be coded in one launch."""
-    rope = (h.rope.pairing, h.rope.frequencies) if h.rope else None
-    rows = (h.row_bits, h.radius_bits, h.radius_exponent)
-    return (h.coding, h.dtype, h.head_dim, *rows, h.seed, h.chunk_tokens, h.offsets, rope)
-
-
 class Group:
     """Spans of one kind, described on the device."""
 
@@ -118,7 +111,7 @@ class Group:
         self.lead_firsts = self._put(self._firsts([span.side_leads for span in spans]))
         words = max(self._words(span.header) for span in spans)
         self.keys = self._put(checksum_keys(words + 1).astype(np.int64))
-        self.tables = tables_on(str(self.device), *kind_of(self.header)[:1], *self._table_key())
+        self.tables = tables_on(str(self.device), self.header.coding, *self._table_key())
 
     def _table_key(self) -> tuple[Any, ...]:
         h = self.header

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from pqcodec import constants as c
 from pqcodec.header import Header
 
 
-def _ignore(done: int) -> None:
+def nobody(done: int) -> None:
     """Progress that nobody watches."""
 
 
@@ -36,6 +36,10 @@ class Values:
         writeable = self.flat.flags.writeable
         return np.lib.stride_tricks.as_strided(self.flat[start:], (tokens, self.head_dim), strides, writeable=writeable)
 
+    def from_token(self, token: int) -> Values:
+        """The rows from a token on."""
+        return Values(self.flat, self.starts + token * self.stride, self.stride, self.head_dim)
+
 
 MEAN_TOKENS = 1024  # a mean is taken of so many coded tokens at the most: the error left is 1/1000 of the variance
 
@@ -43,8 +47,8 @@ MEAN_TOKENS = 1024  # a mean is taken of so many coded tokens at the most: the e
 def sampled(values: Values, h: Header) -> tuple[Values, int, int]:
     """The coded tokens that a mean is taken of: (values from the first one on, their number, the step between them)."""
     step = max(1, -(-h.coded_tokens // MEAN_TOKENS))
-    starts = values.starts + h.first_tokens * values.stride
-    return Values(values.flat, starts, step * values.stride, values.head_dim), -(-h.coded_tokens // step), step
+    coded = values.from_token(h.first_tokens)
+    return replace(coded, stride=step * values.stride), -(-h.coded_tokens // step), step
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class EncodeJob:
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     payload: np.ndarray  # uint8 [payload bytes], to be filled
     bad: np.ndarray  # bool [leading, coded tokens], to be filled: vectors with NaN or Inf, coded as zeros
-    advance: Callable[[int], None] = _ignore  # is told how many blocks were done
+    advance: Callable[[int], None] = nobody  # is told how many blocks were done
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,6 @@ class DecodeJob:
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     out: Values | None  # [last_lead - first_lead, last_token - first_token, head_dim]
     damaged: np.ndarray  # bool [chunks, leads], to be filled
-    advance: Callable[[int], None] = _ignore
 
     def block(self, chunk: int, lead: int) -> np.ndarray:
         """Bytes of a block with its checksum."""
@@ -109,4 +112,6 @@ class Backend(Protocol):
 
     def encode(self, job: EncodeJob) -> None: ...
 
-    def decode(self, job: DecodeJob) -> None: ...
+    def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
+        """Do all jobs, in any order; ``advance`` is told how many blocks were done."""
+        ...

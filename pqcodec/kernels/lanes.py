@@ -471,6 +471,12 @@ def any_lane(typingctx, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """An address as what ``numba.carray`` makes an array of."""
+    return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], _I8.as_pointer())
+
+
+@intrinsic
 def word_at(typingctx, data, index):  # type: ignore[no-untyped-def]
     """The little-endian 32-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
 

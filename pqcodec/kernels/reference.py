@@ -6,13 +6,15 @@ Read ``encode_rows`` and ``decode_rows``; the class at the foot walks them over 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from pqcodec import angles, centre, rotation
 from pqcodec import constants as c
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, nobody, sampled
 from pqcodec.plan import Plan, plan_for
 
 
@@ -297,7 +299,11 @@ class Reference:
                 job.payload[start + rows.size : start + rows.size + c.CHECKSUM_BYTES] = word
             job.advance(h.leading)
 
-    def decode(self, job: DecodeJob) -> None:
+    def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
+        for job in jobs:
+            self._decode(job, advance)
+
+    def _decode(self, job: DecodeJob, advance: Callable[[int], None]) -> None:
         h, plan = job.header, plan_for(job.header)
         for chunk in range(job.first_chunk, job.last_chunk):
             for lead in range(job.first_lead, job.last_lead):
@@ -316,7 +322,7 @@ class Reference:
                     with np.errstate(over="ignore"):
                         x = x + self._offset(job.offsets[lead], h, first, high - low)
                 job.out.rows(lead - job.first_lead, first - job.first_token, high - low)[:] = narrow(x, h.dtype)
-            job.advance(job.last_lead - job.first_lead)
+            advance(job.last_lead - job.first_lead)
 
     @staticmethod
     def _offset(offset: np.ndarray, h: Header, first: int, tokens: int) -> np.ndarray:
