@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, GPU, gaussian, needs_triton, rel_mse
 
+import pqcodec
 from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.source import source_of
+from pqcodec.stream import read_header
 
 transformers = pytest.importorskip("transformers")
 
 from pqcodec.formats import transformers_cache as tc  # noqa: E402
+from pqcodec.formats.offload import old_tokens  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 PROMPT, MORE = 40, 24
@@ -118,6 +126,192 @@ def test_every_way_reads_on_and_is_reordered_and_cropped(one: dict[str, Any]) ->
         ids = ids.flip(0)
         assert same(read_on(model, exact, ids, pieces), read_on(model, encoded, ids, pieces))
     assert all(layer._old.chunks for layer in encoded.encoded_layers)
+
+
+class CPUEncodeBatch:
+    """``EncodeBatch``, of the CPU's codec: what is done with batches is tried faster than with kernels that are interpreted."""
+
+    def __init__(self, tensors: list[torch.Tensor], **options: Any) -> None:
+        coded = [pqcodec.encode(x, **{**options, "backend": "cpu"}) for x in tensors]
+        self.headers = [read_header(source_of(data)) for data in coded]
+        self._streams = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in coded]
+
+    def run(self) -> list[torch.Tensor]:
+        return self._streams
+
+    def check(self) -> None: ...
+
+
+class CPUDecodeBatch:
+    def __init__(self, streams: list[torch.Tensor], outs: list[torch.Tensor], tokens: Any, backend: str) -> None:
+        self._streams, self._outs, self._tokens = streams, outs, tokens
+
+    def run(self) -> None:
+        for stream, out in zip(self._streams, self._outs, strict=True):
+            pqcodec.decode(stream.numpy().tobytes(), out=out, tokens=self._tokens, backend="cpu")
+
+
+@pytest.fixture(params=WAYS if GPU else [*PLACES, "cpu"])
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every way, the interpreter's ones with the CPU's codec."""
+    if GPU or request.param == "cpu":
+        return dict(request.param) if GPU else {}
+    monkeypatch.setattr(old_tokens, "EncodeBatch", CPUEncodeBatch)
+    monkeypatch.setattr(old_tokens, "DecodeBatch", CPUDecodeBatch)
+    return {"place": request.param, "backend": "triton"}
+
+
+LAYERS, HEADS, HEAD_DIM = 3, 2, 16
+ROOM = SMALL["window"] + SMALL["chunk"]
+OPERATIONS = [*[("append", n) for n in (1, 1, 1, 1, 7, 8, 9, ROOM, ROOM + 1, 3 * ROOM)], *[("crop", n) for n in (1, 3, 14, 50)]]
+OPERATIONS += [("reorder", [1, 0]), ("reorder", [0, 0]), ("select", [1, 0, 1]), ("select", [0, 1]), ("reset", 0)]
+
+
+class Told:
+    """Layers of a cache, and the tokens that they were given."""
+
+    def __init__(self, layers: int = LAYERS, heads: int = HEADS, **options: Any) -> None:
+        config = transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": layers, "head_dim": HEAD_DIM})
+        self.cache = EncodedCache(config, preset="pq6", **{**SMALL, **options})
+        self.given = [(torch.zeros(2, heads, 0, HEAD_DIM, device=DEVICE),) * 2] * layers
+        self._seed = 0
+        self._exact = 0  # last tokens that nothing has been done to, at most a window
+
+    def _new(self, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        self._seed += 1
+        return gaussian(*like.shape[:2], tokens, HEAD_DIM, seed=self._seed).to(DEVICE)
+
+    def append(self, tokens: int) -> None:
+        """And see that what ``update`` returns is what was given: exactly at both ends, and nearly between."""
+        for i, before in enumerate(self.given):
+            new = [self._new(x, tokens) for x in before]
+            found = self.cache.update(*new, i)
+            keys, values = (torch.cat(pair, 2) for pair in zip(before, new, strict=True))
+            self.given[i] = keys, values
+            for x, y in zip((keys, values), found, strict=True):
+                assert x.shape == y.shape
+                assert same(x, y, 2e-3)
+                for part in (slice(SMALL["exact_tokens"]), slice(x.shape[2] - tokens - self._exact, None)):
+                    assert torch.equal(x[:, :, part], y[:, :, part])
+        self._exact = min(self._exact + tokens, SMALL["window"])
+
+    def do(self, what: str, value: Any) -> None:
+        if what == "append":
+            return self.append(value)
+        rows = torch.tensor(value, device=DEVICE)
+        {
+            "crop": lambda: self.cache.crop(-value),
+            "reorder": lambda: self.cache.reorder_cache(rows),
+            "select": lambda: self.cache.batch_select_indices(rows),
+            "reset": self.cache.reset,
+        }[what]()
+        left = max(self.given[0][0].shape[2] - value, 0) if what == "crop" else 0
+        self._exact = max(self._exact - value, 0) if what == "crop" else 0 if what == "reset" else self._exact
+        for i, both in enumerate(self.given):
+            keys, values = (x[:, :, :left] if what in ("crop", "reset") else x[rows] for x in both)
+            self.given[i] = keys, values
+
+    def spoil(self) -> None:
+        """What lies behind the exact last tokens is nobody's business."""
+        for tail in (layer._tail for layer in self.cache.encoded_layers if layer._tail):
+            for x in tail.memory:
+                x[:, :, tail.tokens :] = float("nan")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_was_given_is_found_whatever_is_done(quick: dict[str, Any], seed: int) -> None:
+    told, random = Told(**quick), np.random.default_rng(seed)
+    for _ in range(4):
+        for number in random.permutation(len(OPERATIONS)):
+            what, value = OPERATIONS[number]
+            if what != "select" or len(value) != told.given[0][0].shape[0]:
+                told.do(what, [row % told.given[0][0].shape[0] for row in value] if isinstance(value, list) else value)
+            told.spoil()
+            told.append(1)
+            told.spoil()
+        assert told.cache.get_seq_length() == told.given[0][0].shape[2]
+
+
+@pytest.mark.parametrize("one", INTERPRETED)
+def test_what_was_given_is_found_in_the_interpreter(one: dict[str, Any]) -> None:
+    told = Told(layers=2, heads=1, **one)
+    for what, value in (
+        *[("append", n) for n in (20, SMALL["chunk"], SMALL["chunk"] + 1, 1)],  # fills the room, is one more
+        *[("crop", 9), ("append", 3), ("reorder", [1, 0]), ("append", 3), ("crop", 30), ("append", 1), ("append", ROOM)],
+        *[("append", n) for n in (SMALL["chunk"] - 1, 1, 1)],
+    ):
+        told.do(what, value)
+        told.spoil()
+
+
+def test_appends_around_the_border_of_the_tails_room(quick: dict[str, Any]) -> None:
+    for steps in (0, 1, SMALL["chunk"] - 1):
+        for more in (-1, 0, 1, ROOM - 1, ROOM, 2 * ROOM):
+            told = Told(layers=2, **quick)
+            told.append(20)
+            for _ in range(steps):
+                told.append(1)
+            if (left := SMALL["chunk"] - steps + more) > 0:
+                told.append(left)
+            told.spoil()
+            told.append(1)
+            told.append(2)
+
+
+def test_while_nothing_is_encoded_nothing_moves_or_is_prepared_anew(
+    quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for name in ("Launch", "DecodeBatch"):
+        monkeypatch.setattr(old_tokens, name, partial(_noted, made, getattr(old_tokens, name)))
+    told = Told(**quick)
+    told.append(20)
+    places = [layer._tail.memory for layer in told.cache.layers]
+    for _ in range(3):
+        made.clear()
+        for _ in range(SMALL["chunk"]):
+            told.append(1)
+        assert all(layer._tail.memory is place for layer, place in zip(told.cache.layers, places, strict=True))
+        if quick:
+            launches, batches = (2 * LAYERS, 2) if quick["place"] == "host" else (LAYERS, LAYERS)
+            assert made.count("Launch") == launches  # of an odd number of layers each comes to lie in both slots
+            assert len(made) == launches + batches
+
+
+def _noted(made: list[str], thing: type, *args: Any, **options: Any) -> Any:
+    made.append(thing.__name__)
+    return thing(*args, **options)
+
+
+def test_the_memory_of_a_cache_goes_with_it(quick: dict[str, Any]) -> None:
+    told = Told(**quick)
+    for tokens in (20, 1, 1, 1):
+        told.append(tokens)
+    shops = [weakref.ref(shop) for shop in told.cache._shops.values()]
+    gc.disable()
+    try:
+        del told
+        assert [shop() for shop in shops] == [None]
+    finally:
+        gc.enable()
+
+
+def test_scratch_goes_before_it_is_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context has no room for both."""
+    kind = old_tokens.Kind(torch.float32, (1, 2, 16), (1, 2, 16))
+    shop = old_tokens.Workshop(torch.device("cpu"))
+    before = weakref.ref(shop.scratch(kind, 100)[0])
+    assert before() is not None
+    sizes = []
+
+    def memory(size: int, device: Any) -> Any:
+        assert before() is None
+        sizes.append(size)
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(old_tokens, "memory", memory)
+    assert shop.scratch(kind, 10_000)[0].shape[2] >= 10_000
+    assert len(sizes) == 1
 
 
 def test_the_error_goes_down_with_the_preset(way: dict[str, Any]) -> None:
@@ -251,6 +445,9 @@ def test_what_cannot_be_is_refused(way: dict[str, Any]) -> None:
     read_on(model, cache, ids, [PROMPT])
     with pytest.raises(ValueError, match="negative"):
         cache.crop(3)
+    for tokens in (1, ROOM + 1):
+        with pytest.raises(InvalidArgument, match="2 sequences are given to a cache of 1"):
+            read_on(model, cache, prompt(2, 64), [tokens])
 
 
 @pytest.mark.skipif(not GPU, reason="on a CPU such vectors are kept as they are")

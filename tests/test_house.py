@@ -25,7 +25,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "transformers": {"formats/transformers_cache/", "formats/offload/encoded_cache.py"},
     "sqlite3": {"formats/store/index.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
-    "cuda": {"pqcodec/kernels/gpu_cuda.py"},
+    "cuda": {"pqcodec/kernels/gpu_cuda.py", "formats/offload/graphs.py"},
 }
 ORDER = [
     "errors constants",
@@ -55,7 +55,9 @@ FORMATS_ORDER = [
     "store.shelf",
     "store.prefix_store store.transfer",
     "offload.graphs offload.paged offload.pieces offload.pinned",
-    "offload.old_tokens offload.pipeline",
+    "offload.launches offload.pipeline",
+    "offload.staging",
+    "offload.old_tokens",
     "offload.encoded_cache offload.host_pool",
 ]
 

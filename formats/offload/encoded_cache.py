@@ -20,7 +20,7 @@ from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact
 from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.offload.old_tokens import Coding, OldTokens, Workshop, checked_place
+from pqcodec.formats.offload.old_tokens import Coding, Kind, OldTokens, Workshop, checked_place
 from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
 from pqcodec.presets import preset as preset_of
 
@@ -49,6 +49,11 @@ class Options:
         for name, least in (("window", 1), ("chunk", 1), ("exact_tokens", 0)):
             if getattr(self, name) < least:
                 raise InvalidArgument(f"{name} {getattr(self, name)}: at least {least} is expected")
+
+    @property
+    def room(self) -> int:
+        """Exact last tokens of which some are encoded."""
+        return self.window + self.chunk
 
 
 @dataclass(frozen=True)
@@ -121,46 +126,58 @@ def _lenders(config: Any) -> set[int]:
 
 
 class Tail:
-    """The exact last tokens of a layer, with room for more."""
+    """The exact last tokens of a layer: the first ``tokens`` of ``memory``, which has room for more."""
 
     def __init__(self, keys: Any, values: Any) -> None:
         self.tokens = 0
-        self._both = [_room_of(x, 0) for x in (keys, values)]
+        self._lie_in(_room_of(keys, 0), _room_of(values, 0))
+
+    def _lie_in(self, keys: Any, values: Any) -> None:
+        self.memory = keys, values
+        self.room = int(keys.shape[-2])
+        self.kind = Kind.of(keys, values)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self._both)
+        return sum(x.nbytes for x in self.memory)
 
     def read(self) -> tuple[Any, Any]:
-        keys, values = (x[:, :, : self.tokens] for x in self._both)
+        keys, values = (x[:, :, : self.tokens] for x in self.memory)
         return keys, values
 
+    def fits(self, keys: Any) -> bool:
+        """Whether there is room for more tokens; raises InvalidArgument where they are of another batch."""
+        if keys.shape[0] != self.kind.keys[0]:
+            raise InvalidArgument(f"{keys.shape[0]} sequences are given to a cache of {self.kind.keys[0]}")
+        return self.tokens + int(keys.shape[-2]) <= self.room
+
     def append(self, keys: Any, values: Any) -> None:
-        tokens = self.tokens + int(keys.shape[-2])
-        if tokens > self._both[0].shape[-2]:
-            old = self.read()
-            self._both = [_room_of(x, max(_FIRST_ROOM, tokens + tokens // 2)) for x in (keys, values)]
-            for room, x in zip(self._both, old, strict=True):
-                room[:, :, : self.tokens] = x
-        for room, x in zip(self._both, (keys, values), strict=True):
-            room[:, :, self.tokens : tokens] = x
-        self.tokens = tokens
+        """Behind the others; the memory stays where it is while there is room."""
+        more = int(keys.shape[-2])
+        if not self.fits(keys):
+            self._move(max(_FIRST_ROOM, (self.tokens + more) * 3 // 2))
+        for room, x in zip(self.memory, (keys, values), strict=True):
+            room.narrow(2, self.tokens, more).copy_(x)
+        self.tokens += more
 
-    def replace(self, keys: Any, values: Any) -> None:
-        """Other tokens, of which none is in the tail's own memory."""
+    def _move(self, room: int) -> None:
+        old = self.read()
+        self._lie_in(*(_room_of(x, room) for x in old))
+        for new, x in zip(self.memory, old, strict=True):
+            new[:, :, : self.tokens] = x
+
+    def replace(self, keys: Any, values: Any, *, room: int) -> None:
+        """Other tokens, of which none is in the tail's own memory, with room for so many."""
         self.tokens = 0
-        self._both = [_room_of(x, self._both[0].shape[-2]) for x in (keys, values)] if self._outgrown(keys) else self._both
+        if self.kind != Kind.of(keys, values) or self.room != room:
+            self._lie_in(_room_of(keys, room), _room_of(values, room))
         self.append(keys, values)
-
-    def _outgrown(self, keys: Any) -> bool:
-        """Whether the memory is of another batch."""
-        return bool(self._both[0].shape[0] != keys.shape[0])
 
     def cut(self, tokens: int) -> None:
         self.tokens = min(self.tokens, tokens)
 
     def select(self, rows: Any) -> None:
-        self._both = [_selected(x, rows) for x in self._both]
+        self._lie_in(*(_selected(x, rows) for x in self.memory))
 
 
 def _room_of(x: Any, tokens: int) -> Any:
@@ -240,7 +257,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if behind < 0 and self._old is not None and self._sinks is not None:
             self._old.cut(max(left - self._kept_first, 0))
             if left <= self._kept_first:
-                self._tail.replace(*(x[:, :, :left] for x in self._sinks))
+                self._tail.replace(*(x[:, :, :left] for x in self._sinks), room=max(left, self._options.room))
                 self._sinks = None
 
     # -- what it does ----------------------------------------------------------------------------------------------
@@ -279,32 +296,35 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if tail.tokens:
             keys, values = (torch.cat(pair, -2) for pair in zip(tail.read(), (keys, values), strict=True))
         first, last = options.exact_tokens, tokens - options.window
-        self._sinks = _kept(keys, first), _kept(values, first)
         self._encode(keys[:, :, first:last], values[:, :, first:last])
-        tail.replace(keys[:, :, last:], values[:, :, last:])
+        self._sinks = _kept(keys, first), _kept(values, first)
+        tail.replace(keys[:, :, last:], values[:, :, last:], room=options.room)
         return keys, values
 
     def _grown(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Decode, put the exact tokens beside, and encode what the tail has too many of for the next time."""
-        tail, old = self._tail, self._old
+        """Decode, put the exact tokens beside, and encode what the tail has too many of for the next time.
+
+        Beside the old tokens comes the tail's whole room, whatever is in it: its place does not change at each step then.
+        """
+        tail, old, sinks = self._tail, self._old, self._sinks
         assert tail is not None
         assert old is not None
-        assert self._sinks is not None
-        begin, end = self._kept_first, self._kept_first + self._encoded
-        exact_tokens = tail.tokens + int(keys.shape[-2])
-        whole = self._shop(keys).scratch(keys, values, end + exact_tokens)
-        old.decode(*(x[:, :, begin:end] for x in whole))
-        for all_tokens, first, last, new in zip(whole, self._sinks, tail.read(), (keys, values), strict=True):
-            all_tokens[:, :, :begin] = first
-            all_tokens[:, :, end : end + tail.tokens] = last
-            all_tokens[:, :, end + tail.tokens :] = new
-        if exact_tokens < self._options.window + self._options.chunk:
+        assert sinks is not None
+        more, room, fits = int(keys.shape[-2]), self._options.room, tail.fits(keys)
+        end = self._kept_first + old.tokens
+        tokens = end + tail.tokens + more
+        if fits:
             tail.append(keys, values)
-        else:
-            last = end + exact_tokens - self._options.window
+        whole = old.shop.scratch(tail.kind, max(tokens, end + tail.room))
+        old.decode(whole, sinks, tail.memory)
+        if not fits:
+            for all_tokens, x in zip(whole, (keys, values), strict=True):
+                all_tokens[:, :, tokens - more : tokens] = x
+        if tokens - end >= room:
+            last = tokens - self._options.window
             self._encode(*(x[:, :, end:last] for x in whole))
-            tail.replace(*(x[:, :, last:] for x in whole))
-        return whole
+            tail.replace(*(x[:, :, last:tokens] for x in whole), room=room)
+        return whole[0].narrow(2, 0, tokens), whole[1].narrow(2, 0, tokens)
 
     def _encode(self, keys: Any, values: Any) -> None:
         if self._old is None:

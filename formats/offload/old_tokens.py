@@ -2,31 +2,30 @@
 
 Tokens come in chunks. A sequence's keys and its values of a chunk are one stream each [heads, tokens, head_dim], so a batch
 is reordered by exchanging references, and sequences that share a beginning share its streams. ``OnDevice`` keeps streams on
-the GPU; ``OnHost`` in pinned memory, of which the next layer's are copied while a layer computes (``Staging``); ``OnCPU`` is
-for tensors of the CPU. Nothing here waits for the device but the encoder's check for NaN and Inf.
+the GPU; ``OnHost`` in pinned memory (``staging``); ``OnCPU`` is for tensors of the CPU. Layers know of their ``Workshop``, and
+it not of them, so that the memory of a cache goes with it. Nothing here waits for the device but the encoder's check for NaN
+and Inf.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pqcodec import codec
 from pqcodec.batch import DecodeBatch, EncodeBatch, aligned
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.offload.graphs import Replayed
+from pqcodec.formats.offload.launches import Launch, Pair, Prepared
+from pqcodec.formats.offload.staging import SPARE, Home, Homes, Slot, Staging, memory
 from pqcodec.header import Header
 from pqcodec.kernels import ON_DEVICE
 
 PLACES = ("host", "device")
-_HOME_BYTES = 2 << 20  # of pinned memory, at least: chunks share one, and the next is as large as all before
-_SPARE = 1 / 32  # of the scratch: so much longer a sequence can become before it is laid out again
-_SPARE_TOKENS = 256  # ... and at least so many tokens
-_MOST_BATCHES = 256  # prepared launches that are kept
-_PLAIN_RUNS = 2  # of launches, before they are captured in a CUDA graph
+_SPARE_TOKENS = 256  # of the scratch, at least
 _numbers = itertools.count()
 
 
@@ -46,21 +45,6 @@ class Coding:
         return {"preset": self.presets[role], "center": center, "rope": rope, "seed": self.seed, "backend": self.backend}
 
 
-class Home:
-    """Memory that streams lie in: a uint8 tensor of which the first ``used`` bytes are taken."""
-
-    def __init__(self, tensor: Any, used: int = 0) -> None:
-        self.tensor, self.used = tensor, used
-
-    def take(self, size: int) -> int | None:
-        """Where so many bytes begin; None if there is no room."""
-        start = aligned(self.used)
-        if start + size > self.tensor.numel():
-            return None
-        self.used = start + size
-        return start
-
-
 @dataclass(frozen=True, eq=False)
 class Stream:
     """One stream of a GPU's tensor, wherever it lies."""
@@ -72,6 +56,11 @@ class Stream:
     @property
     def stop(self) -> int:
         return self.start + self.header.stream_bytes
+
+    @property
+    def place(self) -> int:
+        """Where it begins in a slot."""
+        return self.home.place + self.start
 
     @property
     def data(self) -> Any:
@@ -102,7 +91,6 @@ class OldTokens:
         self.chunks: list[Chunk] = []
         self.tokens = 0
         self.number = next(_numbers)
-        self.version = 0
 
     def append(self, keys: Any, values: Any) -> None:
         """Encode tokens [sequences, heads, tokens, head_dim] behind the others. Raises NonFiniteInput (of a GPU's tensors)."""
@@ -125,7 +113,7 @@ class OldTokens:
 
     def _now(self, chunks: list[Chunk]) -> None:
         self.chunks, self.tokens = chunks, sum(chunk.tokens for chunk in chunks)
-        self.version += 1
+        self.shop.forget(self.number)
 
     @property
     def nbytes(self) -> int:
@@ -133,22 +121,35 @@ class OldTokens:
         streams = {id(s): len(s) for chunk in self.chunks for s in (*chunk.keys, *chunk.values)}
         return sum(streams.values())
 
-    def decode(self, keys: Any, values: Any) -> None:
-        """Fill [sequences, heads, tokens, head_dim] of any strides whose last dimension is contiguous."""
+    def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        """Fill ``whole`` [sequences, heads, room, head_dim] from its first token on: ``before``, the old tokens, ``behind``.
+
+        On a GPU this is one launch, as long as the old tokens stay the same and these very tensors are given; a pair is told by
+        its identity.
+        """
         raise NotImplementedError
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
         """A stream for each sequence."""
         raise NotImplementedError
 
-    def _targets(self, keys: Any, values: Any) -> list[tuple[Any, Any, tuple[int, int] | None]]:
-        """Each stream, where it is decoded to, and which of its tokens are wanted (None: all)."""
-        found, at = [], 0
+    def _targets(self, whole: Pair, begin: int) -> list[tuple[Any, Any, tuple[int, int] | None]]:
+        """Each stream, where it is decoded to behind ``begin`` tokens, and which of its tokens are wanted (None: all)."""
+        found, at = [], begin
         for chunk in self.chunks:
             part = None if chunk.tokens == chunk.stored else (0, chunk.tokens)
-            for streams, out in ((chunk.keys, keys), (chunk.values, values)):
+            for streams, out in zip((chunk.keys, chunk.values), whole, strict=True):
                 found += [(stream, out[row, :, at : at + chunk.tokens], part) for row, stream in enumerate(streams)]
             at += chunk.tokens
+        return found
+
+    def _copies(self, whole: Pair, before: Pair, behind: Pair) -> list[tuple[Any, Any]]:
+        """What is copied beside the old tokens: (target, source)."""
+        found, at = [], 0
+        for part, behind_it in ((before, self.tokens), (behind, 0)):
+            tokens = int(part[0].shape[-2])
+            found += [(out[:, :, at : at + tokens], x) for out, x in zip(whole, part, strict=True)]
+            at += tokens + behind_it
         return found
 
 
@@ -158,9 +159,11 @@ class OnCPU(OldTokens):
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
         return [codec.encode(one, nonfinite="exact", **self.coding.options(role)) for one in x]
 
-    def decode(self, keys: Any, values: Any) -> None:
-        for stream, out, part in self._targets(keys, values):
+    def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
             codec.decode(stream, out=out, tokens=part, backend=self.coding.backend)
+        for target, source in self._copies(whole, before, behind):
+            target.copy_(source)
 
 
 class OnDevice(OldTokens):
@@ -175,19 +178,30 @@ class OnDevice(OldTokens):
     def _kept(self, header: Header, stream: Any) -> Stream:
         return Stream(header, Home(stream, stream.numel()), 0)
 
-    def decode(self, keys: Any, values: Any) -> None:
-        self._run(keys, values, self.number, self.version, lambda stream: stream.data)
+    def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        prepared = self.shop.resident
+        launch = prepared.launches.get(self.number)
+        if launch is None or not launch.fills(whole, before, behind):
+            lying = {stream: stream.data for stream in self._streams()}
+            launch = self._launch(prepared, whole, before, behind, self._batches(whole, before, lying))
+        launch.run()
 
-    def _run(self, keys: Any, values: Any, name: Any, version: Any, lying: Callable[[Stream], Any]) -> None:
-        """Launch what was prepared for a name, or prepare it: ``lying`` tells where on the device a stream is."""
-        signature = (version, *((x.data_ptr(), x.shape, x.stride()) for x in (keys, values)))
-        self.shop.prepared(name, signature, lambda: self._batches(keys, values, lying)).run()
+    def _streams(self) -> list[Stream]:
+        return [stream for chunk in self.chunks for stream in (*chunk.keys, *chunk.values)]
 
-    def _batches(self, keys: Any, values: Any, lying: Callable[[Stream], Any]) -> list[DecodeBatch]:
-        """One for all streams that are wanted whole, and one for each length to which others are cut."""
+    def _launch(self, prepared: Prepared, whole: Pair, before: Pair, behind: Pair, batches: Sequence[DecodeBatch]) -> Launch:
+        launch = Launch((whole, before, behind), batches, self._copies(whole, before, behind), self.shop.device)
+        prepared.launches[self.number] = launch
+        return launch
+
+    def _batches(self, whole: Pair, before: Pair, lying: Mapping[Stream, Any]) -> list[DecodeBatch]:
+        """One for all streams that are wanted whole, and one for each length to which others are cut.
+
+        ``lying``: the bytes of each stream on the device.
+        """
         parts: dict[Any, list[tuple[Any, Any]]] = {}
-        for stream, out, part in self._targets(keys, values):
-            parts.setdefault(part, []).append((lying(stream), out))
+        for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
+            parts.setdefault(part, []).append((lying[stream], out))
         return [
             DecodeBatch([s for s, _ in pairs], outs=[o for _, o in pairs], tokens=part, backend=self.coding.backend)
             for part, pairs in parts.items()
@@ -199,167 +213,63 @@ class OnHost(OnDevice):
 
     def __init__(self, coding: Coding, shop: Workshop) -> None:
         super().__init__(coding, shop)
-        self.homes: list[Home] = []
-        self.stored = shop.staging.event()  # behind the last copy to the host
-        self._layout: tuple[int, int] = (-1, 0)  # version, number
-        shop.staging.layers.append(self)
+        self.homes = Homes(shop.device)
+        shop.staging.layers.append(self.homes)
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
         streams = super()._encode(role, x)
-        self.stored.record()
+        self.homes.stored.record()
         return streams
 
     def _kept(self, header: Header, stream: Any) -> Stream:
-        start = self.homes[-1].take(header.stream_bytes) if self.homes else None
-        if start is None:
-            taken = sum(home.used for home in self.homes)
-            self.homes.append(Home(self.shop.pinned(max(2 * aligned(header.stream_bytes), taken, _HOME_BYTES))))
-            start = self.homes[-1].take(header.stream_bytes)
-        assert start is not None
-        kept = Stream(header, self.homes[-1], start)
+        kept = Stream(header, *self.homes.take(header.stream_bytes))
         kept.data.copy_(stream, non_blocking=True)
         return kept
 
     def _now(self, chunks: list[Chunk]) -> None:
         super()._now(chunks)
-        used = {id(s.home) for chunk in chunks for s in (*chunk.keys, *chunk.values)}
-        self.homes = [home for home in self.homes if id(home) in used]
+        if self.homes.settle(stream.home for stream in self._streams()):
+            self.shop.staging.forget(self.homes)
 
-    def places(self) -> tuple[dict[int, int], int]:
-        """Where each home begins in a slot, by its identity, and the bytes of all."""
-        starts, at = {}, 0
-        for home in self.homes:
-            starts[id(home)] = at
-            at = aligned(at + home.used)
-        return starts, at
-
-    def layout(self) -> int:
-        """A number that layers share whose streams are of the same kinds and lie at the same places of a slot."""
-        if self._layout[0] != self.version:
-            starts, _ = self.places()
-            told = tuple(
-                (s.header, starts[id(s.home)] + s.start, chunk.tokens)
-                for chunk in self.chunks
-                for s in (*chunk.keys, *chunk.values)
-            )
-            self._layout = self.version, self.shop.number_of(told)
-        return self._layout[1]
-
-    def decode(self, keys: Any, values: Any) -> None:
+    def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
         staging = self.shop.staging
-        slot = staging.load(self)
-        staging.prefetch_behind(self)
-        starts, _ = self.places()
-        slot.ready.wait()
-        self._run(
-            keys,
-            values,
-            (slot.number, self.layout()),
-            slot.buffer.data_ptr(),
-            lambda s: slot.buffer[starts[id(s.home)] + s.start :][: len(s)],
+        current = staging.current()
+        slot = staging.load(self.homes, current)
+        staging.prefetch_behind(self.homes, current)
+        launch = slot.prepared.launches.get(self.number)
+        slot.ready.wait(current)
+        if launch is None or not launch.fills(whole, before, behind):
+            launch = self._launch(slot.prepared, whole, before, behind, self._shared(slot, whole, before))
+        launch.run(current)
+        slot.free.record(current)
+
+    def _shared(self, slot: Slot, whole: Pair, before: Pair) -> Sequence[DecodeBatch]:
+        """Batches for all layers whose streams are of the same kinds and lie at the same places of a slot.
+
+        Made behind ``ready``: they read the headers.
+        """
+        layout = (
+            int(before[0].shape[-2]),
+            *((chunk.tokens, *((s.header, s.place) for s in (*chunk.keys, *chunk.values))) for chunk in self.chunks),
         )
-        slot.free.record()
+        batches = slot.prepared.batches(layout)
+        if batches is None:
+            lying = {s: slot.buffer[s.place : s.place + len(s)] for s in self._streams()}
+            batches = self._batches(whole, before, lying)
+            slot.prepared.share(layout, batches)
+        return batches
 
 
-class NoEvent:
-    """What a CPU needs in the place of a CUDA event."""
+class Kind(NamedTuple):
+    """Of a layer's tensors, whatever their tokens; shapes: (sequences, heads, head_dim)."""
 
-    def record(self, stream: Any = None) -> None: ...
+    dtype: Any
+    keys: tuple[int, int, int]
+    values: tuple[int, int, int]
 
-    def wait(self, stream: Any = None) -> None: ...
-
-
-@dataclass
-class Slot:
-    """Memory on the device that one layer's streams are copied to."""
-
-    number: int
-    ready: Any  # the event behind the copy
-    free: Any  # ... and the one behind the last decoding from here
-    buffer: Any = None
-    holds: tuple[int, int] = (-1, -1)  # number and version of the layer's OldTokens
-
-
-class Staging:
-    """Two slots, which the layers' streams are copied to by turns, on a stream of their own."""
-
-    def __init__(self, shop: Workshop) -> None:
-        self._shop = shop
-        self.layers: list[OnHost] = []
-        self._side = _side_stream(shop.device)
-        self._slots = [Slot(number, self.event(), self.event()) for number in range(2)]
-        self._last = self._slots[1]  # that was decoded from
-
-    def event(self) -> Any:
-        import torch
-
-        return torch.cuda.Event() if self._shop.device.type == "cuda" else NoEvent()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(0 if slot.buffer is None else slot.buffer.numel() for slot in self._slots)
-
-    def load(self, layer: OnHost) -> Slot:
-        """The slot that a layer's streams are in, or are being copied to from now on: behind ``ready``."""
-        self._last = self._slot(layer)
-        return self._last
-
-    def prefetch_behind(self, layer: OnHost) -> None:
-        """Begin to copy what the layer behind this one has; behind the last comes the first."""
-        at = self.layers.index(layer)
-        following = next((other for other in (*self.layers[at + 1 :], *self.layers[:at]) if other.chunks), None)
-        if following is not None:
-            self._slot(following)
-
-    def _slot(self, layer: OnHost) -> Slot:
-        """The slot that holds a layer's streams; if none does, they are copied to the one that was not used last."""
-        holds = (layer.number, layer.version)
-        slot = next((slot for slot in self._slots if slot.holds == holds), None)
-        if slot is None:
-            slot = self._slots[1 - self._last.number]
-            self._copy(layer, slot)
-        return slot
-
-    def _copy(self, layer: OnHost, slot: Slot) -> None:
-        starts, size = layer.places()
-        if slot.buffer is None or slot.buffer.numel() < size:
-            slot.ready.wait()
-            slot.buffer = None
-            self._shop.forget(slot.number)
-            slot.buffer = self._shop.empty(size + int(size * _SPARE) + _HOME_BYTES // 4)
-            slot.free.record()
-        slot.holds = (layer.number, layer.version)
-        with self._side():
-            slot.free.wait()
-            layer.stored.wait()
-            for home in layer.homes:
-                at = starts[id(home)]
-                slot.buffer[at : at + home.used].copy_(home.tensor[: home.used], non_blocking=True)
-            slot.ready.record()
-
-
-def _side_stream(device: Any) -> Callable[[], Any]:
-    """Makes a context in which copies are issued beside the current stream."""
-    import contextlib
-
-    import torch
-
-    if device.type != "cuda":
-        return contextlib.nullcontext
-    stream = torch.cuda.Stream(device)
-    return lambda: torch.cuda.stream(stream)
-
-
-class Launches:
-    """Batches that are run again and again."""
-
-    def __init__(self, signature: Any, batches: list[DecodeBatch], device: Any) -> None:
-        self.signature, self._batches = signature, batches
-        self.run = Replayed(self._launch, device, _PLAIN_RUNS)
-
-    def _launch(self) -> None:
-        for batch in self._batches:
-            batch.run()
+    @classmethod
+    def of(cls, keys: Any, values: Any) -> Kind:
+        return cls(keys.dtype, *((x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)))
 
 
 @dataclass
@@ -368,30 +278,17 @@ class Workshop:
 
     device: Any
     staging: Staging = field(init=False)
-    _launches: dict[Any, Launches] = field(default_factory=dict)
-    _layouts: dict[Any, int] = field(default_factory=dict)
-    _rooms: dict[Any, int] = field(default_factory=dict)
+    resident: Prepared = field(default_factory=Prepared)  # for streams that lie on the device
     _scratch: Any = None
+    _rooms: dict[Kind, Pair] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.staging = Staging(self)
+        self.staging = Staging(self.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device, of scratch and slots."""
         return self.staging.nbytes + (0 if self._scratch is None else self._scratch.numel())
-
-    def empty(self, size: int) -> Any:
-        import torch
-
-        with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def pinned(self, size: int) -> Any:
-        import torch
-
-        with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def old_tokens(self, place: str, coding: Coding) -> OldTokens:
         """Nothing yet, of tensors of this device."""
@@ -400,45 +297,38 @@ class Workshop:
         kinds: dict[str, type[OldTokens]] = {"host": OnHost, "device": OnDevice}
         return kinds[place](coding, self)
 
-    def scratch(self, keys: Any, values: Any, tokens: int) -> tuple[Any, Any]:
-        """Room for all tokens of a layer whose new ones are [sequences, heads, n, head_dim]; until the next layer takes it."""
-        shapes = [(x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)]
-        kind = (keys.dtype, *shapes)
-        if tokens > self._rooms.get(kind, 0):
-            self._rooms[kind] = tokens + max(int(tokens * _SPARE), _SPARE_TOKENS)
-        room = self._rooms[kind]
-        sizes = [aligned(b * h * room * d * keys.element_size()) for b, h, d in shapes]
+    def scratch(self, kind: Kind, tokens: int) -> Pair:
+        """Room for at least so many tokens of a layer, until the next one takes it; the same pair as long as it is enough."""
+        if kind not in self._rooms or self._rooms[kind][0].shape[2] < tokens:
+            self._lay_out(kind, tokens + max(int(tokens * SPARE), _SPARE_TOKENS))
+        return self._rooms[kind]
+
+    def _lay_out(self, kind: Kind, tokens: int) -> None:
+        """Nobody may hold on to the old scratch here: there is no room for both."""
+        import torch
+
+        shapes = [(b, h, tokens, d) for b, h, d in (kind.keys, kind.values)]
+        sizes = [aligned(math.prod(shape) * kind.dtype.itemsize) for shape in shapes]
+        for prepared in self._prepared():
+            prepared.clear()
         if self._scratch is None or self._scratch.numel() < sum(sizes):
-            self._launches.clear()  # they hold on to the old one
+            self._rooms.clear()
             self._scratch = None
-            self._scratch = self.empty(sum(sizes))
-        parts = self._scratch[: sum(sizes)].split(sizes)
-        both = (
-            part.view(keys.dtype)[: b * h * room * d].view(b, h, room, d)[:, :, :tokens]
-            for part, (b, h, d) in zip(parts, shapes, strict=True)
-        )
-        found_keys, found_values = both
-        return found_keys, found_values
+            self._scratch = memory(sum(sizes), self.device)
+        with torch.inference_mode(False):
+            parts = self._scratch[: sum(sizes)].split(sizes)
+            keys, values = (
+                part.view(kind.dtype)[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)
+            )
+        self._rooms[kind] = keys, values
 
-    def prepared(self, name: Any, signature: Any, make: Callable[[], list[DecodeBatch]]) -> Launches:
-        """The launches of a name, made anew when its signature has changed."""
-        found = self._launches.get(name)
-        if found is None or found.signature != signature:
-            if len(self._launches) >= _MOST_BATCHES:
-                self._launches.clear()
-            self._launches[name] = found = Launches(signature, make(), self.device)
-        return found
+    def forget(self, layer: int) -> None:
+        """Let go of what was prepared for a layer's old tokens, which are others now."""
+        for prepared in self._prepared():
+            prepared.launches.pop(layer, None)
 
-    def forget(self, slot: int) -> None:
-        """Let go of what was prepared for a slot whose memory goes."""
-        gone = [name for name in self._launches if isinstance(name, tuple) and name[0] == slot]
-        for name in gone:
-            del self._launches[name]
-
-    def number_of(self, layout: Any) -> int:
-        if len(self._layouts) >= _MOST_BATCHES:
-            self._layouts.clear()
-        return self._layouts.setdefault(layout, next(_numbers))
+    def _prepared(self) -> list[Prepared]:
+        return [self.resident, *(slot.prepared for slot in self.staging.slots)]
 
 
 def checked_place(place: str) -> str:
