@@ -89,7 +89,7 @@ def reloading(ttft: dict[str, Any]) -> str:
     model = ttft["model"] if on_cpu else "a model of Llama 8B's shape"
     return (
         f"A prefix of {row['tokens']:,} tokens of {model} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
-        f"{row['prefill_over_store']:.2g} times faster than computing it again on {where}, in "
+        f"{row['prefill_over_store']:.0f} times faster than computing it again on {where}, in "
         f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
     )
 

@@ -33,7 +33,7 @@ from pqcodec.formats.store.keys import BLOCK_TOKENS
 
 PROSE = Path(__file__).parent / "data" / "prose.txt"
 LENGTHS = (1024, 2048, 4096)
-ROUNDS = 7
+ROUNDS = 31
 RANDOM = "llama-shaped"
 console = Console()
 
