@@ -142,7 +142,7 @@ def holds(out: Any, shape: tuple[int, ...], dtype: int, start: int) -> bool:
     """Whether a tensor [..., tokens, head_dim] has room for one of a shape and dtype from a token on."""
     room = tuple(out.shape)
     same = len(room) == len(shape) > 1 and (room[:-2], room[-1]) == (shape[:-2], shape[-1])
-    return same and 0 <= start <= room[-2] - shape[-2] and str(out.dtype).endswith(DTYPE_NAMES[dtype])
+    return same and 0 <= start <= room[-2] - shape[-2] and str(out.dtype).removeprefix("torch.") == DTYPE_NAMES[dtype]
 
 
 def seen(out: Any) -> tuple[Any, np.ndarray]:

@@ -48,7 +48,7 @@ def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
     >>> checksum(b"polar") != checksum(b"polas")
     True
     """
-    if len(data) <= _FEW_BYTES:
+    if memoryview(data).nbytes <= _FEW_BYTES:
         return _of_few(bytes(data))
     raw = np.frombuffer(data, np.uint8)
     prime = np.uint64(CHECKSUM_PRIME)

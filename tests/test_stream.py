@@ -14,7 +14,7 @@ from conftest import gaussian
 import pqcodec
 from pqcodec import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream, encode
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
+from pqcodec.checksum import checksum, checksums
 from pqcodec.codec import decode_together
 from pqcodec.header import Header
 from pqcodec.source import MemorySource
@@ -192,5 +192,19 @@ def test_streams_decoded_together_refuse_damage_and_outs_they_do_not_fit(backend
     for wrong, start in ((out, 41), (np.zeros((3, 80, 16), np.float32), 0), (out.astype(np.float16), 0)):
         with pytest.raises(InvalidArgument, match="does not go to token"):
             decode_together([MemorySource(data)], [wrong], [start], backend)
+    halves = encode(gaussian(2, 40, 16).half(), backend="cpu")
+    with pytest.raises(InvalidArgument, match="does not go to token"):
+        decode_together([MemorySource(halves)], [torch.zeros(2, 40, 16, dtype=torch.bfloat16)], [0], backend)
     with pytest.raises(InvalidArgument, match="last dimension must be contiguous"):
         decode_together([MemorySource(data)], [np.zeros((2, 16, 40), np.float32).swapaxes(1, 2)], [0], backend)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 190, 192, 193, 800])
+def test_a_checksum_is_of_bytes_whatever_holds_them(size: int) -> None:
+    """Short ones are reckoned by Python's integers, long ones by numpy, and tables of them at once."""
+    data = bytes(range(1, 201))[:size] * (5 if size > 200 else 1)
+    found = checksum(data)
+    assert found == int(checksums(np.frombuffer(data, np.uint8)[None])[0])
+    assert found == checksum(bytearray(data)) == checksum(memoryview(data))
+    if len(data) % 4 == 0:
+        assert found == checksum(np.frombuffer(data, np.float32))

@@ -181,8 +181,8 @@ class Decoded:
 class Assembly:
     """Layers of a cache that blocks are decoded into, one behind the other.
 
-    ``decode`` all of them, the first of which tells the layout, and ``finish``. ``together``: whole streams wait for
-    ``finish``, which decodes all of them at once.
+    ``lay_out`` by the first block, ``decode`` all of them, ``accept`` what comes of each in its turn, and ``finish``.
+    ``together``: whole streams wait for ``finish``, which decodes all of them at once.
     """
 
     def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
@@ -198,7 +198,7 @@ class Assembly:
         """Tokens that are there."""
         return sum(decoded.count for decoded in self._accepted)
 
-    def _lay_out(self, file: PQKVFile) -> None:
+    def lay_out(self, file: PQKVFile) -> None:
         """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
         try:
             for name, group in _groups_in(described(file)).items():
@@ -213,15 +213,16 @@ class Assembly:
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
-    def decode(self, file: PQKVFile, row: Row, count: int) -> None:
-        """Decode the first ``count`` tokens of the next block to where they belong; raises CorruptStream."""
+    def accept(self, decoded: Decoded) -> None:
+        self._accepted.append(decoded)
+
+    def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
+        """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
         told = described(file)
-        if not self._accepted:
-            self._lay_out(file)
         if told["name"] != row.name.hex() or not np.array_equal(np.asarray(file.decode(TOKENS)), row.tokens):
             raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]}")
         try:
-            self._accepted.append(self._decoded(file, told, row, count))
+            return self._decoded(file, told, row, count)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 

@@ -21,11 +21,13 @@ import numpy as np
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, tokenizer_digest
+from pqcodec.formats.pqkv import PQKVFile
 from pqcodec.formats.recipe import Recipe
 from pqcodec.formats.store import blocks, generation
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.kernels.threads import threads
 
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum
@@ -157,15 +159,24 @@ class PrefixStore:
         used: list[Row] = []
         if not found:
             return used
-        row = found[0][0]
-        try:
-            with self._files.opening([row.file for row, _ in found]) as opened:
-                for row, count in found:
-                    with opened(row.file) as file:
-                        assembly.decode(file, row, count)
+        workers = threads() if self._exact else 1  # streams wait to be decoded together, exact numbers are read at once
+        with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(workers) as pool:
+
+            def decode(file: PQKVFile | None, row: Row, count: int) -> blocks.Decoded:
+                with file or opened(row.file) as at:
+                    return assembly.decode(at, row, count)
+
+            row = found[0][0]
+            try:
+                first = opened(row.file)
+                assembly.lay_out(first)
+                coming = [pool.submit(decode, None if number else first, *block) for number, block in enumerate(found)]
+                for (row, _), decoded in zip(found, coming, strict=True):
+                    assembly.accept(decoded.result())
                     used.append(row)
-        except (CorruptStream, UnsupportedStream, OSError) as error:
-            self.shelf.give_up(row, error)
+            except (CorruptStream, UnsupportedStream, OSError) as error:
+                pool.shutdown(cancel_futures=True)
+                self.shelf.give_up(row, error)
         return used
 
     def _longest(self, chain: Chain, ids: np.ndarray, unreadable: Collection[bytes] = frozenset()) -> list[tuple[Row, int]]:
