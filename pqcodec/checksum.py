@@ -48,7 +48,8 @@ def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
     >>> checksum(b"polar") != checksum(b"polas")
     True
     """
-    if memoryview(data).nbytes <= _FEW_BYTES:
+    size = len(data) if isinstance(data, (bytes, bytearray)) else data.nbytes
+    if size <= _FEW_BYTES:
         return _of_few(bytes(data))
     raw = np.frombuffer(data, np.uint8)
     prime = np.uint64(CHECKSUM_PRIME)
