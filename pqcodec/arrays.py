@@ -139,10 +139,13 @@ def values_in_place(out: Any) -> Values:
 
 
 def holds(out: Any, shape: tuple[int, ...], dtype: int, start: int) -> bool:
-    """Whether a tensor [..., tokens, head_dim] has room for one of a shape and dtype from a token on."""
+    """Whether a tensor [..., tokens, head_dim], or [head_dim], has room for one of a shape and dtype from a token on."""
     room = tuple(out.shape)
-    same = len(room) == len(shape) > 1 and (room[:-2], room[-1]) == (shape[:-2], shape[-1])
-    return same and 0 <= start <= room[-2] - shape[-2] and str(out.dtype).removeprefix("torch.") == DTYPE_NAMES[dtype]
+    if str(out.dtype).removeprefix("torch.") != DTYPE_NAMES[dtype] or len(room) != len(shape):
+        return False
+    if len(shape) < 2:
+        return start == 0 and room == shape
+    return (room[:-2], room[-1]) == (shape[:-2], shape[-1]) and 0 <= start <= room[-2] - shape[-2]
 
 
 def seen(out: Any) -> tuple[Any, np.ndarray]:

@@ -466,7 +466,10 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
         exceptions = read_exceptions(source, h, damage) if h.exceptions else None
         placed.append(Placed.whole(h, arena.data_ptr() + int(at), arena, exceptions))
     batch = DecodeBatch.__new__(DecodeBatch)
-    parts = [out[..., start : start + p.header.tokens, :] for out, start, p in zip(outs, starts, placed, strict=True)]
+    parts = [
+        out[..., start : start + p.header.tokens, :] if out.ndim > 1 else out
+        for out, start, p in zip(outs, starts, placed, strict=True)
+    ]
     batch._prepare(placed, device, kernel, parts, None, None, True)
     batch.run()
     damage += batch.damage()

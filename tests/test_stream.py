@@ -165,15 +165,15 @@ def test_streams_decoded_together_are_those_decoded_alone(backend: str, options:
     """Streams of several kinds and lengths, two of them into one tensor, one with an exact vector."""
     infinite = gaussian(2, 9, 20)
     infinite[1, 5, 3] = torch.inf
-    tensors = [gaussian(2, 70, 32), gaussian(2, 50, 32), gaussian(2, 1, 3, 40, 64).half(), infinite]
-    presets = ["pq3", "pq3", "pq5", "paper"]
+    tensors = [gaussian(2, 70, 32), gaussian(2, 50, 32), gaussian(2, 1, 3, 40, 64).half(), infinite, gaussian(24)]
+    presets = ["pq3", "pq3", "pq5", "paper", "pq4"]
     streams = [
         encode(x, preset=preset, nonfinite="exact", chunk_tokens=16, backend="cpu", **options)
         for x, preset in zip(tensors, presets, strict=True)
     ]
     both = torch.zeros(2, 130, 32)
     outs = [both, both, *(torch.zeros_like(x) for x in tensors[2:])]
-    decode_together([MemorySource(stream) for stream in streams], outs, [0, 75, 0, 0], backend)
+    decode_together([MemorySource(stream) for stream in streams], outs, [0, 75, 0, 0, 0], backend)
     found = [both[:, :70], both[:, 75:125], *outs[2:]]
     for x, stream in zip(found, streams, strict=True):
         torch.testing.assert_close(x, pqcodec.decode(stream, backend=backend), rtol=0, atol=0)
