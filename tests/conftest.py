@@ -14,6 +14,18 @@ import pqcodec
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+TINY = {  # sizes of a model of transformers that is made in no time
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, GPU, gaussian, needs_triton, rel_mse
+from conftest import DEVICE, GPU, TINY, gaussian, needs_triton, rel_mse
 
 import pqcodec
 from pqcodec.errors import InvalidArgument, NonFiniteInput
@@ -26,18 +26,7 @@ from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 PROMPT, MORE = 40, 24
 SMALL = {"window": 4, "chunk": 8, "exact_tokens": 2}
-COMMON = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**TINY, "num_hidden_layers": 3}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),

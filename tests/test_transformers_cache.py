@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gaussian, rel_mse
+from conftest import TINY, gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import PQKVFile, load_cache, rates, save_cache
@@ -24,18 +24,7 @@ cache_utils = transformers.cache_utils
 
 PROMPT, MORE = 40, 5  # tokens that are cached, and tokens read on from there
 WINDOW = 16
-COMMON = {
-    "vocab_size": 100,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**TINY, "num_hidden_layers": 2}
 MIXED = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {

@@ -248,10 +248,7 @@ class HostPool:
         return handle
 
     def _codings(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[Coding]:
-        preset = self.preset if preset is None else preset
-        if isinstance(preset, str) and isinstance(center, (str, type(None))) and isinstance(rope, (Rope, type(None))):
-            return [Coding(preset, center, rope, exact_tokens)] * count
-        presets = each("preset", preset, count, str)
+        presets = each("preset", self.preset if preset is None else preset, count, str)
         centers = each("center", center, count, (str, type(None)))
         ropes = each("rope", rope, count, (Rope, type(None)))
         return [Coding(*three, exact_tokens) for three in zip(presets, centers, ropes, strict=True)]
