@@ -2,7 +2,8 @@
 
 The cache is that of an 8B Llama at 8,192 tokens: 64 tensors [8, 8192, 128] of bfloat16, 1 GiB. A ``HostPool`` and pinned
 memory of their full size take it in and give it back turn by turn in one run. Then as many matrix products run alone, and with
-transfers beside them the whole time. Writes results/offload_speed.json, and .png if matplotlib is there.
+transfers beside them the whole time, on a stream of the same priority as the pool's and on one of a higher. Writes
+results/offload_speed.json, and .png if matplotlib is there.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ PRESET = "pq3"
 PIECES = (64, 128, 256, 512)  # MiB of tensors a step
 MAIN_PIECE = 128
 ROUNDS, DROPPED = 9, 2
-BESIDE_ROUNDS = 5
+BESIDE_ROUNDS = 12
+SETTLING = 5  # rounds before those: a GPU at its power limit takes seconds to find its clock after a pause
 PRODUCT = 8192  # rows of the square matrices
 PRODUCTS = 250  # some 0.4 s
-BESIDE = (128, 256, 512)
+BESIDE = ((128, 0), (128, -1), (512, 0))  # MiB of tensors a step, and the priority of the products' stream
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -141,10 +143,10 @@ def exact(tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> bool
 class Products:
     """Matrix products on a stream of their own, and the milliseconds that so many take."""
 
-    def __init__(self) -> None:
+    def __init__(self, priority: int = 0) -> None:
         self._a, self._b = (torch.randn((PRODUCT, PRODUCT), dtype=torch.bfloat16, device="cuda") for _ in range(2))
         self._c = torch.empty_like(self._a)
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(priority=priority)
 
     def beside(self, work: Callable[[], int] | None) -> tuple[float, float]:
         """Milliseconds of the products, and GB/s that ``work`` (which returns bytes) moved meanwhile."""
@@ -182,13 +184,11 @@ def works(one: Any, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor
 
 def slow_downs(copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     """The products' time with each kind of transfers over the mean of their times alone, before and behind."""
-    products = Products()
-    for _ in range(3):
-        products.beside(None)
-    rows = beside(products, copies, tensors, outs, "copies", None)
-    for piece in BESIDE:
+    rows = [{"priority": 0, **row} for row in beside(Products(), copies, tensors, outs, "copies", None)]
+    for piece, priority in BESIDE:
         encoded = Encoded(tensors, piece)
-        rows += beside(products, encoded, tensors, outs, "pool", piece)
+        found = beside(Products(priority), encoded, tensors, outs, "pool", piece)
+        rows += [{"priority": priority, **row} for row in found]
         encoded.pool.close()
     return rows
 
@@ -207,12 +207,13 @@ def beside(
         work()
         before = products.beside(None)[0]
         ratios, speeds, alone = [], [], []
-        for _ in range(BESIDE_ROUNDS):
+        for turn in range(SETTLING + BESIDE_ROUNDS):
             slowed, moved = products.beside(work)
             after = products.beside(None)[0]
-            ratios.append(2 * slowed / (before + after) - 1)
-            speeds.append(moved)
-            alone.append(before)
+            if turn >= SETTLING:
+                ratios.append(2 * slowed / (before + after) - 1)
+                speeds.append(moved)
+                alone.append(before)
             before = after
         row = {
             "work": f"{name} {what}",
@@ -238,10 +239,17 @@ def print_tables(figures: dict[str, Any]) -> None:
         shown.add_row(str(row["piece_mib"]), *cells)
     console.print(shown)
     shown = Table(title=f"{PRODUCTS} products of {PRODUCT}^2 bf16 matrices, with transfers beside them")
-    for heading in ("work", "MiB a step", "GB/s", "slow-down"):
+    for heading in ("work", "MiB a step", "products' priority", "GB/s", "slow-down"):
         shown.add_column(heading, justify="right")
     for row in figures["beside"]:
-        shown.add_row(row["work"], str(row["piece_mib"] or ""), f"{row['gb_s']:.0f}", f"{row['slow_down']:.1%}")
+        cells = (
+            row["work"],
+            str(row["piece_mib"] or ""),
+            str(row["priority"]),
+            f"{row['gb_s']:.0f}",
+            f"{row['slow_down']:.1%}",
+        )
+        shown.add_row(*cells)
     console.print(shown)
 
 
@@ -261,10 +269,16 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         )
     left.set_xticks(range(3), ["out", "back", "out, then back"])
     left.set(title="GPU and host", ylabel="GB/s of bf16 tensors")
-    left.legend()
+    left.margins(y=0.2)
+    left.legend(loc="upper center", ncols=2)
     for name, mark in (("pool out", "o"), ("pool back", "s"), ("copies out", "^"), ("copies back", "v")):
-        rows = [row for row in figures["beside"] if row["work"] == name]
-        right.scatter([r["gb_s"] for r in rows], [100 * r["slow_down"] for r in rows], marker=mark, label=name)
+        for priority, color in ((0, "tab:blue"), (-1, "tab:green")):
+            rows = [row for row in figures["beside"] if (row["work"], row["priority"]) == (name, priority)]
+            if rows:
+                label = name + ", products go first" * (priority < 0)
+                right.scatter(
+                    [r["gb_s"] for r in rows], [100 * r["slow_down"] for r in rows], c=color, marker=mark, label=label
+                )
     right.set(title="matrix products beside it", xlabel="GB/s of bf16 tensors", ylabel="slower by %")
     right.grid(alpha=0.3)
     right.legend()

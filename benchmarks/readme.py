@@ -99,17 +99,25 @@ def offloading(offload: dict[str, Any], context: dict[str, Any]) -> str:
     speed = next(row for row in offload["speed"] if row["piece_mib"] == MAIN_PIECE)
     out, back = speed["out"], speed["back"]
     beside = [row for row in offload["beside"] if row["work"].startswith("pool") and row["piece_mib"] == MAIN_PIECE]
-    slower = sorted(row["slow_down"] for row in beside)
-    least = min(row["gb_s"] for row in beside)
+    equal, first = ([row for row in beside if row["priority"] == priority] for priority in (0, -1))
     host = context["rows"]["pq3 on the host"]["tokens_per_s"]
     return (
         f"Offload ({offload['accelerator']}, bf16 as pq3): to host memory at {out['pool_gb_s']:.0f} GB/s of tensors and back "
         f"at {back['pool_gb_s']:.0f}, {out['ratio']:.1f} and {back['ratio']:.1f} times as fast as pinned copies; beside matrix "
-        f"products at {least:.0f} GB/s, which slows these by {slower[0]:.0%} to {slower[-1]:.0%}. An 8B Llama behind "
+        f"products at {_least(equal):.0f} GB/s, which slows these by {_most(equal):.0%}, or at {_least(first):.0f} and by "
+        f"{_most(first):.0%} if their stream has a higher priority. An 8B Llama behind "
         f"{context['tokens']:,} tokens in host memory makes {host:.0f} tokens/s, {context['host_over_offloaded']:.1f} times as "
         f"many as with transformers' offloaded cache; encoded on the GPU, a context {context['longest_over_exact']:.1f} times "
         f"as long as an exact one fits into {context['budget_gib']:.0f} GiB."
     )
+
+
+def _least(beside: list[dict[str, Any]]) -> float:
+    return min(row["gb_s"] for row in beside)
+
+
+def _most(beside: list[dict[str, Any]]) -> float:
+    return max(row["slow_down"] for row in beside)
 
 
 def _of(fidelity: dict[str, Any], cache: str) -> dict[str, Any]:

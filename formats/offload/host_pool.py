@@ -134,7 +134,8 @@ class HostPool:
     caller's tensors. A full pool spills the blocks that were used longest ago to files in the folder ``spill`` or, without
     one, evicts them (``on_displaced`` is told key and "spilled" or "evicted"). The files go when the pool is closed.
     ``piece_bytes``: of tensors, what one step of the pipeline moves; two steps in each direction lie encoded on the GPU.
-    Beside products that fill the GPU one step is coded between two of them: small steps slow them less, large ones move more.
+    Beside products that fill the GPU one step is coded between two of them: small steps slow them less, large ones move more;
+    what runs on a stream of a higher priority (-1) is slowed least.
 
     >>> import torch
     >>> with HostPool(1 << 20, device="cpu") as pool:

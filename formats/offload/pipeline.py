@@ -26,6 +26,7 @@ from pqcodec.kernels.device import Group
 SLOTS = 2
 KINDS = 8  # of pieces in each direction, whose tables are kept
 _ALIGNED = 16  # bytes: what is coded by which kernel depends on an address modulo this
+_STAGED = 32768  # bytes of pageable memory that CUDA takes at once, without waiting for the copy
 
 
 @dataclass
@@ -113,10 +114,16 @@ class _Addresses:
         now = np.array(addresses, np.int64)
         for group, starts, numbers in self._groups:
             rows = torch.from_numpy(starts + now[numbers])
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and rows.nbytes > _STAGED:
                 rows = rows.pin_memory()
             group.starts.copy_(rows, non_blocking=True)
         self._told = addresses
+
+
+def _make_brief(groups: Sequence[Group]) -> None:
+    """Transfers are slower than the slowest kernel, and other work is under way: what is urgent shall not wait for them."""
+    for group in groups:
+        group.brief = True
 
 
 class _Encoder(EncodeBatch):
@@ -127,6 +134,7 @@ class _Encoder(EncodeBatch):
 
         self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
         self._rows = []  # the tensors are not kept
+        _make_brief(self._groups)
         self.addresses = _Addresses(self._groups, piece, views, device)
         self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
         self.code = Replayed(self.run, device, plain=1)
@@ -147,12 +155,14 @@ class _Decoder(DecodeBatch):
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
         self._prepare(placed, device, batch_kernel(backend, device), list(views), None, None, True)
         self.outs = []
+        _make_brief(self._groups)
         self.addresses = _Addresses(self._groups, piece, views, device)
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the buffer has been decoded
 
     def flags(self) -> list[Any]:
-        return [flags for group in self._groups for flags in (group.block_flags, group.side_flags)]
+        blocks = [group.block_flags for group in self._groups]
+        return blocks + [group.side_flags for group in self._groups if group.checks_sides]
 
 
 class _Slots:
@@ -188,7 +198,7 @@ class _Slots:
 class DevicePipeline:
     """Tensors of one GPU (or of the CPU, where the kernels run in Triton's interpreter).
 
-    Kernels run on streams of the lowest priority: a caller's stream of -1 goes first.
+    Kernels run on streams of the lowest priority and end soon: a caller's stream of priority -1 goes first.
     """
 
     def __init__(self, device: Any, backend: str) -> None:
@@ -251,10 +261,9 @@ class DevicePipeline:
             with self._on("decode"):
                 self._wait("decode", arrived)
                 batch.code()
-                decoded = self._event("decode")
                 transfer.flags += map(self._fetched, batch.flags())
                 batch.free = self._event("decode")
-        self._note(transfer, decoded, batch.free)
+        self._note(transfer, batch.free, batch.free)
 
     def moved(self, host: Any) -> Any:
         """A copy of ``host`` on the device, under way on the stream that ``decode`` copies on."""

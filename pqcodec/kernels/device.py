@@ -92,7 +92,13 @@ class Span:
 
 
 class Group:
-    """Spans of one kind, described on the device."""
+    """Spans of one kind, described on the device.
+
+    ``brief``: its kernels are to end soon, bit by bit, so that work of a higher priority gets its turn between; an idle device
+    takes up to a tenth longer for it.
+    """
+
+    brief = False
 
     def __init__(self, spans: Sequence[Span], device: Any) -> None:
         import torch
@@ -143,6 +149,11 @@ class Group:
         """Two numbers a lead."""
         return self.empty(max(2 * self.leads, 2), "int32")
 
+    @property
+    def checks_sides(self) -> bool:
+        """Whether there are offsets or exact tokens to be checked."""
+        return self.header.offsets or any(span.header.first_tokens for span in self.spans)
+
     @cached_property
     def span_flags(self) -> Any:
         return self.empty(len(self.spans), "int32")
@@ -155,9 +166,7 @@ class Group:
     def damage(self) -> list[Damage]:
         """What a check of blocks and sides found; waits. Raises CorruptStream where an offset is not finite."""
         found: list[Damage] = []
-        h = self.header
-        checked = h.offsets or any(span.header.first_tokens for span in self.spans)
-        sides = self.side_flags.cpu().numpy().reshape(-1, 2) if checked else []
+        sides = self.side_flags.cpu().numpy().reshape(-1, 2) if self.checks_sides else []
         at = 0
         for span in self.spans:
             for lead in range(*span.leads) if span.side_leads and len(sides) else ():

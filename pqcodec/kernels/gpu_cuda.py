@@ -418,7 +418,10 @@ class Cuda(Triton):
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
         threads = kernel.layout.threads
-        grid = min(_device(str(group.device))[2], -(-group.blocks // min(threads // 32, SPREAD)))
+        warps = threads // 32
+        grid = min(_device(str(group.device))[2], -(-group.blocks // min(warps, SPREAD)))
+        if group.brief:  # a warp codes one block
+            grid = max(grid, -(-group.blocks // warps))
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
             _checked(
