@@ -126,6 +126,25 @@ class CountingFile(io.BytesIO):
         return data
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 100])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_large_results_wherever_they_lie_equal_small_ones(head_dim: int, dtype: torch.dtype) -> None:
+    """Large ones are stored past the caches, if their rows are aligned."""
+    x = gaussian(2, 4096, head_dim, dtype=dtype)
+    data = pqcodec.encode(x, exact_tokens=3)
+    small = torch.cat([pqcodec.decode(data, tokens=(first, first + 512)) for first in range(0, 4096, 512)], 1)
+    room = torch.zeros(x.numel() + 64, dtype=dtype)
+    for first in (0, 1, 8, 64):
+        out = room[first:][: x.numel()].view(x.shape)
+        assert pqcodec.decode(data, out=out) is out
+        np.testing.assert_array_equal(bits(out), bits(small))
+    wide = torch.zeros((*x.shape[:-1], head_dim + 3), dtype=dtype)
+    pqcodec.decode(data, out=wide[..., :head_dim])
+    np.testing.assert_array_equal(bits(wide[..., :head_dim]), bits(small))
+    assert not wide[..., head_dim:].any()
+    np.testing.assert_array_equal(bits(pqcodec.decode(data)), bits(small))
+
+
 def test_a_token_range_reads_only_its_blocks() -> None:
     x = gaussian(4, 4096, 128, dtype=torch.float16)
     data = pqcodec.encode(x)

@@ -20,11 +20,15 @@ from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
 from pqcodec.kernels import tables
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, nobody, sampled
+from pqcodec.kernels.lanes import LANES
 from pqcodec.kernels.threads import threads
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
+_CACHED_BYTES = (
+    1 << 20
+)  # of output, that a core's own cache may hold; more is stored past caches, which would read memory first
 
 
 def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:
@@ -176,6 +180,12 @@ def _items(job: DecodeJob, offsets: np.ndarray) -> np.ndarray:
     return items.reshape(-1, 8)
 
 
+def _aligned(items: np.ndarray, h: Header) -> bool:
+    """Whether the lanes of every row begin at multiples of their size."""
+    item = c.ITEM_BYTES[h.dtype]
+    return not (items[:, 4] % (LANES * item)).any() and not (items[:, 6] * item % (LANES * item)).any()
+
+
 @lru_cache(maxsize=16)
 def _places(
     exact: int, coded: int, chunk: int, row_bytes: int, low: int, high: int, leads: int, first_token: int, last_token: int
@@ -270,10 +280,11 @@ class Cpu:
             kinds.setdefault((job.header.kind, job.out is not None), []).append(job)
         offsets = [[_offset_rows(job.offsets, job.header.order) for job in alike] for alike in kinds.values()]
         tasks, found = [], []
+        large = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES
         for alike, rows in zip(kinds.values(), offsets, strict=True):
             items = np.concatenate([_items(*pair) for pair in zip(alike, rows, strict=True)])
             damaged = np.zeros(len(items), np.bool_)
-            tasks += self._decoders(alike[0], items, damaged)
+            tasks += self._decoders(alike[0], items, large and _aligned(items, alike[0].header), damaged)
             found.append(damaged)
         _run(tasks, advance)
         for alike, damaged in zip(kinds.values(), found, strict=True):
@@ -282,8 +293,8 @@ class Cpu:
                 job.damaged[:] = part.reshape(job.damaged.shape)
 
     @staticmethod
-    def _decoders(job: DecodeJob, items: np.ndarray, damaged: np.ndarray) -> list[Callable[[], int]]:
-        """Tasks for blocks of the kind of a job."""
+    def _decoders(job: DecodeJob, items: np.ndarray, past: bool, damaged: np.ndarray) -> list[Callable[[], int]]:
+        """Tasks for blocks of the kind of a job; ``past``: their rows are stored past the caches."""
         h, plan = job.header, plan_for(job.header)
         tree, _, nodes, _ = _tree_arrays(h.order)
         most = int(items[:, 0].max(initial=0))
@@ -306,6 +317,7 @@ class Cpu:
             _keys(h, most),
             np.float32(c.LARGEST_FINITE[h.dtype]),
             job.out is not None,
+            past,
         )
 
         def task(first: int, last: int) -> int:

@@ -32,6 +32,7 @@ from pqcodec.kernels.lanes import (
     any_lane,
     as_bits,
     as_float,
+    fence,
     floats,
     gather,
     gather_at,
@@ -52,7 +53,9 @@ from pqcodec.kernels.lanes import (
     select,
     set_long_at,
     store,
+    store_past,
     store_short,
+    store_short_past,
     to_float,
     to_long,
     transpose,
@@ -78,12 +81,13 @@ _STEPS = 1 << COARSE_GRID_BITS
 
 _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = njit(**_OPTIONS)
-leaf = njit(**{**_OPTIONS, "_nrt": False})  # allocates nothing: without reference counting of its arrays, a third faster
+# allocates nothing: without reference counting of its arrays, a third faster; inlined, for an array is seven arguments
+leaf = njit(**{**_OPTIONS, "_nrt": False, "forceinline": True})
 inlined = njit(**{**_OPTIONS, "inline": "always"})
 
 
 # -- loading and storing: row-major tiles [lane, coordinate], padded with zeros to the order --------------------------
-@jit
+@leaf
 def load_tile(flat, start, stride, rows, head_dim, dtype, tile, order):
     """Stored numbers of ``rows`` vectors -> float32, exact (float16's Inf and NaN become 2^16 and more)."""
     if rows < LANES:
@@ -111,7 +115,7 @@ def load_tile(flat, start, stride, rows, head_dim, dtype, tile, order):
                 bits[target + k] = I32(flat[source + k]) << I32(16)
 
 
-@jit
+@leaf
 def largest_bits(tile, order, scratch, largest):
     """Bits of each row's largest magnitude -> largest int32 [8]; NaN and Inf compare above every finite number."""
     bits = tile.view(np.int32)
@@ -126,7 +130,7 @@ def largest_bits(tile, order, scratch, largest):
         largest[r] = top
 
 
-@jit
+@leaf
 def flag_bad_rows(tile, rows, order, dtype, largest, bad, first_bad):
     """Mark rows with NaN or Inf in bad [first_bad + row] and set them to zero."""
     limit = _HALF_INFINITY if dtype == DTYPE_FLOAT16 else _INFINITY
@@ -138,16 +142,23 @@ def flag_bad_rows(tile, rows, order, dtype, largest, bad, first_bad):
                 tile[k] = F32(0)
 
 
-@jit
-def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, start, stride):
-    """float32 tile -> stored numbers, ties to even, saturating at ``limit``; ``short`` is scratch for a ragged end."""
+@leaf
+def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, start, stride):
+    """float32 tile -> stored numbers, ties to even, saturating at ``limit``; ``short`` is scratch for a ragged end.
+
+    ``past``: past the caches, where every eight of a row are aligned.
+    """
     whole = head_dim - head_dim % LANES
     most, least = floats(limit), floats(-limit)
     for r in range(rows):
         source, target = r * order, start + r * stride
         if dtype == DTYPE_FLOAT32:
             for k in range(0, whole, LANES):
-                store(flat, target + k, min(max(load(tile, source + k), least), most))
+                result = min(max(load(tile, source + k), least), most)
+                if past:
+                    store_past(flat, target + k, result)
+                else:
+                    store(flat, target + k, result)
             for k in range(whole, head_dim):
                 flat[target + k] = min(max(tile[source + k], -limit), limit)
         else:
@@ -155,7 +166,10 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, flat, start, s
                 bits = as_bits(min(max(load(tile, source + k), least), most))
                 result = half_bits(bits) if dtype == DTYPE_FLOAT16 else brain_bits(bits)
                 if k < whole:
-                    store_short(flat, target + k, result)
+                    if past:
+                        store_short_past(flat, target + k, result)
+                    else:
+                        store_short(flat, target + k, result)
                 else:
                     store_short(short, 0, result)
                     for i in range(head_dim - whole):
@@ -181,7 +195,7 @@ def brain_bits(bits):
 
 
 # -- offsets -----------------------------------------------------------------------------------------------------
-@jit
+@leaf
 def fill_phases(first, tokens, step, frequencies, tables, cos, sin):
     """cos, sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2)."""
     pairs = frequencies.size
@@ -195,7 +209,7 @@ def fill_phases(first, tokens, step, frequencies, tables, cos, sin):
             sin[t * pairs + i] = tables[1, h] * tables[2, l] + tables[0, h] * tables[3, l]
 
 
-@jit
+@leaf
 def add_offset(tile, rows, order, offset, sign, pairs, pair_p, step, cos, sin, first_row):
     """tile[r] += sign * offset [order], the first 2 * pairs channels turned by each row's phase (SPEC 8.3).
 
@@ -837,10 +851,12 @@ def decode_blocks(
     keys,
     limit,
     write,
+    past,
     damaged,
 ):
     """Check, and where ``write`` is set decode, the blocks of ``items`` int64 [n, 8], which lie anywhere in memory.
 
+    ``past``: past the caches, where every eight numbers of a row are aligned.
     An item: tokens of the block, rows low .. high - 1 that are wanted, addresses of its bytes, of row 0 in the result (of
     ``like``'s dtype) and of its offset float32 [order] (0: none), elements from row to row, position of row 0 under RoPE.
     """
@@ -894,7 +910,9 @@ def decode_blocks(
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, F32(1), pairs, pair_p, step, cos, sin, row)
-            narrow_tile(tile, rows, head_dim, order, dtype, limit, short, out, (row - low) * token_stride, token_stride)
+            narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, out, (row - low) * token_stride, token_stride)
+    if past:
+        fence()
 
 
 @jit

@@ -94,6 +94,12 @@ class DecodeJob:
         h = self.header
         return (self.last_lead - self.first_lead) * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES)
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of ``out``."""
+        rows = (self.last_lead - self.first_lead) * (self.last_token - self.first_token)
+        return 0 if self.out is None else rows * self.header.vector_bytes
+
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First row of a block that is wanted, and one behind the last."""
         start = self.header.first_tokens + chunk * self.header.chunk_tokens

@@ -162,8 +162,12 @@ def _load(builder: Any, pointer: Any, vector: ir.Type, align: int) -> Any:
     return load
 
 
-def _store(builder: Any, value: Any, pointer: Any, align: int) -> None:
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+def _store(builder: Any, value: Any, pointer: Any, align: int, past: bool = False) -> None:
+    """``past``: past the caches, which need not read the memory first."""
+    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
+    stored.align = align
+    if past:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
 
 
 _KIND_OF = {types.float32: FLOAT, types.int32: INT, types.uint32: INT}
@@ -180,15 +184,20 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     return lanes(array, types.int64), emit
 
 
-@intrinsic
-def store(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-    """array[index : index + 8] = value."""
+def _storing(align: int, past: bool) -> Any:
+    @intrinsic
+    def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), align, past)
+            return context.get_dummy_value()
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), 4)
-        return context.get_dummy_value()
+        return types.void(array, types.int64, value), emit
 
-    return types.void(array, types.int64, value), emit
+    return apply
+
+
+store = _storing(4, False)  # array[index : index + 8] = value
+store_past = _storing(4 * LANES, True)  # the same, aligned, past the caches: ``fence`` before others read it
 
 
 @intrinsic
@@ -202,16 +211,32 @@ def load_short(typingctx, array, index):  # type: ignore[no-untyped-def]
     return INT(array, types.int64), emit
 
 
+def _storing_short(align: int, past: bool) -> Any:
+    @intrinsic
+    def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            short = builder.trunc(args[2], ir.VectorType(_I16, LANES))
+            _store(builder, short, _pointer(context, builder, signature.args[0], *args[:2]), align, past)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, INT), emit
+
+    return apply
+
+
+store_short = _storing_short(2, False)  # uint16 array[index : index + 8] = the low 16 bits of int lanes
+store_short_past = _storing_short(2 * LANES, True)  # the same, aligned, past the caches
+
+
 @intrinsic
-def store_short(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-    """The low 16 bits of int lanes into uint16 array[index : index + 8]."""
+def fence(typingctx):  # type: ignore[no-untyped-def]
+    """What was stored before is seen before what is stored after."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        short = builder.trunc(args[2], ir.VectorType(_I16, LANES))
-        _store(builder, short, _pointer(context, builder, signature.args[0], *args[:2]), 2)
+        builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, INT), emit
+    return types.void(), emit
 
 
 def _lane_pointers(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> list[Any]:
