@@ -6,9 +6,11 @@ Kernels are compiled once and cached on disk by numba; they hold no lock, so pla
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -32,21 +34,38 @@ _CACHED_BYTES = (
 
 
 def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:
-    """Run every task and tell ``advance`` what each returns."""
-    workers = min(threads(), len(tasks))
-    if workers <= 1:
-        for task in tasks:
-            advance(task())
-        return
-    futures = [_pool(threads()).submit(task) for task in tasks]
+    """Run every task, the caller's thread among those that do, and tell ``advance`` what each returns."""
+    waiting, done = deque(tasks), deque[int]()
+
+    def work(told: Callable[[int], None]) -> None:
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                told(task())
+            except BaseException:
+                waiting.clear()
+                raise
+
+    def tell(blocks: int) -> None:
+        done.append(blocks)
+        while done:
+            advance(done.popleft())
+
+    others = [_pool(threads()).submit(work, done.append) for _ in range(min(threads(), len(tasks)) - 1)]
     try:
-        for future in futures:
-            advance(future.result())
+        work(tell)
+        for other in others:
+            if not other.cancel():  # all is done before it began, where many callers share the threads
+                other.result()
     except BaseException:
-        for future in futures:
-            future.cancel()
-        wait(futures)  # nothing is written into the caller's memory once it knows
+        waiting.clear()
+        wait(others)  # nothing is written into the caller's memory once it knows
         raise
+    while done:
+        advance(done.popleft())
 
 
 @lru_cache(maxsize=1)
@@ -61,8 +80,9 @@ if hasattr(os, "register_at_fork"):
 
 # -- tables, flattened -------------------------------------------------------------------------------------------
 @lru_cache(maxsize=32)
-def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
-    """A tree for ``cpu_tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32."""
+def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray, tuple]:
+    """A tree for ``cpu_tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32, and (its
+    shape as the decoder goes through it: ``tiles.STEP`` numbers a node, 16 / (15 coordinates) of each, portions)."""
     tree, nodes = angles.tree(order), tables.node_arrays(order)
     kinds = len(tree.tables)
     most = max(len(table.bits) for table in tree.tables)
@@ -72,11 +92,18 @@ def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray]:
     decoder = np.stack([nodes.cos, nodes.sin, nodes.shift.view(np.float32), np.zeros_like(nodes.cos)], 2)
     m_a, m_b = (np.array([getattr(table, side) for table in tree.tables], np.int32) for side in ("m_a", "m_b"))
     per_bit = (16 / (15 * (m_a + m_b))).astype(np.float32)
+    kind = np.asarray(tree.kind, np.int64)
+    shape = np.where(m_a == 4, tiles.OF_QUADS, np.where(m_a == m_b, tiles.EVEN, tiles.UNEVEN))
+    steps = np.zeros((len(kind), tiles.STEP), np.int64)
+    steps[:, 0], steps[:, 1] = np.multiply(tree.left, LANES), np.multiply(tree.right, LANES)
+    steps[:, 2], steps[:, 3] = c.MAX_BUDGET_PER_COORDINATE * m_a[kind], c.MAX_BUDGET_PER_COORDINATE * m_b[kind]
+    steps[:, 4], steps[:, 5], steps[:, 6] = kind * (2 << c.MAX_ANGLE_BITS), shape[kind], kind * most
     return (
         (tree.kind, tree.left, tree.right, m_a, m_b, per_bit, portions.ravel()),
         (nodes.shift.ravel(), nodes.look_up.ravel(), nodes.bounds.ravel(), nodes.grid_shift, nodes.fixes),
         decoder.ravel().view(np.int32),
         np.exp2(nodes.grid_shift + c.COARSE_GRID_BITS).astype(np.float32),
+        (steps.ravel(), per_bit[kind], portions.ravel()),
     )
 
 
@@ -129,6 +156,13 @@ def _circle() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
+def _phases() -> np.ndarray:
+    """cos and sin side by side of the coarse turns, then of the fine ones: float32 [1024]."""
+    cos_h, sin_h, cos_l, sin_l = centre.phase_tables()
+    return np.concatenate([np.stack([cos_h, sin_h], 1), np.stack([cos_l, sin_l], 1)]).ravel()
+
+
+@lru_cache(maxsize=1)
 def _paper_arrays() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
     bounds, cos, sin = tables.paper_cells()
@@ -144,13 +178,13 @@ def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:
 
 
 def _rope_arrays(h: Header) -> tuple[np.ndarray, int, int, int]:
-    """Frequencies uint64 [pairs], the pairs' stride and step, and the first position."""
+    """Frequencies uint32 [pairs], the pairs' stride and step, and the first position."""
     if h.rope is None:
-        return np.zeros(0, np.uint64), 1, 1, 0
+        return np.zeros(0, np.uint32), 1, 1, 0
     pairs = len(h.rope.frequencies)
     half = h.rope.pairing == c.ROPE_HALF
     first = h.rope.first_position % (1 << c.PHASE_BITS)
-    return np.array(h.rope.frequencies, np.uint64), 1 if half else 2, pairs if half else 1, first
+    return np.array(h.rope.frequencies, np.uint32), 1 if half else 2, pairs if half else 1, first
 
 
 def _sizes(h: Header) -> tuple[int, ...]:
@@ -161,22 +195,45 @@ def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _items(job: DecodeJob, offsets: np.ndarray) -> np.ndarray:
-    """The blocks of a job, chunk-major, for ``cpu_tiles.decode_blocks``; ``offsets``: float32 [leading or 0, order]."""
+def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
+    """The blocks of jobs of one kind, job by job and chunk by chunk, for ``cpu_tiles.decode_blocks``; ``offsets``: each job's,
+    float32 [leading or 0, order].
+    """
+    found, first = [], 0
+    for geometry, alike in groupby(jobs, _geometry):
+        of = list(alike)
+        found.append(_items_alike(geometry, of, offsets[first : first + len(of)]))
+        first += len(of)
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _geometry(job: DecodeJob) -> tuple[int, ...]:
+    """What ``_places`` wants of a job."""
     h = job.header
     sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes)
-    leads = (job.first_lead, job.last_lead)
-    start, items = _places(*sizes, job.first_chunk, job.last_chunk, leads[1] - leads[0], job.first_token, job.last_token)
-    items = items.copy()
-    items[..., 3] += _address(job.payload)
-    if job.out is not None:
-        rows = (start - job.first_token)[:, None] * job.out.stride + job.out.starts
-        items[..., 4] = rows * job.out.flat.itemsize + _address(job.out.flat)
-        items[..., 6] = job.out.stride
-    if offsets.size:
-        items[..., 5] = np.arange(*leads) * offsets.strides[0] + _address(offsets)
-    if h.rope:
-        items[..., 7] += h.rope.first_position % (1 << c.PHASE_BITS)
+    return *sizes, job.first_chunk, job.last_chunk, job.last_lead - job.first_lead, job.first_token, job.last_token
+
+
+def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
+    """The blocks of jobs of one geometry."""
+    start, places = _places(*geometry)
+    items = np.repeat(places[None], len(jobs), 0)  # [jobs, chunks, leads, 8]
+
+    def column(numbers: Iterable[int]) -> np.ndarray:
+        return np.array(list(numbers), np.int64).reshape(-1, 1, 1)
+
+    items[..., 3] += column(_address(job.payload) for job in jobs)
+    outs = [job.out for job in jobs if job.out is not None]
+    if outs:
+        strides, item = column(out.stride for out in outs), outs[0].flat.itemsize
+        rows = (start - geometry[-2])[None, :, None] * strides + np.stack([out.starts for out in outs])[:, None]
+        items[..., 4] = rows * item + column(_address(out.flat) for out in outs)
+        items[..., 6] = strides
+    if offsets[0].size:
+        leads = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
+        items[..., 5] = leads * offsets[0].strides[0] + column(map(_address, offsets))
+    if jobs[0].header.rope:
+        items[..., 7] += column(job.header.rope.first_position % (1 << c.PHASE_BITS) for job in jobs if job.header.rope)
     return items.reshape(-1, 8)
 
 
@@ -186,7 +243,7 @@ def _aligned(items: np.ndarray, h: Header) -> bool:
     return not (items[:, 4] % (LANES * item)).any() and not (items[:, 6] * item % (LANES * item)).any()
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _places(
     exact: int, coded: int, chunk: int, row_bytes: int, low: int, high: int, leads: int, first_token: int, last_token: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +291,7 @@ class Cpu:
         h = header
         picked, count, step = sampled(values, h)
         total = np.zeros((h.leading, h.order))
-        arguments = (_sizes(h), picked.flat, (picked.starts, picked.stride), _rope_arrays(h), centre.phase_tables(), total)
+        arguments = (_sizes(h), picked.flat, (picked.starts, picked.stride), _rope_arrays(h), _phases(), total)
 
         def task(first: int, last: int) -> int:
             tiles.sum_tokens(first, last, count, step, *arguments)
@@ -245,14 +302,14 @@ class Cpu:
 
     def encode(self, job: EncodeJob) -> None:
         h, plan = job.header, plan_for(job.header)
-        tree, nodes, _, grids = _tree_arrays(h.order)
+        tree, nodes, _, grids, _ = _tree_arrays(h.order)
         arguments = (
             _sizes(h),
             job.values.flat,
             (job.values.starts, job.values.stride),
-            _offset_rows(job.offsets, h.order),
+            -_offset_rows(job.offsets, h.order),
             _rope_arrays(h),
-            centre.phase_tables(),
+            _phases(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,
@@ -282,7 +339,7 @@ class Cpu:
         tasks, found = [], []
         large = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES
         for alike, rows in zip(kinds.values(), offsets, strict=True):
-            items = np.concatenate([_items(*pair) for pair in zip(alike, rows, strict=True)])
+            items = _items(alike, rows)
             damaged = np.zeros(len(items), np.bool_)
             tasks += self._decoders(alike[0], items, large and _aligned(items, alike[0].header), damaged)
             found.append(damaged)
@@ -296,13 +353,13 @@ class Cpu:
     def _decoders(job: DecodeJob, items: np.ndarray, past: bool, damaged: np.ndarray) -> list[Callable[[], int]]:
         """Tasks for blocks of the kind of a job; ``past``: their rows are stored past the caches."""
         h, plan = job.header, plan_for(job.header)
-        tree, _, nodes, _ = _tree_arrays(h.order)
+        _, _, nodes, _, tree = _tree_arrays(h.order)
         most = int(items[:, 0].max(initial=0))
         arguments = (
             (h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, most),
             np.zeros(1, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16),
             _rope_arrays(h)[:3],
-            centre.phase_tables(),
+            _phases(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,

@@ -36,13 +36,14 @@ from pqcodec.kernels.lanes import (
     floats,
     gather,
     gather_at,
-    gather_four,
+    gather_eight_at,
     gather_four_at,
     gather_pair,
     gather_pair_at,
     ints,
     load,
     load_short,
+    load_wide,
     long_at,
     long_window_at,
     low_half,
@@ -52,6 +53,7 @@ from pqcodec.kernels.lanes import (
     put_at,
     select,
     set_long_at,
+    side_by_side,
     store,
     store_past,
     store_short,
@@ -74,6 +76,8 @@ _INFINITY = np.int32(0x7F800000)
 _FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scaled, so that squares stay in float32
 CODEBOOK_BUDGET = 13  # bits; quads up to there are listed point by point, 256 KiB
 _SMALL_BUDGETS = 3.2  # bits a coordinate, above which too many quads are larger than that
+STEP = 8  # numbers of a node for the decoder: places of its children and their largest budgets, of its codes, shape, portions
+OF_QUADS, EVEN, UNEVEN = 0, 1, 2  # shapes: of two quads, of two equal children, of others
 _WIDTHS = MAX_ANGLE_BITS + 1
 _CODES = 2 << MAX_ANGLE_BITS
 _BOUNDS = (1 << MAX_ANGLE_BITS) + 1
@@ -197,43 +201,57 @@ def brain_bits(bits):
 # -- offsets -----------------------------------------------------------------------------------------------------
 @leaf
 def fill_phases(first, tokens, step, frequencies, tables, cos, sin):
-    """cos, sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2)."""
+    """cos, sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2).
+
+    ``tables``: cos and sin side by side of the coarse turns, then of the fine ones: float32 [1024].
+    """
     pairs = frequencies.size
+    whole = pairs - pairs % LANES
     for t in range(tokens):
-        position = U64(first + t * step)
-        for i in range(pairs):
-            phase = ((position * frequencies[i]) >> U64(16)) & U64(0xFFFF)
-            h = phase >> U64(8)
-            l = phase & U64(255)
-            cos[t * pairs + i] = tables[0, h] * tables[2, l] - tables[1, h] * tables[3, l]
-            sin[t * pairs + i] = tables[1, h] * tables[2, l] + tables[0, h] * tables[3, l]
+        position, at = I32(first + t * step), t * pairs
+        for i in range(0, whole, LANES):
+            turn = ints(position) * load(frequencies, i)
+            cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
+            cos_l, sin_l = gather_pair(tables, ((turn >> ints(I32(15))) & ints(I32(510))) | ints(I32(512)))
+            store(cos, at + i, cos_h * cos_l - sin_h * sin_l)
+            store(sin, at + i, sin_h * cos_l + cos_h * sin_l)
+        for i in range(whole, pairs):
+            turn = U64(first + t * step) * U64(frequencies[i])
+            h, l = ((turn >> U64(24)) & U64(255)) * U64(2), ((turn >> U64(16)) & U64(255)) * U64(2) + U64(512)
+            cos[at + i] = tables[h] * tables[l] - tables[h + U64(1)] * tables[l + U64(1)]
+            sin[at + i] = tables[h + U64(1)] * tables[l] + tables[h] * tables[l + U64(1)]
 
 
 @leaf
-def add_offset(tile, rows, order, offset, sign, pairs, pair_p, step, cos, sin, first_row):
-    """tile[r] += sign * offset [order], the first 2 * pairs channels turned by each row's phase (SPEC 8.3).
+def add_offset(tile, rows, order, offset, pairs, pair_p, step, cos, sin, first_row):
+    """tile[r] += offset [order], the first 2 * pairs channels turned by each row's phase (SPEC 8.3).
 
     Pair i is the channels pair_p * i and pair_p * i + step: (1, pairs) is half-split, (2, 1) interleaved.
     """
+    wide = pairs - pairs % (2 * LANES) if pair_p == 1 else 0
     whole = pairs - pairs % LANES if pair_p == 1 else 0
-    s8 = floats(sign)
     for r in range(rows):
         base, turn = r * order, (first_row + r) * pairs
-        for i in range(0, whole, LANES):
+        for i in range(0, wide, 2 * LANES):
+            c, s = load_wide(cos, turn + i), load_wide(sin, turn + i)
+            p, q = load_wide(offset, i), load_wide(offset, i + step)
+            store(tile, base + i, load_wide(tile, base + i) + (p * c - q * s))
+            store(tile, base + i + step, load_wide(tile, base + i + step) + (p * s + q * c))
+        for i in range(wide, whole, LANES):
             c, s = load(cos, turn + i), load(sin, turn + i)
             p, q = load(offset, i), load(offset, i + step)
-            store(tile, base + i, load(tile, base + i) + s8 * (p * c - q * s))
-            store(tile, base + i + step, load(tile, base + i + step) + s8 * (p * s + q * c))
+            store(tile, base + i, load(tile, base + i) + (p * c - q * s))
+            store(tile, base + i + step, load(tile, base + i + step) + (p * s + q * c))
         for i in range(whole, pairs):
             c, s = cos[turn + i], sin[turn + i]
             p, q = offset[pair_p * i], offset[pair_p * i + step]
-            tile[base + pair_p * i] += sign * (p * c - q * s)
-            tile[base + pair_p * i + step] += sign * (p * s + q * c)
+            tile[base + pair_p * i] += p * c - q * s
+            tile[base + pair_p * i + step] += p * s + q * c
         ragged = (order - 2 * pairs) % LANES
         for k in range(2 * pairs, 2 * pairs + ragged):
-            tile[base + k] += sign * offset[k]
+            tile[base + k] += offset[k]
         for k in range(2 * pairs + ragged, order, LANES):
-            store(tile, base + k, load(tile, base + k) + s8 * load(offset, k))
+            store(tile, base + k, load(tile, base + k) + load(offset, k))
 
 
 @jit
@@ -266,11 +284,8 @@ def to_lanes(tile, order, factors, row_scale, x):
 @leaf
 def from_lanes(x, order, factors, first, second, tile):
     """Coordinate-major sums -> row-major outputs: sum * A * B, with the coordinate's sign; + 0 turns -0 into 0."""
-    a, b = load(first, 0), load(second, 0)
-    for k in range(order):
-        store(x, k * LANES, load(x, k * LANES) * floats(factors[k]) * a * b + floats(F32(0)))
     for k in range(0, order, LANES):
-        transpose_back(x, k * LANES, tile, k, order)
+        transpose_back(x, k * LANES, load(factors, k), first, second, tile, k, order)
 
 
 @inlined
@@ -280,20 +295,50 @@ def sums_of_four(p, q, r, s):
     return a + d, c + e, a - d, c - e
 
 
+@inlined
+def four_wide(x, i, j):
+    """Those two stages of two coordinates each, ``j`` numbers apart."""
+    return sums_of_four(load_wide(x, i), load_wide(x, i + j), load_wide(x, i + 2 * j), load_wide(x, i + 3 * j))
+
+
+@inlined
+def neighbours(x, i):
+    """The stage of neighbours, of two coordinates."""
+    p, q = load(x, i), load(x, i + LANES)
+    return side_by_side(p + q, p - q)
+
+
 @leaf
 def hadamard(x, spare, order, base, transposed):
     """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
     b = base.shape[0]
     inner = order // b
     half = 1
+    if inner >= 8:
+        for i in range(0, order * LANES, 8 * LANES):  # three stages in one pass over the tile
+            a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+            d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
+            p, q, r, s = sums_of_four(a, c, d, e)
+            store(x, i, p)
+            store(x, i + 2 * LANES, q)
+            store(x, i + 4 * LANES, r)
+            store(x, i + 6 * LANES, s)
+        half = 8
     while half < inner:
         j = half * LANES
-        if 4 * half < inner:  # three stages in one pass over the tile
-            for first in range(0, order, 8 * half):
+        if half < 8:
+            for first in range(0, order, 2 * half):
                 for i in range(first * LANES, (first + half) * LANES, LANES):
-                    a, c, d, e = sums_of_four(load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j))
+                    p, q = load(x, i), load(x, i + j)
+                    store(x, i, p + q)
+                    store(x, i + j, p - q)
+            half *= 2
+        elif 4 * half < inner:
+            for first in range(0, order, 8 * half):
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    a, c, d, e = four_wide(x, i, j)
                     k = i + 4 * j
-                    p, q, r, s = sums_of_four(load(x, k), load(x, k + j), load(x, k + 2 * j), load(x, k + 3 * j))
+                    p, q, r, s = four_wide(x, k, j)
                     store(x, i, a + p)
                     store(x, i + j, c + q)
                     store(x, i + 2 * j, d + r)
@@ -305,8 +350,8 @@ def hadamard(x, spare, order, base, transposed):
             half *= 8
         elif 2 * half < inner:
             for first in range(0, order, 4 * half):
-                for i in range(first * LANES, (first + half) * LANES, LANES):
-                    p, q, r, s = sums_of_four(load(x, i), load(x, i + j), load(x, i + 2 * j), load(x, i + 3 * j))
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    p, q, r, s = four_wide(x, i, j)
                     store(x, i, p)
                     store(x, i + j, q)
                     store(x, i + 2 * j, r)
@@ -314,8 +359,8 @@ def hadamard(x, spare, order, base, transposed):
             half *= 4
         else:
             for first in range(0, order, 2 * half):
-                for i in range(first * LANES, (first + half) * LANES, LANES):
-                    p, q = load(x, i), load(x, i + j)
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    p, q = load_wide(x, i), load_wide(x, i + j)
                     store(x, i, p + q)
                     store(x, i + j, p - q)
             half *= 2
@@ -469,14 +514,14 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
     shift, look_up, bounds, look_shift, fixes = nodes
     budget_table, quad_look_up, records = quads
     bit_place, budget, codes, widths, cells = work
-    internal = kind.size
+    internal, most = kind.size, portions.size // m_a.size
     norm_bias = 0.5 * np.log2(np.float64(order))
-    most = (1 << radius_bits) - 1
+    last = (1 << radius_bits) - 1
     for l in range(rows):
         code = I64(0)
         if energy[l] > F32(0):
             log2 = 0.5 * np.log2(np.float64(energy[l])) - norm_bias - exponents[l]
-            code = min(max(I64(np.floor(steps * (log2 + RADIUS_BIAS) + 0.5)) + 1, 1), most)
+            code = min(max(I64(np.floor(steps * (log2 + RADIUS_BIAS) + 0.5)) + 1, 1), last)
         words[l * stride] = U64(code)
     store(bit_place, 0, ints(I32(radius_bits)))
     store(budget, 0, ints(I32(root_budget)))
@@ -495,7 +540,7 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
         rest = have - width
         moved = gather(shift, (ints(I32(1)) << width) + code + ints(I32(k * _CODES)))
         cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
-        share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
+        share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * most))
         store(budget, a, share)
         store(budget, b, rest - share)
         store(bit_place, a, where + width)
@@ -539,22 +584,21 @@ def radius_factors(rows, radius_bits, radii, words, stride, first_factor, second
 def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
     """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
     radius_bits, _, root_budget, order = plan_ints
-    kind, left, right, m_a, m_b, per_bit, portions = tree
-    bit_place, budget, radius, entries, _ = work
+    steps, per_bit, portions = tree
+    bit_place, budget, radius, entries, _, _ = work
     words32 = words.view(np.int32)
-    internal = kind.size
+    internal = per_bit.size
     store(bit_place, 0, ints(I32(radius_bits)))
     store(budget, 0, ints(I32(root_budget)))
     store(radius, 0, floats(F32(GRID)))
     for n in range(internal):
-        k = kind[n]
-        a, b = left[n] * LANES, right[n] * LANES
+        s = STEP * n
+        a, b, shape = steps[s], steps[s + 1], steps[s + 5]
+        cap_a, cap_b, first = I32(steps[s + 2]), I32(steps[s + 3]), ints(I32(steps[s + 4]))
         have, where, whole = load(budget, n * LANES), load(bit_place, n * LANES), load(radius, n * LANES)
-        width = width_of(have, per_bit[k])
+        width = width_of(have, per_bit[n])
         one = ints(I32(1)) << width
-        cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
-        first = ints(I32(k * _CODES))
-        if m_a[k] == 4:  # the node's and its two quads' bits lie side by side: 56 at the most
+        if shape == OF_QUADS:  # the node's and its two quads' bits lie side by side: 56 at the most
             window = long_window_at(words, stride, bit_place, n * LANES)
             store(entries, 0, (one + (low_half(window) & (one - ints(I32(1)))) + first) << ints(I32(2)))
             cos, sin, moved, _ = gather_four_at(nodes, entries, 0)
@@ -571,7 +615,7 @@ def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
             store(entries, 0, (one + code + first) << ints(I32(2)))
             cos, sin, moved, _ = gather_four_at(nodes, entries, 0)
             rest = have - width
-            share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * (portions.size // m_a.size)))
+            share = share_of(rest, moved, cap_a, cap_b, shape == EVEN, portions, I32(steps[s + 6]))
             store(budget, a, share)
             store(budget, b, rest - share)
             store(bit_place, a, where + width)
@@ -579,67 +623,74 @@ def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
         store(radius, a, whole * as_float(cos))
         store(radius, b, whole * as_float(sin))
     if root_budget <= _SMALL_BUDGETS * order:
-        decode_small_quads(order // 4, internal * LANES, quads, circle, work, x)
+        large = decode_small_quads(order // 4, internal * LANES, quads, work, x)
     else:
-        decode_quads(0, order // 4, internal * LANES, quads, circle, work, x)
+        large = order // 4
+        for quad in range(large):
+            work[-1][quad] = quad
+    decode_quads(large, internal * LANES, quads, circle, work, x)
 
 
 @leaf
-def decode_small_quads(count, base, quads, circle, work, x):
-    """Quads of few bits: one look-up in the list of all their points; a quad of many bits goes the long way."""
+def decode_small_quads(count, base, quads, work, x):
+    """Quads of few bits: one look-up in the list of all their points. Lists those that have more, and returns how many."""
     codebook = quads[2]
-    codes, budget, radius, phases, _ = work
-    largest = ints(I32(CODEBOOK_BUDGET))
+    codes, budget, radius, phases, _, large = work
+    largest, last = ints(I32(CODEBOOK_BUDGET)), ints(I32((2 << CODEBOOK_BUDGET) - 1))
+    found = 0
     for quad in range(count):
         at = base + quad * LANES
-        code = (ints(I32(1)) << load(budget, at)) | load(codes, at)
-        store(phases, quad * LANES, code << ints(I32(2)))
+        have = load(budget, at)
+        code = (ints(I32(1)) << have) | load(codes, at)
+        more = have > largest
+        store(phases, quad * LANES, select(more, last, code) << ints(I32(2)))
+        large[found] = quad
+        found += any_lane(more)
     for quad in range(count):
-        at = base + quad * LANES
-        if any_lane(load(budget, at) > largest):
-            decode_quads(quad, quad + 1, base, quads, circle, work, x)
-        else:
-            p, q, r, s = gather_four_at(codebook, phases, quad * LANES)
-            whole, target = load(radius, at), 4 * quad * LANES
-            store(x, target, nearest(whole * p))
-            store(x, target + LANES, nearest(whole * q))
-            store(x, target + 2 * LANES, nearest(whole * r))
-            store(x, target + 3 * LANES, nearest(whole * s))
+        p, q, r, s = gather_four_at(codebook, phases, quad * LANES)
+        whole, target = load(radius, base + quad * LANES), 4 * quad * LANES
+        store(x, target, nearest(whole * p))
+        store(x, target + LANES, nearest(whole * q))
+        store(x, target + 2 * LANES, nearest(whole * r))
+        store(x, target + 3 * LANES, nearest(whole * s))
+    return found
 
 
 @leaf
-def decode_quads(first_quad, last_quad, base, quads, circle, work, x):
-    """Quads of any number of bits (SPEC 6.4); every code decodes to something."""
+def decode_quads(count, base, quads, circle, work, x):
+    """The first ``count`` of the quads that are listed, of any number of bits (SPEC 6.4); every code decodes to something."""
     budget_table, records, _ = quads
-    codes, budget, radius, _, scratch = work
-    for quad in range(first_quad, last_quad):  # which record, and the code inside it
-        at = base + quad * LANES
-        have, code = load(budget, at), load(codes, at)
-        each, first, last, reciprocal = gather_four(budget_table, have << ints(I32(2)))
+    codes, budget, radius, phases, scratch, listed = work
+    for i in range(count):
+        store(phases, i * LANES, load(budget, base + listed[i] * LANES) << ints(I32(2)))
+    for i in range(count):  # which record, and the code inside it
+        at = base + listed[i] * LANES
+        code = load(codes, at)
+        each, first, last, reciprocal = gather_four_at(budget_table, phases, i * LANES)
         cell = truncate(to_float(code) * as_float(reciprocal))  # off by one at most
         rest = code - cell * each
         cell = cell + select(rest >= each, ints(I32(1)), ints(I32(0))) - select(rest < ints(I32(0)), ints(I32(1)), ints(I32(0)))
         cell = min(cell, last)
         store(budget, at, (first + cell) << ints(I32(3)))
         store(codes, at, code - cell * each)
-    for quad in range(first_quad, last_quad):  # the two circles' phases
-        at = base + quad * LANES
-        _, _, n_b, reciprocal = gather_four_at(records, budget, at)
-        step_a, step_b = gather_pair(records, load(budget, at) + ints(I32(4)))
+    for i in range(count):  # the two circles' phases; the pairs' shares of the radius take the place of record and code
+        at = base + listed[i] * LANES
         rest = load(codes, at)
+        cos, sin, n_b, reciprocal, step_a, step_b, _, _ = gather_eight_at(records, budget, at)
         sector_a = truncate((to_float(rest) + floats(F32(0.5))) * as_float(reciprocal))  # exact below 2^21
-        store(scratch, 2 * quad * LANES, phase_of(sector_a, step_a))
-        store(scratch, (2 * quad + 1) * LANES, phase_of(rest - sector_a * n_b, step_b))
-    for quad in range(first_quad, last_quad):
-        at = base + quad * LANES
-        cos, sin = gather_pair_at(records, budget, at)
-        cos_a, sin_a = gather_pair_at(circle, scratch, 2 * quad * LANES)
-        cos_b, sin_b = gather_pair_at(circle, scratch, (2 * quad + 1) * LANES)
-        whole, target = load(radius, at), 4 * quad * LANES
-        store(x, target, nearest(whole * (as_float(cos) * cos_a)))
-        store(x, target + LANES, nearest(whole * (as_float(cos) * sin_a)))
-        store(x, target + 2 * LANES, nearest(whole * (as_float(sin) * cos_b)))
-        store(x, target + 3 * LANES, nearest(whole * (as_float(sin) * sin_b)))
+        store(scratch, 2 * i * LANES, phase_of(sector_a, step_a))
+        store(scratch, (2 * i + 1) * LANES, phase_of(rest - sector_a * n_b, step_b))
+        store(codes, at, cos)
+        store(budget, at, sin)
+    for i in range(count):
+        at = base + listed[i] * LANES
+        cos, sin, whole, target = as_float(load(codes, at)), as_float(load(budget, at)), load(radius, at), 4 * listed[i] * LANES
+        cos_a, sin_a = gather_pair_at(circle, scratch, 2 * i * LANES)
+        cos_b, sin_b = gather_pair_at(circle, scratch, (2 * i + 1) * LANES)
+        store(x, target, nearest(whole * (cos * cos_a)))
+        store(x, target + LANES, nearest(whole * (cos * sin_a)))
+        store(x, target + 2 * LANES, nearest(whole * (sin * cos_b)))
+        store(x, target + 3 * LANES, nearest(whole * (sin * sin_b)))
 
 
 @inlined
@@ -770,7 +821,7 @@ def encode_blocks(
     bad,
     payload,
 ):
-    """Encode blocks first_block .. last_block-1 (chunk-major) into ``payload``."""
+    """Encode blocks first_block .. last_block-1 (chunk-major) into ``payload``; ``offsets``: the means' negative."""
     coding, dtype, head_dim, order, row_bytes, chunk_tokens, leading, first_tokens, coded = sizes
     starts, token_stride = places_of
     frequencies, pair_p, step, first_position = rope
@@ -804,7 +855,7 @@ def encode_blocks(
             largest_bits(tile, order, scratch, largest)
             flag_bad_rows(tile, rows, order, dtype, largest, bad, bad_at)
             if offsets.size:
-                add_offset(tile, rows, order, offsets[lead], F32(-1), pairs, pair_p, step, cos, sin, row)
+                add_offset(tile, rows, order, offsets[lead], pairs, pair_p, step, cos, sin, row)
                 for r in range(rows):
                     if bad[bad_at + r]:
                         tile[r * order : (r + 1) * order] = F32(0)
@@ -869,7 +920,8 @@ def decode_blocks(
     first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     radius = np.zeros(order // 2 * LANES, np.float32)
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
-    work = (bit_place, budget, radius, np.zeros(order // 4 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32))
+    entries, phases = np.zeros(order // 4 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
+    work = (bit_place, budget, radius, entries, phases, np.zeros(order // 4 + 1, np.int32))
     words = np.zeros(LANES * stride, np.uint64)
     short = np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
@@ -909,7 +961,7 @@ def decode_blocks(
             from_lanes(x, order, factors, first_factor, second_factor, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
-                add_offset(tile, rows, order, offset, F32(1), pairs, pair_p, step, cos, sin, row)
+                add_offset(tile, rows, order, offset, pairs, pair_p, step, cos, sin, row)
             narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, out, (row - low) * token_stride, token_stride)
     if past:
         fence()

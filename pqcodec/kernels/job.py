@@ -32,9 +32,7 @@ class Values:
     def rows(self, lead: int, first: int, tokens: int) -> np.ndarray:
         """View [tokens, head_dim] of a run of tokens."""
         start, item = int(self.starts[lead]) + first * self.stride, self.flat.itemsize
-        strides = (self.stride * item, item)
-        writeable = self.flat.flags.writeable
-        return np.lib.stride_tricks.as_strided(self.flat[start:], (tokens, self.head_dim), strides, writeable=writeable)
+        return np.ndarray((tokens, self.head_dim), self.flat.dtype, self.flat, start * item, (self.stride * item, item))
 
     def from_token(self, token: int) -> Values:
         """The rows from a token on."""

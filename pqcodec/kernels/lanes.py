@@ -1,4 +1,4 @@
-"""Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64, spelled as LLVM vectors.
+"""Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64 (or sixteen), spelled as LLVM vectors.
 
 ``Lanes`` values support + - * & | ^ << >> and comparisons lane by lane (>> is logical); everything else is a function of
 this file. LLVM lowers eight 32-bit lanes to one AVX2 register, or to several smaller ones. No operation here is fused or
@@ -20,28 +20,29 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 8
 _I1, _I8, _I16, _I32, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
-_ELEMENT = {"float": _F32, "int": _I32, "long": _I64, "mask": _I1}
+_ELEMENT = {"float": _F32, "int": _I32, "long": _I64, "mask": _I1, "wide": _F32}
+_FLOATS = ("float", "wide")
 
 
 class LanesType(types.Type):
-    """numba type of eight lanes of one kind: "float", "int", "long" or "mask"."""
+    """numba type of eight lanes of one kind: "float", "int", "long" or "mask"; or of sixteen floats: "wide"."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         super().__init__(name=f"Lanes({kind})")
 
 
-FLOAT, INT, LONG, MASK = (LanesType(kind) for kind in ("float", "int", "long", "mask"))
+FLOAT, INT, LONG, MASK, WIDE = (LanesType(kind) for kind in ("float", "int", "long", "mask", "wide"))
 
 
 @register_model(LanesType)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: LanesType) -> None:
-        super().__init__(manager, lanes, ir.VectorType(_ELEMENT[lanes.kind], LANES))
+        super().__init__(manager, lanes, _vector(lanes.kind))
 
 
 def _vector(kind: str, lanes: int = LANES) -> ir.VectorType:
-    return ir.VectorType(_ELEMENT[kind], lanes)
+    return ir.VectorType(_ELEMENT[kind], 2 * lanes if kind == "wide" else lanes)
 
 
 def _indices(*lanes: int) -> ir.Constant:
@@ -61,7 +62,7 @@ def _binary(name_float: str | None, name_int: str | None) -> Any:
     def apply(typingctx, a, b):  # type: ignore[no-untyped-def]
         if not (isinstance(a, LanesType) and a == b):
             return None
-        name = name_float if a.kind == "float" else name_int
+        name = name_float if a.kind in _FLOATS else name_int
         if name is None:
             return None
         return a(a, b), lambda context, builder, signature, args: getattr(builder, name)(*args)
@@ -184,6 +185,22 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
     return lanes(array, types.int64), emit
 
 
+@intrinsic
+def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Sixteen neighbours from float32 array[index] on."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), _vector("wide"), 4)
+
+    return WIDE(array, types.int64), emit
+
+
+@intrinsic
+def side_by_side(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """Eight float lanes and eight more."""
+    return WIDE(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, _indices(*range(2 * LANES)))
+
+
 def _storing(align: int, past: bool) -> Any:
     @intrinsic
     def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
@@ -196,7 +213,7 @@ def _storing(align: int, past: bool) -> Any:
     return apply
 
 
-store = _storing(4, False)  # array[index : index + 8] = value
+store = _storing(4, False)  # array[index : index + 8] = value, or sixteen
 store_past = _storing(4 * LANES, True)  # the same, aligned, past the caches: ``fence`` before others read it
 
 
@@ -311,7 +328,7 @@ def _fours(builder: Any, pointers: list[Any], kind: str) -> list[Any]:
 
 @intrinsic
 def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
-    """gather_four for the indices int32 indices[at : at + 8]."""
+    """array[index] .. array[index + 3] as four vectors, for the indices int32 indices[at : at + 8]."""
     lanes = _KIND_OF[array.dtype]
     result = types.UniTuple(lanes, 4)
 
@@ -320,6 +337,21 @@ def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
         places = _stored_indices(context, builder, signature.args[1], *args[1:])
         pointers = [builder.gep(data, [place]) for place in places]
         return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
+
+    return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_eight_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """array[index] .. array[index + 7] as eight vectors, for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 8)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        rows = [_load(builder, builder.gep(data, [place]), _vector(lanes.kind, 8), 4) for place in places]
+        return context.make_tuple(builder, result, _transposed(builder, rows))
 
     return result(array, indices, types.int64), emit
 
@@ -337,19 +369,6 @@ def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
         return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
 
     return result(array, indices, types.int64), emit
-
-
-@intrinsic
-def gather_four(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """array[index] .. array[index + 3] as four vectors."""
-    lanes = _KIND_OF[array.dtype]
-    result = types.UniTuple(lanes, 4)
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointers = _lane_pointers(context, builder, signature.args[0], *args)
-        return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
-
-    return result(array, INT), emit
 
 
 @intrinsic
@@ -372,21 +391,29 @@ def transpose(typingctx, source, start, stride, target, place):  # type: ignore[
 
 
 @intrinsic
-def transpose_back(typingctx, source, place, target, start, stride):  # type: ignore[no-untyped-def]
-    """target[start + j stride + i] = source[place + 8 i + j] for i, j in 0 .. 7, both float32."""
+def transpose_back(typingctx, source, place, factors, first, second, target, start, stride):  # type: ignore[no-untyped-def]
+    """target[start + j stride + i] = source[place + 8 i + j] factors[i] first[j] second[j] + 0 for i, j in 0 .. 7, all float32.
+
+    Multiplied from left to right, each product rounded. ``factors`` is the vector of eight.
+    """
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, place, target, start, stride = args
+        source, place, factors, first, second, target, start, stride = args
         rows = []
         for i in range(LANES):
             at = builder.add(place, ir.Constant(_I64, LANES * i))
             rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), _vector("float"), 4))
-        for row in _transposed(builder, rows):
-            _store(builder, row, _pointer(context, builder, signature.args[2], target, start), 4)
+        for j, row in enumerate(_transposed(builder, rows)):
+            value = builder.fmul(row, factors)
+            for number, array in ((3, first), (4, second)):
+                factor = builder.load(_pointer(context, builder, signature.args[number], array, ir.Constant(_I64, j)))
+                value = builder.fmul(value, _splat(builder, factor, _vector("float")))
+            value = builder.fadd(value, ir.Constant(_vector("float"), [0.0] * LANES))
+            _store(builder, value, _pointer(context, builder, signature.args[5], target, start), 4)
             start = builder.add(start, stride)
         return context.get_dummy_value()
 
-    return types.void(source, types.int64, target, types.int64, types.int64), emit
+    return types.void(source, types.int64, FLOAT, first, second, target, types.int64, types.int64), emit
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
