@@ -37,6 +37,9 @@ class Frame:
         return self.body_start + self.body_bytes
 
 
+_FIELDS = Frame.__dataclass_fields__  # in the order of the constructor
+
+
 # -- writing -----------------------------------------------------------------------------------------------------
 def head(version: int = c.FILE_VERSION) -> bytes:
     return sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, version, bytes(7), 0))
@@ -70,7 +73,7 @@ def tensor_problem(name: object, layer: object, role: object) -> str:
     """What is wrong with a tensor's name, layer or role, or an empty string."""
     if not isinstance(name, str) or not name:
         return f"the name is {name!r}; a string that is not empty is expected"
-    if any("\ud800" <= char <= "\udfff" for char in name):
+    if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
         return "the name is not Unicode text (it holds half a surrogate pair)"
     if layer is not None and not natural(layer):
         return f"layer is {layer!r}; None or a number from 0 is expected"
@@ -96,10 +99,9 @@ def natural(value: object) -> bool:
 # -- reading -----------------------------------------------------------------------------------------------------
 def frame_of(place: int, fields: object) -> Frame:
     """A frame of the index, checked; keys that this release does not know are passed over."""
-    keys = tuple(Frame.__dataclass_fields__)
-    if not isinstance(fields, dict) or not fields.keys() >= set(keys):
-        raise CorruptStream(f"index: frame {place} is not an object of {', '.join(keys)}")
-    item = Frame(**{key: fields[key] for key in keys})
+    if not isinstance(fields, dict) or not fields.keys() >= _FIELDS.keys():
+        raise CorruptStream(f"index: frame {place} is not an object of {', '.join(_FIELDS)}")
+    item = Frame(*map(fields.__getitem__, _FIELDS))
     if item.kind not in KINDS:
         raise UnsupportedStream(f"index: frame {place} is of kind {item.kind!r:.50}: install a newer pqcodec")
     if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):

@@ -218,6 +218,14 @@ class Log:
         name, layer, role = (fields.get(key) if tensor else None for key in ("name", "layer", "role"))
         return Frame(place, kind, name, layer, role, meta_bytes, body_bytes), fields
 
+    def check(self, item: Frame) -> None:
+        """Make sure of the header and meta of a frame that the index lists, without reading what they say."""
+        head = self._source.read(item.offset, c.FRAME_STRUCT.size + item.meta_bytes).tobytes()
+        _, kind, _, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack_from(head)
+        told = (kind, meta_bytes, body_bytes) == (item.kind, item.meta_bytes, item.body_bytes)
+        if not told or stored != checksum(head[: c.FRAME_CHECKED] + head[c.FRAME_STRUCT.size :]):
+            raise CorruptStream(f"frame at byte {item.offset}: checksum does not hold; fetch the file again")
+
     def meta(self, item: Frame) -> dict[str, Any]:
         """The meta of a frame that the index lists, and that says the same."""
         found, meta = self._frame(item.offset, item.end, meta_bytes_listed=item.meta_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -60,7 +59,8 @@ class Identity:
         if config is model:
             return cls(config, _config_digest(config))
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        digests = (_config_digest(config), _weights_digest(model), _adapters(model))
+        tensors, adapting = _scan(model)
+        digests = (_config_digest(config), _weights_digest(model, tensors), _adapters(adapting))
         return cls(config, *digests, str(model.dtype), model.device, spread)
 
     def target(self, device: Any = None) -> Any:
@@ -126,12 +126,56 @@ def _lasting(value: Any) -> Any:
     return [_lasting(member) for member in value] if isinstance(value, (list, tuple)) else value
 
 
-def _adapters(model: Any) -> str:
-    """The adapters that are switched on, module by module; "" where there are none."""
+Named = list[tuple[str, Any]]
+
+
+def _scan(model: Any) -> tuple[Named, Named]:
+    """The tensors of ``model.state_dict()`` in the order of their names, and the modules that may be adapters.
+
+    In one pass that spares what it can, for a model has hundreds of modules; torch is asked where a module has its own way with
+    its state.
+    """
+    tensors: dict[str, Any] = {}
+    adapting: dict[int, tuple[str, Any]] = {}  # a shared module at its first place
+    plain, none_in = True, _ADAPTER_ATTRIBUTES.isdisjoint
+    waiting: Named = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        below, parameters, buffers = module._modules, module._parameters, module._buffers
+        kind: Any = type(module)
+        class_adapts, class_is_plain = _class_ways(kind)
+        if class_adapts or not (none_in(vars(module)) and none_in(below) and none_in(parameters) and none_in(buffers)):
+            adapting.setdefault(id(module), (prefix.removesuffix("."), module))
+        plain &= class_is_plain and not module._state_dict_hooks and not module._state_dict_pre_hooks
+        for name, tensor in parameters.items():
+            tensors[prefix + name] = tensor
+        for name, tensor in buffers.items():
+            if name not in module._non_persistent_buffers_set:
+                tensors[prefix + name] = tensor
+        if below:
+            waiting += [(f"{prefix}{key}.", child) for key, child in reversed(below.items()) if child is not None]
+    if not plain:
+        tensors = model.state_dict(keep_vars=True)
+    return sorted(item for item in tensors.items() if hasattr(item[1], "data_ptr")), list(adapting.values())
+
+
+@lru_cache(maxsize=1024)
+def _class_ways(kind: Any) -> tuple[bool, bool]:
+    """Whether a class of modules has an adapter's attributes, or tells of attributes only when it is asked; and whether it
+    leaves it to torch what a state_dict holds.
+    """
+    import torch
+
+    asks = getattr(kind, "__getattr__", None) is not torch.nn.Module.__getattr__
+    ways = ("state_dict", "_save_to_state_dict", "get_extra_state")
+    plain = all(getattr(kind, way, None) is getattr(torch.nn.Module, way, None) for way in ways)
+    return asks or any(hasattr(kind, name) for name in _ADAPTER_ATTRIBUTES), plain
+
+
+def _adapters(modules: Named) -> str:
+    """The adapters that are switched on, of those modules that may be any; "" where there are none."""
     found = []
-    for name, module in model.named_modules():
-        if not _may_adapt(module):
-            continue
+    for name, module in modules:
         state = {key: getattr(module, key, None) for key in _ADAPTER_STATE if hasattr(module, "lora_A") or "adapter" in key}
         state = {key: value for key, value in state.items() if value is not None and not callable(value)}
         if state:
@@ -139,38 +183,15 @@ def _adapters(model: Any) -> str:
     return _json_digest(found) if found else ""
 
 
-def _may_adapt(module: Any) -> bool:
-    """Whether a module has any of an adapter's attributes; quick, for a model has hundreds of modules that have none."""
-    own = vars(module)
-    places = (own, own.get("_modules", ()), own.get("_parameters", ()), own.get("_buffers", ()))
-    kind: Any = type(module)
-    return _class_adapts(kind) or any(not _ADAPTER_ATTRIBUTES.isdisjoint(place) for place in places)
-
-
-@lru_cache(maxsize=1024)
-def _class_adapts(kind: Any) -> bool:
-    """Whether a class of modules has them, or tells of attributes only when it is asked."""
-    import torch
-
-    asks = getattr(kind, "__getattr__", None) is not torch.nn.Module.__getattr__
-    return asks or any(hasattr(kind, name) for name in _ADAPTER_ATTRIBUTES)
-
-
-def _weights_digest(model: Any) -> str:
+def _weights_digest(model: Any, tensors: Named) -> str:
     known = _digests.setdefault(model, {})
     hashed = _hash()
-    for name, tensor in _tensors(model):
-        version = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), None if tensor.is_inference() else tensor._version)
+    for name, tensor in tensors:
+        version = (tensor.data_ptr(), tensor.shape, tensor.stride(), None if tensor.is_inference() else tensor._version)
         if known.get(name, (None, b""))[0] != version:
             known[name] = (version, _tensor_digest(name, tensor))
         hashed.update(known[name][1])
     return str(hashed.hexdigest()[:32])
-
-
-def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if hasattr(tensor, "data_ptr"):
-            yield name, tensor
 
 
 def _tensor_digest(name: str, tensor: Any) -> bytes:

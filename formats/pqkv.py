@@ -286,6 +286,17 @@ class PQKVFile(TensorFile):
         with named(f"{self._label}: file metadata"):
             return {} if item is None else self._log.meta(item)
 
+    def bare_stream(self, name: str) -> Source | None:
+        """The stream of a tensor, found by the index: what its frame says beside it is checked, but not read. None for a tensor
+        that is exact, or of several parts. Raises CorruptStream.
+        """
+        items = self._tensors.get(name, [])
+        if len(items) != 1 or items[0].kind != c.FRAME_CODED:
+            return None
+        with named(self._label):
+            self._log.check(items[0])
+        return Part(self._source, items[0].body_start, items[0].body_bytes)
+
     def _local_files(self) -> list[str]:
         return [] if self._path is None else [self._path]
 

@@ -142,22 +142,57 @@ def _strides(x: Any) -> tuple[int, ...]:
     return tuple(stride // x.itemsize for stride in x.strides) if isinstance(x, np.ndarray) else tuple(x.stride())
 
 
+class _Span:
+    """Memory from one address on, as numpy takes it; ``owners`` hold what is used of it, the rest is somebody else's."""
+
+    def __init__(self, address: int, items: int, kind: np.dtype, owners: Any) -> None:
+        self.owners = owners
+        self.__array_interface__ = {"data": (address, False), "shape": (items,), "typestr": kind.str, "version": 3}
+
+
 def values_in_place(out: Any) -> Values:
-    """The rows of a tensor of the CPU that is to be written to; raises InvalidArgument where they are not contiguous."""
+    """The rows of a tensor of the CPU that is to be written to, or of a list of such tensors, one behind the other along their
+    leading dimensions, wherever they lie; raises InvalidArgument where rows are not contiguous.
+    """
+    if isinstance(out, (list, tuple)):
+        parts = [values_in_place(x) for x in out]
+        kind, stride, head_dim = parts[0].flat.dtype, parts[0].stride, parts[0].head_dim
+        if any((part.flat.dtype, part.stride, part.head_dim) != (kind, stride, head_dim) for part in parts):
+            raise InvalidArgument("tensors of several dtypes or strides were given as one out; pass tensors of one kind")
+        places = [part.flat.__array_interface__["data"][0] for part in parts]
+        first = min(places)
+        end = max(place + part.flat.nbytes for place, part in zip(places, parts, strict=True))
+        starts = [part.starts + (place - first) // kind.itemsize for place, part in zip(places, parts, strict=True)]
+        flat = np.asarray(_Span(first, (end - first) // kind.itemsize, kind, parts))
+        return Values(flat, np.concatenate(starts), stride, head_dim)
     found = view(out)
     if not fits(out, found.shape, found.dtype):
         raise InvalidArgument(f"out has strides {_strides(out)}; its last dimension must be contiguous")
     return values_of(found.stored)
 
 
-def holds(out: Any, shape: tuple[int, ...], dtype: int, start: int) -> bool:
-    """Whether a tensor [..., tokens, head_dim], or [head_dim], has room for one of a shape and dtype from a token on."""
-    room = tuple(out.shape)
-    if str(out.dtype).removeprefix("torch.") != DTYPE_NAMES[dtype] or len(room) != len(shape):
+Room = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
+def room_of(out: Any) -> Room:
+    """What a tensor has room for, or a list of tensors that follow each other along their first dimension."""
+    if not isinstance(out, (list, tuple)):
+        return str(out.dtype).removeprefix("torch."), tuple(out.shape)
+    rooms = {(name, shape[1:]) for name, shape in map(room_of, out)}
+    if len(rooms) != 1 or any(x.ndim < 3 for x in out):
+        raise InvalidArgument(f"tensors {sorted(rooms)} were given as one out; tensors of one kind, [n, ..., tokens, head_dim]")
+    name, rest = rooms.pop()
+    return name, (sum(len(x) for x in out), *rest)
+
+
+def holds(room: Room, shape: tuple[int, ...], dtype: int, start: int) -> bool:
+    """Whether a tensor of a shape [..., tokens, head_dim], or [head_dim], and a dtype goes there from a token on."""
+    name, size = room
+    if name != DTYPE_NAMES[dtype] or len(size) != len(shape):
         return False
     if len(shape) < 2:
-        return start == 0 and room == shape
-    return (room[:-2], room[-1]) == (shape[:-2], shape[-1]) and 0 <= start <= room[-2] - shape[-2]
+        return start == 0 and size == shape
+    return (size[:-2], size[-1]) == (shape[:-2], shape[-1]) and 0 <= start <= size[-2] - shape[-2]
 
 
 def seen(out: Any) -> tuple[Any, np.ndarray]:

@@ -124,6 +124,6 @@ def store(means: np.ndarray) -> tuple[np.ndarray, int]:
     return np.ldexp(means, -exponent).clip(-largest_half, largest_half).astype(np.float16), exponent
 
 
-def load(halves: np.ndarray, exponent: int) -> np.ndarray:
-    """Stored offsets -> float32 [leading, head_dim], exact."""
+def load(halves: np.ndarray, exponent: int | np.ndarray) -> np.ndarray:
+    """Stored offsets -> float32 [leading, head_dim], exact; ``exponent``: one, or one a row [leading, 1]."""
     return np.ldexp(halves.astype(np.float64), exponent).astype(np.float32)

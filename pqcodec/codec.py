@@ -341,32 +341,59 @@ def _decode_into(
 def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
     """Decode whole streams into tensors of the CPU, all at once: what many small streams cost beside their numbers, once.
 
-    Each stream goes to the tokens of its out [..., tokens, head_dim] from a start on; many may share one out. Raises as
-    ``decode`` does, and does not say which of the streams is damaged.
+    Each stream goes to the tokens of its out [..., tokens, head_dim] from a start on; many may share one out. An out may be a
+    list of tensors that follow each other along their first dimension. Raises as ``decode`` does, and does not say which of the
+    streams is damaged.
     """
     kernel = backend_of("cpu" if backend == "auto" else backend)
     damage: list[Damage] = []
-    seen: dict[int, Values] = {}
-    placed: list[tuple[Source, Header, Values]] = []
+    headers = [read_header(source) for source in sources]
+    offsets = _offsets_together(sources, headers, damage)
+    seen: dict[int, tuple[arrays.Room, Values]] = {}
     jobs: list[DecodeJob] = []
-    for source, out, start in zip(sources, outs, starts, strict=True):
-        h = read_header(source)
+    for source, h, out, start, offset in zip(sources, headers, outs, starts, offsets, strict=True):
         if id(out) not in seen:
-            seen[id(out)] = arrays.values_in_place(out)
-        values = seen[id(out)].from_token(start)
-        if not arrays.holds(out, h.shape, h.dtype, start):
-            raise InvalidArgument(f"a stream {h.shape} does not go to token {start} of an out {tuple(out.shape)}")
-        whole = (0, h.tokens), (0, h.leading)
-        jobs += _jobs(source, h, values, *whole, _offsets(source, h, whole[1], damage))
-        placed.append((source, h, values))
-    kernel.decode(jobs)
+            seen[id(out)] = arrays.room_of(out), arrays.values_in_place(out)
+        room, values = seen[id(out)]
+        if not arrays.holds(room, h.shape, h.dtype, start):
+            raise InvalidArgument(f"a {DTYPE_NAMES[h.dtype]} stream {h.shape} does not go to token {start} of an out {room}")
+        values = values.from_token(start)
+        payload = source.read(h.payload_start, h.stream_bytes - h.payload_start)
+        damaged = np.zeros((h.chunks, h.leading), np.bool_)
+        jobs.append(DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offset, values, damaged))
+    kernel.decode([job for job in jobs if job.damaged.size])
     damage += [found for job in jobs for found in _damage_of(job)]
-    for source, h, values in placed:  # after the rest: who writes to a page first waits until it is zeroed
+    for source, h, job in zip(sources, headers, jobs, strict=True):  # last: who first writes to a page waits until it is zeroed
         whole = (0, h.tokens), (0, h.leading)
-        _place_exact(source, h, values, *whole, damage)
-        _place_exceptions(source, h, values, *whole, damage)
+        if h.first_tokens:
+            _place_exact(source, h, job.out, *whole, damage)
+        if h.exceptions:
+            _place_exceptions(source, h, job.out, *whole, damage)
     if damage:
         raise damage_error(damage)
+
+
+def _offsets_together(sources: Sequence[Source], headers: Sequence[Header], damage: list[Damage]) -> list[np.ndarray | None]:
+    """``_offsets`` of whole streams, those of one shape at once."""
+    found: list[np.ndarray | None] = [None] * len(headers)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, h in enumerate(headers):
+        if h.offsets:
+            alike.setdefault((h.leading, h.head_dim), []).append(number)
+    for (leading, head_dim), numbers in alike.items():
+        block = headers[numbers[0]].offset_block_bytes
+        data = np.concatenate([sources[n].read(headers[n].header_bytes, leading * block) for n in numbers]).reshape(-1, block)
+        bodies, told = (np.ascontiguousarray(part) for part in np.split(data, [-c.CHECKSUM_BYTES], 1))
+        halves = bodies.view("<f2")
+        if (checksums(bodies) == told.view("<u4")[:, 0]).all() and np.isfinite(halves).all():
+            exponents = np.repeat([headers[n].offset_exponent for n in numbers], leading)[:, None]
+            loaded = centre.load(halves, exponents).reshape(-1, leading, head_dim)
+            for number, of in zip(numbers, loaded, strict=True):
+                found[number] = of
+        else:  # one by one, to tell which
+            for number in numbers:
+                found[number] = _offsets(sources[number], headers[number], (0, leading), damage)
+    return found
 
 
 def _place_exact(
@@ -375,12 +402,12 @@ def _place_exact(
     """Copy exact first tokens to where they belong."""
     if tokens[0] >= h.first_tokens:
         return
-    exact = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
+    sound, raw = _sections(source, h, h.exact_start, h.exact_block_bytes, leads, "exact tokens", damage)
     if out is None:
         return
-    for lead, raw in zip(*exact, strict=True):
-        last = min(tokens[1], h.first_tokens)
-        rows = raw.view(out.flat.dtype).reshape(h.first_tokens, h.head_dim)[tokens[0] : last]
+    last = min(tokens[1], h.first_tokens)
+    exact = raw.view(out.flat.dtype).reshape(-1, h.first_tokens, h.head_dim)[:, tokens[0] : last]
+    for lead, rows in zip(sound, exact, strict=True):
         out.rows(lead - leads[0], 0, last - tokens[0])[:] = rows
 
 

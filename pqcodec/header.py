@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
@@ -64,34 +64,34 @@ class Header:
     def head_dim(self) -> int:
         return self.shape[-1]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.shape[-2] if len(self.shape) > 1 else 1
 
-    @property
+    @cached_property
     def leading(self) -> int:
         """Product of the dimensions before tokens."""
         return math.prod(self.shape[:-2])
 
-    @property
+    @cached_property
     def order(self) -> int:
         return order_for(self.head_dim)
 
-    @property
+    @cached_property
     def coded_tokens(self) -> int:
         """Tokens that are coded: all but the exact ones at the beginning."""
         return self.tokens - self.first_tokens
 
-    @property
+    @cached_property
     def first_tokens(self) -> int:
         """Exact tokens that the tensor really has."""
         return min(self.exact_tokens, self.tokens)
 
-    @property
+    @cached_property
     def chunks(self) -> int:
         return -(-self.coded_tokens // self.chunk_tokens)
 
-    @property
+    @cached_property
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
@@ -99,25 +99,25 @@ class Header:
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
-    @property
+    @cached_property
     def header_bytes(self) -> int:
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         return c.HEADER_STRUCT.size + 8 * len(self.shape) + rope + c.CHECKSUM_BYTES
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return -(-self.row_bits // 8)
 
-    @property
+    @cached_property
     def vector_bytes(self) -> int:
         return self.head_dim * c.ITEM_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def offset_block_bytes(self) -> int:
         """One leading index's stored mean and its checksum."""
         return 2 * self.head_dim + c.CHECKSUM_BYTES if self.offsets else 0
 
-    @property
+    @cached_property
     def exact_block_bytes(self) -> int:
         """One leading index's exact first tokens and their checksum."""
         return self.first_tokens * self.vector_bytes + c.CHECKSUM_BYTES if self.first_tokens else 0
@@ -134,15 +134,15 @@ class Header:
         return self.block_tokens(chunk) * self.row_bytes + c.CHECKSUM_BYTES
 
     # -- places --------------------------------------------------------------------------------------------------
-    @property
+    @cached_property
     def exact_start(self) -> int:
         return self.header_bytes + self.leading * self.offset_block_bytes
 
-    @property
+    @cached_property
     def exceptions_start(self) -> int:
         return self.exact_start + self.leading * self.exact_block_bytes
 
-    @property
+    @cached_property
     def payload_start(self) -> int:
         return self.exceptions_start + self.exceptions_bytes
 
@@ -150,7 +150,7 @@ class Header:
         whole = self.leading * (self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES)
         return self.payload_start + chunk * whole + lead * self.block_bytes(chunk)
 
-    @property
+    @cached_property
     def stream_bytes(self) -> int:
         """Size of the whole stream, in bytes."""
         rows = self.leading * self.coded_tokens

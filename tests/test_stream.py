@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gaussian
+from conftest import TORCH_DTYPES, bits, gaussian
 
 import pqcodec
 from pqcodec import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream, encode
@@ -197,6 +197,29 @@ def test_streams_decoded_together_refuse_damage_and_outs_they_do_not_fit(backend
         decode_together([MemorySource(halves)], [torch.zeros(2, 40, 16, dtype=torch.bfloat16)], [0], backend)
     with pytest.raises(InvalidArgument, match="last dimension must be contiguous"):
         decode_together([MemorySource(data)], [np.zeros((2, 16, 40), np.float32).swapaxes(1, 2)], [0], backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_an_out_may_be_tensors_that_lie_apart(backend: str, dtype: torch.dtype) -> None:
+    x = gaussian(5, 2, 40, 64, dtype=dtype)
+    data = encode(x, center="mean", exact_tokens=2, backend="cpu")
+    rooms = [torch.zeros(n, 2, 50, 64, dtype=dtype) for n in (2, 9, 1, 2)]
+    outs = [rooms[2], rooms[0], rooms[3]]  # neither in the order of their addresses, nor all that lies between them
+    decode_together([MemorySource(data)], [outs], [7], backend)
+    expected = pqcodec.decode(data, backend=backend)
+    np.testing.assert_array_equal(bits(torch.cat(outs)[:, :, 7:47]), bits(expected))
+    assert not any(out[:, :, :7].any() or out[:, :, 47:].any() for out in outs)
+    assert not rooms[1].any()
+    narrow = torch.zeros(3, 2, 50, 65, dtype=dtype)[..., :64]
+    for wrong, message in (
+        (outs[:2], "does not go to token 7"),
+        ([rooms[2], rooms[0].view(2, 2, 64, 50), rooms[3]], "tensors of one kind"),
+        ([rooms[0], narrow], "pass tensors of one kind"),
+        ([], "tensors of one kind"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            decode_together([MemorySource(data)], [wrong], [7], backend)
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 190, 192, 193, 800])

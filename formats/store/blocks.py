@@ -1,13 +1,15 @@
 """Law: one block of a prefix as a .pqkv file (SPEC IV.2): its tokens, its part of each layer, and what the index says of it.
 
 Tensors of one kind (path, preset, RoPE, shape, dtype) are stacked over the layers, so that a block is a few long streams
-instead of two short ones a layer, and decode straight into the stacked cache.
+instead of two short ones a layer, and decode straight into the memory of the cache's layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from pqcodec.stream import read_header
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1
 TOKENS = "tokens"  # the exact tensor of token ids
+PART_BYTES = 1 << 24  # of the memory of a stack: as much as malloc gives again without asking the system, which would zero it
 EXACT = "exact"  # the preset of a store that keeps numbers as they are
 DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
 Choice = tuple[str, str | None]  # preset and RoPE pairing
@@ -190,6 +193,7 @@ class Assembly:
         self._on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._rooms: dict[tuple[str, tuple[int, ...]], arrays.Room] = {}
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
         self._accepted: list[Decoded] = []
 
@@ -207,8 +211,9 @@ class Assembly:
                     continue
                 if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
                     raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
-                stack = _empty((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype, self._device)
+                stack = self._stack((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype)
                 self._stacks[group.path, group.layers] = stack
+                self._rooms[group.path, group.layers] = arrays.room_of(stack)
                 self._places |= self._each(group, stack)
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
@@ -248,23 +253,35 @@ class Assembly:
                     found.state[index, path] = x
         return found
 
+    def _stack(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Memory for the layers of a group: one tensor on a GPU, parts of a few layers on a CPU."""
+        import torch
+
+        kind = getattr(torch, dtype)
+        if self._on_device:
+            return torch.empty(shape, dtype=kind, device=self._device)
+        layers = shape[0]
+        step = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * kind.itemsize))
+        return [_empty((min(step, layers - at), *shape[1:]), dtype, self._device) for at in range(0, layers, step)]
+
     def _each(self, group: Group, stacked: Any) -> dict[tuple[int, str], Any]:
-        return {(layer, group.path): stacked[at] for at, layer in enumerate(group.layers)}
+        """The layers of a group's tensor, or of its parts."""
+        rows = chain.from_iterable(stacked) if isinstance(stacked, list) else stacked
+        return {(layer, group.path): x for layer, x in zip(group.layers, rows, strict=True)}
 
     def _fill(self, file: PQKVFile, name: str, group: Group, row: Row, count: int) -> None:
         """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
         key, span = (group.path, group.layers), slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
-        if key in self._stacks:
-            stack = self._stacks[key]
-            entry = file.entry(name)
-            fits = entry.coded and tokens is None and arrays.holds(stack, entry.shape, DTYPES[entry.dtype], row.start)
-            if fits and self._waiting is not None:
-                stream = file.stream(name)
-                held = MemorySource(stream.read(0, stream.size), read_header(stream))  # outlives the file
-                self._waiting.append((held, stack, row.start))
-            else:
-                file.decode(name, tokens=tokens, backend=self._backend, out=stack[..., span, :])
+        stack = self._stacks.get(key)
+        stream = file.bare_stream(name)
+        if stack is not None and stream is not None and tokens is None and self._waiting is not None:
+            header = read_header(stream)
+            if arrays.holds(self._rooms[key], header.shape, header.dtype, row.start):
+                self._waiting.append((MemorySource(stream.read(0, stream.size), header), stack, row.start))  # outlives the file
+                return
+        if stack is not None and arrays.is_torch(stack):
+            file.decode(name, tokens=tokens, backend=self._backend, out=stack[..., span, :])
             return
         stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
         for (layer, path), x in self._each(group, stacked).items():
@@ -299,14 +316,14 @@ class Assembly:
         return tc.CacheState("DynamicCache", {"": layers})
 
 
-def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
-    """The groups of a block by the names of their tensors; raises KeyError or TypeError."""
-    return {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}
-
-
 def _empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:
     import torch
 
-    if dtype in DTYPES and arrays.device_type(device or "cpu") == "cpu":
+    if dtype in DTYPES:
         return arrays.empty(shape, DTYPES[dtype], numpy=False)[0]
     return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+
+def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
+    """The groups of a block by the names of their tensors; raises KeyError or TypeError."""
+    return {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}

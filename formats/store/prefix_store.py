@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -159,8 +160,7 @@ class PrefixStore:
         used: list[Row] = []
         if not found:
             return used
-        workers = threads() if self._exact else 1  # streams wait to be decoded together, exact numbers are read at once
-        with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(workers) as pool:
+        with self._files.opening([row.file for row, _ in found]) as opened, ThreadPoolExecutor(threads()) as pool:
 
             def decode(file: PQKVFile | None, row: Row, count: int) -> blocks.Decoded:
                 with file or opened(row.file) as at:
@@ -170,9 +170,12 @@ class PrefixStore:
             try:
                 first = opened(row.file)
                 assembly.lay_out(first)
-                coming = [pool.submit(decode, None if number else first, *block) for number, block in enumerate(found)]
-                for (row, _), decoded in zip(found, coming, strict=True):
-                    assembly.accept(decoded.result())
+                works: list[Callable[[], blocks.Decoded]]
+                works = [partial(decode, None if number else first, *block) for number, block in enumerate(found)]
+                if self._exact:  # read at once, where other streams wait to be decoded together
+                    works = [pool.submit(work).result for work in works]
+                for (row, _), work in zip(found, works, strict=True):
+                    assembly.accept(work())
                     used.append(row)
             except (CorruptStream, UnsupportedStream, OSError) as error:
                 pool.shutdown(cancel_futures=True)
