@@ -28,9 +28,8 @@ from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
-_CACHED_BYTES = (
-    1 << 20
-)  # of output, that a core's own cache may hold; more is stored past caches, which would read memory first
+# Bytes of output: as much as a core's own cache may hold: more is stored past the caches, which would read its memory first
+_CACHED_BYTES = 1 << 20
 
 
 def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:
