@@ -254,15 +254,16 @@ class Assembly:
         return found
 
     def _stack(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Memory for the layers of a group: one tensor on a GPU, parts of a few layers on a CPU."""
+        """Memory for the layers of a group: one tensor for a GPU, parts of a few layers for a CPU."""
         import torch
 
         kind = getattr(torch, dtype)
-        if self._on_device:
+        if self._on_device or dtype not in DTYPES or arrays.device_type(self._device or "cpu") != "cpu":
             return torch.empty(shape, dtype=kind, device=self._device)
         layers = shape[0]
         step = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * kind.itemsize))
-        return [_empty((min(step, layers - at), *shape[1:]), dtype, self._device) for at in range(0, layers, step)]
+        sizes = [min(step, layers - at) for at in range(0, layers, step)]
+        return [arrays.empty((size, *shape[1:]), DTYPES[dtype], numpy=False)[0] for size in sizes]
 
     def _each(self, group: Group, stacked: Any) -> dict[tuple[int, str], Any]:
         """The layers of a group's tensor, or of its parts."""
@@ -314,14 +315,6 @@ class Assembly:
             tensors[layer][path] = x
         layers = [replace(kind, tensors=of) for kind, of in zip(last.kinds, tensors, strict=True)]
         return tc.CacheState("DynamicCache", {"": layers})
-
-
-def _empty(shape: tuple[int, ...], dtype: str, device: Any) -> Any:
-    import torch
-
-    if dtype in DTYPES:
-        return arrays.empty(shape, DTYPES[dtype], numpy=False)[0]
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
