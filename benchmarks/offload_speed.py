@@ -146,6 +146,7 @@ class Products:
     def __init__(self, priority: int = 0) -> None:
         self._a, self._b = (torch.randn((PRODUCT, PRODUCT), dtype=torch.bfloat16, device="cuda") for _ in range(2))
         self._c = torch.empty_like(self._a)
+        self.priority = priority
         self._stream = torch.cuda.Stream(priority=priority)
 
     def beside(self, work: Callable[[], int] | None) -> tuple[float, float]:
@@ -184,11 +185,10 @@ def works(one: Any, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor
 
 def slow_downs(copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     """The products' time with each kind of transfers over the mean of their times alone, before and behind."""
-    rows = [{"priority": 0, **row} for row in beside(Products(), copies, tensors, outs, "copies", None)]
+    rows = beside(Products(), copies, tensors, outs, "copies", None)
     for piece, priority in BESIDE:
         encoded = Encoded(tensors, piece)
-        found = beside(Products(priority), encoded, tensors, outs, "pool", piece)
-        rows += [{"priority": priority, **row} for row in found]
+        rows += beside(Products(priority), encoded, tensors, outs, "pool", piece)
         encoded.pool.close()
     return rows
 
@@ -216,6 +216,7 @@ def beside(
                 alone.append(before)
             before = after
         row = {
+            "priority": products.priority,
             "work": f"{name} {what}",
             "piece_mib": piece,
             "alone_ms": median(alone),

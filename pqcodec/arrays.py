@@ -15,7 +15,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.header import DTYPE_NAMES
-from pqcodec.kernels.job import Values
+from pqcodec.kernels.job import Values, address
 
 _LINE = 64  # bytes
 _NUMPY_DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
@@ -113,7 +113,7 @@ def _aligned_empty(shape: tuple[int, ...], kind: Any) -> np.ndarray:
     """
     size = math.prod(shape) * np.dtype(kind).itemsize
     raw = np.empty(size + _LINE, np.uint8)
-    start = -raw.ctypes.data % _LINE
+    start = -address(raw) % _LINE
     return raw[start : start + size].view(kind).reshape(shape)
 
 
@@ -159,7 +159,7 @@ def values_in_place(out: Any) -> Values:
         kind, stride, head_dim = parts[0].flat.dtype, parts[0].stride, parts[0].head_dim
         if any((part.flat.dtype, part.stride, part.head_dim) != (kind, stride, head_dim) for part in parts):
             raise InvalidArgument("tensors of several dtypes or strides were given as one out; pass tensors of one kind")
-        places = [part.flat.__array_interface__["data"][0] for part in parts]
+        places = [address(part.flat) for part in parts]
         first = min(places)
         end = max(place + part.flat.nbytes for place, part in zip(places, parts, strict=True))
         starts = [part.starts + (place - first) // kind.itemsize for place, part in zip(places, parts, strict=True)]

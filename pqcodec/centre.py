@@ -76,6 +76,14 @@ def phase_tables() -> np.ndarray:
     return table
 
 
+@lru_cache(maxsize=1)
+def phase_pairs() -> np.ndarray:
+    """The same, cos and sin side by side, the coarse turns before the fine ones: float32 [1024]."""
+    pairs = phase_tables().reshape(2, 2, -1).swapaxes(1, 2).ravel()
+    pairs.setflags(write=False)
+    return pairs
+
+
 def phases(rope: RopeField, first_token: int, tokens: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """cos, sin of every ``step``-th token and each channel pair: float32 [tokens, channels / 2] each (SPEC 8.2)."""
     first = rope.first_position % (1 << c.PHASE_BITS) + first_token

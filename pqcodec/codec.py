@@ -383,9 +383,9 @@ def _offsets_together(sources: Sequence[Source], headers: Sequence[Header], dama
     for (leading, head_dim), numbers in alike.items():
         block = headers[numbers[0]].offset_block_bytes
         data = np.concatenate([sources[n].read(headers[n].header_bytes, leading * block) for n in numbers]).reshape(-1, block)
-        bodies, told = (np.ascontiguousarray(part) for part in np.split(data, [-c.CHECKSUM_BYTES], 1))
+        bodies, sound = _unsealed(data)
         halves = bodies.view("<f2")
-        if (checksums(bodies) == told.view("<u4")[:, 0]).all() and np.isfinite(halves).all():
+        if sound.all() and np.isfinite(halves).all():
             exponents = np.repeat([headers[n].offset_exponent for n in numbers], leading)[:, None]
             loaded = centre.load(halves, exponents).reshape(-1, leading, head_dim)
             for number, of in zip(numbers, loaded, strict=True):
@@ -440,14 +440,19 @@ def _sections(
     if not block or leads[0] == leads[1]:
         return np.zeros(0, np.intp), np.zeros((0, max(block - c.CHECKSUM_BYTES, 0)), np.uint8)
     data = source.read(start + leads[0] * block, (leads[1] - leads[0]) * block).reshape(-1, block)
-    bodies = np.ascontiguousarray(data[:, : -c.CHECKSUM_BYTES])
-    told = np.ascontiguousarray(data[:, -c.CHECKSUM_BYTES :]).view("<u4")[:, 0]
-    sound = checksums(bodies) == told
+    bodies, sound = _unsealed(data)
     if sound.all():
         return np.arange(*leads), bodies
     tokens = (0, h.first_tokens) if part == "exact tokens" else None
     damage += [Damage(part, leads[0] + int(lead), tokens) for lead in np.flatnonzero(~sound)]
     return leads[0] + np.flatnonzero(sound), bodies[sound]
+
+
+def _unsealed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows uint8 [n, bytes] without the checksums at their ends, and whether these hold: bool [n]."""
+    bodies = np.ascontiguousarray(rows[:, : -c.CHECKSUM_BYTES])
+    told = np.ascontiguousarray(rows[:, -c.CHECKSUM_BYTES :]).view("<u4")[:, 0]
+    return bodies, checksums(bodies) == told
 
 
 def _place_exceptions(

@@ -192,8 +192,7 @@ class Assembly:
         self._total, self._device, self._backend = tokens, device, backend
         self._on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
-        self._stacks: dict[tuple[str, tuple[int, ...]], Any] = {}
-        self._rooms: dict[tuple[str, tuple[int, ...]], arrays.Room] = {}
+        self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Any, arrays.Room]] = {}  # by path and layers
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
         self._accepted: list[Decoded] = []
 
@@ -212,8 +211,7 @@ class Assembly:
                 if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
                     raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
                 stack = self._stack((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype)
-                self._stacks[group.path, group.layers] = stack
-                self._rooms[group.path, group.layers] = arrays.room_of(stack)
+                self._stacks[group.path, group.layers] = stack, arrays.room_of(stack)
                 self._places |= self._each(group, stack)
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
@@ -272,13 +270,12 @@ class Assembly:
 
     def _fill(self, file: PQKVFile, name: str, group: Group, row: Row, count: int) -> None:
         """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
-        key, span = (group.path, group.layers), slice(row.start, row.start + count)
+        span = slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
-        stack = self._stacks.get(key)
-        stream = file.bare_stream(name)
-        if stack is not None and stream is not None and tokens is None and self._waiting is not None:
-            header = read_header(stream)
-            if arrays.holds(self._rooms[key], header.shape, header.dtype, row.start):
+        stack, room = self._stacks.get((group.path, group.layers), (None, None))
+        if room is not None and tokens is None and self._waiting is not None:
+            stream = file.bare_stream(name)
+            if stream is not None and arrays.holds(room, (header := read_header(stream)).shape, header.dtype, row.start):
                 self._waiting.append((MemorySource(stream.read(0, stream.size), header), stack, row.start))  # outlives the file
                 return
         if stack is not None and arrays.is_torch(stack):

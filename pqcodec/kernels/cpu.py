@@ -21,14 +21,14 @@ from pqcodec.checksum import checksum_keys
 from pqcodec.header import Header
 from pqcodec.kernels import cpu_tiles as tiles
 from pqcodec.kernels import tables
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, nobody, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, address, nobody, sampled
 from pqcodec.kernels.lanes import LANES
 from pqcodec.kernels.threads import threads
 from pqcodec.plan import Plan, plan_for
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
-# Bytes of output: as much as a core's own cache may hold: more is stored past the caches, which would read its memory first
+# Bytes of output, as many as a core's own cache may hold; more is stored past the caches, which would read its memory first
 _CACHED_BYTES = 1 << 20
 
 
@@ -61,7 +61,7 @@ def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None
                 other.result()
     except BaseException:
         waiting.clear()
-        wait(others)  # nothing is written into the caller's memory once it knows
+        wait([other for other in others if not other.cancel()])  # nothing is written into the caller's memory once it knows
         raise
     while done:
         advance(done.popleft())
@@ -96,7 +96,7 @@ def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray, tupl
     steps = np.zeros((len(kind), tiles.STEP), np.int64)
     steps[:, 0], steps[:, 1] = np.multiply(tree.left, LANES), np.multiply(tree.right, LANES)
     steps[:, 2], steps[:, 3] = c.MAX_BUDGET_PER_COORDINATE * m_a[kind], c.MAX_BUDGET_PER_COORDINATE * m_b[kind]
-    steps[:, 4], steps[:, 5], steps[:, 6] = kind * (2 << c.MAX_ANGLE_BITS), shape[kind], kind * most
+    steps[:, 4], steps[:, 5], steps[:, 6] = kind * tiles.CODES, shape[kind], kind * most
     return (
         (tree.kind, tree.left, tree.right, m_a, m_b, per_bit, portions.ravel()),
         (nodes.shift.ravel(), nodes.look_up.ravel(), nodes.bounds.ravel(), nodes.grid_shift, nodes.fixes),
@@ -155,13 +155,6 @@ def _circle() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _phases() -> np.ndarray:
-    """cos and sin side by side of the coarse turns, then of the fine ones: float32 [1024]."""
-    cos_h, sin_h, cos_l, sin_l = centre.phase_tables()
-    return np.concatenate([np.stack([cos_h, sin_h], 1), np.stack([cos_l, sin_l], 1)]).ravel()
-
-
-@lru_cache(maxsize=1)
 def _paper_arrays() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
     bounds, cos, sin = tables.paper_cells()
@@ -188,10 +181,6 @@ def _rope_arrays(h: Header) -> tuple[np.ndarray, int, int, int]:
 
 def _sizes(h: Header) -> tuple[int, ...]:
     return (h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, h.chunk_tokens, h.leading, h.first_tokens, h.coded_tokens)
-
-
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
@@ -221,16 +210,16 @@ def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: 
     def column(numbers: Iterable[int]) -> np.ndarray:
         return np.array(list(numbers), np.int64).reshape(-1, 1, 1)
 
-    items[..., 3] += column(_address(job.payload) for job in jobs)
+    items[..., 3] += column(address(job.payload) for job in jobs)
     outs = [job.out for job in jobs if job.out is not None]
     if outs:
         strides, item = column(out.stride for out in outs), outs[0].flat.itemsize
         rows = (start - geometry[-2])[None, :, None] * strides + np.stack([out.starts for out in outs])[:, None]
-        items[..., 4] = rows * item + column(_address(out.flat) for out in outs)
+        items[..., 4] = rows * item + column(address(out.flat) for out in outs)
         items[..., 6] = strides
     if offsets[0].size:
         leads = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
-        items[..., 5] = leads * offsets[0].strides[0] + column(map(_address, offsets))
+        items[..., 5] = leads * offsets[0].strides[0] + column(map(address, offsets))
     if jobs[0].header.rope:
         items[..., 7] += column(job.header.rope.first_position % (1 << c.PHASE_BITS) for job in jobs if job.header.rope)
     return items.reshape(-1, 8)
@@ -290,7 +279,14 @@ class Cpu:
         h = header
         picked, count, step = sampled(values, h)
         total = np.zeros((h.leading, h.order))
-        arguments = (_sizes(h), picked.flat, (picked.starts, picked.stride), _rope_arrays(h), _phases(), total)
+        arguments = (
+            _sizes(h),
+            picked.flat,
+            (picked.starts, picked.stride),
+            _rope_arrays(h),
+            centre.phase_pairs(),
+            total,
+        )
 
         def task(first: int, last: int) -> int:
             tiles.sum_tokens(first, last, count, step, *arguments)
@@ -308,7 +304,7 @@ class Cpu:
             (job.values.starts, job.values.stride),
             -_offset_rows(job.offsets, h.order),
             _rope_arrays(h),
-            _phases(),
+            centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,
@@ -358,7 +354,7 @@ class Cpu:
             (h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, most),
             np.zeros(1, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16),
             _rope_arrays(h)[:3],
-            _phases(),
+            centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
             plan.signs,

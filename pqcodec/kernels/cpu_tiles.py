@@ -79,7 +79,7 @@ _SMALL_BUDGETS = 3.2  # bits a coordinate, above which too many quads are larger
 STEP = 8  # numbers of a node for the decoder: places of its children and their largest budgets, of its codes, shape, portions
 OF_QUADS, EVEN, UNEVEN = 0, 1, 2  # shapes: of two quads, of two equal children, of others
 _WIDTHS = MAX_ANGLE_BITS + 1
-_CODES = 2 << MAX_ANGLE_BITS
+CODES = 2 << MAX_ANGLE_BITS
 _BOUNDS = (1 << MAX_ANGLE_BITS) + 1
 _STEPS = 1 << COARSE_GRID_BITS
 
@@ -538,7 +538,7 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
             for _ in range(fixes[k]):
                 code = code + select(gather(bounds, first + code) <= grid, ints(I32(1)), ints(I32(0)))
         rest = have - width
-        moved = gather(shift, (ints(I32(1)) << width) + code + ints(I32(k * _CODES)))
+        moved = gather(shift, (ints(I32(1)) << width) + code + ints(I32(k * CODES)))
         cap_a, cap_b = I32(MAX_BUDGET_PER_COORDINATE * m_a[k]), I32(MAX_BUDGET_PER_COORDINATE * m_b[k])
         share = share_of(rest, moved, cap_a, cap_b, m_a[k] == m_b[k], portions, I32(k * most))
         store(budget, a, share)

@@ -85,8 +85,7 @@ def _shared(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
-        cos_h, sin_h, cos_l, sin_l = centre.phase_tables()
-        arrays["PHASES"] = np.stack([np.stack([cos_h, sin_h], 1), np.stack([cos_l, sin_l], 1)])
+        arrays["PHASES"] = centre.phase_pairs()
     words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
     if words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)

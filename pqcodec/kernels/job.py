@@ -16,6 +16,11 @@ def nobody(done: int) -> None:
     """Progress that nobody watches."""
 
 
+def address(array: np.ndarray) -> int:
+    """Where an array begins in memory."""
+    return int(array.__array_interface__["data"][0])
+
+
 @dataclass(frozen=True)
 class Values:
     """A tensor [leading, tokens, head_dim] of stored numbers inside one flat array, wherever its rows lie.

@@ -201,11 +201,14 @@ def side_by_side(typingctx, a, b):  # type: ignore[no-untyped-def]
     return WIDE(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, _indices(*range(2 * LANES)))
 
 
-def _storing(align: int, past: bool) -> Any:
+def _storing(align: int, past: bool, short: bool = False) -> Any:
+    """An intrinsic that stores lanes into array[index : index + 8] (wide ones: 16); ``short``: their low 16 bits."""
+
     @intrinsic
     def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
         def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), align, past)
+            stored = builder.trunc(args[2], ir.VectorType(_I16, LANES)) if short else args[2]
+            _store(builder, stored, _pointer(context, builder, signature.args[0], *args[:2]), align, past)
             return context.get_dummy_value()
 
         return types.void(array, types.int64, value), emit
@@ -213,8 +216,10 @@ def _storing(align: int, past: bool) -> Any:
     return apply
 
 
-store = _storing(4, False)  # array[index : index + 8] = value, or sixteen
-store_past = _storing(4 * LANES, True)  # the same, aligned, past the caches: ``fence`` before others read it
+store = _storing(4, False)
+store_past = _storing(4 * LANES, True)  # aligned, past the caches: ``fence`` before others read it
+store_short = _storing(2, False, short=True)
+store_short_past = _storing(2 * LANES, True, short=True)
 
 
 @intrinsic
@@ -226,23 +231,6 @@ def load_short(typingctx, array, index):  # type: ignore[no-untyped-def]
         return builder.zext(short, _vector("int"))
 
     return INT(array, types.int64), emit
-
-
-def _storing_short(align: int, past: bool) -> Any:
-    @intrinsic
-    def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            short = builder.trunc(args[2], ir.VectorType(_I16, LANES))
-            _store(builder, short, _pointer(context, builder, signature.args[0], *args[:2]), align, past)
-            return context.get_dummy_value()
-
-        return types.void(array, types.int64, INT), emit
-
-    return apply
-
-
-store_short = _storing_short(2, False)  # uint16 array[index : index + 8] = the low 16 bits of int lanes
-store_short_past = _storing_short(2 * LANES, True)  # the same, aligned, past the caches
 
 
 @intrinsic
