@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {"pqcodec": set(), "formats": {"pqcodec.formats"}, "tools": {"pqcodec.formats", "pqcodec.tools"}}
 HOMES = {  # third-party modules that are imported in one place only
-    "numba": {"pqcodec/kernels/cpu_tiles.py", "pqcodec/kernels/lanes.py"},
+    "numba": {"pqcodec/kernels/cpu_tiles.py", "pqcodec/kernels/lanes.py", "pqcodec/kernels/disk_cache.py"},
     "llvmlite": {"pqcodec/kernels/lanes.py"},
     "safetensors": {"formats/tensors.py"},
     "zarr": {"formats/zarr_"},

@@ -1,6 +1,6 @@
 """Law: the numba backend: turns a job into flat arrays and runs the tiles of ``cpu_tiles`` on all cores.
 
-Kernels are compiled once and cached on disk by numba; they hold no lock, so plain threads share the blocks.
+Kernels are compiled once and kept on disk (``disk_cache``); they hold no lock, so plain threads share the blocks.
 """
 
 from __future__ import annotations

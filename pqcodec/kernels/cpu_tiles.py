@@ -3,8 +3,7 @@
 A tile is eight vectors, held coordinate-major ([coordinate, lane]): a coordinate of all eight is one SIMD register, and
 everything but the first radius is computed eight at a time. Arithmetic that decides output bits is float32 multiplies and
 integer adds, never fused (no fastmath). Numbers come from the plan's tables; what stands here as a literal is a mask or
-an approximation that the encoder is free to choose. The kernels stay in one file, because numba's cache on disk watches the
-file of the function that is called, and no other.
+an approximation that the encoder is free to choose.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from pqcodec.constants import (
     CHECKSUM_PRIME,
@@ -27,6 +26,7 @@ from pqcodec.constants import (
     PHASE_SHIFT,
     RADIUS_BIAS,
 )
+from pqcodec.kernels.disk_cache import kept
 from pqcodec.kernels.lanes import (
     LANES,
     any_lane,
@@ -83,11 +83,11 @@ CODES = 2 << MAX_ANGLE_BITS
 _BOUNDS = (1 << MAX_ANGLE_BITS) + 1
 _STEPS = 1 << COARSE_GRID_BITS
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
-jit = njit(**_OPTIONS)
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+jit = kept(**_OPTIONS)
 # allocates nothing: without reference counting of its arrays, a third faster; inlined, for an array is seven arguments
-leaf = njit(**{**_OPTIONS, "_nrt": False, "forceinline": True})
-inlined = njit(**{**_OPTIONS, "inline": "always"})
+leaf = kept(**{**_OPTIONS, "_nrt": False, "forceinline": True})
+inlined = kept(**{**_OPTIONS, "inline": "always"})
 
 
 # -- loading and storing: row-major tiles [lane, coordinate], padded with zeros to the order --------------------------

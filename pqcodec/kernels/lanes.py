@@ -3,8 +3,6 @@
 ``Lanes`` values support + - * & | ^ << >> and comparisons lane by lane (>> is logical); everything else is a function of
 this file. LLVM lowers eight 32-bit lanes to one AVX2 register, or to several smaller ones. No operation here is fused or
 reassociated: a lane's result is the scalar operation's result, bit for bit.
-
-numba's cache on disk watches ``cpu_tiles.py`` alone: after a change here, touch that file.
 """
 
 from __future__ import annotations
