@@ -1,4 +1,7 @@
-"""Law: a file or folder is there whole or not at all: it is written beside its place and renamed when it is complete."""
+"""Law: a file or folder is there whole or not at all, and private unless someone says otherwise.
+
+It is written beside its place and renamed when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,34 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+PRIVATE = 0o600
+_wanted: ContextVar[int | None] = ContextVar("permissions", default=None)
+
+
+@contextmanager
+def permissions(mode: int) -> Iterator[None]:
+    """Files that are written inside the block get this mode, less what the umask takes away; folders can be searched as well.
+
+    Outside such a block a new file is private (0600), and one that takes the place of another keeps the other's mode.
+    """
+    before = _wanted.set(mode)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def _kept_mode(final: Path) -> int | None:
+    """The mode that stays because it is that of what is replaced, and nobody says otherwise; None where there is none."""
+    return final.stat().st_mode & 0o777 if _wanted.get() is None and final.exists() else None
+
+
+def searchable(mode: int) -> int:
+    """The mode of a folder whose files have this one."""
+    return mode | (mode & 0o444) >> 2
 
 
 @contextmanager
@@ -27,8 +57,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     temporary = final.with_name(f".{final.name[:200]}.{secrets.token_hex(4)}.part")
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = (final if final.exists() else temporary).stat().st_mode & 0o777
+        wanted = _wanted.get() or PRIVATE
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, wanted | PRIVATE))
+        mode = _kept_mode(final) or temporary.stat().st_mode & wanted
         yield temporary
         os.chmod(temporary, mode)  # a library may have put a file of its own in this place
         _sync(temporary)
@@ -57,11 +88,15 @@ def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     unique = f".{final.name[:200]}.{secrets.token_hex(4)}"
     temporary, aside = final.with_name(unique + ".part"), final.with_name(unique + ".old")
     try:
-        temporary.mkdir()
+        wanted = searchable(_wanted.get() or PRIVATE)
+        temporary.mkdir(mode=wanted | searchable(PRIVATE))
+        mode = _kept_mode(final) or temporary.stat().st_mode & wanted
         yield temporary
         for place, _, names in os.walk(temporary, topdown=False):
             for name in names:
+                os.chmod(Path(place, name), mode & 0o666)
                 _sync(Path(place, name))
+            os.chmod(place, mode)
             if os.name == "posix":
                 _sync(Path(place))
         if final.exists():

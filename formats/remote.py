@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -43,13 +44,34 @@ PACKAGES = {
     "smb": "smbprotocol",
     "webdav": "webdav4",
 }
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of two letters or more: C:/ is a disk
 Result = TypeVar("Result")
 
 
 # -- places ------------------------------------------------------------------------------------------------------
 def is_url(place: Any) -> bool:
-    """Whether a path is a URL of fsspec, such as s3://bucket/key."""
-    return isinstance(place, str) and "://" in place
+    """Whether a path is a URL of fsspec, such as s3://bucket/key.
+
+    Raises InvalidArgument for a URL that lost a slash, as ``pathlib`` takes it: it would become a local folder called s3:.
+    """
+    if isinstance(place, str) and "://" in place:
+        return True
+    if isinstance(place, (str, os.PathLike)) and _ONE_SLASH.match(text := os.fsdecode(place)):
+        raise InvalidArgument(
+            f"{text}: looks like a URL with one slash; pass s3://... as a string, or ./{text} for a local path"
+        )
+    return False
+
+
+def check_local(place: str | os.PathLike[str], what: str) -> None:
+    """Raises InvalidArgument for a URL in the place of a local path; ``what`` says what has to be local, and what to do."""
+    if is_url(place):
+        raise InvalidArgument(f"{place}: is a URL; {what}")
+
+
+def check_url(url: str) -> None:
+    """Raises InvalidArgument for a URL of a scheme that is not served; nothing is asked of the store."""
+    _file_system(url)
 
 
 def exists(url: str) -> bool:

@@ -27,6 +27,7 @@ def store_of(place: Any, read_only: bool) -> Store:
     if isinstance(place, Store):
         return sync(StorePath.open(place, "", None)).store  # a ZipStore opens its file here
     if remote.is_url(place):
+        remote.check_url(str(place))
         with _transport(str(place)):
             return FsspecStore.from_url(str(place), read_only=read_only)
     return LocalStore(os.fspath(place), read_only=read_only)

@@ -13,7 +13,7 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.decode import Sources
 from pqcodec.tools.encode import Jobs, Target, container
-from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, make_folder, tasks
+from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text
 
@@ -40,8 +40,7 @@ def convert(
 
     def work(task: Task, show: Show) -> _Outcome:
         start = time.perf_counter()
-        with input_file(task.source) as path:
-            make_folder(task.target if many else STANDARD)
+        with input_file(task.source) as path, written_like(task.source, task.target, folder=many):
             before = os.path.getsize(path) if os.path.isfile(path) else None
             out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)

@@ -10,7 +10,7 @@ import typer
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.encode import Jobs
-from pqcodec.tools.files import ENCODED, Task, input_file, make_folder, tasks
+from pqcodec.tools.files import ENCODED, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
@@ -56,9 +56,9 @@ def decode(
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
             names = _chosen(file, only)
-            make_folder(task.target if many else "-")
             found = _tensors(file, names, wanted, backend, show, outcome)
-            write_tensors(task.target, found, file.metadata.get("safetensors") or {})
+            with written_like(task.source, task.target, folder=many):
+                write_tensors(task.target, found, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
         return outcome
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, make_folder, tasks
+from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text, say, shown
 from pqcodec.tools.progress import load_kernels
@@ -98,8 +98,7 @@ def encode(
     load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome:
-        with input_file(task.source, local=True) as path:
-            make_folder(task.target if many else STANDARD)
+        with input_file(task.source, local=True) as path, written_like(task.source, task.target, folder=many):
             return _encode_file(path, task.target, kinds[task.target], wanted, show)
 
     found = run(todo, work, lambda task: task.source, jobs, "encode")

@@ -85,7 +85,7 @@ def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: s
     seen: dict[str, str] = {}
     made = []
     for item in found:
-        name = str(Path("stdin" if item.name == STANDARD else item.name).with_suffix(written))
+        name = str(Path("stdin" if item.name == STANDARD else _checked_name(item.name)).with_suffix(written))
         path = f"{target.rstrip('/')}/{name}" if _is_url(target) else os.path.join(target, name)
         if path in seen:
             raise InvalidArgument(f"{seen[path]} and {item.path} would both be written to {path}; encode them one by one")
@@ -95,10 +95,27 @@ def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: s
     return made, True
 
 
-def make_folder(target: str) -> None:
-    """The folder that a file is written to; a store needs none."""
-    if not _is_url(target) and target != STANDARD:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[None]:
+    """What is written to ``target`` inside the block gets the mode of the input, less what the umask takes away.
+
+    What comes from stdin or a URL is its owner's alone. ``folder``: make the folder of the target, too; a store needs none.
+    """
+    from pqcodec.formats.atomic import PRIVATE, permissions, searchable
+
+    local = source != STANDARD and not _is_url(source)
+    mode = os.stat(source).st_mode & 0o666 if local else PRIVATE
+    if folder:
+        make_folder(target, searchable(mode))
+    with permissions(mode):
+        yield
+
+
+def make_folder(target: str, mode: int = 0o700) -> None:
+    """The folder of a file to be written, and those above it that are missing; a store of objects needs none."""
+    if not _is_url(target):
+        for place in reversed([place for place in Path(target).parents if not place.exists()]):
+            place.mkdir(mode=mode, exist_ok=True)
 
 
 @contextmanager
@@ -146,7 +163,16 @@ def check_output(source: str, target: str, force: bool) -> None:
 
 
 def _is_url(text: str) -> bool:
-    return "://" in text
+    from pqcodec.formats.remote import is_url
+
+    return is_url(text)
+
+
+def _checked_name(name: str) -> str:
+    """The name of an input below its folder, which its output is called by; raises InvalidArgument where it leads out of it."""
+    if not name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise InvalidArgument(f"{name!r}: would be written outside OUTPUT; name that input by itself, and a file as OUTPUT")
+    return name
 
 
 def _remote_glob(pattern: str) -> list[str]:
@@ -174,7 +200,8 @@ def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[Input]:
         folders[:] = sorted(set(folders) - set(whole))
         for name in sorted([*names, *whole]):
             path = os.path.join(place, name)
-            if Path(name).suffix.lower() in extensions and _holds(path, extensions):
+            usable = os.path.isfile(path) or name in whole  # a pipe would be waited for
+            if usable and Path(name).suffix.lower() in extensions and _holds(path, extensions):
                 found.append(Input(path, os.path.relpath(path, folder)))
     return found
 

@@ -23,6 +23,7 @@ from pqcodec import arrays
 from pqcodec.batch import each
 from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
+from pqcodec.formats import remote
 from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice, aligned
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
@@ -171,9 +172,11 @@ class HostPool:
             self._lanes = DevicePipeline(self.device, kernel.name)
         else:
             self._lanes = HostPipeline(kernel.name)
+        if spill is not None:
+            remote.check_local(spill, "blocks spill to a local folder")
         self._folder = Path(spill) if spill is not None else None
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda")
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()  # the one used longest ago is the first
         self._leaving: list[_Block] = []  # blocks that are gone, but are still being read or written

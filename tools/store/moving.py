@@ -59,7 +59,8 @@ def export(
 
         def work(row: Row, show: Show) -> _Exported:
             place = places[row.name]
-            make_folder(place if everything else STANDARD)
+            if everything:
+                make_folder(place)
             out: Any = sys.stdout.buffer if place == STANDARD else place
             size = write_prefix(shelf, row, out, lambda done, total: show(done / total))
             return _Exported(row.name.hex(), place, row.end, size)
@@ -99,12 +100,17 @@ def import_(
     sources: Annotated[
         list[str], typer.Argument(metavar="FILE", help="Files that export wrote, folders, patterns or URLs, or -.")
     ],
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Others may use the store, as far as the umask lets them (default: you alone).")
+    ] = False,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
     """Add prefixes that were exported to a store.
 
-    A block is added once every byte of it is checked; what is there already stays as it is.
+    A block is added once every byte of it is checked; what is there already stays as it is. Checksums tell damage, not forgery:
+    whoever made the file can put any numbers under a right name, and models will read on from them. Import only what you trust
+    as you trust the model's weights.
     """
     todo, many = inputs(sources, (EXTENSION,))
     if not many and "://" not in todo[0].path and todo[0].path != STANDARD:
@@ -112,7 +118,7 @@ def import_(
     from pqcodec.formats.containers import open_encoded
     from pqcodec.formats.store.transfer import add_prefix
 
-    with opened(folder, data, new=True) as shelf:
+    with opened(folder, data, new=True, shared=shared) as shelf:
 
         def work(item: Input, show: Show) -> _Imported:
             with input_file(item.path) as path, open_encoded(path) as file:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The store's folder.")]
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="PLACE", help="Folder or URL of the store's files, where they lie elsewhere.")
+    str | None, typer.Option("--data", metavar="PLACE", help="Folder or URL of the store's files, where they are elsewhere.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Models = dict[bytes, tuple[str, str]]  # label and preset of each root
@@ -37,10 +37,11 @@ LEAST = 6  # that have to be given
 
 
 @contextmanager
-def opened(folder: str, data: str | None, new: bool = False) -> Iterator[Shelf]:
+def opened(folder: str, data: str | None, new: bool = False, shared: bool = False) -> Iterator[Shelf]:
     """The store in a folder; what it warns of is said in a line. ``new``: it is made where there is none."""
-    if "://" in folder:
-        raise InvalidArgument(f"{folder}: the index of a store is in a local folder; pass the URL of its files by --data")
+    from pqcodec.formats.remote import check_local
+
+    check_local(folder, "the index of a store is in a local folder; pass the URL of its files by --data")
     if not new and not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
     if not new and data is None and not _is_store(Path(folder)):
@@ -50,7 +51,7 @@ def opened(folder: str, data: str | None, new: bool = False) -> Iterator[Shelf]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = lambda message, *_: say(f"pqcodec: {message}")  # type: ignore[assignment]
-        shelf = Shelf(folder, data)
+        shelf = Shelf(folder, data, shared=shared)
         try:
             yield shelf
         finally:
@@ -124,7 +125,7 @@ def prefixes(rows: Sequence[Row]) -> list[Prefix]:
     for row in rows:
         if row.name not in parents:
             chain = [row]
-            while (before := by_name.get(chain[-1].parent)) is not None:
+            while (before := by_name.get(chain[-1].parent)) is not None and before.whole and before.end == chain[-1].start:
                 chain.append(before)
             chains.append(chain[::-1])
     users = Counter(row.name for chain in chains for row in chain)
