@@ -21,6 +21,7 @@ from pqcodec.formats import PQKVFile, PrefixStore
 from pqcodec.formats.pieces import pieces_of
 from pqcodec.formats.pqkv import write_pieces
 from pqcodec.formats.store import blocks
+from pqcodec.formats.store.folder import new_block_file
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.shelf import Shelf
 from pqcodec.tools.cli import app
@@ -305,7 +306,7 @@ def test_names_that_are_none_or_several(folder: Path, tmp_path: Path) -> None:
     root = shelf.index.all()[0].root
     for last in (1, 2):
         name = bytes.fromhex("abcdef") + bytes(28) + bytes([last])
-        shelf.index.add(Row(name, root, root, 0, np.arange(3), False, False, f"ab/{last}.pqkv", 5))
+        shelf.index.add(Row(name, root, root, 0, np.arange(3), False, False, new_block_file(name), 5))
     shelf.close()
     before = len(rows(folder))
     for verb in (("rm", folder, "{}"), ("export", folder, "{}", tmp_path / "o.pqkv")):

@@ -22,8 +22,8 @@ from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Piece
 from pqcodec.formats.pqkv import PQKVFile, write_pieces
 from pqcodec.formats.recipe import InMemory, Recipe
-from pqcodec.formats.store.index import Row
-from pqcodec.formats.store.keys import NAME_BYTES
+from pqcodec.formats.store.index import Row, problem_of
+from pqcodec.formats.store.keys import is_keyed, unknown
 from pqcodec.formats.tensor_file import LAYOUT
 from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
@@ -33,7 +33,7 @@ from pqcodec.stream import read_header
 
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1
-TOKENS = "tokens"  # the exact tensor of token ids
+TOKENS = "tokens"  # the exact tensor of token ids, or of a tenant's marks of them
 PART_BYTES = 1 << 24  # of the memory of a stack: as much as malloc gives again without asking the system, which would zero it
 EXACT = "exact"  # the preset of a store that keeps numbers as they are
 DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
@@ -97,7 +97,10 @@ def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
 def write(
     path: str, row: Row, layers: Sequence[tc.LayerState], plan: Plan, config: Any, recipe: Recipe, about: dict[str, Any]
 ) -> int:
-    """Write a block's file and return its bytes. ``layers``: each layer's part; ``about``: what its root stands for."""
+    """Write a block's file and return its bytes. ``layers``: each layer's part.
+
+    ``about``: what its root stands for (label and settings), and whether its tokens are a tenant's marks (marked).
+    """
     import torch
 
     groups = {f"{number}.{tc.ROLES[group.path]}": group for number, group in enumerate(_groups(layers, plan))}
@@ -151,7 +154,7 @@ def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
     """The index's row of a block whose file lies ``at`` a place, and what its root stands for; raises CorruptStream."""
     told = described(file)
     try:
-        row = replace(row_of(told, file.decode(TOKENS)), file=at, size=file.size)
+        row = replace(row_of(told, tokens_of(told, file.decode(TOKENS))), file=at, size=file.size)
         return row, {key: told[key] for key in ("label", "settings")}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStream(f"{file.label}: does not say which block it is ({error!r})") from error
@@ -162,13 +165,24 @@ def row_of(told: Mapping[str, Any], tokens: Any) -> Row:
     name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
     start, whole, stateful = (told[key] for key in ("start", "whole", "stateful"))
     tokens = np.asarray(tokens)
-    if {len(name), len(parent), len(root)} != {NAME_BYTES} or name == parent or tokens.ndim != 1 or tokens.dtype != np.int64:
-        raise ValueError("names and tokens are not those of a block")
-    if type(start) is not int or type(whole) is not bool or type(stateful) is not bool:
-        raise TypeError("start, whole and stateful are a number and two truths")
+    if tokens.ndim != 1 or tokens.dtype != np.int64:
+        raise ValueError("its tokens are not those of a block")
+    if type(whole) is not bool or type(stateful) is not bool:
+        raise TypeError("whole and stateful are two truths")
     if not isinstance(told["label"], str) or not isinstance(told["settings"], dict):
         raise TypeError("label and settings are a string and an object")
-    return Row(name, parent, root, start, tokens.astype("<i8"), whole, stateful, "", 0)
+    told["label"].encode()  # raises ValueError for half of a surrogate pair
+    row = Row(name, parent, root, start, tokens.astype("<i8"), whole, stateful, "", 0)
+    if problem := problem_of(row):
+        raise ValueError(problem)
+    return row
+
+
+def tokens_of(told: Mapping[str, Any], stored: Any) -> np.ndarray:
+    """A block's tokens by what its file stores of them; the ids of a tenant, which versions before stored, are not told."""
+    tokens = np.asarray(stored)
+    hidden = "marked" not in told and is_keyed(bytes.fromhex(told["root"]), told["settings"])
+    return unknown(tokens) if hidden else tokens
 
 
 @dataclass(frozen=True)
@@ -222,9 +236,11 @@ class Assembly:
     def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
         """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
         told = described(file)
-        if told["name"] != row.name.hex() or not np.array_equal(np.asarray(file.decode(TOKENS)), row.tokens):
-            raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]}")
         try:
+            place = (told["name"], told["parent"], told["start"])
+            same = place == (row.name.hex(), row.parent.hex(), row.start)
+            if not same or not np.array_equal(tokens_of(told, file.decode(TOKENS)), row.tokens):
+                raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
             return self._decoded(file, told, row, count)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error

@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import os
-import re
-import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pqcodec.errors import CorruptStream
 from pqcodec.formats import remote
+from pqcodec.formats.atomic import permissions
 from pqcodec.formats.pqkv import PQKVFile
+from pqcodec.formats.store import folder as own
 
-EXTENSION = ".pqkv"
 GRACE = 3600.0  # seconds for which a file without a row may be one that is being written
 AT_ONCE = 8  # objects of a store that are fetched at the same time
-_COMPLETE = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}-[0-9a-f]{12}\.pqkv")
-_PARTIAL = re.compile(r"[0-9a-f]{2}/\.[0-9a-f]{64}-[0-9a-f]{12}\.pqkv\.[0-9a-f]+\.part")
 
 
 class BlockFiles:
-    """Block files below ``place``, a local folder or a URL. What else is there is never touched."""
+    """Block files below ``place``, a local folder or a URL. What else is there is never touched.
 
-    def __init__(self, place: str | os.PathLike[str]) -> None:
-        self.place = os.fspath(place)
+    ``shared``: files and folders can be read by others, as far as the umask lets them. Every method raises CorruptStream for
+    a name that no store gives.
+    """
+
+    def __init__(self, place: str | os.PathLike[str], shared: bool = False) -> None:
+        self.place = os.fspath(place).removeprefix("file://")  # what is local is held to real folders and files
         self.remote = remote.is_url(self.place)
-
-    def new(self, name: bytes) -> str:
-        """A name for a block's file that no other write has."""
-        text = name.hex()
-        return f"{text[:2]}/{text}-{secrets.token_hex(6)}{EXTENSION}"
-
-    def path(self, file: str) -> str:
-        """Where a file is; its folder exists."""
+        self.shared = shared
         if self.remote:
-            return f"{self.place.rstrip('/')}/{file}"
-        path = Path(self.place, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return str(path)
+            remote.check_url(self.place)
+
+    @contextmanager
+    def writing(self, file: str) -> Iterator[str]:
+        """The path or URL to write a block's file to; raises InvalidArgument where a link stands in its way."""
+        if self.remote:
+            yield f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
+            return
+        path = self._local(file)
+        if not Path(self.place).is_dir():
+            Path(self.place).mkdir(parents=True, mode=own.SHARED if self.shared else own.PRIVATE)
+        own.make_folder(path.parent, self.shared)
+        with permissions(0o666 if self.shared else 0o600):
+            yield str(path)
 
     def open(self, file: str) -> PQKVFile:
-        """Raises FileNotFoundError, and as ``PQKVFile`` does."""
-        return PQKVFile(remote.fetched(self.path(file)).data) if self.remote else PQKVFile(Path(self.place, file))
+        """Raises FileNotFoundError, CorruptStream for what is no regular file, and as ``PQKVFile`` does."""
+        if self.remote:
+            return PQKVFile(remote.fetched(self._url(file)).data)
+        path = self._local(file)
+        if not own.is_regular(path):
+            raise CorruptStream(f"{path}: is no regular file in a folder of the store; it is not opened")
+        return PQKVFile(path)
 
     @contextmanager
     def opening(self, files: Sequence[str]) -> Iterator[Callable[[str], PQKVFile]]:
@@ -59,23 +70,35 @@ class BlockFiles:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def remove(self, file: str) -> None:
+        """Remove a block's file; what lies behind a link, and a folder in its place, stay."""
         if self.remote:
-            remote.remove(self.path(file))
-        else:
-            Path(self.place, file).unlink(missing_ok=True)
+            remote.remove(self._url(file))
+            return
+        path = self._local(file)
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.lstat(path.parent).st_mode) and not stat.S_ISDIR(os.lstat(path).st_mode):
+                path.unlink()
 
     def all(self) -> Iterator[tuple[str, float]]:
         """(file, seconds since it was written) of every file that a store wrote here; the age is 0 where it is not known."""
         if self.remote:
-            found = remote.ages(self.path(f"*/*{EXTENSION}"))
-            yield from ((file, age) for url, age in found if _COMPLETE.fullmatch(file := "/".join(url.split("/")[-2:])))
+            found = remote.ages(f"{self.place.rstrip('/')}/*/*{own.EXTENSION}")
+            yield from ((file, age) for url, age in found if own.is_block_file(file := "/".join(url.split("/")[-2:])))
             return
         for path in Path(self.place).glob("??/*"):
             file = f"{path.parent.name}/{path.name}"
-            if _COMPLETE.fullmatch(file) or _PARTIAL.fullmatch(file):
+            if own.is_block_file(file) or own.is_partial_file(file):
                 with suppress(FileNotFoundError):
-                    yield file, time.time() - path.stat().st_mtime
+                    if own.is_regular(path):
+                        yield file, time.time() - path.lstat().st_mtime
 
     def complete(self) -> Iterator[str]:
         """Every file that was written to its end."""
-        yield from (file for file, _ in self.all() if _COMPLETE.fullmatch(file))
+        yield from (file for file, _ in self.all() if own.is_block_file(file))
+
+    def _url(self, file: str) -> str:
+        return f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
+
+    def _local(self, file: str) -> Path:
+        """Partial files have names of a store, too: killed writers leave them."""
+        return Path(self.place, file if own.is_partial_file(file) else own.checked_block_file(file))

@@ -1,26 +1,32 @@
 """Law: the index of a prefix store: which blocks are committed, where, how large, when used; SQLite, whose only home this is.
 
 A block is there when its row is. Its file is written before and removed after, under a name that no other write uses, so a
-crash leaves files without a row (``PrefixStore.gc`` removes them), never a row without its file.
+crash leaves files without a row (``PrefixStore.gc`` removes them), never a row without its file. An index may come from a
+stranger: one that holds anything but the tables below is damaged, and a row that no store writes is dropped.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import numpy as np
 
 from pqcodec.errors import CorruptStream, UnsupportedStream
+from pqcodec.formats.store import folder as own
+from pqcodec.formats.store.keys import BLOCK_TOKENS, NAME_BYTES, is_keyed, unknown
 
 VERSION = 1
 CHECKED_BYTES = 64 << 20  # an index up to this size is checked whole when it is opened, in a fraction of a second
@@ -36,12 +42,14 @@ CREATE INDEX IF NOT EXISTS by_parent ON blocks (parent);
 CREATE INDEX IF NOT EXISTS by_use ON blocks (used);
 CREATE TABLE IF NOT EXISTS places (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT OR IGNORE INTO counters VALUES ('bytes', 0);
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
     UPDATE counters SET value = value + new.size WHERE name = 'bytes'; END;
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
     UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
 """
+_COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', COALESCE(SUM(size), 0) FROM blocks"
+_OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+_BESIDE = ("", "-wal", "-shm")  # files that SQLite writes to, by what follows the index's name
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Row:
     parent: bytes
     root: bytes
     start: int  # tokens before its first
-    tokens: np.ndarray  # int64 [n]
+    tokens: np.ndarray  # int64 [n]: token ids, or a tenant's marks of them (``keys.Chain.marks``)
     whole: bool  # a full block; False: the tail of a prefix, which nothing follows
     stateful: bool  # of a model whose state cannot be cut: a tail is usable only whole
     file: str  # below the folder or URL of the data
@@ -67,14 +75,39 @@ class Row:
         return self.start + len(self.tokens)
 
 
+def problem_of(row: Row) -> str:
+    """What no store writes about a row, or an empty string."""
+    if {type(name) for name in (row.name, row.parent, row.root)} != {bytes} or row.name == row.parent:
+        return "its names are no names of blocks"
+    if {len(name) for name in (row.name, row.parent, row.root)} != {NAME_BYTES}:
+        return "its names are no names of blocks"
+    if row.file and not own.is_block_file(row.file, row.name):
+        return f"its file is called {row.file!r:.100}"
+    numbers = (row.start, row.size, row.hits)
+    if any(type(number) is not int or number < 0 for number in numbers) or row.start % BLOCK_TOKENS:
+        return f"it begins at token {row.start!r:.20}, has {row.size!r:.20} bytes and {row.hits!r:.20} hits"
+    if any(type(when) is not float or not math.isfinite(when) for when in (row.created, row.used)):
+        return "its times are no times"
+    if len(row.tokens) > BLOCK_TOKENS or row.whole != (len(row.tokens) == BLOCK_TOKENS):
+        return f"it is of {len(row.tokens)} tokens"
+    return ""
+
+
 _COLUMNS = [field.name for field in fields(Row)]
 _SELECT = f"SELECT {', '.join('b.' + column for column in _COLUMNS)} FROM blocks b"
 
 
 def _row(values: tuple[Any, ...]) -> Row:
+    """A row as the index tells it; raises ValueError for one that no store writes."""
     named = dict(zip(_COLUMNS, values, strict=True))
+    truths = {key: named[key] for key in ("whole", "stateful", "pinned")}
+    if type(named["tokens"]) is not bytes or any(value not in (0, 1) for value in truths.values()):
+        raise ValueError("its fields are of other kinds")
     named["tokens"] = np.frombuffer(named["tokens"], "<i8")
-    return Row(**{**named, **{key: bool(named[key]) for key in ("whole", "stateful", "pinned")}})
+    row = Row(**{**named, **{key: bool(value) for key, value in truths.items()}})
+    if not row.file or (problem := problem_of(row)):
+        raise ValueError(problem if row.file else "it has no file")
+    return row
 
 
 _open_indexes: WeakSet[Index] = WeakSet()
@@ -82,15 +115,22 @@ _left_behind: list[Any] = []  # connections of a parent, kept from being closed
 
 
 class Index:
-    """The index in one file; safe for threads, processes and forks.
+    """The index in one file; safe for threads, processes and forks. ``shared``: others may use it, too.
 
-    Raises OSError where the file cannot be used now, and CorruptStream where it is damaged; it is marked then, and made anew
-    when it is opened again (``Shelf``).
+    Raises OSError where the file cannot be used now, InvalidArgument where it is no regular file, and CorruptStream where it is
+    damaged; it is marked then, and made anew when it is opened again (``Shelf``).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
         self._path = path
         self._lock = threading.RLock()
+        for ending in _BESIDE[1:]:
+            own.check_file(path.with_name(path.name + ending), shared)
+        own.make_file(path, shared)
+        if os.path.lexists(
+            path.with_name(path.name + "-journal")
+        ):  # a store never leaves one: it could name any file to delete
+            self._damaged("a rollback journal lies beside it")
         self._connection: sqlite3.Connection | None = None
         _open_indexes.add(self)
         with self._changing() as db:
@@ -100,9 +140,28 @@ class Index:
             if path.stat().st_size <= CHECKED_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found)
             self.new = version == 0  # there was none
+            if not set(db.execute(_OBJECTS)) <= _expected_objects():
+                raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
             for statement in _statements(_SCHEMA):
                 db.execute(statement)
+            db.execute(_COUNT)
             db.execute(f"PRAGMA user_version = {VERSION}")
+        self._forget_ids()
+
+    def _forget_ids(self) -> None:
+        """Once: take the token ids of tenants out of an index of a version that kept them."""
+        if self._select("SELECT 1 FROM places WHERE name = 'tenants'"):
+            return
+        keyed = [root for root, (_, settings) in self.roots().items() if is_keyed(root, settings)]
+        rows = [row for root in keyed for row in self._rows("WHERE b.root = ?", (root,))]
+        with self._lock, self._named():
+            self._db().execute("PRAGMA secure_delete = ON")  # what is overwritten is gone from the file, too
+        with self._changing() as db:
+            for row in rows:
+                db.execute("UPDATE blocks SET tokens = ? WHERE name = ?", (unknown(row.tokens).tobytes(), row.name))
+            db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
+        if rows:
+            self._select("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         with self._lock:
@@ -118,6 +177,8 @@ class Index:
     def _db(self) -> sqlite3.Connection:
         if self._connection is None:
             db = sqlite3.connect(self._path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+            db.text_factory = lambda text: text.decode(errors="replace")  # what is no text is no name either
+            db.execute("PRAGMA trusted_schema = OFF")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")  # what is committed survives a loss of power
             self._connection = db
@@ -145,10 +206,12 @@ class Index:
         except sqlite3.OperationalError as error:  # locked, no space, no permission: nothing is damaged
             raise OSError(f"{self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            self.damage_mark(self._path).touch()
-            raise CorruptStream(
-                f"{self._path}: the index is damaged ({error}); open the store again to make it anew"
-            ) from error
+            self._damaged(str(error), error)
+
+    def _damaged(self, what: str, error: Exception | None = None) -> NoReturn:
+        """Mark the index as damaged and raise CorruptStream."""
+        own.make_file(self.damage_mark(self._path), shared=False)
+        raise CorruptStream(f"{self._path}: the index is damaged ({what}); open the store again to make it anew") from error
 
     @staticmethod
     def damage_mark(path: Path) -> Path:
@@ -160,7 +223,20 @@ class Index:
             return self._db().execute(text, values).fetchall()
 
     def _rows(self, clause: str, values: Sequence[Any] = ()) -> list[Row]:
-        return [_row(found) for found in self._select(f"{_SELECT} {clause}", values)]
+        rows = []
+        for found in self._select(f"{_SELECT} {clause}", values):
+            try:
+                rows.append(_row(found))
+            except ValueError as error:
+                self._forget(found[0], str(error))
+        return rows
+
+    def _forget(self, name: Any, problem: str) -> None:
+        """Drop a row that no store has written; nothing of what it names is touched."""
+        with suppress(OSError), self._changing() as db:
+            db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
+        text = f"{self._path}: a row was dropped that no store writes: {problem}; no file was touched"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- reading -------------------------------------------------------------------------------------------------
     def find(self, name: bytes) -> Row | None:
@@ -175,11 +251,22 @@ class Index:
 
     def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
         """Label and settings of each root."""
-        found = self._select("SELECT name, label, settings FROM roots")
-        return {name: (label, json.loads(settings)) for name, label, settings in found}
+        found = {}
+        for name, label, settings in self._select("SELECT name, label, settings FROM roots"):
+            try:
+                told = json.loads(settings)
+            except (TypeError, ValueError, RecursionError):
+                told = None
+            if type(name) is not bytes or type(label) is not str or not isinstance(told, dict):
+                self._damaged("what it says of a root is no label and no settings")
+            found[name] = (label, told)
+        return found
 
     def counters(self) -> dict[str, int]:
-        return {str(name): int(value) for name, value in self._select("SELECT name, value FROM counters")}
+        found = dict(self._select("SELECT name, value FROM counters"))
+        if any(type(value) is not int for value in found.values()):
+            self._damaged("its counters are no numbers")
+        return found
 
     @property
     def data(self) -> str | None:
@@ -243,6 +330,14 @@ class Index:
     def set_data(self, place: str) -> None:
         with self._changing() as db:
             db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (place,))
+
+
+@lru_cache(maxsize=1)
+def _expected_objects() -> frozenset[tuple[Any, ...]]:
+    """What an index of this version is made of."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_SCHEMA)
+        return frozenset(db.execute(_OBJECTS))
 
 
 def _statements(script: str) -> list[str]:

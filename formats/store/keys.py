@@ -18,6 +18,7 @@ from pqcodec.formats.model_identity import Identity
 
 BLOCK_TOKENS = 256
 NAME_BYTES = 32
+MARK_BYTES = 8  # as many as a token id takes
 PERSON = b"pqcodec-prefix"
 FORMAT = 1
 
@@ -45,6 +46,7 @@ class Chain:
 
     def __init__(self, settings: Mapping[str, Any], tenant: str = "") -> None:
         self._key = hashlib.blake2b(tenant.encode(), person=PERSON).digest() if tenant else b""
+        self.keyed = bool(tenant)
         self.settings = {"format": FORMAT, **settings}
         self.root = self._hash(json.dumps(self.settings, sort_keys=True).encode())
 
@@ -53,8 +55,39 @@ class Chain:
         ids = np.ascontiguousarray(tokens, "<i8")
         return self._hash(parent + len(ids).to_bytes(8, "little") + ids.tobytes())
 
+    def marks(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What is kept of a block's tokens, int64 [n]: the ids or, with a tenant's salt, a keyed hash for each of them.
+
+        A hash is of ``parent`` and all tokens up to its own, so two runs have as many first marks in common as first tokens,
+        and nobody learns the tokens without the salt.
+
+        >>> chain = Chain({"model": "tiny"}, tenant="a")
+        >>> one, two = (chain.marks(chain.root, tokens) for tokens in ([7, 8, 9], [7, 8, 1]))
+        >>> (one == two).tolist(), 7 in one
+        ([True, True, False], False)
+        """
+        ids = np.ascontiguousarray(tokens, "<i8")
+        if not self.keyed:
+            return ids
+        running = hashlib.blake2b(parent, digest_size=MARK_BYTES, key=self._key, person=PERSON)
+        marks = []
+        for token in ids:
+            running.update(token.tobytes())
+            marks.append(running.digest())  # hashlib goes on from where it was
+        return np.frombuffer(b"".join(marks), "<i8")
+
     def _hash(self, data: bytes) -> bytes:
         return hashlib.blake2b(data, digest_size=NAME_BYTES, key=self._key, person=PERSON).digest()
+
+
+def is_keyed(root: bytes, settings: Mapping[str, Any]) -> bool:
+    """Whether a root was named with a tenant's salt."""
+    return Chain(settings).root != root
+
+
+def unknown(tokens: np.ndarray) -> np.ndarray:
+    """In the place of tokens that are not told: what no token and no mark is equal to."""
+    return np.full_like(tokens, -1)
 
 
 def settings_of(identity: Identity, tokenizer: str, codec: Mapping[str, Any], extra: str) -> dict[str, Any]:

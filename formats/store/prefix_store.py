@@ -25,6 +25,7 @@ from pqcodec.formats.model_identity import Identity, tokenizer_digest
 from pqcodec.formats.pqkv import PQKVFile
 from pqcodec.formats.recipe import Recipe
 from pqcodec.formats.store import blocks, generation
+from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
@@ -68,9 +69,11 @@ class PrefixStore:
 
     ``preset``: of the blocks' keys and values; "exact" keeps all numbers. ``max_bytes``: a quota, past which the prefixes
     that were used longest ago are dropped (None: what the folder was told before). ``tenant``: a salt; a store opened with
-    another one finds nothing of this one's. ``tokenizer``: makes its vocabulary part of a prefix's name. ``data``: a folder
-    or URL (s3://...) for the files; the index stays in ``folder``, which has to be on a local disk. ``shelf`` looks after
-    what is stored: damage, quota, orphans.
+    another one finds nothing of this one's, and keyed hashes are kept in the place of token ids. ``tokenizer``: makes its
+    vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, passed whenever the store is opened;
+    the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
+    as the umask lets them (by default its files are 0600 and its folders 0700). ``shelf`` looks after what is stored: damage,
+    quota, orphans.
 
     >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
     >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
@@ -89,6 +92,7 @@ class PrefixStore:
         data: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
+        shared: bool = False,
     ) -> None:
         if max_bytes is not None and max_bytes < 0:
             raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
@@ -97,7 +101,7 @@ class PrefixStore:
             measured="none", preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
         )
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
-        self.shelf = Shelf(folder, data)
+        self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
         if max_bytes is not None:
             self._index.set_quota(max_bytes)
@@ -188,28 +192,37 @@ class PrefixStore:
         parent = chain.root
         while len(ids) - BLOCK_TOKENS * len(found) >= BLOCK_TOKENS:
             start = BLOCK_TOKENS * len(found)
-            row = self._index.find(chain.child(parent, ids[start : start + BLOCK_TOKENS]))
-            if row is None or row.name in unreadable:
+            run = ids[start : start + BLOCK_TOKENS]
+            row = self._index.find(chain.child(parent, run))
+            known = row is not None and row.start == start and (chain.keyed or np.array_equal(row.tokens, run))
+            if row is None or not known or row.name in unreadable:
                 break
             found.append((row, BLOCK_TOKENS))
             parent = row.name
-        best = self._best_child(parent, ids[BLOCK_TOKENS * len(found) :], unreadable)
+        best = self._best_child(chain, parent, ids, BLOCK_TOKENS * len(found), unreadable)
         if best is not None:
             return [*found, best]
         if not found or not found[0][0].stateful:
             return found
         for end in reversed(range(len(found))):  # a state that cannot be cut is there at tails only
             name = found[end - 1][0].name if end else chain.root
-            best = self._best_child(name, ids[BLOCK_TOKENS * end :], unreadable)
+            best = self._best_child(chain, name, ids, BLOCK_TOKENS * end, unreadable)
             if best is not None:
                 return [*found[:end], best]
         return []
 
-    def _best_child(self, parent: bytes, ids: np.ndarray, unreadable: Collection[bytes]) -> tuple[Row, int] | None:
-        """The block that shares most tokens with ``ids``, of those that follow ``parent``; None where none shares any."""
+    def _best_child(
+        self, chain: Chain, parent: bytes, ids: np.ndarray, start: int, unreadable: Collection[bytes]
+    ) -> tuple[Row, int] | None:
+        """The block that shares most tokens with ``ids`` from ``start`` on, of those that follow ``parent``.
+
+        None where none shares any.
+        """
         best: tuple[Row, int] | None = None
-        for row in self._index.children(parent):
-            common = _common(row.tokens, ids)
+        rows = [row for row in self._index.children(parent) if row.start == start]
+        marks = chain.marks(parent, ids[start : start + BLOCK_TOKENS] if rows else [])
+        for row in rows:
+            common = _common(row.tokens, marks)
             if row.name in unreadable or (row.stateful and (row.whole or common < len(row.tokens))):
                 continue
             if best is None or common > best[1]:
@@ -323,10 +336,11 @@ class PrefixStore:
             name = chain.child(parent, run)
             row = self._index.find(name)
             if row is None and not whole and not stateful:
-                row = self._covering(parent, run)
+                row = self._covering(parent, chain.marks(parent, run))
             if row is None:
                 plan = plan or self._plan(work, last)
-                row = Row(name, parent, chain.root, start, run, whole, stateful, self._files.new(name), 0)
+                file = own.new_block_file(name)
+                row = Row(name, parent, chain.root, start, chain.marks(parent, run), whole, stateful, file, 0)
                 row, new = self._add(row, work, plan)
                 written, size = written + new * len(run), size + new * row.size
             seen.append(row)
@@ -340,10 +354,10 @@ class PrefixStore:
     def _add(self, row: Row, work: _Work, plan: blocks.Plan) -> tuple[Row, bool]:
         """Encode a block, write its file, commit it; and whether it is new."""
         cut = [self._part(layer, row) for layer in work.state.parts[""]]
-        path = self._files.path(row.file)
-        about = {"label": work.label, "settings": work.chain.settings}
+        about = {"label": work.label, "settings": work.chain.settings, "marked": work.chain.keyed}
         rates = plan if row.whole or self._exact else plan.at(TAIL_PRESET)
-        row = replace(row, size=blocks.write(path, row, cut, rates, work.identity.config, self._recipe, about))
+        with self._files.writing(row.file) as path:
+            row = replace(row, size=blocks.write(path, row, cut, rates, work.identity.config, self._recipe, about))
         new = self.shelf.commit(row)
         if new and not row.stateful:
             for tail in self._index.children(row.parent):
@@ -359,9 +373,9 @@ class PrefixStore:
             return layer.cut(row.start, row.end)
         return layer.without_tensors() if row.whole else layer
 
-    def _covering(self, parent: bytes, run: np.ndarray) -> Row | None:
+    def _covering(self, parent: bytes, marks: np.ndarray) -> Row | None:
         """A block that holds a tail's tokens and more."""
-        rows = (row for row in self._index.children(parent) if _common(row.tokens, run) == len(run))
+        rows = (row for row in self._index.children(parent) if _common(row.tokens, marks) == len(marks))
         return next(rows, None)
 
     def _plan(self, work: _Work, last: Row | None) -> blocks.Plan:

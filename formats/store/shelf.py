@@ -21,32 +21,54 @@ except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats import remote
+from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.blocks import row_in
 from pqcodec.formats.store.files import GRACE, BlockFiles
 from pqcodec.formats.store.index import Index, Row
 
-INDEX, LOCK = "index.sqlite", "lock"
+INDEX, LOCK, BLOCKS = "index.sqlite", "lock", "blocks"
 
 
 class Shelf:
-    """The blocks of a store's folder; ``data``: a folder or URL for their files, which the folder remembers.
+    """The blocks of a store's folder; ``data``: a folder or URL for their files, which is passed whenever the store is opened.
 
-    An index that is missing or damaged is made anew from the files. Raises InvalidArgument where the folder's files are known
-    to lie elsewhere than in ``data``, OSError, and UnsupportedStream for an index of a newer version.
+    ``shared``: others may use the store, as far as the umask lets them; otherwise what is made here is its owner's alone. An
+    index that is missing or damaged is made anew from the files. Raises InvalidArgument for a URL in the place of the folder,
+    for links inside of it, and where its index says that the files lie elsewhere than in ``data``; OSError; and
+    UnsupportedStream for an index of a newer version.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None, *, shared: bool = False
+    ) -> None:
+        remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
+        self.folder, self._shared = Path(folder), shared
+        if not self.folder.is_dir():
+            self.folder.mkdir(mode=own.SHARED if shared else own.PRIVATE, parents=True, exist_ok=True)
         self.index, damage = self._opened()
-        if data is not None and self.index.data not in (None, os.fspath(data)):
+        try:
+            self._check_data(None if data is None else os.fspath(data))
+            if data is None:
+                own.make_folder(self.folder / BLOCKS, shared)
+            self.files = BlockFiles(self.folder / BLOCKS if data is None else data, shared)
+        except BaseException:
             self.index.close()
-            raise InvalidArgument(f"{folder}: the files of this store lie in {self.index.data}, not in {data}")
-        if data is not None and self.index.data is None:
-            self.index.set_data(os.fspath(data))
-        self.files = BlockFiles(self.index.data or self.folder / "blocks")
+            raise
         if self.index.new:
             self._refill(damage)
+
+    def _check_data(self, data: str | None) -> None:
+        """Hold what the index says of its files' place to what the user says, whose word is needed to go there."""
+        told = self.index.data
+        if told is None and data is not None:
+            self.index.set_data(data)
+        elif told is not None and data is None:
+            raise InvalidArgument(
+                f"{self.folder}: its index says that its files lie in {told}; pass data={told!r} (--data) if so"
+            )
+        elif told != data:
+            raise InvalidArgument(f"{self.folder}: the files of this store lie in {told}, not in {data}")
 
     def close(self) -> None:
         self.index.close()
@@ -133,19 +155,19 @@ class Shelf:
         """The index, and what was wrong with the one that was there: it is set aside."""
         path = self.folder / INDEX
         mark = Index.damage_mark(path)
-        with _only_one(self.folder / LOCK):
+        with _only_one(self.folder / LOCK, self._shared):
             try:
                 if not mark.exists():
-                    return Index(path), ""
+                    return Index(path, self._shared), ""
             except CorruptStream:
                 pass
             aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
             if path.exists():
                 os.replace(path, aside)
-            for suffix in ("-wal", "-shm"):
+            for suffix in ("-wal", "-shm", "-journal"):
                 path.with_name(INDEX + suffix).unlink(missing_ok=True)
             mark.unlink(missing_ok=True)
-            return Index(path), f"{path} was damaged and is set aside as {aside.name}"
+            return Index(path, self._shared), f"{path} was damaged and is set aside as {aside.name}"
 
     def _refill(self, damage: str) -> None:
         """Rows for every file that says which block it is, in an index that is new."""
@@ -154,7 +176,9 @@ class Shelf:
             try:
                 with self.files.open(file) as opened:
                     row, about = row_in(opened, file)
-            except (CorruptStream, UnsupportedStream, FileNotFoundError):
+            except (CorruptStream, UnsupportedStream, FileNotFoundError, PermissionError):
+                continue
+            if not own.is_block_file(file, row.name):  # a file that was renamed: no index may name it
                 continue
             self.index.add_root(row.root, about["label"], about["settings"])
             count += self.index.add(row)
@@ -164,8 +188,9 @@ class Shelf:
 
 
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def _only_one(lock: Path, shared: bool) -> Iterator[None]:
     """One process at a time, where the system can tell (POSIX)."""
+    own.make_file(lock, shared)
     with open(lock, "a") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

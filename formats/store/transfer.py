@@ -15,6 +15,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.pieces import Piece, pieces_of
 from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
 from pqcodec.formats.store import blocks
+from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 from pqcodec.formats.store.shelf import Shelf
@@ -30,7 +31,7 @@ def lineage(shelf: Shelf, row: Row) -> list[Row]:
     found = [row]
     while found[0].start:
         before = shelf.index.find(found[0].parent)
-        if before is None:
+        if before is None or not before.whole or before.end != found[0].start:
             raise InvalidArgument(f"block {row.name.hex()[:12]}: the block before token {found[0].start} is not in the store")
         found.insert(0, before)
     return found
@@ -134,9 +135,10 @@ def add_prefix(shelf: Shelf, file: TensorFile, progress: Progress | None = None)
 
 def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], told: dict[str, Any]) -> Row:
     """The row of a block whose file is written and sound; raises CorruptStream, and no file is left then."""
-    at = shelf.files.new(row.name)
+    at = own.new_block_file(row.name)
     try:
-        row = replace(row, file=at, size=write_pieces(shelf.files.path(at), pieces, {blocks.KEY: told}))
+        with shelf.files.writing(at) as path:
+            row = replace(row, file=at, size=write_pieces(path, pieces, {blocks.KEY: told}))
         if wrong := shelf.problems(row):
             raise CorruptStream(f"{file.label}: tokens {row.start} to {row.end - 1} are damaged: {wrong[0]}")
     except BaseException:
@@ -160,7 +162,8 @@ def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
         wanted = {f"{number}/{name}" for number, of in enumerate(told) for name in _names(of)}
         if set(file.names) != wanted:
             raise CorruptStream(f"{file.label}: holds other tensors than its blocks tell")
-        rows = [blocks.row_of(of, file.decode(f"{number}/{blocks.TOKENS}")) for number, of in enumerate(told)]
+        stored = [file.decode(f"{number}/{blocks.TOKENS}") for number in range(len(told))]
+        rows = [blocks.row_of(of, blocks.tokens_of(of, tokens)) for of, tokens in zip(told, stored, strict=True)]
         names = Chain(told[0]["settings"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptStream(f"{file.label}: its metadata does not describe blocks ({error!r})") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pqcodec.errors import InvalidArgument, UnsupportedStream
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 
 LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that their constructors want
     "DynamicLayer": (),
@@ -207,14 +207,18 @@ def _layer_from(state: LayerState, index: int) -> Any:
         if isinstance(value, dict):
             value = getattr(torch, value.get(_DTYPE, ""), None)
         name, _, key = path.partition(".")
-        if not hasattr(layer, name) and name not in _SET_LATER:
+        own = not name.startswith("__") and hasattr(layer, name) and not callable(getattr(layer, name))
+        if not own and name not in _SET_LATER:
             raise UnsupportedStream(
                 f"{place}: this transformers' layer has no {name!r}; install the version that the file was written with"
             )
-        if key:
-            getattr(layer, name)[int(key)] = value
-        else:
-            setattr(layer, name, value)
+        try:
+            if key:
+                getattr(layer, name)[int(key)] = value
+            else:
+                setattr(layer, name, value)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CorruptStream(f"{place}: {path!r:.60} is nothing that such a layer holds ({error})") from error
     devices = {name: tensor.device for name, tensor in state.tensors.items()}
     if devices:
         layer.device = devices.get("keys", next(iter(devices.values())))

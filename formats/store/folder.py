@@ -1,0 +1,108 @@
+"""Law: what of a store's folder is the store's own: which names, which kinds of file, and who may read them.
+
+A store may come from a stranger. A name of another form is refused, a link or a pipe is never followed or opened, and what is
+made here can be read by its owner alone unless the store is shared by the user's word.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from pqcodec.errors import CorruptStream, InvalidArgument
+
+EXTENSION = ".pqkv"
+PRIVATE, SHARED = 0o700, 0o777  # folders; files lose the bits of execution. The umask narrows both.
+_BLOCK = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})-[0-9a-f]{12}\.pqkv")
+_PARTIAL = re.compile(r"[0-9a-f]{2}/\.[0-9a-f]{64}-[0-9a-f]{12}\.pqkv\.[0-9a-f]+\.part")
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+def new_block_file(name: bytes) -> str:
+    """A name for a block's file that no other write uses."""
+    text = name.hex()
+    return f"{text[:2]}/{text}-{secrets.token_hex(6)}{EXTENSION}"
+
+
+def is_block_file(file: object, name: bytes | None = None) -> bool:
+    """Whether a store gives this name to the file of a block (called ``name``).
+
+    >>> is_block_file(new_block_file(bytes(32))), is_block_file("../../precious")
+    (True, False)
+    """
+    found = _BLOCK.fullmatch(file) if isinstance(file, str) else None
+    return found is not None and name in (None, bytes.fromhex(found[2]))
+
+
+def is_partial_file(file: str) -> bool:
+    """Whether this is the name of a block's file while it is written."""
+    return _PARTIAL.fullmatch(file) is not None
+
+
+def checked_block_file(file: str) -> str:
+    """The name of a block's file; raises CorruptStream for one that the store itself would not give."""
+    if not is_block_file(file):
+        form = f"xx/xx..-............{EXTENSION} with hexadecimal digits"
+        raise CorruptStream(
+            f"a block's file is called {file!r:.100}; a store calls them {form}: nothing of that name is touched"
+        )
+    return file
+
+
+# -- folders and files -------------------------------------------------------------------------------------------
+def make_folder(path: Path, shared: bool) -> None:
+    """Make a folder of the store if it is missing; one that is there must be real, and becomes private if it is ours.
+
+    Raises InvalidArgument for a link or a file, and OSError.
+    """
+    try:
+        path.mkdir(mode=SHARED if shared else PRIVATE)
+    except FileExistsError:
+        found = os.lstat(path)
+        if not stat.S_ISDIR(found.st_mode):
+            raise InvalidArgument(f"{path}: is {kind_of(found)}; a store's own folders are real ones") from None
+        if not shared:
+            _narrow(path, found)
+
+
+def make_file(path: Path, shared: bool) -> None:
+    """Make an empty file of the store if it is missing; one that is there must be regular, and becomes private if it is ours.
+
+    Raises InvalidArgument for a link, a pipe or a folder, and OSError.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, (SHARED if shared else PRIVATE) & 0o666))
+    except FileExistsError:
+        check_file(path, shared)
+
+
+def check_file(path: Path, shared: bool) -> None:
+    """Hold a file that may be missing to what ``make_file`` says."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        what = kind_of(found) if not stat.S_ISREG(found.st_mode) else f"one file under {found.st_nlink} names"
+        raise InvalidArgument(f"{path}: is {what}; a store writes to regular files of its own only: move it away, or copy it")
+    if not shared:
+        _narrow(path, found)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path is a regular file in a real folder; raises FileNotFoundError where there is nothing."""
+    return stat.S_ISDIR(os.lstat(path.parent).st_mode) and stat.S_ISREG(os.lstat(path).st_mode)
+
+
+def kind_of(found: os.stat_result) -> str:
+    """What lies at a path, in words."""
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(found.st_mode), "no regular file")
+
+
+def _narrow(path: Path, found: os.stat_result) -> None:
+    if found.st_mode & 0o077 and hasattr(os, "geteuid") and found.st_uid == os.geteuid():
+        os.chmod(path, stat.S_IMODE(found.st_mode) & PRIVATE)
