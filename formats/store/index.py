@@ -205,7 +205,7 @@ class Index:
             yield
         except sqlite3.OperationalError as error:  # locked, no space, no permission: nothing is damaged
             raise OSError(f"{self._path}: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite's messages quote what is damaged, which may be no text
             self._damaged(str(error), error)
 
     def _damaged(self, what: str, error: Exception | None = None) -> NoReturn:

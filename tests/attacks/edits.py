@@ -81,6 +81,11 @@ def hostile(rng: random.Random, ground: Ground) -> Any:
     return rng.choice(names if rng.random() < 0.6 else others)
 
 
+def own(path: Path, ground: Ground) -> bool:
+    """Whether a path does not lead out of the store through a link, so that an edit changes the store and nothing else."""
+    return path.resolve().is_relative_to(ground.folder.resolve())
+
+
 def edit_row(rng: random.Random, ground: Ground) -> None:
     table = rng.choice([*TABLES, "blocks", "blocks", "blocks"])
     column, value = rng.choice(TABLES[table]), hostile(rng, ground)
@@ -94,7 +99,7 @@ def edit_row(rng: random.Random, ground: Ground) -> None:
 
 def edit_bytes(rng: random.Random, ground: Ground) -> None:
     """Bytes of any file of the store."""
-    files = [path for path in ground.folder.rglob("*") if path.is_file() and path.stat().st_size]
+    files = [path for path in ground.folder.rglob("*") if own(path, ground) and path.is_file() and path.stat().st_size]
     with open(rng.choice(files), "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(rng.randrange(size))
@@ -103,7 +108,7 @@ def edit_bytes(rng: random.Random, ground: Ground) -> None:
 
 def edit_kind(rng: random.Random, ground: Ground) -> None:
     """A link, a pipe or a folder in the place of something."""
-    places = [path for path in ground.folder.rglob("*")] + [
+    places = [path for path in ground.folder.rglob("*") if own(path.parent, ground)] + [
         ground.folder / "index.sqlite-journal",
         ground.folder / "index.sqlite-wal",
     ]
@@ -138,7 +143,7 @@ def rewrite(path: Path, metadata: dict[str, Any]) -> None:
 
 def edit_block(rng: random.Random, ground: Ground) -> None:
     """What the file of a block says of itself."""
-    path = rng.choice(list(ground.blocks()))
+    path = rng.choice([path for path in ground.blocks() if own(path, ground)])
     with PQKVFile(path.read_bytes()) as file:
         metadata = {blocks.KEY: edited(file.metadata[blocks.KEY], rng, ground)}
     rewrite(path, metadata)
@@ -221,7 +226,7 @@ def tried(seed: object, place: Path) -> str:
         for name in names:
             try:
                 EDITS[name](rng, ground)
-            except (*EXPECTED_ERRORS, sqlite3.Error, IndexError, UnicodeError):
+            except (*EXPECTED_ERRORS, sqlite3.Error, IndexError, UnicodeError, StopIteration):
                 pass  # an edit of what an earlier one has broken
         ground.use_everything()
     return " ".join(names)
