@@ -25,6 +25,7 @@ from pqcodec.formats.store.folder import new_block_file
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.shelf import Shelf
 from pqcodec.tools.cli import app
+from pqcodec.tools.store.place import models_of
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -151,6 +152,10 @@ def test_stats_tells_totals_and_use(made: Path) -> None:
     assert found["counters"] == counters
     each = {one["preset"]: (one["model"], one["prefixes"], one["hits"]) for one in found["models"]}
     assert each == {"pq3": ("llama", 2, 1), "exact": ("llama", 1, 0)}
+    for one in found["models"]:
+        of = [row for row in rows(made) if models_of(Shelf(made))[row.root][1] == one["preset"]]
+        coordinates = sum(len(row.tokens) for row in of) * 2 * 2 * 64
+        assert one["bits_per_coordinate"] == pytest.approx(8 * sum(row.size for row in of) / coordinates)
     text = run("stats", made).stdout
     assert all(word in text for word in ("50.0% found something", "99.3% found", "smaller", "━━━"))
 

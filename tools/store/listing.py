@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _WIDE = 100  # characters that the tables take
 _COUNTERS = ("gets", "hits", "asked_tokens", "found_tokens", "puts", "evicted", "damaged")
 _TRIES = 3  # blocks of a model that are opened to learn how much they were
+_SAMPLED = 64  # blocks of a model that are opened to learn how many bits a coordinate takes
 
 
 # -- ls ----------------------------------------------------------------------------------------------------------
@@ -116,7 +118,8 @@ def ago(seconds: float) -> str:
 def stats(folder: Folder, data: Data = None, as_json: AsJson = False) -> None:
     """Show how much a store holds and of how much use it was.
 
-    The hits of a model are the gets that found something of it that is still there.
+    Bits are those of a coordinate as stored, all bytes of a file counted. The hits of a model are the gets that found something
+    of it that is still there.
     """
     with opened(folder, data) as shelf:
         models, rows, counters = models_of(shelf), shelf.index.all(), shelf.index.counters()
@@ -150,6 +153,7 @@ def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int
         "tokens": sum(len(row.tokens) for row in rows),
         "bytes": sum(row.size for row in rows),
         "plain_bytes": None if None in plain else sum(filter(None, plain)),
+        "bits_per_coordinate": _bits(shelf, rows),
         "hits": sum(row.hits for row in rows if not row.start),  # every get begins with such a block
     }
 
@@ -166,6 +170,25 @@ def _plain_bytes(shelf: Shelf, rows: Sequence[Row]) -> int | None:
             continue
         return size * sum(len(row.tokens) for row in rows) // len(row.tokens)
     return None
+
+
+def _bits(shelf: Shelf, rows: Sequence[Row]) -> float | None:
+    """Bits of files for each coordinate that the model gets back, of the blocks used last; None where none can be read.
+
+    More than the preset's name says: tails and the windows of sliding layers are kept at a higher rate, because they are
+    encoded again when the prefix has grown; first tokens, and what is no key or value, are exact.
+    """
+    from pqcodec.formats.store.blocks import TOKENS
+
+    size = coordinates = 0
+    for row in sorted(rows, key=lambda row: -row.used)[:_SAMPLED]:
+        try:
+            with shelf.files.open(row.file) as file:
+                counts = [math.prod(file.entry(name).shape) for name in file.names if name != TOKENS]
+        except (PQError, OSError):
+            continue
+        size, coordinates = size + row.size, coordinates + sum(counts)
+    return 8 * size / coordinates if coordinates else None
 
 
 def _draw(told: dict[str, Any]) -> None:
@@ -192,9 +215,10 @@ def _draw(told: dict[str, Any]) -> None:
     most = {key: max(max(one[key] for one in each), 1) for key in ("bytes", "hits")}
     for one in each:
         bars = {key: ProgressBar(total=most[key], completed=one[key], width=width) for key in most}
-        about = [one["model"], one["preset"], *([str(one["prefixes"]), str(one["tokens"])] if wide else [])]
+        bits = "-" if one["bits_per_coordinate"] is None else f"{one['bits_per_coordinate']:.2f}"
+        about = [one["model"], one["preset"], bits, *([str(one["prefixes"]), str(one["tokens"])] if wide else [])]
         rows.append([*about, bytes_text(one["bytes"]), bars["bytes"], str(one["hits"]), bars["hits"]])
-    columns = ("model", "preset", *(("prefixes", "tokens") if wide else ()), "bytes", "", "hits", "")
+    columns = ("model", "preset", "bits", *(("prefixes", "tokens") if wide else ()), "bytes", "", "hits", "")
     out.print(table(columns, rows, ("model", "preset", "")))
 
 
