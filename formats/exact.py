@@ -54,31 +54,21 @@ def to_bytes(x: Any) -> np.ndarray:
     return np.ascontiguousarray(x, x.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
-def from_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool) -> Any:
-    """A new tensor over a copy of ``raw`` uint8 [bytes]. Raises CorruptStream or UnsupportedStream."""
+def over_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool) -> Any:
+    """A tensor over ``raw`` uint8 [bytes], whose memory becomes its own. Raises UnsupportedStream."""
     if numpy:
-        return raw.copy().view(NUMPY_DTYPES[dtype].newbyteorder("<")).reshape(shape)
+        return raw.view(NUMPY_DTYPES[dtype].newbyteorder("<")).reshape(shape)
     import torch
 
     kind = getattr(torch, dtype, None)
     if kind is None:
         raise UnsupportedStream(f"this torch has no dtype {dtype}: install a newer one")
-    return torch.from_numpy(raw.copy()).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
-
-
-def as_torch(x: Any) -> Any:
-    """``x`` as a torch tensor, over the same memory where that is possible."""
-    return x if is_torch(x) else from_bytes(to_bytes(x), tuple(x.shape), dtype_name(x), numpy=False)
+    return torch.from_numpy(raw).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
 
 
 def on_cpu(x: Any) -> Any:
     """``x`` itself, or a copy of a GPU's tensor."""
     return x.detach().cpu() if is_torch(x) else x
-
-
-def contiguous(x: Any) -> Any:
-    """``x`` itself, or a copy in row-major order."""
-    return x.contiguous() if is_torch(x) else np.require(x, requirements="C")
 
 
 def cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:

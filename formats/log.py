@@ -14,7 +14,7 @@ from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats.frames import KINDS, Frame, checksum_bytes, frame_of, json_value, natural, sealed
 from pqcodec.formats.tensor_file import named
-from pqcodec.source import Source
+from pqcodec.source import Source, owned
 
 _SEARCHED_BYTES = 16 << 20  # at once, behind the last commit
 
@@ -240,7 +240,7 @@ class Log:
         """Bytes whose last four are the checksum of those before them, without these four."""
         if count < c.CHECKSUM_BYTES:
             raise CorruptStream(f"body at byte {start}: {count} bytes, the checksum alone takes {c.CHECKSUM_BYTES}")
-        raw = self._source.read(start, count)
+        raw = owned(self._source, start, count)
         if raw[-c.CHECKSUM_BYTES :].tobytes() != checksum_bytes(raw[: -c.CHECKSUM_BYTES]):
             raise CorruptStream(f"body at byte {start}: checksum does not hold")
         return raw[: -c.CHECKSUM_BYTES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from pqcodec.kernels.reference import widen
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
 _AT_ONCE = 4096  # tokens
+_WIDE = 1 << 20  # coordinates that are widened to float64 at once
 _DIGITS = 4  # of what is told: more would tell one machine's sums from another's
 
 
@@ -49,13 +51,23 @@ def error_of(x: Any, stream: Any, *, backend: str = "auto", sample: bool = True)
     return found
 
 
+def held_tokens(sample: bool) -> int:
+    """Tokens of which ``error_of`` holds the tensor's numbers and the stream's beside each other, at most."""
+    return SAMPLES * SAMPLE_TOKENS if sample else _AT_ONCE
+
+
 def _error(x: Any, y: Any) -> Error:
-    a, b = (_numbers(part) for part in (x, y))
-    finite = np.isfinite(a)
-    squares, norm = ((np.where(finite, part, 0) ** 2).sum() for part in (a - b, a))
-    return Error(float(squares), float(norm), int(finite.sum()))
+    found = Error()
+    for a, b in zip(_numbers(x), _numbers(y), strict=True):
+        finite = np.isfinite(a)
+        squares, norm = ((np.where(finite, part, 0) ** 2).sum() for part in (a - b, a))
+        found += Error(float(squares), float(norm), int(finite.sum()))
+    return found
 
 
-def _numbers(x: Any) -> np.ndarray:
+def _numbers(x: Any) -> Iterator[np.ndarray]:
+    """A tensor's numbers, some at a time."""
     seen = arrays.view(exact.on_cpu(x))
-    return widen(seen.stored, seen.dtype).astype(np.float64)
+    flat = seen.stored.reshape(-1)
+    for start in range(0, flat.size, _WIDE):
+        yield widen(flat[start : start + _WIDE], seen.dtype).astype(np.float64)

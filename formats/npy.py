@@ -37,6 +37,11 @@ class NpyHeader:
     def data_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies that bring the numbers into the machine's order, and the elements into row-major order."""
+        return self.data_bytes * ((not self.dtype.isnative) + (self.fortran and len(self.shape) > 1))
+
     def array(self, data: Any) -> np.ndarray:
         """The array over ``data`` (uint8 [data_bytes]), in the machine's byte order."""
         x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")

@@ -44,6 +44,7 @@ IMPORTANCE = {
     "value": Importance(-0.8, 1.1, 0.9, 2.8, 2.1),
 }
 _SAMPLES = 256  # tokens of each leading index that an energy is taken from, at least
+_WIDE = 1 << 20  # coordinates that are widened to float64 at once
 _RATES = {preset.half_bits / 2: name for name, preset in PRESETS.items() if preset.coding == c.CODING_SPLIT}
 
 
@@ -58,17 +59,21 @@ def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: 
     first = min(exact_tokens, max(x.shape[-2] - 1, 0))
     step = max((x.shape[-2] - first) // _SAMPLES, 1)
     seen = arrays.view(exact.on_cpu(x[..., first::step, :]))
-    rows = widen(seen.stored, seen.dtype).astype(np.float64)
-    rows = np.where(np.isfinite(rows), rows, 0).reshape(-1, *rows.shape[-2:])
-    if not rows.size:
+    if not seen.stored.size:
         return 0.0
-    if not centred:
-        return float((rows**2).sum(-1).mean())
-    if rope:
+    stored = seen.stored.reshape(-1, *seen.shape[-2:])
+    if rope and centred:
         field = rope.field(x.shape[-1])
-        cos, sin = centre.phases(field, first, rows.shape[-2], step)
-        rows = np.stack([centre.turn_back(lead, cos, sin, field) for lead in rows])
-    return float(rows.var(-2).sum(-1).mean())
+        cos, sin = centre.phases(field, first, stored.shape[-2], step)
+    found = []
+    at_once = max(_WIDE // (stored.shape[-2] * stored.shape[-1]), 1)
+    for lead in range(0, len(stored), at_once):
+        rows = widen(stored[lead : lead + at_once], seen.dtype).astype(np.float64)
+        rows = np.where(np.isfinite(rows), rows, 0)
+        if rope and centred:
+            rows = np.stack([centre.turn_back(lead, cos, sin, field) for lead in rows])
+        found.append(rows.var(-2).sum(-1) if centred else (rows**2).sum(-1))
+    return float(np.concatenate(found).mean())
 
 
 def shares(preset: str, layers: int) -> bool:

@@ -15,7 +15,7 @@ from pqcodec import constants as c
 from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact, rates
-from pqcodec.formats.measure import SAMPLES, Error, error_of
+from pqcodec.formats.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Coded, Piece
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, named
@@ -26,6 +26,7 @@ from pqcodec.source import MemorySource
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants
 AUTO = "auto"
+_HIGHEST = "pq6"  # preset that a tensor may get where bits are shared
 
 
 class Tensors(Protocol):
@@ -143,6 +144,22 @@ class Recipe:
         elif part.role == "key" and self.center:
             options |= {"center": "mean"}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
+
+    def held_bytes(self, part: Part, shape: tuple[int, ...], dtype: str) -> int:
+        """Memory that encoding a tensor takes beside its own, at most: its stream, and what that is made and measured with.
+
+        Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for what cannot be encoded.
+        """
+        options = {key: value for key, value in self.options(part).items() if key in ("exact_tokens", "chunk_tokens")}
+        centred = part.role == "key" and self.center is not None
+        presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
+        center = "mean" if centred else None  # under RoPE a stream is some bytes longer
+        stream = max(codec.encoded_size(shape, dtype, preset=preset, center=center, **options) for preset in presets)
+        leading, tokens = math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1
+        row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
+        measured = 2 * row * min(tokens, held_tokens(self.measured != "all"))
+        places = 16 + tokens  # where each leading index begins, and which vectors are not finite
+        return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
 
     def _exact_tokens(self, part: Part) -> int:
         if self.exact_tokens is None:

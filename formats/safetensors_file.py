@@ -29,7 +29,7 @@ from pqcodec.formats.pieces import Coded, Piece, check_pieces, read_in_pieces
 from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, InMemory, layers_by_name, why_exact
 from pqcodec.formats.tensor_file import LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named
 from pqcodec.formats.tensors import SAFETENSORS_CODES, SAFETENSORS_DTYPES, open_tensors, safetensors_header
-from pqcodec.source import FileSource, Part, Source
+from pqcodec.source import FileSource, Part, Source, owned
 from pqcodec.stream import Damage
 
 _CODED = "U8"
@@ -340,7 +340,7 @@ class SafetensorsCache(TensorFile):
 
     def _read_exact(self, entry: Entry) -> Any:
         body = self._body(entry.name)
-        raw = body.read(0, body.size)
+        raw = owned(body, 0, body.size)
         if checksum_bytes(raw).hex() != self._tensors[entry.name]["seal"]:
             raise CorruptStream("checksum does not hold; fetch the file again")
         return raw

@@ -149,7 +149,7 @@ class TensorFile(ABC):
 
     @abstractmethod
     def _read_exact(self, entry: Entry) -> Any:
-        """The numbers of an exact tensor as uint8, checked."""
+        """The numbers of an exact tensor as uint8, checked, in memory of their own."""
 
     def _local_files(self) -> list[str]:
         """The files that all bytes lie in, in the order of the tensors; none where a store holds them."""
@@ -167,8 +167,12 @@ class TensorFile(ABC):
                 some = ", ".join(repr(n) for n in self.names[:5]) + (" ..." if len(self.names) > 5 else "")
                 raise InvalidArgument(f"{self._label}: no tensor is called {name!r}; there are {some or 'none'}")
             with self._named(name):
-                self._entries[name] = self._read_entry(name)
+                self._entries[name] = _plausible(self._read_entry(name))
         return self._entries[name]
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that decoding a tensor leaves behind for the next time."""
+        self._parts.pop(name, None)
 
     def stream(self, name: str, part: int = 0) -> Source:
         """The stream of a coded tensor (or of one part of a grown one), to be read by place or moved as it is."""
@@ -215,7 +219,7 @@ class TensorFile(ABC):
                     return _filled(entry, wanted, options)
                 joined = arrays.joined(codec.decode(one.open(), tokens=one.tokens, **options) for one in wanted)
                 return joined if out is None else arrays.copied(out, joined)
-            x = exact.from_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
+            x = exact.over_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
             x = exact.cut(x, tokens, leading)
             if out is not None:
                 return arrays.copied(out, x)
@@ -265,6 +269,15 @@ class _Wanted:
 
     def open(self) -> Source:
         return self.part.open(self.whole)
+
+
+def _plausible(entry: Entry) -> Entry:
+    """An entry whose bytes can hold what it tells; raises CorruptStream. A stream takes at least a bit of each coordinate."""
+    most = 8 * entry.body_bytes * c.EXACT_ITEM_BYTES[entry.dtype]
+    if entry.coded and entry.tensor_bytes > most:
+        told = f"{entry.dtype} {entry.shape} takes {entry.tensor_bytes} bytes"
+        raise CorruptStream(f"{told}, its streams of {entry.body_bytes} bytes hold {most} at most")
+    return entry
 
 
 def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_Wanted]:

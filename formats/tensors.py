@@ -7,56 +7,65 @@ torch is imported only for a file that holds what numpy has no numbers for (bflo
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats import exact, listing, remote
-from pqcodec.formats.frames import json_value
-from pqcodec.formats.npy import read_npy_header
+from pqcodec.formats.frames import json_bytes, json_value
+from pqcodec.formats.npy import NpyHeader, read_npy_header
+from pqcodec.formats.recipe import Tensors
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
 _MOST_HEADER_BYTES = 100_000_000  # the library's cap
+_DEFLATED = 1032  # bytes that one of deflate can stand for, at most
+_UNPACKED_BYTES = 1 << 20  # at once
 TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
 
 
-SAFETENSORS_CODES = {  # safetensors' names of dtypes
-    "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "bfloat16": "BF16",
+SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them: all are aligned then
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
     "complex64": "C64",
-    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 
 
-class TensorReader(Protocol):
+class TensorReader(Tensors, Protocol):
     """An open file of tensors; a context manager."""
 
     format: str  # "safetensors", "npz" or "npy"
     metadata: dict[str, str]  # what a safetensors file says of itself
-    names: tuple[str, ...]
-    total_bytes: int  # about what reading all tensors takes
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a tensor."""
+    def held_bytes(self, name: str) -> int:
+        """Memory that reading a tensor takes; what is mapped takes none."""
         ...
-
-    def read(self, name: str) -> Any: ...
 
     def __enter__(self) -> TensorReader: ...
 
@@ -91,10 +100,11 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
     return _READERS[kind](Path(path))
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict[str, str]) -> None:
     """Write tensors into a file of the kind that the extension names; ``metadata`` goes into safetensors files only.
 
-    The file appears when it is complete. Raises InvalidArgument or OSError.
+    One tensor is read and held at a time, in the order that suits the file, which appears when it is complete. Raises
+    InvalidArgument or OSError, and what reading a tensor raises.
     """
     write = _WRITERS[checked_extension(path)]
     if not remote.is_url(path) and Path(path).exists() and not Path(path).is_file():
@@ -192,18 +202,22 @@ class _Safetensors(_Closing):
         super().__init__()
         from safetensors import safe_open
 
-        self._path, self.total_bytes = path, path.stat().st_size
+        self._path, self._mapped = path, False
         with _library_errors(path, _NO_SAFETENSORS, CorruptStream):
             self._file = self._stack.enter_context(safe_open(path, framework="np"))
             self.names = tuple(self._file.keys())
             self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # the library's order is random
             if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
-                self._file = self._stack.enter_context(safe_open(path, framework="pt"))
+                self._file, self._mapped = self._stack.enter_context(safe_open(path, framework="pt")), True
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
             part = self._file.get_slice(name)
             return tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
+
+    def held_bytes(self, name: str) -> int:
+        shape, dtype = self.describe(name)
+        return 0 if self._mapped else math.prod(shape) * c.EXACT_ITEM_BYTES.get(dtype, 0)
 
     def read(self, name: str) -> Any:
         _, dtype = self.describe(name)
@@ -219,7 +233,7 @@ class _Npz(_Closing):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path, self.metadata = path, dict[str, str]()
+        self._path, self._size, self.metadata = path, path.stat().st_size, dict[str, str]()
         with _library_errors(path, "is no .npz file that holds together", CorruptStream):
             self._file = self._stack.enter_context(zipfile.ZipFile(path))
             infos = self._file.infolist()
@@ -227,27 +241,39 @@ class _Npz(_Closing):
             self._stack.close()
             raise InvalidArgument(f"{path}: {problem}")
         self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
-        self.total_bytes = sum(info.file_size for info in infos)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with self._member(name) as member:
-            header = read_npy_header(member)
+        with self._member(name) as (header, _):
             return header.shape, header.dtype_name
 
+    def held_bytes(self, name: str) -> int:
+        with self._member(name) as (header, _):
+            return header.data_bytes + header.copied_bytes
+
     def read(self, name: str) -> Any:
-        with self._member(name) as member:
-            header, size = read_npy_header(member), self._file.getinfo(name + ".npy").file_size
-            if header.data_bytes > size:
-                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {size} are there")
-            data = member.read(header.data_bytes)
-            if len(data) < header.data_bytes:
-                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {len(data)} are there")
+        with self._member(name) as (header, member):
+            data, place = np.empty(header.data_bytes, np.uint8), 0
+            while place < data.size:
+                piece = member.read(min(data.size - place, _UNPACKED_BYTES))
+                if not piece:
+                    raise CorruptStream(f"{_told(header)}, {place} are there")
+                data[place : place + len(piece)] = np.frombuffer(piece, np.uint8)
+                place += len(piece)
             return header.array(data)
 
     @contextmanager
-    def _member(self, name: str) -> Iterator[Any]:
-        with _library_errors(self._path, f"array {name!r}", CorruptStream), self._file.open(name + ".npy") as member:
-            yield member
+    def _member(self, name: str) -> Iterator[tuple[NpyHeader, Any]]:
+        """What an array says of itself, and the file that its numbers come from: as many as it says, if nothing is damaged."""
+        info = self._file.getinfo(name + ".npy")
+        with _library_errors(self._path, f"array {name!r}", CorruptStream), self._file.open(info) as member:
+            packed = min(info.compress_size, self._size)
+            most = packed if info.compress_type == zipfile.ZIP_STORED else _DEFLATED * packed
+            if info.file_size > most:
+                raise CorruptStream(f"{info.file_size} bytes are told of, {packed} packed ones hold {most} at most")
+            header = read_npy_header(member)
+            if header.data_bytes != (there := info.file_size - member.tell()):
+                raise CorruptStream(f"{_told(header)}, {there} are there")
+            yield header, member
 
 
 def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
@@ -265,6 +291,10 @@ def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
     return ""
 
 
+def _told(header: NpyHeader) -> str:
+    return f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes"
+
+
 def _leads_out(name: str) -> bool:
     """Whether a name in an archive, unpacked as a path, would lie outside the folder."""
     path = name.replace("\\", "/")
@@ -278,65 +308,112 @@ class _Npy(_Closing):
         super().__init__()
         self._path, self.metadata = path, dict[str, str]()
         self.names: tuple[str, ...] = (path.stem,)
-        self.total_bytes = path.stat().st_size
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with _library_errors(self._path, "array", CorruptStream), open(self._path, "rb") as file:
-            header = read_npy_header(file)
+        with self._header() as (header, _):
             return header.shape, header.dtype_name
 
+    def held_bytes(self, name: str) -> int:
+        with self._header() as (header, _):
+            return header.copied_bytes
+
     def read(self, name: str) -> Any:
-        with _library_errors(self._path, "array", CorruptStream), open(self._path, "rb") as file:
-            header, start = read_npy_header(file), file.tell()
-            there = os.path.getsize(self._path) - start
-            if header.data_bytes != there:
-                raise CorruptStream(f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes, {there} are there")
+        with self._header() as (header, start):
+            there = header.data_bytes
             return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"")
+
+    @contextmanager
+    def _header(self) -> Iterator[tuple[NpyHeader, int]]:
+        """What the file says of itself, and the byte where its numbers begin: as many as it says, if nothing is damaged."""
+        with _library_errors(self._path, "array", CorruptStream):
+            with open(self._path, "rb") as file:
+                header, start = read_npy_header(file), file.tell()
+            if header.data_bytes != (there := os.path.getsize(self._path) - start):
+                raise CorruptStream(f"{_told(header)}, {there} are there")
+            yield header, start
 
 
 _READERS: dict[str, Callable[[Path], TensorReader]] = {"safetensors": _Safetensors, "npz": _Npz, "npy": _Npy}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
-def _write_safetensors(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
-    found = {name: exact.contiguous(x) for name, x in tensors}
-    with _library_errors(path, "cannot be written", InvalidArgument):
-        if any(exact.is_torch(x) for x in found.values()):
-            from safetensors.torch import save_file
-
-            save_file({name: exact.as_torch(x) for name, x in found.items()}, path, metadata=metadata or None)
-        else:
-            from safetensors.numpy import save_file as save_arrays
-
-            save_arrays(found, path, metadata=metadata or None)
-
-
-def _write_npz(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, x in tensors:
-            if _leads_out(name):
-                raise InvalidArgument(f"tensor {name!r}: would lie outside an archive; write a .safetensors file")
-            with archive.open(name + ".npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, _as_numpy(name, x), allow_pickle=False)
-
-
-def _write_npy(path: Path, tensors: Iterable[tuple[str, Any]], metadata: dict[str, str]) -> None:
-    found = list(tensors)
-    if len(found) != 1:
-        raise InvalidArgument(
-            f"an .npy file holds one tensor, not {len(found)}; write .npz or .safetensors, or choose one tensor"
-        )
+def _write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    described = {name: tensors.describe(name) for name in tensors.names}
+    order = list(SAFETENSORS_CODES)
+    for name, (_, dtype) in described.items():
+        if dtype not in SAFETENSORS_CODES or name == "__metadata__":
+            why = f"safetensors has no {dtype}" if name != "__metadata__" else "safetensors keeps this name for itself"
+            raise InvalidArgument(f"tensor {name!r}: {why}; write an .npz file")
+    names = sorted(described, key=lambda name: (order.index(described[name][1]), name))
     with open(path, "wb") as file:
-        np.lib.format.write_array(file, _as_numpy(*found[0]), allow_pickle=False)
+        _put(file, _header({name: described[name] for name in names}, metadata))
+        for name in names:
+            _put(file, exact.to_bytes(_read(tensors, name)).data)
 
 
-def _as_numpy(name: str, x: Any) -> np.ndarray:
-    if exact.dtype_name(x) not in exact.NUMPY_DTYPES:
-        raise InvalidArgument(f"tensor {name!r}: numpy has no {exact.dtype_name(x)}; write a .safetensors file")
+def _put(file: BinaryIO, data: bytes | memoryview) -> None:
+    try:
+        file.write(data)
+    except OSError as error:
+        error.filename = file.name
+        raise
+
+
+def _header(described: Mapping[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]) -> bytes:
+    """The header of a .safetensors file, byte for byte what the library writes before the same tensors."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidArgument("the metadata of a safetensors file are strings, the input's are not; write an .npz file")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in described.items():
+        start, end = end, end + math.prod(shape) * c.EXACT_ITEM_BYTES[dtype]
+        header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    data = json_bytes(header, "the header", _MOST_HEADER_BYTES)
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _write_npz(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    for name in tensors.names:
+        if _leads_out(name):
+            raise InvalidArgument(f"tensor {name!r}: would lie outside an archive; write a .safetensors file")
+        _check_numpy(tensors, name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in tensors.names:
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _as_numpy(_read(tensors, name)), allow_pickle=False)
+
+
+def _write_npy(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    if len(tensors.names) != 1:
+        raise InvalidArgument(
+            f"an .npy file holds one tensor, not {len(tensors.names)}; write .npz or .safetensors, or choose one tensor"
+        )
+    _check_numpy(tensors, tensors.names[0])
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, _as_numpy(_read(tensors, tensors.names[0])), allow_pickle=False)
+
+
+def _check_numpy(tensors: Tensors, name: str) -> None:
+    _, dtype = tensors.describe(name)
+    if dtype not in exact.NUMPY_DTYPES:
+        raise InvalidArgument(f"tensor {name!r}: numpy has no {dtype}; write a .safetensors file")
+
+
+def _read(tensors: Tensors, name: str) -> Any:
+    """A tensor, which is what was said of it."""
+    x, told = tensors.read(name), tensors.describe(name)
+    found = tuple(x.shape), exact.dtype_name(x)
+    if found != told:
+        raise InvalidArgument(f"tensor {name!r}: is {found[1]} {found[0]}, {told[1]} {told[0]} was said")
+    return x
+
+
+def _as_numpy(x: Any) -> np.ndarray:
     return x.cpu().numpy() if exact.is_torch(x) else x
 
 
-_WRITERS: dict[str, Callable[[Path, Iterable[tuple[str, Any]], dict[str, str]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Tensors, dict[str, str]], None]] = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,
     ".npy": _write_npy,

@@ -27,7 +27,7 @@ from pqcodec.formats.tensor_file import Check, Entry, Progress, StreamPart, Tens
 from pqcodec.formats.zarr_codec import TOKENS_PER_CHUNK
 from pqcodec.formats.zarr_store import DOCUMENT, get, lost, object_source, store_of, total_bytes
 from pqcodec.formats.zarr_writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc, write_pieces
-from pqcodec.source import Part, Source
+from pqcodec.source import Part, Source, owned
 from pqcodec.stream import Damage
 
 _MOST_IN_SHARD = 1 << 20  # chunks
@@ -124,7 +124,7 @@ class ZarrCache(TensorFile):
         size = _exact_bytes(fields)
         if not size:
             return np.zeros(0, np.uint8)
-        raw = self._object(fields, 0, size + CRC_BYTES).read(0, size)
+        raw = owned(self._object(fields, 0, size + CRC_BYTES), 0, size)
         if checksum_bytes(raw).hex() != fields["seal"]:
             raise CorruptStream("checksum does not hold; fetch the object again")
         return raw

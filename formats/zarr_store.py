@@ -110,7 +110,7 @@ def object_source(store: Store, key: str, size: int) -> Source:
         return _Object(store, key, size)
     try:
         source = MappedSource(store.root / key)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise lost(key) from None
     if source.size != size:
         kind = TruncatedStream if source.size < size else CorruptStream

@@ -136,7 +136,7 @@ class _Writer:
         place = 0
         for number, count in enumerate(grid.objects):
             streams = body.streams[place : place + count]
-            data = b"".join(stream.read(0, stream.size).tobytes() for stream in streams)
+            data = b"".join(stream.read(0, stream.size).data for stream in streams)
             if grid.per_shard:
                 data += shard_index([stream.size for stream in streams], grid.per_shard)
             self._put(array, (*[0] * len(shape[:-2]), number, 0)[-len(shape) :], data)

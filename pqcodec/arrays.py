@@ -45,8 +45,10 @@ def values_of(stored: np.ndarray) -> Values:
         stored = stored[None, :]
     item = stored.itemsize
     starts = np.zeros(1, np.int64)
-    for size, stride in zip(stored.shape[:-2], stored.strides[:-2], strict=True):
+    for size, stride in zip(stored.shape[:-2], stored.strides[:-2], strict=True) if stored.size else ():
         starts = (starts[:, None] + np.arange(size) * (stride // item)).ravel()
+    if not stored.size:  # zeros take no memory before they are touched, and leading indices of no tokens cost nothing
+        starts = np.zeros(math.prod(stored.shape[:-2]), np.int64)
     extent = sum((size - 1) * (stride // item) for size, stride in zip(stored.shape, stored.strides, strict=True)) + 1
     flat = np.lib.stride_tricks.as_strided(stored, (extent if stored.size else 0,), (item,), writeable=stored.flags.writeable)
     return Values(flat, starts, stored.strides[-2] // item, stored.shape[-1])

@@ -15,6 +15,7 @@ from pqcodec.errors import InvalidArgument, TruncatedStream
 
 _WORTH_A_HINT = 1 << 16  # bytes of a read that the system is told of beforehand
 _AHEAD_BYTES = 4 << 20
+_PIECE_BYTES = 16 << 20  # of what is copied at once, and of a mapped file's pages that stay in memory
 
 
 class Source(Protocol):
@@ -87,22 +88,40 @@ class Part:
         return read_many(self._source, [(self._base + start, count) for start, count in ranges])
 
 
+def owned(source: Source, start: int, count: int) -> np.ndarray:
+    """Bytes as an array of their own, uint8 [count], read some at a time; raises TruncatedStream as reading does."""
+    check_range(start, count, source.size)
+    found = np.empty(count, np.uint8)
+    for place in range(0, count, _PIECE_BYTES):
+        piece = min(_PIECE_BYTES, count - place)
+        found[place : place + piece] = source.read(start + place, piece)
+    return found
+
+
 def fetched(source: Source) -> Source:
     """All of a source at once where each read takes a request; a source itself where it does not."""
     return MemorySource(source.read(0, source.size)) if getattr(source, "costly", False) else source
 
 
 class MappedSource:
-    """A file that is mapped into memory; reads are views of it, valid until it is closed. A context manager."""
+    """A file that is mapped into memory; reads are views of it, valid until it is closed. A context manager.
+
+    Of what was read, 16 MiB and the last read stay in memory: other pages are given back, and come again if they are looked at.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         with open(path, "rb") as file:
             self.size = file.seek(0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
         self._data = np.frombuffer(self._map if self._map is not None else b"", np.uint8)
+        self._read_bytes = 0  # since pages were given back
 
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)
+        self._read_bytes += count
+        if self._map is not None and self._read_bytes > _PIECE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read_bytes = count
         if self._map is not None and count >= _WORTH_A_HINT and hasattr(mmap, "MADV_WILLNEED"):
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + count - page)  # else each page waits for the disk by itself

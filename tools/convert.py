@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,11 @@ from pqcodec.tools.decode import Sources
 from pqcodec.tools.encode import Jobs, Target, container
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
+
+if TYPE_CHECKING:
+    from pqcodec.formats.tensor_file import Entry
 
 
 def convert(
@@ -23,6 +27,7 @@ def convert(
     target: Target,
     to: Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).")] = None,
     jobs: Jobs = 1,
+    memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
@@ -35,8 +40,10 @@ def convert(
     todo, many = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force)
     if many and to is None:
         raise InvalidArgument("--to is needed where many files are written; choose pqkv, safetensors or zarr")
+    limit = Limit.of(memory, min(jobs, len(todo)))
     kinds = {task.target: container(task.target, to) for task in todo}
     from pqcodec.formats import containers
+    from pqcodec.formats.pieces import pieces_of
 
     def work(task: Task, show: Show) -> _Outcome:
         start = time.perf_counter()
@@ -44,13 +51,24 @@ def convert(
             before = os.path.getsize(path) if os.path.isfile(path) else None
             out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
-            size = containers.convert(path, out, to=kinds[task.target], progress=progress)
+            with containers.open_encoded(path) as file:
+                for name in file.names:
+                    needed = _held_bytes(file.entry(name), kinds[task.target])
+                    limit.check(path, name, needed, "or convert fewer files at once (--jobs)")
+                size = containers.write(out, pieces_of(file), file.metadata or None, to=kinds[task.target], progress=progress)
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
     found = run(todo, work, lambda task: task.source, jobs, "convert")
     if not many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
     report(found, _Outcome.COLUMNS, many, as_json)
+
+
+def _held_bytes(entry: Entry, kind: str) -> int:
+    """Memory that a tensor takes until it is written: of a coded one a piece of a stream, and in zarr an object."""
+    if entry.coded:
+        return 2 * entry.body_bytes if kind == "zarr" else 0
+    return entry.tensor_bytes * (4 if kind == "zarr" else 1)  # zarr puts a checksum behind it, in copies
 
 
 @dataclass(frozen=True)

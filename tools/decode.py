@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.encode import Jobs
+from pqcodec.tools.encode import Jobs, tensor_bytes
 from pqcodec.tools.files import ENCODED, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
     from pqcodec.formats.tensor_file import TensorFile
 
+_WAYS = "decode fewer tokens (--tokens A:B), other tensors (--only) or fewer files at once (--jobs)"
+_Range = tuple[int, int | None]  # of tokens; None: up to the last one
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -39,12 +42,14 @@ def decode(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Decode this tensor only; may be repeated.")] = None,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     jobs: Jobs = 1,
+    memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
     """Decode into files of tensors."""
     wanted = _token_range(tokens)
     todo, many = tasks(sources, target, ENCODED, f".{to}", force)
+    limit = Limit.of(memory, min(jobs, len(todo)))
     from pqcodec.formats.containers import open_encoded
     from pqcodec.formats.tensors import checked_extension, write_tensors
 
@@ -55,8 +60,9 @@ def decode(
     def work(task: Task, show: Show) -> _Outcome:
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
-            names = _chosen(file, only)
-            found = _tensors(file, names, wanted, backend, show, outcome)
+            found = _Decoded(file, _chosen(file, only), wanted, backend, show, outcome)
+            for name in found.names:
+                limit.check(path, name, found.held_bytes(name), _WAYS)
             with written_like(task.source, task.target, folder=many):
                 write_tensors(task.target, found, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
@@ -94,7 +100,7 @@ class _Outcome:
         return f"{self.output}: {self.tensors} tensors, {bytes_text(self.bytes)}, {self.rate:.3g} GB/s"
 
 
-def _token_range(text: str | None) -> tuple[int, int | None] | None:
+def _token_range(text: str | None) -> _Range | None:
     """The range that ``--tokens A:B`` asks for; an open end is None."""
     if text is None:
         return None
@@ -111,31 +117,57 @@ def _chosen(file: TensorFile, only: list[str] | None) -> list[str]:
     return [name for name in file.names if not only or name in only]
 
 
-def _tensors(
-    file: TensorFile,
-    names: list[str],
-    wanted: tuple[int, int | None] | None,
-    backend: str,
-    show: Show,
-    outcome: _Outcome,
-) -> Iterator[tuple[str, Any]]:
-    from pqcodec.formats import exact
+class _Decoded:
+    """The tensors of an encoded file that are wanted, each decoded when its turn comes."""
 
-    all_bytes = max(sum(file.entry(name).tensor_bytes for name in names), 1)
-    read = 0
-    for name in names:
-        entry = file.entry(name)
-        tokens = None
-        if wanted is not None and len(entry.shape) > 1 and (entry.coded or entry.role != "other"):
-            tokens = wanted[0], entry.shape[-2] if wanted[1] is None else wanted[1]
+    def __init__(
+        self, file: TensorFile, names: list[str], wanted: _Range | None, backend: str, show: Show, outcome: _Outcome
+    ) -> None:
+        self._file, self._wanted, self._backend, self._show, self._outcome = file, wanted, backend, show, outcome
+        self.names = tuple(names)
+        self._tokens = {name: self._cut(name) for name in names}
+        self._all_bytes = max(sum(file.entry(name).tensor_bytes for name in names), 1)
+        self._read_bytes = 0
 
-        def advance(done: int, total: int, before: int = read, size: int = entry.tensor_bytes) -> None:
-            show((before + size * done / max(total, 1)) / all_bytes)
+    def _cut(self, name: str) -> tuple[int, int] | None:
+        """The tokens that are wanted of a tensor; None is all, or what has none. Raises InvalidArgument."""
+        entry = self._file.entry(name)
+        if self._wanted is None or len(entry.shape) < 2 or not (entry.coded or entry.role != "other"):
+            return None
+        from pqcodec.formats.tensor_file import named
+        from pqcodec.stream import checked_range
+
+        first, last = self._wanted
+        with named(f"{self._file.label}: tensor {name!r}"):
+            return checked_range("tokens", (first, entry.tokens if last is None else last), entry.tokens)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        entry, cut = self._file.entry(name), self._tokens[name]
+        return entry.shape if cut is None else (*entry.shape[:-2], cut[1] - cut[0], entry.shape[-1]), entry.dtype
+
+    def held_bytes(self, name: str) -> int:
+        """Memory that a tensor takes until it is written."""
+        entry, cut = self._file.entry(name), self._tokens[name]
+        size = tensor_bytes(*self.describe(name))
+        if not entry.coded:
+            return entry.tensor_bytes + (0 if cut is None else size)
+        from pqcodec.formats import remote
+
+        streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # a store gives them at once
+        places = 16 * math.prod(entry.shape[:-2]) if size else 0  # where each leading index begins
+        return size + streams + places
+
+    def read(self, name: str) -> Any:
+        entry, before = self._file.entry(name), self._read_bytes
+
+        def advance(done: int, total: int) -> None:
+            self._show((before + entry.tensor_bytes * done / max(total, 1)) / self._all_bytes)
 
         start = time.perf_counter()
-        tensor = file.decode(name, tokens=tokens, backend=backend, progress=advance)
-        outcome.decode_seconds += time.perf_counter() - start
-        outcome.tensors += 1
-        outcome.bytes += exact.nbytes(tensor)
-        read += entry.tensor_bytes
-        yield name, tensor
+        tensor = self._file.decode(name, tokens=self._tokens[name], backend=self._backend, progress=advance)
+        self._file.forget(name)
+        self._outcome.decode_seconds += time.perf_counter() - start
+        self._outcome.tensors += 1
+        self._outcome.bytes += tensor_bytes(*self.describe(name))
+        self._read_bytes += entry.tensor_bytes
+        return tensor

@@ -12,6 +12,7 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text, say, shown
 from pqcodec.tools.progress import load_kernels
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pqcodec.centre import Rope
     from pqcodec.formats.names import Part
     from pqcodec.formats.recipe import Encoded, Recipe
+    from pqcodec.formats.tensors import TensorReader
 
 Sources = Annotated[
     list[str],
@@ -67,6 +69,7 @@ def encode(
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     check: Annotated[bool, typer.Option("--check", help="Take the error of all numbers, not of a sample.")] = False,
     jobs: Jobs = 1,
+    memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
@@ -92,8 +95,9 @@ def encode(
         measured="all" if check else "sample",
         backend=backend,
     )
-    wanted = _Wanted(recipe, (keys, values), center in ("mean", "rope"), _notes(note))
     todo, many = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force)
+    limit = Limit.of(memory, min(jobs, len(todo)))
+    wanted = _Wanted(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit)
     kinds = {task.target: container(task.target, to) for task in todo}
     load_kernels(backend)
 
@@ -126,6 +130,7 @@ class _Wanted:
     regexes: tuple[str | None, str | None]  # of keys and of values
     needs_keys: bool
     notes: dict[str, str]
+    limit: Limit
 
 
 def _notes(given: list[str] | None) -> dict[str, str]:
@@ -262,6 +267,9 @@ def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show)
         outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
         sizes = {name: tensor_bytes(*reader.describe(name)) for name in reader.names}
         outcome.tensor_bytes = sum(sizes.values())
+        for name, reason in reasons.items():
+            needed = _held_bytes(reader, name, parts[name], None if reason else wanted.recipe, kind)
+            wanted.limit.check(path, name, needed, "or encode fewer files at once (--jobs)")
         all_bytes = max(sum(size for name, size in sizes.items() if not reasons[name]), 1)
         finished = 0
 
@@ -279,6 +287,16 @@ def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show)
         outcome.file_bytes = containers.write(out, pieces, metadata, to=kind)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _held_bytes(reader: TensorReader, name: str, part: Part, recipe: Recipe | None, kind: str) -> int:
+    """Memory that a tensor takes until it is written; ``recipe``: None where it is kept exactly."""
+    shape, dtype = reader.describe(name)
+    read, zarr = reader.held_bytes(name), kind == "zarr"
+    if recipe is None:
+        return read + 3 * zarr * tensor_bytes(shape, dtype)  # zarr puts a checksum behind it, in copies
+    made = recipe.held_bytes(part, shape, dtype)
+    return max(read + made, 2 * zarr * made)  # zarr's chunk is a copy of the stream
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -13,6 +13,7 @@ from attacks.ground import Ground
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import HostPool, PQKVAppender, PQKVFile, PQKVWriter, PrefixStore, load_cache, save_cache
 from pqcodec.formats.containers import convert, open_encoded
+from pqcodec.formats.recipe import InMemory
 from pqcodec.formats.tensors import write_tensors
 
 LAYERS = [(np.ones((1, 8, 64), np.float16), np.ones((1, 8, 64), np.float16))]
@@ -37,7 +38,7 @@ ANY: dict[str, Callable[[Any], Any]] = {
     "load_cache": load_cache,
     "open_encoded": open_encoded,
     "convert": lambda url: convert("in.pqkv", url, to="zarr"),
-    "write_tensors": lambda url: write_tensors(f"{url}.npz", [("x", LAYERS[0][0])], {}),
+    "write_tensors": lambda url: write_tensors(f"{url}.npz", InMemory({"x": LAYERS[0][0]}), {}),
 }
 
 

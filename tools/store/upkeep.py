@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +11,13 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.encode import Jobs
 from pqcodec.tools.jobs import Show, run
+from pqcodec.tools.memory import size_of
 from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
 from pqcodec.tools.store.listing import block_as_dict
 from pqcodec.tools.store.place import AsJson, Data, Folder, check_place, models_of, named, opened, short
 
 if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
-
-_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 # -- gc ----------------------------------------------------------------------------------------------------------
@@ -39,7 +37,7 @@ def gc(
     Leftovers are files without a block, as killed writers leave them (young ones may be being written and stay), and blocks
     without a file. The quota drops the prefixes that were used longest ago.
     """
-    quota = None if max_bytes in (None, "none") else size_of(str(max_bytes))
+    quota = None if max_bytes in (None, "none") else size_of(str(max_bytes), "--max-bytes")
     with opened(folder, data) as shelf:
         check_place(shelf)
         if max_bytes is not None:
@@ -53,18 +51,6 @@ def gc(
     limit = "no quota" if now["max_bytes"] is None else f"the quota is {bytes_text(now['max_bytes'])}"
     there = f"{bytes_text(done['evicted_bytes'])} evicted; {bytes_text(now['bytes'] or 0)} are there, {limit}"
     print(f"{shown(folder)}: {removed}, {there}")
-
-
-def size_of(text: str) -> int:
-    """Bytes of a size as people write it; raises InvalidArgument.
-
-    >>> size_of("20GB"), size_of("1.5 MiB"), size_of("4096")
-    (20000000000, 1572864, 4096)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.strip().lower())
-    if found is None or (found[3] and not found[2]):
-        raise InvalidArgument(f"--max-bytes {text!r}: a size such as 20GB, 500MB, 4GiB or 1000000 is expected")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[found[2]])
 
 
 # -- verify ------------------------------------------------------------------------------------------------------
