@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from pqcodec import constants as c
 from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 
+_CHECKSUM_TEXT = re.compile(f"[0-9a-f]{{{2 * c.CHECKSUM_BYTES}}}")
 KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)
 
 
@@ -57,6 +59,11 @@ def sealed(record: bytes) -> bytes:
 
 def checksum_bytes(data: bytes | np.ndarray) -> bytes:
     return checksum(data).to_bytes(c.CHECKSUM_BYTES, "little")
+
+
+def checksum_text(value: int) -> str:
+    """A checksum's four bytes, little-endian, as 8 hexadecimal digits."""
+    return value.to_bytes(c.CHECKSUM_BYTES, "little").hex()
 
 
 def json_bytes(value: Any, what: str, most: int) -> bytes:
@@ -116,6 +123,13 @@ def frame_of(place: int, fields: object) -> Frame:
     if problem:
         raise CorruptStream(f"index: frame {place}: {problem}")
     return item
+
+
+def checksum_of_text(text: object) -> int:
+    """What ``checksum_text`` wrote; raises CorruptStream."""
+    if not isinstance(text, str) or not _CHECKSUM_TEXT.fullmatch(text):
+        raise CorruptStream(f"a seal is {text!r:.60}; {2 * c.CHECKSUM_BYTES} hexadecimal digits are expected")
+    return int.from_bytes(bytes.fromhex(text), "little")
 
 
 def json_value(data: bytes, what: str) -> Any:

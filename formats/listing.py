@@ -1,6 +1,7 @@
 """Law: the sealed list of tensors in a container that is not ours (SPEC III.1): five strings, one of them a checksum.
 
 A seal ties a name to its bytes: the checksum of an exact tensor, and of each stream that of its header and its last four bytes.
+An order seal (SPEC 4.3) ties all checksums of a stream to their places.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import numpy as np
 from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, UnsupportedStream
-from pqcodec.formats.frames import checksum_bytes, json_bytes, json_value, natural, shape_problem, tensor_problem
+from pqcodec.formats.frames import (
+    checksum_bytes,
+    checksum_of_text,
+    checksum_text,
+    json_bytes,
+    json_value,
+    natural,
+    shape_problem,
+    tensor_problem,
+)
 from pqcodec.formats.pieces import Piece, checked_rel_mse
 from pqcodec.formats.tensor_file import Entry, StreamPart, stream_of
 from pqcodec.source import Part, Source, fetched, read_many
@@ -31,10 +41,11 @@ def fields_of(piece: Piece, seal: str, **more: Any) -> Fields:
     return fields | {"seal": seal}
 
 
-def coded_fields(streams: Sequence[Source], rel_mse: float | None) -> Fields:
-    """What the list says of a coded tensor, and is known when its streams are."""
+def coded_fields(streams: Sequence[Source], orders: Sequence[int], rel_mse: float | None) -> Fields:
+    """What the list says of a coded tensor, and is known when its streams are; ``orders``: the order seal of each."""
     several = [[stream.size, _tokens(stream)] for stream in streams] if len(streams) > 1 else []
-    return ({"streams": several} if several else {}) | ({} if rel_mse is None else {"rel_mse": rel_mse})
+    order = {"order": "".join(map(checksum_text, orders))}
+    return order | ({"streams": several} if several else {}) | ({} if rel_mse is None else {"rel_mse": rel_mse})
 
 
 def seal_of(streams: Sequence[Source]) -> str:
@@ -131,6 +142,9 @@ def _streams_problem(fields: Fields) -> str:
         return f"streams is {streams!r:.60}; a list of [bytes, tokens], with a seal of each, is expected"
     if len(streams) > 1 and (len(fields["shape"]) < 2 or sum(tokens for _, tokens in streams) != fields["shape"][-2]):
         return "its streams do not hold as many tokens as it has"
+    order = fields.get("order", "0" * _SEAL * len(streams))
+    if not isinstance(order, str) or len(order) != _SEAL * len(streams) or not set(order) <= set("0123456789abcdef"):
+        return f"order is {order!r:.60}; {_SEAL} hexadecimal digits of each stream are expected"
     return ""
 
 
@@ -165,8 +179,14 @@ def streams_in(body: Source, fields: Fields) -> list[Part]:
 def parts_of(entry: Entry, fields: Fields, streams: Sequence[Part]) -> list[StreamPart]:
     """The parts of a coded tensor, each of which is looked at when it is opened."""
     told = fields.get("streams", [[0, entry.tokens]])
-    seals = [fields["seal"][at : at + _SEAL] for at in range(0, len(fields["seal"]), _SEAL)]
+    seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
+    for stream, order in zip(streams, orders, strict=False):
+        stream.seal = checksum_of_text(order)
     return [_part(entry, tokens, stream, seal) for (_, tokens), stream, seal in zip(told, streams, seals, strict=True)]
+
+
+def _each(seals: str) -> list[str]:
+    return [seals[at : at + _SEAL] for at in range(0, len(seals), _SEAL)]
 
 
 def _part(entry: Entry, tokens: int, stream: Part, seal: str) -> StreamPart:

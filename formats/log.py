@@ -236,11 +236,13 @@ class Log:
     def body(self, item: Frame) -> np.ndarray:
         return self.sealed_part(item.body_start, item.body_bytes)
 
-    def sealed_part(self, start: int, count: int) -> np.ndarray:
-        """Bytes whose last four are the checksum of those before them, without these four."""
+    def sealed_part(self, start: int, count: int, seal: int | None = None) -> np.ndarray:
+        """Bytes whose last four are the checksum of those before them (and ``seal``, if it is given), without these four."""
         if count < c.CHECKSUM_BYTES:
             raise CorruptStream(f"body at byte {start}: {count} bytes, the checksum alone takes {c.CHECKSUM_BYTES}")
         raw = owned(self._source, start, count)
         if raw[-c.CHECKSUM_BYTES :].tobytes() != checksum_bytes(raw[: -c.CHECKSUM_BYTES]):
             raise CorruptStream(f"body at byte {start}: checksum does not hold")
+        if seal is not None and raw[-c.CHECKSUM_BYTES :].tobytes() != seal.to_bytes(c.CHECKSUM_BYTES, "little"):
+            raise CorruptStream(f"body at byte {start}: is not the one that was written here (its seal does not hold)")
         return raw[: -c.CHECKSUM_BYTES]

@@ -18,12 +18,23 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import exact, remote
-from pqcodec.formats.frames import Frame, checksum_bytes, frame_header, head, json_bytes, sealed, shape_problem, tensor_problem
+from pqcodec.formats.frames import (
+    Frame,
+    checksum_bytes,
+    checksum_of_text,
+    checksum_text,
+    frame_header,
+    head,
+    json_bytes,
+    sealed,
+    shape_problem,
+    tensor_problem,
+)
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import Coded, Piece, check_pieces, checked_rel_mse, read_in_pieces
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named, stream_of
 from pqcodec.source import FileSource, MappedSource, MemorySource, Part, Source, fetched
-from pqcodec.stream import Damage, StreamInfo
+from pqcodec.stream import Damage, StreamInfo, with_seal
 
 PathOrFile = str | os.PathLike[str] | BinaryIO
 Body = list[Any]  # bytes-like objects and Sources
@@ -116,8 +127,9 @@ class PQKVWriter:
             raw = exact.to_bytes(array)
         layout = LAYOUT if role != "other" and array.ndim > 1 else NO_LAYOUT
         shape, dtype, numpy = [int(n) for n in array.shape], exact.dtype_name(array), not exact.is_torch(array)
-        meta = {"shape": shape, "dtype": dtype, "layout": layout, "numpy": numpy}
-        self._tensor(c.FRAME_EXACT, name, layer, role, meta, [raw.data, checksum_bytes(raw)])
+        seal = checksum_bytes(raw)
+        meta = {"shape": shape, "dtype": dtype, "layout": layout, "numpy": numpy, "seal": seal.hex()}
+        self._tensor(c.FRAME_EXACT, name, layer, role, meta, [raw.data, seal])
 
     def _stream(
         self,
@@ -129,7 +141,8 @@ class PQKVWriter:
         first_token: int | None,
         rel_mse: float | None,
     ) -> None:
-        meta: dict[str, Any] = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT}
+        stream, seal = with_seal(stream)
+        meta: dict[str, Any] = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "seal": checksum_text(seal)}
         meta |= {} if first_token is None else {"first_token": first_token}
         meta |= {} if rel_mse is None else {"rel_mse": rel_mse}
         self._tensor(c.FRAME_CODED, name, layer, role, meta, [stream])
@@ -344,6 +357,7 @@ class PQKVFile(TensorFile):
             item.body_bytes,
             numpy=bool(numpy),
             rel_mse=checked_rel_mse(meta.get("rel_mse")),
+            seal=checksum_of_text(meta["seal"]) if "seal" in meta else None,
         )
         if not coded and entry.tensor_bytes + c.CHECKSUM_BYTES != item.body_bytes:
             raise CorruptStream(f"shape {shape} of {dtype} does not go with a body of {item.body_bytes} bytes")
@@ -356,11 +370,11 @@ class PQKVFile(TensorFile):
         return [self._part(item, self._frame_entry(item)) for item in items]
 
     def _part(self, item: Frame, entry: Entry) -> StreamPart:
-        source = Part(self._source, item.body_start, item.body_bytes)
+        source = Part(self._source, item.body_start, item.body_bytes, entry.seal)
         return StreamPart(entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry))
 
     def _read_exact(self, entry: Entry) -> Any:
-        return self._log.sealed_part(entry.body_start, entry.body_bytes)
+        return self._log.sealed_part(entry.body_start, entry.body_bytes, entry.seal)
 
     def _checks(self) -> Iterator[Check]:
         if self.torn_bytes:
@@ -377,7 +391,7 @@ class PQKVFile(TensorFile):
             if item.kind == c.FRAME_METADATA:
                 self._log.meta(item)
             elif item.kind == c.FRAME_CODED:
-                return codec.verify(self._part(item, self._frame_entry(item)).open(True), backend=backend, progress=progress)
+                return self._part(item, self._frame_entry(item)).damage(backend, progress)
             else:
                 self._read_exact(self._frame_entry(item))
             return []

@@ -211,8 +211,6 @@ def _lasting(error: Exception, url: str, what: str) -> Exception | None:
 class RemoteSource:
     """The bytes of a URL, read by place."""
 
-    costly = True  # each read takes a request
-
     def __init__(self, url: str) -> None:
         self._url = url
         self._fs, self._path = _file_system(url)

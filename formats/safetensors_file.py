@@ -30,7 +30,7 @@ from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, InMemory, layers_
 from pqcodec.formats.tensor_file import LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named
 from pqcodec.formats.tensors import SAFETENSORS_CODES, SAFETENSORS_DTYPES, open_tensors, safetensors_header
 from pqcodec.source import FileSource, Part, Source, owned
-from pqcodec.stream import Damage
+from pqcodec.stream import Damage, with_seal
 
 _CODED = "U8"
 _ALIGNMENT = 16
@@ -107,7 +107,8 @@ class _Found:
         if not piece.coded:
             return cls(CODES[piece.dtype], piece.shape, _WIDEST, _WIDEST, seal, {"numpy": False})
         streams = {"streams": [[_WIDEST, _WIDEST]] * piece.parts} if piece.parts > 1 else {}
-        return cls(_CODED, [_WIDEST], _WIDEST, _WIDEST, seal * piece.parts, streams | {"rel_mse": _WIDEST_ERROR})
+        seals = seal * piece.parts
+        return cls(_CODED, [_WIDEST], _WIDEST, _WIDEST, seals, streams | {"order": seals, "rel_mse": _WIDEST_ERROR})
 
 
 def _width(piece: Piece) -> int:
@@ -117,11 +118,12 @@ def _width(piece: Piece) -> int:
 def _written(file: BinaryIO, piece: Piece, place: int) -> _Found:
     if piece.coded:
         body: Coded = piece.body()
-        size = sum(stream.size for stream in body.streams)
-        for stream in body.streams:
+        streams, orders = zip(*map(with_seal, body.streams), strict=True)
+        size = sum(stream.size for stream in streams)
+        for stream in streams:
             for data in read_in_pieces(stream):
                 file.write(data)
-        about = listing.seal_of(body.streams), listing.coded_fields(body.streams, body.rel_mse)
+        about = listing.seal_of(streams), listing.coded_fields(streams, orders, body.rel_mse)
         return _Found(_CODED, [size], place, place + size, *about)
     x = piece.plain()
     raw = exact.to_bytes(x)
@@ -357,8 +359,7 @@ class SafetensorsCache(TensorFile):
             if not entry.coded:
                 self._read_exact(entry)
                 return []
-            parts = self._read_parts(entry)
-            return [damage for part in parts for damage in codec.verify(part.open(True), backend=backend, progress=progress)]
+            return [damage for part in self._read_parts(entry) for damage in part.damage(backend, progress)]
 
         return found
 

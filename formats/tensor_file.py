@@ -20,7 +20,7 @@ from pqcodec.formats import exact
 from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.source import Source, reading_ahead
-from pqcodec.stream import Damage, StreamInfo, checked_range, read_header
+from pqcodec.stream import Damage, StreamInfo, checked_range, order_problem, read_header
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -43,6 +43,7 @@ class Entry:
     parts: int = 1  # streams that hold its tokens one behind the other
     numpy: bool = False  # an exact tensor that was numpy's
     rel_mse: float | None = None  # what its writer measured, of a sample or of all numbers
+    seal: int | None = None  # what a frame tells of its body (SPEC II.2); None: an older file, or another container
 
     def __post_init__(self) -> None:
         if self.numpy and self.dtype not in exact.NUMPY_DTYPES:
@@ -70,7 +71,21 @@ class StreamPart:
     """One stream of a coded tensor: so many tokens, and how to reach it."""
 
     tokens: int
-    open: Callable[[bool], Source]  # is told whether all of it is wanted, which a store is asked for at once
+    open: Callable[[bool], Source]  # is told whether all of it is wanted, which is read at once then
+
+    def decode(self, whole: bool, **options: Any) -> Any:
+        """What ``codec.decode`` gives; all of a stream has to be in the order in which it was written. Raises CorruptStream."""
+        source = self.open(whole)
+        decoded = codec.decode(source, **options)
+        if whole and (problem := order_problem(source)):
+            raise CorruptStream(problem)
+        return decoded
+
+    def damage(self, backend: str, progress: codec.Progress) -> list[Damage | str]:
+        """What ``codec.verify`` finds, and where that is nothing, what is wrong with the order."""
+        source = self.open(True)
+        found: list[Damage | str] = [*codec.verify(source, backend=backend, progress=progress)]
+        return found or [problem for problem in (order_problem(source),) if problem]
 
 
 @dataclass(frozen=True)
@@ -212,12 +227,11 @@ class TensorFile(ABC):
                 options = {"device": device, "backend": backend, "leading": leading, "progress": progress}
                 parts = self._streams(name)
                 if len(parts) == 1:
-                    source = parts[0].open(tokens is None and leading is None)
-                    return codec.decode(source, tokens=tokens, out=out, **options)
+                    return parts[0].decode(tokens is None and leading is None, tokens=tokens, out=out, **options)
                 wanted = _wanted(entry, parts, tokens, leading is None)
                 if out is None and device is None and backend not in ON_DEVICE:
                     return _filled(entry, wanted, options)
-                joined = arrays.joined(codec.decode(one.open(), tokens=one.tokens, **options) for one in wanted)
+                joined = arrays.joined(one.decode(**options) for one in wanted)
                 return joined if out is None else arrays.copied(out, joined)
             x = exact.over_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
             x = exact.cut(x, tokens, leading)
@@ -267,8 +281,8 @@ class _Wanted:
     place: int  # of the first of them in the result
     whole: bool  # all of its bytes are
 
-    def open(self) -> Source:
-        return self.part.open(self.whole)
+    def decode(self, **options: Any) -> Any:
+        return self.part.decode(self.whole, tokens=self.tokens, **options)
 
 
 def _plausible(entry: Entry) -> Entry:
@@ -295,7 +309,7 @@ def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | Non
 
 def _filled(entry: Entry, wanted: list[_Wanted], options: dict[str, Any]) -> Any:
     """A tensor that its parts were decoded into."""
-    header = read_header(wanted[0].open())
+    header = read_header(wanted[0].part.open(False))
     tokens = sum(high - low for low, high in (one.tokens for one in wanted))
     shape = (*entry.shape[:-2], tokens, header.head_dim)
     if options["leading"] is not None:
@@ -304,7 +318,7 @@ def _filled(entry: Entry, wanted: list[_Wanted], options: dict[str, Any]) -> Any
     result, _ = arrays.empty(shape, header.dtype, header.numpy)
     for one in wanted:
         end = one.place + one.tokens[1] - one.tokens[0]
-        codec.decode(one.open(), tokens=one.tokens, out=result[..., one.place : end, :], **options)
+        one.decode(out=result[..., one.place : end, :], **options)
     return result
 
 

@@ -149,8 +149,7 @@ class ZarrCache(TensorFile):
                     raise CorruptStream("zarr's own checksum does not hold")
                 return []
             self._check_shards(fields)
-            parts = self._read_parts(entry)
-            return [damage for part in parts for damage in codec.verify(part.open(True), backend=backend, progress=progress)]
+            return [damage for part in self._read_parts(entry) for damage in part.damage(backend, progress)]
 
         return found
 

@@ -53,8 +53,6 @@ def get(store: Store, key: str) -> bytes | None:
 class _Object:
     """An object of a store that is no local file."""
 
-    costly = True
-
     def __init__(self, store: Store, key: str, size: int) -> None:
         self._store, self._key, self.size = store, key, size
         self._whole: MemorySource | None = None

@@ -37,7 +37,7 @@ from pqcodec.formats.tensor_file import LAYOUT, Progress, named
 from pqcodec.formats.zarr_codec import PQCodec
 from pqcodec.formats.zarr_store import DOCUMENT, get, put, store_of, total_bytes
 from pqcodec.header import Header
-from pqcodec.stream import read_header
+from pqcodec.stream import read_header, with_seal
 
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
 _STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they lie in memory
@@ -124,7 +124,8 @@ class _Writer:
         self.listed.append({**fields, "path": path, "document": document_seal(document)})
 
     def _coded(self, piece: Piece, path: str, body: Coded, per_shard: int | None) -> listing.Fields:
-        headers = [read_header(stream) for stream in body.streams]
+        whole, orders = zip(*map(with_seal, body.streams), strict=True)
+        headers = [read_header(stream) for stream in whole]
         h = headers[0]
         grid = _Grid.of([header.tokens for header in headers], per_shard)
         shape, chunks = piece.shape, list(piece.shape)
@@ -135,16 +136,16 @@ class _Writer:
         array = self._create(piece, path, shape, dtype, chunks, shards=shards, serializer=_codec_of(h), compressors=None)
         place = 0
         for number, count in enumerate(grid.objects):
-            streams = body.streams[place : place + count]
+            streams = whole[place : place + count]
             data = b"".join(stream.read(0, stream.size).data for stream in streams)
             if grid.per_shard:
                 data += shard_index([stream.size for stream in streams], grid.per_shard)
             self._put(array, (*[0] * len(shape[:-2]), number, 0)[-len(shape) :], data)
             place += count
-        more = listing.coded_fields(body.streams, body.rel_mse)
+        more = listing.coded_fields(whole, orders, body.rel_mse)
         more |= {"objects": list(grid.objects), "per_shard": grid.per_shard} if len(headers) > 1 or grid.per_shard else {}
-        sizes = {} if "streams" in more else {"streams": [[body.streams[0].size, headers[0].tokens]]}
-        return listing.fields_of(piece, listing.seal_of(body.streams), **more, **sizes)
+        sizes = {} if "streams" in more else {"streams": [[whole[0].size, headers[0].tokens]]}
+        return listing.fields_of(piece, listing.seal_of(whole), **more, **sizes)
 
     def _exact(self, piece: Piece, path: str, x: Any) -> listing.Fields:
         raw = exact.to_bytes(x)

@@ -38,12 +38,14 @@ def read_many(source: Source, ranges: Sequence[Range]) -> list[np.ndarray]:
 
 
 class MemorySource:
-    """A bytes-like object; reads are views. ``header``: of the stream that it is, where that is known."""
+    """A bytes-like object; reads are views. ``header`` and ``seal``: of the stream that it is, where they are known."""
 
-    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray, header: Any = None) -> None:
+    views = True
+
+    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray, header: Any = None, seal: int | None = None) -> None:
         self._data = np.frombuffer(data, np.uint8)
         self.size = self._data.size
-        self.header = header
+        self.header, self.seal = header, seal
 
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)
@@ -67,16 +69,19 @@ class FileSource:
 
 
 class Part:
-    """A run of bytes of another source, such as one stream of many; the stream's header is kept once it was read."""
+    """A run of bytes of another source, such as one stream of many; the stream's header is kept once it was read.
 
-    def __init__(self, source: Source, base: int, size: int) -> None:
-        self._source, self._base, self.size = source, base, size
+    ``seal``: what the container tells of the stream's order (SPEC 4.3), if it does.
+    """
+
+    def __init__(self, source: Source, base: int, size: int, seal: int | None = None) -> None:
+        self._source, self._base, self.size, self.seal = source, base, size, seal
         self.header: Any = None
 
     @property
-    def costly(self) -> bool:
-        """Whether each read takes a request to a store."""
-        return bool(getattr(self._source, "costly", False))
+    def views(self) -> bool:
+        """Whether reads are views of memory."""
+        return bool(getattr(self._source, "views", False))
 
     def read(self, start: int, count: int) -> np.ndarray:
         check_range(start, count, self.size)
@@ -99,8 +104,10 @@ def owned(source: Source, start: int, count: int) -> np.ndarray:
 
 
 def fetched(source: Source) -> Source:
-    """All of a source at once where each read takes a request; a source itself where it does not."""
-    return MemorySource(source.read(0, source.size)) if getattr(source, "costly", False) else source
+    """All of a source, read at once into memory; a source itself whose reads are views."""
+    if getattr(source, "views", False):
+        return source
+    return MemorySource(source.read(0, source.size), getattr(source, "header", None), getattr(source, "seal", None))
 
 
 class MappedSource:
@@ -108,6 +115,8 @@ class MappedSource:
 
     Of what was read, 16 MiB and the last read stay in memory: other pages are given back, and come again if they are looked at.
     """
+
+    views = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         with open(path, "rb") as file:

@@ -15,7 +15,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.header import Header, header_size
 from pqcodec.presets import preset as preset_of
 from pqcodec.rotation import order_for
-from pqcodec.source import Part, Range, Source, read_many
+from pqcodec.source import Part, Range, Source, fetched, read_many
 
 _RUN_BYTES = 16 << 20  # of blocks that are read at once
 
@@ -156,6 +156,39 @@ def _span(h: Header, low: int, high: int, leads: tuple[int, int]) -> Range:
     """Bytes from the first leading index's block of a chunk to the end of the last one's of another."""
     start = h.block_start(low, leads[0])
     return start, h.block_start(high, leads[1] - 1) + h.block_bytes(high) - start
+
+
+def order_seal(source: Source) -> int:
+    """The order seal of a stream (SPEC 4.3): the checksum of all its checksums, in the order in which they stand in it."""
+    h = read_header(source)
+    last = h.leading * h.block_bytes(h.chunks - 1) if h.chunks else 0  # bytes of the last chunk, whose blocks may be shorter
+    runs = (  # first byte, last + 1, bytes of a block
+        (0, h.header_bytes, h.header_bytes),
+        (h.header_bytes, h.exact_start, h.offset_block_bytes),
+        (h.exact_start, h.exceptions_start, h.exact_block_bytes),
+        (h.exceptions_start, h.payload_start, h.exceptions_bytes),
+        (h.payload_start, h.stream_bytes - last, h.block_bytes(0)),
+        (h.stream_bytes - last, h.stream_bytes, h.block_bytes(h.chunks - 1)),
+    )
+    blocks = [source.read(start, end - start).reshape(-1, size) for start, end, size in runs if start < end]
+    return checksum(np.concatenate([rows[:, -c.CHECKSUM_BYTES :] for rows in blocks]))
+
+
+def with_seal(source: Source) -> tuple[Source, int]:
+    """A stream and its order seal: that which its container told, or else that of its bytes, which are read for it."""
+    told = getattr(source, "seal", None)
+    if told is not None:
+        return source, told
+    held = fetched(source)
+    return held, order_seal(held)
+
+
+def order_problem(source: Source) -> str:
+    """What is wrong with the order of a stream whose container tells its seal, or an empty string."""
+    told = getattr(source, "seal", None)
+    if told is None or order_seal(source) == told:
+        return ""
+    return "is not the stream that was written here, or its blocks are in another order (the order seal does not hold)"
 
 
 def result_shape(h: Header, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> tuple[int, ...]:

@@ -231,6 +231,30 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
 
 
+def sections(data: bytes) -> list[int]:
+    """Bytes of the header and of each block of a stream, checksums included, in their order (3.2)."""
+    dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
+    row_bits, chunk, exact, exceptions = struct.unpack_from("<IIII", data, 16)
+    shape = struct.unpack_from(f"<{ndim}Q", data, 48)
+    head_dim, tokens, leading = shape[-1], shape[-2] if ndim > 1 else 1, math.prod(shape[:-2])
+    vector = head_dim * (4 if dtype == 3 else 2)
+    kept = min(exact, tokens)
+    found = [size]
+    found += [2 * head_dim + 4] * leading if flags & 1 else []
+    found += [kept * vector + 4] * leading if kept else []
+    found += [exceptions * (8 + vector) + 4] if exceptions else []
+    for first in range(0, tokens - kept, chunk):
+        found += [min(chunk, tokens - kept - first) * -(-row_bits // 8) + 4] * leading
+    if sum(found) != len(data):
+        raise ValueError("the stream has another size")
+    return found
+
+
+def order_seal(data: bytes) -> int:
+    """The order seal of a stream (4.3); what lies between its checksums is not looked at."""
+    return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(sections(data))))
+
+
 def decode(data: bytes) -> np.ndarray:
     """The tensor of a stream as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
     magic, version, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk, exact, exceptions = (

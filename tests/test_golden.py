@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from conftest import BACKENDS, bits
 from make_golden import FOLDER, cases
 
 import pqcodec
+from pqcodec.source import MemorySource
+from pqcodec.stream import order_seal
 
+SPEC = Path(__file__).parents[1] / "formats" / "SPEC.md"
 STREAMS = sorted(FOLDER.glob("*.pqs"))
 
 
@@ -36,6 +40,18 @@ def test_a_decoder_written_from_the_specification_agrees(path: Path) -> None:
     np.testing.assert_array_equal(
         second_decoder.decode(path.read_bytes()), np.load(path.with_suffix(".npy"), allow_pickle=False)
     )
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
+def test_a_reader_written_from_the_specification_finds_the_order_seal(path: Path) -> None:
+    assert order_seal(MemorySource(path.read_bytes())) == second_decoder.order_seal(path.read_bytes())
+
+
+def test_order_seals_that_the_specification_names() -> None:
+    told = re.findall(r"`(v1-[\w.-]+)` `([0-9a-f]{8})`", SPEC.read_text())
+    assert len(told) == 2
+    for name, seal in told:
+        assert order_seal(MemorySource((FOLDER / f"{name}.pqs").read_bytes())).to_bytes(4, "little").hex() == seal
 
 
 def test_the_second_decoder_notices_damage() -> None:

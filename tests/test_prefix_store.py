@@ -17,8 +17,11 @@ import torch
 from conftest import DEVICE, GPU_BACKENDS, gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError
+from pqcodec.formats import PQKVFile
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.store import PrefixStore
+from pqcodec.formats.store.transfer import write_prefix
+from pqcodec.stream import read_header
 
 transformers = pytest.importorskip("transformers")
 from store_stress import stress  # noqa: E402
@@ -385,6 +388,25 @@ def test_blocks_that_are_exchanged_are_found_by_their_names(tmp_path: Path, one:
         assert length == 3 * BLOCK
         check_same(cache, again, most)
         check_whole(store)
+
+
+def test_rows_that_change_places_inside_a_file_are_found_by_verifying(tmp_path: Path) -> None:
+    """Their checksums move with them: only the seals of the file's frames tell."""
+    model, ids = tiny("llama"), prompt(BLOCK)
+    with PrefixStore(tmp_path / "s", preset="pq3") as store:
+        store.put(model, ids, cached(model, ids))
+        (row,), (path,) = store.shelf.index.all(), files(store)
+        with PQKVFile(path) as file:
+            entry = next(file.entry(name) for name in file.names if file.entry(name).coded)
+            header, end = read_header(file.stream(entry.name)), entry.body_start + entry.body_bytes
+        size = header.block_bytes(header.chunks - 1)
+        data = path.read_bytes()
+        one, other = data[end - 2 * size : end - size], data[end - size : end]
+        assert one != other
+        path.write_bytes(data[: end - 2 * size] + other + one + data[end:])
+        assert [f"tensor {entry.name!r}" in what and "order seal" in what for what in store.shelf.problems(row)] == [True]
+        with pytest.raises(CorruptStream, match="order seal"):
+            write_prefix(store.shelf, row, tmp_path / "out.pqkv")
 
 
 @pytest.mark.parametrize("kind", STATEFUL)

@@ -1,8 +1,8 @@
 """Law: a prefix as one .pqkv file, out of a store and into another: all blocks from the root on, nothing encoded or decoded.
 
 Tensors of block n are called ``n/<their name>``; the metadata's key "prefix.chain" holds what each block's file says of itself
-(SPEC IV.2). So a block that went out and came in again is the same file, byte for byte. Names are those of the store that the
-file comes from: a store finds what was put with the same model, settings and tenant.
+(SPEC IV.2). So a block that went out and came in again is the same file, byte for byte, but that one without seals gains them.
+Names are those of the store that the file comes from: a store finds what was put with the same model, settings and tenant.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def _pqkv_seeds() -> dict[str, bytes]:
         "grown.pqkv": whole,
         "metadata.pqkv": written({"a": [1, None, {"b": "\u00e9"}], "c": 1.5}),
         "older.pqkv": whole[: ends[0]],
+        "sealed.pqkv": whole,  # with seals, which the seeds of before lack
         "torn.pqkv": whole[: ends[1] + 40],
         "two-coded.pqkv": written({}, two),
     }
@@ -130,6 +131,7 @@ def _safetensors_seeds() -> dict[str, bytes]:
         "exact.safetensors": saved(halves),
         "grown.safetensors": grown,
         "nothing.safetensors": saved({}),
+        "sealed.safetensors": grown,  # with order seals, which the seeds of before lack
         "of-torch.safetensors": saved([(torch.ones(1, 2, 3, 8).bfloat16(), torch.zeros(1, 2, 3, 8).bfloat16())]),
     }
 
@@ -222,6 +224,7 @@ def _store_seeds() -> dict[str, bytes]:
         "grown.store": moved(grown_pqkv()[0], "k", "n5"),
         "no-tokens.store": saved([(x[:, :0], x[:, :0])]),
         "nothing.store": saved([]),
+        "sealed.store": moved(grown_pqkv(4, 8, 11)[0], "k", "n11"),  # with order seals, which the seeds of before lack
         "shards.store": moved(grown_pqkv(4, 8, 11)[0], "k", chunks_per_shard=2),
     }
 

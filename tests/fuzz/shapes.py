@@ -154,14 +154,27 @@ def seal_pqkv(data: bytes) -> bytes:
         if not kind:
             new[place + 20 : place + 24] = word(new[place : place + 20])
             continue
-        start = place + c.FRAME_STRUCT.size
-        new[place + 20 : start] = word(new[place : place + 20] + new[start : start + meta])
-        start, end = start + meta, start + meta + body
+        told = place + c.FRAME_STRUCT.size
+        start, end, seal = told + meta, told + meta + body, b""
         if kind == c.FRAME_CODED:
             new[start:end] = seal_stream(bytes(new[start:end]), resize=False)
+            seal = order_of(bytes(new[start:end])).encode()
         elif kind != c.FRAME_METADATA and body >= c.CHECKSUM_BYTES:
             new[end - c.CHECKSUM_BYTES : end] = word(new[start : end - c.CHECKSUM_BYTES])
+            seal = new[end - c.CHECKSUM_BYTES : end].hex().encode()
+        if seal:
+            new[told:start] = re.sub(rb'(?<="seal":")[0-9a-f]{8}(?=")', seal, bytes(new[told:start]))
+        new[place + 20 : told] = word(new[place : place + 20] + new[told:start])
     return bytes(new)
+
+
+def order_of(data: bytes) -> str:
+    """The order seal of a stream as text; empty where its header cannot be read."""
+    from pqcodec.source import MemorySource
+    from pqcodec.stream import order_seal
+
+    found, refused = attempt(order_seal, MemorySource(data))
+    return "" if refused else found.to_bytes(c.CHECKSUM_BYTES, "little").hex()
 
 
 def shape_pqkv(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
@@ -248,10 +261,13 @@ def _seal_list(values: dict[str, Any], raw_of: Callable[[dict[str, Any]], bytes]
     """Make seals and checksum of a list hold; ``raw_of`` gives the bytes of a tensor."""
     listed = json.loads(values[KEYS[2]])
     for fields in listed:
-        raw, seals = raw_of(fields), []
+        raw, seals, orders = raw_of(fields), list[str](), list[str]()
         for size, _ in fields.get("streams", [[len(raw), 0]]) if fields["coded"] else ():
             one, raw = raw[:size], raw[size:]
             seals.append(word(one[: int.from_bytes(one[8:12], "little")] + one[-c.CHECKSUM_BYTES :]).hex())
+            orders.append(order_of(one))
+        if "order" in fields and all(orders):
+            fields["order"] = "".join(orders)
         fields["seal"] = "".join(seals) if fields["coded"] else word(raw).hex()
     values[KEYS[2]] = _compact(listed)
     values[KEYS[4]] = word(_compact([*(values[key] for key in KEYS[:4]), elsewhere]).encode()).hex()
