@@ -103,7 +103,7 @@ def measure(
     pqcodec_command("decode", packed, back, "--force", cwd=folder)
     layers = lm.layers_of(load_file(folder / back))
     console.print(f"{preset}: read on from the decoded cache")
-    scores = lm.compare(logits, lm.continuation_logits(model, layers, text.fed), text.following)
+    scores = lm.compare(logits, lm.continuation_logits(model, lm.cache_from(model, layers), text.fed), text.following)
     keys, values = rel_mse(exact, layers)
     size = (folder / packed).stat().st_size
     coordinates = sum(tensor.numel() for layer in exact for tensor in layer)
@@ -119,7 +119,7 @@ def measure(
         top1=scores["top1"],
         perplexity=scores["perplexity"],
         ppl_change=scores["ppl_change"],
-        continuation=lm.greedy(model, tokenizer, layers, int(text.fed[0]), GREEDY),
+        continuation=tokenizer.decode(lm.greedy(model, lm.cache_from(model, layers), int(text.fed[0]), GREEDY)),
     )
 
 
@@ -196,8 +196,8 @@ def run(folder: Path, path: Path) -> None:
     exact = lm.prefill(model, text.prefix)
     save_file(lm.named_tensors(exact, range(len(exact))), folder / "kv.safetensors")
     console.print("read on from the exact cache")
-    logits = lm.continuation_logits(model, exact, text.fed)
-    continuation = lm.greedy(model, tokenizer, exact, int(text.fed[0]), GREEDY)
+    logits = lm.continuation_logits(model, lm.cache_from(model, exact), text.fed)
+    continuation = tokenizer.decode(lm.greedy(model, lm.cache_from(model, exact), int(text.fed[0]), GREEDY))
     presets = (*CENTRED, PAPER)
     outcomes = [measure(preset, theta, folder, model, tokenizer, text, exact, logits) for preset in presets]
     report = {

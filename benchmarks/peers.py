@@ -123,10 +123,11 @@ class Cured:
 
     quantiser: Quantiser
     rope: Rope | None = None
+    exact_tokens: int = EXACT_TOKENS
 
     def __call__(self, x: torch.Tensor, seed: int) -> tuple[torch.Tensor, int]:
-        first, rest = x.split([EXACT_TOKENS, x.shape[-2] - EXACT_TOKENS], -2)
-        offsets = torch.zeros(()) if self.rope is None else rope_mean(rest, self.rope, EXACT_TOKENS)
+        first, rest = x.split([self.exact_tokens, x.shape[-2] - self.exact_tokens], -2)
+        offsets = torch.zeros(()) if self.rope is None else rope_mean(rest, self.rope, self.exact_tokens)
         decoded, stored = self.quantiser(rest - offsets, seed)
         stored += 16 * first.numel() + (0 if self.rope is None else SCALE_BITS * x.shape[0] * x.shape[-1])
         return torch.cat([first.half().float(), decoded + offsets], -2), stored
@@ -146,14 +147,18 @@ def paper(x: torch.Tensor, seed: int) -> tuple[torch.Tensor, int]:
     return pqcodec.decode(stream).float(), 8 * len(stream)
 
 
-def peers(rope: Rope) -> dict[str, Peer]:
-    """Every peer by its name; ``rope`` is that of the keys, for the cured."""
+def peers(rope: Rope, exact_tokens: int = EXACT_TOKENS) -> dict[str, Peer]:
+    """Every peer by its name; ``rope`` of the keys and ``exact_tokens`` are for the cured."""
+
+    def cured(bits: int, rope: Rope | None = None) -> Cured:
+        return Cured(TurboQuant(bits), rope, exact_tokens)
+
     turboquants = [
         peer
         for bits in (3, 4)
         for peer in (
             Peer(f"turboquant{bits}", TurboQuant(bits), TurboQuant(bits), seeded=True),
-            Peer(f"turboquant{bits}+cures", Cured(TurboQuant(bits), rope), Cured(TurboQuant(bits)), seeded=True),
+            Peer(f"turboquant{bits}+cures", cured(bits, rope), cured(bits), seeded=True),
         )
     ]
     found = (

@@ -35,8 +35,9 @@ def figures() -> str:
         cpu = _ratios(speeds.get(name))
         lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {kl} | {cpu} |")
     one = next(iter(fidelity.values()))[0]
+    scored = one.get("windows", 1) * one["scored"]
     below = [
-        f"head_dim 128, radius included; KL in nats over {one['scored']} tokens of Linux documentation after a prefix of "
+        f"head_dim 128, radius included; KL in nats over {scored} tokens of Linux documentation after a prefix of "
         f"{one['prefix']:,}, mean of {one['seeds']} seeds. Machine: {speed['machine']}, {speed['cores']} cores, np.copyto "
         f"{speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
     ]

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import model as lm
 from benchmarks import results_file
-from benchmarks.fidelity import SMOLLM2, load_model
 from benchmarks.memory import copy_speed, touch_memory
 from pqcodec.formats import PrefixStore
 from pqcodec.formats.store.keys import BLOCK_TOKENS
@@ -165,7 +164,7 @@ def plot(title: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ttft", description="Time to the first token of a known prefix.")
-    parser.add_argument("--model", default=SMOLLM2, help=f"a checkpoint's folder, a .gguf file, or {SMOLLM2} (default)")
+    parser.add_argument("--model", default=lm.SMOLLM2, help=lm.SOURCES)
     parser.add_argument("--text", type=Path, default=PROSE, metavar="FILE", help="UTF-8; repeated where it is too short")
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, metavar="N", help="lengths of the prefix")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="loads of each kind")
@@ -175,7 +174,7 @@ def main() -> None:
     if options.model == RANDOM:
         name, model, prompts = RANDOM, lm.llama_shaped(device=options.device), torch.randint(32000, (max(options.tokens) + 1,))
     else:
-        name, model, tokenizer = load_model(options.model)
+        name, model, tokenizer = lm.load(options.model, lm.cache_dir())
         model, prompts = model.to(options.device), prompt_of(tokenizer, options.text, max(options.tokens) + 1)
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -188,7 +187,7 @@ def main() -> None:
     console.print(table(title, rows))
     about = {"model": name, "dtype": str(model.dtype), "device": where, "torch": torch.__version__}
     report = {**about, "copy_gb_per_s": copy_speed(), "rows": rows}
-    arguments = "" if name == SMOLLM2 else f" --model {name}"
+    arguments = "" if name == lm.SMOLLM2 else f" --model {name}"
     arguments += "" if options.device == "cpu" else f" --device {options.device} --tokens {' '.join(map(str, options.tokens))}"
     result = "ttft" if options.device == "cpu" else "ttft_gpu"
     path = results_file.write(result, f"python -m benchmarks.ttft{arguments}", report)

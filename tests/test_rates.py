@@ -1,0 +1,69 @@
+"""Shares of a cache's bits: the preset is the mean whatever the layers are, and no energy takes more than its share."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pqcodec.formats import rates
+from pqcodec.presets import PRESETS
+
+LAYERS = 12
+
+
+def rate(preset: str) -> float:
+    return PRESETS[preset].half_bits / 2
+
+
+def energies(seed: int, spread: float = 2.0) -> dict[int, tuple[float, float]]:
+    found = 2.0 ** np.random.default_rng(seed).normal(0, spread, (LAYERS, 2))
+    return {layer: (float(key), float(value)) for layer, (key, value) in enumerate(found)}
+
+
+@pytest.mark.parametrize("preset", rates.SHARED)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_the_mean_is_at_most_the_presets_rate_and_near_it(preset: str, spread: float) -> None:
+    sizes = {layer: 1024 if layer % 6 == 5 else 511 for layer in range(LAYERS)}  # full attention among sliding windows
+    for seed in range(5):
+        shared = rates.share(preset, energies(seed, spread), sizes)
+        bits = sum(sizes[layer] * (rate(key) + rate(value)) for layer, (key, value) in shared.items())
+        mean = bits / (2 * sum(sizes.values()))
+        assert rate(preset) - 0.5 / LAYERS < mean <= rate(preset)
+
+
+def test_keys_get_more_than_values() -> None:
+    shared = rates.share("pq3", dict.fromkeys(range(LAYERS), (1.0, 1.0)))
+    assert all(rate(key) > rate(value) for key, value in list(shared.values())[2:])
+
+
+def test_a_key_of_more_energy_gets_no_less() -> None:
+    found = [rates.share("pq3", energies(0, 0.0) | {5: (2.0**log2, 1.0)})[5][0] for log2 in range(-4, 5)]
+    assert all(rate(low) <= rate(high) for low, high in pairwise(found))
+    assert rate(found[0]) < rate(found[-1])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 6])
+def test_beyond_some_doublings_a_value_energy_changes_nothing(layer: int) -> None:
+    """Gemma's first values have 60 times the energy of the others and count no more for it."""
+
+    def shared(log2: float) -> rates.Shared:
+        return rates.share("pq3", energies(0, 0.0) | {layer: (1.0, 2.0**log2)})
+
+    assert rate(shared(30)[layer][1]) <= rate("pq4")
+    assert rate(shared(30)[layer][0]) <= rate("pq4")
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 1e300])
+def test_any_energy_is_taken(value: float) -> None:
+    for at in range(2):
+        odd = tuple(value if at == role else 1.0 for role in range(2))
+        assert len(rates.share("pq3", energies(0) | {3: odd})) == LAYERS
+
+
+def test_few_layers_and_presets_without_room_are_not_shared() -> None:
+    few = {layer: (1.0, 1.0) for layer in range(rates.FEWEST_LAYERS - 1)}
+    assert set(rates.share("pq3", few).values()) == {("pq3", "pq3")}
+    assert set(rates.share("pq2", energies(0)).values()) == {("pq2", "pq2")}
+    assert set(rates.share("pq6", energies(0)).values()) == {("pq6", "pq6")}
