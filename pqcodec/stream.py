@@ -30,6 +30,7 @@ class StreamInfo:
     dtype: str
     shape: tuple[int, ...]
     seed: int
+    rounds: int  # of the rotation
     centered: str | None
     exact_tokens: int
     exact_vectors: int
