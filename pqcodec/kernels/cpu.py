@@ -252,9 +252,19 @@ def _places(
     return start, items
 
 
-def _plan_ints(plan: Plan) -> tuple[int, int, int, int]:
+def _plan_ints(plan: Plan) -> tuple[int, int, int, int, int]:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
-    return plan.radius_bits, steps, plan.root_budget, plan.order
+    return plan.radius_bits, steps, plan.root_budget, plan.order, plan.energy_scale
+
+
+def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The signs of a tensor's coordinates, and for ``cpu_tiles.rotate``: H's base, places and signs between two rounds."""
+    base = plan.base.astype(np.float32)
+    if plan.rounds == 1:
+        return plan.signs, (base, np.zeros(0, np.int64), plan.signs[:0])
+    order = plan.permutation if verb == "encode" else np.argsort(plan.permutation)
+    signs = plan.signs if verb == "encode" else plan.signs[order]
+    return plan.first_signs, (base, order.astype(np.int64) * LANES, signs)
 
 
 def _keys(h: Header, tokens: int) -> np.ndarray:
@@ -307,8 +317,7 @@ class Cpu:
             centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
-            plan.signs,
-            plan.base.astype(np.float32),
+            *_rotation(plan, "encode"),
             tree,
             nodes,
             _quad_arrays()[0],
@@ -357,8 +366,7 @@ class Cpu:
             centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
-            plan.signs,
-            plan.base.astype(np.float32),
+            *_rotation(plan, "decode"),
             tree,
             nodes,
             _quad_arrays()[1],

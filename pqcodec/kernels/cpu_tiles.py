@@ -308,22 +308,67 @@ def neighbours(x, i):
     return side_by_side(p + q, p - q)
 
 
+@inlined
+def signed_neighbours(x, places, signs, k):
+    """The stage of neighbours of two coordinates that lie anywhere in x, with their signs."""
+    p, q = load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1])
+    return side_by_side(p + q, p - q)
+
+
 @leaf
-def hadamard(x, spare, order, base, transposed):
-    """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
+def rotate(x, between, spare, order, rotation, transposed):
+    """One round or two of the rotation but for the outermost signs, coordinate-major: x, or two rounds of it in ``between``.
+
+    ``rotation``: H's base, and of two rounds each coordinate's place in x between them, and its sign.
+    """
+    base, places, signs = rotation
+    inner = order // base.shape[0]
+    if inner >= 8:
+        three_stages(x, order)
+    later_stages(x, spare, order, base, transposed)
+    if places.size == 0:
+        return
+    if inner >= 8:
+        three_stages_between(x, between, order, places, signs)
+    else:
+        for k in range(order):
+            store(between, k * LANES, load(x, places[k]) * floats(signs[k]))
+    later_stages(between, spare, order, base, transposed)
+
+
+@leaf
+def three_stages(x, order):
+    """The first three stages of the Hadamard matrix, in one pass over the tile."""
+    for i in range(0, order * LANES, 8 * LANES):
+        a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+        d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(x, i, p)
+        store(x, i + 2 * LANES, q)
+        store(x, i + 4 * LANES, r)
+        store(x, i + 6 * LANES, s)
+
+
+@leaf
+def three_stages_between(x, between, order, places, signs):
+    """Those stages of the second round: x permuted and with signs, into ``between``."""
+    for k in range(0, order, 8):
+        a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
+        d, e = signed_neighbours(x, places, signs, k + 4), signed_neighbours(x, places, signs, k + 6)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        i = k * LANES
+        store(between, i, p)
+        store(between, i + 2 * LANES, q)
+        store(between, i + 4 * LANES, r)
+        store(between, i + 6 * LANES, s)
+
+
+@leaf
+def later_stages(x, spare, order, base, transposed):
+    """x <- H x (or H^T x) but for the first three stages, if there are so many: exact on integers below 2^24."""
     b = base.shape[0]
     inner = order // b
-    half = 1
-    if inner >= 8:
-        for i in range(0, order * LANES, 8 * LANES):  # three stages in one pass over the tile
-            a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
-            d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
-            p, q, r, s = sums_of_four(a, c, d, e)
-            store(x, i, p)
-            store(x, i + 2 * LANES, q)
-            store(x, i + 4 * LANES, r)
-            store(x, i + 6 * LANES, s)
-        half = 8
+    half = 8 if inner >= 8 else 1
     while half < inner:
         j = half * LANES
         if half < 8:
@@ -509,13 +554,13 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
 
     Each loop is short, so that the processor overlaps its table look-ups over several nodes; ``work`` is their scratch.
     """
-    radius_bits, steps, root_budget, order = plan_ints
+    radius_bits, steps, root_budget, order, energy_scale = plan_ints
     kind, left, right, m_a, m_b, per_bit, portions = tree
     shift, look_up, bounds, look_shift, fixes = nodes
     budget_table, quad_look_up, records = quads
     bit_place, budget, codes, widths, cells = work
     internal, most = kind.size, portions.size // m_a.size
-    norm_bias = 0.5 * np.log2(np.float64(order))
+    norm_bias = 0.5 * np.log2(np.float64(energy_scale))
     last = (1 << radius_bits) - 1
     for l in range(rows):
         code = I64(0)
@@ -583,7 +628,7 @@ def radius_factors(rows, radius_bits, radii, words, stride, first_factor, second
 @leaf
 def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
     """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
-    radius_bits, _, root_budget, order = plan_ints
+    radius_bits, _, root_budget, order, _ = plan_ints
     steps, per_bit, portions = tree
     bit_place, budget, radius, entries, _, _ = work
     words32 = words.view(np.int32)
@@ -811,7 +856,7 @@ def encode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -828,7 +873,8 @@ def encode_blocks(
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
     tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    between = np.zeros(x.size if rotation[1].size else 0, np.float32)
+    spare = np.zeros(x.size if rotation[0].shape[0] > 1 else 0, np.float32)
     scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int64)
     turns, energy = np.zeros(order // 2 * LANES, np.float32), np.zeros(order // 2 * LANES, np.float32)
@@ -867,13 +913,14 @@ def encode_blocks(
                 exponents[r] = -min(max(exponent, -126), 126) if abs(exponent) > _FAR else 0
                 row_scales[r] = F32(2.0 ** exponents[r])
             to_lanes(tile, order, factors, row_scales, x)
-            hadamard(x, spare, order, base, False)
+            rotate(x, between, spare, order, rotation, False)
+            v = between if between.size else x
             words[:] = U64(0)
             if coding == CODING_SPLIT:
-                analyse(x, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
+                analyse(v, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
                 encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride)
             else:
-                encode_paper(rows, x, order, row_scales, radius_exponent, paper_bounds, words, stride)
+                encode_paper(rows, v, order, row_scales, radius_exponent, paper_bounds, words, stride)
             rows_to_bytes(words, stride, rows, row_bytes, payload, out)
             out += rows * row_bytes
         total = checksum(payload, block_out, tokens * row_bytes, keys)
@@ -891,7 +938,7 @@ def decode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -916,7 +963,8 @@ def decode_blocks(
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
     tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    between = np.zeros(x.size if rotation[1].size else 0, np.float32)
+    spare = np.zeros(x.size if rotation[0].shape[0] > 1 else 0, np.float32)
     first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     radius = np.zeros(order // 2 * LANES, np.float32)
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
@@ -957,8 +1005,8 @@ def decode_blocks(
                     first_factor,
                     second_factor,
                 )
-            hadamard(x, spare, order, base, True)
-            from_lanes(x, order, factors, first_factor, second_factor, tile)
+            rotate(x, between, spare, order, rotation, True)
+            from_lanes(between if between.size else x, order, factors, first_factor, second_factor, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, pairs, pair_p, step, cos, sin, row)
