@@ -1,4 +1,7 @@
-"""No direction is bad: a smaller sample of benchmarks/adversarial, whose floors hold for every split preset."""
+"""No direction is bad: another sample of benchmarks/adversarial, whose floors hold for every split preset.
+
+Half as many vectors and twice as many seeds, for most cases have one place for all of their vectors: one seed in 400 is 3 times as bad there.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.adversarial import MEAN_FLOOR, high_floor
-from benchmarks.adversarial_set import AMPLITUDES, COUNTS, PRESETS, SEEDS, SHARES, Case, cases, layouts, tell
+from benchmarks.adversarial_set import AMPLITUDES, COUNTS, PRESETS, SHARES, Case, cases, layouts, tell
 
 VECTORS = 8  # of a case
+SEEDS = range(16)
 NOMINAL_VECTORS = 10_000
 HEAD_DIMS = (64, 72, 128, 192)  # 72 is padded to 80
 

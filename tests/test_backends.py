@@ -68,7 +68,7 @@ def test_every_order_agrees(order: int, rounds: int, monkeypatch: pytest.MonkeyP
     one, two = (pqcodec.decode(data, backend="reference") for data in streams)
     np.testing.assert_array_equal(bits(two), bits(pqcodec.decode(streams[1], backend="cpu")))
     assert int((one != two).any(-1).sum()) <= 1
-    assert rel_mse(x, two) < 0.012
+    assert rel_mse(x, two) < 0.014
 
 
 def test_ties_are_rare() -> None:

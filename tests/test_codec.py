@@ -188,7 +188,7 @@ def test_vectors_that_a_rotation_adds_up_to_one_number_stay_finite(scale: float,
     x = torch.from_numpy(directions * scale).float()
     y = pqcodec.decode(pqcodec.encode(x, preset="pq4", backend=backend), backend=backend)
     assert torch.isfinite(y).all()
-    assert float(((x.double() - y.double()).norm(dim=1) / x.double().norm(dim=1)).max()) < 0.6
+    assert float(((x.double() - y.double()).norm(dim=1) / x.double().norm(dim=1)).max()) < 0.9
 
 
 def test_a_mean_that_no_offset_reaches_is_stored_as_the_largest(backend: str) -> None:

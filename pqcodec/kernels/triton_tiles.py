@@ -580,7 +580,7 @@ def encode_blocks(
         exponent = tl.where(tl.abs(exponent) > _FAR, -tl.minimum(tl.maximum(exponent, -126), 126), 0)
         x *= power_of_two(exponent)[:, None]
         one = x.to(tl.bfloat16)
-        two = one  # float32 is the sum of three bfloat16, float16 of two: the products with +-1 are exact
+        two = one  # float32 is the sum of three bfloat16, float16 of two: the products with R's entries are exact
         three = one
         if TERMS > 1:
             left = x - one.to(tl.float32)
@@ -634,7 +634,10 @@ def encode_blocks(
 
 @triton.jit
 def rotated(one, two, three, rotation, group, columns, TERMS: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr):
-    """Sixteen rotated coordinates of each row, float32 [R, 16], times sqrt(ENERGY_SCALE)."""
+    """Sixteen rotated coordinates of each row, float32 [R, 16], times sqrt(ENERGY_SCALE).
+
+    R's entries are 1 and -1, or of two rounds even: bfloat16 holds those up to 512, 16 standard deviations at order 1,024.
+    """
     at = (group * 16 + tl.arange(0, 16))[None, :] * COLUMNS + columns[:, None]
     signs = tl.load(rotation + at).to(OPERAND)
     v = tl.dot(one.to(OPERAND), signs)
