@@ -1,6 +1,7 @@
 """No direction is bad: another sample of benchmarks/adversarial, whose floors hold for every split preset.
 
-Half as many vectors and twice as many seeds, for most cases have one place for all of their vectors: one seed in 400 is 3 times as bad there.
+Half as many vectors and twice as many seeds: most cases have one place for all of their vectors, where one seed in 400 is three
+times as bad.
 """
 
 from __future__ import annotations
