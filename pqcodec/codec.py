@@ -262,6 +262,7 @@ def inspect_header(h: Header) -> StreamInfo:
         dtype=DTYPE_NAMES[h.dtype],
         shape=h.shape,
         seed=h.seed,
+        rounds=h.rounds,
         centered=("rope" if h.rope else "mean") if h.offsets else None,
         exact_tokens=h.exact_tokens,
         exact_vectors=h.exceptions,

@@ -27,7 +27,8 @@ LARGEST_FINITE = {DTYPE_FLOAT16: 65504.0, DTYPE_BFLOAT16: 3.3895313892515355e38,
 FLAG_OFFSETS = 1  # a mean is stored per leading index
 FLAG_ROPE = 2  # ... and turns with the position
 FLAG_NUMPY = 4  # the encoder was given a numpy array
-KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY
+FLAG_TWO_ROUNDS = 8  # the rotation has two rounds; split coding only
+KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS
 LINEAR_NONE = 0  # the linear stage before the rotation: none; other values are reserved
 CODEBOOK_CLOSED_FORM = 0  # cells and centroids of SPEC 6 and 7; other values are reserved
 
@@ -53,6 +54,7 @@ PALEY_PRIME = {12: 11, 20: 19, 28: 13, 36: 17}
 ROTATION_ORDERS = tuple(
     sorted(n for base in HADAMARD_BASES for n in (base << k for k in range(11)) if n % GROUP == 0 and n <= MAX_HEAD_DIM)
 )
+PERMUTATION_SEED = 3  # of the permutation between two rounds
 GRID = 2048  # unit-norm coordinates are rounded to multiples of 1/2048
 
 # -- Radius (SPEC 6.1) -------------------------------------------------------------------------------------------

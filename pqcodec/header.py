@@ -53,6 +53,7 @@ class Header:
     radius_exponent: int = 0
     rope: RopeField | None = None
     numpy: bool = False
+    rounds: int = 1  # of the rotation (SPEC 5.3); new streams of split coding have two
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -95,7 +96,7 @@ class Header:
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
-        rows = (self.row_bits, self.radius_bits, self.radius_exponent)
+        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ class Header:
     # -- bytes ---------------------------------------------------------------------------------------------------
     def to_bytes(self) -> bytes:
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
+        flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2)
         fixed = c.HEADER_STRUCT.pack(
             c.STREAM_MAGIC,
             c.STREAM_VERSION,
@@ -273,6 +275,7 @@ def _parse(body: bytes) -> Header:
             radius_exponent=radius_exponent,
             rope=rope,
             numpy=bool(flags & c.FLAG_NUMPY),
+            rounds=2 if flags & c.FLAG_TWO_ROUNDS else 1,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
@@ -295,6 +298,8 @@ def _problem(h: Header) -> str:
             return f"rows of {h.row_bits} bits with a radius of {h.radius_bits} are not possible at order {h.order}"
     elif h.row_bits != c.PAPER_BLOCK_BITS * (h.order // c.PAPER_BLOCK) or h.radius_bits != c.PAPER_RADIUS_BITS:
         return f"the paper's coding takes {c.PAPER_BLOCK_BITS} bits a block of {c.PAPER_BLOCK}, not rows of {h.row_bits} bits"
+    if h.rounds not in ((1, 2) if h.coding == c.CODING_SPLIT else (1,)):
+        return f"{h.rounds} rounds of rotation: the split coding has 1 or 2, the paper's coding has 1"
     if not 1 <= h.chunk_tokens <= c.MAX_CHUNK_TOKENS:
         return f"chunk_tokens {h.chunk_tokens} is outside 1 .. {c.MAX_CHUNK_TOKENS}"
     if not 0 <= h.exact_tokens < 1 << 32:

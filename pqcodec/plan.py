@@ -25,13 +25,21 @@ class Plan:
     row_bits: int
     row_bytes: int
     radius_bits: int
-    signs: np.ndarray  # float32 [order], D
+    rounds: int  # of the rotation
+    signs: np.ndarray  # float32 [order], D, of the only or the last round
+    first_signs: np.ndarray  # float32 [order], E, of the first of two rounds; [0] with one round
+    permutation: np.ndarray  # int32 [order], between two rounds; [0] with one round
     base: np.ndarray  # int8 [b, b], the Kronecker factor of H that is not a power of two
     tree: angles.Tree
     quads: angles.QuadTable
     circle_cos: np.ndarray  # float32 [2048]
     circle_sin: np.ndarray  # float32 [2048]
-    mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (2048 sqrt(order)); [1] for the paper coding
+    mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (2048 sqrt(order)^rounds); [1] for the paper coding
+
+    @property
+    def energy_scale(self) -> int:
+        """Squared norm of a vector behind the rotation's +-1 matrices over that before: the encoder divides by its root."""
+        return self.order**self.rounds
 
     @property
     def root_budget(self) -> int:
@@ -54,14 +62,15 @@ class Plan:
 
 def plan_for(header: Header) -> Plan:
     """The plan of a stream; cached, since a cache of many layers has few kinds of streams."""
-    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed)
+    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed, header.rounds)
 
 
 @lru_cache(maxsize=64)
-def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int) -> Plan:
+def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int) -> Plan:
     order = rotation.order_for(head_dim)
     steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits] if coding == c.CODING_SPLIT else 1
-    mantissas = np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order))
+    mantissas = np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order**rounds))
+    first = slice(None) if rounds == 2 else slice(0)  # what only two rounds have
     cos, sin = angles.circle_table()
     return Plan(
         coding=coding,
@@ -70,7 +79,10 @@ def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int
         row_bits=row_bits,
         row_bytes=-(-row_bits // 8),
         radius_bits=radius_bits,
+        rounds=rounds,
         signs=rotation.signs(seed, order).astype(np.float32),
+        first_signs=rotation.signs(seed, order, first_round=True).astype(np.float32)[first],
+        permutation=rotation.permutation(order)[first],
         base=rotation.base_matrix(rotation.base_of(order)),
         tree=angles.tree(order),
         quads=angles.quad_table(),

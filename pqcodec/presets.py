@@ -17,6 +17,11 @@ class Preset:
     half_bits: int
     radius_bits: int
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of the rotation in new streams: the paper's preset keeps the paper's one."""
+        return 1 if self.coding == c.CODING_PAPER else 2
+
     def row_bits(self, order: int) -> int:
         """Bits of one coded vector of ``order`` coordinates.
 

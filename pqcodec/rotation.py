@@ -1,7 +1,9 @@
-"""Law: the preconditioner (SPEC 5): seed -> signs, head_dim -> order, order -> a +-1 Hadamard matrix.
+"""Law: the preconditioner (SPEC 5): seed -> signs, head_dim -> order, order -> a +-1 Hadamard matrix and a permutation.
 
 A vector x [head_dim] is padded with zeros to the order N, multiplied by the signs D and by H / sqrt(N), with
-H = H_base (x) H_(N/base). Source: arXiv 2502.02617 section 3.1 (preconditioning); Paley (1933) for the bases.
+H = H_base (x) H_(N/base). With two rounds it is multiplied by other signs E and by H before, and permuted between: one round
+sends few strong channels to few values, and no seed helps. Source: arXiv 2502.02617 section 3.1 (preconditioning); Paley
+(1933) for the bases.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from pqcodec.checksum import splitmix64
-from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, PALEY_PRIME, ROTATION_ORDERS
+from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, PALEY_PRIME, PERMUTATION_SEED, ROTATION_ORDERS
 from pqcodec.errors import InvalidArgument
 
 
@@ -38,12 +40,32 @@ def base_of(order: int) -> int:
     return next(base for base in HADAMARD_BASES if (base == 1 and odd == 1) or (base > 1 and base == 4 * odd))
 
 
-def signs(seed: int, order: int) -> np.ndarray:
-    """D: int8 [order] of +-1; coordinate i is negative where bit i mod 64 of SplitMix64 output i div 64 is set."""
-    words = splitmix64(seed, 0, -(-order // 64))
+def signs(seed: int, order: int, first_round: bool = False) -> np.ndarray:
+    """D, or E of the first of two rounds: int8 [order] of +-1 (SPEC 5.1, 5.3).
+
+    Coordinate i is negative where bit i mod 64 of SplitMix64's output i div 64 is set; E takes the outputs behind those of D.
+    """
+    count = -(-order // 64)
+    words = splitmix64(seed, count if first_round else 0, count)
     index = np.arange(order)
     bit = (words[index // 64] >> (index % 64).astype(np.uint64)) & np.uint64(1)
     return (1 - 2 * bit.astype(np.int8)).astype(np.int8)
+
+
+@lru_cache(maxsize=32)
+def permutation(order: int) -> np.ndarray:
+    """p: int32 [order], read-only; coordinate k of the second round is coordinate p_k of the first (SPEC 5.3).
+
+    >>> permutation(16).tolist()
+    [5, 2, 9, 15, 1, 3, 0, 14, 13, 11, 7, 8, 6, 4, 10, 12]
+    """
+    found = np.arange(order, dtype=np.int32)
+    drawn = splitmix64(PERMUTATION_SEED, 0, order) >> np.uint64(32)
+    for i in range(order - 1, 0, -1):
+        j = int(drawn[i]) * (i + 1) >> 32
+        found[i], found[j] = found[j], found[i]
+    found.setflags(write=False)
+    return found
 
 
 def _residues(q: int) -> np.ndarray:

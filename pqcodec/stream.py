@@ -30,6 +30,7 @@ class StreamInfo:
     dtype: str
     shape: tuple[int, ...]
     seed: int
+    rounds: int  # of the rotation
     centered: str | None
     exact_tokens: int
     exact_vectors: int
@@ -94,6 +95,7 @@ def make_header(
         offsets=center is not None,
         rope=rope.field(shape[-1]) if rope else None,
         numpy=numpy,
+        rounds=chosen.rounds,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream
 from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
+from pqcodec.presets import Preset
 
 REFERENCE = {"backend": "reference"}
 KILLS = int(os.environ.get("PQCODEC_KILLS", "200"))
@@ -62,6 +63,25 @@ def test_a_grown_tensor_is_its_parts_one_behind_the_other(tmp_path: Path) -> Non
         with pytest.raises(InvalidArgument, match="tokens"):
             file.decode("k", tokens=(3, 12), **REFERENCE)
     assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_tensor_whose_first_tokens_are_turned_once_grows(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file from before there were two rounds of rotation: its new parts have two."""
+    path, x = tmp_path / "a.pqkv", tensor(2, 11, 48)
+    with monkeypatch.context() as patch, PQKVWriter(path) as writer:
+        patch.setattr(Preset, "rounds", 1)
+        writer.add("k", x[:, :4], preset="pq6", backend=backend)
+    with PQKVAppender(path) as writer:
+        assert writer.extend("k", x[:, 4:], preset="pq6", backend=backend).rounds == 2
+    with PQKVFile(path) as file:
+        assert file.inspect("k").rounds == 1
+        parts = [pqcodec.decode(file.stream("k", part), backend=backend) for part in (0, 1)]
+        found = file.decode("k", backend=backend)
+        np.testing.assert_array_equal(found, np.concatenate(parts, 1))
+        assert np.square(found.astype(np.float64) - x).sum() < 0.0011 * np.square(x.astype(np.float64)).sum()
 
 
 def test_appending_writes_nothing_again(tmp_path: Path) -> None:

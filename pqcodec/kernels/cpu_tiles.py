@@ -41,6 +41,7 @@ from pqcodec.kernels.lanes import (
     gather_pair,
     gather_pair_at,
     ints,
+    largest_of_rows,
     load,
     load_short,
     load_wide,
@@ -60,8 +61,11 @@ from pqcodec.kernels.lanes import (
     store_short_past,
     to_float,
     to_long,
-    transpose,
     transpose_back,
+    transpose_back_three,
+    transpose_back_two,
+    transpose_three,
+    transpose_two,
     truncate,
     window_at,
     word_at,
@@ -82,6 +86,13 @@ _WIDTHS = MAX_ANGLE_BITS + 1
 CODES = 2 << MAX_ANGLE_BITS
 _BOUNDS = (1 << MAX_ANGLE_BITS) + 1
 _STEPS = 1 << COARSE_GRID_BITS
+# signs of the sums of four coordinates that ``base_stage`` makes, in their order
+SUMS = tuple(
+    (one, one * first, one * second, one * third)
+    for first in (1, -1)
+    for one in (1, -1)
+    for second, third in ((1, 1), (1, -1), (-1, 1), (-1, -1))
+)
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = kept(**_OPTIONS)
@@ -127,11 +138,8 @@ def largest_bits(tile, order, scratch, largest):
         most = ints(I32(0))
         for k in range(r * order, r * order + order, LANES):
             most = max(most, load(bits, k) & ints(I32(0x7FFFFFFF)))
-        store(scratch, 0, most)
-        top = I32(0)
-        for i in range(LANES):
-            top = max(top, scratch[i])
-        largest[r] = top
+        store(scratch, r * LANES, most)
+    store(largest, 0, largest_of_rows(scratch))
 
 
 @leaf
@@ -271,23 +279,6 @@ def sum_rows(tile, rows, order, pairs, pair_p, step, cos, sin, first_row, total)
 
 
 # -- rotation ----------------------------------------------------------------------------------------------------
-@leaf
-def to_lanes(tile, order, factors, row_scale, x):
-    """Row-major tile -> coordinate-major x, times the coordinate's sign and the row's scale."""
-    scale = load(row_scale, 0)
-    for k in range(0, order, LANES):
-        transpose(tile, k, order, x, k * LANES)
-    for k in range(order):
-        store(x, k * LANES, load(x, k * LANES) * (floats(factors[k]) * scale))
-
-
-@leaf
-def from_lanes(x, order, factors, first, second, tile):
-    """Coordinate-major sums -> row-major outputs: sum * A * B, with the coordinate's sign; + 0 turns -0 into 0."""
-    for k in range(0, order, LANES):
-        transpose_back(x, k * LANES, load(factors, k), first, second, tile, k, order)
-
-
 @inlined
 def sums_of_four(p, q, r, s):
     """Two stages of the Hadamard matrix: of neighbours, and of pairs."""
@@ -308,32 +299,151 @@ def neighbours(x, i):
     return side_by_side(p + q, p - q)
 
 
+@inlined
+def signed_neighbours(x, places, signs, k):
+    """The stage of neighbours of two coordinates that lie anywhere in x, with their signs."""
+    p, q = load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1])
+    return side_by_side(p + q, p - q)
+
+
 @leaf
-def hadamard(x, spare, order, base, transposed):
-    """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
-    b = base.shape[0]
-    inner = order // b
-    half = 1
-    if inner >= 8:
-        for i in range(0, order * LANES, 8 * LANES):  # three stages in one pass over the tile
+def rotate(tile, x, other, sums, order, signs, row_scale, rotation):
+    """Row-major tile -> rotated, coordinate-major: in x where ``other`` is empty, otherwise there. Scales the rows.
+
+    ``signs``: of the tile's coordinates. ``rotation``: how to add up H's base (``base_stage``), and the place and the sign of
+    each coordinate between two rounds; either may be empty.
+    """
+    base, places, signs_between = rotation
+    inner = order // max(base.shape[0], 1)
+    for k in range(0, order, LANES):
+        if inner == 4:
+            transpose_two(tile, k, order, load(signs, k), row_scale, x, k * LANES)
+        else:
+            transpose_three(tile, k, order, load(signs, k), row_scale, x, k * LANES)
+    later_stages(x, order, inner, 8)
+    if base.size > 0:
+        base_stage(x, other, sums, inner, base)
+        if places.size > 0:
+            first_stages_between(other, x, order, inner, places, signs_between)
+            later_stages(x, order, inner, 8)
+            base_stage(x, other, sums, inner, base)
+    elif places.size > 0:
+        first_stages_between(x, other, order, inner, places, signs_between)
+        later_stages(other, order, inner, 8)
+
+
+@leaf
+def rotate_back(x, other, sums, order, signs, first, second, rotation, tile):
+    """Coordinate-major x -> row-major outputs: sum * A * B, with the coordinate's sign; + 0 turns -0 into 0.
+
+    The sums are exact: integers below 2^24, in whatever order they are added up. ``rotation``: as above, of the way back.
+    """
+    base, places, signs_between = rotation
+    inner = order // max(base.shape[0], 1)
+    if places.size > 0:
+        first_stages(x, order, inner)
+    later_stages(x, order, inner, 8)
+    left = 2 if inner == 4 else 3  # first stages, of the last round, that are still to be done
+    if base.size > 0:
+        base_stage(x, other, sums, inner, base)
+        if places.size > 0:
+            first_stages_between(other, x, order, inner, places, signs_between)
+            later_stages(x, order, inner, 8)
+            base_stage(x, other, sums, inner, base)
+            left = 0
+    elif places.size > 0:
+        if inner >= 64:
+            middle_stages_between(x, other, order, places, signs_between)
+            later_stages(other, order, inner, 64)
+        else:
+            first_stages_between(x, other, order, inner, places, signs_between)
+            later_stages(other, order, inner, 8)
+            left = 0
+    v = other if other.size > 0 else x
+    for k in range(0, order, LANES):
+        if left == 3:
+            transpose_back_three(v, k * LANES, load(signs, k), first, second, tile, k, order)
+        elif left == 2:
+            transpose_back_two(v, k * LANES, load(signs, k), first, second, tile, k, order)
+        else:
+            transpose_back(v, k * LANES, load(signs, k), first, second, tile, k, order)
+
+
+@leaf
+def first_stages(x, order, inner):
+    """Three stages of the Hadamard matrix in one pass over the tile; two where ``inner`` is 4."""
+    if inner == 4:
+        for i in range(0, order * LANES, 4 * LANES):
             a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
-            d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
-            p, q, r, s = sums_of_four(a, c, d, e)
-            store(x, i, p)
-            store(x, i + 2 * LANES, q)
-            store(x, i + 4 * LANES, r)
-            store(x, i + 6 * LANES, s)
-        half = 8
+            store(x, i, a + c)
+            store(x, i + 2 * LANES, a - c)
+        return
+    for i in range(0, order * LANES, 8 * LANES):
+        a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+        d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(x, i, p)
+        store(x, i + 2 * LANES, q)
+        store(x, i + 4 * LANES, r)
+        store(x, i + 6 * LANES, s)
+
+
+@leaf
+def first_stages_between(x, out, order, inner, places, signs):
+    """Those stages of the second round: of x permuted and with signs, into ``out``."""
+    if inner == 4:
+        for k in range(0, order, 4):
+            a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
+            store(out, k * LANES, a + c)
+            store(out, (k + 2) * LANES, a - c)
+        return
+    for k in range(0, order, 8):
+        a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
+        d, e = signed_neighbours(x, places, signs, k + 4), signed_neighbours(x, places, signs, k + 6)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(out, k * LANES, p)
+        store(out, (k + 2) * LANES, q)
+        store(out, (k + 4) * LANES, r)
+        store(out, (k + 6) * LANES, s)
+
+
+@inlined
+def signed_pair(x, places, signs, k):
+    """Two coordinates that lie anywhere in x, with their signs, side by side."""
+    return side_by_side(load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1]))
+
+
+@inlined
+def four_signed_pairs(x, places, signs, k):
+    """The fourth and the fifth stage of two coordinates each."""
+    p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + 8)
+    r, s = signed_pair(x, places, signs, k + 16), signed_pair(x, places, signs, k + 24)
+    return sums_of_four(p, q, r, s)
+
+
+@leaf
+def middle_stages_between(x, out, order, places, signs):
+    """The fourth to sixth stage of the second round: of x permuted and with signs, into ``out``."""
+    for first in range(0, order, 64):
+        for k in range(first, first + 8, 2):
+            a, c, d, e = four_signed_pairs(x, places, signs, k)
+            p, q, r, s = four_signed_pairs(x, places, signs, k + 32)
+            store(out, k * LANES, a + p)
+            store(out, (k + 8) * LANES, c + q)
+            store(out, (k + 16) * LANES, d + r)
+            store(out, (k + 24) * LANES, e + s)
+            store(out, (k + 32) * LANES, a - p)
+            store(out, (k + 40) * LANES, c - q)
+            store(out, (k + 48) * LANES, d - r)
+            store(out, (k + 56) * LANES, e - s)
+
+
+@leaf
+def later_stages(x, order, inner, half):
+    """The stages from blocks of ``half`` coordinates on, up to blocks of ``inner``."""
     while half < inner:
         j = half * LANES
-        if half < 8:
-            for first in range(0, order, 2 * half):
-                for i in range(first * LANES, (first + half) * LANES, LANES):
-                    p, q = load(x, i), load(x, i + j)
-                    store(x, i, p + q)
-                    store(x, i + j, p - q)
-            half *= 2
-        elif 4 * half < inner:
+        if 4 * half < inner:
             for first in range(0, order, 8 * half):
                 for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
                     a, c, d, e = four_wide(x, i, j)
@@ -364,17 +474,51 @@ def hadamard(x, spare, order, base, transposed):
                     store(x, i, p + q)
                     store(x, i + j, p - q)
             half *= 2
-    if b > 1:
-        block = inner * LANES
+
+
+@leaf
+def base_stage(x, out, sums, inner, base):
+    """H's base, into ``out``: of four coordinates each all sums of either sign are made, SUMS, of which ``base`` [b, b/4] lists
+    the place in ``sums`` of those that a coordinate is made of.
+    """
+    b, groups = base.shape
+    block = inner * LANES
+    nothing = side_by_side(floats(F32(0)), floats(F32(0)))
+    for l in range(0, block, 2 * LANES):
+        for g in range(groups):
+            first = 4 * g * block + l
+            p, q = load_wide(x, first), load_wide(x, first + block)
+            r, s = load_wide(x, first + 2 * block), load_wide(x, first + 3 * block)
+            a, c, d, e = p + q, p - q, r + s, r - s
+            at = len(SUMS) * g * 2 * LANES
+            keep_sums(sums, at, nothing, a + d, a + e, a - e, a - d)
+            keep_sums(sums, at + 8 * 2 * LANES, nothing, c + d, c + e, c - e, c - d)
         for i in range(b):
-            for l in range(0, block, LANES):
-                total = floats(F32(0))
-                for j in range(b):
-                    sign = base[j, i] if transposed else base[i, j]
-                    total = total + floats(sign) * load(x, j * block + l)
-                store(spare, i * block + l, total)
-        for l in range(0, x.size, LANES):
-            store(x, l, load(spare, l))
+            total = load_wide(sums, base[i, 0])
+            for g in range(1, groups):
+                total = total + load_wide(sums, base[i, g])
+            store(out, i * block + l, total)
+
+
+@inlined
+def keep_sums(sums, at, nothing, p, q, r, s):
+    """Four sums, then their negatives."""
+    store(sums, at, p)
+    store(sums, at + 2 * LANES, q)
+    store(sums, at + 4 * LANES, r)
+    store(sums, at + 6 * LANES, s)
+    store(sums, at + 8 * LANES, nothing - p)
+    store(sums, at + 10 * LANES, nothing - q)
+    store(sums, at + 12 * LANES, nothing - r)
+    store(sums, at + 14 * LANES, nothing - s)
+
+
+@jit
+def lanes_of(count):
+    """Zeros, float32 [count]; sixteen numbers of a multiple of sixteen lie in one line of the caches."""
+    whole = np.zeros(count + 2 * LANES, np.float32)
+    skipped = (-whole.ctypes.data % (2 * LANES * 4)) // 4
+    return whole[skipped : skipped + count]
 
 
 # -- bits: rows of 64-bit words, little-endian ---------------------------------------------------------------------
@@ -503,26 +647,43 @@ def share_of(rest, shift, cap_a, cap_b, even, portions, portion_at):
     return min(max(portion + shift, low), min(ints(cap_a), rest))
 
 
+@inlined
+def radius_codes(energy, exponent, steps, radius_bits, energy_scale):
+    """Codes of sqrt(energy / energy_scale) 2^-exponent, int lanes (SPEC 6.1); whole octaves apart: float32 is too coarse."""
+    scale = 0.5 * np.log2(np.float64(energy_scale))
+    whole = I32(np.floor(scale)) + I32(1)
+    bits = as_bits(energy)
+    power = (bits >> ints(I32(23))) + ints(I32(1))  # its exponent, plus 128
+    octave = (power >> ints(I32(1))) - ints(I32(64)) - exponent + ints(I32(RADIUS_BIAS - whole))
+    m = as_float((bits & ints(I32(0x7FFFFF))) | ints(I32(0x3F800000)))
+    t = (m - floats(F32(1.5))) / (m + floats(F32(1.5)))  # log2(m / 1.5) is odd in it: good to 1e-8
+    z = t * t
+    log2 = floats(F32(0.32059889)) * z + floats(F32(0.41219858))
+    log2 = log2 * z + floats(F32(0.57707802))
+    log2 = log2 * z + floats(F32(0.96179669))
+    log2 = (log2 * z + floats(F32(2.88539008))) * t
+    half = floats(F32(0.5)) * (log2 + to_float(power & ints(I32(1))))
+    part = half + floats(F32(whole - scale + 0.5 * np.log2(1.5)))  # 0 .. 2
+    code = octave * ints(I32(steps)) + truncate(part * floats(F32(steps)) + floats(F32(0.5))) + ints(I32(1))
+    code = min(max(code, ints(I32(1))), ints(I32((1 << radius_bits) - 1)))
+    return select(energy > floats(F32(0)), code, ints(I32(0)))
+
+
 @leaf
 def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride):
     """Down the tree: every node writes its angle and splits what is left of its budget (SPEC 6).
 
     Each loop is short, so that the processor overlaps its table look-ups over several nodes; ``work`` is their scratch.
     """
-    radius_bits, steps, root_budget, order = plan_ints
+    radius_bits, steps, root_budget, order, energy_scale = plan_ints
     kind, left, right, m_a, m_b, per_bit, portions = tree
     shift, look_up, bounds, look_shift, fixes = nodes
     budget_table, quad_look_up, records = quads
     bit_place, budget, codes, widths, cells = work
     internal, most = kind.size, portions.size // m_a.size
-    norm_bias = 0.5 * np.log2(np.float64(order))
-    last = (1 << radius_bits) - 1
+    store(codes, 0, radius_codes(load(energy, 0), load(exponents, 0), steps, radius_bits, energy_scale))
     for l in range(rows):
-        code = I64(0)
-        if energy[l] > F32(0):
-            log2 = 0.5 * np.log2(np.float64(energy[l])) - norm_bias - exponents[l]
-            code = min(max(I64(np.floor(steps * (log2 + RADIUS_BIAS) + 0.5)) + 1, 1), last)
-        words[l * stride] = U64(code)
+        words[l * stride] = U64(codes[l])
     store(bit_place, 0, ints(I32(radius_bits)))
     store(budget, 0, ints(I32(root_budget)))
     for n in range(internal):
@@ -583,7 +744,7 @@ def radius_factors(rows, radius_bits, radii, words, stride, first_factor, second
 @leaf
 def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
     """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
-    radius_bits, _, root_budget, order = plan_ints
+    radius_bits, _, root_budget, order, _ = plan_ints
     steps, per_bit, portions = tree
     bit_place, budget, radius, entries, _, _ = work
     words32 = words.view(np.int32)
@@ -811,7 +972,7 @@ def encode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -827,10 +988,11 @@ def encode_blocks(
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
-    scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
-    row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int64)
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation[0].size + rotation[1].size > 0 else 0)
+    sums = lanes_of(rotation[0].shape[1] * len(SUMS) * 2 * LANES)
+    scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
+    row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int32)
     turns, energy = np.zeros(order // 2 * LANES, np.float32), np.zeros(order // 2 * LANES, np.float32)
     places, codes = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
@@ -862,18 +1024,19 @@ def encode_blocks(
                 for k in range(0, LANES * order, LANES):
                     store(tile, k, min(max(load(tile, k), floats(-_LARGEST)), floats(_LARGEST)))
                 largest_bits(tile, order, scratch, largest)
-            for r in range(LANES):
-                exponent = I64(largest[r] >> 23) - 127
-                exponents[r] = -min(max(exponent, -126), 126) if abs(exponent) > _FAR else 0
-                row_scales[r] = F32(2.0 ** exponents[r])
-            to_lanes(tile, order, factors, row_scales, x)
-            hadamard(x, spare, order, base, False)
+            exponent = (load(largest, 0) >> ints(I32(23))) - ints(I32(127))
+            near = min(max(exponent, ints(I32(-_FAR))), ints(I32(_FAR))) == exponent
+            exponent = select(near, ints(I32(0)), ints(I32(0)) - min(max(exponent, ints(I32(-126))), ints(I32(126))))
+            store(exponents, 0, exponent)
+            store(row_scales, 0, as_float((exponent + ints(I32(127))) << ints(I32(23))))
+            rotate(tile, x, other, sums, order, factors, row_scales, rotation)
+            v = other if other.size > 0 else x
             words[:] = U64(0)
             if coding == CODING_SPLIT:
-                analyse(x, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
+                analyse(v, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
                 encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride)
             else:
-                encode_paper(rows, x, order, row_scales, radius_exponent, paper_bounds, words, stride)
+                encode_paper(rows, v, order, row_scales, radius_exponent, paper_bounds, words, stride)
             rows_to_bytes(words, stride, rows, row_bytes, payload, out)
             out += rows * row_bytes
         total = checksum(payload, block_out, tokens * row_bytes, keys)
@@ -891,7 +1054,7 @@ def decode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -915,8 +1078,9 @@ def decode_blocks(
     frequencies, pair_p, step = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation[0].size + rotation[1].size > 0 else 0)
+    sums = lanes_of(rotation[0].shape[1] * len(SUMS) * 2 * LANES)
     first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     radius = np.zeros(order // 2 * LANES, np.float32)
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
@@ -957,8 +1121,7 @@ def decode_blocks(
                     first_factor,
                     second_factor,
                 )
-            hadamard(x, spare, order, base, True)
-            from_lanes(x, order, factors, first_factor, second_factor, tile)
+            rotate_back(x, other, sums, order, factors, first_factor, second_factor, rotation, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, pairs, pair_p, step, cos, sin, row)
@@ -975,7 +1138,7 @@ def sum_tokens(first_lead, last_lead, count, token_step, sizes, flat, places_of,
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     tile = np.zeros(LANES * order, np.float32)
-    scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
+    scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
     bad = np.zeros(LANES, np.bool_)
     cos, sin = np.zeros(count * pairs, np.float32), np.zeros(count * pairs, np.float32)
     fill_phases(first_position + first_tokens, count, token_step, frequencies, phase_tables, cos, sin)

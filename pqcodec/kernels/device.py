@@ -121,7 +121,7 @@ class Group:
 
     def _table_key(self) -> tuple[Any, ...]:
         h = self.header
-        return h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rope
+        return h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.rope
 
     @staticmethod
     def _words(h: Header) -> int:
@@ -211,6 +211,7 @@ class Tables:
     root_budget: int
     radius_bits: int
     radius_steps: int
+    energy_scale: int  # the encoder's: of squares behind R
     levels: int
     kind_16: int
     fixes: int
@@ -229,7 +230,7 @@ class Tables:
     circle: Any  # float32 [2, 2048]
     mantissas: Any  # float32 [radius steps]
     paper: Any  # float32 [33]: cos [3, 4], sin [3, 4], squared bounds [3, 3]
-    rotation: Any  # float16 [order, columns]: H D
+    rotation: Any  # float16 [order, columns]: R
     partner: Any  # int32 [columns]: the other channel of a RoPE pair
     pair: Any  # int32 [columns]: number of the pair, or -1
     sign: Any  # float32 [columns]: -1 for the pair's first channel
@@ -239,7 +240,7 @@ class Tables:
 
 @lru_cache(maxsize=64)
 def tables_on(
-    device: str, coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rope: RopeField | None
+    device: str, coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int, rope: RopeField | None
 ) -> Tables:
     """The tables of a kind of streams, on a device."""
     import torch
@@ -248,12 +249,12 @@ def tables_on(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     shape = (1, head_dim)
-    plan = plan_for(Header(coding, c.DTYPE_FLOAT32, shape, row_bits, radius_bits, seed))
+    plan = plan_for(Header(coding, c.DTYPE_FLOAT32, shape, row_bits, radius_bits, seed, rounds=rounds))
     order, columns = plan.order, 1 << (plan.order - 1).bit_length()
     nodes, quads, path = t.node_arrays(order), plan.quads, t.paths(order)
     kinds = [(table.m_a, table.m_b) for table in plan.tree.tables]
     rotation = np.zeros((order, columns), np.float16)
-    rotation[:, :order] = t.signed_hadamard(order, seed)
+    rotation[:, :order] = t.rotation_matrix(order, seed, rounds)
     circle_steps = [angles.circle_step(n) for n in (quads.n_a, quads.n_b)]
     paper = t.paper_cells()
 
@@ -267,6 +268,7 @@ def tables_on(
         root_budget=plan.root_budget if coding == c.CODING_SPLIT else 0,
         radius_bits=radius_bits,
         radius_steps=plan.radius_steps if coding == c.CODING_SPLIT else 1,
+        energy_scale=plan.energy_scale,
         levels=path.shape[1],
         kind_16=kinds.index((8, 8)),
         fixes=int(nodes.fixes.max()),

@@ -91,6 +91,7 @@ class Triton:
             ROWS=(PAPER_ENCODE_ROWS if h.coding == c.CODING_PAPER else ENCODE_ROWS)[tables.columns],
             GROUPS=tables.columns // c.GROUP,
             LARGEST_CODE=(1 << tables.radius_bits) - 1,
+            ENERGY_SCALE=tables.energy_scale,
             FIXES=tables.fixes,
             TERMS=1 if h.dtype == c.DTYPE_BFLOAT16 and not h.offsets else 3,
             OPERAND=tiles.tl.float32 if interpreted() else tiles.tl.bfloat16,  # the interpreter multiplies no bfloat16

@@ -59,6 +59,7 @@ def covers(group: Group) -> bool:
     item = c.ITEM_BYTES[h.dtype]
     return (
         h.head_dim in ORDERS
+        and h.rounds == 1
         and group.blocks < 1 << 31
         and all(tokens * h.row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
         and rope
@@ -362,7 +363,16 @@ def _kind(h: Header) -> Header:
     """A header that stands for all of its kind."""
     rope = h.rope and type(h.rope)(0, h.rope.pairing, h.rope.frequencies)
     return Header(
-        h.coding, h.dtype, (1, h.head_dim), h.row_bits, h.radius_bits, h.seed, h.chunk_tokens, offsets=h.offsets, rope=rope
+        h.coding,
+        h.dtype,
+        (1, h.head_dim),
+        h.row_bits,
+        h.radius_bits,
+        h.seed,
+        h.chunk_tokens,
+        offsets=h.offsets,
+        rope=rope,
+        rounds=h.rounds,
     )
 
 

@@ -357,49 +357,88 @@ def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
     return result(array, indices, types.int64), emit
 
 
-@intrinsic
-def transpose(typingctx, source, start, stride, target, place):  # type: ignore[no-untyped-def]
-    """target[place + 8 i + j] = source[start + j stride + i] for i, j in 0 .. 7, both float32."""
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, start, stride, target, place = args
-        rows = []
-        for _ in range(LANES):
-            pointer = _pointer(context, builder, signature.args[0], source, start)
-            rows.append(_load(builder, pointer, _vector("float"), 4))
-            start = builder.add(start, stride)
-        for i, row in enumerate(_transposed(builder, rows)):
-            at = builder.add(place, ir.Constant(_I64, LANES * i))
-            _store(builder, row, _pointer(context, builder, signature.args[3], target, at), 4)
-        return context.get_dummy_value()
-
-    return types.void(source, types.int64, types.int64, target, types.int64), emit
-
-
-@intrinsic
-def transpose_back(typingctx, source, place, factors, first, second, target, start, stride):  # type: ignore[no-untyped-def]
-    """target[start + j stride + i] = source[place + 8 i + j] factors[i] first[j] second[j] + 0 for i, j in 0 .. 7, all float32.
-
-    Multiplied from left to right, each product rounded. ``factors`` is the vector of eight.
+def _transposing(stages: int) -> Any:
+    """target[place + 8 i + j] = source[start + j stride + i] factors[i] scales[j] for i, j in 0 .. 7, all float32, and then
+    ``stages`` stages of sums and differences over i. ``factors`` is the vector of eight.
     """
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, place, factors, first, second, target, start, stride = args
-        rows = []
-        for i in range(LANES):
-            at = builder.add(place, ir.Constant(_I64, LANES * i))
-            rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), _vector("float"), 4))
-        for j, row in enumerate(_transposed(builder, rows)):
-            value = builder.fmul(row, factors)
-            for number, array in ((3, first), (4, second)):
-                factor = builder.load(_pointer(context, builder, signature.args[number], array, ir.Constant(_I64, j)))
-                value = builder.fmul(value, _splat(builder, factor, _vector("float")))
-            value = builder.fadd(value, ir.Constant(_vector("float"), [0.0] * LANES))
-            _store(builder, value, _pointer(context, builder, signature.args[5], target, start), 4)
-            start = builder.add(start, stride)
-        return context.get_dummy_value()
+    @intrinsic
+    def apply(typingctx, source, start, stride, factors, scales, target, place):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            source, start, stride, factors, scales, target, place = args
+            rows = []
+            for j in range(LANES):
+                row = _load(builder, _pointer(context, builder, signature.args[0], source, start), _vector("float"), 4)
+                scale = builder.load(_pointer(context, builder, signature.args[4], scales, ir.Constant(_I64, j)))
+                rows.append(builder.fmul(row, builder.fmul(factors, _splat(builder, scale, _vector("float")))))
+                start = builder.add(start, stride)
+            for i, row in enumerate(_summed(builder, _transposed(builder, rows), stages)):
+                at = builder.add(place, ir.Constant(_I64, LANES * i))
+                _store(builder, row, _pointer(context, builder, signature.args[5], target, at), 4)
+            return context.get_dummy_value()
 
-    return types.void(source, types.int64, FLOAT, first, second, target, types.int64, types.int64), emit
+        return types.void(source, types.int64, types.int64, FLOAT, scales, target, types.int64), emit
+
+    return apply
+
+
+def _transposing_back(stages: int) -> Any:
+    """target[start + j stride + i] = sum[i] factors[i] first[j] second[j] + 0 for i, j in 0 .. 7, all float32.
+
+    sum[i] is source[place + 8 i + j] after ``stages`` stages of sums and differences over i. Multiplied from left to right,
+    each product rounded. ``factors`` is the vector of eight.
+    """
+
+    @intrinsic
+    def apply(typingctx, source, place, factors, first, second, target, start, stride):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            source, place, factors, first, second, target, start, stride = args
+            rows = []
+            for i in range(LANES):
+                at = builder.add(place, ir.Constant(_I64, LANES * i))
+                rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), _vector("float"), 4))
+            for j, row in enumerate(_transposed(builder, _summed(builder, rows, stages))):
+                value = builder.fmul(row, factors)
+                for number, array in ((3, first), (4, second)):
+                    factor = builder.load(_pointer(context, builder, signature.args[number], array, ir.Constant(_I64, j)))
+                    value = builder.fmul(value, _splat(builder, factor, _vector("float")))
+                value = builder.fadd(value, ir.Constant(_vector("float"), [0.0] * LANES))
+                _store(builder, value, _pointer(context, builder, signature.args[5], target, start), 4)
+                start = builder.add(start, stride)
+            return context.get_dummy_value()
+
+        return types.void(source, types.int64, FLOAT, first, second, target, types.int64, types.int64), emit
+
+    return apply
+
+
+transpose_two, transpose_three = (_transposing(stages) for stages in (2, 3))
+transpose_back, transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (0, 2, 3))
+
+
+@intrinsic
+def largest_of_rows(typingctx, source):  # type: ignore[no-untyped-def]
+    """The largest of the eight int32 of each of eight rows, one behind the other: int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        places = (ir.Constant(_I64, LANES * j) for j in range(LANES))
+        rows = [_load(builder, _pointer(context, builder, signature.args[0], args[0], at), _vector("int"), 4) for at in places]
+        rows = _transposed(builder, rows)
+        while len(rows) > 1:
+            pairs = zip(rows[::2], rows[1::2], strict=True)
+            rows = [builder.select(builder.icmp_signed(">", a, b), a, b) for a, b in pairs]
+        return rows[0]
+
+    return INT(source), emit
+
+
+def _summed(builder: Any, rows: list[Any], stages: int) -> list[Any]:
+    """The first ``stages`` stages of a Hadamard matrix of 8 (or of blocks of it)."""
+    for step in (1, 2, 4)[:stages]:
+        low = [i for i in range(LANES) if not i & step]
+        pairs = {i: (rows[i], rows[i + step]) for i in low}
+        rows = [builder.fsub(*pairs[i - step]) if i & step else builder.fadd(*pairs[i]) for i in range(LANES)]
+    return rows
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:

@@ -236,12 +236,32 @@ def _paper_scale(power: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]
     return first, np.where(small, np.float32(2.0**-c.RADIUS_SHIFT), np.float32(1)).astype(np.float32)
 
 
+# -- rotation (SPEC 5) -------------------------------------------------------------------------------------------
+def rotate(x: np.ndarray, plan: Plan) -> np.ndarray:
+    """x float64 [n, order] -> H D x, or with two rounds H D P H E x; sqrt(energy_scale) times as long."""
+    matrix = rotation.hadamard(plan.order).T.astype(np.float64)
+    if plan.rounds == 2:
+        x = ((x * plan.first_signs) @ matrix)[:, plan.permutation]
+    return (x * plan.signs) @ matrix
+
+
+def rotate_back(v: np.ndarray, plan: Plan) -> np.ndarray:
+    """v int64 [n, order] -> D H^T v, or with two rounds E H^T P^T D H^T v; all integers."""
+    matrix = rotation.hadamard(plan.order).astype(np.int64)
+    s = v @ matrix * plan.signs.astype(np.int64)
+    if plan.rounds == 1:
+        return s
+    between = np.empty_like(s)
+    between[:, plan.permutation] = s
+    return between @ matrix * plan.first_signs.astype(np.int64)
+
+
 # -- rows --------------------------------------------------------------------------------------------------------
 def encode_rows(x: np.ndarray, plan: Plan, radius_exponent: int = 0) -> np.ndarray:
     """Centred vectors float32 [n, head_dim] -> coded rows uint8 [n, row_bytes]."""
     padded = np.zeros((len(x), plan.order))
     padded[:, : plan.head_dim] = x
-    v = (padded * plan.signs) @ rotation.hadamard(plan.order).T.astype(np.float64) / np.sqrt(plan.order)
+    v = rotate(padded, plan) / np.sqrt(plan.energy_scale)
     bits = np.zeros((len(x), 8 * plan.row_bytes), np.uint8)
     if plan.coding == c.CODING_SPLIT:
         encode_split(v, plan, bits)
@@ -257,7 +277,7 @@ def decode_rows(rows: np.ndarray, plan: Plan, radius_exponent: int = 0) -> np.nd
         units, first, second = decode_split(bits, plan)
     else:
         units, first, second = decode_paper(bits, plan, radius_exponent)
-    sums = units.astype(np.int64) @ rotation.hadamard(plan.order).astype(np.int64) * plan.signs.astype(np.int64)
+    sums = rotate_back(units.astype(np.int64), plan)
     with np.errstate(over="ignore"):  # beyond float32: infinite here, the largest finite value in ``narrow``
         return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None] + np.float32(0)  # never -0
 

@@ -120,6 +120,14 @@ def paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=64)
-def signed_hadamard(order: int, seed: int) -> np.ndarray:
-    """H D: int8 [order, order] of +-1; the encoder takes v = H D x / sqrt(order), the decoder (H D)^T (SPEC 5)."""
-    return rotation.hadamard(order) * rotation.signs(seed, order)[None, :]
+def rotation_matrix(order: int, seed: int, rounds: int) -> np.ndarray:
+    """R: float16 [order, order] of integers; the encoder takes v = R x / sqrt(order)^rounds, the decoder R^T (SPEC 5).
+
+    One round: H D, of +-1. Two: H D P H E, whose entries are ``order`` at the most, and so exact.
+    """
+    hadamard = rotation.hadamard(order).astype(np.float32)  # products of such matrices are exact
+    found = hadamard * rotation.signs(seed, order)
+    if rounds == 2:
+        first = hadamard * rotation.signs(seed, order, first_round=True)
+        found = found @ first[rotation.permutation(order)]
+    return found.astype(np.float16)

@@ -2,7 +2,7 @@
 
 They are the portable GPU kernels: no trigonometry, no shared scratch, every preset, head_dim and dtype. A program walks
 the block in tiles of ROWS vectors, and a tile group by group (16 coordinates): the rotation of a group is a matrix product
-with a +-1 matrix, exact in the decoder (integers below 2^24), and its nodes are vectors over the tile's rows. Arithmetic
+with a matrix of integers, exact in the decoder (sums below 2^24), and its nodes are vectors over the tile's rows. Arithmetic
 that decides output bits is never fused: kernels are launched with ``enable_fp_fusion=False``. Where a kernel reads or
 writes is told by the spans of ``device.py``.
 """
@@ -336,11 +336,11 @@ def first_of(x):
 
 
 @triton.jit
-def radius_code(energy, exponent, RADIUS_STEPS: tl.constexpr, LARGEST_CODE: tl.constexpr, ORDER: tl.constexpr):
-    """Code of sqrt(energy / ORDER) * 2^-exponent; 0 for the zero vector (SPEC 6.1)."""
+def radius_code(energy, exponent, RADIUS_STEPS: tl.constexpr, LARGEST_CODE: tl.constexpr, ENERGY_SCALE: tl.constexpr):
+    """Code of sqrt(energy / ENERGY_SCALE) * 2^-exponent; 0 for the zero vector (SPEC 6.1)."""
     bits = energy.to(tl.int32, bitcast=True)
     power = (bits >> 23) - 127
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) / ORDER
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) / ENERGY_SCALE
     fraction = 0.5 * tl.log2(mantissa) + 0.5 * (power & 1).to(tl.float32)
     whole = (power >> 1) - exponent + RADIUS_BIAS
     code = whole * RADIUS_STEPS + tl.floor(fraction * RADIUS_STEPS + 0.5).to(tl.int32) + 1
@@ -546,6 +546,7 @@ def encode_blocks(
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     LARGEST_CODE: tl.constexpr,
+    ENERGY_SCALE: tl.constexpr,
     KIND_16: tl.constexpr,
     FIXES: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -579,7 +580,7 @@ def encode_blocks(
         exponent = tl.where(tl.abs(exponent) > _FAR, -tl.minimum(tl.maximum(exponent, -126), 126), 0)
         x *= power_of_two(exponent)[:, None]
         one = x.to(tl.bfloat16)
-        two = one  # float32 is the sum of three bfloat16, float16 of two: the products with +-1 are exact
+        two = one  # float32 is the sum of three bfloat16, float16 of two: the products with R's entries are exact
         three = one
         if TERMS > 1:
             left = x - one.to(tl.float32)
@@ -592,7 +593,7 @@ def encode_blocks(
                 v = rotated(one, two, three, rotation, group, columns, TERMS, COLUMNS, OPERAND)
                 own = tl.sum(v * v, 1)
                 energies = tl.where((tl.arange(0, GROUPS) == group)[None, :], own[:, None], energies)
-            code = radius_code(tl.sum(energies, 1), exponent, RADIUS_STEPS, LARGEST_CODE, ORDER)
+            code = radius_code(tl.sum(energies, 1), exponent, RADIUS_STEPS, LARGEST_CODE, ENERGY_SCALE)
             write(words, bit0, code, mask)
             for group in range(ORDER // 16):
                 v = rotated(one, two, three, rotation, group, columns, TERMS, COLUMNS, OPERAND)
@@ -633,7 +634,10 @@ def encode_blocks(
 
 @triton.jit
 def rotated(one, two, three, rotation, group, columns, TERMS: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr):
-    """Sixteen rotated coordinates of each row, float32 [R, 16], times sqrt(ORDER)."""
+    """Sixteen rotated coordinates of each row, float32 [R, 16], times sqrt(ENERGY_SCALE).
+
+    R's entries are 1 and -1, or of two rounds even: bfloat16 holds those up to 512, 16 standard deviations at order 1,024.
+    """
     at = (group * 16 + tl.arange(0, 16))[None, :] * COLUMNS + columns[:, None]
     signs = tl.load(rotation + at).to(OPERAND)
     v = tl.dot(one.to(OPERAND), signs)
