@@ -82,7 +82,7 @@ def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: 
         rows = widen(stored[lead : lead + at_once], seen.dtype).astype(np.float64)
         rows = np.where(np.isfinite(rows), rows, 0)
         if rope and centred:
-            rows = np.stack([centre.turn_back(lead, cos, sin, field) for lead in rows])
+            rows = np.stack([centre.turn_back(one, cos, sin, field) for one in rows])
         found.append(rows.var(-2).sum(-1) if centred else (rows**2).sum(-1))
     return float(np.concatenate(found).mean())
 
