@@ -95,6 +95,7 @@ def make_header(
         offsets=center is not None,
         rope=rope.field(shape[-1]) if rope else None,
         numpy=numpy,
+        rounds=chosen.rounds,
     )
 
 

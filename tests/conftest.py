@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pqcodec
+from pqcodec.presets import Preset
 
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -67,6 +68,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=GPU_BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders write streams as they were before there were two rounds of rotation."""
+    monkeypatch.setattr(Preset, "rounds", 1)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,19 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-pq3-64-extremes", extreme, {}
     yield "v1-paper-64-extremes", extreme[8:], {"preset": "paper"}
     yield "v1-pq3-64-empty", gaussian(3, 0, 64), {"center": "mean"}
+    # From here on with two rounds of rotation; the streams of the split presets above were born before there were two.
+    for preset in pqcodec.PRESETS:
+        if preset != "paper":
+            yield f"v1-two-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
+    for head_dim in (1, 20, 36, 72, 80, 96, 112, 128, 144, 160, 192, 256, 320, 576, 1024):
+        yield f"v1-two-pq3-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "pq3"}
+    yield "v1-two-pq6-128-bf16", gaussian(3, 128, dtype=torch.bfloat16), {"preset": "pq6", "seed": 2**64 - 1}
+    rope = Rope(theta=1e4, first_position=70000)
+    options = {"preset": "pq2.5", "center": "rope", "rope": rope, "exact_tokens": 4, "chunk_tokens": 2}
+    yield "v1-two-pq2.5-64-rope-half", gaussian(2, 9, 64) + 3, options
+    extreme = (gaussian(24, 64, dtype=torch.float32).double().clamp(-3, 3) * powers).float()
+    extreme[7] = 0
+    yield "v1-two-pq3-64-extremes", extreme, {}
 
 
 def main() -> None:

@@ -66,6 +66,32 @@ def hadamard(order: int) -> np.ndarray:
     return h
 
 
+@cache
+def permutation(n: int) -> list[int]:
+    p = list(range(n))
+    for i in range(n - 1, 0, -1):
+        j = (splitmix64(3, i) >> 32) * (i + 1) >> 32
+        p[i], p[j] = p[j], p[i]
+    return p
+
+
+def signs(seed: int, first: int, n: int) -> np.ndarray:
+    """Signs from output ``first`` of the seed on."""
+    return np.array([1 - 2 * (splitmix64(seed, first + i // 64) >> i % 64 & 1) for i in range(n)])
+
+
+def turned_back(v: list[int], seed: int, two_rounds: bool) -> np.ndarray:
+    """Step 3 of 6.5."""
+    n = len(v)
+    s = signs(seed, 0, n) * (hadamard(n).T @ np.array(v))
+    if not two_rounds:
+        return s
+    t = np.zeros_like(s)
+    for k, p in enumerate(permutation(n)):
+        t[p] = s[k]
+    return signs(seed, -(-n // 64), n) * (hadamard(n).T @ t)
+
+
 # -- 6: tables -----------------------------------------------------------------------------------------------------
 def trunc16(x: float) -> F:
     """The f16 number nearest to x towards zero."""
@@ -169,12 +195,12 @@ def factors(m: float, e: int) -> tuple[F, F]:
     return (F(math.ldexp(m, e)), F(1)) if e >= -100 else (F(math.ldexp(m, e + 64)), F(2.0**-64))
 
 
-def split_row(row: int, order: int, row_bits: int, radius_bits: int) -> tuple[list[int], F, F]:
+def split_row(row: int, order: int, row_bits: int, radius_bits: int, two_rounds: bool) -> tuple[list[int], F, F]:
     code, steps = field(row, 0, radius_bits), 7 * 2 ** (radius_bits - 11)
     a, b = F(0), F(1)
     if code:
         e, j = divmod(code - 1, steps)
-        a, b = factors(float(F(2 ** (j / steps) / (2048 * math.sqrt(order)))), e - 155)
+        a, b = factors(float(F(2 ** (j / steps) / (2048 * (order if two_rounds else math.sqrt(order))))), e - 155)
     return walk(row, radius_bits, row_bits - radius_bits, order, F(2048)), a, b
 
 
@@ -269,18 +295,21 @@ def decode(data: bytes) -> np.ndarray:
         for lead in range(leading):
             out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
-    signs = np.array([1 - 2 * (splitmix64(seed, i // 64) >> i % 64 & 1) for i in range(order)])
-    back = signs[:, None] * hadamard(order).T
+    two_rounds = bool(flags & 8)
+    if flags & ~15 or (two_rounds and coding != 1):
+        raise ValueError("flags that are not known")
     for first in range(0, coded, chunk):
         for lead in range(leading):
             count = min(chunk, coded - first)
             rows = take(count * row_bytes)
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
-                told = split_row(row, order, row_bits, radius_bits) if coding == 1 else paper_row(row, order, radius_exponent)
-                integers, a, b = told
+                if coding == 1:
+                    integers, a, b = split_row(row, order, row_bits, radius_bits, two_rounds)
+                else:
+                    integers, a, b = paper_row(row, order, radius_exponent)
                 with np.errstate(over="ignore"):
-                    y = (back @ np.array(integers))[:head_dim].astype(np.float32) * a * b + F(0)
+                    y = turned_back(integers, seed, two_rounds)[:head_dim].astype(np.float32) * a * b + F(0)
                     if flags & 1:
                         token = kept + first + i
                         offset = offsets[lead]

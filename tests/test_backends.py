@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TORCH_DTYPES, bits, gaussian
+from conftest import TORCH_DTYPES, bits, gaussian, rel_mse
 
 import pqcodec
 from pqcodec import Rope
+from pqcodec.constants import ROTATION_ORDERS
+from pqcodec.presets import Preset
 
 HEAD_DIMS = (1, 2, 7, 16, 48, 64, 80, 96, 100, 112, 128, 160, 192, 224, 256, 320, 576, 1024)
 # A tie is an angle closer to a cell's edge than float32 can tell; the two encoders may then choose neighbouring cells.
@@ -54,6 +56,19 @@ def test_options_agree(options: dict[str, Any], dtype: torch.dtype) -> None:
             bits(pqcodec.decode(data, backend="reference")), bits(pqcodec.decode(data, backend="cpu"))
         )
     assert sum(a != b for a, b in zip(reference, cpu, strict=True)) <= 0.005 * len(cpu) + 16
+
+
+@pytest.mark.parametrize("order", ROTATION_ORDERS)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_every_order_agrees(order: int, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way in which the cpu adds up a Hadamard matrix, in streams of one round and of two."""
+    monkeypatch.setattr(Preset, "rounds", rounds)
+    x = gaussian(20, order - 3, seed=order)
+    streams = [pqcodec.encode(x, preset="pq4", backend=name) for name in ("reference", "cpu")]
+    one, two = (pqcodec.decode(data, backend="reference") for data in streams)
+    np.testing.assert_array_equal(bits(two), bits(pqcodec.decode(streams[1], backend="cpu")))
+    assert int((one != two).any(-1).sum()) <= 1
+    assert rel_mse(x, two) < 0.012
 
 
 def test_ties_are_rare() -> None:

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pqcodec
-from pqcodec import InvalidArgument, NonFiniteInput, Rope
+from pqcodec import InvalidArgument, NonFiniteInput, Rope, rotation
+from pqcodec.kernels.tables import rotation_matrix
 
 # relMSE that a preset keeps on Gaussian vectors of head_dim 16 and up: about 1.3 times what is measured at 64
 WORST_ERROR = {
@@ -176,6 +177,18 @@ def test_extreme_magnitudes_keep_the_error(preset: str, center: str | None, back
             y = pqcodec.decode(pqcodec.encode(x, preset=preset, center=center, backend=backend), backend=backend)
             assert torch.isfinite(y).all()
             assert rel_mse(x, y) < WORST_ERROR[preset], (dtype, scale)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1.0, 2.0**40, 3.4e38])
+def test_vectors_that_a_rotation_adds_up_to_one_number_stay_finite(scale: float, backend: str) -> None:
+    """The worst that sums of one round and of both can come to: 64 and 4,096 times a coordinate."""
+    first = rotation.hadamard(64) * rotation.signs(0, 64, first_round=True)
+    both = rotation_matrix(64, 0, 2).astype(np.float64)
+    directions = np.concatenate([first, both / np.abs(both).max(1, keepdims=True), np.ones((1, 64)), np.eye(64)])
+    x = torch.from_numpy(directions * scale).float()
+    y = pqcodec.decode(pqcodec.encode(x, preset="pq4", backend=backend), backend=backend)
+    assert torch.isfinite(y).all()
+    assert float(((x.double() - y.double()).norm(dim=1) / x.double().norm(dim=1)).max()) < 0.6
 
 
 def test_a_mean_that_no_offset_reaches_is_stored_as_the_largest(backend: str) -> None:

@@ -32,6 +32,7 @@ from pqcodec import (
 from pqcodec.batch import decode_together
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
+from pqcodec.presets import Preset
 from pqcodec.source import MemorySource
 
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
@@ -446,6 +447,17 @@ def test_streams_of_the_host_are_moved_and_decoded_together(options: dict[str, A
     sources = [MemorySource(stream) for stream in [*streams[1:], broken]]
     with pytest.raises(CorruptStream, match="checksum does not hold: payload"):
         decode_together(sources, [*outs[1:], outs[0]], [0] * len(outs), gpu_backend)
+
+
+def test_streams_of_one_round_and_of_two_lie_in_one_batch(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian(2, TOKENS, 48, dtype=torch.float16)
+    streams = [pqcodec.encode(x, preset="pq4", backend="cpu")]
+    monkeypatch.setattr(Preset, "rounds", 1)
+    streams.append(pqcodec.encode(x, preset="pq4", backend="cpu"))
+    assert [Header.from_bytes(data).rounds for data in streams] == [2, 1]
+    for found, data in zip(DecodeBatch([on_device(data) for data in streams], backend=gpu_backend).run(), streams, strict=True):
+        same(found.cpu(), pqcodec.decode(data, backend="cpu"))
+    assert agrees(x, gpu_backend, preset="pq4") <= ties_allowed(48, "pq4", 2 * TOKENS)
 
 
 def test_a_batch_tells_which_stream_is_damaged(gpu_backend: str) -> None:

@@ -69,7 +69,7 @@ def margins() -> Iterator[tuple[str, float]]:
         for bits, steps in c.RADIUS_STEPS_PER_OCTAVE.items():
             yield (
                 f"radius, order {order}, {bits} bits",
-                rounding_margin(np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order))),
+                min(rounding_margin(np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(m))) for m in (order, order**2)),
             )
     size = 1 << c.PHASE_TABLE_BITS
     for x in (*angles.full_circle(size), *(table[:size] for table in angles.full_circle(size * size))):
@@ -100,6 +100,7 @@ def tables() -> Iterator[tuple[str, list[np.ndarray]]]:
     quads = angles.quad_table()
     yield "quads", [quads.n_a, quads.n_b, quads.cos, quads.sin]
     yield "circle", list(angles.circle_table())
+    yield "permutations", [rotation.permutation(order) for order in rotation.ROTATION_ORDERS]
 
 
 @pytest.mark.parametrize(("name", "arrays"), list(tables()), ids=lambda value: value if isinstance(value, str) else "")

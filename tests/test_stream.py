@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TORCH_DTYPES, bits, gaussian
+from conftest import TORCH_DTYPES, bits, gaussian, rel_mse
 
 import pqcodec
 from pqcodec import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream, encode
@@ -91,6 +91,8 @@ def test_foreign_bytes_are_refused() -> None:
         (7, b"\xff", CorruptStream),
         (8, struct.pack("<I", 1 << 31), CorruptStream),  # header_bytes
         (12, b"\x00\x80", UnsupportedStream),  # flags
+        (12, b"\x10\x00", UnsupportedStream),
+        (12, b"\x0a\x00", CorruptStream),  # RoPE without offsets
         (14, b"\x63", CorruptStream),  # radius_bits
         (15, b"\x01", UnsupportedStream),  # linear
         (16, struct.pack("<I", 15), CorruptStream),  # row_bits
@@ -134,6 +136,43 @@ def test_a_row_is_never_much_smaller_than_its_vector() -> None:
     """At least one bit a coordinate: a stream of n bytes decodes to 32 n bytes at the most, and their sides."""
     with pytest.raises(pqcodec.InvalidArgument, match="rows of 15 bits"):
         Header(coding=c.CODING_SPLIT, dtype=c.DTYPE_FLOAT32, shape=(4, 16), row_bits=15, radius_bits=11)
+
+
+@pytest.mark.parametrize("preset", pqcodec.PRESETS)
+def test_new_streams_say_how_often_they_are_turned(preset: str) -> None:
+    data = pqcodec.encode(gaussian(3, 32), preset=preset, backend="reference")
+    rounds = 1 if preset == "paper" else 2
+    assert bool(data[12] & c.FLAG_TWO_ROUNDS) == (rounds == 2)
+    assert Header.from_bytes(data).rounds == pqcodec.inspect(data).rounds == rounds
+    assert pqcodec.inspect(data).preset == preset
+
+
+def test_the_papers_coding_has_one_round() -> None:
+    data = pqcodec.encode(gaussian(3, 32), preset="paper", backend="reference")
+    forged = with_header_checksum(data[:12] + bytes([data[12] | c.FLAG_TWO_ROUNDS]) + data[13:])
+    with pytest.raises(CorruptStream, match="2 rounds of rotation: the split coding has 1 or 2, the paper's coding has 1"):
+        pqcodec.decode(forged)
+    for rounds in (0, 3):
+        with pytest.raises(pqcodec.InvalidArgument, match=f"{rounds} rounds"):
+            Header(coding=c.CODING_SPLIT, dtype=c.DTYPE_FLOAT32, shape=(4, 16), row_bits=32, radius_bits=11, rounds=rounds)
+
+
+@pytest.mark.usefixtures("one_round")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_streams_of_one_round_are_no_others(backend: str) -> None:
+    """The flag is all that tells: a stream without it is turned once, and the same bytes with it decode to other numbers."""
+    x = gaussian(2, 70, 48)
+    once = pqcodec.encode(x, preset="pq5", backend=backend)
+    y = pqcodec.decode(once, backend=backend)
+    assert pqcodec.inspect(once).rounds == 1
+    assert rel_mse(x, y) < 0.004
+    twice = with_header_checksum(once[:12] + bytes([once[12] | c.FLAG_TWO_ROUNDS]) + once[13:])
+    assert rel_mse(x, pqcodec.decode(twice, backend=backend)) > 0.5
+    assert Header.from_bytes(once).kind != Header.from_bytes(twice).kind
+    outs = [torch.zeros_like(x), torch.zeros_like(x)]
+    decode_together([MemorySource(once), MemorySource(twice)], outs, [0, 0], backend)
+    np.testing.assert_array_equal(bits(outs[0]), bits(y))
+    np.testing.assert_array_equal(bits(outs[1]), bits(pqcodec.decode(twice, backend=backend)))
 
 
 def test_headers_survive_their_bytes(small_stream: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import angles, centre
+from pqcodec import angles, centre, rotation
 from pqcodec import constants as c
 from pqcodec.checksum import checksum_keys
 from pqcodec.header import Header
@@ -252,9 +252,30 @@ def _places(
     return start, items
 
 
-def _plan_ints(plan: Plan) -> tuple[int, int, int, int]:
+def _plan_ints(plan: Plan) -> tuple[int, int, int, int, int]:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
-    return plan.radius_bits, steps, plan.root_budget, plan.order
+    return plan.radius_bits, steps, plan.root_budget, plan.order, plan.energy_scale
+
+
+def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The signs of a tensor's coordinates, and for ``cpu_tiles.rotate``: H's base, places and signs between two rounds."""
+    base = _base_places(plan.order, verb == "decode")
+    if plan.rounds == 1:
+        return plan.signs, (base, np.zeros(0, np.int64), plan.signs[:0])
+    order = plan.permutation if verb == "encode" else np.argsort(plan.permutation)
+    signs = plan.signs if verb == "encode" else plan.signs[order]
+    return plan.first_signs, (base, order.astype(np.int64) * LANES, signs)
+
+
+@lru_cache(maxsize=64)
+def _base_places(order: int, transposed: bool) -> np.ndarray:
+    """For ``cpu_tiles.base_stage``: int64 [b, b/4]; [0, 0] where H's base is 1."""
+    base = rotation.base_matrix(rotation.base_of(order))
+    if len(base) == 1:
+        return np.zeros((0, 0), np.int64)
+    fours = (base.T if transposed else base).reshape(len(base), -1, 4)
+    which = (fours[:, :, None] == np.array(tiles.SUMS)).all(3).argmax(2)
+    return (which + np.arange(fours.shape[1]) * len(tiles.SUMS)) * 2 * LANES
 
 
 def _keys(h: Header, tokens: int) -> np.ndarray:
@@ -307,8 +328,7 @@ class Cpu:
             centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
-            plan.signs,
-            plan.base.astype(np.float32),
+            *_rotation(plan, "encode"),
             tree,
             nodes,
             _quad_arrays()[0],
@@ -357,8 +377,7 @@ class Cpu:
             centre.phase_pairs(),
             _plan_ints(plan),
             h.radius_exponent,
-            plan.signs,
-            plan.base.astype(np.float32),
+            *_rotation(plan, "decode"),
             tree,
             nodes,
             _quad_arrays()[1],

@@ -82,6 +82,13 @@ _WIDTHS = MAX_ANGLE_BITS + 1
 CODES = 2 << MAX_ANGLE_BITS
 _BOUNDS = (1 << MAX_ANGLE_BITS) + 1
 _STEPS = 1 << COARSE_GRID_BITS
+# signs of the sums of four coordinates that ``base_stage`` makes, in their order
+SUMS = tuple(
+    (one, one * first, one * second, one * third)
+    for first in (1, -1)
+    for one in (1, -1)
+    for second, third in ((1, 1), (1, -1), (-1, 1), (-1, -1))
+)
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 jit = kept(**_OPTIONS)
@@ -308,32 +315,80 @@ def neighbours(x, i):
     return side_by_side(p + q, p - q)
 
 
+@inlined
+def signed_neighbours(x, places, signs, k):
+    """The stage of neighbours of two coordinates that lie anywhere in x, with their signs."""
+    p, q = load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1])
+    return side_by_side(p + q, p - q)
+
+
 @leaf
-def hadamard(x, spare, order, base, transposed):
-    """x <- H x (or H^T x), coordinate-major: exact on integers below 2^24, in any order of the additions."""
-    b = base.shape[0]
-    inner = order // b
-    half = 1
-    if inner >= 8:
-        for i in range(0, order * LANES, 8 * LANES):  # three stages in one pass over the tile
+def rotate(x, other, sums, order, rotation):
+    """The rotation but for the outermost signs, coordinate-major: exact on integers below 2^24, in any order of the additions.
+
+    ``rotation``: how to add up H's base (``base_stage``), and each coordinate's place and sign between two rounds; where both
+    are empty the result lies in x, otherwise in ``other``, of the same size.
+    """
+    base, places, signs = rotation
+    inner = order // max(base.shape[0], 1)
+    first_stages(x, order, inner)
+    later_stages(x, order, inner)
+    if base.size > 0:
+        base_stage(x, other, sums, inner, base)
+        if places.size > 0:
+            first_stages_between(other, x, order, inner, places, signs)
+            later_stages(x, order, inner)
+            base_stage(x, other, sums, inner, base)
+    elif places.size > 0:
+        first_stages_between(x, other, order, inner, places, signs)
+        later_stages(other, order, inner)
+
+
+@leaf
+def first_stages(x, order, inner):
+    """Three stages of the Hadamard matrix in one pass over the tile; two where ``inner`` is 4."""
+    if inner == 4:
+        for i in range(0, order * LANES, 4 * LANES):
             a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
-            d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
-            p, q, r, s = sums_of_four(a, c, d, e)
-            store(x, i, p)
-            store(x, i + 2 * LANES, q)
-            store(x, i + 4 * LANES, r)
-            store(x, i + 6 * LANES, s)
-        half = 8
+            store(x, i, a + c)
+            store(x, i + 2 * LANES, a - c)
+        return
+    for i in range(0, order * LANES, 8 * LANES):
+        a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+        d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(x, i, p)
+        store(x, i + 2 * LANES, q)
+        store(x, i + 4 * LANES, r)
+        store(x, i + 6 * LANES, s)
+
+
+@leaf
+def first_stages_between(x, out, order, inner, places, signs):
+    """Those stages of the second round: of x permuted and with signs, into ``out``."""
+    if inner == 4:
+        for k in range(0, order, 4):
+            a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
+            store(out, k * LANES, a + c)
+            store(out, (k + 2) * LANES, a - c)
+        return
+    for k in range(0, order, 8):
+        a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
+        d, e = signed_neighbours(x, places, signs, k + 4), signed_neighbours(x, places, signs, k + 6)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(out, k * LANES, p)
+        store(out, (k + 2) * LANES, q)
+        store(out, (k + 4) * LANES, r)
+        store(out, (k + 6) * LANES, s)
+
+
+@leaf
+def later_stages(x, order, inner):
+    """The stages from the fourth on, up to blocks of ``inner`` coordinates."""
+    half = 8
     while half < inner:
         j = half * LANES
-        if half < 8:
-            for first in range(0, order, 2 * half):
-                for i in range(first * LANES, (first + half) * LANES, LANES):
-                    p, q = load(x, i), load(x, i + j)
-                    store(x, i, p + q)
-                    store(x, i + j, p - q)
-            half *= 2
-        elif 4 * half < inner:
+        if 4 * half < inner:
             for first in range(0, order, 8 * half):
                 for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
                     a, c, d, e = four_wide(x, i, j)
@@ -364,17 +419,51 @@ def hadamard(x, spare, order, base, transposed):
                     store(x, i, p + q)
                     store(x, i + j, p - q)
             half *= 2
-    if b > 1:
-        block = inner * LANES
+
+
+@leaf
+def base_stage(x, out, sums, inner, base):
+    """H's base, into ``out``: of four coordinates each all sums of either sign are made, SUMS, of which ``base`` [b, b/4] lists
+    the place in ``sums`` of those that a coordinate is made of.
+    """
+    b, groups = base.shape
+    block = inner * LANES
+    nothing = side_by_side(floats(F32(0)), floats(F32(0)))
+    for l in range(0, block, 2 * LANES):
+        for g in range(groups):
+            first = 4 * g * block + l
+            p, q = load_wide(x, first), load_wide(x, first + block)
+            r, s = load_wide(x, first + 2 * block), load_wide(x, first + 3 * block)
+            a, c, d, e = p + q, p - q, r + s, r - s
+            at = len(SUMS) * g * 2 * LANES
+            keep_sums(sums, at, nothing, a + d, a + e, a - e, a - d)
+            keep_sums(sums, at + 8 * 2 * LANES, nothing, c + d, c + e, c - e, c - d)
         for i in range(b):
-            for l in range(0, block, LANES):
-                total = floats(F32(0))
-                for j in range(b):
-                    sign = base[j, i] if transposed else base[i, j]
-                    total = total + floats(sign) * load(x, j * block + l)
-                store(spare, i * block + l, total)
-        for l in range(0, x.size, LANES):
-            store(x, l, load(spare, l))
+            total = load_wide(sums, base[i, 0])
+            for g in range(1, groups):
+                total = total + load_wide(sums, base[i, g])
+            store(out, i * block + l, total)
+
+
+@inlined
+def keep_sums(sums, at, nothing, p, q, r, s):
+    """Four sums, then their negatives."""
+    store(sums, at, p)
+    store(sums, at + 2 * LANES, q)
+    store(sums, at + 4 * LANES, r)
+    store(sums, at + 6 * LANES, s)
+    store(sums, at + 8 * LANES, nothing - p)
+    store(sums, at + 10 * LANES, nothing - q)
+    store(sums, at + 12 * LANES, nothing - r)
+    store(sums, at + 14 * LANES, nothing - s)
+
+
+@jit
+def lanes_of(count):
+    """Zeros, float32 [count]; sixteen numbers of a multiple of sixteen lie in one line of the caches."""
+    whole = np.zeros(count + 2 * LANES, np.float32)
+    skipped = (-whole.ctypes.data % (2 * LANES * 4)) // 4
+    return whole[skipped : skipped + count]
 
 
 # -- bits: rows of 64-bit words, little-endian ---------------------------------------------------------------------
@@ -509,13 +598,13 @@ def encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes,
 
     Each loop is short, so that the processor overlaps its table look-ups over several nodes; ``work`` is their scratch.
     """
-    radius_bits, steps, root_budget, order = plan_ints
+    radius_bits, steps, root_budget, order, energy_scale = plan_ints
     kind, left, right, m_a, m_b, per_bit, portions = tree
     shift, look_up, bounds, look_shift, fixes = nodes
     budget_table, quad_look_up, records = quads
     bit_place, budget, codes, widths, cells = work
     internal, most = kind.size, portions.size // m_a.size
-    norm_bias = 0.5 * np.log2(np.float64(order))
+    norm_bias = 0.5 * np.log2(np.float64(energy_scale))
     last = (1 << radius_bits) - 1
     for l in range(rows):
         code = I64(0)
@@ -583,7 +672,7 @@ def radius_factors(rows, radius_bits, radii, words, stride, first_factor, second
 @leaf
 def decode_split(plan_ints, tree, nodes, quads, circle, work, words, stride, x):
     """Down the tree: read, look up, multiply; leaves unit-norm coordinates in x, in steps of the grid (SPEC 6.5)."""
-    radius_bits, _, root_budget, order = plan_ints
+    radius_bits, _, root_budget, order, _ = plan_ints
     steps, per_bit, portions = tree
     bit_place, budget, radius, entries, _, _ = work
     words32 = words.view(np.int32)
@@ -811,7 +900,7 @@ def encode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -827,8 +916,9 @@ def encode_blocks(
     frequencies, pair_p, step, first_position = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation[0].size + rotation[1].size > 0 else 0)
+    sums = lanes_of(rotation[0].shape[1] * len(SUMS) * 2 * LANES)
     scratch, largest = np.zeros(LANES, np.int32), np.zeros(LANES, np.int32)
     row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int64)
     turns, energy = np.zeros(order // 2 * LANES, np.float32), np.zeros(order // 2 * LANES, np.float32)
@@ -867,13 +957,14 @@ def encode_blocks(
                 exponents[r] = -min(max(exponent, -126), 126) if abs(exponent) > _FAR else 0
                 row_scales[r] = F32(2.0 ** exponents[r])
             to_lanes(tile, order, factors, row_scales, x)
-            hadamard(x, spare, order, base, False)
+            rotate(x, other, sums, order, rotation)
+            v = other if other.size > 0 else x
             words[:] = U64(0)
             if coding == CODING_SPLIT:
-                analyse(x, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
+                analyse(v, order, turns, energy, places, tree[0], tree[1], tree[2], grids)
                 encode_split(rows, plan_ints, energy, places, turns, exponents, tree, nodes, quads, work, words, stride)
             else:
-                encode_paper(rows, x, order, row_scales, radius_exponent, paper_bounds, words, stride)
+                encode_paper(rows, v, order, row_scales, radius_exponent, paper_bounds, words, stride)
             rows_to_bytes(words, stride, rows, row_bytes, payload, out)
             out += rows * row_bytes
         total = checksum(payload, block_out, tokens * row_bytes, keys)
@@ -891,7 +982,7 @@ def decode_blocks(
     plan_ints,
     radius_exponent,
     factors,
-    base,
+    rotation,
     tree,
     nodes,
     quads,
@@ -915,8 +1006,9 @@ def decode_blocks(
     frequencies, pair_p, step = rope
     pairs = frequencies.size
     stride = (row_bytes >> 3) + 2
-    tile, x = np.zeros(LANES * order, np.float32), np.zeros(order * LANES, np.float32)
-    spare = np.zeros(x.size if base.shape[0] > 1 else 0, np.float32)
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation[0].size + rotation[1].size > 0 else 0)
+    sums = lanes_of(rotation[0].shape[1] * len(SUMS) * 2 * LANES)
     first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     radius = np.zeros(order // 2 * LANES, np.float32)
     bit_place, budget = np.zeros(order // 2 * LANES, np.int32), np.zeros(order // 2 * LANES, np.int32)
@@ -957,8 +1049,8 @@ def decode_blocks(
                     first_factor,
                     second_factor,
                 )
-            hadamard(x, spare, order, base, True)
-            from_lanes(x, order, factors, first_factor, second_factor, tile)
+            rotate(x, other, sums, order, rotation)
+            from_lanes(other if other.size > 0 else x, order, factors, first_factor, second_factor, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, pairs, pair_p, step, cos, sin, row)
