@@ -958,21 +958,21 @@ struct Angle {
 
 // Angles of COUNT nodes, side by side because each waits for its look-ups.
 template <int N, int COUNT> INLINE void find_angles(const u8* tables, const float* a, const float* b, const int* budgets, Angle* angles) {
-    constexpr int place = place_in(N), place_16 = place_in(16);
+    constexpr int rows[] = LOOK_UP_ROWS, row = rows[place_in(N)];
     int shift[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         angles[i].width = width_of<N>(budgets[i]);
-        const u8* look_up = tables + LOOK_UPS_AT + (place * 8 + angles[i].width) * LOOK_UP_BYTES;
+        const u8* look_up = tables + LOOK_UPS_AT + (row + angles[i].width) * LOOK_UP_BYTES;
         if constexpr (N <= 16) {
             const u32 where = place_of(a[i], b[i], 1024.0f);
             angles[i].code = look_up[where];
-            shift[i] = reinterpret_cast<const signed char*>(look_up + (SHIFTS_16_AT - LOOK_UPS_AT - place_16 * 8 * LOOK_UP_BYTES))[where];
+            shift[i] = reinterpret_cast<const signed char*>(look_up + (SHIFTS_16_AT - LOOK_UPS_AT - LOOK_UP_ROW_16 * LOOK_UP_BYTES))[where];
         } else {
             const u32 where = place_of(a[i], b[i], 16384.0f);
             u32 code = look_up[where >> 4];
-            code += reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(place * 8 + angles[i].width) * 130 + 1 + code] <= where;
-            shift[i] = reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place * 256 + (1 << angles[i].width) + code];
+            code += reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(row + angles[i].width) * 130 + 1 + code] <= where;
+            shift[i] = reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place_in(N) * 256 + (1 << angles[i].width) + code];
             angles[i].code = code;
         }
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(verb: str, h: Header, plan: Plan) -> dict[str, np.ndarray]:
+def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarray]:
     if plan.rounds == 2:
         arrays = {"MATRIX": _matrix(verb, h)}
     else:
@@ -98,7 +99,7 @@ def _shared(verb: str, h: Header, plan: Plan) -> dict[str, np.ndarray]:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
         arrays["PHASES"] = centre.phase_pairs()
     words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
-    if words <= MOST_KEYS:
+    if keys and words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
 
@@ -106,8 +107,8 @@ def _shared(verb: str, h: Header, plan: Plan) -> dict[str, np.ndarray]:
 def _matrix(verb: str, h: Header) -> np.ndarray:
     """Both rounds' matrix as the kernel multiplies with it: uint8 [order / 8, blocks, 8 columns, 16 bytes of inputs].
 
-    The decoder's columns are channels, of int8 R / 2; the encoder's are coordinates, of R. Four lanes hold a row: of a run of 32
-    channels eight neighbours each, and of the coordinates a quarter each.
+    The decoder's columns are channels, of int8 R / 2; the encoder's are coordinates, of R. Four lanes hold a row: eight
+    neighbours each of every 32 channels, and a quarter each of the coordinates.
     """
     matrix = t.rotation_matrix(h.order, h.seed, 2)  # [coordinate, channel]
     place = np.arange(h.order)
@@ -188,17 +189,45 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_PAPER:
         return {}
-    nodes, quads = t.node_arrays(plan.order), plan.quads
+    nodes, quads, kept = t.node_arrays(plan.order), plan.quads, _kept(h)
     bounds = np.minimum(np.pad(nodes.bounds, ((0, 0), (0, 0), (0, 1)), constant_values=1 << 30), (1 << 16) - 1)
     return {
-        "LOOK_UPS": _past_the_end(nodes.look_up),
-        "BOUNDS": bounds.astype(np.uint16),
+        "LOOK_UPS": _past_the_end(nodes.look_up)[kept],
+        "BOUNDS": bounds.astype(np.uint16)[kept],
         "SHIFTS": nodes.shift.astype(np.int8),
         "CELLS": _past_the_end(t.quad_look_up()),
         "BUDGETS": np.stack([quads.per_cell, quads.first], 1).astype(np.uint32),
         "SECTORS": (quads.n_a | quads.n_b << 16).astype(np.uint32),
-        "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order)),
+        "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order))[kept[-2:]],
     }
+
+
+@lru_cache(maxsize=64)
+def _kept(h: Header) -> np.ndarray:
+    """Which rows of the encoder's look-ups a kernel has: bool [kinds, widths].
+
+    With one round all; beside the matrix of two there is room only for widths that a kind's angles have. Split coding.
+    """
+    plan = plan_for(h)
+    kept = np.full((len(plan.tree.tables), t.WIDTHS), plan.rounds == 1)
+    budgets = {plan.root_budget}
+    for kind, table in enumerate(plan.tree.tables):  # these orders halve down to 8: one kind a level
+        widths = table.bits[sorted(budgets)]
+        kept[kind, widths.min() : widths.max() + 1] = True
+        below: set[int] = set()
+        for budget in budgets:
+            width = int(table.bits[budget])
+            rest = np.int64(budget - width)
+            left = angles.split_budget(rest, table.shift[1 << width : 2 << width].astype(np.int64), table.m_a, table.m_b)
+            below |= {*left.tolist(), *(rest - left).tolist()}
+        budgets = below
+    return kept
+
+
+def _look_up_rows(h: Header) -> list[int]:
+    """Where a kind's look-ups begin, in rows: less the widths that lie between there and those that are kept."""
+    kept = _kept(h)
+    return [int(kept[:kind].sum() - kept[kind].argmax()) for kind in range(len(kept))]
 
 
 def _shift_look_up(nodes: t.NodeArrays, order: int) -> np.ndarray:
@@ -257,6 +286,7 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
+        **({} if paper or verb == "decode" else _row_definitions(h)),
         "SIGNS_BYTES": _signs_bytes(verb, h),
         "KEY_0": f"{checksum_keys(1)[0]}u",
         "PRIME": f"{c.CHECKSUM_PRIME}ull",
@@ -266,6 +296,11 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         **{name: getattr(d, name) for name in FIELDS},
         **layout.places,
     }
+
+
+def _row_definitions(h: Header) -> dict[str, Any]:
+    rows = _look_up_rows(h)
+    return {"LOOK_UP_ROWS": f"{{{','.join(map(str, rows))}}}", "LOOK_UP_ROW_16": int(_kept(h)[:-2].sum())}
 
 
 def _signs_bytes(verb: str, h: Header) -> int:
@@ -313,8 +348,8 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     ``few``: there are few blocks, for which large tables do not pay.
     """
     decode = verb == "decode"
-    for bits in sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True):
-        blob, places = tables_for(verb, h, bits)
+    for keys, bits in product((True, False), sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)):
+        blob, places = tables_for(verb, h, bits, keys)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         threads = special.get((verb, h.order), THREADS[verb, h.order])
         for bulk in (True, False) if decode and major >= 9 else (False,):
@@ -328,10 +363,11 @@ def table_bits(h: Header) -> int:
     return next((bits for most, bits in TABLE_BITS if h.coding == c.CODING_SPLIT and h.row_bits <= most * h.order), 0)
 
 
-def tables_for(verb: str, h: Header, bits: int) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(verb: str, h: Header, bits: int, keys: bool) -> tuple[np.ndarray, dict[str, int]]:
+    """``keys``: the checksum's as well, if there are few; otherwise the kernel reads them from the device's memory."""
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
-    return _blob({**own, **_shared(verb, h, plan)})
+    return _blob({**own, **_shared(verb, h, plan, keys)})
 
 
 def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
