@@ -16,8 +16,9 @@
 // else do they share.
 //
 // Compiled with: DECODER or ENCODER, PAPER (the coding), ROUNDS (of the rotation), WARPGROUPS (four warps multiply together), ORDER,
-// LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
-// constants.py and device.py, sizes of shared memory, and the places of the tables.
+// LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES,
+// STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of constants.py and device.py, sizes of
+// shared memory, and the places of the tables.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -282,6 +283,9 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* a, u32 base, int block, int ap
 template <bool TWICE> INLINE void multiply_together(const u8* tables, int chunk, const u32 (*a)[4], Sum (*sums)[4]) {
     const u32 base = matrix_chunk(tables, 0) / 16;
     const int first = chunk * TILES * BLOCKS;
+#pragma unroll
+    for (int i = 0; i < BLOCKS / (TWICE ? 4 : 2); i++)  // operands are in their registers before the fence
+        asm volatile("" : : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int block = 0; block < BLOCKS; block += TWICE ? 4 : 2) {
