@@ -431,6 +431,44 @@ def test_a_batch_fills_ranges_into_parts_of_caches(gpu_backend: str) -> None:
         same(cache, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 1}, {"center": "rope", "rope": Rope()}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_blocks_of_all_lengths_are_coded_side_by_side(head_dim: int, options: dict[str, Any], gpu_backend: str) -> None:
+    """Warps that multiply together have blocks of other lengths, ranges that begin and end elsewhere, or no block at all."""
+    lengths = (1, 23, 24, 25, 9) if GPU else (1, 9, 17)
+    tensors = [gaussian(3, tokens, head_dim, seed=tokens, dtype=torch.bfloat16) for tokens in lengths]
+    tensors[-1][1, 3] *= 1e30  # these rows alone are brought to another size
+    tensors[-1][2, 0] = 0
+    options = options | {"chunk_tokens": 16, "preset": "pq3"}
+    made = EncodeBatch([x.to(DEVICE) for x in tensors], backend=gpu_backend, **options)
+    streams = made.run()
+    made.check()
+    for x, stream in zip(tensors, streams, strict=True):
+        by_cpu = pqcodec.decode(pqcodec.encode(x, backend="cpu", **options), backend="cpu")
+        assert differing_rows(pqcodec.decode(to_bytes(stream), backend="cpu"), by_cpu) <= 1
+    for tokens in ((0, 1), (0, None), (7, 9), (16, None)):
+        chosen = [
+            stream for x, stream in zip(tensors, streams, strict=True) if x.shape[1] > max(tokens[0], (tokens[1] or 0) - 1)
+        ]
+        for stream in chosen:
+            last = tokens[1] or pqcodec.inspect(to_bytes(stream)).shape[1]
+            want = pqcodec.decode(to_bytes(stream), tokens=(tokens[0], last), backend="cpu")
+            same(decoded(stream, gpu_backend, tokens=(tokens[0], last)), want)
+    readers = DecodeBatch(streams, backend=gpu_backend)
+    for out, stream in zip(readers.run(), streams, strict=True):
+        same(out, pqcodec.decode(to_bytes(stream), backend="cpu"))
+    readers.check()
+    streams[1][-9] ^= 4
+    readers.run()
+    with pytest.raises(CorruptStream, match="payload, leading index 2"):
+        readers.check()
+    tensors[-1][0, 5, 3], tensors[-1][2, 8, 60] = float("nan"), float("-inf")
+    wrong = EncodeBatch([x.to(DEVICE) for x in tensors], backend=gpu_backend, **options)
+    wrong.run()
+    with pytest.raises(NonFiniteInput, match="2 vectors hold"):
+        wrong.check()
+
+
 @pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 2, "chunk_tokens": 4}], ids=str)
 def test_streams_of_the_host_are_moved_and_decoded_together(options: dict[str, Any], gpu_backend: str) -> None:
     tensors, presets = mixed()

@@ -12,9 +12,13 @@
 // (bit 0) and the same + 8 (bit HALF); of a tile's outputs it holds 2 q, 2 q + 1 (bit 0). Coordinates: q is bits L-1, L-2 (a
 // quarter of the tree). Channels: q is bits 4 and 3. What is left counts k-steps or tiles.
 //
-// Compiled with: DECODER or ENCODER, PAPER (the coding), ORDER, LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET,
-// RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
-// constants.py and device.py, sizes of shared memory, and the places of the tables.
+// Two rounds of the rotation are one product with a matrix in shared memory; on Hopper four warps multiply together, and nothing
+// else do they share.
+//
+// Compiled with: DECODER or ENCODER, PAPER (the coding), ROUNDS (of the rotation), WARPGROUPS (four warps multiply together), ORDER,
+// LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES,
+// STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of constants.py and device.py, sizes of
+// shared memory, and the places of the tables.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -132,6 +136,7 @@ INLINE void mma_brain(float* d, u32 a0, u32 a1, u32 a2, u32 a3, const u32* b, co
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+#if ROUNDS == 1
 // Operands of +-1: the sign of H between input k and output n is the parity of k & n. Bits of k and n that both sides' lanes tell
 // meet each other (bit 0, and one more in order 64); the inputs of one operand differ in bit HALF, which lanes tell of n; one bit
 // of k that steps count, IN, is told of n by lanes; two bits of n that tiles count are told of k by lanes (OUT). The rest of k & n
@@ -185,6 +190,129 @@ INLINE void join(float* p) {
         p[i] = clear + set, p[2 + i] = clear - set;
     }
 }
+#else
+// Two rounds: the product with R, whose entries are even integers. mma's A operand has sixteen rows, a tile has eight, so a row gives
+// two parts. Decoding, these are the low and high bytes of coordinates, signed, and multiply R / 2, which is of bytes. Encoding, they
+// are 16-bit numbers and what float32 has beyond them; or, of rows that are 16-bit numbers, other inputs, and then the matrix is
+// multiplied twice, for each part with its own inputs. A chunk is so many columns that there are 32 sums a lane or, of numbers and
+// the rest, 16: [eight columns][two neighbours of the first part, two of the second].
+//
+// The matrix lies in shared memory in blocks of eight columns by 16 bytes of inputs (128 bytes, a column behind the other): all
+// blocks of the first eight columns, then those of the next. Both mma (by ldmatrix) and wgmma (without swizzle) read such blocks.
+#ifdef DECODER
+typedef int Sum;
+#define BLOCKS (ORDER / 16)  // of eight columns
+#define TILES 8              // of eight columns, of a chunk
+#define MMA_SHAPE "m16n8k32.row.col.s32.s8.s8.s32"
+#define WGMMA_SHAPE "m64n64k32.s32.s8.s8"
+#define IN_OUT(x) "+r"(x)
+#else
+typedef float Sum;
+#define BLOCKS (ORDER / 8)
+#define TILES 4
+#define BRAIN (DTYPE == 2 && !OFFSETS)  // the matrix is of bfloat16, as the rows are; else of float16
+#if BRAIN
+#define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
+#define WGMMA_SHAPE "m64n32k16.f32.bf16.bf16"
+#else
+#define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
+#define WGMMA_SHAPE "m64n32k16.f32.f16.f16"
+#endif
+#define IN_OUT(x) "+f"(x)
+#endif
+#define CHUNKS (ORDER / (8 * TILES))
+#define FOUR(s) IN_OUT((s)[0]), IN_OUT((s)[1]), IN_OUT((s)[2]), IN_OUT((s)[3])
+
+INLINE u32 matrix_chunk(const u8* tables, int chunk) {
+    return (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + chunk * (TILES * BLOCKS * 128);
+}
+
+INLINE void mma_step(Sum* sums, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned." MMA_SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : FOUR(sums)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+INLINE void four_blocks(u32 at, u32* b) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
+
+// A chunk's sums, by a warp alone. ``a``: for two blocks each {first part, second part} of one and of the next; or, TWICE, for four
+// blocks each {first part of one, second part of the next}, and so on, and then there are TILES sums of first parts before the others.
+template <bool TWICE> INLINE void multiply(const u8* tables, int chunk, const u32 (*a)[4], Sum (*sums)[4]) {
+    const u32 at = matrix_chunk(tables, chunk) + (threadIdx.x & 31) * 16;
+#pragma unroll
+    for (int i = 0; i < (TWICE ? 2 : 1) * TILES; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block += 4) {
+            u32 b[4];
+            four_blocks(at + (i * BLOCKS + block) * 128, b);
+            if (TWICE) {
+                mma_step(sums[i], a[block / 4], b[0], b[2]);
+                mma_step(sums[TILES + i], a[block / 4], b[1], b[3]);
+            } else {
+                mma_step(sums[i], a[block / 2], b[0], b[1]);
+                mma_step(sums[i], a[block / 2 + 1], b[2], b[3]);
+            }
+        }
+}
+
+#if WARPGROUPS
+// Adds the products of two blocks, ``apart`` blocks apart, to TILES sums; of the first two they are the sums.
+INLINE void wgmma_step(Sum (*sums)[4], const u32* a, u32 base, int block, int apart, u32 add) {
+    const u64 b = base + (block * 128 / 16 | apart * 128 / 16 << 16) | (u64)(BLOCKS * 128 / 16) << 32;
+#ifdef DECODER
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+        " {%32,%33,%34,%35}, %36, p;}"
+        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#else
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#endif
+}
+
+// multiply() by four warps, each of its own rows.
+template <bool TWICE> INLINE void multiply_together(const u8* tables, int chunk, const u32 (*a)[4], Sum (*sums)[4]) {
+    const u32 base = matrix_chunk(tables, 0) / 16;
+    const int first = chunk * TILES * BLOCKS;
+#pragma unroll
+    for (int i = 0; i < BLOCKS / (TWICE ? 4 : 2); i++)  // operands are in their registers before the fence
+        asm volatile("" : : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]));
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block += TWICE ? 4 : 2) {
+        wgmma_step(sums, a[block / (TWICE ? 4 : 2)], base, first + block, TWICE ? 2 : 1, block);
+        if (TWICE) wgmma_step(sums + TILES, a[block / 4], base, first + block + 1, 2, block);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < (TWICE ? 2 : 1) * TILES; i++) asm volatile("" : FOUR(sums[i]));  // nothing is read before
+}
+
+// Of a warpgroup: how many warps say yes to the first question, and 8 for each that says yes to the second.
+INLINE u32 votes_of_four(bool first, bool second) {
+    const u32 lane = threadIdx.x & 31, yes = lane ? lane <= 8 && second : first;
+    u32 votes;
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; barrier.cta.red.popc.aligned.u32 %0, %1, 128, p;}"
+                 : "=r"(votes)
+                 : "r"(1 + (threadIdx.x >> 7)), "r"(yes)
+                 : "memory");
+    return votes;
+}
+#else
+template <bool TWICE> INLINE void multiply_together(const u8* tables, int chunk, const u32 (*a)[4], Sum (*sums)[4]) {
+    multiply<TWICE>(tables, chunk, a, sums);
+}
+#endif
+#endif
 
 // Address of the word that a bit lies in. (As C++ it would take three instructions instead of two.)
 INLINE u32 word_of(u32 words, u32 bit) {
@@ -250,6 +378,24 @@ template <int RUN> INLINE void offset_run(const u8* tables, const Block& b, int 
     }
 #endif
 }
+#endif
+
+// -- the loops of a warp -----------------------------------------------------------------------------------------
+#if WARPGROUPS
+// Four warps go round together, for as long as one of them has a block, and in it rows. The others code rows that nobody wants.
+#define WORK_LEFT (index - (threadIdx.x >> 5 & 3) * gridDim.x < blocks)
+#define IDLE (index >= blocks)
+#define FOR_ROWS for (int row0 = 0, more = 1; more; row0 += ROWS)
+#define PAST (row0 >= b.tokens)
+#define READY for_wgmma(), __syncthreads()
+
+INLINE void for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // it reads what every thread wrote
+#else
+#define WORK_LEFT (index < blocks)
+#define IDLE false
+#define FOR_ROWS for (int row0 = 0; row0 < b.tokens; row0 += ROWS)
+#define PAST false
+#define READY __syncthreads()
 #endif
 
 #ifdef DECODER
@@ -383,9 +529,18 @@ INLINE Pairs table_pairs(const u8* tables, u32 entry) {
 
 // The coordinates on the grid, packed.
 INLINE void put_quad(Pairs pairs, float radius, u32* packed) {
+#if ROUNDS == 2  // the low 16 bits of v + 128: its high byte, and v's low byte, signed, plus 128
+    const float magic = 12582912.0f + 128.0f;
+    const u32 v[4] = {bits_of(__fadd_rn(__fmul_rn(radius, pairs.a.x), magic)), bits_of(__fadd_rn(__fmul_rn(radius, pairs.a.y), magic)),
+                      bits_of(__fadd_rn(__fmul_rn(radius, pairs.b.x), magic)), bits_of(__fadd_rn(__fmul_rn(radius, pairs.b.y), magic))};
+    const u32 a = __byte_perm(v[0], v[1], 0x5140), b = __byte_perm(v[2], v[3], 0x5140);  // low, low, high, high
+    packed[0] = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
+    packed[1] = __byte_perm(a, b, 0x7632);
+#else
     const float magic = 12582912.0f;  // rounds to an integer, ties to even
     packed[0] = pack_half(__fadd_rn(__fmul_rn(radius, pairs.a.x), magic) - magic, __fadd_rn(__fmul_rn(radius, pairs.a.y), magic) - magic);
     packed[1] = pack_half(__fadd_rn(__fmul_rn(radius, pairs.b.x), magic) - magic, __fadd_rn(__fmul_rn(radius, pairs.b.y), magic) - magic);
+#endif
 }
 
 // Two nodes of eight coordinates: mma's operands, two registers a quad.
@@ -571,32 +726,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
         fetch(fetched, b.payload, 0, b.tokens, lane);
         if (lane == 0) *stash = b;
     }
+#if WARPGROUPS
+    else if (lane == 0) *stash = find_block(rows, firsts, starts, search, 0);
+#endif
     for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+#if ROUNDS == 1
     if (threadIdx.x < 32) reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES)[lane].prepare(lane, 0x3c003c00u);
-    __syncthreads();
+#endif
+    READY;
 
-    for (; index < blocks; index += gridDim.x * WARPS) {
-        const Block b = *stash;
+    for (; WORK_LEFT; index += gridDim.x * WARPS) {
+        Block b = *stash;
+        if (IDLE) b.tokens = b.first = b.last = 0;
         const u32 stored = __ldcs(b.payload + WORDS(b.tokens));
         u64 sum = 0;
-        for (int row0 = 0; row0 < b.tokens; row0 += ROWS) {
+        FOR_ROWS {
 #pragma unroll
             for (int i = 0; i < FETCHES; i++) {
                 const int word = i * 32 + lane;
                 if (FETCHES * 32 == WORDS(ROWS) || word < WORDS(ROWS)) {
-                    sum += folded((u64)fetched[i] * key_of(tables, keys, WORDS(b.tokens), WORDS(row0) + word));
+                    if (!PAST) sum += folded((u64)fetched[i] * key_of(tables, keys, WORDS(b.tokens), WORDS(row0) + word));
                     stage[place_of_word(word)] = fetched[i];
                 }
             }
             __syncwarp();
-            if (row0 + ROWS < b.tokens) {
+            if (PAST) {
+            } else if (row0 + ROWS < b.tokens) {
                 fetch(fetched, b.payload, row0 + ROWS, b.tokens, lane);
             } else if (index + gridDim.x * WARPS < blocks) {
                 const Block next = find_block(rows, firsts, starts, search, index + gridDim.x * WARPS);
                 fetch(fetched, next.payload, 0, next.tokens, lane);
                 if (lane == 0) *stash = next;
             }
+#if WARPGROUPS
+            const u32 votes = votes_of_four(row0 + ROWS > b.first && row0 < b.last, row0 + ROWS < b.tokens);
+            more = votes >> 3;
+            if (!(votes & 7)) {
+#else
             if (row0 + ROWS <= b.first || row0 >= b.last) {
+#endif
                 __syncwarp();
                 continue;
             }
@@ -618,9 +786,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
             __syncwarp();
 
             // Ordinary rows neither leave float32's normal range nor the dtype's.
+#if ROUNDS == 1
             const float bound = (PAPER ? 520.0f : 181.0f * 2) * ORDER;  // a sum's: > sqrt(ORDER) times the coordinates' norm
+#else
+            const float bound = 4096.0f * ORDER;
+#endif
             const bool plain = __all_sync(ALL, second == 1.0f && factor * bound < LARGEST);
+#if ROUNDS == 1
             const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
+#else
+            factor *= 2.0f;  // the matrix is R / 2; the largest factor is below 2^121
+            Sum sums[TILES][4];
+#endif
             const int row = row0 + g;
 #if BULK
             bulk_wait();
@@ -632,6 +809,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
 
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
+#if ROUNDS == 1
                 float p[2][4];
                 u32 operand[2][2][2];  // bit IN, negative, register
                 signs.operands(q, 0, piece << 5, operand[0]);
@@ -651,14 +829,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                 float y[8];
 #pragma unroll
                 for (int u = 0; u < 8; u++) y[u] = p[u / 4][u % 4];
-#if DTYPE != 3 && !OFFSETS
+#else
+                if (piece % 2 == 0) multiply_together<false>(tables, piece / 2, reinterpret_cast<u32 (*)[4]>(a), sums);
+                const int first = piece * 32 + q * 8;
+                float y[8];
+#pragma unroll
+                for (int u = 0; u < 8; u++) {
+                    const Sum* both = sums[piece % 2 * 4 + u / 2];
+                    y[u] = (float)(both[u % 2] + both[2 + u % 2] * 256);
+                }
+#endif
+#if DTYPE != 3 && !OFFSETS && ROUNDS == 1
                 const uint4 pairs = *reinterpret_cast<const uint4*>(tables + SIGNS_AT + first * 2);
                 const u32 sign[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #endif
 #if DTYPE == 3 || OFFSETS
 #pragma unroll
                 for (int u = 0; u < 8; u++) {
+#if ROUNDS == 1
                     y[u] = float_of(bits_of(y[u]) ^ reinterpret_cast<const u32*>(tables + SIGNS_32_AT)[first + u]);
+#endif
                     y[u] = y[u] * factor * second + 0.0f;
                 }
 #if OFFSETS
@@ -674,7 +864,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                 for (int u = 0; u < 8; u++) y[u] = y[u] * factor;
                 if (!plain)
 #pragma unroll
-                    for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(y[u] * second, -LARGEST), LARGEST);
+                    for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(ROUNDS == 1 ? y[u] * second : y[u] * second + 0.0f, -LARGEST), LARGEST);
 #endif
 #if DTYPE == 3
 #pragma unroll
@@ -684,7 +874,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
                     packed[u] = pack_stored(y[2 * u], y[2 * u + 1]);
-#if !OFFSETS
+#if !OFFSETS && ROUNDS == 1
                     packed[u] = with_signs(packed[u], sign[u]);
 #endif
                 }
@@ -696,7 +886,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
 #endif
         }
         const u32 good = reduced(sum, b.tokens * ROW_BYTES, KEY_0);
-        if (lane == 0) flags[index] = good != stored;
+        if (lane == 0 && !IDLE) flags[index] = good != stored;
         __syncwarp();
     }
 #if BULK
@@ -772,21 +962,21 @@ struct Angle {
 
 // Angles of COUNT nodes, side by side because each waits for its look-ups.
 template <int N, int COUNT> INLINE void find_angles(const u8* tables, const float* a, const float* b, const int* budgets, Angle* angles) {
-    constexpr int place = place_in(N), place_16 = place_in(16);
+    constexpr int rows[] = LOOK_UP_ROWS, row = rows[place_in(N)];
     int shift[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         angles[i].width = width_of<N>(budgets[i]);
-        const u8* look_up = tables + LOOK_UPS_AT + (place * 8 + angles[i].width) * LOOK_UP_BYTES;
+        const u8* look_up = tables + LOOK_UPS_AT + (row + angles[i].width) * LOOK_UP_BYTES;
         if constexpr (N <= 16) {
             const u32 where = place_of(a[i], b[i], 1024.0f);
             angles[i].code = look_up[where];
-            shift[i] = reinterpret_cast<const signed char*>(look_up + (SHIFTS_16_AT - LOOK_UPS_AT - place_16 * 8 * LOOK_UP_BYTES))[where];
+            shift[i] = reinterpret_cast<const signed char*>(look_up + (SHIFTS_16_AT - LOOK_UPS_AT - LOOK_UP_ROW_16 * LOOK_UP_BYTES))[where];
         } else {
             const u32 where = place_of(a[i], b[i], 16384.0f);
             u32 code = look_up[where >> 4];
-            code += reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(place * 8 + angles[i].width) * 130 + 1 + code] <= where;
-            shift[i] = reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place * 256 + (1 << angles[i].width) + code];
+            code += reinterpret_cast<const u16*>(tables + BOUNDS_AT)[(row + angles[i].width) * 130 + 1 + code] <= where;
+            shift[i] = reinterpret_cast<const signed char*>(tables + SHIFTS_AT)[place_in(N) * 256 + (1 << angles[i].width) + code];
             angles[i].code = code;
         }
     }
@@ -802,10 +992,10 @@ template <int N, int COUNT> INLINE void find_angles(const u8* tables, const floa
 
 #define LEAST_ENERGY 1e-30f  // of a row that is not zero
 #if !PAPER
-// Code of the radius sqrt(energy / ORDER) 2^-exponent (SPEC 6.1).
+// Code of the radius sqrt(energy / ORDER^ROUNDS) 2^-exponent (SPEC 6.1).
 INLINE u32 radius_code(float energy, int exponent) {
     const u32 bits = bits_of(energy);
-    const int power = (int)(bits >> 23) - 127 - LOG2_ORDER;
+    const int power = (int)(bits >> 23) - 127 - ROUNDS * LOG2_ORDER;
     float doubled;  // twice log2 of the radius within its octave
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(doubled) : "f"(float_of((bits & 0x7fffff) + (127 + (power & 1) << 23))));
     const int code = ((power >> 1) - exponent + RADIUS_BIAS) * RADIUS_STEPS + __float2int_rd(doubled * (0.5f * RADIUS_STEPS) + 0.5f) + 1;
@@ -965,13 +1155,54 @@ INLINE float value_of(const u32* x, int i) {
 #endif
 }
 
+#if ROUNDS == 1
 // The operand of a k-step and a quad.
 #define OPERAND(operand, t, quad) operand[(quad) >> 1 & 3][parity(STEP(t) & (quad) << 2 & ~(1u << IN))]
 
+#else
+INLINE u32 pack_entries(float even, float odd) {
+    u32 r;
+#if BRAIN
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(odd), "f"(even));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(odd), "f"(even));
+#endif
+    return r;
+}
+
+INLINE float entry_value(u32 x) {  // of the low half
+#if BRAIN
+    return float_of(x << 16);
+#else
+    return half_value(x & 0xffff);
+#endif
+}
+
+// A lane's coordinates, of operands as multiply() takes them; TOGETHER by four warps.
+template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*a)[4], float (*p)[4]) {
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        Sum sums[(TWICE ? 2 : 1) * TILES][4];
+        if (TOGETHER) multiply_together<TWICE>(tables, chunk, a, sums);
+        else multiply<TWICE>(tables, chunk, a, sums);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                p[(chunk * TILES + i) / 2][2 * (i & 1) + j] = sums[i][j] + sums[TWICE ? TILES + i : i][2 + j];
+    }
+}
+#endif
+
 // A row as float32: centred, NaN and Inf found, brought to where two float16 side by side hold 22 bits of the largest numbers.
-// Makes accumulators for join().
+// Makes accumulators for join(), or operands.
+#if ROUNDS == 1
+#define CAREFUL float (*p)[4]
+#else
+#define CAREFUL u32 (*a)[4]
+#endif
 INLINE void careful_row(const u8* tables, const Block& b, const i64 from, int row, int lane, int& bad,
-                         int& exponent, float (*p)[4]) {
+                         int& exponent, CAREFUL) {
     const int q = lane & 3;
     float x[PIECES][8];
     u32 most = 0;
@@ -1007,6 +1238,16 @@ INLINE void careful_row(const u8* tables, const Block& b, const i64 from, int ro
 #endif
     exponent = wrong ? 0 : min(13 - ((int)(most >> 23) - 127), 127);
     const float scale = float_of((u32)(exponent + 127) << 23);
+#if ROUNDS == 2
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        float even = wrong ? 0.0f : x[i / 4][2 * (i & 3)] * scale, odd = wrong ? 0.0f : x[i / 4][2 * (i & 3) + 1] * scale;
+        u32* parts = a[i / 2] + 2 * (i & 1);
+        parts[0] = pack_entries(even, odd);
+        even -= entry_value(parts[0]), odd -= entry_value(parts[0] >> 16);
+        parts[1] = pack_entries(even, odd);
+    }
+#else
     const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
     u32 operand[4][2][2];  // bits OUT, negative, register
 #pragma unroll
@@ -1033,6 +1274,7 @@ INLINE void careful_row(const u8* tables, const Block& b, const i64 from, int ro
             for (int term = 0; term < 2; term++)
                 mma_half(p[quad], a[term][0], a[term][1], a[term][2], a[term][3], OPERAND(operand, t, quad), p[quad]);
     }
+#endif
 }
 
 // Rows behind the block's end repeat its last.
@@ -1062,19 +1304,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
         fetch(b, 0, lane);
         if (lane == 0) *stash = b;
     }
+#if WARPGROUPS
+    else if (lane == 0) *stash = find_block(rows, firsts, starts, search, 0);
+#endif
     for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+#if ROUNDS == 1
     if (threadIdx.x < 32) {  // of float16, then of bfloat16
         reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES)[lane].prepare(lane, 0x3c003c00u);
         reinterpret_cast<Signs*>(const_cast<u8*>(tables) + BLOB_BYTES + SIGNS_BYTES / 2)[lane].prepare(lane, 0x3f803f80u);
     }
-    __syncthreads();
+#endif
+    READY;
 
-    for (; index < blocks; index += gridDim.x * WARPS) {
+    for (; WORK_LEFT; index += gridDim.x * WARPS) {
         const Block b = *stash;
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
-        for (int row0 = 0; row0 < b.tokens; row0 += ROWS) {
+        FOR_ROWS {
+#if WARPGROUPS
+            more = votes_of_four(false, !IDLE && row0 + ROWS < b.tokens) >> 3;
+#endif
             const int row = row0 + g;
             const i64 from = row_at(b, row) + q * 8 * ITEM;
             float p[QUADS_LANE][4];
@@ -1086,6 +1336,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
 #pragma unroll
             for (int i = 0; i < (STAGE_BYTES + 511) / 512; i++)
                 if (i * 512 + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+#if ROUNDS == 2
+            rotate<true, WARPGROUPS>(tables, x, p);
+#else
             const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES + (DTYPE == 2 ? SIGNS_BYTES / 2 : 0))[lane];
             u32 operand[4][2][2];  // bits OUT, negative, register
 #pragma unroll
@@ -1111,18 +1364,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
 #endif
                 }
             }
+#endif
 #else
 #pragma unroll
             for (int i = 0; i < (STAGE_BYTES + 511) / 512; i++)
                 if (i * 512 + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+#if ROUNDS == 2
+            u32 a[BLOCKS / 2][4];
+            careful_row(tables, b, from, row, lane, bad, exponent, a);
+            rotate<false, WARPGROUPS>(tables, a, p);
+#else
             careful_row(tables, b, from, row, lane, bad, exponent, p);
 #endif
+#endif
+#if ROUNDS == 1
 #pragma unroll
             for (int quad = 0; quad < QUADS_LANE; quad++) join(p[quad]);
+#endif
             __syncwarp();
             if (row0 + ROWS < b.tokens) {
                 fetch(b, row0 + ROWS, lane);
-            } else if (index + gridDim.x * WARPS < blocks) {
+            } else if (!PAST && index + gridDim.x * WARPS < blocks) {
                 const Block next = find_block(rows, firsts, starts, search, index + gridDim.x * WARPS);
                 fetch(next, 0, lane);
                 if (lane == 0) *stash = next;
@@ -1132,9 +1394,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
             float own = e.of<ORDER / 4>(0);
 #if PLAIN
             if (!__all_sync(ALL, own > 1e-22f && own < 1e30f)) {
+#if ROUNDS == 2
+                u32 a[BLOCKS / 2][4];
+                careful_row(tables, b, from, row, lane, bad, exponent, a);
+                rotate<false, false>(tables, a, p);
+#else
                 careful_row(tables, b, from, row, lane, bad, exponent, p);
 #pragma unroll
                 for (int quad = 0; quad < QUADS_LANE; quad++) join(p[quad]);
+#endif
                 find_energies(p, e);
                 own = e.of<ORDER / 4>(0);
             }
@@ -1165,7 +1433,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
             subtree<ORDER / 4>(tables, out, p, e, 0, q & 1 ? next.right : next.left);
 #endif
             __syncwarp();
-            const int have = WORDS(min(b.tokens - row0, ROWS));
+            const int have = IDLE ? 0 : WORDS(min(b.tokens - row0, ROWS));
             u32* payload = b.payload + WORDS(row0);
 #pragma unroll
             for (int i = 0; i < FETCHES; i++) {
@@ -1178,8 +1446,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
             __syncwarp();
         }
         const u32 total = reduced(sum, b.tokens * ROW_BYTES, KEY_0);
-        if (lane == 0) b.payload[WORDS(b.tokens)] = total;
-        if (bad) atomicAdd(flags + __ldg(b.span + FLAGS), bad);
+        if (lane == 0 && !IDLE) b.payload[WORDS(b.tokens)] = total;
+        if (bad && !IDLE) atomicAdd(flags + __ldg(b.span + FLAGS), bad);
     }
 }
 #endif

@@ -1,6 +1,7 @@
 """Law: the CUDA backend: ``cuda_tiles.cu`` compiled at run time (NVRTC) where it pays, Triton's kernels for everything else.
 
-NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes.
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes. Two
+rounds of the rotation are one product with a matrix that lies in shared memory, where there is room for it.
 ``covers`` and ``layout`` are the whole rule. A kernel is compiled once a process for each kind of stream.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -59,13 +61,19 @@ def covers(group: Group) -> bool:
     item = c.ITEM_BYTES[h.dtype]
     return (
         h.head_dim in ORDERS
-        and h.rounds == 1
+        and (h.rounds == 1 or _halves_fit(h.order, h.seed))
         and group.blocks < 1 << 31
         and all(tokens * h.row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
         and rope
         and all(abs(s.stride) * item * h.chunk_tokens < 1 << 31 for s in group.spans)
         and all(s.payload % 4 == 0 and s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
     )
+
+
+@lru_cache(maxsize=64)
+def _halves_fit(order: int, seed: int) -> bool:
+    """Whether the decoder's matrix, halves of two rounds', is of signed bytes, as it is for every seed anyone has seen."""
+    return bool(np.abs(t.rotation_matrix(order, seed, 2)).max() < 2 * 128)
 
 
 # -- tables: one blob that a kernel copies into shared memory ----------------------------------------------------------
@@ -80,17 +88,41 @@ def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(h: Header, plan: Plan) -> dict[str, np.ndarray]:
-    signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
-    one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
-    arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
+def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarray]:
+    if plan.rounds == 2:
+        arrays = {"MATRIX": _matrix(verb, h)}
+    else:
+        signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
+        one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
+        arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
         arrays["PHASES"] = centre.phase_pairs()
     words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
-    if words <= MOST_KEYS:
+    if keys and words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
+
+
+def _matrix(verb: str, h: Header) -> np.ndarray:
+    """Both rounds' matrix as the kernel multiplies with it: uint8 [order / 8, blocks, 8 columns, 16 bytes of inputs].
+
+    The decoder's columns are channels, of int8 R / 2; the encoder's are coordinates, of R. Four lanes hold a row: eight
+    neighbours each of every 32 channels, and a quarter each of the coordinates.
+    """
+    matrix = t.rotation_matrix(h.order, h.seed, 2)  # [coordinate, channel]
+    place = np.arange(h.order)
+    channels = place // 32 * 32 + place % 8 // 2 * 8 + place // 8 % 4 * 2 + place % 2
+    if verb == "decode":  # of 16 inputs a lane has four, of eight columns two
+        coordinates = place % 16 // 4 * (h.order // 4) + place // 16 * 4 + place % 4
+        columns = (matrix[coordinates][:, channels].T / 2).astype(np.int8)
+    else:
+        coordinates = place % 8 // 2 * (h.order // 4) + place // 8 * 2 + place % 2
+        columns = matrix[coordinates][:, channels]
+        if h.dtype == c.DTYPE_BFLOAT16 and not h.offsets:
+            columns = (columns.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # exact: even, 256 at the most
+    columns = np.ascontiguousarray(columns).view(np.uint8)
+    return columns.reshape(h.order // 8, 8, -1, 16).swapaxes(1, 2)
 
 
 def _halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -157,17 +189,45 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_PAPER:
         return {}
-    nodes, quads = t.node_arrays(plan.order), plan.quads
+    nodes, quads, kept = t.node_arrays(plan.order), plan.quads, _kept(h)
     bounds = np.minimum(np.pad(nodes.bounds, ((0, 0), (0, 0), (0, 1)), constant_values=1 << 30), (1 << 16) - 1)
     return {
-        "LOOK_UPS": _past_the_end(nodes.look_up),
-        "BOUNDS": bounds.astype(np.uint16),
+        "LOOK_UPS": _past_the_end(nodes.look_up)[kept],
+        "BOUNDS": bounds.astype(np.uint16)[kept],
         "SHIFTS": nodes.shift.astype(np.int8),
         "CELLS": _past_the_end(t.quad_look_up()),
         "BUDGETS": np.stack([quads.per_cell, quads.first], 1).astype(np.uint32),
         "SECTORS": (quads.n_a | quads.n_b << 16).astype(np.uint32),
-        "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order)),
+        "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order))[kept[-2:]],
     }
+
+
+@lru_cache(maxsize=64)
+def _kept(h: Header) -> np.ndarray:
+    """Which rows of the encoder's look-ups a kernel has: bool [kinds, widths].
+
+    With one round all; beside the matrix of two there is room only for widths that a kind's angles have. Split coding.
+    """
+    plan = plan_for(h)
+    kept = np.full((len(plan.tree.tables), t.WIDTHS), plan.rounds == 1)
+    budgets = {plan.root_budget}
+    for kind, table in enumerate(plan.tree.tables):  # these orders halve down to 8: one kind a level
+        widths = table.bits[sorted(budgets)]
+        kept[kind, widths.min() : widths.max() + 1] = True
+        below: set[int] = set()
+        for budget in budgets:
+            width = int(table.bits[budget])
+            rest = np.int64(budget - width)
+            left = angles.split_budget(rest, table.shift[1 << width : 2 << width].astype(np.int64), table.m_a, table.m_b)
+            below |= {*left.tolist(), *(rest - left).tolist()}
+        budgets = below
+    return kept
+
+
+def _look_up_rows(h: Header) -> list[int]:
+    """Where a kind's look-ups begin, in rows: less the widths that lie between there and those that are kept."""
+    kept = _kept(h)
+    return [int(kept[:kind].sum() - kept[kind].argmax()) for kind in range(len(kept))]
 
 
 def _shift_look_up(nodes: t.NodeArrays, order: int) -> np.ndarray:
@@ -211,6 +271,8 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
         "GRID": f"{float(c.GRID)!r}f",
         "PAPER": int(paper),
+        "ROUNDS": h.rounds,
+        "WARPGROUPS": int(layout.warpgroups),
         "PAPER_BOUNDS": _braces(t.paper_cells()[0] ** 2),
         "ROWS": ROWS,
         "ROW_BYTES": plan.row_bytes,
@@ -224,7 +286,8 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
-        "SIGNS_BYTES": _signs_bytes(verb),
+        **({} if paper or verb == "decode" else _row_definitions(h)),
+        "SIGNS_BYTES": _signs_bytes(verb, h),
         "KEY_0": f"{checksum_keys(1)[0]}u",
         "PRIME": f"{c.CHECKSUM_PRIME}ull",
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
@@ -235,9 +298,14 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _signs_bytes(verb: str) -> int:
-    """The operands of the rotation: 16 bytes a lane, of float16 and, when encoding, of bfloat16."""
-    return 512 if verb == "decode" else 1024
+def _row_definitions(h: Header) -> dict[str, Any]:
+    rows = _look_up_rows(h)
+    return {"LOOK_UP_ROWS": f"{{{','.join(map(str, rows))}}}", "LOOK_UP_ROW_16": int(_kept(h)[:-2].sum())}
+
+
+def _signs_bytes(verb: str, h: Header) -> int:
+    """The operands of one round of the rotation: 16 bytes a lane, of float16 and, when encoding, of bfloat16."""
+    return 0 if h.rounds == 2 else 512 if verb == "decode" else 1024
 
 
 def _braces(array: np.ndarray) -> str:
@@ -268,6 +336,7 @@ class Layout:
     threads: int
     table_bits: int  # quads of so many bits are looked up
     bulk: bool  # decoded rows leave by the bulk copy engine
+    warpgroups: bool  # four warps multiply together (compute capability 9.0 alone knows how)
     blob: np.ndarray
     places: dict[str, int]
     shared_bytes: int
@@ -279,14 +348,14 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     ``few``: there are few blocks, for which large tables do not pay.
     """
     decode = verb == "decode"
-    for bits in sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True):
-        blob, places = tables_for(verb, h, bits)
+    for keys, bits in product((True, False), sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)):
+        blob, places = tables_for(verb, h, bits, keys)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         threads = special.get((verb, h.order), THREADS[verb, h.order])
         for bulk in (True, False) if decode and major >= 9 else (False,):
-            size = blob.size + _signs_bytes(verb) + threads // 32 * _warp_bytes(h, bulk)
+            size = blob.size + _signs_bytes(verb, h) + threads // 32 * _warp_bytes(h, bulk)
             if size <= limit:
-                return Layout(threads, bits, bulk, blob, places, size)
+                return Layout(threads, bits, bulk, h.rounds == 2 and major == 9, blob, places, size)
     return None
 
 
@@ -294,17 +363,18 @@ def table_bits(h: Header) -> int:
     return next((bits for most, bits in TABLE_BITS if h.coding == c.CODING_SPLIT and h.row_bits <= most * h.order), 0)
 
 
-def tables_for(verb: str, h: Header, bits: int) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(verb: str, h: Header, bits: int, keys: bool) -> tuple[np.ndarray, dict[str, int]]:
+    """``keys``: the checksum's as well, if there are few; otherwise the kernel reads them from the device's memory."""
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
-    return _blob({**own, **_shared(h, plan)})
+    return _blob({**own, **_shared(verb, h, plan, keys)})
 
 
 def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     """The machine code (cubin) of one direction for one kind of stream."""
     source = files("pqcodec.kernels").joinpath("cuda_tiles.cu").read_bytes()
     options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
-    options += [f"--gpu-architecture={architecture}", "--fmad=false", "--std=c++17"]
+    options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
     try:
         program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda_tiles.cu", 0, [], []))
     except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
