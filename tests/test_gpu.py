@@ -640,6 +640,21 @@ def check_same(batch: EncodeBatch, readers: DecodeBatch, expected: tuple[list[by
 
 
 @needs_gpu
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("preset", ["pq3", "paper"])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_numbers_too_small_for_the_dtype_keep_their_sign(
+    gpu_backend: str, dtype: torch.dtype, preset: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if preset != "paper":
+        monkeypatch.setattr(Preset, "rounds", rounds)
+    scales = torch.tensor([1e-4, 1e-6, 1e-7, 3e-8, 1e-8, 1e-20, 1e-37, 1e-39, 0.0])
+    x = (gaussian(9, 128, seed=3)[:, None, :] * scales[:, None, None].expand(9, TOKENS, 1)).to(dtype)
+    data = pqcodec.encode(x, preset=preset, backend="cpu")
+    expected = pqcodec.decode(data, backend="cpu")
+    assert (bits(pqcodec.decode(data, backend=gpu_backend, device=DEVICE)) == bits(expected)).all()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_captured_graph_replays_on_new_numbers(options: dict[str, Any], gpu_backend: str) -> None:
     tensors, batch, readers = big_batch(gpu_backend, **options)

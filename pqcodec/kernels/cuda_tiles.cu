@@ -785,13 +785,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
 #endif
             __syncwarp();
 
-            // Ordinary rows neither leave float32's normal range nor the dtype's.
+            // Ordinary rows neither leave float32's normal range nor the dtype's,
 #if ROUNDS == 1
             const float bound = (PAPER ? 520.0f : 181.0f * 2) * ORDER;  // a sum's: > sqrt(ORDER) times the coordinates' norm
 #else
             const float bound = 4096.0f * ORDER;
 #endif
-            const bool plain = __all_sync(ALL, second == 1.0f && factor * bound < LARGEST);
+            // and no coordinate, an integer times the factor, is too small for it.
+            const bool plain = __all_sync(ALL, second == 1.0f && factor * bound < LARGEST && (ROUNDS > 1 || factor >= SMALLEST || factor == 0.0f));
 #if ROUNDS == 1
             const Signs signs = reinterpret_cast<const Signs*>(tables + BLOB_BYTES)[lane];
 #else
@@ -864,7 +865,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                 for (int u = 0; u < 8; u++) y[u] = y[u] * factor;
                 if (!plain)
 #pragma unroll
-                    for (int u = 0; u < 8; u++) y[u] = fminf(fmaxf(ROUNDS == 1 ? y[u] * second : y[u] * second + 0.0f, -LARGEST), LARGEST);
+                    for (int u = 0; u < 8; u++) {
+#if ROUNDS == 1  // the sign comes before the 0 is added: what is too small for the dtype keeps it
+                        y[u] = float_of(bits_of(y[u]) ^ reinterpret_cast<const u32*>(tables + SIGNS_32_AT)[first + u]);
+#endif
+                        y[u] = fminf(fmaxf(y[u] * second + 0.0f, -LARGEST), LARGEST);
+                    }
 #endif
 #if DTYPE == 3
 #pragma unroll
@@ -875,7 +881,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
                 for (int u = 0; u < 4; u++) {
                     packed[u] = pack_stored(y[2 * u], y[2 * u + 1]);
 #if !OFFSETS && ROUNDS == 1
-                    packed[u] = with_signs(packed[u], sign[u]);
+                    if (plain) packed[u] = with_signs(packed[u], sign[u]);
 #endif
                 }
                 STORE(uint4, target + piece * 32 * ITEM, make_uint4(packed[0], packed[1], packed[2], packed[3]));

@@ -51,6 +51,7 @@ FIELDS = (  # of device.py, that the kernels know
 )
 _ALIGNED = 16
 ROWS = 8  # of a tile
+SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}  # ordinary rows do not go below: it rounds to 0
 LOOK_UP_BYTES = t.STEPS + 4
 
 
@@ -261,6 +262,7 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "DTYPE": h.dtype,
         "ITEM": c.ITEM_BYTES[h.dtype],
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
+        "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
         "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
         "ROOT_BUDGET": 0 if paper else plan.root_budget,
         "RADIUS_BITS": plan.radius_bits,
