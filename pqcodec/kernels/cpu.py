@@ -264,7 +264,7 @@ def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.n
         return plan.signs, (base, np.zeros(0, np.int64), plan.signs[:0])
     order = plan.permutation if verb == "encode" else np.argsort(plan.permutation)
     signs = plan.signs if verb == "encode" else plan.signs[order]
-    return plan.first_signs, (base, order.astype(np.int64) * LANES, signs)
+    return plan.first_signs, (base, order.astype(np.int64) * LANES, np.repeat(signs, LANES))
 
 
 @lru_cache(maxsize=64)

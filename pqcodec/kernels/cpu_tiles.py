@@ -61,7 +61,6 @@ from pqcodec.kernels.lanes import (
     store_short_past,
     to_float,
     to_long,
-    transpose_back,
     transpose_back_three,
     transpose_back_two,
     transpose_three,
@@ -300,36 +299,35 @@ def neighbours(x, i):
 
 
 @inlined
-def signed_neighbours(x, places, signs, k):
-    """The stage of neighbours of two coordinates that lie anywhere in x, with their signs."""
-    p, q = load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1])
-    return side_by_side(p + q, p - q)
+def signed_pair(x, places, signs, k):
+    """Two coordinates that lie anywhere in x, side by side, with their signs."""
+    return side_by_side(load(x, places[k]), load(x, places[k + 1])) * load_wide(signs, k * LANES)
+
+
+@inlined
+def four_signed_pairs(x, places, signs, k):
+    """The fourth and the fifth stage of two such pairs each."""
+    p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + 8)
+    r, s = signed_pair(x, places, signs, k + 16), signed_pair(x, places, signs, k + 24)
+    return sums_of_four(p, q, r, s)
 
 
 @leaf
 def rotate(tile, x, other, sums, order, signs, row_scale, rotation):
-    """Row-major tile -> rotated, coordinate-major: in x where ``other`` is empty, otherwise there. Scales the rows.
+    """Row-major tile -> rotated, coordinate-major, in x or in ``other`` (``lies_in_other``). Scales the rows.
 
-    ``signs``: of the tile's coordinates. ``rotation``: how to add up H's base (``base_stage``), and the place and the sign of
-    each coordinate between two rounds; either may be empty.
+    ``signs``: of the tile's coordinates. ``rotation``: how to add up H's base (``base_stage``), and each coordinate's place
+    between two rounds and its sign, once for every lane; either may be empty.
     """
-    base, places, signs_between = rotation
-    inner = order // max(base.shape[0], 1)
+    inner = order // max(rotation[0].shape[0], 1)
     for k in range(0, order, LANES):
         if inner == 4:
             transpose_two(tile, k, order, load(signs, k), row_scale, x, k * LANES)
         else:
             transpose_three(tile, k, order, load(signs, k), row_scale, x, k * LANES)
-    later_stages(x, order, inner, 8)
-    if base.size > 0:
-        base_stage(x, other, sums, inner, base)
-        if places.size > 0:
-            first_stages_between(other, x, order, inner, places, signs_between)
-            later_stages(x, order, inner, 8)
-            base_stage(x, other, sums, inner, base)
-    elif places.size > 0:
-        first_stages_between(x, other, order, inner, places, signs_between)
-        later_stages(other, order, inner, 8)
+    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    if rotation[1].size > 0:
+        first_stages(x if rotation[0].size > 0 else other, order, inner)
 
 
 @leaf
@@ -338,35 +336,41 @@ def rotate_back(x, other, sums, order, signs, first, second, rotation, tile):
 
     The sums are exact: integers below 2^24, in whatever order they are added up. ``rotation``: as above, of the way back.
     """
-    base, places, signs_between = rotation
-    inner = order // max(base.shape[0], 1)
-    if places.size > 0:
+    inner = order // max(rotation[0].shape[0], 1)
+    if rotation[1].size > 0:
         first_stages(x, order, inner)
-    later_stages(x, order, inner, 8)
-    left = 2 if inner == 4 else 3  # first stages, of the last round, that are still to be done
-    if base.size > 0:
-        base_stage(x, other, sums, inner, base)
-        if places.size > 0:
-            first_stages_between(other, x, order, inner, places, signs_between)
-            later_stages(x, order, inner, 8)
-            base_stage(x, other, sums, inner, base)
-            left = 0
-    elif places.size > 0:
-        if inner >= 64:
-            middle_stages_between(x, other, order, places, signs_between)
-            later_stages(other, order, inner, 64)
-        else:
-            first_stages_between(x, other, order, inner, places, signs_between)
-            later_stages(other, order, inner, 8)
-            left = 0
-    v = other if other.size > 0 else x
+    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    v = other if lies_in_other(rotation) else x
     for k in range(0, order, LANES):
-        if left == 3:
-            transpose_back_three(v, k * LANES, load(signs, k), first, second, tile, k, order)
-        elif left == 2:
+        if inner == 4:
             transpose_back_two(v, k * LANES, load(signs, k), first, second, tile, k, order)
         else:
-            transpose_back(v, k * LANES, load(signs, k), first, second, tile, k, order)
+            transpose_back_three(v, k * LANES, load(signs, k), first, second, tile, k, order)
+
+
+@inlined
+def lies_in_other(rotation):
+    """Where the stages leave what they have rotated."""
+    return (rotation[0].size > 0) != (rotation[1].size > 0)
+
+
+@leaf
+def rounds_but_first_stages(x, other, sums, order, inner, rotation):
+    """All stages of both rounds but those that ``first_stages`` of the first one and of the last one do."""
+    base, places, signs = rotation
+    later_stages(x, order, inner, 8)
+    if base.size > 0:
+        base_stage(x, other, sums, inner, base, places[:0], signs)
+        if places.size > 0:
+            base_stage(other, x, sums, inner, base, places, signs)
+            later_stages(x, order, inner, 8)
+    elif places.size > 0 and inner < 64:
+        for k in range(0, order, 2):
+            store(other, k * LANES, signed_pair(x, places, signs, k))
+        later_stages(other, order, inner, 8)
+    elif places.size > 0:
+        middle_stages_between(x, other, order, places, signs)
+        later_stages(other, order, inner, 64)
 
 
 @leaf
@@ -386,39 +390,6 @@ def first_stages(x, order, inner):
         store(x, i + 2 * LANES, q)
         store(x, i + 4 * LANES, r)
         store(x, i + 6 * LANES, s)
-
-
-@leaf
-def first_stages_between(x, out, order, inner, places, signs):
-    """Those stages of the second round: of x permuted and with signs, into ``out``."""
-    if inner == 4:
-        for k in range(0, order, 4):
-            a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
-            store(out, k * LANES, a + c)
-            store(out, (k + 2) * LANES, a - c)
-        return
-    for k in range(0, order, 8):
-        a, c = signed_neighbours(x, places, signs, k), signed_neighbours(x, places, signs, k + 2)
-        d, e = signed_neighbours(x, places, signs, k + 4), signed_neighbours(x, places, signs, k + 6)
-        p, q, r, s = sums_of_four(a, c, d, e)
-        store(out, k * LANES, p)
-        store(out, (k + 2) * LANES, q)
-        store(out, (k + 4) * LANES, r)
-        store(out, (k + 6) * LANES, s)
-
-
-@inlined
-def signed_pair(x, places, signs, k):
-    """Two coordinates that lie anywhere in x, with their signs, side by side."""
-    return side_by_side(load(x, places[k]) * floats(signs[k]), load(x, places[k + 1]) * floats(signs[k + 1]))
-
-
-@inlined
-def four_signed_pairs(x, places, signs, k):
-    """The fourth and the fifth stage of two coordinates each."""
-    p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + 8)
-    r, s = signed_pair(x, places, signs, k + 16), signed_pair(x, places, signs, k + 24)
-    return sums_of_four(p, q, r, s)
 
 
 @leaf
@@ -477,9 +448,9 @@ def later_stages(x, order, inner, half):
 
 
 @leaf
-def base_stage(x, out, sums, inner, base):
+def base_stage(x, out, sums, inner, base, places, signs):
     """H's base, into ``out``: of four coordinates each all sums of either sign are made, SUMS, of which ``base`` [b, b/4] lists
-    the place in ``sums`` of those that a coordinate is made of.
+    the place in ``sums`` of those that a coordinate is made of. ``places`` and ``signs``: of x, if it is to be permuted.
     """
     b, groups = base.shape
     block = inner * LANES
@@ -487,8 +458,13 @@ def base_stage(x, out, sums, inner, base):
     for l in range(0, block, 2 * LANES):
         for g in range(groups):
             first = 4 * g * block + l
-            p, q = load_wide(x, first), load_wide(x, first + block)
-            r, s = load_wide(x, first + 2 * block), load_wide(x, first + 3 * block)
+            if places.size > 0:
+                k = first // LANES
+                p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + inner)
+                r, s = signed_pair(x, places, signs, k + 2 * inner), signed_pair(x, places, signs, k + 3 * inner)
+            else:
+                p, q = load_wide(x, first), load_wide(x, first + block)
+                r, s = load_wide(x, first + 2 * block), load_wide(x, first + 3 * block)
             a, c, d, e = p + q, p - q, r + s, r - s
             at = len(SUMS) * g * 2 * LANES
             keep_sums(sums, at, nothing, a + d, a + e, a - e, a - d)
@@ -1030,7 +1006,7 @@ def encode_blocks(
             store(exponents, 0, exponent)
             store(row_scales, 0, as_float((exponent + ints(I32(127))) << ints(I32(23))))
             rotate(tile, x, other, sums, order, factors, row_scales, rotation)
-            v = other if other.size > 0 else x
+            v = other if lies_in_other(rotation) else x
             words[:] = U64(0)
             if coding == CODING_SPLIT:
                 analyse(v, order, turns, energy, places, tree[0], tree[1], tree[2], grids)

@@ -413,7 +413,7 @@ def _transposing_back(stages: int) -> Any:
 
 
 transpose_two, transpose_three = (_transposing(stages) for stages in (2, 3))
-transpose_back, transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (0, 2, 3))
+transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (2, 3))
 
 
 @intrinsic
