@@ -37,8 +37,14 @@ def _kept_mode(final: Path) -> int | None:
 
 
 def searchable(mode: int) -> int:
-    """The mode of a folder whose files have this one."""
-    return mode | (mode & 0o444) >> 2
+    """The mode of a folder whose files have this one; its owner can write in it, so that it can be filled and removed."""
+    return 0o700 | mode | (mode & 0o444) >> 2
+
+
+def make_folders(path: Path, mode: int) -> None:
+    """Make a folder and those above it that are missing, all of this mode less what the umask takes away."""
+    for place in reversed([place for place in (path, *path.parents) if not place.is_dir()]):
+        place.mkdir(mode=mode, exist_ok=True)
 
 
 @contextmanager
@@ -61,8 +67,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, wanted | PRIVATE))
         mode = _kept_mode(final) or temporary.stat().st_mode & wanted
         yield temporary
-        os.chmod(temporary, mode)  # a library may have put a file of its own in this place
         _sync(temporary)
+        os.chmod(temporary, mode)  # a library may have put a file of its own in this place
         os.replace(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -89,13 +95,14 @@ def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     temporary, aside = final.with_name(unique + ".part"), final.with_name(unique + ".old")
     try:
         wanted = searchable(_wanted.get() or PRIVATE)
-        temporary.mkdir(mode=wanted | searchable(PRIVATE))
+        temporary.mkdir(mode=wanted)
         mode = _kept_mode(final) or temporary.stat().st_mode & wanted
+        files = mode & (_wanted.get() or 0o666)
         yield temporary
         for place, _, names in os.walk(temporary, topdown=False):
             for name in names:
-                os.chmod(Path(place, name), mode & 0o666)
                 _sync(Path(place, name))
+                os.chmod(Path(place, name), files)
             os.chmod(place, mode)
             if os.name == "posix":
                 _sync(Path(place))

@@ -26,6 +26,7 @@ from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.frames import json_bytes, json_value
 from pqcodec.formats.npy import NpyHeader, read_npy_header
 from pqcodec.formats.recipe import Tensors
+from pqcodec.source import check_regular
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
 _MOST_HEADER_BYTES = 100_000_000  # the library's cap
@@ -74,6 +75,7 @@ class TensorReader(Tensors, Protocol):
 
 def file_kind(path: str | os.PathLike[str]) -> str:
     """ "pqkv", "stream", "safetensors", "npz" or "npy", from a file's first bytes; raises InvalidArgument or OSError."""
+    check_regular(path)
     with open(path, "rb") as file:
         return kind_of_bytes(path, file.read(9))
 

@@ -21,11 +21,11 @@ from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import listing
 from pqcodec.formats.cache import layers_of, recipe_of
-from pqcodec.formats.frames import checksum_bytes, json_value, natural
+from pqcodec.formats.frames import checksum_bytes, natural
 from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, layers_by_name
 from pqcodec.formats.tensor_file import Check, Entry, Progress, StreamPart, TensorFile, named
 from pqcodec.formats.zarr_codec import TOKENS_PER_CHUNK
-from pqcodec.formats.zarr_store import DOCUMENT, get, lost, object_source, store_of, total_bytes
+from pqcodec.formats.zarr_store import DOCUMENT, document, get, lost, object_source, store_of, total_bytes
 from pqcodec.formats.zarr_writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc, write_pieces
 from pqcodec.source import Part, Source, owned
 from pqcodec.stream import Damage
@@ -81,11 +81,10 @@ class ZarrCache(TensorFile):
         return values
 
     def _attributes(self, key: str) -> dict[str, Any] | None:
-        data = get(self._store, key)
-        if data is None:
+        told = document(self._store, key)
+        if told is None:
             return None
-        document = json_value(data, key)
-        values = document.get("attributes", {}) if isinstance(document, dict) else None
+        values = told.get("attributes", {}) if isinstance(told, dict) else None
         if not isinstance(values, dict):
             raise CorruptStream(f"{key}: a group of zarr with attributes is expected")
         return values
@@ -140,8 +139,8 @@ class ZarrCache(TensorFile):
         def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
             entry, fields = self._read_entry(name), self._tensors[name]
             key = f"{fields['path']}/{DOCUMENT}"
-            document = json_value(get(self._store, key) or b"", key)
-            if not isinstance(document, dict) or document_seal(document) != fields["document"]:
+            told = document(self._store, key)
+            if not isinstance(told, dict) or document_seal(told) != fields["document"]:
                 raise CorruptStream(f"{key} is not what was written; zarr would read the array in another way")
             if not entry.coded:
                 raw = self._read_exact(entry)

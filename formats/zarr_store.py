@@ -14,11 +14,14 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, StorePath
 
+from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats import remote
-from pqcodec.source import MappedSource, MemorySource, Source, check_range
+from pqcodec.formats.frames import json_value
+from pqcodec.source import MappedSource, MemorySource, Source, check_range, check_regular
 
 DOCUMENT = "zarr.json"
+_MOST_DOCUMENT_BYTES = 4 * c.MAX_INDEX_BYTES  # a list of tensors and metadata, as text within text
 _WHOLE_BYTES = 1 << 20  # objects of a store up to this size come in one request
 
 
@@ -44,10 +47,32 @@ def _transport(label: str) -> Iterator[None]:
         raise OSError(f"{label}: the store cannot be read: {error!r}") from error
 
 
-def get(store: Store, key: str) -> bytes | None:
+def get(store: Store, key: str, most: int | None = None) -> bytes | None:
+    """All bytes of an object, None where there is none; raises CorruptStream for one of more than ``most`` bytes, or a pipe."""
+    if isinstance(store, LocalStore):
+        _check_local(store, key, most)
     with _transport(str(store)):
         data = sync(store.get(key, default_buffer_prototype()))
     return None if data is None else data.to_bytes()
+
+
+def document(store: Store, key: str) -> Any:
+    """What zarr says of a group or an array, None where it says nothing; raises CorruptStream."""
+    data = get(store, key, _MOST_DOCUMENT_BYTES)
+    return None if data is None else json_value(data, key)
+
+
+def _check_local(store: LocalStore, key: str, most: int | None) -> None:
+    """Links are followed, as the caches of hubs are made of them, but what is read is a file that ends."""
+    try:
+        check_regular(store.root / key)
+        size = os.path.getsize(store.root / key)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except InvalidArgument as error:
+        raise CorruptStream(str(error)) from error
+    if most is not None and size > most:
+        raise CorruptStream(f"{key}: {size} bytes, at most {most} are read")
 
 
 class _Object:
@@ -106,6 +131,7 @@ def object_source(store: Store, key: str, size: int) -> Source:
     """
     if not isinstance(store, LocalStore):
         return _Object(store, key, size)
+    _check_local(store, key, None)
     try:
         source = MappedSource(store.root / key)
     except (FileNotFoundError, NotADirectoryError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
@@ -29,6 +30,15 @@ class Source(Protocol):
 
 
 Range = tuple[int, int]  # first byte, number of bytes
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raises InvalidArgument for a pipe, a socket or a device, which would be waited for or never end; OSError."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InvalidArgument(
+            f"{os.fspath(path)}: is no regular file, but a pipe, a socket or a device; copy its bytes into one"
+        )
 
 
 def read_many(source: Source, ranges: Sequence[Range]) -> list[np.ndarray]:
@@ -119,6 +129,7 @@ class MappedSource:
     views = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_regular(path)
         with open(path, "rb") as file:
             self.size = file.seek(0, os.SEEK_END)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
@@ -152,7 +163,7 @@ def reading_ahead(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
     def read() -> None:
         buffer = bytearray(_AHEAD_BYTES)
         with suppress(OSError):  # who reads in earnest will be told
-            for path in paths:
+            for path in filter(os.path.isfile, paths):
                 with open(path, "rb", buffering=0) as file:
                     while not stop.is_set() and file.readinto(buffer):
                         pass

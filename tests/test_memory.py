@@ -444,3 +444,11 @@ def test_a_zarr_chunk_that_is_not_there_is_no_tensor_of_zeros(tmp_path: Path) ->
     for name, chunk in (("k", "k/c/0/0/0"), ("e", "e/c/0")):
         (tmp_path / "c.zarr" / chunk).unlink()
         assert "not in the store" in run("decode", tmp_path / "c.zarr", tmp_path / "o.npz", "--only", name, code=1).stderr
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e9", "9300000TB", "-1", "nan", "inf"])
+def test_a_size_that_is_none(text: str) -> None:
+    from pqcodec.tools.memory import size_of
+
+    with pytest.raises(InvalidArgument, match=r"--memory .*(is expected|too many)"):
+        size_of(text, "--memory")

@@ -113,9 +113,10 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
 
 def make_folder(target: str, mode: int = 0o700) -> None:
     """The folder of a file to be written, and those above it that are missing; a store of objects needs none."""
+    from pqcodec.formats.atomic import make_folders
+
     if not _is_url(target):
-        for place in reversed([place for place in Path(target).parents if not place.exists()]):
-            place.mkdir(mode=mode, exist_ok=True)
+        make_folders(Path(target).parent, mode)
 
 
 @contextmanager
@@ -155,6 +156,9 @@ def check_output(source: str, target: str, force: bool) -> None:
             raise InvalidArgument(f"{target}: exists; pass --force to replace it")
         return
     if not os.path.exists(target):
+        if os.path.islink(target) and not force:
+            told = f"is a link to {os.path.realpath(target)}, where nothing is"
+            raise InvalidArgument(f"{target}: {told}; pass --force to write there")
         return
     if source != STANDARD and os.path.exists(source) and os.path.samefile(source, target):
         raise InvalidArgument(f"{target}: is the input as well; write to another file")

@@ -33,7 +33,10 @@ def size_of(text: str, option: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.strip().lower())
     if found is None or (found[3] and not found[2]):
         raise InvalidArgument(f"{option} {text!r}: a size such as 20GB, 500MB, 4GiB or 1000000 is expected")
-    return round(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[found[2]])
+    size = float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[found[2]]
+    if size >= 1 << 63:
+        raise InvalidArgument(f"{option} {text:.40}: is larger than any memory or disk; 8 EiB are too many")
+    return round(size)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ def code_of(error: BaseException) -> int:
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr."""
-    print(line, file=sys.stderr)
+    """A line for people, on stderr; what a terminal would obey, as names in a stranger's file may, is escaped."""
+    print("".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line), file=sys.stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from pqcodec.batch import each
 from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
+from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
 from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice, aligned
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
@@ -174,9 +175,9 @@ class HostPool:
             self._lanes = HostPipeline(kernel.name)
         if spill is not None:
             remote.check_local(spill, "blocks spill to a local folder")
-        self._folder = Path(spill) if spill is not None else None
+        self._folder = Path(spill).absolute() if spill is not None else None
         if self._folder is not None:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(self._folder, searchable(PRIVATE))
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda")
         self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()  # the one used longest ago is the first
         self._leaving: list[_Block] = []  # blocks that are gone, but are still being read or written

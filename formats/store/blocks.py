@@ -215,15 +215,16 @@ class Assembly:
         """Tokens that are there."""
         return sum(decoded.count for decoded in self._accepted)
 
-    def lay_out(self, file: PQKVFile) -> None:
+    def lay_out(self, file: PQKVFile, row: Row) -> None:
         """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
         try:
             for name, group in _groups_in(described(file)).items():
                 entry = file.entry(name)
                 if group.state:
                     continue
-                if len(entry.shape) < 3 or entry.shape[0] != len(group.layers):
-                    raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {len(group.layers)} layers are expected")
+                if len(entry.shape) < 3 or (entry.shape[0], entry.shape[-2]) != (len(group.layers), len(row.tokens)):
+                    expected = f"{len(group.layers)} layers and {len(row.tokens)} tokens are expected"
+                    raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {expected}")
                 stack = self._stack((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype)
                 self._stacks[group.path, group.layers] = stack, arrays.room_of(stack)
                 self._places |= self._each(group, stack)
@@ -231,6 +232,11 @@ class Assembly:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
     def accept(self, decoded: Decoded) -> None:
+        """Take what a block brought; raises CorruptStream where it does not continue the blocks before."""
+        before = self._accepted[-1] if self._accepted else decoded
+        same = len(decoded.kinds) == len(before.kinds) and decoded.pieces.keys() == before.pieces.keys()
+        if not same or not all(tc.continues(at[1], x, before.pieces[at]) for at, x in decoded.pieces.items()):
+            raise CorruptStream("its layers do not continue the blocks before")
         self._accepted.append(decoded)
 
     def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
@@ -242,13 +248,16 @@ class Assembly:
             if not same or not np.array_equal(tokens_of(told, file.decode(TOKENS)), row.tokens):
                 raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
             return self._decoded(file, told, row, count)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
     def _decoded(self, file: PQKVFile, told: dict[str, Any], row: Row, count: int) -> Decoded:
         kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in told["kinds"]]
+        tc.check_layers(kinds, [kind["tensors"] for kind in told["kinds"]])
         layers = [kinds[number] for number in told["layers"]]
         groups = _groups_in(told)
+        if any(group.state == layers[layer].cuttable for group in groups.values() for layer in group.layers):
+            raise ValueError("a group's state is not that of its layers")
         found = Decoded(count, layers, {}, {})
         for name, group in groups.items():
             if group.state:
@@ -262,6 +271,8 @@ class Assembly:
                     continue
                 x = file.decode(f"layers.{index}.{path}", device=self._device)
                 if layers[index].cuttable:
+                    if tc.tokens_along(path, x) != len(row.tokens):
+                        raise ValueError(f"{path} of layer {index} is {tuple(x.shape)}")
                     found.pieces[index, path] = tc.along(path, x, 0, count)
                 else:
                     found.state[index, path] = x
@@ -331,5 +342,11 @@ class Assembly:
 
 
 def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
-    """The groups of a block by the names of their tensors; raises KeyError or TypeError."""
-    return {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}
+    """The groups of a block by the names of their tensors; raises KeyError, TypeError or ValueError."""
+    found = {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}
+    paths = [told["kinds"][number]["tensors"] for number in told["layers"]]
+    for group in found.values():
+        there = all(layer in range(len(paths)) and group.path in paths[layer] for layer in group.layers)
+        if not there or type(group.state) is not bool:
+            raise ValueError(f"a group of {group.path!r:.60} in layers {group.layers!r:.60}")
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pqcodec.errors import CorruptStream
 from pqcodec.formats import remote
-from pqcodec.formats.atomic import permissions
+from pqcodec.formats.atomic import make_folders, permissions
 from pqcodec.formats.pqkv import PQKVFile
 from pqcodec.formats.store import folder as own
 
@@ -28,7 +28,8 @@ class BlockFiles:
     """
 
     def __init__(self, place: str | os.PathLike[str], shared: bool = False) -> None:
-        self.place = os.fspath(place).removeprefix("file://")  # what is local is held to real folders and files
+        place = os.fspath(place)
+        self.place = place.removeprefix("file://").removeprefix("local://")  # what is local is held to real folders and files
         self.remote = remote.is_url(self.place)
         self.shared = shared
         if self.remote:
@@ -41,8 +42,7 @@ class BlockFiles:
             yield f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
             return
         path = self._local(file)
-        if not Path(self.place).is_dir():
-            Path(self.place).mkdir(parents=True, mode=own.SHARED if self.shared else own.PRIVATE)
+        make_folders(Path(self.place), own.SHARED if self.shared else own.PRIVATE)
         own.make_folder(path.parent, self.shared)
         with permissions(0o666 if self.shared else 0o600):
             yield str(path)

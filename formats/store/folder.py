@@ -63,7 +63,8 @@ def make_folder(path: Path, shared: bool) -> None:
     except FileExistsError:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
-            raise InvalidArgument(f"{path}: is {kind_of(found)}; a store's own folders are real ones") from None
+            advice = "move it away, and name the place of the files as data (--data) if they lie elsewhere"
+            raise InvalidArgument(f"{path}: is {kind_of(found)}; a store's own folders are real ones: {advice}") from None
         if not shared:
             _narrow(path, found)
 

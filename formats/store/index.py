@@ -47,7 +47,7 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
     UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
 """
-_COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', COALESCE(SUM(size), 0) FROM blocks"
+_COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _BESIDE = ("", "-wal", "-shm")  # files that SQLite writes to, by what follows the index's name
 
@@ -137,11 +137,13 @@ class Index:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise UnsupportedStream(f"{path}: an index of version {version}; install a newer pqcodec")
+            if (
+                not set(db.execute(_OBJECTS)) <= _expected_objects()
+            ):  # before the check, which works out a stranger's expressions
+                raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
             if path.stat().st_size <= CHECKED_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found)
             self.new = version == 0  # there was none
-            if not set(db.execute(_OBJECTS)) <= _expected_objects():
-                raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
             for statement in _statements(_SCHEMA):
                 db.execute(statement)
             db.execute(_COUNT)
@@ -159,9 +161,11 @@ class Index:
         with self._changing() as db:
             for row in rows:
                 db.execute("UPDATE blocks SET tokens = ? WHERE name = ?", (unknown(row.tokens).tobytes(), row.name))
-            db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
-        if rows:
+        if keyed:
+            self._select("VACUUM")  # rows that were removed before may still lie in pages that are free
             self._select("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._changing() as db:
+            db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
 
     def close(self) -> None:
         with self._lock:

@@ -173,7 +173,7 @@ class PrefixStore:
             row = found[0][0]
             try:
                 first = opened(row.file)
-                assembly.lay_out(first)
+                assembly.lay_out(first, row)
                 works: list[Callable[[], blocks.Decoded]]
                 works = [partial(decode, None if number else first, *block) for number, block in enumerate(found)]
                 if self._exact:  # read at once, where other streams wait to be decoded together

@@ -22,6 +22,7 @@ except ImportError:  # not POSIX
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import remote
+from pqcodec.formats.atomic import make_folders
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.blocks import row_in
 from pqcodec.formats.store.files import GRACE, BlockFiles
@@ -44,14 +45,13 @@ class Shelf:
     ) -> None:
         remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
         self.folder, self._shared = Path(folder), shared
-        if not self.folder.is_dir():
-            self.folder.mkdir(mode=own.SHARED if shared else own.PRIVATE, parents=True, exist_ok=True)
+        make_folders(self.folder, own.SHARED if shared else own.PRIVATE)
         self.index, damage = self._opened()
         try:
             self._check_data(None if data is None else os.fspath(data))
             if data is None:
                 own.make_folder(self.folder / BLOCKS, shared)
-            self.files = BlockFiles(self.folder / BLOCKS if data is None else data, shared)
+            self.files = BlockFiles(self.folder.absolute() / BLOCKS if data is None else data, shared)
         except BaseException:
             self.index.close()
             raise
@@ -161,12 +161,14 @@ class Shelf:
                     return Index(path, self._shared), ""
             except CorruptStream:
                 pass
+            beside = [mark, *(path.with_name(INDEX + suffix) for suffix in ("-wal", "-shm", "-journal"))]
+            for place in (path, *beside):  # before anything is moved: a folder could not be removed
+                own.check_file(place, self._shared)
             aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
             if path.exists():
                 os.replace(path, aside)
-            for suffix in ("-wal", "-shm", "-journal"):
-                path.with_name(INDEX + suffix).unlink(missing_ok=True)
-            mark.unlink(missing_ok=True)
+            for place in beside:
+                place.unlink(missing_ok=True)
             return Index(path, self._shared), f"{path} was damaged and is set aside as {aside.name}"
 
     def _refill(self, damage: str) -> None:

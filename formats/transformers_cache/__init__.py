@@ -9,10 +9,13 @@ from pqcodec.formats.transformers_cache.state import (
     along,
     argument_of,
     cache_of,
+    check_layers,
+    continues,
     empty_cache,
     frozen,
     joined,
     state_of,
+    tokens_along,
 )
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "along",
     "argument_of",
     "cache_of",
+    "check_layers",
+    "continues",
     "empty_cache",
     "frequencies",
     "frozen",
@@ -35,4 +40,5 @@ __all__ = [
     "save",
     "state_of",
     "tensors_of",
+    "tokens_along",
 ]

@@ -27,6 +27,7 @@ STATE_ELSEWHERE = {"recurrent_gemma"}  # model types
 _MADE_AGAIN = {"device", "indexer_device", "_sliding_window_tensor"}  # follow from the rest
 _SET_LATER = {"device", "dtype", "indexer_device", "indexer_dtype"}  # attributes that a new layer may lack
 _DTYPE = "torch.dtype"
+_MOST = {"sliding_window": (1 << 63) - 1, "number_of_states": 1 << 10}  # a layer makes room for its states
 _TOKENS = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}  # the dimension that tokens are along
 Field = bool | int | float | str | dict[str, str] | None
 
@@ -81,6 +82,22 @@ class LayerState:
 def along(path: str, x: Any, first: int, last: int) -> Any:
     """Some tokens of a tensor of a layer that is ``cuttable``."""
     return x.narrow(_TOKENS[path], first, last - first)
+
+
+def tokens_along(path: str, x: Any) -> int:
+    """Tokens of such a tensor; raises KeyError for another, and IndexError where it has too few dimensions."""
+    return int(x.shape[_TOKENS[path]])
+
+
+def continues(path: str, x: Any, before: Any) -> bool:
+    """Whether such a tensor can stand behind another."""
+
+    def rest(y: Any) -> tuple[Any, ...]:
+        shape = list(y.shape)
+        del shape[_TOKENS[path]]
+        return y.dtype, shape
+
+    return rest(x) == rest(before)
 
 
 def joined(path: str, parts: Sequence[Any]) -> Any:
@@ -198,14 +215,16 @@ def _layer_from(state: LayerState, index: int) -> Any:
     import torch
 
     place = f"layer {index} ({state.kind})"
+    if not isinstance(state.kind, str) or not isinstance(state.fields, dict):
+        raise CorruptStream(f"{place}: its class is no name, or its fields are no object")
     kind = getattr(_cache_utils(), state.kind, None) if state.kind in LAYERS else None
     wanted = {name: state.fields.get(name) for name in LAYERS.get(state.kind, ())}
-    if kind is None or not all(isinstance(value, int) for value in wanted.values()):
+    if kind is None or not all(type(value) is int and 0 <= value <= _MOST[name] for name, value in wanted.items()):
         raise UnsupportedStream(f"{place}: this transformers has no such layer; install the one that the file was written with")
     layer = kind(**wanted)
     for path, value in [*state.fields.items(), *state.tensors.items()]:
         if isinstance(value, dict):
-            value = getattr(torch, value.get(_DTYPE, ""), None)
+            value = _dtype(value, place)
         name, _, key = path.partition(".")
         own = not name.startswith("__") and hasattr(layer, name) and not callable(getattr(layer, name))
         if not own and name not in _SET_LATER:
@@ -227,3 +246,23 @@ def _layer_from(state: LayerState, index: int) -> Any:
     if isinstance(getattr(layer, "_sliding_window_tensor", None), torch.Tensor) and devices:
         layer._sliding_window_tensor = layer._sliding_window_tensor.to(layer.device)
     return layer
+
+
+def _dtype(value: Mapping[str, Any], place: str) -> Any:
+    """A dtype that a field tells of."""
+    import torch
+
+    name = value.get(_DTYPE)
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise UnsupportedStream(f"{place}: {name!r:.60} is no dtype of this torch; install a newer one")
+    return found
+
+
+def check_layers(layers: Sequence[LayerState], paths: Sequence[Sequence[str]]) -> None:
+    """Whether layers can be made that hold tensors at these paths; raises CorruptStream, UnsupportedStream or TypeError."""
+    import torch
+
+    some = torch.empty(0)
+    for index, (layer, told) in enumerate(zip(layers, paths, strict=True)):
+        _layer_from(LayerState(layer.kind, dict.fromkeys(told, some), layer.fields), index)

@@ -143,7 +143,7 @@ def rewrite(path: Path, metadata: dict[str, Any]) -> None:
 
 def edit_block(rng: random.Random, ground: Ground) -> None:
     """What the file of a block says of itself."""
-    path = rng.choice([path for path in ground.blocks() if own(path, ground)])
+    path = rng.choice([path for path in ground.blocks() if own(path, ground) and path.is_file()])
     with PQKVFile(path.read_bytes()) as file:
         metadata = {blocks.KEY: edited(file.metadata[blocks.KEY], rng, ground)}
     rewrite(path, metadata)

@@ -52,3 +52,10 @@ def test_a_journal_that_names_a_file_to_delete(ground: Ground) -> None:
         assert ground.get() > 0
     assert not (ground.folder / "index.sqlite-journal").exists()
     ground.use_everything()
+
+
+def test_sizes_whose_sum_no_number_holds(ground: Ground) -> None:
+    total = ground.get()
+    ground.change("UPDATE blocks SET size = ?", 2**62)
+    assert ground.get() == total
+    ground.use_everything()

@@ -96,3 +96,15 @@ def test_a_store_of_the_version_before(tmp_path: Path, monkeypatch: pytest.Monke
     else:
         ground.put()
         ground.run("store", "verify", ground.folder)
+
+
+def test_rows_that_the_version_before_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ids lie in pages that are free, where SQLite was not built to overwrite them."""
+    with_ids(tmp_path, SALT, monkeypatch)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)) as db:
+        db.execute("PRAGMA secure_delete = OFF")
+        db.execute("DELETE FROM blocks WHERE name > x''")
+    shutil.rmtree(tmp_path / "blocks")
+    assert holds_ids(tmp_path)
+    PrefixStore(tmp_path, tenant=SALT).close()
+    assert not holds_ids(tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from attacks.ground import Ground
 from pqcodec.errors import InvalidArgument
@@ -79,3 +81,15 @@ def test_on_the_command_line(ground: Ground, url: str) -> None:
         ("store", "ls", ground.folder, "--data", url),
     ):
         assert ground.run(*words).exit_code == 2, words
+
+
+@pytest.mark.parametrize("place", ["./exp:/x", "./layer:0", "layer:0", "exp:x/y"])
+def test_names_with_a_colon(place: str) -> None:
+    """They are local, as the message about one slash advises."""
+    PrefixStore(place).close()
+    PrefixStore(f"{place}/other", data=f"{place}/data").close()
+    with HostPool(40_000, device="cpu", spill=place) as pool:
+        for number in range(8):
+            pool.put(number, [torch.zeros(1, 512, 64)])
+        assert pool.counters.spilled
+    shutil.rmtree(Path(place).parts[0])

@@ -51,7 +51,7 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = lambda message, *_: say(f"pqcodec: {message}")  # type: ignore[assignment]
-        shelf = Shelf(folder, data, shared=shared)
+        shelf = Shelf(folder, data, shared=shared or (not new and _is_shared(Path(folder))))
         try:
             yield shelf
         finally:
@@ -62,6 +62,14 @@ def _is_store(folder: Path) -> bool:
     from pqcodec.formats.store.shelf import INDEX
 
     return (folder / INDEX).is_file() or any(folder.glob("blocks/*/*.pqkv"))
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether others may use a store: looking after it does not take that away from them."""
+    from pqcodec.formats.store.shelf import INDEX
+
+    index = folder / INDEX
+    return index.is_file() and index.stat().st_mode & 0o077 != 0
 
 
 def check_place(shelf: Shelf) -> None:
