@@ -165,7 +165,8 @@ def test_extreme_rows_agree(gpu_backend: str) -> None:
 @pytest.mark.parametrize("center", [None, "mean"])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_the_largest_numbers_stay_finite(dtype: torch.dtype, center: str | None, gpu_backend: str) -> None:
-    x = (gaussian(TOKENS, 16, seed=4).sign() * torch.finfo(dtype).max / 3).to(dtype)
+    # of sizes that differ: sums of numbers that are all alike lie on edges of cells
+    x = (gaussian(TOKENS, 16, seed=4).clamp(-3, 3) * (torch.finfo(dtype).max / 9)).to(dtype)
     assert agrees(x, gpu_backend, preset="pq2", center=center) <= 1
     data = pqcodec.encode(x.to(DEVICE), backend=gpu_backend, preset="pq2", center=center)
     assert bool(decoded(data, gpu_backend).isfinite().all())

@@ -39,6 +39,7 @@ THREADS = {
     ("decode", 256): 384,
 }
 TABLE_THREADS = {("decode", 128): 768}
+ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # of two rounds
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 # Quads of so many bits are looked up, by bits a coordinate: so many that nearly every quad is.
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
@@ -51,7 +52,8 @@ FIELDS = (  # of device.py, that the kernels know
 )
 _ALIGNED = 16
 ROWS = 8  # of a tile
-SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}  # ordinary rows do not go below: it rounds to 0
+# Ordinary rows have no smaller numbers but 0: nothing of them is rounded to 0.
+SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
 LOOK_UP_BYTES = t.STEPS + 4
 
 
@@ -353,6 +355,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     for keys, bits in product((True, False), sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)):
         blob, places = tables_for(verb, h, bits, keys)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
+        special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {})
         threads = special.get((verb, h.order), THREADS[verb, h.order])
         for bulk in (True, False) if decode and major >= 9 else (False,):
             size = blob.size + _signs_bytes(verb, h) + threads // 32 * _warp_bytes(h, bulk)
