@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b"}
+MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b", "Gemma 3 270M": "gemma3-270m"}
 TEXTS = ("linux", "devil")
 MAIN_PIECE = 128  # MiB a step of a HostPool, its default
 MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
@@ -68,7 +69,7 @@ def file_speeds(files: dict[str, Any]) -> str:
 
 
 def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
-    """KL over that of peers, the least and the greatest of all models and texts."""
+    """KL over that of peers: the geometric mean over models and texts, and the worst model's over its texts."""
     named = {
         "pq3/paper": "the paper's setting (3.9 bits)",
         "pq3/turboquant3+cures": "TurboQuant 3 b with the same two cures",
@@ -77,9 +78,11 @@ def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
     }
     told = []
     for pair, peer in named.items():
-        found = sorted(one["ratios"][pair]["kl_ratio"] for texts in fidelity.values() for one in texts)
-        told.append(f"{pair.split('/')[0]} {found[0]:.2g} to {found[-1]:.2g} of {peer}")
-    return f"KL of these models on two texts each: {'; '.join(told)}."
+        each = {model: geometric_mean([one["ratios"][pair]["kl_ratio"] for one in texts]) for model, texts in fidelity.items()}
+        worst = max(each, key=lambda model: each[model])
+        mean = geometric_mean(list(each.values()))
+        told.append(f"{pair.split('/')[0]} {mean:.2g} of {peer} ({worst} {each[worst]:.2g})")
+    return f"KL over two texts of each model, the mean and (in brackets) the worst model: {'; '.join(told)}."
 
 
 def reloading(ttft: dict[str, Any]) -> str:

@@ -54,7 +54,10 @@ class Ground:
             return db.execute(statement).fetchall()
 
     def change(self, statement: str, *values: Any) -> None:
-        """Change the index as a stranger would."""
+        """Change the index as a stranger would, who has no pipes and links there; raises OSError where there are some."""
+        for path in self.folder.glob("index.sqlite*"):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise OSError(f"{path.name} is no regular file")
         with closing(sqlite3.connect(self.folder / "index.sqlite", isolation_level=None)) as db:
             db.execute(statement, values)
 
