@@ -220,8 +220,9 @@ def _kept(h: Header) -> np.ndarray:
         below: set[int] = set()
         for budget in budgets:
             width = int(table.bits[budget])
-            rest = np.int64(budget - width)
-            left = angles.split_budget(rest, table.shift[1 << width : 2 << width].astype(np.int64), table.m_a, table.m_b)
+            shift = table.shift[1 << width : 2 << width].astype(np.int64)
+            rest = np.full_like(shift, budget - width)
+            left = angles.split_budget(rest, shift, table.m_a, table.m_b)
             below |= {*left.tolist(), *(rest - left).tolist()}
         budgets = below
     return kept
