@@ -656,6 +656,7 @@ def test_numbers_too_small_for_the_dtype_keep_their_sign(
     assert (bits(pqcodec.decode(data, backend=gpu_backend, device=DEVICE)) == bits(expected)).all()
 
 
+@needs_gpu
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_captured_graph_replays_on_new_numbers(options: dict[str, Any], gpu_backend: str) -> None:
     tensors, batch, readers = big_batch(gpu_backend, **options)
