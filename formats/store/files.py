@@ -39,7 +39,7 @@ class BlockFiles:
     def writing(self, file: str) -> Iterator[str]:
         """The path or URL to write a block's file to; raises InvalidArgument where a link stands in its way."""
         if self.remote:
-            yield f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
+            yield self._url(file)
             return
         path = self._local(file)
         make_folders(Path(self.place), own.SHARED if self.shared else own.PRIVATE)

@@ -335,12 +335,12 @@ class PrefixStore:
                 break
             name = chain.child(parent, run)
             row = self._index.find(name)
+            marks = chain.marks(parent, run if row is None else [])
             if row is None and not whole and not stateful:
-                row = self._covering(parent, chain.marks(parent, run))
+                row = self._covering(parent, marks)
             if row is None:
                 plan = plan or self._plan(work, last)
-                file = own.new_block_file(name)
-                row = Row(name, parent, chain.root, start, chain.marks(parent, run), whole, stateful, file, 0)
+                row = Row(name, parent, chain.root, start, marks, whole, stateful, own.new_block_file(name), 0)
                 row, new = self._add(row, work, plan)
                 written, size = written + new * len(run), size + new * row.size
             seen.append(row)
