@@ -32,7 +32,7 @@ from pqcodec import (
 from pqcodec.batch import decode_together
 from pqcodec.checksum import checksum
 from pqcodec.header import Header
-from pqcodec.presets import Preset
+from pqcodec.presets import PRESETS, Preset
 from pqcodec.source import MemorySource
 
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
@@ -74,12 +74,16 @@ def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     return differing_rows(pqcodec.decode(by_gpu, backend="cpu"), whole)
 
 
-def ties_allowed(head_dim: int, preset: str, rows: int) -> float:
-    """Rows that two encoders may tell apart: one in 500 of 128 angles, and of each radius that is rounded to float16."""
+def ties_allowed(head_dim: int, preset: str, rows: int, backend: str = "") -> float:
+    """Rows that two encoders may tell apart: one in 500 of 128 angles, and of each radius that is rounded to float16.
+
+    The CUDA kernels bring 16-bit rows of 256 coordinates to integers of 15 bits: there the finer the cells, the more.
+    """
     if head_dim <= 2:
         return rows  # a rotated vector's coordinates are one or two numbers, or minus them: its angles lie on edges of cells
     radii = max(head_dim // 16, 1) if preset == "paper" else 1
-    return 1 + WORST_TIES * rows * radii * max(head_dim / 128, 1)
+    coarse = 2 ** (PRESETS[preset].half_bits / 2) / 1000 if backend == "cuda" and head_dim == 256 and preset != "paper" else 0
+    return 1 + rows * max(WORST_TIES * radii * max(head_dim / 128, 1), coarse)
 
 
 # -- the same bits -----------------------------------------------------------------------------------------------
@@ -104,7 +108,21 @@ def test_decoding_agrees_bit_for_bit_and_encoding_but_for_ties(
 ) -> None:
     shape = (3, 150, head_dim) if GPU else (1, 20, head_dim)
     differing = sum(agrees(gaussian(*shape, seed=head_dim, dtype=dtype), gpu_backend, preset=preset) for dtype in dtypes)
-    assert differing <= ties_allowed(head_dim, preset, len(dtypes) * shape[0] * shape[1])
+    assert differing <= ties_allowed(head_dim, preset, len(dtypes) * shape[0] * shape[1], gpu_backend)
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [128, 256] if GPU else [64])
+def test_rows_that_are_not_encoded_alike_are_encoded_as_well(head_dim: int, dtype: torch.dtype, gpu_backend: str) -> None:
+    x = gaussian(3, TOKENS, head_dim, seed=head_dim, dtype=dtype)
+
+    def squared_error(**options: Any) -> float:
+        y = pqcodec.decode(
+            pqcodec.encode(x.to(options.pop("device", "cpu")), preset="pq6", **options), backend="cpu", device="cpu"
+        )
+        return float((y.double() - x.double()).square().sum())
+
+    assert squared_error(backend=gpu_backend, device=DEVICE) == pytest.approx(squared_error(backend="cpu"), rel=1e-3)
 
 
 AGREEING = [

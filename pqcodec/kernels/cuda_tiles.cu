@@ -15,10 +15,10 @@
 // Two rounds of the rotation are one product with a matrix in shared memory; on Hopper four warps multiply together, and nothing
 // else do they share.
 //
-// Compiled with: DECODER or ENCODER, PAPER (the coding), ROUNDS (of the rotation), WARPGROUPS (four warps multiply together), ORDER,
-// LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS, ROWS (of a tile), ROW_BYTES,
-// STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of constants.py and device.py, sizes of
-// shared memory, and the places of the tables.
+// Compiled with: DECODER or ENCODER, PAPER (the coding), ROUNDS (of the rotation), BYTES (their matrix is of bytes), WARPGROUPS (four
+// warps multiply together), ORDER, LOG2_ORDER, DTYPE (1 float16, 2 bfloat16, 3 float32), ROOT_BUDGET, RADIUS_BITS, RADIUS_STEPS,
+// ROWS (of a tile), ROW_BYTES, STRIDE_WORDS (between rows that are being coded), CHUNK, OFFSETS, TABLE_BITS, the numbers of
+// constants.py and device.py, sizes of shared memory, and the places of the tables.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -32,7 +32,7 @@ typedef unsigned char u8;
 #define WORDS(rows) ((rows) * ROW_BYTES / 4)
 #define FETCHES ((WORDS(ROWS) + 31) / 32)
 #define ALL 0xffffffffu
-#define PLAIN (DTYPE != 3 && !OFFSETS)  // rows are multiplied as they are stored
+#define PLAIN (DTYPE != 3 && !OFFSETS && !BYTES)  // when encoding: rows are multiplied as they are stored
 #define INLINE __device__ __forceinline__
 
 INLINE u32 bits_of(float x) { return __float_as_uint(x); }
@@ -192,14 +192,15 @@ INLINE void join(float* p) {
 }
 #else
 // Two rounds: the product with R, whose entries are even integers. mma's A operand has sixteen rows, a tile has eight, so a row gives
-// two parts. Decoding, these are the low and high bytes of coordinates, signed, and multiply R / 2, which is of bytes. Encoding, they
-// are 16-bit numbers and what float32 has beyond them; or, of rows that are 16-bit numbers, other inputs, and then the matrix is
-// multiplied twice, for each part with its own inputs. A chunk is so many columns that there are 32 sums a lane or, of numbers and
-// the rest, 16: [eight columns][two neighbours of the first part, two of the second].
+// two parts. With BYTES (when decoding; and encoding rows of 256 numbers of 16 bits, for which reading a matrix of 16 bits takes too
+// long) these are the low and high bytes of integers, signed, and multiply R / 2, which is of bytes. Else they are 16-bit numbers and
+// what float32 has beyond them; or, of rows that are 16-bit numbers, other inputs, and then the matrix is multiplied twice, for each
+// part with its own inputs. A chunk is so many columns that there are 32 sums a lane or, of numbers and the rest, 16: [eight
+// columns][two neighbours of the first part, two of the second].
 //
 // The matrix lies in shared memory in blocks of eight columns by 16 bytes of inputs (128 bytes, a column behind the other): all
 // blocks of the first eight columns, then those of the next. Both mma (by ldmatrix) and wgmma (without swizzle) read such blocks.
-#ifdef DECODER
+#if BYTES
 typedef int Sum;
 #define BLOCKS (ORDER / 16)  // of eight columns
 #define TILES 8              // of eight columns, of a chunk
@@ -219,6 +220,17 @@ typedef float Sum;
 #define WGMMA_SHAPE "m64n32k16.f32.f16.f16"
 #endif
 #define IN_OUT(x) "+f"(x)
+#endif
+#if BYTES
+// An integer v of 16 bits added to this, as bits: its high byte, and its low byte, signed, plus 128.
+#define BYTES_MAGIC (12582912.0f + 128.0f)
+
+// Of four such: the low bytes, and the high ones.
+INLINE void split_bytes(const u32* v, u32* parts) {
+    const u32 a = __byte_perm(v[0], v[1], 0x5140), b = __byte_perm(v[2], v[3], 0x5140);  // low, low, high, high
+    parts[0] = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
+    parts[1] = __byte_perm(a, b, 0x7632);
+}
 #endif
 #define CHUNKS (ORDER / (8 * TILES))
 #define FOUR(s) IN_OUT((s)[0]), IN_OUT((s)[1]), IN_OUT((s)[2]), IN_OUT((s)[3])
@@ -263,7 +275,7 @@ template <bool TWICE> INLINE void multiply(const u8* tables, int chunk, const u3
 // Adds the products of two blocks, ``apart`` blocks apart, to TILES sums; of the first two they are the sums.
 INLINE void wgmma_step(Sum (*sums)[4], const u32* a, u32 base, int block, int apart, u32 add) {
     const u64 b = base + (block * 128 / 16 | apart * 128 / 16 << 16) | (u64)(BLOCKS * 128 / 16) << 32;
-#ifdef DECODER
+#if BYTES
     asm volatile(
         "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
         " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
@@ -529,13 +541,11 @@ INLINE Pairs table_pairs(const u8* tables, u32 entry) {
 
 // The coordinates on the grid, packed.
 INLINE void put_quad(Pairs pairs, float radius, u32* packed) {
-#if ROUNDS == 2  // the low 16 bits of v + 128: its high byte, and v's low byte, signed, plus 128
-    const float magic = 12582912.0f + 128.0f;
+#if ROUNDS == 2
+    const float magic = BYTES_MAGIC;
     const u32 v[4] = {bits_of(__fadd_rn(__fmul_rn(radius, pairs.a.x), magic)), bits_of(__fadd_rn(__fmul_rn(radius, pairs.a.y), magic)),
                       bits_of(__fadd_rn(__fmul_rn(radius, pairs.b.x), magic)), bits_of(__fadd_rn(__fmul_rn(radius, pairs.b.y), magic))};
-    const u32 a = __byte_perm(v[0], v[1], 0x5140), b = __byte_perm(v[2], v[3], 0x5140);  // low, low, high, high
-    packed[0] = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
-    packed[1] = __byte_perm(a, b, 0x7632);
+    split_bytes(v, packed);
 #else
     const float magic = 12582912.0f;  // rounds to an integer, ties to even
     packed[0] = pack_half(__fadd_rn(__fmul_rn(radius, pairs.a.x), magic) - magic, __fadd_rn(__fmul_rn(radius, pairs.a.y), magic) - magic);
@@ -1165,7 +1175,7 @@ INLINE float value_of(const u32* x, int i) {
 // The operand of a k-step and a quad.
 #define OPERAND(operand, t, quad) operand[(quad) >> 1 & 3][parity(STEP(t) & (quad) << 2 & ~(1u << IN))]
 
-#else
+#elif !BYTES
 INLINE u32 pack_entries(float even, float odd) {
     u32 r;
 #if BRAIN
@@ -1184,7 +1194,9 @@ INLINE float entry_value(u32 x) {  // of the low half
 #endif
 }
 
-// A lane's coordinates, of operands as multiply() takes them; TOGETHER by four warps.
+#endif
+#if ROUNDS == 2
+// A lane's coordinates, of operands as multiply() takes them; TOGETHER by four warps. With BYTES they are halved.
 template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*a)[4], float (*p)[4]) {
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
@@ -1195,11 +1207,45 @@ template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const 
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                p[(chunk * TILES + i) / 2][2 * (i & 1) + j] = sums[i][j] + sums[TWICE ? TILES + i : i][2 + j];
+                p[(chunk * TILES + i) / 2][2 * (i & 1) + j] = sums[i][j] + sums[TWICE ? TILES + i : i][2 + j] * (BYTES ? 256 : 1);
     }
 }
 #endif
 
+#if BYTES
+// A row of 16-bit numbers as operands: brought to integers of 15 bits, NaN and Inf found.
+INLINE void bytes_row(const Block& b, const i64 from, int row, int lane, int& bad, int& exponent, u32 (*a)[4]) {
+    u32 got[PIECES][4], most = 0;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        load_8(from + piece * 32 * ITEM, got[piece]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) most = __vmaxu2(most, got[piece][i] & 0x7fff7fffu);
+    }
+    most = max(most & 0xffff, most >> 16);
+    most = max(most, __shfl_xor_sync(ALL, most, 1));
+    most = max(most, __shfl_xor_sync(ALL, most, 2));
+    most = DTYPE == 2 ? most << 16 : bits_of(half_value(most));
+    const bool wrong = most >= 0x7f800000u;
+    bad += wrong && row < b.tokens && (lane & 3) == 0;
+    // 32,639 at the most: what is above it in its octave counts as of the next.
+    const u32 octave = most + (129 << 9);
+    exponent = wrong ? 0 : 14 - (octave >> 23 ? (int)(octave >> 23) - 127 : -118 - __clz(octave));
+    const int rest = max(exponent - 127, 0);  // what float32 cannot be multiplied by: it is rounded so much finer
+    const float scale = float_of((u32)(exponent - rest + 127) << 23), magic = float_of(bits_of(BYTES_MAGIC) - ((u32)rest << 23));
+    const u32 mask = wrong ? 0 : ~0u;
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+        u32 v[4];
+#pragma unroll
+        for (int u = 0; u < 4; u++) v[u] = bits_of(fmaf(value_of(got[i / 2], 4 * (i & 1) + u), scale, magic));
+        u32* parts = a[i / 2] + 2 * (i & 1);
+        split_bytes(v, parts);
+        parts[0] &= mask, parts[1] &= mask;
+    }
+    exponent--;  // the matrix is R / 2
+}
+#else
 // A row as float32: centred, NaN and Inf found, brought to where two float16 side by side hold 22 bits of the largest numbers.
 // Makes accumulators for join(), or operands.
 #if ROUNDS == 1
@@ -1282,6 +1328,7 @@ INLINE void careful_row(const u8* tables, const Block& b, const i64 from, int ro
     }
 #endif
 }
+#endif
 
 // Rows behind the block's end repeat its last.
 INLINE i64 row_at(const Block& b, int row) { return b.rows + min(row, b.tokens - 1) * b.stride; }
@@ -1377,7 +1424,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
                 if (i * 512 + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
 #if ROUNDS == 2
             u32 a[BLOCKS / 2][4];
+#if BYTES
+            bytes_row(b, from, row, lane, bad, exponent, a);
+#else
             careful_row(tables, b, from, row, lane, bad, exponent, a);
+#endif
             rotate<false, WARPGROUPS>(tables, a, p);
 #else
             careful_row(tables, b, from, row, lane, bad, exponent, p);

@@ -75,7 +75,7 @@ def covers(group: Group) -> bool:
 
 @lru_cache(maxsize=64)
 def _halves_fit(order: int, seed: int) -> bool:
-    """Whether the decoder's matrix, halves of two rounds', is of signed bytes, as it is for every seed anyone has seen."""
+    """Whether half of two rounds' matrix is of signed bytes, as it is for every seed anyone has seen."""
     return bool(np.abs(t.rotation_matrix(order, seed, 2)).max() < 2 * 128)
 
 
@@ -107,23 +107,34 @@ def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarra
     return arrays
 
 
+def _in_bytes(verb: str, h: Header) -> bool:
+    """Whether two rounds' matrix is of bytes: all decoders', and encoders' that else read the largest for 16-bit numbers."""
+    plain = h.dtype != c.DTYPE_FLOAT32 and not h.offsets
+    return h.rounds == 2 and (verb == "decode" or (h.order == max(ORDERS) and plain))
+
+
 def _matrix(verb: str, h: Header) -> np.ndarray:
     """Both rounds' matrix as the kernel multiplies with it: uint8 [order / 8, blocks, 8 columns, 16 bytes of inputs].
 
-    The decoder's columns are channels, of int8 R / 2; the encoder's are coordinates, of R. Four lanes hold a row: eight
-    neighbours each of every 32 channels, and a quarter each of the coordinates.
+    The decoder's columns are channels, the encoder's are coordinates; of int8 R / 2 or of 16-bit R. Four lanes hold a row:
+    eight neighbours each of every 32 channels, and a quarter each of the coordinates.
     """
     matrix = t.rotation_matrix(h.order, h.seed, 2)  # [coordinate, channel]
-    place = np.arange(h.order)
+    place = np.arange(h.order)  # of 16 bytes of inputs a lane has four, of eight columns two
     channels = place // 32 * 32 + place % 8 // 2 * 8 + place // 8 % 4 * 2 + place % 2
-    if verb == "decode":  # of 16 inputs a lane has four, of eight columns two
+    if verb == "decode":
         coordinates = place % 16 // 4 * (h.order // 4) + place // 16 * 4 + place % 4
         columns = (matrix[coordinates][:, channels].T / 2).astype(np.int8)
     else:
         coordinates = place % 8 // 2 * (h.order // 4) + place // 8 * 2 + place % 2
-        columns = matrix[coordinates][:, channels]
-        if h.dtype == c.DTYPE_BFLOAT16 and not h.offsets:
-            columns = (columns.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)  # exact: even, 256 at the most
+        columns = matrix[coordinates]
+        if _in_bytes(verb, h):
+            columns = (columns[:, place // 32 * 32 + place % 16 // 4 * 8 + place // 16 % 2 * 4 + place % 4] / 2).astype(np.int8)
+        elif h.dtype == c.DTYPE_BFLOAT16 and not h.offsets:
+            even = columns[:, channels].astype(np.float32)
+            columns = (even.view(np.uint32) >> 16).astype(np.uint16)  # exact: 256 at the most
+        else:
+            columns = columns[:, channels]
     columns = np.ascontiguousarray(columns).view(np.uint8)
     return columns.reshape(h.order // 8, 8, -1, 16).swapaxes(1, 2)
 
@@ -277,6 +288,7 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "GRID": f"{float(c.GRID)!r}f",
         "PAPER": int(paper),
         "ROUNDS": h.rounds,
+        "BYTES": int(_in_bytes(verb, h)),
         "WARPGROUPS": int(layout.warpgroups),
         "PAPER_BOUNDS": _braces(t.paper_cells()[0] ** 2),
         "ROWS": ROWS,
