@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b", "Gemma 3 270M": "gemma3-270m"}
-TEXTS = ("linux", "devil")
+TEXTS = ("linux", "devil", "chat", "policy")
 MAIN_PIECE = 128  # MiB a step of a HostPool, its default
 MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
 
@@ -71,18 +71,19 @@ def file_speeds(files: dict[str, Any]) -> str:
 def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
     """KL over that of peers: the geometric mean over models and texts, and the worst model's over its texts."""
     named = {
-        "pq3/paper": "the paper's setting (3.9 bits)",
-        "pq3/turboquant3+cures": "TurboQuant 3 b with the same two cures",
-        "pq4/kivi4": "KIVI-4 (5 bits)",
-        "pq2.5/kivi2": "KIVI-2 (3 bits)",
+        "pq3/paper": "the paper's setting",
+        "pq3/turboquant3+cures": "TurboQuant with the same two cures",
+        "pq4/kivi4": "KIVI-4",
+        "pq2.5/kivi2": "KIVI-2",
     }
     told = []
     for pair, peer in named.items():
         each = {model: geometric_mean([one["ratios"][pair]["kl_ratio"] for one in texts]) for model, texts in fidelity.items()}
         worst = max(each, key=lambda model: each[model])
         mean = geometric_mean(list(each.values()))
-        told.append(f"{pair.split('/')[0]} {mean:.2g} of {peer} ({worst} {each[worst]:.2g})")
-    return f"KL over two texts of each model, the mean and (in brackets) the worst model: {'; '.join(told)}."
+        bits = fmean(_of(one, pair.split("/")[1])["bits"] for texts in fidelity.values() for one in texts)
+        told.append(f"{pair.split('/')[0]} {mean:.2g} of {peer} of {bits:.1f} bits ({worst} {each[worst]:.2g})")
+    return f"KL over {len(TEXTS)} texts of each model, the mean and (in brackets) the worst model: {'; '.join(told)}."
 
 
 def reloading(ttft: dict[str, Any]) -> str:
