@@ -268,6 +268,10 @@ def test_greedy_text_goes_on(tmp_path: Path, kind: str) -> None:
     model, path, ids = tiny(kind), tmp_path / "a.pqkv", prompt(EXACT_TOKENS)
     expected = model.generate(ids, do_sample=False, max_new_tokens=10)
     tc.save(cached(model, ids[:, :-1]), path, model, preset="pq6")
+    if kind == "mamba":  # whose states do not tell how many tokens they have seen
+        with pytest.raises(InvalidArgument, match="generate would feed the prompt again"):
+            model.generate(ids, **{tc.argument_of(model): tc.load(path, model)})
+        return
     found = model.generate(ids, do_sample=False, max_new_tokens=10, **{tc.argument_of(model): tc.load(path, model)})
     assert torch.equal(expected, found)
 

@@ -1,62 +1,116 @@
-"""Law: one prompt through a model and a store: get, prefill of the rest, put, generate, put."""
+"""Law: one prompt through a model and a store: get, prefill of the rest, put, generate, put; the answer is the model's own.
+
+What the store cannot do for a model or a request, ``model.generate`` does alone, with a warning that says why. Trouble with
+the store costs a warning, never the answer.
+"""
 
 from __future__ import annotations
 
+import sqlite3
+import warnings
 from typing import Any, Protocol
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, PQError
 from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.store.options import Request
 
 PREFILL_TOKENS = 2048  # at once
+STEPS = 64  # tokens that are fed one by one rather than a whole prompt at once, by models that take no more on top of a cache
+TROUBLE = (PQError, OSError, sqlite3.Error, RuntimeError, MemoryError)
 
 
 class Store(Protocol):
     """What is wanted of a ``PrefixStore``."""
 
-    def get(self, model: Any, tokens: Any, *, extra: str = "") -> tuple[Any, int]: ...
+    def get(self, model: Any, tokens: Any, *, extra: str = "", stepwise: bool = False) -> tuple[Any, int]: ...
 
     def put(self, model: Any, tokens: Any, cache: Any, *, extra: str = "", wait: bool = True) -> Any: ...
 
 
 def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool, **options: Any) -> Any:
     """What ``PrefixStore.generate`` does."""
-    import torch
+    request = Request.of(model, input_ids, options)
+    why = _why_alone(model, request)
+    if why:
+        warnings.warn(f"the model generates without the store: {why}", RuntimeWarning, stacklevel=3)
+        return model.generate(request.ids, **request.options)
+    return _through(store, model, request, extra, wait)
 
-    name = tc.argument_of(model)
-    ids = input_ids if input_ids.ndim == 2 else input_ids[None]
-    mask = options.get("attention_mask")
-    if len(ids) != 1 or not ids.shape[1]:
-        raise InvalidArgument(f"input_ids {tuple(input_ids.shape)}: one prompt [1, n] is expected")
-    if mask is not None and not bool(mask.all()):
+
+def _why_alone(model: Any, request: Request) -> str:
+    """Why a store has nothing to give to a request; "" where it has. Raises InvalidArgument for a model that it cannot take."""
+    Identity.of(model)  # refuses a model that cannot be told from others
+    if getattr(model.config, "is_encoder_decoder", False):
         raise InvalidArgument(
-            "the attention mask leaves tokens out; a prefix in the store is of all tokens: pass them unpadded"
+            f"{type(model).__name__} is an encoder-decoder, whose cache depends on more than its tokens; call model.generate, "
+            "and keep a cache with transformers_cache.save"
         )
-    if name in options or options.get("use_cache") is False:
-        raise InvalidArgument(f"{name} and use_cache are the store's business here; leave them out")
-    cache, length = store.get(model, ids, extra=extra)
-    last = ids.shape[1] - 1
-    with torch.no_grad():
-        for start in range(length, last, PREFILL_TOKENS):
-            model(input_ids=ids[:, start : min(start + PREFILL_TOKENS, last)], logits_to_keep=1, **{name: cache})
+    if request.inside:
+        return "attentions and hidden states of a kept prefix are not there"
+    if tc.keeps_module_state(model):
+        return f"{type(model).__name__} keeps positions in its modules, beside the cache"
     longest = tc.longest_prefix(model.config)
+    if longest is not None and request.ids.shape[1] > longest:
+        return f"its RoPE scaling changes all keys of prompts beyond {longest} tokens"
+    layers = tc.empty_cache(model.config).layers
+    if request.answers > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        return "a recurrent state cannot be repeated for several sequences"
+    behaviour = tc.behaviour(model, request.ids)
+    if not behaviour.reusable or not behaviour.generates:
+        return f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour})"
+    return ""
+
+
+def _through(store: Store, model: Any, request: Request, extra: str, wait: bool) -> Any:
+    ids, name, runs = request.ids, tc.argument_of(model), tc.behaviour(model, request.ids).runs
+    last, longest = ids.shape[1] - 1, tc.longest_prefix(model.config)
+    try:
+        cache, length = store.get(model, ids, extra=extra, stepwise=True)
+    except InvalidArgument:  # a refusal, before anything is computed
+        raise
+    except TROUBLE as error:
+        _warn(f"nothing is taken from the store: {error}")
+        cache, length = tc.empty_cache(model.config), 0
+    if not runs and 0 < length < last - STEPS:
+        cache, length = tc.empty_cache(model.config), 0
+    _prefill(model, name, ids[:, :last], cache, length, runs)
+    tc.tell_tokens(cache, last)
 
     def keep(tokens: Any) -> None:
-        if longest is None or tokens.shape[1] <= longest:  # beyond, keys depend on what follows
+        if tokens.shape[1] > (longest or tokens.shape[1]) or not _holds(cache, tokens.shape[1]):
+            return  # beyond a RoPE's switch keys depend on what follows
+        try:
             store.put(model, tokens, cache, extra=extra, wait=wait)
+        except TROUBLE as error:
+            _warn(f"nothing is kept: {error}")
 
     if length < last:
         keep(ids[:, :last])
-    answers = _answers(model, options)
-    if answers > 1:
-        cache.batch_repeat_interleave(answers)
-    result = model.generate(ids, **{name: cache}, **options)
-    if answers == 1:
-        sequence = result if isinstance(result, torch.Tensor) else result.sequences
+    if request.answers > 1:
+        cache.batch_repeat_interleave(request.answers)
+    result = model.generate(ids, **{name: cache}, **request.options)
+    if request.answers == 1:
+        sequence = result if hasattr(result, "shape") else result.sequences
         keep(sequence[:, :-1])  # the last token was not fed
     return result
 
 
-def _answers(model: Any, options: dict[str, Any]) -> int:
-    """How many sequences one prompt becomes."""
-    config = options.get("generation_config") or model.generation_config
-    return max(int(options.get(key) or getattr(config, key, None) or 1) for key in ("num_beams", "num_return_sequences"))
+def _prefill(model: Any, name: str, ids: Any, cache: Any, first: int, runs: bool) -> None:
+    """Feed ids [1, n] from a place on: by pieces or, where a model takes no more on top of a cache, one by one or at once."""
+    import torch
+
+    last = ids.shape[1]
+    step = PREFILL_TOKENS if runs else 1 if first else max(last, 1)
+    with torch.no_grad():
+        for start in range(first, last, step):
+            model(input_ids=ids[:, start : min(start + step, last)], logits_to_keep=1, **{name: cache})
+
+
+def _holds(cache: Any, tokens: int) -> bool:
+    """Whether a cache is of just so many tokens."""
+    return all(layer.tokens in (0, tokens) for layer in tc.state_of(cache).parts[""])
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"the store is in trouble, {what}", RuntimeWarning, stacklevel=5)

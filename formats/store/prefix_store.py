@@ -34,6 +34,7 @@ from pqcodec.kernels.threads import threads
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum
 PENDING = 4  # puts that may wait in the background
+_BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from ``get``: the digest of the model's identity
 
 
 class Prefix(NamedTuple):
@@ -123,14 +124,19 @@ class PrefixStore:
         self.shelf.close()
 
     # -- getting -------------------------------------------------------------------------------------------------
-    def get(self, model: Any, tokens: Any, *, extra: str = "", leave: int = 1, device: Any = None) -> Prefix:
+    def get(
+        self, model: Any, tokens: Any, *, extra: str = "", leave: int = 1, device: Any = None, stepwise: bool = False
+    ) -> Prefix:
         """The cache of the longest stored prefix of ``tokens`` ([n] or [1, n]); an empty cache and 0 where there is none.
 
         At least ``leave`` tokens are left, for a model has to be fed one to go on. ``extra``: what the keys depend on beyond
         the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: the model's). A damaged
-        block is dropped with a warning and never used: the prefix ends before it.
+        block is dropped with a warning and never used: the prefix ends before it. Some models (Jamba, Mamba) do not take
+        several tokens on top of a cache: of theirs a prefix is found if one token is left, or if you feed what follows
+        one by one (``stepwise``). Raises InvalidArgument for a model whose prefixes cannot be used again.
         """
         identity, ids = self._identity(model), token_ids(tokens)
+        runs = _check_behaviour(model, ids)
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
@@ -143,9 +149,13 @@ class PrefixStore:
                 break
             unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
-        if not used:
-            return Prefix(tc.empty_cache(identity.config), 0)
-        return Prefix(tc.cache_of(assembly.state()), assembly.tokens)
+        if not runs and not stepwise and 0 < assembly.tokens < len(ids) - 1:
+            used = []
+        cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
+        tokens = assembly.tokens if used else 0
+        tc.tell_tokens(cache, tokens)
+        setattr(cache, _BEGUN_BY, identity.digest())
+        return Prefix(cache, tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
         """Decode blocks up to the first that cannot be; returns them, and the rows of those that could."""
@@ -284,6 +294,9 @@ class PrefixStore:
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
+        _check_behaviour(model, ids)
+        if getattr(cache, _BEGUN_BY, identity.digest()) != identity.digest():
+            raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
         state = tc.state_of(cache, identity.config)
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
@@ -295,9 +308,11 @@ class PrefixStore:
         if len(lengths) > 1:
             raise InvalidArgument(f"layers that have seen {sorted(lengths)} tokens; one number is expected")
         cached = lengths.pop() if lengths else len(ids)
-        cuttable = all(layer.cuttable for layer in layers)
-        if len(ids) < cached and not cuttable:
-            raise InvalidArgument(f"{len(ids)} tokens, the cache has seen {cached} and cannot be cut; pass all tokens")
+        if len(ids) < cached:
+            raise InvalidArgument(
+                f"{len(ids)} tokens, but the cache holds {cached} positions: of other tokens, or of a prompt that was learned; "
+                "pass all tokens that the model was fed"
+            )
         ids = ids[:cached]
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
@@ -396,6 +411,28 @@ class PrefixStore:
         if found:
             self._index.pin(found[-1][0], pinned)
         return sum(count for _, count in found)
+
+
+def _check_behaviour(model: Any, ids: np.ndarray) -> bool:
+    """Whether a model takes several tokens on top of a cache; of an Identity nothing is known.
+
+    Raises InvalidArgument for a model whose prefixes cannot be used again.
+    """
+    if isinstance(model, Identity) or not len(ids):
+        return True
+    import torch
+
+    if tc.keeps_module_state(model):
+        raise InvalidArgument(
+            f"{type(model).__name__} keeps positions of what it has read in its modules, beside the cache; "
+            "save its caches with transformers_cache.save"
+        )
+    behaviour = tc.behaviour(model, torch.from_numpy(ids)[None])
+    if not behaviour.reusable:
+        raise InvalidArgument(
+            f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour}), so none can be used again"
+        )
+    return behaviour.runs
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

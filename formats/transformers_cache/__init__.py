@@ -1,6 +1,7 @@
 """Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
 
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
+from pqcodec.formats.transformers_cache.probe import Behaviour, behaviour, keeps_module_state
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
     ROLES,
@@ -15,16 +16,19 @@ from pqcodec.formats.transformers_cache.state import (
     frozen,
     joined,
     state_of,
+    tell_tokens,
     tokens_along,
 )
 
 __all__ = [
     "KEY",
     "ROLES",
+    "Behaviour",
     "CacheState",
     "LayerState",
     "along",
     "argument_of",
+    "behaviour",
     "cache_of",
     "check_layers",
     "continues",
@@ -32,6 +36,7 @@ __all__ = [
     "frequencies",
     "frozen",
     "joined",
+    "keeps_module_state",
     "load",
     "longest_prefix",
     "pairings",
@@ -39,6 +44,7 @@ __all__ = [
     "ropes",
     "save",
     "state_of",
+    "tell_tokens",
     "tensors_of",
     "tokens_along",
 ]

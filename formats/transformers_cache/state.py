@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
@@ -22,6 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that
     "LinearAttentionAndSlidingWindowAttentionLayer": ("sliding_window", "number_of_states"),
     "DummyLayer": (),
 }
+RECURRENT = "LinearAttentionLayer"  # the class of layers that hold a recurrent state alone
 ROLES = {"keys": "key", "values": "value"}  # of a layer's tensors that are encoded
 STATE_ELSEWHERE = {"recurrent_gemma"}  # model types
 _MADE_AGAIN = {"device", "indexer_device", "_sliding_window_tensor"}  # follow from the rest
@@ -188,7 +190,17 @@ def frozen(state: CacheState) -> CacheState:
 
 def empty_cache(config: Any) -> Any:
     """A cache for a model that has seen nothing."""
-    return _cache_utils().DynamicCache(config=config)
+    cache = _cache_utils().DynamicCache(config=config)
+    if cache.layers and all(type(layer).__name__ == RECURRENT for layer in cache.layers):
+        cache = _recurrent_cache()(config=config)
+        cache.tell(0)
+    return cache
+
+
+def tell_tokens(cache: Any, tokens: int) -> None:
+    """Tell a cache of recurrent states alone how many tokens they have seen, which they do not know; others do."""
+    if isinstance(cache, _recurrent_cache()):
+        cache.tell(tokens)
 
 
 def argument_of(model: Any) -> str:
@@ -205,10 +217,46 @@ def cache_of(state: CacheState) -> Any:
     utils = _cache_utils()
     caches = []
     for part in state.parts.values():
-        cache = utils.DynamicCache()
+        recurrent = bool(part) and all(layer.kind == RECURRENT for layer in part)
+        cache = (_recurrent_cache() if recurrent else utils.DynamicCache)()
         cache.layers = [_layer_from(layer, index) for index, layer in enumerate(part)]
         caches.append(cache)
     return utils.EncoderDecoderCache(*caches) if state.kind == "EncoderDecoderCache" else caches[0]
+
+
+@lru_cache(maxsize=1)
+def _recurrent_cache() -> Any:
+    """The class of caches that hold recurrent states alone.
+
+    ``generate`` asks every other cache how many tokens it has seen, and feeds the rest; on top of a DynamicCache of such states
+    it feeds the whole prompt again. This one answers as long as it knows, and otherwise says what to do.
+    """
+
+    class RecurrentCache(_cache_utils().DynamicCache):  # type: ignore[misc, name-defined]
+        tokens: int | None = None  # that its states have seen, while they are these
+        states: list[float] | None = None
+        is_compileable = False  # or a mask of attention would be made for it
+
+        @property
+        def is_linear(self) -> list[bool]:
+            return [False] * len(self.layers)
+
+        def tell(self, tokens: int) -> None:
+            self.tokens, self.states = tokens, self.sums()
+
+        def sums(self) -> list[float]:
+            states = [x for layer in _layers_of(self, "cache") for x in layer.tensors.values()]
+            return [float(x.double().sum()) for x in states]
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            if self.tokens is None or self.sums() != self.states:
+                raise InvalidArgument(
+                    "a purely recurrent model's states do not tell how many tokens they have seen, and generate would feed the "
+                    "prompt again on top of them: feed what follows to the model yourself, or generate without a cache"
+                )
+            return self.tokens
+
+    return RecurrentCache
 
 
 def _layer_from(state: LayerState, index: int) -> Any:

@@ -1,0 +1,102 @@
+"""Law: which options of ``model.generate`` a store takes: those that choose, stop and tell; every other one is refused by name.
+
+What an option does to a cache shows nowhere: an assistant model cuts it, ``position_ids`` turns it, another implementation
+replaces it. So an option that is not known here is refused before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pqcodec.errors import InvalidArgument
+
+CHOOSING = """do_sample num_beams temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
+    encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens sequence_bias watermarking_config pad_token_id bos_token_id eos_token_id"""
+STOPPING = "max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings"
+TELLING = """num_return_sequences output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"""
+WITHOUT_EFFECT = """use_cache max_cache_len compile_config disable_compile decoder_start_token_id num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight is_assistant transformers_version"""  # on a cache that is passed, by no assistant
+ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer synced_gpus tokenizer"
+CONFIG = frozenset(f"{CHOOSING} {STOPPING} {TELLING} {WITHOUT_EFFECT}".split())
+KNOWN = CONFIG | frozenset(ARGUMENTS.split()) | {"attention_mask"}
+_NEUTRAL: dict[str, Any] = {
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+}  # values that a config may have without asking anything
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``generate`` is asked for: one prompt and the options that are passed on."""
+
+    ids: Any  # [1, n]
+    options: Mapping[str, Any]
+    answers: int  # sequences that the prompt becomes
+    inside: bool  # attentions or hidden states are to be returned, of which a kept prefix has none
+
+    @classmethod
+    def of(cls, model: Any, input_ids: Any, options: Mapping[str, Any]) -> Request:
+        """Raises InvalidArgument, by name, for what a store cannot take."""
+        asked = {name: value for name, value in options.items() if value is not None}
+        for name in asked:
+            if name not in KNOWN:
+                raise InvalidArgument(
+                    f"PrefixStore.generate does not take {name}, {_why(name)}; leave it out, or call model.generate"
+                )
+        if asked.get("use_cache") is False:
+            raise InvalidArgument("use_cache=False: a store keeps the cache; leave it out, or call model.generate")
+        own = getattr(model, "generation_config", None)
+        for place, config in (("generation_config", asked.get("generation_config")), ("model.generation_config", own)):
+            _check(place, config)
+        ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+        if ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
+            raise InvalidArgument(f"input_ids {tuple(input_ids.shape)}: one prompt [1, n] is expected")
+        mask = asked.get("attention_mask")
+        if mask is not None and (tuple(mask.shape) != tuple(ids.shape) or not bool((mask == 1).all())):
+            raise InvalidArgument(
+                f"the attention mask {tuple(mask.shape)} leaves tokens out, or is not of the prompt's {ids.shape[1]} tokens; "
+                "a prefix in the store is of all tokens: pass them unpadded"
+            )
+
+        def effective(name: str) -> Any:
+            return asked.get(name) or getattr(asked.get("generation_config"), name, None) or getattr(own, name, None)
+
+        passed = dict(asked)
+        if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
+            passed["cache_implementation"] = None
+        answers = max(int(effective(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        return cls(ids, passed, answers, bool(effective("output_attentions") or effective("output_hidden_states")))
+
+
+def _check(place: str, config: Any) -> None:
+    """Raises InvalidArgument for a generation config that asks for what a store does not take."""
+    if config is None:
+        return
+    defaults = type(config)()
+    for name, value in vars(config).items():
+        if name in CONFIG or name.startswith("_") or value is None or value is False:
+            if name == "use_cache" and value is False:
+                raise InvalidArgument(f"{place}.use_cache=False: a store keeps the cache; call model.generate")
+            continue
+        if name == "cache_implementation" and place.startswith("model."):
+            continue
+        if value != getattr(defaults, name, None) and value != _NEUTRAL.get(name):
+            raise InvalidArgument(
+                f"{place}.{name}={value!r:.60}: PrefixStore.generate does not take {name}, {_why(name)}; "
+                "set it to None, or call model.generate"
+            )
+
+
+def _why(name: str) -> str:
+    if name in ("cache", "past_key_values", "cache_params"):
+        return "which is the store's business here"
+    if "assist" in name or "lookup" in name or name in ("use_mtp", "speculation_type"):
+        return "because tokens that are taken back leave a cache of other tokens"
+    if name.startswith(("pixel_", "image_", "video_", "audio_", "input_features")) or name == "inputs_embeds":
+        return "because keys and values depend on more than the tokens then"
+    return "for what it does to the cache is not known"

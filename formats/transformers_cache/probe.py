@@ -1,0 +1,138 @@
+"""Law: how a model goes on from a kept cache, as it shows on a few tokens, so that no family has to be known beforehand.
+
+Keys and values of a prefix can be used again where they do not depend on what follows (a bidirectional prefix's do), where the
+model takes up what a cache holds (some take a recurrent state only up when one token is fed), and where ``generate`` feeds a
+model what its ``forward`` is fed. Each of these is tried once for a model object, on some tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from pqcodec.formats.transformers_cache.state import argument_of, cache_of, empty_cache, frozen, state_of
+
+TOKENS, PREFIX, STEPS = 20, 12, 4  # fed at once; of them before the cut; and behind it one by one
+WIDEST = 1024  # tokens of a sliding window up to which the cut lies behind one
+TOLERANCE = 1e-3  # of the median token's relative error in float32
+COARSE_TOLERANCE = 0.05  # in 16 bits, where the order of sums alone makes errors of 0.01
+STEPS_ONLY = {"bamba", "falcon_mamba", "jamba", "mamba"}  # model types whose error could be too small to be seen in 16 bits
+WRONG = {"moshi"}  # model types that lose their way beyond a window that is too wide to be tried
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model's cache can be used for."""
+
+    prefixes: bool  # keys and values do not depend on the tokens behind them
+    steps: bool  # one token fed on top of a cache is computed as in one go
+    runs: bool  # and so are several
+    generates: bool  # the first logits of ``generate`` are those of ``forward``
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the cache of a prefix can be gone on from at all."""
+        return self.prefixes and self.steps
+
+
+NONE = Behaviour(False, False, False, False)
+
+_known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by how it is run
+_lock = threading.Lock()
+
+
+def behaviour(model: Any, ids: Any) -> Behaviour:
+    """How a model behaves on the first of the ids [1, n]; a few short forward passes, the first time it is asked.
+
+    A model that cannot be run on them is trusted with nothing. The random numbers of torch stay as they are.
+    """
+    import torch
+
+    if model.config.get_text_config(decoder=True).model_type in WRONG:
+        return NONE
+    cast = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    run = (model.training, getattr(model.config, "_attn_implementation", None), cast)
+    with _lock:
+        known = _known.setdefault(model, {})
+        if run not in known:
+            known[run] = _tried(model, ids)
+        return known[run]
+
+
+def keeps_module_state(model: Any) -> bool:
+    """Whether a model keeps positions of what it has read in its modules (M-RoPE's ``rope_deltas``), outside of the cache."""
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
+def _tried(model: Any, ids: Any) -> Behaviour:
+    import torch
+
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or 0
+    tokens = TOKENS + (int(window) if window <= WIDEST else 0)
+    tokens = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens + 1) - 1)
+    some = ids.to(model.device).repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    try:
+        with torch.no_grad(), _same_random_numbers(model.device):
+            return _on(model, some, max(tokens - TOKENS + PREFIX, 1))
+    except Exception:  # of any kind: it is the model's code that runs
+        return NONE
+
+
+def _on(model: Any, ids: Any, cut: int) -> Behaviour:
+    import torch
+
+    argument = argument_of(model)
+    coarse = model.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(model.device.type)
+    tolerance = COARSE_TOLERANCE if coarse else TOLERANCE
+
+    def fed(cache: Any, first: int, last: int) -> Any:
+        return model(input_ids=ids[:, first:last], use_cache=True, **{argument: cache}).logits
+
+    def like(x: Any, y: Any) -> bool:  # [..., tokens, numbers]
+        x, y = x.float(), y.float()
+        errors = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=1e-30)
+        return bool(x.shape == y.shape and errors.median() <= tolerance)
+
+    whole, part = empty_cache(model.config), empty_cache(model.config)
+    logits = fed(whole, 0, ids.shape[1])
+    fed(part, 0, cut)
+    before = frozen(state_of(part, model.config))
+    prefixes = True
+    for long, short in zip(state_of(whole, model.config).parts[""], before.parts[""], strict=True):
+        for path in ("keys", "values") if long.cuttable and short.kept else ():
+            prefixes &= like(long.tensors[path][..., :cut, :], short.tensors[path])
+    going_on = cache_of(frozen(before))
+    stepwise = torch.cat([fed(going_on, at, at + 1) for at in range(cut, min(cut + STEPS, ids.shape[1]))], dim=1)
+    steps = like(stepwise, logits[:, cut : cut + STEPS])
+    runs = like(fed(cache_of(frozen(before)), cut, ids.shape[1]), logits[:, cut:])
+    return Behaviour(
+        prefixes,
+        steps,
+        runs and model.config.get_text_config(decoder=True).model_type not in STEPS_ONLY,
+        like(_first_logits(model, ids), logits[:, -1]),
+    )
+
+
+def _first_logits(model: Any, ids: Any) -> Any:
+    """What ``generate`` computes behind a prompt: [1, vocabulary]."""
+    from transformers import GenerationConfig
+
+    asked = GenerationConfig(
+        do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
+    )
+    generate: Callable[..., Any] = model.generate
+    return generate(ids, generation_config=asked).logits[0]
+
+
+@contextmanager
+def _same_random_numbers(device: Any) -> Iterator[None]:
+    """Put torch's random numbers back where they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda"):
+        yield
