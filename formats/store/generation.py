@@ -6,7 +6,6 @@ the store costs a warning, never the answer.
 
 from __future__ import annotations
 
-import sqlite3
 import warnings
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from pqcodec.formats.store.options import Request
 
 PREFILL_TOKENS = 2048  # at once
 STEPS = 64  # tokens that are fed one by one rather than a whole prompt at once, by models that take no more on top of a cache
-TROUBLE = (PQError, OSError, sqlite3.Error, RuntimeError, MemoryError)
+TROUBLE = (PQError, OSError, RuntimeError, MemoryError)
 
 
 class Store(Protocol):
