@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {"pqcodec": set(), "formats": {"pqcodec.formats"}, "tools": {"pqcodec.formats", "pqcodec.tools"}}
 HOMES = {  # third-party modules that are imported in one place only
-    "numba": {"pqcodec/kernels/cpu_tiles.py", "pqcodec/kernels/lanes.py", "pqcodec/kernels/disk_cache.py"},
+    "numba": {f"pqcodec/kernels/{name}.py" for name in ("cpu_tiles", "disk_cache", "lanes", "samples")},
     "llvmlite": {"pqcodec/kernels/lanes.py"},
     "safetensors": {"formats/tensors.py"},
     "zarr": {"formats/zarr_"},
@@ -41,10 +41,10 @@ ORDER = [
 ]
 
 FORMATS_ORDER = [
-    "atomic exact frames model_identity names",
-    "measure npy rates remote tensor_file",
-    "log pieces single zarr_codec zarr_store",
-    "listing pqkv recipe",
+    "atomic exact frames names model_identity.code model_identity.digests model_identity.wrappers",
+    "measure npy rates remote tensor_file model_identity.tensors model_identity.watch",
+    "log pieces single zarr_codec zarr_store model_identity.deviation model_identity.refusals",
+    "listing pqkv recipe model_identity.identity",
     "appender tensors zarr_writer",
     "cache containers",
     "safetensors_file transformers_cache.state zarr_cache",

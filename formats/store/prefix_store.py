@@ -73,8 +73,9 @@ class PrefixStore:
     another one finds nothing of this one's, and keyed hashes are kept in the place of token ids. ``tokenizer``: makes its
     vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, passed whenever the store is opened;
     the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
-    as the umask lets them (by default its files are 0600 and its folders 0700). ``shelf`` looks after what is stored: damage,
-    quota, orphans.
+    as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a
+    model's weights is looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``). ``shelf`` looks after
+    what is stored: damage, quota, orphans.
 
     >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
     >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
@@ -94,10 +95,13 @@ class PrefixStore:
         seed: int = 0,
         backend: str = "auto",
         shared: bool = False,
+        identity: str = "sampled",
     ) -> None:
+        if identity not in ("sampled", "full"):
+            raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
         if max_bytes is not None and max_bytes < 0:
             raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
-        self._exact = preset == blocks.EXACT
+        self._exact, self._full = preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
             measured="none", preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
         )
@@ -323,9 +327,8 @@ class PrefixStore:
         label = str(getattr(identity.config, "model_type", "model"))
         return _Work(identity, self._chain(identity, extra), label, ids, state, pin)
 
-    @staticmethod
-    def _identity(model: Any) -> Identity:
-        identity = Identity.of(model)
+    def _identity(self, model: Any) -> Identity:
+        identity = Identity.of(model, full=self._full)
         if not identity.weights:
             raise InvalidArgument("a config alone does not tell a model from others of its shape; pass the model")
         return identity

@@ -1,0 +1,170 @@
+"""Law: whether a model's tensors are as they were: digests of all bytes, and cheap evidence that is looked at on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.model_identity.digests import new_hash
+
+SAMPLES = 16  # words of a tensor that are looked at on each call
+COLUMNS = 1021  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
+_WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once, and weights of the sum
+
+
+def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Storage address, version counter, shape and strides of each tensor."""
+    return [(t.data_ptr(), None if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors]
+
+
+class Evidence:
+    """What is looked at of the tensors' bytes on each call, and how it was.
+
+    Sampled (``full`` False): of each tensor in the CPU's memory, the words that hold 16 elements spread over it. Edits that
+    bypass version counters (``w.data += d``) are seen where they change one of them: edits of whole tensors, practically
+    always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter: each 64-bit word is in one of
+    1,021 sums modulo 2^64, so that an edit of one element is always seen.
+    """
+
+    def __init__(self, tensors: Sequence[Any], full: bool) -> None:
+        self.full = full
+        self._summed = [full or t.device.type != "cpu" for t in tensors]
+        addresses = [
+            np.empty(0, np.int64) if summed else (t.data_ptr() + _offsets(t.shape, t.stride(), t.element_size())) & ~7
+            for t, summed in zip(tensors, self._summed, strict=True)
+        ]
+        self._addresses = np.concatenate(addresses) if addresses else np.empty(0, np.int64)
+        self._ends = np.cumsum([len(each) for each in addresses])
+        self._words, self._sums = self._look(tensors)
+
+    def holds(self, tensors: Sequence[Any]) -> bool:
+        """Whether the bytes that are looked at are as they were; the tensors must still lie where they lay."""
+        words, sums = self._look(tensors)
+        return bool(np.array_equal(words, self._words)) and sums == self._sums
+
+    def of(self, index: int) -> bytes:
+        """What was looked at of one tensor."""
+        end = self._ends[index]
+        start = self._ends[index - 1] if index else 0
+        return self._sums[index] if self._summed[index] else self._words[start:end].tobytes()
+
+    def _look(self, tensors: Sequence[Any]) -> tuple[np.ndarray, dict[int, bytes]]:
+        words = np.empty(0, np.uint64)
+        if len(self._addresses):
+            from pqcodec.kernels.samples import words_at
+
+            words = words_at(self._addresses)
+        return words, _sums({index: tensors[index] for index, summed in enumerate(self._summed) if summed})
+
+
+@lru_cache(maxsize=4096)
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.ndarray:
+    """Where the sampled elements of a tensor lie, bytes from its address."""
+    count = int(np.prod(shape, dtype=np.int64))
+    if count <= SAMPLES:
+        at = np.arange(count)
+    else:  # one in each of 16 equal parts, so that they do not keep to one column
+        parts = np.linspace(0, count, SAMPLES + 1).astype(np.int64)
+        draws = np.random.default_rng(count).random(SAMPLES)
+        at = parts[:-1] + (draws * np.diff(parts)).astype(np.int64)
+    places = np.unravel_index(at, shape) if shape else (at,)
+    steps = strides if shape else (1,)
+    return sum((place * step for place, step in zip(places, steps, strict=True)), np.zeros(len(at), np.int64)) * size
+
+
+def _sums(tensors: dict[int, Any]) -> dict[int, bytes]:
+    """Sums over all words of each tensor, and the bytes that are left over."""
+    import torch
+
+    found: dict[int, bytes] = {}
+    places: dict[Any, list[int]] = {}
+    for index, tensor in tensors.items():
+        places.setdefault(tensor.device, []).append(index)
+    for device, indices in places.items():
+        weights = _column_weights(device)
+        sums = torch.zeros((len(indices), COLUMNS), dtype=torch.int64, device=device)
+        rests = []
+        for row, index in zip(sums, indices, strict=True):
+            raw = _bytes_of(tensors[index])
+            whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
+            if whole:
+                torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
+            rests.append(raw[whole:])
+        totals = (sums * weights).sum(1).tolist()
+        left = torch.cat(rests).cpu().numpy().tobytes()
+        start = 0
+        for index, total, rest in zip(indices, totals, rests, strict=True):
+            found[index] = int(total).to_bytes(8, "little", signed=True) + left[start : start + rest.numel()]
+            start += rest.numel()
+    return found
+
+
+@lru_cache(maxsize=16)
+def _column_weights(device: Any) -> Any:
+    return _odd(COLUMNS, 0, device)
+
+
+def _bytes_of(tensor: Any) -> Any:
+    """A tensor's bytes, uint8 [n], at an address that 64-bit words may have."""
+    import torch
+
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return raw.clone() if raw.data_ptr() % 8 or raw.storage_offset() % 8 else raw
+
+
+def refuse_unloaded(named: Sequence[tuple[str, Any]]) -> None:
+    """Raises InvalidArgument for a tensor without memory."""
+    for name, tensor in named:
+        if tensor.device.type == "meta":
+            raise InvalidArgument(
+                f"the weight {name!r} is not loaded (device meta), so the model cannot be told from others: load it, or pass "
+                "an Identity of your own, Identity(config, config_digest=..., weights=...)"
+            )
+
+
+def tensor_digest(name: str, tensor: Any) -> bytes:
+    """Digest of a tensor's name, dtype, shape and all its bytes.
+
+    The bytes, as little-endian int64 words in rows of 1,024, enter by sums modulo 2^64: one of all words, each times the odd
+    number of its column and of its row. That is quick on any device; it tells models apart, but is no defence against someone
+    who wants two models to look alike.
+    """
+    import torch
+
+    hashed = new_hash()
+    hashed.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    raw = _bytes_of(tensor)
+    words, rest = raw[: raw.numel() // 8 * 8], raw[raw.numel() // 8 * 8 :]
+    hashed.update(bytes(rest.tolist()))
+    if words.numel():
+        total = _weighted_sum(words.view(torch.int64))
+        hashed.update(int(total).to_bytes(8, "little", signed=True))
+    return bytes(hashed.digest())
+
+
+def _weighted_sum(words: Any) -> Any:
+    import torch
+
+    columns = _odd(_ROW, 0, words.device)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _WORDS):
+        piece = words[start : start + _WORDS]
+        whole = piece[: piece.numel() // _ROW * _ROW].reshape(-1, _ROW)
+        last = piece[whole.numel() :]
+        rows = _odd(len(whole) + 1, start // _ROW, words.device)
+        total += ((whole * columns).sum(1) * rows[:-1]).sum() + (last * columns[: last.numel()]).sum() * rows[-1]
+    return total
+
+
+def _odd(count: int, first: int, device: Any) -> Any:
+    """Odd int64 numbers that look random (the steps of SplitMix64), from a place on."""
+    import torch
+
+    x = (torch.arange(first, first + count, dtype=torch.int64, device=device) + 1) * -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1
