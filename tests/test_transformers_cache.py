@@ -16,7 +16,6 @@ from conftest import TINY, gaussian, rel_mse
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import PQKVFile, load_cache, rates, save_cache
 from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity, forget
 from pqcodec.formats.recipe import EXACT_TOKENS
 
 transformers = pytest.importorskip("transformers")
@@ -596,136 +595,7 @@ def test_nan_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# -- which model it is -------------------------------------------------------------------------------------------
-def identity(model: Any) -> dict[str, str]:
-    return Identity.of(model).as_dict()
-
-
-def test_the_same_weights_are_the_same_model(tmp_path: Path) -> None:
-    model = tiny("llama")
-    model.save_pretrained(tmp_path)
-    one, two = (transformers.LlamaForCausalLM.from_pretrained(tmp_path) for _ in range(2))
-    assert identity(one) == identity(two)
-    assert identity(one)["weights"] == identity(model)["weights"] == identity(copy.deepcopy(model))["weights"]
-    assert identity(one)["weights"] != identity(tiny("llama", seed=1))["weights"]
-
-
-def test_one_element_makes_another_model() -> None:
-    model = copy.deepcopy(tiny("llama"))
-    first = identity(model)
-    assert identity(model) == first
-    seen = {first["weights"]}
-    for weight in list(model.parameters()):
-        with torch.no_grad():
-            flat = weight.view(-1)
-            flat[flat.numel() // 2] = torch.nextafter(flat[flat.numel() // 2], torch.tensor(9.0))  # in place
-        seen.add(identity(model)["weights"])
-    assert len(seen) == 1 + len(list(model.named_parameters()))
-    assert {key: value for key, value in identity(model).items() if key != "weights"} == {
-        key: value for key, value in first.items() if key != "weights"
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (1024,), (1025, 8), (2, 1024, 129)])
-def test_every_byte_counts_at_its_place(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    model = copy.deepcopy(tiny("mamba"))
-    weight = gaussian(*shape).mul(50).to(dtype)
-    model.register_buffer("extra", weight)
-    flat, seen = weight.view(-1), {identity(model)["weights"]}
-    places = np.random.default_rng(0).integers(0, len(flat), 12)
-    for at in places:
-        flat[at] += 1  # twice at one place is other than once
-        seen.add(identity(model)["weights"])
-    assert len(seen) == 1 + len(places)
-    if len(flat) > 8:
-        flat[:] = flat.flip(0).clone()
-        assert identity(model)["weights"] not in seen
-
-
-def test_what_is_written_past_the_version_counters_is_seen_after_forget() -> None:
-    model = copy.deepcopy(tiny("llama"))
-    first = identity(model)
-    model.lm_head.weight.data[3, 3] += 1
-    forget(model)
-    assert identity(model) != first
-    model.lm_head.weight.data[3, 3] -= 1
-
-
-def test_weights_that_are_exchanged_make_another_model() -> None:
-    model = copy.deepcopy(tiny("llama"))
-    first, one = identity(model), model.model.layers
-    one[0], one[1] = one[1], one[0]
-    assert identity(model)["weights"] != first["weights"]
-    one[0], one[1] = one[1], one[0]
-    assert identity(model) == first
-
-
-class Adapter(torch.nn.Linear):
-    """What peft puts in the place of a linear layer, as far as its state goes."""
-
-    def __init__(self) -> None:
-        super().__init__(64, 64)
-        self.lora_A = torch.nn.ModuleDict({"one": torch.nn.Linear(64, 2), "two": torch.nn.Linear(64, 2)})
-        self.active_adapters = ["one"]
-        self.merged_adapters: list[str] = []
-        self.disable_adapters = False
-        self.scaling = {"one": 1.0, "two": 0.5}
-
-
-def test_adapters_make_another_model() -> None:
-    model = copy.deepcopy(tiny("llama"))
-    assert "adapters" not in identity(model)
-    adapter = model.model.layers[1].self_attn.q_proj = Adapter()
-    seen = [identity(model)]
-    for name, value in [
-        ("active_adapters", ["two"]),
-        ("active_adapters", ["one", "two"]),
-        ("disable_adapters", True),
-        ("merged_adapters", ["one"]),
-        ("scaling", {"one": 2.0, "two": 0.5}),
-    ]:
-        setattr(adapter, name, value)
-        seen.append(identity(model))
-    assert len({each["weights"] for each in seen}) == 1
-    assert len({each["adapters"] for each in seen}) == len(seen)
-    with torch.no_grad():
-        adapter.lora_A["two"].weight[0, 0] += 1
-    assert identity(model)["weights"] != seen[0]["weights"]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba"])
-def test_flags_of_a_config_do_not_count(kind: str) -> None:
-    model = copy.deepcopy(tiny(kind))
-    first = identity(model)
-    config = model.config
-    config._attn_implementation, config._name_or_path, config.architectures = "eager", "elsewhere", ["X"]
-    config.use_cache, config.output_attentions, config.output_hidden_states = False, True, True
-    assert identity(model) == first
-
-
-def test_settings_of_a_config_count() -> None:
-    model = copy.deepcopy(tiny("gemma3"))
-    seen = [identity(model)]
-    model.config.sliding_window = 17
-    seen.append(identity(model))
-    model.config.rope_parameters["full_attention"]["rope_theta"] *= 2
-    seen.append(identity(model))
-    model.config.layer_types = model.config.layer_types[::-1][:1] + model.config.layer_types[1:]
-    seen.append(identity(model))
-    assert len({each["config"] for each in seen}) >= 3
-    assert len({each["weights"] for each in seen}) == 1
-
-
-def test_a_model_that_is_not_loaded_cannot_be_told() -> None:
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(tiny("llama").config)
-    with pytest.raises(InvalidArgument, match="is not loaded"):
-        Identity.of(model)
-    known = Identity(model.config, "c" * 32, weights="w" * 32)
-    assert Identity.of(known) is known
-
-
+# -- what belongs to code, not to a cache ------------------------------------------------------------------------
 def test_frequencies_that_are_in_the_code() -> None:
     """GPT-J's config tells how many channels turn, no theta: one token again and again has one key, turned by its place."""
     model = tiny("gpt-j")
