@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,254 +215,6 @@ def test_names_are_those_of_the_version_before() -> None:
     }
 
 
-# -- what changes a model's numbers ------------------------------------------------------------------------------
-def steered(module: Any, x: Any) -> Any:
-    """A forward that a library might put in the place of a norm's."""
-    return module.weight * x
-
-
-def set_tensor(tensor: Any) -> Iterator[None]:
-    """Every way to edit a whole tensor past its version counter; each is undone."""
-    kept = tensor.data.clone()
-    for edit in (
-        lambda: tensor.data.add_(0.5) if tensor.is_floating_point() else tensor.data.add_(1),
-        lambda: tensor.data.neg_(),
-        lambda: setattr(tensor, "data", kept.flip(0).clone()),
-        lambda: np.copyto(tensor.detach().numpy(), kept.numpy() + 1),
-    ):
-        edit()
-        yield
-        tensor.data = kept.clone()
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_edits_of_whole_tensors_are_seen(full: bool) -> None:
-    model = made("llama")
-    layer = model.model.layers[1]
-    layer.register_buffer("steering", torch.randn(64))
-    layer.register_buffer("hidden", torch.randn(64), persistent=False)
-    layer.shift = torch.randn(64)
-    layer.shifts = {"of": [torch.randn(300), 1.0]}
-    layer.counts = torch.arange(1, 9)
-    first = Identity.of(model, full=full)
-    tensors = [*model.parameters(), *model.buffers(), layer.shift, layer.shifts["of"][0], layer.counts]
-    seen = {first.digest()}
-    for tensor in tensors:
-        for _ in set_tensor(tensor):
-            seen.add(Identity.of(model, full=full).digest())
-        forget(model)
-        assert Identity.of(model, full=full) == first
-    assert len(seen) >= 1 + 3 * len(tensors)  # exchanged rows of equal numbers are the same tensor
-
-
-def test_edits_of_one_element_are_seen_under_full() -> None:
-    model = made("mamba")
-    model.register_buffer("odd", torch.randn(2, 1021, 9).to(torch.bfloat16)[:, :, :7], persistent=False)
-    model.register_buffer("bytes", torch.randint(0, 255, (40_001,), dtype=torch.uint8))
-    seen = {Identity.of(model, full=True).digest()}
-    random = np.random.default_rng(0)
-    tensors = [*model.parameters(), *model.buffers()]
-    for tensor in tensors:
-        at = tuple(int(random.integers(0, n)) for n in tensor.shape)
-        tensor.data[at] = tensor.data[at] + 1
-        seen.add(Identity.of(model, full=True).digest())
-    assert len(seen) == 1 + len(tensors)
-
-
-def test_full_after_sampled_looks_at_what_sampled_did_not() -> None:
-    model = made("llama")
-    first = Identity.of(model)
-    model.lm_head.weight.data[3, 3] += 1
-    assert Identity.of(model) == first  # as told: an element that is not among the samples
-    assert Identity.of(model, full=True).weights != first.weights
-
-
-def test_an_edit_past_the_counters_reads_all_weights_again() -> None:
-    """A synchronisation of weights may leave the samples of some tensors as they were."""
-    model = made("llama")
-    Identity.of(model)
-    model.lm_head.weight.data[3, 3] += 1
-    model.model.norm.weight.data.add_(1)
-    assert Identity.of(model).weights == identity(copy.deepcopy(model))["weights"]
-
-
-def numbers_of(model: Any) -> dict[str, Callable[[], None]]:
-    layer = model.model.layers[1]
-    attention = layer.self_attn
-
-    def setting(thing: Any, name: str, value: Any) -> Callable[[], None]:
-        return lambda: setattr(thing, name, value)
-
-    return {
-        "epsilon of a norm": setting(layer.input_layernorm, "variance_epsilon", 1e-3),
-        "scaling of an attention": setting(attention, "scaling", 0.5),
-        "number of groups": setting(attention, "num_key_value_groups", 1),
-        "a flag": setting(attention, "is_causal", False),
-        "a list": setting(attention, "multipliers", [1.0, 2.0]),
-        "a member of a list": lambda: attention.multipliers.append(3.0),
-        "a number in a dict": setting(layer, "strengths", {"one": {"deep": [0.5]}}),
-        "another number in it": lambda: layer.strengths["one"]["deep"].__setitem__(0, 0.25),
-        "numbers of numpy": setting(layer, "table", np.ones(3)),
-        "frequencies": setting(model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq * 2),
-        "frequencies in place": lambda: model.model.rotary_emb.inv_freq.mul_(0.5).add_(0.01),
-        "scaling of frequencies": setting(model.model.rotary_emb, "attention_scaling", 2.0),
-        "a module's class": setting(layer.mlp.act_fn, "__class__", torch.nn.ReLU),
-        "a module": setting(layer.mlp, "act_fn", torch.nn.GELU()),
-        "a module more": setting(layer, "more", torch.nn.Identity()),
-        "a config of a module": setting(attention, "config", transformers.LlamaConfig(**COMMON, attention_bias=True)),
-    }
-
-
-def test_python_numbers_anywhere_are_seen() -> None:
-    model = made("llama")
-    first = identity(model)
-    seen = {Identity.of(model).digest()}
-    for count, (what, change) in enumerate(numbers_of(model).items(), 2):
-        change()
-        seen.add(Identity.of(model).digest())
-        assert len(seen) == count, what
-    assert identity(model)["weights"] == first["weights"]
-    assert identity(copy.deepcopy(model)) == identity(model)
-
-
-def test_strength_of_an_adapter_is_seen() -> None:
-    model = made("llama")
-    adapter = model.model.layers[1].self_attn.q_proj = Adapter()
-    model.eval()
-    seen = {Identity.of(model).digest()}
-    adapter.scaling["one"] = 2.0
-    seen.add(Identity.of(model).digest())
-    adapter.strength = 0.5
-    seen.add(Identity.of(model).digest())
-    adapter.strength = 0.75
-    seen.add(Identity.of(model).digest())
-    assert len(seen) == 4
-
-
-def test_frequencies_that_were_rounded_are_others() -> None:
-    """``model.to(bfloat16)`` rounds them, loading in bfloat16 does not: keys at position 1,000 have nothing in common."""
-    assert "state" in identity(made("llama").to(torch.bfloat16))
-
-
-def test_rope_that_changes_with_the_length_is_no_state() -> None:
-    for kind in ("llama, dynamic", "phi3, longrope"):
-        model = made(kind)
-        first = identity(model)
-        for tokens in (200, 12):
-            model(prompt(tokens))
-            assert identity(model) == first
-        if "dynamic" not in kind:
-            continue
-        model.model.rotary_emb.original_inv_freq.data *= 2  # what it goes back to
-        assert identity(model) != first
-    model = made("llama")
-    first = identity(model)
-    model.model.rope_deltas = torch.ones(1, 1)
-    assert identity(model) == first
-
-
-@pytest.mark.parametrize("name", ["sdpa", "eager", None, "flash_attention_2", "my_attention"])
-def test_attention_counts_beyond_eager_and_sdpa(name: str | None) -> None:
-    model = made("llama")
-    model.config._attn_implementation_internal = name
-    assert identity(model).get("attention", "") == ("" if name in ("sdpa", "eager", None) else name)
-
-
-def test_autocast_counts() -> None:
-    model = made("llama")
-    first = identity(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert identity(model) == first | {"autocast": "bfloat16"}
-    assert identity(model) == first
-
-
-# -- modes, hooks and forwards -----------------------------------------------------------------------------------
-def test_training_with_dropout_is_refused() -> None:
-    model = made("llama")
-    first = identity(model)
-    model.train()
-    assert identity(model) == first | {"mode": "train"}
-    model.model.layers[0].eval()
-    assert identity(model)["mode"] not in ("train", "")
-    model.model.layers[1].self_attn.attention_dropout = 0.5
-    with pytest.raises(
-        InvalidArgument, match=r"drops numbers at random \(attention_dropout 0\.5\).*call model\.eval\(\) first"
-    ):
-        Identity.of(model)
-    model.model.layers[1].self_attn.attention_dropout = 0.0
-    model.config.attention_dropout = 0.5
-    with pytest.raises(InvalidArgument, match="the config drops numbers"):
-        Identity.of(model)
-    model.config.attention_dropout = 0.0
-    model.model.extra = torch.nn.Dropout(0.1)
-    with pytest.raises(InvalidArgument, match=r"the module 'model\.extra' drops"):
-        Identity.of(model)
-    del model.model.extra
-    assert identity(model.eval()) == first
-
-
-def test_hooks_are_refused_by_name() -> None:
-    model = made("llama")
-    first = identity(model)
-
-    def steer(*_: Any) -> None: ...
-
-    layer = model.model.layers[1]
-    for register, where in [
-        (layer.register_forward_hook, r"the module 'model\.layers\.1'"),
-        (layer.mlp.register_forward_pre_hook, r"the module 'model\.layers\.1\.mlp'"),
-        (torch.nn.modules.module.register_module_forward_hook, "every module"),
-        (torch.nn.modules.module.register_module_forward_pre_hook, "every module"),
-    ]:
-        handle = register(steer)
-        try:
-            with pytest.raises(InvalidArgument, match=f"{where}.*forward hook .*steer.*remove the hook, or pass an Identity"):
-                Identity.of(model)
-        finally:
-            handle.remove()
-        assert identity(model) == first
-    assert Identity.of(Identity(model.config, "c" * 32, weights="w" * 32))
-
-
-def test_replaced_forwards_are_refused_unless_they_surround_the_own() -> None:
-    model = made("llama")
-    first = identity(model)
-    norm = model.model.norm
-    norm.forward = functools.partial(steered, norm)
-    with pytest.raises(InvalidArgument, match=r"the module 'model\.norm' has a forward of its own, .*steered"):
-        Identity.of(model)
-    del norm.forward
-    model.forward = torch.compile(model.forward)
-    assert identity(model) == first
-    del model.forward
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(model.model.layers[0], hooks.AlignDevicesHook("cpu"))
-    hooks.add_hook_to_module(model, hooks.AlignDevicesHook("cpu"))
-    assert identity(model) == first
-
-    class Steering(hooks.ModelHook):
-        pass
-
-    hooks.add_hook_to_module(norm, Steering())
-    with pytest.raises(InvalidArgument, match=r"'model\.norm' has a forward"):
-        Identity.of(model)
-
-
-def test_classes_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made("llama")
-    first = identity(model)
-    kind = type(model.model.norm)
-    own = kind.forward
-    monkeypatch.setattr(kind, "forward", steered)
-    assert set(identity(model)) == {*first, "state"}
-    for function in (lambda self, x: x, functools.wraps(own)(lambda self, x: own(self, x) * 1.1)):
-        monkeypatch.setattr(kind, "forward", function)
-        with pytest.raises(InvalidArgument, match=r"the forward of .*LlamaRMSNorm was replaced by .*lambda"):
-            Identity.of(model)
-    monkeypatch.setattr(kind, "forward", own)
-    assert identity(model) == first
-
-
 # -- wrappers ----------------------------------------------------------------------------------------------------
 def test_wrappers_are_the_model_inside() -> None:
     model = made("llama")
@@ -570,6 +320,13 @@ def test_threads_ask_at_once() -> None:
     for thread in threads:
         thread.join()
     assert found == [True] * 40
+
+
+def test_inference_mode_changes_nothing() -> None:
+    first = identity(made("gemma3"))
+    with torch.inference_mode():
+        assert identity(tiny("gemma3")) == Identity.of(tiny("gemma3"), full=True).as_dict() == first
+    assert Identity.of(tiny("gemma3"), full=True).as_dict() == first
 
 
 def test_a_model_that_did_not_change_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

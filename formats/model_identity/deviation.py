@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,10 @@ def deviation(model: Any, modules: Named, digest: Callable[[str, Any], bytes]) -
             told.append([path, kind])
         expected = shell.attributes[path] if known and shell else {}
         for name, value in _attributes(module):
-            found = _told(value, lambda tensor, at=f"{path}.{name}": digest(at, tensor).hex())
+            at = f"{path}.{name}"
+            found = _told(value, partial(digest, at))
             if found is not _NOTHING and found != expected.get(name, _NOTHING):
-                _check_code(found, f"{path}.{name}")
+                _check_code(found, at)
                 told.append([path, name, found])
         told += [[path, name, None] for name in expected.keys() - vars(module).keys()]
         for name, buffer in _computed(module):
@@ -124,21 +126,34 @@ def _attributes(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _computed(module: Any) -> Iterator[tuple[str, Any]]:
-    """The buffers that are in no state_dict."""
+    """The buffers that are in no state_dict, but frequencies that the next forward computes anew."""
     turning = _turns(module)
     for name in sorted(module._non_persistent_buffers_set):
         buffer = module._buffers.get(name)
-        if buffer is None or name in _BY_FORWARD:
-            continue
-        if not (turning and name.endswith(_BY_ROPE) and not name.endswith("original_inv_freq")):
+        kept = not (turning and name.endswith(_BY_ROPE)) or name.endswith("original_inv_freq") or _is_short(module, name)
+        if buffer is not None and name not in _BY_FORWARD and kept:
             yield name, buffer
 
 
 def _turns(module: Any) -> bool:
     """Whether its RoPE computes its frequencies anew as sequences grow."""
-    kind = vars(module).get("rope_type")
-    kinds = kind.values() if isinstance(kind, dict) else (kind,)
-    return any(isinstance(each, str) and ("dynamic" in each or each == "longrope") for each in kinds)
+    return any("dynamic" in kind or kind == "longrope" for kind in _rope_types(module).values())
+
+
+def _rope_types(module: Any) -> dict[str, str]:
+    """By type of layer, or of all layers under ""."""
+    kinds = vars(module).get("rope_type")
+    kinds = kinds if isinstance(kinds, dict) else {"": kinds}
+    return {str(layer): kind for layer, kind in kinds.items() if isinstance(kind, str)}
+
+
+def _is_short(module: Any, name: str) -> bool:
+    """Whether a dynamic RoPE has seen no sequence beyond its own length, so that it goes on with its frequencies ``name``."""
+    prefix = name.removesuffix("inv_freq")
+    kind = _rope_types(module).get(prefix.removesuffix("_"), "")
+    seen = getattr(module, f"{prefix}max_seq_len_cached", getattr(module, "max_seq_len_cached", None))
+    own = getattr(module, "original_max_seq_len", None)
+    return "dynamic" in kind and seen is not None and own is not None and int(seen) <= int(own)
 
 
 def _is_module(value: Any) -> bool:
@@ -153,7 +168,7 @@ def _overrides(module: Any, name: str) -> bool:
     return home is not None and callable(vars(home)[name]) and not home.__module__.startswith(_OF_TRANSFORMERS)
 
 
-def _told(value: Any, tensor: Callable[[Any], str], depth: int = 0) -> Any:
+def _told(value: Any, tensor: Callable[[Any], bytes], depth: int = 0) -> Any:
     """A value as JSON, or _NOTHING where it does not count."""
     if value is None or isinstance(value, (bool, int, str)):
         return value if not hasattr(value, "value") else repr(value)
@@ -162,7 +177,7 @@ def _told(value: Any, tensor: Callable[[Any], str], depth: int = 0) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return {"numbers": f"{value.dtype}{value.shape}", "digest": json_digest(value.tobytes().hex())}
     if hasattr(value, "data_ptr"):
-        return {"tensor": tensor(value) if value.device.type != "meta" else None}
+        return {"tensor": tensor(value).hex() if value.device.type != "meta" else None}
     if isinstance(value, CONTAINERS) and depth < _DEPTH:
         if isinstance(value, dict):
             pairs = [[str(key), _told(member, tensor, depth + 1)] for key, member in value.items()]
@@ -176,6 +191,9 @@ def _told(value: Any, tensor: Callable[[Any], str], depth: int = 0) -> Any:
         return {"config": config_digest(value)}
     if isinstance(value, type):
         return {"code": code.type_name(value)}
+    if isinstance(value, partial):
+        parts = [_told(part, tensor, depth + 1) for part in (value.func, value.args, value.keywords)]
+        return {"partial": [None if part is _NOTHING else part for part in parts]}
     if callable(value) and hasattr(code.plain(value), "__code__"):
         name, where = code.name_of(value), code.plain(value).__code__.co_firstlineno
         return {"code": name if code.is_lasting(name) else f"{name}:{where}"}
@@ -183,10 +201,14 @@ def _told(value: Any, tensor: Callable[[Any], str], depth: int = 0) -> Any:
 
 
 def _check_code(found: Any, name: str) -> None:
+    """Raises InvalidArgument for a function without a name that lasts, in containers as well."""
+    if isinstance(found, (dict, list)):
+        for member in found.values() if isinstance(found, dict) else found:
+            _check_code(member, name)
     if isinstance(found, dict) and not code.is_lasting(str(found.get("code", ""))):
         raise InvalidArgument(
-            f"the attribute {name!r} is the function {found['code']}, which has no name of its own and is not what the model's "
-            "class puts there: delete it, or pass an Identity of your own"
+            f"the attribute {name!r} is or holds the function {found['code']}, which has no name of its own and is not what "
+            "the model's class puts there: delete it, or pass an Identity of your own"
         )
 
 
@@ -241,7 +263,7 @@ def _built(model: Any) -> Shell:
 
 def _shell_attributes(module: Any) -> Iterator[tuple[str, Any]]:
     for name, value in _attributes(module):
-        found = _told(value, lambda tensor: "")
+        found = _told(value, lambda tensor: b"")
         if found is not _NOTHING:
             yield name, found
 

@@ -11,7 +11,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.model_identity import refusals
 from pqcodec.formats.model_identity.deviation import deviation, watched_tensors
 from pqcodec.formats.model_identity.digests import config_digest, is_config, json_digest, new_hash
-from pqcodec.formats.model_identity.tensors import Evidence, marks, refuse_unloaded, tensor_digest
+from pqcodec.formats.model_identity.tensors import Evidence, marks, refuse_unloaded, storages, tensor_digest
 from pqcodec.formats.model_identity.watch import Named, Watch, configs_of, modules_of
 from pqcodec.formats.model_identity.wrappers import unwrapped
 
@@ -63,8 +63,7 @@ class Identity:
         if seen is None or not seen.holds(full):
             seen = _seen[model] = _read(model, seen, full)
         autocast = _autocast(seen.identity.device)
-        identity = replace(seen.identity, config=config)
-        return replace(identity, autocast=autocast) if autocast else identity
+        return replace(seen.identity, autocast=autocast) if autocast else seen.identity
 
     def target(self, device: Any = None) -> Any:
         """The device for a cache of the model; raises InvalidArgument where it would be several."""
@@ -146,9 +145,12 @@ class _Seen:
         if not self.plain or self.evidence.full < full or not self.watch.holds():
             return False
         tensors = [tensor() for tensor in self.tensors]
-        if any(tensor is None for tensor in tensors) or marks(tensors) != self.marks:
+        if any(tensor is None for tensor in tensors):
             return False
-        return self.evidence.holds(tensors)
+        held = storages(tensors)
+        same = marks(tensors) == self.marks and self.evidence.holds(tensors)
+        del held
+        return same
 
     def unchanged(self, named: Named, marked: list[tuple[Any, ...]], evidence: Evidence) -> dict[str, bytes]:
         """Digests that still hold, by name: none where one tensor was written past its counter, for others may have been."""
@@ -177,7 +179,9 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules)]
     tensors = [tensor for _, tensor in named]
     refuse_unloaded(named)
+    held = storages(tensors)
     marked, evidence = marks(tensors), Evidence(tensors, full)
+    del held
     known = before.unchanged(named, marked, evidence) if before else {}
     digests = [(name, known.get(name) or tensor_digest(name, tensor)) for name, tensor in named]
     hashed = new_hash()

@@ -21,6 +21,11 @@ def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [(t.data_ptr(), None if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors]
 
 
+def storages(tensors: Sequence[Any]) -> list[Any]:
+    """What keeps the tensors' memory while it is looked at, should another thread exchange ``tensor.data``."""
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
 class Evidence:
     """What is looked at of the tensors' bytes on each call, and how it was.
 
@@ -32,7 +37,7 @@ class Evidence:
 
     def __init__(self, tensors: Sequence[Any], full: bool) -> None:
         self.full = full
-        self._summed = [full or t.device.type != "cpu" for t in tensors]
+        self._summed = [full or t.device.type != "cpu" or not t.data_ptr() for t in tensors]
         addresses = [
             np.empty(0, np.int64) if summed else (t.data_ptr() + _offsets(t.shape, t.stride(), t.element_size())) & ~7
             for t, summed in zip(tensors, self._summed, strict=True)
@@ -42,7 +47,9 @@ class Evidence:
         self._words, self._sums = self._look(tensors)
 
     def holds(self, tensors: Sequence[Any]) -> bool:
-        """Whether the bytes that are looked at are as they were; the tensors must still lie where they lay."""
+        """Whether the bytes that are looked at are as they were; the tensors must lie where they lay, and not be moved
+        meanwhile (see ``storages``).
+        """
         words, sums = self._look(tensors)
         return bool(np.array_equal(words, self._words)) and sums == self._sums
 

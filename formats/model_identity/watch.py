@@ -62,8 +62,8 @@ class Watch:
     """The objects that a model is made of.
 
     Seen are: modules put in, taken out or exchanged, parameters and buffers that are other objects, attributes set to other
-    objects, members of dicts, lists and sets among the attributes (of one in another, too), hooks, attributes of configs,
-    the classes of modules and the ``forward`` of these. Contents of tensors are not looked at.
+    objects, members of dicts, lists and sets among the attributes (of one in another, too), numbers in arrays of numpy there,
+    hooks, attributes of configs, the classes of modules and the ``forward`` of these. Contents of tensors are not looked at.
     """
 
     def __init__(self, modules: Named, configs: Sequence[Any]) -> None:
@@ -74,6 +74,7 @@ class Watch:
         self._paths: list[tuple[int, tuple[Any, ...]]] = []  # to each container: its node, and the keys from there
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._held: dict[int, Any] = {}
+        self._arrays: list[weakref.ref[np.ndarray]] = []
         self._values = [_getter(tuple(_names(node, own if i < self._modules else frozenset()))) for i, node in enumerate(nodes)]
         for index, node in enumerate(nodes):
             space = vars(node)
@@ -116,6 +117,7 @@ class Watch:
             list(map(id, kinds)),
             list(map(len, containers)),
             list(map(id, chain.from_iterable(map(_members, containers)))),
+            [array.tobytes() for ref in self._arrays if (array := ref()) is not None],
         )
 
     def _keep(self, value: Any, node: int = -1, path: tuple[Any, ...] = ()) -> None:
@@ -128,6 +130,8 @@ class Watch:
                 for key, member in _entries(value):
                     self._keep(member, node, (*path, key) if key is not None else ())
         else:
+            if isinstance(value, np.ndarray):
+                self._arrays.append(weakref.ref(value))
             with suppress(TypeError):  # of what cannot be referred to, such as a torch.dtype
                 self._alive[id(value)] = weakref.ref(value)
 
@@ -138,7 +142,7 @@ def _names(node: Any, own: frozenset[str]) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     """What gets the values of ``names`` from a dict."""
     return itemgetter(*names) if len(names) > 1 else lambda space: tuple(space[name] for name in names)
 
