@@ -34,9 +34,10 @@ bench: $(VENV)/installed  ## the benchmarks that need no model and no GPU; table
 	$(BIN)/python -m benchmarks.cpu_speed
 	$(BIN)/python -m benchmarks.io_speed
 
-fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real model, and the time to its first token
+fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real model, the time to its first token, and what looking at it costs
 	$(BIN)/python -m benchmarks.fidelity --text benchmarks/data/prose.txt
 	$(BIN)/python -m benchmarks.ttft
+	$(BIN)/python -m benchmarks.identity
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -189,6 +189,8 @@ def test_training_with_dropout_is_refused() -> None:
     first = identity(model)
     model.train()
     assert identity(model) == first | {"mode": "train"}
+    model.lm_head.eval()  # the same in both modes
+    assert identity(model)["mode"] == "train"
     model.model.layers[0].eval()
     assert identity(model)["mode"] not in ("train", "")
     model.model.layers[1].self_attn.attention_dropout = 0.5

@@ -18,6 +18,7 @@ _HARMLESS_HOOKS = {  # leave numbers as they are: they record outputs, move tens
 }
 _WRAPS_FORWARD = ("transformers.distributed.", "accelerate.hooks")  # spread a model over devices
 _DROPS = ("dropout", "layerdrop", "drop_path", "drop_prob", "jitter")
+_SAME_IN_TRAINING = tuple(f"torch.nn.modules.{name}" for name in ("container", "linear", "normalization", "sparse"))
 _OR = "or pass an Identity of your own"
 
 
@@ -110,8 +111,10 @@ def patched_classes(modules: Named) -> list[str]:
 def training_mode(modules: Named) -> str:
     """ "" for a model in eval mode, "train" where all of it trains, else a digest of what does.
 
+    Modules that compute the same in both modes do not count: layers that were put into a model later often still train.
     Raises InvalidArgument where numbers would be dropped at random.
     """
+    modules = [(path, module) for path, module in modules if not type(module).__module__.startswith(_SAME_IN_TRAINING)]
     training = [(path, module) for path, module in modules if module.training]
     configs = {id(config): config for _, module in training if (config := getattr(module, "config", None)) is not None}
     for path, module in training:
