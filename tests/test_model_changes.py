@@ -132,6 +132,39 @@ def test_python_numbers_anywhere_are_seen() -> None:
     assert identity(copy.deepcopy(model)) == identity(model)
 
 
+def test_any_sequence_of_changes_ends_where_reading_anew_does() -> None:
+    """What was seen change by change is what a copy that was never looked at is; no change leaves the identity alone."""
+    random, model = np.random.default_rng(0), made("llama")
+    first, second = model.model.layers
+    second.strengths = [1.0]
+
+    def rotate() -> None:
+        model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+
+    changes: list[Callable[[], Any]] = [
+        lambda: first.mlp.up_proj.weight.data.mul_(1.5),
+        lambda: second.mlp.up_proj.weight.data.copy_(torch.randn(64, 64)),
+        lambda: setattr(second.input_layernorm.weight, "data", torch.randn(64)),
+        lambda: setattr(first.mlp.down_proj, "weight", torch.nn.Parameter(torch.randn(64, 64))),
+        lambda: model.model.rotary_emb.inv_freq.mul_(1.25),
+        lambda: second.strengths.append(len(second.strengths)),
+        lambda: setattr(first.self_attn, "scaling", first.self_attn.scaling * 2),
+        lambda: setattr(model.config, "rope_note", getattr(model.config, "rope_note", 0) + 1),
+        lambda: first.add_module(f"more_{len(first._modules)}", torch.nn.Linear(2, 2)),
+        lambda: model.train(not model.training),
+        rotate,
+    ]
+    before = Identity.of(model)
+    with torch.no_grad():
+        for _ in range(40):
+            at = int(random.integers(len(changes)))
+            changes[at]()
+            now = Identity.of(model)
+            assert now.digest() != before.digest(), at
+            assert now.as_dict() == identity(copy.deepcopy(model)), at
+            before = now
+
+
 def test_strength_of_an_adapter_is_seen() -> None:
     model = made("llama")
     adapter = model.model.layers[1].self_attn.q_proj = Adapter()
