@@ -23,7 +23,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "rich": {"tools"},
     "fsspec": {"formats/remote.py"},
     "transformers": {"formats/transformers_cache/", "formats/offload/encoded_cache.py"},
-    "sqlite3": {"formats/store/index.py"},
+    "sqlite3": {"formats/store/connections.py", "formats/store/index.py"},
     "triton": {"pqcodec/kernels/triton_tiles.py"},
     "cuda": {"pqcodec/kernels/gpu_cuda.py", "formats/offload/graphs.py"},
 }
@@ -50,7 +50,7 @@ FORMATS_ORDER = [
     "safetensors_file transformers_cache.state zarr_cache",
     "transformers_cache.rope",
     "transformers_cache.files",
-    "store.folder store.keys",
+    "store.connections store.folder store.keys",
     "store.files store.index",
     "store.blocks store.generation",
     "store.shelf",

@@ -6,6 +6,7 @@ made here can be read by its owner alone unless the store is shared by the user'
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -91,6 +92,15 @@ def check_file(path: Path, shared: bool) -> None:
         raise InvalidArgument(f"{path}: is {what}; a store writes to regular files of its own only: move it away, or copy it")
     if not shared:
         _narrow(path, found)
+
+
+def denied(path: Path) -> OSError | None:
+    """Why what lies at a path cannot be written: its mount or its permissions, as the system tells them; None where it can."""
+    if not path.exists() or os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        return None
+    read_only = hasattr(os, "statvfs") and os.statvfs(path).f_flag & os.ST_RDONLY
+    code = errno.EROFS if read_only else errno.EACCES
+    return OSError(code, os.strerror(code), str(path))
 
 
 def is_regular(path: Path) -> bool:

@@ -7,11 +7,11 @@ stranger: one that holds anything but the tables below is damaged, and a row tha
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sqlite3
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,16 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
-from weakref import WeakSet
 
 import numpy as np
 
-from pqcodec.errors import CorruptStream, UnsupportedStream
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.store import folder as own
+from pqcodec.formats.store.connections import Connections, errno_of
 from pqcodec.formats.store.keys import BLOCK_TOKENS, NAME_BYTES, is_keyed, unknown
 
 VERSION = 1
 CHECKED_BYTES = 64 << 20  # an index up to this size is checked whole when it is opened, in a fraction of a second
-WAIT = 120.0  # seconds that a process waits for another's write
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS blocks (
@@ -48,6 +47,7 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
     UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
 """
 _COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
+_COUNTED = "SELECT (SELECT value FROM counters WHERE name = 'bytes') IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)"
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _BESIDE = ("", "-wal", "-shm")  # files that SQLite writes to, by what follows the index's name
 
@@ -110,45 +110,60 @@ def _row(values: tuple[Any, ...]) -> Row:
     return row
 
 
-_open_indexes: WeakSet[Index] = WeakSet()
-_left_behind: list[Any] = []  # connections of a parent, kept from being closed
-
-
 class Index:
     """The index in one file; safe for threads, processes and forks. ``shared``: others may use it, too.
 
-    Raises OSError where the file cannot be used now, InvalidArgument where it is no regular file, and CorruptStream where it is
+    ``denied``: why it cannot be written, if so: then it is read as it is, and what would change it raises OSError. Raises
+    OSError where the file cannot be used now, InvalidArgument where it is no regular file, and CorruptStream where it is
     damaged; it is marked then, and made anew when it is opened again (``Shelf``).
     """
 
-    def __init__(self, path: Path, shared: bool = False) -> None:
-        self._path = path
-        self._lock = threading.RLock()
-        for ending in _BESIDE[1:]:
-            own.check_file(path.with_name(path.name + ending), shared)
-        own.make_file(path, shared)
+    def __init__(self, path: Path, shared: bool = False, denied: OSError | None = None) -> None:
+        self._path, self._denied = path, denied
+        self.new = False  # there was none
+        if denied is None:
+            for ending in _BESIDE[1:]:
+                own.check_file(path.with_name(path.name + ending), shared)
+            own.make_file(path, shared)
+        elif not own.is_regular(path):
+            raise InvalidArgument(f"{path}: is no regular file; a store's index is one")
         if os.path.lexists(
             path.with_name(path.name + "-journal")
         ):  # a store never leaves one: it could name any file to delete
             self._damaged("a rollback journal lies beside it")
-        self._connection: sqlite3.Connection | None = None
-        _open_indexes.add(self)
-        with self._changing() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
-                raise UnsupportedStream(f"{path}: an index of version {version}; install a newer pqcodec")
-            if (
-                not set(db.execute(_OBJECTS)) <= _expected_objects()
-            ):  # before the check, which works out a stranger's expressions
-                raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
-            if path.stat().st_size <= CHECKED_BYTES and (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-            self.new = version == 0  # there was none
-            for statement in _statements(_SCHEMA):
-                db.execute(statement)
-            db.execute(_COUNT)
-            db.execute(f"PRAGMA user_version = {VERSION}")
+        self._connections = Connections(path, read_only=denied is not None)
+        try:
+            with self._named():
+                self._open()
+        except BaseException:
+            self._connections.close()
+            raise
+
+    def _open(self) -> None:
+        """Check what is there, and make what is missing; what is whole is opened without writing to it."""
+        version, objects = self._value("PRAGMA user_version"), set(self._select(_OBJECTS))
+        if version not in (0, VERSION):
+            raise UnsupportedStream(f"{self._path}: an index of version {version}; install a newer pqcodec")
+        if not objects <= _expected_objects():  # before the check, which works out a stranger's expressions
+            raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
+        if self._path.stat().st_size <= CHECKED_BYTES and (found := self._value("PRAGMA quick_check(1)")) != "ok":
+            raise sqlite3.DatabaseError(found)
+        whole = version == VERSION and objects == _expected_objects()
+        if self._denied is not None:
+            if not whole:
+                raise sqlite3.DatabaseError("it lacks what a store writes there")
+            return
+        if not whole or not self._value(_COUNTED):
+            with self._changing() as db:
+                self.new = version == 0
+                for statement in _statements(_SCHEMA):
+                    db.execute(statement)
+                db.execute(_COUNT)
+                db.execute(f"PRAGMA user_version = {VERSION}")
         self._forget_ids()
+
+    def _value(self, text: str) -> Any:
+        return self._select(text)[0][0]
 
     def _forget_ids(self) -> None:
         """Once: take the token ids of tenants out of an index of a version that kept them."""
@@ -156,66 +171,54 @@ class Index:
             return
         keyed = [root for root, (_, settings) in self.roots().items() if is_keyed(root, settings)]
         rows = [row for root in keyed for row in self._rows("WHERE b.root = ?", (root,))]
-        with self._lock, self._named():
-            self._db().execute("PRAGMA secure_delete = ON")  # what is overwritten is gone from the file, too
+        self._connections.run("PRAGMA secure_delete = ON")  # what is overwritten is gone from the file, too
         with self._changing() as db:
             for row in rows:
                 db.execute("UPDATE blocks SET tokens = ? WHERE name = ?", (unknown(row.tokens).tobytes(), row.name))
         if keyed:
-            self._select("VACUUM")  # rows that were removed before may still lie in pages that are free
-            self._select("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._connections.run("VACUUM")  # rows that were removed before may still lie in pages that are free
+            self._connections.run("PRAGMA wal_checkpoint(TRUNCATE)")
         with self._changing() as db:
             db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = None
+        """Close for good: whatever is asked afterwards raises InvalidArgument."""
+        self._connections.close()
 
-    def _forked(self) -> None:
-        """In a child: a connection does not survive a fork, and closing it here would disturb the parent's."""
-        _left_behind.append(self._connection)
-        self._lock, self._connection = threading.RLock(), None
+    def check_open(self) -> None:
+        self._connections.check_open()
 
-    def _db(self) -> sqlite3.Connection:
-        if self._connection is None:
-            db = sqlite3.connect(self._path, timeout=WAIT, isolation_level=None, check_same_thread=False)
-            db.text_factory = lambda text: text.decode(errors="replace")  # what is no text is no name either
-            db.execute("PRAGMA trusted_schema = OFF")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")  # what is committed survives a loss of power
-            self._connection = db
-        return self._connection
+    def check_writable(self) -> None:
+        """Raises OSError where the index can only be read."""
+        self.check_open()
+        if self._denied is not None:
+            text = f"the store can be read, but not changed ({self._denied.strerror or self._denied})"
+            raise OSError(self._denied.errno or errno.EACCES, text, str(self._path.parent))
 
     @contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that either happens or does not."""
-        with self._lock, self._named():
-            db = self._db()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+    def _changing(self, little: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction that either happens or does not; ``little``: as ``Connections.changing`` says."""
+        self.check_writable()
+        with self._named(), self._connections.changing(little) as db:
+            yield db
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         """Errors of SQLite as those of pqcodec."""
         try:
             yield
-        except sqlite3.OperationalError as error:  # locked, no space, no permission: nothing is damaged
-            raise OSError(f"{self._path}: {error}") from error
+        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:  # locked, no space, closed: nothing is damaged
+            raise OSError(errno_of(error), str(error), str(self._path)) from error
         except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite's messages quote what is damaged, which may be no text
             self._damaged(str(error), error)
 
     def _damaged(self, what: str, error: Exception | None = None) -> NoReturn:
         """Mark the index as damaged and raise CorruptStream."""
-        own.make_file(self.damage_mark(self._path), shared=False)
-        raise CorruptStream(f"{self._path}: the index is damaged ({what}); open the store again to make it anew") from error
+        if self._denied is None:
+            with suppress(OSError):  # without the mark it is found damaged again
+                own.make_file(self.damage_mark(self._path), shared=False)
+        advice = "open the store again" if self._denied is None else "open the store with the right to write"
+        raise CorruptStream(f"{self._path}: the index is damaged ({what}); {advice} to make it anew") from error
 
     @staticmethod
     def damage_mark(path: Path) -> Path:
@@ -223,8 +226,8 @@ class Index:
         return path.with_name(path.name + ".damaged")
 
     def _select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, self._named():
-            return self._db().execute(text, values).fetchall()
+        with self._named():
+            return self._connections.select(text, values)
 
     def _rows(self, clause: str, values: Sequence[Any] = ()) -> list[Row]:
         rows = []
@@ -237,9 +240,12 @@ class Index:
 
     def _forget(self, name: Any, problem: str) -> None:
         """Drop a row that no store has written; nothing of what it names is touched."""
-        with suppress(OSError), self._changing() as db:
+        done = "skipped"
+        with suppress(OSError), self._changing(little=True) as db:
             db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
-        text = f"{self._path}: a row was dropped that no store writes: {problem}; no file was touched"
+            db.execute(_COUNT)  # its size may have been no number
+            done = "dropped"
+        text = f"{self._path}: a row was {done} that no store writes: {problem}; no file was touched"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -280,7 +286,18 @@ class Index:
     def coldest(self) -> Row | None:
         """The unpinned block that was used longest ago, of those that no other block follows."""
         clause = "WHERE b.pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name) ORDER BY b.used LIMIT 1"
-        return next(iter(self._rows(clause)), None)
+        while names := self._select(f"SELECT b.name FROM blocks b {clause}"):
+            if rows := self._rows("WHERE b.name IS ?", names[0]):
+                return rows[0]
+            if self._select("SELECT 1 FROM blocks WHERE name IS ?", names[0]):  # no store's row, which could not be dropped
+                break
+        return None
+
+    def held(self) -> dict[bytes, int]:
+        """Bytes of the blocks that stay whatever comes: those that are pinned, and those that these follow."""
+        pinned = "SELECT name, parent, size FROM blocks WHERE pinned = 1"
+        above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"
+        return dict(self._select(f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"))
 
     # -- writing -------------------------------------------------------------------------------------------------
     def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
@@ -299,27 +316,27 @@ class Index:
             )
             return done.rowcount == 1
 
-    def remove(self, row: Row) -> bool:
-        """Take a block out, if its file is still this one; the caller removes the file afterwards."""
-        with self._changing() as db:
+    def remove(self, row: Row, little: bool = False) -> bool:
+        """Take a block out, if its file is still this one; the caller removes the file afterwards.
+
+        ``little``: as ``Connections.changing`` says.
+        """
+        with self._changing(little) as db:
             return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
 
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
-        """The blocks are in use now; ``counts`` are added to the counters. A loss of power may undo this."""
-        with self._lock:
-            self._lasting(False)
-            try:
-                with self._changing() as db:
-                    values = [(time.time(), int(hit), row.name) for row in rows]
-                    db.executemany("UPDATE blocks SET used = ?, hits = hits + ? WHERE name = ?", values)
-                    text = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
-                    db.executemany(text, counts.items())
-            finally:
-                self._lasting(True)
+        """The blocks are in use now; ``counts`` are added to the counters.
 
-    def _lasting(self, wanted: bool) -> None:
-        with self._named():
-            self._db().execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
+        This is bookkeeping: where it cannot be written at once it is left out, and a loss of power may undo it.
+        """
+        self.check_open()
+        if self._denied is not None:
+            return
+        with suppress(OSError, CorruptStream), self._changing(little=True) as db:
+            values = [(time.time(), int(hit), row.name) for row in rows]
+            db.executemany("UPDATE blocks SET used = ?, hits = hits + ? WHERE name = ?", values)
+            text = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+            db.executemany(text, counts.items())
 
     def pin(self, row: Row, pinned: bool) -> None:
         with self._changing() as db:
@@ -352,12 +369,3 @@ def _statements(script: str) -> list[str]:
             found.append(statement)
             statement = ""
     return found
-
-
-def _after_fork() -> None:
-    for index in list(_open_indexes):
-        index._forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

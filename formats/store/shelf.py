@@ -6,11 +6,12 @@ finds a file, or learns that another process has dropped both meanwhile.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +30,17 @@ from pqcodec.formats.store.files import GRACE, BlockFiles
 from pqcodec.formats.store.index import Index, Row
 
 INDEX, LOCK, BLOCKS = "index.sqlite", "lock", "blocks"
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can be read nevertheless
 
 
 class Shelf:
     """The blocks of a store's folder; ``data``: a folder or URL for their files, which is passed whenever the store is opened.
 
     ``shared``: others may use the store, as far as the umask lets them; otherwise what is made here is its owner's alone. An
-    index that is missing or damaged is made anew from the files. Raises InvalidArgument for a URL in the place of the folder,
-    for links inside of it, and where its index says that the files lie elsewhere than in ``data``; OSError; and
-    UnsupportedStream for an index of a newer version.
+    index that is missing or damaged is made anew from the files. Where the folder cannot be written (a mount for reading,
+    another user's, a full disk), what is there is read as it is, and what would change it raises OSError. Raises
+    InvalidArgument for a URL in the place of the folder, for links inside of it, and where its index says that the files lie
+    elsewhere than in ``data``; OSError; and UnsupportedStream for an index of a newer version.
     """
 
     def __init__(
@@ -45,11 +48,11 @@ class Shelf:
     ) -> None:
         remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
         self.folder, self._shared = Path(folder), shared
-        make_folders(self.folder, own.SHARED if shared else own.PRIVATE)
+        self.denied: OSError | None = None  # why the store can only be read
         self.index, damage = self._opened()
         try:
             self._check_data(None if data is None else os.fspath(data))
-            if data is None:
+            if data is None and self.denied is None:
                 own.make_folder(self.folder / BLOCKS, shared)
             self.files = BlockFiles(self.folder.absolute() / BLOCKS if data is None else data, shared)
         except BaseException:
@@ -61,14 +64,16 @@ class Shelf:
     def _check_data(self, data: str | None) -> None:
         """Hold what the index says of its files' place to what the user says, whose word is needed to go there."""
         told = self.index.data
-        if told is None and data is not None:
+        if told is None and data is not None and self.denied is None:
             self.index.set_data(data)
         elif told is not None and data is None:
             raise InvalidArgument(
                 f"{self.folder}: its index says that its files lie in {told}; pass data={told!r} (--data) if so"
             )
         elif told != data:
-            raise InvalidArgument(f"{self.folder}: the files of this store lie in {told}, not in {data}")
+            raise InvalidArgument(
+                f"{self.folder}: the files of this store lie in {told or self.folder / BLOCKS}, not in {data}"
+            )
 
     def close(self) -> None:
         self.index.close()
@@ -91,13 +96,21 @@ class Shelf:
         return done
 
     def give_up(self, row: Row, error: Exception) -> None:
-        """A block cannot be read: warn, and drop it if it is damaged, unless another process has dropped it meanwhile."""
+        """A block cannot be read: warn, and drop it if it is damaged, unless another process has dropped it meanwhile.
+
+        Raises nothing: what cannot be dropped is left for whoever can.
+        """
         what = f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.folder}"
         if isinstance(error, (CorruptStream, FileNotFoundError)):
-            if not self.drop(row):
-                return
-            self.index.touch([], damaged=1)
-            text = f"{what} is damaged and was dropped; its tokens will be computed anew: {error}"
+            try:
+                if not self.index.remove(row, little=True):
+                    return
+                self.index.touch([], damaged=1)
+                text = f"{what} is damaged and was dropped; its tokens will be computed anew: {error}"
+                with suppress(OSError):  # a file that stays is collected later
+                    self.files.remove(row.file)
+            except (OSError, CorruptStream) as problem:
+                text = f"{what} is damaged, and cannot be dropped ({problem}); the prefix ends before it: {error}"
         else:
             text = f"{what} cannot be read, the prefix ends before it: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
@@ -108,24 +121,46 @@ class Shelf:
         """The quota of the folder; None: there is none."""
         return self.index.counters().get("max_bytes")
 
-    def evict(self) -> int:
-        """Drop the prefixes that were used longest ago, from their ends on, until the quota holds; returns bytes."""
-        freed = 0
+    def room(self, names: Collection[bytes] = ()) -> int | None:
+        """Bytes that the blocks of a prefix may take: the quota less what is held by pins, but for blocks of these names."""
         limit = self.max_bytes
-        while limit is not None and self.index.counters()["bytes"] > limit:
+        return None if limit is None else limit - sum(size for name, size in self.index.held().items() if name not in names)
+
+    def evict(self) -> int:
+        """Drop the prefixes that were used longest ago, from their ends on, until the quota holds; returns bytes.
+
+        Warns where it does not hold in the end.
+        """
+        freed, why = 0, ""
+        limit = self.max_bytes
+        while limit is not None and not why and self.index.counters().get("bytes", 0) > limit:
             row = self.index.coldest()
             if row is None:
-                text = f"{self.folder} is over its quota of {limit} bytes, and all of it is pinned"
-                warnings.warn(text, RuntimeWarning, stacklevel=4)
+                why = self._why_nothing_goes()
                 break
-            if self.drop(row):
-                freed += row.size
-                self.index.touch([], evicted=1)
+            try:
+                if self.index.remove(row):
+                    self.index.touch([], evicted=1)
+                    self.files.remove(row.file)
+                    freed += row.size
+            except OSError as error:
+                why = f"block {row.name.hex()[:16]} cannot be removed: {error}"
+        if why:
+            warnings.warn(f"{self.folder} is over its quota of {limit} bytes, and {why}", RuntimeWarning, stacklevel=4)
         return freed
+
+    def _why_nothing_goes(self) -> str:
+        """Why there is no block that could be evicted."""
+        rows, held = self.index.all(), self.index.held()
+        free = [row for row in rows if row.name not in held]
+        if rows and not free:
+            return "all of it is pinned"
+        return f"none of its {len(free)} blocks that are not pinned ends a prefix, as no store writes it; move the index away"
 
     # -- upkeep --------------------------------------------------------------------------------------------------
     def problems(self, row: Row, backend: str = "auto") -> list[str]:
         """What is wrong with a block, checked byte by byte; nothing is dropped. Raises OSError for a file out of reach."""
+        self.index.check_open()
         try:
             with self.files.open(row.file) as file:
                 found, _ = row_in(file, row.file)
@@ -152,8 +187,29 @@ class Shelf:
 
     # -- the index -----------------------------------------------------------------------------------------------
     def _opened(self) -> tuple[Index, str]:
-        """The index, and what was wrong with the one that was there: it is set aside."""
+        """The index, and what was wrong with the one that was there: it is set aside. Without the right to write it is read."""
         path = self.folder / INDEX
+        places = (self.folder, self.folder / LOCK, *(path.with_name(INDEX + ending) for ending in ("", "-wal", "-shm")))
+        self.denied = next(filter(None, map(own.denied, places)), None)
+        if self.denied is None:
+            try:
+                make_folders(self.folder, own.SHARED if self._shared else own.PRIVATE)
+                return self._opened_to_write(path)
+            except OSError as error:
+                if error.errno not in _DENIED or not path.exists():
+                    raise
+                self.denied = error
+        if not path.exists():
+            raise OSError(
+                self.denied.errno, f"no store is there, and none can be made ({self.denied.strerror})", str(self.folder)
+            )
+        if Index.damage_mark(path).exists():
+            raise CorruptStream(f"{path}: the index is damaged; open the store with the right to write to make it anew")
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return Index(path, self._shared, self.denied), ""
+
+    def _opened_to_write(self, path: Path) -> tuple[Index, str]:
         mark = Index.damage_mark(path)
         with _only_one(self.folder / LOCK, self._shared):
             try:
@@ -194,6 +250,11 @@ def _only_one(lock: Path, shared: bool) -> Iterator[None]:
     """One process at a time, where the system can tell (POSIX)."""
     own.make_file(lock, shared)
     with open(lock, "a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if fcntl is None:
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # of a child that was forked meanwhile, too, which has the file open
