@@ -14,8 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -46,10 +48,10 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """What ``PrefixStore.put`` did."""
+    """What there is when ``PrefixStore.put`` has done its work and the quota holds."""
 
-    tokens: int  # of the prefix that is in the store now
-    new_tokens: int  # of them that were not there before
+    tokens: int  # of the prefix that is in the store now: as many as ``get`` would find
+    new_tokens: int  # that this put added, and that are still there
     new_bytes: int
 
 
@@ -69,13 +71,17 @@ class PrefixStore:
     """A store of prefix caches in a folder, for many processes and threads at once.
 
     ``preset``: of the blocks' keys and values; "exact" keeps all numbers. ``max_bytes``: a quota, past which the prefixes
-    that were used longest ago are dropped (None: what the folder was told before). ``tenant``: a salt; a store opened with
+    that were used longest ago are dropped (None: what the folder was told before); a prefix that is larger by itself is left
+    out, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with
     another one finds nothing of this one's, and keyed hashes are kept in the place of token ids. ``tokenizer``: makes its
     vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, passed whenever the store is opened;
     the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
     as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a
     model's weights is looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``). ``shelf`` looks after
     what is stored: damage, quota, orphans.
+
+    A folder that cannot be written is read: ``get`` works, ``put`` raises OSError. A child of a fork has the store for itself:
+    what its parent is saving is the parent's business.
 
     >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
     >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
@@ -108,8 +114,12 @@ class PrefixStore:
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
-        if max_bytes is not None:
+        if max_bytes is not None and self.shelf.denied is None:
             self._index.set_quota(max_bytes)
+        self._forget_saves()
+        _open_stores.add(self)
+
+    def _forget_saves(self) -> None:
         self._saver: ThreadPoolExecutor | None = None
         self._waiting: set[Future[Stored]] = set()
         self._lock = threading.Lock()
@@ -121,11 +131,15 @@ class PrefixStore:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is being saved, and close the index."""
-        if self._saver is not None:
-            self._saver.shutdown()
-            self._saver = None
+        """Wait for what is being saved, and close the index: the store cannot be used afterwards."""
+        self._finish_saves()
         self.shelf.close()
+
+    def _finish_saves(self) -> None:
+        with self._lock:
+            saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.shutdown()
 
     # -- getting -------------------------------------------------------------------------------------------------
     def get(
@@ -135,16 +149,29 @@ class PrefixStore:
 
         At least ``leave`` tokens are left, for a model has to be fed one to go on. ``extra``: what the keys depend on beyond
         the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: the model's). A damaged
-        block is dropped with a warning and never used: the prefix ends before it. Some models (Jamba, Mamba) do not take
-        several tokens on top of a cache: of theirs a prefix is found if one token is left, or if you feed what follows
-        one by one (``stepwise``). Raises InvalidArgument for a model whose prefixes cannot be used again.
+        block is dropped with a warning and never used: the prefix ends before it. Where the index itself cannot be read,
+        nothing is found, with a warning. Some models (Jamba, Mamba) do not take several tokens on top of a cache: of theirs
+        a prefix is found if one token is left, or if you feed what follows one by one (``stepwise``). Raises InvalidArgument
+        for a model whose prefixes cannot be used again.
         """
+        self._index.check_open()
         identity, ids = self._identity(model), token_ids(tokens)
         runs = _check_behaviour(model, ids)
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
         chain, device = self._chain(identity, extra), identity.target(device)
+        import torch
+
+        try:
+            with torch.inference_mode(False):  # else no one could update the tensors outside of it
+                return self._found(identity, chain, ids, leave, device)
+        except (OSError, CorruptStream) as error:  # blocks that cannot be read are not among these
+            text = f"{self.shelf.folder} cannot be read, so that nothing is found in it: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return Prefix(tc.empty_cache(identity.config), 0)
+
+    def _found(self, identity: Identity, chain: Chain, ids: np.ndarray, leave: int, device: Any) -> Prefix:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
@@ -253,7 +280,9 @@ class PrefixStore:
         not tell its length: pass what it has seen). ``pin``: never evict it. ``wait=False`` returns a Future at once and
         saves in the background, from the tensors as they are now; where four saves wait already, a fifth is left out with
         a warning. Raises InvalidArgument for a cache that cannot be kept, and OSError; what was there stays there.
+        A prefix that is larger than the quota is left out with a warning; ``Stored`` tells what is there in the end.
         """
+        self._index.check_writable()
         work = self._work(model, tokens, cache, extra, pin)
         if wait:
             return self._write(work)
@@ -279,10 +308,12 @@ class PrefixStore:
         ``options`` are those of ``model.generate``, whose result is returned. Raises InvalidArgument for more than one
         prompt, or a mask with gaps.
         """
+        self._index.check_open()
         return generation.generate(self, model, input_ids, extra=extra, wait=wait, **options)
 
     def flush(self) -> None:
         """Wait for what is being saved; raises what saving raised."""
+        self._index.check_open()
         with self._lock:
             waiting = list(self._waiting)
         for future in waiting:
@@ -343,9 +374,10 @@ class PrefixStore:
         stateful = not all(layer.cuttable for layer in layers)
         self._index.add_root(chain.root, work.label, chain.settings)
         plan: blocks.Plan | None = None
-        parent, written, size = chain.root, 0, 0
+        parent, room, taken = chain.root, self.shelf.room(), 0
         last: Row | None = None
         seen: list[Row] = []
+        written: list[Row] = []
         for start in range(0, len(ids) + 1, BLOCK_TOKENS):
             run = ids[start : start + BLOCK_TOKENS]
             whole = len(run) == BLOCK_TOKENS
@@ -360,14 +392,36 @@ class PrefixStore:
                 plan = plan or self._plan(work, last)
                 row = Row(name, parent, chain.root, start, marks, whole, stateful, own.new_block_file(name), 0)
                 row, new = self._add(row, work, plan)
-                written, size = written + new * len(run), size + new * row.size
+                written += [row] if new else []
             seen.append(row)
-            parent, last = name, row
+            parent, last, taken = name, row, taken + row.size
+            to_come = (len(ids) // BLOCK_TOKENS - len(seen)) * row.size if whole else 0  # whole blocks are of one size
+            if room is not None and written and taken + to_come > room:
+                runs = (ids[at : at + BLOCK_TOKENS] for at in range(0, len(ids) + 1, BLOCK_TOKENS))
+                room = self.shelf.room({*accumulate(runs, chain.child, initial=chain.root), *(row.name for row in seen)})
+                if room is not None and taken + to_come > room:
+                    return self._too_large(work, written, taken + to_come, room)
+        for row in written:
+            self._drop_what_grew_into(row)
         self._index.touch(seen, hit=False, puts=1)
         if work.pin and last is not None:
             self._index.pin(last, True)
         self.shelf.evict()
-        return Stored(len(ids), written, size)
+        return self._stored(work, written)
+
+    def _too_large(self, work: _Work, written: Sequence[Row], size: int, room: int) -> Stored:
+        """Leave a prefix out that nothing else could be kept beside: the blocks that were there before stay."""
+        for row in reversed(written):
+            self.shelf.drop(row)
+        text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.folder} "
+        warnings.warn(f"{text}leaves room for {max(room, 0)}", RuntimeWarning, stacklevel=4)
+        return self._stored(work, written)
+
+    def _stored(self, work: _Work, written: Sequence[Row]) -> Stored:
+        """What is there now of a prefix, and of the blocks that were written for it."""
+        kept = [row for row in written if (now := self._index.find(row.name)) is not None and now.file == row.file]
+        found = sum(count for _, count in self._longest(work.chain, work.ids))
+        return Stored(found, sum(len(row.tokens) for row in kept), sum(row.size for row in kept))
 
     def _add(self, row: Row, work: _Work, plan: blocks.Plan) -> tuple[Row, bool]:
         """Encode a block, write its file, commit it; and whether it is new."""
@@ -376,13 +430,14 @@ class PrefixStore:
         rates = plan if row.whole or self._exact else plan.at(TAIL_PRESET)
         with self._files.writing(row.file) as path:
             row = replace(row, size=blocks.write(path, row, cut, rates, work.identity.config, self._recipe, about))
-        new = self.shelf.commit(row)
-        if new and not row.stateful:
-            for tail in self._index.children(row.parent):
-                grown = _common(tail.tokens, row.tokens) == len(tail.tokens) and tail.name != row.name
-                if grown and not tail.whole and not tail.pinned:
-                    self.shelf.drop(tail)
-        return row, new
+        return row, self.shelf.commit(row)
+
+    def _drop_what_grew_into(self, row: Row) -> None:
+        """Drop the tails that hold nothing beyond a new block; those with a state are of use by themselves."""
+        for tail in [] if row.stateful else self._index.children(row.parent):
+            grown = _common(tail.tokens, row.tokens) == len(tail.tokens) and tail.name != row.name
+            if grown and not tail.whole and not tail.pinned:
+                self.shelf.drop(tail)
 
     @staticmethod
     def _part(layer: tc.LayerState, row: Row) -> tc.LayerState:
@@ -443,3 +498,25 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     other = np.nonzero(a[:n] != b[:n])[0]
     return int(other[0]) if len(other) else n
+
+
+# -- forks, and the end of the interpreter -------------------------------------------------------------------------
+_open_stores: WeakSet[PrefixStore] = WeakSet()
+_left_behind: list[Any] = []  # a parent's threads and what they save, kept from being ended in a child, where they are not
+
+
+def _after_fork() -> None:
+    for store in list(_open_stores):
+        _left_behind.append((store._saver, store._waiting))
+        store._forget_saves()
+
+
+def _at_exit() -> None:
+    for store in list(_open_stores):
+        store._finish_saves()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+if hasattr(threading, "_register_atexit"):  # saves end while threads can still be started, which atexit is too late for
+    threading._register_atexit(_at_exit)
