@@ -7,6 +7,7 @@ index and a footer behind what is there (``appender``): nothing that was committ
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -46,7 +47,8 @@ class PQKVWriter:
 
     A path appears when the block ends well, complete, in place of what was there; otherwise nothing is left. A binary
     file is written from where it stands and needs no seek. ``metadata``: a JSON object that the file carries. ``parts``: a
-    tensor may be several streams (``add_streams``), as in a file that has grown.
+    tensor may be several streams (``add_streams``), as in a file that has grown. ``digest``: a hash of hashlib's, which is told
+    every byte.
 
     >>> import io, numpy as np
     >>> file = io.BytesIO()
@@ -58,8 +60,10 @@ class PQKVWriter:
     (('layers.0.key', 'positions'), {'model': 'tiny'}, [0, 1, 2, 3])
     """
 
-    def __init__(self, target: PathOrFile, metadata: dict[str, Any] | None = None, *, parts: bool = False) -> None:
-        self._target, self._metadata = target, metadata
+    def __init__(
+        self, target: PathOrFile, metadata: dict[str, Any] | None = None, *, parts: bool = False, digest: Any = None
+    ) -> None:
+        self._target, self._metadata, self._digest = target, metadata, digest
         self._version = c.GROWN_VERSION if parts else c.FILE_VERSION
         self._previous: int | None = None  # where the frames end that were there before
         self._stack = ExitStack()
@@ -189,6 +193,8 @@ class PQKVWriter:
             if isinstance(error, OSError) and isinstance(self._target, (str, os.PathLike)):
                 error.filename = os.fspath(self._target)
             raise
+        if self._digest is not None:
+            self._digest.update(data)
         self.bytes_written += memoryview(data).nbytes
 
     def _finish(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -216,14 +222,19 @@ def _size(body: Any) -> int:
 
 
 def write_pieces(
-    target: PathOrFile, pieces: Sequence[Piece], metadata: dict[str, Any] | None = None, progress: Progress | None = None
+    target: PathOrFile,
+    pieces: Sequence[Piece],
+    metadata: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    digest: Any = None,
 ) -> int:
     """Write tensors into a file and return its bytes; ``progress`` is told (tensors done, tensors in all).
 
-    A tensor of several streams makes it a file of version 2. Raises InvalidArgument, OSError, and what a ``body`` raises.
+    ``digest``: as a ``PQKVWriter`` takes it. A tensor of several streams makes it a file of version 2. Raises InvalidArgument,
+    OSError, and what a ``body`` raises.
     """
     check_pieces(pieces)
-    with PQKVWriter(target, metadata, parts=any(piece.parts > 1 for piece in pieces)) as writer:
+    with PQKVWriter(target, metadata, parts=any(piece.parts > 1 for piece in pieces), digest=digest) as writer:
         for done, piece in enumerate(pieces, 1):
             if piece.coded:
                 writer.add_streams(piece.name, piece.body(), layer=piece.layer, role=piece.role)
@@ -292,6 +303,17 @@ class PQKVFile(TensorFile):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
+
+    def sha256(self) -> str:
+        """The SHA-256 of all its bytes, in hexadecimal; raises InvalidArgument for a URL, which may bring others later."""
+        if isinstance(self._source, remote.RemoteSource):
+            raise InvalidArgument(
+                f"{self._label}: a file that lies here is expected, for its digest has to be that of what is read"
+            )
+        digest = hashlib.sha256()
+        for piece in read_in_pieces(self._source):
+            digest.update(piece)
+        return digest.hexdigest()
 
     @cached_property
     def metadata(self) -> dict[str, Any]:

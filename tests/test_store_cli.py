@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pqcodec import constants as c
+from pqcodec.errors import PQError
 from pqcodec.formats import PQKVFile, PrefixStore
 from pqcodec.formats.pieces import pieces_of
 from pqcodec.formats.pqkv import write_pieces
@@ -24,6 +28,7 @@ from pqcodec.formats.store import blocks
 from pqcodec.formats.store.folder import new_block_file
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.formats.store.transfer import add_prefix
 from pqcodec.tools.cli import app
 from pqcodec.tools.store.place import models_of
 
@@ -336,7 +341,7 @@ def test_what_goes_out_comes_in_again(made: Path, model: Any, tmp_path: Path, pr
     out = told("export", made, name[:12], tmp_path / "p.pqkv")
     assert (out["name"], out["tokens"], out["file_bytes"]) == (name, len(tokens), (tmp_path / "p.pqkv").stat().st_size)
     assert "all sound" in CliRunner().invoke(app, ["verify", str(tmp_path / "p.pqkv")]).stdout
-    done = told("import", tmp_path / "new", tmp_path / "p.pqkv")
+    done = told("import", "--trust", tmp_path / "new", tmp_path / "p.pqkv")
     assert (done["name"], done["tokens"], done["present_blocks"]) == (name, len(tokens), 0)
     assert told("ls", tmp_path / "new")["prefixes"][0]["name"] == name
     sources, copies = ({row.name: (at, row) for row in rows(at)} for at in (made, tmp_path / "new"))
@@ -355,9 +360,9 @@ def test_what_goes_out_comes_in_again(made: Path, model: Any, tmp_path: Path, pr
 def test_what_is_there_is_skipped(folder: Path, tmp_path: Path) -> None:
     run("export", folder, end_of(folder, 600), tmp_path / "p.pqkv")
     files = {row.file for row in rows(folder)}
-    assert "0 blocks added, 3 there already" in run("import", folder, tmp_path / "p.pqkv").stdout
+    assert "0 blocks added, 3 there already" in run("import", "--trust", folder, tmp_path / "p.pqkv").stdout
     run("rm", folder, end_of(folder, 600))
-    assert told("import", folder, tmp_path / "p.pqkv")["new_blocks"] == 1
+    assert told("import", "--trust", folder, tmp_path / "p.pqkv")["new_blocks"] == 1
     assert len({row.file for row in rows(folder)} - files) == 1
 
 
@@ -367,10 +372,10 @@ def test_every_prefix_goes_into_a_folder(made: Path, tmp_path: Path) -> None:
     assert len(out["files"]) == 3
     assert "pass --force" in run("export", made, tmp_path / "out", "--all", code=2).stderr
     assert run("export", made, tmp_path / "out", "--all", "--force").stdout.count(".pqkv") == 3
-    done = told("import", tmp_path / "new", tmp_path / "out")
+    done = told("import", "--trust", tmp_path / "new", tmp_path / "out")
     assert sum(one["new_blocks"] for one in done["files"]) == 6
     assert {row.name for row in rows(tmp_path / "new")} == {row.name for row in rows(made)}
-    assert "there already" in run("import", tmp_path / "new", tmp_path / "out").stdout
+    assert "there already" in run("import", "--trust", tmp_path / "new", tmp_path / "out").stdout
 
 
 def test_stdout_stdin_and_urls(made: Path, tmp_path: Path) -> None:
@@ -380,7 +385,7 @@ def test_stdout_stdin_and_urls(made: Path, tmp_path: Path) -> None:
     url = f"memory://prefixes/{tmp_path.name}.pqkv"
     run("export", made, name, url)
     assert "pass --force" in run("export", made, name, url, code=2).stderr
-    assert told("import", tmp_path / "new", url)["new_blocks"] == 2
+    assert told("import", "--trust", tmp_path / "new", url)["new_blocks"] == 2
 
 
 def test_files_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
@@ -391,7 +396,7 @@ def test_files_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     assert len(rows(folder)) == 6
     run("verify", folder, "--data", elsewhere)
     run("export", folder, name, tmp_path / "p.pqkv", "--data", elsewhere)
-    run("import", tmp_path / "new", tmp_path / "p.pqkv", "--data", tmp_path / "more")
+    run("import", "--trust", tmp_path / "new", tmp_path / "p.pqkv", "--data", tmp_path / "more")
     assert len(list((tmp_path / "more").rglob("*.pqkv"))) == 3
     assert told("gc", folder, "--data", elsewhere, "--grace", 0)["orphans"] == 0
     assert len(told("rm", folder, "--all", "--yes", "--data", elsewhere)["removed"]) == 6
@@ -434,23 +439,27 @@ def test_a_damaged_block_does_not_come_in(made: Path, tmp_path: Path) -> None:
         data[entry.body_start + entry.body_bytes // 2] ^= 1
         path.write_bytes(data)
         new = tmp_path / f"new{number}"
-        assert str(path) in run("import", new, path, code=1).stderr
-        assert [row.start for row in rows(new)] == ([] if entry.name == "1/tokens" else [0])  # tokens are looked at first
-        assert len(list(new.rglob("*.pqkv"))) == len(rows(new))
-        assert told("verify", new)["ok"]
+        assert str(path) in run("import", "--trust", new, path, code=1).stderr
+        assert not new.exists()  # not even an empty store
+        run("import", "--trust", made, path, code=1)
     path.write_bytes(whole[:-100])
-    run("import", tmp_path / "cut", path, code=1)
-    assert not rows(tmp_path / "cut")
+    run("import", "--trust", tmp_path / "cut", path, code=1)
+    assert not (tmp_path / "cut").exists()
+    assert len(rows(made)) == 6
 
 
 def test_files_that_hold_no_prefix(made: Path, tmp_path: Path) -> None:
     name = end_of(made, 400)
     run("export", made, name, tmp_path / "p.pqkv")
     block = next((made / "blocks").rglob("*.pqkv"))
-    assert "holds no prefix" in run("import", tmp_path / "new", block, code=2).stderr
+    assert "holds no prefix" in run("import", "--trust", tmp_path / "new", block, code=2).stderr
+    (tmp_path / "empty").mkdir()
+    run("import", "--trust", tmp_path / "empty", block, code=2)
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "empty").iterdir())
     (tmp_path / "text.pqkv").write_text("no tensors at all")
-    run("import", tmp_path / "new", tmp_path / "text.pqkv", code=1)
-    done = told("import", tmp_path / "new", tmp_path / "p.pqkv", block, code=2)
+    run("import", "--trust", tmp_path / "new", tmp_path / "text.pqkv", code=1)
+    done = told("import", "--trust", tmp_path / "new", tmp_path / "p.pqkv", block, code=2)
     assert (done["failed"], done["files"][0]["new_blocks"]) == (1, 2)
 
 
@@ -488,16 +497,15 @@ def test_blocks_that_make_no_prefix(made: Path, tmp_path: Path, change: str) -> 
     run("export", made, end_of(made, 400), tmp_path / "p.pqkv")
     work, code = CHANGES[change]
     path = rewritten(tmp_path / "p.pqkv", tmp_path / "q.pqkv", work)
-    assert run("import", tmp_path / "new", path, code=code).stderr.count("\n") == 1
-    assert not rows(tmp_path / "new")
-    assert not list((tmp_path / "new").rglob("*.pqkv"))
+    assert run("import", "--trust", tmp_path / "new", path, code=code).stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_of_a_tenant_come_in_unchecked_but_found(model: Any, tmp_path: Path) -> None:
     with PrefixStore(tmp_path / "a", tenant="secret") as store, torch.no_grad():
         store.put(model, A[:300], model(torch.tensor([A[:300]])).past_key_values)
     run("export", tmp_path / "a", end_of(tmp_path / "a", 300), tmp_path / "p.pqkv")
-    run("import", tmp_path / "b", tmp_path / "p.pqkv")
+    run("import", "--trust", tmp_path / "b", tmp_path / "p.pqkv")
     with PrefixStore(tmp_path / "b", tenant="secret") as store:
         assert store.get(model, A[:300]).length == 299
     with PrefixStore(tmp_path / "b") as store:
@@ -511,15 +519,74 @@ def test_a_name_that_is_taken_by_other_tokens(made: Path, folder: Path, tmp_path
     shelf.drop(row)
     shelf.index.add(Row(**{**row.__dict__, "tokens": np.arange(144)}))
     shelf.close()
-    assert "the name of another block" in run("import", folder, tmp_path / "p.pqkv", code=1).stderr
+    assert "the name of another block" in run("import", "--trust", folder, tmp_path / "p.pqkv", code=1).stderr
 
 
 def test_importing_keeps_the_quota(folder: Path, tmp_path: Path) -> None:
     run("export", folder, end_of(folder, 400), tmp_path / "p.pqkv")
     run("rm", folder, end_of(folder, 400))
     run("gc", folder, "--max-bytes", sum(row.size for row in rows(folder)))
-    assert told("import", folder, tmp_path / "p.pqkv")["evicted_bytes"] > 0
+    assert told("import", "--trust", folder, tmp_path / "p.pqkv")["evicted_bytes"] > 0
     assert any(row.end == 400 for row in rows(folder))
+
+
+def test_an_import_wants_the_digest_that_export_told_or_trust(made: Path, tmp_path: Path) -> None:
+    """Numbers that were forged under right names, with checksums that hold, come in on the user's word alone."""
+    path, new = tmp_path / "p.pqkv", tmp_path / "new"
+    line = run("export", made, end_of(made, 300), path).stdout
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert line.rstrip().endswith(f"SHA-256 {digest}")
+    assert told("export", made, end_of(made, 300), path, "--force")["sha256"] == digest
+    refused = run("import", new, path, code=2).stderr
+    assert all(word in refused for word in ("--sha256", "--trust", "trust the model's weights"))
+    with PQKVFile(path) as file:
+        pieces = [
+            p if p.name.endswith("tokens") else replace(p, body=partial(np.zeros, p.shape, p.dtype)) for p in pieces_of(file)
+        ]
+        write_pieces(tmp_path / "forged.pqkv", pieces, file.metadata)
+    assert (
+        "is not the file that was exported" in run("import", new, tmp_path / "forged.pqkv", "--sha256", digest, code=1).stderr
+    )
+    for word in ("abc", digest[1:], digest + "0", "z" * 64):
+        assert "64 hexadecimal digits" in run("import", new, path, "--sha256", word, code=2).stderr
+    assert "is not the file" in run("import", new, path, "--trust", "--sha256", "0" * 64, code=1).stderr
+    assert not new.exists()
+    assert told("import", new, path, "--sha256", digest.upper())["new_blocks"] == 2
+    shelf = Shelf(tmp_path / "other")
+    with PQKVFile(path) as file:
+        for options in ({}, {"sha256": "0" * 64}, {"sha256": "0" * 64, "trust": True}):
+            with pytest.raises(PQError, match=r"sha256=|is not the file that was exported"):
+                add_prefix(shelf, file, **options)
+        assert shelf.index.all() == []
+        assert add_prefix(shelf, file, sha256=digest).tokens == 300
+    with PQKVFile(tmp_path / "forged.pqkv") as file:
+        assert add_prefix(shelf, file, trust=True).present_blocks == 2
+    shelf.close()
+
+
+def test_one_wrong_digest_among_several_files_imports_nothing(made: Path, tmp_path: Path) -> None:
+    lines = [line.split("  ") for line in run("export", made, tmp_path / "out", "--all").stdout.splitlines() if "/out/" in line]
+    assert {Path(path): digest for digest, path in lines} == {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").iterdir()
+    }
+    words = [word for digest, _ in lines for word in ("--sha256", digest)]
+    run("import", tmp_path / "new", tmp_path / "out", *words[2:], code=1)
+    assert not (tmp_path / "new").exists()
+    assert len(told("import", tmp_path / "new", tmp_path / "out", *words)["files"]) == 3
+    pytest.importorskip("fsspec")
+    url = f"memory://digests/{tmp_path.name}.pqkv"
+    digest = told("export", made, end_of(made, 300), url)["sha256"]
+    assert told("import", tmp_path / "other", url, "--sha256", digest)["new_blocks"] == 2
+
+
+def test_an_import_that_is_larger_than_the_quota_drops_nothing(folder: Path, made: Path, tmp_path: Path) -> None:
+    run("export", made, end_of(made, 300), tmp_path / "p.pqkv")  # exact, the largest one
+    run("rm", folder, end_of(folder, 300))
+    run("gc", folder, "--max-bytes", (tmp_path / "p.pqkv").stat().st_size - 1)
+    before = rows(folder)
+    assert before
+    assert "the quota of" in run("import", "--trust", folder, tmp_path / "p.pqkv", code=2).stderr
+    assert [row.name for row in rows(folder)] == [row.name for row in before]
 
 
 # -- wrong use ---------------------------------------------------------------------------------------------------
@@ -539,8 +606,8 @@ def test_importing_keeps_the_quota(folder: Path, tmp_path: Path) -> None:
         "export {store} --all {out}.pqkv",
         "export {store} --all -",
         "export {store} abcdef - --json",
-        "import {store}",
-        "import {store} {empty}",
+        "import --trust {store}",
+        "import --trust {store} {empty}",
     ],
 )
 def test_wrong_use_is_2(arguments: str, folder: Path, tmp_path: Path) -> None:
@@ -554,7 +621,7 @@ def test_wrong_use_is_2(arguments: str, folder: Path, tmp_path: Path) -> None:
 def test_what_is_not_there_is_4(made: Path, tmp_path: Path) -> None:
     for verb in ("ls", "stats", "gc", "verify"):
         assert "none" in run(verb, tmp_path / "none", code=4).stderr
-    assert "none.pqkv" in run("import", tmp_path / "new", tmp_path / "none.pqkv", code=4).stderr
+    assert "none.pqkv" in run("import", "--trust", tmp_path / "new", tmp_path / "none.pqkv", code=4).stderr
     run("export", made, end_of(made, 300), tmp_path / "none" / "p.pqkv", code=4)
     assert not list(tmp_path.iterdir())
 

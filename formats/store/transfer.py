@@ -3,12 +3,16 @@
 Tensors of block n are called ``n/<their name>``; the metadata's key "prefix.chain" holds what each block's file says of itself
 (SPEC IV.2). So a block that went out and came in again is the same file, byte for byte, but that one without seals gains them.
 Names are those of the store that the file comes from: a store finds what was put with the same model, settings and tenant.
+Of right names, numbers cannot be checked without the model: so a file comes in by the digest that its export told, or on trust.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
@@ -37,8 +41,16 @@ def lineage(shelf: Shelf, row: Row) -> list[Row]:
     return found
 
 
-def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress | None = None) -> int:
-    """Write a block and all before it as one file, every byte checked, and return its bytes.
+@dataclass(frozen=True)
+class Exported:
+    """What ``write_prefix`` wrote."""
+
+    bytes: int
+    sha256: str  # of the file, in hexadecimal; ``add_prefix`` takes it
+
+
+def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress | None = None) -> Exported:
+    """Write a block and all before it as one file, every byte checked.
 
     ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, CorruptStream or OSError, leaving nothing.
     """
@@ -51,10 +63,12 @@ def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress 
             pieces += [
                 replace(piece, name=f"{number}/{piece.name}", body=source.body(at, piece.name)) for piece in pieces_of(file)
             ]
+    digest = hashlib.sha256()
     try:
-        return write_pieces(target, pieces, {KEY: {"format": FORMAT, "blocks": told}}, progress)
+        size = write_pieces(target, pieces, {KEY: {"format": FORMAT, "blocks": told}}, progress, digest)
     finally:
         source.close()
+    return Exported(size, digest.hexdigest())
 
 
 class _Opened:
@@ -92,27 +106,91 @@ class _Opened:
 # -- into a store ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Added:
-    """What ``add_prefix`` did."""
+    """What ``add_prefix`` did, and what is there when the quota holds."""
 
     name: str  # of the last block, in hexadecimal
-    tokens: int  # of the prefix
+    tokens: int  # of the prefix that are there
     new_blocks: int
     present_blocks: int  # that were there already
     new_bytes: int
     evicted_bytes: int  # dropped for the quota's sake
 
 
-def add_prefix(shelf: Shelf, file: TensorFile, progress: Progress | None = None) -> Added:
-    """Add the blocks of a file that ``write_prefix`` wrote to a store; each is checked byte by byte before it is committed.
+@dataclass(frozen=True)
+class Incoming:
+    """A file whose prefix may come in (``checked``)."""
 
-    ``progress`` is told (blocks done, blocks in all). Raises InvalidArgument for a file without a prefix, CorruptStream,
-    UnsupportedStream and OSError; the blocks before the one at fault stay then.
+    file: TensorFile
+    told: list[dict[str, Any]]  # what each block says of itself
+    rows: list[Row]
+
+
+def add_prefix(
+    shelf: Shelf, file: TensorFile, progress: Progress | None = None, *, sha256: str | None = None, trust: bool = False
+) -> Added:
+    """Add the blocks of a file that ``write_prefix`` wrote to a store: ``checked``, and then ``add_checked``."""
+    return add_checked(shelf, checked(file, sha256=sha256, trust=trust), progress)
+
+
+def checked(file: TensorFile, *, sha256: str | None = None, trust: bool = False) -> Incoming:
+    """A file whose every byte is checked, and that is what was exported by its digest, or else is trusted.
+
+    Checksums tell damage, not forgery: whoever makes a file can put any numbers under right names. So the digest that
+    ``write_prefix`` told is wanted, by a way that is trusted; ``trust``: or the caller's word that its makers are trusted as
+    those of the model's weights are. Raises InvalidArgument where neither is given and for a file without a prefix,
+    CorruptStream, UnsupportedStream and OSError.
     """
+    check_trust(sha256, trust)
+    if sha256 is not None:
+        check_digest(file, {sha256})
     told, rows = _rows_in(file)
+    if damage := file.verify():
+        name, what = damage[0]
+        raise CorruptStream(f"{file.label}: {'' if name is None else f'tensor {name!r}: '}damaged: {what}")
+    return Incoming(file, told, rows)
+
+
+def check_trust(sha256: str | Collection[str] | None, trust: bool) -> None:
+    """Raises InvalidArgument where there is neither a digest nor trust."""
+    digests = [sha256] if isinstance(sha256, str) else sha256 or []
+    if not digests and not trust:
+        raise InvalidArgument(
+            "numbers under a right name cannot be checked: pass the SHA-256 that the export told (sha256=, --sha256) or, if "
+            "you trust whoever made the file as you trust the model's weights, say so (trust=True, --trust)"
+        )
+    for digest in digests:
+        if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            raise InvalidArgument(f"{digest!r:.80} is no SHA-256: 64 hexadecimal digits are expected")
+
+
+def check_digest(file: TensorFile, digests: Collection[str]) -> str:
+    """The SHA-256 of a file, which is one of those; raises CorruptStream, or InvalidArgument for what has no digest here."""
+    if not isinstance(file, PQKVFile):
+        raise InvalidArgument(
+            f"{file.label}: only a .pqkv file has the digest of an export; import that, or trust it (--trust)"
+        )
+    found = file.sha256()
+    if found not in {digest.lower() for digest in digests}:
+        raise CorruptStream(f"{file.label}: its SHA-256 is {found}: it is not the file that was exported; nothing is imported")
+    return found
+
+
+def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = None) -> Added:
+    """Add the blocks of a checked file to a store; each is checked once more before it is committed.
+
+    ``progress`` is told (blocks done, blocks in all). Raises InvalidArgument for a prefix that is larger than the quota,
+    CorruptStream for one that contradicts what is there, and OSError; the blocks before the one at fault stay then.
+    """
+    shelf.index.check_writable()
+    file, told, rows = incoming.file, incoming.told, incoming.rows
     about = {key: told[0][key] for key in ("label", "settings")}
     known = shelf.index.roots().get(rows[0].root)
     if known is not None and known[1] != about["settings"]:
         raise CorruptStream(f"{file.label}: names a root that stands for other settings in {shelf.folder}")
+    room = shelf.room({row.name for row in rows})
+    if room is not None and file.size > room and any(shelf.index.find(row.name) is None for row in rows):
+        text = f"takes {file.size} bytes, and the quota of {shelf.folder} leaves room for {max(room, 0)}"
+        raise InvalidArgument(f"{file.label}: {text}; raise it (gc --max-bytes)")
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in pieces_of(file):
         number, _, name = piece.name.partition("/")
@@ -129,8 +207,11 @@ def add_prefix(shelf: Shelf, file: TensorFile, progress: Progress | None = None)
         if progress:
             progress(place + 1, len(rows))
     shelf.index.touch(rows, hit=False)
-    done = (len(new), len(rows) - len(new), sum(row.size for row in new))
-    return Added(rows[-1].name.hex(), rows[-1].end, *done, shelf.evict())
+    present, evicted = len(rows) - len(new), shelf.evict()
+    there_now = list(takewhile(lambda row: shelf.index.find(row.name) is not None, rows))
+    kept = [row for row in new if row.name in {one.name for one in there_now}]
+    tokens = there_now[-1].end if there_now else 0
+    return Added(rows[-1].name.hex(), tokens, len(kept), present, sum(row.size for row in kept), evicted)
 
 
 def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], told: dict[str, Any]) -> Row:

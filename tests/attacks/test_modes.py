@@ -39,7 +39,7 @@ def test_a_store_and_its_exports(tmp_path: Path) -> None:
     ground = Ground(tmp_path)
     ground.get()
     ground.run("store", "export", "--all", ground.folder, ground.out / "exported")
-    ground.run("store", "import", ground.out / "new", ground.out / "exported")
+    ground.run("store", "import", "--trust", ground.out / "new", ground.out / "exported")
     for place in (ground.folder, ground.out / "exported", ground.out / "new"):
         assert modes(place) <= PRIVATE, place
 
@@ -50,7 +50,7 @@ def test_a_store_that_others_share(tmp_path: Path) -> None:
     assert modes(ground.folder) <= OPEN
     ground.run("store", "export", "--all", ground.folder, ground.out / "exported")
     assert modes(ground.out / "exported") <= PRIVATE
-    ground.run("store", "import", "--shared", ground.out / "new", ground.out / "exported")
+    ground.run("store", "import", "--trust", "--shared", ground.out / "new", ground.out / "exported")
     assert modes(ground.out / "new") <= OPEN
 
 

@@ -91,7 +91,7 @@ def test_an_input_by_its_name(ground: Ground, kind: str) -> None:
         ("convert", path, new),
     ):
         assert "is no regular file" in ground.run(*words).output
-    assert "is no regular file" in ground.run("store", "import", ground.out / "s", path).output
+    assert "is no regular file" in ground.run("store", "import", "--trust", ground.out / "s", path).output
 
 
 @pytest.mark.parametrize("what", ["a pipe", "a socket", "what never ends"])

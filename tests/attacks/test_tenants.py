@@ -47,7 +47,7 @@ def test_what_a_tenant_exports_and_imports(tmp_path: Path) -> None:
     ground.run("store", "export", "--all", ground.folder, ground.out / "exported")
     assert not holds_ids(ground.out / "exported")
     ground.folder = ground.out / "new"
-    ground.run("store", "import", ground.folder, ground.out / "exported")
+    ground.run("store", "import", "--trust", ground.folder, ground.out / "exported")
     assert ground.get() == total
     ground.run("store", "verify", ground.folder)
     (ground.folder / "index.sqlite").unlink()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,10 +15,11 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.tools.files import STANDARD, Input, check_output, input_file, inputs, make_folder
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text, shown
-from pqcodec.tools.store.place import AsJson, Data, Folder, named, opened, prefixes, short
+from pqcodec.tools.store.place import AsJson, Data, Folder, is_store, named, opened, prefixes, short
 
 if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
+    from pqcodec.formats.store.shelf import Shelf
     from pqcodec.formats.store.transfer import Added
 
 EXTENSION = ".pqkv"
@@ -39,7 +42,8 @@ def export(
 ) -> None:
     """Write a block and all before it into one file.
 
-    Every byte is checked and nothing is decoded. "pqcodec store import" adds such files to another store.
+    Every byte is checked and nothing is decoded. "pqcodec store import" adds such files to another store; it asks for the
+    SHA-256 that is printed here (with --all one line for each file, as sha256sum writes them).
     """
     if len(words) != (1 if everything else 2):
         raise InvalidArgument("NAME and OUTPUT are expected, or --all and a folder")
@@ -62,12 +66,14 @@ def export(
             if everything:
                 make_folder(place)
             out: Any = sys.stdout.buffer if place == STANDARD else place
-            size = write_prefix(shelf, row, out, lambda done, total: show(done / total))
-            return _Exported(row.name.hex(), place, row.end, size)
+            done = write_prefix(shelf, row, out, lambda done, total: show(done / total))
+            return _Exported(row.name.hex(), place, row.end, done.bytes, done.sha256)
 
         found = run(chosen, work, short, 1, "export")
-    if not everything and not as_json:
-        print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
+    if not as_json:
+        for one in found:
+            if one.error is None:
+                print(one.outcome.line(alone=not everything), file=sys.stderr if target == STANDARD else sys.stdout)
     report(found, _Exported.COLUMNS, everything, as_json)
 
 
@@ -79,19 +85,22 @@ class _Exported:
     output: str
     tokens: int
     file_bytes: int
+    sha256: str
 
-    COLUMNS = ("tokens", "bytes", "output")
+    COLUMNS = ("tokens", "bytes")
     exit_code = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def cells(self) -> list[str]:
-        return [str(self.tokens), bytes_text(self.file_bytes), shown(self.output)]
+        return [str(self.tokens), bytes_text(self.file_bytes)]
 
-    def line(self) -> str:
+    def line(self, alone: bool) -> str:
+        if not alone:
+            return f"{self.sha256}  {shown(self.output)}"
         output = "stdout" if self.output == STANDARD else shown(self.output)
-        return f"{output}: {self.tokens} tokens, {bytes_text(self.file_bytes)}"
+        return f"{output}: {self.tokens} tokens, {bytes_text(self.file_bytes)}, SHA-256 {self.sha256}"
 
 
 # -- import ------------------------------------------------------------------------------------------------------
@@ -100,6 +109,14 @@ def import_(
     sources: Annotated[
         list[str], typer.Argument(metavar="FILE", help="Files that export wrote, folders, patterns or URLs, or -.")
     ],
+    sha256: Annotated[
+        list[str] | None,
+        typer.Option("--sha256", metavar="DIGEST", help="The SHA-256 that export printed; once for each file."),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Without a digest: you trust whoever made the files as you trust the model's weights."),
+    ] = False,
     shared: Annotated[
         bool, typer.Option("--shared", help="Others may use the store, as far as the umask lets them (default: you alone).")
     ] = False,
@@ -108,22 +125,43 @@ def import_(
 ) -> None:
     """Add prefixes that were exported to a store.
 
-    A block is added once every byte of it is checked; what is there already stays as it is. Checksums tell damage, not forgery:
-    whoever made the file can put any numbers under a right name, and models will read on from them. Import only what you trust
-    as you trust the model's weights.
+    A file comes in once every byte of it is checked; blocks that are there already stay as they are. Checksums tell damage, not
+    forgery: whoever made the file can put any numbers under a right name, and models will read on from them. So pass the digest
+    that export printed, by a way that you trust (with several files, nothing is imported unless all of them are right), or
+    --trust. Import only what you trust as you trust the model's weights.
     """
+    from pqcodec.formats.store.transfer import add_checked, check_digest, check_trust, checked
+
+    check_trust(sha256, trust)
     todo, many = inputs(sources, (EXTENSION,))
     if not many and "://" not in todo[0].path and todo[0].path != STANDARD:
         os.stat(todo[0].path)  # raises before a store is made
     from pqcodec.formats.containers import open_encoded
-    from pqcodec.formats.store.transfer import add_prefix
 
-    with opened(folder, data, new=True, shared=shared) as shelf:
+    with ExitStack() as stack:
+        store: list[Shelf] = []
+
+        def shelf() -> Shelf:
+            if not store:
+                store.append(stack.enter_context(opened(folder, data, new=True, shared=shared)))
+            return store[0]
+
+        digests: dict[str, str] = {}
+        places: dict[str, str] = {}
+        for item in todo if sha256 else []:  # all of them, before anything is imported
+            places[item.path] = stack.enter_context(input_file(item.path, local=True))
+            with open_encoded(places[item.path]) as file:
+                digests[item.path] = check_digest(file, sha256 or [])
 
         def work(item: Input, show: Show) -> _Imported:
-            with input_file(item.path) as path, open_encoded(path) as file:
-                return _Imported(item.path, add_prefix(shelf, file, lambda done, total: show(done / total)))
+            with ExitStack() as inner:
+                path = places.get(item.path) or inner.enter_context(input_file(item.path))
+                file = inner.enter_context(open_encoded(path))
+                incoming = checked(file, sha256=digests.get(item.path), trust=trust)
+                return _Imported(item.path, add_checked(shelf(), incoming, lambda done, total: show(done / total)))
 
+        if is_store(Path(folder)):
+            shelf()  # else it is made when a file has proved sound
         found = run(todo, work, lambda item: item.path, 1, "import")
     if not many and not as_json:
         print(found[0].outcome.line())

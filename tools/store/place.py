@@ -44,7 +44,7 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
     check_local(folder, "the index of a store is in a local folder; pass the URL of its files by --data")
     if not new and not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-    if not new and data is None and not _is_store(Path(folder)):
+    if not new and data is None and not is_store(Path(folder)):
         raise InvalidArgument(f"{folder}: is no prefix store; it has no index")
     from pqcodec.formats.store.shelf import Shelf
 
@@ -58,7 +58,7 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
             shelf.close()
 
 
-def _is_store(folder: Path) -> bool:
+def is_store(folder: Path) -> bool:
     from pqcodec.formats.store.shelf import INDEX
 
     return (folder / INDEX).is_file() or any(folder.glob("blocks/*/*.pqkv"))
