@@ -176,6 +176,7 @@ class Shelf:
 
         Files younger than ``grace`` seconds stay: they may be being written.
         """
+        self.index.check_writable()
         before = self.index.all()
         there = dict(self.files.all())
         owned = {row.file for row in self.index.all()}  # by now, for blocks are committed meanwhile
