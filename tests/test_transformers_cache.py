@@ -535,7 +535,7 @@ def told(*of: Any, **changes: Any) -> dict[str, Any]:
     ("metadata", "error"),
     [
         (told(LAYER), None),
-        (told(LAYER, format=2), UnsupportedStream),
+        (told(LAYER, format=3), UnsupportedStream),
         (told({**LAYER, "class": "os.system"}), UnsupportedStream),
         (told({**LAYER, "class": "StaticLayer"}), UnsupportedStream),
         (told({**LAYER, "fields": {"later": 1}}), UnsupportedStream),

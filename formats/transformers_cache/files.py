@@ -13,12 +13,15 @@ from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Piece
 from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.tensor_file import Progress, TensorFile
+from pqcodec.formats.transformers_cache.held import check_rows, keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.rope import pairings, ropes
 from pqcodec.formats.transformers_cache.state import ENCODER_DECODER, ROLES, CacheState, LayerState, cache_of, state_of
 
-FORMAT = 1
+FORMATS = (1, 2)
+WITH_MODULE_STATE = 2  # the format of a cache that is wrong without ``module_state``
 KEY = "transformers.cache"  # of the file's metadata
 MODEL = "transformers.model"
+MODULE_STATE, TENSOR = "module_state", "tensor"
 
 
 def tensors_of(config: Any, state: CacheState, paired: Mapping[str, str]) -> tuple[InMemory, dict[str, Part], list[str]]:
@@ -53,15 +56,36 @@ def save(
 
     ``model``: the model whose cache it is, which the file then belongs to, or its config. Keys are centred under the model's
     RoPE; first tokens, and all that is neither key nor value, are exact. ``progress`` is told (tensors done, tensors in all).
-    Raises InvalidArgument for a cache that cannot be represented, and as ``save_cache`` does.
+    What the model keeps in its modules (``module_state``: M-RoPE's ``rope_deltas``) goes along: save a cache before the model
+    reads another text. Raises InvalidArgument for a cache that cannot be represented, and as ``save_cache`` does.
     """
     identity = Identity.of(model)
     state = state_of(cache, identity.config)
+    held = _held_by(model, identity.config, state)
     recipe = Recipe(preset=preset, seed=seed, backend=backend)
-    told = {**(metadata or {}), KEY: described(state), MODEL: identity.as_dict()}
-    return containers.write(
-        path, pieces_of(state, identity.config, recipe), told, to=containers.container_of(path, to), progress=progress
-    )
+    told = {**(metadata or {}), KEY: described(state, held), MODEL: identity.as_dict()}
+    pieces = pieces_of(state, identity.config, recipe) + _exact_pieces(held)
+    return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
+
+
+def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
+    """The state in the model's modules; raises InvalidArgument where it cannot be that of the cache, or is not at hand."""
+    if not hasattr(model, "modules") and keeps_module_state(config):
+        raise InvalidArgument(
+            f"a {config.model_type} keeps state of its cache in its modules (rope_deltas): pass the model, not its config"
+        )
+    held = module_state(model)
+    check_rows(held, {batch for _, _, layer in state.layers() for batch in layer.batches()})
+    return held
+
+
+def _exact_pieces(held: Mapping[str, Any]) -> list[Piece]:
+    tensors = InMemory({f"{MODULE_STATE}.{path}": x for path, x in held.items() if _is_tensor(x)})
+    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, Part("other")), [])
+
+
+def _is_tensor(x: Any) -> bool:
+    return x is not None and not isinstance(x, int)
 
 
 def pieces_of(state: CacheState, config: Any, recipe: Recipe) -> list[Piece]:
@@ -69,17 +93,21 @@ def pieces_of(state: CacheState, config: Any, recipe: Recipe) -> list[Piece]:
     return recipe.pieces(*tensors_of(config, state, pairings(config, state)))
 
 
-def described(state: CacheState) -> dict[str, Any]:
-    """What the metadata tells of a cache: classes and fields of its layers, and which tensors they hold."""
+def described(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata tells of a cache: classes and fields of its layers, which tensors they hold, and what modules hold."""
 
     def layer(one: LayerState) -> dict[str, Any]:
         return {"class": one.kind, "fields": dict(one.fields), "tensors": list(one.tensors)}
 
-    return {
-        "format": FORMAT,
+    told = {
+        "format": 1,
         "class": state.kind,
         "parts": {name: [*map(layer, layers)] for name, layers in state.parts.items()},
     }
+    if held:
+        members = {path: TENSOR if _is_tensor(value) else value for path, value in held.items()}
+        told |= {"format": WITH_MODULE_STATE, MODULE_STATE: members}
+    return told
 
 
 def load(
@@ -92,9 +120,13 @@ def load(
     """The cache that ``save`` wrote: a new DynamicCache (or EncoderDecoderCache) to go on from.
 
     ``model``: the model (or its config) that is to read on; InvalidArgument is raised where it is not the one whose cache this
-    is. ``device``: where the tensors go (None: the model's device, or the CPU). Raises as ``pqcodec.decode`` does.
+    is. A cache of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put
+    back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the model's device,
+    or the CPU). Raises as ``pqcodec.decode`` does.
     """
-    with containers.open_encoded(path) as file:
+    import torch
+
+    with containers.open_encoded(path) as file, torch.inference_mode(False):  # layers change some tensors in place, in any mode
         if model is not None:
             identity = Identity.of(model)
             identity.check(file.metadata.get(MODEL), file.label)
@@ -102,13 +134,41 @@ def load(
         told = file.metadata.get(KEY)
         if not isinstance(told, dict):
             raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
-        if told.get("format") != FORMAT:
+        if told.get("format") not in FORMATS:
             raise UnsupportedStream(f"{file.label}: format {told.get('format')!r} of {KEY}; install a newer pqcodec")
+        _check_held(told, model, file.label)
         file.read_ahead()
         try:
-            return cache_of(_state_in(file, told, device, backend))
+            cache = cache_of(_state_in(file, told, device, backend))
+            held = _held_in(file, told, device, backend)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
+    if told["format"] == WITH_MODULE_STATE:
+        restore_module_state(model, held)
+    return cache
+
+
+def _check_held(told: Mapping[str, Any], model: Any, label: str) -> None:
+    """Raises InvalidArgument where a cache would be wrong for want of what modules hold."""
+    if told["format"] == WITH_MODULE_STATE and not hasattr(model, "modules"):
+        raise InvalidArgument(
+            f"{label}: its model keeps state of the cache in its modules (rope_deltas), which has to be put back: "
+            "load(path, model) with the model itself"
+        )
+    if told["format"] != WITH_MODULE_STATE and model is not None and keeps_module_state(model):
+        raise InvalidArgument(
+            f"{label}: was written by an older pqcodec without what the model keeps in its modules (rope_deltas), so that its "
+            "positions would be wrong behind an image: compute the cache anew, and save it again"
+        )
+
+
+def _held_in(file: TensorFile, told: Mapping[str, Any], device: Any, backend: str) -> dict[str, Any]:
+    held: dict[str, Any] = {}
+    for path, value in (told[MODULE_STATE] if told["format"] == WITH_MODULE_STATE else {}).items():
+        if value is not None and value != TENSOR and type(value) is not int:
+            raise ValueError(f"{MODULE_STATE}: {path!r:.60} is {value!r:.60}")
+        held[path] = file.decode(f"{MODULE_STATE}.{path}", device=device, backend=backend) if value == TENSOR else value
+    return held
 
 
 def _state_in(file: TensorFile, told: dict[str, Any], device: Any, backend: str) -> CacheState:

@@ -63,11 +63,6 @@ def behaviour(model: Any, ids: Any) -> Behaviour:
         return known[run]
 
 
-def keeps_module_state(model: Any) -> bool:
-    """Whether a model keeps positions of what it has read in its modules (M-RoPE's ``rope_deltas``), outside of the cache."""
-    return any(hasattr(module, "rope_deltas") for module in model.modules())
-
-
 def _tried(model: Any, ids: Any) -> Behaviour:
     import torch
 

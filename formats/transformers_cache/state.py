@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats.transformers_cache.held import unwrapped
 
 LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that their constructors want
     "DynamicLayer": (),
@@ -204,12 +205,17 @@ def tell_tokens(cache: Any, tokens: int) -> None:
 
 
 def argument_of(model: Any) -> str:
-    """The name by which a model's ``forward`` and ``generate`` take a cache: it depends on the version, and on the model."""
-    names = inspect.signature(model.forward).parameters
-    found = next((name for name in ("cache", "past_key_values", "cache_params") if name in names), None)
-    if found is None:
-        raise InvalidArgument(f"{type(model).__name__}.forward takes no cache")
-    return found
+    """The name by which a model's ``forward`` and ``generate`` take a cache: it depends on the version, and on the model.
+
+    Wrappers that take anything (torch.compile's, a PeftModel, a ``forward`` that was replaced) are looked through.
+    """
+    inner = unwrapped(model)
+    for forward in (getattr(model, "forward", None), getattr(inner, "forward", None), getattr(type(inner), "forward", None)):
+        names = inspect.signature(forward).parameters if callable(forward) else {}
+        for name in ("cache", "past_key_values", "cache_params"):
+            if name in names:
+                return name
+    raise InvalidArgument(f"{type(inner).__name__}.forward takes no cache")
 
 
 def cache_of(state: CacheState) -> Any:
