@@ -287,7 +287,7 @@ def test_the_memory_of_a_cache_goes_with_it(quick: dict[str, Any]) -> None:
 
 def test_scratch_goes_before_it_is_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long context has no room for both."""
-    kind = old_tokens.Kind(torch.float32, (1, 2, 16), (1, 2, 16))
+    kind = old_tokens.Kind((torch.float32, torch.float32), (1, 2, 16), (1, 2, 16))
     shop = old_tokens.Workshop(torch.device("cpu"))
     before = weakref.ref(shop.scratch(kind, 100)[0])
     assert before() is not None

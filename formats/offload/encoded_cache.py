@@ -28,6 +28,7 @@ WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows
 _FIRST_ROOM = 64  # tokens
 _ROLES = ("keys", "values")
+_TWO_CACHES = "EncoderDecoderCache(EncodedCache(model), DynamicCache())"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class EncodedCache(cache_utils.DynamicCache):
         config = getattr(model, "config", model)
         super().__init__(config=config)
         self._shops: dict[Any, Workshop] = {}
+        self._of_decoder, self._last = bool(getattr(config, "is_encoder_decoder", False)), -1
+        if self._of_decoder and len(self.layers) < 2:
+            raise InvalidArgument("an encoder-decoder of one layer has no EncodedCache; take a DynamicCache")
         lenders = _lenders(config.get_text_config(decoder=True))
         self.layers = [
             EncodedLayer(self.options, config, index, self._shops)
@@ -100,6 +104,22 @@ class EncodedCache(cache_utils.DynamicCache):
             else layer
             for index, layer in enumerate(self.layers)
         ]
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if layer_idx >= len(self.layers):
+            raise InvalidArgument(
+                f"a model of {layer_idx + 1} layers or more is given an EncodedCache of {len(self.layers)}: make one of it"
+            )
+        if self._of_decoder and layer_idx == self._last:  # its cross-attention writes here, too, as if there were more tokens
+            self._last = -1
+            raise InvalidArgument(f"an encoder-decoder takes {_TWO_CACHES}, not an EncodedCache alone")
+        self._last = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    @property
+    def is_compileable(self) -> bool:
+        """What transformers compiles of its own accord has caches of a fixed size."""
+        return False
 
     @property
     def encoded_layers(self) -> list[EncodedLayer]:
@@ -145,10 +165,25 @@ class Tail:
         keys, values = (x[:, :, : self.tokens] for x in self.memory)
         return keys, values
 
+    def check(self, keys: Any, values: Any) -> None:
+        """Raises InvalidArgument where tokens are of another batch, of other heads, or of a dtype that would be rounded."""
+        told = Kind.of(keys, values)
+        if told.keys[0] != self.kind.keys[0]:
+            raise InvalidArgument(f"{told.keys[0]} sequences are given to a cache of {self.kind.keys[0]}")
+        if (told.keys, told.values) != (self.kind.keys, self.kind.values):
+            raise InvalidArgument(
+                f"heads and head_dim {told.keys[1:]} (keys) and {told.values[1:]} (values) are given to a cache of "
+                f"{self.kind.keys[1:]} and {self.kind.values[1:]}: it is another model's"
+            )
+        for role, new, kept in zip(_ROLES, told.dtypes, self.kind.dtypes, strict=True):
+            if new != kept and torch.promote_types(new, kept) != kept:
+                raise InvalidArgument(
+                    f"{role} of {new} are given to a cache that holds them as {kept}: "
+                    "read a whole text under one autocast, or begin anew with reset()"
+                )
+
     def fits(self, keys: Any) -> bool:
-        """Whether there is room for more tokens; raises InvalidArgument where they are of another batch."""
-        if keys.shape[0] != self.kind.keys[0]:
-            raise InvalidArgument(f"{keys.shape[0]} sequences are given to a cache of {self.kind.keys[0]}")
+        """Whether there is room for more tokens."""
         return self.tokens + int(keys.shape[-2]) <= self.room
 
     def append(self, keys: Any, values: Any) -> None:
@@ -205,6 +240,16 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._tail: Tail | None = None
         self._encodes = True
 
+    # What other layers keep here is encoded: a model that would read it past ``update`` is told so.
+    @property
+    def keys(self) -> Any:
+        raise InvalidArgument(f"an EncodedCache gives keys to attention alone; cross-attention takes {_TWO_CACHES}")
+
+    @keys.setter
+    def keys(self, value: Any) -> None: ...
+
+    values = keys
+
     # -- what transformers calls -----------------------------------------------------------------------------------
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
@@ -212,12 +257,15 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._encodes = all(why_exact(tuple(x.shape), exact.dtype_name(x)) is None for x in (key_states, value_states))
         self.is_initialized = True
 
+    @torch.compiler.disable  # a compiled model breaks its graph here: kernels are launched by address, and memory is kept
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Keep new tokens [sequences, heads, n, head_dim]; all keys and values, until the next layer's update."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise InvalidArgument("an EncodedCache is for inference: call the model under torch.no_grad() or inference_mode()")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self._tail is not None
+        self._tail.check(key_states, value_states)
         with current(key_states.device):
             return self._grown(key_states, value_states) if self._has_old else self._begun(key_states, value_states)
 

@@ -263,13 +263,13 @@ class OnHost(OnDevice):
 class Kind(NamedTuple):
     """Of a layer's tensors, whatever their tokens; shapes: (sequences, heads, head_dim)."""
 
-    dtype: Any
+    dtypes: tuple[Any, Any]  # of keys and of values: they differ under autocast
     keys: tuple[int, int, int]
     values: tuple[int, int, int]
 
     @classmethod
     def of(cls, keys: Any, values: Any) -> Kind:
-        return cls(keys.dtype, *((x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)))
+        return cls((keys.dtype, values.dtype), *((x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)))
 
 
 @dataclass
@@ -308,7 +308,7 @@ class Workshop:
         import torch
 
         shapes = [(b, h, tokens, d) for b, h, d in (kind.keys, kind.values)]
-        sizes = [aligned(math.prod(shape) * kind.dtype.itemsize) for shape in shapes]
+        sizes = [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in zip(shapes, kind.dtypes, strict=True)]
         for prepared in self._prepared():
             prepared.clear()
         if self._scratch is None or self._scratch.numel() < sum(sizes):
@@ -318,7 +318,8 @@ class Workshop:
         with torch.inference_mode(False):
             parts = self._scratch[: sum(sizes)].split(sizes)
             keys, values = (
-                part.view(kind.dtype)[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)
+                part.view(dtype)[: math.prod(shape)].view(shape)
+                for part, dtype, shape in zip(parts, kind.dtypes, shapes, strict=True)
             )
         self._rooms[kind] = keys, values
 
