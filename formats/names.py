@@ -20,6 +20,7 @@ class Part:
     layer: int | None = None
     rope: Rope | None = field(default=None, repr=False)  # of this tensor, in place of the cache's
     first_token: int = field(default=0, repr=False)  # tokens of the sequence before the tensor's first
+    padding: tuple[int, ...] = field(default=(), repr=False)  # tokens that count for nothing at each sequence's beginning
 
 
 _WORDS = {

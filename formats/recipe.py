@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.centre import Rope
@@ -145,6 +147,17 @@ class Recipe:
             options |= {"center": "mean"}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
 
+    def exact_vectors(self, part: Part, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
+        """(leading index, token) of the first tokens behind padding, for a tensor [sequences, ..., tokens, head_dim]."""
+        tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + part.first_token
+        found = [
+            (row * heads + head, token - first)
+            for row, padding in enumerate(part.padding)
+            for token in range(max(padding, first), min(padding + self._exact_tokens(part), first + tokens))
+            for head in range(heads if padding else 0)
+        ]
+        return np.array(found, np.int64).reshape(-1, 2)
+
     def held_bytes(self, part: Part, shape: tuple[int, ...], dtype: str) -> int:
         """Memory that encoding a tensor takes beside its own, at most: its stream, and what that is made and measured with.
 
@@ -190,10 +203,20 @@ class Recipe:
 
     def _energies(self, tensors: Tensors, parts: Mapping[str, Part], pair: tuple[str, str]) -> tuple[float, float]:
         """What ``rates.share`` wants of a layer."""
-        key, value = pair
         of_key, of_value = (self.options(parts[name]) for name in pair)
-        centred = rates.energy(tensors.read(key), rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
-        return centred, rates.energy(tensors.read(value), exact_tokens=of_value["exact_tokens"], centred=False)
+        keys, values = (self._without_exact(tensors.read(name), parts[name]) for name in pair)
+        centred = rates.energy(keys, rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
+        return centred, rates.energy(values, exact_tokens=of_value["exact_tokens"], centred=False)
+
+    def _without_exact(self, x: Any, part: Part) -> Any:
+        """A tensor, or a copy with its last token in the place of those that are exact behind padding: they cost no bits."""
+        places = self.exact_vectors(part, tuple(x.shape))
+        if not len(places):
+            return x
+        whole = x.clone() if hasattr(x, "clone") else x.copy()
+        flat = whole.reshape(-1, *x.shape[-2:])
+        flat[places[:, 0], places[:, 1]] = flat[places[:, 0], -1]
+        return flat.reshape(x.shape)
 
     def pieces(
         self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None
@@ -228,7 +251,9 @@ class Recipe:
             cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
             start = time.perf_counter()
             with named(f"tensor {name!r}"):
-                stream = codec.encode(cut, preset=preset, progress=advance, **self.options(part, first))
+                vectors = self.exact_vectors(part, tuple(cut.shape), first)
+                options = self.options(part, first) | {"exact_vectors": vectors}
+                stream = codec.encode(cut, preset=preset, progress=advance, **options)
             seconds += time.perf_counter() - start
             if x.ndim > 1 and (self.measured == "all" or number in sampled):
                 error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")

@@ -27,6 +27,7 @@ from pqcodec.source import Source, source_of
 from pqcodec.stream import (
     Damage,
     checked_range,
+    coded_rows,
     damage_error,
     exceptions_section,
     make_header,
@@ -209,6 +210,7 @@ def encode_bytes(
     rope: Rope | None,
     exact_tokens: int,
     chunk_tokens: int,
+    exact_vectors: Any,
     nonfinite: str,
     kernel: Any,
     progress: Progress | None,
@@ -221,20 +223,20 @@ def encode_bytes(
     x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
     rows = arrays.device_rows(x)
     header = make_header(rows.shape, rows.dtype, preset, seed, center, rope, exact_tokens, chunk_tokens, numpy)
-    bad = np.zeros(0, np.int64)
+    kept = coded_rows(header, exact_vectors)
+    coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if nonfinite == "exact" and x.numel():
-        coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
-        bad = torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy()
-        header = replace(header, exceptions=len(bad))
+        kept = np.union1d(kept, torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy())
+    header = replace(header, exceptions=len(kept))
     batch = EncodeBatch.__new__(EncodeBatch)
     batch._prepare([rows], [header], kernel.name)
     data = bytearray(batch.run()[0].cpu().numpy().tobytes())
     header = batch.headers[0]
     if header.exceptions:
-        vectors = coded.reshape(-1, header.head_dim)[torch.from_numpy(bad).to(x.device)].cpu()
+        vectors = coded.reshape(-1, header.head_dim)[torch.from_numpy(kept).to(x.device)].cpu()
         stored = (vectors if vectors.dtype == torch.float32 else vectors.view(torch.int16)).numpy()
-        data[header.exceptions_start : header.payload_start] = exceptions_section(bad, stored)
-    else:
+        data[header.exceptions_start : header.payload_start] = exceptions_section(kept, stored)
+    if nonfinite == "error":
         batch.check()
     if progress:
         progress(header.chunks * header.leading, header.chunks * header.leading)

@@ -25,6 +25,7 @@ from pqcodec.stream import (
     Damage,
     StreamInfo,
     checked_range,
+    coded_rows,
     damage_error,
     exceptions_section,
     groups_of_chunks,
@@ -49,6 +50,7 @@ def encode(
     center: str | None = None,
     rope: Rope | None = None,
     exact_tokens: int = 0,
+    exact_vectors: Any = (),
     nonfinite: str = "error",
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     backend: str = "auto",
@@ -57,9 +59,10 @@ def encode(
     """Encode a tensor [..., tokens, head_dim] of float16, bfloat16 or float32 (torch or numpy) into one stream.
 
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE,
-    described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``nonfinite``: "error", or
-    "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum. A tensor of a
-    GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
+    described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``exact_vectors``: further vectors
+    that are kept so, as pairs (leading index, token). ``nonfinite``: "error", or "exact" to keep vectors that hold NaN or
+    Inf as they are. ``chunk_tokens``: tokens under one checksum. A tensor of a GPU is encoded there (``batch.EncodeBatch``
+    leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -79,13 +82,15 @@ def encode(
     if kernel.name in ON_DEVICE:
         from pqcodec import batch
 
-        return batch.encode_bytes(x, *options, nonfinite, kernel, progress)
+        return batch.encode_bytes(x, *options, exact_vectors, nonfinite, kernel, progress)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     values = view.values()
     header = make_header(view.shape, view.dtype, *options, view.numpy)
+    kept = coded_rows(header, exact_vectors)
     if nonfinite == "exact":
-        header = replace(header, exceptions=len(_bad_rows(values, header)))
+        kept = np.union1d(kept, _bad_rows(values, header))
+    header = replace(header, exceptions=len(kept))
     if header.coding == c.CODING_PAPER:
         header = replace(header, radius_exponent=_paper_exponent(values, header))
     halves = np.zeros((header.leading, 0), np.float16)
@@ -96,7 +101,7 @@ def encode(
         offsets = centre.load(halves, exponent)
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
-    _write_sides(stream, header, values, halves)
+    _write_sides(stream, header, values, halves, kept)
     stream.seek(header.stream_bytes - 1)
     if header.stream_bytes > header.payload_start:
         stream.write(b"\0")
@@ -143,7 +148,7 @@ def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]
     return advance
 
 
-def _write_sides(stream: io.BytesIO, h: Header, values: Values, halves: np.ndarray) -> None:
+def _write_sides(stream: io.BytesIO, h: Header, values: Values, halves: np.ndarray, rows: np.ndarray) -> None:
     """Offsets, exact tokens and exact vectors, each with its checksum (SPEC 3.2)."""
 
     def section(data: bytes) -> None:
@@ -157,7 +162,6 @@ def _write_sides(stream: io.BytesIO, h: Header, values: Values, halves: np.ndarr
         for lead in range(h.leading):
             section(values.rows(lead, 0, h.first_tokens).tobytes())
     if h.exceptions:
-        rows = _bad_rows(values, h)
         places = (divmod(int(row), h.coded_tokens) for row in rows)
         vectors = [values.rows(lead, h.first_tokens + token, 1)[0] for lead, token in places]
         stream.write(exceptions_section(rows, np.stack(vectors)))

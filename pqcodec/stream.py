@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -205,6 +206,15 @@ def result_shape(h: Header, tokens: tuple[int, int] | None, leading: tuple[int, 
 def damage_error(damage: list[Damage]) -> CorruptStream:
     more = f" and {len(damage) - 1} more places" if damage[1:] else ""
     return CorruptStream(f"checksum does not hold: {damage[0]}{more}")
+
+
+def coded_rows(h: Header, vectors: Any) -> np.ndarray:
+    """The rows of vectors that are kept exact beside the first tokens, given as pairs (leading index, token); ascending."""
+    pairs = np.asarray(vectors, np.int64).reshape(-1, 2)
+    if ((pairs < 0) | (pairs >= (h.leading, h.tokens))).any():
+        raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
+    pairs = pairs[pairs[:, 1] >= h.first_tokens]
+    return np.unique(pairs[:, 0] * h.coded_tokens + pairs[:, 1] - h.first_tokens)
 
 
 def exceptions_section(rows: np.ndarray, vectors: np.ndarray) -> bytes:

@@ -55,7 +55,7 @@ FORMATS_ORDER = [
     "store.blocks store.generation",
     "store.shelf",
     "store.prefix_store store.transfer",
-    "offload.graphs offload.paged offload.pieces offload.pinned",
+    "offload.first_tokens offload.graphs offload.paged offload.pieces offload.pinned",
     "offload.launches offload.pipeline",
     "offload.staging",
     "offload.old_tokens",

@@ -20,6 +20,7 @@ from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact
 from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import Coding, Kind, OldTokens, Workshop, checked_place
 from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
 from pqcodec.presets import preset as preset_of
@@ -42,6 +43,7 @@ class Options:
     exact_tokens: int = EXACT_TOKENS
     seed: int = 0
     backend: str = "auto"
+    padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         checked_place(self.place)
@@ -72,7 +74,9 @@ class EncodedCache(cache_utils.DynamicCache):
     ``place``: where encoded tokens lie, "host" (pinned memory; the next layer's are fetched while a layer computes) or
     "device". ``preset``: one for all, or one of keys and one of values. The last ``window`` tokens and the first
     ``exact_tokens`` are exact; a text grows by ``window`` to ``window + chunk`` exact tokens before some are encoded, a long
-    prompt is encoded at once. On a GPU, keys or values that hold NaN or Inf raise NonFiniteInput when they are encoded.
+    prompt is encoded at once. ``padding``: of sequences that are padded at their left, how many tokens of each are padding,
+    or the attention mask [sequences, tokens]: the first ``exact_tokens`` behind it are exact, too; without it they are coded.
+    On a GPU, keys or values that hold NaN or Inf raise NonFiniteInput when they are encoded.
     """
 
     def __init__(
@@ -86,11 +90,14 @@ class EncodedCache(cache_utils.DynamicCache):
         exact_tokens: int = EXACT_TOKENS,
         seed: int = 0,
         backend: str = "auto",
+        padding: Any = None,
     ) -> None:
         presets = (preset, preset) if isinstance(preset, str) else tuple(preset)
         if len(presets) != 2:
             raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
-        self.options = Options((presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend)
+        self.options = Options(
+            (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
+        )
         config = getattr(model, "config", model)
         super().__init__(config=config)
         self._shops: dict[Any, Workshop] = {}
@@ -238,6 +245,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._sinks: tuple[Any, Any] | None = None  # the exact first tokens, once others are encoded
         self._old: OldTokens | None = None
         self._tail: Tail | None = None
+        self._padded: FirstTokens | None = None
         self._encodes = True
 
     # What other layers keep here is encoded: a model that would read it past ``update`` is told so.
@@ -254,6 +262,8 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         self._tail = Tail(key_states, value_states)
+        if self._options.padding:
+            self._padded = FirstTokens(self._options.padding, self._options.exact_tokens, int(key_states.shape[0]))
         self._encodes = all(why_exact(tuple(x.shape), exact.dtype_name(x)) is None for x in (key_states, value_states))
         self.is_initialized = True
 
@@ -279,7 +289,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def reset(self) -> None:
-        self._sinks = self._tail = None
+        self._sinks = self._tail = self._padded = None
         if self._old is not None:
             self._old.cut(0)
         self.is_initialized = False
@@ -302,6 +312,8 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             return
         behind = left - self._kept_first - self._encoded
         self._tail.cut(max(behind, 0))
+        if self._padded is not None:
+            self._padded.cut(left)
         if behind < 0 and self._old is not None and self._sinks is not None:
             self._old.cut(max(left - self._kept_first, 0))
             if left <= self._kept_first:
@@ -315,7 +327,8 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def exact_bytes(self) -> int:
-        return (self._tail.nbytes if self._tail else 0) + sum(x.nbytes for x in self._sinks or ())
+        padded = self._padded.nbytes if self._padded else 0
+        return (self._tail.nbytes if self._tail else 0) + padded + sum(x.nbytes for x in self._sinks or ())
 
     @property
     def _has_old(self) -> bool:
@@ -344,7 +357,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if tail.tokens:
             keys, values = (torch.cat(pair, -2) for pair in zip(tail.read(), (keys, values), strict=True))
         first, last = options.exact_tokens, tokens - options.window
-        self._encode(keys[:, :, first:last], values[:, :, first:last])
+        self._encode(keys[:, :, first:last], values[:, :, first:last], first)
         self._sinks = _kept(keys, first), _kept(values, first)
         tail.replace(keys[:, :, last:], values[:, :, last:], room=options.room)
         return keys, values
@@ -365,22 +378,27 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             tail.append(keys, values)
         whole = old.shop.scratch(tail.kind, max(tokens, end + tail.room))
         old.decode(whole, sinks, tail.memory)
+        if self._padded is not None:
+            self._padded.put(whole)
         if not fits:
             for all_tokens, x in zip(whole, (keys, values), strict=True):
                 all_tokens[:, :, tokens - more : tokens] = x
         if tokens - end >= room:
             last = tokens - self._options.window
-            self._encode(*(x[:, :, end:last] for x in whole))
+            self._encode(whole[0][:, :, end:last], whole[1][:, :, end:last], end)
             tail.replace(*(x[:, :, last:tokens] for x in whole), room=room)
         return whole[0].narrow(2, 0, tokens), whole[1].narrow(2, 0, tokens)
 
-    def _encode(self, keys: Any, values: Any) -> None:
+    def _encode(self, keys: Any, values: Any, first: int) -> None:
+        """Tokens from the one with the number ``first`` on."""
         if self._old is None:
             presets = dict(zip(_ROLES, self._options.presets, strict=True))
             ropes = _ropes(self._config, self._index, keys, values)
             coding = Coding(presets, ropes, self._options.seed, self._options.backend)
             self._old = self._shop(keys).old_tokens(self._options.place, coding)
         self._old.append(keys, values)
+        if self._padded is not None:
+            self._padded.keep(keys, values, first)
 
     def _shop(self, keys: Any) -> Workshop:
         if keys.device not in self._shops:
@@ -391,6 +409,8 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if self._tail is None:
             return
         self._tail.select(rows)
+        if self._padded is not None:
+            self._padded.select(rows.tolist())
         if self._has_old and self._old is not None and self._sinks is not None:
             keys, values = (_selected(x, rows) for x in self._sinks)
             self._sinks = keys, values

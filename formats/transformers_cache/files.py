@@ -15,16 +15,27 @@ from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.tensor_file import Progress, TensorFile
 from pqcodec.formats.transformers_cache.held import check_rows, keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.rope import pairings, ropes
-from pqcodec.formats.transformers_cache.state import ENCODER_DECODER, ROLES, CacheState, LayerState, cache_of, state_of
+from pqcodec.formats.transformers_cache.state import (
+    ENCODER_DECODER,
+    ROLES,
+    CacheState,
+    LayerState,
+    cache_of,
+    padding_of,
+    state_of,
+)
 
 FORMATS = (1, 2)
 WITH_MODULE_STATE = 2  # the format of a cache that is wrong without ``module_state``
 KEY = "transformers.cache"  # of the file's metadata
 MODEL = "transformers.model"
+EXACT = "exact"  # the preset that keeps all numbers
 MODULE_STATE, TENSOR = "module_state", "tensor"
 
 
-def tensors_of(config: Any, state: CacheState, paired: Mapping[str, str]) -> tuple[InMemory, dict[str, Part], list[str]]:
+def tensors_of(
+    config: Any, state: CacheState, paired: Mapping[str, str], padding: tuple[int, ...] = ()
+) -> tuple[InMemory, dict[str, Part], list[str]]:
     """Every tensor of a cache by its name in a file, what each is, and which are coded; ``paired`` is that of ``pairings``."""
     turned = ropes(config, state, paired)
     named: dict[str, Any] = {}
@@ -34,7 +45,8 @@ def tensors_of(config: Any, state: CacheState, paired: Mapping[str, str]) -> tup
             name = f"{prefix}.{ROLES.get(path, path)}"
             named[name], parts[name] = tensor, Part("other", index)
             if path in ROLES:
-                parts[name] = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept)
+                padded = () if prefix.startswith("cross_attention_cache") else padding
+                parts[name] = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept, padded)
     tensors = InMemory(named)
     coded = [name for name, part in parts.items() if part.role != "other" and why_exact(*tensors.describe(name)) is None]
     return tensors, parts, coded
@@ -49,22 +61,26 @@ def save(
     seed: int = 0,
     backend: str = "auto",
     to: str | None = None,
+    padding: Any = None,
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write a cache of transformers into a .pqkv (.safetensors, .zarr) file and return its bytes.
 
     ``model``: the model whose cache it is, which the file then belongs to, or its config. Keys are centred under the model's
-    RoPE; first tokens, and all that is neither key nor value, are exact. ``progress`` is told (tensors done, tensors in all).
+    RoPE; first tokens, and all that is neither key nor value, are exact; with ``preset="exact"`` all is.
+    ``padding``: of sequences that are padded at their left, how many tokens of each are padding, or the attention mask
+    [sequences, tokens]: the tokens behind it are the first then. ``progress`` is told (tensors done, tensors in all).
     What the model keeps in its modules (``module_state``: M-RoPE's ``rope_deltas``) goes along: save a cache before the model
     reads another text. Raises InvalidArgument for a cache that cannot be represented, and as ``save_cache`` does.
     """
     identity = Identity.of(model)
     state = state_of(cache, identity.config)
     held = _held_by(model, identity.config, state)
-    recipe = Recipe(preset=preset, seed=seed, backend=backend)
+    padded = padding_of(padding, batches=state.batches())
+    recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
     told = {**(metadata or {}), KEY: described(state, held), MODEL: identity.as_dict()}
-    pieces = pieces_of(state, identity.config, recipe) + _exact_pieces(held)
+    pieces = pieces_of(state, identity.config, recipe, padded) + _exact_pieces(held)
     return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
 
 
@@ -75,22 +91,25 @@ def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
             f"a {config.model_type} keeps state of its cache in its modules (rope_deltas): pass the model, not its config"
         )
     held = module_state(model)
-    check_rows(held, {batch for _, _, layer in state.layers() for batch in layer.batches()})
+    check_rows(held, state.batches())
     return held
 
 
 def _exact_pieces(held: Mapping[str, Any]) -> list[Piece]:
     tensors = InMemory({f"{MODULE_STATE}.{path}": x for path, x in held.items() if _is_tensor(x)})
-    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, Part("other")), [])
+    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, Part("other")), [])  # none is coded
 
 
 def _is_tensor(x: Any) -> bool:
     return x is not None and not isinstance(x, int)
 
 
-def pieces_of(state: CacheState, config: Any, recipe: Recipe) -> list[Piece]:
-    """What a container writes of a cache: keys and values are coded, all else is exact."""
-    return recipe.pieces(*tensors_of(config, state, pairings(config, state)))
+def pieces_of(state: CacheState, config: Any, recipe: Recipe | None, padding: tuple[int, ...] = ()) -> list[Piece]:
+    """What a container writes of a cache: keys and values are coded (without a recipe they are not), all else is exact."""
+    if recipe is None:
+        tensors, parts, _ = tensors_of(config, state, {})
+        return Recipe().pieces(tensors, parts, [])
+    return recipe.pieces(*tensors_of(config, state, pairings(config, state), padding))
 
 
 def described(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +142,9 @@ def load(
     is. A cache of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put
     back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the model's device,
     or the CPU). Raises as ``pqcodec.decode`` does.
+
+    A model goes on as from the cache that was saved. Some do not go on rightly from any kept state unless tokens are fed one at
+    a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
     """
     import torch
 

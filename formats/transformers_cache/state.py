@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that
 RECURRENT = "LinearAttentionLayer"  # the class of layers that hold a recurrent state alone
 ROLES = {"keys": "key", "values": "value"}  # of a layer's tensors that are encoded
 STATE_ELSEWHERE = {"recurrent_gemma"}  # model types
+_OF_NO_ACCOUNT = {"only_non_sliding", "prefetch_stream", "_is_user_defined"}  # attributes that a cache may have
+_COUNTS_OTHERWISE = {"MtpCache"}  # classes of caches that have positions of their own
 _MADE_AGAIN = {"device", "indexer_device", "_sliding_window_tensor"}  # follow from the rest
 _SET_LATER = {"device", "dtype", "indexer_device", "indexer_dtype"}  # attributes that a new layer may lack
 _DTYPE = "torch.dtype"
@@ -117,6 +119,10 @@ class CacheState:
     kind: str  # "DynamicCache" or "EncoderDecoderCache"
     parts: Mapping[str, Sequence[LayerState]]
 
+    def batches(self) -> set[int]:
+        """How many sequences its tensors are of."""
+        return {batch for _, _, layer in self.layers() for batch in layer.batches()}
+
     def layers(self) -> Iterator[tuple[str, int, LayerState]]:
         """(prefix of its names, index, state) of each layer."""
         for part, layers in self.parts.items():
@@ -144,7 +150,37 @@ def state_of(cache: Any, config: Any = None) -> CacheState:
     return CacheState("DynamicCache", {"": _layers_of(cache, "cache")})
 
 
+def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
+    """Tokens of padding at the left of each sequence, told as such or by an attention mask [sequences, tokens]; () for None.
+
+    Raises InvalidArgument for anything else, and where it is of other numbers of sequences than ``batches``.
+    """
+    import torch
+
+    if told is None:
+        return ()
+    x = torch.as_tensor(told)
+    if x.ndim == 2:
+        x = (x == 0).long().cumprod(-1).sum(-1)
+    if x.ndim != 1 or x.is_floating_point() or bool((x < 0).any()):
+        raise InvalidArgument(
+            "padding: a number of tokens for each sequence is expected, or an attention mask of two dimensions"
+        )
+    if batches and batches != {len(x)}:
+        raise InvalidArgument(f"padding of {len(x)} sequences is told of a cache of {max(batches)}")
+    return tuple(int(tokens) for tokens in x)
+
+
 def _layers_of(cache: Any, place: str) -> list[LayerState]:
+    found = _states_of(cache, place)
+    kind, plain = type(cache), _cache_utils().DynamicCache
+    extra = set() if kind is plain else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
+    if extra or kind.__name__ in _COUNTS_OTHERWISE:
+        raise InvalidArgument(f"{place} is a {kind.__name__}, which holds more than its layers ({', '.join(sorted(extra))})")
+    return found
+
+
+def _states_of(cache: Any, place: str) -> list[LayerState]:
     return [_layer_state(layer, f"{place}, layer {index}") for index, layer in enumerate(cache.layers)]
 
 
