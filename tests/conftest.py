@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,3 +85,29 @@ def small_stream() -> bytes:
     rope = pqcodec.Rope(theta=100.0, dim=8)
     options = {"center": "rope", "rope": rope, "exact_tokens": 1, "nonfinite": "exact", "chunk_tokens": 5}
     return pqcodec.encode(x, preset="pq2", backend="reference", **options)
+
+
+class Lossless:
+    """In the place of the codec of an EncodedCache: all but the coding's error."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x.clone()
+
+    def __len__(self) -> int:
+        return int(self.x.nbytes)
+
+    @classmethod
+    def encode(cls, x: torch.Tensor, **options: Any) -> Lossless:
+        return cls(x)
+
+    @staticmethod
+    def decode(stream: Lossless, out: torch.Tensor, tokens: tuple[int, int] | None = None, backend: str = "auto") -> None:
+        assert stream.x.dtype == out.dtype
+        out.copy_(stream.x if tokens is None else stream.x[:, slice(*tokens)])
+
+
+@pytest.fixture
+def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EncodedCache loses nothing on a CPU."""
+    old_tokens = pytest.importorskip("pqcodec.formats.offload.old_tokens")
+    monkeypatch.setattr(old_tokens, "codec", Lossless)

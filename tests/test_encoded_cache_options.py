@@ -16,7 +16,6 @@ from pqcodec.errors import InvalidArgument
 transformers = pytest.importorskip("transformers")
 
 from pqcodec.formats import transformers_cache as tc  # noqa: E402
-from pqcodec.formats.offload import old_tokens  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 SMALL = {"window": 4, "chunk": 8, "exact_tokens": 2}
@@ -28,30 +27,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {"layer_types": MIXED, "sliding_window": 16, "head_dim": 16}),
     "falcon-h1": ("FalconH1", HYBRID),
 }
-
-
-class Lossless:
-    """The codec, but for the coding."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x.clone()
-
-    def __len__(self) -> int:
-        return int(self.x.nbytes)
-
-    @classmethod
-    def encode(cls, x: torch.Tensor, **options: Any) -> Lossless:
-        return cls(x)
-
-    @staticmethod
-    def decode(stream: Lossless, out: torch.Tensor, tokens: tuple[int, int] | None = None, backend: str = "auto") -> None:
-        assert stream.x.dtype == out.dtype
-        out.copy_(stream.x if tokens is None else stream.x[:, slice(*tokens)])
-
-
-@pytest.fixture
-def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(old_tokens, "codec", Lossless)
 
 
 def tiny(kind: str) -> Any:
