@@ -682,7 +682,7 @@ def test_what_depends_on_more_than_one_sequence_of_tokens_is_refused(store: Pref
         store.put(model, prompt(30), cache)
     with pytest.raises(InvalidArgument, match="one prompt"):
         store.generate(model, prompt(20, batch=2))
-    with pytest.raises(InvalidArgument, match="mask leaves tokens out"):
+    with pytest.raises(InvalidArgument, match=r"attention mask \(1, 20\) leaves tokens out"):
         store.generate(model, prompt(20), attention_mask=torch.tensor([[0] + [1] * 19]))
     with pytest.raises(InvalidArgument, match="use_cache=False"):
         store.generate(model, prompt(20), use_cache=False)

@@ -276,7 +276,7 @@ def test_a_tail_stays_where_what_it_would_grow_into_is_too_large(tmp_path: Path)
     model, ids = tiny("llama"), prompt(400)
     cache = cached(model, ids)
     with PrefixStore(tmp_path / "s", preset="exact") as store:
-        first = store.put(model, ids[:, :300], cache)
+        first = store.put(model, ids[:, :300], cached(model, ids[:, :300]))
         store.shelf.index.set_quota(first.new_bytes + 100)
         with pytest.warns(RuntimeWarning, match="is left out"):
             done = store.put(model, ids, cache)

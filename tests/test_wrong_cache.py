@@ -14,6 +14,7 @@ import signal
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -206,16 +207,19 @@ class User:
             self.store.close()
 
     def lock(self) -> None:
-        """Another process holds the index while something is asked."""
-        other = sqlite3.connect(self.folder / "store" / "index.sqlite", timeout=1)
+        """Another process holds the index for a while when something is asked."""
+        other = sqlite3.connect(self.folder / "store" / "index.sqlite", timeout=1, check_same_thread=False)
         try:
             other.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError:
+            other.close()
             return
+        timer = threading.Timer(0.3, other.rollback)
+        timer.start()
         try:
             self.generate()
         finally:
-            other.rollback()
+            timer.join()
             other.close()
 
     def full_disk(self) -> None:

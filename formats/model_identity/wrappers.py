@@ -8,7 +8,7 @@ from pqcodec.errors import InvalidArgument
 
 
 def unwrapped(model: Any) -> Any:
-    """The model that ``torch.compile(model)`` or a PeftModel wraps; the model itself where nothing wraps it.
+    """The model that ``torch.compile(model)``, a PeftModel or DataParallel wraps; the model itself where nothing wraps it.
 
     The modules of a PeftModel's base hold its adapters, so nothing is lost. Raises InvalidArgument for a PeftModel that puts
     virtual tokens before the prompt (prompt tuning, prefix tuning, P-tuning): its caches hold more positions than tokens.
@@ -25,5 +25,7 @@ def unwrapped(model: Any) -> Any:
                     "its caches do not belong to the tokens alone: pass the base model, or one with LoRA in its modules"
                 )
             model = model.get_base_model()
+        elif type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+            model = model.module
         else:
             return model

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pqcodec.errors import InvalidArgument, PQError
 from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.model_identity import Identity, unwrapped
 from pqcodec.formats.store.options import Request
 
 PREFILL_TOKENS = 2048  # at once
@@ -29,8 +29,8 @@ class Store(Protocol):
 
 def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool, **options: Any) -> Any:
     """What ``PrefixStore.generate`` does."""
-    request = Request.of(model, input_ids, options)
-    why = _why_alone(model, request)
+    request = Request.of(unwrapped(model), input_ids, options)
+    why = _why_alone(unwrapped(model), request)
     if why:
         warnings.warn(f"the model generates without the store: {why}", RuntimeWarning, stacklevel=3)
         return model.generate(request.ids, **request.options)
@@ -62,18 +62,18 @@ def _why_alone(model: Any, request: Request) -> str:
 
 
 def _through(store: Store, model: Any, request: Request, extra: str, wait: bool) -> Any:
-    ids, name, runs = request.ids, tc.argument_of(model), tc.behaviour(model, request.ids).runs
-    last, longest = ids.shape[1] - 1, tc.longest_prefix(model.config)
+    inner, ids, last = unwrapped(model), request.ids, request.ids.shape[1] - 1
+    name, runs, longest = tc.argument_of(inner), tc.behaviour(inner, ids).runs, tc.longest_prefix(inner.config)
     try:
         cache, length = store.get(model, ids, extra=extra, stepwise=True)
     except InvalidArgument:  # a refusal, before anything is computed
         raise
     except TROUBLE as error:
         _warn(f"nothing is taken from the store: {error}")
-        cache, length = tc.empty_cache(model.config), 0
+        cache, length = tc.empty_cache(inner.config), 0
     if not runs and 0 < length < last - STEPS:
-        cache, length = tc.empty_cache(model.config), 0
-    _prefill(model, name, ids[:, :last], cache, length, runs)
+        cache, length = tc.empty_cache(inner.config), 0
+    _prefill(inner, name, ids[:, :last], cache, length, runs)
     tc.tell_tokens(cache, last)
 
     def keep(tokens: Any) -> None:

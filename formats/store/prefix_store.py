@@ -26,7 +26,7 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, tokenizer_digest
 from pqcodec.formats.pqkv import PQKVFile
 from pqcodec.formats.recipe import Recipe
-from pqcodec.formats.store import blocks, generation
+from pqcodec.formats.store import blocks, generation, reuse
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
@@ -36,7 +36,6 @@ from pqcodec.kernels.threads import threads
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum
 PENDING = 4  # puts that may wait in the background
-_BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from ``get``: the digest of the model's identity
 
 
 class Prefix(NamedTuple):
@@ -156,7 +155,7 @@ class PrefixStore:
         """
         self._index.check_open()
         identity, ids = self._identity(model), token_ids(tokens)
-        runs = _check_behaviour(model, ids)
+        one_left = not reuse.takes_several(model, ids) and not stepwise
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
@@ -165,13 +164,13 @@ class PrefixStore:
 
         try:
             with torch.inference_mode(False):  # else no one could update the tensors outside of it
-                return self._found(identity, chain, ids, leave, device)
+                return self._found(identity, chain, ids, leave, device, one_left)
         except (OSError, CorruptStream) as error:  # blocks that cannot be read are not among these
             text = f"{self.shelf.folder} cannot be read, so that nothing is found in it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Prefix(tc.empty_cache(identity.config), 0)
 
-    def _found(self, identity: Identity, chain: Chain, ids: np.ndarray, leave: int, device: Any) -> Prefix:
+    def _found(self, identity: Identity, chain: Chain, ids: np.ndarray, leave: int, device: Any, one_left: bool) -> Prefix:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
@@ -180,12 +179,12 @@ class PrefixStore:
                 break
             unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
-        if not runs and not stepwise and 0 < assembly.tokens < len(ids) - 1:
+        if one_left and 0 < assembly.tokens < len(ids) - 1:
             used = []
         cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
         tokens = assembly.tokens if used else 0
         tc.tell_tokens(cache, tokens)
-        setattr(cache, _BEGUN_BY, identity.digest())
+        reuse.begin(cache, identity)
         return Prefix(cache, tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
@@ -329,9 +328,8 @@ class PrefixStore:
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
-        _check_behaviour(model, ids)
-        if getattr(cache, _BEGUN_BY, identity.digest()) != identity.digest():
-            raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
+        reuse.takes_several(model, ids)
+        reuse.check_begun(cache, identity)
         state = tc.state_of(cache, identity.config)
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
@@ -469,28 +467,6 @@ class PrefixStore:
         if found:
             self._index.pin(found[-1][0], pinned)
         return sum(count for _, count in found)
-
-
-def _check_behaviour(model: Any, ids: np.ndarray) -> bool:
-    """Whether a model takes several tokens on top of a cache; of an Identity nothing is known.
-
-    Raises InvalidArgument for a model whose prefixes cannot be used again.
-    """
-    if isinstance(model, Identity) or not len(ids):
-        return True
-    import torch
-
-    if tc.keeps_module_state(model):
-        raise InvalidArgument(
-            f"{type(model).__name__} keeps positions of what it has read in its modules, beside the cache; "
-            "save its caches with transformers_cache.save"
-        )
-    behaviour = tc.behaviour(model, torch.from_numpy(ids)[None])
-    if not behaviour.reusable:
-        raise InvalidArgument(
-            f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour}), so none can be used again"
-        )
-    return behaviour.runs
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

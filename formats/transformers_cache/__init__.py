@@ -1,7 +1,7 @@
 """Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
 
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
-from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state, unwrapped
+from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.probe import Behaviour, behaviour
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
@@ -52,5 +52,4 @@ __all__ = [
     "tell_tokens",
     "tensors_of",
     "tokens_along",
-    "unwrapped",
 ]

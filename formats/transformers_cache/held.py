@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.model_identity import unwrapped
 
 ATTRIBUTES = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")  # of modules; the last two are GLM-Image's
 
@@ -73,21 +74,6 @@ def check_rows(state: Mapping[str, Any], batches: set[int]) -> None:
                 f"the model's {path} is of {rows} sequences and the cache of {max(batches)}: the model has read another text "
                 "since; save a cache right after the model has read it"
             )
-
-
-def unwrapped(model: Any) -> Any:
-    """The model of transformers in torch.compile's OptimizedModule, a PeftModel or DataParallel; others are themselves."""
-    for _ in range(16):
-        inner = getattr(model, "_modules", {})
-        if "_orig_mod" in inner:
-            model = inner["_orig_mod"]
-        elif "base_model" in inner and callable(getattr(type(model), "get_base_model", None)):
-            model = model.get_base_model()
-        elif type(model).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
-            model = model.module
-        else:
-            break
-    return model
 
 
 def _places(model: Any) -> Iterator[tuple[str, Any, str]]:

@@ -174,7 +174,7 @@ def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
 def _layers_of(cache: Any, place: str) -> list[LayerState]:
     found = _states_of(cache, place)
     kind, plain = type(cache), _cache_utils().DynamicCache
-    extra = set() if kind is plain else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
+    extra = set() if kind in (plain, _recurrent_cache()) else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
     if extra or kind.__name__ in _COUNTS_OTHERWISE:
         raise InvalidArgument(f"{place} is a {kind.__name__}, which holds more than its layers ({', '.join(sorted(extra))})")
     return found
@@ -287,7 +287,7 @@ def _recurrent_cache() -> Any:
             self.tokens, self.states = tokens, self.sums()
 
         def sums(self) -> list[float]:
-            states = [x for layer in _layers_of(self, "cache") for x in layer.tensors.values()]
+            states = [x for layer in _states_of(self, "cache") for x in layer.tensors.values()]
             return [float(x.double().sum()) for x in states]
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
