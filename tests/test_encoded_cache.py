@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -477,3 +478,18 @@ def test_many_layers_and_a_long_context_on_a_gpu(place: str, dtype: torch.dtype)
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
     assert torch.isfinite(torch.stack(found)).all()
+
+
+@pytest.mark.parametrize("one", ALL_WAYS)
+def test_a_copy_goes_its_own_way(one: dict[str, Any]) -> None:
+    """What was prepared for one cache knows the addresses of its memory, which are not the copy's."""
+    told = Told(layers=2, heads=1, **one)
+    for tokens in (20, 1, 1):
+        told.append(tokens)
+    twin = copy.deepcopy(told)
+    twin._seed += 100
+    for tokens in (1, 9, 1):
+        told.append(tokens)
+        twin.append(tokens)
+    del told
+    twin.append(1)

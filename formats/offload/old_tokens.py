@@ -285,6 +285,15 @@ class Workshop:
     def __post_init__(self) -> None:
         self.staging = Staging(self.device)
 
+    def __getstate__(self) -> tuple[Any, list[Homes]]:
+        """A copy begins with nothing prepared: what is prepared knows the addresses of memory that is not the copy's."""
+        return self.device, self.staging.layers
+
+    def __setstate__(self, state: tuple[Any, list[Homes]]) -> None:
+        new = Workshop(state[0])
+        new.staging.layers = state[1]
+        vars(self).update(vars(new))
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device, of scratch and slots."""

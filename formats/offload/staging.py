@@ -33,6 +33,17 @@ class Home:
     def __init__(self, tensor: Any, used: int = 0) -> None:
         self.tensor, self.used, self.place = tensor, used, 0
 
+    def __getstate__(self) -> tuple[Any, int, int, bool]:
+        pinned = self.tensor.is_pinned()
+        if pinned:
+            torch.cuda.synchronize()  # what is on its way here is copied, too
+        return self.tensor, self.used, self.place, pinned
+
+    def __setstate__(self, state: tuple[Any, int, int, bool]) -> None:
+        tensor, self.used, self.place, pinned = state
+        with torch.inference_mode(False):
+            self.tensor = tensor.pin_memory() if pinned else tensor
+
     def take(self, size: int) -> int | None:
         """Where so many bytes begin; None if there is no room."""
         start = aligned(self.used)
@@ -46,11 +57,18 @@ class Homes:
     """All pinned memory of one layer; ``size``: the bytes of a slot that its streams take."""
 
     def __init__(self, device: Any) -> None:
-        self._pin = device.type == "cuda"
+        self._device, self._pin = device, device.type == "cuda"
         self._homes: list[Home] = []
         self._told: list[tuple[Home, int]] = []
         self.size = 0
         self.stored = event(device)  # behind the last copy to the host
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "stored"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.stored = event(self._device)
 
     def take(self, size: int) -> tuple[Home, int]:
         """A home with room for so many bytes, and where they begin."""
