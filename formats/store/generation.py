@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pqcodec.errors import InvalidArgument, PQError
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, unwrapped
+from pqcodec.formats.store import contents
 from pqcodec.formats.store.options import Request
 
 PREFILL_TOKENS = 2048  # at once
@@ -33,7 +34,7 @@ def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool
     why = _why_alone(unwrapped(model), request)
     if why:
         warnings.warn(f"the model generates without the store: {why}", RuntimeWarning, stacklevel=3)
-        return model.generate(request.ids, **request.options)
+        return model.generate(request.ids, **request.options, **request.shown)
     return _through(store, model, request, extra, wait)
 
 
@@ -55,7 +56,11 @@ def _why_alone(model: Any, request: Request) -> str:
     layers = tc.empty_cache(model.config).layers
     if request.answers > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
         return "a recurrent state cannot be repeated for several sequences"
-    behaviour = tc.behaviour(model, request.ids)
+    if request.shown and not contents.stand_ins(model.config):
+        return "its config does not tell which tokens stand for what is shown"
+    if not request.shown and not contents.is_text(request.ids[0].tolist(), model.config):
+        return "some tokens stand for something that is not shown"
+    behaviour = tc.behaviour(model, _text_of(request, model))
     if not behaviour.reusable or not behaviour.generates:
         return f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour})"
     return ""
@@ -63,7 +68,10 @@ def _why_alone(model: Any, request: Request) -> str:
 
 def _through(store: Store, model: Any, request: Request, extra: str, wait: bool) -> Any:
     inner, ids, last = unwrapped(model), request.ids, request.ids.shape[1] - 1
-    name, runs, longest = tc.argument_of(inner), tc.behaviour(inner, ids).runs, tc.longest_prefix(inner.config)
+    name, runs = tc.argument_of(inner), tc.behaviour(inner, _text_of(request, inner)).runs
+    longest, shown = tc.longest_prefix(inner.config), dict(request.shown)
+    if shown:
+        extra += f"\n{contents.digest({key: x for key, x in shown.items() if key in contents.NAMES})}"
     try:
         cache, length = store.get(model, ids, extra=extra, stepwise=True)
     except InvalidArgument:  # a refusal, before anything is computed
@@ -73,8 +81,13 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
         cache, length = tc.empty_cache(inner.config), 0
     if not runs and 0 < length < last - STEPS:
         cache, length = tc.empty_cache(inner.config), 0
-    _prefill(inner, name, ids[:, :last], cache, length, runs)
-    tc.tell_tokens(cache, last)
+    if shown and not (length and _goes_on_as_text(inner, request, cache, length, runs)):
+        cache, length = tc.empty_cache(inner.config), 0
+    elif shown:
+        shown.clear()
+    if not shown:
+        _prefill(inner, name, ids[:, :last], cache, length, runs)
+        tc.tell_tokens(cache, last)
 
     def keep(tokens: Any) -> None:
         if tokens.shape[1] > (longest or tokens.shape[1]) or not _holds(cache, tokens.shape[1]):
@@ -84,15 +97,30 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
         except TROUBLE as error:
             _warn(f"nothing is kept: {error}")
 
-    if length < last:
+    if length < last and not shown:
         keep(ids[:, :last])
-    if request.answers > 1:
+    if request.answers > 1 and not shown:
         cache.batch_repeat_interleave(request.answers)
-    result = model.generate(ids, **{name: cache}, **request.options)
+    result = model.generate(ids, **{name: cache}, **request.options, **shown)
     if request.answers == 1:
         sequence = result if hasattr(result, "shape") else result.sequences
         keep(sequence[:, :-1])  # the last token was not fed
     return result
+
+
+def _text_of(request: Request, model: Any) -> Any:
+    """The prompt's tokens [1, n] without those that stand for something shown."""
+    import torch
+
+    return torch.tensor([contents.text_of(request.ids[0].tolist(), model.config) or [0]])
+
+
+def _goes_on_as_text(model: Any, request: Request, cache: Any, length: int, runs: bool) -> bool:
+    """Whether a prompt's rest behind a kept prefix is text that the model takes up as if it had been shown the rest as well."""
+    rest = request.ids[:, length:]
+    if not contents.is_text(rest[0].tolist(), model.config) or (not runs and rest.shape[1] > 1):
+        return False
+    return tc.goes_on(model, request.ids, cache, request.shown)
 
 
 def _prefill(model: Any, name: str, ids: Any, cache: Any, first: int, runs: bool) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.store import contents
 
 CHOOSING = """do_sample num_beams temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
     encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
@@ -35,7 +36,8 @@ class Request:
     """What ``generate`` is asked for: one prompt and the options that are passed on."""
 
     ids: Any  # [1, n]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # but for what is shown
+    shown: Mapping[str, Any]  # images, video, sound, and the types of tokens that stand for them
     answers: int  # sequences that the prompt becomes
     inside: bool  # attentions or hidden states are to be returned, of which a kept prefix has none
 
@@ -44,7 +46,7 @@ class Request:
         """Raises InvalidArgument, by name, for what a store cannot take."""
         asked = {name: value for name, value in options.items() if value is not None}
         for name in asked:
-            if name not in KNOWN:
+            if name not in KNOWN | contents.NAMES | contents.TYPES:
                 raise InvalidArgument(
                     f"PrefixStore.generate does not take {name}, {_why(name)}; leave it out, or call model.generate"
                 )
@@ -66,11 +68,13 @@ class Request:
         def effective(name: str) -> Any:
             return asked.get(name) or getattr(asked.get("generation_config"), name, None) or getattr(own, name, None)
 
-        passed = dict(asked)
+        shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
+        contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
+        passed = {name: value for name, value in asked.items() if name not in shown}
         if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
             passed["cache_implementation"] = None
         answers = max(int(effective(name) or 1) for name in ("num_beams", "num_return_sequences"))
-        return cls(ids, passed, answers, bool(effective("output_attentions") or effective("output_hidden_states")))
+        return cls(ids, passed, shown, answers, bool(effective("output_attentions") or effective("output_hidden_states")))
 
 
 def _check(place: str, config: Any) -> None:
@@ -97,6 +101,6 @@ def _why(name: str) -> str:
         return "which is the store's business here"
     if "assist" in name or "lookup" in name or name in ("use_mtp", "speculation_type"):
         return "because tokens that are taken back leave a cache of other tokens"
-    if name.startswith(("pixel_", "image_", "video_", "audio_", "input_features")) or name == "inputs_embeds":
+    if name in ("inputs_embeds", "position_ids"):
         return "because keys and values depend on more than the tokens then"
     return "for what it does to the cache is not known"

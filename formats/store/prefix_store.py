@@ -155,7 +155,7 @@ class PrefixStore:
         """
         self._index.check_open()
         identity, ids = self._identity(model), token_ids(tokens)
-        one_left = not reuse.takes_several(model, ids) and not stepwise
+        one_left = not reuse.takes_several(model, ids, extra) and not stepwise
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
@@ -328,7 +328,7 @@ class PrefixStore:
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
-        reuse.takes_several(model, ids)
+        reuse.takes_several(model, ids, extra)
         reuse.check_begun(cache, identity)
         state = tc.state_of(cache, identity.config)
         if state.kind != "DynamicCache":

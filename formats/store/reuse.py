@@ -9,14 +9,16 @@ import numpy as np
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, unwrapped
+from pqcodec.formats.store import contents
 
 _BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest of the model's identity then
 
 
-def takes_several(model: Any, ids: np.ndarray) -> bool:
+def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
     """Whether a model takes several tokens on top of a cache; nothing is known, and so believed, of an Identity.
 
-    Tried once, on the first of the ids [n]. Raises InvalidArgument for a model whose prefixes cannot be used again.
+    Tried once, on the first of the ids [n]. Raises InvalidArgument for a model whose prefixes cannot be used again, and for
+    tokens that stand for images, video or sound of which ``extra`` tells nothing.
     """
     if isinstance(model, Identity) or not len(ids):
         return True
@@ -28,7 +30,12 @@ def takes_several(model: Any, ids: np.ndarray) -> bool:
             f"{type(model).__name__} keeps positions of what it has read in its modules, beside the cache; "
             "save its caches with transformers_cache.save"
         )
-    behaviour = tc.behaviour(model, torch.from_numpy(ids)[None])
+    text = contents.text_of(ids.tolist(), model.config)
+    if len(text) < len(ids) and not extra:
+        raise InvalidArgument(
+            "some tokens stand for something shown: pass a digest of it as extra, or call PrefixStore.generate"
+        )
+    behaviour = tc.behaviour(model, torch.tensor([text or [0]]))
     if not behaviour.reusable:
         raise InvalidArgument(
             f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour}), so none can be used again"

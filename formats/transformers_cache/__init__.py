@@ -2,7 +2,7 @@
 
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
-from pqcodec.formats.transformers_cache.probe import Behaviour, behaviour
+from pqcodec.formats.transformers_cache.probe import Behaviour, behaviour, goes_on
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
     ROLES,
@@ -37,6 +37,7 @@ __all__ = [
     "empty_cache",
     "frequencies",
     "frozen",
+    "goes_on",
     "joined",
     "keeps_module_state",
     "load",

@@ -8,7 +8,7 @@ model what its ``forward`` is fed. Each of these is tried once for a model objec
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,7 @@ class Behaviour:
 NONE = Behaviour(False, False, False, False)
 
 _known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by how it is run
+_goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # by model, and by what is shown
 _lock = threading.Lock()
 
 
@@ -63,6 +64,24 @@ def behaviour(model: Any, ids: Any) -> Behaviour:
         return known[run]
 
 
+def goes_on(model: Any, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
+    """Whether a model says the same of a prompt from a kept prefix as from all of it and what it is shown.
+
+    Tried once for a model and the names of what it is shown: the prompt is computed in full. The cache stays as it is.
+    """
+    import torch
+
+    names = frozenset(shown)
+    with _lock:
+        known = _goes_on.setdefault(model, {})
+        if names not in known:
+            kept = cache_of(frozen(state_of(cache, model.config)))
+            with torch.no_grad(), _same_random_numbers(model.device):
+                here = _first_logits(model, ids, **{argument_of(model): kept})
+                known[names] = _like(here, _first_logits(model, ids, **shown), _tolerance(model))
+        return known[names]
+
+
 def _tried(model: Any, ids: Any) -> Behaviour:
     import torch
 
@@ -81,17 +100,13 @@ def _tried(model: Any, ids: Any) -> Behaviour:
 def _on(model: Any, ids: Any, cut: int) -> Behaviour:
     import torch
 
-    argument = argument_of(model)
-    coarse = model.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(model.device.type)
-    tolerance = COARSE_TOLERANCE if coarse else TOLERANCE
+    argument, tolerance = argument_of(model), _tolerance(model)
 
     def fed(cache: Any, first: int, last: int) -> Any:
         return model(input_ids=ids[:, first:last], use_cache=True, **{argument: cache}).logits
 
-    def like(x: Any, y: Any) -> bool:  # [..., tokens, numbers]
-        x, y = x.float(), y.float()
-        errors = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=1e-30)
-        return bool(x.shape == y.shape and errors.median() <= tolerance)
+    def like(x: Any, y: Any) -> bool:
+        return _like(x, y, tolerance)
 
     whole, part = empty_cache(model.config), empty_cache(model.config)
     logits = fed(whole, 0, ids.shape[1])
@@ -113,7 +128,23 @@ def _on(model: Any, ids: Any, cut: int) -> Behaviour:
     )
 
 
-def _first_logits(model: Any, ids: Any) -> Any:
+def _tolerance(model: Any) -> float:
+    import torch
+
+    coarse = model.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(model.device.type)
+    return COARSE_TOLERANCE if coarse else TOLERANCE
+
+
+def _like(x: Any, y: Any, tolerance: float) -> bool:
+    """Whether most tokens' numbers [..., tokens, numbers] are the same, but for rounding."""
+    if x.shape != y.shape:
+        return False
+    x, y = x.float(), y.float()
+    errors = (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=1e-30)
+    return bool(errors.median() <= tolerance)
+
+
+def _first_logits(model: Any, ids: Any, **inputs: Any) -> Any:
     """What ``generate`` computes behind a prompt: [1, vocabulary]."""
     from transformers import GenerationConfig
 
@@ -121,7 +152,7 @@ def _first_logits(model: Any, ids: Any) -> Any:
         do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
     )
     generate: Callable[..., Any] = model.generate
-    return generate(ids, generation_config=asked).logits[0]
+    return generate(ids, generation_config=asked, **inputs).logits[0]
 
 
 @contextmanager

@@ -1,0 +1,65 @@
+"""Law: prompts with images, video or sound: what they show is part of a prefix's name, and is fed where its tokens are fed.
+
+A model's config tells which tokens stand for them. Behind the last of these a prompt is text, and a kept prefix can be gone on
+from without them; before it the model computes the prompt anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pqcodec.errors import InvalidArgument
+
+PERSON = b"pqcodec-shown"
+_NAMES = """pixel_values pixel_values_videos pixel_values_images pixel_values_local pixel_mask pixel_attention_mask image_sizes
+    image_sizes_videos image_grid_thw video_grid_thw second_per_grid_ts image_patches image_patches_indices patches_grid
+    num_local_patches high_res_pixel_values image_token_pooling image_grids video_token_pooling video_grids spatial_shapes
+    input_features input_features_mask feature_attention_mask input_values input_values_mask"""
+NAMES = frozenset(_NAMES.split())
+TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # of each token of the prompt: text, or what is shown
+_TOKENS = tuple(f"{what}_token_{how}" for what in ("image", "video", "audio") for how in ("id", "index"))
+
+
+def digest(shown: Mapping[str, Any]) -> str:
+    """Of tensors, by name, dtype, shape and all their bytes: 64 hexadecimal digits. Raises InvalidArgument for other values."""
+    import torch
+
+    hashed = hashlib.blake2b(digest_size=32, person=PERSON)
+    for name in sorted(shown):
+        value = shown[name]
+        if not isinstance(value, torch.Tensor):
+            raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is expected, as processors make it")
+        hashed.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def stand_ins(config: Any) -> set[int]:
+    """The ids of tokens that stand for something shown; empty where the config tells of none."""
+    return {value for name in _TOKENS if isinstance(value := getattr(config, name, None), int)}
+
+
+def text_of(ids: Iterable[int], config: Any) -> list[int]:
+    """Tokens that stand for themselves."""
+    others = stand_ins(config)
+    return [token for token in ids if token not in others]
+
+
+def is_text(ids: Iterable[int], config: Any) -> bool:
+    """Whether no token stands for something shown."""
+    return stand_ins(config).isdisjoint(ids)
+
+
+def check_types(types: Mapping[str, Any], ids: Any, config: Any) -> None:
+    """Raises InvalidArgument for token types that tell anything but which tokens stand for something shown."""
+    import torch
+
+    shown = torch.isin(ids.cpu(), torch.tensor(sorted(stand_ins(config)), dtype=ids.dtype))
+    for name, value in types.items():
+        if tuple(value.shape) != tuple(ids.shape) or not torch.equal(value.cpu() != 0, shown):
+            raise InvalidArgument(
+                f"{name} is not that of the prompt's {ids.shape[1]} tokens, some of which stand for what is shown; "
+                "keys and values would depend on it: leave it out, or call model.generate"
+            )
