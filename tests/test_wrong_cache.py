@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,8 @@ class User:
             self.store = self.opened()
 
     def clean(self) -> None:
-        self.store.flush()
+        with suppress(*TROUBLE):  # what saving in the background met
+            self.store.flush()
         self.store.shelf.gc(grace=0)
 
     def fork(self) -> None:
