@@ -48,7 +48,7 @@ FORMATS_ORDER = [
     "appender tensors zarr_writer",
     "cache containers",
     "safetensors_file transformers_cache.state zarr_cache",
-    "transformers_cache.rope",
+    "transformers_cache.places transformers_cache.rope",
     "transformers_cache.files transformers_cache.probe",
     "store.connections store.folder store.keys",
     "store.files store.index",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import os
@@ -809,3 +810,23 @@ def test_a_save_that_fails_in_the_background_is_told(store: PrefixStore, monkeyp
     monkeypatch.setattr(store, "_write", full)
     with pytest.warns(RuntimeWarning, match="a cache of 20 tokens could not be saved: no space left"):
         assert isinstance(saved(), OSError)
+
+
+# -- several devices ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma3n"])
+def test_layers_lie_where_the_models_do(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on several devices; here its last layer is said to be on the device that has no memory."""
+    model, ids = copy.deepcopy(tiny(kind)), prompt(300)
+    cache = cached(model, ids)
+    with PrefixStore(tmp_path / "s", preset="exact") as store:
+        store.put(model, ids, cache)
+        tc.save(cache, tmp_path / "a.pqkv", model)
+        model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta"}
+        places = ["cpu", *["meta"] * (len(model.get_decoder().layers) - 1)]
+        for module in ("transformers_cache", "transformers_cache.files"):
+            monkeypatch.setattr(f"pqcodec.formats.{module}.layer_devices", lambda _: places)
+        found, length = store.get(model, ids, leave=0)
+        assert length == 300
+        for again in (found, tc.load(tmp_path / "a.pqkv", model)):
+            assert {layer.keys.device.type for layer in again.layers if layer.keys is not None} == {"cpu", "meta"}
+        check_same(cache, store.get(model, ids, leave=0, device="cpu").cache, most=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.store import PrefixStore
 
 transformers = pytest.importorskip("transformers")
-from test_families import ASKED, answered, answered_cache, ids_of  # noqa: E402
+from test_families import ASKED, answered, answered_cache, check_like, ids_of  # noqa: E402
 
 IMAGE = 110  # the token that stands for a patch
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -114,6 +113,21 @@ def test_a_prompt_with_an_image_is_answered_as_by_itself(store: PrefixStore, kin
     assert bool(store.shelf.index.all()) == (kind != "qwen2-vl"), "M-RoPE's positions are kept in the model: it answers alone"
 
 
+def test_a_text_behind_an_image_has_a_texts_positions(store: PrefixStore) -> None:
+    """Qwen2-VL keeps how far an image's positions are from its tokens' numbers, and takes it for the next text's."""
+    model, image = made("qwen2-vl"), prompt_of("qwen2-vl")
+    types = {"mm_token_type_ids": (image == IMAGE).long()}
+    for text in (ids_of(300, 3), torch.cat([ids_of(300, 3), ids_of(30, 4)], 1)):
+        assert answered(store, model, image, **shown("qwen2-vl", 1), **types) is not None
+        assert int(model.model.rope_deltas) < 0
+        assert answered(store, model, text) is not None
+    answered(store, model, image, **shown("qwen2-vl", 1), **types)
+    cache, length = store.get(model, ids_of(300, 3))
+    assert length == 299
+    found = model.generate(ids_of(300, 3), **ASKED, past_key_values=cache)
+    check_like(found, model.generate(ids_of(300, 3), **ASKED))
+
+
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
 def test_an_image_is_not_computed_again(store: PrefixStore, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, image = made(kind), prompt_of(kind), shown(kind, 1)
@@ -145,8 +159,8 @@ def test_what_is_shown_has_to_be_told_by_hand(store: PrefixStore) -> None:
 def test_types_of_tokens_are_those_of_the_prompt(store: PrefixStore) -> None:
     model, ids, image = made("gemma3"), prompt_of("gemma3"), shown("gemma3", 1)
     types = (ids == IMAGE).long()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    assert answered(store, model, ids, **image) is not None  # whose patches do not see each other
+    for _ in range(2):
         assert answered(store, model, ids, token_type_ids=types, **image) is not None
     with pytest.raises(InvalidArgument, match="token_type_ids"):
         store.generate(model, ids, token_type_ids=1 - types, **image)

@@ -66,11 +66,9 @@ class Identity:
         return replace(seen.identity, autocast=autocast) if autocast else seen.identity
 
     def target(self, device: Any = None) -> Any:
-        """The device for a cache of the model; raises InvalidArgument where it would be several."""
+        """The device for a cache of the model: the CPU where its layers, which are on several, are put beside theirs later."""
         if device is None and self.spread:
-            raise InvalidArgument(
-                "the model's layers are on several devices: pass device='cpu', and move each layer's keys and values to its own"
-            )
+            return "cpu"
         return self.device if device is None else device
 
     def as_dict(self) -> dict[str, str]:

@@ -22,8 +22,11 @@ TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # of each token of t
 _TOKENS = tuple(f"{what}_token_{how}" for what in ("image", "video", "audio") for how in ("id", "index"))
 
 
-def digest(shown: Mapping[str, Any]) -> str:
-    """Of tensors, by name, dtype, shape and all their bytes: 64 hexadecimal digits. Raises InvalidArgument for other values."""
+def digest(shown: Mapping[str, Any], ids: Any) -> str:
+    """Of tensors, by name, dtype, shape and all their bytes, and of the types of ids [1, n]: 64 hexadecimal digits.
+
+    A longer prompt that shows the same has the same. Raises InvalidArgument for what is no tensor.
+    """
     import torch
 
     hashed = hashlib.blake2b(digest_size=32, person=PERSON)
@@ -31,6 +34,10 @@ def digest(shown: Mapping[str, Any]) -> str:
         value = shown[name]
         if not isinstance(value, torch.Tensor):
             raise InvalidArgument(f"{name} is a {type(value).__name__}; a tensor is expected, as processors make it")
+        if name in TYPES:
+            kinds = sorted(set(zip(ids.flatten().tolist(), value.flatten().tolist(), strict=True)))
+            hashed.update(f"{name}|{[kind for kind in kinds if kind[1]]}|".encode())
+            continue
         hashed.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         hashed.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()

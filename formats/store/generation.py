@@ -48,8 +48,6 @@ def _why_alone(model: Any, request: Request) -> str:
         )
     if request.inside:
         return "attentions and hidden states of a kept prefix are not there"
-    if tc.keeps_module_state(model):
-        return f"{type(model).__name__} keeps positions in its modules, beside the cache"
     longest = tc.longest_prefix(model.config)
     if longest is not None and request.ids.shape[1] > longest:
         return f"its RoPE scaling changes all keys of prompts beyond {longest} tokens"
@@ -60,6 +58,8 @@ def _why_alone(model: Any, request: Request) -> str:
         return "its config does not tell which tokens stand for what is shown"
     if not request.shown and not contents.is_text(request.ids[0].tolist(), model.config):
         return "some tokens stand for something that is not shown"
+    if request.shown and tc.keeps_module_state(model):
+        return f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache"
     behaviour = tc.behaviour(model, _text_of(request, model))
     if not behaviour.reusable or not behaviour.generates:
         return f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour})"
@@ -71,7 +71,7 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
     name, runs = tc.argument_of(inner), tc.behaviour(inner, _text_of(request, inner)).runs
     longest, shown = tc.longest_prefix(inner.config), dict(request.shown)
     if shown:
-        extra += f"\n{contents.digest({key: x for key, x in shown.items() if key in contents.NAMES})}"
+        extra += f"\n{contents.digest(shown, ids)}"
     try:
         cache, length = store.get(model, ids, extra=extra, stepwise=True)
     except InvalidArgument:  # a refusal, before anything is computed
@@ -86,6 +86,7 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
     elif shown:
         shown.clear()
     if not shown:
+        tc.begin_text(inner)
         _prefill(inner, name, ids[:, :last], cache, length, runs)
         tc.tell_tokens(cache, last)
 

@@ -146,25 +146,28 @@ class PrefixStore:
     ) -> Prefix:
         """The cache of the longest stored prefix of ``tokens`` ([n] or [1, n]); an empty cache and 0 where there is none.
 
-        At least ``leave`` tokens are left, for a model has to be fed one to go on. ``extra``: what the keys depend on beyond
-        the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: the model's). A damaged
+        At least ``leave`` tokens are left, for a model has to be fed one. ``extra``: what the keys depend on beyond
+        the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: its layers' own). A damaged
         block is dropped with a warning and never used: the prefix ends before it. Where the index itself cannot be read,
         nothing is found, with a warning. Some models (Jamba, Mamba) do not take several tokens on top of a cache: of theirs
-        a prefix is found if one token is left, or if you feed what follows one by one (``stepwise``). Raises InvalidArgument
-        for a model whose prefixes cannot be used again.
+        a prefix is found if one token is left, or if you feed what follows one by one (``stepwise``). What an image left in
+        the modules of a model with M-RoPE is put back to what a text leaves. Raises InvalidArgument for a model whose
+        prefixes cannot be used again.
         """
         self._index.check_open()
         identity, ids = self._identity(model), token_ids(tokens)
         one_left = not reuse.takes_several(model, ids, extra) and not stepwise
+        reuse.begin_text(model)
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
-        chain, device = self._chain(identity, extra), identity.target(device)
+        chain, target = self._chain(identity, extra), identity.target(device)
         import torch
 
         try:
             with torch.inference_mode(False):  # else no one could update the tensors outside of it
-                return self._found(identity, chain, ids, leave, device, one_left)
+                cache, length = self._found(identity, chain, ids, leave, target, one_left)
+                return Prefix(reuse.beside(cache, model) if device is None and identity.spread else cache, length)
         except (OSError, CorruptStream) as error:  # blocks that cannot be read are not among these
             text = f"{self.shelf.folder} cannot be read, so that nothing is found in it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -25,12 +25,12 @@ def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
     import torch
 
     model = unwrapped(model)
-    if tc.keeps_module_state(model):
-        raise InvalidArgument(
-            f"{type(model).__name__} keeps positions of what it has read in its modules, beside the cache; "
-            "save its caches with transformers_cache.save"
-        )
     text = contents.text_of(ids.tolist(), model.config)
+    if len(text) < len(ids) and tc.keeps_module_state(model):
+        raise InvalidArgument(
+            f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache; "
+            "save such caches with transformers_cache.save"
+        )
     if len(text) < len(ids) and not extra:
         raise InvalidArgument(
             "some tokens stand for something shown: pass a digest of it as extra, or call PrefixStore.generate"
@@ -41,6 +41,20 @@ def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
             f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour}), so none can be used again"
         )
     return behaviour.runs
+
+
+def begin_text(model: Any) -> None:
+    """Put back what an image left in a model's modules."""
+    if not isinstance(model, Identity):
+        tc.begin_text(unwrapped(model))
+
+
+def beside(cache: Any, model: Any) -> Any:
+    """A cache whose layers lie where the model's do, for a model on several devices."""
+    devices = tc.layer_devices(unwrapped(model))
+    moved = tc.cache_of(tc.placed(tc.state_of(cache), devices))
+    vars(moved).update({name: value for name, value in vars(cache).items() if name != "layers"})
+    return moved
 
 
 def begin(cache: Any, identity: Identity) -> None:

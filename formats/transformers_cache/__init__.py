@@ -2,7 +2,8 @@
 
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
-from pqcodec.formats.transformers_cache.probe import Behaviour, behaviour, goes_on
+from pqcodec.formats.transformers_cache.places import layer_devices, placed
+from pqcodec.formats.transformers_cache.probe import Behaviour, begin_text, behaviour, goes_on
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
     ROLES,
@@ -30,6 +31,7 @@ __all__ = [
     "LayerState",
     "along",
     "argument_of",
+    "begin_text",
     "behaviour",
     "cache_of",
     "check_layers",
@@ -40,11 +42,13 @@ __all__ = [
     "goes_on",
     "joined",
     "keeps_module_state",
+    "layer_devices",
     "load",
     "longest_prefix",
     "module_state",
     "padding_of",
     "pairings",
+    "placed",
     "restore_module_state",
     "rope_of",
     "ropes",

@@ -14,6 +14,7 @@ from pqcodec.formats.pieces import Piece
 from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.tensor_file import Progress, TensorFile
 from pqcodec.formats.transformers_cache.held import check_rows, keeps_module_state, module_state, restore_module_state
+from pqcodec.formats.transformers_cache.places import layer_devices, placed
 from pqcodec.formats.transformers_cache.rope import pairings, ropes
 from pqcodec.formats.transformers_cache.state import (
     ENCODER_DECODER,
@@ -140,18 +141,20 @@ def load(
 
     ``model``: the model (or its config) that is to read on; InvalidArgument is raised where it is not the one whose cache this
     is. A cache of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put
-    back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the model's device,
-    or the CPU). Raises as ``pqcodec.decode`` does.
+    back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the devices of the
+    model's layers, or the CPU). Raises as ``pqcodec.decode`` does.
 
     A model goes on as from the cache that was saved. Some do not go on rightly from any kept state unless tokens are fed one at
     a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
     """
     import torch
 
+    devices: list[Any] | None = None  # of a model's layers, where they are on several
     with containers.open_encoded(path) as file, torch.inference_mode(False):  # layers change some tensors in place, in any mode
         if model is not None:
             identity = Identity.of(model)
             identity.check(file.metadata.get(MODEL), file.label)
+            devices = layer_devices(model) if identity.spread and device is None else None
             device = identity.target(device)
         told = file.metadata.get(KEY)
         if not isinstance(told, dict):
@@ -161,7 +164,8 @@ def load(
         _check_held(told, model, file.label)
         file.read_ahead()
         try:
-            cache = cache_of(_state_in(file, told, device, backend))
+            state = _state_in(file, told, device, backend)
+            cache = cache_of(placed(state, devices) if devices else state)
             held = _held_in(file, told, device, backend)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error

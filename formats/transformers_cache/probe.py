@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from pqcodec.formats.transformers_cache.held import module_state, restore_module_state
 from pqcodec.formats.transformers_cache.state import argument_of, cache_of, empty_cache, frozen, state_of
 
 TOKENS, PREFIX, STEPS = 20, 12, 4  # fed at once; of them before the cut; and behind it one by one
@@ -43,6 +44,7 @@ NONE = Behaviour(False, False, False, False)
 
 _known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by how it is run
 _goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # by model, and by what is shown
+_text_states: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # what a text leaves in a model's modules
 _lock = threading.Lock()
 
 
@@ -62,6 +64,15 @@ def behaviour(model: Any, ids: Any) -> Behaviour:
         if run not in known:
             known[run] = _tried(model, ids)
         return known[run]
+
+
+def begin_text(model: Any) -> None:
+    """Put what a text leaves in a model's modules (M-RoPE's deltas) in the place of what an image left.
+
+    So keys behind a kept prefix of text get the positions that they have behind it; ``behaviour`` has to have been asked.
+    """
+    if model in _text_states:
+        restore_module_state(model, _text_states[model])
 
 
 def goes_on(model: Any, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
@@ -90,11 +101,20 @@ def _tried(model: Any, ids: Any) -> Behaviour:
     tokens = TOKENS + (int(window) if window <= WIDEST else 0)
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens + 1) - 1)
     some = ids.to(model.device).repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    before = module_state(model)
+    if before:  # of another text, which forward would go on from
+        restore_module_state(model, dict.fromkeys(before))
     try:
         with torch.no_grad(), _same_random_numbers(model.device):
-            return _on(model, some, max(tokens - TOKENS + PREFIX, 1))
+            found = _on(model, some, max(tokens - TOKENS + PREFIX, 1))
+            if before:
+                _text_states[model] = module_state(model)
+            return found
     except Exception:  # of any kind: it is the model's code that runs
         return NONE
+    finally:
+        if before:
+            restore_module_state(model, before)
 
 
 def _on(model: Any, ids: Any, cut: int) -> Behaviour:
