@@ -46,6 +46,10 @@ def _why_alone(model: Any, request: Request) -> str:
             f"{type(model).__name__} is an encoder-decoder, whose cache depends on more than its tokens; call model.generate, "
             "and keep a cache with transformers_cache.save"
         )
+    if request.padded:
+        return (
+            "generate leaves out tokens of the prompt that are the pad token; pass an attention_mask of ones if they are text"
+        )
     if request.inside:
         return "attentions and hidden states of a kept prefix are not there"
     longest = tc.longest_prefix(model.config)

@@ -40,6 +40,7 @@ class Request:
     shown: Mapping[str, Any]  # images, video, sound, and the types of tokens that stand for them
     answers: int  # sequences that the prompt becomes
     inside: bool  # attentions or hidden states are to be returned, of which a kept prefix has none
+    padded: bool  # without a mask, generate would leave out tokens of the prompt that are the pad token
 
     @classmethod
     def of(cls, model: Any, input_ids: Any, options: Mapping[str, Any]) -> Request:
@@ -66,7 +67,8 @@ class Request:
             )
 
         def effective(name: str) -> Any:
-            return asked.get(name) or getattr(asked.get("generation_config"), name, None) or getattr(own, name, None)
+            told = (asked.get(name), getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
+            return next((value for value in told if value is not None), None)
 
         shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
         contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
@@ -74,7 +76,11 @@ class Request:
         if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
             passed["cache_implementation"] = None
         answers = max(int(effective(name) or 1) for name in ("num_beams", "num_return_sequences"))
-        return cls(ids, passed, shown, answers, bool(effective("output_attentions") or effective("output_hidden_states")))
+        pad, ends = effective("pad_token_id"), effective("eos_token_id")
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        padded = mask is None and pad is not None and pad not in ends and pad in ids[0].tolist()
+        inside = bool(effective("output_attentions") or effective("output_hidden_states"))
+        return cls(ids, passed, shown, answers, inside, padded)
 
 
 def _check(place: str, config: Any) -> None:
