@@ -16,6 +16,7 @@ from pqcodec.errors import InvalidArgument
 transformers = pytest.importorskip("transformers")
 
 from pqcodec.formats import transformers_cache as tc  # noqa: E402
+from pqcodec.formats.model_identity import unwrapped  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 SMALL = {"window": 4, "chunk": 8, "exact_tokens": 2}
@@ -206,7 +207,7 @@ def test_wrappers_are_looked_through() -> None:
     replaced.forward = lambda *args, **kwargs: None
     wrapped = [PeftModel(model), torch.compile(PeftModel(model), backend="eager"), torch.nn.DataParallel(model), replaced]
     assert [tc.argument_of(each) for each in wrapped] == [name] * 4
-    assert tc.unwrapped(wrapped[1]) is model
+    assert unwrapped(wrapped[1]) is model
     with pytest.raises(InvalidArgument, match=r"Linear\.forward takes no cache"):
         tc.argument_of(torch.nn.Linear(1, 1))
 

@@ -17,7 +17,7 @@ def unwrapped(model: Any) -> Any:
         original = getattr(model, "_modules", {}).get("_orig_mod")
         if original is not None:  # torch.compile's OptimizedModule
             model = original
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model") and hasattr(model, "base_model"):
+        elif callable(getattr(type(model), "get_base_model", None)) and hasattr(model, "base_model"):
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 kind = getattr(model.active_peft_config, "peft_type", "prompt learning")
                 raise InvalidArgument(
