@@ -24,14 +24,15 @@ WORST_TIES = 1 / 500
 @pytest.mark.parametrize("preset", pqcodec.PRESETS)
 def test_decoding_agrees_bit_for_bit_and_encoding_but_for_ties(head_dim: int, preset: str) -> None:
     differing = rows = 0
+    tokens = 75 if head_dim < 500 else 15  # the reference takes its time
     for dtype in TORCH_DTYPES:
-        x = gaussian(2, 75, head_dim, seed=head_dim, dtype=dtype)
+        x = gaussian(2, tokens, head_dim, seed=head_dim, dtype=dtype)
         streams = [pqcodec.encode(x, preset=preset, backend=name) for name in ("reference", "cpu")]
         outputs = [pqcodec.decode(data, backend=name) for data in streams for name in ("reference", "cpu")]
         np.testing.assert_array_equal(bits(outputs[0]), bits(outputs[1]))
         np.testing.assert_array_equal(bits(outputs[2]), bits(outputs[3]))
         differing += int((outputs[0] != outputs[2]).any(-1).sum())
-        rows += 150
+        rows += 2 * tokens
     assert differing <= 1 + WORST_TIES * rows
 
 

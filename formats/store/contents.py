@@ -45,7 +45,11 @@ def digest(shown: Mapping[str, Any], ids: Any) -> str:
 
 def stand_ins(config: Any) -> set[int]:
     """The ids of tokens that stand for something shown; empty where the config tells of none."""
-    return {value for name in _TOKENS if isinstance(value := getattr(config, name, None), int)}
+    found = {value for name in _TOKENS if isinstance(value := getattr(config, name, None), int)}
+    for part in vars(config).values() if hasattr(config, "__dict__") else ():
+        if hasattr(part, "get_text_config"):  # a config in a config
+            found |= stand_ins(part)
+    return found
 
 
 def text_of(ids: Iterable[int], config: Any) -> list[int]:

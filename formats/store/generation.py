@@ -7,9 +7,10 @@ the store costs a warning, never the answer.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from typing import Any, Protocol
 
-from pqcodec.errors import InvalidArgument, PQError
+from pqcodec.errors import InvalidArgument
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
@@ -17,7 +18,6 @@ from pqcodec.formats.store.options import Request
 
 PREFILL_TOKENS = 2048  # at once
 STEPS = 64  # tokens that are fed one by one rather than a whole prompt at once, by models that take no more on top of a cache
-TROUBLE = (PQError, OSError, RuntimeError, MemoryError)
 
 
 class Store(Protocol):
@@ -64,15 +64,15 @@ def _why_alone(model: Any, request: Request) -> str:
         return "some tokens stand for something that is not shown"
     if request.shown and tc.keeps_module_state(model):
         return f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache"
-    behaviour = tc.behaviour(model, _text_of(request, model))
+    behaviour = tc.behaviour(model)
     if not behaviour.reusable or not behaviour.generates:
-        return f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour})"
+        return f"{type(model).__name__} does not compute the same from a kept prefix: {behaviour.told}"
     return ""
 
 
 def _through(store: Store, model: Any, request: Request, extra: str, wait: bool) -> Any:
     inner, ids, last = unwrapped(model), request.ids, request.ids.shape[1] - 1
-    name, runs = tc.argument_of(inner), tc.behaviour(inner, _text_of(request, inner)).runs
+    name, runs = tc.argument_of(inner), tc.behaviour(inner).runs
     longest, shown = tc.longest_prefix(inner.config), dict(request.shown)
     if shown:
         extra += f"\n{contents.digest(shown, ids)}"
@@ -80,8 +80,8 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
         cache, length = store.get(model, ids, extra=extra, stepwise=True)
     except InvalidArgument:  # a refusal, before anything is computed
         raise
-    except TROUBLE as error:
-        _warn(f"nothing is taken from the store: {error}")
+    except Exception as error:  # of any kind: the answer does not depend on the store
+        _warn(f"nothing is taken from the store: {error!r}")
         cache, length = tc.empty_cache(inner.config), 0
     if not runs and 0 < length < last - STEPS:
         cache, length = tc.empty_cache(inner.config), 0
@@ -99,8 +99,8 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
             return  # beyond a RoPE's switch keys depend on what follows
         try:
             store.put(model, tokens, cache, extra=extra, wait=wait)
-        except TROUBLE as error:
-            _warn(f"nothing is kept: {error}")
+        except Exception as error:
+            _warn(f"nothing is kept: {error!r}")
 
     if length < last and not shown:
         keep(ids[:, :last])
@@ -111,13 +111,6 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
         sequence = result if hasattr(result, "shape") else result.sequences
         keep(sequence[:, :-1])  # the last token was not fed
     return result
-
-
-def _text_of(request: Request, model: Any) -> Any:
-    """The prompt's tokens [1, n] without those that stand for something shown."""
-    import torch
-
-    return torch.tensor([contents.text_of(request.ids[0].tolist(), model.config) or [0]])
 
 
 def _goes_on_as_text(model: Any, request: Request, cache: Any, length: int, runs: bool) -> bool:
@@ -145,4 +138,5 @@ def _holds(cache: Any, tokens: int) -> bool:
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"the store is in trouble, {what}", RuntimeWarning, stacklevel=5)
+    with suppress(Warning):  # where warnings are errors, too
+        warnings.warn(f"the store is in trouble, {what}", RuntimeWarning, stacklevel=5)

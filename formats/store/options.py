@@ -56,6 +56,8 @@ class Request:
         own = getattr(model, "generation_config", None)
         for place, config in (("generation_config", asked.get("generation_config")), ("model.generation_config", own)):
             _check(place, config)
+        if not hasattr(input_ids, "ndim") or not hasattr(input_ids, "is_floating_point") or input_ids.is_floating_point():
+            raise InvalidArgument(f"input_ids is a {type(input_ids).__name__}; a tensor of token ids [1, n] is expected")
         ids = input_ids if input_ids.ndim == 2 else input_ids[None]
         if ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
             raise InvalidArgument(f"input_ids {tuple(input_ids.shape)}: one prompt [1, n] is expected")
@@ -67,12 +69,14 @@ class Request:
             )
 
         def effective(name: str) -> Any:
-            told = (asked.get(name), getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
+            if name in options:  # None, too, overrides what configs say
+                return options[name]
+            told = (getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
             return next((value for value in told if value is not None), None)
 
         shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
         contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
-        passed = {name: value for name, value in asked.items() if name not in shown}
+        passed = {name: value for name, value in options.items() if name in (asked.keys() - shown.keys()) | CONFIG}
         if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
             passed["cache_implementation"] = None
         answers = max(int(effective(name) or 1) for name in ("num_beams", "num_return_sequences"))

@@ -155,6 +155,8 @@ class PrefixStore:
         prefixes cannot be used again.
         """
         self._index.check_open()
+        if leave < 0:
+            raise InvalidArgument(f"leave={leave}: a number of tokens is expected, 1 or more to go on from the cache")
         identity, ids = self._identity(model), token_ids(tokens)
         one_left = not reuse.takes_several(model, ids, extra) and not stepwise
         reuse.begin_text(model)
@@ -334,6 +336,8 @@ class PrefixStore:
         reuse.takes_several(model, ids, extra)
         reuse.check_begun(cache, identity)
         state = tc.state_of(cache, identity.config)
+        if len(ids) and state.kind == "DynamicCache":
+            reuse.check_layers(model, cache)
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
         layers = state.parts[""]

@@ -17,13 +17,11 @@ _BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest 
 def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
     """Whether a model takes several tokens on top of a cache; nothing is known, and so believed, of an Identity.
 
-    Tried once, on the first of the ids [n]. Raises InvalidArgument for a model whose prefixes cannot be used again, and for
+    Raises InvalidArgument for a model whose prefixes cannot be used again, and for
     tokens that stand for images, video or sound of which ``extra`` tells nothing.
     """
     if isinstance(model, Identity) or not len(ids):
         return True
-    import torch
-
     model = unwrapped(model)
     text = contents.text_of(ids.tolist(), model.config)
     if len(text) < len(ids) and tc.keeps_module_state(model):
@@ -35,12 +33,30 @@ def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
         raise InvalidArgument(
             "some tokens stand for something shown: pass a digest of it as extra, or call PrefixStore.generate"
         )
-    behaviour = tc.behaviour(model, torch.tensor([text or [0]]))
+    behaviour = tc.behaviour(model)
     if not behaviour.reusable:
-        raise InvalidArgument(
-            f"{type(model).__name__} does not compute the same from a kept prefix ({behaviour}), so none can be used again"
-        )
+        raise InvalidArgument(f"no prefix of {type(model).__name__} can be used again: {behaviour.told}")
     return behaviour.runs
+
+
+def check_layers(model: Any, cache: Any) -> None:
+    """Raises InvalidArgument for a cache whose layers are not those of the model's own; of an Identity nothing is known."""
+    if isinstance(model, Identity):
+        return
+    own, found = tc.behaviour(unwrapped(model)).layers, tc.layers_of(cache)
+    if len(found) != len(own):
+        raise InvalidArgument(f"a cache of {len(found)} layers; the model's own has {len(own)}")
+    for number, (mine, its) in enumerate(zip(own, found, strict=True)):
+        if mine != its:
+            raise InvalidArgument(
+                f"layer {number} of the cache is {_shown(its)}; the model's own is {_shown(mine)}: pass the cache that the "
+                "model filled, such as DynamicCache(config=model.config)"
+            )
+
+
+def _shown(layer: Any) -> str:
+    kind, tensors = layer
+    return f"a {kind} of {', '.join(f'{path} {shape} {dtype}' for path, shape, dtype in tensors) or 'nothing'}"
 
 
 def begin_text(model: Any) -> None:

@@ -3,7 +3,7 @@
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.places import layer_devices, placed
-from pqcodec.formats.transformers_cache.probe import Behaviour, begin_text, behaviour, goes_on
+from pqcodec.formats.transformers_cache.probe import Behaviour, begin_text, behaviour, goes_on, layers_of
 from pqcodec.formats.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.transformers_cache.state import (
     ROLES,
@@ -43,6 +43,7 @@ __all__ = [
     "joined",
     "keeps_module_state",
     "layer_devices",
+    "layers_of",
     "load",
     "longest_prefix",
     "module_state",

@@ -2,11 +2,12 @@
 
 Keys and values of a prefix can be used again where they do not depend on what follows (a bidirectional prefix's do), where the
 model takes up what a cache holds (some take a recurrent state only up when one token is fed), and where ``generate`` feeds a
-model what its ``forward`` is fed. Each of these is tried once for a model object, on some tokens of a prompt.
+model what its ``forward`` is fed. Each of these is tried once for a model, on tokens that are all different.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
+from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.transformers_cache.held import module_state, restore_module_state
-from pqcodec.formats.transformers_cache.state import argument_of, cache_of, empty_cache, frozen, state_of
+from pqcodec.formats.transformers_cache.state import argument_of, cache_of, empty_cache, frozen, state_of, token_dimension
 
 TOKENS, PREFIX, STEPS = 20, 12, 4  # fed at once; of them before the cut; and behind it one by one
 WIDEST = 1024  # tokens of a sliding window up to which the cut lies behind one
@@ -33,37 +37,76 @@ class Behaviour:
     steps: bool  # one token fed on top of a cache is computed as in one go
     runs: bool  # and so are several
     generates: bool  # the first logits of ``generate`` are those of ``forward``
+    layers: tuple[Any, ...] = ()  # of the model's own cache, as ``layers_of`` tells them
+    error: str = ""  # where the model could not be run
 
     @property
     def reusable(self) -> bool:
         """Whether the cache of a prefix can be gone on from at all."""
         return self.prefixes and self.steps
 
+    @property
+    def told(self) -> str:
+        """What stands against it."""
+        if self.error:
+            return self.error
+        against = [
+            "keys and values depend on the tokens behind them" * (not self.prefixes),
+            "a token on top of a cache is computed otherwise than in one go" * (not self.steps),
+            "generate feeds the model something else than forward is fed" * (not self.generates),
+        ]
+        return ", ".join(each for each in against if each)
 
-NONE = Behaviour(False, False, False, False)
 
-_known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by how it is run
-_goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # by model, and by what is shown
+_known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by what it is and how it is run
+_goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # and by what is shown
 _text_states: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # what a text leaves in a model's modules
 _lock = threading.Lock()
 
 
-def behaviour(model: Any, ids: Any) -> Behaviour:
-    """How a model behaves on the first of the ids [1, n]; a few short forward passes, the first time it is asked.
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+def behaviour(model: Any) -> Behaviour:
+    """How a model behaves on some tokens; a few short forward passes, the first time it is asked of a model in this state.
 
     A model that cannot be run on them is trusted with nothing. The random numbers of torch stay as they are.
     """
-    import torch
-
     if model.config.get_text_config(decoder=True).model_type in WRONG:
-        return NONE
-    cast = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    run = (model.training, getattr(model.config, "_attn_implementation", None), cast)
+        return Behaviour(False, False, False, False, error="its decoder goes wrong beyond its window")
+    key = _state_of(model)
     with _lock:
         known = _known.setdefault(model, {})
-        if run not in known:
-            known[run] = _tried(model, ids)
-        return known[run]
+        found = known.get(key)
+        if found is None:
+            found = _tried(model)
+            if "OutOfMemory" not in found.error:
+                known[key] = found
+        return found
+
+
+def _state_of(model: Any) -> tuple[Any, ...]:
+    """All that a behaviour depends on: the identity but for weights."""
+    told = Identity.of(model).as_dict()
+    return tuple(sorted((name, value) for name, value in told.items() if name != "weights"))
+
+
+def layers_of(cache: Any) -> tuple[Any, ...]:
+    """Class, and name, shape (but for sequences and tokens) and dtype of the tensors, of each layer."""
+    found = []
+    for layer in state_of(cache).parts[""]:
+        tensors = sorted(
+            (path, tuple(n for at, n in enumerate(x.shape) if at and at - x.ndim != token_dimension(path)), str(x.dtype))
+            for path, x in layer.tensors.items()
+        )
+        found.append((layer.kind, tuple(tensors)))
+    return tuple(found)
 
 
 def begin_text(model: Any) -> None:
@@ -82,7 +125,7 @@ def goes_on(model: Any, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
     """
     import torch
 
-    names = frozenset(shown)
+    names = (_state_of(model), frozenset(shown))
     with _lock:
         known = _goes_on.setdefault(model, {})
         if names not in known:
@@ -93,14 +136,14 @@ def goes_on(model: Any, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
         return known[names]
 
 
-def _tried(model: Any, ids: Any) -> Behaviour:
+def _tried(model: Any) -> Behaviour:
     import torch
 
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) or 0
     tokens = TOKENS + (int(window) if window <= WIDEST else 0)
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens + 1) - 1)
-    some = ids.to(model.device).repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    some = _distinct(model.config, tokens).to(model.device)
     before = module_state(model)
     if before:  # of another text, which forward would go on from
         restore_module_state(model, dict.fromkeys(before))
@@ -110,11 +153,26 @@ def _tried(model: Any, ids: Any) -> Behaviour:
             if before:
                 _text_states[model] = module_state(model)
             return found
-    except Exception:  # of any kind: it is the model's code that runs
-        return NONE
+    except Exception as error:  # of any kind: it is the model's code that runs
+        return Behaviour(False, False, False, False, error=f"it could not be run on {tokens} tokens ({error!r:.200})")
     finally:
         if before:
             restore_module_state(model, before)
+
+
+def _distinct(config: Any, tokens: int) -> Any:
+    """Token ids [1, n], as different as the vocabulary allows, for alike ones have alike values; none that is special."""
+    import torch
+
+    text = config.get_text_config(decoder=True)
+    special: set[int] = set()
+    for part in (config, text):
+        for name, value in vars(part).items():
+            if name.endswith(("_token_id", "_token_index")):
+                special |= set(value if isinstance(value, (list, tuple)) else [value])
+    plain = [token for token in range(int(text.vocab_size)) if token not in special] or [0]
+    order = np.random.default_rng(0).permutation(len(plain))
+    return torch.tensor([[plain[order[at % len(order)]] for at in range(tokens)]])
 
 
 def _on(model: Any, ids: Any, cut: int) -> Behaviour:
@@ -145,6 +203,7 @@ def _on(model: Any, ids: Any, cut: int) -> Behaviour:
         steps,
         runs and model.config.get_text_config(decoder=True).model_type not in STEPS_ONLY,
         like(_first_logits(model, ids), logits[:, -1]),
+        layers_of(whole),
     )
 
 

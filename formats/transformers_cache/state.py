@@ -94,6 +94,11 @@ def tokens_along(path: str, x: Any) -> int:
     return int(x.shape[_TOKENS[path]])
 
 
+def token_dimension(path: str) -> int | None:
+    """The dimension of a tensor that tokens are along, counted from the last; None: there is none."""
+    return _TOKENS.get(path)
+
+
 def continues(path: str, x: Any, before: Any) -> bool:
     """Whether such a tensor can stand behind another."""
 
