@@ -20,7 +20,7 @@ demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache e
 	$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/installed  ## the tests, doctests included
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 check: $(VENV)/installed  ## lint, format, types
 	$(BIN)/ruff check .

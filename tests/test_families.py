@@ -5,6 +5,7 @@ Logits are compared, not tokens. CI takes some families; ``PQCODEC_ALL=1 pytest 
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -117,6 +118,24 @@ def test_a_pad_token_inside_of_a_prompt_is_left_out_as_generate_does(store: Pref
     for _ in range(2):
         assert answered(store, model, ids, attention_mask=torch.ones_like(ids)) is not None
     assert store.shelf.index.all()
+
+
+def test_none_overrides_what_the_config_of_a_model_asks_for(store: PrefixStore) -> None:
+    model, ids = copy.deepcopy(model_of("llama")), ids_of(300)
+    model.generation_config.eos_token_id = int(answered(store, model, ids).sequences[0, 300])
+    for options in ({}, {"eos_token_id": None}, {"suppress_tokens": None, "eos_token_id": None}):
+        assert answered(store, model, ids, **options) is not None
+
+
+def test_a_model_is_tried_on_tokens_that_differ_and_again_when_it_changes(store: PrefixStore) -> None:
+    """Whatever the first prompt was: alike tokens have alike values, behind which no one sees who looks at whom."""
+    model, ids = copy.deepcopy(model_of("llama")), ids_of(300)
+    assert answered(store, model, ids[:, :1]) is not None
+    assert answered(store, model, ids) is not None
+    model.config.is_causal = False
+    assert answered(store, model, torch.cat([ids, ids_of(30, 2)], 1)) is not None
+    with pytest.raises(InvalidArgument, match="depend on the tokens behind them"):
+        store.get(model, ids)
 
 
 class Streamer:

@@ -336,3 +336,37 @@ def test_a_model_that_did_not_change_is_not_read_again(monkeypatch: pytest.Monke
     monkeypatch.setattr(reading, "_read", lambda *_: pytest.fail("read again"))
     model.generate(prompt(12), max_new_tokens=2, do_sample=False, pad_token_id=0)
     assert identity(model) == first
+
+
+# -- code of others ----------------------------------------------------------------------------------------------
+def test_code_that_is_not_transformers_own_is_in_a_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    plain = Identity.of(model)
+    assert not plain.state
+
+    def subclass(factor: int) -> type:
+        """As a notebook's cell that is edited and run again: the same name, other code."""
+        space: dict[str, Any] = {"Base": type(model), "__name__": "somewhere"}
+        exec(f"class Mine(Base):\n    def scaled(self, x):\n        return x * {factor}", space)
+        return space["Mine"]
+
+    found = []
+    for factor in (1, 2, 1):
+        other = subclass(factor)(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        found.append(Identity.of(other).digest())
+    assert found[0] == found[2]
+    assert len({plain.digest(), *found}) == 3
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned_further)
+    assert Identity.of(model).digest() != plain.digest()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *_: None)
+    with pytest.raises(InvalidArgument, match=r"apply_rotary_pos_emb was replaced by .*<lambda>"):
+        Identity.of(model)
+    monkeypatch.undo()
+    assert Identity.of(model).digest() == plain.digest()
+
+
+def turned_further(*args: Any) -> Any:
+    raise NotImplementedError

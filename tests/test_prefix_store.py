@@ -20,6 +20,7 @@ from conftest import DEVICE, GPU_BACKENDS, gaussian, rel_mse
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats import PQKVFile
 from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 from pqcodec.formats.store.transfer import write_prefix
 from pqcodec.stream import read_header
@@ -274,7 +275,6 @@ class Tokenizer:
 
 def test_nobody_finds_what_is_not_theirs(tmp_path: Path) -> None:
     model, ids = tiny("llama"), prompt(600)
-    cache = cached(model, ids)
     places: list[tuple[dict[str, Any], Any, str]] = [
         ({}, model, ""),
         ({}, model, "image 1"),
@@ -290,7 +290,7 @@ def test_nobody_finds_what_is_not_theirs(tmp_path: Path) -> None:
     for number, (options, other, extra) in enumerate(places):
         with PrefixStore(tmp_path / "s", **{"preset": "exact", **options}) as store:
             assert store.get(other, ids, extra=extra).length == 0, number
-            assert store.put(other, ids, cache, extra=extra).new_tokens == 600
+            assert store.put(other, ids, cached(other, ids), extra=extra).new_tokens == 600
     for options, other, extra in places:
         with PrefixStore(tmp_path / "s", **{"preset": "exact", **options}) as store:
             assert store.get(other, ids, extra=extra).length == 599
@@ -782,7 +782,7 @@ def test_a_commit_that_fails_leaves_no_row(store: PrefixStore, monkeypatch: pyte
 
 def test_gaussian_layers_of_any_shape(store: PrefixStore) -> None:
     """Layers that differ in heads and head_dim are stacked with their like, and come back where they were."""
-    model, cache, ids = tiny("llama"), transformers.DynamicCache(), prompt(600)
+    model, cache, ids = Identity.of(tiny("llama")), transformers.DynamicCache(), prompt(600)
     for index, (heads, dim) in enumerate([(2, 16), (1, 32), (2, 16), (4, 8)]):
         cache.update(gaussian(1, heads, 600, dim, seed=index), gaussian(1, heads, 600, dim, seed=9 + index), index)
     store.put(model, ids, cache)
@@ -810,6 +810,26 @@ def test_a_save_that_fails_in_the_background_is_told(store: PrefixStore, monkeyp
     monkeypatch.setattr(store, "_write", full)
     with pytest.warns(RuntimeWarning, match="a cache of 20 tokens could not be saved: no space left"):
         assert isinstance(saved(), OSError)
+
+
+# -- caches of others --------------------------------------------------------------------------------------------
+def test_a_cache_that_the_model_did_not_fill_is_refused(store: PrefixStore) -> None:
+    model, ids = tiny("llama"), prompt(300)
+    with pytest.raises(InvalidArgument, match="of nothing; the model's own is a DynamicLayer of keys"):
+        store.put(model, ids, transformers.DynamicCache(config=model.config))
+    with pytest.raises(InvalidArgument, match="layer 0 of the cache"):
+        store.put(model, ids, cached(tiny("llama, one kv head"), ids))
+    without_config = transformers.DynamicCache()
+    read(tiny("gemma3"), ids, without_config)  # which keeps all tokens, and no windows
+    with pytest.raises(InvalidArgument, match="pass the cache that the model filled"):
+        store.put(tiny("gemma3"), ids, without_config)
+    half = cached(model, ids)
+    half.layers[1].keys, half.layers[1].values = half.layers[1].keys.half(), half.layers[1].values.half()
+    with pytest.raises(InvalidArgument, match=r"layer 1 .* torch.float16"):
+        store.put(model, ids, half)
+    with pytest.raises(InvalidArgument, match="leave=-1"):
+        store.get(model, ids, leave=-1)
+    assert not files(store)
 
 
 # -- several devices ---------------------------------------------------------------------------------------------

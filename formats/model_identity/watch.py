@@ -63,10 +63,11 @@ class Watch:
 
     Seen are: modules put in, taken out or exchanged, parameters and buffers that are other objects, attributes set to other
     objects, members of dicts, lists and sets among the attributes (of one in another, too), numbers in arrays of numpy there,
-    hooks, attributes of configs, the classes of modules and the ``forward`` of these. Contents of tensors are not looked at.
+    hooks, attributes of configs, the classes of modules and the ``forward`` of these, members of ``spaces`` (classes and Python
+    modules). Contents of tensors are not looked at.
     """
 
-    def __init__(self, modules: Named, configs: Sequence[Any]) -> None:
+    def __init__(self, modules: Named, configs: Sequence[Any], spaces: Sequence[Any] = ()) -> None:
         own, classes = own_attributes(), classes_of(modules)
         nodes = [module for _, module in modules] + list(configs)
         self._modules = len(modules)
@@ -86,6 +87,10 @@ class Watch:
                     self._keep(member)
         for kind in classes:
             self._keep(kind.forward)
+        self._spaces = [weakref.ref(space) for space in spaces]  # classes and Python modules whose members are looked at
+        for space in spaces:
+            for value in vars(space).values():
+                self._keep(value)
         self._seen = self._look(nodes, classes)
 
     def holds(self) -> bool:
@@ -118,6 +123,7 @@ class Watch:
             list(map(len, containers)),
             list(map(id, chain.from_iterable(map(_members, containers)))),
             [array.tobytes() for ref in self._arrays if (array := ref()) is not None],
+            [list(map(id, vars(space).values())) for ref in self._spaces if (space := ref()) is not None],
         )
 
     def _keep(self, value: Any, node: int = -1, path: tuple[Any, ...] = ()) -> None:
