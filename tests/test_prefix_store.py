@@ -832,6 +832,22 @@ def test_a_cache_that_the_model_did_not_fill_is_refused(store: PrefixStore) -> N
     assert not files(store)
 
 
+def test_what_was_decoded_is_not_kept_as_exact(tmp_path: Path) -> None:
+    model, ids = tiny("llama"), prompt(320)
+    with PrefixStore(tmp_path / "a", preset="pq2") as coarse, PrefixStore(tmp_path / "b", preset="exact") as exact:
+        coarse.put(model, ids[:, :300], cached(model, ids[:, :300]))
+        cache, length = coarse.get(model, ids)
+        read(model, ids[:, length:], cache)
+        with pytest.raises(InvalidArgument, match="blocks of preset pq2"):
+            exact.put(model, ids, cache)
+        assert coarse.put(model, ids, cache).tokens == 320
+        empty, length = exact.get(model, ids)
+        read(model, ids[:, length:], empty)
+        assert exact.put(model, ids, empty).tokens == 320
+        with pytest.raises(InvalidArgument, match="extra is a bytes"):
+            exact.get(model, ids, extra=b"x")
+
+
 # -- several devices ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma3n"])
 def test_layers_lie_where_the_models_do(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

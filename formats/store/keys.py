@@ -91,6 +91,8 @@ def unknown(tokens: np.ndarray) -> np.ndarray:
 
 
 def settings_of(identity: Identity, tokenizer: str, codec: Mapping[str, Any], extra: str) -> dict[str, Any]:
-    """What a root is made of: the model, its tokenizer, the codec's settings and what the caller adds."""
+    """What a root is made of: the model, its tokenizer, the codec's settings and what the caller adds (a string)."""
+    if not isinstance(extra, str):
+        raise InvalidArgument(f"extra is a {type(extra).__name__}; a string is expected, such as a digest")
     model = identity.as_dict()
     return {"model": model, "tokenizer": tokenizer, "codec": dict(codec), "extra": extra}

@@ -106,7 +106,7 @@ class PrefixStore:
             raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
         if max_bytes is not None and max_bytes < 0:
             raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
-        self._exact, self._full = preset == blocks.EXACT, identity == "full"
+        self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
             measured="none", preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
         )
@@ -189,7 +189,7 @@ class PrefixStore:
         cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
         tokens = assembly.tokens if used else 0
         tc.tell_tokens(cache, tokens)
-        reuse.begin(cache, identity)
+        reuse.begin(cache, identity, self._preset if tokens else "")
         return Prefix(cache, tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
@@ -334,7 +334,7 @@ class PrefixStore:
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
         reuse.takes_several(model, ids, extra)
-        reuse.check_begun(cache, identity)
+        reuse.check_begun(cache, identity, self._preset)
         state = tc.state_of(cache, identity.config)
         if len(ids) and state.kind == "DynamicCache":
             reuse.check_layers(model, cache)
@@ -370,8 +370,7 @@ class PrefixStore:
         return identity
 
     def _chain(self, identity: Identity, extra: str) -> Chain:
-        preset = blocks.EXACT if self._exact else self._recipe.preset
-        codec = {"preset": preset, "seed": self._recipe.seed, "block_tokens": BLOCK_TOKENS, "tail": TAIL_PRESET}
+        codec = {"preset": self._preset, "seed": self._recipe.seed, "block_tokens": BLOCK_TOKENS, "tail": TAIL_PRESET}
         return Chain(settings_of(identity, self._tokenizer, codec, extra), self._tenant)
 
     def _write(self, work: _Work) -> Stored:

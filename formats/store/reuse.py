@@ -11,7 +11,7 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
 
-_BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest of the model's identity then
+_BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest of the model's identity then, and the preset
 
 
 def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
@@ -73,12 +73,18 @@ def beside(cache: Any, model: Any) -> Any:
     return moved
 
 
-def begin(cache: Any, identity: Identity) -> None:
-    """Note on a cache by which model, and how run, it was begun."""
-    setattr(cache, _BEGUN_BY, identity.digest())
+def begin(cache: Any, identity: Identity, preset: str) -> None:
+    """Note on a cache by which model, and how run, it was begun, and of which preset its numbers are ("": nothing was kept)."""
+    setattr(cache, _BEGUN_BY, (identity.digest(), preset))
 
 
-def check_begun(cache: Any, identity: Identity) -> None:
-    """Raises InvalidArgument for a cache that was begun by another model, or one that has changed meanwhile."""
-    if getattr(cache, _BEGUN_BY, identity.digest()) != identity.digest():
+def check_begun(cache: Any, identity: Identity, preset: str) -> None:
+    """Raises InvalidArgument for a cache that was begun by another model, or one that has changed, or with another preset."""
+    digest, before = getattr(cache, _BEGUN_BY, (identity.digest(), preset))
+    if digest != identity.digest():
         raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
+    if before not in ("", preset):
+        raise InvalidArgument(
+            f"this cache goes on from blocks of preset {before}, whose errors a store of preset {preset} would keep as its; "
+            "compute it anew"
+        )
