@@ -52,12 +52,6 @@ def stand_ins(config: Any) -> set[int]:
     return found
 
 
-def text_of(ids: Iterable[int], config: Any) -> list[int]:
-    """Tokens that stand for themselves."""
-    others = stand_ins(config)
-    return [token for token in ids if token not in others]
-
-
 def is_text(ids: Iterable[int], config: Any) -> bool:
     """Whether no token stands for something shown."""
     return stand_ins(config).isdisjoint(ids)

@@ -30,17 +30,17 @@ class Store(Protocol):
 
 def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool, **options: Any) -> Any:
     """What ``PrefixStore.generate`` does."""
-    request = Request.of(unwrapped(model), input_ids, options)
-    why = _why_alone(unwrapped(model), request)
+    inner = unwrapped(model)
+    request, identity = Request.of(inner, input_ids, options), Identity.of(inner)  # which refuses what cannot be told apart
+    why = _why_alone(inner, identity, request)
     if why:
         warnings.warn(f"the model generates without the store: {why}", RuntimeWarning, stacklevel=3)
         return model.generate(request.ids, **request.options, **request.shown)
-    return _through(store, model, request, extra, wait)
+    return _through(store, model, identity, request, extra, wait)
 
 
-def _why_alone(model: Any, request: Request) -> str:
+def _why_alone(model: Any, identity: Identity, request: Request) -> str:
     """Why a store has nothing to give to a request; "" where it has. Raises InvalidArgument for a model that it cannot take."""
-    Identity.of(model)  # refuses a model that cannot be told from others
     if getattr(model.config, "is_encoder_decoder", False):
         raise InvalidArgument(
             f"{type(model).__name__} is an encoder-decoder, whose cache depends on more than its tokens; call model.generate, "
@@ -64,15 +64,15 @@ def _why_alone(model: Any, request: Request) -> str:
         return "some tokens stand for something that is not shown"
     if request.shown and tc.keeps_module_state(model):
         return f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache"
-    behaviour = tc.behaviour(model)
+    behaviour = tc.behaviour(model, identity)
     if not behaviour.reusable or not behaviour.generates:
         return f"{type(model).__name__} does not compute the same from a kept prefix: {behaviour.told}"
     return ""
 
 
-def _through(store: Store, model: Any, request: Request, extra: str, wait: bool) -> Any:
+def _through(store: Store, model: Any, identity: Identity, request: Request, extra: str, wait: bool) -> Any:
     inner, ids, last = unwrapped(model), request.ids, request.ids.shape[1] - 1
-    name, runs = tc.argument_of(inner), tc.behaviour(inner).runs
+    name, runs = tc.argument_of(inner), tc.behaviour(inner, identity).runs
     longest, shown = tc.longest_prefix(inner.config), dict(request.shown)
     if shown:
         extra += f"\n{contents.digest(shown, ids)}"
@@ -85,12 +85,11 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
         cache, length = tc.empty_cache(inner.config), 0
     if not runs and 0 < length < last - STEPS:
         cache, length = tc.empty_cache(inner.config), 0
-    if shown and not (length and _goes_on_as_text(inner, request, cache, length, runs)):
+    if shown and not (length and _goes_on_as_text(inner, identity, request, cache, length, runs)):
         cache, length = tc.empty_cache(inner.config), 0
     elif shown:
         shown.clear()
     if not shown:
-        tc.begin_text(inner)
         _prefill(inner, name, ids[:, :last], cache, length, runs)
         tc.tell_tokens(cache, last)
 
@@ -113,12 +112,12 @@ def _through(store: Store, model: Any, request: Request, extra: str, wait: bool)
     return result
 
 
-def _goes_on_as_text(model: Any, request: Request, cache: Any, length: int, runs: bool) -> bool:
+def _goes_on_as_text(model: Any, identity: Identity, request: Request, cache: Any, length: int, runs: bool) -> bool:
     """Whether a prompt's rest behind a kept prefix is text that the model takes up as if it had been shown the rest as well."""
     rest = request.ids[:, length:]
     if not contents.is_text(rest[0].tolist(), model.config) or (not runs and rest.shape[1] > 1):
         return False
-    return tc.goes_on(model, request.ids, cache, request.shown)
+    return tc.goes_on(model, identity, request.ids, cache, request.shown)
 
 
 def _prefill(model: Any, name: str, ids: Any, cache: Any, first: int, runs: bool) -> None:

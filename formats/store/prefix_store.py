@@ -158,7 +158,8 @@ class PrefixStore:
         if leave < 0:
             raise InvalidArgument(f"leave={leave}: a number of tokens is expected, 1 or more to go on from the cache")
         identity, ids = self._identity(model), token_ids(tokens)
-        one_left = not reuse.takes_several(model, ids, extra) and not stepwise
+        behaviour = reuse.behaviour_of(model, identity, ids, extra)
+        one_left = behaviour is not None and not behaviour.runs and not stepwise
         reuse.begin_text(model)
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
@@ -179,18 +180,17 @@ class PrefixStore:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
+            if one_left and sum(count for _, count in found) < len(ids) - 1:
+                found = []
             assembly, used = self._assembled(found, device)
-            if len(used) == len(found) or not found[-1][0].stateful:
+            if len(used) == len(found) or not (found[-1][0].stateful or one_left):
                 break
             unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
-        if one_left and 0 < assembly.tokens < len(ids) - 1:
-            used = []
         cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
-        tokens = assembly.tokens if used else 0
-        tc.tell_tokens(cache, tokens)
-        reuse.begin(cache, identity, self._preset if tokens else "")
-        return Prefix(cache, tokens)
+        tc.tell_tokens(cache, assembly.tokens)
+        reuse.begin(cache, identity, self._preset if used else "")
+        return Prefix(cache, assembly.tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
         """Decode blocks up to the first that cannot be; returns them, and the rows of those that could."""
@@ -333,13 +333,13 @@ class PrefixStore:
 
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
-        reuse.takes_several(model, ids, extra)
+        behaviour = reuse.behaviour_of(model, identity, ids, extra)
         reuse.check_begun(cache, identity, self._preset)
         state = tc.state_of(cache, identity.config)
-        if len(ids) and state.kind == "DynamicCache":
-            reuse.check_layers(model, cache)
         if state.kind != "DynamicCache":
             raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
+        if behaviour is not None:
+            reuse.check_layers(behaviour, state)
         layers = state.parts[""]
         batches = {size for layer in layers for size in layer.batches()}
         if batches - {1}:

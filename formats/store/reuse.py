@@ -14,36 +14,34 @@ from pqcodec.formats.store import contents
 _BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest of the model's identity then, and the preset
 
 
-def takes_several(model: Any, ids: np.ndarray, extra: str) -> bool:
-    """Whether a model takes several tokens on top of a cache; nothing is known, and so believed, of an Identity.
+def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) -> tc.Behaviour | None:
+    """How a model goes on from a cache of ids [n]; None where nothing is known, and so all believed: of an Identity alone.
 
-    Raises InvalidArgument for a model whose prefixes cannot be used again, and for
-    tokens that stand for images, video or sound of which ``extra`` tells nothing.
+    Raises InvalidArgument for a model whose prefixes cannot be used again, and for tokens that stand for images, video or
+    sound of which ``extra`` tells nothing.
     """
     if isinstance(model, Identity) or not len(ids):
-        return True
+        return None
     model = unwrapped(model)
-    text = contents.text_of(ids.tolist(), model.config)
-    if len(text) < len(ids) and tc.keeps_module_state(model):
-        raise InvalidArgument(
-            f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache; "
-            "save such caches with transformers_cache.save"
-        )
-    if len(text) < len(ids) and not extra:
-        raise InvalidArgument(
-            "some tokens stand for something shown: pass a digest of it as extra, or call PrefixStore.generate"
-        )
-    behaviour = tc.behaviour(model)
+    if not contents.is_text(ids.tolist(), model.config):
+        if tc.keeps_module_state(model):
+            raise InvalidArgument(
+                f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache; "
+                "save such caches with transformers_cache.save"
+            )
+        if not extra:
+            raise InvalidArgument(
+                "some tokens stand for something shown: pass a digest of it as extra, or call PrefixStore.generate"
+            )
+    behaviour = tc.behaviour(model, identity)
     if not behaviour.reusable:
         raise InvalidArgument(f"no prefix of {type(model).__name__} can be used again: {behaviour.told}")
-    return behaviour.runs
+    return behaviour
 
 
-def check_layers(model: Any, cache: Any) -> None:
-    """Raises InvalidArgument for a cache whose layers are not those of the model's own; of an Identity nothing is known."""
-    if isinstance(model, Identity):
-        return
-    own, found = tc.behaviour(unwrapped(model)).layers, tc.layers_of(cache)
+def check_layers(behaviour: tc.Behaviour, state: tc.CacheState) -> None:
+    """Raises InvalidArgument for a cache whose layers are not those of the model's own."""
+    own, found = behaviour.layers, tc.layers_of(state)
     if len(found) != len(own):
         raise InvalidArgument(f"a cache of {len(found)} layers; the model's own has {len(own)}")
     for number, (mine, its) in enumerate(zip(own, found, strict=True)):

@@ -19,7 +19,15 @@ import numpy as np
 
 from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.transformers_cache.held import module_state, restore_module_state
-from pqcodec.formats.transformers_cache.state import argument_of, cache_of, empty_cache, frozen, state_of, token_dimension
+from pqcodec.formats.transformers_cache.state import (
+    CacheState,
+    argument_of,
+    cache_of,
+    empty_cache,
+    frozen,
+    state_of,
+    token_dimension,
+)
 
 TOKENS, PREFIX, STEPS = 20, 12, 4  # fed at once; of them before the cut; and behind it one by one
 WIDEST = 1024  # tokens of a sliding window up to which the cut lies behind one
@@ -73,14 +81,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)
 
 
-def behaviour(model: Any) -> Behaviour:
+def behaviour(model: Any, identity: Identity) -> Behaviour:
     """How a model behaves on some tokens; a few short forward passes, the first time it is asked of a model in this state.
 
-    A model that cannot be run on them is trusted with nothing. The random numbers of torch stay as they are.
+    ``identity``: the model's, as it is now. A model that cannot be run on them is trusted with nothing. The random numbers of
+    torch stay as they are.
     """
     if model.config.get_text_config(decoder=True).model_type in WRONG:
         return Behaviour(False, False, False, False, error="its decoder goes wrong beyond its window")
-    key = _state_of(model)
+    key = _state_in(identity)
     with _lock:
         known = _known.setdefault(model, {})
         found = known.get(key)
@@ -91,16 +100,15 @@ def behaviour(model: Any) -> Behaviour:
         return found
 
 
-def _state_of(model: Any) -> tuple[Any, ...]:
+def _state_in(identity: Identity) -> tuple[Any, ...]:
     """All that a behaviour depends on: the identity but for weights."""
-    told = Identity.of(model).as_dict()
-    return tuple(sorted((name, value) for name, value in told.items() if name != "weights"))
+    return tuple(sorted((name, value) for name, value in identity.as_dict().items() if name != "weights"))
 
 
-def layers_of(cache: Any) -> tuple[Any, ...]:
+def layers_of(state: CacheState) -> tuple[Any, ...]:
     """Class, and name, shape (but for sequences and tokens) and dtype of the tensors, of each layer."""
     found = []
-    for layer in state_of(cache).parts[""]:
+    for layer in state.parts[""]:
         tensors = sorted(
             (path, tuple(n for at, n in enumerate(x.shape) if at and at - x.ndim != token_dimension(path)), str(x.dtype))
             for path, x in layer.tensors.items()
@@ -118,22 +126,22 @@ def begin_text(model: Any) -> None:
         restore_module_state(model, _text_states[model])
 
 
-def goes_on(model: Any, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
+def goes_on(model: Any, identity: Identity, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
     """Whether a model says the same of a prompt from a kept prefix as from all of it and what it is shown.
 
     Tried once for a model and the names of what it is shown: the prompt is computed in full. The cache stays as it is.
     """
     import torch
 
-    names = (_state_of(model), frozenset(shown))
+    key = (_state_in(identity), frozenset(shown))
     with _lock:
         known = _goes_on.setdefault(model, {})
-        if names not in known:
+        if key not in known:
             kept = cache_of(frozen(state_of(cache, model.config)))
             with torch.no_grad(), _same_random_numbers(model.device):
                 here = _first_logits(model, ids, **{argument_of(model): kept})
-                known[names] = _like(here, _first_logits(model, ids, **shown), _tolerance(model))
-        return known[names]
+                known[key] = _like(here, _first_logits(model, ids, **shown), _tolerance(model))
+        return known[key]
 
 
 def _tried(model: Any) -> Behaviour:
@@ -189,9 +197,9 @@ def _on(model: Any, ids: Any, cut: int) -> Behaviour:
     whole, part = empty_cache(model.config), empty_cache(model.config)
     logits = fed(whole, 0, ids.shape[1])
     fed(part, 0, cut)
-    before = frozen(state_of(part, model.config))
+    filled, before = state_of(whole, model.config), frozen(state_of(part, model.config))
     prefixes = True
-    for long, short in zip(state_of(whole, model.config).parts[""], before.parts[""], strict=True):
+    for long, short in zip(filled.parts[""], before.parts[""], strict=True):
         for path in ("keys", "values") if long.cuttable and short.kept else ():
             prefixes &= like(long.tensors[path][..., :cut, :], short.tensors[path])
     going_on = cache_of(frozen(before))
@@ -203,7 +211,7 @@ def _on(model: Any, ids: Any, cut: int) -> Behaviour:
         steps,
         runs and model.config.get_text_config(decoder=True).model_type not in STEPS_ONLY,
         like(_first_logits(model, ids), logits[:, -1]),
-        layers_of(whole),
+        layers_of(filled),
     )
 
 
