@@ -41,7 +41,7 @@ ORDER = [
 ]
 
 FORMATS_ORDER = [
-    "atomic exact frames names model_identity.code model_identity.digests model_identity.wrappers",
+    "atomic exact frames locks names model_identity.code model_identity.digests model_identity.wrappers",
     "measure npy rates remote tensor_file model_identity.tensors model_identity.watch",
     "log pieces single zarr_codec zarr_store model_identity.deviation model_identity.foreign model_identity.refusals",
     "listing pqkv recipe model_identity.identity transformers_cache.held",

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.locks import ForkLock
 from pqcodec.formats.model_identity import code
 from pqcodec.formats.model_identity.digests import config_digest, is_config, json_digest
 from pqcodec.formats.model_identity.watch import CONTAINERS, Named, modules_of, own_attributes
@@ -55,16 +54,7 @@ _SHELLS = 4  # tables of shells that are kept
 _DEPTH = 8
 
 _shells: OrderedDict[Any, Shell | None] = OrderedDict()
-_lock = threading.Lock()
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+_lock = ForkLock()
 _NOTHING: Any = object()  # stands for what does not count
 
 
@@ -239,7 +229,7 @@ def _shell_of(model: Any) -> Shell | None:
     settings = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     attention = str(getattr(model.config, "_attn_implementation", None))
     key = (type(model), model.dtype, str(model.device), settings, attention)
-    with _lock:
+    with _lock.held():
         if key in _shells:
             _shells.move_to_end(key)
             return _shells[key]
@@ -247,7 +237,7 @@ def _shell_of(model: Any) -> Shell | None:
         shell = _built(model)
     except Exception:  # a class that takes more than its config, or does not do without memory
         shell = None
-    with _lock:
+    with _lock.held():
         _shells[key] = shell
         while len(_shells) > _SHELLS:
             _shells.popitem(last=False)

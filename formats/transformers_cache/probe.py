@@ -7,8 +7,6 @@ model what its ``forward`` is fed. Each of these is tried once for a model, on t
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from pqcodec.formats.locks import ForkLock
 from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.transformers_cache.held import module_state, restore_module_state
 from pqcodec.formats.transformers_cache.state import (
@@ -69,16 +68,7 @@ class Behaviour:
 _known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by what it is and how it is run
 _goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # and by what is shown
 _text_states: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # what a text leaves in a model's modules
-_lock = threading.Lock()
-
-
-def _new_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
+_lock = ForkLock()
 
 
 def behaviour(model: Any, identity: Identity) -> Behaviour:
@@ -90,7 +80,7 @@ def behaviour(model: Any, identity: Identity) -> Behaviour:
     if model.config.get_text_config(decoder=True).model_type in WRONG:
         return Behaviour(False, False, False, False, error="its decoder goes wrong beyond its window")
     key = _state_in(identity)
-    with _lock:
+    with _lock.held():
         known = _known.setdefault(model, {})
         found = known.get(key)
         if found is None:
@@ -134,7 +124,7 @@ def goes_on(model: Any, identity: Identity, ids: Any, cache: Any, shown: Mapping
     import torch
 
     key = (_state_in(identity), frozenset(shown))
-    with _lock:
+    with _lock.held():
         known = _goes_on.setdefault(model, {})
         if key not in known:
             kept = cache_of(frozen(state_of(cache, model.config)))
