@@ -150,12 +150,8 @@ class Recipe:
     def exact_vectors(self, part: Part, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
         """(leading index, token) of the first tokens behind padding, for a tensor [sequences, ..., tokens, head_dim]."""
         tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + part.first_token
-        found = [
-            (row * heads + head, token - first)
-            for row, padding in enumerate(part.padding)
-            for token in range(max(padding, first), min(padding + self._exact_tokens(part), first + tokens))
-            for head in range(heads if padding else 0)
-        ]
+        places = behind_padding(part.padding, self._exact_tokens(part), first, first + tokens)
+        found = [(row * heads + head, token - first) for row, token in places for head in range(heads)]
         return np.array(found, np.int64).reshape(-1, 2)
 
     def held_bytes(self, part: Part, shape: tuple[int, ...], dtype: str) -> int:
@@ -261,6 +257,19 @@ class Recipe:
         size = exact.nbytes(x)
         watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
         return Coded(streams, error.rel_mse)
+
+
+def behind_padding(padding: Sequence[int], count: int, first: int, last: int) -> list[tuple[int, int]]:
+    """(sequence, token) of ``count`` tokens behind the padding of each padded sequence, among tokens ``first`` to ``last`` - 1.
+
+    >>> behind_padding((0, 3), 2, 0, 10), behind_padding((0, 3), 2, 4, 10)
+    ([(1, 3), (1, 4)], [(1, 4)])
+    """
+    return [
+        (row, token)
+        for row, before in enumerate(padding)
+        for token in range(max(before, first), min(before + count, last) if before else 0)
+    ]
 
 
 def why_exact(shape: tuple[int, ...], dtype: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.recipe import behind_padding
 
 
 class FirstTokens:
@@ -32,12 +33,7 @@ class FirstTokens:
 
     def keep(self, keys: Any, values: Any, first: int) -> None:
         """Those among tokens [sequences, heads, tokens, head_dim], of which the first has the number ``first``."""
-        last = first + int(keys.shape[2])
-        found = [
-            (row, token)
-            for row, before in enumerate(self._padding)
-            for token in range(max(before, first), min(before + self._tokens, last) if before else 0)
-        ]
+        found = behind_padding(self._padding, self._tokens, first, first + int(keys.shape[2]))
         if not found:
             return
         rows, tokens = _index(found, keys.device)
