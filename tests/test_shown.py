@@ -13,6 +13,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.store import PrefixStore
 
 transformers = pytest.importorskip("transformers")
+from families import distinct  # noqa: E402
 from test_families import ASKED, answered, answered_cache, check_like, ids_of  # noqa: E402
 
 IMAGE = 110  # the token that stands for a patch
@@ -67,13 +68,7 @@ MODELS = {"llava": llava, "gemma3": gemma3, "qwen2-vl": qwen2_vl}
 
 def made(kind: str) -> Any:
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return model
+    return distinct(MODELS[kind]().eval())
 
 
 def shown(kind: str, seed: int) -> dict[str, Any]:
