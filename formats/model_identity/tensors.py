@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.model_identity.digests import new_hash
 
 SAMPLES = 16  # words of a tensor that are looked at on each call
-COLUMNS = 1021  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
+COLUMNS = 8191  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
+_TOGETHER = 256  # tensors whose sums are in memory at once
 _WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once, and weights of the sum
+
+Look = Callable[[], tuple[np.ndarray, dict[int, bytes]]]  # waits for what was begun
 
 
 def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -32,7 +36,7 @@ class Evidence:
     Sampled (``full`` False): of each tensor in the CPU's memory, the words that hold 16 elements spread over it. Edits that
     bypass version counters (``w.data += d``) are seen where they change one of them: edits of whole tensors, practically
     always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter: each 64-bit word is in one of
-    1,021 sums modulo 2^64, so that an edit of one element is always seen.
+    8,191 sums modulo 2^64, so that an edit of one element is always seen.
     """
 
     def __init__(self, tensors: Sequence[Any], full: bool) -> None:
@@ -44,13 +48,23 @@ class Evidence:
         ]
         self._addresses = np.concatenate(addresses) if addresses else np.empty(0, np.int64)
         self._ends = np.cumsum([len(each) for each in addresses])
-        self._words, self._sums = self._look(tensors)
+        self._words, self._sums = self.begin(tensors)()
 
-    def holds(self, tensors: Sequence[Any]) -> bool:
-        """Whether the bytes that are looked at are as they were; the tensors must lie where they lay, and not be moved
-        meanwhile (see ``storages``).
+    def begin(self, tensors: Sequence[Any]) -> Look:
+        """Look at the tensors, which must lie where they lay and not be moved meanwhile (see ``storages``): what is on a GPU is
+        read while the caller does other things, until it calls the result.
         """
-        words, sums = self._look(tensors)
+        sums = _begin_sums({index: tensors[index] for index, summed in enumerate(self._summed) if summed})
+        words = np.empty(0, np.uint64)
+        if len(self._addresses):
+            from pqcodec.kernels.samples import words_at
+
+            words = words_at(self._addresses)
+        return lambda: (words, sums())
+
+    def holds(self, look: Look) -> bool:
+        """Whether the bytes that were looked at are as they were."""
+        words, sums = look()
         return bool(np.array_equal(words, self._words)) and sums == self._sums
 
     def of(self, index: int) -> bytes:
@@ -58,14 +72,6 @@ class Evidence:
         end = self._ends[index]
         start = self._ends[index - 1] if index else 0
         return self._sums[index] if self._summed[index] else self._words[start:end].tobytes()
-
-    def _look(self, tensors: Sequence[Any]) -> tuple[np.ndarray, dict[int, bytes]]:
-        words = np.empty(0, np.uint64)
-        if len(self._addresses):
-            from pqcodec.kernels.samples import words_at
-
-            words = words_at(self._addresses)
-        return words, _sums({index: tensors[index] for index, summed in enumerate(self._summed) if summed})
 
 
 @lru_cache(maxsize=4096)
@@ -83,31 +89,46 @@ def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.
     return sum((place * step for place, step in zip(places, steps, strict=True)), np.zeros(len(at), np.int64)) * size
 
 
-def _sums(tensors: dict[int, Any]) -> dict[int, bytes]:
-    """Sums over all words of each tensor, and the bytes that are left over."""
-    import torch
-
-    found: dict[int, bytes] = {}
+def _begin_sums(tensors: dict[int, Any]) -> Callable[[], dict[int, bytes]]:
+    """Start to sum the words of each tensor; the result waits for the sums."""
     places: dict[Any, list[int]] = {}
     for index, tensor in tensors.items():
         places.setdefault(tensor.device, []).append(index)
-    for device, indices in places.items():
-        weights = _column_weights(device)
-        sums = torch.zeros((len(indices), COLUMNS), dtype=torch.int64, device=device)
-        rests = []
-        for row, index in zip(sums, indices, strict=True):
-            raw = _bytes_of(tensors[index])
-            whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
-            if whole:
-                torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
-            rests.append(raw[whole:])
-        totals = (sums * weights).sum(1).tolist()
-        left = torch.cat(rests).cpu().numpy().tobytes()
-        start = 0
-        for index, total, rest in zip(indices, totals, rests, strict=True):
-            found[index] = int(total).to_bytes(8, "little", signed=True) + left[start : start + rest.numel()]
-            start += rest.numel()
+    started = []
+    for indices in places.values():
+        for first in range(0, len(indices), _TOGETHER):
+            some = indices[first : first + _TOGETHER]
+            started.append((some, _weighted_sums([tensors[index] for index in some])))
+
+    def found() -> dict[int, bytes]:
+        return {
+            index: int(total).to_bytes(8, "little", signed=True)
+            for some, totals in started
+            for index, total in zip(some, totals.tolist(), strict=True)
+        }
+
     return found
+
+
+def _weighted_sums(tensors: Sequence[Any]) -> Any:
+    """Of each tensor the sum of its words, int64 [tensors], each word times the odd number of its column."""
+    import torch
+
+    device = tensors[0].device
+    weights = _column_weights(device)
+    sums = torch.zeros((len(tensors), COLUMNS), dtype=torch.int64, device=device)
+    rests = []  # of each tensor, the words of its last row
+    for row, tensor in zip(sums, tensors, strict=True):
+        raw = _bytes_of(tensor)
+        whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
+        if whole:
+            torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
+        rest = raw[whole:]
+        rests.append(torch.nn.functional.pad(rest, (0, -rest.numel() % 8)).view(torch.int64))
+    total = torch.cat(rests).mul_(torch.cat([weights[: len(rest)] for rest in rests])).cumsum(0)
+    ends = torch.tensor([0, *accumulate(map(len, rests))]).to(device, non_blocking=True)
+    before = torch.cat([total.new_zeros(1), total])[ends]
+    return (sums * weights).sum(1) + before.diff()
 
 
 @lru_cache(maxsize=16)
