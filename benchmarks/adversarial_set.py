@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 import pqcodec
-from pqcodec import rotation
+from pqcodec.stages import rotation
 
 COUNTS = (1, 2, 3, 4, 8)
 SHARES = (0.5, 0.8, 0.95, 0.99)  # of the energy, in the dominating channels

@@ -17,7 +17,8 @@ import torch
 
 import pqcodec
 from benchmarks.rate_distortion import lloyd_max
-from pqcodec import Rope, centre
+from pqcodec import Rope
+from pqcodec.stages import centre
 
 Quantiser = Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]
 

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 
 import pqcodec
 from benchmarks import results_file
-from pqcodec import Rope, rotation
+from pqcodec import Rope
 from pqcodec import constants as c
+from pqcodec.stages import rotation
 
 FIXTURE = Path(__file__).parents[1] / "tests" / "data" / "smollm2_kv.safetensors"
 ROPE = Rope(theta=100000.0)
@@ -106,7 +107,7 @@ def rel_mse(x: np.ndarray, y: np.ndarray) -> float:
 
 def rows_bits(data: bytes) -> float:
     """Bits a coordinate of the coded rows, checksums and header left out."""
-    from pqcodec.header import Header
+    from pqcodec.stream.header import Header
 
     return Header.from_bytes(data).bits_per_coordinate
 
@@ -162,7 +163,7 @@ def real() -> dict[str, list[dict[str, Any]]]:
 
 def _offsets(x: np.ndarray) -> np.ndarray:
     """The RoPE-aware mean of x [heads, tokens, head_dim] at every token."""
-    from pqcodec import centre
+    from pqcodec.stages import centre
 
     field = ROPE.field(x.shape[-1])
     cos, sin = centre.phases(field, 0, x.shape[1])

@@ -15,8 +15,8 @@ from pqcodec.formats import remote
 from pqcodec.formats.frames import head
 from pqcodec.formats.pqkv import Body, PQKVFile, PQKVWriter
 from pqcodec.formats.tensor_file import Entry, named
-from pqcodec.source import MemorySource
-from pqcodec.stream import StreamInfo
+from pqcodec.stream.sections import StreamInfo
+from pqcodec.stream.source import MemorySource
 
 
 class PQKVAppender(PQKVWriter):

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.appender import PQKVAppender
 from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
 from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, Recipe, layers_by_name
 from pqcodec.formats.tensor_file import Progress, TensorFile
+from pqcodec.stages.centre import Rope
 
 
 def recipe_of(rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:

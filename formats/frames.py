@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.stream.checksum import checksum
 
 _CHECKSUM_TEXT = re.compile(f"[0-9a-f]{{{2 * c.CHECKSUM_BYTES}}}")
 KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)

@@ -27,7 +27,7 @@ from pqcodec.formats.frames import (
 )
 from pqcodec.formats.pieces import Piece, checked_rel_mse
 from pqcodec.formats.tensor_file import Entry, StreamPart, stream_of
-from pqcodec.source import Part, Source, fetched, read_many
+from pqcodec.stream.source import Part, Source, fetched, read_many
 
 KEYS = tuple(c.LISTING_PREFIX + key for key in ("format", "version", "tensors", "metadata", "checksum"))
 Fields = dict[str, Any]  # what the list says of a tensor

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats.frames import KINDS, Frame, checksum_bytes, frame_of, json_value, natural, sealed
 from pqcodec.formats.tensor_file import named
-from pqcodec.source import Source, owned
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.source import Source, owned
 
 _SEARCHED_BYTES = 16 << 20  # at once, behind the last commit
 

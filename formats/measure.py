@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays, codec
+from pqcodec import codec
 from pqcodec.formats import exact
 from pqcodec.kernels.reference import widen
+from pqcodec.tensors import arrays
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
 _AT_ONCE = 4096  # tokens

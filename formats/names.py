@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
+from pqcodec.stages.centre import Rope
 
 
 @dataclass(frozen=True)

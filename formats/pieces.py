@@ -16,7 +16,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact
 from pqcodec.formats.frames import tensor_problem
 from pqcodec.formats.tensor_file import Entry, TensorFile
-from pqcodec.source import MemorySource, Source
+from pqcodec.stream.source import MemorySource, Source
 
 COPY_BYTES = 16 << 20
 

@@ -34,8 +34,8 @@ from pqcodec.formats.frames import (
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import Coded, Piece, check_pieces, checked_rel_mse, read_in_pieces
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named, stream_of
-from pqcodec.source import FileSource, MappedSource, MemorySource, Part, Source, fetched
-from pqcodec.stream import Damage, StreamInfo, with_seal
+from pqcodec.stream.sections import Damage, StreamInfo, with_seal
+from pqcodec.stream.source import FileSource, MappedSource, MemorySource, Part, Source, fetched
 
 PathOrFile = str | os.PathLike[str] | BinaryIO
 Body = list[Any]  # bytes-like objects and Sources

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays, centre
 from pqcodec import constants as c
-from pqcodec.centre import Rope
+from pqcodec.codings.presets import PRESETS
 from pqcodec.formats import exact
 from pqcodec.kernels.reference import widen
-from pqcodec.presets import PRESETS
+from pqcodec.stages import centre
+from pqcodec.stages.centre import Rope
+from pqcodec.tensors import arrays
 
 Shared = dict[int, tuple[str, str]]  # presets of each layer's key and value
 

@@ -14,16 +14,16 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.centre import Rope
+from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact, rates
 from pqcodec.formats.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Coded, Piece
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, named
-from pqcodec.header import DTYPE_NAMES
-from pqcodec.presets import preset as preset_of
-from pqcodec.source import MemorySource
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.source import MemorySource
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants

@@ -24,7 +24,7 @@ import numpy as np
 
 from pqcodec.errors import InvalidArgument, TruncatedStream
 from pqcodec.formats.atomic import replacing
-from pqcodec.source import check_range
+from pqcodec.stream.source import check_range
 
 TRIES = 4
 PAUSE = 0.2  # seconds before the second try; doubled before each other one

@@ -17,9 +17,8 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, BinaryIO
 
-from pqcodec import arrays, codec
+from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.cache import recipe_of
@@ -29,8 +28,10 @@ from pqcodec.formats.pieces import Coded, Piece, check_pieces, read_in_pieces
 from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, InMemory, layers_by_name, why_exact
 from pqcodec.formats.tensor_file import LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named
 from pqcodec.formats.tensors import SAFETENSORS_CODES, SAFETENSORS_DTYPES, open_tensors, safetensors_header
-from pqcodec.source import FileSource, Part, Source, owned
-from pqcodec.stream import Damage, with_seal
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.sections import Damage, with_seal
+from pqcodec.stream.source import FileSource, Part, Source, owned
+from pqcodec.tensors import arrays
 
 _CODED = "U8"
 _ALIGNMENT = 16

@@ -10,7 +10,7 @@ from typing import Any
 from pqcodec import codec
 from pqcodec.formats import remote
 from pqcodec.formats.tensor_file import LAYOUT, Check, Entry, StreamPart, TensorFile, named
-from pqcodec.source import FileSource, Part
+from pqcodec.stream.source import FileSource, Part
 
 
 class SingleStream(TensorFile):

@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from pqcodec import arrays, codec
+from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import exact
-from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
-from pqcodec.source import Source, reading_ahead
-from pqcodec.stream import Damage, StreamInfo, checked_range, order_problem, read_header
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.sections import Damage, StreamInfo, checked_range, order_problem, read_header
+from pqcodec.stream.source import Source, reading_ahead
+from pqcodec.tensors import arrays
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

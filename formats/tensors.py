@@ -26,7 +26,7 @@ from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.frames import json_bytes, json_value
 from pqcodec.formats.npy import NpyHeader, read_npy_header
 from pqcodec.formats.recipe import Tensors
-from pqcodec.source import check_regular
+from pqcodec.stream.source import check_regular
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
 _MOST_HEADER_BYTES = 100_000_000  # the library's cap

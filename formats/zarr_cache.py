@@ -17,7 +17,6 @@ from zarr.storage import LocalStore
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import listing
 from pqcodec.formats.cache import layers_of, recipe_of
@@ -27,8 +26,9 @@ from pqcodec.formats.tensor_file import Check, Entry, Progress, StreamPart, Tens
 from pqcodec.formats.zarr_codec import TOKENS_PER_CHUNK
 from pqcodec.formats.zarr_store import DOCUMENT, document, get, lost, object_source, store_of, total_bytes
 from pqcodec.formats.zarr_writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc, write_pieces
-from pqcodec.source import Part, Source, owned
-from pqcodec.stream import Damage
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.sections import Damage
+from pqcodec.stream.source import Part, Source, owned
 
 _MOST_IN_SHARD = 1 << 20  # chunks
 

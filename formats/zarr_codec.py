@@ -22,14 +22,14 @@ from zarr.abc.store import RangeByteRequest
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.arrays import view
-from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats.tensor_file import named
-from pqcodec.header import DTYPE_NAMES, Header, header_size
 from pqcodec.kernels.reference import widen
-from pqcodec.source import MemorySource, Part, Source, check_range
-from pqcodec.stream import make_header, read_header
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES, Header, header_size
+from pqcodec.stream.sections import make_header, read_header
+from pqcodec.stream.source import MemorySource, Part, Source, check_range
+from pqcodec.tensors.arrays import view
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter

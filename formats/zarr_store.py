@@ -18,7 +18,7 @@ from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats import remote
 from pqcodec.formats.frames import json_value
-from pqcodec.source import MappedSource, MemorySource, Source, check_range, check_regular
+from pqcodec.stream.source import MappedSource, MemorySource, Source, check_range, check_regular
 
 DOCUMENT = "zarr.json"
 _MOST_DOCUMENT_BYTES = 4 * c.MAX_INDEX_BYTES  # a list of tensors and metadata, as text within text

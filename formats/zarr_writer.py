@@ -27,7 +27,6 @@ from zarr.storage import LocalStore
 
 from pqcodec import __version__, codec
 from pqcodec import constants as c
-from pqcodec.centre import PAIRINGS, Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact, listing, remote
 from pqcodec.formats.atomic import replacing_folder
@@ -36,8 +35,9 @@ from pqcodec.formats.pieces import Coded, Piece, check_pieces
 from pqcodec.formats.tensor_file import LAYOUT, Progress, named
 from pqcodec.formats.zarr_codec import PQCodec
 from pqcodec.formats.zarr_store import DOCUMENT, get, put, store_of, total_bytes
-from pqcodec.header import Header
-from pqcodec.stream import read_header, with_seal
+from pqcodec.stages.centre import PAIRINGS, Rope
+from pqcodec.stream.header import Header
+from pqcodec.stream.sections import read_header, with_seal
 
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
 _STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they lie in memory

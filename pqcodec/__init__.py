@@ -20,10 +20,10 @@ from pqcodec.errors import (
 
 if TYPE_CHECKING:
     from pqcodec.batch import DecodeBatch, EncodeBatch
-    from pqcodec.centre import Rope
     from pqcodec.codec import decode, encode, encoded_size, inspect, verify
-    from pqcodec.presets import PRESETS
-    from pqcodec.stream import Damage, StreamInfo
+    from pqcodec.codings.presets import PRESETS
+    from pqcodec.stages.centre import Rope
+    from pqcodec.stream.sections import Damage, StreamInfo
 
 __version__ = "0.1.0"
 
@@ -35,10 +35,10 @@ _LAZY = {
     "encoded_size": "codec",
     "EncodeBatch": "batch",
     "DecodeBatch": "batch",
-    "Damage": "stream",
-    "StreamInfo": "stream",
-    "Rope": "centre",
-    "PRESETS": "presets",
+    "Damage": "stream.sections",
+    "StreamInfo": "stream.sections",
+    "Rope": "stages.centre",
+    "PRESETS": "codings.presets",
 }
 
 __all__ = [

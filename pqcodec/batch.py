@@ -14,17 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays
 from pqcodec import constants as c
-from pqcodec.arrays import DeviceRows
-from pqcodec.centre import Rope
 from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
-from pqcodec.header import DTYPE_NAMES, Header
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
-from pqcodec.kernels.device import Group, Span
-from pqcodec.source import Source, source_of
-from pqcodec.stream import (
+from pqcodec.kernels.spans import Group, Span
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.sections import (
     Damage,
     checked_range,
     coded_rows,
@@ -37,6 +34,9 @@ from pqcodec.stream import (
     result_shape,
     runs_of_blocks,
 )
+from pqcodec.stream.source import Source, source_of
+from pqcodec.tensors import arrays
+from pqcodec.tensors.arrays import DeviceRows
 
 Progress = Callable[[int, int], None]
 ALIGNMENT = 16  # bytes between the beginnings of streams that lie together

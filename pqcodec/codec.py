@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays, centre
 from pqcodec import constants as c
-from pqcodec.centre import Rope
-from pqcodec.checksum import checksum, checksums
+from pqcodec.codings.presets import preset_name
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
-from pqcodec.header import CODING_NAMES, DTYPE_NAMES, Header
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values
-from pqcodec.presets import preset_name
-from pqcodec.source import Source, source_of
-from pqcodec.stream import (
+from pqcodec.stages import centre
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.checksum import checksum, checksums
+from pqcodec.stream.header import CODING_NAMES, DTYPE_NAMES, Header
+from pqcodec.stream.sections import (
     Damage,
     StreamInfo,
     checked_range,
@@ -36,6 +35,8 @@ from pqcodec.stream import (
     read_header,
     result_shape,
 )
+from pqcodec.stream.source import Source, source_of
+from pqcodec.tensors import arrays
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 _SCAN_ROWS = 1 << 12

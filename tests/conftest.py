@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pqcodec
-from pqcodec.presets import Preset
+from pqcodec.codings.presets import Preset
 
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -83,7 +83,7 @@ def triton_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     """Every kernel that the Triton backend launches for a shape."""
     from triton.runtime.jit import JITFunction
 
-    from pqcodec.kernels.gpu import Triton
+    from pqcodec.kernels.on_triton.backend import Triton
 
     launched = []
 
@@ -98,18 +98,18 @@ def triton_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every kernel of ``cuda_tiles.cu`` that the CUDA backend launches for a shape."""
-    from pqcodec.kernels import gpu_cuda
+    """Every kernel of ``blocks.cu`` that the CUDA backend launches for a shape."""
+    from pqcodec.kernels.on_cuda import backend as on_cuda
 
     asked: list[tuple[str, Any]] = []
-    gpu_cuda.Cuda.check_device = _anywhere
-    gpu_cuda.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
+    on_cuda.Cuda.check_device = _anywhere
+    on_cuda.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
     batches(shape)
     for verb, group in asked:
-        kind = gpu_cuda._kind(group.header)
-        layouts = [gpu_cuda.layout(verb, kind, few) for few in (False, True)] if gpu_cuda.covers(group) else []
+        kind = on_cuda._kind(group.header)
+        layouts = [on_cuda.layout(verb, kind, few) for few in (False, True)] if on_cuda.covers(group) else []
         for layout in {found.table_bits: found for found in layouts if found}.values():
-            code = gpu_cuda.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
+            code = on_cuda.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
             for name, needs in local_bytes(code).items():
                 yield f"{name}, look-ups of {layout.table_bits} bits", needs
 

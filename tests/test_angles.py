@@ -8,8 +8,9 @@ import torch
 from conftest import gaussian, rel_mse
 
 import pqcodec
-from pqcodec import angles, rotation
 from pqcodec import constants as c
+from pqcodec.codings import angles
+from pqcodec.stages import rotation
 
 
 @pytest.mark.parametrize(("m_a", "m_b"), [(2, 2), (4, 4), (8, 8), (16, 16), (32, 16), (64, 64), (48, 32)])
@@ -82,7 +83,7 @@ def test_trees_cover_every_coordinate_once(order: int) -> None:
 
 def test_signs_are_splitmix64() -> None:
     """SplitMix64 from seed 1234567, the values that its author publishes."""
-    from pqcodec.checksum import splitmix64
+    from pqcodec.stream.checksum import splitmix64
 
     assert [int(z) for z in splitmix64(1234567, 0, 3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import pqcodec
+from pqcodec.codings.presets import Preset
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream
 from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
-from pqcodec.presets import Preset
 
 REFERENCE = {"backend": "reference"}
 KILLS = int(os.environ.get("PQCODEC_KILLS", "200"))

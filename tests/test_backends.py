@@ -11,8 +11,8 @@ from conftest import TORCH_DTYPES, bits, gaussian, rel_mse
 
 import pqcodec
 from pqcodec import Rope
+from pqcodec.codings.presets import Preset
 from pqcodec.constants import ROTATION_ORDERS
-from pqcodec.presets import Preset
 
 HEAD_DIMS = (1, 2, 7, 16, 48, 64, 80, 96, 100, 112, 128, 160, 192, 224, 256, 320, 576, 1024)
 # A tie is an angle closer to a cell's edge than float32 can tell; the two encoders may then choose neighbouring cells.

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pqcodec
-from pqcodec import InvalidArgument, NonFiniteInput, Rope, rotation
-from pqcodec.kernels.tables import rotation_matrix
+from pqcodec import InvalidArgument, NonFiniteInput, Rope
+from pqcodec.codings.look_ups import rotation_matrix
+from pqcodec.stages import rotation
 
 # relMSE that a preset keeps on Gaussian vectors of head_dim 16 and up: about 1.3 times what is measured at 64
 WORST_ERROR = {

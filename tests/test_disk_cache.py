@@ -17,13 +17,13 @@ import pytest
 from numba import config
 from numba.core.dispatcher import Dispatcher
 
-from pqcodec.kernels import cpu_tiles, disk_cache
+from pqcodec.kernels.cpu import disk_cache, tiles
 
 ROOT = Path(__file__).parents[1]
-TILES = "pqcodec.kernels.cpu_tiles"
+TILES = "pqcodec.kernels.cpu.tiles"
 KERNELS = """
 from pqcodec.constants import GRID
-from pqcodec.kernels.disk_cache import kept
+from pqcodec.kernels.cpu.disk_cache import kept
 
 @kept(nogil=True)
 def inner(x):
@@ -37,7 +37,7 @@ CALL = """
 import json, os, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from pqcodec.kernels import disk_cache, small
+    from pqcodec.kernels.cpu import disk_cache, small
     {between}
     results = [small.outer(x) for x in {arguments}]
 print(json.dumps({{
@@ -74,13 +74,13 @@ def _reached(module: str) -> set[str]:
 def test_the_key_sees_every_source_that_reaches_a_kernel() -> None:
     seen = disk_cache.sources(TILES)
     assert set(seen) == _reached(TILES)
-    assert {TILES, "pqcodec.kernels.lanes", "pqcodec.constants"} <= set(seen)
+    assert {TILES, "pqcodec.kernels.cpu.lanes", "pqcodec.constants"} <= set(seen)
     assert all(text == ROOT.joinpath(*name.split(".")).with_suffix(".py").read_text() for name, text in seen.items())
 
 
 def test_every_kernel_goes_through_the_key() -> None:
-    kernels = [value for value in vars(cpu_tiles).values() if isinstance(value, Dispatcher)]
-    assert cpu_tiles.decode_blocks in kernels
+    kernels = [value for value in vars(tiles).values() if isinstance(value, Dispatcher)]
+    assert tiles.decode_blocks in kernels
     if disk_cache.folder() is not None:
         digest = disk_cache.sources_hash(TILES)
         assert all(isinstance(kernel._cache, disk_cache._Cache) for kernel in kernels)
@@ -90,7 +90,7 @@ def test_every_kernel_goes_through_the_key() -> None:
             assert "njit" not in path.read_text(), f"{path} compiles beside disk_cache.kept"
 
 
-@pytest.mark.parametrize("name", ["kernels/cpu_tiles", "kernels/lanes", "constants"])
+@pytest.mark.parametrize("name", ["kernels/cpu/tiles", "kernels/cpu/lanes", "constants"])
 def test_an_edit_changes_the_hash(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = disk_cache.sources(TILES)
     before = disk_cache.sources_hash(TILES)
@@ -110,7 +110,7 @@ def test_without_sources_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 def copy(tmp_path: Path) -> Path:
     """A folder with the package and two kernels more."""
     shutil.copytree(ROOT / "pqcodec", tmp_path / "pqcodec", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pqcodec" / "kernels" / "small.py").write_text(KERNELS)
+    (tmp_path / "pqcodec" / "kernels" / "cpu" / "small.py").write_text(KERNELS)
     return tmp_path
 
 
@@ -182,9 +182,9 @@ def test_the_codec_works_without_any_folder(copy: Path) -> None:
     """A read-only install, an unwritable HOME and no folder for temporary files; root too can make nothing under a file."""
     file = copy / "file"
     file.touch()
-    (copy / "pqcodec" / "kernels" / "__pycache__").touch()
+    (copy / "pqcodec" / "kernels" / "cpu" / "__pycache__").touch()
     code = (
-        "import json, tempfile, warnings; import numpy as np, pqcodec; from pqcodec.kernels import disk_cache\n"
+        "import json, tempfile, warnings; import numpy as np, pqcodec; from pqcodec.kernels.cpu import disk_cache\n"
         f"tempfile.tempdir = {str(file / 'temp')!r}; disk_cache.folder.cache_clear()\n"
         "x = np.linspace(-3, 3, 2 * 70 * 64).astype(np.float16).reshape(2, 70, 64)\n"
         "stream = pqcodec.encode(x, backend='reference')\n"

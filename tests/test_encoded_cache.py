@@ -16,8 +16,8 @@ from conftest import DEVICE, GPU, TINY, gaussian, needs_triton, rel_mse
 
 import pqcodec
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.source import source_of
-from pqcodec.stream import read_header
+from pqcodec.stream.sections import read_header
+from pqcodec.stream.source import source_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,8 +12,8 @@ from conftest import BACKENDS, bits
 from make_golden import FOLDER, cases
 
 import pqcodec
-from pqcodec.source import MemorySource
-from pqcodec.stream import order_seal
+from pqcodec.stream.sections import order_seal
+from pqcodec.stream.source import MemorySource
 
 SPEC = Path(__file__).parents[1] / "formats" / "SPEC.md"
 STREAMS = sorted(FOLDER.glob("*.pqs"))

@@ -30,10 +30,10 @@ from pqcodec import (
     kernels,
 )
 from pqcodec.batch import decode_together
-from pqcodec.checksum import checksum
-from pqcodec.header import Header
-from pqcodec.presets import PRESETS, Preset
-from pqcodec.source import MemorySource
+from pqcodec.codings.presets import PRESETS, Preset
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header
+from pqcodec.stream.source import MemorySource
 
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {"pqcodec": set(), "formats": {"pqcodec.formats"}, "tools": {"pqcodec.formats", "pqcodec.tools"}}
 HOMES = {  # third-party modules that are imported in one place only
-    "numba": {f"pqcodec/kernels/{name}.py" for name in ("cpu_tiles", "disk_cache", "lanes", "samples")},
-    "llvmlite": {"pqcodec/kernels/lanes.py"},
+    "numba": {f"pqcodec/kernels/cpu/{name}.py" for name in ("tiles", "disk_cache", "lanes", "samples")},
+    "llvmlite": {"pqcodec/kernels/cpu/lanes.py"},
     "safetensors": {"formats/tensors.py"},
     "zarr": {"formats/zarr_"},
     "typer": {"tools"},
@@ -24,18 +24,22 @@ HOMES = {  # third-party modules that are imported in one place only
     "fsspec": {"formats/remote.py"},
     "transformers": {"formats/transformers_cache/", "formats/offload/encoded_cache.py"},
     "sqlite3": {"formats/store/connections.py", "formats/store/index.py"},
-    "triton": {"pqcodec/kernels/triton_tiles.py"},
-    "cuda": {"pqcodec/kernels/gpu_cuda.py", "formats/offload/graphs.py"},
+    "triton": {"pqcodec/kernels/on_triton/"},
+    "cuda": {"pqcodec/kernels/on_cuda/", "formats/offload/graphs.py"},
 }
-ORDER = [
+ORDER = [  # of the modules of the core, from the floor up: a module imports from the lines above its own
     "errors constants",
-    "checksum",
-    "rotation",
-    "header presets",
-    "angles",
-    "plan centre job source",
-    "arrays stream",
-    "kernels",
+    "stream.checksum threads",
+    "stages.rotation",
+    "stream.header codings.presets",
+    "codings.angles",
+    "codings.plan codings.look_ups stages.centre kernels.job stream.source",
+    "tensors.arrays stream.sections",
+    "kernels.spans kernels.reference kernels.cpu.disk_cache",
+    "kernels.cpu.lanes",
+    "kernels.cpu.samples kernels.cpu.tiles kernels.on_triton.blocks",
+    "kernels.cpu.backend kernels.on_triton.backend",
+    "kernels.on_cuda.backend",
     "batch",
     "codec",
 ]
@@ -91,30 +95,21 @@ def test_imports_run_one_way_and_libraries_have_one_home(path: Path) -> None:
 
 
 def test_modules_of_the_core_import_downwards() -> None:
-    rank = {name: i for i, names in enumerate(ORDER) for name in names.split()}
-    for path in (ROOT / "pqcodec").glob("*.py"):
-        if path.stem == "__init__":
-            continue
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "pqcodec" and len(parts) > 1:
-                lower = parts[2] if parts[1] == "kernels" and parts[-1] != "backend" and len(parts) > 2 else parts[1]
-                if lower in rank:
-                    assert rank[lower] <= rank[path.stem], f"{path.stem} imports {name} from above"
+    _check_order("pqcodec", "pqcodec.", ORDER)
 
 
 def test_modules_of_formats_import_downwards() -> None:
-    """And each has its place in the order."""
-    rank = {name: i for i, names in enumerate(FORMATS_ORDER) for name in names.split()}
-    paths = {_module(path): path for path in (ROOT / "formats").rglob("*.py") if path.stem != "__init__"}
-    assert set(rank) == set(paths)
+    _check_order("formats", "pqcodec.formats.", FORMATS_ORDER)
+
+
+def _check_order(folder: str, package: str, order: list[str]) -> None:
+    """Every module has its place in the order, and imports from the floors below its own only."""
+    rank = {name: i for i, names in enumerate(order) for name in names.split()}
+    found = {path.relative_to(ROOT / folder).with_suffix("") for path in (ROOT / folder).rglob("*.py")}
+    assert set(rank) == {".".join(path.parts) for path in found if path.name != "__init__"}
     for name, floor in rank.items():
-        below = {found.removeprefix("pqcodec.formats.") for found in imports(paths[name]) if "pqcodec.formats." in found}
-        assert all(rank[other] < floor for other in below & set(rank)), f"{name} imports {below}"
-
-
-def _module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "formats").with_suffix("").parts)
+        below = {other.removeprefix(package) for other in imports(ROOT / folder / f"{name.replace('.', '/')}.py")}
+        assert all(rank[other] < floor for other in below & set(rank)), f"{name} imports {sorted(below & set(rank))}"
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:
@@ -143,7 +138,7 @@ def test_help_is_quick() -> None:
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     """The kernels come from numba's cache on disk: no miss for a stream like one that was made before."""
     code = (
-        "import json, numpy as np, pqcodec; from pqcodec.kernels import cpu_tiles as t;"
+        "import json, numpy as np, pqcodec; from pqcodec.kernels.cpu import tiles as t;"
         "pqcodec.decode(pqcodec.encode(np.ones((2, 80, 64), np.float16), center='mean'));"
         "print(json.dumps([sum(f.stats.cache_misses.values()) for f in (t.encode_blocks, t.decode_blocks, t.sum_tokens)]))"
     )
@@ -164,7 +159,7 @@ def test_a_clean_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     code = (
         "import numpy as np, pqcodec; from pqcodec.formats import PQKVFile; import pqcodec.tools.cli;"
         "from importlib.resources import files; assert files('pqcodec.formats').joinpath('SPEC.md').is_file();"
-        "assert files('pqcodec.kernels').joinpath('cuda_tiles.cu').is_file();"
+        "assert files('pqcodec.kernels.on_cuda').joinpath('blocks.cu').is_file();"
         "x = np.ones((3, 64), np.float16); print(pqcodec.__file__);"
         "assert pqcodec.decode(pqcodec.encode(x, backend='reference'), backend='reference').shape == (3, 64)"
     )

@@ -26,7 +26,7 @@ from pqcodec.formats import PQKVFile, PQKVWriter, containers, listing
 from pqcodec.formats.pieces import Coded
 from pqcodec.formats.recipe import InMemory
 from pqcodec.formats.tensors import SAFETENSORS_CODES, open_tensors, write_tensors
-from pqcodec.source import MappedSource
+from pqcodec.stream.source import MappedSource
 from pqcodec.tools import memory
 from tests.conftest import gaussian
 from tests.test_cli import run

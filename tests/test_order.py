@@ -26,8 +26,8 @@ from pqcodec.formats.frames import checksum_text
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import pieces_of
 from pqcodec.formats.tensor_file import TensorFile
-from pqcodec.source import FileSource, MemorySource
-from pqcodec.stream import order_seal
+from pqcodec.stream.sections import order_seal
+from pqcodec.stream.source import FileSource, MemorySource
 
 pytest.importorskip("zarr", minversion="3.0.8")
 Objects = dict[str, bytes]  # of a store; a file is one that is called ""

@@ -7,7 +7,8 @@ import torch
 from conftest import gaussian, rel_mse
 
 from benchmarks.peers import EXACT_TOKENS, Affine, peers, q4_0, random_rotation, rope_mean
-from pqcodec import Rope, centre
+from pqcodec import Rope
+from pqcodec.stages import centre
 
 ROPE = Rope(theta=10000.0)
 PEERS = peers(ROPE)

@@ -23,7 +23,7 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 from pqcodec.formats.store.transfer import write_prefix
-from pqcodec.stream import read_header
+from pqcodec.stream.sections import read_header
 
 transformers = pytest.importorskip("transformers")
 from store_stress import stress  # noqa: E402

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pqcodec.codings.presets import PRESETS
 from pqcodec.formats import rates
-from pqcodec.presets import PRESETS
 
 LAYERS = 12
 

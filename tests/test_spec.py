@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pqcodec import angles, rotation
 from pqcodec import constants as c
+from pqcodec.codings import angles
+from pqcodec.stages import rotation
 
 SPEC = (Path(__file__).parents[1] / "formats" / "SPEC.md").read_text()
 MARGIN = 5e-5  # of a rounding step, as section 6.6 says

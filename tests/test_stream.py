@@ -14,10 +14,10 @@ from conftest import TORCH_DTYPES, bits, gaussian, rel_mse
 import pqcodec
 from pqcodec import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream, encode
 from pqcodec import constants as c
-from pqcodec.checksum import checksum, checksums
 from pqcodec.codec import decode_together
-from pqcodec.header import Header
-from pqcodec.source import MemorySource
+from pqcodec.stream.checksum import checksum, checksums
+from pqcodec.stream.header import Header
+from pqcodec.stream.source import MemorySource
 
 
 def with_header_checksum(data: bytes) -> bytes:

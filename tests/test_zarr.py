@@ -361,7 +361,7 @@ def test_bad_configurations_are_refused(configuration: Any, message: str | None)
 # -- whole caches --------------------------------------------------------------------------------------------------
 def keys_under_rope(heads: int, tokens: int, head_dim: int, rope: Rope) -> torch.Tensor:
     """Gaussian keys with a large bias, turned by their position."""
-    from pqcodec import centre
+    from pqcodec.stages import centre
 
     x = gaussian(heads, tokens, head_dim, seed=1).double().numpy() + 8 * gaussian(head_dim, seed=2).double().numpy()
     field = rope.field(head_dim)

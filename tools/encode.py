@@ -17,10 +17,10 @@ from pqcodec.tools.outcome import bytes_text, say, shown
 from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
-    from pqcodec.centre import Rope
     from pqcodec.formats.names import Part
     from pqcodec.formats.recipe import Encoded, Recipe
     from pqcodec.formats.tensors import TensorReader
+    from pqcodec.stages.centre import Rope
 
 Sources = Annotated[
     list[str],
@@ -146,7 +146,7 @@ def _rope(theta: float | None, dim: int | None, style: str | None, first: int | 
         if (dim, style, first) != (None, None, None):
             raise InvalidArgument("--rope-dim, --rope-style and --rope-first need --rope-theta")
         return None
-    from pqcodec.centre import Rope
+    from pqcodec.stages.centre import Rope
 
     return Rope(theta=theta, dim=dim, style=style or "half", first_position=first or 0)
 

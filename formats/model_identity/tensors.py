@@ -57,7 +57,7 @@ class Evidence:
         sums = _begin_sums({index: tensors[index] for index, summed in enumerate(self._summed) if summed})
         words = np.empty(0, np.uint64)
         if len(self._addresses):
-            from pqcodec.kernels.samples import words_at
+            from pqcodec.kernels.cpu.samples import words_at
 
             words = words_at(self._addresses)
         return lambda: (words, sums())

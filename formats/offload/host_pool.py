@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays
 from pqcodec.batch import each
-from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
 from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
@@ -31,6 +29,8 @@ from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Trans
 from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
+from pqcodec.stages.centre import Rope
+from pqcodec.tensors import arrays
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
 

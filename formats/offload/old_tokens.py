@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from pqcodec import codec
 from pqcodec.batch import DecodeBatch, EncodeBatch, aligned
-from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.launches import Launch, Pair, Prepared
 from pqcodec.formats.offload.staging import SPARE, Home, Homes, Slot, Staging, memory
-from pqcodec.header import Header
 from pqcodec.kernels import ON_DEVICE
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import Header
 
 PLACES = ("host", "device")
 _SPARE_TOKENS = 256  # of the scratch, at least

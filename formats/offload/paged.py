@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays, codec
+from pqcodec import codec
 from pqcodec.batch import DeviceSource, EncodeBatch
-from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as backend_of
+from pqcodec.stages.centre import Rope
+from pqcodec.tensors import arrays
 
 LAYOUTS = (
     "2,blocks,block,heads,dim",

@@ -12,13 +12,13 @@ from functools import cached_property, lru_cache
 from itertools import count, pairwise
 from typing import Any
 
-from pqcodec import arrays
 from pqcodec import constants as c
 from pqcodec.batch import aligned
-from pqcodec.centre import Rope
 from pqcodec.errors import InvalidArgument
-from pqcodec.header import DTYPE_NAMES, Header
-from pqcodec.stream import make_header
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.sections import make_header
+from pqcodec.tensors import arrays
 
 _NUMBERS = count()
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.arrays import device_rows
 from pqcodec.batch import DecodeBatch, EncodeBatch, Placed, batch_kernel
 from pqcodec.formats.offload.graphs import Replayed
 from pqcodec.formats.offload.pieces import Piece
-from pqcodec.kernels.device import Group
+from pqcodec.kernels.spans import Group
+from pqcodec.tensors.arrays import device_rows
 
 SLOTS = 2
 KINDS = 8  # of pieces in each direction, whose tables are kept

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import arrays, codec
+from pqcodec import codec
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.exact import dtype_name
@@ -25,11 +25,12 @@ from pqcodec.formats.recipe import InMemory, Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
 from pqcodec.formats.tensor_file import LAYOUT
-from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels import ON_DEVICE
 from pqcodec.kernels import backend as kernel_of
-from pqcodec.source import MemorySource, Source
-from pqcodec.stream import read_header
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.sections import read_header
+from pqcodec.stream.source import MemorySource, Source
+from pqcodec.tensors import arrays
 
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1

@@ -31,7 +31,7 @@ from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
-from pqcodec.kernels.threads import threads
+from pqcodec.threads import threads
 
 TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
 BLOCK_CHUNK = 64  # tokens under one checksum

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pqcodec.centre import Rope
 from pqcodec.formats import exact, rates
 from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
 from pqcodec.formats.transformers_cache.state import CacheState, LayerState
+from pqcodec.stages.centre import Rope
 
 _GPTJ_THETA = 10000.0
 

@@ -17,19 +17,19 @@ def _reference() -> Backend:
 
 
 def _cpu() -> Backend:
-    from pqcodec.kernels.cpu import Cpu
+    from pqcodec.kernels.cpu.backend import Cpu
 
     return Cpu()
 
 
 def _triton() -> Any:
-    from pqcodec.kernels.gpu import Triton
+    from pqcodec.kernels.on_triton.backend import Triton
 
     return Triton()
 
 
 def _cuda() -> Any:
-    from pqcodec.kernels.gpu_cuda import Cuda
+    from pqcodec.kernels.on_cuda.backend import Cuda
 
     return Cuda()
 

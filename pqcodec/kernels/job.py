@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.header import Header
+from pqcodec.stream.header import Header
 
 
 def nobody(done: int) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pqcodec import angles, centre, rotation
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
-from pqcodec.header import Header
+from pqcodec.codings import angles
+from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, nobody, sampled
-from pqcodec.plan import Plan, plan_for
+from pqcodec.stages import centre, rotation
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------

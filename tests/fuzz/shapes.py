@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
+from pqcodec.stream.checksum import checksum
 
 from .base import MAX_BYTES, attempt
 from .mutations import _odd_number, json_edit, json_text, number, scramble
@@ -39,7 +39,7 @@ FIELDS = (*FIELDS, (42, 2), (45, 1), *((at, 8) for at in (48, 56, 64, 72)))
 
 def seal_stream(data: bytes, resize: bool = True) -> bytes:
     """A stream whose checksums hold, as far as its header can be read; ``resize``: with as many bytes as that asks for."""
-    from pqcodec.header import Header
+    from pqcodec.stream.header import Header
 
     new = bytearray(data)
     if len(new) < c.HEADER_STRUCT.size:
@@ -77,8 +77,8 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
-    from pqcodec.header import Header, RopeField
-    from pqcodec.rotation import order_for
+    from pqcodec.stages.rotation import order_for
+    from pqcodec.stream.header import Header, RopeField
 
     h, refused = attempt(Header.from_bytes, data)
     if refused:
@@ -170,8 +170,8 @@ def seal_pqkv(data: bytes) -> bytes:
 
 def order_of(data: bytes) -> str:
     """The order seal of a stream as text; empty where its header cannot be read."""
-    from pqcodec.source import MemorySource
-    from pqcodec.stream import order_seal
+    from pqcodec.stream.sections import order_seal
+    from pqcodec.stream.source import MemorySource
 
     found, refused = attempt(order_seal, MemorySource(data))
     return "" if refused else found.to_bytes(c.CHECKSUM_BYTES, "little").hex()

@@ -58,7 +58,7 @@ def on_disk(data: bytes) -> Path:
 def stream(data: bytes) -> None:
     """One stream: inspect, decode, verify and parts agree with each other, and the backends bit for bit."""
     import pqcodec
-    from pqcodec.header import Header
+    from pqcodec.stream.header import Header
 
     info, refused = attempt(pqcodec.inspect, data)
     if refused:

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import angles, centre
 from pqcodec import constants as c
-from pqcodec.checksum import checksum_keys
+from pqcodec.codings import angles
+from pqcodec.codings import look_ups as t
+from pqcodec.codings.plan import plan_for
 from pqcodec.errors import CorruptStream
-from pqcodec.header import Header, RopeField
-from pqcodec.kernels import tables as t
-from pqcodec.plan import plan_for
-from pqcodec.stream import Damage
+from pqcodec.stages import centre
+from pqcodec.stream.checksum import checksum_keys
+from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.sections import Damage
 
 # Fields of a span's row, int64 [FIELDS]
 STREAM = 0  # address of the stream's first byte

@@ -1,4 +1,4 @@
-"""Law: the Triton backend: launches the kernels of ``triton_tiles`` for a group of spans; nothing is allocated or waited for.
+"""Law: the Triton backend: launches the kernels of ``blocks`` for a group of spans; nothing is allocated or waited for.
 
 Every launch is on the caller's current stream and may be captured in a CUDA graph. Without a GPU the same kernels run in
 Triton's interpreter (TRITON_INTERPRET=1), on tensors of the CPU.
@@ -11,10 +11,10 @@ from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
-from pqcodec.header import Header
-from pqcodec.kernels import triton_tiles as tiles
-from pqcodec.kernels.device import MEAN_PARTS, Group
 from pqcodec.kernels.job import MEAN_TOKENS
+from pqcodec.kernels.on_triton import blocks as tiles
+from pqcodec.kernels.spans import MEAN_PARTS, Group
+from pqcodec.stream.header import Header
 
 WARPS = 4
 SUM_TILE = 1024

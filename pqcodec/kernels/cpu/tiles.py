@@ -26,8 +26,8 @@ from pqcodec.constants import (
     PHASE_SHIFT,
     RADIUS_BIAS,
 )
-from pqcodec.kernels.disk_cache import kept
-from pqcodec.kernels.lanes import (
+from pqcodec.kernels.cpu.disk_cache import kept
+from pqcodec.kernels.cpu.lanes import (
     LANES,
     any_lane,
     as_bits,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from pqcodec import constants as c
-from pqcodec.kernels import device as d
-from pqcodec.kernels import tables as t
+from pqcodec.codings import look_ups as t
+from pqcodec.kernels import spans as d
 
 # Triton wants globals to say that they are constants.
 SPLIT: tl.constexpr = tl.constexpr(c.CODING_SPLIT)

@@ -1,4 +1,4 @@
-"""Law: the numba backend: turns a job into flat arrays and runs the tiles of ``cpu_tiles`` on all cores.
+"""Law: the numba backend: turns a job into flat arrays and runs the tiles of ``tiles`` on all cores.
 
 Kernels are compiled once and kept on disk (``disk_cache``); they hold no lock, so plain threads share the blocks.
 """
@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec import angles, centre, rotation
 from pqcodec import constants as c
-from pqcodec.checksum import checksum_keys
-from pqcodec.header import Header
-from pqcodec.kernels import cpu_tiles as tiles
-from pqcodec.kernels import tables
+from pqcodec.codings import angles
+from pqcodec.codings import look_ups as tables
+from pqcodec.codings.plan import Plan, plan_for
+from pqcodec.kernels.cpu import tiles
+from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, address, nobody, sampled
-from pqcodec.kernels.lanes import LANES
-from pqcodec.kernels.threads import threads
-from pqcodec.plan import Plan, plan_for
+from pqcodec.stages import centre, rotation
+from pqcodec.stream.checksum import checksum_keys
+from pqcodec.stream.header import Header
+from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
@@ -80,7 +81,7 @@ if hasattr(os, "register_at_fork"):
 # -- tables, flattened -------------------------------------------------------------------------------------------
 @lru_cache(maxsize=32)
 def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray, tuple]:
-    """A tree for ``cpu_tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32, and (its
+    """A tree for ``tiles``: (its shape), (the encoder's tables), the decoder's table, the sin^2 grids float32, and (its
     shape as the decoder goes through it: ``tiles.STEP`` numbers a node, 16 / (15 coordinates) of each, portions)."""
     tree, nodes = angles.tree(order), tables.node_arrays(order)
     kinds = len(tree.tables)
@@ -108,7 +109,7 @@ def _tree_arrays(order: int) -> tuple[tuple, tuple, np.ndarray, np.ndarray, tupl
 
 @lru_cache(maxsize=1)
 def _quad_arrays() -> tuple[tuple, tuple]:
-    """Quads for ``cpu_tiles``: (by budget: codes a cell and first record; cell look-up; n_a and n_b), and the decoder's
+    """Quads for ``tiles``: (by budget: codes a cell and first record; cell look-up; n_a and n_b), and the decoder's
     (by budget: codes a cell, first record, last cell, 1 / codes; by record: cos, sin, n_b, 1 / n_b, K_a, K_b, 0, 0)."""
     table = angles.quad_table()
     codes = table.per_cell.astype(np.int32)
@@ -184,7 +185,7 @@ def _sizes(h: Header) -> tuple[int, ...]:
 
 
 def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
-    """The blocks of jobs of one kind, job by job and chunk by chunk, for ``cpu_tiles.decode_blocks``; ``offsets``: each job's,
+    """The blocks of jobs of one kind, job by job and chunk by chunk, for ``tiles.decode_blocks``; ``offsets``: each job's,
     float32 [leading or 0, order].
     """
     found, first = [], 0
@@ -258,7 +259,7 @@ def _plan_ints(plan: Plan) -> tuple[int, int, int, int, int]:
 
 
 def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The signs of a tensor's coordinates, and for ``cpu_tiles.rotate``: H's base, places and signs between two rounds."""
+    """The signs of a tensor's coordinates, and for ``tiles.rotate``: H's base, places and signs between two rounds."""
     base = _base_places(plan.order, verb == "decode")
     if plan.rounds == 1:
         return plan.signs, (base, np.zeros(0, np.int64), plan.signs[:0])
@@ -269,7 +270,7 @@ def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.n
 
 @lru_cache(maxsize=64)
 def _base_places(order: int, transposed: bool) -> np.ndarray:
-    """For ``cpu_tiles.base_stage``: int64 [b, b/4]; [0, 0] where H's base is 1."""
+    """For ``tiles.base_stage``: int64 [b, b/4]; [0, 0] where H's base is 1."""
     base = rotation.base_matrix(rotation.base_of(order))
     if len(base) == 1:
         return np.zeros((0, 0), np.int64)

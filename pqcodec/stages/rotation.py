@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from pqcodec.checksum import splitmix64
 from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, PALEY_PRIME, PERMUTATION_SEED, ROTATION_ORDERS
 from pqcodec.errors import InvalidArgument
+from pqcodec.stream.checksum import splitmix64
 
 
 def order_for(head_dim: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pqcodec.kernels.disk_cache import kept
-from pqcodec.kernels.lanes import pointer
+from pqcodec.kernels.cpu.disk_cache import kept
+from pqcodec.kernels.cpu.lanes import pointer
 
 
 @kept(nogil=True)

@@ -13,9 +13,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.checksum import checksum
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
-from pqcodec.rotation import order_for
+from pqcodec.stages.rotation import order_for
+from pqcodec.stream.checksum import checksum
 
 CODING_NAMES = {c.CODING_SPLIT: "split", c.CODING_PAPER: "paper"}
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}

@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.angles import full_circle
+from pqcodec.codings.angles import full_circle
 from pqcodec.errors import InvalidArgument
-from pqcodec.header import RopeField
+from pqcodec.stream.header import RopeField
 
 PAIRINGS = {"half": c.ROPE_HALF, "interleaved": c.ROPE_INTERLEAVED}
 

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from pqcodec import angles, rotation
 from pqcodec import constants as c
+from pqcodec.codings import angles
+from pqcodec.stages import rotation
 
 WIDTHS = c.MAX_ANGLE_BITS + 1
 CODES = 2 << c.MAX_ANGLE_BITS

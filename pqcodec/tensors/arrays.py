@@ -14,8 +14,8 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
-from pqcodec.header import DTYPE_NAMES
 from pqcodec.kernels.job import Values, address
+from pqcodec.stream.header import DTYPE_NAMES
 
 _LINE = 64  # bytes
 _NUMPY_DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.centre import Rope
-from pqcodec.checksum import checksum
+from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
-from pqcodec.header import Header, header_size
-from pqcodec.presets import preset as preset_of
-from pqcodec.rotation import order_for
-from pqcodec.source import Part, Range, Source, fetched, read_many
+from pqcodec.stages.centre import Rope
+from pqcodec.stages.rotation import order_for
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header, header_size
+from pqcodec.stream.source import Part, Range, Source, fetched, read_many
 
 _RUN_BYTES = 16 << 20  # of blocks that are read at once
 

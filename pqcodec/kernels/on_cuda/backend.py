@@ -1,4 +1,4 @@
-"""Law: the CUDA backend: ``cuda_tiles.cu`` compiled at run time (NVRTC) where it pays, Triton's kernels for everything else.
+"""Law: the CUDA backend: ``blocks.cu`` compiled at run time (NVRTC) where it pays, Triton's kernels for everything else.
 
 NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes. Two
 rounds of the rotation are one product with a matrix that lies in shared memory, where there is room for it.
@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
-from pqcodec import angles, centre
 from pqcodec import constants as c
-from pqcodec.checksum import checksum_keys
+from pqcodec.codings import angles
+from pqcodec.codings import look_ups as t
+from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.header import Header
-from pqcodec.kernels import device as d
-from pqcodec.kernels import tables as t
-from pqcodec.kernels.device import Group
-from pqcodec.kernels.gpu import Triton
-from pqcodec.plan import Plan, plan_for
+from pqcodec.kernels import spans as d
+from pqcodec.kernels.on_triton.backend import Triton
+from pqcodec.kernels.spans import Group
+from pqcodec.stages import centre
+from pqcodec.stream.checksum import checksum_keys
+from pqcodec.stream.header import Header
 
 ORDERS = (64, 128, 256)
 # Threads of a block, one block a multiprocessor (the tables fill most of its shared memory), by direction and order: as many
@@ -58,7 +59,7 @@ LOOK_UP_BYTES = t.STEPS + 4
 
 
 def covers(group: Group) -> bool:
-    """Whether ``cuda_tiles.cu`` codes a group; otherwise Triton's kernels do."""
+    """Whether ``blocks.cu`` codes a group; otherwise Triton's kernels do."""
     h = group.header
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
@@ -267,7 +268,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 
 def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
-    """The macros that ``cuda_tiles.cu`` is compiled with."""
+    """The macros that ``blocks.cu`` is compiled with."""
     plan, paper = plan_for(h), h.coding == c.CODING_PAPER
     return {
         "DECODER" if verb == "decode" else "ENCODER": 1,
@@ -390,11 +391,11 @@ def tables_for(verb: str, h: Header, bits: int, keys: bool) -> tuple[np.ndarray,
 
 def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     """The machine code (cubin) of one direction for one kind of stream."""
-    source = files("pqcodec.kernels").joinpath("cuda_tiles.cu").read_bytes()
+    source = files("pqcodec.kernels.on_cuda").joinpath("blocks.cu").read_bytes()
     options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
     options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
     try:
-        program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda_tiles.cu", 0, [], []))
+        program = _checked(nvrtc.nvrtcCreateProgram(source, b"blocks.cu", 0, [], []))
     except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
         raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]

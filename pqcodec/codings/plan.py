@@ -10,9 +10,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from pqcodec import angles, rotation
 from pqcodec import constants as c
-from pqcodec.header import Header
+from pqcodec.codings import angles
+from pqcodec.stages import rotation
+from pqcodec.stream.header import Header
 
 
 @dataclass(frozen=True)

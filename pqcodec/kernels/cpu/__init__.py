@@ -1,0 +1,1 @@
+"""Encode and decode on a CPU: kernels of numba on explicit SIMD lanes."""

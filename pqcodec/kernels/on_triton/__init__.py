@@ -1,0 +1,1 @@
+"""Encode and decode on any GPU that Triton compiles for."""
