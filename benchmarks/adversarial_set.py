@@ -15,6 +15,7 @@ import numpy as np
 
 import pqcodec
 from pqcodec.stages import rotation
+from pqcodec.stream.orders import order_for
 
 COUNTS = (1, 2, 3, 4, 8)
 SHARES = (0.5, 0.8, 0.95, 0.99)  # of the energy, in the dominating channels
@@ -119,7 +120,7 @@ def _others(head_dim: int, vectors: int, rng: np.random.Generator) -> Iterator[t
     huge = rng.standard_normal((head_dim, head_dim))
     np.fill_diagonal(huge, 1e4)  # few vectors would not do: what they become depends on the channel and the seed alone
     yield "one huge coordinate, every channel in turn", huge
-    order = rotation.order_for(head_dim)
+    order = order_for(head_dim)
     rows = rotation.hadamard(order)[:, :head_dim]
     yield "rows of the Hadamard matrix", loud * rows[rng.integers(order, size=vectors)]
     columns = rotation.hadamard(order)[:head_dim].T

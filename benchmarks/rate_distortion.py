@@ -22,6 +22,7 @@ from benchmarks import results_file
 from pqcodec import Rope
 from pqcodec import constants as c
 from pqcodec.stages import rotation
+from pqcodec.stream.orders import order_for
 
 FIXTURE = Path(__file__).parents[1] / "tests" / "data" / "smollm2_kv.safetensors"
 ROPE = Rope(theta=100000.0)
@@ -57,7 +58,7 @@ def lloyd_max_at(bits: float, head_dim: int) -> float:
 
 def lloyd_max_round_trip(x: np.ndarray, levels: int) -> np.ndarray:
     """x [n, head_dim] through f16 norm, Hadamard rotation and Lloyd-Max cells, and back."""
-    order = rotation.order_for(x.shape[1])
+    order = order_for(x.shape[1])
     h = rotation.hadamard(order) * rotation.signs(0, order) / sqrt(order)
     norm = np.linalg.norm(x, axis=1, keepdims=True).astype(np.float16).astype(np.float64)
     unit = np.where(norm > 0, x / np.maximum(norm, 1e-30), 0) @ h.T * sqrt(order)

@@ -15,7 +15,7 @@ from pqcodec.formats import remote
 from pqcodec.formats.frames import head
 from pqcodec.formats.pqkv import Body, PQKVFile, PQKVWriter
 from pqcodec.formats.tensor_file import Entry, named
-from pqcodec.stream.sections import StreamInfo
+from pqcodec.stream.report import StreamInfo
 from pqcodec.stream.source import MemorySource
 
 

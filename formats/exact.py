@@ -13,7 +13,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument, UnsupportedStream
-from pqcodec.stream.sections import checked_range
+from pqcodec.stream.index import checked_range
 
 NUMPY_DTYPES = {name: np.dtype(name) for name in c.EXACT_ITEM_BYTES if name != "bfloat16" and not name.startswith("float8")}
 

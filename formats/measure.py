@@ -10,8 +10,8 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec.formats import exact
-from pqcodec.kernels.reference import widen
 from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import device_of, device_type, widen
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
 _AT_ONCE = 4096  # tokens
@@ -44,7 +44,7 @@ def error_of(x: Any, stream: Any, *, backend: str = "auto", sample: bool = True)
         runs = [(int(start), int(start) + SAMPLE_TOKENS) for start in starts]
     else:
         runs = [(start, min(start + _AT_ONCE, tokens)) for start in range(0, tokens, _AT_ONCE)]
-    device = x.device if arrays.device_type(arrays.device_of(x)) != "cpu" else None
+    device = x.device if device_type(device_of(x)) != "cpu" else None
     found = Error()
     for low, high in runs:
         y = codec.decode(stream, tokens=(low, high), backend=backend, device=device)

@@ -34,7 +34,8 @@ from pqcodec.formats.frames import (
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import Coded, Piece, check_pieces, checked_rel_mse, read_in_pieces
 from pqcodec.formats.tensor_file import LAYOUT, NO_LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named, stream_of
-from pqcodec.stream.sections import Damage, StreamInfo, with_seal
+from pqcodec.stream.report import Damage, StreamInfo
+from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import FileSource, MappedSource, MemorySource, Part, Source, fetched
 
 PathOrFile = str | os.PathLike[str] | BinaryIO

@@ -25,10 +25,10 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.presets import PRESETS
 from pqcodec.formats import exact
-from pqcodec.kernels.reference import widen
 from pqcodec.stages import centre
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import widen
 
 Shared = dict[int, tuple[str, str]]  # presets of each layer's key and value
 

@@ -29,7 +29,8 @@ from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, InMemory, layers_
 from pqcodec.formats.tensor_file import LAYOUT, Check, Entry, Progress, StreamPart, TensorFile, named
 from pqcodec.formats.tensors import SAFETENSORS_CODES, SAFETENSORS_DTYPES, open_tensors, safetensors_header
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.sections import Damage, with_seal
+from pqcodec.stream.report import Damage
+from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import FileSource, Part, Source, owned
 from pqcodec.tensors import arrays
 

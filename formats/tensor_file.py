@@ -15,11 +15,13 @@ from typing import Any, Self
 
 from pqcodec import codec
 from pqcodec import constants as c
+from pqcodec.backends import ON_DEVICE
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats import exact
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.stream.header import DTYPE_NAMES
-from pqcodec.stream.sections import Damage, StreamInfo, checked_range, order_problem, read_header
+from pqcodec.stream.header import DTYPE_NAMES, read_header
+from pqcodec.stream.index import checked_range
+from pqcodec.stream.report import Damage, StreamInfo
+from pqcodec.stream.seal import order_problem
 from pqcodec.stream.source import Source, reading_ahead
 from pqcodec.tensors import arrays
 

@@ -27,7 +27,7 @@ from pqcodec.formats.zarr_codec import TOKENS_PER_CHUNK
 from pqcodec.formats.zarr_store import DOCUMENT, document, get, lost, object_source, store_of, total_bytes
 from pqcodec.formats.zarr_writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc, write_pieces
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.sections import Damage
+from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Part, Source, owned
 
 _MOST_IN_SHARD = 1 << 20  # chunks

@@ -24,12 +24,12 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats.tensor_file import named
-from pqcodec.kernels.reference import widen
+from pqcodec.options import EncodeOptions
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.header import DTYPE_NAMES, Header, header_size
-from pqcodec.stream.sections import make_header, read_header
+from pqcodec.stream.header import DTYPE_NAMES, Header, header_size, read_header
 from pqcodec.stream.source import MemorySource, Part, Source, check_range
 from pqcodec.tensors.arrays import view
+from pqcodec.tensors.numbers import widen
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteGetter
@@ -144,8 +144,8 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
     def _header(self, shape: tuple[int, ...], dtype: int) -> Header:
         with named(f"zarr codec {NAME}"):
-            options = (self.preset, self.seed, self.center, self.rope, self.exact_tokens, self.chunk_tokens)
-            return make_header(shape, dtype, *options, True)
+            options = EncodeOptions(self.preset, self.seed, self.center, self.rope, self.exact_tokens, self.chunk_tokens)
+            return options.header(shape, dtype, numpy=True)
 
     # -- decode --------------------------------------------------------------------------------------------------
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
@@ -194,11 +194,12 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         if len(head) < header.payload_start:
             head += await read(len(head), header.payload_start) or b""
         first, last = (min(max(token - header.first_tokens, 0), header.coded_tokens) for token in tokens)
-        chunks = first // header.chunk_tokens, -(-last // header.chunk_tokens)
-        start = header.block_start(chunks[0], 0)
-        stop = header.block_start(chunks[1], 0) if chunks[1] < header.chunks else header.stream_bytes
-        blocks = await read(start, stop) if first < last else b""
-        return _Pieces(header.stream_bytes, head, start, blocks or b"")
+        blocks = header.blocks
+        chunks = blocks.of_tokens(first, last)
+        start = blocks.place(chunks[0], 0)
+        stop = blocks.place(chunks[1], 0) if chunks[1] < header.chunks else header.stream_bytes
+        rows = await read(start, stop) if first < last else b""
+        return _Pieces(header.stream_bytes, head, start, rows or b"")
 
 
 class _Pieces:

@@ -36,8 +36,8 @@ from pqcodec.formats.tensor_file import LAYOUT, Progress, named
 from pqcodec.formats.zarr_codec import PQCodec
 from pqcodec.formats.zarr_store import DOCUMENT, get, put, store_of, total_bytes
 from pqcodec.stages.centre import PAIRINGS, Rope
-from pqcodec.stream.header import Header
-from pqcodec.stream.sections import read_header, with_seal
+from pqcodec.stream.header import Header, read_header
+from pqcodec.stream.seal import with_seal
 
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
 _STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they lie in memory

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pqcodec.codec import decode, encode, encoded_size, inspect, verify
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
-    from pqcodec.stream.sections import Damage, StreamInfo
+    from pqcodec.stream.report import Damage, StreamInfo
 
 __version__ = "0.1.0"
 
@@ -35,8 +35,8 @@ _LAZY = {
     "encoded_size": "codec",
     "EncodeBatch": "batch",
     "DecodeBatch": "batch",
-    "Damage": "stream.sections",
-    "StreamInfo": "stream.sections",
+    "Damage": "stream.report",
+    "StreamInfo": "stream.report",
     "Rope": "stages.centre",
     "PRESETS": "codings.presets",
 }

@@ -16,7 +16,7 @@ from conftest import DEVICE, GPU, TINY, gaussian, needs_triton, rel_mse
 
 import pqcodec
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.stream.sections import read_header
+from pqcodec.stream.header import read_header
 from pqcodec.stream.source import source_of
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from conftest import BACKENDS, bits
 from make_golden import FOLDER, cases
 
 import pqcodec
-from pqcodec.stream.sections import order_seal
+from pqcodec.stream.seal import order_seal
 from pqcodec.stream.source import MemorySource
 
 SPEC = Path(__file__).parents[1] / "formats" / "SPEC.md"

@@ -27,12 +27,13 @@ from pqcodec import (
     NonFiniteInput,
     Rope,
     TruncatedStream,
-    kernels,
+    backends,
 )
-from pqcodec.batch import decode_together
+from pqcodec.codec import decode_together
 from pqcodec.codings.presets import PRESETS, Preset
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
+from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
 from pqcodec.stream.source import MemorySource
 
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
@@ -166,7 +167,7 @@ def test_the_mean_is_of_a_sample_of_many_tokens(
     """Every third token of seventeen, where six are enough; one that holds NaN counts as zeros."""
     x = gaussian(2, 19, 16) + 3
     x[0, 5, 1] = float("nan")
-    for module in ("job", "gpu"):
+    for module in ("job", "on_triton.backend"):
         monkeypatch.setattr(f"pqcodec.kernels.{module}.MEAN_TOKENS", 6)
     assert agrees(x, gpu_backend, exact_tokens=2, nonfinite="exact", **options) <= 1
 
@@ -200,7 +201,7 @@ def test_any_payload_bits_decode_alike(gpu_backend: str) -> None:
     for preset in pqcodec.PRESETS if GPU else ("pq2", "pq6", "paper"):
         data = bytearray(pqcodec.encode(gaussian(20, 64), preset=preset, backend="cpu"))
         h = Header.from_bytes(bytes(data))
-        start, size = h.block_start(0, 0), h.block_bytes(0) - 4
+        start, size = h.blocks.place(0, 0), h.blocks.size(0) - 4
         noise = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
         data[start : start + size + 4] = noise + struct.pack("<I", checksum(noise))
         same(decoded(bytes(data), gpu_backend), pqcodec.decode(bytes(data), backend="cpu"))
@@ -336,8 +337,8 @@ def test_many_damages_are_all_told(small_stream: bytes, gpu_backend: str) -> Non
     damaged = bytearray(small_stream)
     for at in (
         h.header_bytes,
-        h.exact_start + h.exact_block_bytes,
-        h.exceptions_start + 9,
+        h.places[EXACT_TOKENS].start + h.places[EXACT_TOKENS].entry_bytes,
+        h.places[EXACT_VECTORS].start + 9,
         h.payload_start + 3,
         len(damaged) - 1,
     ):
@@ -353,7 +354,7 @@ def test_many_damages_are_all_told(small_stream: bytes, gpu_backend: str) -> Non
 def test_damage_outside_a_range_does_not_matter_to_it(gpu_backend: str) -> None:
     data = bytearray(pqcodec.encode(gaussian(2, 12, 16), chunk_tokens=4, backend="cpu"))
     whole = pqcodec.decode(bytes(data), backend="cpu")
-    data[Header.from_bytes(bytes(data)).block_start(1, 1) + 5] ^= 1
+    data[Header.from_bytes(bytes(data)).blocks.place(1, 1) + 5] ^= 1
     for stream in (bytes(data), on_device(bytes(data))):
         for options, part in (({"tokens": (0, 4)}, whole[:, :4]), ({"leading": (0, 1)}, whole[:1])):
             same(decoded(stream, gpu_backend, **options), part)
@@ -364,7 +365,7 @@ def test_damage_outside_a_range_does_not_matter_to_it(gpu_backend: str) -> None:
 def test_an_offset_that_is_not_finite_is_refused(gpu_backend: str) -> None:
     data = bytearray(pqcodec.encode(gaussian(2, 5, 16), center="mean", backend="cpu"))
     h = Header.from_bytes(bytes(data))
-    at, size = h.header_bytes + h.offset_block_bytes, h.offset_block_bytes - 4
+    at, size = h.header_bytes + h.places[OFFSETS].entry_bytes, h.places[OFFSETS].entry_bytes - 4
     data[at + 6 : at + 8] = struct.pack("<H", 0x7C00)
     data[at + size : at + size + 4] = struct.pack("<I", checksum(bytes(data[at : at + size])))
     for stream in (bytes(data), on_device(bytes(data))):
@@ -600,16 +601,16 @@ def test_a_backend_that_cannot_reach_a_tensor_says_so(monkeypatch: pytest.Monkey
 
 
 def test_auto_is_a_rule_of_the_device_and_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [kernels.auto(device) for device in ("cpu", "xpu", "meta")] == ["cpu", "triton", "meta"]
+    assert [backends.auto(device) for device in ("cpu", "xpu", "meta")] == ["cpu", "triton", "meta"]
     monkeypatch.setattr(torch.version, "hip", None)
     for found, backend in ((object(), "cuda"), (None, "triton")):
-        monkeypatch.setattr(kernels, "find_spec", lambda name, found=found: found)
-        assert kernels.auto("cuda") == backend
-    monkeypatch.setattr(kernels, "find_spec", util.find_spec)
-    assert [kernels._installed(name) for name in ("importlib.util", "no_such_package.part")] == [True, False]
-    monkeypatch.setattr(kernels, "find_spec", lambda name: object())
+        monkeypatch.setattr(backends, "find_spec", lambda name, found=found: found)
+        assert backends.auto("cuda") == backend
+    monkeypatch.setattr(backends, "find_spec", util.find_spec)
+    assert [backends._installed(name) for name in ("importlib.util", "no_such_package.part")] == [True, False]
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", "6.4")  # ROCm's GPUs are called cuda, too
-    assert kernels.auto("cuda") == "triton"
+    assert backends.auto("cuda") == "triton"
 
 
 @pytest.mark.skipif(GPU, reason="numpy arrays are the CPU's: only the interpreter takes them")

@@ -26,7 +26,7 @@ from pqcodec.formats.frames import checksum_text
 from pqcodec.formats.log import Log
 from pqcodec.formats.pieces import pieces_of
 from pqcodec.formats.tensor_file import TensorFile
-from pqcodec.stream.sections import order_seal
+from pqcodec.stream.seal import order_seal
 from pqcodec.stream.source import FileSource, MemorySource
 
 pytest.importorskip("zarr", minversion="3.0.8")

@@ -23,7 +23,7 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 from pqcodec.formats.store.transfer import write_prefix
-from pqcodec.stream.sections import read_header
+from pqcodec.stream.header import read_header
 
 transformers = pytest.importorskip("transformers")
 from store_stress import stress  # noqa: E402
@@ -401,7 +401,7 @@ def test_rows_that_change_places_inside_a_file_are_found_by_verifying(tmp_path: 
         with PQKVFile(path) as file:
             entry = next(file.entry(name) for name in file.names if file.entry(name).coded)
             header, end = read_header(file.stream(entry.name)), entry.body_start + entry.body_bytes
-        size = header.block_bytes(header.chunks - 1)
+        size = header.blocks.size(header.chunks - 1)
         data = path.read_bytes()
         one, other = data[end - 2 * size : end - size], data[end - size : end]
         assert one != other

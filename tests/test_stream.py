@@ -17,6 +17,7 @@ from pqcodec import constants as c
 from pqcodec.codec import decode_together
 from pqcodec.stream.checksum import checksum, checksums
 from pqcodec.stream.header import Header
+from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS
 from pqcodec.stream.source import MemorySource
 
 
@@ -55,7 +56,8 @@ def test_every_changed_byte_is_detected(small_stream: bytes) -> None:
 def test_verify_names_every_damaged_part(small_stream: bytes) -> None:
     h = Header.from_bytes(small_stream)
     damaged = bytearray(small_stream)
-    places = (h.header_bytes, h.exact_start + h.exact_block_bytes, h.exceptions_start, h.block_start(1, 0))
+    exact = h.places[EXACT_TOKENS]
+    places = (h.header_bytes, exact.start + exact.entry_bytes, h.places[EXACT_VECTORS].start, h.blocks.place(1, 0))
     for place in places:
         damaged[place] ^= 1
     found = [str(part) for part in pqcodec.verify(bytes(damaged))]
@@ -150,7 +152,7 @@ def test_new_streams_say_how_often_they_are_turned(preset: str) -> None:
 def test_the_papers_coding_has_one_round() -> None:
     data = pqcodec.encode(gaussian(3, 32), preset="paper", backend="reference")
     forged = with_header_checksum(data[:12] + bytes([data[12] | c.FLAG_TWO_ROUNDS]) + data[13:])
-    with pytest.raises(CorruptStream, match="2 rounds of rotation: the split coding has 1 or 2, the paper's coding has 1"):
+    with pytest.raises(CorruptStream, match="2 rounds of rotation: the paper coding has 1"):
         pqcodec.decode(forged)
     for rounds in (0, 3):
         with pytest.raises(pqcodec.InvalidArgument, match=f"{rounds} rounds"):
@@ -189,7 +191,7 @@ def test_any_payload_bits_decode_to_finite_numbers() -> None:
         data = bytearray(pqcodec.encode(gaussian(2, 64, 64), preset=preset, backend="reference"))
         h = Header.from_bytes(bytes(data))
         for lead in range(2):
-            start, size = h.block_start(0, lead), h.block_bytes(0) - 4
+            start, size = h.blocks.place(0, lead), h.blocks.size(0) - 4
             noise = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
             data[start : start + size] = noise
             data[start + size : start + size + 4] = struct.pack("<I", checksum(noise))

@@ -135,7 +135,7 @@ class _Decoded:
         if self._wanted is None or len(entry.shape) < 2 or not (entry.coded or entry.role != "other"):
             return None
         from pqcodec.formats.tensor_file import named
-        from pqcodec.stream.sections import checked_range
+        from pqcodec.stream.index import checked_range
 
         first, last = self._wanted
         with named(f"{self._file.label}: tensor {name!r}"):

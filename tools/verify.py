@@ -15,7 +15,7 @@ from pqcodec.tools.outcome import DAMAGED, bytes_text, shown
 
 if TYPE_CHECKING:
     from pqcodec.formats.tensor_file import Found
-    from pqcodec.stream.sections import Damage
+    from pqcodec.stream.report import Damage
 
 
 def verify(

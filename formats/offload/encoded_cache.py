@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
-from pqcodec.batch import current
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import exact
@@ -23,6 +22,7 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import Coding, Kind, OldTokens, Workshop, checked_place
 from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
+from pqcodec.kernels.placed import current
 from pqcodec.stages.centre import Rope
 
 WINDOW = 128  # last tokens that are exact, at least

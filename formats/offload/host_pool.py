@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec.batch import each
+from pqcodec.backends import ON_DEVICE
+from pqcodec.backends import backend as backend_of
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
 from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
@@ -27,10 +28,10 @@ from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice, aligned
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
 from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.kernels import backend as backend_of
+from pqcodec.options import each
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import is_torch
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
 
@@ -221,7 +222,7 @@ class HostPool:
         Raises InvalidArgument, also for a block larger than the pool; NonFiniteInput with ``wait``; OSError of a spill. After
         an error the pool holds what it held, but for blocks that made room.
         """
-        single = arrays.is_torch(tensors)
+        single = is_torch(tensors)
         given = [tensors] if single else list(tensors)
         codings = self._codings(len(given), preset, center, rope, exact_tokens)
         self._check_given(given)
@@ -262,7 +263,7 @@ class HostPool:
         if self._closed:
             raise InvalidArgument("the pool is closed; make a new one")
         for number, x in enumerate(tensors):
-            if not arrays.is_torch(x):
+            if not is_torch(x):
                 raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
             if x.device != self.device:
                 raise InvalidArgument(f"tensor {number} lies on {x.device}, this pool's are on {self.device}; move it there")

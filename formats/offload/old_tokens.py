@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pqcodec import codec
-from pqcodec.batch import DecodeBatch, EncodeBatch, aligned
+from pqcodec.backends import ON_DEVICE
+from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.launches import Launch, Pair, Prepared
 from pqcodec.formats.offload.staging import SPARE, Home, Homes, Slot, Staging, memory
-from pqcodec.kernels import ON_DEVICE
+from pqcodec.kernels.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import Header
 

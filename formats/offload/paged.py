@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.batch import DeviceSource, EncodeBatch
+from pqcodec.backends import ON_DEVICE
+from pqcodec.backends import backend as backend_of
+from pqcodec.batch import EncodeBatch
 from pqcodec.errors import InvalidArgument
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.kernels import backend as backend_of
+from pqcodec.kernels.placed import DeviceSource
 from pqcodec.stages.centre import Rope
-from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import is_torch
 
 LAYOUTS = (
     "2,blocks,block,heads,dim",
@@ -98,7 +99,7 @@ def decode_blocks(
     caches = _caches(kv_cache, layout)
     if len(streams) != len(caches):
         raise InvalidArgument(f"{len(streams)} streams are given; two are expected, of keys and of values")
-    found = [codec.inspect(DeviceSource(stream) if arrays.is_torch(stream) else stream) for stream in streams]
+    found = [codec.inspect(DeviceSource(stream) if is_torch(stream) else stream) for stream in streams]
     for name, info, cache in zip(("keys", "values"), found, caches, strict=True):
         heads, dim, dtype = cache.shape[2], cache.shape[3], str(cache.dtype).removeprefix("torch.")
         if len(info.shape) != 3 or (info.shape[0], info.shape[2], info.dtype) != (heads, dim, dtype):
@@ -153,7 +154,7 @@ def _caches(kv_cache: Any, layout: str) -> list[Any]:
     if not joined and len(tensors) != 2:
         raise InvalidArgument(f"layout {layout!r} is that of two tensors, keys and values; pass both as a pair")
     for x in tensors:
-        if not arrays.is_torch(x):
+        if not is_torch(x):
             raise InvalidArgument(f"the cache is a {type(x).__name__}; layout {layout!r} is that of torch tensors")
         if x.ndim != len(names) or (joined and x.shape[names.index("2")] != 2):
             raise InvalidArgument(f"the cache has shape {tuple(x.shape)}, which is not {layout!r}")
@@ -172,7 +173,7 @@ def _caches(kv_cache: Any, layout: str) -> list[Any]:
 def _places(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
     """Block, and place in it, of each token: int64 [tokens] each; ``once``: no block may be named twice."""
     blocks, size = cache.shape[:2]
-    table = np.asarray(block_table.cpu() if arrays.is_torch(block_table) else block_table)
+    table = np.asarray(block_table.cpu() if is_torch(block_table) else block_table)
     if table.ndim != 1 or (table.size and table.dtype.kind not in "iu"):
         raise InvalidArgument(f"block_table is {table.dtype} {table.shape}; a list of block numbers [n] is expected")
     if tokens < 0 or first_token < 0:

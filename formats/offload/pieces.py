@@ -13,11 +13,11 @@ from itertools import count, pairwise
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.batch import aligned
 from pqcodec.errors import InvalidArgument
+from pqcodec.kernels.placed import aligned
+from pqcodec.options import EncodeOptions
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, Header
-from pqcodec.stream.sections import make_header
 from pqcodec.tensors import arrays
 
 _NUMBERS = count()
@@ -37,8 +37,8 @@ class Coding:
             object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies or ())))
 
     def header(self, shape: tuple[int, ...], dtype: int) -> Header:
-        options = (self.preset, 0, self.center, self.rope, self.exact_tokens, c.DEFAULT_CHUNK_TOKENS, False)
-        header = make_header(shape, dtype, *options)
+        options = EncodeOptions(self.preset, center=self.center, rope=self.rope, exact_tokens=self.exact_tokens)
+        header = options.header(shape, dtype)
         if header.coding == c.CODING_PAPER:
             raise InvalidArgument(f"preset {self.preset!r} looks at the numbers before it encodes: a pool takes the others")
         return header

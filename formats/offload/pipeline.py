@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.batch import DecodeBatch, EncodeBatch, Placed, batch_kernel
+from pqcodec.backends import device_backend
+from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.formats.offload.graphs import Replayed
 from pqcodec.formats.offload.pieces import Piece
+from pqcodec.kernels.placed import Placed
 from pqcodec.kernels.spans import Group
 from pqcodec.tensors.arrays import device_rows
 
@@ -99,10 +101,10 @@ class _Addresses:
             kinds.setdefault(part.header.kind, []).append(number)
         self._device = device
         self._told: list[int] = [x.data_ptr() for x in views]
-        self._groups = []
+        self.groups = []
         for group, numbers in zip(groups, kinds.values(), strict=True):
             starts = [device_rows(views[n]).starts - views[n].data_ptr() for n in numbers]
-            self._groups.append((group, np.concatenate(starts), np.repeat(numbers, [len(s) for s in starts])))
+            self.groups.append((group, np.concatenate(starts), np.repeat(numbers, [len(s) for s in starts])))
 
     def tell(self, views: Sequence[Any]) -> None:
         """Copy the addresses of ``views`` to the device on the current stream, if they are others than last time's."""
@@ -112,7 +114,7 @@ class _Addresses:
         if addresses == self._told:
             return
         now = np.array(addresses, np.int64)
-        for group, starts, numbers in self._groups:
+        for group, starts, numbers in self.groups:
             rows = torch.from_numpy(starts + now[numbers])
             if self._device.type == "cuda" and rows.nbytes > _STAGED:
                 rows = rows.pin_memory()
@@ -134,14 +136,14 @@ class _Encoder(EncodeBatch):
 
         self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
         self._rows = []  # the tensors are not kept
-        _make_brief(self._groups)
-        self.addresses = _Addresses(self._groups, piece, views, device)
+        _make_brief(self.groups)
+        self.addresses = _Addresses(self.groups, piece, views, device)
         self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the arena has been copied
 
     def flags(self) -> list[Any]:
-        return [group.span_flags for group in self._groups]
+        return [group.span_flags for group in self.groups]
 
 
 class _Decoder(DecodeBatch):
@@ -153,16 +155,16 @@ class _Decoder(DecodeBatch):
         self.buffer = torch.empty(piece.nbytes, dtype=torch.uint8, device=device)
         places = ((part.header, self.buffer.data_ptr() + part.place) for part in piece.parts)
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
-        self._prepare(placed, device, batch_kernel(backend, device), list(views), None, None, True)
+        self._prepare(placed, device, device_backend(backend, device), list(views), None, None, True)
         self.outs = []
-        _make_brief(self._groups)
-        self.addresses = _Addresses(self._groups, piece, views, device)
+        _make_brief(self.groups)
+        self.addresses = _Addresses(self.groups, piece, views, device)
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the buffer has been decoded
 
     def flags(self) -> list[Any]:
-        blocks = [group.block_flags for group in self._groups]
-        return blocks + [group.side_flags for group in self._groups if group.checks_sides]
+        blocks = [group.block_flags for group in self.groups]
+        return blocks + [group.side_flags for group in self.groups if group.checks_sides]
 
 
 class _Slots:

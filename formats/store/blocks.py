@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
+from pqcodec.backends import ON_DEVICE
+from pqcodec.backends import backend as kernel_of
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.exact import dtype_name
@@ -25,12 +27,10 @@ from pqcodec.formats.recipe import InMemory, Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
 from pqcodec.formats.tensor_file import LAYOUT
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.kernels import backend as kernel_of
-from pqcodec.stream.header import DTYPE_NAMES
-from pqcodec.stream.sections import read_header
+from pqcodec.stream.header import DTYPE_NAMES, read_header
 from pqcodec.stream.source import MemorySource, Source
 from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import device_type, is_torch
 
 KEY = "prefix.block"  # of the file's metadata
 FORMAT = 1
@@ -205,7 +205,7 @@ class Assembly:
 
     def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
         self._total, self._device, self._backend = tokens, device, backend
-        self._on_device = kernel_of(backend, arrays.device_type(device or "cpu")).name in ON_DEVICE
+        self._on_device = kernel_of(backend, device_type(device or "cpu")).name in ON_DEVICE
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Any, arrays.Room]] = {}  # by path and layers
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
@@ -284,7 +284,7 @@ class Assembly:
         import torch
 
         kind = getattr(torch, dtype)
-        if self._on_device or dtype not in DTYPES or arrays.device_type(self._device or "cpu") != "cpu":
+        if self._on_device or dtype not in DTYPES or device_type(self._device or "cpu") != "cpu":
             return torch.empty(shape, dtype=kind, device=self._device)
         layers = shape[0]
         step = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * kind.itemsize))
@@ -306,7 +306,7 @@ class Assembly:
             if stream is not None and arrays.holds(room, (header := read_header(stream)).shape, header.dtype, row.start):
                 self._waiting.append((MemorySource(stream.read(0, stream.size), header), stack, row.start))  # outlives the file
                 return
-        if stack is not None and arrays.is_torch(stack):
+        if stack is not None and is_torch(stack):
             file.decode(name, tokens=tokens, backend=self._backend, out=stack[..., span, :])
             return
         stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
@@ -320,12 +320,8 @@ class Assembly:
         """Decode what waits; raises CorruptStream, without saying of which block, if any of it is damaged."""
         if not self._waiting:
             return
-        together: Any = codec.decode_together
-        if self._on_device:
-            from pqcodec import batch
-
-            together = batch.decode_together
-        together(*zip(*self._waiting, strict=True), self._backend)
+        sources, outs, starts = zip(*self._waiting, strict=True)
+        codec.decode_together(sources, outs, starts, self._backend)
         self._waiting.clear()
 
     def state(self) -> tc.CacheState:

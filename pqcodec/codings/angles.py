@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.stages.circle import full_circle
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 _PARTS = 4  # Gauss-Legendre panels a cell
@@ -177,30 +178,11 @@ def circle_step(n: np.ndarray) -> np.ndarray:
     return ((np.int64(c.CIRCLE) << (c.PHASE_SHIFT - 1)) + n // 2) // n
 
 
-def full_circle(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin of 2 pi i / n for i = 0 .. n-1: float64 [n] each; n is a multiple of 8, and 0, 1 and -1 are exact."""
-    angle = np.arange(n // 8 + 1) * (2 * np.pi / n)
-    sin_eighth, cos_eighth = np.sin(angle), np.cos(angle)
-    quarter = np.concatenate([sin_eighth, cos_eighth[-2::-1]])  # sin from 0 to pi/2
-    half = np.concatenate([quarter, quarter[-2:0:-1]])
-    sin = np.concatenate([half, -half])
-    return np.roll(sin, -n // 4), sin
-
-
 @lru_cache(maxsize=1)
 def circle_table() -> tuple[np.ndarray, np.ndarray]:
     """cos, sin of the 2,048 directions of level 1: float32 [2048] each, truncated to float16 values."""
     cos, sin = full_circle(c.CIRCLE)
     return truncate_to_half(cos).astype(np.float32), truncate_to_half(sin).astype(np.float32)
-
-
-def paper_cells(level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bounds in tan psi [3], cos [4] and sin [4] of the paper coding's four cells of levels 2 to 4 (SPEC 7)."""
-    first, second = c.PAPER_ANGLES[level]
-    centroids = np.array([first, second, np.pi / 2 - second, np.pi / 2 - first])
-    bounds = np.tan((centroids[1:] + centroids[:-1]) / 2)
-    cos, sin = truncate_to_half(np.cos(centroids)), truncate_to_half(np.sin(centroids))
-    return bounds, cos.astype(np.float32), sin.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings import angles
+from pqcodec.codings.paper import paper_cells as level_cells
 from pqcodec.stages import rotation
 
 WIDTHS = c.MAX_ANGLE_BITS + 1
@@ -116,7 +117,7 @@ def paths(order: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The paper coding's levels 2 to 4: bounds in tan psi [3, 3], cos and sin of the centroids [3, 4]."""
-    bounds, cos, sin = zip(*(angles.paper_cells(level) for level in (2, 3, 4)), strict=True)
+    bounds, cos, sin = zip(*(level_cells(level) for level in (2, 3, 4)), strict=True)
     return np.stack(bounds), np.stack(cos), np.stack(sin)
 
 

@@ -14,6 +14,7 @@ from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
+from pqcodec.stream.orders import base_of, order_for
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def plan_for(header: Header) -> Plan:
 
 @lru_cache(maxsize=64)
 def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int) -> Plan:
-    order = rotation.order_for(head_dim)
+    order = order_for(head_dim)
     steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits] if coding == c.CODING_SPLIT else 1
     mantissas = np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order**rounds))
     first = slice(None) if rounds == 2 else slice(0)  # what only two rounds have
@@ -84,7 +85,7 @@ def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int
         signs=rotation.signs(seed, order).astype(np.float32),
         first_signs=rotation.signs(seed, order, first_round=True).astype(np.float32)[first],
         permutation=rotation.permutation(order)[first],
-        base=rotation.base_matrix(rotation.base_of(order)),
+        base=rotation.base_matrix(base_of(order)),
         tree=angles.tree(order),
         quads=angles.quad_table(),
         circle_cos=cos,

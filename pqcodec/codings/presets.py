@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import InvalidArgument
 
 
@@ -20,7 +21,7 @@ class Preset:
     @property
     def rounds(self) -> int:
         """Rounds of the rotation in new streams: the paper's preset keeps the paper's one."""
-        return 1 if self.coding == c.CODING_PAPER else 2
+        return DECLARED[self.coding].rounds[-1]
 
     def row_bits(self, order: int) -> int:
         """Bits of one coded vector of ``order`` coordinates.
@@ -28,9 +29,7 @@ class Preset:
         >>> PRESETS["pq3"].row_bits(128), PRESETS["paper"].row_bits(128)
         (384, 496)
         """
-        if self.coding == c.CODING_PAPER:
-            return c.PAPER_BLOCK_BITS * (order // c.PAPER_BLOCK)
-        return self.half_bits * order // 2
+        return DECLARED[self.coding].row_bits(order, self.half_bits)
 
 
 PRESETS: dict[str, Preset] = {

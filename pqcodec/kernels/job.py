@@ -8,40 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from pqcodec import constants as c
 from pqcodec.stream.header import Header
+from pqcodec.tensors.rows import Values
 
 
 def nobody(done: int) -> None:
     """Progress that nobody watches."""
-
-
-def address(array: np.ndarray) -> int:
-    """Where an array begins in memory."""
-    return int(array.__array_interface__["data"][0])
-
-
-@dataclass(frozen=True)
-class Values:
-    """A tensor [leading, tokens, head_dim] of stored numbers inside one flat array, wherever its rows lie.
-
-    ``flat``: uint16 (float16 and bfloat16) or float32; ``starts``: int64 [leading], element at which each leading index
-    begins; ``stride``: elements from one token to the next. The last dimension is contiguous.
-    """
-
-    flat: np.ndarray
-    starts: np.ndarray
-    stride: int
-    head_dim: int
-
-    def rows(self, lead: int, first: int, tokens: int) -> np.ndarray:
-        """View [tokens, head_dim] of a run of tokens."""
-        start, item = int(self.starts[lead]) + first * self.stride, self.flat.itemsize
-        return np.ndarray((tokens, self.head_dim), self.flat.dtype, self.flat, start * item, (self.stride * item, item))
-
-    def from_token(self, token: int) -> Values:
-        """The rows from a token on."""
-        return Values(self.flat, self.starts + token * self.stride, self.stride, self.head_dim)
 
 
 MEAN_TOKENS = 1024  # a mean is taken of so many coded tokens at the most: the error left is 1/1000 of the variance
@@ -87,7 +59,7 @@ class DecodeJob:
 
     def block(self, chunk: int, lead: int) -> np.ndarray:
         """Bytes of a block with its checksum."""
-        size = self.header.block_bytes(chunk)
+        size = self.header.blocks.size(chunk)
         start = (chunk - self.first_chunk) * self.chunk_bytes + (lead - self.first_lead) * size
         return self.payload[start : start + size]
 
@@ -95,7 +67,7 @@ class DecodeJob:
     def chunk_bytes(self) -> int:
         """Bytes of a whole chunk's blocks."""
         h = self.header
-        return (self.last_lead - self.first_lead) * (h.chunk_tokens * h.row_bytes + c.CHECKSUM_BYTES)
+        return (self.last_lead - self.first_lead) * h.blocks.chunk_bytes
 
     @property
     def decoded_bytes(self) -> int:
@@ -106,7 +78,7 @@ class DecodeJob:
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First row of a block that is wanted, and one behind the last."""
         start = self.header.first_tokens + chunk * self.header.chunk_tokens
-        low, high = max(self.first_token - start, 0), min(self.last_token - start, self.header.block_tokens(chunk))
+        low, high = max(self.first_token - start, 0), min(self.last_token - start, self.header.blocks.tokens(chunk))
         return low, max(low, high)
 
 

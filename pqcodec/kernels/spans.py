@@ -20,9 +20,10 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import CorruptStream
 from pqcodec.stages import centre
+from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header, RopeField
-from pqcodec.stream.sections import Damage
+from pqcodec.stream.report import Damage
 
 # Fields of a span's row, int64 [FIELDS]
 STREAM = 0  # address of the stream's first byte
@@ -88,7 +89,7 @@ class Span:
             number,
             position,
             h.header_bytes,
-            h.exact_start,
+            h.places[sections.EXACT_TOKENS].start,
         ]
 
 
@@ -128,7 +129,8 @@ class Group:
     def _words(h: Header) -> int:
         """Words of the longest run of bytes under one checksum."""
         block = min(h.chunk_tokens, max(h.coded_tokens, 1)) * h.row_bytes
-        return -(-max(block, h.offset_block_bytes, h.exact_block_bytes, h.header_bytes) // 4)
+        sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads)
+        return -(-max(block, h.header_bytes, *sides) // 4)
 
     def _firsts(self, counts: list[int]) -> np.ndarray:
         """First block (or lead) of each span, then a number that is never reached."""
@@ -186,8 +188,8 @@ class Group:
             for index in np.nonzero(blocks[at : at + span.blocks])[0]:
                 chunk, lead = divmod(int(index), span.leads[1] - span.leads[0])
                 chunk, lead = chunk + span.chunks[0], lead + span.leads[0]
-                start = h.first_tokens + chunk * h.chunk_tokens
-                found.append(Damage("payload", lead, (start, start + h.block_tokens(chunk))))
+                start = h.first_tokens + h.blocks.first_token(chunk)
+                found.append(Damage("payload", lead, (start, start + h.blocks.tokens(chunk))))
             at += span.blocks
         return found
 

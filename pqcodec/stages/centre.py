@@ -15,9 +15,12 @@ from functools import lru_cache
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings.angles import full_circle
-from pqcodec.errors import InvalidArgument
-from pqcodec.stream.header import RopeField
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.stages.circle import full_circle
+from pqcodec.stream import sections
+from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.report import Damage
+from pqcodec.stream.source import Source
 
 PAIRINGS = {"half": c.ROPE_HALF, "interleaved": c.ROPE_INTERLEAVED}
 
@@ -135,3 +138,44 @@ def store(means: np.ndarray) -> tuple[np.ndarray, int]:
 def load(halves: np.ndarray, exponent: int | np.ndarray) -> np.ndarray:
     """Stored offsets -> float32 [leading, head_dim], exact; ``exponent``: one, or one a row [leading, 1]."""
     return np.ldexp(halves.astype(np.float64), exponent).astype(np.float32)
+
+
+# -- in streams --------------------------------------------------------------------------------------------------
+def read(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]) -> np.ndarray | None:
+    """The offsets of some leading indices: float32 [leading, head_dim], zeros for all others and for damaged ones.
+
+    None where the stream has none; ``damage`` gets what is damaged. Raises CorruptStream.
+    """
+    if not h.offsets:
+        return None
+    offsets = np.zeros((h.leading, h.head_dim), np.float32)
+    sound, raw = sections.read(source, h, sections.OFFSETS, leads, damage)
+    halves = raw.view("<f2").reshape(-1, h.head_dim)
+    if not np.isfinite(halves).all():
+        lead = sound[int(np.argmin(np.isfinite(halves).all(1)))]
+        raise CorruptStream(f"offset of leading index {lead} is not finite")
+    offsets[sound] = load(halves, h.offset_exponent)
+    return offsets
+
+
+def read_together(sources: Sequence[Source], headers: Sequence[Header], damage: list[Damage]) -> list[np.ndarray | None]:
+    """``read`` of whole streams, those of one shape at once."""
+    found: list[np.ndarray | None] = [None] * len(headers)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, h in enumerate(headers):
+        if h.offsets:
+            alike.setdefault((h.leading, h.head_dim), []).append(number)
+    for (leading, head_dim), numbers in alike.items():
+        place = headers[numbers[0]].places[sections.OFFSETS]
+        entries = [sources[n].read(headers[n].places[sections.OFFSETS].start, place.end - place.start) for n in numbers]
+        bodies, sound = sections.unsealed(np.concatenate(entries).reshape(-1, place.entry_bytes))
+        halves = bodies.view("<f2")
+        if sound.all() and np.isfinite(halves).all():
+            exponents = np.repeat([headers[n].offset_exponent for n in numbers], leading)[:, None]
+            loaded = load(halves, exponents).reshape(-1, leading, head_dim)
+            for number, offsets in zip(numbers, loaded, strict=True):
+                found[number] = offsets
+        else:  # one by one, to tell which
+            for number in numbers:
+                found[number] = read(sources[number], headers[number], (0, leading), damage)
+    return found

@@ -12,32 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, PALEY_PRIME, PERMUTATION_SEED, ROTATION_ORDERS
-from pqcodec.errors import InvalidArgument
-from pqcodec.stream.checksum import splitmix64
-
-
-def order_for(head_dim: int) -> int:
-    """The smallest supported order N >= head_dim.
-
-    >>> [order_for(d) for d in (1, 64, 80, 100, 128, 576)]
-    [16, 64, 80, 112, 128, 576]
-    """
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise InvalidArgument(f"head_dim {head_dim} is outside 1 .. {MAX_HEAD_DIM}; reshape the last dimension")
-    return next(order for order in ROTATION_ORDERS if order >= head_dim)
-
-
-def base_of(order: int) -> int:
-    """The base whose power-of-two multiple ``order`` is: the Kronecker factor that is not a power of two.
-
-    >>> [base_of(n) for n in (128, 96, 80, 112, 576)]
-    [1, 12, 20, 28, 36]
-    """
-    odd = order
-    while odd % 2 == 0:
-        odd //= 2
-    return next(base for base in HADAMARD_BASES if (base == 1 and odd == 1) or (base > 1 and base == 4 * odd))
+from pqcodec.constants import PALEY_PRIME, PERMUTATION_SEED
+from pqcodec.stream.orders import base_of
+from pqcodec.stream.prng import splitmix64
 
 
 def signs(seed: int, order: int, first_round: bool = False) -> np.ndarray:

@@ -13,19 +13,11 @@ from operator import mul
 
 import numpy as np
 
-from pqcodec.constants import CHECKSUM_PRIME, CHECKSUM_SEED, SPLITMIX_GAMMA, SPLITMIX_MUL_1, SPLITMIX_MUL_2
+from pqcodec.constants import CHECKSUM_PRIME, CHECKSUM_SEED
+from pqcodec.stream.prng import splitmix64
 
 _FEW_BYTES = 192
 _PIECE_WORDS = 1 << 14  # bounds the memory of one numpy pass
-
-
-def splitmix64(seed: int, start: int, count: int) -> np.ndarray:
-    """Outputs ``start .. start+count-1`` of SplitMix64 from ``seed``, as uint64 [count]."""
-    index = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    z = np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + index * np.uint64(SPLITMIX_GAMMA)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(SPLITMIX_MUL_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(SPLITMIX_MUL_2)
-    return z ^ (z >> np.uint64(31))
 
 
 @lru_cache(maxsize=16)

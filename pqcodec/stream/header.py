@@ -1,7 +1,7 @@
-"""Law: the header of a stream (SPEC 3) and the places of everything after it; a ``Header`` that exists is valid.
+"""Law: the header of a stream (SPEC 3); a ``Header`` that exists is valid.
 
-All places are arithmetic: they follow from the header alone, so any token of any leading index is found without
-reading another byte, and a size is known before anything is allocated.
+The places of what follows it are told by ``places`` (side sections) and ``blocks`` (coded rows), from the header alone: a size
+is known before anything is allocated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
-from pqcodec.stages.rotation import order_for
+from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
+from pqcodec.stream.index import Blocks, blocks_of
+from pqcodec.stream.orders import order_for
+from pqcodec.stream.source import Part, Source
 
-CODING_NAMES = {c.CODING_SPLIT: "split", c.CODING_PAPER: "paper"}
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
 PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
 
@@ -113,49 +116,26 @@ class Header:
     def vector_bytes(self) -> int:
         return self.head_dim * c.ITEM_BYTES[self.dtype]
 
-    @cached_property
-    def offset_block_bytes(self) -> int:
-        """One leading index's stored mean and its checksum."""
-        return 2 * self.head_dim + c.CHECKSUM_BYTES if self.offsets else 0
-
-    @cached_property
-    def exact_block_bytes(self) -> int:
-        """One leading index's exact first tokens and their checksum."""
-        return self.first_tokens * self.vector_bytes + c.CHECKSUM_BYTES if self.first_tokens else 0
-
-    @property
-    def exceptions_bytes(self) -> int:
-        return self.exceptions * (8 + self.vector_bytes) + c.CHECKSUM_BYTES if self.exceptions else 0
-
-    def block_tokens(self, chunk: int) -> int:
-        return min(self.chunk_tokens, self.coded_tokens - chunk * self.chunk_tokens)
-
-    def block_bytes(self, chunk: int) -> int:
-        """Coded rows of one (chunk, leading index) and their checksum."""
-        return self.block_tokens(chunk) * self.row_bytes + c.CHECKSUM_BYTES
-
     # -- places --------------------------------------------------------------------------------------------------
     @cached_property
-    def exact_start(self) -> int:
-        return self.header_bytes + self.leading * self.offset_block_bytes
-
-    @cached_property
-    def exceptions_start(self) -> int:
-        return self.exact_start + self.leading * self.exact_block_bytes
+    def places(self) -> dict[sections.SideSection, sections.Place]:
+        """Where each side section is."""
+        return sections.places(self)
 
     @cached_property
     def payload_start(self) -> int:
-        return self.exceptions_start + self.exceptions_bytes
-
-    def block_start(self, chunk: int, lead: int) -> int:
-        whole = self.leading * (self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES)
-        return self.payload_start + chunk * whole + lead * self.block_bytes(chunk)
+        """Where the coded rows begin: behind the last side section."""
+        return self.places[sections.SIDE_SECTIONS[-1]].end
 
     @cached_property
+    def blocks(self) -> Blocks:
+        """Where the blocks of coded rows are."""
+        return blocks_of(self)
+
+    @property
     def stream_bytes(self) -> int:
         """Size of the whole stream, in bytes."""
-        rows = self.leading * self.coded_tokens
-        return self.payload_start + rows * self.row_bytes + self.leading * self.chunks * c.CHECKSUM_BYTES
+        return self.blocks.end
 
     @property
     def bits_per_coordinate(self) -> float:
@@ -225,6 +205,26 @@ def header_size(data: bytes | memoryview) -> int:
     return int(size)
 
 
+def read_header(source: Source) -> Header:
+    """The header of a stream whose size is right; allocates nothing that the header asks for.
+
+    Raises TruncatedStream, CorruptStream or UnsupportedStream.
+    """
+    kept = getattr(source, "header", None)
+    if kept is not None:
+        return kept  # type: ignore[no-any-return]
+    fixed = source.read(0, min(source.size, c.HEADER_STRUCT.size)).tobytes()
+    header = Header.from_bytes(source.read(0, min(source.size, header_size(fixed))).tobytes())
+    size = header.stream_bytes
+    if source.size < size:
+        raise TruncatedStream(f"{size} bytes announced, {source.size} there; the stream is cut off")
+    if source.size > size:
+        raise CorruptStream(f"{source.size - size} bytes behind the end of the stream; pass exactly one stream")
+    if isinstance(source, Part):
+        source.header = header
+    return header
+
+
 @lru_cache(maxsize=256)  # streams of a file are often of one shape and kind
 def _checked(data: bytes) -> Header:
     """Header from its bytes and their checksum."""
@@ -240,7 +240,7 @@ def _parse(body: bytes) -> Header:
     _, _, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk_tokens = fields[:11]
     exact_tokens, exceptions, seed, offset_exponent, radius_exponent, codebook, reserved = fields[11:]
     unknown = {
-        "coding": coding not in CODING_NAMES,
+        "coding": coding not in DECLARED,
         "dtype": dtype not in DTYPE_NAMES,
         "flags": flags & ~c.KNOWN_FLAGS,
         "linear": linear != c.LINEAR_NONE,
@@ -292,14 +292,12 @@ def _problem(h: Header) -> str:
         return f"head_dim {h.shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension"
     if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
-    if h.coding == c.CODING_SPLIT:
-        most = c.MAX_BUDGET_PER_COORDINATE * h.order
-        if h.radius_bits not in c.RADIUS_BITS or not h.order <= h.row_bits <= h.radius_bits + most:
-            return f"rows of {h.row_bits} bits with a radius of {h.radius_bits} are not possible at order {h.order}"
-    elif h.row_bits != c.PAPER_BLOCK_BITS * (h.order // c.PAPER_BLOCK) or h.radius_bits != c.PAPER_RADIUS_BITS:
-        return f"the paper's coding takes {c.PAPER_BLOCK_BITS} bits a block of {c.PAPER_BLOCK}, not rows of {h.row_bits} bits"
-    if h.rounds not in ((1, 2) if h.coding == c.CODING_SPLIT else (1,)):
-        return f"{h.rounds} rounds of rotation: the split coding has 1 or 2, the paper's coding has 1"
+    coding = DECLARED[h.coding]
+    problem = coding.problem(h.order, h.row_bits, h.radius_bits)
+    if problem:
+        return problem
+    if h.rounds not in coding.rounds:
+        return f"{h.rounds} rounds of rotation: the {coding.name} coding has {' or '.join(map(str, coding.rounds))}"
     if not 1 <= h.chunk_tokens <= c.MAX_CHUNK_TOKENS:
         return f"chunk_tokens {h.chunk_tokens} is outside 1 .. {c.MAX_CHUNK_TOKENS}"
     if not 0 <= h.exact_tokens < 1 << 32:

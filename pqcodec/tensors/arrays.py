@@ -14,8 +14,9 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
-from pqcodec.kernels.job import Values, address
 from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.tensors.numbers import is_torch
+from pqcodec.tensors.rows import DeviceRows, Values, address, values_of
 
 _LINE = 64  # bytes
 _NUMPY_DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
@@ -37,21 +38,6 @@ class View:
         if stored.size and ((stored.strides[-1] != stored.itemsize and stored.shape[-1] > 1) or min(stored.strides) < 0):
             stored = np.ascontiguousarray(stored)
         return values_of(stored)
-
-
-def values_of(stored: np.ndarray) -> Values:
-    """An array [..., tokens, head_dim] with contiguous rows -> Values over its own memory."""
-    if stored.ndim == 1:
-        stored = stored[None, :]
-    item = stored.itemsize
-    starts = np.zeros(1, np.int64)
-    for size, stride in zip(stored.shape[:-2], stored.strides[:-2], strict=True) if stored.size else ():
-        starts = (starts[:, None] + np.arange(size) * (stride // item)).ravel()
-    if not stored.size:  # zeros take no memory before they are touched, and leading indices of no tokens cost nothing
-        starts = np.zeros(math.prod(stored.shape[:-2]), np.int64)
-    extent = sum((size - 1) * (stride // item) for size, stride in zip(stored.shape, stored.strides, strict=True)) + 1
-    flat = np.lib.stride_tricks.as_strided(stored, (extent if stored.size else 0,), (item,), writeable=stored.flags.writeable)
-    return Values(flat, starts, stored.strides[-2] // item, stored.shape[-1])
 
 
 def view(x: Any) -> View:
@@ -226,35 +212,6 @@ def joined(parts: Any) -> Any:
 
 
 # -- devices -------------------------------------------------------------------------------------------------------
-def is_torch(x: Any) -> bool:
-    """Whether x is a torch tensor, such as a stream that lies on a GPU."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def device_of(x: Any) -> str:
-    """The device of a tensor by its name; "cpu" of what is none of torch's."""
-    return str(x.device) if is_torch(x) else "cpu"
-
-
-def device_type(device: Any) -> str:
-    """ "cuda" of "cuda:1" or of a torch.device."""
-    return str(device).split(":")[0] if not isinstance(device, int) else "cuda"
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """Rows of a torch tensor [..., tokens, head_dim] by address, for kernels that reach them in place."""
-
-    tensor: Any
-    shape: tuple[int, ...]
-    dtype: int
-    device: str
-    starts: np.ndarray  # int64 [leading]: address of each leading index's first row
-    stride: int  # elements from one token to the next
-
-    def from_token(self, token: int) -> np.ndarray:
-        return self.starts + token * self.stride * c.ITEM_BYTES[self.dtype]
 
 
 def device_rows(x: Any) -> DeviceRows:

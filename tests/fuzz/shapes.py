@@ -16,6 +16,7 @@ from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.stream.checksum import checksum
+from pqcodec.stream.sections import EXACT_VECTORS
 
 from .base import MAX_BYTES, attempt
 from .mutations import _odd_number, json_edit, json_text, number, scramble
@@ -53,11 +54,10 @@ def seal_stream(data: bytes, resize: bool = True) -> bytes:
         return bytes(new)
     if resize:
         new = new[: h.stream_bytes] + random.Random(len(new)).randbytes(max(0, h.stream_bytes - len(new)))
-    sides = ((h.header_bytes, h.offset_block_bytes), (h.exact_start, h.exact_block_bytes))
-    sections = [(start + lead * block, block) for start, block in sides if block for lead in range(h.leading)]
-    sections += [(h.exceptions_start, h.exceptions_bytes)] * bool(h.exceptions)
+    places = [place for place in h.places.values() if place.entry_bytes]
+    sections = [(place.start + i * place.entry_bytes, place.entry_bytes) for place in places for i in range(place.entries)]
     blocks = ((chunk, lead) for chunk in range(h.chunks if h.leading else 0) for lead in range(h.leading))
-    sections += [(h.block_start(chunk, lead), h.block_bytes(chunk)) for chunk, lead in blocks]
+    sections += [(h.blocks.place(chunk, lead), h.blocks.size(chunk)) for chunk, lead in blocks]
     for start, count in sections:
         if start + count <= len(new):
             new[start + count - c.CHECKSUM_BYTES : start + count] = word(new[start : start + count - c.CHECKSUM_BYTES])
@@ -77,8 +77,8 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
-    from pqcodec.stages.rotation import order_for
     from pqcodec.stream.header import Header, RopeField
+    from pqcodec.stream.orders import order_for
 
     h, refused = attempt(Header.from_bytes, data)
     if refused:
@@ -124,7 +124,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         rows = sorted(rng.sample(range(last), min(new.exceptions, last)))
         rows = rows if rng.random() < 0.8 else [_odd_number(rng, row, last) % (1 << 64) for row in rows]
         for i, row in enumerate(rows):
-            at = new.exceptions_start - new.header_bytes + i * (8 + new.vector_bytes)
+            at = new.places[EXACT_VECTORS].start - new.header_bytes + i * (8 + new.vector_bytes)
             body[at : at + 8] = row.to_bytes(8, "little")
     return new.to_bytes() + bytes(body)
 
@@ -170,7 +170,7 @@ def seal_pqkv(data: bytes) -> bytes:
 
 def order_of(data: bytes) -> str:
     """The order seal of a stream as text; empty where its header cannot be read."""
-    from pqcodec.stream.sections import order_seal
+    from pqcodec.stream.seal import order_seal
     from pqcodec.stream.source import MemorySource
 
     found, refused = attempt(order_seal, MemorySource(data))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.stream.sections import EXACT_VECTORS
 
 from .base import MOST_UNPACKED, SMALL, Read, Wrong, attempt, signature
 from .shapes import unpacked
@@ -91,7 +92,7 @@ def stream(data: bytes) -> None:
 
 def _exact_rows_ascend(data: bytes, h: Any) -> None:
     size = 8 + h.vector_bytes
-    rows = [int.from_bytes(data[h.exceptions_start + i * size :][:8], "little") for i in range(h.exceptions)]
+    rows = [int.from_bytes(data[h.places[EXACT_VECTORS].start + i * size :][:8], "little") for i in range(h.exceptions)]
     if rows != sorted(set(rows)) or any(row >= h.leading * h.coded_tokens for row in rows):
         raise Wrong("exact vectors out of order are taken")
 

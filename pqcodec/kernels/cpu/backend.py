@@ -21,10 +21,12 @@ from pqcodec.codings import look_ups as tables
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.cpu import tiles
 from pqcodec.kernels.cpu.lanes import LANES
-from pqcodec.kernels.job import DecodeJob, EncodeJob, Values, address, nobody, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
 from pqcodec.stages import centre, rotation
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
+from pqcodec.stream.orders import base_of
+from pqcodec.tensors.rows import Values, address
 from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
@@ -271,7 +273,7 @@ def _rotation(plan: Plan, verb: str) -> tuple[np.ndarray, tuple[np.ndarray, np.n
 @lru_cache(maxsize=64)
 def _base_places(order: int, transposed: bool) -> np.ndarray:
     """For ``tiles.base_stage``: int64 [b, b/4]; [0, 0] where H's base is 1."""
-    base = rotation.base_matrix(rotation.base_of(order))
+    base = rotation.base_matrix(base_of(order))
     if len(base) == 1:
         return np.zeros((0, 0), np.int64)
     fours = (base.T if transposed else base).reshape(len(base), -1, 4)

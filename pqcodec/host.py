@@ -1,0 +1,233 @@
+"""Law: encode, decode, decode_together and verify where the tensor is in host memory; ``device`` has the same four on GPUs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pqcodec.codings.registry import CODINGS
+from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob
+from pqcodec.options import EncodeOptions, Progress
+from pqcodec.stages import centre, exact
+from pqcodec.stages.registry import STAGES, Kept
+from pqcodec.stream import sections
+from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
+from pqcodec.stream.index import checked_range, result_shape
+from pqcodec.stream.report import Damage, damage_error
+from pqcodec.stream.source import Source
+from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import widen
+from pqcodec.tensors.rows import Values, values_of
+
+_SCAN_ROWS = 1 << 12
+
+
+# -- encode ------------------------------------------------------------------------------------------------------
+def encode(x: Any, options: EncodeOptions, kernel: Backend, progress: Progress | None) -> bytes:
+    """``codec.encode`` of a tensor in host memory."""
+    view = arrays.view(x)
+    if view.device != "cpu":
+        raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
+    values = view.values()
+    header = options.header(view.shape, view.dtype, view.numpy)
+    rows = exact.coded_rows(header, options.exact_vectors)
+    if options.nonfinite == "exact":
+        rows = np.union1d(rows, _bad_rows(values, header))
+    header = replace(header, exceptions=len(rows))
+    radius_exponent = CODINGS[header.coding].radius_exponent
+    if radius_exponent:
+        header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
+    halves, offsets = np.zeros((header.leading, 0), np.float16), None
+    if header.offsets:
+        halves, exponent = centre.store(kernel.means(values, header))
+        header = replace(header, offset_exponent=exponent)
+        offsets = centre.load(halves, exponent)
+    stream = io.BytesIO()  # its buffer becomes the result without a copy
+    stream.write(header.to_bytes())
+    kept = Kept(values, halves, rows)
+    for stage in STAGES:
+        if stage.section.there(header):
+            sections.write(stream, stage.bodies(header, kept))
+    stream.seek(header.stream_bytes - 1)
+    if header.stream_bytes > header.payload_start:
+        stream.write(b"\0")
+    bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
+    payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
+    kernel.encode(EncodeJob(header, values, offsets, payload, bad, _counter(header, progress)))
+    del payload  # the stream gives its buffer away uncopied only when nobody else holds it
+    if options.nonfinite == "error" and bad.any():
+        raise NonFiniteInput(_name_place(values, header, bad))
+    return stream.getvalue()
+
+
+def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]:
+    total = header.chunks * header.leading
+    done = 0
+
+    def advance(blocks: int) -> None:
+        nonlocal done
+        done += blocks
+        if progress:
+            progress(done, total)
+
+    return advance
+
+
+def _magnitudes(values: Values, h: Header) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Runs of coded tokens as (lead, first coded token, magnitudes float32), a bounded piece at a time."""
+    for lead in range(h.leading):
+        for first in range(0, h.coded_tokens, _SCAN_ROWS):
+            tokens = min(_SCAN_ROWS, h.coded_tokens - first)
+            yield lead, first, np.abs(widen(values.rows(lead, h.first_tokens + first, tokens), h.dtype))
+
+
+def _bad_rows(values: Values, h: Header) -> np.ndarray:
+    """Coded vectors that hold NaN or Inf, as lead * coded_tokens + token, ascending."""
+    found = [lead * h.coded_tokens + first + np.nonzero(~np.isfinite(x).all(1))[0] for lead, first, x in _magnitudes(values, h)]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _largest(values: Values, h: Header) -> float:
+    """The largest finite magnitude of a coded coordinate."""
+    return max((float(np.where(np.isfinite(x), x, 0).max()) for _, _, x in _magnitudes(values, h) if x.size), default=0.0)
+
+
+def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
+    lead, token = (int(i) for i in np.argwhere(bad)[0])
+    row = widen(values.rows(lead, h.first_tokens + token, 1), h.dtype)[0]
+    channel = int(np.nonzero(~np.isfinite(row))[0][0])
+    leading = [int(i) for i in np.unravel_index(lead, h.shape[:-2])] if len(h.shape) > 2 else []
+    place = [*leading, h.first_tokens + token, channel][-len(h.shape) :]
+    count = int(bad.sum())
+    return (
+        f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf); "
+        "mend the tensor, or pass nonfinite='exact' to keep such vectors as they are"
+    )
+
+
+# -- decode ------------------------------------------------------------------------------------------------------
+def decode(
+    source: Source,
+    kernel: Backend,
+    out: Any,
+    tokens: tuple[int, int] | None,
+    leading: tuple[int, int] | None,
+    progress: Progress | None,
+) -> Any:
+    """``codec.decode`` into host memory: a new tensor, or ``out``."""
+    header = read_header(source)
+    wanted, leads = checked_range("tokens", tokens, header.tokens), checked_range("leading", leading, header.leading)
+    shape = result_shape(header, tokens, leading)
+    in_place = out is not None and arrays.fits(out, shape, header.dtype)
+    result, stored = arrays.seen(out) if in_place else arrays.empty(shape, header.dtype, header.numpy)
+    if stored.size:
+        damage = _decode_into(source, header, kernel, values_of(stored), wanted, leads, progress)
+        if damage:
+            raise damage_error(damage)
+    return result if out is None or in_place else arrays.copied(out, result)
+
+
+def verify(source: Source, kernel: Backend, progress: Progress | None) -> list[Damage]:
+    """``codec.verify`` in host memory."""
+    header = read_header(source)
+    return _decode_into(source, header, kernel, None, (0, header.tokens), (0, header.leading), progress)
+
+
+def means(source: Source) -> np.ndarray | None:
+    """``codec.means``: what a stream's encoder subtracted, float32 [leading, head_dim]."""
+    header, damage = read_header(source), list[Damage]()
+    found = centre.read(source, header, (0, header.leading), damage)
+    if damage:
+        raise damage_error(damage)
+    return found
+
+
+def _decode_into(
+    source: Source,
+    h: Header,
+    kernel: Backend,
+    out: Values | None,
+    tokens: tuple[int, int],
+    leads: tuple[int, int],
+    progress: Progress | None,
+) -> list[Damage]:
+    """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
+    damage: list[Damage] = []
+    advance = _counter(h, progress)
+    offsets = centre.read(source, h, leads, damage)
+    _place(source, h, out, tokens, leads, damage, over_rows=False)
+    for job in _jobs(source, h, out, tokens, leads, offsets):
+        kernel.decode([job], advance)
+        damage += _damage_of(job)
+    _place(source, h, out, tokens, leads, damage, over_rows=True)
+    return damage
+
+
+def _place(
+    source: Source,
+    h: Header,
+    out: Values | None,
+    tokens: tuple[int, int],
+    leads: tuple[int, int],
+    damage: list[Damage],
+    over_rows: bool,
+) -> None:
+    """What stages keep beside the coded rows, into the result."""
+    for stage in STAGES:
+        if stage.place and stage.over_rows == over_rows and stage.section.there(h):
+            stage.place(source, h, out, tokens, leads, damage)
+
+
+def _jobs(
+    source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], offsets: np.ndarray | None
+) -> Iterator[DecodeJob]:
+    """The blocks that hold some tokens of some leading indices, so many at once as are read at once."""
+    chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
+    for low, high in h.blocks.groups(chunks, leads[1] - leads[0]):
+        damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
+        payload = h.blocks.read(source, (low, high), leads)
+        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged)
+
+
+def _damage_of(job: DecodeJob) -> list[Damage]:
+    """What a backend found of the blocks of a job."""
+    found, h = [], job.header
+    for chunk, lead in np.argwhere(job.damaged) if job.damaged.any() else ():
+        start = h.first_tokens + h.blocks.first_token(job.first_chunk + int(chunk))
+        tokens = (start, start + h.blocks.tokens(job.first_chunk + int(chunk)))
+        found.append(Damage("payload", job.first_lead + int(lead), tokens))
+    return found
+
+
+def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], kernel: Backend) -> None:
+    """``codec.decode_together`` into host memory."""
+    damage: list[Damage] = []
+    headers = [read_header(source) for source in sources]
+    offsets = centre.read_together(sources, headers, damage)
+    seen: dict[int, tuple[arrays.Room, Values]] = {}
+    jobs: list[DecodeJob] = []
+    for source, h, out, start, offset in zip(sources, headers, outs, starts, offsets, strict=True):
+        if id(out) not in seen:
+            seen[id(out)] = arrays.room_of(out), arrays.values_in_place(out)
+        room, values = seen[id(out)]
+        if not arrays.holds(room, h.shape, h.dtype, start):
+            raise InvalidArgument(f"a {DTYPE_NAMES[h.dtype]} stream {h.shape} does not go to token {start} of an out {room}")
+        payload = source.read(h.payload_start, h.stream_bytes - h.payload_start)
+        damaged = np.zeros((h.chunks, h.leading), np.bool_)
+        job = DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offset, values.from_token(start), damaged)
+        jobs.append(job)
+    kernel.decode([job for job in jobs if job.damaged.size])
+    damage += [found for job in jobs for found in _damage_of(job)]
+    for source, h, job in zip(sources, headers, jobs, strict=True):
+        # Last, because the first write to a fresh page blocks while the system zeroes it.
+        if h.first_tokens or h.exceptions:
+            whole = (0, h.tokens), (0, h.leading)
+            _place(source, h, job.out, *whole, damage, over_rows=False)
+            _place(source, h, job.out, *whole, damage, over_rows=True)
+    if damage:
+        raise damage_error(damage)

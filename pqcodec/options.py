@@ -1,0 +1,73 @@
+"""Law: the options of encoding, in one object that is valid once it exists, and the header that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pqcodec import constants as c
+from pqcodec.codings.presets import preset as preset_of
+from pqcodec.errors import InvalidArgument
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import Header
+from pqcodec.stream.orders import order_for
+
+Progress = Callable[[int, int], None]  # blocks done, blocks in all
+
+CENTERS = (None, "mean", "rope")
+NONFINITE = ("error", "exact")
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a tensor is encoded; the fields are the options of ``pqcodec.encode``. Raises InvalidArgument when it is made."""
+
+    preset: str = "pq3"
+    seed: int = 0
+    center: str | None = None
+    rope: Rope | None = None
+    exact_tokens: int = 0
+    chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS
+    exact_vectors: Any = field(default=(), compare=False)  # pairs (leading index, token)
+    nonfinite: str = "error"
+
+    def __post_init__(self) -> None:
+        preset_of(self.preset)
+        if self.center not in CENTERS:
+            raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
+        if (self.center == "rope") != (self.rope is not None):
+            raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
+        if self.nonfinite not in NONFINITE:
+            raise InvalidArgument(f"nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
+
+    def header(self, shape: tuple[int, ...], dtype: int, numpy: bool = False) -> Header:
+        """The header of a tensor of that shape and stored dtype, without what depends on its numbers.
+
+        Raises InvalidArgument.
+        """
+        preset = preset_of(self.preset)
+        return Header(
+            coding=preset.coding,
+            dtype=dtype,
+            shape=shape,
+            row_bits=preset.row_bits(order_for(shape[-1])),
+            radius_bits=preset.radius_bits,
+            seed=self.seed,
+            chunk_tokens=self.chunk_tokens,
+            exact_tokens=self.exact_tokens,
+            offsets=self.center is not None,
+            rope=self.rope.field(shape[-1]) if self.rope else None,
+            numpy=numpy,
+            rounds=preset.rounds,
+        )
+
+
+def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:
+    """``value`` for each of ``count`` tensors: the same for all, or one each; raises InvalidArgument."""
+    if isinstance(value, one):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise InvalidArgument(f"{name}: {len(values)} are given for {count} tensors; give one for all, or one each")
+    return values

@@ -1,0 +1,90 @@
+"""Law: vectors that are kept in the tensor's own dtype (SPEC 3.2): the first tokens, and single vectors by their places.
+
+Exact first tokens are not coded at all; an exact vector is coded too (as zeros where it is not finite) and laid over its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.stream import sections
+from pqcodec.stream.header import Header
+from pqcodec.stream.report import Damage
+from pqcodec.stream.source import Source
+from pqcodec.tensors.rows import Values
+
+Range = tuple[int, int]  # first, last + 1
+
+
+# -- first tokens ------------------------------------------------------------------------------------------------
+def token_bodies(h: Header, values: Values) -> Iterator[bytes]:
+    """The exact first tokens of each leading index, as the stream keeps them."""
+    return (values.rows(lead, 0, h.first_tokens).tobytes() for lead in range(h.leading))
+
+
+def place_tokens(source: Source, h: Header, out: Values | None, tokens: Range, leads: Range, damage: list[Damage]) -> None:
+    """Copy exact first tokens to where they belong in ``out`` [leads, tokens, head_dim]; None: only check them."""
+    if tokens[0] >= h.first_tokens:
+        return
+    sound, raw = sections.read(source, h, sections.EXACT_TOKENS, leads, damage)
+    if out is None:
+        return
+    last = min(tokens[1], h.first_tokens)
+    exact = raw.view(out.flat.dtype).reshape(-1, h.first_tokens, h.head_dim)[:, tokens[0] : last]
+    for lead, rows in zip(sound, exact, strict=True):
+        out.rows(lead - leads[0], 0, last - tokens[0])[:] = rows
+
+
+# -- single vectors ----------------------------------------------------------------------------------------------
+def coded_rows(h: Header, vectors: Any) -> np.ndarray:
+    """The rows of vectors that are kept exact beside the first tokens, given as pairs (leading index, token): int64 [n].
+
+    A row is leading index times coded tokens plus coded token; rows ascend. Raises InvalidArgument.
+    """
+    pairs = np.asarray(vectors, np.int64).reshape(-1, 2)
+    if ((pairs < 0) | (pairs >= (h.leading, h.tokens))).any():
+        raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
+    pairs = pairs[pairs[:, 1] >= h.first_tokens]
+    return np.unique(pairs[:, 0] * h.coded_tokens + pairs[:, 1] - h.first_tokens)
+
+
+def vectors_of(h: Header, values: Values, rows: np.ndarray) -> list[np.ndarray]:
+    """The stored numbers of some coded rows: arrays [head_dim]."""
+    places = (divmod(int(row), h.coded_tokens) for row in rows)
+    return [values.rows(lead, h.first_tokens + token, 1)[0] for lead, token in places]
+
+
+def vectors_body(rows: np.ndarray, vectors: Any) -> bytes:
+    """The section's one body: each row as 8 bytes, and its vector [head_dim] of stored numbers."""
+    return b"".join(int(row).to_bytes(8, "little") + vector.tobytes() for row, vector in zip(rows, vectors, strict=True))
+
+
+def read_vectors(source: Source, h: Header, damage: list[Damage]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows int64 [n] and vectors uint8 [n, vector_bytes]; None where there are none, or after noting the damage.
+
+    Raises CorruptStream.
+    """
+    sound, bodies = sections.read(source, h, sections.EXACT_VECTORS, (0, 1), damage)
+    if not len(sound):
+        return None
+    records = bodies.reshape(h.exceptions, 8 + h.vector_bytes)
+    rows = np.ascontiguousarray(records[:, :8]).view("<u8").ravel()
+    if (rows[1:] <= rows[:-1]).any() or int(rows[-1]) >= h.leading * h.coded_tokens:
+        raise CorruptStream("exact vectors are not in ascending order inside the tensor")
+    return rows.astype(np.int64), np.ascontiguousarray(records[:, 8:])
+
+
+def place_vectors(source: Source, h: Header, out: Values | None, tokens: Range, leads: Range, damage: list[Damage]) -> None:
+    """Copy exact vectors over what their rows decode to in ``out`` [leads, tokens, head_dim]; None: only check them."""
+    found = read_vectors(source, h, damage)
+    if out is None or found is None:
+        return
+    for row, vector in zip(*found, strict=True):
+        lead, token = divmod(int(row), h.coded_tokens)
+        token += h.first_tokens
+        if tokens[0] <= token < tokens[1] and leads[0] <= lead < leads[1]:
+            out.rows(lead - leads[0], token - tokens[0], 1)[0] = vector.view(out.flat.dtype)

@@ -1,0 +1,115 @@
+"""Law: the places of a stream's blocks, asked of one object, and the ranges of tokens and leading indices that are wanted.
+
+A block is the coded rows of one chunk of tokens of one leading index, and their checksum. Rows of a fixed rate have their
+places by arithmetic alone; a coding whose rows vary in size will read its places from the stream, in ``blocks_of``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import InvalidArgument
+from pqcodec.stream.source import Range, Source, read_many
+
+if TYPE_CHECKING:
+    from pqcodec.stream.header import Header
+
+_RUN_BYTES = 16 << 20  # of blocks that are read at once
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a stream whose rows all have the same size; bytes, from the stream's first one on."""
+
+    start: int  # of the payload
+    chunks: int
+    leading: int
+    coded_tokens: int
+    chunk_tokens: int
+    row_bytes: int
+
+    def tokens(self, chunk: int) -> int:
+        """Coded tokens of each block of a chunk: the last one's may be fewer."""
+        return min(self.chunk_tokens, self.coded_tokens - chunk * self.chunk_tokens)
+
+    def size(self, chunk: int) -> int:
+        """Bytes of a block, its checksum included."""
+        return self.tokens(chunk) * self.row_bytes + c.CHECKSUM_BYTES
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a whole chunk of one leading index."""
+        return self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES
+
+    @property
+    def end(self) -> int:
+        """One behind the last byte of the stream."""
+        rows = self.leading * self.coded_tokens
+        return self.start + rows * self.row_bytes + self.leading * self.chunks * c.CHECKSUM_BYTES
+
+    def place(self, chunk: int, lead: int) -> int:
+        """The first byte of a block."""
+        return self.start + chunk * self.leading * self.chunk_bytes + lead * self.size(chunk)
+
+    def span(self, first: tuple[int, int], last: tuple[int, int]) -> Range:
+        """(first byte, number of bytes) from one block (chunk, leading index) to another, both included."""
+        start = self.place(*first)
+        return start, self.place(*last) + self.size(last[0]) - start
+
+    def first_token(self, chunk: int) -> int:
+        """The coded token that a chunk begins with."""
+        return chunk * self.chunk_tokens
+
+    def of_tokens(self, first: int, last: int) -> tuple[int, int]:
+        """Chunks that hold the coded tokens first .. last - 1 (below 0: none of them): first chunk, last + 1."""
+        low = max(first, 0) // self.chunk_tokens
+        return low, max(low, -(-max(last, 0) // self.chunk_tokens))
+
+    def groups(self, chunks: tuple[int, int], leads: int) -> Iterator[tuple[int, int]]:
+        """Ranges of chunks whose blocks of so many leading indices are read at once."""
+        step = max(1, _RUN_BYTES // max(leads * self.chunk_bytes, 1))
+        return ((low, min(low + step, chunks[1])) for low in range(chunks[0], chunks[1] if leads else chunks[0], step))
+
+    def runs(self, chunks: tuple[int, int], leads: tuple[int, int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Runs of blocks that lie side by side: (chunks, leads), each first and last + 1."""
+        whole = leads == (0, self.leading)
+        for low, high in self.groups(chunks, leads[1] - leads[0]):
+            yield from [((low, high), leads)] if whole else (((chunk, chunk + 1), leads) for chunk in range(low, high))
+
+    def read(self, source: Source, chunks: tuple[int, int], leads: tuple[int, int]) -> np.ndarray:
+        """Blocks of some chunks and leading indices, one behind the other, chunk by chunk: uint8 [n]."""
+        if leads == (0, self.leading):
+            ranges = [self.span((chunks[0], 0), (chunks[1] - 1, leads[1] - 1))]
+        else:
+            ranges = [self.span((chunk, leads[0]), (chunk, leads[1] - 1)) for chunk in range(*chunks)]
+        found = read_many(source, ranges)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def blocks_of(h: Header) -> Blocks:
+    """The blocks of a stream."""
+    return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, h.chunk_tokens, h.row_bytes)
+
+
+def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    """``wanted`` or everything; raises InvalidArgument outside 0 .. count."""
+    if wanted is None:
+        return 0, count
+    first, last = wanted
+    if not 0 <= first <= last <= count:
+        raise InvalidArgument(f"{name} {first} .. {last} is outside 0 .. {count} of the tensor")
+    return first, last
+
+
+def result_shape(h: Header, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> tuple[int, ...]:
+    """Shape of what ``decode`` gives for these ranges; raises InvalidArgument."""
+    first, last = checked_range("tokens", tokens, h.tokens)
+    low, high = checked_range("leading", leading, h.leading)
+    if leading is not None:
+        return (high - low, last - first, h.head_dim)
+    return (*h.shape[:-2], last - first, h.head_dim) if len(h.shape) > 1 else h.shape

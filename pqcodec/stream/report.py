@@ -1,0 +1,59 @@
+"""Law: what is said of a stream: what ``inspect`` tells of it, and which of its parts are damaged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pqcodec.errors import CorruptStream
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """What ``inspect`` tells of a stream; sizes in bytes."""
+
+    version: int
+    preset: str | None
+    coding: str
+    dtype: str
+    shape: tuple[int, ...]
+    seed: int
+    rounds: int  # of the rotation
+    centered: str | None
+    exact_tokens: int
+    exact_vectors: int
+    chunk_tokens: int
+    order: int
+    stream_bytes: int
+    header_bytes: int
+    side_bytes: int  # offsets, exact tokens and exact vectors
+    payload_bytes: int
+    tensor_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.tensor_bytes / self.stream_bytes
+
+    @property
+    def bits_per_coordinate(self) -> float:
+        """All bytes of the stream over all coordinates of the tensor."""
+        return 8 * self.stream_bytes / max(math.prod(self.shape), 1)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A part of a stream whose checksum does not hold; ``leading`` and ``tokens`` are None where all are concerned."""
+
+    part: str  # "offset", "exact tokens", "exact vectors" or "payload"
+    leading: int | None
+    tokens: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        lead = "" if self.leading is None else f", leading index {self.leading}"
+        tokens = "" if self.tokens is None else f", tokens {self.tokens[0]} .. {self.tokens[1] - 1}"
+        return f"{self.part}{lead}{tokens}"
+
+
+def damage_error(damage: list[Damage]) -> CorruptStream:
+    more = f" and {len(damage) - 1} more places" if damage[1:] else ""
+    return CorruptStream(f"checksum does not hold: {damage[0]}{more}")

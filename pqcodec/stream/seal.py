@@ -1,0 +1,41 @@
+"""Law: the order seal (SPEC 4.3): one number that says that a stream's blocks are those that were written, in that order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import read_header
+from pqcodec.stream.source import Source, fetched
+
+
+def order_seal(source: Source) -> int:
+    """The order seal of a stream (SPEC 4.3): the checksum of all its checksums, in the order in which they stand in it."""
+    h = read_header(source)
+    short = h.blocks.place(h.chunks - 1, 0) if h.chunks else h.stream_bytes  # the last chunk's blocks may be shorter
+    runs = [  # first byte, last + 1, bytes of what has one checksum
+        (0, h.header_bytes, h.header_bytes),
+        *((place.start, place.end, place.entry_bytes) for place in h.places.values()),
+        (h.payload_start, short, h.blocks.size(0)),
+        (short, h.stream_bytes, h.blocks.size(h.chunks - 1)),
+    ]
+    sealed = [source.read(start, end - start).reshape(-1, size) for start, end, size in runs if start < end]
+    return checksum(np.concatenate([rows[:, -c.CHECKSUM_BYTES :] for rows in sealed]))
+
+
+def with_seal(source: Source) -> tuple[Source, int]:
+    """A stream and its order seal: that which its container told, or else that of its bytes, which are read for it."""
+    told = getattr(source, "seal", None)
+    if told is not None:
+        return source, told
+    held = fetched(source)
+    return held, order_seal(held)
+
+
+def order_problem(source: Source) -> str:
+    """What is wrong with the order of a stream whose container tells its seal, or an empty string."""
+    told = getattr(source, "seal", None)
+    if told is None or order_seal(source) == told:
+        return ""
+    return "is not the stream that was written here, or its blocks are in another order (the order seal does not hold)"
