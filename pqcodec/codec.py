@@ -169,7 +169,7 @@ def verify(data: Any, *, backend: str = "auto", progress: Progress | None = None
 
     A header that does not hold raises, as in ``decode``.
     """
-    kernel = backend_of(backend, device_type(device_of(data)))
+    kernel = backend_of(backend, device_type(device_of(data)) if is_torch(data) else "cpu")
     if on_device(kernel):
         from pqcodec import device
 

@@ -38,7 +38,8 @@ def encode(x: Any, options: EncodeOptions, kernel: Backend, progress: Progress |
     rows = exact.coded_rows(header, options.exact_vectors)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
-    header = replace(header, exceptions=len(rows))
+    if len(rows):
+        header = replace(header, exceptions=len(rows))
     radius_exponent = CODINGS[header.coding].radius_exponent
     if radius_exponent:
         header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
@@ -178,6 +179,8 @@ def _place(
     over_rows: bool,
 ) -> None:
     """What stages keep beside the coded rows, into the result."""
+    if h.payload_start == h.header_bytes:
+        return
     for stage in STAGES:
         if stage.place and stage.over_rows == over_rows and stage.section.there(h):
             stage.place(source, h, out, tokens, leads, damage)

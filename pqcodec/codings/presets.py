@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED
@@ -54,6 +55,7 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+@lru_cache(maxsize=256)
 def preset_name(coding: int, row_bits: int, radius_bits: int, order: int) -> str | None:
     """The preset that writes such rows, or None."""
     rows = (coding, row_bits, radius_bits)

@@ -132,7 +132,7 @@ class Header:
         """Where the blocks of coded rows are."""
         return blocks_of(self)
 
-    @property
+    @cached_property
     def stream_bytes(self) -> int:
         """Size of the whole stream, in bytes."""
         return self.blocks.end

@@ -7,8 +7,7 @@ places by arithmetic alone; a coding whose rows vary in size will read its place
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 _RUN_BYTES = 16 << 20  # of blocks that are read at once
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """The blocks of a stream whose rows all have the same size; bytes, from the stream's first one on."""
 
     start: int  # of the payload

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pqcodec.stream.header import Header
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SideSection:
     """A side section as a header asks for it. ``name`` is that of a ``Damage``."""
 
@@ -43,8 +43,7 @@ EXACT_VECTORS = SideSection("exact vectors", lambda h: h.exceptions, False, lamb
 SIDE_SECTIONS = (OFFSETS, EXACT_TOKENS, EXACT_VECTORS)  # in the order in which they stand
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a section is in a stream, bytes; ``entry_bytes`` with the checksum, 0 where the stream has no such section."""
 
     start: int
