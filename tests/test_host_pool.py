@@ -237,7 +237,7 @@ def test_a_spill_that_fails_leaves_the_block_and_the_room(
     with HostPool(block_bytes(way), spill=tmp_path, **way) as pool:
         pool.put("a", xs, wait=True)
         with monkeypatch.context() as patch:
-            patch.setattr("pqcodec.formats.offload.host_pool._write", failing)
+            patch.setattr("pqcodec.formats.offload.block.Block.write", failing)
             with pytest.raises(OSError, match="no space left"):
                 pool.put("b", xs)
         assert "b" not in pool

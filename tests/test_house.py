@@ -69,7 +69,8 @@ FORMATS_ORDER = [
     "offload.launches offload.pipeline",
     "offload.staging",
     "offload.old_tokens",
-    "offload.encoded_cache offload.host_pool",
+    "offload.block offload.encoded_cache",
+    "offload.host_pool",
 ]
 
 

@@ -11,27 +11,24 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from pqcodec.backends import ON_DEVICE
-from pqcodec.backends import backend as backend_of
+from pqcodec import arrays
+from pqcodec.batch import each
+from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
 from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
-from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
-from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice, aligned
+from pqcodec.formats.offload.block import Block
+from pqcodec.formats.offload.pieces import Coding, layout_of
+from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
-from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
-from pqcodec.options import each
-from pqcodec.stages.centre import Rope
-from pqcodec.tensors import arrays
-from pqcodec.tensors.numbers import is_torch
+from pqcodec.kernels import ON_DEVICE
+from pqcodec.kernels import backend as backend_of
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
 
@@ -62,28 +59,10 @@ class Usage:
     logical_bytes: int
 
 
-@dataclass
-class _Block:
-    key: Hashable
-    layout: Layout
-    single: bool  # one tensor was put, not a list
-    slices: list[PinnedSlice] | None = None
-    path: Path | None = None  # of its bytes on disk
-    put: Transfer | None = None  # until it is known to be sound
-    before: _Block | None = None  # what it replaces, until then
-    users: int = 0  # calls that need it where it is
-    reads: list[Transfer] = field(default_factory=list)
-    staged: list[Any] | None = None  # its pieces on the device
-
-    @property
-    def hosts(self) -> list[Any]:
-        return [part.tensor for part in self.slices or ()]
-
-
 class Put:
     """A block on its way into a pool."""
 
-    def __init__(self, pool: HostPool, block: _Block, displaced: list[tuple[Hashable, str]]) -> None:
+    def __init__(self, pool: HostPool, block: Block, displaced: list[tuple[Hashable, str]]) -> None:
         self._pool, self._block, self._transfer = pool, block, block.put or Transfer()
         self.displaced = displaced  # (key, "evicted" or "spilled") of what made room
         self.nbytes = block.layout.nbytes
@@ -180,8 +159,8 @@ class HostPool:
         if self._folder is not None:
             make_folders(self._folder, searchable(PRIVATE))
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda")
-        self._blocks: OrderedDict[Hashable, _Block] = OrderedDict()  # the one used longest ago is the first
-        self._leaving: list[_Block] = []  # blocks that are gone, but are still being read or written
+        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the one used longest ago is the first
+        self._leaving: list[Block] = []  # blocks that are gone, but are still being read or written
         self._changed = Condition()
         self.counters = Counters()
         self._closed = False
@@ -226,7 +205,7 @@ class HostPool:
         given = [tensors] if single else list(tensors)
         codings = self._codings(len(given), preset, center, rope, exact_tokens)
         self._check_given(given)
-        block = _Block(key, layout_of(given, codings, self._piece_bytes), single)
+        block = Block(key, layout_of(given, codings, self._piece_bytes), single)
         displaced: list[tuple[Hashable, str]] = []
         transfer = Transfer()
         try:
@@ -329,7 +308,7 @@ class HostPool:
             self._used(block)
         return True
 
-    def _outs(self, block: _Block, out: Any) -> list[Any]:
+    def _outs(self, block: Block, out: Any) -> list[Any]:
         if out is None:
             return block.layout.new_tensors(self.device)
         outs = [out] if block.single else list(out)
@@ -347,7 +326,7 @@ class HostPool:
                 raise InvalidArgument(f"out {number} has strides {x.stride()}; its last dimension must be contiguous")
         return outs
 
-    def _use(self, key: Hashable, count: bool = True) -> _Block | None:
+    def _use(self, key: Hashable, count: bool = True) -> Block | None:
         """The block of a key, sound, and kept where it is until ``_used``."""
         while True:
             with self._changed:
@@ -364,7 +343,7 @@ class HostPool:
                     return block
             self._settle(block)
 
-    def _used(self, block: _Block) -> None:
+    def _used(self, block: Block) -> None:
         with self._changed:
             block.users -= 1
             self._changed.notify_all()
@@ -397,7 +376,7 @@ class HostPool:
                 sum(block.layout.logical_bytes for block in self._blocks.values()),
             )
 
-    def _settle(self, block: _Block) -> None:
+    def _settle(self, block: Block) -> None:
         """Wait for a put; what it replaced goes, or comes back if it is not sound."""
         put = block.put
         if put is None:
@@ -423,7 +402,7 @@ class HostPool:
         self._leave(block)
         return block is not None
 
-    def _leave(self, block: _Block | None) -> None:
+    def _leave(self, block: Block | None) -> None:
         """A block is gone, with all that it had replaced; memory and files follow when nobody needs them. The lock is held."""
         while block is not None:
             self._leaving.append(block)
@@ -443,25 +422,23 @@ class HostPool:
             if block.users or not all(transfer.done() for transfer in transfers):
                 kept.append(block)
                 continue
-            for part in block.slices or ():
-                part.free()
+            free_all(block.slices or ())
             if block.path is not None:
                 block.path.unlink(missing_ok=True)
             block.slices, block.path, block.staged, freed = None, None, None, True
         self._leaving = kept
         return freed
 
-    def _give_back(self, block: _Block) -> None:
+    def _give_back(self, block: Block) -> None:
         """The memory of a block that did not come to be."""
         with suppress(Exception):  # the first error is the one that is told
             self._lanes.drain()
-        for part in block.slices or ():
-            part.free()
+        free_all(block.slices or ())
         with self._changed:
             self._changed.notify_all()
 
     # -- room ----------------------------------------------------------------------------------------------------
-    def _room(self, block: _Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice]:
+    def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice]:
         """Memory for all pieces of a block; others make room for it."""
         sizes = [piece.nbytes for piece in block.layout.pieces]
         needed = sum(map(aligned, sizes))
@@ -473,7 +450,7 @@ class HostPool:
         while True:
             with self._changed:
                 self._reclaim()
-                slices = self._allocated(sizes)
+                slices = self._arena.allocate_all(sizes)
                 if slices is not None:
                     return slices
                 if self._reclaim(wait=True):
@@ -488,23 +465,12 @@ class HostPool:
             finally:
                 self._used(coldest)
 
-    def _allocated(self, sizes: Sequence[int]) -> list[PinnedSlice] | None:
-        slices: list[PinnedSlice] = []
-        try:
-            for size in sizes:
-                slices.append(self._arena.allocate(size))
-        except ArenaFull:
-            for part in slices:
-                part.free()
-            return None
-        return slices
-
-    def _coldest(self) -> _Block | None:
+    def _coldest(self) -> Block | None:
         """The next block to make way: one that has replaced another, or else the one used longest ago."""
         there = [block for block in self._blocks.values() if block.slices is not None and not block.users]
         return next((block for block in there if block.before is not None), there[0] if there else None)
 
-    def _make_way(self, block: _Block, displaced: list[tuple[Hashable, str]]) -> None:
+    def _make_way(self, block: Block, displaced: list[tuple[Hashable, str]]) -> None:
         """Spill or evict a block, which the caller uses; or let go what it has replaced."""
         replaced = block.before is not None
         self._settle(block)
@@ -512,7 +478,7 @@ class HostPool:
             return
         if self._folder is not None and block.path is None and self._blocks.get(block.key) is block:
             path = self._folder / f"{uuid.uuid4().hex}.pqkv"
-            _write(path, block)
+            block.write(path)
             block.path = path
         with self._changed:
             if self._blocks.get(block.key) is not block or block.users > 1 or block.slices is None:
@@ -522,15 +488,14 @@ class HostPool:
             what = "evicted" if self._folder is None else "spilled"
             if what == "evicted":
                 del self._blocks[block.key]
-            for part in block.slices:
-                part.free()
+            free_all(block.slices)
             block.slices, block.staged, block.reads = None, None, []
             setattr(self.counters, what, getattr(self.counters, what) + 1)
             displaced.append((block.key, what))
         if self._told is not None:
             self._told(block.key, what)
 
-    def _in_memory(self, block: _Block) -> list[Any]:
+    def _in_memory(self, block: Block) -> list[Any]:
         """Where a block's pieces are: on the device if they were fetched, or in host memory, read from disk if need be."""
         with self._changed:
             staged, block.staged = block.staged, None
@@ -541,43 +506,14 @@ class HostPool:
         slices = self._room(block, [])
         try:
             assert block.path is not None
-            _read(block.path, block, slices)
+            block.read(block.path, slices)
         except BaseException:
-            for part in slices:
-                part.free()
+            free_all(slices)
             raise
         with self._changed:
             if block.slices is None:
                 block.slices = slices
                 self.counters.reloaded += 1
             else:  # another thread was quicker
-                for part in slices:
-                    part.free()
+                free_all(slices)
             return block.hosts
-
-
-# -- disk ----------------------------------------------------------------------------------------------------------
-def _write(path: Path, block: _Block) -> None:
-    """A block's streams as a .pqkv file; raises OSError."""
-    number = 0
-    with PQKVWriter(path, {"key": repr(block.key)}) as writer:
-        for piece, host in zip(block.layout.pieces, block.hosts, strict=True):
-            rows = host.numpy()
-            for part in piece.parts:
-                stream = rows[part.place : part.place + part.header.stream_bytes]
-                writer.add_stream(str(number), stream)
-                number += 1
-
-
-def _read(path: Path, block: _Block, slices: Sequence[PinnedSlice]) -> None:
-    """A file's streams into memory; raises OSError and CorruptStream."""
-    number = 0
-    with PQKVFile(path) as file:
-        for piece, host in zip(block.layout.pieces, slices, strict=True):
-            rows = host.tensor.numpy()
-            for part in piece.parts:
-                source = file.stream(str(number))
-                if source.size != part.header.stream_bytes:
-                    raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {part.header.stream_bytes}")
-                rows[part.place : part.place + source.size] = np.asarray(source.read(0, source.size))
-                number += 1

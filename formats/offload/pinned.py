@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
+from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -39,6 +40,12 @@ class PinnedSlice:
         arena, self._arena = self._arena, None
         if arena is not None:
             arena._take_back(self.offset, aligned(self.nbytes))
+
+
+def free_all(slices: Iterable[PinnedSlice]) -> None:
+    """Give the memory of slices back, as ``PinnedSlice.free`` does."""
+    for part in slices:
+        part.free()
 
 
 class PinnedArena:
@@ -107,6 +114,17 @@ class PinnedArena:
             if size > wanted:
                 self._add(start + wanted, size - wanted)
         return PinnedSlice(self, start, nbytes)
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[PinnedSlice] | None:
+        """A slice of each size; None if there is no room for all, and nothing is taken."""
+        slices: list[PinnedSlice] = []
+        try:
+            for size in sizes:
+                slices.append(self.allocate(size))
+        except ArenaFull:
+            free_all(slices)
+            return None
+        return slices
 
     def _take_back(self, start: int, size: int) -> None:
         with self._lock:
