@@ -52,6 +52,12 @@ def block_bytes(way: dict[str, Any], count: int = 2) -> int:
         return pool.usage().used_bytes
 
 
+def only_lane(pool: HostPool) -> Any:
+    """The pipeline of a pool's only device."""
+    (lane,) = pool._lanes._made.values()
+    return lane
+
+
 # -- the allocator -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(8))
 def test_the_arena_does_what_a_plain_model_of_it_does(seed: int) -> None:
@@ -196,17 +202,18 @@ def test_a_put_that_fails_half_way_leaves_what_was_there(
     with HostPool(1 << 20, piece_bytes=first[0].nbytes, **way) as pool:
         pool.put("a", first, wait=True)
         used = pool.usage().used_bytes
-        encode, calls = pool._lanes.encode, iter(range(9))
+        lane = only_lane(pool)
+        encode, calls = lane.encode, iter(range(9))
 
         def failing(*arguments: Any) -> None:
             if next(calls) == fails_at:
                 raise OSError("the copy failed")
             encode(*arguments)
 
-        monkeypatch.setattr(pool._lanes, "encode", failing)
+        monkeypatch.setattr(lane, "encode", failing)
         with pytest.raises(OSError, match="the copy failed"):
             pool.put("a", second)
-        monkeypatch.setattr(pool._lanes, "encode", encode)
+        monkeypatch.setattr(lane, "encode", encode)
         assert pool.usage().used_bytes == used
         assert pool.counters.failed == 1
         assert all(same(y, coded(x)) for x, y in zip(first, pool.get("a"), strict=True))
@@ -221,7 +228,7 @@ def test_a_get_that_fails_leaves_the_block(way: dict[str, Any], monkeypatch: pyt
             raise OSError("the copy failed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(pool._lanes, "decode", failing)
+            patch.setattr(only_lane(pool), "decode", failing)
             with pytest.raises(OSError, match="the copy failed"):
                 pool.get("a")
         assert all(same(y, coded(x)) for x, y in zip(xs, pool.get("a"), strict=True))

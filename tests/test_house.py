@@ -69,7 +69,7 @@ FORMATS_ORDER = [
     "offload.launches offload.pipeline",
     "offload.staging",
     "offload.old_tokens",
-    "offload.block offload.encoded_cache",
+    "offload.block offload.encoded_cache offload.lanes",
     "offload.host_pool",
 ]
 

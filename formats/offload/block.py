@@ -18,8 +18,11 @@ from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
 
 @dataclass
 class Block:
+    """``devices``: that of each tensor when it was put."""
+
     key: Hashable
     layout: Layout
+    devices: tuple[Any, ...]
     single: bool  # one tensor was put, not a list
     slices: list[PinnedSlice] | None = None
     path: Path | None = None  # of its bytes on disk
@@ -27,7 +30,7 @@ class Block:
     before: Block | None = None  # what it replaces, until then
     users: int = 0  # calls that need it where it is
     reads: list[Transfer] = field(default_factory=list)
-    staged: list[Any] | None = None  # its pieces on the device
+    staged: list[Any] | None = None  # its pieces on the devices that they came from
 
     @property
     def hosts(self) -> list[Any]:

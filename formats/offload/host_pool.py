@@ -1,7 +1,8 @@
 """Law: encoded blocks in a bounded pool of pinned host memory: who has room, who goes when it is full, and who waits for whom.
 
-How tensors become pieces is ``pieces``' business, how these travel ``pipeline``'s. A block's memory is given to others only
-when no copy reads or writes it any more; a block that is put in another's place takes it when all of it has arrived.
+How tensors become pieces is ``pieces``' business, how these travel ``pipeline``'s, and on which GPU ``lanes``'. A block's
+memory is given to others only when no copy reads or writes it any more; a block that is put in another's place takes it when
+all of it has arrived.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
 from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
 from pqcodec.formats.offload.block import Block
+from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import Coding, layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
-from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.kernels import backend as backend_of
+from pqcodec.formats.offload.pipeline import Transfer
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
 
@@ -72,9 +72,9 @@ class Put:
         return self._transfer.done()
 
     def read(self, stream: Any) -> None:
-        """Make a stream of the GPU wait until the tensors have been read: what comes after may write into them."""
-        if self._transfer.coded:
-            stream.wait_event(self._transfer.coded[-1])
+        """Make a stream of a GPU wait until all tensors have been read, on every GPU: what comes after may write into them."""
+        for event in self._transfer.coded.values():
+            stream.wait_event(event)
 
     def wait(self) -> None:
         """Until it has arrived; raises NonFiniteInput if a tensor held NaN or Inf: the pool keeps what it had."""
@@ -111,13 +111,16 @@ class Get:
 class HostPool:
     """Encoded blocks by key, in ``capacity_bytes`` of host memory; a context manager, usable by many threads at once.
 
-    A block is one tensor [..., tokens, head_dim] or a list of them, encoded where it lies (``device``: that of its tensors;
-    None: CUDA where torch finds it), copied to the host beside whatever else the GPU does, and decoded again into the
-    caller's tensors. A full pool spills the blocks that were used longest ago to files in the folder ``spill`` or, without
+    A block is one tensor [..., tokens, head_dim] or a list of them, each encoded where it lies, copied to the host beside
+    whatever else the GPU does, and decoded again: into new tensors where the others were, or into the caller's own, on
+    whichever of the pool's devices. ``device``: one, or several GPUs, such as those of a model that is spread over them
+    (None: all GPUs that torch finds, or the CPU); ``devices`` tells which, and ``device`` the first: that of None is the
+    current one. A full pool spills the blocks that were used longest ago to files in the folder ``spill`` or, without
     one, evicts them (``on_displaced`` is told key and "spilled" or "evicted"). The files go when the pool is closed.
-    ``piece_bytes``: of tensors, what one step of the pipeline moves; two steps in each direction lie encoded on the GPU.
+    ``piece_bytes``: of tensors, what one step of a pipeline moves; two steps in each direction lie encoded on each GPU.
     Beside products that fill the GPU one step is coded between two of them: small steps slow them less, large ones move more;
-    what runs on a stream of a higher priority (-1) is slowed least.
+    what runs on a stream of a higher priority (-1) is slowed least. Raises InvalidArgument, also for devices of several kinds,
+    BackendUnavailable, and MemoryError where so much cannot be pinned.
 
     >>> import torch
     >>> with HostPool(1 << 20, device="cpu") as pool:
@@ -138,27 +141,17 @@ class HostPool:
         piece_bytes: int = PIECE_BYTES,
         on_displaced: Callable[[Hashable, str], None] | None = None,
     ) -> None:
-        import torch
-
         if piece_bytes < 1:
             raise InvalidArgument(f"piece_bytes {piece_bytes}: 1 and more are possible")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.empty(0, device=device).device  # "cuda:0" of "cuda"
-        kernel = backend_of(backend, self.device.type)
+        self._lanes = Lanes(device, backend)
+        self.devices, self.device = self._lanes.devices, self._lanes.devices[0]
         self.preset, self._piece_bytes, self._told = preset, piece_bytes, on_displaced
-        self._lanes: DevicePipeline | HostPipeline
-        if kernel.name in ON_DEVICE:
-            kernel.check_device(self.device)
-            self._lanes = DevicePipeline(self.device, kernel.name)
-        else:
-            self._lanes = HostPipeline(kernel.name)
         if spill is not None:
             remote.check_local(spill, "blocks spill to a local folder")
         self._folder = Path(spill).absolute() if spill is not None else None
         if self._folder is not None:
             make_folders(self._folder, searchable(PRIVATE))
-        self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda")
+        self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda", device=self.device)
         self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the one used longest ago is the first
         self._leaving: list[Block] = []  # blocks that are gone, but are still being read or written
         self._changed = Condition()
@@ -205,15 +198,12 @@ class HostPool:
         given = [tensors] if single else list(tensors)
         codings = self._codings(len(given), preset, center, rope, exact_tokens)
         self._check_given(given)
-        block = Block(key, layout_of(given, codings, self._piece_bytes), single)
+        block = Block(key, layout_of(given, codings, self._piece_bytes), tuple(x.device for x in given), single)
         displaced: list[tuple[Hashable, str]] = []
         transfer = Transfer()
         try:
             block.slices = self._room(block, displaced)
-            self._lanes.begin(given)
-            for piece, host in zip(block.layout.pieces, block.hosts, strict=True):
-                self._lanes.encode(piece, given, host, transfer)
-            self._lanes.end(given, transfer, filled=False)
+            self._lanes.encode(block.layout.pieces, given, block.hosts, transfer)
         except BaseException:
             with self._changed:
                 self.counters.failed += 1
@@ -241,11 +231,7 @@ class HostPool:
     def _check_given(self, tensors: Sequence[Any]) -> None:
         if self._closed:
             raise InvalidArgument("the pool is closed; make a new one")
-        for number, x in enumerate(tensors):
-            if not is_torch(x):
-                raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
-            if x.device != self.device:
-                raise InvalidArgument(f"tensor {number} lies on {x.device}, this pool's are on {self.device}; move it there")
+        self._lanes.check(tensors)
 
     # -- out -----------------------------------------------------------------------------------------------------
     def get(self, key: Hashable, out: Any = None) -> Any:
@@ -270,13 +256,10 @@ class HostPool:
             return None
         try:
             outs = self._outs(block, out)
-            hosts = self._in_memory(block)
+            hosts, staged = self._in_memory(block)
             transfer = Transfer()
             try:
-                self._lanes.begin(outs)
-                for piece, host in zip(block.layout.pieces, hosts, strict=True):
-                    self._lanes.decode(piece, host, outs, transfer)
-                self._lanes.end(outs, transfer, filled=True)
+                self._lanes.decode(block.layout.pieces, hosts, staged, outs, transfer)
             except BaseException:
                 self._lanes.drain()
                 raise
@@ -291,26 +274,26 @@ class HostPool:
             self._used(block)
 
     def prefetch(self, key: Hashable) -> bool:
-        """Bring a block nearer: from disk to memory, and its encoded bytes to the GPU; False where there is no such block.
+        """Bring a block nearer: from disk to memory, and its encoded bytes to the GPUs that it came from.
 
-        The next ``get`` or ``fetch`` uses them up.
+        The next ``get`` or ``fetch`` uses them up, of no use for an ``out`` elsewhere. False where there is no such block.
         """
         block = self._use(key, count=False)
         if block is None:
             return False
         try:
-            hosts = self._in_memory(block)
-            staged = [self._lanes.moved(host) for host in hosts]
+            hosts, staged = self._in_memory(block)
+            staged = self._lanes.moved(block.layout.pieces, block.devices, hosts, staged)
             with self._changed:
                 self.counters.prefetches += 1
-                block.staged = staged if staged and staged[0] is not None else None
+                block.staged = staged
         finally:
             self._used(block)
         return True
 
     def _outs(self, block: Block, out: Any) -> list[Any]:
         if out is None:
-            return block.layout.new_tensors(self.device)
+            return block.layout.new_tensors(block.devices)
         outs = [out] if block.single else list(out)
         self._check_given(outs)
         expected = block.layout
@@ -495,14 +478,12 @@ class HostPool:
         if self._told is not None:
             self._told(block.key, what)
 
-    def _in_memory(self, block: Block) -> list[Any]:
-        """Where a block's pieces are: on the device if they were fetched, or in host memory, read from disk if need be."""
+    def _in_memory(self, block: Block) -> tuple[list[Any], list[Any]]:
+        """A block's pieces in host memory, read from disk if need be; and those that were copied to devices, or None."""
         with self._changed:
-            staged, block.staged = block.staged, None
-            if staged is not None:
-                return staged
+            staged, block.staged = block.staged or [None] * len(block.layout.pieces), None
             if block.slices is not None:
-                return block.hosts
+                return block.hosts, staged
         slices = self._room(block, [])
         try:
             assert block.path is not None
@@ -516,4 +497,4 @@ class HostPool:
                 self.counters.reloaded += 1
             else:  # another thread was quicker
                 free_all(slices)
-            return block.hosts
+            return block.hosts, staged

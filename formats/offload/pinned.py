@@ -52,8 +52,8 @@ class PinnedArena:
     """``capacity_bytes`` of host memory, in slices. Any thread may allocate and free.
 
     A slice is cut from the shortest free run that holds it, the first of equals; free neighbours join. ``pinned``: whether
-    the memory is page-locked (None: where torch finds a CUDA device). Raises InvalidArgument, or MemoryError where
-    the system does not give that much.
+    the memory is page-locked, for all GPUs (None: where torch finds a CUDA device); ``device``: the one that asks for it (None:
+    the current one). Raises InvalidArgument, or MemoryError where the system does not give that much.
 
     >>> arena = PinnedArena(1 << 20, pinned=False)
     >>> part = arena.allocate(1000)
@@ -64,7 +64,7 @@ class PinnedArena:
     0
     """
 
-    def __init__(self, capacity_bytes: int, *, pinned: bool | None = None) -> None:
+    def __init__(self, capacity_bytes: int, *, pinned: bool | None = None, device: Any = None) -> None:
         import torch
 
         if capacity_bytes < ALIGNMENT:
@@ -76,7 +76,7 @@ class PinnedArena:
         self.tensor = torch.from_numpy(raw[start : start + self.capacity_bytes])
         self.pinned = torch.cuda.is_available() if pinned is None else pinned
         if self.pinned:
-            _pin(raw, self.tensor)
+            _pin(raw, self.tensor, device)
         self._lock = Lock()
         self._starts = [0]  # of the free runs, ascending
         self._sizes = {0: self.capacity_bytes}  # of a free run, by its start
@@ -145,12 +145,13 @@ class PinnedArena:
         return self._sizes.pop(start)
 
 
-def _pin(memory: np.ndarray, tensor: Any) -> None:
-    """Page-lock a tensor's part of ``memory`` for as long as that lives."""
+def _pin(memory: np.ndarray, tensor: Any, device: Any) -> None:
+    """Page-lock a tensor's part of ``memory`` for as long as that lives; with unified addresses, all devices' contexts know."""
     import torch
 
-    torch.zeros(1, device="cuda")  # a context for the driver
-    error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
+    with torch.cuda.device(device):
+        torch.zeros(1, device="cuda")  # a context for the driver
+        error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
     if error:
         raise MemoryError(f"{tensor.numel()} bytes cannot be pinned (CUDA error {error}); choose a smaller capacity_bytes")
     weakref.finalize(memory, _unpin, tensor.data_ptr()).atexit = False

@@ -37,7 +37,7 @@ class Transfer:
 
     events: list[Any] = field(default_factory=list)
     flags: list[Any] = field(default_factory=list)
-    coded: list[Any] = field(default_factory=list)  # events: the caller's tensors were read, or filled
+    coded: dict[Any, Any] = field(default_factory=dict)  # events by device: the caller's tensors there were read, or filled
 
     def done(self) -> bool:
         return all(event.query() for event in self.events)
@@ -232,8 +232,8 @@ class DevicePipeline:
 
         for x in tensors:
             x.record_stream(self._streams["decode" if filled else "encode"])
-        if filled and transfer.coded:
-            torch.cuda.current_stream(self._device).wait_event(transfer.coded[-1])
+        if filled and self._device in transfer.coded:
+            torch.cuda.current_stream(self._device).wait_event(transfer.coded[self._device])
 
     def encode(self, piece: Piece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
         views = piece.views(tensors)
@@ -297,10 +297,9 @@ class DevicePipeline:
         if event is not None:
             self._streams[name].wait_event(event)
 
-    @staticmethod
-    def _note(transfer: Transfer, coded: Any, done: Any) -> None:
+    def _note(self, transfer: Transfer, coded: Any, done: Any) -> None:
         if done is not None:
-            transfer.coded.append(coded)
+            transfer.coded[self._device] = coded  # events of one stream: behind the last one all are
             transfer.events.append(done)
 
     def _fetched(self, flags: Any) -> Any:

@@ -1,0 +1,139 @@
+"""Law: which GPU's pipeline codes which tensor of a pool: the one that the tensor lies on, and no tensor of another.
+
+Host memory is one for all of them: what one GPU encoded there, another decodes. A pipeline is made when a tensor of its device
+first comes, so that nothing is opened on a GPU that nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+from pqcodec import arrays
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.offload.pieces import Piece
+from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
+from pqcodec.kernels import ON_DEVICE
+from pqcodec.kernels import backend as backend_of
+
+Pipeline = DevicePipeline | HostPipeline
+
+
+class Lanes:
+    """The pipelines of a pool's ``devices``, of which the first is the one that was named first, or the current one."""
+
+    def __init__(self, device: Any, backend: str) -> None:
+        self.devices, self._backend, self._lock = devices_of(device), backend, Lock()
+        self._made: dict[Any, Pipeline] = {}
+        for each in self.devices[:1] if device is None else self.devices:
+            _kernel(backend, each)
+
+    def check(self, tensors: Sequence[Any]) -> None:
+        """Raises InvalidArgument for what is no tensor of these devices, and BackendUnavailable."""
+        for number, x in enumerate(tensors):
+            if not arrays.is_torch(x):
+                raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
+            if x.device not in self._made:
+                self._make(x.device, number)
+
+    def encode(self, pieces: Sequence[Piece], tensors: Sequence[Any], hosts: Sequence[Any], transfer: Transfer) -> None:
+        """Pieces of tensors, each of one device, into ``hosts``."""
+        own = self._begun(tensors)
+        for piece, host in zip(pieces, hosts, strict=True):
+            self._made[piece.of(tensors).device].encode(piece, tensors, host, transfer)
+        self._end(own, transfer, filled=False)
+
+    def decode(
+        self, pieces: Sequence[Piece], hosts: Sequence[Any], staged: Sequence[Any], outs: Sequence[Any], transfer: Transfer
+    ) -> None:
+        """``hosts`` into pieces of ``outs``, which may lie on several devices; ``staged``: what ``moved`` gave, or None each.
+
+        A copy is read for the tensors of its own device alone.
+        """
+        own, places = self._begun(outs), [x.device for x in outs]
+        for piece, host, copy in zip(pieces, hosts, staged, strict=True):
+            for device, part, start in piece.split(places) if len(own) > 1 else [(places[0], piece, 0)]:
+                source = host if copy is None or copy.device != device else copy
+                self._made[device].decode(part, source[start : start + part.nbytes], outs, transfer)
+        self._end(own, transfer, filled=True)
+
+    def moved(self, pieces: Sequence[Piece], devices: Sequence[Any], hosts: Sequence[Any], staged: Sequence[Any]) -> list[Any]:
+        """Copies of ``hosts`` under way to the devices of the tensors there, if not ``staged``; None of tensors of the CPU."""
+        told = zip(pieces, hosts, staged, strict=True)
+        return [self._made[piece.of(devices)].moved(host) if copy is None else copy for piece, host, copy in told]
+
+    def drain(self) -> None:
+        """Wait for what is under way, of which a transfer that failed may not tell."""
+        for lane in list(self._made.values()):
+            lane.drain()
+
+    def close(self) -> None:
+        """Wait for what is under way, and give up what is prepared."""
+        self.drain()
+        for lane in list(self._made.values()):
+            lane.close()
+
+    def _make(self, device: Any, number: int) -> None:
+        if device not in self.devices:
+            raise InvalidArgument(
+                f"tensor {number} lies on {device}, this pool's are on {', '.join(map(str, self.devices))}; move it there, or "
+                "name its device when the pool is made (device=)"
+            )
+        with self._lock:
+            if device not in self._made:
+                kernel = _kernel(self._backend, device)
+                on_device = kernel.name in ON_DEVICE
+                self._made[device] = DevicePipeline(device, kernel.name) if on_device else HostPipeline(kernel.name)
+
+    def _begun(self, tensors: Sequence[Any]) -> dict[Any, list[Any]]:
+        """The tensors of each device, whose pipeline is told of them."""
+        own: dict[Any, list[Any]] = {}
+        for x in tensors:
+            own.setdefault(x.device, []).append(x)
+        for device, xs in own.items():
+            self._made[device].begin(xs)
+        return own
+
+    def _end(self, own: dict[Any, list[Any]], transfer: Transfer, filled: bool) -> None:
+        for device, xs in own.items():
+            self._made[device].end(xs, transfer, filled)
+
+
+def devices_of(device: Any) -> tuple[Any, ...]:
+    """The devices that are meant by one, by a sequence, or by None: all CUDA devices, the current one first, or the CPU.
+
+    Raises InvalidArgument for none at all, and for those of several kinds.
+    """
+    import torch
+
+    if device is None:
+        if not torch.cuda.is_available():
+            return (_resolved("cpu"),)
+        seen = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        return tuple(dict.fromkeys([_resolved("cuda"), *seen]))
+    named = [device] if isinstance(device, (str, int, torch.device)) else list(device)
+    found = tuple(dict.fromkeys(map(_resolved, named)))
+    if not found:
+        raise InvalidArgument("device: an empty list; name a device or several, or pass None for all GPUs")
+    if len({each.type for each in found}) > 1:
+        raise InvalidArgument(
+            f"device: {', '.join(map(str, found))} are of several kinds, and so is the host memory that they take; make a pool "
+            "for each kind"
+        )
+    return found
+
+
+def _resolved(device: Any) -> Any:
+    """ "cuda:0" of "cuda"; raises what torch raises where there is no such device."""
+    import torch
+
+    return torch.empty(0, device=device).device
+
+
+def _kernel(backend: str, device: Any) -> Any:
+    """The backend for tensors of a device; raises BackendUnavailable."""
+    kernel = backend_of(backend, device.type)
+    if kernel.name in ON_DEVICE:
+        kernel.check_device(device)
+    return kernel
