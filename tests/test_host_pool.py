@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,27 @@ def test_host_memory_that_is_overwritten_is_told(way: dict[str, Any]) -> None:
 
 
 # -- threads -------------------------------------------------------------------------------------------------------
+def test_threads_that_want_the_same_block_from_disk_share_its_memory(tmp_path: Path) -> None:
+    """In a pool with room for one, the second does not wait for memory that only it keeps from being given back."""
+    way = {"device": DEVICE, "backend": "auto"}
+    xs = tensors(way)
+    with HostPool(block_bytes(way), spill=tmp_path, **way) as pool, ThreadPoolExecutor(3) as threads:
+        pool.put("a", xs, wait=True)
+        pool.put("b", xs, wait=True)
+        held = pool._use("b")
+        assert held is not None
+        waiting = [threads.submit(pool.get, "a") for _ in range(3)]
+        while pool._blocks["a"].users < 3:
+            time.sleep(0.01)
+        time.sleep(0.1)  # until all of them ask for room
+        pool._used(held)
+        try:
+            for found in waiting:
+                assert all(same(y, coded(x)) for x, y in zip(xs, found.result(timeout=20), strict=True))
+        finally:
+            pool._arena = PinnedArena(1 << 20, pinned=DEVICE != "cpu")  # lets go who waits still, if the test fails
+
+
 @pytest.mark.parametrize("spill", [False, True])
 def test_threads_put_get_and_drop_at_once(spill: bool, tmp_path: Path) -> None:
     """What a key gives is always a whole block that was put under it."""

@@ -421,8 +421,8 @@ class HostPool:
             self._changed.notify_all()
 
     # -- room ----------------------------------------------------------------------------------------------------
-    def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice]:
-        """Memory for all pieces of a block; others make room for it."""
+    def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice] | None:
+        """Memory for all pieces of a block, for which others make room; None once another thread has given it some."""
         sizes = [piece.nbytes for piece in block.layout.pieces]
         needed = sum(map(aligned, sizes))
         if needed > self._arena.capacity_bytes:
@@ -432,6 +432,8 @@ class HostPool:
             )
         while True:
             with self._changed:
+                if block.slices is not None:
+                    return None
                 self._reclaim()
                 slices = self._arena.allocate_all(sizes)
                 if slices is not None:
@@ -485,6 +487,8 @@ class HostPool:
             if block.slices is not None:
                 return block.hosts, staged
         slices = self._room(block, [])
+        if slices is None:
+            return block.hosts, staged
         try:
             assert block.path is not None
             block.read(block.path, slices)
