@@ -20,7 +20,7 @@ from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload import HostPool, lanes
 from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
 from pqcodec.formats.offload.pipeline import HostPipeline, Transfer
-from pqcodec.header import DTYPE_NAMES
+from pqcodec.stream.header import DTYPE_NAMES
 from tests.conftest import bits, gaussian
 from tests.test_host_pool import coded, same
 

@@ -18,9 +18,6 @@ from threading import Condition
 from types import TracebackType
 from typing import Any
 
-from pqcodec import arrays
-from pqcodec.batch import each
-from pqcodec.centre import Rope
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats import remote
 from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
@@ -29,6 +26,10 @@ from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import Coding, layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
 from pqcodec.formats.offload.pipeline import Transfer
+from pqcodec.options import each
+from pqcodec.stages.centre import Rope
+from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import is_torch
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
 

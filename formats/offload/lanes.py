@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from pqcodec import arrays
+from pqcodec.backends import ON_DEVICE
+from pqcodec.backends import backend as backend_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.pieces import Piece
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
-from pqcodec.kernels import ON_DEVICE
-from pqcodec.kernels import backend as backend_of
+from pqcodec.tensors.numbers import is_torch
 
 Pipeline = DevicePipeline | HostPipeline
 
@@ -32,7 +32,7 @@ class Lanes:
     def check(self, tensors: Sequence[Any]) -> None:
         """Raises InvalidArgument for what is no tensor of these devices, and BackendUnavailable."""
         for number, x in enumerate(tensors):
-            if not arrays.is_torch(x):
+            if not is_torch(x):
                 raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
             if x.device not in self._made:
                 self._make(x.device, number)
