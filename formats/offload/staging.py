@@ -34,10 +34,7 @@ class Home:
         self.tensor, self.used, self.place = tensor, used, 0
 
     def __getstate__(self) -> tuple[Any, int, int, bool]:
-        pinned = self.tensor.is_pinned()
-        if pinned:
-            torch.cuda.synchronize()  # what is on its way here is copied, too
-        return self.tensor, self.used, self.place, pinned
+        return self.tensor, self.used, self.place, self.tensor.is_pinned()
 
     def __setstate__(self, state: tuple[Any, int, int, bool]) -> None:
         tensor, self.used, self.place, pinned = state
@@ -64,6 +61,7 @@ class Homes:
         self.stored = event(device)  # behind the last copy to the host
 
     def __getstate__(self) -> dict[str, Any]:
+        self.stored.synchronize()  # what is on its way to the homes, from whichever GPU, is copied too
         return {key: value for key, value in vars(self).items() if key != "stored"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,6 +102,8 @@ class NoEvent:
     def record(self, stream: Any = None) -> None: ...
 
     def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 def event(device: Any) -> Any:
