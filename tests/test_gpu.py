@@ -824,3 +824,28 @@ def test_a_tensor_of_another_gpu_is_coded_there(gpu_backend: str) -> None:
         out = pqcodec.decode(data, device=device, backend=gpu_backend)
         assert str(out.device) == device
         same(out, pqcodec.decode(data, backend="cpu"))
+
+
+@needs_triton
+def test_sums_see_every_byte_that_changes() -> None:
+    """Of weights that a model identity looks at: single bytes, tails, rows that change places."""
+    from pqcodec.words import Sums, sums_anywhere
+
+    sizes = (1, 7, 8, 4096, (1 << 19) + 3) if not GPU else (1, 7, 8, 4096, (1 << 19) + 3, (5 << 20) + 1)
+    tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8, device=DEVICE) for size in sizes]
+    assert all(map(sums_anywhere, tensors))
+    assert not any(map(sums_anywhere, (tensors[3][1:], tensors[3].view(2, -1).T)))
+    sums = Sums(tensors)
+    assert sums.chunks == [-(-size // (1 << 19)) for size in sizes]
+    before = sums.begin()()
+    np.testing.assert_array_equal(sums.begin()(), before)
+    ends = np.cumsum(sums.chunks)
+    for number, x in enumerate(tensors):
+        for place in {0, len(x) // 2, len(x) - 1}:
+            x[place] ^= 64
+            changed = np.flatnonzero(sums.begin()() != before)
+            assert changed.tolist() == [ends[number] - sums.chunks[number] + place // (1 << 19)]
+            x[place] ^= 64
+    rows = tensors[4][: 1 << 19].view(64, -1)
+    rows[[3, 5]] = rows[[5, 3]]
+    assert (sums.begin()() != before).sum() == 1

@@ -11,6 +11,7 @@ import numpy as np
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.model_identity.digests import new_hash
+from pqcodec.words import Sums, sums_anywhere, words_at
 
 SAMPLES = 16  # words of a tensor that are looked at on each call
 COLUMNS = 8191  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
@@ -35,8 +36,8 @@ class Evidence:
 
     Sampled (``full`` False): of each tensor in the CPU's memory, the words that hold 16 elements spread over it. Edits that
     bypass version counters (``w.data += d``) are seen where they change one of them: edits of whole tensors, practically
-    always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter: each 64-bit word is in one of
-    8,191 sums modulo 2^64, so that an edit of one element is always seen.
+    always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter sums modulo 2^64, each word with
+    an odd factor, so that an edit of one element is always seen.
     """
 
     def __init__(self, tensors: Sequence[Any], full: bool) -> None:
@@ -48,19 +49,34 @@ class Evidence:
         ]
         self._addresses = np.concatenate(addresses) if addresses else np.empty(0, np.int64)
         self._ends = np.cumsum([len(each) for each in addresses])
+        places: dict[Any, list[int]] = {}  # of tensors that one kernel sums
+        self._others: list[int] = []
+        for index, (tensor, summed) in enumerate(zip(tensors, self._summed, strict=True)):
+            if summed and tensor.nbytes and sums_anywhere(tensor):
+                places.setdefault(tensor.device, []).append(index)
+            elif summed:
+                self._others.append(index)
+        self._together = [(indices, Sums([tensors[index] for index in indices])) for indices in places.values()]
         self._words, self._sums = self.begin(tensors)()
 
     def begin(self, tensors: Sequence[Any]) -> Look:
         """Look at the tensors, which must lie where they lay and not be moved meanwhile (see ``storages``): what is on a GPU is
         read while the caller does other things, until it calls the result.
         """
-        sums = _begin_sums({index: tensors[index] for index, summed in enumerate(self._summed) if summed})
+        started = [(indices, sums.chunks, sums.begin()) for indices, sums in self._together]
+        others = _begin_sums({index: tensors[index] for index in self._others})
         words = np.empty(0, np.uint64)
         if len(self._addresses):
-            from pqcodec.kernels.cpu.samples import words_at
-
             words = words_at(self._addresses)
-        return lambda: (words, sums())
+
+        def look() -> tuple[np.ndarray, dict[int, bytes]]:
+            found = others()
+            for indices, chunks, sums in started:
+                parts = np.split(sums(), np.cumsum(chunks)[:-1])
+                found |= {index: part.tobytes() for index, part in zip(indices, parts, strict=True)}
+            return words, found
+
+        return look
 
     def holds(self, look: Look) -> bool:
         """Whether the bytes that were looked at are as they were."""
