@@ -84,13 +84,15 @@ class Group:
 
 
 def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
+    """Layers whose tensors are encoded as one: of one kind, and where they lie on several devices, of one device."""
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         for path, tensor in layer.tensors.items():
             if path in tc.ROLES and tensor.ndim > 1:
                 preset, pairing = plan.choices.get((index, path), (EXACT, None))
                 place = (not layer.cuttable, layer.tokens - layer.kept)
-                found.setdefault((path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype), []).append(index)
+                kind = (path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype, tensor.device)
+                found.setdefault(kind, []).append(index)
     return [Group(path, preset, pairing, tuple(at), state) for (path, preset, pairing, state, *_), at in found.items()]
 
 
