@@ -626,6 +626,16 @@ def test_what_is_not_there_is_4(made: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    file = tmp_path / "cache.pqkv"
+    file.write_bytes(b"some")
+    for verb in ("ls", "stats", "gc", "verify"):
+        assert "cache.pqkv: is a file, no prefix store" in run(verb, file, code=2).stderr
+    with pytest.raises(PQError, match="is a file, no prefix store"):
+        PrefixStore(file)
+    assert file.read_bytes() == b"some"
+
+
 def test_help_stays_quick_and_names_the_verbs() -> None:
     start = time.perf_counter()
     code = "import sys; from pqcodec.tools.cli import app; assert not {'numpy', 'rich', 'torch', 'sqlite3'} & set(sys.modules)"

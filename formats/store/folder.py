@@ -54,6 +54,14 @@ def checked_block_file(file: str) -> str:
 
 
 # -- folders and files -------------------------------------------------------------------------------------------
+def check_folder(path: Path) -> None:
+    """Raises InvalidArgument where something else than a folder is in the place of a store."""
+    if path.exists() and not path.is_dir():
+        raise InvalidArgument(
+            f"{path}: is a file, no prefix store, which is a folder; `pqcodec inspect` tells what a file holds"
+        )
+
+
 def make_folder(path: Path, shared: bool) -> None:
     """Make a folder of the store if it is missing; one that is there must be real, and becomes private if it is ours.
 

@@ -48,6 +48,7 @@ class Shelf:
     ) -> None:
         remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
         self.folder, self._shared = Path(folder), shared
+        own.check_folder(self.folder)
         self.denied: OSError | None = None  # why the store can only be read
         self.index, damage = self._opened()
         try:

@@ -40,8 +40,10 @@ LEAST = 6  # that have to be given
 def opened(folder: str, data: str | None, new: bool = False, shared: bool = False) -> Iterator[Shelf]:
     """The store in a folder; what it warns of is said in a line. ``new``: it is made where there is none."""
     from pqcodec.formats.remote import check_local
+    from pqcodec.formats.store.folder import check_folder
 
     check_local(folder, "the index of a store is in a local folder; pass the URL of its files by --data")
+    check_folder(Path(folder))
     if not new and not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
     if not new and data is None and not is_store(Path(folder)):
