@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,15 +174,17 @@ def test_a_compiled_model(lossless: None, kind: str) -> None:
 
 
 def test_a_copy_goes_its_own_way(lossless: None) -> None:
-    """As a prompt's cache is copied for each of several questions."""
+    """As a prompt's cache is copied for each of several questions, or sent to another process."""
     model, found = tiny("llama"), []
+    ways = (copy.deepcopy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)))
     with torch.no_grad():
-        for cache in (tc.empty_cache(model.config), EncodedCache(model, **SMALL)):
+        for copied, kind in zip(ways, (tc.empty_cache, EncodedCache, EncodedCache), strict=True):
+            cache = kind(model, **SMALL) if kind is EncodedCache else kind(model.config)
             read(model, cache, prompt())
             steps(model, cache)
-            twin = copy.deepcopy(cache)
+            twin = copied(cache)
             found.append(torch.cat([steps(model, twin, 20), steps(model, cache, 50)]))
-    assert rel_mse(*found) < 1e-9
+    assert all(rel_mse(found[0], each) < 1e-9 for each in found[1:])
 
 
 # -- other models ------------------------------------------------------------------------------------------------
@@ -239,3 +242,15 @@ def test_an_encoder_decoder_takes_two_caches(lossless: None) -> None:
             model.generate(prompt(), **{name: wrong}, **options)
     with pytest.raises(InvalidArgument, match="of one layer"):
         EncodedCache(transformers.T5Config(**{**sizes, "num_layers": 1}))
+
+
+def test_models_that_take_no_such_cache_are_refused_by_name() -> None:
+    """Before anything is computed, from the model's config as well."""
+    text = transformers.MllamaConfig(text_config={"cross_attention_layers": [1], "num_hidden_layers": 2, "vocab_size": 100})
+    for config, why in [
+        (transformers.MiniMaxConfig(), "a minimax takes a MiniMaxCache alone, not an EncodedCache"),
+        (text, "a mllama_text_model looks for its images' keys in the cache itself"),
+        (text.text_config, "take a DynamicCache"),
+    ]:
+        with pytest.raises(InvalidArgument, match=why):
+            EncodedCache(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -53,10 +55,11 @@ def block_bytes(way: dict[str, Any], count: int = 2) -> int:
         return pool.usage().used_bytes
 
 
-def only_lane(pool: HostPool) -> Any:
-    """The pipeline of a pool's only device."""
-    (lane,) = pool._lanes._made.values()
-    return lane
+def test_a_pool_is_not_copied() -> None:
+    with HostPool(1 << 16, device="cpu") as pool:
+        for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="a HostPool is not copied or pickled"):
+                way(pool)
 
 
 # -- the allocator -------------------------------------------------------------------------------------------------

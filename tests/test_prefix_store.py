@@ -6,6 +6,7 @@ import copy
 import errno
 import itertools
 import os
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -688,6 +689,25 @@ def test_what_depends_on_more_than_one_sequence_of_tokens_is_refused(store: Pref
     with pytest.raises(InvalidArgument, match="use_cache=False"):
         store.generate(model, prompt(20), use_cache=False)
     assert files(store) == []
+
+
+def test_a_store_is_not_copied(store: PrefixStore) -> None:
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"a PrefixStore is not copied or pickled.*open PrefixStore\(.* again"):
+            way(store)
+
+
+def test_a_model_that_keeps_no_cache_by_default_answers_alone(store: PrefixStore) -> None:
+    """As MPT does; use_cache=True is the user's word against it."""
+    model, ids = copy.deepcopy(tiny("llama")), prompt(300)
+    model.generation_config.use_cache = False
+    asked = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "wait": True}
+    for options in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
+        with pytest.warns(RuntimeWarning, match="generates without the store: its generation config says use_cache=False"):
+            alone = store.generate(model, ids, **asked, **options)
+        assert files(store) == []
+    assert torch.equal(alone, store.generate(model, ids, use_cache=True, **asked))
+    assert files(store)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gemma3", "lfm2"])

@@ -159,6 +159,11 @@ class HostPool:
         self.counters = Counters()
         self._closed = False
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a HostPool is not copied or pickled, for it has pinned memory and streams: make another, and put again"
+        )
+
     def __enter__(self) -> HostPool:
         return self
 

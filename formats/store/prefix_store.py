@@ -123,6 +123,12 @@ class PrefixStore:
         self._waiting: set[Future[Stored]] = set()
         self._lock = threading.Lock()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a PrefixStore is not copied or pickled, for it has an open index and a thread: open "
+            f"PrefixStore({str(self.shelf.folder)!r}) again where it is wanted; many may be open at once, in any processes"
+        )
+
     def __enter__(self) -> PrefixStore:
         return self
 
