@@ -29,6 +29,7 @@ WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows
 _FIRST_ROOM = 64  # tokens
 _ROLES = ("keys", "values")
+_OWN_CACHES = {"minimax": "MiniMaxCache"}  # of model types that take no other class
 _TWO_CACHES = "EncoderDecoderCache(EncodedCache(model), DynamicCache())"
 
 
@@ -99,6 +100,7 @@ class EncodedCache(cache_utils.DynamicCache):
             (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
         )
         config = getattr(model, "config", model)
+        _check_model(config.get_text_config(decoder=True))
         super().__init__(config=config)
         self._shops: dict[Any, Workshop] = {}
         self._of_decoder, self._last = bool(getattr(config, "is_encoder_decoder", False)), -1
@@ -140,6 +142,17 @@ class EncodedCache(cache_utils.DynamicCache):
         exact_bytes += sum(x.nbytes for layer in others for x in vars(layer).values() if isinstance(x, torch.Tensor))
         encoded = sum(layer.encoded_bytes for layer in layers)
         return Memory(encoded, exact_bytes, sum(shop.nbytes for shop in self._shops.values()))
+
+
+def _check_model(config: Any) -> None:
+    """Raises InvalidArgument, by name, for a model whose code reads keys past ``update``, or takes caches of its own alone."""
+    kind = str(getattr(config, "model_type", type(config).__name__))
+    if kind in _OWN_CACHES:
+        raise InvalidArgument(f"a {kind} takes a {_OWN_CACHES[kind]} alone, not an EncodedCache: call generate without a cache")
+    if getattr(config, "cross_attention_layers", None):
+        raise InvalidArgument(
+            f"a {kind} looks for its images' keys in the cache itself, where an EncodedCache has none: take a DynamicCache"
+        )
 
 
 def _lenders(config: Any) -> set[int]:
