@@ -123,6 +123,13 @@ def test_a_text_behind_an_image_has_a_texts_positions(store: PrefixStore) -> Non
     check_like(found, model.generate(ids_of(300, 3), **ASKED))
 
 
+def test_types_that_tell_of_nothing_shown_are_a_texts(store: PrefixStore) -> None:
+    model, ids = made("qwen2-vl"), ids_of(300, 3)
+    for _ in range(2):
+        assert answered(store, model, ids, mm_token_type_ids=torch.zeros_like(ids)) is not None
+    assert store.get(model, ids).length == 299
+
+
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
 def test_an_image_is_not_computed_again(store: PrefixStore, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, image = made(kind), prompt_of(kind), shown(kind, 1)

@@ -57,6 +57,11 @@ def is_text(ids: Iterable[int], config: Any) -> bool:
     return stand_ins(config).isdisjoint(ids)
 
 
+def shows_nothing(shown: Mapping[str, Any], config: Any) -> bool:
+    """Whether all that is passed are the types of multimodal tokens, and none is any; other types may have embeddings."""
+    return shown.keys() == {"mm_token_type_ids"} and bool(stand_ins(config)) and not bool(shown["mm_token_type_ids"].any())
+
+
 def check_types(types: Mapping[str, Any], ids: Any, config: Any) -> None:
     """Raises InvalidArgument for token types that tell anything but which tokens stand for something shown."""
     import torch

@@ -50,6 +50,8 @@ def _why_alone(model: Any, identity: Identity, request: Request) -> str:
         return (
             "generate leaves out tokens of the prompt that are the pad token; pass an attention_mask of ones if they are text"
         )
+    if not request.caches:
+        return "its generation config says use_cache=False, as if it were to keep nothing; pass use_cache=True to use the store"
     if request.inside:
         return "attentions and hidden states of a kept prefix are not there"
     longest = tc.longest_prefix(model.config)

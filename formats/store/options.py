@@ -41,6 +41,7 @@ class Request:
     answers: int  # sequences that the prompt becomes
     inside: bool  # attentions or hidden states are to be returned, of which a kept prefix has none
     padded: bool  # without a mask, generate would leave out tokens of the prompt that are the pad token
+    caches: bool  # False: a generation config says that nothing is to be kept, as MPT's does by default
 
     @classmethod
     def of(cls, model: Any, input_ids: Any, options: Mapping[str, Any]) -> Request:
@@ -76,6 +77,8 @@ class Request:
 
         shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
         contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
+        if contents.shows_nothing(shown, model.config):  # which is a text, and goes on as one
+            shown = {}
         passed = {name: value for name, value in options.items() if name in (asked.keys() - shown.keys()) | CONFIG}
         if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
             passed["cache_implementation"] = None
@@ -84,7 +87,7 @@ class Request:
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         padded = mask is None and pad is not None and pad not in ends and pad in ids[0].tolist()
         inside = bool(effective("output_attentions") or effective("output_hidden_states"))
-        return cls(ids, passed, shown, answers, inside, padded)
+        return cls(ids, passed, shown, answers, inside, padded, effective("use_cache") is not False)
 
 
 def _check(place: str, config: Any) -> None:
@@ -94,8 +97,6 @@ def _check(place: str, config: Any) -> None:
     defaults = type(config)()
     for name, value in vars(config).items():
         if name in CONFIG or name.startswith("_") or value is None or value is False:
-            if name == "use_cache" and value is False:
-                raise InvalidArgument(f"{place}.use_cache=False: a store keeps the cache; call model.generate")
             continue
         if name == "cache_implementation" and place.startswith("model."):
             continue
