@@ -53,7 +53,7 @@ FORMATS_ORDER = [
     "measure npy rates remote tensor_file model_identity.tensors model_identity.watch",
     "log pieces single zarr_codec zarr_store model_identity.deviation model_identity.foreign model_identity.refusals",
     "listing pqkv recipe model_identity.identity transformers_cache.held",
-    "appender tensors zarr_writer",
+    "appender tensors transformers_cache.begun zarr_writer",
     "cache containers",
     "safetensors_file transformers_cache.state zarr_cache",
     "transformers_cache.places transformers_cache.rope",

@@ -858,7 +858,7 @@ def test_what_was_decoded_is_not_kept_as_exact(tmp_path: Path) -> None:
         coarse.put(model, ids[:, :300], cached(model, ids[:, :300]))
         cache, length = coarse.get(model, ids)
         read(model, ids[:, length:], cache)
-        with pytest.raises(InvalidArgument, match="blocks of preset pq2"):
+        with pytest.raises(InvalidArgument, match="numbers of preset pq2"):
             exact.put(model, ids, cache)
         assert coarse.put(model, ids, cache).tokens == 320
         empty, length = exact.get(model, ids)

@@ -195,7 +195,7 @@ class PrefixStore:
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
         cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
         tc.tell_tokens(cache, assembly.tokens)
-        reuse.begin(cache, identity, self._preset if used else "")
+        tc.begin(cache, identity, self._preset if used else "")
         return Prefix(cache, assembly.tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
@@ -340,32 +340,8 @@ class PrefixStore:
     def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
         identity, ids = self._identity(model), token_ids(tokens)
         behaviour = reuse.behaviour_of(model, identity, ids, extra)
-        reuse.check_begun(cache, identity, self._preset)
-        state = tc.state_of(cache, identity.config)
-        if state.kind != "DynamicCache":
-            raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
-        if behaviour is not None:
-            reuse.check_layers(behaviour, state)
-        layers = state.parts[""]
-        batches = {size for layer in layers for size in layer.batches()}
-        if batches - {1}:
-            raise InvalidArgument(f"a cache of {max(batches)} sequences; put each one by itself (batch 1)")
-        lengths = {layer.tokens for layer in layers if layer.tokens}
-        if len(lengths) > 1:
-            raise InvalidArgument(f"layers that have seen {sorted(lengths)} tokens; one number is expected")
-        cached = lengths.pop() if lengths else len(ids)
-        if len(ids) < cached:
-            raise InvalidArgument(
-                f"{len(ids)} tokens, but the cache holds {cached} positions: of other tokens, or of a prompt that was learned; "
-                "pass all tokens that the model was fed"
-            )
-        ids = ids[:cached]
-        longest = tc.longest_prefix(identity.config)
-        if longest is not None and len(ids) > longest:
-            raise InvalidArgument(
-                f"{len(ids)} tokens: this model's RoPE scaling changes all keys of sequences beyond {longest} tokens, "
-                "so that a longer prefix cannot be used again"
-            )
+        state, count = reuse.kept_state(cache, identity, self._preset, behaviour, len(ids))
+        ids = ids[:count]
         label = str(getattr(identity.config, "model_type", "model"))
         return _Work(identity, self._chain(identity, extra), label, ids, state, pin)
 

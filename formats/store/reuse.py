@@ -11,8 +11,6 @@ from pqcodec.formats import transformers_cache as tc
 from pqcodec.formats.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
 
-_BEGUN_BY = "pqcodec_begun_by"  # attribute of a cache from a store: the digest of the model's identity then, and the preset
-
 
 def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) -> tc.Behaviour | None:
     """How a model goes on from a cache of ids [n]; None where nothing is known, and so all believed: of an Identity alone.
@@ -71,18 +69,33 @@ def beside(cache: Any, model: Any) -> Any:
     return moved
 
 
-def begin(cache: Any, identity: Identity, preset: str) -> None:
-    """Note on a cache by which model, and how run, it was begun, and of which preset its numbers are ("": nothing was kept)."""
-    setattr(cache, _BEGUN_BY, (identity.digest(), preset))
-
-
-def check_begun(cache: Any, identity: Identity, preset: str) -> None:
-    """Raises InvalidArgument for a cache that was begun by another model, or one that has changed, or with another preset."""
-    digest, before = getattr(cache, _BEGUN_BY, (identity.digest(), preset))
-    if digest != identity.digest():
-        raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
-    if before not in ("", preset):
+def kept_state(
+    cache: Any, identity: Identity, preset: str, behaviour: tc.Behaviour | None, tokens: int
+) -> tuple[tc.CacheState, int]:
+    """What a cache of a text of so many tokens holds, and of how many of them; raises InvalidArgument if it cannot be kept."""
+    tc.check_begun(cache, identity, preset)
+    state = tc.state_of(cache, identity.config)
+    if state.kind != "DynamicCache":
+        raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
+    if behaviour is not None:
+        check_layers(behaviour, state)
+    layers = state.parts[""]
+    batches = {size for layer in layers for size in layer.batches()}
+    if batches - {1}:
+        raise InvalidArgument(f"a cache of {max(batches)} sequences; put each one by itself (batch 1)")
+    lengths = {layer.tokens for layer in layers if layer.tokens}
+    if len(lengths) > 1:
+        raise InvalidArgument(f"layers that have seen {sorted(lengths)} tokens; one number is expected")
+    cached = lengths.pop() if lengths else tokens
+    if tokens < cached:
         raise InvalidArgument(
-            f"this cache goes on from blocks of preset {before}, whose errors a store of preset {preset} would keep as its; "
-            "compute it anew"
+            f"{tokens} tokens, but the cache holds {cached} positions: of other tokens, or of a prompt that was learned; "
+            "pass all tokens that the model was fed"
         )
+    longest = tc.longest_prefix(identity.config)
+    if longest is not None and cached > longest:
+        raise InvalidArgument(
+            f"{cached} tokens: this model's RoPE scaling changes all keys of sequences beyond {longest} tokens, "
+            "so that a longer prefix cannot be used again"
+        )
+    return state, cached

@@ -1,5 +1,6 @@
 """Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
 
+from pqcodec.formats.transformers_cache.begun import begin, check_begun
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.places import layer_devices, placed
@@ -31,9 +32,11 @@ __all__ = [
     "LayerState",
     "along",
     "argument_of",
+    "begin",
     "begin_text",
     "behaviour",
     "cache_of",
+    "check_begun",
     "check_layers",
     "continues",
     "empty_cache",

@@ -13,6 +13,7 @@ from pqcodec.formats.names import Part
 from pqcodec.formats.pieces import Piece
 from pqcodec.formats.recipe import InMemory, Recipe, why_exact
 from pqcodec.formats.tensor_file import Progress, TensorFile
+from pqcodec.formats.transformers_cache.begun import EXACT, UNKNOWN, begin, check_model, presets_of
 from pqcodec.formats.transformers_cache.held import check_rows, keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.places import layer_devices, placed
 from pqcodec.formats.transformers_cache.rope import pairings, ropes
@@ -30,7 +31,7 @@ FORMATS = (1, 2)
 WITH_MODULE_STATE = 2  # the format of a cache that is wrong without ``module_state``
 KEY = "transformers.cache"  # of the file's metadata
 MODEL = "transformers.model"
-EXACT = "exact"  # the preset that keeps all numbers
+PRESETS = "transformers.presets"  # whose errors the numbers have
 MODULE_STATE, TENSOR = "module_state", "tensor"
 
 
@@ -76,11 +77,14 @@ def save(
     reads another text. Raises InvalidArgument for a cache that cannot be represented, and as ``save_cache`` does.
     """
     identity = Identity.of(model)
+    check_model(cache, identity)
     state = state_of(cache, identity.config)
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
     recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
     told = {**(metadata or {}), KEY: described(state, held), MODEL: identity.as_dict()}
+    if lost := presets_of(cache, preset):
+        told[PRESETS] = lost
     pieces = pieces_of(state, identity.config, recipe, padded) + _exact_pieces(held)
     return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
 
@@ -149,6 +153,7 @@ def load(
     """
     import torch
 
+    identity: Identity | None = None
     devices: list[Any] | None = None  # of a model's layers, where they are on several
     with containers.open_encoded(path) as file, torch.inference_mode(False):  # layers change some tensors in place, in any mode
         if model is not None:
@@ -169,9 +174,16 @@ def load(
             held = _held_in(file, told, device, backend)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
+        begin(cache, identity, _presets_in(file))
     if told["format"] == WITH_MODULE_STATE:
         restore_module_state(model, held)
     return cache
+
+
+def _presets_in(file: TensorFile) -> str:
+    """The presets whose errors the numbers of a file have; "" where nothing is lost."""
+    coded = any(file.entry(name).coded for name in file.names)
+    return str(file.metadata.get(PRESETS, UNKNOWN if coded else ""))
 
 
 def _check_held(told: Mapping[str, Any], model: Any, label: str) -> None:

@@ -1,0 +1,106 @@
+"""What a cache was begun with goes along: what has lost something is not kept as exact, nor as another model's."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats import save_cache
+from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.containers import convert
+from pqcodec.formats.store import PrefixStore
+
+transformers = pytest.importorskip("transformers")
+from test_transformers_cache import cached, prompt, tiny  # noqa: E402
+
+OTHER = r"goes on from numbers of preset {}, whose errors a store of preset {} would keep as its own"
+
+
+def saved(cache: Any, path: Path, model: Any, **options: Any) -> Any:
+    """What is loaded of a file of a cache."""
+    tc.save(cache, path, model, **options)
+    return tc.load(path, model)
+
+
+def put(folder: Path, preset: str, model: Any, ids: torch.Tensor, cache: Any) -> Any:
+    with PrefixStore(folder / f"store of {preset}", preset=preset) as store:
+        return store.put(model, ids, cache)
+
+
+@pytest.mark.parametrize("extension", ["pqkv", "safetensors"])
+def test_a_cache_of_a_file_is_not_kept_as_more_exact_than_it_is(tmp_path: Path, extension: str) -> None:
+    model, ids = tiny("llama"), prompt(300)
+    one = saved(cached(model, ids), tmp_path / f"a.{extension}", model, preset="pq2")
+    for preset in ("exact", "pq3"):
+        for cache in (one, copy.deepcopy(one), tc.load(tmp_path / f"a.{extension}", model.config)):
+            with pytest.raises(InvalidArgument, match=OTHER.format("pq2", preset)):
+                put(tmp_path, preset, model, ids, cache)
+    assert put(tmp_path, "pq2", model, ids, one).tokens == 300
+    with torch.no_grad():  # gone on with, it is no better
+        model(prompt(4, seed=2), past_key_values=one)
+    with pytest.raises(InvalidArgument, match=OTHER.format("pq2", "exact")):
+        put(tmp_path, "exact", model, torch.cat([ids, prompt(4, seed=2)], 1), one)
+    exact = saved(cached(model, ids), tmp_path / f"b.{extension}", model, preset="exact")
+    for preset in ("exact", "pq3"):
+        assert put(tmp_path, preset, model, ids, exact).tokens == 300
+    with PrefixStore(tmp_path / "store of exact", preset="exact") as store:
+        assert put(tmp_path, "pq4", model, ids, store.get(model, ids, leave=0).cache).tokens == 300
+
+
+def test_losses_go_along_through_files_and_stores(tmp_path: Path) -> None:
+    model, ids = tiny("llama"), prompt(300)
+    one = saved(cached(model, ids), tmp_path / "a.pqkv", model, preset="pq2")
+    kept = saved(one, tmp_path / "b.pqkv", model, preset="exact")
+    with pytest.raises(InvalidArgument, match=OTHER.format("pq2", "exact")):
+        put(tmp_path, "exact", model, ids, kept)
+    both = saved(one, tmp_path / "c.pqkv", model, preset="pq4")
+    for preset in ("pq2", "pq4"):
+        with pytest.raises(InvalidArgument, match=OTHER.format("pq2 and pq4", preset)):
+            put(tmp_path, preset, model, ids, both)
+    convert(tmp_path / "b.pqkv", tmp_path / "d.safetensors")
+    with pytest.raises(InvalidArgument, match=OTHER.format("pq2", "exact")):
+        put(tmp_path, "exact", model, ids, tc.load(tmp_path / "d.safetensors", model))
+    with PrefixStore(tmp_path / "of pq3", preset="pq3") as store:
+        store.put(model, ids, cached(model, ids))
+        found = saved(store.get(model, ids, leave=0).cache, tmp_path / "e.pqkv", model, preset="exact")
+    with pytest.raises(InvalidArgument, match=OTHER.format("pq3", "exact")):
+        put(tmp_path, "exact", model, ids, found)
+
+
+def test_a_file_of_an_older_writer_has_lost_something_unknown(tmp_path: Path) -> None:
+    model, ids = tiny("llama"), prompt(300)
+    cache = cached(model, ids)
+    tc.save(cache, tmp_path / "a.pqkv", model)
+    told = {tc.KEY: tc.files.described(tc.state_of(cache), {})}
+    save_cache(tmp_path / "b.pqkv", [(layer.keys, layer.values) for layer in cache.layers], metadata=told)
+    for preset in ("exact", "pq3"):
+        with pytest.raises(InvalidArgument, match=OTHER.format("unknown", preset)):
+            put(tmp_path, preset, model, ids, tc.load(tmp_path / "b.pqkv"))
+
+
+def test_a_cache_of_a_file_is_of_its_model(tmp_path: Path) -> None:
+    model, ids = copy.deepcopy(tiny("llama")), prompt(300)
+    one = saved(cached(model, ids), tmp_path / "a.pqkv", model, preset="exact")
+    model.model.norm.weight.data.mul_(2)
+    with pytest.raises(InvalidArgument, match="the model, or how it is run, has changed since this cache was begun"):
+        put(tmp_path, "exact", model, ids, one)
+    with pytest.raises(InvalidArgument, match="has changed since this cache was begun"):
+        tc.save(one, tmp_path / "b.pqkv", model)
+
+
+def test_an_encoded_cache_is_not_kept(tmp_path: Path) -> None:
+    from pqcodec.formats.offload import EncodedCache
+
+    model, ids = tiny("llama"), prompt(300)
+    cache = EncodedCache(model, window=8, chunk=8)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(InvalidArgument, match="layer 0 is a EncodedLayer, which pqcodec cannot save"):
+        put(tmp_path, "exact", model, ids, cache)
+    with pytest.raises(InvalidArgument, match="layer 0 is a EncodedLayer, which pqcodec cannot save"):
+        tc.save(cache, tmp_path / "a.pqkv", model)
