@@ -1,8 +1,9 @@
-"""What a cache was begun with goes along: what has lost something is not kept as exact, nor as another model's."""
+"""Caches that were kept: what they were begun with goes along, and ``generate`` does not feed them their own text again."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,51 @@ def test_an_encoded_cache_is_not_kept(tmp_path: Path) -> None:
         put(tmp_path, "exact", model, ids, cache)
     with pytest.raises(InvalidArgument, match="layer 0 is a EncodedLayer, which pqcodec cannot save"):
         tc.save(cache, tmp_path / "a.pqkv", model)
+
+
+# -- what is fed -------------------------------------------------------------------------------------------------
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3-next", "mamba"])
+def test_generate_does_not_feed_a_caches_text_again(tmp_path: Path, kind: str) -> None:
+    """Of a store, of a file, copied and pickled; with more tokens, a mask of all, or one by one it goes on."""
+    model, ids, more = tiny(kind), prompt(300), prompt(320)
+    assert torch.equal(more[:, :300], ids)
+    name = tc.argument_of(model)
+    with PrefixStore(tmp_path / "store", preset="exact") as store:
+        store.put(model, ids, cached(model, ids))
+        tc.save(cached(model, ids), tmp_path / "a.pqkv", model, preset="exact")
+
+        def found() -> Any:
+            return store.get(model, ids, leave=0, stepwise=True).cache
+
+        ways = {"store": found, "copy": lambda: copy.deepcopy(found()), "pickle": lambda: pickle.loads(pickle.dumps(found()))}
+        ways |= {"file": lambda: tc.load(tmp_path / "a.pqkv", model)} if kind != "mamba" else {}
+        for way, cache in ways.items():
+            for fed in (ids, ids[:, :200]):
+                with pytest.raises(InvalidArgument, match=rf"given {fed.shape[1]} tokens and a cache of 300.*PrefixStore\.get"):
+                    model.generate(fed, **{name: cache()}, **GREEDY)
+            if kind != "mamba":  # which takes no several tokens on top of a cache
+                expected, one = model.generate(more, **GREEDY), model.generate(more, **{name: cache()}, **GREEDY)
+                torch.testing.assert_close(one.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4, msg=way)
+                masked = model.generate(more[:, 300:], attention_mask=torch.ones(1, 320), **{name: cache()}, **GREEDY)
+                torch.testing.assert_close(masked.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4, msg=way)
+
+
+def test_generate_does_not_feed_an_encoded_caches_text_again() -> None:
+    from pqcodec.formats.offload import EncodedCache
+
+    model, ids = tiny("llama"), prompt(300)
+    cache = EncodedCache(model)
+    model.generate(ids, past_key_values=cache, **GREEDY)
+    with pytest.raises(InvalidArgument, match="given 300 tokens and a cache of 302"):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+
+
+def test_text_in_embeddings_is_not_fed_again(tmp_path: Path) -> None:
+    model, ids = tiny("llama"), prompt(300)
+    tc.save(cached(model, ids), tmp_path / "a.pqkv", model, preset="exact")
+    embedded = model.get_input_embeddings()(ids).detach()
+    with pytest.raises(InvalidArgument, match="given 300 tokens and a cache of 300"):
+        model.generate(inputs_embeds=embedded, past_key_values=tc.load(tmp_path / "a.pqkv", model), **GREEDY)

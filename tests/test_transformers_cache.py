@@ -180,7 +180,7 @@ def test_a_model_reads_on_from_a_cache_that_was_saved(tmp_path: Path, kind: str)
     cache = cached(model, prompt(PROMPT))
     tc.save(cache, path, model, preset="pq6")
     again = tc.load(path, model)
-    assert type(again) is type(cache)
+    assert isinstance(again, type(cache))
     assert [type(layer) for layer in again.layers] == [type(layer) for layer in cache.layers]
     check_same(cache, again)
     twin = copy.deepcopy(cache)  # with the decoded keys and values in the place of its own

@@ -125,6 +125,10 @@ class EncodedCache(cache_utils.DynamicCache):
         self._last = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        length = int(super().get_seq_length(layer_idx))
+        return length if torch.compiler.is_compiling() else tc.check_fed(length)
+
     @property
     def is_compileable(self) -> bool:
         """What transformers compiles of its own accord has caches of a fixed size."""

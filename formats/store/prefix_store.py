@@ -152,9 +152,10 @@ class PrefixStore:
     ) -> Prefix:
         """The cache of the longest stored prefix of ``tokens`` ([n] or [1, n]); an empty cache and 0 where there is none.
 
-        At least ``leave`` tokens are left, for a model has to be fed one. ``extra``: what the keys depend on beyond
-        the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: its layers' own). A damaged
-        block is dropped with a warning and never used: the prefix ends before it. Where the index itself cannot be read,
+        At least ``leave`` tokens are left, for a model has to be fed one (with 0, ``generate`` needs more tokens than the
+        cache's: of these alone it raises InvalidArgument, for it would feed all again). ``extra``: what the keys depend on
+        beyond the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: its layers' own). A
+        damaged block is dropped with a warning and never used: the prefix ends before it. Where the index cannot be read,
         nothing is found, with a warning. Some models (Jamba, Mamba) do not take several tokens on top of a cache: of theirs
         a prefix is found if one token is left, or if you feed what follows one by one (``stepwise``). What an image left in
         the modules of a model with M-RoPE is put back to what a text leaves. Raises InvalidArgument for a model whose

@@ -1,6 +1,7 @@
 """Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
 
 from pqcodec.formats.transformers_cache.begun import begin, check_begun
+from pqcodec.formats.transformers_cache.fed import check_fed
 from pqcodec.formats.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.transformers_cache.held import keeps_module_state, module_state, restore_module_state
 from pqcodec.formats.transformers_cache.places import layer_devices, placed
@@ -37,6 +38,7 @@ __all__ = [
     "behaviour",
     "cache_of",
     "check_begun",
+    "check_fed",
     "check_layers",
     "continues",
     "empty_cache",

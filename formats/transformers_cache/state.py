@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
@@ -45,6 +44,14 @@ def _cache_utils() -> Any:
             "caches of transformers need a package that is missing: pip install 'pqcodec[transformers]'"
         ) from error
     return cache_utils
+
+
+def _kept() -> Any:
+    """The module of the classes of caches that are made here; it needs transformers."""
+    _cache_utils()
+    from pqcodec.formats.transformers_cache import kept
+
+    return kept
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,8 @@ def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
 def _layers_of(cache: Any, place: str) -> list[LayerState]:
     found = _states_of(cache, place)
     kind, plain = type(cache), _cache_utils().DynamicCache
-    extra = set() if kind in (plain, _recurrent_cache()) else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
+    own = (plain, _kept().KeptCache, _kept().RecurrentCache)
+    extra = set() if kind in own else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
     if extra or kind.__name__ in _COUNTS_OTHERWISE:
         raise InvalidArgument(f"{place} is a {kind.__name__}, which holds more than its layers ({', '.join(sorted(extra))})")
     return found
@@ -234,14 +242,14 @@ def empty_cache(config: Any) -> Any:
     """A cache for a model that has seen nothing."""
     cache = _cache_utils().DynamicCache(config=config)
     if cache.layers and all(type(layer).__name__ == RECURRENT for layer in cache.layers):
-        cache = _recurrent_cache()(config=config)
+        cache = _kept().RecurrentCache(config=config)
         cache.tell(0)
     return cache
 
 
 def tell_tokens(cache: Any, tokens: int) -> None:
     """Tell a cache of recurrent states alone how many tokens they have seen, which they do not know; others do."""
-    if isinstance(cache, _recurrent_cache()):
+    if isinstance(cache, _kept().RecurrentCache):
         cache.tell(tokens)
 
 
@@ -265,45 +273,10 @@ def cache_of(state: CacheState) -> Any:
     caches = []
     for part in state.parts.values():
         recurrent = bool(part) and all(layer.kind == RECURRENT for layer in part)
-        cache = (_recurrent_cache() if recurrent else utils.DynamicCache)()
+        cache = (_kept().RecurrentCache if recurrent else _kept().KeptCache)()
         cache.layers = [_layer_from(layer, index) for index, layer in enumerate(part)]
         caches.append(cache)
     return utils.EncoderDecoderCache(*caches) if state.kind == "EncoderDecoderCache" else caches[0]
-
-
-@lru_cache(maxsize=1)
-def _recurrent_cache() -> Any:
-    """The class of caches that hold recurrent states alone.
-
-    ``generate`` asks every other cache how many tokens it has seen, and feeds the rest; on top of a DynamicCache of such states
-    it feeds the whole prompt again. This one answers as long as it knows, and otherwise says what to do.
-    """
-
-    class RecurrentCache(_cache_utils().DynamicCache):  # type: ignore[misc, name-defined]
-        tokens: int | None = None  # that its states have seen, while they are these
-        states: list[float] | None = None
-        is_compileable = False  # or a mask of attention would be made for it
-
-        @property
-        def is_linear(self) -> list[bool]:
-            return [False] * len(self.layers)
-
-        def tell(self, tokens: int) -> None:
-            self.tokens, self.states = tokens, self.sums()
-
-        def sums(self) -> list[float]:
-            states = [x for layer in _states_of(self, "cache") for x in layer.tensors.values()]
-            return [float(x.double().sum()) for x in states]
-
-        def get_seq_length(self, layer_idx: int = 0) -> int:
-            if self.tokens is None or self.sums() != self.states:
-                raise InvalidArgument(
-                    "a purely recurrent model's states do not tell how many tokens they have seen, and generate would feed the "
-                    "prompt again on top of them: feed what follows to the model yourself, or generate without a cache"
-                )
-            return self.tokens
-
-    return RecurrentCache
 
 
 def _layer_from(state: LayerState, index: int) -> Any:
