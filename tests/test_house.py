@@ -51,7 +51,7 @@ ORDER = [  # of the modules of the core, from the floor up: a module imports fro
 FORMATS_ORDER = [
     "atomic exact frames locks names model_identity.code model_identity.digests model_identity.wrappers transformers_cache.fed",
     "measure npy rates remote tensor_file transformers_cache.kept",
-    "model_identity.tensors model_identity.watch",
+    "model_identity.tensors model_identity.watch model_identity.written",
     "log pieces single zarr_codec zarr_store model_identity.deviation model_identity.foreign model_identity.refusals",
     "listing pqkv recipe model_identity.identity transformers_cache.held",
     "appender tensors transformers_cache.begun zarr_writer",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,6 +307,17 @@ def test_classes_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     assert identity(model) == first
 
 
+def test_the_code_of_a_forward_that_was_replaced_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for number in (1, 2, 1):
+        space: dict[str, Any] = {"__name__": "somewhere"}
+        exec(f"def steered(module, x):\n    return x * {number}", space)
+        model = made("llama")
+        monkeypatch.setattr(type(model.model.norm), "forward", space["steered"])
+        found.append(Identity.of(model).digest())
+    assert found[0] == found[2] != found[1]
+
+
 def test_functions_without_a_name_are_refused() -> None:
     model = made("llama")
     model.model.layers[0].activations = [lambda x: 2 * x]
@@ -313,3 +326,139 @@ def test_functions_without_a_name_are_refused() -> None:
     del model.model.layers[0].activations
     model.generate = lambda *_: None  # nothing that forward calls
     assert "state" not in identity(model)
+
+
+# -- modules of other code ---------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Settings:
+    scale: float = 1.0
+    names: tuple[str, ...] = ("one",)
+
+
+class Slotted:
+    __slots__ = ("bias", "inner")
+
+    def __init__(self) -> None:
+        self.bias, self.inner = 0.0, Settings()
+
+
+class Scaled:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.factor
+
+
+class Steering(torch.nn.Module):
+    """What a user puts into a model: numbers that are set, and a memory that it writes while it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scale, self._name, self._on = 1.0, "one", True
+        self._strengths, self._by_layer = (1.0, 2.0), {"a": [1.0]}
+        self._settings, self._slotted, self.open = Settings(), Slotted(), Settings()
+        self._act, self._shift = Scaled(1.0), torch.ones(4)
+        self._seen, self._sizes, self._counts, self._buffer = 0, [], Settings(), torch.zeros(4)
+        self._last: Any = None
+
+    def forward(self, x: Any) -> Any:
+        self._seen += 1
+        self._sizes.append(x.shape[-1])
+        self._counts.scale += 1
+        self._buffer[0] = self._scale * self._shift[0]
+        self._note(x)
+        return self._act(x * self._scale) + self._slotted.bias
+
+    def _note(self, x: Any) -> None:
+        setattr(self, "_last", x.shape)  # noqa: B010 - as code does that has the name from elsewhere
+
+    def set_scale(self, scale: float) -> None:
+        self._scale = scale
+
+
+def test_what_a_module_of_other_code_is_set_to_is_seen() -> None:
+    model = made("llama")
+    one = model.model.layers[1].mlp.act_fn = Steering()
+    first = Identity.of(model)
+
+    def in_shift() -> None:
+        one._shift.data += 1
+
+    changes: dict[str, Callable[[], Any]] = {
+        "a number": lambda: one.set_scale(2.0),
+        "a string": lambda: setattr(one, "_name", "two"),
+        "a flag": lambda: setattr(one, "_on", False),
+        "nothing": lambda: setattr(one, "_on", None),
+        "a tuple": lambda: setattr(one, "_strengths", (1.0, 3.0)),
+        "a list in a dict": lambda: one._by_layer["a"].append(2.0),
+        "a field": lambda: setattr(one._settings, "scale", 2.0),
+        "a tuple in a field": lambda: setattr(one._settings, "names", ("one", "two")),
+        "a field of a public object": lambda: setattr(one.open, "scale", 2.0),
+        "a slot": lambda: setattr(one._slotted, "bias", 0.5),
+        "a field behind a slot": lambda: setattr(one._slotted.inner, "scale", 0.5),
+        "an object in a list": lambda: one._by_layer["a"].append(Settings()),
+        "its field": lambda: setattr(one._by_layer["a"][-1], "scale", 4.0),
+        "what is called": lambda: setattr(one._act, "factor", 3.0),
+        "another of its class": lambda: setattr(one, "_act", Scaled(4.0)),
+        "a tensor": in_shift,
+        "one more": lambda: setattr(one, "_more", 1),
+    }
+    seen = {first.digest()}
+    for count, (what, change) in enumerate(changes.items(), 2):
+        change()
+        seen.add(Identity.of(model).digest())
+        assert len(seen) == count, what
+        assert identity(copy.deepcopy(model)) == identity(model), what
+
+
+def test_what_code_writes_while_it_computes_is_no_state() -> None:
+    model = made("llama")
+    model.model.layers[1].mlp.act_fn = Steering()
+    first = identity(model)
+    for tokens in (5, 9):
+        model(prompt(tokens))
+        assert identity(model) == first
+
+
+def test_a_class_of_other_code_keeps_its_name_when_it_is_loaded(tmp_path: Path) -> None:
+    class Mine(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self._temper, self._settings = 1.0, Settings()
+
+    model = Mine(made("llama").config).eval()
+    first = identity(model)
+    model.save_pretrained(tmp_path)
+    again = Mine.from_pretrained(tmp_path)
+    assert identity(again) == first
+    again._temper = 2.0
+    second = identity(again)
+    again._settings.scale = 2.0
+    assert len({str(each) for each in (first, second, identity(again))}) == 3
+
+
+def test_defaults_and_closures_of_other_code_are_in_a_models_name() -> None:
+    def mine(factor: float, shift: float) -> Any:
+        class Mine(torch.nn.Module):
+            def forward(self, x: Any, add: float = shift) -> Any:
+                return x * factor + add
+
+        return Mine()
+
+    found = []
+    for numbers in ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0)):
+        model = made("llama")
+        model.model.layers[0].mlp.act_fn = mine(*numbers)
+        found.append(Identity.of(model).digest())
+    assert len(set(found)) == 3
+    assert found[0] == found[3]
+
+
+def test_a_patched_class_tells_of_private_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    monkeypatch.setattr(type(model.model.norm), "forward", steered)
+    model.model.norm._strength = 1.0
+    first = identity(model)
+    model.model.norm._strength = 2.0
+    assert identity(model) != first

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import functools
+import sys
 from collections.abc import Iterator
+from types import CodeType, SimpleNamespace
 from typing import Any
+
+LIBRARIES = (*(sys.stdlib_module_names - {"__main__"}), "numpy", "packaging", "huggingface_hub", "tqdm")
+KNOWN = ("torch", "transformers", "peft", "accelerate", "builtins", "typing", "collections", "functools", "abc")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def plain(function: Any) -> Any:
@@ -54,3 +61,82 @@ def is_lasting(name: str) -> bool:
 
 def type_name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# -- code of others ----------------------------------------------------------------------------------------------
+def is_foreign(kind: Any) -> bool:
+    return kind.__module__.split(".")[0] not in KNOWN
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_foreign_bases(kind: Any) -> bool:
+    return any(is_foreign(base) for base in kind.__mro__)
+
+
+def is_foreign_class(kind: Any) -> bool:
+    """Whether a class of modules, one that it is made from, or what was put in the place of its ``forward``, is of others."""
+    return _has_foreign_bases(kind) or package_of(kind.forward) not in KNOWN
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether it is an object of a class that neither libraries nor transformers know, so that it is what its fields are."""
+    kind = type(value)
+    if hasattr(value, "data_ptr") or hasattr(value, "_modules"):  # tensors and modules are looked at as such
+        return False
+    if isinstance(value, SimpleNamespace):
+        return True
+    return is_foreign(kind) and kind.__module__.split(".")[0] not in LIBRARIES and not hasattr(value, "__code__")
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of an object by name, those in slots as well."""
+    if isinstance(value, enum.Enum):
+        return {"name": value.name}
+    slots = [name for base in type(value).__mro__ for name in _names(vars(base).get("__slots__", ()))]
+    found = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
+    return found | dict(getattr(value, "__dict__", {}))
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def told_of_class(kind: Any) -> list[Any]:
+    """The functions and numbers of a class by name."""
+    found: list[Any] = []
+    for name, value in sorted(vars(kind).items()):
+        function = plain(getattr(value, "fget", value))
+        if isinstance(getattr(function, "__code__", None), CodeType):
+            found.append([name, *told_of_function(function)])
+        elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
+            found.append([name, repr(value)])
+    return found
+
+
+def told_of_function(function: Any) -> list[Any]:
+    """The code of a function; its defaults and what it closes over, as far as these are plain."""
+    held = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+    held["closure"] = [_cell(cell) for cell in function.__closure__ or ()]
+    return [*_of_code(function.__code__), *([name, _plain_in(value)] for name, value in held.items() if value)]
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty still
+        return None
+
+
+def _plain_in(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain_in(member) for member in value]
+    if isinstance(value, dict):
+        return [[str(key), _plain_in(member)] for key, member in value.items()]
+    return repr(value) if isinstance(value, _PLAIN) else type_name(type(value))
+
+
+def _of_code(one: CodeType) -> Iterator[Any]:
+    yield one.co_code.hex()
+    yield list(one.co_names)
+    for constant in one.co_consts:
+        yield list(_of_code(constant)) if isinstance(constant, CodeType) else repr(constant)

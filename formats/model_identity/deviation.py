@@ -22,7 +22,8 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.locks import ForkLock
 from pqcodec.formats.model_identity import code
 from pqcodec.formats.model_identity.digests import config_digest, is_config, json_digest
-from pqcodec.formats.model_identity.watch import CONTAINERS, Named, modules_of, own_attributes
+from pqcodec.formats.model_identity.watch import CONTAINERS, OBJECTS, Named, classes_of, modules_of, own_attributes
+from pqcodec.formats.model_identity.written import Memory, memory_of
 
 _WHERE_FROM = {  # attributes that tell where a model is from or how it runs, and do not change its numbers
     "name_or_path",
@@ -48,6 +49,19 @@ _BY_FORWARD = {  # attributes that forward itself sets, for itself
     "input_dtype",
     "layers_are_rescaled",
 }
+_OF_LIBRARIES = {  # private attributes that libraries put into any module
+    "_is_hf_initialized",
+    "_weight_conversions",
+    "_use_kernels",
+    "_is_expert_parallel",
+    "_is_quantized",
+    "_reversed_padding_repeated_twice",
+    "_attn_implementation",
+    "_old_forward",
+    "_hf_hook",
+    "_hf_peft_config_loaded",
+    "_auto_class",
+}
 _BY_ROPE = ("inv_freq", "long_inv_freq", "max_seq_len_cached", "attention_scaling")  # in a RoPE that changes with length
 _OF_TRANSFORMERS = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation", "peft")
 _SHELLS = 4  # tables of shells that are kept
@@ -67,8 +81,11 @@ class Shell:
     buffers: dict[str, list[Any]]  # each as it may have been computed
 
 
-def deviation(model: Any, modules: Named, digest: Callable[[str, Any], bytes]) -> list[Any]:
-    """All that deviates, as JSON; ``digest`` is of a tensor and its name. Raises InvalidArgument."""
+def deviation(model: Any, modules: Named, memory: Memory, digest: Callable[[str, Any], bytes]) -> list[Any]:
+    """All that deviates, as JSON; ``digest`` is of a tensor and its name. Raises InvalidArgument.
+
+    ``memory``: what the classes' own code writes, if they are not transformers' own.
+    """
     shell = _shell_of(model)
     told: list[Any] = []
     packages = {kind.__module__.split(".")[0] for kind in type(model).__mro__} | {"torch"}
@@ -78,11 +95,12 @@ def deviation(model: Any, modules: Named, digest: Callable[[str, Any], bytes]) -
         if shell is None or not known or shell.types[path] != kind or kind.split(".")[0] not in packages:
             told.append([path, kind])
         expected = shell.attributes[path] if known and shell else {}
-        for name, value in _attributes(module):
+        for name, value, deep in _attributes(module, memory):
             at = f"{path}.{name}"
-            found = _told(value, partial(digest, at))
+            found = _told(value, partial(digest, at), deep)
             if found is not _NOTHING and found != expected.get(name, _NOTHING):
-                _check_code(found, at)
+                if not name.startswith("_"):
+                    _check_code(found, at)
                 told.append([path, name, found])
         told += [[path, name, None] for name in expected.keys() - vars(module).keys()]
         for name, buffer in _computed(module):
@@ -94,35 +112,53 @@ def deviation(model: Any, modules: Named, digest: Callable[[str, Any], bytes]) -
     return sorted(told, key=json.dumps)
 
 
-def watched_tensors(modules: Named) -> Iterator[tuple[str, Any]]:
+def watched_tensors(modules: Named, memory: Memory) -> Iterator[tuple[str, Any]]:
     """The tensors that are in no state_dict, by name: computed buffers, and those among attributes."""
     for path, module in modules:
         for name, buffer in _computed(module):
             yield f"{path}.{name}", buffer
-        for name, value in _attributes(module):
-            yield from _tensors(value, f"{path}.{name}", 0)
+        for name, value, deep in _attributes(module, memory):
+            yield from _tensors(value, f"{path}.{name}", deep)
 
 
-def _tensors(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _tensors(value: Any, name: str, objects: int, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if hasattr(value, "data_ptr"):
         yield name, value
     elif isinstance(value, CONTAINERS) and depth < _DEPTH:
         members = value.items() if isinstance(value, dict) else enumerate(value)
         for key, member in members:
-            yield from _tensors(member, f"{name}.{key}", depth + 1)
+            yield from _tensors(member, f"{name}.{key}", objects, depth + 1)
+    elif objects and _is_plain(value):
+        for key, member in code.fields_of(value).items():
+            yield from _tensors(member, f"{name}.{key}", objects - 1, depth + 1)
 
 
-def _attributes(module: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes that count, if they deviate."""
-    own, turning = own_attributes(), _turns(module)
+def _is_plain(value: Any) -> bool:
+    return code.is_plain_object(value) and not is_config(value)
+
+
+def _attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any, int]]:
+    """The attributes that count, if they deviate, and how many objects in each other are to be told field by field."""
+    kind = type(module)
+    own, turning, foreign = own_attributes(), _turns(module), code.is_foreign_class(kind)
     for name, value in vars(module).items():
         if name in own or name in _WHERE_FROM or name in _BY_FORWARD or (turning and name.endswith(_BY_ROPE)):
             continue
-        if callable(value) and not _is_module(value) and not isinstance(value, type) and hasattr(type(module), name):
+        deep = OBJECTS if foreign and name not in memory.changed else 0
+        if callable(value) and not _is_module(value) and not isinstance(value, type) and hasattr(kind, name):
             if _overrides(module, name):
-                yield name, value
-        elif not name.startswith("_"):
-            yield name, value
+                yield name, value, deep
+        elif not name.startswith("_") or (foreign and _is_set(kind, name, value, memory)):
+            yield name, value, deep
+
+
+def _is_set(kind: Any, name: str, value: Any, memory: Memory) -> bool:
+    """Whether a private attribute of foreign code is what somebody set, not what the code or a library keeps there."""
+    if name in memory.assigned or name in _OF_LIBRARIES:
+        return False
+    if any(hasattr(base, name) for base in kind.__mro__ if base.__module__ == "transformers.modeling_utils"):
+        return False
+    return name not in memory.changed or isinstance(value, (bool, int, float, complex, str, bytes, type(None), type))
 
 
 def _computed(module: Any) -> Iterator[tuple[str, Any]]:
@@ -168,8 +204,8 @@ def _overrides(module: Any, name: str) -> bool:
     return home is not None and callable(vars(home)[name]) and not home.__module__.startswith(_OF_TRANSFORMERS)
 
 
-def _told(value: Any, tensor: Callable[[Any], bytes], depth: int = 0) -> Any:
-    """A value as JSON, or _NOTHING where it does not count."""
+def _told(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: int = 0) -> Any:
+    """A value as JSON, or _NOTHING where it does not count; ``objects``: in each other that are told by their fields."""
     if value is None or isinstance(value, (bool, int, str)):
         return value if not hasattr(value, "value") else repr(value)
     if isinstance(value, (float, complex, bytes)):
@@ -180,9 +216,9 @@ def _told(value: Any, tensor: Callable[[Any], bytes], depth: int = 0) -> Any:
         return {"tensor": tensor(value).hex() if value.device.type != "meta" else None}
     if isinstance(value, CONTAINERS) and depth < _DEPTH:
         if isinstance(value, dict):
-            pairs = [[str(key), _told(member, tensor, depth + 1)] for key, member in value.items()]
+            pairs = [[str(key), _told(member, tensor, objects, depth + 1)] for key, member in value.items()]
             return {"dict": sorted((pair for pair in pairs if pair[1] is not _NOTHING), key=json.dumps)}
-        members = [_told(member, tensor, depth + 1) for member in value]
+        members = [_told(member, tensor, objects, depth + 1) for member in value]
         members = [None if member is _NOTHING else member for member in members]
         return {"set": sorted(members, key=json.dumps)} if isinstance(value, (set, frozenset)) else members
     if _is_module(value) or type(value).__module__ == "torch":  # devices, dtypes; modules are compared by themselves
@@ -192,11 +228,17 @@ def _told(value: Any, tensor: Callable[[Any], bytes], depth: int = 0) -> Any:
     if isinstance(value, type):
         return {"code": code.type_name(value)}
     if isinstance(value, partial):
-        parts = [_told(part, tensor, depth + 1) for part in (value.func, value.args, value.keywords)]
+        parts = [_told(part, tensor, objects, depth + 1) for part in (value.func, value.args, value.keywords)]
         return {"partial": [None if part is _NOTHING else part for part in parts]}
     if callable(value) and hasattr(code.plain(value), "__code__"):
         name, where = code.name_of(value), code.plain(value).__code__.co_firstlineno
-        return {"code": name if code.is_lasting(name) else f"{name}:{where}"}
+        told = {"code": name if code.is_lasting(name) else f"{name}:{where}"}
+        if code.package_of(value) not in code.KNOWN + code.LIBRARIES:
+            told["digest"] = json_digest(code.told_of_function(code.plain(value)))
+        return told
+    if objects and _is_plain(value):
+        fields = _told(code.fields_of(value), tensor, objects - 1, depth + 1)
+        return {"object": code.type_name(type(value)), "class": json_digest(code.told_of_class(type(value))), "fields": fields}
     return {"object": code.type_name(type(value))}
 
 
@@ -251,7 +293,8 @@ def _built(model: Any) -> Shell:
         with torch.device("meta"), _made_as(model.dtype):
             shell = type(model)(copy.deepcopy(model.config))
         modules = modules_of(shell)
-        attributes = {path: dict(_shell_attributes(module)) for path, module in modules}
+        memory = memory_of(classes_of(modules))
+        attributes = {path: dict(_shell_attributes(module, memory)) for path, module in modules}
         buffers: dict[str, list[Any]] = {}
         for device in {"cpu", model.device.type}:  # computed elsewhere, or in another dtype, the last bits may differ
             for dtype in {torch.get_default_dtype(), model.dtype}:
@@ -261,9 +304,9 @@ def _built(model: Any) -> Shell:
     return Shell({path: code.type_name(type(module)) for path, module in modules}, attributes, buffers)
 
 
-def _shell_attributes(module: Any) -> Iterator[tuple[str, Any]]:
-    for name, value in _attributes(module):
-        found = _told(value, lambda tensor: b"")
+def _shell_attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any]]:
+    for name, value, deep in _attributes(module, memory):
+        found = _told(value, lambda tensor: b"", deep)
         if found is not _NOTHING:
             yield name, found
 

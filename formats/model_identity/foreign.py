@@ -7,7 +7,6 @@ an identity by name and by a digest of their functions, and a function that was 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
@@ -16,17 +15,10 @@ from pqcodec.formats.model_identity import code
 from pqcodec.formats.model_identity.digests import json_digest
 from pqcodec.formats.model_identity.watch import Named, classes_of
 
-LIBRARIES = (*(sys.stdlib_module_names - {"__main__"}), "numpy", "packaging", "huggingface_hub", "tqdm")
-KNOWN = ("torch", "transformers", "peft", "accelerate", "builtins", "typing", "collections", "functools", "abc")
-
-
-def is_foreign(kind: Any) -> bool:
-    return kind.__module__.split(".")[0] not in KNOWN
-
 
 def foreign_classes(modules: Named) -> list[Any]:
     """Classes of the modules, and those that they are made from, whose code is of other packages."""
-    return [kind for each in classes_of(modules) for kind in each.__mro__ if is_foreign(kind)]
+    return [kind for each in classes_of(modules) for kind in each.__mro__ if code.is_foreign(kind)]
 
 
 def homes_of(modules: Named) -> list[Any]:
@@ -40,12 +32,12 @@ def foreign(modules: Named) -> list[str]:
 
     Raises InvalidArgument for a function there that has no name that lasts.
     """
-    found = {f"{code.type_name(kind)} {json_digest(list(_of_class(kind)))}" for kind in foreign_classes(modules)}
+    found = {f"{code.type_name(kind)} {json_digest(code.told_of_class(kind))}" for kind in foreign_classes(modules)}
     for home in homes_of(modules):
         for name, value in vars(home).items():
             function = code.plain(value)
             package = code.package_of(function)
-            if not isinstance(getattr(function, "__code__", None), CodeType) or package in KNOWN + LIBRARIES:
+            if not isinstance(getattr(function, "__code__", None), CodeType) or package in code.KNOWN + code.LIBRARIES:
                 continue
             told = code.name_of(function)
             if not code.is_lasting(told):
@@ -53,21 +45,5 @@ def foreign(modules: Named) -> list[str]:
                     f"{home.__name__}.{name} was replaced by {told}, which has no name of its own: put the library's own back, "
                     "or pass an Identity of your own"
                 )
-            found.add(f"{home.__name__}.{name} = {told} {json_digest(list(_of_code(function.__code__)))}")
+            found.add(f"{home.__name__}.{name} = {told} {json_digest(code.told_of_function(function))}")
     return sorted(found)
-
-
-def _of_class(kind: Any) -> Iterator[Any]:
-    for name, value in sorted(vars(kind).items()):
-        function = code.plain(getattr(value, "fget", value))
-        if isinstance(getattr(function, "__code__", None), CodeType):
-            yield [name, *_of_code(function.__code__)]
-        elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
-            yield [name, repr(value)]
-
-
-def _of_code(one: CodeType) -> Iterator[Any]:
-    yield one.co_code.hex()
-    yield list(one.co_names)
-    for constant in one.co_consts:
-        yield list(_of_code(constant)) if isinstance(constant, CodeType) else repr(constant)

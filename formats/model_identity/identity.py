@@ -13,8 +13,9 @@ from pqcodec.formats.model_identity.deviation import deviation, watched_tensors
 from pqcodec.formats.model_identity.digests import config_digest, is_config, json_digest, new_hash
 from pqcodec.formats.model_identity.foreign import foreign, foreign_classes, homes_of
 from pqcodec.formats.model_identity.tensors import Evidence, marks, refuse_unloaded, storages, tensor_digest
-from pqcodec.formats.model_identity.watch import Named, Watch, configs_of, modules_of
+from pqcodec.formats.model_identity.watch import Named, Watch, classes_of, configs_of, modules_of
 from pqcodec.formats.model_identity.wrappers import unwrapped
+from pqcodec.formats.model_identity.written import memory_of
 
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged_adapters", "scaling")
 _ADAPTER_ATTRIBUTES = {*_ADAPTER_STATE, "lora_A"}
@@ -176,9 +177,10 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     refusals.refuse_forwards(modules)
     mode, patched = refusals.training_mode(modules), refusals.patched_classes(modules)
     configs = configs_of(modules)
-    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)])
+    memory = memory_of(classes_of(modules))
+    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)], memory.changed)
     in_state, adapting, plain = _scan(model)
-    named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules)]
+    named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules, memory)]
     tensors = [tensor for _, tensor in named]
     refuse_unloaded(named)
     held = storages(tensors)
@@ -189,7 +191,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     hashed = new_hash()
     for _, digest in digests[: len(in_state)]:
         hashed.update(digest)
-    told = [*deviation(model, modules, tensor_digest), *patched, *foreign(modules)]
+    told = [*deviation(model, modules, memory, tensor_digest), *patched, *foreign(modules)]
     config = model.config
     identity = Identity(
         config,

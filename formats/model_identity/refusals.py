@@ -84,7 +84,7 @@ def _only_accelerates(hook: Any) -> bool:
 
 
 def patched_classes(modules: Named) -> list[str]:
-    """Names of the functions that stand in the place of ``forward`` of a class that was written elsewhere.
+    """Names and digests of the functions that stand in the place of ``forward`` of a class that was written elsewhere.
 
     Raises InvalidArgument where a function has no name that lasts, such as a lambda's.
     """
@@ -93,19 +93,24 @@ def patched_classes(modules: Named) -> list[str]:
         home = next((base for base in kind.__mro__ if "forward" in vars(base)), kind)
         own = {"torch", home.__module__.split(".")[0]}
         chain = list(code.layers(kind.forward))
-        names = [code.name_of(each) for each in chain if code.package_of(each) not in own]
+        others = [each for each in chain if code.package_of(each) not in own]
         innermost, expected = code.name_of(chain[-1]), f"{code.type_name(home)}.forward"
         beside = innermost.rpartition(".")[0] == home.__module__  # a function of the module that the class is in
-        if not names and innermost != expected and not beside and code.is_lasting(innermost):
-            names = [innermost]
-        for name in names:
+        if not others and innermost != expected and not beside and code.is_lasting(innermost):
+            others = [chain[-1]]
+        for each in others:
+            name = code.name_of(each)
             if not code.is_lasting(name):
                 raise InvalidArgument(
                     f"the forward of {code.type_name(kind)} was replaced by {name}, which has no name of its own: put the "
                     f"class's own back, {_OR}"
                 )
-        found += [f"{code.type_name(kind)}.forward = {name}" for name in names]
+            found.append(f"{code.type_name(kind)}.forward = {name} {_digest(each)}")
     return sorted(found)
+
+
+def _digest(function: Any) -> str:
+    return json_digest(code.told_of_function(function)) if hasattr(function, "__code__") else ""
 
 
 def training_mode(modules: Named) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from pqcodec.formats.model_identity import code
 from pqcodec.formats.model_identity.digests import is_config
 
 Named = list[tuple[str, Any]]
 CONTAINERS = (dict, list, tuple, set, frozenset)
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
 _DEPTH = 8  # of containers in containers
+OBJECTS = 3  # plain objects in each other
 
 
 def modules_of(model: Any) -> Named:
@@ -64,15 +66,19 @@ class Watch:
     Seen are: modules put in, taken out or exchanged, parameters and buffers that are other objects, attributes set to other
     objects, members of dicts, lists and sets among the attributes (of one in another, too), numbers in arrays of numpy there,
     hooks, attributes of configs, the classes of modules and the ``forward`` of these, members of ``spaces`` (classes and Python
-    modules). Contents of tensors are not looked at.
+    modules), and, of modules whose code is not transformers' own, the fields of plain objects among the attributes, but for
+    those that the code itself changes (``changing``). Contents of tensors are not looked at.
     """
 
-    def __init__(self, modules: Named, configs: Sequence[Any], spaces: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, modules: Named, configs: Sequence[Any], spaces: Sequence[Any] = (), changing: Collection[str] = ()
+    ) -> None:
         own, classes = own_attributes(), classes_of(modules)
         nodes = [module for _, module in modules] + list(configs)
         self._modules = len(modules)
         self._nodes, self._classes = [weakref.ref(node) for node in nodes], [weakref.ref(kind) for kind in classes]
         self._paths: list[tuple[int, tuple[Any, ...]]] = []  # to each container: its node, and the keys from there
+        self._objects: list[tuple[int, tuple[Any, ...]]] = []  # to plain objects, and to what is in these
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._held: dict[int, Any] = {}
         self._arrays: list[weakref.ref[np.ndarray]] = []
@@ -82,6 +88,8 @@ class Watch:
             for name, value in space.items():
                 if index >= self._modules or name not in own:
                     self._keep(value, index, (name,))
+                    if index < self._modules and name not in changing and code.is_foreign_class(type(node)):
+                        self._keep_fields(value, index, (name,))
             if index < self._modules:
                 for member in chain(space["_parameters"].values(), space["_buffers"].values(), space["_modules"].values()):
                     self._keep(member)
@@ -124,7 +132,23 @@ class Watch:
             list(map(id, chain.from_iterable(map(_members, containers)))),
             [array.tobytes() for ref in self._arrays if (array := ref()) is not None],
             [list(map(id, vars(space).values())) for ref in self._spaces if (space := ref()) is not None],
+            [list(map(id, _inside(_reached(spaces[index], path)))) for index, path in self._objects],
         )
+
+    def _keep_fields(self, value: Any, node: int, path: tuple[Any, ...], objects: int = 0) -> None:
+        """Find the plain objects, be they in containers or in each other, and hold what is in them."""
+        if isinstance(value, CONTAINERS) and len(path) <= _DEPTH:
+            inside = [(key, member) for key, member in _entries(value) if key is not None]
+        elif objects < OBJECTS and not isinstance(value, _IMMUTABLE) and code.is_plain_object(value) and not is_config(value):
+            inside, objects = list(code.fields_of(value).items()), objects + 1
+        else:
+            return
+        if objects:
+            self._objects.append((node, path))
+        for key, member in inside:
+            if objects:
+                self._keep(member)
+            self._keep_fields(member, node, (*path, key), objects)
 
     def _keep(self, value: Any, node: int = -1, path: tuple[Any, ...] = ()) -> None:
         """Hold what must not make place for another; find the containers, and their members."""
@@ -140,6 +164,17 @@ class Watch:
                 self._arrays.append(weakref.ref(value))
             with suppress(TypeError):  # of what cannot be referred to, such as a torch.dtype
                 self._alive[id(value)] = weakref.ref(value)
+
+
+def _reached(space: Any, path: tuple[Any, ...]) -> Any:
+    """What lies at a path that leads through objects as well."""
+    for key in path:
+        space = space[key] if isinstance(space, CONTAINERS) else code.fields_of(space)[key]
+    return space
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    return _members(value) if isinstance(value, CONTAINERS) else iter(code.fields_of(value).values())
 
 
 def _names(node: Any, own: frozenset[str]) -> list[str]:
