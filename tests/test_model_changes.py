@@ -462,3 +462,85 @@ def test_a_patched_class_tells_of_private_numbers(monkeypatch: pytest.MonkeyPatc
     first = identity(model)
     model.model.norm._strength = 2.0
     assert identity(model) != first
+
+
+# -- functions that are registered -------------------------------------------------------------------------------
+def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float = 1.0, **_: Any) -> Any:
+    return (query * scaling).transpose(1, 2), None
+
+
+def no_mask(*_: Any, **__: Any) -> None: ...
+
+
+@pytest.fixture
+def tables() -> Iterator[dict[str, dict[str, Any]]]:
+    """Those of transformers by name, as they were again afterwards."""
+    from transformers import masking_utils, modeling_rope_utils, modeling_utils
+
+    found = {
+        "attention": modeling_utils.AttentionInterface._global_mapping,
+        "local": modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping,
+        "mask": masking_utils.AttentionMaskInterface._global_mapping,
+        "rope": modeling_rope_utils.ROPE_INIT_FUNCTIONS,
+    }
+    kept = {name: dict(table) for name, table in found.items()}
+    yield found
+    for name, table in found.items():
+        table.clear()
+        table.update(kept[name])
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "kind", "function"),
+    [
+        ("attention", "sdpa", "llama", attend),
+        ("attention", "eager", "gpt-oss", attend),
+        ("local", "sdpa", "llama", attend),
+        ("mask", "sdpa", "gemma3", no_mask),
+        ("rope", "dynamic", "llama, dynamic", no_mask),
+        ("rope", "longrope", "phi3, longrope", no_mask),
+    ],
+)
+def test_functions_registered_under_a_name_in_use_are_seen(
+    tables: dict[str, dict[str, Any]], table: str, name: str, kind: str, function: Any
+) -> None:
+    model = made(kind)
+    model.config._attn_implementation = "eager" if name == "eager" else "sdpa"
+    first, own = identity(model), tables[table].get(name)
+    seen = {str(first)}
+    for other in (function, functools.partial(function, scaling=2.0), torch.no_grad()(steered), Called(1.0), Called(2.0)):
+        tables[table][name] = other
+        seen.add(str(identity(model)))
+    assert len(seen) == 6
+    tables[table][name] = lambda *_: None
+    with pytest.raises(InvalidArgument, match=rf"\['{name}'\] was registered as .*lambda.*no name of its own"):
+        Identity.of(model)
+    tables[table].pop(name)
+    tables[table] |= {} if own is None else {name: own}
+    assert identity(model) == first
+
+
+class Called:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.factor
+
+
+def test_functions_registered_under_other_names_do_not_count(tables: dict[str, dict[str, Any]]) -> None:
+    model = made("llama")
+    first = identity(model)
+    for table in tables.values():
+        table["another"] = attend
+    tables["rope"]["linear"] = attend
+    tables["attention"]["flash_attention_2"] = attend
+    assert identity(model) == first
+    own = tables["attention"]["sdpa"]
+    tables["attention"]["sdpa"] = tables["attention"]["flex_attention"]  # transformers' own, but not what it is called
+    assert identity(model) != first
+    tables["attention"]["sdpa"] = own
+    assert identity(model) == first
+    model.config._attn_implementation_internal = "another"
+    assert identity(model)["attention"] == "another"
+    assert "state" in identity(model)

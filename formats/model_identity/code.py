@@ -117,7 +117,14 @@ def told_of_function(function: Any) -> list[Any]:
     """The code of a function; its defaults and what it closes over, as far as these are plain."""
     held = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
     held["closure"] = [_cell(cell) for cell in function.__closure__ or ()]
-    return [*_of_code(function.__code__), *([name, _plain_in(value)] for name, value in held.items() if value)]
+    return [*_of_code(function.__code__), *([name, told_of_value(value)] for name, value in held.items() if value)]
+
+
+def told_of_callable(value: Any) -> list[Any]:
+    """The same of a function, or of an object that is called: its class, and its fields as far as these are plain."""
+    if hasattr(value, "__code__"):
+        return told_of_function(value)
+    return [told_of_class(type(value)), told_of_value(fields_of(value))]
 
 
 def _cell(cell: Any) -> Any:
@@ -127,11 +134,12 @@ def _cell(cell: Any) -> Any:
         return None
 
 
-def _plain_in(value: Any) -> Any:
+def told_of_value(value: Any) -> Any:
+    """A plain value, or containers of such; of anything else its type."""
     if isinstance(value, (list, tuple)):
-        return [_plain_in(member) for member in value]
+        return [told_of_value(member) for member in value]
     if isinstance(value, dict):
-        return [[str(key), _plain_in(member)] for key, member in value.items()]
+        return [[str(key), told_of_value(member)] for key, member in value.items()]
     return repr(value) if isinstance(value, _PLAIN) else type_name(type(value))
 
 

@@ -35,15 +35,15 @@ def foreign(modules: Named) -> list[str]:
     found = {f"{code.type_name(kind)} {json_digest(code.told_of_class(kind))}" for kind in foreign_classes(modules)}
     for home in homes_of(modules):
         for name, value in vars(home).items():
-            function = code.plain(value)
-            package = code.package_of(function)
-            if not isinstance(getattr(function, "__code__", None), CodeType) or package in code.KNOWN + code.LIBRARIES:
-                continue
-            told = code.name_of(function)
-            if not code.is_lasting(told):
-                raise InvalidArgument(
-                    f"{home.__name__}.{name} was replaced by {told}, which has no name of its own: put the library's own back, "
-                    "or pass an Identity of your own"
-                )
-            found.add(f"{home.__name__}.{name} = {told} {json_digest(code.told_of_function(function))}")
+            for function in code.layers(value) if callable(value) else ():
+                package = code.package_of(function)
+                if not isinstance(getattr(function, "__code__", None), CodeType) or package in code.KNOWN + code.LIBRARIES:
+                    continue
+                told = code.name_of(function)
+                if not code.is_lasting(told):
+                    raise InvalidArgument(
+                        f"{home.__name__}.{name} was replaced by {told}, which has no name of its own: put the library's own "
+                        "back, or pass an Identity of your own"
+                    )
+                found.add(f"{home.__name__}.{name} = {told} {json_digest(code.told_of_function(function))}")
     return sorted(found)

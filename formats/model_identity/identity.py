@@ -12,6 +12,7 @@ from pqcodec.formats.model_identity import refusals
 from pqcodec.formats.model_identity.deviation import deviation, watched_tensors
 from pqcodec.formats.model_identity.digests import config_digest, is_config, json_digest, new_hash
 from pqcodec.formats.model_identity.foreign import foreign, foreign_classes, homes_of
+from pqcodec.formats.model_identity.registries import dicts_of, registered
 from pqcodec.formats.model_identity.tensors import Evidence, marks, refuse_unloaded, storages, tensor_digest
 from pqcodec.formats.model_identity.watch import Named, Watch, classes_of, configs_of, modules_of
 from pqcodec.formats.model_identity.wrappers import unwrapped
@@ -178,7 +179,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     mode, patched = refusals.training_mode(modules), refusals.patched_classes(modules)
     configs = configs_of(modules)
     memory = memory_of(classes_of(modules))
-    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)], memory.changed)
+    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)], memory.changed, dicts_of(modules))
     in_state, adapting, plain = _scan(model)
     named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules, memory)]
     tensors = [tensor for _, tensor in named]
@@ -191,7 +192,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     hashed = new_hash()
     for _, digest in digests[: len(in_state)]:
         hashed.update(digest)
-    told = [*deviation(model, modules, memory, tensor_digest), *patched, *foreign(modules)]
+    told = [*deviation(model, modules, memory, tensor_digest), *patched, *foreign(modules), *registered(modules, configs)]
     config = model.config
     identity = Identity(
         config,

@@ -66,12 +66,18 @@ class Watch:
     Seen are: modules put in, taken out or exchanged, parameters and buffers that are other objects, attributes set to other
     objects, members of dicts, lists and sets among the attributes (of one in another, too), numbers in arrays of numpy there,
     hooks, attributes of configs, the classes of modules and the ``forward`` of these, members of ``spaces`` (classes and Python
-    modules), and, of modules whose code is not transformers' own, the fields of plain objects among the attributes, but for
-    those that the code itself changes (``changing``). Contents of tensors are not looked at.
+    modules) and of ``tables`` (dicts, which are kept), and, of modules whose code is not transformers' own, the fields of plain
+    objects among the attributes, but for those that the code itself changes (``changing``). Contents of tensors are not looked
+    at.
     """
 
     def __init__(
-        self, modules: Named, configs: Sequence[Any], spaces: Sequence[Any] = (), changing: Collection[str] = ()
+        self,
+        modules: Named,
+        configs: Sequence[Any],
+        spaces: Sequence[Any] = (),
+        changing: Collection[str] = (),
+        tables: Sequence[dict[str, Any]] = (),
     ) -> None:
         own, classes = own_attributes(), classes_of(modules)
         nodes = [module for _, module in modules] + list(configs)
@@ -98,6 +104,10 @@ class Watch:
         self._spaces = [weakref.ref(space) for space in spaces]  # classes and Python modules whose members are looked at
         for space in spaces:
             for value in vars(space).values():
+                self._keep(value)
+        self._tables = list(tables)
+        for table in tables:
+            for value in table.values():
                 self._keep(value)
         self._seen = self._look(nodes, classes)
 
@@ -132,6 +142,7 @@ class Watch:
             list(map(id, chain.from_iterable(map(_members, containers)))),
             [array.tobytes() for ref in self._arrays if (array := ref()) is not None],
             [list(map(id, vars(space).values())) for ref in self._spaces if (space := ref()) is not None],
+            [list(map(id, table.values())) for table in self._tables],
             [list(map(id, _inside(_reached(spaces[index], path)))) for index, path in self._objects],
         )
 

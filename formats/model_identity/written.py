@@ -91,9 +91,9 @@ def _changes(one: CodeType) -> Iterator[str]:
     for at, step in enumerate(steps):
         if step.opname in ("STORE_ATTR", "DELETE_ATTR") or (step.opname == "COPY" and step.arg == 1):  # of x.n = 1, or x.n += 1
             yield from _loaded(steps, at)
-        elif step.opname in _LOADS and _changes_it(str(step.argval)):
+        if step.opname in _LOADS and _changes_it(str(step.argval)):
             yield from _loaded(steps, at)
-        elif step.opname in _STORES:
+        if step.opname in _STORES:
             keys = _STORES[step.opname]
             if at and steps[at - 1].opname == "SWAP":  # of x[n] += 1: where container and key are copied
                 copies = (
