@@ -203,6 +203,50 @@ def test_rope_that_changes_with_the_length_is_no_state() -> None:
     assert identity(model) == first
 
 
+MIXED_ROPE = {  # by type of layer, as Gemma3 has it
+    "sliding_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "full_attention": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.5] * 4,
+        "long_factor": [2.0, 4.0] * 4,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def rotary(kind: str) -> tuple[Any, Any, str]:
+    """A model whose RoPE changes with the length, the module, and what the names of a layer's begin with."""
+    if kind != "gemma3":
+        model = made(kind)
+        return model, model.model.rotary_emb, ""
+    options = {"num_hidden_layers": 2, "layer_types": list(MIXED_ROPE), "sliding_window": 8, "head_dim": 16}
+    config = transformers.Gemma3TextConfig(**{**COMMON, **options, "rope_parameters": MIXED_ROPE})
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    return model, model.model.rotary_emb, "full_attention_"
+
+
+@pytest.mark.parametrize("kind", ["llama, dynamic", "phi3, longrope", "gemma3"])
+def test_edits_of_a_rope_that_changes_with_the_length_are_seen(kind: str) -> None:
+    model, module, layer = rotary(kind)
+    first = identity(model)
+    assert "state" not in first
+    for tokens in (12, 1100, 12):  # beyond the length, and back: what transformers does itself
+        model(prompt(tokens))
+        assert identity(model) == first
+        scaling = getattr(module, f"{layer}attention_scaling")
+        setattr(module, f"{layer}attention_scaling", scaling * 1.5)
+        assert identity(model) != first
+        setattr(module, f"{layer}attention_scaling", scaling)
+        assert identity(model) == first
+    if kind != "llama, dynamic":  # which keeps none
+        frequencies = getattr(module, f"{layer}long_inv_freq")
+        frequencies *= 2
+        assert identity(model) != first
+        frequencies /= 2
+        assert identity(model) == first
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager", None, "flash_attention_2", "my_attention"])
 def test_attention_counts_beyond_eager_and_sdpa(name: str | None) -> None:
     model = made("llama")

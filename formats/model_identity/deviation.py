@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ _OF_LIBRARIES = {  # private attributes that libraries put into any module
     "_hf_peft_config_loaded",
     "_auto_class",
 }
-_BY_ROPE = ("inv_freq", "long_inv_freq", "max_seq_len_cached", "attention_scaling")  # in a RoPE that changes with length
+_BY_ROPE = ("inv_freq", "max_seq_len_cached")  # in a RoPE that changes with length: what forward computes anew
+_MADE_BY_ROPE = ("long_inv_freq", "attention_scaling")  # and what it computes once
+_ROPE_UTILS = "transformers.modeling_rope_utils"
 _OF_TRANSFORMERS = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation", "peft")
 _SHELLS = 4  # tables of shells that are kept
 _DEPTH = 8
@@ -96,6 +99,8 @@ def deviation(model: Any, modules: Named, memory: Memory, digest: Callable[[str,
             told.append([path, kind])
         expected = shell.attributes[path] if known and shell else {}
         for name, value, deep in _attributes(module, memory):
+            if name.endswith(_MADE_BY_ROPE) and _is_made_by_rope(module, name, value):
+                continue
             at = f"{path}.{name}"
             found = _told(value, partial(digest, at), deep)
             if found is not _NOTHING and found != expected.get(name, _NOTHING):
@@ -142,7 +147,8 @@ def _attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any, int]]:
     kind = type(module)
     own, turning, foreign = own_attributes(), _turns(module), code.is_foreign_class(kind)
     for name, value in vars(module).items():
-        if name in own or name in _WHERE_FROM or name in _BY_FORWARD or (turning and name.endswith(_BY_ROPE)):
+        computed = turning and name.endswith(_BY_ROPE) and not name.endswith(_MADE_BY_ROPE)
+        if name in own or name in _WHERE_FROM or name in _BY_FORWARD or computed:
             continue
         deep = OBJECTS if foreign and name not in memory.changed else 0
         if callable(value) and not _is_module(value) and not isinstance(value, type) and hasattr(kind, name):
@@ -181,6 +187,48 @@ def _rope_types(module: Any) -> dict[str, str]:
     kinds = vars(module).get("rope_type")
     kinds = kinds if isinstance(kinds, dict) else {"": kinds}
     return {str(layer): kind for layer, kind in kinds.items() if isinstance(kind, str)}
+
+
+def _is_made_by_rope(module: Any, name: str, value: Any) -> bool:
+    """Whether an attribute of a RoPE that changes with length is what transformers computes from the config, short or long."""
+    kinds = _rope_types(module) if _turns(module) else {}
+    layer = name.removesuffix(next(end for end in _MADE_BY_ROPE if name.endswith(end))).removesuffix("_")
+    for each in [layer] if layer in kinds else kinds:
+        found = list(_rope_parameters(module, each, kinds[each]))
+        if not hasattr(value, "data_ptr"):
+            if any(value == scaling for _, scaling in found):
+                return True
+        elif found and _is_close(value, found[-1][0]):  # the long ones
+            return True
+    return False
+
+
+def _is_close(x: Any, y: Any) -> bool:
+    import torch
+
+    return x.shape == y.shape and torch.allclose(x.float().cpu(), y, rtol=1e-5, atol=0)
+
+
+def _rope_parameters(module: Any, layer: str, kind: str) -> Iterator[tuple[Any, float]]:
+    """Frequencies and scaling of texts within and beyond the length that a config tells; of no kind that it does not know."""
+    import torch
+
+    make = getattr(sys.modules.get(_ROPE_UTILS), "ROPE_INIT_FUNCTIONS", {}).get(kind)
+    if make is None:
+        yield torch.empty(0), 1.0
+        return
+    own = getattr(module, f"{layer}_original_max_seq_len" if layer else "", getattr(module, "original_max_seq_len", None))
+    beyond = [int(length) + 1 for length in (own, _original_length(module, layer)) if length]
+    for length in (None, *beyond):
+        with contextlib.suppress(Exception):  # of a config that it cannot read
+            frequencies, scaling = make(module.config, "cpu", seq_len=length, **({"layer_type": layer} if layer else {}))
+            yield frequencies.float(), scaling
+
+
+def _original_length(module: Any, layer: str) -> Any:
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    parameters = parameters.get(layer, parameters) if layer else parameters
+    return parameters.get("original_max_position_embeddings")
 
 
 def _is_short(module: Any, name: str) -> bool:
