@@ -35,7 +35,7 @@ def tables_of(modules: Named) -> list[tuple[str, dict[str, Any]]]:
     spaces = {home: vars(sys.modules[home]) for home in [*_TABLES, *homes] if home in sys.modules}
     places += [(home, name) for home in homes if home in spaces for name, value in spaces[home].items() if _is_interface(value)]
     for home, name in places:
-        table = spaces.get(home, {}).get(name)
+        table: Any = spaces.get(home, {}).get(name)
         layers = (table._local_mapping, table._global_mapping) if _is_interface(table) else (table,)
         for each in layers:  # what a table says by itself comes before what its class says
             if isinstance(each, dict):

@@ -177,11 +177,13 @@ class Watch:
                 self._alive[id(value)] = weakref.ref(value)
 
 
-def _reached(space: Any, path: tuple[Any, ...]) -> Any:
+def _reached(start: Any, path: tuple[Any, ...]) -> Any:
     """What lies at a path that leads through objects as well."""
+    found: Any = start
     for key in path:
-        space = space[key] if isinstance(space, CONTAINERS) else code.fields_of(space)[key]
-    return space
+        inside: Any = found if isinstance(found, CONTAINERS) else code.fields_of(found)
+        found = inside[key]
+    return found
 
 
 def _inside(value: Any) -> Iterator[Any]:
