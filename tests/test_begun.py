@@ -133,6 +133,8 @@ def test_generate_does_not_feed_a_caches_text_again(tmp_path: Path, kind: str) -
             if kind != "mamba":  # which takes no several tokens on top of a cache
                 expected, one = model.generate(more, **GREEDY), model.generate(more, **{name: cache()}, **GREEDY)
                 torch.testing.assert_close(one.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4, msg=way)
+                pieces = model.generate(more, **{name: cache()}, prefill_chunk_size=8, **GREEDY)
+                torch.testing.assert_close(pieces.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4, msg=way)
                 masked = model.generate(more[:, 300:], attention_mask=torch.ones(1, 320), **{name: cache()}, **GREEDY)
                 torch.testing.assert_close(masked.logits[0], expected.logits[0], rtol=1e-3, atol=1e-4, msg=way)
 

@@ -50,8 +50,10 @@ class Identity:
         over each tensor. So edits of whole tensors are seen, those of a few elements through ``.data`` may not be. On a GPU,
         and with ``full``, all bytes are looked at on every call, so that an edit of one element is seen.
 
-        Forward hooks, a ``forward`` of a module's own, classes whose ``forward`` was replaced by a function without a lasting
-        name, and dropout in training mode are refused.
+        Functions that are registered for attention, masks, experts and RoPE are looked at by the names that are in use, and
+        what modules of code other than transformers' and torch's are set to (see the package's own words). Forward hooks, a
+        ``forward`` of a module's own, functions without a lasting name that were registered or put into a class, and dropout in
+        training mode are refused.
         """
         if isinstance(model, Identity):
             return model

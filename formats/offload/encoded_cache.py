@@ -78,6 +78,10 @@ class EncodedCache(cache_utils.DynamicCache):
     prompt is encoded at once. ``padding``: of sequences that are padded at their left, how many tokens of each are padding,
     or the attention mask [sequences, tokens]: the first ``exact_tokens`` behind it are exact, too; without it they are coded.
     On a GPU, keys or values that hold NaN or Inf raise NonFiniteInput when they are encoded.
+
+    The cache is of one text and of the model as it is meanwhile: nothing looks whether that changes (a PrefixStore does). It
+    can be copied and pickled. Raises InvalidArgument for models that take no such cache, and ``generate`` does where the
+    cache holds all tokens of the prompt.
     """
 
     def __init__(

@@ -75,9 +75,10 @@ class PrefixStore:
     another one finds nothing of this one's, and keyed hashes are kept in the place of token ids. ``tokenizer``: makes its
     vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, passed whenever the store is opened;
     the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
-    as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a
-    model's weights is looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``). ``shelf`` looks after
-    what is stored: damage, quota, orphans.
+    as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a model's weights is
+    looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``; all else that a cache depends on is looked
+    at either way, and ``formats.model_identity`` tells what is not seen). ``shelf`` looks after what is stored: damage, quota,
+    orphans.
 
     A folder that cannot be written is read: ``get`` works, ``put`` raises OSError. A child of a fork has the store for itself:
     what its parent is saving is the parent's business.

@@ -74,7 +74,8 @@ def save(
     ``padding``: of sequences that are padded at their left, how many tokens of each are padding, or the attention mask
     [sequences, tokens]: the tokens behind it are the first then. ``progress`` is told (tensors done, tensors in all).
     What the model keeps in its modules (``module_state``: M-RoPE's ``rope_deltas``) goes along: save a cache before the model
-    reads another text. Raises InvalidArgument for a cache that cannot be represented, and as ``save_cache`` does.
+    reads another text. Raises InvalidArgument for a cache that cannot be represented, for one of a store or a file if the model
+    has changed since, and as ``save_cache`` does. What such a cache has lost before is told in the file.
     """
     identity = Identity.of(model)
     check_model(cache, identity)
@@ -148,8 +149,9 @@ def load(
     back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the devices of the
     model's layers, or the CPU). Raises as ``pqcodec.decode`` does.
 
-    A model goes on as from the cache that was saved. Some do not go on rightly from any kept state unless tokens are fed one at
-    a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
+    A model goes on as from the cache that was saved; ``generate`` needs more tokens than the cache's. A store takes it under
+    the preset that the file was written with, or any if all is exact. Some models do not go on rightly from any kept state
+    unless tokens are fed one at a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
     """
     import torch
 
