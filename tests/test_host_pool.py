@@ -55,6 +55,12 @@ def block_bytes(way: dict[str, Any], count: int = 2) -> int:
         return pool.usage().used_bytes
 
 
+def only_lane(pool: HostPool) -> Any:
+    """The pipeline of a pool's only device."""
+    (lane,) = pool._lanes._made.values()
+    return lane
+
+
 def test_a_pool_is_not_copied() -> None:
     with HostPool(1 << 16, device="cpu") as pool:
         for way in (copy.copy, copy.deepcopy, pickle.dumps):
