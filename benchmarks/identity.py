@@ -23,7 +23,7 @@ from benchmarks import model as lm
 from benchmarks import results_file
 from benchmarks.ttft import PROSE, RANDOM, prompt_of
 from pqcodec.formats import PrefixStore
-from pqcodec.formats.model_identity import Identity, forget
+from pqcodec.formats.engines.model_identity import Identity, forget
 
 TOKENS = 4096
 ROUNDS = 200

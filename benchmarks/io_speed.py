@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import results_file
 from benchmarks.memory import touch_memory
 from pqcodec import encoded_size
-from pqcodec.formats import PQKVFile, append_cache, load_cache, safetensors_file, save_cache, zarr_cache
+from pqcodec.formats import PQKVFile, append_cache, load_cache, save_cache
+from pqcodec.formats.cache import load_safetensors, load_zarr, save_safetensors, save_zarr
 
 LAYERS, SHAPE = 8, (1, 8, 32768, 128)  # 64 MiB of fp16 a tensor, 1 GiB in all
 NEW_TOKENS = 256
@@ -80,7 +81,7 @@ def ways(folder: Path, layers: Layers) -> list[Way]:
         return [x.clone() for x in load_file(raw).values()]  # safetensors maps the file: the clone reads it
 
     def to_zarr(path: Path, **options: Any) -> Callable[[], Any]:
-        return lambda: zarr_cache.save_zarr(path, layers, overwrite=True, **flat, **options)
+        return lambda: save_zarr(path, layers, overwrite=True, **flat, **options)
 
     return [
         Way("raw safetensors", raw, lambda: save_file(named, raw), load_raw),
@@ -88,11 +89,11 @@ def ways(folder: Path, layers: Layers) -> list[Way]:
         Way(
             "pq3, .safetensors",
             coded,
-            lambda: safetensors_file.save_safetensors(coded, layers, **flat),
-            lambda: safetensors_file.load_file(coded),
+            lambda: save_safetensors(coded, layers, **flat),
+            lambda: load_safetensors(coded),
         ),
-        Way("pq3, .zarr, a chunk a tensor", whole, to_zarr(whole, tokens_per_chunk=None), lambda: zarr_cache.load_zarr(whole)),
-        Way("pq3, .zarr, chunks of 4096", chunks, to_zarr(chunks), lambda: zarr_cache.load_zarr(chunks)),
+        Way("pq3, .zarr, a chunk a tensor", whole, to_zarr(whole, tokens_per_chunk=None), lambda: load_zarr(whole)),
+        Way("pq3, .zarr, chunks of 4096", chunks, to_zarr(chunks), lambda: load_zarr(chunks)),
     ]
 
 

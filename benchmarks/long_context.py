@@ -26,8 +26,8 @@ from rich.table import Table
 
 from benchmarks import model as lm
 from benchmarks import results_file
+from pqcodec.formats.engines.transformers_cache import argument_of
 from pqcodec.formats.offload.encoded_cache import CHUNK, EncodedCache
-from pqcodec.formats.transformers_cache import argument_of
 
 CONTEXT = 32768
 BUDGET_GIB = 8.0

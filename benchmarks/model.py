@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pqcodec import Rope
-from pqcodec.formats.transformers_cache import argument_of
+from pqcodec.formats.engines.transformers_cache import argument_of
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENCE = "Apache-2.0"

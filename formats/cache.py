@@ -1,17 +1,24 @@
-"""Law: a whole KV cache of (key, value) tensors <-> one .pqkv file, which new tokens are added to in place."""
+"""Law: a whole KV cache of (key, value) tensors <-> one file or store, of every container; .pqkv grows in place."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pqcodec.errors import InvalidArgument
-from pqcodec.formats.appender import PQKVAppender
-from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
-from pqcodec.formats.recipe import CHUNK_TOKENS, EXACT_TOKENS, Recipe, layers_by_name
-from pqcodec.formats.tensor_file import Progress, TensorFile
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.formats.containers import kinds, safetensors
+from pqcodec.formats.containers.pqkv.appender import PQKVAppender
+from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.containers.reader import LAYOUT, Progress, TensorFile
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.formats.plain.files import holds_streams, open_tensors
+from pqcodec.formats.plain.in_memory import InMemory
+from pqcodec.formats.policy.names import part_of
+from pqcodec.formats.policy.recipe import CHUNK_TOKENS, EXACT_TOKENS, Recipe, layers_by_name, why_exact
 from pqcodec.stages.centre import Rope
+from pqcodec.tensors import arrays
 
 
 def recipe_of(rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:
@@ -40,7 +47,7 @@ def save_cache(
 
     ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
     mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
-    (``formats.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is told (tensors
+    (``policy.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is told (tensors
     done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
@@ -134,3 +141,154 @@ def layers_of(
         return file.decode(found[layer, role][0], **load)
 
     return [(tensor(layer, "key"), tensor(layer, "value")) for layer in range(layers)]
+
+
+# -- .safetensors ------------------------------------------------------------------------------------------------
+def save_safetensors(
+    path: str | os.PathLike[str],
+    cache: Sequence[tuple[Any, Any]] | Mapping[str, Any],
+    *,
+    preset: str = "pq3",
+    rope: Rope | None = None,
+    exact_tokens: int = EXACT_TOKENS,
+    seed: int = 0,
+    center_keys: bool = True,
+    share_bits: bool = True,
+    chunk_tokens: int = CHUNK_TOKENS,
+    nonfinite: str = "error",
+    backend: str = "auto",
+    metadata: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a cache as ``save_cache`` does, into a .safetensors file.
+
+    ``cache``: (key, value) tensors of each layer, which become layers.{i}.key and layers.{i}.value, or a mapping of names to
+    tensors: those that are keys and values by name (``policy.names``) and of a dtype that can be coded are, others are kept
+    exactly. ``nonfinite`` is that of ``pqcodec.encode``, all else that of ``save_cache``. Raises as ``pqcodec.encode`` does.
+
+    >>> import tempfile, numpy as np
+    >>> path = tempfile.mkdtemp() + "/cache.safetensors"
+    >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
+    >>> save_safetensors(path, cache, backend="reference", metadata={"model": "tiny"})
+    >>> from pqcodec.formats.containers.safetensors import SafetensorsCache
+    >>> with SafetensorsCache(path) as file:
+    ...     file.names, file.metadata, file.decode("layers.0.key", tokens=(2, 6), backend="reference").shape
+    (('layers.0.key', 'layers.0.value'), {'model': 'tiny'}, (1, 2, 4, 64))
+    """
+    recipe = recipe_of(
+        rope,
+        center_keys,
+        preset=preset,
+        exact_tokens=exact_tokens,
+        seed=seed,
+        share_bits=share_bits,
+        chunk_tokens=chunk_tokens,
+        nonfinite=nonfinite,
+        backend=backend,
+    )
+    if isinstance(cache, Mapping):
+        tensors, parts = InMemory(cache), {name: part_of(name) for name in cache}
+        coded = [name for name in cache if parts[name].role != "other" and not why_exact(*tensors.describe(name))]
+    else:
+        tensors, parts = layers_by_name(cache)
+        coded = list(tensors.names)
+    safetensors.write_pieces(path, recipe.pieces(tensors, parts, coded), metadata, progress)
+
+
+def load_safetensors(
+    path: str | os.PathLike[str],
+    tokens: tuple[int, int] | None = None,
+    *,
+    device: Any = None,
+    backend: str = "auto",
+    foreign: bool = False,
+) -> dict[str, Any]:
+    """All tensors of a file by name, decoded; ``tokens`` = (first, last + 1) cuts those that have tokens.
+
+    A file that pqcodec did not write is refused, for a damaged marker looks the same; with ``foreign``, its tensors come as
+    they are.
+    """
+    if foreign and not holds_streams(path):
+        return _load_foreign(path, tokens, device)
+    with safetensors.SafetensorsCache(path) as file:
+        if tokens is None:
+            file.read_ahead()
+        cut = {name: tokens if file.entry(name).layout == LAYOUT else None for name in file.names}
+        return {name: file.decode(name, tokens=cut[name], device=device, backend=backend) for name in file.names}
+
+
+def _load_foreign(path: str | os.PathLike[str], tokens: tuple[int, int] | None, device: Any) -> dict[str, Any]:
+    if tokens is not None:
+        raise InvalidArgument(f"{path}: says nothing of tokens, it is no file of pqcodec; load it whole and cut it")
+    found = {}
+    with open_tensors(path) as reader:
+        for name in reader.names:
+            found[name] = x = reader.read(name)
+            if exact.dtype_name(x) == "uint8" and x.ndim == 1 and bytes(x[: len(c.STREAM_MAGIC)].tolist()) == c.STREAM_MAGIC:
+                raise CorruptStream(f"{path}: tensor {name!r} is a stream of pqcodec, the file's metadata are lost; decode it")
+    return found if device is None else {name: arrays.to_device(x, device) for name, x in found.items()}
+
+
+# -- zarr --------------------------------------------------------------------------------------------------------
+def save_zarr(
+    store: Any,
+    layers: Sequence[tuple[Any, Any]],
+    *,
+    preset: str = "pq3",
+    rope: Rope | None = None,
+    exact_tokens: int = EXACT_TOKENS,
+    seed: int = 0,
+    center_keys: bool = True,
+    share_bits: bool = True,
+    chunk_tokens: int = CHUNK_TOKENS,
+    tokens_per_chunk: int | None = c.ZARR_TOKENS_PER_CHUNK,
+    chunks_per_shard: int | None = None,
+    backend: str = "auto",
+    metadata: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write (key, value) tensors [..., tokens, head_dim] of each layer as zarr arrays layers/{i}/key and layers/{i}/value.
+
+    ``store``: a path or URL, or a store of zarr. A chunk holds ``tokens_per_chunk`` tokens of all leading indices (None: all
+    tokens); of a slice only the blocks that hold it are read, so that small chunks gain little: each takes a millisecond more,
+    and each chunk of a key has a mean of its own (2 % of 256 tokens). ``chunks_per_shard`` puts so many into one object of the
+    store. ``overwrite``: replace what is there. The other options are those of
+    ``save_cache``. bfloat16, which zarr lacks, is an array of float32 to zarr, and bfloat16 in ``load_zarr``. Raises
+    InvalidArgument, or as ``pqcodec.encode`` does.
+
+    >>> import numpy as np, zarr
+    >>> from zarr.storage import MemoryStore
+    >>> store = MemoryStore()
+    >>> save_zarr(store, [(np.ones((2, 300, 64), np.float16), np.ones((2, 300, 64), np.float16))])
+    >>> zarr.open(store)["layers/0/key"][1, 250:260].shape, load_zarr(store, tokens=(0, 4))[0][0].shape
+    ((10, 64), (2, 4, 64))
+    """
+    reader, writer = kinds.container_module("zarr.reader"), kinds.container_module("zarr.writer")
+    recipe = recipe_of(
+        rope,
+        center_keys,
+        preset=preset,
+        exact_tokens=exact_tokens,
+        seed=seed,
+        share_bits=share_bits,
+        chunk_tokens=chunk_tokens,
+        stream_tokens=tokens_per_chunk,
+        backend=backend,
+    )
+    if chunks_per_shard is not None and (not 1 <= chunks_per_shard <= reader.MOST_IN_SHARD or tokens_per_chunk is None):
+        wanted = f"a number from 1 to {reader.MOST_IN_SHARD}, and tokens_per_chunk, are expected"
+        raise InvalidArgument(f"chunks_per_shard {chunks_per_shard}: {wanted}")
+    pieces = recipe.pieces(*layers_by_name(layers))
+    writer.write_pieces(store, pieces, metadata, progress, overwrite=overwrite, chunks_per_shard=chunks_per_shard)
+
+
+def load_zarr(
+    store: Any, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
+) -> list[tuple[Any, Any]]:
+    """The (key, value) tensors of each layer of a store; ``tokens`` = (first, last + 1) reads those only.
+
+    Raises InvalidArgument where the store holds no complete cache, and as ``pqcodec.decode`` does.
+    """
+    with kinds.container_module("zarr.reader").ZarrCache(store) as file:
+        return layers_of(file, tokens=tokens, device=device, backend=backend)

@@ -17,9 +17,9 @@ from pqcodec import constants as c
 from pqcodec.backends import device_backend
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.kernels.placed import Placed, aligned, current, lying, one_device
 from pqcodec.kernels.spans import Group, Span
 from pqcodec.options import EncodeOptions, each
+from pqcodec.placed import Placed, aligned, current, lying, one_device
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.stream.index import checked_range, result_shape
@@ -37,8 +37,19 @@ def _groups(spans: Iterable[Span], device: Any) -> list[Group]:
     return [Group(members, device) for members in kinds.values()]
 
 
+class _Batch:
+    """What both directions share."""
+
+    groups: list[Group]  # what one launch codes each
+
+    def make_brief(self) -> None:
+        """Let kernels end soon, bit by bit, so that work of a higher priority gets its turn between (see ``Group``)."""
+        for group in self.groups:
+            group.brief = True
+
+
 # -- encode --------------------------------------------------------------------------------------------------------
-class EncodeBatch:
+class EncodeBatch(_Batch):
     """Streams of many tensors [..., tokens, head_dim] of one GPU, encoded there.
 
     ``streams``: uint8 tensors on the device, one a tensor, complete after ``run``. ``preset`` and ``rope`` are one for all
@@ -155,7 +166,7 @@ def _name_place(x: Any, h: Header, count: int) -> str:
 
 
 # -- decode --------------------------------------------------------------------------------------------------------
-class DecodeBatch:
+class DecodeBatch(_Batch):
     """Tensors out of many streams that lie on one GPU, decoded there.
 
     ``streams``: uint8 tensors, each a whole stream, as ``EncodeBatch`` makes them. ``outs``: tensors to fill, of any strides

@@ -132,3 +132,4 @@ EXACT_ITEM_BYTES = {  # dtypes of exact tensors and the bytes of a number
 # -- Other containers (SPEC Part III) ----------------------------------------------------------------------------
 LISTING_PREFIX, LISTING_FORMAT, LISTING_VERSION = "pqcodec_", "kv-cache", "1"
 ZARR_FORMAT, ZARR_COMPLETE = "pqcodec.kv_cache", "complete"  # what a group says of itself, and the group that is written last
+ZARR_TOKENS_PER_CHUNK = 4096  # of arrays that save_zarr writes, unless it is told otherwise

@@ -10,8 +10,8 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.batch import DecodeBatch, EncodeBatch
-from pqcodec.kernels.placed import Placed, aligned, device_named, lying, moved, one_device
 from pqcodec.options import EncodeOptions, Progress
+from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
 from pqcodec.stages import exact
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header, read_header

@@ -65,7 +65,7 @@ class Sums:
         import torch
 
         from pqcodec.kernels.on_triton import words
-        from pqcodec.kernels.placed import current
+        from pqcodec.placed import current
 
         sums = torch.empty(len(self._rows), dtype=torch.int64, device=self._device)
         if len(self._rows):

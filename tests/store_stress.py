@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.engines.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 
 LAYERS, HEADS, HEAD_DIM = 2, 1, 16

@@ -12,8 +12,8 @@ import torch
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import save_cache
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.containers import convert
+from pqcodec.formats.containers.kinds import convert
+from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.store import PrefixStore
 
 transformers = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import pqcodec
 from pqcodec.formats import PQKVFile
-from pqcodec.formats.tensors import open_tensors
+from pqcodec.formats.plain.files import open_tensors
 from pqcodec.tools.cli import app
 
 REFERENCE = ("--backend", "reference")

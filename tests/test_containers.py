@@ -12,10 +12,11 @@ import torch
 
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument
-from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, exact, load_cache, save_cache
+from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
 from pqcodec.formats.cache import layers_of
-from pqcodec.formats.containers import KINDS, container_of, convert, kind_of, open_encoded
-from pqcodec.formats.tensor_file import TensorFile
+from pqcodec.formats.containers.kinds import KINDS, container_of, convert, kind_of, open_encoded
+from pqcodec.formats.containers.reader import TensorFile
+from pqcodec.formats.plain import numbers as exact
 
 pytest.importorskip("zarr", minversion="3.0.8")
 REFERENCE = {"backend": "reference"}

@@ -21,7 +21,7 @@ from pqcodec.stream.source import source_of
 
 transformers = pytest.importorskip("transformers")
 
-from pqcodec.formats import transformers_cache as tc  # noqa: E402
+from pqcodec.formats.engines import transformers_cache as tc  # noqa: E402
 from pqcodec.formats.offload import old_tokens  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 

@@ -16,8 +16,8 @@ from pqcodec.errors import InvalidArgument
 
 transformers = pytest.importorskip("transformers")
 
-from pqcodec.formats import transformers_cache as tc  # noqa: E402
-from pqcodec.formats.model_identity import unwrapped  # noqa: E402
+from pqcodec.formats.engines import transformers_cache as tc  # noqa: E402
+from pqcodec.formats.engines.model_identity import unwrapped  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 SMALL = {"window": 4, "chunk": 8, "exact_tokens": 2}

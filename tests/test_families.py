@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.store import PrefixStore
 
 transformers = pytest.importorskip("transformers")

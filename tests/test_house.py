@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ FLOORS = {"pqcodec": set(), "formats": {"pqcodec.formats"}, "tools": {"pqcodec.f
 HOMES = {  # third-party modules that are imported in one place only
     "numba": {f"pqcodec/kernels/cpu/{name}.py" for name in ("tiles", "disk_cache", "lanes", "samples")},
     "llvmlite": {"pqcodec/kernels/cpu/lanes.py"},
-    "safetensors": {"formats/tensors.py"},
-    "zarr": {"formats/zarr_"},
+    "safetensors": {"formats/plain/files.py"},
+    "zarr": {"formats/containers/zarr/"},
     "typer": {"tools"},
     "rich": {"tools"},
-    "fsspec": {"formats/remote.py"},
-    "transformers": {"formats/transformers_cache/", "formats/offload/encoded_cache.py"},
+    "fsspec": {"formats/places/remote.py"},
+    "transformers": {"formats/engines/transformers_cache/", "formats/offload/encoded_cache.py"},
     "sqlite3": {"formats/store/connections.py", "formats/store/index.py"},
     "triton": {"pqcodec/kernels/on_triton/"},
     "cuda": {"pqcodec/kernels/on_cuda/", "formats/offload/graphs.py"},
@@ -38,7 +39,7 @@ ORDER = [  # of the modules of the core, from the floor up: a module imports fro
     "codings.split",
     "codings.paper",
     "codings.look_ups codings.registry",
-    "kernels.cpu.disk_cache kernels.job kernels.placed kernels.spans",
+    "kernels.cpu.disk_cache kernels.job kernels.spans placed",
     "kernels.cpu.lanes kernels.on_triton.blocks kernels.on_triton.words kernels.reference",
     "kernels.cpu.samples kernels.cpu.tiles kernels.on_triton.backend",
     "kernels.cpu.backend kernels.on_cuda.backend",
@@ -48,32 +49,7 @@ ORDER = [  # of the modules of the core, from the floor up: a module imports fro
     "codec",
 ]
 
-FORMATS_ORDER = [
-    "atomic exact frames locks names model_identity.code model_identity.digests model_identity.wrappers transformers_cache.fed",
-    "measure npy rates remote tensor_file transformers_cache.kept",
-    "model_identity.tensors model_identity.watch model_identity.written",
-    "log pieces single zarr_codec zarr_store",
-    "model_identity.deviation model_identity.foreign model_identity.refusals model_identity.registries",
-    "listing pqkv recipe model_identity.identity transformers_cache.held",
-    "appender tensors transformers_cache.begun zarr_writer",
-    "cache containers",
-    "safetensors_file transformers_cache.state zarr_cache",
-    "transformers_cache.places transformers_cache.rope",
-    "transformers_cache.files transformers_cache.probe",
-    "store.connections store.folder store.keys",
-    "store.files store.index",
-    "store.blocks store.contents",
-    "store.options store.reuse",
-    "store.generation",
-    "store.shelf",
-    "store.prefix_store store.transfer",
-    "offload.first_tokens offload.graphs offload.paged offload.pieces offload.pinned",
-    "offload.launches offload.pipeline",
-    "offload.staging",
-    "offload.old_tokens",
-    "offload.block offload.encoded_cache offload.lanes",
-    "offload.host_pool",
-]
+FORMATS_ORDER = ["places", "plain", "containers", "policy", "cache", "engines", "store offload"]  # of folders; likewise
 
 
 def sources() -> list[Path]:
@@ -107,21 +83,37 @@ def test_imports_run_one_way_and_libraries_have_one_home(path: Path) -> None:
 
 
 def test_modules_of_the_core_import_downwards() -> None:
-    _check_order("pqcodec", "pqcodec.", ORDER)
+    """Each has its place in the order."""
+    rank = {name: i for i, names in enumerate(ORDER) for name in names.split()}
+    graph = modules("pqcodec", "pqcodec.")
+    assert set(rank) == set(graph)
+    for name, below in graph.items():
+        assert all(rank[other] < rank[name] for other in below), f"{name} imports {sorted(below)}"
 
 
-def test_modules_of_formats_import_downwards() -> None:
-    _check_order("formats", "pqcodec.formats.", FORMATS_ORDER)
+def test_folders_of_formats_import_downwards_and_modules_in_no_circle() -> None:
+    rank = {name: i for i, names in enumerate(FORMATS_ORDER) for name in names.split()}
+    graph = modules("formats", "pqcodec.formats.")
+    folders = {name: name.split(".")[0] for name in graph}
+    assert set(folders.values()) == set(rank)
+    for name, below in graph.items():
+        high = [other for other in below if folders[other] != folders[name] and rank[folders[other]] >= rank[folders[name]]]
+        assert not high, f"{name} imports {high} from above"
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def _check_order(folder: str, package: str, order: list[str]) -> None:
-    """Every module has its place in the order, and imports from the floors below its own only."""
-    rank = {name: i for i, names in enumerate(order) for name in names.split()}
-    found = {path.relative_to(ROOT / folder).with_suffix("") for path in (ROOT / folder).rglob("*.py")}
-    assert set(rank) == {".".join(path.parts) for path in found if path.name != "__init__"}
-    for name, floor in rank.items():
-        below = {other.removeprefix(package) for other in imports(ROOT / folder / f"{name.replace('.', '/')}.py")}
-        assert all(rank[other] < floor for other in below & set(rank)), f"{name} imports {sorted(below & set(rank))}"
+def test_formats_and_tools_import_no_kernels() -> None:
+    for folder in ("formats", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = [name for name in imports(path) if name.startswith("pqcodec.kernels")]
+            assert not found, f"{path} imports {found}"
+
+
+def modules(folder: str, package: str) -> dict[str, set[str]]:
+    """The modules of a folder, by their dotted names below its package, and those of them that each imports."""
+    places = {path.relative_to(ROOT / folder).with_suffix(""): path for path in (ROOT / folder).rglob("*.py")}
+    paths = {".".join(place.parts): path for place, path in places.items() if place.name != "__init__"}
+    return {name: {other.removeprefix(package) for other in imports(path)} & set(paths) for name, path in paths.items()}
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:

@@ -23,9 +23,9 @@ import pqcodec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import PQKVFile, PQKVWriter, containers, listing
-from pqcodec.formats.pieces import Coded
-from pqcodec.formats.recipe import InMemory
-from pqcodec.formats.tensors import SAFETENSORS_CODES, open_tensors, write_tensors
+from pqcodec.formats.containers.writer import Coded
+from pqcodec.formats.plain.files import SAFETENSORS_CODES, open_tensors, write_tensors
+from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.stream.source import MappedSource
 from pqcodec.tools import memory
 from tests.conftest import gaussian

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.model_identity import Identity, forget
+from pqcodec.formats.engines.model_identity import Identity, forget
 
 transformers = pytest.importorskip("transformers")
 from test_model_identity import Adapter, identity, made  # noqa: E402

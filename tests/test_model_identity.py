@@ -17,9 +17,9 @@ from conftest import gaussian
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import PrefixStore
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity, forget, unwrapped
-from pqcodec.formats.model_identity import identity as reading
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.model_identity import Identity, forget, unwrapped
+from pqcodec.formats.engines.model_identity import identity as reading
 
 transformers = pytest.importorskip("transformers")
 from test_transformers_cache import COMMON, MODELS, prompt, tiny  # noqa: E402

@@ -12,12 +12,12 @@ from conftest import TINY, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import PQKVFile, save_cache
-from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.engines import transformers_cache as tc
 
 transformers = pytest.importorskip("transformers")
 
+from pqcodec.formats.engines.transformers_cache import files  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
-from pqcodec.formats.transformers_cache import files  # noqa: E402
 
 IMAGE, START, END = 90, 91, 92
 GRID = (1, 8, 12)  # patches of an image; 24 tokens, 6 positions

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 import pqcodec
 from pqcodec.errors import CorruptStream, PQError
 from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter
-from pqcodec.formats.containers import convert, open_encoded, write
-from pqcodec.formats.frames import checksum_text
-from pqcodec.formats.log import Log
-from pqcodec.formats.pieces import pieces_of
-from pqcodec.formats.tensor_file import TensorFile
+from pqcodec.formats.containers.kinds import convert, open_encoded, write
+from pqcodec.formats.containers.pqkv.log import Log
+from pqcodec.formats.containers.reader import TensorFile
+from pqcodec.formats.containers.writer import pieces_of
+from pqcodec.formats.plain.documents import checksum_text
 from pqcodec.stream.seal import order_seal
 from pqcodec.stream.source import FileSource, MemorySource
 
@@ -103,7 +103,7 @@ def sound(kind: str) -> Sound:
     elif kind != "pqkv":
         from zarr.storage import MemoryStore
 
-        from pqcodec.formats.zarr_writer import write_pieces
+        from pqcodec.formats.containers.zarr.writer import write_pieces
 
         found: dict[str, Any] = {}
         write_pieces(MemoryStore(found), pieces, {"m": 1}, chunks_per_shard=2 if kind == "shards" else None)

@@ -17,7 +17,7 @@ from pqcodec.errors import InvalidArgument, NonFiniteInput
 transformers = pytest.importorskip("transformers")
 
 from pqcodec.formats import PQKVFile  # noqa: E402
-from pqcodec.formats import transformers_cache as tc  # noqa: E402
+from pqcodec.formats.engines import transformers_cache as tc  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 PADDING = (0, 7, 33, 2)

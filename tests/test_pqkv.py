@@ -14,7 +14,7 @@ import pqcodec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, save_cache
-from pqcodec.formats.names import Part, part_of
+from pqcodec.formats.policy.names import Part, part_of
 from pqcodec.stream.checksum import checksum
 
 REFERENCE = {"backend": "reference"}

@@ -20,8 +20,8 @@ from conftest import DEVICE, GPU_BACKENDS, gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats import PQKVFile
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 from pqcodec.formats.store.transfer import write_prefix
 from pqcodec.stream.header import read_header
@@ -762,7 +762,7 @@ def test_blocks_below_a_url(tmp_path: Path, kind: str) -> None:
         assert list(store.shelf.files.all()) == []
 
 
-@pytest.mark.parametrize("place", ["pqcodec.formats.atomic._sync", "pqcodec.formats.atomic.os.replace"])
+@pytest.mark.parametrize("place", ["pqcodec.formats.places.atomic._sync", "pqcodec.formats.places.atomic.os.replace"])
 def test_a_full_disk_leaves_nothing(store: PrefixStore, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     model, ids = tiny("llama"), prompt(600)
     cache = cached(model, ids)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pqcodec.codings.presets import PRESETS
-from pqcodec.formats import rates
+from pqcodec.formats.policy import rates
 
 LAYERS = 12
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pqcodec.errors import InvalidArgument, TruncatedStream
-from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, load_cache, remote, save_cache
+from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, load_cache, save_cache
+from pqcodec.formats.places import remote
 
 REFERENCE = {"backend": "reference"}
 URL = "memory://bucket/a.pqkv"

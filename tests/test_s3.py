@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from pqcodec.errors import TruncatedStream
-from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, remote, save_cache
+from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, save_cache
 from pqcodec.formats.cache import layers_of
-from pqcodec.formats.containers import convert, open_encoded
+from pqcodec.formats.containers.kinds import convert, open_encoded
+from pqcodec.formats.places import remote
 
 pytest.importorskip("moto.server", reason="needs a server that speaks S3: pip install 'moto[server]'")
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")

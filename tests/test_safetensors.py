@@ -23,10 +23,13 @@ from safetensors.numpy import save_file as save_plain
 
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, PQError, UnsupportedStream
-from pqcodec.formats import PQKVFile, PQKVWriter, exact, load_cache, safetensors_file
-from pqcodec.formats.appender import PQKVAppender
-from pqcodec.formats.containers import convert
-from pqcodec.formats.safetensors_file import SafetensorsCache, load_file, save_safetensors
+from pqcodec.formats import PQKVFile, PQKVWriter, load_cache
+from pqcodec.formats.cache import load_safetensors, save_safetensors
+from pqcodec.formats.containers import safetensors as safetensors_file
+from pqcodec.formats.containers.kinds import convert
+from pqcodec.formats.containers.pqkv.appender import PQKVAppender
+from pqcodec.formats.containers.safetensors import SafetensorsCache
+from pqcodec.formats.plain import numbers as exact
 
 REFERENCE = {"backend": "reference"}
 FUZZ = int(os.environ.get("PQCODEC_FUZZ", "300"))  # examples of each fuzz test; 100000 take half an hour each
@@ -105,7 +108,7 @@ def test_tensors_come_back(small: Path) -> None:
             assert same(file.decode(name), given[name])
             assert not file.entry(name).coded
         assert file.verify(**REFERENCE) == []
-    found = load_file(small, **REFERENCE)
+    found = load_safetensors(small, **REFERENCE)
     assert list(found) == list(given)
     for name in ("layers.0.key", "layers.0.value"):
         assert ((found[name] - given[name]).astype(float) ** 2).sum() < 0.25 * (given[name].astype(float) ** 2).sum()
@@ -156,9 +159,9 @@ def test_layers_are_written_as_save_cache_does(tmp_path: Path, rope: pqcodec.Rop
 
 def test_writing_is_repeatable_and_empty_caches_are_files(tmp_path: Path, small: Path) -> None:
     assert saved(tmp_path / "again").read_bytes() == small.read_bytes()
-    assert load_file(saved(tmp_path / "empty", {}, metadata=None)) == {}
+    assert load_safetensors(saved(tmp_path / "empty", {}, metadata=None)) == {}
     saved(tmp_path / "shapes", {"layers.0.key": tensor(0, 5, 16), "none": np.zeros((0, 4)), "scalar": np.array(2.5)})
-    found = load_file(tmp_path / "shapes", **REFERENCE)
+    found = load_safetensors(tmp_path / "shapes", **REFERENCE)
     assert (found["layers.0.key"].shape, found["none"].shape, found["scalar"]) == ((0, 5, 16), (0, 4), 2.5)
 
 
@@ -168,14 +171,14 @@ def test_exact_dtypes(tmp_path: Path, dtype: str) -> None:
     tensors: dict[str, Any] = {"x": x.T, "scalar": x[1, 1]}
     if dtype != "bfloat16" and "float8" not in dtype:
         tensors["numpy"] = x.numpy().T
-    found = load_file(saved(tmp_path / "f", tensors))
+    found = load_safetensors(saved(tmp_path / "f", tensors))
     assert all(same(found[name], x.contiguous() if name == "x" else found[name]) for name, x in tensors.items())
     assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in tensors.items()}
 
 
 def test_tensors_that_are_no_cache_stay_exact(tmp_path: Path) -> None:
     tensors = {"layers.0.key": np.arange(12).reshape(3, 4), "w.weight": tensor(4, 16), "layers.0.value": tensor(2, 2000)}
-    found = load_file(saved(tmp_path / "f", tensors))
+    found = load_safetensors(saved(tmp_path / "f", tensors))
     assert all(same(found[name], x) for name, x in tensors.items())
 
 
@@ -187,7 +190,7 @@ def test_nonfinite_vectors_are_refused_or_kept(tmp_path: Path) -> None:
         saved(tmp_path / "f", {"positions": np.arange(3), "layers.0.key": x})
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert (tmp_path / "f").read_bytes() == b"old"
-    found = load_file(saved(tmp_path / "f", {"layers.0.key": x}, nonfinite="exact"), **REFERENCE)
+    found = load_safetensors(saved(tmp_path / "f", {"layers.0.key": x}, nonfinite="exact"), **REFERENCE)
     np.testing.assert_array_equal(found["layers.0.key"][0, 7], x[0, 7])
 
 
@@ -264,7 +267,7 @@ def test_only_wanted_bytes_are_read(tmp_path: Path, counted: list[int]) -> None:
 def test_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     path = saved(tmp_path / "f", {"layers.0.key": tensor(2, 3, 70, 16), "layers.0.value": tensor(9, 16), "line": np.arange(5)})
     with SafetensorsCache(path) as file:
-        whole = load_file(path, **REFERENCE)
+        whole = load_safetensors(path, **REFERENCE)
         all_ = slice(None)
         indices: list[Any] = [..., 1, (0, 2), (1, 2, 69, 15), (..., slice(3, 68), all_), (..., slice(66, 3), all_), (..., 0)]
         indices += [(slice(1, 9), slice(0, 1), slice(1, 60, 7)), (-1, ..., slice(-9, -2), all_), (all_, all_, -1), slice(0, 0)]
@@ -293,7 +296,7 @@ def test_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
 def test_token_ranges(tmp_path: Path) -> None:
     tensors = {"layers.0.key": tensor(2, 70, 16), "layers.0.value": np.arange(560).reshape(2, 70, 4), "positions": np.arange(7)}
     path = saved(tmp_path / "f", tensors)
-    whole, part = load_file(path, **REFERENCE), load_file(path, (1, 66), **REFERENCE)
+    whole, part = load_safetensors(path, **REFERENCE), load_safetensors(path, (1, 66), **REFERENCE)
     for name in ("layers.0.key", "layers.0.value"):
         np.testing.assert_array_equal(part[name], whole[name][:, 1:66])
     np.testing.assert_array_equal(part["positions"], tensors["positions"])
@@ -346,7 +349,7 @@ def test_a_converted_cache_loads(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "f", layers, **REFERENCE)
     convert(tmp_path / "f", tmp_path / "f.pqkv")
     [(key, value)] = load_cache(tmp_path / "f.pqkv", **REFERENCE)
-    found = load_file(tmp_path / "f", **REFERENCE)
+    found = load_safetensors(tmp_path / "f", **REFERENCE)
     assert same(key, found["layers.0.key"])
     assert same(value, found["layers.0.value"])
 
@@ -580,7 +583,7 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_broken_files_are_refused(case: str, tmp_path: Path, small: Path) -> None:
     change, message = BYTES[case]
     (tmp_path / "f.safetensors").write_bytes(change(small.read_bytes()))
-    for read in (SafetensorsCache, load_file, lambda path: convert(path, tmp_path / "g.pqkv")):
+    for read in (SafetensorsCache, load_safetensors, lambda path: convert(path, tmp_path / "g.pqkv")):
         with pytest.raises(CorruptStream, match=rf"f\.safetensors.*{message}"):
             read(tmp_path / "f.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
@@ -602,24 +605,24 @@ def test_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"plain: holds plain tensors.*foreign=True"):
         SafetensorsCache(tmp_path / "plain")
     with pytest.raises(InvalidArgument, match="plain tensors"):
-        load_file(tmp_path / "plain")
-    found = load_file(tmp_path / "plain", foreign=True)
+        load_safetensors(tmp_path / "plain")
+    found = load_safetensors(tmp_path / "plain", foreign=True)
     assert list(found) == ["w"]
     assert same(found["w"], tensors["w"])
     with pytest.raises(InvalidArgument, match="nothing of tokens"):
-        load_file(tmp_path / "plain", (0, 1), foreign=True)
+        load_safetensors(tmp_path / "plain", (0, 1), foreign=True)
     save_plain(tensors, tmp_path / "stripped")
     with pytest.raises(CorruptStream, match="'stream' is a stream of pqcodec"):
-        load_file(tmp_path / "stripped", foreign=True)
+        load_safetensors(tmp_path / "stripped", foreign=True)
 
 
 def test_foreign_reads_encoded_files_too(small: Path, tmp_path: Path) -> None:
-    assert same(load_file(small, foreign=True, **REFERENCE)["norm"], mapping()["norm"])
+    assert same(load_safetensors(small, foreign=True, **REFERENCE)["norm"], mapping()["norm"])
     header, body = split(small.read_bytes())
     del header["__metadata__"]["pqcodec_format"]
     (tmp_path / "f").write_bytes(joined(header, body))
     with pytest.raises(CorruptStream, match="pqcodec_format not there"):
-        load_file(tmp_path / "f", foreign=True)
+        load_safetensors(tmp_path / "f", foreign=True)
     assert set(load_plain(saved(tmp_path / "g", {"layers.0.key": tensor(4, 16)}))) == {"layers.0.key"}
 
 

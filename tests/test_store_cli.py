@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from pqcodec import constants as c
 from pqcodec.errors import PQError
 from pqcodec.formats import PQKVFile, PrefixStore
-from pqcodec.formats.pieces import pieces_of
-from pqcodec.formats.pqkv import write_pieces
+from pqcodec.formats.containers.pqkv.file import write_pieces
+from pqcodec.formats.containers.writer import pieces_of
 from pqcodec.formats.store import blocks
 from pqcodec.formats.store.folder import new_block_file
 from pqcodec.formats.store.index import Row

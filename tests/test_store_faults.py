@@ -32,8 +32,8 @@ import torch
 from store_stress import MODEL, cache_of, expected, tokens_of, wrong
 
 from pqcodec.errors import PQError
-from pqcodec.formats import atomic
-from pqcodec.formats.pqkv import PQKVWriter
+from pqcodec.formats.containers.pqkv.file import PQKVWriter
+from pqcodec.formats.places import atomic
 from pqcodec.formats.store import PrefixStore
 from pqcodec.formats.store.connections import Connections
 from pqcodec.formats.store.files import BlockFiles

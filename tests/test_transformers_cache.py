@@ -14,9 +14,10 @@ import torch
 from conftest import TINY, gaussian, rel_mse
 
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
-from pqcodec.formats import PQKVFile, load_cache, rates, save_cache
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.recipe import EXACT_TOKENS
+from pqcodec.formats import PQKVFile, load_cache, save_cache
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.policy import rates
+from pqcodec.formats.policy.recipe import EXACT_TOKENS
 
 transformers = pytest.importorskip("transformers")
 cache_utils = transformers.cache_utils

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, rel_mse
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.engines import transformers_cache as tc
 
 transformers = pytest.importorskip("transformers")
 

@@ -306,7 +306,7 @@ def prompt(tokens: int = TOKENS, seed: int = 1) -> torch.Tensor:
 
 def read(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of tokens behind a cache, which they are added to."""
-    from pqcodec.formats import transformers_cache as tc
+    from pqcodec.formats.engines import transformers_cache as tc
 
     with torch.no_grad():
         return model(input_ids=ids, use_cache=True, **{tc.argument_of(model): cache}).logits
@@ -370,7 +370,7 @@ def test_an_encoded_cache_of_a_split_model(place: str) -> None:
 
 def test_text_through_an_encoded_cache_of_a_split_model() -> None:
     pytest.importorskip("transformers")
-    from pqcodec.formats import transformers_cache as tc
+    from pqcodec.formats.engines import transformers_cache as tc
     from pqcodec.formats.offload import EncodedCache
 
     options = {"do_sample": False, "max_new_tokens": 24}
@@ -422,7 +422,7 @@ def test_a_store_generates_with_a_split_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["pqkv", "safetensors"])
 def test_a_file_gives_a_split_model_its_layers_where_they_are(tmp_path: Path, extension: str) -> None:
     transformers = pytest.importorskip("transformers")
-    from pqcodec.formats import transformers_cache as tc
+    from pqcodec.formats.engines import transformers_cache as tc
 
     one, split = models()
     path = tmp_path / f"a.{extension}"

@@ -20,8 +20,8 @@ from pqcodec import CorruptStream, InvalidArgument, NonFiniteInput, Rope
 zarr = pytest.importorskip("zarr", minversion="3.0.8")
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore  # noqa: E402
 
-from pqcodec.formats.zarr_cache import load_zarr, save_zarr  # noqa: E402
-from pqcodec.formats.zarr_codec import PQCodec  # noqa: E402
+from pqcodec.formats.cache import load_zarr, save_zarr  # noqa: E402
+from pqcodec.formats.containers.zarr.codec import PQCodec  # noqa: E402
 
 if not entry_points(group="zarr.codecs", name="pqcodec"):
     pytest.skip("pqcodec is installed without its entry points: pip install --editable .", allow_module_level=True)

@@ -19,7 +19,7 @@ from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 
 if TYPE_CHECKING:
-    from pqcodec.formats.tensor_file import Entry
+    from pqcodec.formats.containers.reader import Entry
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
     limit = Limit.of(memory, min(jobs, len(todo)))
     kinds = {task.target: container(task.target, to) for task in todo}
     from pqcodec.formats import containers
-    from pqcodec.formats.pieces import pieces_of
+    from pqcodec.formats.containers.writer import pieces_of
 
     def work(task: Task, show: Show) -> _Outcome:
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
-    from pqcodec.formats.tensor_file import TensorFile
+    from pqcodec.formats.containers.reader import TensorFile
 
 _WAYS = "decode fewer tokens (--tokens A:B), other tensors (--only) or fewer files at once (--jobs)"
 _Range = tuple[int, int | None]  # of tokens; None: up to the last one
@@ -50,8 +50,8 @@ def decode(
     wanted = _token_range(tokens)
     todo, many = tasks(sources, target, ENCODED, f".{to}", force)
     limit = Limit.of(memory, min(jobs, len(todo)))
-    from pqcodec.formats.containers import open_encoded
-    from pqcodec.formats.tensors import checked_extension, write_tensors
+    from pqcodec.formats.containers.kinds import open_encoded
+    from pqcodec.formats.plain.files import checked_extension, write_tensors
 
     for task in todo:
         checked_extension(task.target)
@@ -134,7 +134,7 @@ class _Decoded:
         entry = self._file.entry(name)
         if self._wanted is None or len(entry.shape) < 2 or not (entry.coded or entry.role != "other"):
             return None
-        from pqcodec.formats.tensor_file import named
+        from pqcodec.formats.containers.reader import named
         from pqcodec.stream.index import checked_range
 
         first, last = self._wanted
@@ -151,7 +151,7 @@ class _Decoded:
         size = tensor_bytes(*self.describe(name))
         if not entry.coded:
             return entry.tensor_bytes + (0 if cut is None else size)
-        from pqcodec.formats import remote
+        from pqcodec.formats.places import remote
 
         streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # a store gives them at once
         places = 16 * math.prod(entry.shape[:-2]) if size else 0  # where each leading index begins

@@ -17,9 +17,9 @@ from pqcodec.tools.outcome import bytes_text, say, shown
 from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
-    from pqcodec.formats.names import Part
-    from pqcodec.formats.recipe import Encoded, Recipe
-    from pqcodec.formats.tensors import TensorReader
+    from pqcodec.formats.plain.files import TensorReader
+    from pqcodec.formats.policy.names import Part
+    from pqcodec.formats.policy.recipe import Encoded, Recipe
     from pqcodec.stages.centre import Rope
 
 Sources = Annotated[
@@ -81,7 +81,7 @@ def encode(
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
     rope = _rope(rope_theta, rope_dim, rope_style, rope_first)
-    from pqcodec.formats.recipe import CHUNK_TOKENS, Recipe
+    from pqcodec.formats.policy.recipe import CHUNK_TOKENS, Recipe
 
     recipe = Recipe(
         preset=preset,
@@ -116,7 +116,7 @@ def encode(
 
 def container(target: str, to: str | None) -> str:
     """The kind of an output; stdout is a .pqkv file."""
-    from pqcodec.formats.containers import container_of
+    from pqcodec.formats.containers.kinds import container_of
 
     return container_of(target, to or ("pqkv" if target == STANDARD else None))
 
@@ -252,9 +252,9 @@ def _some(names: list[str]) -> str:
 
 def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show) -> _Outcome:
     from pqcodec.formats import containers
-    from pqcodec.formats.names import part_of
-    from pqcodec.formats.recipe import Watch, why_exact
-    from pqcodec.formats.tensors import open_tensors
+    from pqcodec.formats.plain.files import open_tensors
+    from pqcodec.formats.policy.names import part_of
+    from pqcodec.formats.policy.recipe import Watch, why_exact
 
     start = time.perf_counter()
     outcome = _Outcome(target, wanted.recipe.measured == "all")

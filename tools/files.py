@@ -101,7 +101,7 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
 
     What comes from stdin or a URL is its owner's alone. ``folder``: make the folder of the target, too; a store needs none.
     """
-    from pqcodec.formats.atomic import PRIVATE, permissions, searchable
+    from pqcodec.formats.places.atomic import PRIVATE, permissions, searchable
 
     local = source != STANDARD and not _is_url(source)
     mode = os.stat(source).st_mode & 0o666 if local else PRIVATE
@@ -113,7 +113,7 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
 
 def make_folder(target: str, mode: int = 0o700) -> None:
     """The folder of a file to be written, and those above it that are missing; a store of objects needs none."""
-    from pqcodec.formats.atomic import make_folders
+    from pqcodec.formats.places.atomic import make_folders
 
     if not _is_url(target):
         make_folders(Path(target).parent, mode)
@@ -126,7 +126,7 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
     ``local``: a URL is fetched first, for what is read whole by other people's libraries.
     """
     if _is_url(name) and local:
-        from pqcodec.formats import remote
+        from pqcodec.formats.places import remote
 
         with remote.downloaded(name) as path:
             yield str(path)
@@ -150,7 +150,7 @@ def check_output(source: str, target: str, force: bool) -> None:
     if source == target:
         raise InvalidArgument(f"{target}: is the input as well; write to another file")
     if _is_url(target):
-        from pqcodec.formats import remote
+        from pqcodec.formats.places import remote
 
         if not force and remote.exists(target):
             raise InvalidArgument(f"{target}: exists; pass --force to replace it")
@@ -167,7 +167,7 @@ def check_output(source: str, target: str, force: bool) -> None:
 
 
 def _is_url(text: str) -> bool:
-    from pqcodec.formats.remote import is_url
+    from pqcodec.formats.places.remote import is_url
 
     return is_url(text)
 
@@ -180,7 +180,7 @@ def _checked_name(name: str) -> str:
 
 
 def _remote_glob(pattern: str) -> list[str]:
-    from pqcodec.formats import remote
+    from pqcodec.formats.places import remote
 
     return remote.matching(pattern)
 
@@ -215,7 +215,7 @@ def _holds(path: str, extensions: tuple[str, ...]) -> bool:
     if not path.lower().endswith(".safetensors"):
         return True
     from pqcodec.errors import PQError
-    from pqcodec.formats.tensors import holds_streams
+    from pqcodec.formats.plain.files import holds_streams
 
     try:
         return holds_streams(path) == (extensions == ENCODED)

@@ -15,7 +15,7 @@ from pqcodec.tools.jobs import WIDTH_WITHOUT_TERMINAL, Show, report, run
 from pqcodec.tools.outcome import bytes_text, shown
 
 if TYPE_CHECKING:
-    from pqcodec.formats.tensor_file import TensorFile
+    from pqcodec.formats.containers.reader import TensorFile
 
 PAIR = ("key", "value")
 
@@ -30,7 +30,7 @@ def inspect(
     Only headers and means are read. relMSE is what the writer measured; |mean| is the length of what was subtracted, "at" the
     byte at which a tensor begins.
     """
-    from pqcodec.formats.containers import open_encoded
+    from pqcodec.formats.containers.kinds import open_encoded
 
     def work(item: Input, show: Show) -> _Outcome:
         with input_file(item.path) as path, open_encoded(path) as file:

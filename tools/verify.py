@@ -14,7 +14,7 @@ from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import DAMAGED, bytes_text, shown
 
 if TYPE_CHECKING:
-    from pqcodec.formats.tensor_file import Found
+    from pqcodec.formats.containers.reader import Found
     from pqcodec.stream.report import Damage
 
 
@@ -28,7 +28,7 @@ def verify(
 
     What is damaged is named by tensor and tokens; the exit code is 1 then.
     """
-    from pqcodec.formats.containers import open_encoded
+    from pqcodec.formats.containers.kinds import open_encoded
 
     def work(item: Input, show: Show) -> _Outcome:
         with input_file(item.path) as path, open_encoded(path) as file:

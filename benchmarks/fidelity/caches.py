@@ -15,8 +15,9 @@ from benchmarks import model as lm
 from benchmarks.fidelity.reading import Prefix, Tensors
 from benchmarks.peers import Peer, peers
 from pqcodec import Rope
-from pqcodec.formats.pqkv import PQKVFile, write_pieces
-from pqcodec.formats.recipe import InMemory, Recipe
+from pqcodec.formats.containers.pqkv.file import PQKVFile, write_pieces
+from pqcodec.formats.plain.in_memory import InMemory
+from pqcodec.formats.policy.recipe import Recipe
 
 NO_ROPE = Rope(frequencies=(0.0,))  # turns nothing, so that the mean under it is the plain one
 

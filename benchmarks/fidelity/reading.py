@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks import model as lm
-from pqcodec.formats import transformers_cache as kept
-from pqcodec.formats.names import Part
-from pqcodec.formats.transformers_cache import CacheState, LayerState
+from pqcodec.formats.engines import transformers as kept
+from pqcodec.formats.engines.transformers_cache import CacheState, LayerState
+from pqcodec.formats.policy.names import Part
 
 Tensors = Mapping[str, torch.Tensor]  # keys and values by their names, [1, Hkv, tokens, head_dim]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pqcodec.formats.engines.block_tables import LAYOUTS, decode_blocks, encode_blocks, gather_blocks, scatter_blocks
 from pqcodec.formats.offload.host_pool import Counters, Get, HostPool, Put, Usage
-from pqcodec.formats.offload.paged import LAYOUTS, decode_blocks, encode_blocks, gather_blocks, scatter_blocks
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import CorruptStream
+from pqcodec.formats.containers.pqkv.file import PQKVFile, PQKVWriter
 from pqcodec.formats.offload.pieces import Layout
 from pqcodec.formats.offload.pinned import PinnedSlice
 from pqcodec.formats.offload.pipeline import Transfer
-from pqcodec.formats.pqkv import PQKVFile, PQKVWriter
 
 
 @dataclass

@@ -17,12 +17,12 @@ from transformers import cache_utils
 
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import exact
-from pqcodec.formats import transformers_cache as tc
+from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import Coding, Kind, OldTokens, Workshop, checked_place
-from pqcodec.formats.recipe import EXACT_TOKENS, why_exact
-from pqcodec.kernels.placed import current
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
+from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
 
 WINDOW = 128  # last tokens that are exact, at least

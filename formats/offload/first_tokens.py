@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.recipe import behind_padding
+from pqcodec.formats.policy.recipe import behind_padding
 
 
 class FirstTokens:

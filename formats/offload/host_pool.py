@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
-from pqcodec.formats import remote
-from pqcodec.formats.atomic import PRIVATE, make_folders, searchable
 from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import Coding, layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
 from pqcodec.formats.offload.pipeline import Transfer
+from pqcodec.formats.places import remote
+from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
 from pqcodec.options import each
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays

@@ -21,7 +21,7 @@ from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.launches import Launch, Pair, Prepared
 from pqcodec.formats.offload.staging import SPARE, Home, Homes, Slot, Staging, memory
-from pqcodec.kernels.placed import aligned
+from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import Header
 

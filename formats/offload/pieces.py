@@ -15,8 +15,8 @@ from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
-from pqcodec.kernels.placed import aligned
 from pqcodec.options import EncodeOptions
+from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.tensors import arrays

@@ -21,8 +21,7 @@ from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.formats.offload.graphs import Replayed
 from pqcodec.formats.offload.pieces import Piece
-from pqcodec.kernels.placed import Placed
-from pqcodec.kernels.spans import Group
+from pqcodec.placed import Placed
 from pqcodec.tensors.arrays import device_rows
 
 SLOTS = 2
@@ -95,7 +94,7 @@ class HostPipeline:
 class _Addresses:
     """The addresses of a batch's rows, which are told anew before each run: int64, for each of the batch's groups."""
 
-    def __init__(self, groups: Sequence[Group], piece: Piece, views: Sequence[Any], device: Any) -> None:
+    def __init__(self, groups: Sequence[Any], piece: Piece, views: Sequence[Any], device: Any) -> None:
         kinds: dict[Any, list[int]] = {}
         for number, part in enumerate(piece.parts):
             kinds.setdefault(part.header.kind, []).append(number)
@@ -122,12 +121,6 @@ class _Addresses:
         self._told = addresses
 
 
-def _make_brief(groups: Sequence[Group]) -> None:
-    """Transfers are slower than the slowest kernel, and other work is under way: what is urgent shall not wait for them."""
-    for group in groups:
-        group.brief = True
-
-
 class _Encoder(EncodeBatch):
     """A batch whose tensors are others at each run, of the same shapes, strides and alignment."""
 
@@ -136,7 +129,7 @@ class _Encoder(EncodeBatch):
 
         self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
         self._rows = []  # the tensors are not kept
-        _make_brief(self.groups)
+        self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)
         self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
         self.code = Replayed(self.run, device, plain=1)
@@ -157,7 +150,7 @@ class _Decoder(DecodeBatch):
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
         self._prepare(placed, device, device_backend(backend, device), list(views), None, None, True)
         self.outs = []
-        _make_brief(self.groups)
+        self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)
         self.code = Replayed(self.run, device, plain=1)
         self.free: Any = None  # event: the buffer has been decoded

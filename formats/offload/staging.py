@@ -15,7 +15,7 @@ import torch
 
 from pqcodec.formats.offload.graphs import Replayed, copy_pinned
 from pqcodec.formats.offload.launches import PLAIN_RUNS, Prepared
-from pqcodec.kernels.placed import aligned
+from pqcodec.placed import aligned
 
 SPARE = 1 / 32  # of memory that is laid out: so much longer a sequence can become before it is laid out again
 _HOME_BYTES = 2 << 20  # of pinned memory, at least: chunks share one, and the next is as large as all before

@@ -18,15 +18,16 @@ from pqcodec import codec
 from pqcodec.backends import ON_DEVICE
 from pqcodec.backends import backend as kernel_of
 from pqcodec.errors import CorruptStream, UnsupportedStream
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.exact import dtype_name
-from pqcodec.formats.names import Part
-from pqcodec.formats.pieces import Piece
-from pqcodec.formats.pqkv import PQKVFile, write_pieces
-from pqcodec.formats.recipe import InMemory, Recipe
+from pqcodec.formats.containers.pqkv.file import PQKVFile, write_pieces
+from pqcodec.formats.containers.reader import LAYOUT
+from pqcodec.formats.containers.writer import Piece
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.plain.in_memory import InMemory
+from pqcodec.formats.plain.numbers import dtype_name
+from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
-from pqcodec.formats.tensor_file import LAYOUT
 from pqcodec.stream.header import DTYPE_NAMES, read_header
 from pqcodec.stream.source import MemorySource, Source
 from pqcodec.tensors import arrays

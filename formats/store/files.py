@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pqcodec.errors import CorruptStream
-from pqcodec.formats import remote
-from pqcodec.formats.atomic import make_folders, permissions
-from pqcodec.formats.pqkv import PQKVFile
+from pqcodec.formats.containers.pqkv.file import PQKVFile
+from pqcodec.formats.places import remote
+from pqcodec.formats.places.atomic import make_folders, permissions
 from pqcodec.formats.store import folder as own
 
 GRACE = 3600.0  # seconds for which a file without a row may be one that is being written

@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity, unwrapped
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
 from pqcodec.formats.store.options import Request
 

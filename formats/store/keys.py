@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.engines.model_identity import Identity
 
 BLOCK_TOKENS = 256
 NAME_BYTES = 32

@@ -22,10 +22,10 @@ from weakref import WeakSet
 import numpy as np
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity, tokenizer_digest
-from pqcodec.formats.pqkv import PQKVFile
-from pqcodec.formats.recipe import Recipe
+from pqcodec.formats.containers.pqkv.file import PQKVFile
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.model_identity import Identity, tokenizer_digest
+from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store import blocks, generation, reuse
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
@@ -77,7 +77,7 @@ class PrefixStore:
     the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
     as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a model's weights is
     looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``; all else that a cache depends on is looked
-    at either way, and ``formats.model_identity`` tells what is not seen). ``shelf`` looks after what is stored: damage, quota,
+    at either way, and ``engines.model_identity`` tells what is not seen). ``shelf`` looks after what is stored: damage, quota,
     orphans.
 
     A folder that cannot be written is read: ``get`` works, ``put`` raises OSError. A child of a fork has the store for itself:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import transformers_cache as tc
-from pqcodec.formats.model_identity import Identity, unwrapped
+from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
 
 

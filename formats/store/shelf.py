@@ -22,8 +22,8 @@ except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
-from pqcodec.formats import remote
-from pqcodec.formats.atomic import make_folders
+from pqcodec.formats.places import remote
+from pqcodec.formats.places.atomic import make_folders
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.blocks import row_in
 from pqcodec.formats.store.files import GRACE, BlockFiles

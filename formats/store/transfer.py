@@ -16,14 +16,14 @@ from itertools import takewhile
 from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
-from pqcodec.formats.pieces import Piece, pieces_of
-from pqcodec.formats.pqkv import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.containers.reader import Progress, TensorFile
+from pqcodec.formats.containers.writer import Piece, pieces_of
 from pqcodec.formats.store import blocks
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 from pqcodec.formats.store.shelf import Shelf
-from pqcodec.formats.tensor_file import Progress, TensorFile
 
 KEY = "prefix.chain"  # of the file's metadata
 FORMAT = 1

@@ -20,9 +20,10 @@ from typing import Any
 
 from attacks.ground import EXPECTED_ERRORS, Ground
 from pqcodec.errors import PQError
-from pqcodec.formats import PQKVFile, listing
-from pqcodec.formats.pieces import pieces_of
-from pqcodec.formats.pqkv import write_pieces
+from pqcodec.formats import PQKVFile
+from pqcodec.formats.containers import listing
+from pqcodec.formats.containers.pqkv.file import write_pieces
+from pqcodec.formats.containers.writer import pieces_of
 from pqcodec.formats.store import blocks, transfer
 
 COLUMNS = (

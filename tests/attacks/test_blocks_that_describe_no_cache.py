@@ -11,7 +11,8 @@ import pytest
 from attacks.edits import rewrite
 from attacks.ground import Ground
 from pqcodec.errors import PQError
-from pqcodec.formats import PQKVFile, transformers_cache
+from pqcodec.formats import PQKVFile
+from pqcodec.formats.engines import transformers_cache
 from pqcodec.formats.store import blocks
 
 

@@ -103,8 +103,7 @@ def test_the_umask_narrows_and_force_does_not_widen(ground: Ground, tmp_path: Pa
 
 def test_caches_that_a_program_saves(tmp_path: Path) -> None:
     pytest.importorskip("zarr")
-    from pqcodec.formats.safetensors_file import save_safetensors
-    from pqcodec.formats.zarr_cache import save_zarr
+    from pqcodec.formats.cache import save_safetensors, save_zarr
 
     save_cache(tmp_path / "a.pqkv", LAYERS)
     save_safetensors(tmp_path / "a.safetensors", LAYERS)

@@ -10,7 +10,7 @@ import pytest
 
 from attacks.ground import Ground
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats import remote
+from pqcodec.formats.places import remote
 from pqcodec.formats.store.files import BlockFiles
 from pqcodec.tools import files
 

@@ -14,9 +14,9 @@ import torch
 from attacks.ground import Ground
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import HostPool, PQKVAppender, PQKVFile, PQKVWriter, PrefixStore, load_cache, save_cache
-from pqcodec.formats.containers import convert, open_encoded
-from pqcodec.formats.recipe import InMemory
-from pqcodec.formats.tensors import write_tensors
+from pqcodec.formats.containers.kinds import convert, open_encoded
+from pqcodec.formats.plain.files import write_tensors
+from pqcodec.formats.plain.in_memory import InMemory
 
 LAYERS = [(np.ones((1, 8, 64), np.float16), np.ones((1, 8, 64), np.float16))]
 UNKNOWN = (

@@ -107,8 +107,8 @@ def _safetensors_seeds() -> dict[str, bytes]:
     import torch
 
     from pqcodec.formats import containers
-    from pqcodec.formats.pieces import pieces_of
-    from pqcodec.formats.safetensors_file import save_safetensors
+    from pqcodec.formats.cache import save_safetensors
+    from pqcodec.formats.containers.writer import pieces_of
 
     def saved(tensors: Any, **options: Any) -> bytes:
         save_safetensors(scratch(), tensors, preset="pq2", exact_tokens=2, backend="reference", **options)
@@ -194,9 +194,9 @@ def _store_seeds() -> dict[str, bytes]:
     import zarr
     from zarr.storage import MemoryStore
 
-    from pqcodec.formats.pieces import pieces_of
-    from pqcodec.formats.zarr_cache import save_zarr
-    from pqcodec.formats.zarr_writer import write_pieces
+    from pqcodec.formats.cache import save_zarr
+    from pqcodec.formats.containers.writer import pieces_of
+    from pqcodec.formats.containers.zarr.writer import write_pieces
 
     def small(objects: dict[str, Any]) -> bytes:
         raw = {key: value.to_bytes() for key, value in objects.items()}

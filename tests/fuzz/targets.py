@@ -158,7 +158,7 @@ def _open_pqkv(data: bytes) -> Any:
 
 
 def _open_safetensors(data: bytes) -> Any:
-    from pqcodec.formats.safetensors_file import SafetensorsCache
+    from pqcodec.formats.containers.safetensors import SafetensorsCache
 
     return SafetensorsCache(on_disk(data))
 
@@ -167,14 +167,14 @@ def _open_store(data: bytes) -> Any:
     from zarr.core.buffer.cpu import Buffer
     from zarr.storage import MemoryStore
 
-    from pqcodec.formats.zarr_cache import ZarrCache
+    from pqcodec.formats.containers.zarr.reader import ZarrCache
 
     return ZarrCache(MemoryStore({key: Buffer.from_bytes(value) for key, value in unpacked(data).items()}))
 
 
 def plain(data: bytes) -> None:
     """A file of plain tensors, .safetensors, .npz or .npy."""
-    from pqcodec.formats.tensors import open_tensors
+    from pqcodec.formats.plain.files import open_tensors
 
     with open_tensors(on_disk(data)) as file:
         for name in file.names:
@@ -197,7 +197,7 @@ def _zarr(dtype: str) -> tuple[dict[str, Any], Any, Callable[[bytes], Any]]:
     from zarr.core.buffer.cpu import Buffer
     from zarr.storage import MemoryStore
 
-    from pqcodec.formats.zarr_codec import PQCodec
+    from pqcodec.formats.containers.zarr.codec import PQCodec
 
     objects: dict[str, Any] = {}
     options = {"shape": CHUNK, "chunks": CHUNK, "dtype": dtype, "serializer": PQCodec("pq2"), "compressors": None}

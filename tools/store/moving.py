@@ -136,7 +136,7 @@ def import_(
     todo, many = inputs(sources, (EXTENSION,))
     if not many and "://" not in todo[0].path and todo[0].path != STANDARD:
         os.stat(todo[0].path)  # raises before a store is made
-    from pqcodec.formats.containers import open_encoded
+    from pqcodec.formats.containers.kinds import open_encoded
 
     with ExitStack() as stack:
         store: list[Shelf] = []

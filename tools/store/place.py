@@ -39,7 +39,7 @@ LEAST = 6  # that have to be given
 @contextmanager
 def opened(folder: str, data: str | None, new: bool = False, shared: bool = False) -> Iterator[Shelf]:
     """The store in a folder; what it warns of is said in a line. ``new``: it is made where there is none."""
-    from pqcodec.formats.remote import check_local
+    from pqcodec.formats.places.remote import check_local
     from pqcodec.formats.store.folder import check_folder
 
     check_local(folder, "the index of a store is in a local folder; pass the URL of its files by --data")

@@ -1,0 +1,5 @@
+"""Containers of encoded tensors: .pqkv, .safetensors and zarr; ``convert`` takes one into another without decoding."""
+
+from pqcodec.formats.containers.kinds import EXTENSIONS, KINDS, container_of, convert, kind_of, open_encoded, write
+
+__all__ = ["EXTENSIONS", "KINDS", "container_of", "convert", "kind_of", "open_encoded", "write"]

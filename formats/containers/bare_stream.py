@@ -1,0 +1,51 @@
+"""Law: a file that is one single stream, seen as a file of one tensor that is called as the file is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pqcodec import codec
+from pqcodec.formats.containers.reader import LAYOUT, Check, Entry, StreamPart, TensorFile, named
+from pqcodec.formats.places import remote
+from pqcodec.stream.source import FileSource, Part
+
+
+class SingleStream(TensorFile):
+    """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL."""
+
+    names: tuple[str, ...] = ()
+    metadata: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
+    size = 0
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(os.fspath(path))
+        if remote.is_url(path):
+            source: Any = remote.RemoteSource(self._label)
+        else:
+            source = FileSource(self._stack.enter_context(open(path, "rb")))  # noqa: SIM115 (the stack closes it)
+        self._part = Part(source, 0, source.size)
+        self.size, self.names = source.size, (Path(path).stem,)
+        try:
+            with named(self._label):
+                self._info = codec.inspect(self._part)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_entry(self, name: str) -> Entry:
+        return Entry(name, True, None, "other", self._info.shape, self._info.dtype, LAYOUT, 0, self.size)
+
+    def _read_parts(self, entry: Entry) -> list[StreamPart]:
+        return [StreamPart(entry.tokens, lambda whole: self._part)]
+
+    def _read_exact(self, entry: Entry) -> Any:
+        raise AssertionError("a stream is coded")
+
+    def _checks(self) -> Iterator[Check]:
+        def damage(backend: str, progress: codec.Progress) -> Any:
+            return codec.verify(self._part, backend=backend, progress=progress)
+
+        yield Check(self.names[0], 0, self.size, damage)

@@ -1,0 +1,118 @@
+"""Law: which containers of encoded tensors there are: read by what they hold, written by their extension, converted into each
+other without decoding.
+
+Streams move byte for byte and exact tensors bit for bit; names, order, layers, roles, measured errors and metadata go along.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.containers.reader import Progress, TensorFile
+from pqcodec.formats.containers.writer import Piece, pieces_of
+from pqcodec.formats.places import remote
+from pqcodec.formats.plain.files import file_kind, kind_of_bytes
+
+EXTENSIONS = {".pqkv": "pqkv", ".safetensors": "safetensors", ".zarr": "zarr"}
+KINDS = tuple(EXTENSIONS.values())
+_WRITERS = {"pqkv": "pqkv.file", "safetensors": "safetensors", "zarr": "zarr.writer"}  # modules with a ``write_pieces``
+_READERS = {
+    "pqkv": ("pqkv.file", "PQKVFile"),
+    "stream": ("bare_stream", "SingleStream"),
+    "safetensors": ("safetensors", "SafetensorsCache"),
+    "zarr": ("zarr.reader", "ZarrCache"),
+}
+_ZARR_MARK = "zarr.json"
+
+
+def container_of(path: str | os.PathLike[str], to: str | None = None) -> str:
+    """The container to write at a path: ``to``, or what the extension says; raises InvalidArgument."""
+    if to is not None:
+        if to not in KINDS:
+            raise InvalidArgument(f"container {to!r} is unknown; choose from {', '.join(KINDS)}")
+        return to
+    extension = _extension(path)
+    if extension not in EXTENSIONS:
+        raise InvalidArgument(
+            f"{path}: extension {extension!r} is unknown; choose from {', '.join(EXTENSIONS)}, or name the kind"
+        )
+    return EXTENSIONS[extension]
+
+
+def write(
+    path: str | os.PathLike[str] | BinaryIO,
+    pieces: Sequence[Piece],
+    metadata: dict[str, Any] | None = None,
+    *,
+    to: str,
+    progress: Progress | None = None,
+) -> int:
+    """Write tensors into a container and return its bytes; it appears when it is complete, in place of what was there.
+
+    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, OSError, and what making a tensor raises.
+    """
+    if to != "pqkv" and not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgument(f"a {to} container cannot be written to a pipe; name a path, or choose pqkv")
+    writer: Callable[..., int] = container_module(_WRITERS[to]).write_pieces
+    return writer(path, pieces, metadata, progress)
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """ "pqkv", "stream", "safetensors", "zarr", "npz" or "npy", by what lies there; raises InvalidArgument or OSError."""
+    if remote.is_url(path):
+        if _extension(path) == ".zarr":
+            return "zarr"
+        source = remote.RemoteSource(str(path))
+        return kind_of_bytes(str(path), source.read(0, min(9, source.size)).tobytes())
+    if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, _ZARR_MARK)):
+            return "zarr"
+        raise InvalidArgument(f"{path}: is a folder without a {_ZARR_MARK}, no cache in zarr; name a file in it")
+    return file_kind(path)
+
+
+def open_encoded(path: str | os.PathLike[str]) -> TensorFile:
+    """Open an encoded file of any container, or a single stream. Raises InvalidArgument for anything else."""
+    kind = kind_of(path)
+    if kind not in _READERS:
+        raise InvalidArgument(f"{path}: is a {kind} file of plain tensors; {', '.join(KINDS)} or a single stream is expected")
+    module, reader = _READERS[kind]
+    found: TensorFile = getattr(container_module(module), reader)(path)
+    return found
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | BinaryIO,
+    *,
+    to: str | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write the tensors of an encoded file as another container and return its bytes; nothing is decoded.
+
+    Damage inside a stream goes along and stays visible. Raises InvalidArgument for what the container cannot hold, and as
+    reading and writing do.
+    """
+    kind = container_of(target, to) if isinstance(target, (str, os.PathLike)) else to or "pqkv"
+    with open_encoded(source) as file:
+        return write(target, pieces_of(file), file.metadata or None, to=kind, progress=progress)
+
+
+def container_module(name: str) -> Any:
+    """A module of this folder; raises InvalidArgument where it needs a package that is not there."""
+    try:
+        return import_module(f"pqcodec.formats.containers.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "zarr":
+            raise
+        raise InvalidArgument("caches in zarr need a package that is missing: pip install 'pqcodec[zarr]'") from error
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    return PurePosixPath(text.rstrip("/")).suffix.lower() if remote.is_url(text) else Path(text).suffix.lower()

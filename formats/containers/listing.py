@@ -1,0 +1,199 @@
+"""Law: the sealed list of tensors in a container that is not ours (SPEC III.1): five strings, one of them a checksum.
+
+A seal ties a name to its bytes: the checksum of an exact tensor, and of each stream that of its header and its last four bytes.
+An order seal (SPEC 4.3) ties all checksums of a stream to their places.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, UnsupportedStream
+from pqcodec.formats.containers.reader import Entry, StreamPart, stream_of
+from pqcodec.formats.containers.writer import Piece, checked_rel_mse
+from pqcodec.formats.plain.documents import (
+    checksum_bytes,
+    checksum_of_text,
+    checksum_text,
+    json_bytes,
+    json_value,
+    natural,
+    shape_problem,
+    tensor_problem,
+)
+from pqcodec.stream.source import Part, Source, fetched, read_many
+
+KEYS = tuple(c.LISTING_PREFIX + key for key in ("format", "version", "tensors", "metadata", "checksum"))
+Fields = dict[str, Any]  # what the list says of a tensor
+_SEAL = 2 * c.CHECKSUM_BYTES  # characters of a stream's seal
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def fields_of(piece: Piece, seal: str, **more: Any) -> Fields:
+    fields: Fields = {"name": piece.name, "layer": piece.layer, "role": piece.role, "layout": piece.layout}
+    fields |= {"coded": piece.coded} | ({"shape": list(piece.shape), "dtype": piece.dtype} if piece.coded else {}) | more
+    return fields | {"seal": seal}
+
+
+def coded_fields(streams: Sequence[Source], orders: Sequence[int], rel_mse: float | None) -> Fields:
+    """What the list says of a coded tensor, and is known when its streams are; ``orders``: the order seal of each."""
+    several = [[stream.size, _tokens(stream)] for stream in streams] if len(streams) > 1 else []
+    order = {"order": "".join(map(checksum_text, orders))}
+    return order | ({"streams": several} if several else {}) | ({} if rel_mse is None else {"rel_mse": rel_mse})
+
+
+def seal_of(streams: Sequence[Source]) -> str:
+    """What ties streams to a name: of each one its header, and the checksum at its end."""
+    return "".join(map(_seal, streams))
+
+
+def _seal(stream: Source) -> str:
+    size = codec.inspect(stream).header_bytes
+    ends = read_many(stream, [(0, size), (stream.size - c.CHECKSUM_BYTES, c.CHECKSUM_BYTES)])
+    return checksum_bytes(np.concatenate(ends)).hex()
+
+
+def _tokens(stream: Source) -> int:
+    shape = codec.inspect(stream).shape
+    return shape[-2] if len(shape) > 1 else 1
+
+
+def sealed_listing(tensors: Sequence[Fields], metadata: str, elsewhere: Any) -> dict[str, str]:
+    """The five strings; ``metadata`` is JSON, ``elsewhere`` what the container says of its tensors itself."""
+    values = [
+        c.LISTING_FORMAT,
+        c.LISTING_VERSION,
+        json_bytes(tensors, "the list of tensors", c.MAX_INDEX_BYTES).decode(),
+        metadata,
+    ]
+    return dict(zip(KEYS, [*values, _checksum(values, elsewhere)], strict=True))
+
+
+def _checksum(values: Sequence[str], elsewhere: Any) -> str:
+    return checksum_bytes(json_bytes([*values, elsewhere], "the header", 2 * c.MAX_INDEX_BYTES)).hex()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields]]:
+    """The caller's metadata and what is said of each tensor; ``check_listing`` is to follow."""
+    missing = [key for key in KEYS if not isinstance(values.get(key), str)]
+    if missing:
+        raise CorruptStream(f"metadata: {', '.join(missing)} not there; the header is damaged, fetch the file again")
+    form, version, tensors, metadata, _ = (values[key] for key in KEYS)
+    if (form, version) != (c.LISTING_FORMAT, c.LISTING_VERSION):
+        known = f"this release reads {c.LISTING_FORMAT!r} version {c.LISTING_VERSION!r}"
+        told = f"{form!r:.40} version {version!r:.20}; {known}"
+        raise UnsupportedStream(f"metadata: {told}: install a newer pqcodec")
+    listed, found = (
+        json_value(text.encode("utf-8", "surrogatepass"), key) for text, key in ((tensors, KEYS[2]), (metadata, KEYS[3]))
+    )
+    if not isinstance(listed, list) or not isinstance(found, dict):
+        raise CorruptStream("pqcodec_tensors and pqcodec_metadata: a JSON list and a JSON object are expected")
+    for place, fields in enumerate(listed):
+        if problem := _problem(fields):
+            raise CorruptStream(f"pqcodec_tensors: tensor {place}: {problem}")
+    return found, listed
+
+
+def check_listing(values: Mapping[str, Any], elsewhere: Any) -> None:
+    """Raises CorruptStream where the checksum does not hold."""
+    if values[KEYS[4]] != _checksum([values[key] for key in KEYS[:4]], elsewhere):
+        raise CorruptStream("header: checksum does not hold; names, shapes or metadata were changed, fetch the file again")
+
+
+def _problem(fields: object) -> str:
+    """What is wrong with what the list says of a tensor, or an empty string; unknown keys are passed over."""
+    if not isinstance(fields, dict):
+        return "a JSON object is expected"
+    coded, numpy = fields.get("coded"), fields.get("numpy", False)
+    if type(coded) is not bool or type(numpy) is not bool:
+        return f"coded is {coded!r}, numpy {numpy!r}; true or false is expected"
+    if not coded and "numpy" not in fields:
+        return "numpy is not there; true or false is expected"
+    if not isinstance(fields.get("layout"), str) or not isinstance(fields.get("seal"), str):
+        return f"layout is {fields.get('layout')!r}, seal {fields.get('seal')!r}; strings are expected"
+    if coded and (problem := numbers_problem(fields) or _streams_problem(fields)):
+        return problem
+    return tensor_problem(fields.get("name"), fields.get("layer"), fields.get("role"))
+
+
+def numbers_problem(fields: Fields) -> str:
+    """What is wrong with a tensor's shape or dtype, or an empty string."""
+    dtype = fields.get("dtype")
+    known = isinstance(dtype, str) and dtype in c.EXACT_ITEM_BYTES
+    return shape_problem(fields.get("shape")) or ("" if known else f"dtype {dtype!r:.40} is unknown")
+
+
+def _streams_problem(fields: Fields) -> str:
+    streams = fields.get("streams", [[0, 0]])
+    pairs = isinstance(streams, list) and all(isinstance(s, list) and len(s) == 2 and all(map(natural, s)) for s in streams)
+    if not pairs or not streams or len(fields["seal"]) != _SEAL * len(streams):
+        return f"streams is {streams!r:.60}; a list of [bytes, tokens], with a seal of each, is expected"
+    if len(streams) > 1 and (len(fields["shape"]) < 2 or sum(tokens for _, tokens in streams) != fields["shape"][-2]):
+        return "its streams do not hold as many tokens as it has"
+    order = fields.get("order", "0" * _SEAL * len(streams))
+    if not isinstance(order, str) or len(order) != _SEAL * len(streams) or not set(order) <= set("0123456789abcdef"):
+        return f"order is {order!r:.60}; {_SEAL} hexadecimal digits of each stream are expected"
+    return ""
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size: int) -> Entry:
+    """The entry of a tensor that the list tells of."""
+    return Entry(
+        fields["name"],
+        fields["coded"],
+        fields.get("layer"),
+        fields["role"],
+        tuple(shape),
+        dtype,
+        fields["layout"],
+        place,
+        size,
+        parts=len(fields.get("streams", [0])),
+        numpy=fields.get("numpy", False),
+        rel_mse=checked_rel_mse(fields.get("rel_mse")),
+    )
+
+
+def streams_in(body: Source, fields: Fields) -> list[Part]:
+    """The streams of a tensor that lie one behind the other; raises CorruptStream."""
+    sizes = [size for size, _ in fields.get("streams", [[body.size, 0]])]
+    if sum(sizes) != body.size:
+        raise CorruptStream(f"streams of {sum(sizes)} bytes are listed, {body.size} are there")
+    starts = [0, *itertools.accumulate(sizes)]
+    return [Part(body, start, size) for start, size in zip(starts, sizes, strict=False)]
+
+
+def parts_of(entry: Entry, fields: Fields, streams: Sequence[Part]) -> list[StreamPart]:
+    """The parts of a coded tensor, each of which is looked at when it is opened."""
+    told = fields.get("streams", [[0, entry.tokens]])
+    seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
+    for stream, order in zip(streams, orders, strict=False):
+        stream.seal = checksum_of_text(order)
+    return [_part(entry, tokens, stream, seal) for (_, tokens), stream, seal in zip(told, streams, seals, strict=True)]
+
+
+def _each(seals: str) -> list[str]:
+    return [seals[at : at + _SEAL] for at in range(0, len(seals), _SEAL)]
+
+
+def _part(entry: Entry, tokens: int, stream: Part, seal: str) -> StreamPart:
+    looked_at = False
+
+    def opened(whole: bool) -> Source:
+        nonlocal looked_at
+        source = fetched(stream) if whole else stream
+        stream_of(source, entry, None if entry.parts == 1 else tokens)
+        if not looked_at and _seal(source) != seal:
+            raise CorruptStream("is not the stream that was written under this name (its seal does not hold)")
+        looked_at = True
+        return source
+
+    return StreamPart(tokens, opened)

@@ -1,0 +1,113 @@
+"""Law: a .pqkv file grows in place: frames, an index and a footer behind what is there, all or nothing (SPEC II.6)."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.containers.pqkv.file import Body, PQKVFile, PQKVWriter
+from pqcodec.formats.containers.pqkv.frames import head
+from pqcodec.formats.containers.reader import Entry, named
+from pqcodec.formats.places import remote
+from pqcodec.stream.report import StreamInfo
+from pqcodec.stream.source import MemorySource
+
+
+class PQKVAppender(PQKVWriter):
+    """Grows a file in place: new tensors, and new tokens of tensors that are there; a context manager.
+
+    What was committed stays as it is, byte for byte. ``commit`` makes what was added so far part of the file, as the end of
+    the block does; what a killed writer has left behind its last commit is cut off. Where the block fails, the file ends at
+    the last commit. One appender at a time: a second one is refused (BlockingIOError).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self._entries: dict[str, Entry] = {}
+
+    def __enter__(self) -> PQKVAppender:
+        path = os.fspath(self._target)  # type: ignore[arg-type]
+        if remote.is_url(path):
+            raise InvalidArgument(f"{path}: files of a store do not grow in place; download it, append, and upload it again")
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "r+b", buffering=0))
+            _lock(self._file, path)
+            with PQKVFile(path) as there:
+                self._entries = {name: there.entry(name) for name in there.names}
+                self._names = set(there.names)
+                self.bytes_written = self._previous = there.committed_bytes
+            self._file.truncate(self.bytes_written)
+            if there.version == c.FILE_VERSION:
+                self._file.seek(0)
+                self._file.write(head(c.GROWN_VERSION))  # one write of 16 bytes: the file is whole before it and after it
+            self._file.seek(self.bytes_written)
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def commit(self) -> None:
+        """Make what was added part of the file, and go on."""
+        if self._items:
+            self._commit()
+            assert self._file is not None
+            os.fsync(self._file.fileno())
+            self._items, self._previous = [], self.bytes_written
+
+    def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
+        """Add tokens to a coded tensor of the file, [..., new tokens, head_dim]; its other dimensions and dtype are as before.
+
+        ``rope``: that of the first tokens; its first position moves on by the tokens that are there.
+        """
+        entry = self._entries.get(name)
+        if entry is None or not entry.coded:
+            some = "kept exactly" if entry else "not in the file"
+            raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
+        there = entry.tokens
+        rope = encode_options.get("rope")
+        if rope is not None:
+            encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
+        with named(f"tensor {name!r}"):
+            stream = codec.encode(tensor, **encode_options)
+            info = codec.inspect(stream)
+            if not entry.continued_by(info.shape, info.dtype):
+                raise InvalidArgument(
+                    f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"
+                )
+        self._stream(name, entry.layer, entry.role, info, MemorySource(stream), there, None)
+        self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + len(stream))
+        return info
+
+    def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: Body) -> None:
+        super()._tensor(kind, name, layer, role, meta, body)
+        if name not in self._entries:
+            shape = tuple(int(n) for n in meta["shape"])
+            coded = kind == c.FRAME_CODED
+            self._entries[name] = Entry(name, coded, layer, role, shape, meta["dtype"], meta["layout"], 0, 0)
+
+    def _finish(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._file is not None
+        assert self._previous is not None
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self._file.truncate(self._previous)
+            self._file = None
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    """Hold a file against other appenders until it is closed; nothing is held where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another process appends to the file; wait for it", path) from None

@@ -1,0 +1,1 @@
+"""Caches as zarr groups, and the codec of their arrays (SPEC, Part III)."""

@@ -1,0 +1,202 @@
+"""Law: a whole cache in a zarr store, read as its writer left it: saving and loading layers, and ``ZarrCache``.
+
+zarr reads and slices the arrays by itself; this reader takes the streams as they lie in the store. What was written, in which
+pieces, and what each of them must look like is told by the attributes of the group ``complete`` (``listing``), which is written
+last: a store without it was not written to its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from zarr.storage import LocalStore
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.formats.containers import listing
+from pqcodec.formats.containers.reader import Check, Entry, StreamPart, TensorFile, named
+from pqcodec.formats.containers.zarr.objects import DOCUMENT, document, get, lost, object_source, store_of, total_bytes
+from pqcodec.formats.containers.zarr.writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc
+from pqcodec.formats.plain.documents import checksum_bytes, natural
+from pqcodec.stream.report import Damage
+from pqcodec.stream.source import Part, Source, owned
+
+MOST_IN_SHARD = 1 << 20  # chunks
+
+
+class ZarrCache(TensorFile):
+    """Reads a cache that ``save_zarr`` or a conversion wrote, from a path, a URL or a store of zarr; a context manager.
+
+    Raises InvalidArgument where there is none, TruncatedStream, CorruptStream or UnsupportedStream.
+    """
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(str(store))
+        self._store = store_of(store, True)
+        with named(self._label):
+            values = self._open()
+            self._metadata, listed = listing.read_listing(values)
+            for place, fields in enumerate(listed):
+                if problem := _problem(fields):
+                    raise CorruptStream(f"{c.ZARR_COMPLETE}: tensor {place}: {problem}")
+            self._tensors = {fields["name"]: fields for fields in listed}
+            if len(self._tensors) != len(listed):
+                raise CorruptStream(f"{c.ZARR_COMPLETE}: a name stands twice")
+            listing.check_listing(values, None)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return total_bytes(self._store)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self._metadata
+
+    def _open(self) -> dict[str, Any]:
+        """The attributes of the group that is written last."""
+        root = self._attributes(DOCUMENT)
+        if root is None and isinstance(self._store, LocalStore) and not self._store.root.exists():
+            raise FileNotFoundError(2, "no such folder", str(self._store.root))
+        if root is None or root.get("format") != c.ZARR_FORMAT:
+            raise InvalidArgument("holds no cache of save_zarr; write it again with save_zarr(..., overwrite=True)")
+        values = self._attributes(f"{c.ZARR_COMPLETE}/{DOCUMENT}")
+        if values is None:
+            raise InvalidArgument(
+                "holds a cache that was not written to its end; write it again with save_zarr(..., overwrite=True)"
+            )
+        return values
+
+    def _attributes(self, key: str) -> dict[str, Any] | None:
+        told = document(self._store, key)
+        if told is None:
+            return None
+        values = told.get("attributes", {}) if isinstance(told, dict) else None
+        if not isinstance(values, dict):
+            raise CorruptStream(f"{key}: a group of zarr with attributes is expected")
+        return values
+
+    def _local_files(self) -> list[str]:
+        if not isinstance(self._store, LocalStore):
+            return []
+        found = self._tensors.values()
+        keys = [_key(fields, number) for fields in found for number in range(len(fields.get("objects", [1])))]
+        return [str(self._store.root / key) for key in keys]
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+    def _read_entry(self, name: str) -> Entry:
+        fields = self._tensors[name]
+        size = sum(n for n, _ in fields["streams"]) if fields["coded"] else _exact_bytes(fields)
+        return listing.entry_of(fields, fields["shape"], fields["dtype"], 0, size)
+
+    def _read_parts(self, entry: Entry) -> list[StreamPart]:
+        fields = self._tensors[entry.name]
+        return listing.parts_of(entry, fields, [stream for found in self._objects(fields) for stream in found])
+
+    def _objects(self, fields: listing.Fields) -> Iterator[list[Part]]:
+        """The streams of each object of a coded tensor."""
+        sizes = iter(n for n, _ in fields["streams"])
+        for number, count in enumerate(fields.get("objects", [1])):
+            here = [next(sizes) for _ in range(count)]
+            source = self._object(fields, number, sum(here) + _index_bytes(fields))
+            starts = np.cumsum([0, *here]).tolist()
+            yield [Part(source, start, size) for start, size in zip(starts, here, strict=False)]
+
+    def _object(self, fields: listing.Fields, number: int, size: int) -> Source:
+        return object_source(self._store, _key(fields, number), size)
+
+    def _read_exact(self, entry: Entry) -> Any:
+        fields = self._tensors[entry.name]
+        size = _exact_bytes(fields)
+        if not size:
+            return np.zeros(0, np.uint8)
+        raw = owned(self._object(fields, 0, size + CRC_BYTES), 0, size)
+        if checksum_bytes(raw).hex() != fields["seal"]:
+            raise CorruptStream("checksum does not hold; fetch the object again")
+        return raw
+
+    def _checks(self) -> Iterator[Check]:
+        place = 0
+        for name in self.names:
+            size = self._read_entry(name).body_bytes
+            yield Check(name, place, size, self._damage(name))
+            place += size
+
+    def _damage(self, name: str) -> Callable[[str, codec.Progress], Sequence[Damage | str]]:
+        def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
+            entry, fields = self._read_entry(name), self._tensors[name]
+            key = f"{fields['path']}/{DOCUMENT}"
+            told = document(self._store, key)
+            if not isinstance(told, dict) or document_seal(told) != fields["document"]:
+                raise CorruptStream(f"{key} is not what was written; zarr would read the array in another way")
+            if not entry.coded:
+                raw = self._read_exact(entry)
+                if raw.size and self._whole(fields, 0) != with_crc(raw.tobytes()):
+                    raise CorruptStream("zarr's own checksum does not hold")
+                return []
+            self._check_shards(fields)
+            return [damage for part in self._read_parts(entry) for damage in part.damage(backend, progress)]
+
+        return found
+
+    def _check_shards(self, fields: listing.Fields) -> None:
+        """Whether the objects of a tensor are as long as they were, and their indexes what zarr needs."""
+        sizes = [n for n, _ in fields["streams"]]
+        for number, count in enumerate(fields.get("objects", [1])):
+            here, sizes = sizes[:count], sizes[count:]
+            data = self._whole(fields, number)
+            index = shard_index(here, fields["per_shard"]) if fields.get("per_shard") else b""
+            if len(data) != sum(here) + len(index) or data[sum(here) :] != index:
+                raise CorruptStream(f"object {number}: its length or its index is not what was written")
+
+    def _whole(self, fields: listing.Fields, number: int) -> bytes:
+        key = _key(fields, number)
+        data = get(self._store, key)
+        if data is None:
+            raise lost(key)
+        return data
+
+
+def _key(fields: listing.Fields, number: int) -> str:
+    """An object of a tensor, which its chunks along the tokens are."""
+    place = [0] * len(fields["shape"])
+    if len(place) > 1:
+        place[-2] = number
+    return "/".join([fields["path"], "c", *map(str, place)])
+
+
+def _exact_bytes(fields: listing.Fields) -> int:
+    return math.prod(fields["shape"]) * c.EXACT_ITEM_BYTES[fields["dtype"]]
+
+
+def _index_bytes(fields: listing.Fields) -> int:
+    per_shard = fields.get("per_shard", 0)
+    return 16 * per_shard + CRC_BYTES if per_shard else 0
+
+
+def _problem(fields: listing.Fields) -> str:
+    """What is wrong with what the list says of where a tensor lies, or an empty string."""
+    path, document = fields.get("path"), fields.get("document")
+    if not isinstance(path, str) or not all(SAFE.fullmatch(part) for part in path.split("/")) or not isinstance(document, str):
+        return f"path is {path!r:.60}, document {document!r:.20}; the name of an array in the group and a checksum are expected"
+    if problem := listing.numbers_problem(fields):
+        return problem
+    if not fields["coded"]:
+        return ""
+    streams, objects = fields.get("streams"), fields.get("objects", [1])
+    if streams is None or not isinstance(objects, list) or not all(map(natural, objects)) or sum(objects) != len(streams):
+        return f"objects is {objects!r:.60}; the number of streams in each is expected"
+    per_shard = fields.get("per_shard", 0)
+    whole = natural(per_shard) and per_shard <= MOST_IN_SHARD and (not per_shard or max(objects) <= per_shard)
+    if not whole:
+        return f"per_shard is {per_shard!r:.20}; a number from 0 to {MOST_IN_SHARD}, enough for its objects, is expected"
+    return ""

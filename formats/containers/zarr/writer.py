@@ -1,0 +1,229 @@
+"""Law: a cache is written into a zarr store as a group of arrays, and the list of what was written last (SPEC III.3).
+
+A tensor of one stream is an array of one chunk; streams of one size (``save_zarr``) are a chunk each, or a shard of several;
+any others are one chunk, one behind the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.errors import ContainsArrayError, ContainsGroupError
+from zarr.storage import LocalStore
+
+from pqcodec import __version__, codec
+from pqcodec import constants as c
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.containers import listing
+from pqcodec.formats.containers.reader import LAYOUT, Progress, named
+from pqcodec.formats.containers.writer import Coded, Piece, check_pieces
+from pqcodec.formats.containers.zarr.codec import PQCodec
+from pqcodec.formats.containers.zarr.objects import DOCUMENT, get, put, store_of, total_bytes
+from pqcodec.formats.places import remote
+from pqcodec.formats.places.atomic import replacing_folder
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, json_value
+from pqcodec.stages.centre import PAIRINGS, Rope
+from pqcodec.stream.header import Header, read_header
+from pqcodec.stream.seal import with_seal
+
+_STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
+_STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they lie in memory
+SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that can be that of a folder
+CRC_BYTES = 4
+_MISSING = (1 << 64) - 1  # in the index of a shard
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How the streams of a tensor lie in objects: tokens of a chunk, chunks of a shard (0: no shards), streams an object."""
+
+    chunk_tokens: int
+    per_shard: int
+    objects: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], per_shard: int | None) -> _Grid:
+        regular = len(tokens) > 1 and len(set(tokens[:-1])) == 1 and 0 < tokens[-1] <= tokens[0]
+        if not regular and not (per_shard and len(tokens) == 1):
+            return cls(max(sum(tokens), 1), 0, (len(tokens),))
+        if not per_shard:
+            return cls(tokens[0], 0, (1,) * len(tokens))
+        whole, rest = divmod(len(tokens), per_shard)
+        return cls(tokens[0], per_shard, (per_shard,) * whole + ((rest,) if rest else ()))
+
+
+def write_pieces(
+    target: Any,
+    pieces: Sequence[Piece],
+    metadata: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = True,
+    chunks_per_shard: int | None = None,
+) -> int:
+    """Write tensors into a store and return its bytes. A local folder appears when it is complete; any other store holds a
+    cache when the last object is written.
+
+    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
+    """
+    check_pieces(pieces)
+    meta = json_bytes(metadata or {}, "metadata", c.MAX_META_BYTES).decode()
+    if isinstance(target, (str, os.PathLike)) and not remote.is_url(target):
+        if not overwrite and os.path.exists(target):
+            raise InvalidArgument(f"{os.fspath(target)}: exists; pass overwrite=True to replace it, or choose another place")
+        with replacing_folder(target, DOCUMENT) as folder:
+            return _write(LocalStore(folder), pieces, meta, progress, False, chunks_per_shard)
+    return _write(store_of(target, False), pieces, meta, progress, overwrite, chunks_per_shard)
+
+
+def _write(
+    store: Store, pieces: Sequence[Piece], meta: str, progress: Progress | None, overwrite: bool, per_shard: int | None
+) -> int:
+    about = {"format": c.ZARR_FORMAT, "pqcodec": __version__, "metadata": json.loads(meta)}
+    try:
+        root = zarr.create_group(store, attributes=about, overwrite=overwrite)
+    except (ContainsGroupError, ContainsArrayError) as error:
+        raise InvalidArgument(f"{error} Pass overwrite=True to replace it, or choose another place.") from None
+    writer = _Writer(store, root)
+    paths = _paths(pieces)
+    for done, piece in enumerate(pieces, 1):
+        with named(f"tensor {piece.name!r}"):
+            writer.add(piece, paths[piece.name], per_shard)
+        if progress:
+            progress(done, len(pieces))
+    root.create_group(c.ZARR_COMPLETE, attributes=dict(listing.sealed_listing(writer.listed, meta, None)))
+    return total_bytes(store)
+
+
+class _Writer:
+    """Writes tensors as arrays and keeps what the list is to say of them."""
+
+    def __init__(self, store: Store, root: zarr.Group) -> None:
+        self._store, self._root = store, root
+        self.listed: list[listing.Fields] = []
+
+    def add(self, piece: Piece, path: str, per_shard: int | None) -> None:
+        body: Any = piece.body() if piece.coded else piece.plain()
+        if piece.coded and not math.prod(piece.shape):  # zarr has no chunk to put the stream into
+            body = codec.decode(body.streams[0])
+        fields = self._coded(piece, path, body, per_shard) if isinstance(body, Coded) else self._exact(piece, path, body)
+        document = json_value(get(self._store, f"{path}/{DOCUMENT}") or b"", path)
+        self.listed.append({**fields, "path": path, "document": document_seal(document)})
+
+    def _coded(self, piece: Piece, path: str, body: Coded, per_shard: int | None) -> listing.Fields:
+        whole, orders = zip(*map(with_seal, body.streams), strict=True)
+        headers = [read_header(stream) for stream in whole]
+        h = headers[0]
+        grid = _Grid.of([header.tokens for header in headers], per_shard)
+        shape, chunks = piece.shape, list(piece.shape)
+        if len(shape) > 1:
+            chunks[-2] = grid.chunk_tokens
+        shards = (*chunks[:-2], chunks[-2] * grid.per_shard, chunks[-1]) if grid.per_shard else None
+        dtype = np.float16 if h.dtype == c.DTYPE_FLOAT16 else np.float32
+        array = self._create(piece, path, shape, dtype, chunks, shards=shards, serializer=_codec_of(h), compressors=None)
+        place = 0
+        for number, count in enumerate(grid.objects):
+            streams = whole[place : place + count]
+            data = b"".join(stream.read(0, stream.size).data for stream in streams)
+            if grid.per_shard:
+                data += shard_index([stream.size for stream in streams], grid.per_shard)
+            self._put(array, (*[0] * len(shape[:-2]), number, 0)[-len(shape) :], data)
+            place += count
+        more = listing.coded_fields(whole, orders, body.rel_mse)
+        more |= {"objects": list(grid.objects), "per_shard": grid.per_shard} if len(headers) > 1 or grid.per_shard else {}
+        sizes = {} if "streams" in more else {"streams": [[whole[0].size, headers[0].tokens]]}
+        return listing.fields_of(piece, listing.seal_of(whole), **more, **sizes)
+
+    def _exact(self, piece: Piece, path: str, x: Any) -> listing.Fields:
+        raw = exact.to_bytes(x)
+        stored = np.dtype(_STORED_AS.get(piece.dtype, piece.dtype))
+        how: dict[str, Any] = {"serializer": BytesCodec(endian="little"), "compressors": [Crc32cCodec()]}
+        array = self._create(piece, path, piece.shape, stored, [max(n, 1) for n in piece.shape], **how)
+        if raw.size:
+            self._put(array, (0,) * len(piece.shape), with_crc(raw.tobytes()))
+        plain = Piece(**{**vars(piece), "coded": False})
+        about = {"numpy": not exact.is_torch(x), "shape": list(piece.shape), "dtype": piece.dtype}
+        return listing.fields_of(plain, checksum_bytes(raw).hex(), **about)
+
+    def _create(self, piece: Piece, path: str, shape: Sequence[int], dtype: Any, chunks: Sequence[int], **how: Any) -> Any:
+        attributes = {"name": piece.name, "layout": piece.layout, "layer": piece.layer, "role": piece.role}
+        tokens = piece.layout == LAYOUT and len(shape) > 1
+        return self._root.create_array(
+            path,
+            shape=tuple(shape),
+            dtype=dtype,
+            chunks=tuple(max(n, 1) for n in chunks),
+            fill_value=0,
+            dimension_names=(*(None,) * (len(shape) - 2), "tokens", "head_dim") if tokens else None,
+            attributes={**attributes, "dtype": piece.dtype, "pqcodec": __version__},
+            **how,
+        )
+
+    def _put(self, array: Any, place: Sequence[int], data: bytes) -> None:
+        key = f"{array.path}/{array.metadata.encode_chunk_key(tuple(place))}"
+        put(self._store, key, data)
+
+
+def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
+    """Where each tensor's array lies: layers.3.key at layers/3/key; names that folders cannot have are numbered."""
+    found: dict[str, str] = {}
+    nodes, leaves = {c.ZARR_COMPLETE}, {c.ZARR_COMPLETE}  # folders that are taken, and those that are arrays
+    for number, piece in enumerate(pieces):
+        parts = re.split(r"[./]", piece.name)
+        above = {"/".join(parts[:i]).lower() for i in range(1, len(parts))}
+        path = "/".join(parts)
+        taken = path.lower() in nodes or above & leaves
+        if taken or not all(SAFE.fullmatch(part) for part in parts):
+            path, above = f"tensors/{number}", {"tensors"}
+        nodes |= {path.lower(), *above}
+        leaves.add(path.lower())
+        found[piece.name] = path
+    return found
+
+
+def _codec_of(h: Header) -> PQCodec:
+    """The codec that chunks to come are written with, as those that are there were."""
+    info = codec.inspect_header(h)
+    rope = None
+    if h.rope is not None:
+        style = next(style for style, pairing in PAIRINGS.items() if pairing == h.rope.pairing)
+        turns = tuple(2 * math.pi * f / (1 << c.PHASE_BITS) for f in h.rope.frequencies)
+        rope = Rope(style=style, first_position=h.rope.first_position, frequencies=turns)
+    return PQCodec(info.preset or "pq3", h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
+
+
+def shard_index(sizes: Sequence[int], per_shard: int) -> bytes:
+    """The end of a shard: (offset, size) of each chunk, and the checksum of zarr's own codec."""
+    starts = np.cumsum([0, *sizes])[:-1]
+    pairs = [*zip(starts.tolist(), sizes, strict=True), *[(_MISSING, _MISSING)] * (per_shard - len(sizes))]
+    return with_crc(b"".join(struct.pack("<QQ", *pair) for pair in pairs))
+
+
+def with_crc(data: bytes) -> bytes:
+    prototype = default_buffer_prototype()
+    spec: Any = SimpleNamespace(prototype=prototype)  # all that this codec asks of an array
+    (found,) = sync(Crc32cCodec().encode([(prototype.buffer.from_bytes(data), spec)]))
+    assert found is not None
+    return found.to_bytes()
+
+
+def document_seal(document: Any) -> str:
+    """Of what zarr says of an array, people's attributes left out."""
+    said = {key: value for key, value in document.items() if key != "attributes"}
+    text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return checksum_bytes(text.encode("utf-8", "surrogatepass")).hex()

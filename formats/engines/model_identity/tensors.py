@@ -1,0 +1,214 @@
+"""Law: whether a model's tensors are as they were: digests of all bytes, and cheap evidence that is looked at on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.engines.model_identity.digests import new_hash
+from pqcodec.words import Sums, sums_anywhere, words_at
+
+SAMPLES = 16  # words of a tensor that are looked at on each call
+COLUMNS = 8191  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
+_TOGETHER = 256  # tensors whose sums are in memory at once
+_WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once, and weights of the sum
+
+Look = Callable[[], tuple[np.ndarray, dict[int, bytes]]]  # waits for what was begun
+
+
+def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Storage address, version counter, shape and strides of each tensor."""
+    return [(t.data_ptr(), None if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors]
+
+
+def storages(tensors: Sequence[Any]) -> list[Any]:
+    """What keeps the tensors' memory while it is looked at, should another thread exchange ``tensor.data``."""
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+class Evidence:
+    """What is looked at of the tensors' bytes on each call, and how it was.
+
+    Sampled (``full`` False): of each tensor in the CPU's memory, the words that hold 16 elements spread over it. Edits that
+    bypass version counters (``w.data += d``) are seen where they change one of them: edits of whole tensors, practically
+    always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter sums modulo 2^64, each word with
+    an odd factor, so that an edit of one element is always seen.
+    """
+
+    def __init__(self, tensors: Sequence[Any], full: bool) -> None:
+        self.full = full
+        self._summed = [full or t.device.type != "cpu" or not t.data_ptr() for t in tensors]
+        addresses = [
+            np.empty(0, np.int64) if summed else (t.data_ptr() + _offsets(t.shape, t.stride(), t.element_size())) & ~7
+            for t, summed in zip(tensors, self._summed, strict=True)
+        ]
+        self._addresses = np.concatenate(addresses) if addresses else np.empty(0, np.int64)
+        self._ends = np.cumsum([len(each) for each in addresses])
+        places: dict[Any, list[int]] = {}  # of tensors that one kernel sums
+        self._others: list[int] = []
+        for index, (tensor, summed) in enumerate(zip(tensors, self._summed, strict=True)):
+            if summed and tensor.nbytes and sums_anywhere(tensor):
+                places.setdefault(tensor.device, []).append(index)
+            elif summed:
+                self._others.append(index)
+        self._together = [(indices, Sums([tensors[index] for index in indices])) for indices in places.values()]
+        self._words, self._sums = self.begin(tensors)()
+
+    def begin(self, tensors: Sequence[Any]) -> Look:
+        """Look at the tensors, which must lie where they lay and not be moved meanwhile (see ``storages``): what is on a GPU is
+        read while the caller does other things, until it calls the result.
+        """
+        started = [(indices, sums.chunks, sums.begin()) for indices, sums in self._together]
+        others = _begin_sums({index: tensors[index] for index in self._others})
+        words = np.empty(0, np.uint64)
+        if len(self._addresses):
+            words = words_at(self._addresses)
+
+        def look() -> tuple[np.ndarray, dict[int, bytes]]:
+            found = others()
+            for indices, chunks, sums in started:
+                parts = np.split(sums(), np.cumsum(chunks)[:-1])
+                found |= {index: part.tobytes() for index, part in zip(indices, parts, strict=True)}
+            return words, found
+
+        return look
+
+    def holds(self, look: Look) -> bool:
+        """Whether the bytes that were looked at are as they were."""
+        words, sums = look()
+        return bool(np.array_equal(words, self._words)) and sums == self._sums
+
+    def of(self, index: int) -> bytes:
+        """What was looked at of one tensor."""
+        end = self._ends[index]
+        start = self._ends[index - 1] if index else 0
+        return self._sums[index] if self._summed[index] else self._words[start:end].tobytes()
+
+
+@lru_cache(maxsize=4096)
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.ndarray:
+    """Where the sampled elements of a tensor lie, bytes from its address."""
+    count = int(np.prod(shape, dtype=np.int64))
+    if count <= SAMPLES:
+        at = np.arange(count)
+    else:  # one in each of 16 equal parts, so that they do not keep to one column
+        parts = np.linspace(0, count, SAMPLES + 1).astype(np.int64)
+        draws = np.random.default_rng(count).random(SAMPLES)
+        at = parts[:-1] + (draws * np.diff(parts)).astype(np.int64)
+    places = np.unravel_index(at, shape) if shape else (at,)
+    steps = strides if shape else (1,)
+    return sum((place * step for place, step in zip(places, steps, strict=True)), np.zeros(len(at), np.int64)) * size
+
+
+def _begin_sums(tensors: dict[int, Any]) -> Callable[[], dict[int, bytes]]:
+    """Start to sum the words of each tensor; the result waits for the sums."""
+    places: dict[Any, list[int]] = {}
+    for index, tensor in tensors.items():
+        places.setdefault(tensor.device, []).append(index)
+    started = []
+    for indices in places.values():
+        for first in range(0, len(indices), _TOGETHER):
+            some = indices[first : first + _TOGETHER]
+            started.append((some, _weighted_sums([tensors[index] for index in some])))
+
+    def found() -> dict[int, bytes]:
+        return {
+            index: int(total).to_bytes(8, "little", signed=True)
+            for some, totals in started
+            for index, total in zip(some, totals.tolist(), strict=True)
+        }
+
+    return found
+
+
+def _weighted_sums(tensors: Sequence[Any]) -> Any:
+    """Of each tensor the sum of its words, int64 [tensors], each word times the odd number of its column."""
+    import torch
+
+    device = tensors[0].device
+    weights = _column_weights(device)
+    sums = torch.zeros((len(tensors), COLUMNS), dtype=torch.int64, device=device)
+    rests = []  # of each tensor, the words of its last row
+    for row, tensor in zip(sums, tensors, strict=True):
+        raw = _bytes_of(tensor)
+        whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
+        if whole:
+            torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
+        rest = raw[whole:]
+        rests.append(torch.nn.functional.pad(rest, (0, -rest.numel() % 8)).view(torch.int64))
+    total = torch.cat(rests).mul_(torch.cat([weights[: len(rest)] for rest in rests])).cumsum(0)
+    ends = torch.tensor([0, *accumulate(map(len, rests))]).to(device, non_blocking=True)
+    before = torch.cat([total.new_zeros(1), total])[ends]
+    return (sums * weights).sum(1) + before.diff()
+
+
+@lru_cache(maxsize=16)
+def _column_weights(device: Any) -> Any:
+    return _odd(COLUMNS, 0, device)
+
+
+def _bytes_of(tensor: Any) -> Any:
+    """A tensor's bytes, uint8 [n], at an address that 64-bit words may have."""
+    import torch
+
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return raw.clone() if raw.data_ptr() % 8 or raw.storage_offset() % 8 else raw
+
+
+def refuse_unloaded(named: Sequence[tuple[str, Any]]) -> None:
+    """Raises InvalidArgument for a tensor without memory."""
+    for name, tensor in named:
+        if tensor.device.type == "meta":
+            raise InvalidArgument(
+                f"the weight {name!r} is not loaded (device meta), so the model cannot be told from others: load it, or pass "
+                "an Identity of your own, Identity(config, config_digest=..., weights=...)"
+            )
+
+
+def tensor_digest(name: str, tensor: Any) -> bytes:
+    """Digest of a tensor's name, dtype, shape and all its bytes.
+
+    The bytes, as little-endian int64 words in rows of 1,024, enter by sums modulo 2^64: one of all words, each times the odd
+    number of its column and of its row. That is quick on any device; it tells models apart, but is no defence against someone
+    who wants two models to look alike.
+    """
+    import torch
+
+    hashed = new_hash()
+    hashed.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    raw = _bytes_of(tensor)
+    words, rest = raw[: raw.numel() // 8 * 8], raw[raw.numel() // 8 * 8 :]
+    hashed.update(bytes(rest.tolist()))
+    if words.numel():
+        total = _weighted_sum(words.view(torch.int64))
+        hashed.update(int(total).to_bytes(8, "little", signed=True))
+    return bytes(hashed.digest())
+
+
+def _weighted_sum(words: Any) -> Any:
+    import torch
+
+    columns = _odd(_ROW, 0, words.device)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _WORDS):
+        piece = words[start : start + _WORDS]
+        whole = piece[: piece.numel() // _ROW * _ROW].reshape(-1, _ROW)
+        last = piece[whole.numel() :]
+        rows = _odd(len(whole) + 1, start // _ROW, words.device)
+        total += ((whole * columns).sum(1) * rows[:-1]).sum() + (last * columns[: last.numel()]).sum() * rows[-1]
+    return total
+
+
+def _odd(count: int, first: int, device: Any) -> Any:
+    """Odd int64 numbers that look random (the steps of SplitMix64), from a place on."""
+    import torch
+
+    x = (torch.arange(first, first + count, dtype=torch.int64, device=device) + 1) * -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) | 1

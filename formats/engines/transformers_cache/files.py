@@ -1,0 +1,232 @@
+"""Law: one cache of transformers <-> one file of any container (SPEC IV.1): keys and values are encoded, all else is exact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats import containers
+from pqcodec.formats.containers.reader import Progress, TensorFile
+from pqcodec.formats.containers.writer import Piece
+from pqcodec.formats.engines.model_identity import Identity
+from pqcodec.formats.engines.transformers_cache.begun import EXACT, UNKNOWN, begin, check_model, presets_of
+from pqcodec.formats.engines.transformers_cache.held import (
+    check_rows,
+    keeps_module_state,
+    module_state,
+    restore_module_state,
+)
+from pqcodec.formats.engines.transformers_cache.places import layer_devices, placed
+from pqcodec.formats.engines.transformers_cache.rope import pairings, ropes
+from pqcodec.formats.engines.transformers_cache.state import (
+    ENCODER_DECODER,
+    ROLES,
+    CacheState,
+    LayerState,
+    cache_of,
+    padding_of,
+    state_of,
+)
+from pqcodec.formats.plain.in_memory import InMemory
+from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.recipe import Recipe, why_exact
+
+FORMATS = (1, 2)
+WITH_MODULE_STATE = 2  # the format of a cache that is wrong without ``module_state``
+KEY = "transformers.cache"  # of the file's metadata
+MODEL = "transformers.model"
+PRESETS = "transformers.presets"  # whose errors the numbers have
+MODULE_STATE, TENSOR = "module_state", "tensor"
+
+
+def tensors_of(
+    config: Any, state: CacheState, paired: Mapping[str, str], padding: tuple[int, ...] = ()
+) -> tuple[InMemory, dict[str, Part], list[str]]:
+    """Every tensor of a cache by its name in a file, what each is, and which are coded; ``paired`` is that of ``pairings``."""
+    turned = ropes(config, state, paired)
+    named: dict[str, Any] = {}
+    parts: dict[str, Part] = {}
+    for prefix, index, layer in state.layers():
+        for path, tensor in layer.tensors.items():
+            name = f"{prefix}.{ROLES.get(path, path)}"
+            named[name], parts[name] = tensor, Part("other", index)
+            if path in ROLES:
+                padded = () if prefix.startswith("cross_attention_cache") else padding
+                parts[name] = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept, padded)
+    tensors = InMemory(named)
+    coded = [name for name, part in parts.items() if part.role != "other" and why_exact(*tensors.describe(name)) is None]
+    return tensors, parts, coded
+
+
+def save(
+    cache: Any,
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    preset: str = "pq3",
+    seed: int = 0,
+    backend: str = "auto",
+    to: str | None = None,
+    padding: Any = None,
+    metadata: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write a cache of transformers into a .pqkv (.safetensors, .zarr) file and return its bytes.
+
+    ``model``: the model whose cache it is, which the file then belongs to, or its config. Keys are centred under the model's
+    RoPE; first tokens, and all that is neither key nor value, are exact; with ``preset="exact"`` all is.
+    ``padding``: of sequences that are padded at their left, how many tokens of each are padding, or the attention mask
+    [sequences, tokens]: the tokens behind it are the first then. ``progress`` is told (tensors done, tensors in all).
+    What the model keeps in its modules (``module_state``: M-RoPE's ``rope_deltas``) goes along: save a cache before the model
+    reads another text. Raises InvalidArgument for a cache that cannot be represented, for one of a store or a file if the model
+    has changed since, and as ``save_cache`` does. What such a cache has lost before is told in the file.
+    """
+    identity = Identity.of(model)
+    check_model(cache, identity)
+    state = state_of(cache, identity.config)
+    held = _held_by(model, identity.config, state)
+    padded = padding_of(padding, batches=state.batches())
+    recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
+    told = {**(metadata or {}), KEY: described(state, held), MODEL: identity.as_dict()}
+    if lost := presets_of(cache, preset):
+        told[PRESETS] = lost
+    pieces = pieces_of(state, identity.config, recipe, padded) + _exact_pieces(held)
+    return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
+
+
+def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
+    """The state in the model's modules; raises InvalidArgument where it cannot be that of the cache, or is not at hand."""
+    if not hasattr(model, "modules") and keeps_module_state(config):
+        raise InvalidArgument(
+            f"a {config.model_type} keeps state of its cache in its modules (rope_deltas): pass the model, not its config"
+        )
+    held = module_state(model)
+    check_rows(held, state.batches())
+    return held
+
+
+def _exact_pieces(held: Mapping[str, Any]) -> list[Piece]:
+    tensors = InMemory({f"{MODULE_STATE}.{path}": x for path, x in held.items() if _is_tensor(x)})
+    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, Part("other")), [])  # none is coded
+
+
+def _is_tensor(x: Any) -> bool:
+    return x is not None and not isinstance(x, int)
+
+
+def pieces_of(state: CacheState, config: Any, recipe: Recipe | None, padding: tuple[int, ...] = ()) -> list[Piece]:
+    """What a container writes of a cache: keys and values are coded (without a recipe they are not), all else is exact."""
+    if recipe is None:
+        tensors, parts, _ = tensors_of(config, state, {})
+        return Recipe().pieces(tensors, parts, [])
+    return recipe.pieces(*tensors_of(config, state, pairings(config, state), padding))
+
+
+def described(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata tells of a cache: classes and fields of its layers, which tensors they hold, and what modules hold."""
+
+    def layer(one: LayerState) -> dict[str, Any]:
+        return {"class": one.kind, "fields": dict(one.fields), "tensors": list(one.tensors)}
+
+    told = {
+        "format": 1,
+        "class": state.kind,
+        "parts": {name: [*map(layer, layers)] for name, layers in state.parts.items()},
+    }
+    if held:
+        members = {path: TENSOR if _is_tensor(value) else value for path, value in held.items()}
+        told |= {"format": WITH_MODULE_STATE, MODULE_STATE: members}
+    return told
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Any = None,
+    *,
+    device: Any = None,
+    backend: str = "auto",
+) -> Any:
+    """The cache that ``save`` wrote: a new DynamicCache (or EncoderDecoderCache) to go on from.
+
+    ``model``: the model (or its config) that is to read on; InvalidArgument is raised where it is not the one whose cache this
+    is. A cache of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put
+    back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the devices of the
+    model's layers, or the CPU). Raises as ``pqcodec.decode`` does.
+
+    A model goes on as from the cache that was saved; ``generate`` needs more tokens than the cache's. A store takes it under
+    the preset that the file was written with, or any if all is exact. Some models do not go on rightly from any kept state
+    unless tokens are fed one at a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
+    """
+    import torch
+
+    identity: Identity | None = None
+    devices: list[Any] | None = None  # of a model's layers, where they are on several
+    with containers.open_encoded(path) as file, torch.inference_mode(False):  # layers change some tensors in place, in any mode
+        if model is not None:
+            identity = Identity.of(model)
+            identity.check(file.metadata.get(MODEL), file.label)
+            devices = layer_devices(model) if identity.spread and device is None else None
+            device = identity.target(device)
+        told = file.metadata.get(KEY)
+        if not isinstance(told, dict):
+            raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
+        if told.get("format") not in FORMATS:
+            raise UnsupportedStream(f"{file.label}: format {told.get('format')!r} of {KEY}; install a newer pqcodec")
+        _check_held(told, model, file.label)
+        file.read_ahead()
+        try:
+            state = _state_in(file, told, device, backend)
+            cache = cache_of(placed(state, devices) if devices else state)
+            held = _held_in(file, told, device, backend)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
+        begin(cache, identity, _presets_in(file))
+    if told["format"] == WITH_MODULE_STATE:
+        restore_module_state(model, held)
+    return cache
+
+
+def _presets_in(file: TensorFile) -> str:
+    """The presets whose errors the numbers of a file have; "" where nothing is lost."""
+    coded = any(file.entry(name).coded for name in file.names)
+    return str(file.metadata.get(PRESETS, UNKNOWN if coded else ""))
+
+
+def _check_held(told: Mapping[str, Any], model: Any, label: str) -> None:
+    """Raises InvalidArgument where a cache would be wrong for want of what modules hold."""
+    if told["format"] == WITH_MODULE_STATE and not hasattr(model, "modules"):
+        raise InvalidArgument(
+            f"{label}: its model keeps state of the cache in its modules (rope_deltas), which has to be put back: "
+            "load(path, model) with the model itself"
+        )
+    if told["format"] != WITH_MODULE_STATE and model is not None and keeps_module_state(model):
+        raise InvalidArgument(
+            f"{label}: was written by an older pqcodec without what the model keeps in its modules (rope_deltas), so that its "
+            "positions would be wrong behind an image: compute the cache anew, and save it again"
+        )
+
+
+def _held_in(file: TensorFile, told: Mapping[str, Any], device: Any, backend: str) -> dict[str, Any]:
+    held: dict[str, Any] = {}
+    for path, value in (told[MODULE_STATE] if told["format"] == WITH_MODULE_STATE else {}).items():
+        if value is not None and value != TENSOR and type(value) is not int:
+            raise ValueError(f"{MODULE_STATE}: {path!r:.60} is {value!r:.60}")
+        held[path] = file.decode(f"{MODULE_STATE}.{path}", device=device, backend=backend) if value == TENSOR else value
+    return held
+
+
+def _state_in(file: TensorFile, told: dict[str, Any], device: Any, backend: str) -> CacheState:
+    parts: dict[str, list[LayerState]] = {}
+    for name, layers in told["parts"].items():
+        parts[name] = []
+        for index, layer in enumerate(layers):
+            prefix = f"{name}.layers.{index}" if name else f"layers.{index}"
+            tensors = {
+                path: file.decode(f"{prefix}.{ROLES.get(path, path)}", device=device, backend=backend)
+                for path in layer["tensors"]
+            }
+            parts[name].append(LayerState(layer["class"], tensors, layer["fields"]))
+    kinds = {"DynamicCache": ("",), "EncoderDecoderCache": ENCODER_DECODER}
+    return CacheState(told["class"], {name: parts[name] for name in kinds[told["class"]]})

@@ -1,0 +1,1 @@
+"""Plain tensors, in other people's files and in memory; nothing here is encoded."""

@@ -1,0 +1,428 @@
+"""Law: files of plain tensors, read one tensor at a time and written whole: .safetensors, .npz and .npy.
+
+What a file is, is read from its first bytes; what is written, follows from the extension. Nothing is ever unpickled, and
+torch is imported only for a file that holds what numpy has no numbers for (bfloat16, float8).
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError
+from pqcodec.formats.places import remote
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.formats.plain.documents import json_bytes, json_value
+from pqcodec.formats.plain.in_memory import Tensors
+from pqcodec.formats.plain.npy import NpyHeader, read_npy_header
+from pqcodec.stream.source import check_regular
+
+_NO_SAFETENSORS = "is no safetensors file that holds together"
+_MOST_HEADER_BYTES = 100_000_000  # the library's cap
+_DEFLATED = 1032  # bytes that one of deflate can stand for, at most
+_UNPACKED_BYTES = 1 << 20  # at once
+TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
+
+
+SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them: all are aligned then
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
+
+
+class TensorReader(Tensors, Protocol):
+    """An open file of tensors; a context manager."""
+
+    format: str  # "safetensors", "npz" or "npy"
+    metadata: dict[str, str]  # what a safetensors file says of itself
+
+    def held_bytes(self, name: str) -> int:
+        """Memory that reading a tensor takes; what is mapped takes none."""
+        ...
+
+    def __enter__(self) -> TensorReader: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """ "pqkv", "stream", "safetensors", "npz" or "npy", from a file's first bytes; raises InvalidArgument or OSError."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        return kind_of_bytes(path, file.read(9))
+
+
+def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
+    """``file_kind`` of a file that begins with these nine bytes."""
+    magics = {c.FILE_MAGIC: "pqkv", c.STREAM_MAGIC: "stream", b"PK\x03\x04": "npz", b"PK\x05\x06": "npz", b"\x93NUM": "npy"}
+    if first[:4] in magics:
+        return magics[first[:4]]
+    if first[8:] == b"{":
+        return "safetensors"
+    extension = Path(path).suffix.lower().removeprefix(".")
+    if extension in ("pqkv", "safetensors"):
+        return extension  # what is damaged there, its reader tells
+    known = ".safetensors, .npy, .npz, .pqkv and single streams"
+    raise InvalidArgument(f"{path}: begins with {first!r}; {known} are known: is this the right file?")
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
+    """Open a .safetensors, .npz or .npy file. Raises InvalidArgument, CorruptStream or OSError."""
+    kind = file_kind(path)
+    if kind not in _READERS or (kind == "safetensors" and holds_streams(path)):
+        raise InvalidArgument(f"{path}: is encoded already; decode it first, or convert it into another container")
+    return _READERS[kind](Path(path))
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Write tensors into a file of the kind that the extension names; ``metadata`` goes into safetensors files only.
+
+    One tensor is read and held at a time, in the order that suits the file, which appears when it is complete. Raises
+    InvalidArgument or OSError, and what reading a tensor raises.
+    """
+    write = _WRITERS[checked_extension(path)]
+    if not remote.is_url(path) and Path(path).exists() and not Path(path).is_file():
+        raise InvalidArgument(f"{path}: is no regular file; tensors are written to regular files only")
+    with remote.placing(path) as temporary:
+        write(temporary, tensors, metadata)
+
+
+def checked_extension(path: str | os.PathLike[str]) -> str:
+    """The extension of a file to write; raises InvalidArgument."""
+    extension = Path(path).suffix.lower()
+    if extension not in _WRITERS:
+        raise InvalidArgument(f"{path}: extension {extension!r} is unknown; choose from {', '.join(_WRITERS)}")
+    return extension
+
+
+def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file or URL, checked by the library, and the byte where its tensors begin.
+
+    Raises CorruptStream or OSError; a name that stands twice is damage, too.
+    """
+    if remote.is_url(path):
+        return _remote_header(str(path))
+    with _library_errors(path, _NO_SAFETENSORS, CorruptStream), _safe_open(path):
+        pass
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json_value(file.read(size), f"{path}: header"), 8 + size
+
+
+def is_listing(values: Mapping[str, Any]) -> bool:
+    """Whether pqcodec wrote (some of) a file's metadata."""
+    return any(key.startswith(c.LISTING_PREFIX) for key in values)
+
+
+def holds_streams(path: str | os.PathLike[str]) -> bool:
+    """Whether a .safetensors file is an encoded cache. Raises as ``safetensors_header`` does."""
+    return is_listing(safetensors_header(path)[0].get("__metadata__") or {})
+
+
+def _remote_header(url: str) -> tuple[dict[str, Any], int]:
+    """Likewise of a URL: the library looks at a file of the same size that holds the header and nothing else."""
+    source = remote.RemoteSource(url)
+    first = source.read(0, min(source.size, 8)).tobytes()
+    size = int.from_bytes(first, "little")
+    if len(first) < 8 or size > min(source.size - 8, _MOST_HEADER_BYTES):
+        raise CorruptStream(f"{url}: {_NO_SAFETENSORS}: a header of {size} bytes in a file of {source.size}")
+    raw = source.read(8, size).tobytes()
+    with tempfile.NamedTemporaryFile(prefix="pqcodec-") as copy:
+        copy.write(first + raw)
+        copy.truncate(source.size)  # the rest takes no room on the disk
+        copy.flush()
+        with _library_errors(url, _NO_SAFETENSORS, CorruptStream), _safe_open(copy.name):
+            pass
+    return json_value(raw, f"{url}: header"), 8 + size
+
+
+def _safe_open(path: str | os.PathLike[str]) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="np")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+@contextmanager
+def _library_errors(path: object, what: str, fault: type[InvalidArgument] | type[CorruptStream]) -> Iterator[None]:
+    """Errors of numpy, zipfile and safetensors become ours and name the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except PQError as error:
+        raise type(error)(f"{path}: {what}: {error}") from error
+    except SafetensorError as error:
+        if "os error" in str(error) or "I/O error" in str(error):
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise fault(f"{path}: {what}: {error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise fault(f"{path}: {what}: {error}") from error
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+class _Closing:
+    """What an open file closes at its end."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+class _Safetensors(_Closing):
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        from safetensors import safe_open
+
+        self._path, self._mapped = path, False
+        with _library_errors(path, _NO_SAFETENSORS, CorruptStream):
+            self._file = self._stack.enter_context(safe_open(path, framework="np"))
+            self.names = tuple(self._file.keys())
+            self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # the library's order is random
+            if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
+                self._file, self._mapped = self._stack.enter_context(safe_open(path, framework="pt")), True
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
+            part = self._file.get_slice(name)
+            return tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
+
+    def held_bytes(self, name: str) -> int:
+        shape, dtype = self.describe(name)
+        return 0 if self._mapped else math.prod(shape) * c.EXACT_ITEM_BYTES.get(dtype, 0)
+
+    def read(self, name: str) -> Any:
+        _, dtype = self.describe(name)
+        if dtype not in SAFETENSORS_CODES:
+            known = ", ".join(SAFETENSORS_CODES)
+            raise InvalidArgument(f"{self._path}: tensor {name!r} is of dtype {dtype}, which is unknown; {known} are known")
+        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
+            return self._file.get_tensor(name)
+
+
+class _Npz(_Closing):
+    format = "npz"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._size, self.metadata = path, path.stat().st_size, dict[str, str]()
+        with _library_errors(path, "is no .npz file that holds together", CorruptStream):
+            self._file = self._stack.enter_context(zipfile.ZipFile(path))
+            infos = self._file.infolist()
+        if problem := _npz_problem(infos):
+            self._stack.close()
+            raise InvalidArgument(f"{path}: {problem}")
+        self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with self._member(name) as (header, _):
+            return header.shape, header.dtype_name
+
+    def held_bytes(self, name: str) -> int:
+        with self._member(name) as (header, _):
+            return header.data_bytes + header.copied_bytes
+
+    def read(self, name: str) -> Any:
+        with self._member(name) as (header, member):
+            data, place = np.empty(header.data_bytes, np.uint8), 0
+            while place < data.size:
+                piece = member.read(min(data.size - place, _UNPACKED_BYTES))
+                if not piece:
+                    raise CorruptStream(f"{_told(header)}, {place} are there")
+                data[place : place + len(piece)] = np.frombuffer(piece, np.uint8)
+                place += len(piece)
+            return header.array(data)
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[tuple[NpyHeader, Any]]:
+        """What an array says of itself, and the file that its numbers come from: as many as it says, if nothing is damaged."""
+        info = self._file.getinfo(name + ".npy")
+        with _library_errors(self._path, f"array {name!r}", CorruptStream), self._file.open(info) as member:
+            packed = min(info.compress_size, self._size)
+            most = packed if info.compress_type == zipfile.ZIP_STORED else _DEFLATED * packed
+            if info.file_size > most:
+                raise CorruptStream(f"{info.file_size} bytes are told of, {packed} packed ones hold {most} at most")
+            header = read_npy_header(member)
+            if header.data_bytes != (there := info.file_size - member.tell()):
+                raise CorruptStream(f"{_told(header)}, {there} are there")
+            yield header, member
+
+
+def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
+    """Why an archive is none of numpy's, or an empty string."""
+    foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
+    if any(name.endswith("/data.pkl") for name in foreign):
+        return "is torch.save's; pickles are never loaded: save the tensors as .safetensors"
+    if foreign:
+        return f"holds {foreign[0]!r}; an .npz file of .npy arrays is expected"
+    for info in infos:
+        if _leads_out(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
+            return f"holds {info.filename!r:.200}, which leads out of the archive; it is not opened"
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            return f"{info.filename!r} is encrypted, or compressed in a way that numpy does not; save it with numpy.savez"
+    return ""
+
+
+def _told(header: NpyHeader) -> str:
+    return f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes"
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a name in an archive, unpacked as a path, would lie outside the folder."""
+    path = name.replace("\\", "/")
+    return ".." in path.split("/") or path.startswith("/") or path[1:3] == ":/"
+
+
+class _Npy(_Closing):
+    format = "npy"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self.metadata = path, dict[str, str]()
+        self.names: tuple[str, ...] = (path.stem,)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        with self._header() as (header, _):
+            return header.shape, header.dtype_name
+
+    def held_bytes(self, name: str) -> int:
+        with self._header() as (header, _):
+            return header.copied_bytes
+
+    def read(self, name: str) -> Any:
+        with self._header() as (header, start):
+            there = header.data_bytes
+            return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"")
+
+    @contextmanager
+    def _header(self) -> Iterator[tuple[NpyHeader, int]]:
+        """What the file says of itself, and the byte where its numbers begin: as many as it says, if nothing is damaged."""
+        with _library_errors(self._path, "array", CorruptStream):
+            with open(self._path, "rb") as file:
+                header, start = read_npy_header(file), file.tell()
+            if header.data_bytes != (there := os.path.getsize(self._path) - start):
+                raise CorruptStream(f"{_told(header)}, {there} are there")
+            yield header, start
+
+
+_READERS: dict[str, Callable[[Path], TensorReader]] = {"safetensors": _Safetensors, "npz": _Npz, "npy": _Npy}
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def _write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    described = {name: tensors.describe(name) for name in tensors.names}
+    order = list(SAFETENSORS_CODES)
+    for name, (_, dtype) in described.items():
+        if dtype not in SAFETENSORS_CODES or name == "__metadata__":
+            why = f"safetensors has no {dtype}" if name != "__metadata__" else "safetensors keeps this name for itself"
+            raise InvalidArgument(f"tensor {name!r}: {why}; write an .npz file")
+    names = sorted(described, key=lambda name: (order.index(described[name][1]), name))
+    with open(path, "wb") as file:
+        _put(file, _header({name: described[name] for name in names}, metadata))
+        for name in names:
+            _put(file, exact.to_bytes(_read(tensors, name)).data)
+
+
+def _put(file: BinaryIO, data: bytes | memoryview) -> None:
+    try:
+        file.write(data)
+    except OSError as error:
+        error.filename = file.name
+        raise
+
+
+def _header(described: Mapping[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]) -> bytes:
+    """The header of a .safetensors file, byte for byte what the library writes before the same tensors."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidArgument("the metadata of a safetensors file are strings, the input's are not; write an .npz file")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, (shape, dtype) in described.items():
+        start, end = end, end + math.prod(shape) * c.EXACT_ITEM_BYTES[dtype]
+        header[name] = {"dtype": SAFETENSORS_CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    data = json_bytes(header, "the header", _MOST_HEADER_BYTES)
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _write_npz(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    for name in tensors.names:
+        if _leads_out(name):
+            raise InvalidArgument(f"tensor {name!r}: would lie outside an archive; write a .safetensors file")
+        _check_numpy(tensors, name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in tensors.names:
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, _as_numpy(_read(tensors, name)), allow_pickle=False)
+
+
+def _write_npy(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    if len(tensors.names) != 1:
+        raise InvalidArgument(
+            f"an .npy file holds one tensor, not {len(tensors.names)}; write .npz or .safetensors, or choose one tensor"
+        )
+    _check_numpy(tensors, tensors.names[0])
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, _as_numpy(_read(tensors, tensors.names[0])), allow_pickle=False)
+
+
+def _check_numpy(tensors: Tensors, name: str) -> None:
+    _, dtype = tensors.describe(name)
+    if dtype not in exact.NUMPY_DTYPES:
+        raise InvalidArgument(f"tensor {name!r}: numpy has no {dtype}; write a .safetensors file")
+
+
+def _read(tensors: Tensors, name: str) -> Any:
+    """A tensor, which is what was said of it."""
+    x, told = tensors.read(name), tensors.describe(name)
+    found = tuple(x.shape), exact.dtype_name(x)
+    if found != told:
+        raise InvalidArgument(f"tensor {name!r}: is {found[1]} {found[0]}, {told[1]} {told[0]} was said")
+    return x
+
+
+def _as_numpy(x: Any) -> np.ndarray:
+    return x.cpu().numpy() if exact.is_torch(x) else x
+
+
+_WRITERS: dict[str, Callable[[Path, Tensors, dict[str, str]], None]] = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+    ".npy": _write_npy,
+}

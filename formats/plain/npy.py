@@ -1,0 +1,72 @@
+"""Law: numpy's .npy data: nothing of its header is believed before it was checked, and objects are never unpickled."""
+
+from __future__ import annotations
+
+import io
+import math
+import tokenize
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.formats.plain.documents import shape_problem
+from pqcodec.formats.plain.numbers import NUMPY_DTYPES
+
+_MOST_HEADER_BYTES = 1024  # numpy takes up to 10,000, which an odd header keeps busy for seconds
+_VERSIONS = {  # the bytes of the header's length, and what reads it
+    (1, 0): (2, np.lib.format.read_array_header_1_0),
+    (2, 0): (4, np.lib.format.read_array_header_2_0),
+}
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """What stands before an array's numbers."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype  # in the file's byte order
+
+    @property
+    def dtype_name(self) -> str:
+        return self.dtype.newbyteorder("=").name
+
+    @property
+    def data_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the copies that bring the numbers into the machine's order, and the elements into row-major order."""
+        return self.data_bytes * ((not self.dtype.isnative) + (self.fortran and len(self.shape) > 1))
+
+    def array(self, data: Any) -> np.ndarray:
+        """The array over ``data`` (uint8 [data_bytes]), in the machine's byte order."""
+        x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
+    """The header that a file goes on with; raises CorruptStream, or InvalidArgument for what is no array of numbers."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _VERSIONS:
+            raise CorruptStream(f".npy version {version[0]}.{version[1]}; 1.0 and 2.0 are supported")
+        width, parse = _VERSIONS[version]
+        length = file.read(width)
+        if int.from_bytes(length, "little") > _MOST_HEADER_BYTES:
+            raise CorruptStream(f"a header of {int.from_bytes(length, 'little')} bytes; at most {_MOST_HEADER_BYTES} are taken")
+        head = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
+        shape, fortran, dtype = parse(head, max_header_size=_MOST_HEADER_BYTES)
+    except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptStream(f"is no .npy data that holds together: {told:.200}") from error
+    if dtype.hasobject:
+        raise InvalidArgument("holds pickled Python objects, which are never loaded; save numbers")
+    if dtype.newbyteorder("=").name not in NUMPY_DTYPES:
+        raise InvalidArgument(f"dtype {dtype} cannot be stored; choose from {', '.join(NUMPY_DTYPES)}")
+    if problem := shape_problem(shape):
+        raise CorruptStream(f"is no .npy data that holds together: {problem}")
+    return NpyHeader(shape, bool(fortran), dtype)

@@ -1,0 +1,74 @@
+"""Law: how far a stream is from its tensor: squared error and squared norm, of a sample of the tokens or of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pqcodec import codec
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import device_of, device_type, widen
+
+SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
+_AT_ONCE = 4096  # tokens
+_WIDE = 1 << 20  # coordinates that are widened to float64 at once
+_DIGITS = 4  # of what is told: more would tell one machine's sums from another's
+
+
+@dataclass(frozen=True)
+class Error:
+    """Sums over the coordinates that are finite."""
+
+    squares: float = 0.0  # of the differences
+    norm: float = 0.0  # of the tensor's own numbers
+    coordinates: int = 0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(self.squares + other.squares, self.norm + other.norm, self.coordinates + other.coordinates)
+
+    @property
+    def rel_mse(self) -> float | None:
+        """||x - y||^2 / ||x||^2, to four digits; None where nothing was seen."""
+        return float(f"{self.squares / self.norm:.{_DIGITS}g}") if self.norm else None
+
+
+def error_of(x: Any, stream: Any, *, backend: str = "auto", sample: bool = True) -> Error:
+    """The error of a stream against its tensor [..., tokens, head_dim], of at most 256 tokens if it is a sample."""
+    tokens = x.shape[-2]
+    if sample and tokens > SAMPLES * SAMPLE_TOKENS:
+        starts = np.linspace(0, tokens - SAMPLE_TOKENS, SAMPLES + 1).astype(int)[1:]  # the first tokens are exact
+        runs = [(int(start), int(start) + SAMPLE_TOKENS) for start in starts]
+    else:
+        runs = [(start, min(start + _AT_ONCE, tokens)) for start in range(0, tokens, _AT_ONCE)]
+    device = x.device if device_type(device_of(x)) != "cpu" else None
+    found = Error()
+    for low, high in runs:
+        y = codec.decode(stream, tokens=(low, high), backend=backend, device=device)
+        found += _error(x[..., low:high, :], y)
+    return found
+
+
+def held_tokens(sample: bool) -> int:
+    """Tokens of which ``error_of`` holds the tensor's numbers and the stream's beside each other, at most."""
+    return SAMPLES * SAMPLE_TOKENS if sample else _AT_ONCE
+
+
+def _error(x: Any, y: Any) -> Error:
+    found = Error()
+    for a, b in zip(_numbers(x), _numbers(y), strict=True):
+        finite = np.isfinite(a)
+        squares, norm = ((np.where(finite, part, 0) ** 2).sum() for part in (a - b, a))
+        found += Error(float(squares), float(norm), int(finite.sum()))
+    return found
+
+
+def _numbers(x: Any) -> Iterator[np.ndarray]:
+    """A tensor's numbers, some at a time."""
+    seen = arrays.view(exact.on_cpu(x))
+    flat = seen.stored.reshape(-1)
+    for start in range(0, flat.size, _WIDE):
+        yield widen(flat[start : start + _WIDE], seen.dtype).astype(np.float64)

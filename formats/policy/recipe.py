@@ -1,0 +1,254 @@
+"""Law: how the tensors of a cache are encoded, whatever file they go to: keys are centred, values are not, the first tokens of
+both are exact, and the preset's bits are shared between keys, values and layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.codings.presets import preset as preset_of
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.containers.reader import LAYOUT, NO_LAYOUT, named
+from pqcodec.formats.containers.writer import Coded, Piece
+from pqcodec.formats.plain import numbers as exact
+from pqcodec.formats.plain.in_memory import InMemory, Tensors
+from pqcodec.formats.policy import rates
+from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
+from pqcodec.formats.policy.names import Part
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.source import MemorySource
+
+EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
+CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants
+AUTO = "auto"
+_HIGHEST = "pq6"  # preset that a tensor may get where bits are shared
+
+
+def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, Part]]:
+    """(key, value) tensors of each layer as layers.{i}.key and layers.{i}.value."""
+    pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
+    tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
+    return tensors, {f"layers.{layer}.{role}": Part(role, layer) for layer, role, _ in pairs}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What came of a tensor that was encoded."""
+
+    name: str
+    part: Part
+    coordinates: int
+    tensor_bytes: int
+    stream_bytes: int
+    seconds: float  # inside the encoder
+    error: Error
+
+    @property
+    def weight(self) -> float:
+        """Coordinates that each one stands for whose error was measured."""
+        return self.coordinates / max(self.error.coordinates, 1)
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told of the work: of a tensor's progress (name, done, total), and of each tensor that was encoded."""
+
+    advance: Callable[[str, int, int], None] = _ignore
+    encoded: Callable[[Encoded], None] = _ignore
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of encoding a cache; the defaults are those of ``save_cache``. Raises InvalidArgument.
+
+    ``center`` is of keys: "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope"; ``exact_tokens``: None
+    is 4 of keys and values, 0 of others; ``share_bits``: give keys of high energy more bits than values, the preset being
+    the mean (``policy.rates``); ``stream_tokens``: cut a tensor into streams of so many tokens (None: one stream);
+    ``measured``: "sample" (the error is taken of a sample and kept), "all" (of all numbers) or "none".
+    """
+
+    preset: str = "pq3"
+    rope: Rope | None = None
+    center: str | None = AUTO
+    exact_tokens: int | None = None
+    seed: int = 0
+    share_bits: bool = True
+    nonfinite: str = "error"
+    chunk_tokens: int = CHUNK_TOKENS
+    stream_tokens: int | None = None
+    measured: str = "sample"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        preset_of(self.preset)
+        if self.center == AUTO:
+            object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
+        if self.center not in (None, "mean", "rope"):
+            raise InvalidArgument(f"center {self.center!r} is unknown; choose 'auto', None, 'mean' or 'rope'")
+        if (self.center == "rope") != (self.rope is not None):
+            raise InvalidArgument("centring keys under RoPE and a rope go together; give both or neither")
+        if self.measured not in ("sample", "all", "none"):
+            raise InvalidArgument(f"measured {self.measured!r} is unknown; choose 'sample', 'all' or 'none'")
+        if self.stream_tokens is not None and self.stream_tokens < 1:
+            raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
+
+    # -- what is done to a tensor --------------------------------------------------------------------------------
+    def options(self, part: Part, first_token: int = 0) -> dict[str, Any]:
+        """Options of ``pqcodec.encode`` for a tensor from one of its tokens on, all but the preset."""
+        first_token += part.first_token
+        rope = part.rope or (self.rope if part.role == "key" and self.center == "rope" else None)
+        options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(part) - first_token, 0)}
+        if rope and self.center:
+            rope = replace(rope, first_position=rope.first_position + first_token)
+            options |= {"center": "rope", "rope": rope}
+        elif part.role == "key" and self.center:
+            options |= {"center": "mean"}
+        return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
+
+    def exact_vectors(self, part: Part, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
+        """(leading index, token) of the first tokens behind padding, for a tensor [sequences, ..., tokens, head_dim]."""
+        tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + part.first_token
+        places = behind_padding(part.padding, self._exact_tokens(part), first, first + tokens)
+        found = [(row * heads + head, token - first) for row, token in places for head in range(heads)]
+        return np.array(found, np.int64).reshape(-1, 2)
+
+    def held_bytes(self, part: Part, shape: tuple[int, ...], dtype: str) -> int:
+        """Memory that encoding a tensor takes beside its own, at most: its stream, and what that is made and measured with.
+
+        Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for what cannot be encoded.
+        """
+        options = {key: value for key, value in self.options(part).items() if key in ("exact_tokens", "chunk_tokens")}
+        centred = part.role == "key" and self.center is not None
+        presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
+        center = "mean" if centred else None  # under RoPE a stream is some bytes longer
+        stream = max(codec.encoded_size(shape, dtype, preset=preset, center=center, **options) for preset in presets)
+        leading, tokens = math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1
+        row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
+        measured = 2 * row * min(tokens, held_tokens(self.measured != "all"))
+        places = 16 + tokens  # where each leading index begins, and which vectors are not finite
+        return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
+
+    def _exact_tokens(self, part: Part) -> int:
+        if self.exact_tokens is None:
+            return 0 if part.role == "other" else EXACT_TOKENS
+        return self.exact_tokens
+
+    def presets(self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str]) -> dict[str, str]:
+        """The preset of each coded tensor: the layers that have one key and one value, of one shape, share their bits."""
+        flat = dict.fromkeys(coded, self.preset)
+        if not self.share_bits or self.center is None:
+            return flat
+        found: dict[tuple[int, str], list[str]] = {}
+        for name in coded:
+            layer, role = parts[name].layer, parts[name].role
+            if layer is not None and role != "other":
+                found.setdefault((layer, role), []).append(name)
+        shapes = {name: tensors.describe(name)[0] for names in found.values() for name in names}
+        pairs: dict[int, tuple[str, str]] = {}
+        for layer in sorted({layer for layer, _ in found}):
+            keys, values = (found.get((layer, role), []) for role in c.ROLES[:2])
+            if len(keys) == len(values) == 1 and shapes[keys[0]] == shapes[values[0]]:
+                pairs[layer] = (keys[0], values[0])
+        if not rates.shares(self.preset, len(pairs)):
+            return flat
+        energies = {layer: self._energies(tensors, parts, pair) for layer, pair in pairs.items()}
+        shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
+        return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
+
+    def _energies(self, tensors: Tensors, parts: Mapping[str, Part], pair: tuple[str, str]) -> tuple[float, float]:
+        """What ``rates.share`` wants of a layer."""
+        of_key, of_value = (self.options(parts[name]) for name in pair)
+        keys, values = (self._without_exact(tensors.read(name), parts[name]) for name in pair)
+        centred = rates.energy(keys, rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
+        return centred, rates.energy(values, exact_tokens=of_value["exact_tokens"], centred=False)
+
+    def _without_exact(self, x: Any, part: Part) -> Any:
+        """A tensor, or a copy with its last token in the place of those that are exact behind padding: they cost no bits."""
+        places = self.exact_vectors(part, tuple(x.shape))
+        if not len(places):
+            return x
+        whole = x.clone() if hasattr(x, "clone") else x.copy()
+        flat = whole.reshape(-1, *x.shape[-2:])
+        flat[places[:, 0], places[:, 1]] = flat[places[:, 0], -1]
+        return flat.reshape(x.shape)
+
+    def pieces(
+        self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None
+    ) -> list[Piece]:
+        """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
+        coded = tensors.names if coded is None else coded
+        presets = self.presets(tensors, parts, coded)
+        return [self._piece(tensors, name, parts[name], presets.get(name), watch or Watch()) for name in tensors.names]
+
+    def _piece(self, tensors: Tensors, name: str, part: Part, preset: str | None, watch: Watch) -> Piece:
+        shape, dtype = tensors.describe(name)
+        if preset is None:
+            layout = LAYOUT if part.role != "other" and len(shape) > 1 else NO_LAYOUT
+            return Piece(name, False, part.layer, part.role, shape, dtype, layout, lambda: tensors.read(name))
+        tokens = shape[-2] if len(shape) > 1 else 1
+        step = tokens if self.stream_tokens is None else self.stream_tokens
+        starts = range(0, max(tokens, 1), max(step, 1)) if len(shape) > 1 else range(1)
+
+        def body() -> Coded:
+            return self._encoded(tensors.read(name), name, part, preset, starts, watch)
+
+        return Piece(name, True, part.layer, part.role, shape, dtype, LAYOUT, body, len(starts))
+
+    def _encoded(self, x: Any, name: str, part: Part, preset: str, starts: range, watch: Watch) -> Coded:
+        streams, error, seconds = [], Error(), 0.0
+        sampled = range(0, len(starts) if self.measured == "sample" else 0, max(len(starts) // SAMPLES, 1))
+        for number, first in enumerate(starts):
+
+            def advance(done: int, total: int, number: int = number) -> None:
+                watch.advance(name, number * total + done, len(starts) * total)
+
+            cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
+            start = time.perf_counter()
+            with named(f"tensor {name!r}"):
+                vectors = self.exact_vectors(part, tuple(cut.shape), first)
+                options = self.options(part, first) | {"exact_vectors": vectors}
+                stream = codec.encode(cut, preset=preset, progress=advance, **options)
+            seconds += time.perf_counter() - start
+            if x.ndim > 1 and (self.measured == "all" or number in sampled):
+                error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
+            streams.append(MemorySource(stream))
+        size = exact.nbytes(x)
+        watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
+        return Coded(streams, error.rel_mse)
+
+
+def behind_padding(padding: Sequence[int], count: int, first: int, last: int) -> list[tuple[int, int]]:
+    """(sequence, token) of ``count`` tokens behind the padding of each padded sequence, among tokens ``first`` to ``last`` - 1.
+
+    >>> behind_padding((0, 3), 2, 0, 10), behind_padding((0, 3), 2, 4, 10)
+    ([(1, 3), (1, 4)], [(1, 4)])
+    """
+    return [
+        (row, token)
+        for row, before in enumerate(padding)
+        for token in range(max(before, first), min(before + count, last) if before else 0)
+    ]
+
+
+def why_exact(shape: tuple[int, ...], dtype: str) -> str | None:
+    """Why a tensor cannot be encoded, or None."""
+    if dtype not in DTYPE_NAMES.values():
+        return f"dtype {dtype}"
+    if not 2 <= len(shape) <= c.MAX_NDIM:
+        return f"{len(shape)} dimensions, 2 to {c.MAX_NDIM} can be encoded"
+    if not 1 <= shape[-1] <= c.MAX_HEAD_DIM:
+        return f"head_dim outside 1 to {c.MAX_HEAD_DIM}"
+    return None
