@@ -10,6 +10,7 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec.formats.plain import numbers as exact
+from pqcodec.stream.source import Source
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of, device_type, widen
 
@@ -36,7 +37,7 @@ class Error:
         return float(f"{self.squares / self.norm:.{_DIGITS}g}") if self.norm else None
 
 
-def error_of(x: Any, stream: Any, *, backend: str = "auto", sample: bool = True) -> Error:
+def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = True) -> Error:
     """The error of a stream against its tensor [..., tokens, head_dim], of at most 256 tokens if it is a sample."""
     tokens = x.shape[-2]
     if sample and tokens > SAMPLES * SAMPLE_TOKENS:

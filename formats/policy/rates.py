@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -112,18 +113,23 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
     costs, growths = _costs(np.array([energies[layer] for layer in layers]))
     rates, rate = np.array(sorted(_RATES)), PRESETS[preset].half_bits / 2
     left = size * costs * 4.0 ** -(growths * (rates[:, None] - rate))  # what each tensor costs at each rate
-    tensors, level = np.arange(len(size)), np.zeros(len(size), int)
+    bits = size * np.diff(rates)[:, None]  # of each step up
+    worth = (left[:-1] - left[1:]) / np.maximum(bits, 1e-30)
+    level = [0] * len(size)
     budget = (rate - rates[0]) * size.sum() * (1 + 1e-12)
-    while True:  # the step that saves most for its bits, of those that the budget allows
-        higher = np.minimum(level + 1, len(rates) - 1)
-        bits = size * (rates[higher] - rates[level])
-        saved = left[level, tensors] - left[higher, tensors]
-        worth = np.where((bits > 0) & (bits <= budget), saved / np.maximum(bits, 1e-30), -1)
-        best = int(worth.argmax())
-        if worth[best] <= 0:
+    steps = [(-worth[0, tensor], tensor) for tensor in range(len(size)) if size[tensor]]
+    heapify(steps)
+    while steps:  # the step that saves most for its bits; one beyond the budget stays beyond it
+        saves, tensor = heappop(steps)
+        if saves >= 0:
             break
-        level[best] += 1
-        budget -= bits[best]
+        at = level[tensor]
+        if bits[at, tensor] > budget:
+            continue
+        budget -= bits[at, tensor]
+        level[tensor] = at + 1
+        if at + 1 < len(worth):
+            heappush(steps, (-worth[at + 1, tensor], tensor))
     chosen = [_RATES[rates[at]] for at in level]
     return dict(zip(layers, zip(chosen[: len(layers)], chosen[len(layers) :], strict=True), strict=True))
 

@@ -24,8 +24,7 @@ from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import Part
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.header import DTYPE_NAMES
-from pqcodec.stream.source import MemorySource
+from pqcodec.stream.header import DTYPE_NAMES, stream_source
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants
@@ -146,8 +145,17 @@ class Recipe:
             return 0 if part.role == "other" else EXACT_TOKENS
         return self.exact_tokens
 
-    def presets(self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str]) -> dict[str, str]:
-        """The preset of each coded tensor: the layers that have one key and one value, of one shape, share their bits."""
+    def presets(
+        self,
+        tensors: Tensors,
+        parts: Mapping[str, Part],
+        coded: Sequence[str],
+        described: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    ) -> dict[str, str]:
+        """The preset of each coded tensor: the layers that have one key and one value, of one shape, share their bits.
+
+        ``described``: shape and dtype of each tensor, where they are known.
+        """
         flat = dict.fromkeys(coded, self.preset)
         if not self.share_bits or self.center is None:
             return flat
@@ -156,7 +164,9 @@ class Recipe:
             layer, role = parts[name].layer, parts[name].role
             if layer is not None and role != "other":
                 found.setdefault((layer, role), []).append(name)
-        shapes = {name: tensors.describe(name)[0] for names in found.values() for name in names}
+        shapes = {
+            name: (described[name] if described else tensors.describe(name))[0] for names in found.values() for name in names
+        }
         pairs: dict[int, tuple[str, str]] = {}
         for layer in sorted({layer for layer, _ in found}):
             keys, values = (found.get((layer, role), []) for role in c.ROLES[:2])
@@ -190,11 +200,22 @@ class Recipe:
     ) -> list[Piece]:
         """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
         coded = tensors.names if coded is None else coded
-        presets = self.presets(tensors, parts, coded)
-        return [self._piece(tensors, name, parts[name], presets.get(name), watch or Watch()) for name in tensors.names]
+        described = {name: tensors.describe(name) for name in tensors.names}
+        presets = self.presets(tensors, parts, coded, described)
+        return [
+            self._piece(tensors, name, described[name], parts[name], presets.get(name), watch or Watch()) for name in described
+        ]
 
-    def _piece(self, tensors: Tensors, name: str, part: Part, preset: str | None, watch: Watch) -> Piece:
-        shape, dtype = tensors.describe(name)
+    def _piece(
+        self,
+        tensors: Tensors,
+        name: str,
+        described: tuple[tuple[int, ...], str],
+        part: Part,
+        preset: str | None,
+        watch: Watch,
+    ) -> Piece:
+        shape, dtype = described
         if preset is None:
             layout = LAYOUT if part.role != "other" and len(shape) > 1 else NO_LAYOUT
             return Piece(name, False, part.layer, part.role, shape, dtype, layout, lambda: tensors.read(name))
@@ -220,11 +241,11 @@ class Recipe:
             with named(f"tensor {name!r}"):
                 vectors = self.exact_vectors(part, tuple(cut.shape), first)
                 options = self.options(part, first) | {"exact_vectors": vectors}
-                stream = codec.encode(cut, preset=preset, progress=advance, **options)
+                stream = stream_source(codec.encode(cut, preset=preset, progress=advance, **options))
             seconds += time.perf_counter() - start
             if x.ndim > 1 and (self.measured == "all" or number in sampled):
                 error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
-            streams.append(MemorySource(stream))
+            streams.append(stream)
         size = exact.nbytes(x)
         watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
         return Coded(streams, error.rel_mse)

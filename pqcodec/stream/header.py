@@ -19,7 +19,7 @@ from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.index import Blocks, blocks_of
 from pqcodec.stream.orders import order_for
-from pqcodec.stream.source import Part, Source
+from pqcodec.stream.source import MemorySource, Part, Source
 
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
 PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
@@ -223,6 +223,13 @@ def read_header(source: Source) -> Header:
     if isinstance(source, Part):
         source.header = header
     return header
+
+
+def stream_source(data: bytes) -> MemorySource:
+    """A stream in memory, whose header is read here and not again."""
+    source = MemorySource(data)
+    source.header = read_header(source)
+    return source
 
 
 @lru_cache(maxsize=256)  # streams of a file are often of one shape and kind
