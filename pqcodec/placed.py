@@ -95,6 +95,7 @@ class DeviceSource:
         self._head = stream[:_HEADER_READ].cpu().numpy()
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """Bytes uint8 [count]; a copy to the host, but for the stream's head."""
         if start + count <= self._head.size:
             return self._head[start : start + count]
         return self._stream[start : start + count].cpu().numpy()

@@ -79,6 +79,7 @@ class NodeTable:
 
     @property
     def coordinates(self) -> int:
+        """Coordinates under the node: of both children."""
         return self.m_a + self.m_b
 
 
@@ -200,6 +201,7 @@ class Tree:
 
     @property
     def quads(self) -> int:
+        """Quads of four coordinates, the leaves of the tree."""
         return self.order // c.QUAD
 
 

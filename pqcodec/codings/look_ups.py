@@ -76,6 +76,7 @@ class Division:
 
 @lru_cache(maxsize=64)
 def division(m_a: int, m_b: int) -> Division:
+    """The factors of a node whose children have m_a and m_b coordinates; they are checked for every budget."""
     n = m_a + m_b
     found = Division(-(-(16 << WIDTH_SHIFT) // (15 * n)), -(-(m_a << SHARE_SHIFT) // n))
     budgets = np.arange(c.MAX_BUDGET_PER_COORDINATE * n + 1, dtype=np.int64)

@@ -45,10 +45,12 @@ class Plan:
 
     @property
     def root_budget(self) -> int:
+        """Bits that the tree's root shares out: those of a row without the radius."""
         return self.row_bits - self.radius_bits
 
     @property
     def radius_steps(self) -> int:
+        """Radius codes an octave (SPEC 6.1)."""
         return c.RADIUS_STEPS_PER_OCTAVE[self.radius_bits]
 
     @cached_property

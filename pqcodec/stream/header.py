@@ -35,6 +35,7 @@ class RopeField:
 
     @property
     def channels(self) -> int:
+        """Channels of a vector that turn: two a frequency."""
         return 2 * len(self.frequencies)
 
 
@@ -66,10 +67,12 @@ class Header:
     # -- shape ---------------------------------------------------------------------------------------------------
     @property
     def head_dim(self) -> int:
+        """Numbers of a vector: the tensor's last dimension."""
         return self.shape[-1]
 
     @cached_property
     def tokens(self) -> int:
+        """The dimension before the last; 1 for a tensor of one dimension."""
         return self.shape[-2] if len(self.shape) > 1 else 1
 
     @cached_property
@@ -79,6 +82,7 @@ class Header:
 
     @cached_property
     def order(self) -> int:
+        """Coordinates of the rotated vector, head_dim or more (SPEC 5.2)."""
         return order_for(self.head_dim)
 
     @cached_property
@@ -93,6 +97,7 @@ class Header:
 
     @cached_property
     def chunks(self) -> int:
+        """Runs of ``chunk_tokens`` coded tokens; the last one may be shorter."""
         return -(-self.coded_tokens // self.chunk_tokens)
 
     @cached_property
@@ -105,15 +110,18 @@ class Header:
     # -- sizes in bytes ------------------------------------------------------------------------------------------
     @cached_property
     def header_bytes(self) -> int:
+        """Size of the header, its checksum included."""
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         return c.HEADER_STRUCT.size + 8 * len(self.shape) + rope + c.CHECKSUM_BYTES
 
     @cached_property
     def row_bytes(self) -> int:
+        """Size of a coded row."""
         return -(-self.row_bits // 8)
 
     @cached_property
     def vector_bytes(self) -> int:
+        """Size of a vector in the tensor's own dtype."""
         return self.head_dim * c.ITEM_BYTES[self.dtype]
 
     # -- places --------------------------------------------------------------------------------------------------
@@ -144,6 +152,7 @@ class Header:
 
     # -- bytes ---------------------------------------------------------------------------------------------------
     def to_bytes(self) -> bytes:
+        """The header as it stands in the stream (SPEC 3.1), with its checksum."""
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
         flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2)
         fixed = c.HEADER_STRUCT.pack(

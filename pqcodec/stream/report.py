@@ -32,6 +32,7 @@ class StreamInfo:
 
     @property
     def ratio(self) -> float:
+        """How many times smaller the stream is than the tensor."""
         return self.tensor_bytes / self.stream_bytes
 
     @property
@@ -55,5 +56,6 @@ class Damage:
 
 
 def damage_error(damage: list[Damage]) -> CorruptStream:
+    """The error for damaged parts: it names the first one and counts the others."""
     more = f" and {len(damage) - 1} more places" if damage[1:] else ""
     return CorruptStream(f"checksum does not hold: {damage[0]}{more}")

@@ -38,6 +38,7 @@ class DeviceRows:
     stride: int  # elements from one token to the next
 
     def from_token(self, token: int) -> np.ndarray:
+        """Addresses of each leading index's row of a token: int64 [leading]."""
         return self.starts + token * self.stride * c.ITEM_BYTES[self.dtype]
 
 
