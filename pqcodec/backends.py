@@ -6,7 +6,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import BackendUnavailable, InvalidArgument
+from pqcodec.stream.header import Header
 
 
 def _reference() -> Any:
@@ -35,20 +37,23 @@ def _cuda() -> Any:
 
 BACKENDS: dict[str, Callable[[], Any]] = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}
 ON_DEVICE = frozenset({"triton", "cuda"})  # they take groups of spans (``kernels.spans``), the others jobs (``kernels.job``)
-AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # by the tensor's device; the first that is there
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # by device, in the order they are tried
 
 
-def on_device(backend: Any) -> bool:
-    """Whether a backend, given itself or by name, codes tensors where they lie on a device."""
-    return (backend if isinstance(backend, str) else backend.name) in ON_DEVICE
+def names(backend: str, device: str = "cpu") -> list[str]:
+    """The backends that may code tensors of a device type: ``backend`` alone or, for "auto", those of ``AUTO``.
 
-
-def auto(device: str) -> str:
-    """What backend="auto" means for a device type: a rule of what is installed, told here; what fails later is an error.
-
-    torch's "cuda" is an NVIDIA GPU or, under ROCm, one of AMD: there "cuda" is not chosen.
+    torch's "cuda" is an NVIDIA GPU or, under ROCm, one of AMD: there "cuda" is not tried. Nor is it where cuda-bindings are not
+    installed; what fails later is an error.
     """
-    return next((name for name in AUTO.get(device, (device,)) if name != "cuda" or _cuda_is_there()), device)
+    if backend != "auto":
+        return [backend]
+    return [name for name in AUTO.get(device, (device,)) if name != "cuda" or _cuda_is_there()]
+
+
+def on_device(backend: str, device: str = "cpu") -> bool:
+    """Whether a backend codes tensors where they lie on a device, and not in host memory."""
+    return names(backend, device)[0] in ON_DEVICE
 
 
 def _cuda_is_there() -> bool:
@@ -64,23 +69,38 @@ def _installed(module: str) -> bool:
         return False
 
 
-def backend(name: str, device: str = "cpu") -> Any:
-    """The backend ``name``, or for "auto" the one of the device type. Raises BackendUnavailable."""
-    chosen = auto(device) if name == "auto" else name
-    if chosen not in BACKENDS:
-        raise BackendUnavailable(f"backend {chosen!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
+def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
+    """The backend ``name`` or, for "auto", the first that covers the streams of these headers on a device type.
+
+    Raises BackendUnavailable.
+    """
+    tried = names(name, device)
+    for each in tried:
+        found = _loaded(each)
+        if all(map(found.covers, headers)):
+            return found
+    codings = ", ".join(sorted({DECLARED[header.coding].name for header in headers}))
+    raise BackendUnavailable(
+        f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {codings}); choose from {sorted(BACKENDS)}"
+    )
+
+
+def _loaded(name: str) -> Any:
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"backend {name!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
     try:
-        return BACKENDS[chosen]()
+        return BACKENDS[name]()
     except ImportError as error:
         raise BackendUnavailable(
-            f"backend {chosen!r} needs {error.name or error}: install it, or choose another backend"
+            f"backend {name!r} needs {error.name or error}: install it, or choose another backend"
         ) from error
 
 
-def device_backend(name: str, device: Any) -> Any:
-    """The backend that codes tensors where they lie on a torch device; raises InvalidArgument or BackendUnavailable."""
-    found = backend(name, device.type)
-    if not on_device(found):
-        raise InvalidArgument(f"backend {found.name!r} does not code batches; choose from {sorted(ON_DEVICE)} or 'auto'")
+def device_backend(name: str, device: Any, *headers: Header) -> Any:
+    """The backend that codes streams of these headers on a torch device; raises InvalidArgument or BackendUnavailable."""
+    if not on_device(name, device.type):
+        named = names(name, device.type)[0]
+        raise InvalidArgument(f"backend {named!r} does not code batches; choose from {sorted(ON_DEVICE)} or 'auto'")
+    found = backend(name, device.type, *headers)
     found.check_device(device)
     return found

@@ -91,7 +91,7 @@ class EncodeBatch(_Batch):
         import torch
 
         self._device = device = one_device([r.tensor for r in rows])
-        self._kernel = device_backend(backend, device)
+        self._kernel = device_backend(backend, device, *headers)
         self._rows = rows
         headers = [_with_exponent(h, r.tensor) for r, h in zip(rows, headers, strict=True)]
         places = np.cumsum([0, *(aligned(h.stream_bytes) for h in headers)])
@@ -184,19 +184,19 @@ class DecodeBatch(_Batch):
         backend: str = "auto",
     ) -> None:
         device = one_device(streams)
-        kernel = device_backend(backend, device)
+        device_backend(backend, device)  # before streams are read
         damage: list[Damage] = []
         placed = [lying(stream, tokens, leading, damage) for stream in streams]
         if damage:
             raise damage_error(damage)
-        self._prepare(placed, device, kernel, outs, tokens, leading, True)
+        self._prepare(placed, device, backend, outs, tokens, leading, True)
 
     @classmethod
     def of_placed(
         cls,
         placed: list[Placed],
         device: Any,
-        kernel: Any,
+        backend: str,
         outs: Sequence[Any] | None = None,
         tokens: tuple[int, int] | None = None,
         leading: tuple[int, int] | None = None,
@@ -204,14 +204,14 @@ class DecodeBatch(_Batch):
     ) -> Self:
         """A batch of streams whose places are known; with ``write`` False it only checks them."""
         batch = cls.__new__(cls)
-        batch._prepare(placed, device, kernel, outs, tokens, leading, write)
+        batch._prepare(placed, device, backend, outs, tokens, leading, write)
         return batch
 
     def _prepare(
         self,
         placed: list[Placed],
         device: Any,
-        kernel: Any,
+        backend: str,
         outs: Sequence[Any] | None,
         tokens: tuple[int, int] | None,
         leading: tuple[int, int] | None,
@@ -219,7 +219,8 @@ class DecodeBatch(_Batch):
     ) -> None:
         import torch
 
-        self._kernel, self._placed, self._device = kernel, placed, device
+        self._kernel = kernel = device_backend(backend, device, *(p.header for p in placed))
+        self._placed, self._device = placed, device
         shapes = [result_shape(p.header, tokens, leading) for p in placed]
         if outs is None and write:
             dtypes = [getattr(torch, DTYPE_NAMES[p.header.dtype]) for p in placed]

@@ -10,7 +10,6 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec import host
-from pqcodec.backends import backend as backend_of
 from pqcodec.backends import on_device
 from pqcodec.codings.declared import DECLARED
 from pqcodec.codings.presets import preset_name
@@ -21,7 +20,7 @@ from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors import arrays
-from pqcodec.tensors.numbers import device_of, device_type, is_torch
+from pqcodec.tensors.numbers import device_of, device_type
 
 
 def encode(
@@ -56,13 +55,13 @@ def encode(
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
     True
     """
-    kernel = backend_of(backend, arrays.view(x).device)
     options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite)
-    if on_device(kernel):
+    view = arrays.view(x)
+    if on_device(backend, view.device):
         from pqcodec import device
 
-        return device.encode(x, options, kernel, progress)
-    return host.encode(x, options, kernel, progress)
+        return device.encode(x, options, backend, progress)
+    return host.encode(view, options, backend, progress)
 
 
 def encoded_size(
@@ -105,14 +104,12 @@ def decode(
     Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
     """
     where = device_of(out) if out is not None else device
-    if is_torch(data) or (where is not None and device_type(where) != "cpu") or on_device(backend):
-        kernel = backend_of(backend, device_type(where if where is not None else device_of(data)))
-        if on_device(kernel):
-            from pqcodec import device as on_gpu
+    at = device_type(where if where is not None else device_of(data))
+    if on_device(backend, at):
+        from pqcodec import device as on_gpu
 
-            return on_gpu.decode(data, where, kernel, out, tokens, leading, progress)
-    kernel = backend_of("cpu" if backend == "auto" else backend)
-    result = host.decode(source_of(data), kernel, out, tokens, leading, progress)
+        return on_gpu.decode(data, where, backend, out, tokens, leading, progress)
+    result = host.decode(source_of(data), backend, out, tokens, leading, progress)
     return result if device is None or out is not None else arrays.to_device(result, device)
 
 
@@ -123,12 +120,11 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     may be a list of tensors that follow each other along their first dimension. Raises as ``decode`` does, and does not say
     which of the streams is damaged.
     """
-    kernel = backend_of(backend, device_type(device_of(outs[0])) if len(outs) else "cpu")  # a list of tensors is the CPU's
-    if on_device(kernel):
+    if len(outs) and on_device(backend, device_type(device_of(outs[0]))):  # a list of tensors is the CPU's
         from pqcodec import device
 
-        return device.decode_together(sources, outs, starts, kernel)
-    return host.decode_together(sources, outs, starts, kernel)
+        return device.decode_together(sources, outs, starts, backend)
+    return host.decode_together(sources, outs, starts, backend)
 
 
 def inspect(data: Any) -> StreamInfo:
@@ -169,12 +165,11 @@ def verify(data: Any, *, backend: str = "auto", progress: Progress | None = None
 
     A header that does not hold raises, as in ``decode``.
     """
-    kernel = backend_of(backend, device_type(device_of(data)) if is_torch(data) else "cpu")
-    if on_device(kernel):
+    if on_device(backend, device_type(device_of(data))):
         from pqcodec import device
 
-        return device.verify(data, kernel, progress)
-    return host.verify(source_of(data), kernel, progress)
+        return device.verify(data, backend, progress)
+    return host.verify(source_of(data), backend, progress)
 
 
 def means(data: Any) -> np.ndarray | None:

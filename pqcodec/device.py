@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
@@ -23,7 +24,7 @@ from pqcodec.tensors.arrays import device_rows
 from pqcodec.tensors.numbers import device_of, is_torch
 
 
-def encode(x: Any, options: EncodeOptions, kernel: Any, progress: Progress | None) -> bytes:
+def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | None) -> bytes:
     """``codec.encode`` of a tensor of a device; the stream comes to the host."""
     import torch
 
@@ -36,7 +37,7 @@ def encode(x: Any, options: EncodeOptions, kernel: Any, progress: Progress | Non
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():
         kept = np.union1d(kept, torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy())
-    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], kernel.name)
+    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], backend)
     data = bytearray(batch.run()[0].cpu().numpy().tobytes())
     header = batch.headers[0]
     if header.exceptions:
@@ -58,7 +59,7 @@ def _all_done(h: Header, progress: Progress | None) -> None:
 def decode(
     data: Any,
     where: Any,
-    kernel: Any,
+    backend: str,
     out: Any,
     tokens: tuple[int, int] | None,
     leading: tuple[int, int] | None,
@@ -66,7 +67,7 @@ def decode(
 ) -> Any:
     """``codec.decode`` of a stream that lies on the device ``where`` (None: the stream's own) or is moved there."""
     device = device_named(where if where is not None else device_of(data))
-    kernel.check_device(device)
+    device_backend(backend, device)  # whether it can code there is asked before anything is moved
     damage: list[Damage] = []
     if is_torch(data):
         placed = lying(data if data.device == device else data.to(device), tokens, leading, damage)
@@ -74,7 +75,7 @@ def decode(
         placed = moved(source_of(data), device, tokens, leading, damage)
     header = placed.header
     in_place = out is not None and arrays.fits(out, result_shape(header, tokens, leading), header.dtype) and is_torch(out)
-    batch = DecodeBatch.of_placed([placed], device, kernel, [out] if in_place else None, tokens, leading)
+    batch = DecodeBatch.of_placed([placed], device, backend, [out] if in_place else None, tokens, leading)
     result = batch.run()[0]
     damage += batch.damage()
     if damage:
@@ -85,12 +86,12 @@ def decode(
     return result.numpy() if header.numpy and where is None and header.dtype != c.DTYPE_BFLOAT16 else result
 
 
-def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], kernel: Any) -> None:
+def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str) -> None:
     """``codec.decode_together`` for tensors of one device: the streams' bytes move there in one copy. Waits."""
     import torch
 
     device = one_device(outs)
-    kernel.check_device(device)
+    device_backend(backend, device)
     places = np.cumsum([0, *(aligned(source.size) for source in sources)])
     host = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     rows = host.numpy()
@@ -106,20 +107,20 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
         out[..., start : start + p.header.tokens, :] if out.ndim > 1 else out
         for out, start, p in zip(outs, starts, placed, strict=True)
     ]
-    batch = DecodeBatch.of_placed(placed, device, kernel, parts)
+    batch = DecodeBatch.of_placed(placed, device, backend, parts)
     batch.run()
     damage += batch.damage()
     if damage:
         raise damage_error(damage)
 
 
-def verify(data: Any, kernel: Any, progress: Progress | None) -> list[Damage]:
+def verify(data: Any, backend: str, progress: Progress | None) -> list[Damage]:
     """``codec.verify`` on a device."""
     device = device_named(device_of(data))
-    kernel.check_device(device)
+    device_backend(backend, device)
     damage: list[Damage] = []
     placed = lying(data, None, None, damage) if is_torch(data) else moved(source_of(data), device, None, None, damage)
-    batch = DecodeBatch.of_placed([placed], device, kernel, write=False)
+    batch = DecodeBatch.of_placed([placed], device, backend, write=False)
     batch.run()
     _all_done(placed.header, progress)
     return batch.damage() + damage

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pqcodec.backends import backend as backend_of
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob
@@ -28,13 +29,13 @@ _SCAN_ROWS = 1 << 12
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
-def encode(x: Any, options: EncodeOptions, kernel: Backend, progress: Progress | None) -> bytes:
+def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Progress | None) -> bytes:
     """``codec.encode`` of a tensor in host memory."""
-    view = arrays.view(x)
+    header = options.header(view.shape, view.dtype, view.numpy)
+    kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     values = view.values()
-    header = options.header(view.shape, view.dtype, view.numpy)
     rows = exact.coded_rows(header, options.exact_vectors)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
@@ -114,7 +115,7 @@ def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
 # -- decode ------------------------------------------------------------------------------------------------------
 def decode(
     source: Source,
-    kernel: Backend,
+    backend: str,
     out: Any,
     tokens: tuple[int, int] | None,
     leading: tuple[int, int] | None,
@@ -122,6 +123,7 @@ def decode(
 ) -> Any:
     """``codec.decode`` into host memory: a new tensor, or ``out``."""
     header = read_header(source)
+    kernel = backend_of(backend, "cpu", header)
     wanted, leads = checked_range("tokens", tokens, header.tokens), checked_range("leading", leading, header.leading)
     shape = result_shape(header, tokens, leading)
     in_place = out is not None and arrays.fits(out, shape, header.dtype)
@@ -133,9 +135,10 @@ def decode(
     return result if out is None or in_place else arrays.copied(out, result)
 
 
-def verify(source: Source, kernel: Backend, progress: Progress | None) -> list[Damage]:
+def verify(source: Source, backend: str, progress: Progress | None) -> list[Damage]:
     """``codec.verify`` in host memory."""
     header = read_header(source)
+    kernel = backend_of(backend, "cpu", header)
     return _decode_into(source, header, kernel, None, (0, header.tokens), (0, header.leading), progress)
 
 
@@ -207,10 +210,11 @@ def _damage_of(job: DecodeJob) -> list[Damage]:
     return found
 
 
-def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], kernel: Backend) -> None:
+def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str) -> None:
     """``codec.decode_together`` into host memory."""
     damage: list[Damage] = []
     headers = [read_header(source) for source in sources]
+    kernel = backend_of(backend, "cpu", *headers)
     offsets = centre.read_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}
     jobs: list[DecodeJob] = []

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.backends import ON_DEVICE
+from pqcodec.backends import on_device
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.stream.header import DTYPE_NAMES, read_header
@@ -232,7 +232,7 @@ class TensorFile(ABC):
                 if len(parts) == 1:
                     return parts[0].decode(tokens is None and leading is None, tokens=tokens, out=out, **options)
                 wanted = _wanted(entry, parts, tokens, leading is None)
-                if out is None and device is None and backend not in ON_DEVICE:
+                if out is None and device is None and not on_device(backend):
                     return _filled(entry, wanted, options)
                 joined = arrays.joined(one.decode(**options) for one in wanted)
                 return joined if out is None else arrays.copied(out, joined)

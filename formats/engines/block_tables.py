@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.backends import ON_DEVICE
-from pqcodec.backends import backend as backend_of
+from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
 from pqcodec.errors import InvalidArgument
 from pqcodec.placed import DeviceSource
@@ -66,15 +65,13 @@ def encode_blocks(
     options: list[dict[str, Any]] = [
         {"center": one, "rope": rope if one == "rope" else None, "exact_tokens": exact_tokens} for one in centers
     ]
-    kernel = backend_of(backend, pair[0].device.type)
-    if kernel.name not in ON_DEVICE:
+    if not on_device(backend, pair[0].device.type):
         keys, values = (
-            codec.encode(x, preset=name, backend=kernel.name, **each)
-            for x, name, each in zip(pair, presets, options, strict=True)
+            codec.encode(x, preset=name, backend=backend, **each) for x, name, each in zip(pair, presets, options, strict=True)
         )
         return keys, values
     batches = [
-        EncodeBatch([x], preset=name, backend=kernel.name, **each) for x, name, each in zip(pair, presets, options, strict=True)
+        EncodeBatch([x], preset=name, backend=backend, **each) for x, name, each in zip(pair, presets, options, strict=True)
     ]
     streams = [batch.run()[0] for batch in batches]
     for batch in batches:

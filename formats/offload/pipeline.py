@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.formats.offload.graphs import Replayed
 from pqcodec.formats.offload.pieces import Piece
@@ -148,7 +147,7 @@ class _Decoder(DecodeBatch):
         self.buffer = torch.empty(piece.nbytes, dtype=torch.uint8, device=device)
         places = ((part.header, self.buffer.data_ptr() + part.place) for part in piece.parts)
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
-        self._prepare(placed, device, device_backend(backend, device), list(views), None, None, True)
+        self._prepare(placed, device, backend, list(views), None, None, True)
         self.outs = []
         self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
-from pqcodec.backends import ON_DEVICE
-from pqcodec.backends import backend as kernel_of
+from pqcodec.backends import on_device
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile, write_pieces
 from pqcodec.formats.containers.reader import LAYOUT
@@ -208,7 +207,7 @@ class Assembly:
 
     def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
         self._total, self._device, self._backend = tokens, device, backend
-        self._on_device = kernel_of(backend, device_type(device or "cpu")).name in ON_DEVICE
+        self._on_device = on_device(backend, device_type(device or "cpu"))
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Any, arrays.Room]] = {}  # by path and layers
         self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack

@@ -87,6 +87,10 @@ class Backend(Protocol):
 
     name: str
 
+    def covers(self, header: Header) -> bool:
+        """Whether it codes streams of such a header."""
+        ...
+
     def means(self, values: Values, header: Header) -> np.ndarray:
         """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
         ...

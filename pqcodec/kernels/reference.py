@@ -66,6 +66,10 @@ class Reference:
 
     name = "reference"
 
+    def covers(self, header: Header) -> bool:
+        """Whether this backend codes streams of such a header."""
+        return header.coding in CODINGS
+
     def means(self, values: Values, header: Header) -> np.ndarray:
         picked, count, step = sampled(values, header)
         turns = centre.phases(header.rope, header.first_tokens, count, step) if header.rope else None

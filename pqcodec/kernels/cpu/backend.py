@@ -31,6 +31,7 @@ from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of input, for one thread at a time: small enough for progress, large enough to forget Python
 _ONE_THREAD_BYTES = 1 << 16
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER)
 # Bytes of output, as many as a core's own cache may hold; more is stored past the caches, which would read its memory first
 _CACHED_BYTES = 1 << 20
 
@@ -298,6 +299,10 @@ class Cpu:
     """All cores, tiles of eight vectors."""
 
     name = "cpu"
+
+    def covers(self, header: Header) -> bool:
+        """Whether this backend codes streams of such a header."""
+        return header.coding in _CODINGS
 
     def means(self, values: Values, header: Header) -> np.ndarray:
         h = header

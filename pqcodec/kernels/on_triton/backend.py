@@ -24,6 +24,7 @@ PAPER_ENCODE_ROWS = ENCODE_ROWS | {64: 32}
 DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
 ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER)
 _UNITS = 2  # bytes of what side sections are counted in
 
 
@@ -36,6 +37,10 @@ class Triton:
     """Any GPU that Triton compiles for."""
 
     name = "triton"
+
+    def covers(self, header: Header) -> bool:
+        """Whether this backend codes streams of such a header."""
+        return header.coding in _CODINGS
 
     def check_device(self, device: Any) -> None:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
