@@ -21,9 +21,8 @@ from pqcodec.codings import angles
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels import spans as d
 from pqcodec.kernels.on_triton.backend import Triton
-from pqcodec.kernels.spans import Group
+from pqcodec.kernels.spans import SPAN, Group
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
@@ -47,10 +46,6 @@ TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 FEW = 8  # blocks a multiprocessor, up to which large tables do not pay
 SPREAD = 8  # blocks that one multiprocessor takes before the next is used
 MOST_KEYS = 4096  # checksum keys that lie in shared memory; blocks of more words read them from the device's
-FIELDS = (  # of device.py, that the kernels know
-    *("STREAM", "PAYLOAD", "LEADING", "CODED", "EXACT", "FIRST_CHUNK", "FIRST_LEAD", "LEADS", "FIRST_TOKEN", "LAST_TOKEN"),
-    *("STRIDE", "STARTS", "FLAGS", "POSITION", "OFFSETS_AT", "FIELDS", "OFFSET_EXPONENT_AT", "RADIUS_EXPONENT_AT"),
-)
 _ALIGNED = 16
 ROWS = 8  # of a tile
 # Ordinary rows have no smaller numbers but 0: nothing of them is rounded to 0.
@@ -311,7 +306,10 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
         "THREADS": layout.threads,
         "BLOB_BYTES": layout.blob.size,
-        **{name: getattr(d, name) for name in FIELDS},
+        **{name.upper(): place for name, place in SPAN._asdict().items()},
+        "FIELDS": len(SPAN),
+        "OFFSET_EXPONENT_AT": c.OFFSET_EXPONENT_AT,
+        "RADIUS_EXPONENT_AT": c.RADIUS_EXPONENT_AT,
         **layout.places,
     }
 

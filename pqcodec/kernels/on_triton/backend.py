@@ -1,4 +1,4 @@
-"""Law: the Triton backend: launches the kernels of ``blocks`` for a group of spans; nothing is allocated or waited for.
+"""Law: the Triton backend launches the kernels of ``blocks`` and ``sides`` for a group of spans; it allocates nothing itself.
 
 Every launch is on the caller's current stream and may be captured in a CUDA graph. Without a GPU the same kernels run in
 Triton's interpreter (TRITON_INTERPRET=1), on tensors of the CPU.
@@ -12,20 +12,20 @@ from typing import Any
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.job import MEAN_TOKENS
-from pqcodec.kernels.on_triton import blocks as tiles
+from pqcodec.kernels.on_triton import blocks, sides
 from pqcodec.kernels.spans import MEAN_PARTS, Group
 from pqcodec.stream.header import Header
 
 WARPS = 4
 SUM_TILE = 1024
-# Rows of a tile, by columns. What spills even so, and how much, tests/test_shapes.py tells: it compiles every shape.
+# Rows of a tile, by columns: as many as registers hold. tests/test_shapes.py lists the shapes that spill, and their bytes.
 ENCODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16, 512: 16, 1024: 16}
 PAPER_ENCODE_ROWS = ENCODE_ROWS | {64: 32}
 DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
 ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
 _CODINGS = (c.CODING_SPLIT, c.CODING_PAPER)
-_UNITS = 2  # bytes of what side sections are counted in
+_UNITS = 2  # bytes of a unit in which ``sides`` copies
 
 
 def interpreted() -> bool:
@@ -51,7 +51,7 @@ class Triton:
             )
 
     def prepare(self, verb: str, group: Group) -> None:
-        """Make what ``verb`` ("encode" or "decode") writes into beside tensors and streams: it allocates nothing itself."""
+        """Allocate the flags and sums that ``verb`` ("encode" or "decode") writes: the verb itself allocates nothing."""
         if verb == "decode":
             _ = group.block_flags, group.side_flags
         else:
@@ -60,12 +60,12 @@ class Triton:
                 group.sums(group.tables.columns)
 
     def encode(self, group: Group) -> None:
-        """Code every block of a group into its payload; ``span_flags`` counts the vectors with NaN or Inf."""
+        """Encode every block of a group; ``group.span_flags`` counts each span's vectors with NaN or Inf."""
         group.span_flags.zero_()
         if not group.blocks:
             return
         h, tables = group.header, group.tables
-        tiles.clear_blocks[(group.blocks,)](
+        blocks.clear_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
             tables.row_bytes,
@@ -75,7 +75,7 @@ class Triton:
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-        tiles.encode_blocks[(group.blocks,)](
+        blocks.encode_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
             group.starts,
@@ -94,20 +94,18 @@ class Triton:
             h.radius_exponent,
             **self._shape(group),
             ROWS=(PAPER_ENCODE_ROWS if h.coding == c.CODING_PAPER else ENCODE_ROWS)[tables.columns],
-            GROUPS=tables.columns // c.GROUP,
-            LARGEST_CODE=(1 << tables.radius_bits) - 1,
             ENERGY_SCALE=tables.energy_scale,
             FIXES=tables.fixes,
             TERMS=1 if h.dtype == c.DTYPE_BFLOAT16 and not h.offsets else 3,
-            OPERAND=tiles.tl.float32 if interpreted() else tiles.tl.bfloat16,  # the interpreter multiplies no bfloat16
+            OPERAND=blocks.tl.float32 if interpreted() else blocks.tl.bfloat16,  # the interpreter multiplies no bfloat16
         )
 
     def decode(self, group: Group) -> None:
-        """Check every block of a group (``block_flags``), and fill the rows that its spans want."""
+        """Check every block of a group (into ``group.block_flags``), and fill the rows that its spans want."""
         if not group.blocks:
             return
         h, tables = group.header, group.tables
-        tiles.decode_blocks[(group.blocks,)](
+        blocks.decode_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
             group.starts,
@@ -132,7 +130,7 @@ class Triton:
         )
 
     def write_sides(self, group: Group) -> None:
-        """Means and exact tokens of every lead of a group, into its streams."""
+        """Write the means and the exact tokens of every lead of a group into its streams."""
         h, tables = group.header, group.tables
         if not group.leads:
             return
@@ -141,7 +139,7 @@ class Triton:
             means = {"COLUMNS": tables.columns, "PARTS": MEAN_PARTS, **search}
             sums = group.sums(tables.columns)
             group.largest.zero_()
-            tiles.sum_tokens[(group.leads, MEAN_PARTS)](
+            sides.sum_tokens[(group.leads, MEAN_PARTS)](
                 group.rows,
                 group.lead_firsts,
                 group.starts,
@@ -154,11 +152,11 @@ class Triton:
                 ROWS=MEAN_ROWS[tables.columns],
                 **means,
             )
-            tiles.largest_means[(group.leads,)](
+            sides.largest_means[(group.leads,)](
                 group.rows, group.lead_firsts, sums, group.largest, MEAN_TOKENS=MEAN_TOKENS, **means
             )
             least, most = c.OFFSET_EXPONENTS
-            tiles.write_offsets[(group.leads,)](
+            sides.write_offsets[(group.leads,)](
                 group.rows,
                 group.lead_firsts,
                 sums,
@@ -170,15 +168,15 @@ class Triton:
                 **means,
             )
         if any(span.header.first_tokens for span in group.spans):
-            tiles.write_exact[(group.leads,)](
+            sides.write_exact[(group.leads,)](
                 group.rows, group.lead_firsts, group.starts, group.keys, TILE=SUM_TILE, **self._units(h), **search
             )
 
     def read_sides(self, group: Group) -> None:
-        """Check offsets and exact tokens of every lead (``side_flags``), and fill the exact rows that are wanted."""
+        """Check offsets and exact tokens of every lead (into ``group.side_flags``), and fill the exact rows that are wanted."""
         h = group.header
         if group.leads and (h.offsets or any(span.header.first_tokens for span in group.spans)):
-            tiles.read_sides[(group.leads,)](
+            sides.read_sides[(group.leads,)](
                 group.rows,
                 group.lead_firsts,
                 group.starts,

@@ -1,0 +1,142 @@
+"""Law: what the other modules here share: the constants, and numbers as a tensor stores them, as float32 and as powers of two.
+
+Triton reads globals of a kernel only where they are ``tl.constexpr``. Each launch compares every global that a kernel uses,
+once for each module that names it, so indices that belong together are one constant: ``NODE.value.kind``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pqcodec import constants as c
+from pqcodec.codings import look_ups as t
+from pqcodec.kernels import device_tables as tables
+from pqcodec.kernels import spans as s
+
+# Stored numbers
+FLOAT16 = tl.constexpr(c.DTYPE_FLOAT16)
+FLOAT32 = tl.constexpr(c.DTYPE_FLOAT32)
+LARGEST_HALF = tl.constexpr(c.LARGEST_FINITE[c.DTYPE_FLOAT16])
+LARGEST = tl.constexpr(c.LARGEST_FINITE[c.DTYPE_FLOAT32])
+TINY = tl.constexpr(1e-37)  # keeps a quotient of two zeros finite
+FAR = tl.constexpr(40)  # rows beyond 2^40 or below 2^-40 are scaled, so that squares stay in float32
+
+# The grid of coordinates, and the directions of pairs
+GRID = tl.constexpr(float(c.GRID))
+MAGIC = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds a float32 to an integer, ties to even
+CIRCLE = tl.constexpr(c.CIRCLE)
+PHASE_SHIFT = tl.constexpr(c.PHASE_SHIFT)
+PHASE_HALF = tl.constexpr(1 << (c.PHASE_SHIFT - 1))
+PHASE_TURNS = tl.constexpr(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)
+
+# Codings
+SPLIT = tl.constexpr(c.CODING_SPLIT)
+GROUP = tl.constexpr(c.GROUP)
+PAPER_BITS = tl.constexpr(c.PAPER_BLOCK_BITS)
+CHECKSUM_BYTES = tl.constexpr(c.CHECKSUM_BYTES)
+RADIUS_BIAS = tl.constexpr(c.RADIUS_BIAS)
+RADIUS_SPLIT = tl.constexpr(c.RADIUS_SPLIT)
+RADIUS_SHIFT = tl.constexpr(c.RADIUS_SHIFT)
+SECOND_FACTOR = tl.constexpr(2.0**-c.RADIUS_SHIFT)
+
+# Look-ups (codings/look_ups.py)
+CAP = tl.constexpr(c.MAX_BUDGET_PER_COORDINATE)
+MOST_WIDTH = tl.constexpr(c.MAX_ANGLE_BITS)
+STEPS = tl.constexpr(t.STEPS)
+WIDTHS = tl.constexpr(t.WIDTHS)
+BOUNDS = tl.constexpr(t.BOUNDS)
+CODES = tl.constexpr(t.CODES)
+WIDTH_SHIFT = tl.constexpr(t.WIDTH_SHIFT)
+SHARE_SHIFT = tl.constexpr(t.SHARE_SHIFT)
+WIDTH_OF_16 = tl.constexpr(t.division(8, 8).width)
+WIDTH_OF_8 = tl.constexpr(t.division(4, 4).width)
+
+# Where a number stands in a row of a table (kernels/device_tables.py); ``len`` of them make the row
+NODE = tl.constexpr(tables.NODE)
+QUAD = tl.constexpr(tables.QUAD)
+RECORD = tl.constexpr(tables.RECORD)
+RECORD_FLOAT = tl.constexpr(tables.RECORD_FLOAT)
+PAPER = tl.constexpr(tables.PAPER)
+SPAN = tl.constexpr(s.SPAN)  # kernels/spans.py
+
+# A byte of the stream
+EXPONENT_AT = tl.constexpr(c.OFFSET_EXPONENT_AT)
+
+
+@triton.jit
+def load_rows(start, tokens, stride, columns, mask, DTYPE: tl.constexpr):
+    """Stored numbers -> float32 [R, columns]. ``start`` is an address, ``stride`` the elements from one token to the next."""
+    at = tokens.to(tl.int64)[:, None] * stride + columns[None, :]
+    if DTYPE == FLOAT32:
+        x = tl.load(start.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    else:
+        raw = tl.load(start.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0)
+        if DTYPE == FLOAT16:
+            x = raw.to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            x = (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def store_rows(start, tokens, stride, columns, y, mask, DTYPE: tl.constexpr):
+    """Round float32 within the dtype's range to stored numbers, ties to even; arguments as ``load_rows`` takes them."""
+    at = tokens.to(tl.int64)[:, None] * stride + columns[None, :]
+    if DTYPE == FLOAT32:
+        tl.store(start.to(tl.pointer_type(tl.float32)) + at, y, mask=mask)
+    else:
+        if DTYPE == FLOAT16:
+            raw = y.to(tl.float16).to(tl.uint16, bitcast=True)
+        else:
+            bits = y.to(tl.uint32, bitcast=True)
+            raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        tl.store(start.to(tl.pointer_type(tl.uint16)) + at, raw, mask=mask)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent for -126 .. 127, float32."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled(mantissa, exponent):
+    """mantissa * 2^exponent for a normal mantissa and a normal result: adds to the exponent's field."""
+    return (mantissa.to(tl.int32, bitcast=True) + (exponent << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halves(x):
+    """The even and the odd columns of [R, 2n], each [R, n]; [R] where n is 1."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def first_of(x):
+    """[R, 1] -> [R]."""
+    return tl.reshape(x, [x.shape[0]])
+
+
+@triton.jit
+def nearest(x):
+    """float32 rounded to whole numbers, ties to even."""
+    return (x + MAGIC) - MAGIC
+
+
+@triton.jit
+def turns_of(x, y):
+    """Angle of (x, y) in turns, 0 .. 1: a polynomial, good to 2e-8."""
+    a, b = tl.abs(x), tl.abs(y)
+    q = tl.minimum(a, b) / (tl.maximum(a, b) + TINY)
+    z = q * q
+    t = -0.00074305835 * z + 0.00384616852
+    t = t * z - 0.00944856755
+    t = t * z + 0.0157660429
+    t = t * z - 0.0223080879
+    t = t * z + 0.0317820252
+    t = t * z - 0.0530494615
+    t = (t * z + 0.159154927) * q
+    t = tl.where(b > a, 0.25 - t, t)
+    t = tl.where(x < 0, 0.5 - t, t)
+    return tl.where(y < 0, 1.0 - t, t)
