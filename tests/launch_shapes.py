@@ -99,17 +99,17 @@ def triton_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
 
 def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     """Every kernel of ``blocks.cu`` that the CUDA backend launches for a shape."""
-    from pqcodec.kernels.on_cuda import backend as on_cuda
+    from pqcodec.kernels.on_cuda import backend, compiled
 
     asked: list[tuple[str, Any]] = []
-    on_cuda.Cuda.check_device = _anywhere
-    on_cuda.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
+    backend.Cuda.check_device = _anywhere
+    backend.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
     batches(shape)
     for verb, group in asked:
-        kind = on_cuda._kind(group.header)
-        layouts = [on_cuda.layout(verb, kind, few) for few in (False, True)] if on_cuda.covers(group) else []
+        kind = backend.kind_of(group.header)
+        layouts = [compiled.layout(verb, kind, few) for few in (False, True)] if backend.covers(group) else []
         for layout in {found.table_bits: found for found in layouts if found}.values():
-            code = on_cuda.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
+            code = compiled.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
             for name, needs in local_bytes(code).items():
                 yield f"{name}, look-ups of {layout.table_bits} bits", needs
 

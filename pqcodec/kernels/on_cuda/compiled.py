@@ -1,0 +1,181 @@
+"""Law: how ``blocks.cu`` is compiled for a kind of stream: how many threads share how much memory, and which macros it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import product
+from typing import Any
+
+import numpy as np
+from cuda.bindings import nvrtc
+
+from pqcodec import constants as c
+from pqcodec.codings import look_ups as t
+from pqcodec.codings.plan import plan_for
+from pqcodec.errors import BackendUnavailable
+from pqcodec.kernels.on_cuda.tables import LOOK_UP_BYTES, ROWS, in_bytes, kept_rows, row_starts, table_bits, tables_for
+from pqcodec.kernels.spans import SPAN
+from pqcodec.stream.checksum import checksum_keys
+from pqcodec.stream.header import Header
+
+# Threads of a block, by direction and order: as many as registers suffice for. A multiprocessor runs one block, whose tables
+# fill most of its shared memory. Decoders that look up whole quads need fewer registers, kernels that turn offsets need more.
+THREADS = {
+    ("encode", 64): 768,
+    ("encode", 128): 640,
+    ("encode", 256): 384,
+    ("decode", 64): 768,
+    ("decode", 128): 640,
+    ("decode", 256): 384,
+}
+TABLE_THREADS = {("decode", 128): 768}
+ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
+ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
+# Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
+SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The contents of a kernel's shared memory, and how many threads share it."""
+
+    threads: int
+    table_bits: int  # bits of the largest quads that are looked up whole
+    bulk: bool  # decoded rows leave by the bulk copy engine
+    warpgroups: bool  # four warps multiply together (compute capability 9.0 alone knows how)
+    blob: np.ndarray
+    places: dict[str, int]
+    shared_bytes: int
+
+
+def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448) -> Layout | None:
+    """The first layout that fits, from the quickest on; None where none does.
+
+    ``major``: of the compute capability. ``limit``: bytes of shared memory. ``few``: there are few blocks, so that
+    large tables do not pay.
+    """
+    decode = verb == "decode"
+    for keys, bits in product((True, False), sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)):
+        blob, places = tables_for(verb, h, bits, keys)
+        special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
+        special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {})
+        threads = special.get((verb, h.order), THREADS[verb, h.order])
+        for bulk in (True, False) if decode and major >= 9 else (False,):
+            size = blob.size + _signs_bytes(verb, h) + threads // 32 * _warp_bytes(h, bulk)
+            if size <= limit:
+                return Layout(threads, bits, bulk, h.rounds == 2 and major == 9, blob, places, size)
+    return None
+
+
+def _signs_bytes(verb: str, h: Header) -> int:
+    """Bytes of the operands of one round of rotation: 16 a lane of float16 and, when encoding, 16 more of bfloat16."""
+    return 0 if h.rounds == 2 else 512 if verb == "decode" else 1024
+
+
+def _stride_words(h: Header) -> int:
+    """Words from one row of a tile to the next: a multiple of eight plus four, so that rows begin in different banks."""
+    return (plan_for(h).row_bytes // 4 + 3) // 8 * 8 + 4
+
+
+def _stage_bytes(h: Header) -> int:
+    """Bytes of a tile's rows, and those after them that its last run of words may touch."""
+    paper = h.coding == c.CODING_PAPER
+    return -(-ROWS * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
+
+
+def _warp_bytes(h: Header, bulk: bool) -> int:
+    """Bytes of shared memory of one warp: a tile's rows, the next block's place, and decoded rows for the bulk copy engine."""
+    return _stage_bytes(h) + 64 + (ROWS * (h.vector_bytes + 64) if bulk else 0)
+
+
+# -- compiling ----------------------------------------------------------------------------------------------------------
+def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
+    """The machine code (cubin) of one direction for one kind of stream."""
+    source = files("pqcodec.kernels.on_cuda").joinpath("blocks.cu").read_bytes()
+    options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
+    options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
+    try:
+        program = checked(nvrtc.nvrtcCreateProgram(source, b"blocks.cu", 0, [], []))
+    except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
+        raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
+    error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
+    if int(error):
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendUnavailable(f"CUDA: {error.name} for {architecture}:\n{log.decode(errors='replace')}")
+    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """The values of a call of the driver or the compiler; raises BackendUnavailable, naming its error."""
+    error, *values = result
+    if int(error):
+        raise BackendUnavailable(f"CUDA: {error.name}: is the driver as new as the toolkit?")
+    return values[0] if len(values) == 1 else values
+
+
+def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
+    """The macros that ``blocks.cu`` is compiled with."""
+    plan, paper = plan_for(h), h.coding == c.CODING_PAPER
+    return {
+        "DECODER" if verb == "decode" else "ENCODER": 1,
+        "ORDER": plan.order,
+        "LOG2_ORDER": plan.order.bit_length() - 1,
+        "DTYPE": h.dtype,
+        "ITEM": c.ITEM_BYTES[h.dtype],
+        "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
+        "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
+        "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
+        "ROOT_BUDGET": 0 if paper else plan.root_budget,
+        "RADIUS_BITS": plan.radius_bits,
+        "RADIUS_STEPS": 1 if paper else plan.radius_steps,
+        "RADIUS_BIAS": c.RADIUS_BIAS,
+        "RADIUS_SPLIT": f"({c.RADIUS_SPLIT})",
+        "RADIUS_SHIFT": c.RADIUS_SHIFT,
+        "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
+        "GRID": f"{float(c.GRID)!r}f",
+        "PAPER": int(paper),
+        "ROUNDS": h.rounds,
+        "BYTES": int(in_bytes(verb, h)),
+        "WARPGROUPS": int(layout.warpgroups),
+        "PAPER_BOUNDS": _braces(t.paper_cells()[0] ** 2),
+        "ROWS": ROWS,
+        "ROW_BYTES": plan.row_bytes,
+        "STRIDE_WORDS": _stride_words(h),
+        "STAGE_BYTES": _stage_bytes(h),
+        "WARP_BYTES": _warp_bytes(h, layout.bulk),
+        "BULK": int(layout.bulk),
+        "CHUNK": h.chunk_tokens,
+        "OFFSETS": int(h.offsets),
+        "PAIRS": len(h.rope.frequencies) if h.rope else 0,
+        "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
+        "TABLE_BITS": layout.table_bits,
+        "LOOK_UP_BYTES": LOOK_UP_BYTES,
+        **({} if paper or verb == "decode" else _row_definitions(h)),
+        "SIGNS_BYTES": _signs_bytes(verb, h),
+        "KEY_0": f"{checksum_keys(1)[0]}u",
+        "PRIME": f"{c.CHECKSUM_PRIME}ull",
+        "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
+        "THREADS": layout.threads,
+        "BLOB_BYTES": layout.blob.size,
+        **{name.upper(): place for name, place in SPAN._asdict().items()},
+        "FIELDS": len(SPAN),
+        "OFFSET_EXPONENT_AT": c.OFFSET_EXPONENT_AT,
+        "RADIUS_EXPONENT_AT": c.RADIUS_EXPONENT_AT,
+        **layout.places,
+    }
+
+
+def _row_definitions(h: Header) -> dict[str, Any]:
+    """Where the encoder's look-ups of each kind begin, in rows."""
+    rows = row_starts(h)
+    return {"LOOK_UP_ROWS": f"{{{','.join(map(str, rows))}}}", "LOOK_UP_ROW_16": int(kept_rows(h)[:-2].sum())}
+
+
+def _braces(array: np.ndarray) -> str:
+    """A float32 array [rows, columns] as C++ writes it."""
+    return "{" + ",".join("{" + ",".join(f"{x!r}f" for x in map(float, row.astype(np.float32))) + "}" for row in array) + "}"
