@@ -17,10 +17,10 @@ import pytest
 from numba import config
 from numba.core.dispatcher import Dispatcher
 
-from pqcodec.kernels.cpu import disk_cache, tiles
+from pqcodec.kernels.cpu import bits, blocks, disk_cache, numbers, offsets, paper, rotation, samples, sides, split
 
 ROOT = Path(__file__).parents[1]
-TILES = "pqcodec.kernels.cpu.tiles"
+BLOCKS = "pqcodec.kernels.cpu.blocks"
 KERNELS = """
 from pqcodec.constants import GRID
 from pqcodec.kernels.cpu.disk_cache import kept
@@ -72,37 +72,38 @@ def _reached(module: str) -> set[str]:
 
 
 def test_the_key_sees_every_source_that_reaches_a_kernel() -> None:
-    seen = disk_cache.sources(TILES)
-    assert set(seen) == _reached(TILES)
-    assert {TILES, "pqcodec.kernels.cpu.lanes", "pqcodec.constants"} <= set(seen)
+    seen = disk_cache.sources(BLOCKS)
+    assert set(seen) == _reached(BLOCKS)
+    assert {BLOCKS, "pqcodec.kernels.cpu.split", "pqcodec.kernels.cpu.lanes", "pqcodec.constants"} <= set(seen)
     assert all(text == ROOT.joinpath(*name.split(".")).with_suffix(".py").read_text() for name, text in seen.items())
 
 
 def test_every_kernel_goes_through_the_key() -> None:
-    kernels = [value for value in vars(tiles).values() if isinstance(value, Dispatcher)]
-    assert tiles.decode_blocks in kernels
+    modules = (bits, blocks, numbers, offsets, paper, rotation, samples, sides, split)
+    kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)}
+    assert blocks.decode_blocks in kernels
     if disk_cache.folder() is not None:
-        digest = disk_cache.sources_hash(TILES)
         assert all(isinstance(kernel._cache, disk_cache._Cache) for kernel in kernels)
-        assert all(str(digest)[:16] in kernel._cache._impl.filename_base for kernel in kernels)
+        digests = {kernel: str(disk_cache.sources_hash(kernel.py_func.__module__)) for kernel in kernels}
+        assert all(digest[:16] in kernel._cache._impl.filename_base for kernel, digest in digests.items())
     for path in (ROOT / "pqcodec").rglob("*.py"):
         if path.stem != "disk_cache":
             assert "njit" not in path.read_text(), f"{path} compiles beside disk_cache.kept"
 
 
-@pytest.mark.parametrize("name", ["kernels/cpu/tiles", "kernels/cpu/lanes", "constants"])
+@pytest.mark.parametrize("name", ["kernels/cpu/blocks", "kernels/cpu/split", "kernels/cpu/lanes", "constants"])
 def test_an_edit_changes_the_hash(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = disk_cache.sources(TILES)
-    before = disk_cache.sources_hash(TILES)
+    seen = disk_cache.sources(BLOCKS)
+    before = disk_cache.sources_hash(BLOCKS)
     module = "pqcodec." + name.replace("/", ".")
     monkeypatch.setattr(disk_cache, "sources", lambda _: seen | {module: seen[module] + "#"})
-    assert disk_cache.sources_hash.__wrapped__(TILES) != before
+    assert disk_cache.sources_hash.__wrapped__(BLOCKS) != before
 
 
 def test_without_sources_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_cache, "find_spec", lambda name: None)
-    with pytest.warns(RuntimeWarning, match=f"{TILES} has no source"):
-        assert disk_cache.sources_hash.__wrapped__(TILES) is None
+    with pytest.warns(RuntimeWarning, match=f"{BLOCKS} has no source"):
+        assert disk_cache.sources_hash.__wrapped__(BLOCKS) is None
 
 
 # -- small kernels in a copy of the package, a process each ------------------------------------------------------

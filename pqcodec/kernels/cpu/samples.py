@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray
 
 from pqcodec.kernels.cpu.disk_cache import kept
-from pqcodec.kernels.cpu.lanes import pointer
+from pqcodec.kernels.cpu.lane_memory import pointer
 
 
 @kept(nogil=True)

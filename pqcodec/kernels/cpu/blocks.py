@@ -1,0 +1,186 @@
+"""Law: the numba kernels that code blocks: chunks of tokens of one leading index, and their checksums.
+
+A tile is eight vectors, held coordinate-major ([coordinate, lane]): one coordinate of all eight is one SIMD register, and
+everything but the radius is computed eight at a time. Arithmetic that decides output bits is float32 multiplications and
+integer additions, never fused (no fastmath). Numbers come from the plan's tables; a literal in these modules is a mask, a part
+of a float's layout, or an approximation that the encoder is free to choose.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray
+
+from pqcodec.constants import CHECKSUM_BYTES, CODING_SPLIT, DTYPE_FLOAT32, LARGEST_FINITE
+from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
+from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
+from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
+from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
+from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
+from pqcodec.kernels.cpu.records import (
+    F32,
+    I32,
+    I64,
+    SUMS,
+    U64,
+    DecoderQuads,
+    DecoderTree,
+    EncoderQuads,
+    EncoderTree,
+    Kind,
+    Output,
+    PaperDecoder,
+    PaperEncoder,
+    Rope,
+    Rotation,
+    SplitDecoder,
+    SplitDecoderWork,
+    SplitEncoder,
+    SplitEncoderWork,
+    jit,
+)
+from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back
+from pqcodec.kernels.cpu.split import decode_split, encode_split, radius_factors
+
+_LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
+_FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scaled, so that squares stay in float32
+
+
+@jit
+def encode_blocks(first_block, last_block, kind, source, offsets, rope, rotation, split, paper, keys, bad, payload):
+    """Encode blocks first_block .. last_block - 1, counted chunk by chunk, into ``payload``.
+
+    ``offsets`` are the means' negatives. Vectors with NaN or Inf are coded as zeros, and marked in bad [leading * coded].
+    Records come as plain tuples (``records.plain``).
+    """
+    kind, rope, rotation = Kind(*kind), Rope(*rope), Rotation(*rotation)
+    split, paper = SplitEncoder(*split[:-2], EncoderTree(*split[-2]), EncoderQuads(*split[-1])), PaperEncoder(*paper)
+    order, row_bytes, chunk_tokens = kind.order, kind.row_bytes, kind.chunk_tokens
+    flat, starts, token_stride, leading, first_tokens, coded = source
+    pairs = rope.frequencies.size
+    stride = (row_bytes >> 3) + 2
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation.base.size + rotation.places.size > 0 else 0)
+    rotated = other if lies_in_other(rotation) else x
+    sums = lanes_of(rotation.base.shape[1] * len(SUMS) * 2 * LANES)
+    scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
+    row_scales, exponents = np.ones(LANES, np.float32), np.zeros(LANES, np.int32)
+    work = SplitEncoderWork(
+        turns=np.zeros(order // 2 * LANES, np.float32),
+        energy=np.zeros(order // 2 * LANES, np.float32),
+        places=np.zeros(order // 2 * LANES, np.int32),
+        bit_place=np.zeros(order // 2 * LANES, np.int32),
+        budget=np.zeros(order // 2 * LANES, np.int32),
+        codes=np.zeros(order // 2 * LANES, np.int32),
+        widths=np.zeros(order // 4 * LANES, np.int32),
+        cells=np.zeros(order // 4 * LANES, np.int32),
+    )
+    words = np.zeros(LANES * stride, np.uint64)
+    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
+    have_chunk = -1
+    for block in range(first_block, last_block):
+        chunk, lead = block // leading, block % leading
+        first = chunk * chunk_tokens
+        tokens = min(chunk_tokens, coded - first)
+        block_out = chunk * leading * (chunk_tokens * row_bytes + CHECKSUM_BYTES) + lead * (tokens * row_bytes + CHECKSUM_BYTES)
+        out = block_out
+        if pairs and chunk != have_chunk:
+            fill_phases(rope.first_position + first_tokens + first, tokens, 1, rope, cos, sin)
+            have_chunk = chunk
+        for row in range(0, tokens, LANES):
+            rows = min(LANES, tokens - row)
+            start = starts[lead] + (first_tokens + first + row) * token_stride
+            bad_at = lead * coded + first + row
+            load_tile(flat, start, token_stride, rows, kind.head_dim, kind.dtype, tile, order)
+            largest_bits(tile, order, scratch, largest)
+            flag_bad_rows(tile, rows, order, kind.dtype, largest, bad, bad_at)
+            if offsets.size:
+                add_offset(tile, rows, order, offsets[lead], rope, cos, sin, row)
+                for r in range(rows):
+                    if bad[bad_at + r]:
+                        tile[r * order : (r + 1) * order] = F32(0)
+                for k in range(0, LANES * order, LANES):
+                    store(tile, k, min(max(load(tile, k), floats(-_LARGEST)), floats(_LARGEST)))
+                largest_bits(tile, order, scratch, largest)
+            exponent = (load(largest, 0) >> ints(I32(23))) - ints(I32(127))
+            near = min(max(exponent, ints(I32(-_FAR))), ints(I32(_FAR))) == exponent
+            exponent = select(near, ints(I32(0)), ints(I32(0)) - min(max(exponent, ints(I32(-126))), ints(I32(126))))
+            store(exponents, 0, exponent)
+            store(row_scales, 0, as_float((exponent + ints(I32(127))) << ints(I32(23))))
+            rotate(tile, x, other, sums, order, row_scales, rotation)
+            words[:] = U64(0)
+            if kind.coding == CODING_SPLIT:
+                encode_split(rows, rotated, order, exponents, split, work, words, stride)
+            else:
+                encode_paper(rows, rotated, order, row_scales, paper, words, stride)
+            rows_to_bytes(words, stride, rows, row_bytes, payload, out)
+            out += rows * row_bytes
+        total = checksum(payload, block_out, tokens * row_bytes, keys)
+        for j in range(CHECKSUM_BYTES):
+            payload[out + j] = np.uint8(total >> U64(8 * j))
+
+
+@jit
+def decode_blocks(items, kind, output, rope, rotation, split, paper, keys, damaged):
+    """Check the blocks of int64 items [n, ITEM], which lie anywhere in memory, and decode their rows where ``output.write``.
+
+    Records come as plain tuples (``records.plain``).
+    """
+    kind, output, rope, rotation = Kind(*kind), Output(*output), Rope(*rope), Rotation(*rotation)
+    split, paper = SplitDecoder(*split[:-2], DecoderTree(*split[-2]), DecoderQuads(*split[-1])), PaperDecoder(*paper)
+    order, row_bytes = kind.order, kind.row_bytes
+    pairs = rope.frequencies.size
+    stride = (row_bytes >> 3) + 2
+    tile, x = lanes_of(LANES * order), lanes_of(order * LANES)
+    other = lanes_of(x.size if rotation.base.size + rotation.places.size > 0 else 0)
+    sums = lanes_of(rotation.base.shape[1] * len(SUMS) * 2 * LANES)
+    first_factor, second_factor = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    work = SplitDecoderWork(
+        bits=np.zeros(order // 2 * LANES, np.int32),
+        budget=np.zeros(order // 2 * LANES, np.int32),
+        radius=np.zeros(order // 2 * LANES, np.float32),
+        entries=np.zeros(order // 4 * LANES, np.int32),
+        phases=np.zeros(order // 2 * LANES, np.int32),
+        listed=np.zeros(order // 4 + 1, np.int32),
+    )
+    words = np.zeros(LANES * stride, np.uint64)
+    short = np.zeros(LANES, np.uint16)
+    cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    like, past = output.like, output.past
+    have_position = I64(-1)
+    for i in range(items.shape[0]):
+        tokens, low, high, source, target, offset_at, token_stride, position = items[i]
+        size = tokens * row_bytes
+        payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
+        damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
+        if not output.write or low >= high:
+            continue
+        if pairs and position != have_position:
+            fill_phases(position, tokens, 1, rope, cos, sin)
+            have_position = position
+        out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
+        for row in range(low, high, LANES):
+            rows = min(LANES, high - row)
+            bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
+            if kind.coding == CODING_SPLIT:
+                radius_factors(rows, split, words, stride, first_factor, second_factor)
+                decode_split(split, order, work, words, stride, x)
+            else:
+                decode_paper(rows, order, paper, words, stride, x, first_factor, second_factor)
+            rotate_back(x, other, sums, order, first_factor, second_factor, rotation, tile)
+            if offset_at:
+                offset = carray(pointer(offset_at), (order,), np.float32)
+                add_offset(tile, rows, order, offset, rope, cos, sin, row)
+            at = (row - low) * token_stride
+            narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
+    if past:
+        fence()
+
+
+@jit
+def lanes_of(count):
+    """Zeros, float32 [count], that begin at a multiple of 64 bytes: sixteen numbers are one line of the caches."""
+    whole = np.zeros(count + 2 * LANES, np.float32)
+    skipped = (-whole.ctypes.data % (2 * LANES * 4)) // 4
+    return whole[skipped : skipped + count]

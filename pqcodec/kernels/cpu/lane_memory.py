@@ -1,0 +1,447 @@
+"""Law: lanes in memory: loads, stores, look-ups of many entries at once, transpositions, and fields of bits.
+
+Arrays are 1-D and contiguous, and no index is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from pqcodec.kernels.cpu.lanes import FLOAT, I8, I16, I32, I64, INT, LANES, LONG, WIDE, numbered, splat, vector_of
+
+
+# -- loads and stores ----------------------------------------------------------------------------------------------------
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+def _load(builder: Any, pointer: Any, vector: ir.Type, align: int) -> Any:
+    load = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    load.align = align
+    return load
+
+
+def _store(builder: Any, value: Any, pointer: Any, align: int, past: bool = False) -> None:
+    """``past``: non-temporal, which spares reading the line first."""
+    stored = builder.store(value, builder.bitcast(pointer, value.type.as_pointer()))
+    stored.align = align
+    if past:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+_KIND_OF = {types.float32: FLOAT, types.int32: INT, types.uint32: INT}
+
+
+@intrinsic
+def load(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index : index + 8]: float32 as float lanes, int32 and uint32 as int lanes."""
+    lanes = _KIND_OF[array.dtype]
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of(lanes.kind), 4)
+
+    return lanes(array, types.int64), emit
+
+
+@intrinsic
+def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """float32 array[index : index + 16] as wide lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of("wide"), 4)
+
+    return WIDE(array, types.int64), emit
+
+
+@intrinsic
+def side_by_side(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """Eight float lanes and eight more."""
+    return WIDE(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, numbered(*range(2 * LANES)))
+
+
+def _storing(align: int, past: bool, short: bool = False) -> Any:
+    """An intrinsic that stores lanes into array[index : index + 8] (wide ones: 16).
+
+    ``past``: non-temporal. ``short``: the low 16 bits of each lane.
+    """
+
+    @intrinsic
+    def apply(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            stored = builder.trunc(args[2], ir.VectorType(I16, LANES)) if short else args[2]
+            _store(builder, stored, _pointer(context, builder, signature.args[0], *args[:2]), align, past)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, value), emit
+
+    return apply
+
+
+store = _storing(4, False)
+store_past = _storing(4 * LANES, True)  # non-temporal, aligned: ``fence`` before others read it
+store_short = _storing(2, False, short=True)
+store_short_past = _storing(2 * LANES, True, short=True)
+
+
+@intrinsic
+def load_short(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """uint16 array[index : index + 8] as int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = _load(builder, _pointer(context, builder, signature.args[0], *args), ir.VectorType(I16, LANES), 2)
+        return builder.zext(short, vector_of("int"))
+
+    return INT(array, types.int64), emit
+
+
+@intrinsic
+def fence(typingctx):  # type: ignore[no-untyped-def]
+    """Make all earlier stores visible before any later one."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+# -- look-ups --------------------------------------------------------------------------------------------------------------
+def _lane_pointers(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> list[Any]:
+    """A pointer for each lane; indices are unsigned."""
+    data = context.make_array(array_type)(context, builder, array).data
+    wide = [builder.zext(builder.extract_element(index, ir.Constant(I32, i)), I64) for i in range(LANES)]
+    return [builder.gep(data, [place]) for place in wide]
+
+
+def _stored_indices(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> list[Any]:
+    """int32 array[at : at + 8] as 64-bit numbers: cheaper than taking lanes out of a register."""
+    pointers = (_pointer(context, builder, array_type, array, builder.add(at, ir.Constant(I64, i))) for i in range(LANES))
+    return [builder.zext(builder.load(pointer), I64) for pointer in pointers]
+
+
+def _gathered(builder: Any, pointers: list[Any], kind: str) -> Any:
+    """One number from each of eight pointers; 8-bit ones are widened."""
+    result = ir.Constant(vector_of(kind), ir.Undefined)
+    for i, pointer in enumerate(pointers):
+        value = builder.load(pointer)
+        if isinstance(value.type, ir.IntType) and value.type.width < 32:
+            value = builder.zext(value, I32)
+        result = builder.insert_element(result, value, ir.Constant(I32, i))
+    return result
+
+
+@intrinsic
+def gather(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index] lane by lane, for a 1-D table of 8- or 32-bit numbers."""
+    lanes = _KIND_OF.get(array.dtype, INT)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _gathered(builder, _lane_pointers(context, builder, signature.args[0], *args), lanes.kind)
+
+    return lanes(array, INT), emit
+
+
+def _pairs(builder: Any, pointers: list[Any], kind: str) -> tuple[Any, Any]:
+    """Two neighbours at each of eight pointers, as two vectors."""
+    two = [_load(builder, pointer, vector_of(kind, 2), 4) for pointer in pointers]
+    four = [builder.shuffle_vector(two[i], two[i + 1], numbered(0, 1, 2, 3)) for i in range(0, LANES, 2)]
+    low = builder.shuffle_vector(four[0], four[2], numbered(*range(8)))
+    high = builder.shuffle_vector(four[1], four[3], numbered(*range(8)))
+    first = builder.shuffle_vector(low, high, numbered(0, 2, 8, 10, 4, 6, 12, 14))
+    second = builder.shuffle_vector(low, high, numbered(1, 3, 9, 11, 5, 7, 13, 15))
+    return first, second
+
+
+@intrinsic
+def gather_pair(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """array[index] and array[index + 1], lane by lane, as two vectors."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointers = _lane_pointers(context, builder, signature.args[0], *args)
+        return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
+
+    return result(array, INT), emit
+
+
+def _fours(builder: Any, pointers: list[Any], kind: str) -> list[Any]:
+    """Four neighbours at each of eight pointers, as four vectors."""
+    four = [_load(builder, pointer, vector_of(kind, 4), 4) for pointer in pointers]
+    both = [builder.shuffle_vector(four[i], four[i + 4], numbered(*range(8))) for i in range(4)]
+    low, high = numbered(0, 8, 1, 9, 4, 12, 5, 13), numbered(2, 10, 3, 11, 6, 14, 7, 15)
+    t = [builder.shuffle_vector(*both[:2], low), builder.shuffle_vector(*both[:2], high)]
+    t += [builder.shuffle_vector(*both[2:], low), builder.shuffle_vector(*both[2:], high)]
+    low, high = numbered(0, 1, 8, 9, 4, 5, 12, 13), numbered(2, 3, 10, 11, 6, 7, 14, 15)
+    return [builder.shuffle_vector(t[j], t[j + 2], half) for j in (0, 1) for half in (low, high)]
+
+
+@intrinsic
+def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """array[index] .. array[index + 3] as four vectors, for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 4)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        pointers = [builder.gep(data, [place]) for place in places]
+        return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
+
+    return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_eight_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """array[index] .. array[index + 7] as eight vectors, for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 8)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        rows = [_load(builder, builder.gep(data, [place]), vector_of(lanes.kind, 8), 4) for place in places]
+        return context.make_tuple(builder, result, _transposed(builder, rows))
+
+    return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """gather for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF.get(array.dtype, INT)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        return _gathered(builder, [builder.gep(data, [place]) for place in places], lanes.kind)
+
+    return lanes(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """gather_pair for the indices int32 indices[at : at + 8]."""
+    lanes = _KIND_OF[array.dtype]
+    result = types.UniTuple(lanes, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        places = _stored_indices(context, builder, signature.args[1], *args[1:])
+        pointers = [builder.gep(data, [place]) for place in places]
+        return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
+
+    return result(array, indices, types.int64), emit
+
+
+# -- transpositions ------------------------------------------------------------------------------------------------------
+def _transposing(stages: int) -> Any:
+    """target[place + 8 i + j] = source[start + j stride + i] factors[i] scales[j] for i, j in 0 .. 7, all float32, and then
+    ``stages`` stages of sums and differences over i. ``factors`` is the vector of eight.
+    """
+
+    @intrinsic
+    def apply(typingctx, source, start, stride, factors, scales, target, place):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            source, start, stride, factors, scales, target, place = args
+            rows = []
+            for j in range(LANES):
+                row = _load(builder, _pointer(context, builder, signature.args[0], source, start), vector_of("float"), 4)
+                scale = builder.load(_pointer(context, builder, signature.args[4], scales, ir.Constant(I64, j)))
+                rows.append(builder.fmul(row, builder.fmul(factors, splat(builder, scale, vector_of("float")))))
+                start = builder.add(start, stride)
+            for i, row in enumerate(_summed(builder, _transposed(builder, rows), stages)):
+                at = builder.add(place, ir.Constant(I64, LANES * i))
+                _store(builder, row, _pointer(context, builder, signature.args[5], target, at), 4)
+            return context.get_dummy_value()
+
+        return types.void(source, types.int64, types.int64, FLOAT, scales, target, types.int64), emit
+
+    return apply
+
+
+def _transposing_back(stages: int) -> Any:
+    """target[start + j stride + i] = sum[i] factors[i] first[j] second[j] + 0 for i, j in 0 .. 7, all float32.
+
+    sum[i] is source[place + 8 i + j] after ``stages`` stages of sums and differences over i. Multiplied from left to right,
+    each product rounded. ``factors`` is the vector of eight.
+    """
+
+    @intrinsic
+    def apply(typingctx, source, place, factors, first, second, target, start, stride):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            source, place, factors, first, second, target, start, stride = args
+            rows = []
+            for i in range(LANES):
+                at = builder.add(place, ir.Constant(I64, LANES * i))
+                rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), vector_of("float"), 4))
+            for j, row in enumerate(_transposed(builder, _summed(builder, rows, stages))):
+                value = builder.fmul(row, factors)
+                for number, array in ((3, first), (4, second)):
+                    factor = builder.load(_pointer(context, builder, signature.args[number], array, ir.Constant(I64, j)))
+                    value = builder.fmul(value, splat(builder, factor, vector_of("float")))
+                value = builder.fadd(value, ir.Constant(vector_of("float"), [0.0] * LANES))
+                _store(builder, value, _pointer(context, builder, signature.args[5], target, start), 4)
+                start = builder.add(start, stride)
+            return context.get_dummy_value()
+
+        return types.void(source, types.int64, FLOAT, first, second, target, types.int64, types.int64), emit
+
+    return apply
+
+
+transpose_two, transpose_three = (_transposing(stages) for stages in (2, 3))
+transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (2, 3))
+
+
+@intrinsic
+def largest_of_rows(typingctx, source):  # type: ignore[no-untyped-def]
+    """The largest of each of eight rows of eight int32, which follow one another from source[0] on: int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        places = (ir.Constant(I64, LANES * j) for j in range(LANES))
+        rows = [
+            _load(builder, _pointer(context, builder, signature.args[0], args[0], at), vector_of("int"), 4) for at in places
+        ]
+        rows = _transposed(builder, rows)
+        while len(rows) > 1:
+            pairs = zip(rows[::2], rows[1::2], strict=True)
+            rows = [builder.select(builder.icmp_signed(">", a, b), a, b) for a, b in pairs]
+        return rows[0]
+
+    return INT(source), emit
+
+
+def _summed(builder: Any, rows: list[Any], stages: int) -> list[Any]:
+    """The first ``stages`` stages of a Hadamard matrix of order 8, over eight vectors."""
+    for step in (1, 2, 4)[:stages]:
+        low = [i for i in range(LANES) if not i & step]
+        pairs = {i: (rows[i], rows[i + step]) for i in low}
+        rows = [builder.fsub(*pairs[i - step]) if i & step else builder.fadd(*pairs[i]) for i in range(LANES)]
+    return rows
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """An 8 x 8 transposition in three rounds of shuffles."""
+    rounds = (
+        (1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15)),
+        (2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
+        (4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+    )
+    for step, low, high in rounds:
+        turned = list(rows)
+        for i in range(LANES):
+            if not i & step:
+                turned[i] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*low))
+                turned[i + step] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*high))
+        rows = turned
+    return rows
+
+
+# -- bit fields --------------------------------------------------------------------------------------------------
+@intrinsic
+def put_at(typingctx, words, stride, places, at, value):  # type: ignore[no-untyped-def]
+    """OR each long lane into its own row of uint64 words, ``stride`` words apart, from bit places[at + lane] on."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, places, at, value = args
+        data = context.make_array(signature.args[0])(context, builder, words).data
+        base = ir.Constant(I64, 0)
+        for i, place in enumerate(_stored_indices(context, builder, signature.args[2], places, at)):
+            bits = builder.extract_element(value, ir.Constant(I32, i))
+            shift = builder.and_(place, ir.Constant(I64, 63))
+            rest = builder.lshr(builder.lshr(bits, ir.Constant(I64, 1)), builder.sub(ir.Constant(I64, 63), shift))
+            pointer = builder.gep(data, [builder.add(base, builder.lshr(place, ir.Constant(I64, 6)))])
+            builder.store(builder.or_(builder.load(pointer), builder.shl(bits, shift)), pointer)
+            behind = builder.gep(pointer, [ir.Constant(I64, 1)])
+            builder.store(builder.or_(builder.load(behind), rest), behind)
+            base = builder.add(base, stride)
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, places, types.int64, LONG), emit
+
+
+@intrinsic
+def window_at(typingctx, words, stride, places, at):  # type: ignore[no-untyped-def]
+    """32 bits of each lane's row of int32 words, ``stride`` words apart, from bit places[at + lane] on: int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, places, at = args
+        data = context.make_array(signature.args[0])(context, builder, words).data
+        base, pointers = ir.Constant(I64, 0), []
+        for place in _stored_indices(context, builder, signature.args[2], places, at):
+            word = builder.lshr(place, ir.Constant(I64, 5))
+            pointers.append(builder.gep(data, [builder.add(base, word)]))
+            base = builder.add(base, stride)
+        low, high = _pairs(builder, pointers, "int")
+        place = _load(builder, _pointer(context, builder, signature.args[2], places, at), vector_of("int"), 4)
+        shift = builder.and_(place, ir.Constant(vector_of("int"), [31] * LANES))
+        back = builder.sub(ir.Constant(vector_of("int"), [31] * LANES), shift)
+        high = builder.shl(builder.shl(high, ir.Constant(vector_of("int"), [1] * LANES)), back)
+        return builder.or_(builder.lshr(low, shift), high)
+
+    return INT(words, types.int64, places, types.int64), emit
+
+
+@intrinsic
+def long_window_at(typingctx, words, stride, places, at):  # type: ignore[no-untyped-def]
+    """At least 57 bits of each lane's row of uint64 words, ``stride`` words apart, from bit places[at + lane] on, as longs."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, stride, places, at = args
+        data = builder.bitcast(context.make_array(signature.args[0])(context, builder, words).data, I8.as_pointer())
+        base, stride = ir.Constant(I64, 0), builder.shl(stride, ir.Constant(I64, 3))
+        result = ir.Constant(vector_of("long"), ir.Undefined)
+        for i, place in enumerate(_stored_indices(context, builder, signature.args[2], places, at)):
+            byte = builder.add(base, builder.lshr(place, ir.Constant(I64, 3)))
+            window = _load(builder, builder.gep(data, [byte]), I64, 1)
+            result = builder.insert_element(result, window, ir.Constant(I32, i))
+            base = builder.add(base, stride)
+        place = _load(builder, _pointer(context, builder, signature.args[2], places, at), vector_of("int"), 4)
+        shift = builder.and_(place, ir.Constant(vector_of("int"), [7] * LANES))
+        return builder.lshr(result, builder.zext(shift, vector_of("long")))
+
+    return LONG(words, types.int64, places, types.int64), emit
+
+
+@intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """An address as the pointer that ``numba.carray`` takes."""
+    return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], I8.as_pointer())
+
+
+@intrinsic
+def word_at(typingctx, data, index):  # type: ignore[no-untyped-def]
+    """The little-endian 32-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        word = _load(builder, _pointer(context, builder, signature.args[0], *args), I32, 1)
+        return builder.zext(word, I64)
+
+    return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def long_at(typingctx, data, index):  # type: ignore[no-untyped-def]
+    """The little-endian 64-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), I64, 1)
+
+    return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def set_long_at(typingctx, data, index, value):  # type: ignore[no-untyped-def]
+    """Write a uint64 at byte ``index`` of a uint8 array, aligned or not."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), 1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), emit

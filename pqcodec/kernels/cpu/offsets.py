@@ -1,0 +1,61 @@
+"""Law: offsets (SPEC 8): each channel's stored mean, turned by its token's position under RoPE."""
+
+from __future__ import annotations
+
+from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
+from pqcodec.kernels.cpu.lanes import LANES, ints
+from pqcodec.kernels.cpu.records import I32, U64, leaf
+
+
+@leaf
+def fill_phases(first, tokens, step, rope, cos, sin):
+    """cos and sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2).
+
+    Token t is at position first + t * step.
+    """
+    frequencies, tables = rope.frequencies, rope.phases
+    pairs = frequencies.size
+    whole = pairs - pairs % LANES
+    for t in range(tokens):
+        position, at = I32(first + t * step), t * pairs
+        for i in range(0, whole, LANES):
+            turn = ints(position) * load(frequencies, i)
+            cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
+            cos_l, sin_l = gather_pair(tables, ((turn >> ints(I32(15))) & ints(I32(510))) | ints(I32(512)))
+            store(cos, at + i, cos_h * cos_l - sin_h * sin_l)
+            store(sin, at + i, sin_h * cos_l + cos_h * sin_l)
+        for i in range(whole, pairs):
+            turn = U64(first + t * step) * U64(frequencies[i])
+            h, l = ((turn >> U64(24)) & U64(255)) * U64(2), ((turn >> U64(16)) & U64(255)) * U64(2) + U64(512)
+            cos[at + i] = tables[h] * tables[l] - tables[h + U64(1)] * tables[l + U64(1)]
+            sin[at + i] = tables[h + U64(1)] * tables[l] + tables[h] * tables[l + U64(1)]
+
+
+@leaf
+def add_offset(tile, rows, order, offset, rope, cos, sin, first_row):
+    """tile[r] += offset [order], the first 2 * pairs channels turned by each row's angles (SPEC 8.3)."""
+    pairs, pair_p, step = rope.frequencies.size, rope.pair_p, rope.step
+    wide = pairs - pairs % (2 * LANES) if pair_p == 1 else 0
+    whole = pairs - pairs % LANES if pair_p == 1 else 0
+    for r in range(rows):
+        base, turn = r * order, (first_row + r) * pairs
+        for i in range(0, wide, 2 * LANES):
+            c, s = load_wide(cos, turn + i), load_wide(sin, turn + i)
+            p, q = load_wide(offset, i), load_wide(offset, i + step)
+            store(tile, base + i, load_wide(tile, base + i) + (p * c - q * s))
+            store(tile, base + i + step, load_wide(tile, base + i + step) + (p * s + q * c))
+        for i in range(wide, whole, LANES):
+            c, s = load(cos, turn + i), load(sin, turn + i)
+            p, q = load(offset, i), load(offset, i + step)
+            store(tile, base + i, load(tile, base + i) + (p * c - q * s))
+            store(tile, base + i + step, load(tile, base + i + step) + (p * s + q * c))
+        for i in range(whole, pairs):
+            c, s = cos[turn + i], sin[turn + i]
+            p, q = offset[pair_p * i], offset[pair_p * i + step]
+            tile[base + pair_p * i] += p * c - q * s
+            tile[base + pair_p * i + step] += p * s + q * c
+        ragged = (order - 2 * pairs) % LANES
+        for k in range(2 * pairs, 2 * pairs + ragged):
+            tile[base + k] += offset[k]
+        for k in range(2 * pairs + ragged, order, LANES):
+            store(tile, base + k, load(tile, base + k) + load(offset, k))

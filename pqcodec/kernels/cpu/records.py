@@ -1,0 +1,232 @@
+"""Law: what the kernels share: how they are compiled, and the records, the named groups of arrays and numbers, that they take.
+
+numba compiles a NamedTuple as it does a plain tuple, but takes a microsecond to unpack one that Python hands over. So records
+cross that border as plain tuples (``plain``), and a kernel's first lines make them records again. Arrays of a tile hold eight
+lanes for each coordinate or node.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pqcodec.constants import COARSE_GRID_BITS, MAX_ANGLE_BITS
+from pqcodec.kernels.cpu.disk_cache import kept
+
+F32, I32, I64, U64 = np.float32, np.int32, np.int64, np.uint64
+TINY = np.float32(1e-37)  # keeps a quotient of two zeros finite
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+jit = kept(**_OPTIONS)
+# For kernels that allocate nothing: without reference counting of their arrays they take a third less time. They are inlined,
+# because an array is seven arguments.
+leaf = kept(**{**_OPTIONS, "_nrt": False, "forceinline": True})
+inlined = kept(**{**_OPTIONS, "inline": "always"})
+
+
+def plain(record: tuple) -> tuple:
+    """A record, and the records in it, as plain tuples."""
+    return tuple(plain(x) if isinstance(x, tuple) else x for x in record)
+
+
+# -- what a launch is about ----------------------------------------------------------------------------------------------
+class Kind(NamedTuple):
+    """Numbers of a kind of streams."""
+
+    coding: int
+    dtype: int
+    head_dim: int
+    order: int
+    row_bytes: int
+    chunk_tokens: int  # tokens of a block, at the most
+
+
+class Source(NamedTuple):
+    """A tensor that is read: element start + token * stride is a lead's token's first."""
+
+    flat: np.ndarray  # float32, or the bits of 16-bit numbers as uint16
+    starts: np.ndarray  # int64 [leading]
+    stride: int
+    leading: int
+    first_tokens: int  # exact ones, which are not coded
+    coded_tokens: int
+
+
+class Output(NamedTuple):
+    """How decoded rows are stored."""
+
+    like: np.ndarray  # [1] of the dtype in which they are stored
+    limit: np.float32  # the dtype's largest finite number
+    write: bool  # whether rows are decoded at all, or blocks only checked
+    past: bool  # by non-temporal stores; every eight numbers of a row must be aligned
+
+
+class Item(NamedTuple):
+    """A block that is decoded: int64. As ``ITEM``, where each number stands in a row of ``items``."""
+
+    tokens: int
+    low: int  # rows low .. high - 1 are wanted
+    high: int
+    source: int  # address of the block's bytes
+    target: int  # address of row 0 in the result
+    offset: int  # address of its offset, float32 [order]; 0: none
+    stride: int  # elements from one row of the result to the next
+    position: int  # of row 0 under RoPE
+
+
+ITEM = Item(*range(len(Item._fields)))
+
+
+# -- the stages ------------------------------------------------------------------------------------------------------------
+class Rope(NamedTuple):
+    """Pair i is the channels pair_p * i and pair_p * i + step: (1, pairs) is half-split, (2, 1) is interleaved."""
+
+    frequencies: np.ndarray  # uint32 [pairs]; none without RoPE
+    pair_p: int
+    step: int
+    first_position: int  # of the tensor's first token
+    phases: np.ndarray  # float32 [1024]: cos and sin side by side of the coarse turns, then of the fine ones
+
+
+class Rotation(NamedTuple):
+    """How a tile is rotated, or back."""
+
+    signs: np.ndarray  # float32 [order]: of the tensor's coordinates
+    base: np.ndarray  # int64 [b, b / 4]: how to add up H's base (``base_stage``); [0, 0] where it is 1
+    places: np.ndarray  # int64 [order]: of each coordinate between two rounds; [0] with one round
+    between: np.ndarray  # float32 [order * lanes]: the signs there, once for every lane
+
+
+# signs of the sums of four coordinates that ``base_stage`` makes, in their order
+SUMS = tuple(
+    (one, one * first, one * second, one * third)
+    for first in (1, -1)
+    for one in (1, -1)
+    for second, third in ((1, 1), (1, -1), (-1, 1), (-1, -1))
+)
+
+
+# -- the split coding --------------------------------------------------------------------------------------------------
+CODEBOOK_BUDGET = 13  # bits; quads of up to so many are listed point by point, which takes 256 KiB
+SMALL_BUDGETS = 3.2  # bits a coordinate, above which too many quads have more than CODEBOOK_BUDGET
+WIDTHS = MAX_ANGLE_BITS + 1
+CODES = 2 << MAX_ANGLE_BITS
+BOUNDS = (1 << MAX_ANGLE_BITS) + 1
+STEPS = 1 << COARSE_GRID_BITS
+OF_QUADS, EVEN, UNEVEN = 0, 1, 2  # shapes of nodes: above two quads, above two other equal children, above unequal ones
+
+
+class EncoderTree(NamedTuple):
+    """A tree as the encoder reads it. Internal nodes come first, then quads; tables of nodes are by kind."""
+
+    kind: np.ndarray  # [internal nodes]
+    left: np.ndarray  # node numbers of the children
+    right: np.ndarray
+    m_a: np.ndarray  # int32 [kinds]: coordinates of the left child
+    m_b: np.ndarray
+    per_bit: np.ndarray  # float32 [kinds]: 16 / (15 coordinates)
+    portions: np.ndarray  # int32 [kinds * budgets]: the left child's portion
+    grids: np.ndarray  # float32 [kinds]: steps of the sin^2 grid
+    shift: np.ndarray  # of ``look_ups.NodeArrays``, flat
+    look_up: np.ndarray
+    bounds: np.ndarray
+    grid_shift: np.ndarray
+    fixes: np.ndarray
+
+
+class EncoderQuads(NamedTuple):
+    """Quads as the encoder reads them."""
+
+    by_budget: np.ndarray  # int32 [budgets * 2]: codes in a cell, first record
+    look_up: np.ndarray  # uint8 [budgets * 1024]: the cell of each place
+    by_record: np.ndarray  # int32 [records * 2]: n_a, n_b
+
+
+class Node(NamedTuple):
+    """A node as the decoder reads it: int64. As ``NODE``, where each number stands in a node's part of ``steps``."""
+
+    left: int  # the child's place in arrays of nodes, in lanes
+    right: int
+    cap_a: int  # the children's largest budgets
+    cap_b: int
+    codes: int  # where its kind's codes begin in ``nodes``
+    shape: int  # OF_QUADS, EVEN or UNEVEN
+    portions: int  # where its kind's portions begin
+    unused: int
+
+
+NODE = Node(*range(len(Node._fields)))
+
+
+class DecoderTree(NamedTuple):
+    """A tree as the decoder goes through it, node by node."""
+
+    steps: np.ndarray  # int64 [internal nodes * NODE]
+    per_bit: np.ndarray  # float32 [internal nodes]: 16 / (15 coordinates)
+    portions: np.ndarray  # int32 [kinds * budgets]
+    nodes: np.ndarray  # int32 [kinds * codes * 4]: bits of cos and sin, shift, 0
+
+
+class DecoderQuads(NamedTuple):
+    """Quads as the decoder reads them."""
+
+    by_budget: np.ndarray  # int32 [budgets * 4]: codes in a cell, first record, last cell, bits of 1 / codes
+    by_record: np.ndarray  # int32 [records * 8]: bits of cos and sin, n_b, bits of 1 / n_b, K_a, K_b, 0, 0
+    codebook: np.ndarray  # float32: the points at radius 1 of small quads, entry 4 * (2^budget + code)
+
+
+class SplitEncoder(NamedTuple):
+    radius_bits: int
+    radius_steps: int  # an octave
+    root_budget: int
+    energy_scale: int  # by which the rotation makes squares too large
+    tree: EncoderTree
+    quads: EncoderQuads
+
+
+class SplitDecoder(NamedTuple):
+    radius_bits: int
+    root_budget: int
+    radii: np.ndarray  # float32 [2, codes]: both factors of each radius code
+    circle: np.ndarray  # float32 [4096]: cos and sin of the 2,048 directions, side by side
+    tree: DecoderTree
+    quads: DecoderQuads
+
+
+class SplitEncoderWork(NamedTuple):
+    """Scratch of a tile: of every node, internal ones first, but for ``cells`` of quads and ``turns`` of pairs."""
+
+    turns: np.ndarray  # float32: the pairs' angles
+    energy: np.ndarray  # float32
+    places: np.ndarray  # int32: on the node's sin^2 grid
+    bit_place: np.ndarray  # int32: the row's bit at which the node's bits begin
+    budget: np.ndarray  # int32
+    codes: np.ndarray  # int32
+    widths: np.ndarray  # int32: of internal nodes' angles
+    cells: np.ndarray  # int32: codes below a quad's cell
+
+
+class SplitDecoderWork(NamedTuple):
+    """Scratch of a tile: of every node, internal ones first."""
+
+    bits: np.ndarray  # int32: the row's bit at which an internal node's bits begin; a quad's own bits
+    budget: np.ndarray  # int32
+    radius: np.ndarray  # float32
+    entries: np.ndarray  # int32: of look-ups, of quads
+    phases: np.ndarray  # int32: of pairs
+    listed: np.ndarray  # int32: the quads that the codebook does not list
+
+
+# -- the paper coding ----------------------------------------------------------------------------------------------------
+class PaperEncoder(NamedTuple):
+    radius_exponent: int
+    bounds: np.ndarray  # [3, 3]: of levels 2 to 4 in tan psi, squared
+
+
+class PaperDecoder(NamedTuple):
+    radius_exponent: int
+    mantissa: np.float32  # of the rows' factors
+    cos: np.ndarray  # float32 [3, 4]: of levels 2 to 4
+    sin: np.ndarray
+    circle: np.ndarray  # as ``SplitDecoder``'s

@@ -1,0 +1,230 @@
+"""Law: the rotation (SPEC 5): both rounds' Hadamard stages over a tile of eight vectors, [coordinate, lane].
+
+A stage replaces two coordinates by their sum and their difference. Stages are done two or three at a time, to read and write a
+tile less often.
+"""
+
+from __future__ import annotations
+
+from pqcodec.kernels.cpu.lane_memory import (
+    load,
+    load_wide,
+    side_by_side,
+    store,
+    transpose_back_three,
+    transpose_back_two,
+    transpose_three,
+    transpose_two,
+)
+from pqcodec.kernels.cpu.lanes import LANES, floats
+from pqcodec.kernels.cpu.records import F32, SUMS, inlined, leaf
+
+
+@leaf
+def rotate(tile, x, other, sums, order, row_scale, rotation):
+    """Scale the rows of a row-major tile and rotate them, into x or ``other`` (``lies_in_other``), coordinate-major."""
+    inner = order // max(rotation.base.shape[0], 1)
+    for k in range(0, order, LANES):
+        if inner == 4:
+            transpose_two(tile, k, order, load(rotation.signs, k), row_scale, x, k * LANES)
+        else:
+            transpose_three(tile, k, order, load(rotation.signs, k), row_scale, x, k * LANES)
+    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    if rotation.places.size > 0:
+        first_stages(x if rotation.base.size > 0 else other, order, inner)
+
+
+@leaf
+def rotate_back(x, other, sums, order, first, second, rotation, tile):
+    """Rotate coordinate-major x back, into a row-major tile of sum * first * second + 0, with each coordinate's sign.
+
+    The sums are exact in whatever order they are added up: whole numbers below 2^24. Adding 0 turns -0 into 0. ``first`` and
+    ``second`` are each row's factors.
+    """
+    inner = order // max(rotation.base.shape[0], 1)
+    if rotation.places.size > 0:
+        first_stages(x, order, inner)
+    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    v = other if lies_in_other(rotation) else x
+    for k in range(0, order, LANES):
+        if inner == 4:
+            transpose_back_two(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
+        else:
+            transpose_back_three(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
+
+
+@inlined
+def lies_in_other(rotation):
+    """Whether the stages leave their result in ``other``, not in x."""
+    return (rotation.base.size > 0) != (rotation.places.size > 0)
+
+
+@leaf
+def rounds_but_first_stages(x, other, sums, order, inner, rotation):
+    """All stages but those that transposing and ``first_stages`` do in the first round and in the last."""
+    base, places, signs = rotation.base, rotation.places, rotation.between
+    later_stages(x, order, inner, 8)
+    if base.size > 0:
+        base_stage(x, other, sums, inner, base, places[:0], signs)
+        if places.size > 0:
+            base_stage(other, x, sums, inner, base, places, signs)
+            later_stages(x, order, inner, 8)
+    elif places.size > 0 and inner < 64:
+        for k in range(0, order, 2):
+            store(other, k * LANES, signed_pair(x, places, signs, k))
+        later_stages(other, order, inner, 8)
+    elif places.size > 0:
+        middle_stages_between(x, other, order, places, signs)
+        later_stages(other, order, inner, 64)
+
+
+@leaf
+def first_stages(x, order, inner):
+    """The first three stages of a round in one pass over the tile; two where ``inner`` is 4."""
+    if inner == 4:
+        for i in range(0, order * LANES, 4 * LANES):
+            a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+            store(x, i, a + c)
+            store(x, i + 2 * LANES, a - c)
+        return
+    for i in range(0, order * LANES, 8 * LANES):
+        a, c = neighbours(x, i), neighbours(x, i + 2 * LANES)
+        d, e = neighbours(x, i + 4 * LANES), neighbours(x, i + 6 * LANES)
+        p, q, r, s = sums_of_four(a, c, d, e)
+        store(x, i, p)
+        store(x, i + 2 * LANES, q)
+        store(x, i + 4 * LANES, r)
+        store(x, i + 6 * LANES, s)
+
+
+@leaf
+def middle_stages_between(x, out, order, places, signs):
+    """The fourth to sixth stage of the second round, into ``out``, of x permuted and with signs."""
+    for first in range(0, order, 64):
+        for k in range(first, first + 8, 2):
+            a, c, d, e = four_signed_pairs(x, places, signs, k)
+            p, q, r, s = four_signed_pairs(x, places, signs, k + 32)
+            store(out, k * LANES, a + p)
+            store(out, (k + 8) * LANES, c + q)
+            store(out, (k + 16) * LANES, d + r)
+            store(out, (k + 24) * LANES, e + s)
+            store(out, (k + 32) * LANES, a - p)
+            store(out, (k + 40) * LANES, c - q)
+            store(out, (k + 48) * LANES, d - r)
+            store(out, (k + 56) * LANES, e - s)
+
+
+@leaf
+def later_stages(x, order, inner, half):
+    """The stages that add coordinates ``half``, 2 * ``half`` ... apart, up to those ``inner`` / 2 apart."""
+    while half < inner:
+        j = half * LANES
+        if 4 * half < inner:
+            for first in range(0, order, 8 * half):
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    a, c, d, e = four_wide(x, i, j)
+                    k = i + 4 * j
+                    p, q, r, s = four_wide(x, k, j)
+                    store(x, i, a + p)
+                    store(x, i + j, c + q)
+                    store(x, i + 2 * j, d + r)
+                    store(x, i + 3 * j, e + s)
+                    store(x, k, a - p)
+                    store(x, k + j, c - q)
+                    store(x, k + 2 * j, d - r)
+                    store(x, k + 3 * j, e - s)
+            half *= 8
+        elif 2 * half < inner:
+            for first in range(0, order, 4 * half):
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    p, q, r, s = four_wide(x, i, j)
+                    store(x, i, p)
+                    store(x, i + j, q)
+                    store(x, i + 2 * j, r)
+                    store(x, i + 3 * j, s)
+            half *= 4
+        else:
+            for first in range(0, order, 2 * half):
+                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                    p, q = load_wide(x, i), load_wide(x, i + j)
+                    store(x, i, p + q)
+                    store(x, i + j, p - q)
+            half *= 2
+
+
+@leaf
+def base_stage(x, out, sums, inner, base, places, signs):
+    """Multiply by H's base, into ``out``.
+
+    Of each four coordinates all sums of either sign are made, as SUMS lists them; ``base`` [b, b / 4] lists where in ``sums``
+    those stand that make up a coordinate. ``places`` and ``signs`` say how x is permuted first, unless they are empty.
+    """
+    b, groups = base.shape
+    block = inner * LANES
+    nothing = side_by_side(floats(F32(0)), floats(F32(0)))
+    for l in range(0, block, 2 * LANES):
+        for g in range(groups):
+            first = 4 * g * block + l
+            if places.size > 0:
+                k = first // LANES
+                p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + inner)
+                r, s = signed_pair(x, places, signs, k + 2 * inner), signed_pair(x, places, signs, k + 3 * inner)
+            else:
+                p, q = load_wide(x, first), load_wide(x, first + block)
+                r, s = load_wide(x, first + 2 * block), load_wide(x, first + 3 * block)
+            a, c, d, e = p + q, p - q, r + s, r - s
+            at = len(SUMS) * g * 2 * LANES
+            keep_sums(sums, at, nothing, a + d, a + e, a - e, a - d)
+            keep_sums(sums, at + 8 * 2 * LANES, nothing, c + d, c + e, c - e, c - d)
+        for i in range(b):
+            total = load_wide(sums, base[i, 0])
+            for g in range(1, groups):
+                total = total + load_wide(sums, base[i, g])
+            store(out, i * block + l, total)
+
+
+@inlined
+def keep_sums(sums, at, nothing, p, q, r, s):
+    """Store four sums, then their negatives."""
+    store(sums, at, p)
+    store(sums, at + 2 * LANES, q)
+    store(sums, at + 4 * LANES, r)
+    store(sums, at + 6 * LANES, s)
+    store(sums, at + 8 * LANES, nothing - p)
+    store(sums, at + 10 * LANES, nothing - q)
+    store(sums, at + 12 * LANES, nothing - r)
+    store(sums, at + 14 * LANES, nothing - s)
+
+
+@inlined
+def sums_of_four(p, q, r, s):
+    """Two stages over four operands: p with q and r with s, then the first results and the second ones."""
+    a, c, d, e = p + q, p - q, r + s, r - s
+    return a + d, c + e, a - d, c - e
+
+
+@inlined
+def four_wide(x, i, j):
+    """Those two stages over four pairs of coordinates, ``j`` numbers apart."""
+    return sums_of_four(load_wide(x, i), load_wide(x, i + j), load_wide(x, i + 2 * j), load_wide(x, i + 3 * j))
+
+
+@inlined
+def neighbours(x, i):
+    """The first stage: a coordinate and the next one become their sum and difference."""
+    p, q = load(x, i), load(x, i + LANES)
+    return side_by_side(p + q, p - q)
+
+
+@inlined
+def signed_pair(x, places, signs, k):
+    """Coordinates k and k + 1 of x after it is permuted and given signs."""
+    return side_by_side(load(x, places[k]), load(x, places[k + 1])) * load_wide(signs, k * LANES)
+
+
+@inlined
+def four_signed_pairs(x, places, signs, k):
+    """The fourth and the fifth stage over four such pairs, 8 coordinates apart."""
+    p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + 8)
+    r, s = signed_pair(x, places, signs, k + 16), signed_pair(x, places, signs, k + 24)
+    return sums_of_four(p, q, r, s)

@@ -1,0 +1,208 @@
+"""Law: the tables of a plan as numpy arrays, in records as the CPU's kernels take them: plain tuples."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.codings import angles, look_ups
+from pqcodec.codings.plan import Plan, plan_for
+from pqcodec.kernels.cpu import records as r
+from pqcodec.kernels.cpu.lanes import LANES
+from pqcodec.stages import centre, rotation
+from pqcodec.stream.header import Header
+from pqcodec.stream.orders import base_of
+
+
+@lru_cache(maxsize=64)
+def of_plan(
+    verb: str, coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int
+) -> tuple[tuple, tuple]:
+    """Rotation and SplitEncoder or SplitDecoder of a ``verb``, "encode" or "decode", as plain tuples."""
+    plan = plan_for(Header(coding, c.DTYPE_FLOAT32, (1, head_dim), row_bits, radius_bits, seed, rounds=rounds))
+    split = _split_encoder(plan) if verb == "encode" else _split_decoder(plan)
+    return r.plain(_rotation(plan, verb)), r.plain(split)
+
+
+def paper_encoder(h: Header) -> tuple:
+    """A PaperEncoder."""
+    return r.plain(r.PaperEncoder(h.radius_exponent, _paper_arrays()[0]))
+
+
+def paper_decoder(h: Header, mantissa: np.float32) -> tuple:
+    """A PaperDecoder; ``mantissa``: the plan's."""
+    _, cos, sin = _paper_arrays()
+    return r.plain(r.PaperDecoder(h.radius_exponent, mantissa, cos, sin, _circle()))
+
+
+def rope(h: Header) -> tuple:
+    """A Rope; without RoPE it has no pairs."""
+    if h.rope is None:
+        return _no_rope()
+    pairs = len(h.rope.frequencies)
+    half = h.rope.pairing == c.ROPE_HALF
+    frequencies, first = np.array(h.rope.frequencies, np.uint32), h.rope.first_position % (1 << c.PHASE_BITS)
+    return r.plain(r.Rope(frequencies, 1 if half else 2, pairs if half else 1, first, centre.phase_pairs()))
+
+
+@lru_cache(maxsize=1)
+def _no_rope() -> tuple:
+    return r.plain(r.Rope(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs()))
+
+
+# -- the split coding --------------------------------------------------------------------------------------------------
+def _split_encoder(plan: Plan) -> r.SplitEncoder:
+    steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
+    tree, quads = _encoder_tree(plan.order), _encoder_quads()
+    return r.SplitEncoder(plan.radius_bits, steps, plan.root_budget, plan.energy_scale, tree, quads)
+
+
+def _split_decoder(plan: Plan) -> r.SplitDecoder:
+    radii = plan.radii if plan.coding == c.CODING_SPLIT else np.zeros((2, 0), np.float32)
+    tree, quads = _decoder_tree(plan.order), _decoder_quads()
+    return r.SplitDecoder(plan.radius_bits, plan.root_budget, radii, _circle(), tree, quads)
+
+
+@lru_cache(maxsize=32)
+def _encoder_tree(order: int) -> r.EncoderTree:
+    tree, nodes = angles.tree(order), look_ups.node_arrays(order)
+    m_a, m_b = _children(order)
+    return r.EncoderTree(
+        tree.kind,
+        tree.left,
+        tree.right,
+        m_a,
+        m_b,
+        _per_bit(order),
+        _portions(order).ravel(),
+        np.exp2(nodes.grid_shift + c.COARSE_GRID_BITS).astype(np.float32),
+        nodes.shift.ravel(),
+        nodes.look_up.ravel(),
+        nodes.bounds.ravel(),
+        nodes.grid_shift,
+        nodes.fixes,
+    )
+
+
+@lru_cache(maxsize=32)
+def _decoder_tree(order: int) -> r.DecoderTree:
+    tree, nodes = angles.tree(order), look_ups.node_arrays(order)
+    (m_a, m_b), portions = _children(order), _portions(order)
+    kind = np.asarray(tree.kind, np.int64)
+    shape = np.where(m_a == c.QUAD, r.OF_QUADS, np.where(m_a == m_b, r.EVEN, r.UNEVEN))
+    steps = np.zeros((len(kind), len(r.NODE)), np.int64)
+    columns = {
+        r.NODE.left: np.multiply(tree.left, LANES),
+        r.NODE.right: np.multiply(tree.right, LANES),
+        r.NODE.cap_a: c.MAX_BUDGET_PER_COORDINATE * m_a[kind],
+        r.NODE.cap_b: c.MAX_BUDGET_PER_COORDINATE * m_b[kind],
+        r.NODE.codes: kind * r.CODES,
+        r.NODE.shape: shape[kind],
+        r.NODE.portions: kind * portions.shape[1],
+    }
+    for column, numbers in columns.items():
+        steps[:, column] = numbers
+    table = np.stack([nodes.cos, nodes.sin, nodes.shift.view(np.float32), np.zeros_like(nodes.cos)], 2)
+    return r.DecoderTree(steps.ravel(), _per_bit(order)[kind], portions.ravel(), table.ravel().view(np.int32))
+
+
+def _children(order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of the left and of the right child of each kind of nodes: int32 [kinds]."""
+    tables = angles.tree(order).tables
+    return np.array([table.m_a for table in tables], np.int32), np.array([table.m_b for table in tables], np.int32)
+
+
+def _per_bit(order: int) -> np.ndarray:
+    """16 / (15 coordinates) of each kind of nodes: float32 [kinds]."""
+    m_a, m_b = _children(order)
+    return (16 / (15 * (m_a + m_b))).astype(np.float32)
+
+
+def _portions(order: int) -> np.ndarray:
+    """The left child's portion of each budget: int32 [kinds, budgets]."""
+    tables = angles.tree(order).tables
+    most = max(len(table.bits) for table in tables)
+    return np.stack([np.arange(most) * table.m_a // table.coordinates for table in tables]).astype(np.int32)
+
+
+@lru_cache(maxsize=1)
+def _encoder_quads() -> r.EncoderQuads:
+    table = angles.quad_table()
+    return r.EncoderQuads(
+        np.stack([table.per_cell.astype(np.int32), table.first], 1).ravel(),
+        look_ups.quad_look_up().ravel(),
+        np.stack([table.n_a, table.n_b], 1).ravel(),
+    )
+
+
+@lru_cache(maxsize=1)
+def _decoder_quads() -> r.DecoderQuads:
+    table = angles.quad_table()
+    codes = table.per_cell.astype(np.int32)
+    by_budget = np.stack([codes, table.first, table.cells - 1, (1 / codes).astype(np.float32).view(np.int32)], 1)
+    columns = (
+        table.cos.view(np.int32),
+        table.sin.view(np.int32),
+        table.n_b,
+        (1 / table.n_b).astype(np.float32).view(np.int32),
+        angles.circle_step(table.n_a).astype(np.int32),
+        angles.circle_step(table.n_b).astype(np.int32),
+    )
+    by_record = np.zeros((len(table.n_b), 8), np.int32)
+    by_record[:, : len(columns)] = np.stack(columns, 1)
+    return r.DecoderQuads(by_budget.ravel(), by_record.ravel(), _codebook(table))
+
+
+def _codebook(table: angles.QuadTable) -> np.ndarray:
+    """Every point of the quads of few bits at radius 1: float32, entry 4 * (2^budget + code); products are exact."""
+    points = np.zeros((2 << r.CODEBOOK_BUDGET, 4), np.float32)
+    cos, sin = angles.circle_table()
+    for budget in range(r.CODEBOOK_BUDGET + 1):
+        code = np.arange(1 << budget)
+        cell = np.minimum(code // table.per_cell[budget], table.cells[budget] - 1)
+        record = table.first[budget] + cell
+        sector_a, sector_b = np.divmod(code - cell * table.per_cell[budget], table.n_b[record])
+        for column, mean, sector, n in ((0, table.cos, sector_a, table.n_a), (2, table.sin, sector_b, table.n_b)):
+            turn = (2 * sector + 1) * angles.circle_step(n[record]) + (1 << (c.PHASE_SHIFT - 1))
+            phase = (turn >> c.PHASE_SHIFT) % c.CIRCLE
+            points[1 << budget : 2 << budget, column] = mean[record] * cos[phase]
+            points[1 << budget : 2 << budget, column + 1] = mean[record] * sin[phase]
+    return points.ravel()
+
+
+# -- both codings ------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=1)
+def _circle() -> np.ndarray:
+    """cos and sin of the 2,048 directions, side by side: float32 [4096]."""
+    return np.stack(angles.circle_table(), 1).ravel()
+
+
+@lru_cache(maxsize=1)
+def _paper_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
+    bounds, cos, sin = look_ups.paper_cells()
+    return bounds**2, cos, sin
+
+
+# -- the rotation ------------------------------------------------------------------------------------------------------
+def _rotation(plan: Plan, verb: str) -> r.Rotation:
+    """The rotation of a ``verb``, "encode" or "decode": the decoder's is the way back."""
+    base = _base_places(plan.order, verb == "decode")
+    if plan.rounds == 1:
+        return r.Rotation(plan.signs, base, np.zeros(0, np.int64), plan.signs[:0])
+    order = plan.permutation if verb == "encode" else np.argsort(plan.permutation)
+    signs = plan.signs if verb == "encode" else plan.signs[order]
+    return r.Rotation(plan.first_signs, base, order.astype(np.int64) * LANES, np.repeat(signs, LANES))
+
+
+@lru_cache(maxsize=64)
+def _base_places(order: int, transposed: bool) -> np.ndarray:
+    """``Rotation.base`` of an order; ``transposed``: of the way back."""
+    base = rotation.base_matrix(base_of(order))
+    if len(base) == 1:
+        return np.zeros((0, 0), np.int64)
+    fours = (base.T if transposed else base).reshape(len(base), -1, 4)
+    which = (fours[:, :, None] == np.array(r.SUMS)).all(3).argmax(2)
+    return (which + np.arange(fours.shape[1]) * len(r.SUMS)) * 2 * LANES
