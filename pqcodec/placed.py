@@ -1,4 +1,4 @@
-"""Law: streams whose bytes lie on a device, or are moved there: which device, which bytes, at which addresses."""
+"""Law: where the bytes of a stream are on a device: bytes that are there already, and bytes that are moved there."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source
 from pqcodec.tensors.numbers import is_torch
 
-ALIGNMENT = 16  # bytes between the beginnings of streams that lie together
-_HEADER_READ = 4096  # no header is longer
+ALIGNMENT = 16  # bytes; each of several streams in one tensor begins at a multiple
+_HEADER_READ = 4096  # bytes; no header is longer
 
 Range = tuple[int, int]  # first, last + 1
 
 
 def aligned(size: int) -> int:
-    """Where the next stream begins behind so many bytes."""
+    """``size`` bytes, rounded up to the beginning of the next stream."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 # -- devices -----------------------------------------------------------------------------------------------------
 def current(device: Any) -> AbstractContextManager[Any]:
-    """Make a device the current one, on which kernels are launched."""
+    """A context in which kernels are launched on a device."""
     import torch
 
     if device.type == "cpu" or getattr(torch, device.type).current_device() == device.index:
@@ -51,7 +51,7 @@ def one_device(tensors: Sequence[Any]) -> Any:
 
 
 def device_named(device: Any) -> Any:
-    """A torch device by its full name ("cuda:0" of "cuda"); raises BackendUnavailable where it is not there."""
+    """A torch device with its number ("cuda" is "cuda:0"); raises BackendUnavailable where there is none such."""
     import torch
 
     try:
@@ -63,26 +63,26 @@ def device_named(device: Any) -> Any:
 # -- streams -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
-    """Blocks of a stream that lie side by side on a device."""
+    """Blocks of a stream that follow one another on a device."""
 
     chunks: Range
     leads: Range
-    payload: int  # address at which the stream's payload would begin, were all of it there
+    payload: int  # address at which the payload would begin, were all of it there
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A stream whose parts lie on a device: its header, and where the parts are."""
+    """A stream on a device: its header, and the addresses of its parts."""
 
     header: Header
     stream: int  # address of the first byte; header, offsets and exact tokens are there
     runs: tuple[Run, ...]
     exceptions: tuple[np.ndarray, np.ndarray] | None
-    keeps: Any  # the tensor that holds the bytes
+    keeps: Any  # the tensor that owns the bytes
 
     @classmethod
     def whole(cls, header: Header, address: int, keeps: Any, exceptions: tuple[np.ndarray, np.ndarray] | None = None) -> Placed:
-        """All of a stream, side by side from ``address`` on."""
+        """A whole stream, from ``address`` on."""
         run = Run((0, header.chunks), (0, header.leading), address + header.payload_start)
         return cls(header, address, (run,) if header.leading else (), exceptions, keeps)
 
@@ -102,7 +102,7 @@ class DeviceSource:
 
 
 def lying(stream: Any, tokens: Range | None, leading: Range | None, damage: list[Damage]) -> Placed:
-    """A stream that lies on the device, uint8 [bytes]; raises InvalidArgument and as reading a header does."""
+    """A stream on a device, uint8 [bytes], as it is; raises InvalidArgument, and what reading a header raises."""
     import torch
 
     if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
@@ -120,14 +120,14 @@ def lying(stream: Any, tokens: Range | None, leading: Range | None, damage: list
 
 
 def _wanted(h: Header, tokens: Range | None, leading: Range | None) -> tuple[Range, Range]:
-    """Chunks (none: 0, 0) and leading indices that hold what is wanted."""
+    """The chunks, (0, 0) if none, and the leading indices that hold the wanted tokens."""
     first, last = checked_range("tokens", tokens, h.tokens)
     chunks = h.blocks.of_tokens(first - h.first_tokens, last - h.first_tokens)
     return chunks if chunks[0] < chunks[1] else (0, 0), checked_range("leading", leading, h.leading)
 
 
 def moved(source: Source, device: Any, tokens: Range | None, leading: Range | None, damage: list[Damage]) -> Placed:
-    """A stream of the host, of which the parts that are needed are moved to the device."""
+    """A stream of the host, whose needed parts are moved to a device."""
     import torch
 
     h = read_header(source)

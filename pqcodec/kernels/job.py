@@ -1,4 +1,4 @@
-"""Law: what a backend is given and what it fills; backends share these records and nothing else."""
+"""Law: the work of a backend in host memory: the records that it reads, and those that it fills."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pqcodec.tensors.rows import Values
 
 
 def nobody(done: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
-MEAN_TOKENS = 1024  # a mean is taken of so many coded tokens at the most: the error left is 1/1000 of the variance
+MEAN_TOKENS = 1024  # coded tokens that a mean is taken of, at the most: its error is then 1/1000 of the variance
 
 
 def sampled(values: Values, h: Header) -> tuple[Values, int, int]:
-    """The coded tokens that a mean is taken of: (values from the first one on, their number, the step between them)."""
+    """The coded tokens that a mean is taken of: (values that begin with the first, their number, the step between them)."""
     step = max(1, -(-h.coded_tokens // MEAN_TOKENS))
     coded = values.from_token(h.first_tokens)
     return replace(coded, stride=step * values.stride), -(-h.coded_tokens // step), step
@@ -35,7 +35,7 @@ class EncodeJob:
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     payload: np.ndarray  # uint8 [payload bytes], to be filled
     bad: np.ndarray  # bool [leading, coded tokens], to be filled: vectors with NaN or Inf, coded as zeros
-    advance: Callable[[int], None] = nobody  # is told how many blocks were done
+    advance: Callable[[int], None] = nobody  # called with the number of blocks just done
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class DecodeJob:
     last_chunk: int
     first_lead: int
     last_lead: int
-    first_token: int  # first token that ``out`` wants
-    last_token: int  # one behind the last
+    first_token: int  # the first token of ``out``
+    last_token: int  # the last token of ``out``, plus one
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     out: Values | None  # [last_lead - first_lead, last_token - first_token, head_dim]
     damaged: np.ndarray  # bool [chunks, leads], to be filled
@@ -76,14 +76,14 @@ class DecodeJob:
         return 0 if self.out is None else rows * self.header.vector_bytes
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
-        """First row of a block that is wanted, and one behind the last."""
+        """The first wanted row of a chunk's blocks, and the last plus one."""
         start = self.header.first_tokens + chunk * self.header.chunk_tokens
         low, high = max(self.first_token - start, 0), min(self.last_token - start, self.header.blocks.tokens(chunk))
         return low, max(low, high)
 
 
 class Backend(Protocol):
-    """A kernel family. Encoders may differ in counted ties, decoders in nothing."""
+    """A kernel family. All decode the same bits; encoders may differ in ties between cells, which tests count."""
 
     name: str
 
@@ -98,5 +98,5 @@ class Backend(Protocol):
     def encode(self, job: EncodeJob) -> None: ...
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
-        """Do all jobs, in any order; ``advance`` is told how many blocks were done."""
+        """Do all jobs, in any order; ``advance`` is called with the number of blocks just done."""
         ...

@@ -25,7 +25,7 @@ from pqcodec.stream.report import Damage
 
 
 class SpanRow(NamedTuple):
-    """What a kernel is told of a span: int64. As ``SPAN``, where each number stands in a row of ``Group.rows``."""
+    """A span as kernels read it: int64. As ``SPAN``, where each number stands in a row of ``Group.rows``."""
 
     stream: int  # address of the stream's first byte
     payload: int  # address at which the payload begins, or would begin, were all of it there
@@ -47,12 +47,12 @@ class SpanRow(NamedTuple):
 
 SPAN = SpanRow(*range(len(SpanRow._fields)))
 
-MEAN_PARTS = 16  # programs that share the tokens of a mean
+MEAN_PARTS = 16  # programs among which the tokens of a mean are divided
 
 
 @dataclass(frozen=True)
 class Span:
-    """Blocks of the chunks and leads in ``chunks`` and ``leads``; rows for the tokens in ``tokens`` (all: first, last + 1)."""
+    """Blocks of some chunks and leads of a stream, and rows for some tokens; each range is (first, last + 1)."""
 
     header: Header
     stream: int
@@ -62,7 +62,7 @@ class Span:
     tokens: tuple[int, int]
     starts: np.ndarray  # int64 [leads]: address of each lead's row of the first token in ``tokens``
     stride: int
-    sides: bool = True  # whether offsets and exact tokens are this span's business
+    sides: bool = True  # whether this span also checks offsets and exact tokens, and copies the latter
 
     @property
     def side_leads(self) -> int:
@@ -97,8 +97,8 @@ class Span:
 class Group:
     """Spans of one kind, described on the device.
 
-    ``brief``: its kernels are to end soon, bit by bit, so that work of a higher priority gets its turn between; an idle device
-    takes up to a tenth longer for it.
+    ``brief``: the launch has many short thread blocks, so that work of a higher priority gets its turn between them; alone on a
+    device it takes up to a tenth longer.
     """
 
     brief = False
@@ -128,13 +128,13 @@ class Group:
 
     @staticmethod
     def _words(h: Header) -> int:
-        """Words of the longest run of bytes under one checksum."""
+        """32-bit words of the longest run of bytes that one checksum covers."""
         block = min(h.chunk_tokens, max(h.coded_tokens, 1)) * h.row_bytes
         sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads)
         return -(-max(block, h.header_bytes, *sides) // 4)
 
     def _firsts(self, counts: list[int]) -> np.ndarray:
-        """First block (or lead) of each span, then a number that is never reached."""
+        """First block (or lead) of each span, padded to 1 + 2^search entries with a number that no index reaches."""
         firsts = np.full((1 << self.search) + 1, 1 << 62, np.int64)
         firsts[: len(counts)] = np.cumsum([0, *counts[:-1]])
         return firsts
@@ -150,7 +150,7 @@ class Group:
 
     @cached_property
     def side_flags(self) -> Any:
-        """Two numbers a lead."""
+        """int32 [2 * leads], as ``read_sides`` fills them."""
         return self.empty(max(2 * self.leads, 2), "int32")
 
     @property
@@ -164,11 +164,11 @@ class Group:
 
     @cached_property
     def largest(self) -> Any:
-        """A span's largest mean as float32 bits."""
+        """Each span's largest mean, as float32 bits."""
         return self.empty(len(self.spans), "int32")
 
     def damage(self) -> list[Damage]:
-        """What a check of blocks and sides found; waits. Raises CorruptStream where an offset is not finite."""
+        """The damage that the checks of blocks and sides found; waits. Raises CorruptStream where an offset is not finite."""
         found: list[Damage] = []
         sides = self.side_flags.cpu().numpy().reshape(-1, 2) if self.checks_sides else []
         at = 0
