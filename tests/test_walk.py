@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import gaussian
-from floors import CORE_ORDER, FORMATS_ORDER
+from floors import FORMATS_ORDER, ORDER
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ from pqcodec.tools.cli import app
 
 MOST = 5  # functions that are called from below, on any of the ways
 
-LINES = [*CORE_ORDER, *FORMATS_ORDER]
+LINES = [*ORDER, *FORMATS_ORDER]
 FLOORS = {name: number for number, line in enumerate(LINES) for name in line.split()} | {"tools": len(LINES)}
 
 
