@@ -1,7 +1,7 @@
-"""Law: the CUDA backend launches ``blocks.cu`` for the groups that it ``covers``; every other group goes to Triton's kernels.
+"""Law: the CUDA backend launches ``blocks.cu`` for the groups that it ``takes``; every other group goes to Triton's kernels.
 
 NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes.
-``covers`` is the whole rule, but for one thing that only the device knows: where ``layout`` finds no room in its shared memory,
+``takes`` is the whole rule, but for one thing that only the device knows: where ``layout`` finds no room in its shared memory,
 Triton's kernels code the group as well. A kernel is compiled once a process for each kind of stream.
 """
 
@@ -27,7 +27,7 @@ SPREAD = 8  # blocks that a multiprocessor is given before the next one is used
 _ALIGNED = 16  # bytes of a load; addresses of rows are multiples
 
 
-def covers(group: Group) -> bool:
+def takes(group: Group) -> bool:
     """Whether ``blocks.cu`` codes a group; if not, Triton's kernels do."""
     h = group.header
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
@@ -109,6 +109,10 @@ class Cuda:
     def __init__(self) -> None:
         self._triton = Triton()
 
+    def covers(self, header: Header) -> bool:
+        """Whether this backend codes streams of such a header: those that ``takes`` leaves are Triton's."""
+        return self._triton.covers(header)
+
     def check_device(self, device: Any) -> None:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
         import torch
@@ -150,7 +154,7 @@ class Cuda:
     @staticmethod
     def _kernel(verb: str, group: Group) -> Kernel | None:
         """The kernel of ``blocks.cu`` that codes a group; None where Triton's kernels do."""
-        if not covers(group):
+        if not takes(group):
             return None
         device = str(group.device)
         few = group.blocks <= FEW * _device(device)[2]
