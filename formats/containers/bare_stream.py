@@ -10,7 +10,7 @@ from typing import Any
 from pqcodec import codec
 from pqcodec.formats.containers.reader import LAYOUT, Check, Entry, StreamPart, TensorFile, named
 from pqcodec.formats.places import remote
-from pqcodec.stream.source import FileSource, Part
+from pqcodec.stream.source import Extent, FileSource
 
 
 class SingleStream(TensorFile):
@@ -26,7 +26,7 @@ class SingleStream(TensorFile):
             source: Any = remote.RemoteSource(self._label)
         else:
             source = FileSource(self._stack.enter_context(open(path, "rb")))  # noqa: SIM115 (the stack closes it)
-        self._part = Part(source, 0, source.size)
+        self._part = Extent(source, 0, source.size)
         self.size, self.names = source.size, (Path(path).stem,)
         try:
             with named(self._label):

@@ -27,7 +27,7 @@ from pqcodec.formats.plain.documents import (
     shape_problem,
     tensor_problem,
 )
-from pqcodec.stream.source import Part, Source, fetched, read_many
+from pqcodec.stream.source import Extent, Source, fetched, read_many
 
 KEYS = tuple(c.LISTING_PREFIX + key for key in ("format", "version", "tensors", "metadata", "checksum"))
 Fields = dict[str, Any]  # what the list says of a tensor
@@ -162,16 +162,16 @@ def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size:
     )
 
 
-def streams_in(body: Source, fields: Fields) -> list[Part]:
+def streams_in(body: Source, fields: Fields) -> list[Extent]:
     """The streams of a tensor that lie one behind the other; raises CorruptStream."""
     sizes = [size for size, _ in fields.get("streams", [[body.size, 0]])]
     if sum(sizes) != body.size:
         raise CorruptStream(f"streams of {sum(sizes)} bytes are listed, {body.size} are there")
     starts = [0, *itertools.accumulate(sizes)]
-    return [Part(body, start, size) for start, size in zip(starts, sizes, strict=False)]
+    return [Extent(body, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def parts_of(entry: Entry, fields: Fields, streams: Sequence[Part]) -> list[StreamPart]:
+def parts_of(entry: Entry, fields: Fields, streams: Sequence[Extent]) -> list[StreamPart]:
     """The parts of a coded tensor, each of which is looked at when it is opened."""
     told = fields.get("streams", [[0, entry.tokens]])
     seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
@@ -184,7 +184,7 @@ def _each(seals: str) -> list[str]:
     return [seals[at : at + _SEAL] for at in range(0, len(seals), _SEAL)]
 
 
-def _part(entry: Entry, tokens: int, stream: Part, seal: str) -> StreamPart:
+def _part(entry: Entry, tokens: int, stream: Extent, seal: str) -> StreamPart:
     looked_at = False
 
     def opened(whole: bool) -> Source:

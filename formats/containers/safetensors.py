@@ -29,7 +29,7 @@ from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, shape_pr
 from pqcodec.formats.plain.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES, is_listing, safetensors_header
 from pqcodec.stream.report import Damage
 from pqcodec.stream.seal import with_seal
-from pqcodec.stream.source import FileSource, Part, Source, owned
+from pqcodec.stream.source import Extent, FileSource, Source, owned
 
 _CODED = "U8"
 _ALIGNMENT = 16
@@ -229,9 +229,9 @@ class SafetensorsCache(TensorFile):
             raise UnsupportedStream(f"{told}, a dtype that this release does not know: install a newer pqcodec")
 
     # -- tensors -------------------------------------------------------------------------------------------------
-    def _body(self, name: str) -> Part:
+    def _body(self, name: str) -> Extent:
         start, end = self._header[name]["data_offsets"]
-        return Part(self._source, self._start + start, end - start)
+        return Extent(self._source, self._start + start, end - start)
 
     def _read_entry(self, name: str) -> Entry:
         fields, item, body = self._tensors[name], self._header[name], self._body(name)

@@ -78,10 +78,11 @@ class FileSource:
         return np.frombuffer(data, np.uint8)
 
 
-class Part:
-    """A run of bytes of another source, such as one stream of many; the stream's header is kept once it was read.
+class Extent:
+    """A run of bytes of another source, such as one stream of many; offsets count from its first byte.
 
-    ``seal``: what the container tells of the stream's order (SPEC 4.3), if it does.
+    ``header``: the stream's header, kept once it was read. ``seal``: the stream's order seal (SPEC 4.3), where the container
+    holds one.
     """
 
     def __init__(self, source: Source, base: int, size: int, seal: int | None = None) -> None:
@@ -101,6 +102,9 @@ class Part:
         for start, count in ranges:
             check_range(start, count, self.size)
         return read_many(self._source, [(self._base + start, count) for start, count in ranges])
+
+
+Part = Extent  # the name that ``stream.header`` imports
 
 
 def owned(source: Source, start: int, count: int) -> np.ndarray:

@@ -44,7 +44,7 @@ from pqcodec.formats.plain.documents import (
 )
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.seal import with_seal
-from pqcodec.stream.source import FileSource, MappedSource, MemorySource, Part, Source, fetched
+from pqcodec.stream.source import Extent, FileSource, MappedSource, MemorySource, Source, fetched
 
 PathOrFile = str | os.PathLike[str] | BinaryIO
 Body = list[Any]  # bytes-like objects and Sources
@@ -339,7 +339,7 @@ class PQKVFile(TensorFile):
             return None
         with named(self._label):
             self._log.check(items[0])
-        return Part(self._source, items[0].body_start, items[0].body_bytes)
+        return Extent(self._source, items[0].body_start, items[0].body_bytes)
 
     def _local_files(self) -> list[str]:
         return [] if self._path is None else [self._path]
@@ -401,7 +401,7 @@ class PQKVFile(TensorFile):
         return [self._part(item, self._frame_entry(item)) for item in items]
 
     def _part(self, item: Frame, entry: Entry) -> StreamPart:
-        source = Part(self._source, item.body_start, item.body_bytes, entry.seal)
+        source = Extent(self._source, item.body_start, item.body_bytes, entry.seal)
         return StreamPart(entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry))
 
     def _read_exact(self, entry: Entry) -> Any:

@@ -27,7 +27,7 @@ from pqcodec.formats.containers.reader import named
 from pqcodec.options import EncodeOptions
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, Header, header_size, read_header
-from pqcodec.stream.source import MemorySource, Part, Source, check_range
+from pqcodec.stream.source import Extent, MemorySource, Source, check_range
 from pqcodec.tensors.arrays import view
 from pqcodec.tensors.numbers import widen
 
@@ -216,16 +216,16 @@ class _Pieces:
         return self._blocks.read(start - self._start, count)
 
 
-def streams_in(source: Source) -> list[Part]:
+def streams_in(source: Source) -> list[Extent]:
     """The streams that a chunk is, one behind the other; at least one."""
-    found: list[Part] = []
+    found: list[Extent] = []
     place = 0
     while place < source.size or not found:
         fixed = source.read(place, min(source.size - place, c.HEADER_STRUCT.size)).tobytes()
         size = min(source.size - place, header_size(fixed))
         header = Header.from_bytes(source.read(place, size).tobytes())
         check_range(place, header.stream_bytes, source.size)
-        part = Part(source, place, header.stream_bytes)
+        part = Extent(source, place, header.stream_bytes)
         part.header = header
         found.append(part)
         place += header.stream_bytes

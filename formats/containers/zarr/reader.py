@@ -24,7 +24,7 @@ from pqcodec.formats.containers.zarr.objects import DOCUMENT, document, get, los
 from pqcodec.formats.containers.zarr.writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc
 from pqcodec.formats.plain.documents import checksum_bytes, natural
 from pqcodec.stream.report import Damage
-from pqcodec.stream.source import Part, Source, owned
+from pqcodec.stream.source import Extent, Source, owned
 
 MOST_IN_SHARD = 1 << 20  # chunks
 
@@ -102,14 +102,14 @@ class ZarrCache(TensorFile):
         fields = self._tensors[entry.name]
         return listing.parts_of(entry, fields, [stream for found in self._objects(fields) for stream in found])
 
-    def _objects(self, fields: listing.Fields) -> Iterator[list[Part]]:
+    def _objects(self, fields: listing.Fields) -> Iterator[list[Extent]]:
         """The streams of each object of a coded tensor."""
         sizes = iter(n for n, _ in fields["streams"])
         for number, count in enumerate(fields.get("objects", [1])):
             here = [next(sizes) for _ in range(count)]
             source = self._object(fields, number, sum(here) + _index_bytes(fields))
             starts = np.cumsum([0, *here]).tolist()
-            yield [Part(source, start, size) for start, size in zip(starts, here, strict=False)]
+            yield [Extent(source, start, size) for start, size in zip(starts, here, strict=False)]
 
     def _object(self, fields: listing.Fields, number: int, size: int) -> Source:
         return object_source(self._store, _key(fields, number), size)
