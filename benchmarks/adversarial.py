@@ -43,7 +43,7 @@ def real_cases(name: str) -> list[Case]:
     _, model, tokenizer = lm.load(name, lm.cache_dir())
     ids = torch.cat([lm.opening_ids(tokenizer), lm.token_ids(tokenizer, TEXT.read_text(encoding="utf-8"))])[:PREFIX]
     prefix, found = Prefix.of(model, ids), []
-    for tensor, part in prefix.parts.items():
+    for tensor, part in prefix.roles.items():
         x = prefix.exact[tensor][0][:, EXACT_TOKENS:].contiguous()  # [Hkv, tokens, head_dim]
         if part.role == "key":
             x = x - (rope_mean(x, part.rope, EXACT_TOKENS) if part.rope else x.mean(1, keepdim=True))

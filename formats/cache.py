@@ -15,7 +15,7 @@ from pqcodec.formats.containers.reader import LAYOUT, Progress, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.files import holds_streams, open_tensors
 from pqcodec.formats.plain.in_memory import InMemory
-from pqcodec.formats.policy.names import part_of
+from pqcodec.formats.policy.names import role_of
 from pqcodec.formats.policy.recipe import CHUNK_TOKENS, EXACT_TOKENS, Recipe, layers_by_name, why_exact
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
@@ -118,10 +118,10 @@ def load_cache(
     Raises InvalidArgument where a layer has not exactly one key and one value, and as ``pqcodec.decode`` does.
     """
     with PQKVFile(path) as file:
-        return layers_of(file, tokens=tokens, device=device, backend=backend)
+        return layer_pairs(file, tokens=tokens, device=device, backend=backend)
 
 
-def layers_of(
+def layer_pairs(
     file: TensorFile, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
 ) -> list[tuple[Any, Any]]:
     """The (key, value) tensors of each layer of an open file of any container; arguments and errors of ``load_cache``."""
@@ -187,12 +187,12 @@ def save_safetensors(
         backend=backend,
     )
     if isinstance(cache, Mapping):
-        tensors, parts = InMemory(cache), {name: part_of(name) for name in cache}
-        coded = [name for name in cache if parts[name].role != "other" and not why_exact(*tensors.describe(name))]
+        tensors, roles = InMemory(cache), {name: role_of(name) for name in cache}
+        coded = [name for name in cache if roles[name].role != "other" and not why_exact(*tensors.describe(name))]
     else:
-        tensors, parts = layers_by_name(cache)
+        tensors, roles = layers_by_name(cache)
         coded = list(tensors.names)
-    safetensors.write_pieces(path, recipe.pieces(tensors, parts, coded), metadata, progress)
+    safetensors.write_pieces(path, recipe.pieces(tensors, roles, coded), metadata, progress)
 
 
 def load_safetensors(
@@ -291,4 +291,4 @@ def load_zarr(
     Raises InvalidArgument where the store holds no complete cache, and as ``pqcodec.decode`` does.
     """
     with kinds.container_module("zarr.reader").ZarrCache(store) as file:
-        return layers_of(file, tokens=tokens, device=device, backend=backend)
+        return layer_pairs(file, tokens=tokens, device=device, backend=backend)

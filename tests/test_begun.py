@@ -77,7 +77,7 @@ def test_a_file_of_an_older_writer_has_lost_something_unknown(tmp_path: Path) ->
     model, ids = tiny("llama"), prompt(300)
     cache = cached(model, ids)
     tc.save(cache, tmp_path / "a.pqkv", model)
-    told = {tc.KEY: tc.files.described(tc.state_of(cache), {})}
+    told = {tc.KEY: tc.files.cache_metadata(tc.state_of(cache), {})}
     save_cache(tmp_path / "b.pqkv", [(layer.keys, layer.values) for layer in cache.layers], metadata=told)
     for preset in ("exact", "pq3"):
         with pytest.raises(InvalidArgument, match=OTHER.format("unknown", preset)):

@@ -13,7 +13,7 @@ import torch
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
-from pqcodec.formats.cache import layers_of
+from pqcodec.formats.cache import layer_pairs
 from pqcodec.formats.containers.kinds import KINDS, container_of, convert, kind_of, open_encoded
 from pqcodec.formats.containers.reader import TensorFile
 from pqcodec.formats.plain import numbers as exact
@@ -111,7 +111,7 @@ def test_a_converted_cache_loads_and_grows(tmp_path: Path) -> None:
     for kind in KINDS:
         convert(tmp_path / "a.pqkv", tmp_path / f"b.{kind}")
         with open_encoded(tmp_path / f"b.{kind}") as file:
-            for pair, found in zip(expected, layers_of(file, **REFERENCE), strict=True):
+            for pair, found in zip(expected, layer_pairs(file, **REFERENCE), strict=True):
                 for x, y in zip(pair, found, strict=True):
                     np.testing.assert_array_equal(x, y)
             assert 0.01 < file.entry("layers.0.value").rel_mse < 0.06

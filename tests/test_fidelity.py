@@ -82,7 +82,7 @@ def test_one_role_alone(name: str) -> None:
     whole = CACHES[name].code(prefix, 0)
     for role in lm.ROLES:
         alone = CACHES[f"{name}:{role}"].code(prefix, 0)
-        assert {prefix.parts[found].role for found in alone.tensors} == {role}
+        assert {prefix.roles[found].role for found in alone.tensors} == {role}
         assert all(torch.equal(x, whole.tensors[found]) for found, x in alone.tensors.items())
         assert alone.all_bits == sum(whole.bits[found] for found in alone.tensors)
     assert sum(whole.bits.values()) <= whole.all_bits

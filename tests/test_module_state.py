@@ -170,7 +170,7 @@ def test_what_would_be_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_file_of_an_older_writer_is_refused_for_such_a_model_alone(tmp_path: Path) -> None:
     model, cache = after_image()
     pieces = [(layer.keys, layer.values) for layer in cache.layers]
-    told = files.described(tc.state_of(cache), {})
+    told = files.cache_metadata(tc.state_of(cache), {})
     path = tmp_path / "a.pqkv"
     save_cache(path, pieces, metadata={tc.KEY: told, files.MODEL: {}})
     for asked in (model, model.config):

@@ -14,7 +14,7 @@ import pqcodec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, save_cache
-from pqcodec.formats.policy.names import Part, part_of
+from pqcodec.formats.policy.names import TensorRole, role_of
 from pqcodec.stream.checksum import checksum
 
 REFERENCE = {"backend": "reference"}
@@ -438,43 +438,43 @@ def test_writing_to_a_folder_or_without_one_fails_early(tmp_path: Path) -> None:
 
 # -- names -------------------------------------------------------------------------------------------------------
 NAMES = {
-    "layers.3.key": Part("key", 3),
-    "model.layers.0.self_attn.k_cache": Part("key", 0),
-    "key_cache.3": Part("key", 3),
-    "past_key_values.3.key": Part("key", 3),
-    "past_key_values.3.decoder.value": Part("value", 3),
-    "k_3": Part("key", 3),
-    "3.keys": Part("key", 3),
-    "present.3.value": Part("value", 3),
-    "v.3": Part("value", 3),
-    "V12": Part("value", 12),
-    "keys[3]": Part("key", 3),
-    "transformer.h.5.attn.v": Part("value", 5),
-    "layer3.value_states": Part("value", 3),
-    "model.layers.1.experts.2.key": Part("key", 1),
-    "values": Part("value"),
-    "layers.0.self_attn.k_proj.weight": Part("other"),
-    "layers.0.k_norm": Part("other"),
-    "positions": Part("other"),
-    "kv": Part("other"),
-    "": Part("other"),
+    "layers.3.key": TensorRole("key", 3),
+    "model.layers.0.self_attn.k_cache": TensorRole("key", 0),
+    "key_cache.3": TensorRole("key", 3),
+    "past_key_values.3.key": TensorRole("key", 3),
+    "past_key_values.3.decoder.value": TensorRole("value", 3),
+    "k_3": TensorRole("key", 3),
+    "3.keys": TensorRole("key", 3),
+    "present.3.value": TensorRole("value", 3),
+    "v.3": TensorRole("value", 3),
+    "V12": TensorRole("value", 12),
+    "keys[3]": TensorRole("key", 3),
+    "transformer.h.5.attn.v": TensorRole("value", 5),
+    "layer3.value_states": TensorRole("value", 3),
+    "model.layers.1.experts.2.key": TensorRole("key", 1),
+    "values": TensorRole("value"),
+    "layers.0.self_attn.k_proj.weight": TensorRole("other"),
+    "layers.0.k_norm": TensorRole("other"),
+    "positions": TensorRole("other"),
+    "kv": TensorRole("other"),
+    "": TensorRole("other"),
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_conventions(name: str) -> None:
-    assert part_of(name) == NAMES[name]
+    assert role_of(name) == NAMES[name]
 
 
 def test_a_regex_replaces_the_conventions_of_its_role() -> None:
-    assert part_of("block7_kk", keys="kk$") == Part("key", 7)
-    assert part_of("layers.3.key", keys="kk$") == Part("other")
-    assert part_of("layers.3.value", keys="kk$") == Part("value", 3)
+    assert role_of("block7_kk", keys="kk$") == TensorRole("key", 7)
+    assert role_of("layers.3.key", keys="kk$") == TensorRole("other")
+    assert role_of("layers.3.value", keys="kk$") == TensorRole("value", 3)
     with pytest.raises(InvalidArgument, match="narrower"):
-        part_of("x", keys="x", values="x")
+        role_of("x", keys="x", values="x")
     with pytest.raises(InvalidArgument, match="cannot be read"):
-        part_of("x", keys="(")
+        role_of("x", keys="(")
 
 
 def test_long_names_cost_no_time() -> None:
-    assert part_of("layers.1." * 100_000) == Part("other")
+    assert role_of("layers.1." * 100_000) == TensorRole("other")

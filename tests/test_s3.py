@@ -14,7 +14,7 @@ import pytest
 
 from pqcodec.errors import TruncatedStream
 from pqcodec.formats import PQKVFile, PQKVWriter, load_cache, save_cache
-from pqcodec.formats.cache import layers_of
+from pqcodec.formats.cache import layer_pairs
 from pqcodec.formats.containers.kinds import convert, open_encoded
 from pqcodec.formats.places import remote
 
@@ -405,4 +405,4 @@ def test_every_container_lives_in_a_store(kind: str, proxy: servers.Proxy, store
     assert sum(exchange.received for exchange in proxy.exchanges) < 0.7 * store.size(KEY)
     if kind != "zarr":  # whose own store tries again, or does not
         proxy.cut(1, after=20)
-        assert [x.shape for x in layers_of(open_encoded(url), **REFERENCE)[0]] == [(1, 4, 600, 64)] * 2
+        assert [x.shape for x in layer_pairs(open_encoded(url), **REFERENCE)[0]] == [(1, 4, 600, 64)] * 2

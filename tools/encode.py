@@ -18,7 +18,7 @@ from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
-    from pqcodec.formats.policy.names import Part
+    from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Encoded, Recipe
     from pqcodec.stages.centre import Rope
 
@@ -178,13 +178,13 @@ class _Outcome:
 
     def bits(self, role: str | None = None) -> float | None:
         """Bits per coordinate of the coded tensors (of a role)."""
-        of = [c for c in self.coded if role in (None, c.part.role)]
+        of = [c for c in self.coded if role in (None, c.tensor.role)]
         coordinates = sum(c.coordinates for c in of)
         return 8 * sum(c.stream_bytes for c in of) / coordinates if coordinates else None
 
     def rel_mse(self, role: str | None = None) -> float | None:
         """Squared error over squared norm of the coded tensors (of a role), each tensor's sample weighted by its size."""
-        of = [c for c in self.coded if role in (None, c.part.role) and c.error.norm]
+        of = [c for c in self.coded if role in (None, c.tensor.role) and c.error.norm]
         seen = sum(c.error.norm * c.weight for c in of)
         return sum(c.error.squares * c.weight for c in of) / seen if seen else None
 
@@ -229,7 +229,7 @@ class _Outcome:
         lines = []
         for reason in dict.fromkeys(reason for _, reason in self.exact):
             lines.append(f"kept exactly ({reason}): {_some([name for name, why in self.exact if why == reason])}")
-        others = [c.name for c in self.coded if c.part.role == "other"]
+        others = [c.name for c in self.coded if c.tensor.role == "other"]
         if others:
             lines.append(f"neither keys nor values by name, encoded as they are: {_some(others)}; see --keys and --values")
         return lines
@@ -253,22 +253,22 @@ def _some(names: list[str]) -> str:
 def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show) -> _Outcome:
     from pqcodec.formats import containers
     from pqcodec.formats.plain.files import open_tensors
-    from pqcodec.formats.policy.names import part_of
+    from pqcodec.formats.policy.names import role_of
     from pqcodec.formats.policy.recipe import Watch, why_exact
 
     start = time.perf_counter()
     outcome = _Outcome(target, wanted.recipe.measured == "all")
     with open_tensors(path) as reader:
-        parts: dict[str, Part] = {name: part_of(name, *wanted.regexes) for name in reader.names}
-        if wanted.needs_keys and all(part.role != "key" for part in parts.values()):
-            raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(parts))}); use --keys")
+        roles: dict[str, TensorRole] = {name: role_of(name, *wanted.regexes) for name in reader.names}
+        if wanted.needs_keys and all(tensor.role != "key" for tensor in roles.values()):
+            raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(roles))}); use --keys")
         metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | wanted.notes
         reasons = {name: why_exact(*reader.describe(name)) for name in reader.names}
         outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
         sizes = {name: tensor_bytes(*reader.describe(name)) for name in reader.names}
         outcome.tensor_bytes = sum(sizes.values())
         for name, reason in reasons.items():
-            needed = _held_bytes(reader, name, parts[name], None if reason else wanted.recipe, kind)
+            needed = _held_bytes(reader, name, roles[name], None if reason else wanted.recipe, kind)
             wanted.limit.check(path, name, needed, "or encode fewer files at once (--jobs)")
         all_bytes = max(sum(size for name, size in sizes.items() if not reasons[name]), 1)
         finished = 0
@@ -282,20 +282,20 @@ def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show)
             outcome.coded.append(one)
 
         coded = [name for name, reason in reasons.items() if not reason]
-        pieces = wanted.recipe.pieces(reader, parts, coded, Watch(advance, encoded))
+        pieces = wanted.recipe.pieces(reader, roles, coded, Watch(advance, encoded))
         out: Any = sys.stdout.buffer if target == STANDARD else target
         outcome.file_bytes = containers.write(out, pieces, metadata, to=kind)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _held_bytes(reader: TensorReader, name: str, part: Part, recipe: Recipe | None, kind: str) -> int:
+def _held_bytes(reader: TensorReader, name: str, tensor: TensorRole, recipe: Recipe | None, kind: str) -> int:
     """Memory that a tensor takes until it is written; ``recipe``: None where it is kept exactly."""
     shape, dtype = reader.describe(name)
     read, zarr = reader.held_bytes(name), kind == "zarr"
     if recipe is None:
         return read + 3 * zarr * tensor_bytes(shape, dtype)  # zarr puts a checksum behind it, in copies
-    made = recipe.held_bytes(part, shape, dtype)
+    made = recipe.held_bytes(tensor, shape, dtype)
     return max(read + made, 2 * zarr * made)  # zarr's chunk is a copy of the stream
 
 

@@ -55,7 +55,7 @@ def _of_peer(peer: Peer) -> Cache:
     def code(prefix: Prefix, seed: int) -> Kept:
         tensors, bits = {}, {}
         for name, x in prefix.stored().items():
-            part = prefix.parts[name]
+            part = prefix.roles[name]
             cures = Recipe().options(part)
             found = peers(part.rope or NO_ROPE, cures["exact_tokens"])[peer.name]
             decoded, bits[name] = getattr(found, part.role)(x.flatten(0, -3).float(), seed)
@@ -68,7 +68,7 @@ def _of_peer(peer: Peer) -> Cache:
 def _of_preset(preset: str) -> Cache:
     def code(prefix: Prefix, seed: int) -> Kept:
         file = io.BytesIO()
-        write_pieces(file, Recipe(preset=preset, seed=seed).pieces(InMemory(prefix.stored()), prefix.parts))
+        write_pieces(file, Recipe(preset=preset, seed=seed).pieces(InMemory(prefix.stored()), prefix.roles))
         with PQKVFile(file.getvalue()) as coded:
             tensors = {name: coded.decode(name).float() for name in coded.names}
             bits = {name: 8 * coded.stream(name).size for name in coded.names}
@@ -82,7 +82,7 @@ def _only(cache: Cache, role: str) -> Cache:
 
     def code(prefix: Prefix, seed: int) -> Kept:
         kept = cache.code(prefix, seed)
-        names = [name for name in kept.tensors if prefix.parts[name].role == role]
+        names = [name for name in kept.tensors if prefix.roles[name].role == role]
         bits = {name: kept.bits[name] for name in names}
         return Kept({name: kept.tensors[name] for name in names}, bits, sum(bits.values()))
 

@@ -138,7 +138,7 @@ class Bench:
         """relMSE of keys, of values and of the attention's output, over all layers and by layer; bits by layer."""
         prefix, figures = self.readings[0].prefix, {}
         for role in lm.ROLES:
-            names = [name for name, part in prefix.parts.items() if part.role == role]
+            names = [name for name, tensor in prefix.roles.items() if tensor.role == role]
             both = [[tensors[name] for name in names] for tensors in (prefix.exact, {**prefix.exact, **kept.tensors})]
             figures[f"{role}_rel_mse"], figures[f"{role}_rel_mse_by_layer"] = rel_mse(*both)
             bits = [kept.bits[name] / prefix.exact[name].numel() if name in kept.bits else None for name in names]

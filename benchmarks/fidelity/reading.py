@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks import model as lm
-from pqcodec.formats.engines import transformers as kept
+from pqcodec.formats.engines import transformers_cache as kept
 from pqcodec.formats.engines.transformers_cache import CacheState, LayerState
-from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.names import TensorRole
 
 Tensors = Mapping[str, torch.Tensor]  # keys and values by their names, [1, Hkv, tokens, head_dim]
 
@@ -26,10 +26,10 @@ UNASKED = -1  # in place of a token that nobody is to foretell
 
 @dataclass(frozen=True)
 class Prefix:
-    """The cache of a prefix; ``parts`` tells of each coded tensor its role, its layer, its RoPE and its first token."""
+    """The cache of a prefix; ``roles`` tells of each coded tensor its role, its layer, its RoPE and its first token."""
 
     state: CacheState
-    parts: Mapping[str, Part]
+    roles: Mapping[str, TensorRole]
     exact: Tensors  # float32, as the model made them
 
     @classmethod
@@ -39,8 +39,8 @@ class Prefix:
         with torch.inference_mode():
             model(input_ids=ids[None], logits_to_keep=1, **{kept.argument_of(model): cache})
         state = kept.state_of(cache, model.config)
-        tensors, parts, coded = kept.tensors_of(model.config, state, kept.pairings(model.config, state))
-        return cls(state, {name: parts[name] for name in coded}, {name: tensors.read(name) for name in coded})
+        tensors, roles, coded = kept.tensors_of(model.config, state, kept.pairings(model.config, state))
+        return cls(state, {name: roles[name] for name in coded}, {name: tensors.read(name) for name in coded})
 
     def stored(self) -> Tensors:
         """The tensors in float16, which is what every codec is given."""
@@ -62,7 +62,7 @@ class Prefix:
 
     def layers(self) -> list[int]:
         """Layers that have a key and a value."""
-        return sorted({part.layer for part in self.parts.values() if part.layer is not None})
+        return sorted({tensor.layer for tensor in self.roles.values() if tensor.layer is not None})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pqcodec.stages.centre import Rope
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorRole:
     """What a tensor is in a KV cache; ``layer`` is None where the name tells none."""
 
     role: str  # "key", "value" or "other"
@@ -45,13 +45,13 @@ TABLE = tuple(
 )
 
 
-def part_of(name: str, keys: str | None = None, values: str | None = None) -> Part:
+def role_of(name: str, keys: str | None = None, values: str | None = None) -> TensorRole:
     """Role and layer of the tensor ``name``; a regex ``keys`` or ``values`` (searched) alone decides on its role.
 
     Raises InvalidArgument for a bad regex, or a name that both regexes fit.
 
-    >>> part_of("model.layers.0.self_attn.k_cache"), part_of("v.3"), part_of("layers.0.self_attn.k_proj.weight")
-    (Part(role='key', layer=0), Part(role='value', layer=3), Part(role='other', layer=None))
+    >>> role_of("model.layers.0.self_attn.k_cache"), role_of("v.3"), role_of("layers.0.self_attn.k_proj.weight")
+    (TensorRole(role='key', layer=0), TensorRole(role='value', layer=3), TensorRole(role='other', layer=None))
     """
     given = {role: _compile(role, regex) for role, regex in (("key", keys), ("value", values)) if regex is not None}
     asked = [role for role, regex in given.items() if regex.search(name)]
@@ -59,10 +59,10 @@ def part_of(name: str, keys: str | None = None, values: str | None = None) -> Pa
         raise InvalidArgument(f"tensor {name!r} fits the regex of keys and that of values; make one of them narrower")
     by_table = next(((role, match) for role, regex in TABLE if (match := regex.fullmatch(name[-_LONGEST:]))), None)
     if asked:
-        return Part(asked[0], _layer(by_table[1]) if by_table else _only_number(name))
+        return TensorRole(asked[0], _layer(by_table[1]) if by_table else _only_number(name))
     if by_table is None or by_table[0] in given:
-        return Part("other")
-    return Part(by_table[0], _layer(by_table[1]))
+        return TensorRole("other")
+    return TensorRole(by_table[0], _layer(by_table[1]))
 
 
 def _compile(role: str, regex: str) -> re.Pattern[str]:

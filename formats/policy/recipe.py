@@ -22,7 +22,7 @@ from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.in_memory import InMemory, Tensors
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
-from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.names import TensorRole
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, stream_source
 
@@ -32,11 +32,11 @@ AUTO = "auto"
 _HIGHEST = "pq6"  # preset that a tensor may get where bits are shared
 
 
-def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, Part]]:
+def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, TensorRole]]:
     """(key, value) tensors of each layer as layers.{i}.key and layers.{i}.value."""
     pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
     tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
-    return tensors, {f"layers.{layer}.{role}": Part(role, layer) for layer, role, _ in pairs}
+    return tensors, {f"layers.{layer}.{role}": TensorRole(role, layer) for layer, role, _ in pairs}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Encoded:
     """What came of a tensor that was encoded."""
 
     name: str
-    part: Part
+    tensor: TensorRole
     coordinates: int
     tensor_bytes: int
     stream_bytes: int
@@ -105,32 +105,32 @@ class Recipe:
             raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
 
     # -- what is done to a tensor --------------------------------------------------------------------------------
-    def options(self, part: Part, first_token: int = 0) -> dict[str, Any]:
+    def options(self, tensor: TensorRole, first_token: int = 0) -> dict[str, Any]:
         """Options of ``pqcodec.encode`` for a tensor from one of its tokens on, all but the preset."""
-        first_token += part.first_token
-        rope = part.rope or (self.rope if part.role == "key" and self.center == "rope" else None)
-        options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(part) - first_token, 0)}
+        first_token += tensor.first_token
+        rope = tensor.rope or (self.rope if tensor.role == "key" and self.center == "rope" else None)
+        options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(tensor) - first_token, 0)}
         if rope and self.center:
             rope = replace(rope, first_position=rope.first_position + first_token)
             options |= {"center": "rope", "rope": rope}
-        elif part.role == "key" and self.center:
+        elif tensor.role == "key" and self.center:
             options |= {"center": "mean"}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
 
-    def exact_vectors(self, part: Part, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
+    def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
         """(leading index, token) of the first tokens behind padding, for a tensor [sequences, ..., tokens, head_dim]."""
-        tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + part.first_token
-        places = behind_padding(part.padding, self._exact_tokens(part), first, first + tokens)
+        tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + tensor.first_token
+        places = behind_padding(tensor.padding, self._exact_tokens(tensor), first, first + tokens)
         found = [(row * heads + head, token - first) for row, token in places for head in range(heads)]
         return np.array(found, np.int64).reshape(-1, 2)
 
-    def held_bytes(self, part: Part, shape: tuple[int, ...], dtype: str) -> int:
+    def held_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
         """Memory that encoding a tensor takes beside its own, at most: its stream, and what that is made and measured with.
 
         Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for what cannot be encoded.
         """
-        options = {key: value for key, value in self.options(part).items() if key in ("exact_tokens", "chunk_tokens")}
-        centred = part.role == "key" and self.center is not None
+        options = {key: value for key, value in self.options(tensor).items() if key in ("exact_tokens", "chunk_tokens")}
+        centred = tensor.role == "key" and self.center is not None
         presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
         center = "mean" if centred else None  # under RoPE a stream is some bytes longer
         stream = max(codec.encoded_size(shape, dtype, preset=preset, center=center, **options) for preset in presets)
@@ -140,15 +140,15 @@ class Recipe:
         places = 16 + tokens  # where each leading index begins, and which vectors are not finite
         return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
 
-    def _exact_tokens(self, part: Part) -> int:
+    def _exact_tokens(self, tensor: TensorRole) -> int:
         if self.exact_tokens is None:
-            return 0 if part.role == "other" else EXACT_TOKENS
+            return 0 if tensor.role == "other" else EXACT_TOKENS
         return self.exact_tokens
 
     def presets(
         self,
         tensors: Tensors,
-        parts: Mapping[str, Part],
+        roles: Mapping[str, TensorRole],
         coded: Sequence[str],
         described: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     ) -> dict[str, str]:
@@ -161,7 +161,7 @@ class Recipe:
             return flat
         found: dict[tuple[int, str], list[str]] = {}
         for name in coded:
-            layer, role = parts[name].layer, parts[name].role
+            layer, role = roles[name].layer, roles[name].role
             if layer is not None and role != "other":
                 found.setdefault((layer, role), []).append(name)
         shapes = {
@@ -174,20 +174,20 @@ class Recipe:
                 pairs[layer] = (keys[0], values[0])
         if not rates.shares(self.preset, len(pairs)):
             return flat
-        energies = {layer: self._energies(tensors, parts, pair) for layer, pair in pairs.items()}
+        energies = {layer: self._energies(tensors, roles, pair) for layer, pair in pairs.items()}
         shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
         return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
 
-    def _energies(self, tensors: Tensors, parts: Mapping[str, Part], pair: tuple[str, str]) -> tuple[float, float]:
+    def _energies(self, tensors: Tensors, roles: Mapping[str, TensorRole], pair: tuple[str, str]) -> tuple[float, float]:
         """What ``rates.share`` wants of a layer."""
-        of_key, of_value = (self.options(parts[name]) for name in pair)
-        keys, values = (self._without_exact(tensors.read(name), parts[name]) for name in pair)
+        of_key, of_value = (self.options(roles[name]) for name in pair)
+        keys, values = (self._without_exact(tensors.read(name), roles[name]) for name in pair)
         centred = rates.energy(keys, rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
         return centred, rates.energy(values, exact_tokens=of_value["exact_tokens"], centred=False)
 
-    def _without_exact(self, x: Any, part: Part) -> Any:
+    def _without_exact(self, x: Any, tensor: TensorRole) -> Any:
         """A tensor, or a copy with its last token in the place of those that are exact behind padding: they cost no bits."""
-        places = self.exact_vectors(part, tuple(x.shape))
+        places = self.exact_vectors(tensor, tuple(x.shape))
         if not len(places):
             return x
         whole = x.clone() if hasattr(x, "clone") else x.copy()
@@ -196,14 +196,14 @@ class Recipe:
         return flat.reshape(x.shape)
 
     def pieces(
-        self, tensors: Tensors, parts: Mapping[str, Part], coded: Sequence[str] | None = None, watch: Watch | None = None
+        self, tensors: Tensors, roles: Mapping[str, TensorRole], coded: Sequence[str] | None = None, watch: Watch | None = None
     ) -> list[Piece]:
         """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
         coded = tensors.names if coded is None else coded
         described = {name: tensors.describe(name) for name in tensors.names}
-        presets = self.presets(tensors, parts, coded, described)
+        presets = self.presets(tensors, roles, coded, described)
         return [
-            self._piece(tensors, name, described[name], parts[name], presets.get(name), watch or Watch()) for name in described
+            self._piece(tensors, name, described[name], roles[name], presets.get(name), watch or Watch()) for name in described
         ]
 
     def _piece(
@@ -211,24 +211,24 @@ class Recipe:
         tensors: Tensors,
         name: str,
         described: tuple[tuple[int, ...], str],
-        part: Part,
+        tensor: TensorRole,
         preset: str | None,
         watch: Watch,
     ) -> Piece:
         shape, dtype = described
         if preset is None:
-            layout = LAYOUT if part.role != "other" and len(shape) > 1 else NO_LAYOUT
-            return Piece(name, False, part.layer, part.role, shape, dtype, layout, lambda: tensors.read(name))
+            layout = LAYOUT if tensor.role != "other" and len(shape) > 1 else NO_LAYOUT
+            return Piece(name, False, tensor.layer, tensor.role, shape, dtype, layout, lambda: tensors.read(name))
         tokens = shape[-2] if len(shape) > 1 else 1
         step = tokens if self.stream_tokens is None else self.stream_tokens
         starts = range(0, max(tokens, 1), max(step, 1)) if len(shape) > 1 else range(1)
 
         def body() -> Coded:
-            return self._encoded(tensors.read(name), name, part, preset, starts, watch)
+            return self._encoded(tensors.read(name), name, tensor, preset, starts, watch)
 
-        return Piece(name, True, part.layer, part.role, shape, dtype, LAYOUT, body, len(starts))
+        return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts))
 
-    def _encoded(self, x: Any, name: str, part: Part, preset: str, starts: range, watch: Watch) -> Coded:
+    def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, watch: Watch) -> Coded:
         streams, error, seconds = [], Error(), 0.0
         sampled = range(0, len(starts) if self.measured == "sample" else 0, max(len(starts) // SAMPLES, 1))
         for number, first in enumerate(starts):
@@ -239,15 +239,15 @@ class Recipe:
             cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
             start = time.perf_counter()
             with named(f"tensor {name!r}"):
-                vectors = self.exact_vectors(part, tuple(cut.shape), first)
-                options = self.options(part, first) | {"exact_vectors": vectors}
+                vectors = self.exact_vectors(tensor, tuple(cut.shape), first)
+                options = self.options(tensor, first) | {"exact_vectors": vectors}
                 stream = stream_source(codec.encode(cut, preset=preset, progress=advance, **options))
             seconds += time.perf_counter() - start
             if x.ndim > 1 and (self.measured == "all" or number in sampled):
                 error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
             streams.append(stream)
         size = exact.nbytes(x)
-        watch.encoded(Encoded(name, part, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
+        watch.encoded(Encoded(name, tensor, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
         return Coded(streams, error.rel_mse)
 
 

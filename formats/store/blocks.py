@@ -23,7 +23,7 @@ from pqcodec.formats.containers.writer import Piece
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.formats.plain.numbers import dtype_name
-from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
@@ -116,9 +116,9 @@ def write(
             continue
         rope = tc.rope_of(config, group.layers[0], int(stacked.shape[-1]), group.pairing)
         first = of[0].tokens - of[0].kept if group.state else row.start
-        part = Part(tc.ROLES[group.path], None, rope, first)
+        tensor = TensorRole(tc.ROLES[group.path], None, rope, first)
         cooked = replace(recipe, preset=group.preset, share_bits=False)
-        pieces += cooked.pieces(InMemory({name: stacked}), {name: part})
+        pieces += cooked.pieces(InMemory({name: stacked}), {name: tensor})
     coded = {(index, group.path) for group in groups.values() for index in group.layers}
     for index, layer in enumerate(layers):
         rest = {path: x for path, x in layer.tensors.items() if (index, path) not in coded}

@@ -30,7 +30,7 @@ from pqcodec.formats.engines.transformers_cache.state import (
     state_of,
 )
 from pqcodec.formats.plain.in_memory import InMemory
-from pqcodec.formats.policy.names import Part
+from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe, why_exact
 
 FORMATS = (1, 2)
@@ -43,21 +43,21 @@ MODULE_STATE, TENSOR = "module_state", "tensor"
 
 def tensors_of(
     config: Any, state: CacheState, paired: Mapping[str, str], padding: tuple[int, ...] = ()
-) -> tuple[InMemory, dict[str, Part], list[str]]:
+) -> tuple[InMemory, dict[str, TensorRole], list[str]]:
     """Every tensor of a cache by its name in a file, what each is, and which are coded; ``paired`` is that of ``pairings``."""
     turned = ropes(config, state, paired)
     named: dict[str, Any] = {}
-    parts: dict[str, Part] = {}
+    roles: dict[str, TensorRole] = {}
     for prefix, index, layer in state.layers():
         for path, tensor in layer.tensors.items():
             name = f"{prefix}.{ROLES.get(path, path)}"
-            named[name], parts[name] = tensor, Part("other", index)
+            named[name], roles[name] = tensor, TensorRole("other", index)
             if path in ROLES:
                 padded = () if prefix.startswith("cross_attention_cache") else padding
-                parts[name] = Part(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept, padded)
+                roles[name] = TensorRole(ROLES[path], index, turned.get(f"{prefix}.{path}"), layer.tokens - layer.kept, padded)
     tensors = InMemory(named)
-    coded = [name for name, part in parts.items() if part.role != "other" and why_exact(*tensors.describe(name)) is None]
-    return tensors, parts, coded
+    coded = [name for name in named if roles[name].role != "other" and why_exact(*tensors.describe(name)) is None]
+    return tensors, roles, coded
 
 
 def save(
@@ -89,10 +89,10 @@ def save(
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
     recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
-    told = {**(metadata or {}), KEY: described(state, held), MODEL: identity.as_dict()}
+    told = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
     if lost := presets_of(cache, preset):
         told[PRESETS] = lost
-    pieces = pieces_of(state, identity.config, recipe, padded) + _exact_pieces(held)
+    pieces = cache_pieces(state, identity.config, recipe, padded) + _exact_pieces(held)
     return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
 
 
@@ -109,22 +109,22 @@ def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
 
 def _exact_pieces(held: Mapping[str, Any]) -> list[Piece]:
     tensors = InMemory({f"{MODULE_STATE}.{path}": x for path, x in held.items() if _is_tensor(x)})
-    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, Part("other")), [])  # none is coded
+    return Recipe().pieces(tensors, dict.fromkeys(tensors.names, TensorRole("other")), [])  # none is coded
 
 
 def _is_tensor(x: Any) -> bool:
     return x is not None and not isinstance(x, int)
 
 
-def pieces_of(state: CacheState, config: Any, recipe: Recipe | None, padding: tuple[int, ...] = ()) -> list[Piece]:
+def cache_pieces(state: CacheState, config: Any, recipe: Recipe | None, padding: tuple[int, ...] = ()) -> list[Piece]:
     """What a container writes of a cache: keys and values are coded (without a recipe they are not), all else is exact."""
     if recipe is None:
-        tensors, parts, _ = tensors_of(config, state, {})
-        return Recipe().pieces(tensors, parts, [])
+        tensors, roles, _ = tensors_of(config, state, {})
+        return Recipe().pieces(tensors, roles, [])
     return recipe.pieces(*tensors_of(config, state, pairings(config, state), padding))
 
 
-def described(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
+def cache_metadata(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
     """What the metadata tells of a cache: classes and fields of its layers, which tensors they hold, and what modules hold."""
 
     def layer(one: LayerState) -> dict[str, Any]:
