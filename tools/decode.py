@@ -60,7 +60,7 @@ def decode(
     def work(task: Task, show: Show) -> _Outcome:
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
-            found = _Decoded(file, _chosen(file, only), wanted, backend, show, outcome)
+            found = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
             for name in found.names:
                 limit.check(path, name, found.held_bytes(name), _WAYS)
             with written_like(task.source, task.target, folder=many):
@@ -117,7 +117,7 @@ def _chosen(file: TensorFile, only: list[str] | None) -> list[str]:
     return [name for name in file.names if not only or name in only]
 
 
-class _Decoded:
+class _DecodedTensors:
     """The tensors of an encoded file that are wanted, each decoded when its turn comes."""
 
     def __init__(

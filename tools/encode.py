@@ -97,13 +97,13 @@ def encode(
     )
     todo, many = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force)
     limit = Limit.of(memory, min(jobs, len(todo)))
-    wanted = _Wanted(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit)
+    settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit)
     kinds = {task.target: container(task.target, to) for task in todo}
     load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome:
         with input_file(task.source, local=True) as path, written_like(task.source, task.target, folder=many):
-            return _encode_file(path, task.target, kinds[task.target], wanted, show)
+            return _encode_file(path, task.target, kinds[task.target], settings, show)
 
     found = run(todo, work, lambda task: task.source, jobs, "encode")
     if not as_json:
@@ -123,7 +123,7 @@ def container(target: str, to: str | None) -> str:
 
 # -- what is asked for -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Wanted:
+class _Settings:
     """What is done to each file."""
 
     recipe: Recipe
@@ -250,26 +250,26 @@ def _some(names: list[str]) -> str:
     return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show) -> _Outcome:
+def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: Show) -> _Outcome:
     from pqcodec.formats import containers
     from pqcodec.formats.plain.files import open_tensors
     from pqcodec.formats.policy.names import role_of
-    from pqcodec.formats.policy.recipe import Watch, why_exact
+    from pqcodec.formats.policy.recipe import Callbacks, why_exact
 
     start = time.perf_counter()
-    outcome = _Outcome(target, wanted.recipe.measured == "all")
+    outcome = _Outcome(target, settings.recipe.measured == "all")
     with open_tensors(path) as reader:
-        roles: dict[str, TensorRole] = {name: role_of(name, *wanted.regexes) for name in reader.names}
-        if wanted.needs_keys and all(tensor.role != "key" for tensor in roles.values()):
+        roles: dict[str, TensorRole] = {name: role_of(name, *settings.regexes) for name in reader.names}
+        if settings.needs_keys and all(tensor.role != "key" for tensor in roles.values()):
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(roles))}); use --keys")
-        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | wanted.notes
+        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | settings.notes
         reasons = {name: why_exact(*reader.describe(name)) for name in reader.names}
         outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
         sizes = {name: tensor_bytes(*reader.describe(name)) for name in reader.names}
         outcome.tensor_bytes = sum(sizes.values())
         for name, reason in reasons.items():
-            needed = _held_bytes(reader, name, roles[name], None if reason else wanted.recipe, kind)
-            wanted.limit.check(path, name, needed, "or encode fewer files at once (--jobs)")
+            needed = _held_bytes(reader, name, roles[name], None if reason else settings.recipe, kind)
+            settings.limit.check(path, name, needed, "or encode fewer files at once (--jobs)")
         all_bytes = max(sum(size for name, size in sizes.items() if not reasons[name]), 1)
         finished = 0
 
@@ -282,7 +282,7 @@ def _encode_file(path: str, target: str, kind: str, wanted: _Wanted, show: Show)
             outcome.coded.append(one)
 
         coded = [name for name, reason in reasons.items() if not reason]
-        pieces = wanted.recipe.pieces(reader, roles, coded, Watch(advance, encoded))
+        pieces = settings.recipe.pieces(reader, roles, coded, Callbacks(advance, encoded))
         out: Any = sys.stdout.buffer if target == STANDARD else target
         outcome.file_bytes = containers.write(out, pieces, metadata, to=kind)
     outcome.seconds = time.perf_counter() - start

@@ -106,12 +106,12 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
     local = source != STANDARD and not _is_url(source)
     mode = os.stat(source).st_mode & 0o666 if local else PRIVATE
     if folder:
-        make_folder(target, searchable(mode))
+        make_parents(target, searchable(mode))
     with permissions(mode):
         yield
 
 
-def make_folder(target: str, mode: int = 0o700) -> None:
+def make_parents(target: str, mode: int = 0o700) -> None:
     """The folder of a file to be written, and those above it that are missing; a store of objects needs none."""
     from pqcodec.formats.places.atomic import make_folders
 

@@ -14,7 +14,7 @@ from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import DAMAGED, bytes_text, shown
 
 if TYPE_CHECKING:
-    from pqcodec.formats.containers.reader import Found
+    from pqcodec.formats.containers.reader import Findings
     from pqcodec.stream.report import Damage
 
 
@@ -49,7 +49,7 @@ class _Outcome:
     """What ``verify`` tells of a file."""
 
     file: str
-    found: Found
+    found: Findings
     size: int
     tensors: int
 

@@ -35,7 +35,7 @@ _SEAL = 2 * c.CHECKSUM_BYTES  # characters of a stream's seal
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
-def fields_of(piece: Piece, seal: str, **more: Any) -> Fields:
+def listing_fields(piece: Piece, seal: str, **more: Any) -> Fields:
     fields: Fields = {"name": piece.name, "layer": piece.layer, "role": piece.role, "layout": piece.layout}
     fields |= {"coded": piece.coded} | ({"shape": list(piece.shape), "dtype": piece.dtype} if piece.coded else {}) | more
     return fields | {"seal": seal}

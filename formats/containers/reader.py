@@ -27,7 +27,7 @@ from pqcodec.tensors import arrays
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-Found = list[tuple[str | None, Damage | str]]  # what ``verify`` tells
+Findings = list[tuple[str | None, Damage | str]]  # what ``verify`` tells
 
 
 @dataclass(frozen=True)
@@ -242,12 +242,12 @@ class TensorFile(ABC):
                 return arrays.copied(out, x)
             return x if device is None else arrays.to_device(x, device)
 
-    def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Found:
+    def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Findings:
         """Check every byte; an empty list is a sound file. The name is None where no tensor is concerned.
 
         ``progress`` is told (bytes done, bytes in all).
         """
-        found: Found = []
+        found: Findings = []
         self.read_ahead()
         for check in self._checks():
 
@@ -276,7 +276,7 @@ class TensorFile(ABC):
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _PartRange:
     """What is wanted of one part of a tensor."""
 
     part: StreamPart
@@ -297,7 +297,7 @@ def _plausible(entry: Entry) -> Entry:
     return entry
 
 
-def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_Wanted]:
+def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_PartRange]:
     """The parts that hold a range of tokens; at least one."""
     first, last = checked_range("tokens", tokens, entry.tokens)
     begin, found = 0, []
@@ -305,12 +305,12 @@ def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | Non
         low, high = max(first, begin), min(last, begin + part.tokens)
         if low < high:
             wanted = (low - begin, high - begin)
-            found.append(_Wanted(part, wanted, low - first, all_leading and wanted == (0, part.tokens)))
+            found.append(_PartRange(part, wanted, low - first, all_leading and wanted == (0, part.tokens)))
         begin += part.tokens
-    return found or [_Wanted(parts[-1], (0, 0), 0, False)]
+    return found or [_PartRange(parts[-1], (0, 0), 0, False)]
 
 
-def _filled(entry: Entry, wanted: list[_Wanted], options: dict[str, Any]) -> Any:
+def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> Any:
     """A tensor that its parts were decoded into."""
     header = read_header(wanted[0].part.open(False))
     tokens = sum(high - low for low, high in (one.tokens for one in wanted))

@@ -57,7 +57,7 @@ def write_pieces(
         if problem := _problem(piece):
             raise InvalidArgument(f"tensor {piece.name!r}: {problem}")
     meta = json_bytes(metadata or {}, "metadata", c.MAX_META_BYTES).decode()
-    found = {piece.name: _Found.expected(piece) for piece in pieces}
+    found = {piece.name: _HeaderEntry.expected(piece) for piece in pieces}
     room = len(_header(pieces, found, meta))
     room += -(8 + room) % _ALIGNMENT
     end = 0
@@ -89,7 +89,7 @@ def _problem(piece: Piece) -> str:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _HeaderEntry:
     """What the header says of a tensor."""
 
     code: str
@@ -100,7 +100,7 @@ class _Found:
     more: listing.Fields  # of the list of tensors
 
     @classmethod
-    def expected(cls, piece: Piece) -> _Found:
+    def expected(cls, piece: Piece) -> _HeaderEntry:
         """What takes at least as much room as that which is not known before the tensor is written."""
         seal = "0" * 2 * c.CHECKSUM_BYTES
         if not piece.coded:
@@ -114,7 +114,7 @@ def _width(piece: Piece) -> int:
     return 0 if piece.coded else c.EXACT_ITEM_BYTES[piece.dtype]
 
 
-def _written(file: BinaryIO, piece: Piece, place: int) -> _Found:
+def _written(file: BinaryIO, piece: Piece, place: int) -> _HeaderEntry:
     if piece.coded:
         body: Coded = piece.body()
         streams, orders = zip(*map(with_seal, body.streams), strict=True)
@@ -123,17 +123,17 @@ def _written(file: BinaryIO, piece: Piece, place: int) -> _Found:
             for data in read_in_pieces(stream):
                 file.write(data)
         about = listing.seal_of(streams), listing.coded_fields(streams, orders, body.rel_mse)
-        return _Found(_CODED, [size], place, place + size, *about)
+        return _HeaderEntry(_CODED, [size], place, place + size, *about)
     x = piece.plain()
     raw = exact.to_bytes(x)
     file.write(raw.data)
     numpy = {"numpy": not exact.is_torch(x)}
-    return _Found(CODES[piece.dtype], piece.shape, place, place + raw.size, checksum_bytes(raw).hex(), numpy)
+    return _HeaderEntry(CODES[piece.dtype], piece.shape, place, place + raw.size, checksum_bytes(raw).hex(), numpy)
 
 
-def _header(pieces: Sequence[Piece], found: dict[str, _Found], meta: str) -> bytes:
+def _header(pieces: Sequence[Piece], found: dict[str, _HeaderEntry], meta: str) -> bytes:
     """The header as JSON; it takes no more room for tensors that are written than for those that are not yet."""
-    listed = [listing.fields_of(piece, found[piece.name].seal, **found[piece.name].more) for piece in pieces]
+    listed = [listing.listing_fields(piece, found[piece.name].seal, **found[piece.name].more) for piece in pieces]
     values = listing.sealed_listing(listed, meta, _said((name, one.code, one.shape) for name, one in found.items()))
     header: dict[str, Any] = {"__metadata__": values}
     for name, one in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):

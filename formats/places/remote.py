@@ -84,7 +84,7 @@ def exists(url: str) -> bool:
     return True
 
 
-def fetched(url: str) -> np.ndarray:
+def read_all(url: str) -> np.ndarray:
     """All bytes of an object as uint8; raises FileNotFoundError."""
     source = RemoteSource(url)
     return source.read(0, source.size)

@@ -62,7 +62,7 @@ def _ignore(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Watch:
+class Callbacks:
     """Who is told of the work: of a tensor's progress (name, done, total), and of each tensor that was encoded."""
 
     advance: Callable[[str, int, int], None] = _ignore
@@ -196,14 +196,19 @@ class Recipe:
         return flat.reshape(x.shape)
 
     def pieces(
-        self, tensors: Tensors, roles: Mapping[str, TensorRole], coded: Sequence[str] | None = None, watch: Watch | None = None
+        self,
+        tensors: Tensors,
+        roles: Mapping[str, TensorRole],
+        coded: Sequence[str] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> list[Piece]:
         """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
         coded = tensors.names if coded is None else coded
         described = {name: tensors.describe(name) for name in tensors.names}
         presets = self.presets(tensors, roles, coded, described)
         return [
-            self._piece(tensors, name, described[name], roles[name], presets.get(name), watch or Watch()) for name in described
+            self._piece(tensors, name, described[name], roles[name], presets.get(name), callbacks or Callbacks())
+            for name in described
         ]
 
     def _piece(
@@ -213,7 +218,7 @@ class Recipe:
         described: tuple[tuple[int, ...], str],
         tensor: TensorRole,
         preset: str | None,
-        watch: Watch,
+        callbacks: Callbacks,
     ) -> Piece:
         shape, dtype = described
         if preset is None:
@@ -224,17 +229,17 @@ class Recipe:
         starts = range(0, max(tokens, 1), max(step, 1)) if len(shape) > 1 else range(1)
 
         def body() -> Coded:
-            return self._encoded(tensors.read(name), name, tensor, preset, starts, watch)
+            return self._encoded(tensors.read(name), name, tensor, preset, starts, callbacks)
 
         return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts))
 
-    def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, watch: Watch) -> Coded:
+    def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, callbacks: Callbacks) -> Coded:
         streams, error, seconds = [], Error(), 0.0
         sampled = range(0, len(starts) if self.measured == "sample" else 0, max(len(starts) // SAMPLES, 1))
         for number, first in enumerate(starts):
 
             def advance(done: int, total: int, number: int = number) -> None:
-                watch.advance(name, number * total + done, len(starts) * total)
+                callbacks.advance(name, number * total + done, len(starts) * total)
 
             cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
             start = time.perf_counter()
@@ -247,7 +252,7 @@ class Recipe:
                 error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
             streams.append(stream)
         size = exact.nbytes(x)
-        watch.encoded(Encoded(name, tensor, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
+        callbacks.encoded(Encoded(name, tensor, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
         return Coded(streams, error.rel_mse)
 
 

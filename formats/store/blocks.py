@@ -43,37 +43,37 @@ Choice = tuple[str, str | None]  # preset and RoPE pairing
 
 # -- how layers are encoded --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Plan:
+class BlockPresets:
     """Preset and RoPE pairing of each (layer, path); a prefix's blocks share the plan of the first one."""
 
     choices: Mapping[tuple[int, str], Choice]
 
     @classmethod
-    def of(cls, state: tc.CacheState, config: Any, recipe: Recipe | None) -> Plan:
+    def of(cls, state: tc.CacheState, config: Any, recipe: Recipe | None) -> BlockPresets:
         """The plan for a cache, from its energies; without a recipe all of it is exact."""
         if recipe is None:
             return cls({})
         pairings = tc.pairings(config, state)
-        presets = recipe.presets(*tc.tensors_of(config, state, pairings))
+        by_name = recipe.presets(*tc.tensors_of(config, state, pairings))
         choices = {}
         for prefix, index, layer in state.layers():
             for path in layer.tensors:
-                if f"{prefix}.{tc.ROLES.get(path)}" in presets:
-                    choices[index, path] = (presets[f"{prefix}.{tc.ROLES[path]}"], pairings.get(f"{prefix}.{path}"))
+                if f"{prefix}.{tc.ROLES.get(path)}" in by_name:
+                    choices[index, path] = (by_name[f"{prefix}.{tc.ROLES[path]}"], pairings.get(f"{prefix}.{path}"))
         return cls(choices)
 
     @classmethod
-    def in_file(cls, groups: Sequence[Mapping[str, Any]]) -> Plan:
+    def in_file(cls, groups: Sequence[Mapping[str, Any]]) -> BlockPresets:
         """The plan that a block was written by."""
         return cls({(layer, g["path"]): (g["preset"], g["pairing"]) for g in groups for layer in g["layers"]})
 
-    def at(self, preset: str) -> Plan:
+    def at(self, preset: str) -> BlockPresets:
         """The same with all tensors at one preset."""
-        return Plan({key: (preset, pairing) for key, (_, pairing) in self.choices.items()})
+        return BlockPresets({key: (preset, pairing) for key, (_, pairing) in self.choices.items()})
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Tensors that are stacked into one: [layers, batch, heads, tokens, head_dim]."""
 
     path: str
@@ -83,22 +83,28 @@ class Group:
     state: bool = False  # of the whole prefix, not of the block's tokens
 
 
-def _groups(layers: Sequence[tc.LayerState], plan: Plan) -> list[Group]:
+def _groups(layers: Sequence[tc.LayerState], presets: BlockPresets) -> list[LayerGroup]:
     """Layers whose tensors are encoded as one: of one kind, and where they lie on several devices, of one device."""
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         for path, tensor in layer.tensors.items():
             if path in tc.ROLES and tensor.ndim > 1:
-                preset, pairing = plan.choices.get((index, path), (EXACT, None))
+                preset, pairing = presets.choices.get((index, path), (EXACT, None))
                 place = (not layer.cuttable, layer.tokens - layer.kept)
                 kind = (path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype, tensor.device)
                 found.setdefault(kind, []).append(index)
-    return [Group(path, preset, pairing, tuple(at), state) for (path, preset, pairing, state, *_), at in found.items()]
+    return [LayerGroup(path, preset, pairing, tuple(at), state) for (path, preset, pairing, state, *_), at in found.items()]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
-def write(
-    path: str, row: Row, layers: Sequence[tc.LayerState], plan: Plan, config: Any, recipe: Recipe, about: dict[str, Any]
+def write_block(
+    path: str,
+    row: Row,
+    layers: Sequence[tc.LayerState],
+    presets: BlockPresets,
+    config: Any,
+    recipe: Recipe,
+    about: dict[str, Any],
 ) -> int:
     """Write a block's file and return its bytes. ``layers``: each layer's part.
 
@@ -106,7 +112,7 @@ def write(
     """
     import torch
 
-    groups = {f"{number}.{tc.ROLES[group.path]}": group for number, group in enumerate(_groups(layers, plan))}
+    groups = {f"{number}.{tc.ROLES[group.path]}": group for number, group in enumerate(_groups(layers, presets))}
     pieces: list[Piece] = []
     for name, group in groups.items():
         of = [layers[index] for index in group.layers]
@@ -143,7 +149,7 @@ def _exact(name: str, x: Any, layer: int | None, role: str = "other") -> Piece:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
-def described(file: PQKVFile) -> dict[str, Any]:
+def block_metadata(file: PQKVFile) -> dict[str, Any]:
     """What a block's file says of itself; raises CorruptStream or UnsupportedStream."""
     told = file.metadata.get(KEY)
     if not isinstance(told, dict):
@@ -155,7 +161,7 @@ def described(file: PQKVFile) -> dict[str, Any]:
 
 def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
     """The index's row of a block whose file lies ``at`` a place, and what its root stands for; raises CorruptStream."""
-    told = described(file)
+    told = block_metadata(file)
     try:
         row = replace(row_of(told, tokens_of(told, file.decode(TOKENS))), file=at, size=file.size)
         return row, {key: told[key] for key in ("label", "settings")}
@@ -221,7 +227,7 @@ class Assembly:
     def lay_out(self, file: PQKVFile, row: Row) -> None:
         """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
         try:
-            for name, group in _groups_in(described(file)).items():
+            for name, group in _groups_in(block_metadata(file)).items():
                 entry = file.entry(name)
                 if group.state:
                     continue
@@ -244,7 +250,7 @@ class Assembly:
 
     def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
         """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
-        told = described(file)
+        told = block_metadata(file)
         try:
             place = (told["name"], told["parent"], told["start"])
             same = place == (row.name.hex(), row.parent.hex(), row.start)
@@ -293,12 +299,12 @@ class Assembly:
         sizes = [min(step, layers - at) for at in range(0, layers, step)]
         return [arrays.empty((size, *shape[1:]), DTYPES[dtype], numpy=False)[0] for size in sizes]
 
-    def _each(self, group: Group, stacked: Any) -> dict[tuple[int, str], Any]:
+    def _each(self, group: LayerGroup, stacked: Any) -> dict[tuple[int, str], Any]:
         """The layers of a group's tensor, or of its parts."""
         rows = chain.from_iterable(stacked) if isinstance(stacked, list) else stacked
         return {(layer, group.path): x for layer, x in zip(group.layers, rows, strict=True)}
 
-    def _fill(self, file: PQKVFile, name: str, group: Group, row: Row, count: int) -> None:
+    def _fill(self, file: PQKVFile, name: str, group: LayerGroup, row: Row, count: int) -> None:
         """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
         span = slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
@@ -340,9 +346,11 @@ class Assembly:
         return tc.CacheState("DynamicCache", {"": layers})
 
 
-def _groups_in(told: Mapping[str, Any]) -> dict[str, Group]:
+def _groups_in(told: Mapping[str, Any]) -> dict[str, LayerGroup]:
     """The groups of a block by the names of their tensors; raises KeyError, TypeError or ValueError."""
-    found = {g["name"]: Group(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]}
+    found = {
+        g["name"]: LayerGroup(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]
+    }
     paths = [told["kinds"][number]["tensors"] for number in told["layers"]]
     for group in found.values():
         there = all(layer in range(len(paths)) and group.path in paths[layer] for layer in group.layers)

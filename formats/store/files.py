@@ -50,7 +50,7 @@ class BlockFiles:
     def open(self, file: str) -> PQKVFile:
         """Raises FileNotFoundError, CorruptStream for what is no regular file, and as ``PQKVFile`` does."""
         if self.remote:
-            return PQKVFile(remote.fetched(self._url(file)).data)
+            return PQKVFile(remote.read_all(self._url(file)).data)
         path = self._local(file)
         if not own.is_regular(path):
             raise CorruptStream(f"{path}: is no regular file in a folder of the store; it is not opened")

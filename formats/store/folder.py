@@ -73,7 +73,7 @@ def make_folder(path: Path, shared: bool) -> None:
         found = os.lstat(path)
         if not stat.S_ISDIR(found.st_mode):
             advice = "move it away, and name the place of the files as data (--data) if they lie elsewhere"
-            raise InvalidArgument(f"{path}: is {kind_of(found)}; a store's own folders are real ones: {advice}") from None
+            raise InvalidArgument(f"{path}: is {type_in_words(found)}; a store's own folders are real ones: {advice}") from None
         if not shared:
             _narrow(path, found)
 
@@ -96,7 +96,7 @@ def check_file(path: Path, shared: bool) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        what = kind_of(found) if not stat.S_ISREG(found.st_mode) else f"one file under {found.st_nlink} names"
+        what = type_in_words(found) if not stat.S_ISREG(found.st_mode) else f"one file under {found.st_nlink} names"
         raise InvalidArgument(f"{path}: is {what}; a store writes to regular files of its own only: move it away, or copy it")
     if not shared:
         _narrow(path, found)
@@ -116,7 +116,7 @@ def is_regular(path: Path) -> bool:
     return stat.S_ISDIR(os.lstat(path.parent).st_mode) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
-def kind_of(found: os.stat_result) -> str:
+def type_in_words(found: os.stat_result) -> str:
     """What lies at a path, in words."""
     kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(found.st_mode), "no regular file")

@@ -168,7 +168,7 @@ class PrefixStore:
         identity, ids = self._identity(model), token_ids(tokens)
         behaviour = reuse.behaviour_of(model, identity, ids, extra)
         one_left = behaviour is not None and not behaviour.runs and not stepwise
-        reuse.begin_text(model)
+        reuse.restore_text_state(model)
         longest = tc.longest_prefix(identity.config)
         if longest is not None and len(ids) > longest:
             return Prefix(tc.empty_cache(identity.config), 0)
@@ -361,7 +361,7 @@ class PrefixStore:
         layers, chain, ids = work.state.parts[""], work.chain, work.ids
         stateful = not all(layer.cuttable for layer in layers)
         self._index.add_root(chain.root, work.label, chain.settings)
-        plan: blocks.Plan | None = None
+        presets: blocks.BlockPresets | None = None
         parent, room, taken = chain.root, self.shelf.room(), 0
         last: Row | None = None
         seen: list[Row] = []
@@ -377,9 +377,9 @@ class PrefixStore:
             if row is None and not whole and not stateful:
                 row = self._covering(parent, marks)
             if row is None:
-                plan = plan or self._plan(work, last)
+                presets = presets or self._presets_for(work, last)
                 row = Row(name, parent, chain.root, start, marks, whole, stateful, own.new_block_file(name), 0)
-                row, new = self._add(row, work, plan)
+                row, new = self._add(row, work, presets)
                 written += [row] if new else []
             seen.append(row)
             parent, last, taken = name, row, taken + row.size
@@ -411,13 +411,13 @@ class PrefixStore:
         found = sum(count for _, count in self._longest(work.chain, work.ids))
         return Stored(found, sum(len(row.tokens) for row in kept), sum(row.size for row in kept))
 
-    def _add(self, row: Row, work: _Work, plan: blocks.Plan) -> tuple[Row, bool]:
+    def _add(self, row: Row, work: _Work, presets: blocks.BlockPresets) -> tuple[Row, bool]:
         """Encode a block, write its file, commit it; and whether it is new."""
         cut = [self._part(layer, row) for layer in work.state.parts[""]]
         about = {"label": work.label, "settings": work.chain.settings, "marked": work.chain.keyed}
-        rates = plan if row.whole or self._exact else plan.at(TAIL_PRESET)
+        chosen = presets if row.whole or self._exact else presets.at(TAIL_PRESET)
         with self._files.writing(row.file) as path:
-            row = replace(row, size=blocks.write(path, row, cut, rates, work.identity.config, self._recipe, about))
+            row = replace(row, size=blocks.write_block(path, row, cut, chosen, work.identity.config, self._recipe, about))
         return row, self.shelf.commit(row)
 
     def _drop_what_grew_into(self, row: Row) -> None:
@@ -439,15 +439,15 @@ class PrefixStore:
         rows = (row for row in self._index.children(parent) if _common(row.tokens, marks) == len(marks))
         return next(rows, None)
 
-    def _plan(self, work: _Work, last: Row | None) -> blocks.Plan:
+    def _presets_for(self, work: _Work, last: Row | None) -> blocks.BlockPresets:
         """How the next blocks are encoded: as the one before them was."""
         if last is not None and last.whole:
             try:
                 with self._files.open(last.file) as file:
-                    return blocks.Plan.in_file(blocks.described(file)["groups"])
+                    return blocks.BlockPresets.in_file(blocks.block_metadata(file)["groups"])
             except (CorruptStream, UnsupportedStream, OSError, KeyError, TypeError):
                 pass  # a damaged block is found when it is read; the plan can be made anew
-        return blocks.Plan.of(work.state, work.identity.config, None if self._exact else self._recipe)
+        return blocks.BlockPresets.of(work.state, work.identity.config, None if self._exact else self._recipe)
 
     # -- keeping -------------------------------------------------------------------------------------------------
     def pin(self, model: Any, tokens: Any, *, extra: str = "", pinned: bool = True) -> int:

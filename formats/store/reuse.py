@@ -37,7 +37,7 @@ def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) ->
     return behaviour
 
 
-def check_layers(behaviour: tc.Behaviour, state: tc.CacheState) -> None:
+def check_same_layers(behaviour: tc.Behaviour, state: tc.CacheState) -> None:
     """Raises InvalidArgument for a cache whose layers are not those of the model's own."""
     own, found = behaviour.layers, tc.layers_of(state)
     if len(found) != len(own):
@@ -55,7 +55,7 @@ def _shown(layer: Any) -> str:
     return f"a {kind} of {', '.join(f'{path} {shape} {dtype}' for path, shape, dtype in tensors) or 'nothing'}"
 
 
-def begin_text(model: Any) -> None:
+def restore_text_state(model: Any) -> None:
     """Put back what an image left in a model's modules."""
     if not isinstance(model, Identity):
         tc.begin_text(unwrapped(model))
@@ -78,7 +78,7 @@ def kept_state(
     if state.kind != "DynamicCache":
         raise InvalidArgument(f"a {state.kind} depends on more than its tokens; save it with transformers_cache.save")
     if behaviour is not None:
-        check_layers(behaviour, state)
+        check_same_layers(behaviour, state)
     layers = state.parts[""]
     batches = {size for layer in layers for size in layer.batches()}
     if batches - {1}:

@@ -57,7 +57,7 @@ def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress 
     source, pieces, told = _Opened(shelf), [], []
     for number, at in enumerate(lineage(shelf, row)):
         with shelf.files.open(at.file) as file:
-            told.append(blocks.described(file))
+            told.append(blocks.block_metadata(file))
             if told[-1]["name"] != at.name.hex():
                 raise CorruptStream(f"{file.label}: is another block than {at.name.hex()[:12]}")
             pieces += [

@@ -60,13 +60,13 @@ def with_ids(folder: Path, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None
     """A store as the version before wrote it: ids in the index and in the files, nothing said of marks."""
     with monkeypatch.context() as patch:
         patch.setattr(Chain, "marks", lambda self, parent, tokens: np.ascontiguousarray(tokens, "<i8"))
-        write = blocks.write
+        write = blocks.write_block
 
         def old_write(*arguments: Any) -> int:
             about = {key: value for key, value in arguments[-1].items() if key != "marked"}
             return write(*arguments[:-1], about)
 
-        patch.setattr(blocks, "write", old_write)
+        patch.setattr(blocks, "write_block", old_write)
         with PrefixStore(folder, preset="exact", tenant=tenant) as store:
             for prompt in PROMPTS:
                 store.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)))

@@ -11,7 +11,19 @@ import typer
 
 from pqcodec.errors import PQError
 from pqcodec.tools.outcome import bytes_text, print_json, shown
-from pqcodec.tools.store.place import AsJson, Data, Folder, Models, Prefix, console, models_of, opened, prefixes, short, table
+from pqcodec.tools.store.place import (
+    AsJson,
+    Data,
+    Folder,
+    Models,
+    PrefixBlocks,
+    console,
+    models_of,
+    opened,
+    prefixes,
+    short,
+    table,
+)
 
 if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
@@ -74,7 +86,7 @@ def _block_cells(row: Row, models: Models, now: float) -> list[str]:
     return [short(row), *models[row.root], tokens, bytes_text(row.size), *use]
 
 
-def _as_dict(prefix: Prefix, models: Models) -> dict[str, Any]:
+def _as_dict(prefix: PrefixBlocks, models: Models) -> dict[str, Any]:
     end = prefix.end
     model, preset = models[end.root]
     return {
@@ -91,7 +103,7 @@ def _as_dict(prefix: Prefix, models: Models) -> dict[str, Any]:
     }
 
 
-def _cells(prefix: Prefix, models: Models, now: float, wide: bool) -> list[str]:
+def _cells(prefix: PrefixBlocks, models: Models, now: float, wide: bool) -> list[str]:
     end, own = prefix.end, len(prefix.own)
     counts = (str(own), str(len(prefix.blocks) - own))
     notes = [*(["pinned"] if end.pinned else []), *([] if prefix.complete else ["without its beginning"])]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.files import STANDARD, Input, check_output, input_file, inputs, make_folder
+from pqcodec.tools.files import STANDARD, Input, check_output, input_file, inputs, make_parents
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text, shown
 from pqcodec.tools.store.place import AsJson, Data, Folder, is_store, named, opened, prefixes, short
@@ -64,7 +64,7 @@ def export(
         def work(row: Row, show: Show) -> _Exported:
             place = places[row.name]
             if everything:
-                make_folder(place)
+                make_parents(place)
             out: Any = sys.stdout.buffer if place == STANDARD else place
             done = write_prefix(shelf, row, out, lambda done, total: show(done / total))
             return _Exported(row.name.hex(), place, row.end, done.bytes, done.sha256)

@@ -112,7 +112,7 @@ def named(rows: Sequence[Row], text: str) -> Row:
 
 # -- prefixes ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Prefix:
+class PrefixBlocks:
     """A block that no other follows, and those before it."""
 
     blocks: list[Row]  # the first one first
@@ -128,7 +128,7 @@ class Prefix:
         return self.blocks[0].start == 0
 
 
-def prefixes(rows: Sequence[Row]) -> list[Prefix]:
+def prefixes(rows: Sequence[Row]) -> list[PrefixBlocks]:
     """The prefixes that blocks make, those used last first."""
     by_name, parents = {row.name: row for row in rows}, {row.parent for row in rows}
     chains = []
@@ -139,7 +139,7 @@ def prefixes(rows: Sequence[Row]) -> list[Prefix]:
                 chain.append(before)
             chains.append(chain[::-1])
     users = Counter(row.name for chain in chains for row in chain)
-    found = [Prefix(chain, [row for row in chain if users[row.name] == 1]) for chain in chains]
+    found = [PrefixBlocks(chain, [row for row in chain if users[row.name] == 1]) for chain in chains]
     return sorted(found, key=lambda prefix: -prefix.end.used)
 
 

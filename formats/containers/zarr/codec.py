@@ -198,10 +198,10 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         start = blocks.place(chunks[0], 0)
         stop = blocks.place(chunks[1], 0) if chunks[1] < header.chunks else header.stream_bytes
         rows = await read(start, stop) if first < last else b""
-        return _Pieces(header.stream_bytes, head, start, rows or b"")
+        return _PartialStream(header.stream_bytes, head, start, rows or b"")
 
 
-class _Pieces:
+class _PartialStream:
     """A stream of which only the head and a run of blocks are here."""
 
     def __init__(self, size: int, head: bytes, start: int, blocks: bytes) -> None:
@@ -216,7 +216,7 @@ class _Pieces:
         return self._blocks.read(start - self._start, count)
 
 
-def streams_in(source: Source) -> list[Extent]:
+def streams_in_chunk(source: Source) -> list[Extent]:
     """The streams that a chunk is, one behind the other; at least one."""
     found: list[Extent] = []
     place = 0
@@ -238,7 +238,7 @@ def _decoded(source: Source, tokens: tuple[int, int], spec: ArraySpec) -> NDBuff
     native = _native(spec.dtype)
     out = np.empty((*shape[:-2], tokens[1] - tokens[0], shape[-1]), native.newbyteorder("="))
     begin = 0
-    for part in [source] if isinstance(source, _Pieces) else streams_in(source):
+    for part in [source] if isinstance(source, _PartialStream) else streams_in_chunk(source):
         h = read_header(part)
         wide = h.dtype == c.DTYPE_BFLOAT16 and dtype == c.DTYPE_FLOAT32
         fits = (h.shape[:-2], h.head_dim) == (shape[:-2], shape[-1]) and (wide or h.dtype == dtype)

@@ -147,7 +147,7 @@ class _Writer:
         more = listing.coded_fields(whole, orders, body.rel_mse)
         more |= {"objects": list(grid.objects), "per_shard": grid.per_shard} if len(headers) > 1 or grid.per_shard else {}
         sizes = {} if "streams" in more else {"streams": [[whole[0].size, headers[0].tokens]]}
-        return listing.fields_of(piece, listing.seal_of(whole), **more, **sizes)
+        return listing.listing_fields(piece, listing.seal_of(whole), **more, **sizes)
 
     def _exact(self, piece: Piece, path: str, x: Any) -> listing.Fields:
         raw = exact.to_bytes(x)
@@ -158,7 +158,7 @@ class _Writer:
             self._put(array, (0,) * len(piece.shape), with_crc(raw.tobytes()))
         plain = Piece(**{**vars(piece), "coded": False})
         about = {"numpy": not exact.is_torch(x), "shape": list(piece.shape), "dtype": piece.dtype}
-        return listing.fields_of(plain, checksum_bytes(raw).hex(), **about)
+        return listing.listing_fields(plain, checksum_bytes(raw).hex(), **about)
 
     def _create(self, piece: Piece, path: str, shape: Sequence[int], dtype: Any, chunks: Sequence[int], **how: Any) -> Any:
         attributes = {"name": piece.name, "layout": piece.layout, "layer": piece.layer, "role": piece.role}

@@ -88,7 +88,7 @@ def is_plain_object(value: Any) -> bool:
     return is_foreign(kind) and kind.__module__.split(".")[0] not in LIBRARIES and not hasattr(value, "__code__")
 
 
-def fields_of(value: Any) -> dict[str, Any]:
+def object_fields(value: Any) -> dict[str, Any]:
     """The fields of an object by name, those in slots as well."""
     if isinstance(value, enum.Enum):
         return {"name": value.name}
@@ -124,7 +124,7 @@ def told_of_callable(value: Any) -> list[Any]:
     """The same of a function, or of an object that is called: its class, and its fields as far as these are plain."""
     if hasattr(value, "__code__"):
         return told_of_function(value)
-    return [told_of_class(type(value)), told_of_value(fields_of(value))]
+    return [told_of_class(type(value)), told_of_value(object_fields(value))]
 
 
 def _cell(cell: Any) -> Any:

@@ -23,7 +23,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines.model_identity import code
 from pqcodec.formats.engines.model_identity.digests import config_digest, is_config, json_digest
 from pqcodec.formats.engines.model_identity.watch import CONTAINERS, OBJECTS, Named, classes_of, modules_of, own_attributes
-from pqcodec.formats.engines.model_identity.written import Memory, memory_of
+from pqcodec.formats.engines.model_identity.written import WrittenAttributes, attributes_written_by
 from pqcodec.formats.places.locks import ForkLock
 
 _WHERE_FROM = {  # attributes that tell where a model is from or how it runs, and do not change its numbers
@@ -84,10 +84,10 @@ class Shell:
     buffers: dict[str, list[Any]]  # each as it may have been computed
 
 
-def deviation(model: Any, modules: Named, memory: Memory, digest: Callable[[str, Any], bytes]) -> list[Any]:
+def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Callable[[str, Any], bytes]) -> list[Any]:
     """All that deviates, as JSON; ``digest`` is of a tensor and its name. Raises InvalidArgument.
 
-    ``memory``: what the classes' own code writes, if they are not transformers' own.
+    ``written``: what the classes' own code writes, if they are not transformers' own.
     """
     shell = _shell_of(model)
     told: list[Any] = []
@@ -98,7 +98,7 @@ def deviation(model: Any, modules: Named, memory: Memory, digest: Callable[[str,
         if shell is None or not known or shell.types[path] != kind or kind.split(".")[0] not in packages:
             told.append([path, kind])
         expected = shell.attributes[path] if known and shell else {}
-        for name, value, deep in _attributes(module, memory):
+        for name, value, deep in _attributes(module, written):
             if name.endswith(_MADE_BY_ROPE) and _is_made_by_rope(module, name, value):
                 continue
             at = f"{path}.{name}"
@@ -117,12 +117,12 @@ def deviation(model: Any, modules: Named, memory: Memory, digest: Callable[[str,
     return sorted(told, key=json.dumps)
 
 
-def watched_tensors(modules: Named, memory: Memory) -> Iterator[tuple[str, Any]]:
+def watched_tensors(modules: Named, written: WrittenAttributes) -> Iterator[tuple[str, Any]]:
     """The tensors that are in no state_dict, by name: computed buffers, and those among attributes."""
     for path, module in modules:
         for name, buffer in _computed(module):
             yield f"{path}.{name}", buffer
-        for name, value, deep in _attributes(module, memory):
+        for name, value, deep in _attributes(module, written):
             yield from _tensors(value, f"{path}.{name}", deep)
 
 
@@ -134,7 +134,7 @@ def _tensors(value: Any, name: str, objects: int, depth: int = 0) -> Iterator[tu
         for key, member in members:
             yield from _tensors(member, f"{name}.{key}", objects, depth + 1)
     elif objects and _is_plain(value):
-        for key, member in code.fields_of(value).items():
+        for key, member in code.object_fields(value).items():
             yield from _tensors(member, f"{name}.{key}", objects - 1, depth + 1)
 
 
@@ -142,7 +142,7 @@ def _is_plain(value: Any) -> bool:
     return code.is_plain_object(value) and not is_config(value)
 
 
-def _attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any, int]]:
+def _attributes(module: Any, written: WrittenAttributes) -> Iterator[tuple[str, Any, int]]:
     """The attributes that count, if they deviate, and how many objects in each other are to be told field by field."""
     kind = type(module)
     own, turning, foreign = own_attributes(), _turns(module), code.is_foreign_class(kind)
@@ -150,21 +150,21 @@ def _attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any, int]]:
         computed = turning and name.endswith(_BY_ROPE) and not name.endswith(_MADE_BY_ROPE)
         if name in own or name in _WHERE_FROM or name in _BY_FORWARD or computed:
             continue
-        deep = OBJECTS if foreign and name not in memory.changed else 0
+        deep = OBJECTS if foreign and name not in written.changed else 0
         if callable(value) and not _is_module(value) and not isinstance(value, type) and hasattr(kind, name):
             if _overrides(module, name):
                 yield name, value, deep
-        elif not name.startswith("_") or (foreign and _is_set(kind, name, value, memory)):
+        elif not name.startswith("_") or (foreign and _is_set(kind, name, value, written)):
             yield name, value, deep
 
 
-def _is_set(kind: Any, name: str, value: Any, memory: Memory) -> bool:
+def _is_set(kind: Any, name: str, value: Any, written: WrittenAttributes) -> bool:
     """Whether a private attribute of foreign code is what somebody set, not what the code or a library keeps there."""
-    if name in memory.assigned or name in _OF_LIBRARIES:
+    if name in written.assigned or name in _OF_LIBRARIES:
         return False
     if any(hasattr(base, name) for base in kind.__mro__ if base.__module__ == "transformers.modeling_utils"):
         return False
-    return name not in memory.changed or isinstance(value, (bool, int, float, complex, str, bytes, type(None), type))
+    return name not in written.changed or isinstance(value, (bool, int, float, complex, str, bytes, type(None), type))
 
 
 def _computed(module: Any) -> Iterator[tuple[str, Any]]:
@@ -285,7 +285,7 @@ def _told(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: i
             told["digest"] = json_digest(code.told_of_function(code.plain(value)))
         return told
     if objects and _is_plain(value):
-        fields = _told(code.fields_of(value), tensor, objects - 1, depth + 1)
+        fields = _told(code.object_fields(value), tensor, objects - 1, depth + 1)
         return {"object": code.type_name(type(value)), "class": json_digest(code.told_of_class(type(value))), "fields": fields}
     return {"object": code.type_name(type(value))}
 
@@ -341,8 +341,8 @@ def _built(model: Any) -> Shell:
         with torch.device("meta"), _made_as(model.dtype):
             shell = type(model)(copy.deepcopy(model.config))
         modules = modules_of(shell)
-        memory = memory_of(classes_of(modules))
-        attributes = {path: dict(_shell_attributes(module, memory)) for path, module in modules}
+        written = attributes_written_by(classes_of(modules))
+        attributes = {path: dict(_shell_attributes(module, written)) for path, module in modules}
         buffers: dict[str, list[Any]] = {}
         for device in {"cpu", model.device.type}:  # computed elsewhere, or in another dtype, the last bits may differ
             for dtype in {torch.get_default_dtype(), model.dtype}:
@@ -352,8 +352,8 @@ def _built(model: Any) -> Shell:
     return Shell({path: code.type_name(type(module)) for path, module in modules}, attributes, buffers)
 
 
-def _shell_attributes(module: Any, memory: Memory) -> Iterator[tuple[str, Any]]:
-    for name, value, deep in _attributes(module, memory):
+def _shell_attributes(module: Any, written: WrittenAttributes) -> Iterator[tuple[str, Any]]:
+    for name, value, deep in _attributes(module, written):
         found = _told(value, lambda tensor: b"", deep)
         if found is not _NOTHING:
             yield name, found

@@ -16,7 +16,7 @@ from pqcodec.formats.engines.model_identity.registries import dicts_of, register
 from pqcodec.formats.engines.model_identity.tensors import Evidence, marks, refuse_unloaded, storages, tensor_digest
 from pqcodec.formats.engines.model_identity.watch import Named, Watch, classes_of, configs_of, modules_of
 from pqcodec.formats.engines.model_identity.wrappers import unwrapped
-from pqcodec.formats.engines.model_identity.written import memory_of
+from pqcodec.formats.engines.model_identity.written import attributes_written_by
 
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged_adapters", "scaling")
 _ADAPTER_ATTRIBUTES = {*_ADAPTER_STATE, "lora_A"}
@@ -180,10 +180,10 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     refusals.refuse_forwards(modules)
     mode, patched = refusals.training_mode(modules), refusals.patched_classes(modules)
     configs = configs_of(modules)
-    memory = memory_of(classes_of(modules))
-    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)], memory.changed, dicts_of(modules))
+    written = attributes_written_by(classes_of(modules))
+    watch = Watch(modules, configs, [*foreign_classes(modules), *homes_of(modules)], written.changed, dicts_of(modules))
     in_state, adapting, plain = _scan(model)
-    named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules, memory)]
+    named = in_state + [(f"{name} (not in the state)", tensor) for name, tensor in watched_tensors(modules, written)]
     tensors = [tensor for _, tensor in named]
     refuse_unloaded(named)
     held = storages(tensors)
@@ -194,7 +194,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     hashed = new_hash()
     for _, digest in digests[: len(in_state)]:
         hashed.update(digest)
-    told = [*deviation(model, modules, memory, tensor_digest), *patched, *foreign(modules), *registered(modules, configs)]
+    told = [*deviation(model, modules, written, tensor_digest), *patched, *foreign(modules), *registered(modules, configs)]
     config = model.config
     identity = Identity(
         config,

@@ -151,7 +151,7 @@ class Watch:
         if isinstance(value, CONTAINERS) and len(path) <= _DEPTH:
             inside = [(key, member) for key, member in _entries(value) if key is not None]
         elif objects < OBJECTS and not isinstance(value, _IMMUTABLE) and code.is_plain_object(value) and not is_config(value):
-            inside, objects = list(code.fields_of(value).items()), objects + 1
+            inside, objects = list(code.object_fields(value).items()), objects + 1
         else:
             return
         if objects:
@@ -181,13 +181,13 @@ def _reached(start: Any, path: tuple[Any, ...]) -> Any:
     """What lies at a path that leads through objects as well."""
     found: Any = start
     for key in path:
-        inside: Any = found if isinstance(found, CONTAINERS) else code.fields_of(found)
+        inside: Any = found if isinstance(found, CONTAINERS) else code.object_fields(found)
         found = inside[key]
     return found
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    return _members(value) if isinstance(value, CONTAINERS) else iter(code.fields_of(value).values())
+    return _members(value) if isinstance(value, CONTAINERS) else iter(code.object_fields(value).values())
 
 
 def _names(node: Any, own: frozenset[str]) -> list[str]:

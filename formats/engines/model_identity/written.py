@@ -28,14 +28,14 @@ _OF_ALL = ("torch.nn.modules.module", "transformers.modeling_utils", "transforme
 
 
 @dataclass(frozen=True)
-class Memory:
+class WrittenAttributes:
     """Names of attributes."""
 
     assigned: frozenset[str] = frozenset()
     changed: frozenset[str] = frozenset()  # what is in them: they are containers, tensors or objects
 
 
-def memory_of(kinds: Iterable[Any]) -> Memory:
+def attributes_written_by(kinds: Iterable[Any]) -> WrittenAttributes:
     """What classes write, those of them that are not transformers' or torch's own."""
     methods: dict[str, set[Any]] = {}
     for kind in kinds:
@@ -60,7 +60,7 @@ def memory_of(kinds: Iterable[Any]) -> Memory:
             beside = function.__globals__.get(name)
             waiting += methods.get(name, ())
             waiting += [one for one in _functions(beside) if code.package_of(one) not in code.KNOWN + code.LIBRARIES]
-    return Memory(frozenset(assigned), frozenset(assigned | changed))
+    return WrittenAttributes(frozenset(assigned), frozenset(assigned | changed))
 
 
 def _functions(value: Any) -> list[FunctionType]:
