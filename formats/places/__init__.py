@@ -1,1 +1,1 @@
-"""Where files are: local folders and URLs, written whole or not at all, and locked while somebody writes."""
+"""Where files are kept: local folders and URLs, written whole or not at all; and a lock that survives a fork."""

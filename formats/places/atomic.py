@@ -1,6 +1,6 @@
-"""Law: a file or folder is there whole or not at all, and private unless someone says otherwise.
+"""Law: a file or folder appears whole or not at all, and is private unless ``permissions`` allows more.
 
-It is written beside its place and renamed when it is complete.
+It is written under a temporary name beside its final one and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _wanted: ContextVar[int | None] = ContextVar("permissions", default=None)
 
 @contextmanager
 def permissions(mode: int) -> Iterator[None]:
-    """Files that are written inside the block get this mode, less what the umask takes away; folders can be searched as well.
+    """Files written inside the block get ``mode`` less the umask; folders get it too, and the bits to search them.
 
-    Outside such a block a new file is private (0600), and one that takes the place of another keeps the other's mode.
+    Outside such a block a new file is private (0600), and a file that replaces another keeps the other's mode.
     """
     before = _wanted.set(mode)
     try:
@@ -32,26 +32,26 @@ def permissions(mode: int) -> Iterator[None]:
 
 
 def _kept_mode(final: Path) -> int | None:
-    """The mode that stays because it is that of what is replaced, and nobody says otherwise; None where there is none."""
+    """The mode that the new file takes over from the replaced one; None without such a file, or inside ``permissions``."""
     return final.stat().st_mode & 0o777 if _wanted.get() is None and final.exists() else None
 
 
 def searchable(mode: int) -> int:
-    """The mode of a folder whose files have this one; its owner can write in it, so that it can be filled and removed."""
+    """The mode of a folder whose files have ``mode``: readers may search it, its owner may fill and remove it."""
     return 0o700 | mode | (mode & 0o444) >> 2
 
 
 def make_folders(path: Path, mode: int) -> None:
-    """Make a folder and those above it that are missing, all of this mode less what the umask takes away."""
+    """Make a folder and its missing parents, all of ``mode`` less the umask; raises OSError."""
     for place in reversed([place for place in (path, *path.parents) if not place.is_dir()]):
         place.mkdir(mode=mode, exist_ok=True)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to; it takes the place of ``path`` when the block ends well and is removed when it does not.
+    """A temporary path to write to; it replaces ``path`` when the block succeeds and is removed when it fails.
 
-    A place that is no regular file (a device, a pipe) is written directly. Raises OSError.
+    A ``path`` that is no regular file (a device, a pipe) is written directly. Raises OSError.
     """
     final = Path(os.path.realpath(path))
     if final.is_dir():
@@ -68,7 +68,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = _kept_mode(final) or temporary.stat().st_mode & wanted
         yield temporary
         _sync(temporary)
-        os.chmod(temporary, mode)  # a library may have put a file of its own in this place
+        os.chmod(temporary, mode)  # a library may have replaced the temporary file by its own
         os.replace(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -79,10 +79,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
-    """A new folder to write into; it takes the place of ``path`` when the block ends well and is removed when it does not.
+    """A temporary folder to write into; it replaces ``path`` when the block succeeds and is removed when it fails.
 
-    A folder that is there is replaced only if it is empty or holds a file called ``mark``, and is itself set aside until
-    the new one has its place. Raises OSError.
+    An existing folder is replaced only if it is empty or holds a file called ``mark``; it is set aside until the new one is
+    renamed, and put back if that fails. Raises OSError.
     """
     final = Path(os.path.realpath(path))
     if final.exists() and not final.is_dir():

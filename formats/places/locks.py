@@ -1,4 +1,4 @@
-"""Law: a lock that does not stay taken in a child of a fork, where no thread of its parent's is there to let it go."""
+"""Law: a lock that is free in the child of a fork: the parent's thread that held it does not exist there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class ForkLock:
-    """A lock that every child of a fork has anew; for as long as the process lives."""
+    """A lock that is replaced by a free one in every forked child; meant for module level, since it is never unregistered."""
 
     def __init__(self) -> None:
         self._renew()
@@ -21,5 +21,6 @@ class ForkLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
+        """A context that holds the lock."""
         with self._lock:
             yield

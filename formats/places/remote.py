@@ -1,8 +1,8 @@
 """Law: files of object stores and servers (``s3://``, ``memory://`` ...) through fsspec, whose only home this is.
 
-Reading asks for the bytes that are wanted and no others. A file to be written is made on the local disk and uploaded when it is
-complete, so that a half-written one never stands under the final name. What a connection breaks is tried again. Where a store
-is and who asks is fsspec's to know: ``FSSPEC_S3_ENDPOINT_URL=http://host:9000`` or ``fsspec.config.conf["s3"]`` for other S3s.
+Reads request only the bytes that are wanted. A file to be written is made on the local disk and uploaded when it is complete,
+so that a half-written one never has the final name. Requests that fail with the connection are tried again. Endpoints and
+credentials are configured in fsspec: ``FSSPEC_S3_ENDPOINT_URL=http://host:9000`` or ``fsspec.config.conf["s3"]``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pqcodec.formats.places.atomic import replacing
 from pqcodec.stream.source import check_range
 
 TRIES = 4
-PAUSE = 0.2  # seconds before the second try; doubled before each other one
-PART = 16 << 20  # bytes; an S3 object of two or more is uploaded in parts, several at once
-PARTS_AT_ONCE = 8  # where s3fs has no opinion
+PAUSE = 0.2  # seconds before the second try; doubled before each further one
+PART = 16 << 20  # bytes of a part of an upload to S3; objects of two parts or more are uploaded so, several parts at once
+PARTS_AT_ONCE = 8  # where s3fs sets no limit
 MOST_PARTS = 10_000  # of an S3 object
 FILES = {"sftp", "ssh", "ftp"}  # servers that show a file while it is written
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError"}
@@ -44,15 +44,15 @@ PACKAGES = {
     "smb": "smbprotocol",
     "webdav": "webdav4",
 }
-_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of two letters or more: C:/ is a disk
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of two letters or more: C:/ is a disk
 Result = TypeVar("Result")
 
 
-# -- places ------------------------------------------------------------------------------------------------------
+# -- URLs --------------------------------------------------------------------------------------------------------
 def is_url(place: Any) -> bool:
     """Whether a path is a URL of fsspec, such as s3://bucket/key.
 
-    Raises InvalidArgument for a URL that lost a slash, as ``pathlib`` takes it: it would become a local folder called s3:.
+    Raises InvalidArgument for a URL with one slash, which ``pathlib`` makes of it: it would become a local folder called s3:.
     """
     if isinstance(place, str) and "://" in place:
         return True
@@ -64,18 +64,18 @@ def is_url(place: Any) -> bool:
 
 
 def check_local(place: str | os.PathLike[str], what: str) -> None:
-    """Raises InvalidArgument for a URL in the place of a local path; ``what`` says what has to be local, and what to do."""
+    """Raises InvalidArgument if ``place`` is a URL; ``what``: the end of the message, what has to be local and what to do."""
     if is_url(place):
         raise InvalidArgument(f"{place}: is a URL; {what}")
 
 
 def check_url(url: str) -> None:
-    """Raises InvalidArgument for a URL of a scheme that is not served; nothing is asked of the store."""
+    """Raises InvalidArgument for a URL whose scheme is unknown or lacks its package; sends no request."""
     _file_system(url)
 
 
 def exists(url: str) -> bool:
-    """Whether an object, or a folder of objects, is there."""
+    """Whether an object, or a folder of objects, exists; raises OSError."""
     fs, path = _file_system(url)
     try:
         _info(fs, path, url)
@@ -85,22 +85,22 @@ def exists(url: str) -> bool:
 
 
 def read_all(url: str) -> np.ndarray:
-    """All bytes of an object as uint8; raises FileNotFoundError."""
+    """All bytes of an object, uint8 [size]; raises FileNotFoundError, or as ``RemoteSource`` does."""
     source = RemoteSource(url)
     return source.read(0, source.size)
 
 
 def remove(url: str) -> None:
-    """Remove an object; one that is not there is removed already."""
+    """Remove an object; a missing one is no error."""
     fs, path = _file_system(url)
     with suppress(FileNotFoundError):
         _tried(url, "removing it", lambda: fs.rm_file(path))
 
 
 def matching(pattern: str, folders: str = ".zarr") -> list[str]:
-    """URLs that a pattern such as s3://bucket/caches/*.pqkv fits, in their order: of objects, and of ``folders``.
+    """The URLs that match a pattern such as s3://bucket/caches/*.pqkv, sorted.
 
-    Folders are left out but for those whose names end so.
+    Objects match; folders only if their names end in ``folders``.
     """
     fs, path = _file_system(pattern)
     found = _fitting(fs, path, pattern)
@@ -110,7 +110,7 @@ def matching(pattern: str, folders: str = ".zarr") -> list[str]:
 
 
 def ages(pattern: str) -> list[tuple[str, float]]:
-    """(path, seconds since it was written) of every object that a pattern fits; 0 s where the store does not tell."""
+    """(path, seconds since it was written) of every object that matches a pattern; 0 s where the store keeps no time."""
     fs, path = _file_system(pattern)
     now = time.time()
 
@@ -153,7 +153,7 @@ def _protocols(fs: Any) -> set[str]:
 
 
 def _info(fs: Any, path: str, url: str) -> dict[str, Any]:
-    """What the store says of an object now, whatever it said before."""
+    """fsspec's description of an object, asked for anew."""
 
     def ask() -> Any:
         fs.invalidate_cache(path)
@@ -163,7 +163,7 @@ def _info(fs: Any, path: str, url: str) -> dict[str, Any]:
 
 
 def _object_size(fs: Any, path: str, url: str) -> int | None:
-    """Bytes of an object, None where the server does not tell them."""
+    """Bytes of an object; None where the server does not report them."""
     info = _info(fs, path, url)
     if info.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, "is a folder of the store, not an object; name an object in it", url)
@@ -177,7 +177,7 @@ def _local_name(url: str) -> str:
 
 # -- trying again ------------------------------------------------------------------------------------------------
 def _tried(url: str, what: str, work: Callable[[], Result], advice: str = "is the store there?") -> Result:
-    """The result of ``work``, which is tried again where a connection fails."""
+    """The result of ``work``, tried up to ``TRIES`` times; raises OSError, or at once an error that another try cannot mend."""
     for left in reversed(range(TRIES)):
         try:
             return work()
@@ -191,12 +191,12 @@ def _tried(url: str, what: str, work: Callable[[], Result], advice: str = "is th
 
 
 def _lasting(error: Exception, url: str, what: str) -> Exception | None:
-    """What to raise for an error that another try does not mend; None for all others."""
+    """The error to raise where another try cannot help; None where it may."""
     status = str(getattr(error, "status", None) or getattr(error, "code", None))
     if status == "416" or "InvalidRange" in str(error.__cause__):
         return TruncatedStream(f"{url}: {what}: the store has no such bytes; has the file changed meanwhile?")
     if isinstance(error, FileNotFoundError):
-        if "NoSuchUpload" in str(error.__cause__):  # it was ended by a request whose answer got lost
+        if "NoSuchUpload" in str(error.__cause__):  # an earlier request ended the upload, and its answer was lost
             return None
         return FileNotFoundError(errno.ENOENT, f"{what}: the store has no such object, or no such bucket", url)
     if isinstance(error, PermissionError) or type(error).__name__ in NO_CREDENTIALS or status in ("401", "403"):
@@ -209,7 +209,10 @@ def _lasting(error: Exception, url: str, what: str) -> Exception | None:
 
 # -- reading -----------------------------------------------------------------------------------------------------
 class RemoteSource:
-    """The bytes of a URL, read by place."""
+    """The bytes of a URL, read by range; a ``Source``.
+
+    Raises FileNotFoundError, IsADirectoryError, PermissionError or OSError; InvalidArgument where the server reports no size.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -220,6 +223,7 @@ class RemoteSource:
         self.size = size
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte ``start``, by one request; raises TruncatedStream or OSError."""
         check_range(start, count, self.size)
         if not count:
             return np.zeros(0, np.uint8)
@@ -228,10 +232,10 @@ class RemoteSource:
         return self._checked(data, start, count)
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """uint8 [count] of each (start, count), asked for at once; what touches or overlaps comes in one request."""
+        """uint8 [count] of each (start, count), all requested at once; ranges that touch or overlap share a request."""
         ranges = [(int(start), int(count)) for start, count in ranges]
         requests: list[list[int]] = []  # [start, end]
-        homes: dict[tuple[int, int], list[int]] = {}  # the request that brings a range
+        homes: dict[tuple[int, int], list[int]] = {}  # the request that covers each range
         for start, count in sorted(set(ranges)):
             check_range(start, count, self.size)
             if not count:
@@ -254,7 +258,7 @@ class RemoteSource:
         return [part(start, count) if count else np.zeros(0, np.uint8) for start, count in ranges]
 
     def _requested(self, requests: list[list[int]]) -> dict[int, np.ndarray]:
-        """The bytes of each [start, end] by its start; only what failed is tried again."""
+        """The bytes of each [start, end] by its start; only the requests that failed are repeated."""
         came: dict[int, bytes] = {}
 
         def ask() -> None:
@@ -281,7 +285,7 @@ class RemoteSource:
 
 @contextmanager
 def downloaded(url: str) -> Iterator[Path]:
-    """A local file with all bytes of a URL and its extension; it is removed when the block ends."""
+    """A temporary local copy of a URL with the same extension, removed when the block ends; raises as ``RemoteSource`` does."""
     fs, path = _file_system(url)
     size = _object_size(fs, path, url)
     with tempfile.TemporaryDirectory(prefix="pqcodec-") as folder:
@@ -298,13 +302,13 @@ def downloaded(url: str) -> Iterator[Path]:
 
 # -- writing -----------------------------------------------------------------------------------------------------
 def placing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """A local path to write to; what it holds takes the place of a path or URL when the block ends well."""
+    """A local path to write to; its content replaces a path or URL when the block succeeds (``replacing``, ``uploading``)."""
     return uploading(str(path)) if is_url(path) else replacing(path)
 
 
 @contextmanager
 def uploading(url: str) -> Iterator[Path]:
-    """A local path to write to; it is uploaded to ``url`` when the block ends well, and removed in any case."""
+    """A local path to write to; it is uploaded to ``url`` when the block succeeds, and removed in any case. Raises OSError."""
     fs, path = _file_system(url)
     if url.endswith("/") or (hasattr(fs, "split_path") and not fs.split_path(path)[1]):
         raise IsADirectoryError(errno.EISDIR, "is a folder of the store, an object is to be written here", url)
@@ -319,9 +323,9 @@ def uploading(url: str) -> Iterator[Path]:
 
 
 def _upload(fs: Any, path: str, url: str, local: Path) -> None:
-    """Put a local file in a store, whole or not at all."""
+    """Upload a local file, whole or not at all."""
     size = os.path.getsize(local)
-    begun: list[dict[str, Any]] = []  # uploads in parts that are not complete
+    begun: list[dict[str, Any]] = []  # uploads in parts that were begun and not completed
 
     def put() -> None:
         if size >= 2 * PART and hasattr(fs, "call_s3"):
@@ -329,7 +333,7 @@ def _upload(fs: Any, path: str, url: str, local: Path) -> None:
         elif _protocols(fs) & FILES:
             _put_beside(fs, path, local)
         else:
-            fs.put_file(str(local), path)  # of an object store: nothing stands there before all is there
+            fs.put_file(str(local), path)  # an object store shows an object only when all of it has arrived
 
     advice = "is the store there? Nothing half-written stands under this name: write it again"
     try:
@@ -339,9 +343,9 @@ def _upload(fs: Any, path: str, url: str, local: Path) -> None:
 
 
 def _put_in_parts(fs: Any, path: str, local: Path, size: int, begun: list[dict[str, Any]]) -> None:
-    """Upload to S3 in parts, which become the object by one last request.
+    """Upload to S3 in parts, which a last request joins into the object.
 
-    s3fs does so too, but aborts once, while other parts are on their way, and forgets the upload if that fails.
+    s3fs does so too, but on an error aborts only once, while parts are still being sent, and forgets the upload if that fails.
     """
     bucket, key, _ = fs.split_path(path)
     place = {"Bucket": bucket, "Key": key}
@@ -363,18 +367,18 @@ def _put_in_parts(fs: Any, path: str, local: Path, size: int, begun: list[dict[s
 
 
 def _abort(fs: Any, begun: list[dict[str, Any]]) -> None:
-    """End uploads in parts, whose parts the store would keep, unseen, and ask money for."""
+    """Abort unfinished uploads: the store would keep their parts, invisible and charged for."""
     for upload in begun:
         try:
             fs.call_s3("abort_multipart_upload", **upload)
-        except FileNotFoundError:  # it was completed, and only the answer got lost
+        except FileNotFoundError:  # the upload was completed, and only the answer was lost
             continue
-        except Exception:  # the store cannot be reached, as the upload's own error says
+        except Exception:  # the store is out of reach, which the upload's own error reports
             return
 
 
 def _put_beside(fs: Any, path: str, local: Path) -> None:
-    """Upload a file beside its place and rename it when it is complete."""
+    """Upload a file under a temporary name in the same folder and rename it when it is complete."""
     name = path.rpartition("/")[2]
     temporary = f"{path.removesuffix(name)}.{name[:200]}.{secrets.token_hex(4)}.part"
     try:

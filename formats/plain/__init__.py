@@ -1,1 +1,1 @@
-"""Plain tensors, in other people's files and in memory; nothing here is encoded."""
+"""Plain tensors, which are not encoded: in .safetensors, .npz and .npy files, and in memory."""

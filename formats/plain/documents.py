@@ -1,4 +1,4 @@
-"""Law: JSON and checksums as files of pqcodec hold them; nothing that is read here is trusted before it was checked."""
+"""Law: JSON and checksums as the files of pqcodec hold them (SPEC 4.2, II.2, III.1): written compactly, read strictly."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ _CHECKSUM_TEXT = re.compile(f"[0-9a-f]{{{2 * c.CHECKSUM_BYTES}}}")
 
 
 def json_bytes(value: Any, what: str, most: int) -> bytes:
+    """``value`` as JSON in UTF-8 without spaces.
+
+    Raises InvalidArgument, naming ``what``, for a value that is not JSON or takes more than ``most`` bytes.
+    """
     try:
         data = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -27,7 +31,7 @@ def json_bytes(value: Any, what: str, most: int) -> bytes:
 
 
 def json_value(data: bytes, what: str) -> Any:
-    """Strict JSON: UTF-8, no NaN, no key twice."""
+    """A value from strict JSON: UTF-8, no NaN, no key twice; raises CorruptStream, naming ``what``."""
     try:
         return _STRICT.decode(data.decode())
     except (ValueError, RecursionError) as error:
@@ -46,6 +50,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def natural(value: object) -> bool:
+    """Whether a value is an int (no bool) from 0 to 2^63 - 1."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
@@ -73,16 +78,17 @@ def tensor_problem(name: object, layer: object, role: object) -> str:
 
 
 def checksum_bytes(data: bytes | np.ndarray) -> bytes:
+    """The checksum of data (SPEC 4.2) as 4 bytes, little-endian."""
     return checksum(data).to_bytes(c.CHECKSUM_BYTES, "little")
 
 
 def checksum_text(value: int) -> str:
-    """A checksum's four bytes, little-endian, as 8 hexadecimal digits."""
+    """A checksum as 8 hexadecimal digits of its four bytes, little-endian (SPEC III.1)."""
     return value.to_bytes(c.CHECKSUM_BYTES, "little").hex()
 
 
 def checksum_of_text(text: object) -> int:
-    """What ``checksum_text`` wrote; raises CorruptStream."""
+    """The checksum that ``checksum_text`` wrote as text; raises CorruptStream for any other text."""
     if not isinstance(text, str) or not _CHECKSUM_TEXT.fullmatch(text):
         raise CorruptStream(f"a seal is {text!r:.60}; {2 * c.CHECKSUM_BYTES} hexadecimal digits are expected")
     return int.from_bytes(bytes.fromhex(text), "little")

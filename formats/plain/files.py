@@ -1,7 +1,7 @@
 """Law: files of plain tensors, read one tensor at a time and written whole: .safetensors, .npz and .npy.
 
-What a file is, is read from its first bytes; what is written, follows from the extension. Nothing is ever unpickled, and
-torch is imported only for a file that holds what numpy has no numbers for (bfloat16, float8).
+The kind of a file to read follows from its first bytes, that of a file to write from its extension. Nothing is ever unpickled.
+torch is imported only for files with dtypes that numpy lacks (bfloat16, float8).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pqcodec.formats.plain.npy import NpyHeader, read_npy_header
 from pqcodec.stream.source import check_regular
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
-_MOST_HEADER_BYTES = 100_000_000  # the library's cap
-_DEFLATED = 1032  # bytes that one of deflate can stand for, at most
-_UNPACKED_BYTES = 1 << 20  # at once
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own cap
+_DEFLATED = 1032  # bytes that one byte of deflate unpacks to, at most
+_UNPACKED_BYTES = 1 << 20  # read from an archive at once
 TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
 
 
-SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them: all are aligned then
+SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them, so that all are aligned
     "uint64": "U64",
     "int64": "I64",
     "float64": "F64",
@@ -63,10 +63,10 @@ class TensorReader(Tensors, Protocol):
     """An open file of tensors; a context manager."""
 
     format: str  # "safetensors", "npz" or "npy"
-    metadata: dict[str, str]  # what a safetensors file says of itself
+    metadata: dict[str, str]  # a safetensors file's ``__metadata__``; empty for others
 
     def held_bytes(self, name: str) -> int:
-        """Memory that reading a tensor takes; what is mapped takes none."""
+        """Bytes of memory that reading a tensor takes; 0 where it is mapped."""
         ...
 
     def __enter__(self) -> TensorReader: ...
@@ -75,14 +75,17 @@ class TensorReader(Tensors, Protocol):
 
 
 def file_kind(path: str | os.PathLike[str]) -> str:
-    """ "pqkv", "stream", "safetensors", "npz" or "npy", from a file's first bytes; raises InvalidArgument or OSError."""
+    """The kind of a file by its first bytes: "pqkv", "stream", "safetensors", "npz" or "npy".
+
+    Raises InvalidArgument or OSError.
+    """
     check_regular(path)
     with open(path, "rb") as file:
         return kind_of_bytes(path, file.read(9))
 
 
 def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
-    """``file_kind`` of a file that begins with these nine bytes."""
+    """``file_kind`` of a file that begins with ``first`` (9 bytes); raises InvalidArgument."""
     magics = {c.FILE_MAGIC: "pqkv", c.STREAM_MAGIC: "stream", b"PK\x03\x04": "npz", b"PK\x05\x06": "npz", b"\x93NUM": "npy"}
     if first[:4] in magics:
         return magics[first[:4]]
@@ -90,7 +93,7 @@ def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
         return "safetensors"
     extension = Path(path).suffix.lower().removeprefix(".")
     if extension in ("pqkv", "safetensors"):
-        return extension  # what is damaged there, its reader tells
+        return extension  # its reader reports the damage
     known = ".safetensors, .npy, .npz, .pqkv and single streams"
     raise InvalidArgument(f"{path}: begins with {first!r}; {known} are known: is this the right file?")
 
@@ -104,10 +107,10 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write tensors into a file of the kind that the extension names; ``metadata`` goes into safetensors files only.
+    """Write tensors into a file or URL of the kind that the extension names; only safetensors files hold ``metadata``.
 
-    One tensor is read and held at a time, in the order that suits the file, which appears when it is complete. Raises
-    InvalidArgument or OSError, and what reading a tensor raises.
+    One tensor is read and held at a time; the file appears when it is complete. Raises InvalidArgument or OSError, and what
+    reading a tensor raises.
     """
     write = _WRITERS[checked_extension(path)]
     if not remote.is_url(path) and Path(path).exists() and not Path(path).is_file():
@@ -117,7 +120,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict
 
 
 def checked_extension(path: str | os.PathLike[str]) -> str:
-    """The extension of a file to write; raises InvalidArgument."""
+    """The extension, in lower case, of a file to write; raises InvalidArgument for an unknown one."""
     extension = Path(path).suffix.lower()
     if extension not in _WRITERS:
         raise InvalidArgument(f"{path}: extension {extension!r} is unknown; choose from {', '.join(_WRITERS)}")
@@ -125,9 +128,9 @@ def checked_extension(path: str | os.PathLike[str]) -> str:
 
 
 def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """The header of a .safetensors file or URL, checked by the library, and the byte where its tensors begin.
+    """The header of a .safetensors file or URL, checked by safetensors, and the offset of its first tensor in bytes.
 
-    Raises CorruptStream or OSError; a name that stands twice is damage, too.
+    Raises CorruptStream, also for a name that occurs twice, or OSError.
     """
     if remote.is_url(path):
         return _remote_header(str(path))
@@ -139,17 +142,17 @@ def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], in
 
 
 def is_listing(values: Mapping[str, Any]) -> bool:
-    """Whether pqcodec wrote (some of) a file's metadata."""
+    """Whether a file's metadata have a key of the listing (SPEC III.1)."""
     return any(key.startswith(c.LISTING_PREFIX) for key in values)
 
 
 def holds_streams(path: str | os.PathLike[str]) -> bool:
-    """Whether a .safetensors file is an encoded cache. Raises as ``safetensors_header`` does."""
+    """Whether a .safetensors file is an encoded cache; raises as ``safetensors_header`` does."""
     return is_listing(safetensors_header(path)[0].get("__metadata__") or {})
 
 
 def _remote_header(url: str) -> tuple[dict[str, Any], int]:
-    """Likewise of a URL: the library looks at a file of the same size that holds the header and nothing else."""
+    """``safetensors_header`` of a URL: safetensors checks a sparse local file of the same size with the same header."""
     source = remote.RemoteSource(url)
     first = source.read(0, min(source.size, 8)).tobytes()
     size = int.from_bytes(first, "little")
@@ -158,7 +161,7 @@ def _remote_header(url: str) -> tuple[dict[str, Any], int]:
     raw = source.read(8, size).tobytes()
     with tempfile.NamedTemporaryFile(prefix="pqcodec-") as copy:
         copy.write(first + raw)
-        copy.truncate(source.size)  # the rest takes no room on the disk
+        copy.truncate(source.size)  # sparse: the rest takes no disk space
         copy.flush()
         with _library_errors(url, _NO_SAFETENSORS, CorruptStream), _safe_open(copy.name):
             pass
@@ -191,7 +194,7 @@ def _library_errors(path: object, what: str, fault: type[InvalidArgument] | type
 
 # -- reading -----------------------------------------------------------------------------------------------------
 class _Closing:
-    """What an open file closes at its end."""
+    """A context manager that closes what ``_stack`` holds."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -204,6 +207,8 @@ class _Closing:
 
 
 class _Safetensors(_Closing):
+    """An open .safetensors file; a ``TensorReader``."""
+
     format = "safetensors"
 
     def __init__(self, path: Path) -> None:
@@ -214,7 +219,7 @@ class _Safetensors(_Closing):
         with _library_errors(path, _NO_SAFETENSORS, CorruptStream):
             self._file = self._stack.enter_context(safe_open(path, framework="np"))
             self.names = tuple(self._file.keys())
-            self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # the library's order is random
+            self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # safetensors returns them in random order
             if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
                 self._file, self._mapped = self._stack.enter_context(safe_open(path, framework="pt")), True
 
@@ -237,6 +242,8 @@ class _Safetensors(_Closing):
 
 
 class _Npz(_Closing):
+    """An open .npz archive; a ``TensorReader``."""
+
     format = "npz"
 
     def __init__(self, path: Path) -> None:
@@ -271,7 +278,7 @@ class _Npz(_Closing):
 
     @contextmanager
     def _member(self, name: str) -> Iterator[tuple[NpyHeader, Any]]:
-        """What an array says of itself, and the file that its numbers come from: as many as it says, if nothing is damaged."""
+        """The header of an array and the file with its numbers, whose size was checked against the header."""
         info = self._file.getinfo(name + ".npy")
         with _library_errors(self._path, f"array {name!r}", CorruptStream), self._file.open(info) as member:
             packed = min(info.compress_size, self._size)
@@ -285,7 +292,7 @@ class _Npz(_Closing):
 
 
 def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
-    """Why an archive is none of numpy's, or an empty string."""
+    """Why an archive is not one of numpy's, or an empty string."""
     foreign = [info.filename for info in infos if not info.filename.endswith(".npy")]
     if any(name.endswith("/data.pkl") for name in foreign):
         return "is torch.save's; pickles are never loaded: save the tensors as .safetensors"
@@ -304,12 +311,14 @@ def _told(header: NpyHeader) -> str:
 
 
 def _leads_out(name: str) -> bool:
-    """Whether a name in an archive, unpacked as a path, would lie outside the folder."""
+    """Whether a name in an archive, unpacked as a path, leads out of the folder."""
     path = name.replace("\\", "/")
     return ".." in path.split("/") or path.startswith("/") or path[1:3] == ":/"
 
 
 class _Npy(_Closing):
+    """An open .npy file, whose one tensor is called as the file is; a ``TensorReader``."""
+
     format = "npy"
 
     def __init__(self, path: Path) -> None:
@@ -332,7 +341,7 @@ class _Npy(_Closing):
 
     @contextmanager
     def _header(self) -> Iterator[tuple[NpyHeader, int]]:
-        """What the file says of itself, and the byte where its numbers begin: as many as it says, if nothing is damaged."""
+        """The header and the offset of the numbers in bytes; the file's size was checked against the header."""
         with _library_errors(self._path, "array", CorruptStream):
             with open(self._path, "rb") as file:
                 header, start = read_npy_header(file), file.tell()
@@ -368,7 +377,7 @@ def _put(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 def _header(described: Mapping[str, tuple[tuple[int, ...], str]], metadata: dict[str, str]) -> bytes:
-    """The header of a .safetensors file, byte for byte what the library writes before the same tensors."""
+    """The header of a .safetensors file, byte for byte as safetensors writes it for the same tensors."""
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidArgument("the metadata of a safetensors file are strings, the input's are not; write an .npz file")
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -409,7 +418,7 @@ def _check_numpy(tensors: Tensors, name: str) -> None:
 
 
 def _read(tensors: Tensors, name: str) -> Any:
-    """A tensor, which is what was said of it."""
+    """A tensor whose shape and dtype are those that ``describe`` gave; raises InvalidArgument otherwise."""
     x, told = tensors.read(name), tensors.describe(name)
     found = tuple(x.shape), exact.dtype_name(x)
     if found != told:

@@ -1,4 +1,4 @@
-"""Law: tensors that are asked for by name, from whatever holds them; and those of a mapping."""
+"""Law: the protocol of tensors that are read by name (``Tensors``), and its form for a mapping in memory."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from pqcodec.formats.plain import numbers as exact
 
 
 class Tensors(Protocol):
-    """Tensors by name, each read when its turn comes."""
+    """Named tensors, of which each is read when it is needed."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype."""
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in order."""
         ...
 
-    def read(self, name: str) -> Any: ...
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor, without reading its numbers."""
+        ...
+
+    def read(self, name: str) -> Any:
+        """A tensor of torch or numpy."""
+        ...
 
 
 class InMemory:
-    """Tensors of torch or numpy that are there; raises InvalidArgument for anything else."""
+    """A mapping of names to torch or numpy tensors as ``Tensors``; raises InvalidArgument for any other value."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = dict(tensors)
@@ -33,8 +37,10 @@ class InMemory:
                 raise InvalidArgument(f"tensor {name!r}: a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor."""
         x = self._tensors[name]
         return tuple(int(n) for n in x.shape), exact.dtype_name(x)
 
     def read(self, name: str) -> Any:
+        """The tensor itself, not a copy."""
         return self._tensors[name]

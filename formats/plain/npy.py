@@ -1,4 +1,4 @@
-"""Law: numpy's .npy data: nothing of its header is believed before it was checked, and objects are never unpickled."""
+"""Law: the header of numpy's .npy data, versions 1.0 and 2.0, checked before use; objects are never unpickled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.plain.documents import shape_problem
 from pqcodec.formats.plain.numbers import NUMPY_DTYPES
 
-_MOST_HEADER_BYTES = 1024  # numpy takes up to 10,000, which an odd header keeps busy for seconds
-_VERSIONS = {  # the bytes of the header's length, and what reads it
+_MOST_HEADER_BYTES = 1024  # numpy allows 10,000, which a contrived header takes seconds to parse
+_VERSIONS = {  # version: bytes of the header's length field, and the function that parses the header
     (1, 0): (2, np.lib.format.read_array_header_1_0),
     (2, 0): (4, np.lib.format.read_array_header_2_0),
 }
@@ -23,23 +23,25 @@ _VERSIONS = {  # the bytes of the header's length, and what reads it
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What stands before an array's numbers."""
+    """Shape, order and dtype of an array, which its file states before the numbers."""
 
     shape: tuple[int, ...]
-    fortran: bool
+    fortran: bool  # column-major
     dtype: np.dtype  # in the file's byte order
 
     @property
     def dtype_name(self) -> str:
+        """The dtype's name without a byte order, such as "float16"."""
         return self.dtype.newbyteorder("=").name
 
     @property
     def data_bytes(self) -> int:
+        """Bytes of the numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of the copies that bring the numbers into the machine's order, and the elements into row-major order."""
+        """Bytes of the copies made on reading: one for a foreign byte order, one for column-major order."""
         return self.data_bytes * ((not self.dtype.isnative) + (self.fortran and len(self.shape) > 1))
 
     def array(self, data: Any) -> np.ndarray:
@@ -49,7 +51,7 @@ class NpyHeader:
 
 
 def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
-    """The header that a file goes on with; raises CorruptStream, or InvalidArgument for what is no array of numbers."""
+    """The header at a file's current position; raises CorruptStream, or InvalidArgument for an array that holds no numbers."""
     try:
         version = np.lib.format.read_magic(file)
         if version not in _VERSIONS:

@@ -1,12 +1,11 @@
-"""Law: tensors of torch and numpy as the little-endian bytes of their numbers, and back, bit for bit.
+"""Law: exact tensors: torch and numpy tensors <-> the little-endian bytes of their numbers, bit for bit.
 
-torch is imported only when a torch tensor is given or wanted.
+torch is imported only where a torch tensor is given or wanted.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,30 +13,28 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument, UnsupportedStream
 from pqcodec.stream.index import checked_range
+from pqcodec.tensors.numbers import is_torch as is_torch  # part of this module's interface
 
 NUMPY_DTYPES = {name: np.dtype(name) for name in c.EXACT_ITEM_BYTES if name != "bfloat16" and not name.startswith("float8")}
 
 
-def is_torch(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
 def is_tensor(x: Any) -> bool:
+    """Whether x is a torch tensor or a numpy array."""
     return is_torch(x) or isinstance(x, np.ndarray)
 
 
 def dtype_name(x: Any) -> str:
-    """The dtype's name: "float16", "int64", "bfloat16" ...; of another dtype whatever it calls itself."""
+    """The name of a tensor's dtype: "float16", "int64", "bfloat16" ...; of an unknown dtype its own text."""
     return str(x.dtype).removeprefix("torch.") if is_torch(x) else x.dtype.newbyteorder("=").name
 
 
 def nbytes(x: Any) -> int:
+    """Bytes of a tensor's numbers."""
     return math.prod(x.shape) * int(x.dtype.itemsize)
 
 
 def to_bytes(x: Any) -> np.ndarray:
-    """The numbers of a torch or numpy tensor as uint8 [bytes]; raises InvalidArgument."""
+    """The numbers of a torch or numpy tensor, row-major and little-endian, as uint8 [bytes]; raises InvalidArgument."""
     if not is_tensor(x):
         raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
     name = dtype_name(x)
@@ -55,7 +52,7 @@ def to_bytes(x: Any) -> np.ndarray:
 
 
 def over_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool) -> Any:
-    """A tensor over ``raw`` uint8 [bytes], whose memory becomes its own. Raises UnsupportedStream."""
+    """A tensor on the memory of ``raw`` uint8 [bytes], of numpy or torch; raises UnsupportedStream for a dtype torch lacks."""
     if numpy:
         return raw.view(NUMPY_DTYPES[dtype].newbyteorder("<")).reshape(shape)
     import torch
@@ -67,12 +64,12 @@ def over_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool)
 
 
 def on_cpu(x: Any) -> Any:
-    """``x`` itself, or a copy of a GPU's tensor."""
+    """``x`` itself, or a CPU copy of a tensor on a GPU."""
     return x.detach().cpu() if is_torch(x) else x
 
 
 def cut(x: Any, tokens: tuple[int, int] | None, leading: tuple[int, int] | None) -> Any:
-    """``tokens`` and ``leading`` of an exact tensor, as ``pqcodec.decode`` cuts a coded one; raises InvalidArgument."""
+    """``tokens`` and ``leading`` (first, last + 1) of an exact tensor, as in ``pqcodec.decode``; raises InvalidArgument."""
     if tokens is None and leading is None:
         return x
     if x.ndim < 2:
