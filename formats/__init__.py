@@ -1,4 +1,4 @@
-"""Law: other people's containers and files of many streams; what one stream holds is the package ``pqcodec``'s business."""
+"""Law: files and stores of many streams; a single stream is the package ``pqcodec``'s concern."""
 
 from pqcodec.formats.cache import append_cache, load_cache, save_cache
 from pqcodec.formats.containers.pqkv.appender import PQKVAppender

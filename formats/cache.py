@@ -1,4 +1,4 @@
-"""Law: a whole KV cache of (key, value) tensors <-> one file or store, of every container; .pqkv grows in place."""
+"""Law: a KV cache as (key, value) tensors of each layer <-> one file or store of any container; a .pqkv file grows in place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pqcodec.tensors import arrays
 
 
 def recipe_of(rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:
-    """The recipe that the options of ``save_cache`` ask for; raises InvalidArgument."""
+    """The recipe for the options of ``save_cache``; raises InvalidArgument."""
     if rope is not None and not center_keys:
         raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
     return Recipe(rope=rope, center="auto" if center_keys else None, **options)
@@ -47,8 +47,8 @@ def save_cache(
 
     ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
     mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
-    (``policy.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is told (tensors
-    done, tensors in all). Raises as ``pqcodec.encode`` does.
+    (``policy.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is called with
+    (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
     >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
@@ -78,11 +78,11 @@ def append_cache(
     backend: str = "auto",
     progress: Any = None,
 ) -> None:
-    """Add the new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
+    """Append new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
 
-    Each tensor is coded as its first tokens were; ``rope`` is that of the first call. What is there is not read or written
-    again. New tokens get means of their own: 64 of them or more at once keep what that costs small. Raises as ``save_cache``
-    does.
+    Each tensor is coded as its first tokens were; ``rope``: as given to ``save_cache``. Older tokens are neither read nor
+    rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
+    ``save_cache`` does.
     """
     with PQKVAppender(path) as writer, PQKVFile(path) as there:
         names = [
@@ -113,7 +113,7 @@ def append_cache(
 def load_cache(
     path: PathOrFile | bytes, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
 ) -> list[tuple[Any, Any]]:
-    """The (key, value) tensors of each layer of a file; ``tokens`` = (first, last + 1) reads those only.
+    """The (key, value) tensors of each layer of a file; ``tokens`` = (first, last + 1) reads only these tokens.
 
     Raises InvalidArgument where a layer has not exactly one key and one value, and as ``pqcodec.decode`` does.
     """
@@ -124,7 +124,7 @@ def load_cache(
 def layer_pairs(
     file: TensorFile, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
 ) -> list[tuple[Any, Any]]:
-    """The (key, value) tensors of each layer of an open file of any container; arguments and errors of ``load_cache``."""
+    """The (key, value) tensors of each layer of an open file of any container; arguments and errors as of ``load_cache``."""
     if tokens is None:
         file.read_ahead()
     found: dict[tuple[int, str], list[str]] = {}
@@ -162,9 +162,9 @@ def save_safetensors(
 ) -> None:
     """Write a cache as ``save_cache`` does, into a .safetensors file.
 
-    ``cache``: (key, value) tensors of each layer, which become layers.{i}.key and layers.{i}.value, or a mapping of names to
-    tensors: those that are keys and values by name (``policy.names``) and of a dtype that can be coded are, others are kept
-    exactly. ``nonfinite`` is that of ``pqcodec.encode``, all else that of ``save_cache``. Raises as ``pqcodec.encode`` does.
+    ``cache``: (key, value) tensors of each layer, which become layers.{i}.key and layers.{i}.value; or a mapping of names to
+    tensors, of which keys and values by name (``policy.names``) are coded if their dtype allows it, and others kept exactly.
+    ``nonfinite``: as in ``pqcodec.encode``; other options as in ``save_cache``. Raises as ``pqcodec.encode`` does.
 
     >>> import tempfile, numpy as np
     >>> path = tempfile.mkdtemp() + "/cache.safetensors"
@@ -205,8 +205,8 @@ def load_safetensors(
 ) -> dict[str, Any]:
     """All tensors of a file by name, decoded; ``tokens`` = (first, last + 1) cuts those that have tokens.
 
-    A file that pqcodec did not write is refused, for a damaged marker looks the same; with ``foreign``, its tensors come as
-    they are.
+    A file without a listing (SPEC III.1) is refused, for a damaged listing looks the same; ``foreign=True`` loads its tensors
+    as they are. Raises as ``SafetensorsCache`` and ``pqcodec.decode`` do.
     """
     if foreign and not holds_streams(path):
         return _load_foreign(path, tokens, device)
@@ -250,12 +250,11 @@ def save_zarr(
 ) -> None:
     """Write (key, value) tensors [..., tokens, head_dim] of each layer as zarr arrays layers/{i}/key and layers/{i}/value.
 
-    ``store``: a path or URL, or a store of zarr. A chunk holds ``tokens_per_chunk`` tokens of all leading indices (None: all
-    tokens); of a slice only the blocks that hold it are read, so that small chunks gain little: each takes a millisecond more,
-    and each chunk of a key has a mean of its own (2 % of 256 tokens). ``chunks_per_shard`` puts so many into one object of the
-    store. ``overwrite``: replace what is there. The other options are those of
-    ``save_cache``. bfloat16, which zarr lacks, is an array of float32 to zarr, and bfloat16 in ``load_zarr``. Raises
-    InvalidArgument, or as ``pqcodec.encode`` does.
+    ``store``: a path or URL, or a store of zarr. ``tokens_per_chunk``: tokens of a chunk of zarr, which holds all leading
+    indices (None: all tokens). Small chunks gain little, for a slice reads only the bytes that hold it: each chunk takes a
+    millisecond more, and each chunk of a key has a mean of its own (2 % of 256 tokens). ``chunks_per_shard``: chunks in one
+    object of the store. ``overwrite``: replace an existing cache. Other options as in ``save_cache``. bfloat16, which zarr
+    lacks, is float32 to zarr and bfloat16 to ``load_zarr``. Raises InvalidArgument, or as ``pqcodec.encode`` does.
 
     >>> import numpy as np, zarr
     >>> from zarr.storage import MemoryStore
@@ -286,7 +285,7 @@ def save_zarr(
 def load_zarr(
     store: Any, *, tokens: tuple[int, int] | None = None, device: Any = None, backend: str = "auto"
 ) -> list[tuple[Any, Any]]:
-    """The (key, value) tensors of each layer of a store; ``tokens`` = (first, last + 1) reads those only.
+    """The (key, value) tensors of each layer of a store; ``tokens`` = (first, last + 1) reads only these tokens.
 
     Raises InvalidArgument where the store holds no complete cache, and as ``pqcodec.decode`` does.
     """

@@ -1,1 +1,1 @@
-"""How the tensors of a cache are encoded: which options each gets, by its name, role, layer and measured numbers."""
+"""Which encode options each tensor of a cache gets, by its name, role, layer and energy."""

@@ -1,4 +1,4 @@
-"""Law: how far a stream is from its tensor: squared error and squared norm, of a sample of the tokens or of all of them."""
+"""Law: the error of a stream against its tensor: squared error and squared norm, of a sample of the tokens or of all."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of, device_type, widen
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
-_AT_ONCE = 4096  # tokens
+_AT_ONCE = 4096  # tokens that are decoded at once
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
-_DIGITS = 4  # of what is told: more would tell one machine's sums from another's
+_DIGITS = 4  # rounded so that the order of summation, which differs between machines, cannot show
 
 
 @dataclass(frozen=True)
 class Error:
-    """Sums over the coordinates that are finite."""
+    """Sums over finite coordinates; errors of several tensors add up."""
 
-    squares: float = 0.0  # of the differences
-    norm: float = 0.0  # of the tensor's own numbers
+    squares: float = 0.0  # squared differences
+    norm: float = 0.0  # squared numbers of the tensor
     coordinates: int = 0
 
     def __add__(self, other: Error) -> Error:
@@ -33,15 +33,18 @@ class Error:
 
     @property
     def rel_mse(self) -> float | None:
-        """||x - y||^2 / ||x||^2, to four digits; None where nothing was seen."""
+        """||x - y||^2 / ||x||^2, to four digits; None where the norm is 0."""
         return float(f"{self.squares / self.norm:.{_DIGITS}g}") if self.norm else None
 
 
 def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = True) -> Error:
-    """The error of a stream against its tensor [..., tokens, head_dim], of at most 256 tokens if it is a sample."""
+    """The error of a stream against its tensor [..., tokens, head_dim]: of all tokens, or of a ``sample`` of at most 256.
+
+    Raises as ``pqcodec.decode`` does.
+    """
     tokens = x.shape[-2]
     if sample and tokens > SAMPLES * SAMPLE_TOKENS:
-        starts = np.linspace(0, tokens - SAMPLE_TOKENS, SAMPLES + 1).astype(int)[1:]  # the first tokens are exact
+        starts = np.linspace(0, tokens - SAMPLE_TOKENS, SAMPLES + 1).astype(int)[1:]  # not 0: first tokens are exact
         runs = [(int(start), int(start) + SAMPLE_TOKENS) for start in starts]
     else:
         runs = [(start, min(start + _AT_ONCE, tokens)) for start in range(0, tokens, _AT_ONCE)]
@@ -54,7 +57,7 @@ def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = Tr
 
 
 def held_tokens(sample: bool) -> int:
-    """Tokens of which ``error_of`` holds the tensor's numbers and the stream's beside each other, at most."""
+    """The most tokens whose original and decoded numbers ``error_of`` holds in memory."""
     return SAMPLES * SAMPLE_TOKENS if sample else _AT_ONCE
 
 
@@ -68,7 +71,7 @@ def _error(x: Any, y: Any) -> Error:
 
 
 def _numbers(x: Any) -> Iterator[np.ndarray]:
-    """A tensor's numbers, some at a time."""
+    """A tensor's numbers as float64, ``_WIDE`` at a time."""
     seen = arrays.view(exact.on_cpu(x))
     flat = seen.stored.reshape(-1)
     for start in range(0, flat.size, _WIDE):

@@ -1,6 +1,6 @@
-"""Law: which tensor is a key, which a value, and of which layer: by the names that people give them.
+"""Law: the role and layer of a tensor by its name, from a table of naming conventions.
 
-The table is read from above and the first pattern that fits decides; a caller's regex replaces the table for its role.
+The first pattern of the table that matches decides; a caller's regex replaces the table for its role.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pqcodec.stages.centre import Rope
 
 @dataclass(frozen=True)
 class TensorRole:
-    """What a tensor is in a KV cache; ``layer`` is None where the name tells none."""
+    """What a tensor is in a KV cache: its role, layer, RoPE, and which of its tokens are at the beginning of the text."""
 
     role: str  # "key", "value" or "other"
-    layer: int | None = None
-    rope: Rope | None = field(default=None, repr=False)  # of this tensor, in place of the cache's
-    first_token: int = field(default=0, repr=False)  # tokens of the sequence before the tensor's first
-    padding: tuple[int, ...] = field(default=(), repr=False)  # tokens that count for nothing at each sequence's beginning
+    layer: int | None = None  # None: not known
+    rope: Rope | None = field(default=None, repr=False)  # replaces the RoPE of the recipe for this tensor
+    first_token: int = field(default=0, repr=False)  # position in the sequence of the tensor's first token
+    padding: tuple[int, ...] = field(default=(), repr=False)  # tokens of left padding of each sequence
 
 
 _WORDS = {
@@ -30,14 +30,14 @@ _WORDS = {
 _START, _GAP = r"(?:.*[._/\-\]])?", r"[._/\-\[\]]+"
 _LAYER = r"(?P<layer>\d{1,6})"
 _HOLDER = "layers?|blocks?|h|past_key_values|past|present|cache"
-_PATTERNS = (  # WORD stands for the words of a role; what stands behind it in the name makes the tensor something else
+_PATTERNS = (  # WORD: one of the words of a role; it ends the name (k_proj.weight is no key)
     rf"{_START}(?:{_HOLDER}){_GAP}{_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # layers.3.self_attn.key
     rf"{_START}{_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # 3.keys, block3/0/k
     rf"{_START}(?:layers?|block|l){_LAYER}(?:{_GAP}.*)?{_GAP}WORD",  # layer3.key
     rf"{_START}WORD[._/\-\[]*{_LAYER}\]?",  # key_cache.3, k_3, keys[3], v3
     rf"{_START}WORD",  # keys, model.k_cache
 )
-_LONGEST = 256  # characters at the end of a name that the table looks at
+_LONGEST = 256  # characters at the end of a name that are matched
 TABLE = tuple(
     (role, re.compile(pattern.replace("WORD", f"(?:{words})"), re.IGNORECASE))
     for pattern in _PATTERNS
@@ -46,9 +46,10 @@ TABLE = tuple(
 
 
 def role_of(name: str, keys: str | None = None, values: str | None = None) -> TensorRole:
-    """Role and layer of the tensor ``name``; a regex ``keys`` or ``values`` (searched) alone decides on its role.
+    """Role and layer of the tensor ``name``.
 
-    Raises InvalidArgument for a bad regex, or a name that both regexes fit.
+    ``keys``, ``values``: a regex, searched in the name, that alone decides on that role. Raises InvalidArgument for a bad
+    regex, or a name that both match.
 
     >>> role_of("model.layers.0.self_attn.k_cache"), role_of("v.3"), role_of("layers.0.self_attn.k_proj.weight")
     (TensorRole(role='key', layer=0), TensorRole(role='value', layer=3), TensorRole(role='other', layer=None))
@@ -78,6 +79,6 @@ def _layer(match: re.Match[str]) -> int | None:
 
 
 def _only_number(name: str) -> int | None:
-    """The number in a name that no convention fits, if there is exactly one."""
+    """The number in a name that matches no pattern, if there is exactly one."""
     numbers = re.findall(r"(?<!\d)\d{1,6}(?!\d)", name)
     return int(numbers[0]) if len(numbers) == 1 else None

@@ -1,4 +1,4 @@
-"""Law: how a whole cache shares its bits: a preset's name is the mean, and what counts in the answer gets more of it.
+"""Law: how a cache shares its bits: a preset names the mean rate, and tensors whose errors change the answer more get more.
 
 Measured on SmolLM2-135M, Qwen2.5-Coder-0.5B and Gemma-3-270M (sliding windows, one KV head) with four texts each: a
 1,024-token prefix, 96 tokens read on from it in two windows (Qwen: one), one key or value tensor coded at a time at pq3 behind
@@ -6,12 +6,12 @@ two rounds of rotation. What an error costs in next-token KL is first a matter o
 key's relative error costs 3 (SmolLM2), 5 (Qwen) or 8 (Gemma) times a value's. It grows with the layer's centred key energy and,
 less, with how far its value energy is above the trend of its neighbours; values of the first two layers count much in SmolLM2.
 With all values coded at once (one text), KL grows with the 1.4th power of their error between 2 and 3 bits on all three models,
-with all keys about in proportion to it. Low rank and heavy tails, looked at on SmolLM2 and Gemma, told little more.
+with all keys about in proportion to it. Low rank and heavy tails, measured on SmolLM2 and Gemma, explained little more.
 
-``IMPORTANCE`` is the rounded optimum of what these measurements foretell, the three models weighing alike; bits are given where
-they save most. Whole caches at pq3 (two windows of 128 scored tokens and two seeds a text) have .47 to .76 of the KL of equal
-bits on eleven of the twelve of model and text, and .93 +- .18 on the other; with a regression on two of the models alone
-(slopes times 0.7, level at most 1, the same growths) the third has .47 to .95.
+``IMPORTANCE`` is the rounded optimum that these measurements predict, with equal weights of the three models; each bit goes
+where it saves most. Whole caches at pq3 (two windows of 128 scored tokens and two seeds a text) have .47 to .76 of the KL of
+equal bits in eleven of the twelve combinations of model and text, and .93 +- .18 in the other; with a regression on two of the
+models alone (slopes times 0.7, level at most 1, the same growths) the third has .47 to .95.
 """
 
 from __future__ import annotations
@@ -33,30 +33,27 @@ from pqcodec.tensors.numbers import widen
 
 Shared = dict[int, tuple[str, str]]  # presets of each layer's key and value
 
-SHARED = ("pq2.5", "pq3", "pq3.5", "pq4")  # presets whose bits are shared; those of 2 have nothing to take away
-FEWEST_LAYERS = 8  # below, the early layers would take too much of the rest
+SHARED = ("pq2.5", "pq3", "pq3.5", "pq4")  # presets whose bits are shared; pq2 is the lowest rate, so has none to give
+FEWEST_LAYERS = 8  # in fewer layers the first two would take too many bits from the others
 
 
 @dataclass(frozen=True)
 class Importance:
-    """log2 of what a tensor's relative error costs a coordinate, in units of the mean: a sum over its layer's features.
+    """Weights of a linear model: log2 of the cost, per coordinate, of a tensor's relative error, relative to the mean cost."""
 
-    ``growth``: the power of the error that the cost grows with, around the preset's rate.
-    """
-
-    level: float
-    key_energy: float  # for each doubling of the layer's centred key energy over the geometric mean
-    value_energy: float  # for each doubling of its value energy over the trend
-    early: float  # of layers 0 and 1
-    growth: float
+    level: float  # constant term
+    key_energy: float  # per doubling of the layer's centred key energy over the geometric mean
+    value_energy: float  # per doubling of the layer's value energy over the trend
+    early: float  # added in layers 0 and 1
+    growth: float  # the exponent: cost grows with error ** growth around the preset's rate
 
 
 IMPORTANCE = {
     "key": Importance(1.0, 1.0, 0.75, 0.0, growth=1.0),
     "value": Importance(-1.0, 0.5, 0.25, 2.0, growth=1.4),
 }
-FARTHEST = (3.0, 2.0)  # doublings of key and of value energy: what is further away counts no more than that
-_SAMPLES = 256  # tokens of each leading index that an energy is taken from, at least
+FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
+_SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
 _RATES = {preset.half_bits / 2: name for name, preset in PRESETS.items() if preset.coding == c.CODING_SPLIT}
 
@@ -64,7 +61,7 @@ _RATES = {preset.half_bits / 2: name for name, preset in PRESETS.items() if pres
 def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: bool = True) -> float:
     """Mean squared norm of a tensor's vectors [..., tokens, head_dim], minus their (RoPE-aware) mean unless ``centred=False``.
 
-    Taken from 256 to 511 evenly spaced tokens of each leading index, exact ones left out; NaN and Inf count as zero.
+    Of 256 to 511 evenly spaced tokens of each leading index, without the first ``exact_tokens``; NaN and Inf count as 0.
 
     >>> energy(np.ones((2, 8, 64), np.float32)), energy(np.ones((2, 8, 64), np.float32), centred=False)
     (0.0, 64.0)
@@ -90,15 +87,15 @@ def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: 
 
 
 def shares(preset: str, layers: int) -> bool:
-    """Whether a cache of so many layers shares the bits of a preset."""
+    """Whether a cache of ``layers`` layers shares the bits of a preset."""
     return preset in SHARED and layers >= FEWEST_LAYERS
 
 
 def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mapping[int, int] | None = None) -> Shared:
     """Presets of each layer's key and value whose mean is at most ``preset``'s rate.
 
-    ``energies``: of each layer, (centred key energy, value energy); ``sizes``: coordinates of its key, which its value has
-    too (None: all alike).
+    ``energies``: (centred key energy, value energy) of each layer; ``sizes``: coordinates of each layer's key, and of its
+    value (None: all equal).
 
     >>> shared = share("pq3", {layer: (16.0 if layer == 5 else 1.0, 1.0) for layer in range(8)})
     >>> " ".join(key for key, _ in shared.values())
@@ -112,14 +109,14 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
     size = np.tile([1.0 if sizes is None else sizes[layer] for layer in layers], 2)
     costs, growths = _costs(np.array([energies[layer] for layer in layers]))
     rates, rate = np.array(sorted(_RATES)), PRESETS[preset].half_bits / 2
-    left = size * costs * 4.0 ** -(growths * (rates[:, None] - rate))  # what each tensor costs at each rate
-    bits = size * np.diff(rates)[:, None]  # of each step up
+    left = size * costs * 4.0 ** -(growths * (rates[:, None] - rate))  # cost of each tensor at each rate
+    bits = size * np.diff(rates)[:, None]  # that each step to the next rate takes
     worth = (left[:-1] - left[1:]) / np.maximum(bits, 1e-30)
     level = [0] * len(size)
     budget = (rate - rates[0]) * size.sum() * (1 + 1e-12)
     steps = [(-worth[0, tensor], tensor) for tensor in range(len(size)) if size[tensor]]
     heapify(steps)
-    while steps:  # the step that saves most for its bits; one beyond the budget stays beyond it
+    while steps:  # the step that saves most cost per bit; one beyond the budget stays beyond it
         saves, tensor = heappop(steps)
         if saves >= 0:
             break
@@ -135,9 +132,9 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
 
 
 def _costs(energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a relative error costs a coordinate in each key, then in each value, and the power of the error that it grows with.
+    """Cost per coordinate of a relative error, and its growth exponent: [2 * layers] each, keys before values.
 
-    ``energies`` [layers, 2] are those that ``share`` takes.
+    ``energies`` [layers, 2]: as ``share`` takes them.
     """
     keys, values = np.log2(np.maximum(energies, 1e-30)).T
     near = [np.clip(x, -far, far) for x, far in zip((keys - keys.mean(), _above_trend(values)), FARTHEST, strict=True)]
@@ -147,7 +144,7 @@ def _costs(energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _above_trend(energies: np.ndarray) -> np.ndarray:
-    """How far log2 energies are above the line through those of all layers but the first, which often is of another kind."""
+    """log2 energies less their regression line over the layers, without layer 0 (often an outlier), whose result is 0."""
     at = np.arange(len(energies))
     above: np.ndarray = energies - np.polyval(np.polyfit(at[1:], energies[1:], 1), at)
     above[0] = 0

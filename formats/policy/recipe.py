@@ -1,5 +1,5 @@
-"""Law: how the tensors of a cache are encoded, whatever file they go to: keys are centred, values are not, the first tokens of
-both are exact, and the preset's bits are shared between keys, values and layers.
+"""Law: how the tensors of a cache are encoded, in every container: keys are centred, values are not, the first tokens of both
+are exact, and the preset's bits are shared between keys, values and layers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, stream_source
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
-CHUNK_TOKENS = 24  # under one checksum: nine tenths of what a read of any 256 tokens takes are what it wants
+CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
 AUTO = "auto"
-_HIGHEST = "pq6"  # preset that a tensor may get where bits are shared
+_HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shared
 
 
 def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, TensorRole]]:
-    """(key, value) tensors of each layer as layers.{i}.key and layers.{i}.value."""
+    """The (key, value) pairs of the layers as tensors called layers.{i}.key and layers.{i}.value, and their roles."""
     pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
     tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
     return tensors, {f"layers.{layer}.{role}": TensorRole(role, layer) for layer, role, _ in pairs}
@@ -41,7 +41,7 @@ def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[st
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of a tensor that was encoded."""
+    """The outcome of encoding one tensor; sizes in bytes."""
 
     name: str
     tensor: TensorRole
@@ -53,30 +53,30 @@ class Encoded:
 
     @property
     def weight(self) -> float:
-        """Coordinates that each one stands for whose error was measured."""
+        """Sampling weight: coordinates of the tensor per measured coordinate."""
         return self.coordinates / max(self.error.coordinates, 1)
 
 
 def _ignore(*_: Any) -> None:
-    """Nobody watches."""
+    """The default callback: does nothing."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told of the work: of a tensor's progress (name, done, total), and of each tensor that was encoded."""
+    """Functions that ``Recipe.pieces`` calls while tensors are encoded."""
 
-    advance: Callable[[str, int, int], None] = _ignore
-    encoded: Callable[[Encoded], None] = _ignore
+    advance: Callable[[str, int, int], None] = _ignore  # a tensor's progress: name, done, total
+    encoded: Callable[[Encoded], None] = _ignore  # once per tensor, when it is encoded
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Options of encoding a cache; the defaults are those of ``save_cache``. Raises InvalidArgument.
 
-    ``center`` is of keys: "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope"; ``exact_tokens``: None
-    is 4 of keys and values, 0 of others; ``share_bits``: give keys of high energy more bits than values, the preset being
-    the mean (``policy.rates``); ``stream_tokens``: cut a tensor into streams of so many tokens (None: one stream);
-    ``measured``: "sample" (the error is taken of a sample and kept), "all" (of all numbers) or "none".
+    ``center``: what is subtracted from keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
+    ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
+    values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
+    ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
     """
 
     preset: str = "pq3"
@@ -104,9 +104,9 @@ class Recipe:
         if self.stream_tokens is not None and self.stream_tokens < 1:
             raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
 
-    # -- what is done to a tensor --------------------------------------------------------------------------------
+    # -- options of one tensor -----------------------------------------------------------------------------------
     def options(self, tensor: TensorRole, first_token: int = 0) -> dict[str, Any]:
-        """Options of ``pqcodec.encode`` for a tensor from one of its tokens on, all but the preset."""
+        """Options of ``pqcodec.encode``, all but the preset, for the stream that begins at ``first_token`` of a tensor."""
         first_token += tensor.first_token
         rope = tensor.rope or (self.rope if tensor.role == "key" and self.center == "rope" else None)
         options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(tensor) - first_token, 0)}
@@ -118,16 +118,16 @@ class Recipe:
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
 
     def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
-        """(leading index, token) of the first tokens behind padding, for a tensor [sequences, ..., tokens, head_dim]."""
+        """int64 [n, 2]: (leading index, token) of first tokens after padding; ``shape``: [sequences, ..., tokens, head_dim]."""
         tokens, heads, first = shape[-2], math.prod(shape[1:-2]), first_token + tensor.first_token
         places = behind_padding(tensor.padding, self._exact_tokens(tensor), first, first + tokens)
         found = [(row * heads + head, token - first) for row, token in places for head in range(heads)]
         return np.array(found, np.int64).reshape(-1, 2)
 
     def held_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
-        """Memory that encoding a tensor takes beside its own, at most: its stream, and what that is made and measured with.
+        """The most bytes that encoding a tensor takes beside the tensor: its stream, and what encoding and measuring need.
 
-        Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for what cannot be encoded.
+        Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for a tensor that cannot be encoded.
         """
         options = {key: value for key, value in self.options(tensor).items() if key in ("exact_tokens", "chunk_tokens")}
         centred = tensor.role == "key" and self.center is not None
@@ -137,7 +137,7 @@ class Recipe:
         leading, tokens = math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1
         row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
         measured = 2 * row * min(tokens, held_tokens(self.measured != "all"))
-        places = 16 + tokens  # where each leading index begins, and which vectors are not finite
+        places = 16 + tokens  # start of each leading index, and a flag per vector that is not finite
         return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
 
     def _exact_tokens(self, tensor: TensorRole) -> int:
@@ -152,9 +152,9 @@ class Recipe:
         coded: Sequence[str],
         described: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     ) -> dict[str, str]:
-        """The preset of each coded tensor: the layers that have one key and one value, of one shape, share their bits.
+        """The preset of each coded tensor by name; layers with one key and one value of the same shape share their bits.
 
-        ``described``: shape and dtype of each tensor, where they are known.
+        ``described``: shape and dtype of each tensor, if the caller has them.
         """
         flat = dict.fromkeys(coded, self.preset)
         if not self.share_bits or self.center is None:
@@ -179,14 +179,14 @@ class Recipe:
         return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
 
     def _energies(self, tensors: Tensors, roles: Mapping[str, TensorRole], pair: tuple[str, str]) -> tuple[float, float]:
-        """What ``rates.share`` wants of a layer."""
+        """The (key, value) energies of a layer that ``rates.share`` takes."""
         of_key, of_value = (self.options(roles[name]) for name in pair)
         keys, values = (self._without_exact(tensors.read(name), roles[name]) for name in pair)
         centred = rates.energy(keys, rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
         return centred, rates.energy(values, exact_tokens=of_value["exact_tokens"], centred=False)
 
     def _without_exact(self, x: Any, tensor: TensorRole) -> Any:
-        """A tensor, or a copy with its last token in the place of those that are exact behind padding: they cost no bits."""
+        """The tensor; or a copy in which exact tokens after padding, which cost no bits, are replaced by its last token."""
         places = self.exact_vectors(tensor, tuple(x.shape))
         if not len(places):
             return x
@@ -202,7 +202,10 @@ class Recipe:
         coded: Sequence[str] | None = None,
         callbacks: Callbacks | None = None,
     ) -> list[Piece]:
-        """What a container writes: the tensors that are coded (None: all) and those that are kept exactly."""
+        """The pieces for a container to write: ``coded`` tensors (None: all) as streams, the others exactly.
+
+        Encoding happens when a piece's ``body`` is called, which raises as ``pqcodec.encode`` does.
+        """
         coded = tensors.names if coded is None else coded
         described = {name: tensors.describe(name) for name in tensors.names}
         presets = self.presets(tensors, roles, coded, described)
@@ -257,7 +260,7 @@ class Recipe:
 
 
 def behind_padding(padding: Sequence[int], count: int, first: int, last: int) -> list[tuple[int, int]]:
-    """(sequence, token) of ``count`` tokens behind the padding of each padded sequence, among tokens ``first`` to ``last`` - 1.
+    """(sequence, token) of the ``count`` tokens after the padding of each padded sequence, if within ``first`` .. ``last`` - 1.
 
     >>> behind_padding((0, 3), 2, 0, 10), behind_padding((0, 3), 2, 4, 10)
     ([(1, 3), (1, 4)], [(1, 4)])
@@ -270,7 +273,7 @@ def behind_padding(padding: Sequence[int], count: int, first: int, last: int) ->
 
 
 def why_exact(shape: tuple[int, ...], dtype: str) -> str | None:
-    """Why a tensor cannot be encoded, or None."""
+    """Why a tensor of this shape and dtype cannot be encoded, in words; None where it can."""
     if dtype not in DTYPE_NAMES.values():
         return f"dtype {dtype}"
     if not 2 <= len(shape) <= c.MAX_NDIM:
