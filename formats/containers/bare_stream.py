@@ -1,4 +1,4 @@
-"""Law: a file that is one single stream, seen as a file of one tensor that is called as the file is."""
+"""Law: a file that is one single stream, read as a file of one tensor, which has the file's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SingleStream(TensorFile):
     """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL."""
 
     names: tuple[str, ...] = ()
-    metadata: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
+    metadata: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     size = 0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

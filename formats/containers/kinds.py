@@ -1,7 +1,7 @@
-"""Law: which containers of encoded tensors there are: read by what they hold, written by their extension, converted into each
-other without decoding.
+"""Law: the containers of encoded tensors and how one is chosen: by content to read, by extension to write.
 
-Streams move byte for byte and exact tensors bit for bit; names, order, layers, roles, measured errors and metadata go along.
+Conversion decodes nothing: streams move byte for byte and exact tensors bit for bit, with names, order, layers, roles, measured
+errors and metadata.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ZARR_MARK = "zarr.json"
 
 
 def container_of(path: str | os.PathLike[str], to: str | None = None) -> str:
-    """The container to write at a path: ``to``, or what the extension says; raises InvalidArgument."""
+    """The kind of container to write at a path: ``to``, or by its extension; raises InvalidArgument."""
     if to is not None:
         if to not in KINDS:
             raise InvalidArgument(f"container {to!r} is unknown; choose from {', '.join(KINDS)}")
@@ -52,9 +52,10 @@ def write(
     to: str,
     progress: Progress | None = None,
 ) -> int:
-    """Write tensors into a container and return its bytes; it appears when it is complete, in place of what was there.
+    """Write tensors into a container of kind ``to`` and return its size in bytes.
 
-    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, OSError, and what making a tensor raises.
+    The container appears when it is complete and replaces what was there. ``progress`` is called with (tensors done, tensors
+    in all). Raises InvalidArgument, OSError, and what making a tensor raises.
     """
     if to != "pqkv" and not isinstance(path, (str, os.PathLike)):
         raise InvalidArgument(f"a {to} container cannot be written to a pipe; name a path, or choose pqkv")
@@ -63,7 +64,10 @@ def write(
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """ "pqkv", "stream", "safetensors", "zarr", "npz" or "npy", by what lies there; raises InvalidArgument or OSError."""
+    """The kind of what a path or URL holds: "pqkv", "stream", "safetensors", "zarr", "npz" or "npy".
+
+    Raises InvalidArgument or OSError.
+    """
     if remote.is_url(path):
         if _extension(path) == ".zarr":
             return "zarr"
@@ -77,7 +81,10 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def open_encoded(path: str | os.PathLike[str]) -> TensorFile:
-    """Open an encoded file of any container, or a single stream. Raises InvalidArgument for anything else."""
+    """Open an encoded file of any container, or a single stream.
+
+    Raises InvalidArgument for any other file, and as the container's reader does.
+    """
     kind = kind_of(path)
     if kind not in _READERS:
         raise InvalidArgument(f"{path}: is a {kind} file of plain tensors; {', '.join(KINDS)} or a single stream is expected")
@@ -93,10 +100,10 @@ def convert(
     to: str | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write the tensors of an encoded file as another container and return its bytes; nothing is decoded.
+    """Write the tensors of an encoded file into another container and return its size in bytes; nothing is decoded.
 
-    Damage inside a stream goes along and stays visible. Raises InvalidArgument for what the container cannot hold, and as
-    reading and writing do.
+    Damage inside a stream is copied too and stays detectable. Raises InvalidArgument for tensors that the container cannot
+    hold, and as reading and writing do.
     """
     kind = container_of(target, to) if isinstance(target, (str, os.PathLike)) else to or "pqkv"
     with open_encoded(source) as file:
@@ -104,7 +111,7 @@ def convert(
 
 
 def container_module(name: str) -> Any:
-    """A module of this folder; raises InvalidArgument where it needs a package that is not there."""
+    """A module of this folder by name; raises InvalidArgument where zarr, which it needs, is not installed."""
     try:
         return import_module(f"pqcodec.formats.containers.{name}")
     except ModuleNotFoundError as error:

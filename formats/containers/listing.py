@@ -1,7 +1,7 @@
-"""Law: the sealed list of tensors in a container that is not ours (SPEC III.1): five strings, one of them a checksum.
+"""Law: the listing, five strings that describe the tensors of a container other than .pqkv (SPEC III.1).
 
-A seal ties a name to its bytes: the checksum of an exact tensor, and of each stream that of its header and its last four bytes.
-An order seal (SPEC 4.3) ties all checksums of a stream to their places.
+A seal ties a name to its bytes: the checksum of an exact tensor, or for each stream that of its header and last four bytes.
+An order seal (SPEC 4.3) ties all checksums of a stream to their positions.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from pqcodec.formats.plain.documents import (
 from pqcodec.stream.source import Extent, Source, fetched, read_many
 
 KEYS = tuple(c.LISTING_PREFIX + key for key in ("format", "version", "tensors", "metadata", "checksum"))
-Fields = dict[str, Any]  # what the list says of a tensor
-_SEAL = 2 * c.CHECKSUM_BYTES  # characters of a stream's seal
+Fields = dict[str, Any]  # the object that describes one tensor in the listing
+_SEAL = 2 * c.CHECKSUM_BYTES  # hexadecimal digits of a stream's seal
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
 def listing_fields(piece: Piece, seal: str, **more: Any) -> Fields:
+    """The description of a tensor: what its piece states, ``more`` fields of the container, and its seal."""
     fields: Fields = {"name": piece.name, "layer": piece.layer, "role": piece.role, "layout": piece.layout}
     fields |= {"coded": piece.coded} | ({"shape": list(piece.shape), "dtype": piece.dtype} if piece.coded else {}) | more
     return fields | {"seal": seal}
 
 
 def coded_fields(streams: Sequence[Source], orders: Sequence[int], rel_mse: float | None) -> Fields:
-    """What the list says of a coded tensor, and is known when its streams are; ``orders``: the order seal of each."""
+    """The fields of a coded tensor that follow from its streams; ``orders``: the order seal of each stream."""
     several = [[stream.size, _tokens(stream)] for stream in streams] if len(streams) > 1 else []
     order = {"order": "".join(map(checksum_text, orders))}
     return order | ({"streams": several} if several else {}) | ({} if rel_mse is None else {"rel_mse": rel_mse})
 
 
 def seal_of(streams: Sequence[Source]) -> str:
-    """What ties streams to a name: of each one its header, and the checksum at its end."""
+    """The seals of streams, 8 hexadecimal digits each: the checksum of a stream's header and last four bytes."""
     return "".join(map(_seal, streams))
 
 
@@ -65,7 +66,10 @@ def _tokens(stream: Source) -> int:
 
 
 def sealed_listing(tensors: Sequence[Fields], metadata: str, elsewhere: Any) -> dict[str, str]:
-    """The five strings; ``metadata`` is JSON, ``elsewhere`` what the container says of its tensors itself."""
+    """The five strings by key. ``metadata``: JSON; ``elsewhere``: the container's own description, which the checksum covers.
+
+    Raises InvalidArgument where the list is too long.
+    """
     values = [
         c.LISTING_FORMAT,
         c.LISTING_VERSION,
@@ -81,7 +85,10 @@ def _checksum(values: Sequence[str], elsewhere: Any) -> str:
 
 # -- reading -----------------------------------------------------------------------------------------------------
 def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields]]:
-    """The caller's metadata and what is said of each tensor; ``check_listing`` is to follow."""
+    """The caller's metadata and the fields of each tensor, checked one by one; the checksum is left to ``check_listing``.
+
+    Raises CorruptStream, or UnsupportedStream for another version.
+    """
     missing = [key for key in KEYS if not isinstance(values.get(key), str)]
     if missing:
         raise CorruptStream(f"metadata: {', '.join(missing)} not there; the header is damaged, fetch the file again")
@@ -102,13 +109,13 @@ def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields
 
 
 def check_listing(values: Mapping[str, Any], elsewhere: Any) -> None:
-    """Raises CorruptStream where the checksum does not hold."""
+    """Raises CorruptStream where the checksum of the listing and of ``elsewhere`` does not hold."""
     if values[KEYS[4]] != _checksum([values[key] for key in KEYS[:4]], elsewhere):
         raise CorruptStream("header: checksum does not hold; names, shapes or metadata were changed, fetch the file again")
 
 
 def _problem(fields: object) -> str:
-    """What is wrong with what the list says of a tensor, or an empty string; unknown keys are passed over."""
+    """What is wrong with a tensor's fields, or an empty string; unknown keys are ignored."""
     if not isinstance(fields, dict):
         return "a JSON object is expected"
     coded, numpy = fields.get("coded"), fields.get("numpy", False)
@@ -145,7 +152,7 @@ def _streams_problem(fields: Fields) -> str:
 
 # -- tensors -----------------------------------------------------------------------------------------------------
 def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size: int) -> Entry:
-    """The entry of a tensor that the list tells of."""
+    """The entry of a listed tensor whose body is ``size`` bytes at offset ``place`` of the file."""
     return Entry(
         fields["name"],
         fields["coded"],
@@ -163,7 +170,7 @@ def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size:
 
 
 def streams_in(body: Source, fields: Fields) -> list[Extent]:
-    """The streams of a tensor that lie one behind the other; raises CorruptStream."""
+    """The streams of a coded tensor, which follow each other in ``body``; raises CorruptStream."""
     sizes = [size for size, _ in fields.get("streams", [[body.size, 0]])]
     if sum(sizes) != body.size:
         raise CorruptStream(f"streams of {sum(sizes)} bytes are listed, {body.size} are there")
@@ -172,7 +179,7 @@ def streams_in(body: Source, fields: Fields) -> list[Extent]:
 
 
 def parts_of(entry: Entry, fields: Fields, streams: Sequence[Extent]) -> list[StreamPart]:
-    """The parts of a coded tensor, each of which is looked at when it is opened."""
+    """The parts of a coded tensor, from its streams; the seal of each is checked when it is first opened."""
     told = fields.get("streams", [[0, entry.tokens]])
     seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
     for stream, order in zip(streams, orders, strict=False):

@@ -1,7 +1,7 @@
-"""Law: what every file of coded and exact tensors offers its reader, whatever container it is.
+"""Law: reading a file of coded and exact tensors, the same for every container.
 
-A container tells what it holds (``names``, ``_read_entry``), where the streams of a tensor lie (``_read_parts``) and how each
-of its places is checked (``_checks``); all else is here, once.
+A container's reader lists its tensors (``names``, ``_read_entry``), finds their bytes (``_read_parts``, ``_read_exact``) and
+lists what ``verify`` checks (``_checks``); the rest is here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pqcodec.stream.source import Source, reading_ahead
 from pqcodec.tensors import arrays
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
-Findings = list[tuple[str | None, Damage | str]]  # what ``verify`` tells
+Progress = Callable[[int, int], None]  # called with the units done and the units in all: bytes, tensors or blocks
+Findings = list[tuple[str | None, Damage | str]]  # the result of ``verify``: (tensor, damage); None: no single tensor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: what the file says of it and where its body lies."""
+    """A tensor of a file: the file's description of it, and the offset of its body."""
 
     name: str
     coded: bool  # False: kept exactly, as plain numbers
@@ -40,13 +40,13 @@ class Entry:
     role: str  # "key", "value" or "other"
     shape: tuple[int, ...]
     dtype: str
-    layout: str  # what the dimensions are
-    body_start: int  # byte of the file; of the first part; 0 where a tensor has files of its own
-    body_bytes: int  # of all parts
-    parts: int = 1  # streams that hold its tokens one behind the other
-    numpy: bool = False  # an exact tensor that was numpy's
-    rel_mse: float | None = None  # what its writer measured, of a sample or of all numbers
-    seal: int | None = None  # what a frame tells of its body (SPEC II.2); None: an older file, or another container
+    layout: str  # names of the dimensions: LAYOUT or NO_LAYOUT
+    body_start: int  # offset in the file of the first part; 0 where each tensor has files of its own
+    body_bytes: int  # all parts together
+    parts: int = 1  # streams of a coded tensor, which follow each other along the tokens
+    numpy: bool = False  # an exact tensor that was a numpy array
+    rel_mse: float | None = None  # relative squared error that its writer measured, on a sample or on all numbers
+    seal: int | None = None  # of the body, from its frame (SPEC II.2); None in older files and other containers
 
     def __post_init__(self) -> None:
         if self.numpy and self.dtype not in exact.NUMPY_DTYPES:
@@ -54,30 +54,36 @@ class Entry:
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of the tensor's own numbers, decoded."""
         return math.prod(self.shape) * c.EXACT_ITEM_BYTES[self.dtype]
 
     @property
     def tokens(self) -> int:
+        """The second last dimension; 1 for a single vector."""
         return self.shape[-2] if len(self.shape) > 1 else 1
 
     def continued_by(self, shape: tuple[int, ...], dtype: str) -> bool:
-        """Whether tokens of a shape and dtype can stand behind these."""
+        """Whether a tensor of this shape and dtype can follow along the tokens: all other dimensions are equal."""
         whole = min(len(shape), len(self.shape)) > 1
         return whole and (shape[:-2], shape[-1], dtype) == (self.shape[:-2], self.shape[-1], self.dtype)
 
     def with_tokens(self, tokens: int, parts: int, body_bytes: int) -> Entry:
+        """This entry with another number of tokens, in ``parts`` streams of ``body_bytes`` bytes together."""
         return replace(self, shape=(*self.shape[:-2], tokens, self.shape[-1]), parts=parts, body_bytes=body_bytes)
 
 
 @dataclass(frozen=True)
 class StreamPart:
-    """One stream of a coded tensor: so many tokens, and how to reach it."""
+    """One stream of a coded tensor: its number of tokens, and a function that opens it."""
 
     tokens: int
-    open: Callable[[bool], Source]  # is told whether all of it is wanted, which is read at once then
+    open: Callable[[bool], Source]  # argument: whether all of the stream is wanted; it is then read at once
 
     def decode(self, whole: bool, **options: Any) -> Any:
-        """What ``codec.decode`` gives; all of a stream has to be in the order in which it was written. Raises CorruptStream."""
+        """The decoded tensor; ``whole``: all of the stream is read, and its order seal checked too.
+
+        ``options`` and errors are those of ``codec.decode``; raises CorruptStream where the order seal does not hold.
+        """
         source = self.open(whole)
         decoded = codec.decode(source, **options)
         if whole and (problem := order_problem(source)):
@@ -85,7 +91,7 @@ class StreamPart:
         return decoded
 
     def damage(self, backend: str, progress: codec.Progress) -> list[Damage | str]:
-        """What ``codec.verify`` finds, and where that is nothing, what is wrong with the order."""
+        """The damage that ``codec.verify`` finds; if there is none, a problem of the order seal, if there is one."""
         source = self.open(True)
         found: list[Damage | str] = [*codec.verify(source, backend=backend, progress=progress)]
         return found or [problem for problem in (order_problem(source),) if problem]
@@ -93,16 +99,16 @@ class StreamPart:
 
 @dataclass(frozen=True)
 class Check:
-    """A place of a file that ``verify`` looks at: whose it is, its bytes, and what is wrong with it."""
+    """A run of a file's bytes that ``verify`` checks."""
 
-    name: str | None
-    start: int  # of all that is checked
-    size: int
-    damage: Callable[[str, codec.Progress], Sequence[Damage | str]]  # of a backend and a progress
+    name: str | None  # the tensor it belongs to
+    start: int  # bytes that are checked before it, for the progress
+    size: int  # bytes
+    damage: Callable[[str, codec.Progress], Sequence[Damage | str]]  # checks it with a backend and a progress
 
 
 class named:  # noqa: N801 - reads as a function
-    """A context: errors of pqcodec inside it say first where they arose."""
+    """A context that puts ``place`` in front of the message of a PQError raised inside it."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -115,7 +121,7 @@ class named:  # noqa: N801 - reads as a function
 
 
 class TensorFile(ABC):
-    """An open file of tensors; a context manager. Opening reads what lists them, decoding the bytes of what is wanted."""
+    """An open file of tensors; a context manager. Opening reads the list of tensors, decoding only the bytes it needs."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -130,19 +136,19 @@ class TensorFile(ABC):
         self.close()
 
     def close(self) -> None:
-        """Close what this object opened."""
+        """Close the files that this object opened; one that was passed in stays open."""
         self._stack.close()
 
     @property
     def label(self) -> str:
-        """The file as errors name it."""
+        """The file's name in error messages."""
         return self._label
 
     def read_ahead(self) -> None:
-        """Have all bytes of local files come from the disk meanwhile, for a reader that wants them all."""
+        """Start reading local files into the system's cache in the background, for a caller that will read all of them."""
         self._stack.enter_context(reading_ahead(self._local_files()))
 
-    # -- what a container tells ----------------------------------------------------------------------------------
+    # -- what each container implements --------------------------------------------------------------------------
     @property
     @abstractmethod
     def size(self) -> int:
@@ -151,35 +157,36 @@ class TensorFile(ABC):
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The tensors' names, in the order in which they were written."""
+        """The tensors' names, in writing order."""
 
     @property
     @abstractmethod
     def metadata(self) -> dict[str, Any]:
-        """What the writer was given as ``metadata``; empty if nothing was."""
+        """The ``metadata`` that the writer was given; empty without any."""
 
     @abstractmethod
-    def _read_entry(self, name: str) -> Entry: ...
+    def _read_entry(self, name: str) -> Entry:
+        """The entry of a tensor in ``names``."""
 
     @abstractmethod
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
-        """The streams of a coded tensor, each of which goes with the entry."""
+        """The streams of a coded tensor; each is checked against the entry when it is opened."""
 
     @abstractmethod
     def _read_exact(self, entry: Entry) -> Any:
-        """The numbers of an exact tensor as uint8, checked, in memory of their own."""
+        """The numbers of an exact tensor, uint8 [bytes] in memory of their own, checked against their checksum."""
 
     def _local_files(self) -> list[str]:
-        """The files that all bytes lie in, in the order of the tensors; none where a store holds them."""
+        """The local files that hold the bytes, in the order of the tensors; empty for a remote or in-memory source."""
         return []
 
     @abstractmethod
     def _checks(self) -> Iterator[Check]:
-        """Every place of the file, in its order."""
+        """All that ``verify`` checks, in file order."""
 
-    # -- what a reader asks --------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------
     def entry(self, name: str) -> Entry:
-        """Role, layer, shape, dtype and place of a tensor."""
+        """Role, layer, shape, dtype and offset of a tensor; raises InvalidArgument for an unknown name, or CorruptStream."""
         if name not in self._entries:
             if name not in self.names:
                 some = ", ".join(repr(n) for n in self.names[:5]) + (" ..." if len(self.names) > 5 else "")
@@ -189,11 +196,14 @@ class TensorFile(ABC):
         return self._entries[name]
 
     def forget(self, name: str) -> None:
-        """Give back the memory that decoding a tensor leaves behind for the next time."""
+        """Free what is cached of a tensor's streams (headers) for the next decode."""
         self._parts.pop(name, None)
 
     def stream(self, name: str, part: int = 0) -> Source:
-        """The stream of a coded tensor (or of one part of a grown one), to be read by place or moved as it is."""
+        """The stream of a coded tensor, or one part of a tensor of several, as a ``Source``.
+
+        Raises InvalidArgument for an exact tensor or a missing part, and CorruptStream.
+        """
         parts = self._streams(name)
         with self._named(name):
             if not 0 <= part < len(parts):
@@ -201,7 +211,7 @@ class TensorFile(ABC):
             return parts[part].open(False)
 
     def inspect(self, name: str) -> StreamInfo:
-        """What the stream of a coded tensor says of itself; reads only its header."""
+        """The header fields of a coded tensor, its parts' sizes added up; reads only the headers."""
         parts = self._streams(name)
         with self._named(name):
             found = [codec.inspect(part.open(False)) for part in parts]
@@ -220,9 +230,9 @@ class TensorFile(ABC):
         out: Any = None,
         progress: codec.Progress | None = None,
     ) -> Any:
-        """The tensor ``name``; arguments and result are those of ``pqcodec.decode``.
+        """The tensor ``name``; arguments, result and errors as of ``pqcodec.decode``.
 
-        Of a coded tensor only the blocks that are wanted are read, of an exact one all bytes.
+        Of a coded tensor only the chunks that hold the wanted tokens are read, of an exact one all bytes.
         """
         entry = self.entry(name)
         with self._named(name):
@@ -243,9 +253,9 @@ class TensorFile(ABC):
             return x if device is None else arrays.to_device(x, device)
 
     def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Findings:
-        """Check every byte; an empty list is a sound file. The name is None where no tensor is concerned.
+        """Check every byte and return the damage as (tensor or None, what); an empty list means that the file is sound.
 
-        ``progress`` is told (bytes done, bytes in all).
+        ``progress`` is called with (bytes done, bytes in all).
         """
         found: Findings = []
         self.read_ahead()
@@ -277,19 +287,19 @@ class TensorFile(ABC):
 
 @dataclass(frozen=True)
 class _PartRange:
-    """What is wanted of one part of a tensor."""
+    """A range of tokens to decode from one part of a tensor."""
 
     part: StreamPart
-    tokens: tuple[int, int]  # of the part
-    place: int  # of the first of them in the result
-    whole: bool  # all of its bytes are
+    tokens: tuple[int, int]  # counted within the part
+    place: int  # index of the first of them in the result
+    whole: bool  # the range needs all bytes of the part
 
     def decode(self, **options: Any) -> Any:
         return self.part.decode(self.whole, tokens=self.tokens, **options)
 
 
 def _plausible(entry: Entry) -> Entry:
-    """An entry whose bytes can hold what it tells; raises CorruptStream. A stream takes at least a bit of each coordinate."""
+    """The entry; raises CorruptStream where its body is too short for its shape: a stream takes at least a bit a coordinate."""
     most = 8 * entry.body_bytes * c.EXACT_ITEM_BYTES[entry.dtype]
     if entry.coded and entry.tensor_bytes > most:
         told = f"{entry.dtype} {entry.shape} takes {entry.tensor_bytes} bytes"
@@ -298,7 +308,7 @@ def _plausible(entry: Entry) -> Entry:
 
 
 def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_PartRange]:
-    """The parts that hold a range of tokens; at least one."""
+    """The ranges of the parts that hold ``tokens``; an empty range of the last part where that is none."""
     first, last = checked_range("tokens", tokens, entry.tokens)
     begin, found = 0, []
     for part in parts:
@@ -311,7 +321,7 @@ def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | Non
 
 
 def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> Any:
-    """A tensor that its parts were decoded into."""
+    """A new tensor into which the ranges of the parts are decoded."""
     header = read_header(wanted[0].part.open(False))
     tokens = sum(high - low for low, high in (one.tokens for one in wanted))
     shape = (*entry.shape[:-2], tokens, header.head_dim)
@@ -326,7 +336,7 @@ def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> 
 
 
 def stream_of(source: Source, entry: Entry, tokens: int | None = None) -> Source:
-    """A stream that goes with the entry of its tensor (or holds so many of its tokens); raises CorruptStream."""
+    """``source``, whose header has the entry's shape (with ``tokens`` tokens, if given) and dtype; raises CorruptStream."""
     header = read_header(source)
     shape = entry.shape if tokens is None else (*entry.shape[:-2], tokens, entry.shape[-1])
     if (header.shape, DTYPE_NAMES[header.dtype]) != (shape, entry.dtype):

@@ -1,9 +1,9 @@
-"""Law: an encoded cache as a plain .safetensors file: a coded tensor is a uint8 tensor that holds its streams, an exact one
-stays as it is, and ``__metadata__`` says which is which (``listing``).
+"""Law: an encoded cache as a .safetensors file (SPEC III.2): a coded tensor is a uint8 tensor that holds its streams, an exact
+one stays as it is, and ``__metadata__`` holds the listing.
 
-Any safetensors reader opens such a file. Bodies are written one behind the other into room that is left for the header, so
-neither side holds more than one tensor. Exact tensors come first, the widest numbers before the others: all are aligned.
-Where the tensors lie is not sealed: a tool that writes the same tensors and metadata in another order keeps the file valid.
+Any safetensors reader opens such a file. The writer reserves space for the header and writes the bodies after it one by one, so
+that neither side holds more than one tensor. Exact tensors come first, those with the widest numbers before the others, which
+aligns all. Offsets are not sealed: a tool may write the same tensors and metadata in another order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pqcodec.stream.source import Extent, FileSource, Source, owned
 
 _CODED = "U8"
 _ALIGNMENT = 16
-_WIDEST = (1 << 63) - 1  # a number that takes the most room
-_WIDEST_ERROR = 2.2250738585072014e-308  # likewise: no number above zero has a longer text
+_WIDEST = (1 << 63) - 1  # the integer with the longest text
+_WIDEST_ERROR = 2.2250738585072014e-308  # the positive float with the longest text
 CODES, _DTYPES = SAFETENSORS_CODES, SAFETENSORS_DTYPES
 
 
@@ -45,9 +45,9 @@ def write_pieces(
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write tensors into a file and return its bytes; it appears when it is complete.
+    """Write tensors into a file or URL and return its size in bytes; it appears when it is complete.
 
-    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
+    ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
     """
     place = Path(path)
     if not remote.is_url(path) and place.exists() and not place.is_file() and not place.is_dir():
@@ -90,18 +90,18 @@ def _problem(piece: Piece) -> str:
 
 @dataclass(frozen=True)
 class _HeaderEntry:
-    """What the header says of a tensor."""
+    """The description of a tensor in the header and the listing."""
 
-    code: str
+    code: str  # safetensors' name of the dtype
     shape: Sequence[int]
-    start: int
+    start: int  # offsets in bytes from the end of the header
     end: int
     seal: str
-    more: listing.Fields  # of the list of tensors
+    more: listing.Fields  # further fields of the listing
 
     @classmethod
     def expected(cls, piece: Piece) -> _HeaderEntry:
-        """What takes at least as much room as that which is not known before the tensor is written."""
+        """A placeholder for a tensor that is not written yet; its text is at least as long as the final one."""
         seal = "0" * 2 * c.CHECKSUM_BYTES
         if not piece.coded:
             return cls(CODES[piece.dtype], piece.shape, _WIDEST, _WIDEST, seal, {"numpy": False})
@@ -132,7 +132,7 @@ def _written(file: BinaryIO, piece: Piece, place: int) -> _HeaderEntry:
 
 
 def _header(pieces: Sequence[Piece], found: dict[str, _HeaderEntry], meta: str) -> bytes:
-    """The header as JSON; it takes no more room for tensors that are written than for those that are not yet."""
+    """The header as JSON, of tensors that are written and placeholders."""
     listed = [listing.listing_fields(piece, found[piece.name].seal, **found[piece.name].more) for piece in pieces]
     values = listing.sealed_listing(listed, meta, _said((name, one.code, one.shape) for name, one in found.items()))
     header: dict[str, Any] = {"__metadata__": values}
@@ -142,7 +142,7 @@ def _header(pieces: Sequence[Piece], found: dict[str, _HeaderEntry], meta: str) 
 
 
 def _said(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> list[Any]:
-    """What the header says of tensors outside the list, but for their places."""
+    """Names, dtypes and shapes in the header, sorted, which the listing's checksum covers (SPEC III.2); no offsets."""
     return sorted([name, code, list(shape)] for name, code, shape in tensors)
 
 
@@ -150,8 +150,8 @@ def _said(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> list[Any]:
 class SafetensorsCache(TensorFile):
     """Reads a .safetensors file that holds an encoded cache, from a path or a URL; a context manager.
 
-    Opening reads the header; a tensor's bytes are read when it is asked for, and of a coded one only the blocks that are
-    wanted. Raises InvalidArgument for a file that pqcodec did not write, TruncatedStream, CorruptStream or UnsupportedStream.
+    Opening reads the header, decoding only the chunks that hold the wanted tokens. Raises InvalidArgument for a file that
+    pqcodec did not write, TruncatedStream, CorruptStream or UnsupportedStream.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -161,7 +161,7 @@ class SafetensorsCache(TensorFile):
         self._source: Source
         if remote.is_url(path):
             self._source = remote.RemoteSource(self._label)
-        else:  # no memory map: a reader of a file that is cut meanwhile is told, its process is not killed
+        else:  # no memory map: truncating a mapped file would kill its reader (SIGBUS)
             self._source = FileSource(self._stack.enter_context(open(path, "rb")))  # noqa: SIM115 (the stack closes it)
         try:
             with named(self._label):
@@ -178,22 +178,24 @@ class SafetensorsCache(TensorFile):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order of the listing."""
         return tuple(self._tensors)
 
     @property
     def metadata(self) -> dict[str, Any]:
+        """The writer's ``metadata``; empty without any."""
         return self._metadata
 
     def keys(self) -> tuple[str, ...]:
-        """``names``, as ``safetensors.safe_open`` calls them."""
+        """``names``, under the name of the method of ``safetensors.safe_open``."""
         return self.names
 
     def get_tensor(self, name: str) -> Any:
-        """``decode``, as ``safetensors.safe_open`` calls it."""
+        """``decode(name)``, under the name of the method of ``safetensors.safe_open``."""
         return self.decode(name)
 
     def get_slice(self, name: str, *, device: Any = None, backend: str = "auto") -> TensorSlice:
-        """A view of a tensor that decodes what its index asks for: ``file.get_slice(name)[..., 100:200, :]``."""
+        """A view of a tensor that decodes only what is indexed: ``file.get_slice(name)[..., 100:200, :]``."""
         return TensorSlice(self, name, device, backend)
 
     def _local_files(self) -> list[str]:
@@ -201,7 +203,7 @@ class SafetensorsCache(TensorFile):
 
     # -- opening -------------------------------------------------------------------------------------------------
     def _open(self, values: dict[str, str]) -> tuple[dict[str, Any], list[listing.Fields]]:
-        """The caller's metadata and what is said of each tensor, from a header that holds."""
+        """The writer's metadata and the fields of each tensor, after checking the header and the listing's checksum."""
         if not is_listing(values):
             raise InvalidArgument(
                 "holds plain tensors, no cache that pqcodec has encoded (no pqcodec_format in its metadata); "
@@ -275,9 +277,10 @@ class SafetensorsCache(TensorFile):
 
 # -- slices ------------------------------------------------------------------------------------------------------
 class TensorSlice:
-    """A tensor of a file that is decoded where it is indexed: whole numbers and slices that go forward.
+    """A tensor of a file that is decoded when it is indexed, by integers and slices of positive step.
 
-    The range of tokens, and of the first dimension where there are more, decides what is read.
+    Only the range of tokens, and of the first dimension of three or more, limits what is read. Raises InvalidArgument for
+    another index, and as ``SafetensorsCache.decode`` does.
     """
 
     def __init__(self, file: SafetensorsCache, name: str, device: Any, backend: str) -> None:
@@ -287,10 +290,11 @@ class TensorSlice:
         self.shape, self.dtype = entry.shape, entry.dtype
 
     def get_shape(self) -> list[int]:
+        """The tensor's shape, as a list."""
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """safetensors' name of the tensor's own dtype."""
+        """safetensors' name of the decoded tensor's dtype, such as "F16"."""
         return CODES[self.dtype]
 
     def __getitem__(self, index: int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]) -> Any:
@@ -314,7 +318,7 @@ class TensorSlice:
         return self._file.decode(self._name, **options)[tuple(wanted)]
 
     def _range(self, index: int | slice, count: int) -> tuple[int, int, int | slice]:
-        """First, last + 1, and the index inside this range."""
+        """First, last + 1 of an index into a dimension of ``count``, and the same index relative to this range."""
         if isinstance(index, int):
             if not -count <= index < count:
                 raise InvalidArgument(f"tensor {self._name!r}: index {index} is outside a dimension of {count}")

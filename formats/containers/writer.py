@@ -1,6 +1,6 @@
-"""Law: a tensor that is to be written, whatever the container: said beforehand, made when its turn comes.
+"""Law: a tensor to be written, the same for every container: described beforehand, made when it is written.
 
-Containers write pieces and ask no more; so a cache that is encoded, one that is converted and one that is both look alike.
+Containers know only pieces, so that a cache that is being encoded and one that is being converted look alike to them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import tensor_problem
 from pqcodec.stream.source import MemorySource, Source
 
-COPY_BYTES = 16 << 20
+COPY_BYTES = 16 << 20  # of a stream that are copied at once
 
 
 @dataclass(frozen=True)
 class Coded:
-    """The body of a coded tensor: its streams, one behind the other along the tokens."""
+    """The body of a coded tensor: its streams, which follow each other along the tokens."""
 
     streams: Sequence[Source]
-    rel_mse: float | None = None  # where it was measured: squared error over squared norm
+    rel_mse: float | None = None  # squared error over squared norm; None: not measured
 
     @classmethod
     def of(cls, stream: bytes | bytearray | memoryview | np.ndarray, rel_mse: float | None = None) -> Coded:
+        """The body of a tensor of one stream."""
         return cls([MemorySource(stream)], rel_mse)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to write. ``body`` is called once, when its turn comes: it gives a ``Coded``, or the tensor itself."""
+    """A tensor to write. ``body`` is called once, when the tensor is written, and returns a ``Coded`` or the exact tensor."""
 
     name: str
     coded: bool
@@ -48,7 +49,7 @@ class Piece:
     parts: int = 1  # streams of a coded tensor
 
     def plain(self) -> Any:
-        """The body of an exact tensor; raises InvalidArgument where it is not what was said."""
+        """The body of an exact tensor; raises InvalidArgument where its shape or dtype is not the piece's."""
         x = self.body()
         if (tuple(x.shape), exact.dtype_name(x)) != (self.shape, self.dtype):
             raise InvalidArgument(f"is {exact.dtype_name(x)} {tuple(x.shape)}, not {self.dtype} {self.shape}")
@@ -56,7 +57,7 @@ class Piece:
 
 
 def check_pieces(pieces: Sequence[Piece]) -> None:
-    """Raises InvalidArgument for a name, layer or role that no file may hold."""
+    """Raises InvalidArgument for a name that occurs twice, or a name, layer or role that no file may hold."""
     seen: set[str] = set()
     for piece in pieces:
         twice = "is given twice; names are unique" if piece.name in seen else ""
@@ -66,7 +67,7 @@ def check_pieces(pieces: Sequence[Piece]) -> None:
 
 
 def pieces_of(file: TensorFile) -> list[Piece]:
-    """The tensors of an open file as they are: streams move byte for byte, exact tensors bit for bit."""
+    """The tensors of an open file as pieces that copy them: streams byte for byte, exact tensors bit for bit."""
     return [_moved(file, file.entry(name)) for name in file.names]
 
 
@@ -80,11 +81,11 @@ def _moved(file: TensorFile, entry: Entry) -> Piece:
 
 
 def read_in_pieces(source: Source) -> Iterator[memoryview]:
-    """All bytes of a source, some at a time."""
+    """All bytes of a source, ``COPY_BYTES`` at a time."""
     for start in range(0, source.size, COPY_BYTES):
         yield source.read(start, min(COPY_BYTES, source.size - start)).data
 
 
 def checked_rel_mse(value: object) -> float | None:
-    """What a file says of an error that was measured; anything but a number from 0 is as if nothing was said."""
+    """A file's ``rel_mse``; None for anything but a finite float from 0."""
     return value if type(value) is float and math.isfinite(value) and value >= 0 else None

@@ -1,1 +1,1 @@
-"""The .pqkv file: frames that are appended, and a log of them (SPEC, Part II)."""
+"""The .pqkv file (SPEC Part II): an append-only log of frames, its writer, reader and appender."""

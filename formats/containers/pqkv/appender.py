@@ -1,4 +1,4 @@
-"""Law: a .pqkv file grows in place: frames, an index and a footer behind what is there, all or nothing (SPEC II.6)."""
+"""Law: growing a .pqkv file in place: frames, an index and a footer are appended, all or nothing (SPEC II.6)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from pqcodec.stream.source import MemorySource
 
 
 class PQKVAppender(PQKVWriter):
-    """Grows a file in place: new tensors, and new tokens of tensors that are there; a context manager.
+    """Adds new tensors, and new tokens of tensors in the file, to a file in place; a context manager.
 
-    What was committed stays as it is, byte for byte. ``commit`` makes what was added so far part of the file, as the end of
-    the block does; what a killed writer has left behind its last commit is cut off. Where the block fails, the file ends at
-    the last commit. One appender at a time: a second one is refused (BlockingIOError).
+    Committed bytes never change. ``commit``, and the end of the block, make what was added part of the file; where the block
+    fails, the file is cut back to its last commit, and so are the leftovers of a killed writer when the file is opened. A
+    second appender at the same time is refused (BlockingIOError). Raises InvalidArgument for a URL, OSError, and as
+    ``PQKVFile`` does.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -52,7 +53,7 @@ class PQKVAppender(PQKVWriter):
         return self
 
     def commit(self) -> None:
-        """Make what was added part of the file, and go on."""
+        """Make what was added so far part of the file, on the disk, and go on; raises OSError."""
         if self._items:
             self._commit()
             assert self._file is not None
@@ -60,9 +61,10 @@ class PQKVAppender(PQKVWriter):
             self._items, self._previous = [], self.bytes_written
 
     def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
-        """Add tokens to a coded tensor of the file, [..., new tokens, head_dim]; its other dimensions and dtype are as before.
+        """Add tokens to a coded tensor of the file: ``tensor`` [..., new tokens, head_dim], all else as in the file.
 
-        ``rope``: that of the first tokens; its first position moves on by the tokens that are there.
+        ``encode_options`` are those of ``pqcodec.encode``; ``rope``: as for the tensor's first tokens, since its first position
+        is moved on here. Returns the header fields of the new stream. Raises InvalidArgument, and as ``pqcodec.encode`` does.
         """
         entry = self._entries.get(name)
         if entry is None or not entry.coded:
@@ -102,7 +104,7 @@ class PQKVAppender(PQKVWriter):
 
 
 def _lock(file: BinaryIO, path: str) -> None:
-    """Hold a file against other appenders until it is closed; nothing is held where the system has no such locks."""
+    """Lock a file against other appenders until it is closed, where the system has such locks; raises BlockingIOError."""
     try:
         import fcntl
     except ImportError:

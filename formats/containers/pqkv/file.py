@@ -1,7 +1,7 @@
-"""Law: the .pqkv file (SPEC Part II): many coded and exact tensors in one log of frames, an index and a footer behind them.
+"""Law: writing and reading a .pqkv file (SPEC Part II): coded and exact tensors as frames, then an index and a footer.
 
-Frames are written as they come and read by place, so neither side holds more than one tensor. A file grows by frames, an
-index and a footer behind what is there (``appender``): nothing that was committed is written again.
+Frames are written one by one and read by offset, so that neither side holds more than one tensor. ``appender`` lets a file
+grow; it never rewrites committed frames.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import Extent, FileSource, MappedSource, MemorySource, Source, fetched
 
 PathOrFile = str | os.PathLike[str] | BinaryIO
-Body = list[Any]  # bytes-like objects and Sources
+Body = list[Any]  # bytes-like objects and Sources, written one after the other
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
 class PQKVWriter:
     """Writes a file of coded and exact tensors; a context manager.
 
-    A path appears when the block ends well, complete, in place of what was there; otherwise nothing is left. A binary
-    file is written from where it stands and needs no seek. ``metadata``: a JSON object that the file carries. ``parts``: a
-    tensor may be several streams (``add_streams``), as in a file that has grown. ``digest``: a hash of hashlib's, which is told
-    every byte.
+    A path or URL appears complete when the block succeeds, in place of what was there; if it fails, nothing is left. A
+    binary file is written from its current position and needs no seek. ``metadata``: a JSON object for the file to hold.
+    ``parts``: a tensor may have several streams (``add_streams``), as in a file that has grown. ``digest``: an object of
+    hashlib that is updated with every byte. Raises InvalidArgument or OSError.
 
     >>> import io, numpy as np
     >>> file = io.BytesIO()
@@ -74,13 +74,13 @@ class PQKVWriter:
     ) -> None:
         self._target, self._metadata, self._digest = target, metadata, digest
         self._version = c.GROWN_VERSION if parts else c.FILE_VERSION
-        self._previous: int | None = None  # where the frames end that were there before
+        self._previous: int | None = None  # end of the last commit of a file that grows
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
         self._failed = False
         self._items: list[Frame] = []
         self._names: set[str] = set()
-        self.bytes_written = 0  # of the whole file
+        self.bytes_written = 0  # of the whole file, so far
 
     def __enter__(self) -> PQKVWriter:
         meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
@@ -103,7 +103,10 @@ class PQKVWriter:
     def add(
         self, name: str, tensor: Any, *, layer: int | None = None, role: str = "other", **encode_options: Any
     ) -> StreamInfo:
-        """Encode a tensor [..., tokens, head_dim] and write it; ``encode_options`` are those of ``pqcodec.encode``."""
+        """Encode a tensor [..., tokens, head_dim] and write it; returns the header fields of its stream.
+
+        ``encode_options`` are those of ``pqcodec.encode``. Raises InvalidArgument, OSError, and as ``pqcodec.encode`` does.
+        """
         self._check(name, layer, role)
         with named(f"tensor {name!r}"):
             stream = codec.encode(tensor, **encode_options)
@@ -112,11 +115,14 @@ class PQKVWriter:
     def add_stream(
         self, name: str, stream: bytes, *, layer: int | None = None, role: str = "other", rel_mse: float | None = None
     ) -> StreamInfo:
-        """Write a stream that ``pqcodec.encode`` returned; ``rel_mse``: its error, where it was measured."""
+        """Write a stream that ``pqcodec.encode`` returned; ``rel_mse``: its measured error, squared over squared norm."""
         return self.add_streams(name, Coded.of(stream, rel_mse), layer=layer, role=role)
 
     def add_streams(self, name: str, coded: Coded, *, layer: int | None = None, role: str = "other") -> StreamInfo:
-        """Write a tensor that is coded already; returns what its first stream says of itself."""
+        """Write a tensor that is coded already; returns the header fields of its first stream.
+
+        Raises InvalidArgument for several streams without ``parts``, or streams that do not continue each other.
+        """
         self._check(name, layer, role)
         if len(coded.streams) != 1 and self._version != c.GROWN_VERSION:
             raise InvalidArgument(f"tensor {name!r}: {len(coded.streams)} streams; open the writer with parts=True")
@@ -134,7 +140,7 @@ class PQKVWriter:
         return infos[0]
 
     def add_exact(self, name: str, array: Any, *, layer: int | None = None, role: str = "other") -> None:
-        """Write a torch or numpy tensor of any shape and dtype as it is."""
+        """Write a torch or numpy tensor of any shape exactly; raises InvalidArgument for a dtype that cannot be stored."""
         self._check(name, layer, role)
         with named(f"tensor {name!r}"):
             raw = exact.to_bytes(array)
@@ -212,7 +218,7 @@ class PQKVWriter:
         self._file = None
 
     def _commit(self) -> None:
-        """Index and footer of the frames since the last ones."""
+        """Write the index of the frames since the last commit, and the footer; raises OSError after a failed write."""
         if self._failed:
             raise OSError(errno.EIO, "an earlier write failed, the file is not complete", str(self._target))
         frames = [item.__dict__ for item in self._items]
@@ -237,9 +243,9 @@ def write_pieces(
     progress: Progress | None = None,
     digest: Any = None,
 ) -> int:
-    """Write tensors into a file and return its bytes; ``progress`` is told (tensors done, tensors in all).
+    """Write tensors into a file and return its size in bytes; ``progress`` is called with (tensors done, tensors in all).
 
-    ``digest``: as a ``PQKVWriter`` takes it. A tensor of several streams makes it a file of version 2. Raises InvalidArgument,
+    ``digest``: as for ``PQKVWriter``. A tensor of several streams makes the file one of version 2. Raises InvalidArgument,
     OSError, and what a ``body`` raises.
     """
     check_pieces(pieces)
@@ -258,9 +264,9 @@ def write_pieces(
 class PQKVFile(TensorFile):
     """Reads a .pqkv file from a path, a bytes-like object or a seekable binary file; a context manager.
 
-    Opening reads head, footers and indexes; a tensor's bytes are read when it is asked for. Every length is held against
-    the file's real size before it is used. A file that has grown opens at its last complete append: ``torn_bytes`` lie
-    behind it if a writer was killed. Raises TruncatedStream, CorruptStream or UnsupportedStream.
+    Opening reads head, footers and indexes; the bytes of a tensor are read when it is decoded. Every length is checked
+    against the file's real size before it is used. A file that has grown opens at its last commit; ``torn_bytes`` follow it
+    if a writer was killed. Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
     """
 
     def __init__(self, source: PathOrFile | bytes | bytearray | memoryview) -> None:
@@ -297,6 +303,7 @@ class PQKVFile(TensorFile):
 
     @property
     def version(self) -> int:
+        """The file's version (SPEC II.1): 1, or 2 for a file that may grow."""
         return self._log.version
 
     @property
@@ -306,15 +313,16 @@ class PQKVFile(TensorFile):
 
     @property
     def torn_bytes(self) -> int:
-        """Bytes of an append that was cut off; they are not part of the file."""
+        """Bytes after the last commit, of an append that was cut off; they are not part of the file."""
         return self.size - self._log.committed
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The tensors' names, in writing order."""
         return tuple(self._tensors)
 
     def sha256(self) -> str:
-        """The SHA-256 of all its bytes, in hexadecimal; raises InvalidArgument for a URL, which may bring others later."""
+        """The SHA-256 of all bytes, in hexadecimal; raises InvalidArgument for a URL, whose next read may return others."""
         if isinstance(self._source, remote.RemoteSource):
             raise InvalidArgument(
                 f"{self._label}: a file that lies here is expected, for its digest has to be that of what is read"
@@ -326,13 +334,15 @@ class PQKVFile(TensorFile):
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
+        """The writer's ``metadata``; empty without any. Raises CorruptStream."""
         item = next((item for item in self._log.items if item.kind == c.FRAME_METADATA), None)
         with named(f"{self._label}: file metadata"):
             return {} if item is None else self._log.meta(item)
 
     def bare_stream(self, name: str) -> Source | None:
-        """The stream of a tensor, found by the index: what its frame says beside it is checked, but not read. None for a tensor
-        that is exact, or of several parts. Raises CorruptStream.
+        """The stream of a tensor, located by the index alone; its frame's checksum is checked, its meta is not parsed.
+
+        None for an unknown or exact tensor, or one of several parts. Raises CorruptStream.
         """
         items = self._tensors.get(name, [])
         if len(items) != 1 or items[0].kind != c.FRAME_CODED:
@@ -346,7 +356,7 @@ class PQKVFile(TensorFile):
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def _read_entry(self, name: str) -> Entry:
-        """The entry of a tensor of one part or of many, whose tokens follow each other."""
+        """The entry of a tensor; the tokens of its parts have to follow each other. Raises CorruptStream."""
         items = self._tensors[name]
         entry = self._frame_entry(items[0])
         tokens = entry.tokens
@@ -363,7 +373,7 @@ class PQKVFile(TensorFile):
         return entry if len(items) == 1 else entry.with_tokens(tokens, len(items), sum(item.body_bytes for item in items))
 
     def _frame_entry(self, item: Frame) -> Entry:
-        """The entry of a tensor's part."""
+        """The entry of one part, from the meta of its frame."""
         meta = self._log.meta(item)
         shape: Any = meta.get("shape")
         dtype, layout, numpy = (meta.get(key) for key in ("dtype", "layout", "numpy"))

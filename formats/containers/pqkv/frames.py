@@ -1,4 +1,4 @@
-"""Law: what a frame of a .pqkv file is (SPEC Part II): its record, its checksum, its JSON, and what the index says of it."""
+"""Law: the records of a .pqkv file (SPEC II.1 to II.3): head, frame header, and a frame's object in an index."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame as the index lists it."""
+    """A frame as the index lists it; sizes in bytes."""
 
-    offset: int
+    offset: int  # of its header in the file
     kind: int
     name: str | None
     layer: int | None
@@ -25,10 +25,12 @@ class Frame:
 
     @property
     def body_start(self) -> int:
+        """The offset of the body in the file."""
         return self.offset + c.FRAME_STRUCT.size + self.meta_bytes
 
     @property
     def end(self) -> int:
+        """The offset of the first byte after the frame."""
         return self.body_start + self.body_bytes
 
 
@@ -37,29 +39,34 @@ _FIELDS = Frame.__dataclass_fields__  # in the order of the constructor
 
 # -- writing -----------------------------------------------------------------------------------------------------
 def head(version: int = c.FILE_VERSION) -> bytes:
+    """The 16 bytes at the beginning of a file (SPEC II.1)."""
     return sealed(c.FILE_HEAD_STRUCT.pack(c.FILE_MAGIC, version, bytes(7), 0))
 
 
 def frame_header(kind: int, meta: bytes, body_bytes: int) -> bytes:
+    """The 24 bytes before a frame's meta (SPEC II.2); their checksum covers the meta too."""
     fields = c.FRAME_STRUCT.pack(c.FRAME_MAGIC, kind, bytes(3), len(meta), body_bytes, 0)[: c.FRAME_CHECKED]
     return fields + checksum_bytes(fields + meta)
 
 
 def sealed(record: bytes) -> bytes:
-    """A record whose last four bytes become the checksum of those before them."""
+    """A record with its last four bytes replaced by the checksum of those before them."""
     return record[: -c.CHECKSUM_BYTES] + checksum_bytes(record[: -c.CHECKSUM_BYTES])
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
-def frame_of(place: int, fields: object) -> Frame:
-    """A frame of the index, checked; keys that this release does not know are passed over."""
+def frame_of(number: int, fields: object) -> Frame:
+    """Frame ``number`` of an index, from its JSON object; unknown keys are ignored.
+
+    Raises CorruptStream, or UnsupportedStream for an unknown kind.
+    """
     if not isinstance(fields, dict) or not fields.keys() >= _FIELDS.keys():
-        raise CorruptStream(f"index: frame {place} is not an object of {', '.join(_FIELDS)}")
+        raise CorruptStream(f"index: frame {number} is not an object of {', '.join(_FIELDS)}")
     item = Frame(*map(fields.__getitem__, _FIELDS))
     if item.kind not in KINDS:
-        raise UnsupportedStream(f"index: frame {place} is of kind {item.kind!r:.50}: install a newer pqcodec")
+        raise UnsupportedStream(f"index: frame {number} is of kind {item.kind!r:.50}: install a newer pqcodec")
     if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):
-        raise CorruptStream(f"index: frame {place}: offset and sizes are not numbers from 0")
+        raise CorruptStream(f"index: frame {number}: offset and sizes are not numbers from 0")
     if item.kind == c.FRAME_METADATA:
         told = (item.name, item.layer, item.role) != (None, None, None)
         problem = "file metadata have no name, layer or role" if told else ""
@@ -68,5 +75,5 @@ def frame_of(place: int, fields: object) -> Frame:
     else:
         problem = tensor_problem(item.name, item.layer, item.role)
     if problem:
-        raise CorruptStream(f"index: frame {place}: {problem}")
+        raise CorruptStream(f"index: frame {number}: {problem}")
     return item

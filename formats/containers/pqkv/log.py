@@ -1,6 +1,6 @@
-"""Law: the log of frames that a .pqkv file is (SPEC Part II): which frames there are, and what each of them says.
+"""Law: the frames of a .pqkv file as a log (SPEC II.3 to II.5): found by footers and indexes, or by walking after damage.
 
-Every length is held against the file's real size before it is used.
+Every length is checked against the file's real size before it is used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pqcodec.formats.plain.documents import checksum_bytes, json_value, natural
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.source import Source, owned
 
-_SEARCHED_BYTES = 16 << 20  # at once, behind the last commit
+_SEARCHED_BYTES = 16 << 20  # after the last commit, read at once
 
 
 class Log:
-    """The frames of a file, from a head, footers and indexes that hold; a file that has grown ends at its last footer.
+    """The frames of a file, from its head, footers and indexes; a file that has grown ends at its last sound footer.
 
     Raises TruncatedStream, CorruptStream, UnsupportedStream, or InvalidArgument for a single stream.
     """
@@ -30,11 +30,11 @@ class Log:
         self._source = source
         self.size = source.size
         self.version = self._check_head()
-        self.committed = self.size  # bytes up to the last footer
+        self.committed = self.size  # bytes up to the end of the last footer
         self.items = self._open()
 
     def _open(self) -> list[Frame]:
-        """The frames that the indexes list, in the order of the file."""
+        """The frames of all indexes, in file order."""
         grown = self.version == c.GROWN_VERSION
         footer = self._footer(self.size - c.FOOTER_STRUCT.size)
         whole = footer is not None and footer[1] == self.size
@@ -58,7 +58,7 @@ class Log:
         return items
 
     def _listed(self, size: int, grown: bool) -> tuple[list[Frame], int | None]:
-        """The frames of the index whose footer ends at a byte, and where the footer before them ends (None: no other is)."""
+        """The frames of the index whose footer ends at byte ``size``, and where the footer before ends (None: no footer)."""
         footer = self._footer(size - c.FOOTER_STRUCT.size)
         if footer is None or footer[1] != size:
             raise CorruptStream(f"no footer that holds ends at byte {size}")
@@ -79,18 +79,18 @@ class Log:
                 )
         if not isinstance(listed, list):
             raise CorruptStream("index: a JSON list is expected")
-        items = [frame_of(place, fields) for place, fields in enumerate(listed)]
+        items = [frame_of(number, fields) for number, fields in enumerate(listed)]
         expected = c.FILE_HEAD_STRUCT.size if previous is None else previous
-        for place, item in enumerate(items):
+        for number, item in enumerate(items):
             if item.offset != expected:
-                raise CorruptStream(f"index: frame {place} is at byte {item.offset}, the one before it ends at {expected}")
+                raise CorruptStream(f"index: frame {number} is at byte {item.offset}, the one before it ends at {expected}")
             expected = item.end
         if expected != start:
             raise CorruptStream(f"index: its frames end at byte {expected}, the index is at {start}")
         return items, previous
 
     def _check_head(self) -> int:
-        """The file's version."""
+        """The file's version, after checking the head."""
         head = self._source.read(0, min(self.size, c.FILE_HEAD_STRUCT.size)).tobytes()
         magic = head[: len(c.FILE_MAGIC)]
         if magic == c.STREAM_MAGIC:
@@ -109,42 +109,42 @@ class Log:
             raise UnsupportedStream("head: reserved bytes are not zero: install a newer pqcodec")
         return int(version)
 
-    def _footer(self, place: int) -> tuple[int, int] | None:
-        """Index offset and file size of a footer that holds at a byte, or None."""
-        if place < c.FILE_HEAD_STRUCT.size:
+    def _footer(self, offset: int) -> tuple[int, int] | None:
+        """Index offset and file size from the footer at a byte; None where no footer with a sound checksum is there."""
+        if offset < c.FILE_HEAD_STRUCT.size:
             return None
-        data = self._source.read(place, c.FOOTER_STRUCT.size).tobytes()
+        data = self._source.read(offset, c.FOOTER_STRUCT.size).tobytes()
         magic, index, size, _ = c.FOOTER_STRUCT.unpack(data)
         return (index, size) if magic == c.FOOTER_MAGIC and data == sealed(data) else None
 
     def _explain_missing_footer(self) -> NoReturn:
-        """Walk the frames to tell a file that was cut off from one that is damaged."""
-        place, tensors, footers = self._walk()
-        if self.size - place < max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not footers:
+        """Walk the frames to distinguish a truncated file from a damaged one, and raise the error for it."""
+        offset, tensors, footers = self._walk()
+        if self.size - offset < max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not footers:
             raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
         if footers:
             raise CorruptStream(f"{self.size - footers[0]} bytes behind the end of the file; cut them off")
         raise CorruptStream(
-            f"at byte {place} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
+            f"at byte {offset} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
         )
 
     def _last_commit(self) -> int:
-        """Where the last footer of a grown file ends, if what lies behind it was cut off; raises where it was not."""
-        place, tensors, footers = self._walk()
-        rest = self.size - place
+        """The end of a grown file's last footer, if an interrupted append follows it; raises CorruptStream if damage does."""
+        offset, tensors, footers = self._walk()
+        rest = self.size - offset
         if not footers:
             raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
-        if rest >= max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not self._runs_out(place):
+        if rest >= max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not self._runs_out(offset):
             raise CorruptStream(
-                f"at byte {place} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
+                f"at byte {offset} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
             )
-        if later := self._footer_behind(place):
-            raise CorruptStream(f"at byte {place} a frame is damaged: a commit lies behind it, which ends at byte {later}")
+        if later := self._footer_behind(offset):
+            raise CorruptStream(f"at byte {offset} a frame is damaged: a commit lies behind it, which ends at byte {later}")
         return footers[-1]
 
-    def _footer_behind(self, place: int) -> int:
-        """Where a footer ends that lies behind a byte and holds; 0 if none does."""
-        for start in range(place, self.size, _SEARCHED_BYTES):
+    def _footer_behind(self, offset: int) -> int:
+        """The end of a sound footer somewhere after a byte; 0 if there is none."""
+        for start in range(offset, self.size, _SEARCHED_BYTES):
             data = self._source.read(start, min(_SEARCHED_BYTES + c.FOOTER_STRUCT.size, self.size - start)).tobytes()
             found = data.find(c.FOOTER_MAGIC)
             while 0 <= found <= len(data) - c.FOOTER_STRUCT.size:
@@ -155,72 +155,72 @@ class Log:
         return 0
 
     def _walk(self) -> tuple[int, int, list[int]]:
-        """Frames and footers from the head on: where the first begins that is not whole, tensors before it, ends of footers."""
-        place, tensors, footers = c.FILE_HEAD_STRUCT.size, 0, []
-        while self.size - place >= c.FRAME_STRUCT.size:
-            magic = self._source.read(place, 4).tobytes()
-            if magic == c.FRAME_MAGIC and not (self.version == c.GROWN_VERSION and self._runs_out(place)):
+        """Walk from the head: the offset where whole frames and footers end, tensors before it, and the ends of the footers."""
+        offset, tensors, footers = c.FILE_HEAD_STRUCT.size, 0, []
+        while self.size - offset >= c.FRAME_STRUCT.size:
+            magic = self._source.read(offset, 4).tobytes()
+            if magic == c.FRAME_MAGIC and not (self.version == c.GROWN_VERSION and self._runs_out(offset)):
                 with named(f"{tensors} whole tensors, then"):
-                    item, _ = self._frame(place, self.size, TruncatedStream)
-                place, tensors = item.end, tensors + (item.kind in (c.FRAME_CODED, c.FRAME_EXACT))
-            elif (footer := self._footer(place)) and footer[1] == place + c.FOOTER_STRUCT.size:
-                place += c.FOOTER_STRUCT.size
-                footers.append(place)
+                    item, _ = self._frame(offset, self.size, TruncatedStream)
+                offset, tensors = item.end, tensors + (item.kind in (c.FRAME_CODED, c.FRAME_EXACT))
+            elif (footer := self._footer(offset)) and footer[1] == offset + c.FOOTER_STRUCT.size:
+                offset += c.FOOTER_STRUCT.size
+                footers.append(offset)
                 if self.version == c.FILE_VERSION:
                     break
             else:
                 break
-        return place, tensors, footers
+        return offset, tensors, footers
 
-    def _runs_out(self, place: int) -> bool:
-        """Whether a frame begins at a byte whose header holds and which ends behind the file."""
-        header = self._source.read(place, c.FRAME_STRUCT.size).tobytes()
+    def _runs_out(self, offset: int) -> bool:
+        """Whether a frame with a sound header begins at a byte and ends beyond the file."""
+        header = self._source.read(offset, c.FRAME_STRUCT.size).tobytes()
         magic, _, _, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack(header)
-        meta = place + c.FRAME_STRUCT.size
+        meta = offset + c.FRAME_STRUCT.size
         if magic != c.FRAME_MAGIC or meta_bytes > c.MAX_META_BYTES:
             return False
         if meta + meta_bytes > self.size:
-            return True  # the checksum is of the meta, too, which is not there
+            return True  # the checksum covers the meta, which is missing
         holds = stored == checksum(header[: c.FRAME_CHECKED] + self._source.read(meta, meta_bytes).tobytes())
         return bool(holds) and meta + meta_bytes + body_bytes > self.size
 
     # -- frames --------------------------------------------------------------------------------------------------
     def _frame(
-        self, place: int, end: int, beyond: type[PQError] = CorruptStream, meta_bytes_listed: int = 0
+        self, offset: int, end: int, beyond: type[PQError] = CorruptStream, meta_bytes_listed: int = 0
     ) -> tuple[Frame, dict[str, Any]]:
-        """The frame at a byte, and its meta; raises ``beyond`` where the frame does not end at ``end`` or before.
+        """The frame at a byte, and its meta; raises ``beyond`` where the frame ends after ``end``.
 
-        Where the size of the meta is listed, all is read at once.
+        ``meta_bytes_listed``: the size of the meta in the index, so that header and meta take one read.
         """
-        if end - place < c.FRAME_STRUCT.size:
-            raise beyond(f"frame at byte {place}: {end - place} bytes are there, its header takes {c.FRAME_STRUCT.size}")
-        head = self._source.read(place, min(end - place, c.FRAME_STRUCT.size + meta_bytes_listed)).tobytes()
+        if end - offset < c.FRAME_STRUCT.size:
+            raise beyond(f"frame at byte {offset}: {end - offset} bytes are there, its header takes {c.FRAME_STRUCT.size}")
+        head = self._source.read(offset, min(end - offset, c.FRAME_STRUCT.size + meta_bytes_listed)).tobytes()
         header, meta = head[: c.FRAME_STRUCT.size], head[c.FRAME_STRUCT.size :]
         magic, kind, reserved, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack(header)
         if magic != c.FRAME_MAGIC:
-            raise CorruptStream(f"frame at byte {place}: magic is {magic!r}, {c.FRAME_MAGIC!r} is expected")
+            raise CorruptStream(f"frame at byte {offset}: magic is {magic!r}, {c.FRAME_MAGIC!r} is expected")
         if meta_bytes > c.MAX_META_BYTES:
-            raise CorruptStream(f"frame at byte {place}: {meta_bytes} bytes of meta, at most {c.MAX_META_BYTES} are allowed")
-        body = place + c.FRAME_STRUCT.size + meta_bytes
+            raise CorruptStream(f"frame at byte {offset}: {meta_bytes} bytes of meta, at most {c.MAX_META_BYTES} are allowed")
+        body = offset + c.FRAME_STRUCT.size + meta_bytes
         if body + body_bytes > end:
-            raise beyond(f"frame at byte {place}: it takes {body + body_bytes - place} bytes, {end - place} are there")
+            raise beyond(f"frame at byte {offset}: it takes {body + body_bytes - offset} bytes, {end - offset} are there")
         if len(meta) != meta_bytes:
-            meta = self._source.read(place + c.FRAME_STRUCT.size, meta_bytes).tobytes()
+            meta = self._source.read(offset + c.FRAME_STRUCT.size, meta_bytes).tobytes()
         if stored != checksum(header[: c.FRAME_CHECKED] + meta):
-            raise CorruptStream(f"frame at byte {place}: checksum does not hold; fetch the file again")
+            raise CorruptStream(f"frame at byte {offset}: checksum does not hold; fetch the file again")
         if kind not in KINDS or any(reserved):
-            raise UnsupportedStream(f"frame at byte {place}: kind {kind}, reserved {reserved!r}: install a newer pqcodec")
-        fields = json_value(meta, f"frame at byte {place}")
+            raise UnsupportedStream(f"frame at byte {offset}: kind {kind}, reserved {reserved!r}: install a newer pqcodec")
+        fields = json_value(meta, f"frame at byte {offset}")
         if not isinstance(fields, dict):
-            raise CorruptStream(f"frame at byte {place}: a JSON object is expected")
+            raise CorruptStream(f"frame at byte {offset}: a JSON object is expected")
         if kind == c.FRAME_METADATA and body_bytes:
-            raise CorruptStream(f"frame at byte {place}: file metadata have a body of {body_bytes} bytes")
+            raise CorruptStream(f"frame at byte {offset}: file metadata have a body of {body_bytes} bytes")
         tensor = kind in (c.FRAME_CODED, c.FRAME_EXACT)
         name, layer, role = (fields.get(key) if tensor else None for key in ("name", "layer", "role"))
-        return Frame(place, kind, name, layer, role, meta_bytes, body_bytes), fields
+        return Frame(offset, kind, name, layer, role, meta_bytes, body_bytes), fields
 
     def check(self, item: Frame) -> None:
-        """Make sure of the header and meta of a frame that the index lists, without reading what they say."""
+        """Check the header and the checksum of a frame of the index without parsing its meta; raises CorruptStream."""
         head = self._source.read(item.offset, c.FRAME_STRUCT.size + item.meta_bytes).tobytes()
         _, kind, _, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack_from(head)
         told = (kind, meta_bytes, body_bytes) == (item.kind, item.meta_bytes, item.body_bytes)
@@ -228,17 +228,21 @@ class Log:
             raise CorruptStream(f"frame at byte {item.offset}: checksum does not hold; fetch the file again")
 
     def meta(self, item: Frame) -> dict[str, Any]:
-        """The meta of a frame that the index lists, and that says the same."""
+        """The meta of a frame of the index; raises CorruptStream where index and frame differ."""
         found, meta = self._frame(item.offset, item.end, meta_bytes_listed=item.meta_bytes)
         if found != item:
             raise CorruptStream(f"frame at byte {item.offset}: the index says {item}, the frame {found}")
         return meta
 
     def body(self, item: Frame) -> np.ndarray:
+        """The body of a frame, uint8, checked and without its checksum."""
         return self.sealed_part(item.body_start, item.body_bytes)
 
     def sealed_part(self, start: int, count: int, seal: int | None = None) -> np.ndarray:
-        """Bytes whose last four are the checksum of those before them (and ``seal``, if it is given), without these four."""
+        """``count`` bytes without their last four, the checksum of the others (and equal to ``seal``, where that is given).
+
+        Raises CorruptStream.
+        """
         if count < c.CHECKSUM_BYTES:
             raise CorruptStream(f"body at byte {start}: {count} bytes, the checksum alone takes {c.CHECKSUM_BYTES}")
         raw = owned(self._source, start, count)

@@ -1,1 +1,1 @@
-"""Caches as zarr groups, and the codec of their arrays (SPEC, Part III)."""
+"""Caches as zarr groups (SPEC III.3): the arrays' codec, the writer, the reader, and the objects of a store."""

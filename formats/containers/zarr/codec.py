@@ -1,13 +1,13 @@
-"""Law: zarr 3 <-> pqcodec: a chunk [..., tokens, head_dim] of an array is one stream, decoded wherever pqcodec is installed.
+"""Law: the codec ``pqcodec`` of zarr 3: a chunk of zarr [..., tokens, head_dim] is one or several streams (SPEC III.3).
 
-A stream says everything of itself, so the codec's configuration tells only how new chunks are written. A codec is not told
-where its chunk lies. Keys under RoPE bear that: another first position turns a chunk's mean and nothing else, and each stream
-holds the position that it was made with; any constant will do. Exact tokens do not: ``exact_tokens`` is of every chunk (4 of
-256 tokens cost 7 % at 3 bits), and ``save_zarr``, which knows the first chunk, keeps those of that one only. A chunk may be
-several streams, one behind the other along the tokens, and bfloat16 streams (zarr has no such numbers) in an array of float32.
+Streams describe themselves, so the codec's configuration only decides how new chunks are written. zarr does not pass a codec
+the position of its chunk. For keys under RoPE any constant first position will do: it only turns the chunk's mean, and the
+stream holds the position that it was encoded with. ``exact_tokens`` applies to every chunk (4 of 256 tokens cost 7 % at 3
+bits); ``save_zarr``, which knows the first chunk, keeps exact tokens in that one only. Streams of bfloat16, which zarr lacks,
+are in arrays of float32.
 
-Write whole chunks. zarr fills up the last one: its trailing tokens that hold nothing but the fill value are not coded. Tokens
-added to it later have zarr decode it and encode it again, with the loss of both; chunks before it stay as they are.
+Write whole chunks. zarr fills up the last one, of whose tokens the trailing ones that equal the fill value are not coded.
+Tokens added to it later make zarr decode and encode it again, with the loss of both; chunks before it stay as they are.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 NAME = "pqcodec"
 _DTYPES = {np.dtype(np.float16): c.DTYPE_FLOAT16, np.dtype(np.float32): c.DTYPE_FLOAT32}
-_HEAD_BYTES = 4096  # read first where the configuration does not tell how long a stream's sides are
+_HEAD_BYTES = 4096  # read first where the configuration does not give the size of what precedes a stream's payload
 
 
 # -- the codec ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
-    """The codec ``pqcodec`` of zarr 3: options as of ``pqcodec.encode``; a ``rope`` alone means center="rope".
+    """The codec ``pqcodec`` of zarr 3: options as in ``pqcodec.encode``; a ``rope`` alone means center="rope".
 
-    Chunks hold whole vectors: their last dimension is the array's. Reading some tokens of a chunk reads only the blocks of
-    ``chunk_tokens`` that hold them. Raises InvalidArgument; damaged chunks raise CorruptStream where they are read.
+    Chunks of zarr hold whole vectors: their last dimension is the array's. Reading some tokens reads only the chunks of
+    ``chunk_tokens`` that hold them. Raises InvalidArgument; reading a damaged chunk raises CorruptStream.
 
     >>> import zarr
     >>> from zarr.storage import MemoryStore
@@ -75,7 +75,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
             rope = _rope(rope)
         elif isinstance(rope, Rope):
             frequencies = None if rope.frequencies is None else tuple(map(float, rope.frequencies))
-            rope = replace(rope, theta=float(rope.theta), frequencies=frequencies)  # as JSON gives them back
+            rope = replace(rope, theta=float(rope.theta), frequencies=frequencies)  # the types that JSON returns
         object.__setattr__(self, "rope", rope)
         if rope is not None and self.center is None:
             object.__setattr__(self, "center", "rope")
@@ -89,7 +89,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
     @classmethod
     def from_dict(cls, data: Any) -> PQCodec:
-        """From zarr.json; raises InvalidArgument."""
+        """The codec for its description in zarr.json; raises InvalidArgument."""
         given = data.get("configuration") or {}
         if data.get("name") != NAME or not isinstance(given, dict):
             raise InvalidArgument(f"zarr codec {data.get('name')!r}: {NAME!r} with a configuration is expected")
@@ -97,6 +97,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         return PQCodec(**given)
 
     def to_dict(self) -> Any:
+        """The codec's description for zarr.json."""
         values = {name: getattr(self, name) for name in _KINDS}
         if self.rope is not None:
             rope = asdict(self.rope)
@@ -105,10 +106,12 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         return {"name": NAME, "configuration": values}
 
     def evolve_from_array_spec(self, array_spec: ArraySpec) -> PQCodec:
+        """This codec; raises InvalidArgument for an array of a dtype that it cannot encode."""
         _coded_dtype(array_spec.dtype)
         return self
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
+        """Raises InvalidArgument for chunks that cut vectors, or a shape or dtype that cannot be encoded."""
         chunks = tuple(getattr(chunk_grid, "chunk_shape", shape))
         if not shape or chunks[-1] != shape[-1]:
             raise InvalidArgument(
@@ -118,6 +121,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         self._header(chunks, _coded_dtype(dtype))
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
+        """Raises NotImplementedError: a stream's size depends on the numbers."""
         raise NotImplementedError("the size of a stream depends on its numbers: trailing fill values are not coded")
 
     # -- encode --------------------------------------------------------------------------------------------------
@@ -154,22 +158,23 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
         return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
 
     async def _decode_partial_single(self, byte_getter: ByteGetter, selection: Any, chunk_spec: ArraySpec) -> NDBuffer | None:
-        """The selection of a chunk; a range of its tokens is read as one range of bytes behind the stream's sides."""
+        """The selection of a chunk; a range of its tokens takes one range of the payload beside the head of the stream."""
         path = getattr(byte_getter, "path", None)
         with named(path or "chunk of a shard"):
             tokens, inner = _token_range(selection, chunk_spec)
             source: Source | None
             if path and tokens != (0, _shape(chunk_spec)[-2]):
                 source = await self._part(byte_getter, tokens, chunk_spec)
-            else:  # all of it, or what sharding has read already
+            else:  # all tokens, or a chunk in a shard that zarr has read already
                 data = await byte_getter.get(prototype=chunk_spec.prototype)
                 source = None if data is None else MemorySource(data.as_numpy_array())
             return None if source is None else (await asyncio.to_thread(_decoded, source, tokens, chunk_spec))[inner]
 
     async def _part(self, byte_getter: ByteGetter, tokens: tuple[int, int], chunk_spec: ArraySpec) -> Source | None:
-        """What decoding a range of tokens reads: the stream up to its blocks, and the blocks that hold the range.
+        """A stream of which only what precedes the payload, and the chunks that hold a range of tokens, is read.
 
-        Where the first stream does not hold the range, the chunk is several, or filled up, and is read whole.
+        Where the first stream ends before the range, the chunk of zarr holds several or was filled up: all of it is read.
+        None where the object is missing.
         """
 
         async def read(start: int, stop: int) -> bytes | None:
@@ -178,7 +183,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
         try:
             guess = self._header(_shape(chunk_spec), _coded_dtype(chunk_spec.dtype)).payload_start
-        except InvalidArgument:  # the configuration is for new chunks, and need not go with those that are there
+        except InvalidArgument:  # the configuration is for new chunks, and need not fit existing ones
             guess = _HEAD_BYTES
         head = await read(0, guess)
         if head is None:
@@ -202,7 +207,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
 
 class _PartialStream:
-    """A stream of which only the head and a run of blocks are here."""
+    """A ``Source`` of a stream of which only the head and a run of chunks were read."""
 
     def __init__(self, size: int, head: bytes, start: int, blocks: bytes) -> None:
         self.size, self._head, self._start, self._blocks = size, MemorySource(head), start, MemorySource(blocks)
@@ -217,7 +222,7 @@ class _PartialStream:
 
 
 def streams_in_chunk(source: Source) -> list[Extent]:
-    """The streams that a chunk is, one behind the other; at least one."""
+    """The streams of a chunk of zarr, which follow each other; at least one. Raises CorruptStream or TruncatedStream."""
     found: list[Extent] = []
     place = 0
     while place < source.size or not found:
@@ -233,7 +238,7 @@ def streams_in_chunk(source: Source) -> list[Extent]:
 
 
 def _decoded(source: Source, tokens: tuple[int, int], spec: ArraySpec) -> NDBuffer:
-    """A range of a chunk's tokens; those that its streams lack are fill values."""
+    """A range of a chunk's tokens, decoded; tokens beyond its streams are fill values. Raises CorruptStream."""
     shape, dtype = _shape(spec), _coded_dtype(spec.dtype)
     native = _native(spec.dtype)
     out = np.empty((*shape[:-2], tokens[1] - tokens[0], shape[-1]), native.newbyteorder("="))
@@ -261,7 +266,7 @@ def _decoded(source: Source, tokens: tuple[int, int], spec: ArraySpec) -> NDBuff
 
 
 def _token_range(selection: Any, spec: ArraySpec) -> tuple[tuple[int, int], Any]:
-    """Tokens that a selection of a chunk lies in, and the selection of these."""
+    """The range of tokens that covers a selection of a chunk, and the selection relative to that range."""
     tokens = _shape(spec)[-2]
     if not isinstance(selection, tuple) or len(selection) != len(spec.shape) or len(selection) < 2:
         return (0, tokens), selection
@@ -286,7 +291,7 @@ def _token_range(selection: Any, spec: ArraySpec) -> tuple[tuple[int, int], Any]
 
 
 def _filled_tokens(x: np.ndarray, spec: ArraySpec) -> int:
-    """Tokens up to the last one that is not the fill value throughout, bit for bit."""
+    """The number of tokens without the trailing ones that equal the fill value, bit for bit."""
     kind = np.uint16 if x.itemsize == 2 else np.uint32
     differs = x.view(kind) != np.asarray(_fill(spec), x.dtype).view(kind)
     if not x.size or differs[..., -1, :].any():
@@ -300,12 +305,12 @@ def _fill(spec: ArraySpec) -> Any:
 
 
 def _shape(spec: ArraySpec) -> tuple[int, ...]:
-    """A chunk's shape with a dimension of tokens, which a single vector lacks."""
+    """A chunk's shape, with a dimension of one token added to a single vector."""
     return spec.shape if len(spec.shape) > 1 else (1, *spec.shape)
 
 
 def _native(dtype: Any) -> np.dtype:
-    """numpy's dtype of what zarr calls a data type: a class of its own from 3.1 on."""
+    """The numpy dtype of zarr's data type, which from zarr 3.1 on is a class of zarr."""
     return np.dtype(dtype.to_native_dtype() if hasattr(dtype, "to_native_dtype") else dtype)
 
 

@@ -1,4 +1,4 @@
-"""Law: the objects of a zarr store, by key and by place; a store is a path, a URL, or one of zarr's own."""
+"""Law: access to the objects of a zarr store, whole or by byte range; a store is a path, a URL, or a Store of zarr."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pqcodec.formats.plain.documents import json_value
 from pqcodec.stream.source import MappedSource, MemorySource, Source, check_range, check_regular
 
 DOCUMENT = "zarr.json"
-_MOST_DOCUMENT_BYTES = 4 * c.MAX_INDEX_BYTES  # a list of tensors and metadata, as text within text
-_WHOLE_BYTES = 1 << 20  # objects of a store up to this size come in one request
+_MOST_DOCUMENT_BYTES = 4 * c.MAX_INDEX_BYTES  # the listing, whose JSON is escaped within JSON
+_WHOLE_BYTES = 1 << 20  # remote objects up to this size are read by one request
 
 
 def store_of(place: Any, read_only: bool) -> Store:
-    """A store of zarr, from itself, a path or a URL."""
+    """zarr's store for a path, a URL or a Store; raises InvalidArgument for a URL of an unknown scheme, or OSError."""
     if isinstance(place, Store):
-        return sync(StorePath.open(place, "", None)).store  # a ZipStore opens its file here
+        return sync(StorePath.open(place, "", None)).store  # opens a ZipStore's file
     if remote.is_url(place):
         remote.check_url(str(place))
         with _transport(str(place)):
@@ -38,7 +38,7 @@ def store_of(place: Any, read_only: bool) -> Store:
 
 @contextmanager
 def _transport(label: str) -> Iterator[None]:
-    """Errors of a store's connection become OSError and name the store."""
+    """A context that turns other errors of a store into OSError with the store's name."""
     try:
         yield
     except (OSError, InvalidArgument, CorruptStream):
@@ -48,7 +48,10 @@ def _transport(label: str) -> Iterator[None]:
 
 
 def get(store: Store, key: str, most: int | None = None) -> bytes | None:
-    """All bytes of an object, None where there is none; raises CorruptStream for one of more than ``most`` bytes, or a pipe."""
+    """All bytes of an object; None where it is missing.
+
+    Raises CorruptStream for a local object of more than ``most`` bytes or that is no regular file, and OSError.
+    """
     if isinstance(store, LocalStore):
         _check_local(store, key, most)
     with _transport(str(store)):
@@ -57,13 +60,13 @@ def get(store: Store, key: str, most: int | None = None) -> bytes | None:
 
 
 def document(store: Store, key: str) -> Any:
-    """What zarr says of a group or an array, None where it says nothing; raises CorruptStream."""
+    """The parsed zarr.json of a group or an array; None where it is missing. Raises CorruptStream or OSError."""
     data = get(store, key, _MOST_DOCUMENT_BYTES)
     return None if data is None else json_value(data, key)
 
 
 def _check_local(store: LocalStore, key: str, most: int | None) -> None:
-    """Links are followed, as the caches of hubs are made of them, but what is read is a file that ends."""
+    """Raises CorruptStream for a local object that is too large or no regular file; links, as in hub caches, are followed."""
     try:
         check_regular(store.root / key)
         size = os.path.getsize(store.root / key)
@@ -76,7 +79,7 @@ def _check_local(store: LocalStore, key: str, most: int | None) -> None:
 
 
 class _Object:
-    """An object of a store that is no local file."""
+    """A remote object as a ``Source``; raises TruncatedStream, CorruptStream where it is missing, or OSError."""
 
     def __init__(self, store: Store, key: str, size: int) -> None:
         self._store, self._key, self.size = store, key, size
@@ -113,21 +116,25 @@ class _Object:
 
 
 def lost(key: str) -> CorruptStream:
+    """The error for an object that is missing."""
     return CorruptStream(f"{key} is not in the store; copy the whole cache again")
 
 
 def put(store: Store, key: str, data: bytes) -> None:
+    """Write an object."""
     sync(store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
 
 
 def total_bytes(store: Store) -> int:
+    """Bytes of all objects of a store."""
     return int(sync(store.getsize_prefix("")))
 
 
 def object_source(store: Store, key: str, size: int) -> Source:
-    """An object that is as long as it was written, to be read by place; a local file is mapped.
+    """An object of ``size`` bytes as a ``Source``; a local file is mapped.
 
-    Raises CorruptStream.
+    Raises CorruptStream where a local object is missing or too long, TruncatedStream where it is too short; a remote object
+    is checked when it is read.
     """
     if not isinstance(store, LocalStore):
         return _Object(store, key, size)

@@ -1,8 +1,8 @@
-"""Law: a whole cache in a zarr store, read as its writer left it: saving and loading layers, and ``ZarrCache``.
+"""Law: reading a cache from a zarr store by its listing (SPEC III.3), without zarr's arrays.
 
-zarr reads and slices the arrays by itself; this reader takes the streams as they lie in the store. What was written, in which
-pieces, and what each of them must look like is told by the attributes of the group ``complete`` (``listing``), which is written
-last: a store without it was not written to its end.
+zarr reads and slices the arrays by itself; this reader takes the streams from the store's objects. The listing, in the
+attributes of the group ``complete``, gives their sizes and seals. It is written last: a store without it was not written to its
+end.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from pqcodec.formats.plain.documents import checksum_bytes, natural
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Extent, Source, owned
 
-MOST_IN_SHARD = 1 << 20  # chunks
+MOST_IN_SHARD = 1 << 20  # chunks of zarr
 
 
 class ZarrCache(TensorFile):
-    """Reads a cache that ``save_zarr`` or a conversion wrote, from a path, a URL or a store of zarr; a context manager.
+    """Reads a cache that ``save_zarr`` or ``convert`` wrote, from a path, a URL or a store of zarr; a context manager.
 
-    Raises InvalidArgument where there is none, TruncatedStream, CorruptStream or UnsupportedStream.
+    Raises InvalidArgument for a store without a complete cache, FileNotFoundError, TruncatedStream, CorruptStream or
+    UnsupportedStream.
     """
 
     def __init__(self, store: Any) -> None:
@@ -56,14 +57,16 @@ class ZarrCache(TensorFile):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order of the listing."""
         return tuple(self._tensors)
 
     @property
     def metadata(self) -> dict[str, Any]:
+        """The writer's ``metadata``; empty without any."""
         return self._metadata
 
     def _open(self) -> dict[str, Any]:
-        """The attributes of the group that is written last."""
+        """The attributes of the group ``complete``; raises InvalidArgument where it is missing."""
         root = self._attributes(DOCUMENT)
         if root is None and isinstance(self._store, LocalStore) and not self._store.root.exists():
             raise FileNotFoundError(2, "no such folder", str(self._store.root))
@@ -149,7 +152,7 @@ class ZarrCache(TensorFile):
         return found
 
     def _check_shards(self, fields: listing.Fields) -> None:
-        """Whether the objects of a tensor are as long as they were, and their indexes what zarr needs."""
+        """Raises CorruptStream where a tensor's objects have another length, or shards another index, than was written."""
         sizes = [n for n, _ in fields["streams"]]
         for number, count in enumerate(fields.get("objects", [1])):
             here, sizes = sizes[:count], sizes[count:]
@@ -167,7 +170,7 @@ class ZarrCache(TensorFile):
 
 
 def _key(fields: listing.Fields, number: int) -> str:
-    """An object of a tensor, which its chunks along the tokens are."""
+    """The key of object ``number`` along the tokens of a tensor's array."""
     place = [0] * len(fields["shape"])
     if len(place) > 1:
         place[-2] = number
@@ -184,7 +187,7 @@ def _index_bytes(fields: listing.Fields) -> int:
 
 
 def _problem(fields: listing.Fields) -> str:
-    """What is wrong with what the list says of where a tensor lies, or an empty string."""
+    """What is wrong with the fields that locate a tensor in the store, or an empty string."""
     path, document = fields.get("path"), fields.get("document")
     if not isinstance(path, str) or not all(SAFE.fullmatch(part) for part in path.split("/")) or not isinstance(document, str):
         return f"path is {path!r:.60}, document {document!r:.20}; the name of an array in the group and a checksum are expected"

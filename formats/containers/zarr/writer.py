@@ -1,7 +1,7 @@
-"""Law: a cache is written into a zarr store as a group of arrays, and the list of what was written last (SPEC III.3).
+"""Law: writing a cache into a zarr store as a group of arrays, and its listing last (SPEC III.3).
 
-A tensor of one stream is an array of one chunk; streams of one size (``save_zarr``) are a chunk each, or a shard of several;
-any others are one chunk, one behind the other.
+A tensor of one stream is an array of one chunk of zarr. Streams of equal length (``save_zarr``) are a chunk each, or several in
+a shard; streams of other lengths are one chunk together.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.seal import with_seal
 
 _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
-_STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # numbers that zarr lacks, as they lie in memory
-SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that can be that of a folder
+_STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # dtypes that zarr lacks, and the unsigned integers that hold their bits
+SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that any file system takes for a folder
 CRC_BYTES = 4
-_MISSING = (1 << 64) - 1  # in the index of a shard
+_MISSING = (1 << 64) - 1  # offset and size, in the index of a shard, of a chunk that is not there
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """How the streams of a tensor lie in objects: tokens of a chunk, chunks of a shard (0: no shards), streams an object."""
+    """How the streams of a tensor are divided among objects."""
 
-    chunk_tokens: int
-    per_shard: int
-    objects: tuple[int, ...]
+    chunk_tokens: int  # of a chunk of zarr
+    per_shard: int  # chunks of a shard; 0: no shards
+    objects: tuple[int, ...]  # streams in each object
 
     @classmethod
     def of(cls, tokens: Sequence[int], per_shard: int | None) -> _Grid:
+        """The grid for streams of ``tokens`` tokens each."""
         regular = len(tokens) > 1 and len(set(tokens[:-1])) == 1 and 0 < tokens[-1] <= tokens[0]
         if not regular and not (per_shard and len(tokens) == 1):
             return cls(max(sum(tokens), 1), 0, (len(tokens),))
@@ -76,10 +77,10 @@ def write_pieces(
     overwrite: bool = True,
     chunks_per_shard: int | None = None,
 ) -> int:
-    """Write tensors into a store and return its bytes. A local folder appears when it is complete; any other store holds a
-    cache when the last object is written.
+    """Write tensors into a store (path, URL or Store) and return its size in bytes.
 
-    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
+    A local folder appears when it is complete; in any other store the cache is valid once the last object is written.
+    ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
     """
     check_pieces(pieces)
     meta = json_bytes(metadata or {}, "metadata", c.MAX_META_BYTES).decode()
@@ -111,15 +112,16 @@ def _write(
 
 
 class _Writer:
-    """Writes tensors as arrays and keeps what the list is to say of them."""
+    """Writes tensors as arrays and collects their fields for the listing (``listed``)."""
 
     def __init__(self, store: Store, root: zarr.Group) -> None:
         self._store, self._root = store, root
         self.listed: list[listing.Fields] = []
 
     def add(self, piece: Piece, path: str, per_shard: int | None) -> None:
+        """Write one tensor as the array at ``path``."""
         body: Any = piece.body() if piece.coded else piece.plain()
-        if piece.coded and not math.prod(piece.shape):  # zarr has no chunk to put the stream into
+        if piece.coded and not math.prod(piece.shape):  # zarr has no chunk for the stream
             body = codec.decode(body.streams[0])
         fields = self._coded(piece, path, body, per_shard) if isinstance(body, Coded) else self._exact(piece, path, body)
         document = json_value(get(self._store, f"{path}/{DOCUMENT}") or b"", path)
@@ -180,9 +182,9 @@ class _Writer:
 
 
 def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
-    """Where each tensor's array lies: layers.3.key at layers/3/key; names that folders cannot have are numbered."""
+    """The path of each tensor's array: layers/3/key for layers.3.key; tensors/{number} where that is no safe or free path."""
     found: dict[str, str] = {}
-    nodes, leaves = {c.ZARR_COMPLETE}, {c.ZARR_COMPLETE}  # folders that are taken, and those that are arrays
+    nodes, leaves = {c.ZARR_COMPLETE}, {c.ZARR_COMPLETE}  # paths in use, and those of them that are arrays
     for number, piece in enumerate(pieces):
         parts = re.split(r"[./]", piece.name)
         above = {"/".join(parts[:i]).lower() for i in range(1, len(parts))}
@@ -197,7 +199,7 @@ def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
 
 
 def _codec_of(h: Header) -> PQCodec:
-    """The codec that chunks to come are written with, as those that are there were."""
+    """The codec, for the array's document, whose options are those of the stream's header."""
     info = codec.inspect_header(h)
     rope = None
     if h.rope is not None:
@@ -208,22 +210,23 @@ def _codec_of(h: Header) -> PQCodec:
 
 
 def shard_index(sizes: Sequence[int], per_shard: int) -> bytes:
-    """The end of a shard: (offset, size) of each chunk, and the checksum of zarr's own codec."""
+    """The index at the end of a shard: (offset, size) of each chunk, and a crc32c, as zarr's ``sharding_indexed`` writes it."""
     starts = np.cumsum([0, *sizes])[:-1]
     pairs = [*zip(starts.tolist(), sizes, strict=True), *[(_MISSING, _MISSING)] * (per_shard - len(sizes))]
     return with_crc(b"".join(struct.pack("<QQ", *pair) for pair in pairs))
 
 
 def with_crc(data: bytes) -> bytes:
+    """Data followed by its crc32c (4 bytes), as zarr's codec appends it."""
     prototype = default_buffer_prototype()
-    spec: Any = SimpleNamespace(prototype=prototype)  # all that this codec asks of an array
+    spec: Any = SimpleNamespace(prototype=prototype)  # the only field that this codec reads
     (found,) = sync(Crc32cCodec().encode([(prototype.buffer.from_bytes(data), spec)]))
     assert found is not None
     return found.to_bytes()
 
 
 def document_seal(document: Any) -> str:
-    """Of what zarr says of an array, people's attributes left out."""
+    """The checksum, as 8 hexadecimal digits, of an array's zarr.json without its attributes."""
     said = {key: value for key, value in document.items() if key != "attributes"}
     text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return checksum_bytes(text.encode("utf-8", "surrogatepass")).hex()
