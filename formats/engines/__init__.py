@@ -1,1 +1,1 @@
-"""What is known of the programs that run models: their caches, their block tables, and which model a cache belongs to."""
+"""The programs that run models: transformers' caches, the block tables of serving engines, and the identity of a model."""

@@ -1,7 +1,8 @@
-"""Law: the block tables of serving engines: where a sequence's tokens lie in them, in each layout that has a name here.
+"""Law: the paged caches of serving engines: which slot of which block of the engine holds each token of a sequence.
 
-A layout is named by its dimensions, never guessed from a shape: with 2 blocks or 2 heads several fit. ``2`` is the dimension of
-keys and values; without it they are two tensors. Token t of a sequence lies in block ``table[t // block]``, at t % block.
+A layout is named by its dimensions, never guessed from a shape: with 2 blocks or 2 heads several would fit. ``2`` is the
+dimension of keys and values; without it they are two tensors. Token t of a sequence is in block ``table[t // block]``, at slot
+t % block.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def encode_blocks(
 ) -> tuple[Any, Any]:
     """Streams of keys and of values [heads, tokens, dim] of a sequence's tokens from ``first_token`` on.
 
-    ``kv_cache``: one tensor, or a pair of keys and values, as ``layout`` (one of LAYOUTS) says. ``center`` is the keys';
-    ``rope`` (which means center="rope") tells the position of the sequence's token 0. ``preset``: for both, or for keys and
-    values. Bytes on the CPU; uint8 tensors on a GPU, there.
-    Raises InvalidArgument and NonFiniteInput.
+    ``kv_cache``: one tensor, or a pair of keys and values, of a ``layout`` in LAYOUTS. ``center``: of the keys. ``rope``, which
+    implies center="rope": its first position is that of the sequence's token 0. ``preset``: one for both, or (keys, values).
+    Streams are bytes for a cache on the CPU, uint8 tensors on the GPU for one there. Raises InvalidArgument and
+    NonFiniteInput.
 
     >>> import torch
     >>> cache = torch.zeros(2, 10, 16, 4, 64, dtype=torch.float16)
@@ -90,8 +91,8 @@ def decode_blocks(
 ) -> int:
     """Decode streams of keys and values into the blocks of a sequence, from ``first_token`` on; returns the number of tokens.
 
-    Nothing is written when this raises: InvalidArgument where the streams are not of this cache's heads, dim and dtype, or
-    the table names a block twice; what ``decode`` raises for streams that are damaged.
+    Raises before anything is written: InvalidArgument where heads, dim or dtype of the streams are not the cache's, or the
+    table names a block twice; for damaged streams as ``decode`` does.
     """
     caches = _caches(kv_cache, layout)
     if len(streams) != len(caches):
@@ -168,7 +169,10 @@ def _caches(kv_cache: Any, layout: str) -> list[Any]:
 
 
 def _places(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Block, and place in it, of each token: int64 [tokens] each; ``once``: no block may be named twice."""
+    """Block and slot of each token, int64 [tokens] each; ``once``: refuse a table that names a block twice.
+
+    Raises InvalidArgument.
+    """
     blocks, size = cache.shape[:2]
     table = np.asarray(block_table.cpu() if is_torch(block_table) else block_table)
     if table.ndim != 1 or (table.size and table.dtype.kind not in "iu"):
@@ -192,7 +196,7 @@ def _places(cache: Any, block_table: Any, tokens: int, first_token: int, once: b
 
 
 def _gather(cache: Any, blocks: np.ndarray, skipped: int, tokens: int) -> Any:
-    """Tokens of whole blocks, from the one behind ``skipped`` on: [heads, tokens, dim]."""
+    """``tokens`` tokens of some blocks after the first ``skipped``: [heads, tokens, dim]."""
     import torch
 
     index = torch.from_numpy(np.ascontiguousarray(blocks)).to(cache.device)

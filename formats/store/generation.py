@@ -68,7 +68,7 @@ def _why_alone(model: Any, identity: Identity, request: Request) -> str:
         return f"{type(model).__name__} keeps the positions of what it is shown in its modules, beside the cache"
     behaviour = tc.behaviour(model, identity)
     if not behaviour.reusable or not behaviour.generates:
-        return f"{type(model).__name__} does not compute the same from a kept prefix: {behaviour.told}"
+        return f"{type(model).__name__} does not compute the same from a kept prefix: {behaviour.objections}"
     return ""
 
 

@@ -33,7 +33,7 @@ def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) ->
             )
     behaviour = tc.behaviour(model, identity)
     if not behaviour.reusable:
-        raise InvalidArgument(f"no prefix of {type(model).__name__} can be used again: {behaviour.told}")
+        raise InvalidArgument(f"no prefix of {type(model).__name__} can be used again: {behaviour.objections}")
     return behaviour
 
 

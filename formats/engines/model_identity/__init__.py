@@ -1,18 +1,18 @@
-"""Law: which model a cache belongs to: all that the numbers of a cache depend on, looked at on every call.
+"""Law: the identity of a model: digests of all that the numbers of its caches depend on, checked on every call.
 
-``Identity.of(model)`` reads a model once in full and then, on each call, looks for what has changed:
+``Identity.of(model)`` reads a model in full once; each later call looks for changes:
 
-- weights, buffers and tensors kept as plain attributes (``tensors``);
-- modules, attributes, hooks, configs and the ``forward`` of classes (``watch``);
-- and tells what of it is other than the config alone makes it (``deviation``), or refuses it by name (``refusals``).
+- of weights, buffers, and tensors that are plain attributes (``tensors``);
+- of modules, attributes, hooks, configs and the ``forward`` of classes (``watch``).
 
-Of modules whose code is not transformers', torch's, peft's or accelerate's, private attributes are told as well, and plain
-objects by their fields, but for what this code itself writes while it computes (``written``); and its functions by their code.
+What differs from a model made from the config alone enters the identity (``deviation``), or is refused by name (``refusals``).
+In modules whose code is not transformers', torch's, peft's or accelerate's ("foreign" code), private attributes count too,
+functions by their code, and plain objects by their fields; not what such code itself writes while it computes (``written``).
 
-What is not seen: functions of transformers replaced elsewhere than in the model's own module, private attributes of
-transformers' modules (which its code does not read), fields of objects of libraries, and of objects more than three deep; what
-foreign code writes while it computes, and numbers that it reads from its Python module or hides in modules that are in lists;
-and, unless ``full``, edits past torch's version counters that miss all sampled words (``Identity.of``).
+Not detected: functions of transformers replaced elsewhere than in the model's own Python module; private attributes of
+transformers' modules, which its code does not read; fields of objects of libraries, or of objects nested more than three deep;
+what foreign code writes while it computes, or numbers that it reads from its Python module or from modules in lists; and,
+unless ``full``, edits that bypass torch's version counters and miss all sampled words (``Identity.of``).
 """
 
 from pqcodec.formats.engines.model_identity.identity import Identity, forget, tokenizer_digest

@@ -1,4 +1,4 @@
-"""Law: the name of a function, and whose it is, from its code and not from attributes that a wrapper copies."""
+"""Law: the name, package and content of a function or class, from its code and not from attributes that a wrapper copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def plain(function: Any) -> Any:
-    """What a method is bound to, or a partial object made of."""
+    """The function inside a bound method or a ``functools.partial``."""
     while True:
         if isinstance(function, functools.partial):
             function = function.func
@@ -26,7 +26,7 @@ def plain(function: Any) -> Any:
 
 
 def layers(function: Any) -> Iterator[Any]:
-    """A function and those that it wraps, as ``functools.wraps`` tells them, outermost first."""
+    """A function and those that it wraps (``functools.wraps``), outermost first."""
     seen: set[int] = set()
     while function is not None and id(function) not in seen:
         seen.add(id(function))
@@ -36,18 +36,19 @@ def layers(function: Any) -> Iterator[Any]:
 
 
 def module_of(function: Any) -> str:
-    """The module whose source a function is written in."""
+    """The name of the Python module whose source a function is written in."""
     function = plain(function)
     space = getattr(function, "__globals__", None)
     return str(space.get("__name__", "") if space else getattr(function, "__module__", None) or "")
 
 
 def package_of(function: Any) -> str:
+    """The name of the package whose source a function is written in."""
     return module_of(function).split(".")[0]
 
 
 def name_of(function: Any) -> str:
-    """Module and qualified name."""
+    """The module and qualified name of a function."""
     function = plain(function)
     code = getattr(function, "__code__", None)
     name = code.co_qualname if code else getattr(function, "__qualname__", type(function).__qualname__)
@@ -55,16 +56,18 @@ def name_of(function: Any) -> str:
 
 
 def is_lasting(name: str) -> bool:
-    """Whether a name stands for one function only, in any process: lambdas' and local functions' do not."""
+    """Whether a name identifies one function in any process; those of lambdas and local functions do not."""
     return "<" not in name
 
 
 def type_name(kind: Any) -> str:
+    """The module and qualified name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-# -- code of others ----------------------------------------------------------------------------------------------
+# -- foreign code ------------------------------------------------------------------------------------------------
 def is_foreign(kind: Any) -> bool:
+    """Whether a class is of a package outside ``KNOWN``."""
     return kind.__module__.split(".")[0] not in KNOWN
 
 
@@ -74,14 +77,14 @@ def _has_foreign_bases(kind: Any) -> bool:
 
 
 def is_foreign_class(kind: Any) -> bool:
-    """Whether a class of modules, one that it is made from, or what was put in the place of its ``forward``, is of others."""
+    """Whether a class of modules, a base class of it, or the function that replaced its ``forward``, is foreign."""
     return _has_foreign_bases(kind) or package_of(kind.forward) not in KNOWN
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether it is an object of a class that neither libraries nor transformers know, so that it is what its fields are."""
+    """Whether an object is of a foreign class and no library's, so that its fields describe it."""
     kind = type(value)
-    if hasattr(value, "data_ptr") or hasattr(value, "_modules"):  # tensors and modules are looked at as such
+    if hasattr(value, "data_ptr") or hasattr(value, "_modules"):  # tensors and modules have checks of their own
         return False
     if isinstance(value, SimpleNamespace):
         return True
@@ -89,7 +92,7 @@ def is_plain_object(value: Any) -> bool:
 
 
 def object_fields(value: Any) -> dict[str, Any]:
-    """The fields of an object by name, those in slots as well."""
+    """The fields of an object by name, including those in ``__slots__``."""
     if isinstance(value, enum.Enum):
         return {"name": value.name}
     slots = [name for base in type(value).__mro__ for name in _names(vars(base).get("__slots__", ()))]
@@ -101,45 +104,45 @@ def _names(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def told_of_class(kind: Any) -> list[Any]:
-    """The functions and numbers of a class by name."""
+def class_content(kind: Any) -> list[Any]:
+    """The content of a class, as JSON: its functions, and its numbers and strings, by name."""
     found: list[Any] = []
     for name, value in sorted(vars(kind).items()):
         function = plain(getattr(value, "fget", value))
         if isinstance(getattr(function, "__code__", None), CodeType):
-            found.append([name, *told_of_function(function)])
+            found.append([name, *function_content(function)])
         elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):
             found.append([name, repr(value)])
     return found
 
 
-def told_of_function(function: Any) -> list[Any]:
-    """The code of a function; its defaults and what it closes over, as far as these are plain."""
+def function_content(function: Any) -> list[Any]:
+    """The content of a function, as JSON: bytecode, names, constants, defaults, closure; values that are not plain by type."""
     held = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
     held["closure"] = [_cell(cell) for cell in function.__closure__ or ()]
-    return [*_of_code(function.__code__), *([name, told_of_value(value)] for name, value in held.items() if value)]
+    return [*_of_code(function.__code__), *([name, value_content(value)] for name, value in held.items() if value)]
 
 
-def told_of_callable(value: Any) -> list[Any]:
-    """The same of a function, or of an object that is called: its class, and its fields as far as these are plain."""
+def callable_content(value: Any) -> list[Any]:
+    """The content of a function, or of a callable object: its class and its fields."""
     if hasattr(value, "__code__"):
-        return told_of_function(value)
-    return [told_of_class(type(value)), told_of_value(object_fields(value))]
+        return function_content(value)
+    return [class_content(type(value)), value_content(object_fields(value))]
 
 
 def _cell(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # it is empty still
+    except ValueError:  # the cell is still empty
         return None
 
 
-def told_of_value(value: Any) -> Any:
-    """A plain value, or containers of such; of anything else its type."""
+def value_content(value: Any) -> Any:
+    """A plain value or containers of such, as JSON; the type's name for anything else."""
     if isinstance(value, (list, tuple)):
-        return [told_of_value(member) for member in value]
+        return [value_content(member) for member in value]
     if isinstance(value, dict):
-        return [[str(key), told_of_value(member)] for key, member in value.items()]
+        return [[str(key), value_content(member)] for key, member in value.items()]
     return repr(value) if isinstance(value, _PLAIN) else type_name(type(value))
 
 

@@ -1,8 +1,8 @@
-"""Law: what of a model, beside its weights, is other than its class and its config make it.
+"""Law: the deviation of a model: what, beside the weights, differs from what its class and config make of it.
 
-A model is compared, module by module and attribute by attribute, with a shell: its class built anew from its config, without
-memory for weights, its computed buffers filled by the class's own ``_init_weights``. So an ordinary model deviates nowhere,
-whatever its attributes are called. Where no shell can be built, all that is found counts as deviation.
+A model is compared, module by module and attribute by attribute, with a shell: its class built anew from its config on the meta
+device, with its computed buffers filled by the class's own ``_init_weights``. So an ordinary model has no deviation, whatever
+its attributes are called. Where no shell can be built, everything counts as deviation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pqcodec.formats.engines.model_identity.watch import CONTAINERS, OBJECTS, Na
 from pqcodec.formats.engines.model_identity.written import WrittenAttributes, attributes_written_by
 from pqcodec.formats.places.locks import ForkLock
 
-_WHERE_FROM = {  # attributes that tell where a model is from or how it runs, and do not change its numbers
+_WHERE_FROM = {  # attributes about a model's origin or how it runs, which do not change its numbers
     "name_or_path",
     "model_tags",
     "hf_device_map",
@@ -38,7 +38,7 @@ _WHERE_FROM = {  # attributes that tell where a model is from or how it runs, an
     "gradient_checkpointing",
     "forward",  # see ``refusals``
 }
-_BY_FORWARD = {  # attributes that forward itself sets, for itself
+_BY_FORWARD = {  # attributes that forward itself sets, for its own use
     "rope_deltas",
     "cached_rotary_positional_embedding",
     "cached_sequence_length",
@@ -50,7 +50,7 @@ _BY_FORWARD = {  # attributes that forward itself sets, for itself
     "input_dtype",
     "layers_are_rescaled",
 }
-_OF_LIBRARIES = {  # private attributes that libraries put into any module
+_OF_LIBRARIES = {  # private attributes that libraries set on any module
     "_is_hf_initialized",
     "_weight_conversions",
     "_use_kernels",
@@ -63,31 +63,32 @@ _OF_LIBRARIES = {  # private attributes that libraries put into any module
     "_hf_peft_config_loaded",
     "_auto_class",
 }
-_BY_ROPE = ("inv_freq", "max_seq_len_cached")  # in a RoPE that changes with length: what forward computes anew
-_MADE_BY_ROPE = ("long_inv_freq", "attention_scaling")  # and what it computes once
+_BY_ROPE = ("inv_freq", "max_seq_len_cached")  # of a RoPE that changes with length: recomputed by each forward
+_MADE_BY_ROPE = ("long_inv_freq", "attention_scaling")  # and computed once
 _ROPE_UTILS = "transformers.modeling_rope_utils"
 _OF_TRANSFORMERS = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation", "peft")
-_SHELLS = 4  # tables of shells that are kept
+_SHELLS = 4  # shells that are kept
 _DEPTH = 8
 
 _shells: OrderedDict[Any, Shell | None] = OrderedDict()
 _lock = ForkLock()
-_NOTHING: Any = object()  # stands for what does not count
+_NOTHING: Any = object()  # in place of a value that does not count
 
 
 @dataclass(frozen=True)
 class Shell:
-    """What a class and a config make of a model: of each module its type and attributes, and its buffers where computed."""
+    """What a class and a config make of a model."""
 
-    types: dict[str, str]
-    attributes: dict[str, dict[str, Any]]
-    buffers: dict[str, list[Any]]  # each as it may have been computed
+    types: dict[str, str]  # class of each module, by path
+    attributes: dict[str, dict[str, Any]]  # of each module, by path and name
+    buffers: dict[str, list[Any]]  # computed buffers by name, in all variants (device, dtype) that may occur
 
 
 def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Callable[[str, Any], bytes]) -> list[Any]:
-    """All that deviates, as JSON; ``digest`` is of a tensor and its name. Raises InvalidArgument.
+    """Everything that deviates, as JSON; [] for an ordinary model.
 
-    ``written``: what the classes' own code writes, if they are not transformers' own.
+    ``written``: the attributes that foreign code writes; ``digest``: digest of a tensor's name and bytes. Raises
+    InvalidArgument for a function without a lasting name.
     """
     shell = _shell_of(model)
     told: list[Any] = []
@@ -102,7 +103,7 @@ def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Ca
             if name.endswith(_MADE_BY_ROPE) and _is_made_by_rope(module, name, value):
                 continue
             at = f"{path}.{name}"
-            found = _told(value, partial(digest, at), deep)
+            found = _described(value, partial(digest, at), deep)
             if found is not _NOTHING and found != expected.get(name, _NOTHING):
                 if not name.startswith("_"):
                     _check_code(found, at)
@@ -118,7 +119,7 @@ def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Ca
 
 
 def watched_tensors(modules: Named, written: WrittenAttributes) -> Iterator[tuple[str, Any]]:
-    """The tensors that are in no state_dict, by name: computed buffers, and those among attributes."""
+    """(name, tensor) of the tensors that are in no state_dict: computed buffers, and tensors in attributes."""
     for path, module in modules:
         for name, buffer in _computed(module):
             yield f"{path}.{name}", buffer
@@ -143,7 +144,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _attributes(module: Any, written: WrittenAttributes) -> Iterator[tuple[str, Any, int]]:
-    """The attributes that count, if they deviate, and how many objects in each other are to be told field by field."""
+    """(name, value, depth) of the attributes that count; ``depth``: nested objects to describe by their fields."""
     kind = type(module)
     own, turning, foreign = own_attributes(), _turns(module), code.is_foreign_class(kind)
     for name, value in vars(module).items():
@@ -159,7 +160,7 @@ def _attributes(module: Any, written: WrittenAttributes) -> Iterator[tuple[str, 
 
 
 def _is_set(kind: Any, name: str, value: Any, written: WrittenAttributes) -> bool:
-    """Whether a private attribute of foreign code is what somebody set, not what the code or a library keeps there."""
+    """Whether a private attribute of foreign code is a setting, and not memory of the code or of a library."""
     if name in written.assigned or name in _OF_LIBRARIES:
         return False
     if any(hasattr(base, name) for base in kind.__mro__ if base.__module__ == "transformers.modeling_utils"):
@@ -168,7 +169,7 @@ def _is_set(kind: Any, name: str, value: Any, written: WrittenAttributes) -> boo
 
 
 def _computed(module: Any) -> Iterator[tuple[str, Any]]:
-    """The buffers that are in no state_dict, but frequencies that the next forward computes anew."""
+    """(name, buffer) of a module's buffers that are in no state_dict, without frequencies that forward recomputes."""
     turning = _turns(module)
     for name in sorted(module._non_persistent_buffers_set):
         buffer = module._buffers.get(name)
@@ -178,19 +179,19 @@ def _computed(module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _turns(module: Any) -> bool:
-    """Whether its RoPE computes its frequencies anew as sequences grow."""
+    """Whether a module is a RoPE that recomputes its frequencies as sequences grow."""
     return any("dynamic" in kind or kind == "longrope" for kind in _rope_types(module).values())
 
 
 def _rope_types(module: Any) -> dict[str, str]:
-    """By type of layer, or of all layers under ""."""
+    """The RoPE types of a module by type of layer; under "" where there is one for all layers."""
     kinds = vars(module).get("rope_type")
     kinds = kinds if isinstance(kinds, dict) else {"": kinds}
     return {str(layer): kind for layer, kind in kinds.items() if isinstance(kind, str)}
 
 
 def _is_made_by_rope(module: Any, name: str, value: Any) -> bool:
-    """Whether an attribute of a RoPE that changes with length is what transformers computes from the config, short or long."""
+    """Whether a changing RoPE's attribute is what transformers computes from the config, for short or long sequences."""
     kinds = _rope_types(module) if _turns(module) else {}
     layer = name.removesuffix(next(end for end in _MADE_BY_ROPE if name.endswith(end))).removesuffix("_")
     for each in [layer] if layer in kinds else kinds:
@@ -198,7 +199,7 @@ def _is_made_by_rope(module: Any, name: str, value: Any) -> bool:
         if not hasattr(value, "data_ptr"):
             if any(value == scaling for _, scaling in found):
                 return True
-        elif found and _is_close(value, found[-1][0]):  # the long ones
+        elif found and _is_close(value, found[-1][0]):  # those for long sequences
             return True
     return False
 
@@ -210,7 +211,10 @@ def _is_close(x: Any, y: Any) -> bool:
 
 
 def _rope_parameters(module: Any, layer: str, kind: str) -> Iterator[tuple[Any, float]]:
-    """Frequencies and scaling of texts within and beyond the length that a config tells; of no kind that it does not know."""
+    """(frequencies, scaling) that transformers computes for sequences within and beyond the original length.
+
+    Empty frequencies and 1.0 for an unknown kind.
+    """
     import torch
 
     make = getattr(sys.modules.get(_ROPE_UTILS), "ROPE_INIT_FUNCTIONS", {}).get(kind)
@@ -220,7 +224,7 @@ def _rope_parameters(module: Any, layer: str, kind: str) -> Iterator[tuple[Any, 
     own = getattr(module, f"{layer}_original_max_seq_len" if layer else "", getattr(module, "original_max_seq_len", None))
     beyond = [int(length) + 1 for length in (own, _original_length(module, layer)) if length]
     for length in (None, *beyond):
-        with contextlib.suppress(Exception):  # of a config that it cannot read
+        with contextlib.suppress(Exception):  # a config that the function cannot read
             frequencies, scaling = make(module.config, "cpu", seq_len=length, **({"layer_type": layer} if layer else {}))
             yield frequencies.float(), scaling
 
@@ -232,7 +236,7 @@ def _original_length(module: Any, layer: str) -> Any:
 
 
 def _is_short(module: Any, name: str) -> bool:
-    """Whether a dynamic RoPE has seen no sequence beyond its own length, so that it goes on with its frequencies ``name``."""
+    """Whether a dynamic RoPE has seen no sequence beyond its original length, so that it still uses the buffer ``name``."""
     prefix = name.removesuffix("inv_freq")
     kind = _rope_types(module).get(prefix.removesuffix("_"), "")
     seen = getattr(module, f"{prefix}max_seq_len_cached", getattr(module, "max_seq_len_cached", None))
@@ -247,13 +251,16 @@ def _is_module(value: Any) -> bool:
 
 
 def _overrides(module: Any, name: str) -> bool:
-    """Whether an attribute stands in the place of a method of the model's own code, which ``forward`` may call."""
+    """Whether an attribute hides a method of the model's own code, which ``forward`` may call."""
     home = next((base for base in type(module).__mro__ if name in vars(base)), None)
     return home is not None and callable(vars(home)[name]) and not home.__module__.startswith(_OF_TRANSFORMERS)
 
 
-def _told(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: int = 0) -> Any:
-    """A value as JSON, or _NOTHING where it does not count; ``objects``: in each other that are told by their fields."""
+def _described(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: int = 0) -> Any:
+    """A value as JSON, or _NOTHING where it does not count.
+
+    ``tensor``: digest of a tensor; ``objects``: nested objects to describe by their fields; ``depth``: of containers so far.
+    """
     if value is None or isinstance(value, (bool, int, str)):
         return value if not hasattr(value, "value") else repr(value)
     if isinstance(value, (float, complex, bytes)):
@@ -264,9 +271,9 @@ def _told(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: i
         return {"tensor": tensor(value).hex() if value.device.type != "meta" else None}
     if isinstance(value, CONTAINERS) and depth < _DEPTH:
         if isinstance(value, dict):
-            pairs = [[str(key), _told(member, tensor, objects, depth + 1)] for key, member in value.items()]
+            pairs = [[str(key), _described(member, tensor, objects, depth + 1)] for key, member in value.items()]
             return {"dict": sorted((pair for pair in pairs if pair[1] is not _NOTHING), key=json.dumps)}
-        members = [_told(member, tensor, objects, depth + 1) for member in value]
+        members = [_described(member, tensor, objects, depth + 1) for member in value]
         members = [None if member is _NOTHING else member for member in members]
         return {"set": sorted(members, key=json.dumps)} if isinstance(value, (set, frozenset)) else members
     if _is_module(value) or type(value).__module__ == "torch":  # devices, dtypes; modules are compared by themselves
@@ -276,22 +283,22 @@ def _told(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, depth: i
     if isinstance(value, type):
         return {"code": code.type_name(value)}
     if isinstance(value, partial):
-        parts = [_told(part, tensor, objects, depth + 1) for part in (value.func, value.args, value.keywords)]
+        parts = [_described(part, tensor, objects, depth + 1) for part in (value.func, value.args, value.keywords)]
         return {"partial": [None if part is _NOTHING else part for part in parts]}
     if callable(value) and hasattr(code.plain(value), "__code__"):
         name, where = code.name_of(value), code.plain(value).__code__.co_firstlineno
         told = {"code": name if code.is_lasting(name) else f"{name}:{where}"}
         if code.package_of(value) not in code.KNOWN + code.LIBRARIES:
-            told["digest"] = json_digest(code.told_of_function(code.plain(value)))
+            told["digest"] = json_digest(code.function_content(code.plain(value)))
         return told
     if objects and _is_plain(value):
-        fields = _told(code.object_fields(value), tensor, objects - 1, depth + 1)
-        return {"object": code.type_name(type(value)), "class": json_digest(code.told_of_class(type(value))), "fields": fields}
+        fields = _described(code.object_fields(value), tensor, objects - 1, depth + 1)
+        return {"object": code.type_name(type(value)), "class": json_digest(code.class_content(type(value))), "fields": fields}
     return {"object": code.type_name(type(value))}
 
 
 def _check_code(found: Any, name: str) -> None:
-    """Raises InvalidArgument for a function without a name that lasts, in containers as well."""
+    """Raises InvalidArgument for a function without a lasting name, also in containers."""
     if isinstance(found, (dict, list)):
         for member in found.values() if isinstance(found, dict) else found:
             _check_code(member, name)
@@ -303,7 +310,7 @@ def _check_code(found: Any, name: str) -> None:
 
 
 def _equal(buffer: Any, computed: Any) -> bool:
-    """Whether a buffer is what the class computes, by bytes."""
+    """Whether a buffer equals, byte for byte, one of the variants that the class computes."""
     import torch
 
     for each in computed or ():
@@ -325,7 +332,7 @@ def _shell_of(model: Any) -> Shell | None:
             return _shells[key]
     try:
         shell = _built(model)
-    except Exception:  # a class that takes more than its config, or does not do without memory
+    except Exception:  # a class that needs more than its config, or memory
         shell = None
     with _lock.held():
         _shells[key] = shell
@@ -344,7 +351,7 @@ def _built(model: Any) -> Shell:
         written = attributes_written_by(classes_of(modules))
         attributes = {path: dict(_shell_attributes(module, written)) for path, module in modules}
         buffers: dict[str, list[Any]] = {}
-        for device in {"cpu", model.device.type}:  # computed elsewhere, or in another dtype, the last bits may differ
+        for device in {"cpu", model.device.type}:  # the last bits depend on device and dtype
             for dtype in {torch.get_default_dtype(), model.dtype}:
                 with _made_as(dtype):
                     for name, value in _filled(shell, modules, model.device if device != "cpu" else "cpu").items():
@@ -354,23 +361,23 @@ def _built(model: Any) -> Shell:
 
 def _shell_attributes(module: Any, written: WrittenAttributes) -> Iterator[tuple[str, Any]]:
     for name, value, deep in _attributes(module, written):
-        found = _told(value, lambda tensor: b"", deep)
+        found = _described(value, lambda tensor: b"", deep)
         if found is not _NOTHING:
             yield name, found
 
 
 def _filled(shell: Any, modules: Named, device: Any) -> dict[str, Any]:
-    """The computed buffers by name, filled on a device by the classes' own code; without those that it does not fill."""
+    """The computed buffers by name that the classes' own code fills, as filled on a device."""
     import torch
 
     owners = {path: module for path, module in modules if hasattr(module, "_init_weights")}
     runs = []
-    for fill in (0, 1):  # what is the same after both was filled
+    for fill in (0, 1):  # a buffer that is equal after both was filled
         for _, module in modules:
             for name, buffer in _computed(module):
                 module._buffers[name] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
         with torch.device(device):
-            for path, module in reversed(modules):  # a module after those in it, as transformers does
+            for path, module in reversed(modules):  # inner modules first, as transformers does
                 _initialize(owners, path, module)
         runs.append({f"{path}.{name}": buffer for path, module in modules for name, buffer in _computed(module)})
     one, two = runs
@@ -378,15 +385,15 @@ def _filled(shell: Any, modules: Named, device: Any) -> dict[str, Any]:
 
 
 def _initialize(owners: dict[str, Any], path: str, module: Any) -> None:
-    """Call ``_init_weights`` of the innermost model of transformers that a module is in."""
+    """Call ``_init_weights`` of the innermost model of transformers that contains a module."""
     while path not in owners and path:
         path = path.rpartition(".")[0]
-    with contextlib.suppress(Exception):  # of what cannot do without memory
+    with contextlib.suppress(Exception):  # code that needs memory for weights
         owners[path]._init_weights(module)
 
 
 def _made_as(dtype: Any) -> Any:
-    """A context in which new tensors of torch's default dtype have ``dtype``; of this thread alone."""
+    """A context in which new tensors of torch's default dtype have ``dtype``, in this thread only."""
     import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils._device import _device_constructors

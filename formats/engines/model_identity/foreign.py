@@ -1,7 +1,7 @@
-"""Law: code that is not transformers' own: the classes that a model is of, and what stands in for functions of its library.
+"""Law: foreign code in a model: classes of other packages, and functions that replace those of transformers' modules.
 
-A shell of the same class has the same code, so nothing of it deviates; but it may be other code tomorrow. Its classes enter
-an identity by name and by a digest of their functions, and a function that was put into a module of transformers by its name.
+A shell is built from the same foreign class, so it shows no deviation, but the code may change between processes. So its
+classes enter an identity by name and a digest of their code, and so do functions that were put into a module of transformers.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pqcodec.formats.engines.model_identity.watch import Named, classes_of
 
 
 def foreign_classes(modules: Named) -> list[Any]:
-    """Classes of the modules, and those that they are made from, whose code is of other packages."""
+    """The foreign ones among the modules' classes and their base classes."""
     return [kind for each in classes_of(modules) for kind in each.__mro__ if code.is_foreign(kind)]
 
 
 def homes_of(modules: Named) -> list[Any]:
-    """The Python modules that the modules' classes are written in, each once."""
+    """The Python modules of ``transformers.models`` in which the modules' classes are written, each once."""
     names = dict.fromkeys(kind.__module__ for kind in classes_of(modules) if kind.__module__.startswith("transformers.models."))
     return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def foreign(modules: Named) -> list[str]:
-    """Classes of other packages with a digest of their code, and functions of such that stand in transformers' modules.
+    """Foreign classes, and foreign functions in transformers' Python modules, each as its name and a digest of its code.
 
-    Raises InvalidArgument for a function there that has no name that lasts.
+    Raises InvalidArgument for such a function without a lasting name.
     """
-    found = {f"{code.type_name(kind)} {json_digest(code.told_of_class(kind))}" for kind in foreign_classes(modules)}
+    found = {f"{code.type_name(kind)} {json_digest(code.class_content(kind))}" for kind in foreign_classes(modules)}
     for home in homes_of(modules):
         for name, value in vars(home).items():
             for function in code.layers(value) if callable(value) else ():
@@ -45,5 +45,5 @@ def foreign(modules: Named) -> list[str]:
                         f"{home.__name__}.{name} was replaced by {told}, which has no name of its own: put the library's own "
                         "back, or pass an Identity of your own"
                     )
-                found.add(f"{home.__name__}.{name} = {told} {json_digest(code.told_of_function(function))}")
+                found.add(f"{home.__name__}.{name} = {told} {json_digest(code.function_content(function))}")
     return sorted(found)

@@ -1,4 +1,4 @@
-"""Law: the identity of a model, as its caches know it, and when it has to be found anew."""
+"""Law: computing the identity of a model, and reusing it for as long as nothing in the model has changed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from pqcodec.formats.engines.model_identity.written import attributes_written_by
 _ADAPTER_STATE = ("active_adapters", "active_adapter", "disable_adapters", "merged_adapters", "scaling")
 _ADAPTER_ATTRIBUTES = {*_ADAPTER_STATE, "lora_A"}
 _SAME_ATTENTION = (None, "eager", "sdpa")  # implementations that count as one
-_CONDITIONS = ("state", "mode", "attention", "autocast")  # "" for an ordinary model
+_CONDITIONS = ("state", "mode", "attention", "autocast")  # fields that are "" for an ordinary model
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A model as its caches know it; each digest is 32 hexadecimal digits. ``weights`` is "" where only a config was given."""
+    """What identifies a model to its caches (SPEC IV.1); digests have 32 hexadecimal digits.
+
+    ``weights`` is "" where only a config was given.
+    """
 
     config: Any  # the model's config, from which RoPE is read
     config_digest: str
@@ -34,26 +37,25 @@ class Identity:
     adapters: str = ""
     dtype: str = ""
     device: Any = None
-    spread: bool = False  # over several devices
-    state: str = ""  # a digest of what, beside weights, is other than the config makes it
-    mode: str = ""  # "train" or a digest of the modules that train; "" in eval mode
-    attention: str = ""  # its implementation, unless eager or sdpa
-    autocast: str = ""  # the dtype, where torch.autocast is on
+    spread: bool = False  # the layers are on several devices
+    state: str = ""  # digest of what differs from the config's model, beside weights
+    mode: str = ""  # "train", or a digest of the modules in training mode; "" in eval mode
+    attention: str = ""  # the implementation of attention, unless eager or sdpa
+    autocast: str = ""  # the dtype of torch.autocast where it is on
 
     @classmethod
     def of(cls, model: Any, full: bool = False) -> Identity:
-        """The identity of a transformers model, of a config alone, or the Identity itself; raises InvalidArgument.
+        """The identity of a transformers model, or of a config alone; an Identity is returned as it is.
 
-        A model is read in full once. Every other call sees, without reading it all: modules, hooks, attributes, members of
-        containers among these and settings of configs that are others; tensors that were exchanged, moved or written in
-        place; and writing that bypasses torch's version counters (``w.data += d``) where it changes one of 16 elements spread
-        over each tensor. So edits of whole tensors are seen, those of a few elements through ``.data`` may not be. On a GPU,
-        and with ``full``, all bytes are looked at on every call, so that an edit of one element is seen.
+        The first call reads all of a model. Later calls detect, without reading it all: other modules, hooks, attributes,
+        members of containers in attributes, and settings of configs; tensors that were replaced, moved or written in place;
+        and writes that bypass torch's version counters (``w.data += d``) if they change one of 16 elements spread over a
+        tensor. So an edit of a whole tensor is detected, one of a few elements through ``.data`` perhaps not. On a GPU, and
+        with ``full``, every call reads all bytes, so that an edit of a single element is detected.
 
-        Functions that are registered for attention, masks, experts and RoPE are looked at by the names that are in use, and
-        what modules of code other than transformers' and torch's are set to (see the package's own words). Forward hooks, a
-        ``forward`` of a module's own, functions without a lasting name that were registered or put into a class, and dropout in
-        training mode are refused.
+        Functions registered for attention, masks, experts and RoPE count if the configs use their names; for settings of
+        foreign modules see the package. Raises InvalidArgument for what has no identity: forward hooks, a ``forward`` of a
+        module's own, functions without a lasting name that were registered or put into a class, dropout in training mode.
         """
         if isinstance(model, Identity):
             return model
@@ -71,19 +73,19 @@ class Identity:
         return replace(seen.identity, autocast=autocast) if autocast else seen.identity
 
     def target(self, device: Any = None) -> Any:
-        """The device for a cache of the model: the CPU where its layers, which are on several, are put beside theirs later."""
+        """The device to load a cache to: ``device``, or the model's; "cpu" for a model on several, where layers move later."""
         if device is None and self.spread:
             return "cpu"
         return self.device if device is None else device
 
     def as_dict(self) -> dict[str, str]:
-        """For a file's metadata."""
+        """The fields for a file's metadata (SPEC IV.1), without empty ones."""
         told = {"config": self.config_digest, "weights": self.weights, "adapters": self.adapters, "dtype": self.dtype}
         told |= {key: getattr(self, key) for key in _CONDITIONS}
         return {key: value for key, value in told.items() if value}
 
     def check(self, told: Any, label: str) -> None:
-        """Raises InvalidArgument where a file says that it belongs to another model."""
+        """Raises InvalidArgument where ``told``, the ``as_dict`` in a file called ``label``, is of another model."""
         mine = self.as_dict()
         if not isinstance(told, dict):
             raise InvalidArgument(f"{label}: is the cache of a model of other model; compute it anew with this model")
@@ -96,7 +98,7 @@ class Identity:
             )
 
     def digest(self) -> bytes:
-        """32 bytes that stand for all of it."""
+        """The digest of all fields: 32 bytes."""
         hashed = new_hash()
         for value in (self.config_digest, self.weights, self.adapters, self.dtype):
             hashed.update(f"{value}\n".encode())
@@ -107,14 +109,14 @@ class Identity:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """The vocabulary of a tokenizer and its added tokens; raises InvalidArgument."""
+    """The digest of a tokenizer's vocabulary with its added tokens; raises InvalidArgument for no tokenizer."""
     if not hasattr(tokenizer, "get_vocab"):
         raise InvalidArgument(f"a tokenizer of transformers is expected, not {type(tokenizer).__name__}")
     return json_digest(sorted(tokenizer.get_vocab().items()))
 
 
 def forget(model: Any) -> None:
-    """Read all of a model again the next time."""
+    """Make the next ``Identity.of(model)`` read all of the model again."""
     _seen.pop(unwrapped(model), None)
 
 
@@ -133,18 +135,18 @@ def _autocast(device: Any) -> str:
 # -- reading a model ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Seen:
-    """A model as it was read last. Never changed, only replaced, so that threads may ask at once."""
+    """The last reading of a model. Never changed, only replaced, so that threads may share it."""
 
     identity: Identity
     watch: Watch
-    tensors: list[ref[Any]]  # those of the state_dict, then others
-    marks: list[tuple[Any, ...]]
+    tensors: list[ref[Any]]  # those of the state_dict first
+    marks: list[tuple[Any, ...]]  # of each tensor
     evidence: Evidence
-    digests: list[tuple[str, bytes]]  # of each tensor, with its name
-    plain: bool  # the modules hold all tensors of the state_dict
+    digests: list[tuple[str, bytes]]  # name and digest of each tensor
+    plain: bool  # the modules themselves hold all tensors of the state_dict
 
     def holds(self, full: bool) -> bool:
-        """Whether nothing has changed, as far as is looked."""
+        """Whether no change is detected; ``full``: in any byte of the tensors."""
         if not self.plain or self.evidence.full < full:
             return False
         tensors = [tensor() for tensor in self.tensors]
@@ -153,13 +155,16 @@ class _Seen:
         held = storages(tensors)
         if marks(tensors) != self.marks:
             return False
-        look = self.evidence.begin(tensors)  # a GPU sums while the objects are looked at
+        look = self.evidence.begin(tensors)  # a GPU sums bytes while the objects are compared
         same = self.watch.holds() and self.evidence.holds(look)
         del held
         return same
 
     def unchanged(self, named: Named, marked: list[tuple[Any, ...]], evidence: Evidence) -> dict[str, bytes]:
-        """Digests that still hold, by name: none where one tensor was written past its counter, for others may have been."""
+        """The digests that are still valid, by name.
+
+        None at all if one tensor was written past its version counter, since others may have been.
+        """
         at = {name: index for index, (name, _) in enumerate(self.digests)}
         found = {}
         for index, (name, _) in enumerate(named):
@@ -212,20 +217,18 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
 
 
 def _attention(configs: list[Any]) -> str:
-    """The implementations of attention that count, of all configs."""
+    """The implementations of attention in all configs, other than those that count as one; "" without any."""
     found = {str(kind) for each in configs if (kind := getattr(each, "_attn_implementation", None)) not in _SAME_ATTENTION}
     return ", ".join(sorted(found))
 
 
 def _scan(model: Any) -> tuple[Named, Named, bool]:
-    """The tensors of ``model.state_dict()`` in the order of their names, the modules that may be adapters, and whether the
-    modules hold all these tensors themselves.
+    """The tensors of ``model.state_dict()`` sorted by name, the modules that may be adapters, and ``_Seen.plain``.
 
-    In one pass that spares what it can, for a model has hundreds of modules; torch is asked where a module has its own way with
-    its state.
+    One fast pass, since a model has hundreds of modules; ``state_dict`` itself is called only where a module customizes it.
     """
     tensors: dict[str, Any] = {}
-    adapting: dict[int, tuple[str, Any]] = {}  # a shared module at its first place
+    adapting: dict[int, tuple[str, Any]] = {}  # a shared module under its first path
     plain, none_in = True, _ADAPTER_ATTRIBUTES.isdisjoint
     waiting: Named = [("", model)]
     while waiting:
@@ -250,8 +253,8 @@ def _scan(model: Any) -> tuple[Named, Named, bool]:
 
 @lru_cache(maxsize=1024)
 def _class_ways(kind: Any) -> tuple[bool, bool]:
-    """Whether a class of modules has an adapter's attributes, or tells of attributes only when it is asked; and whether it
-    leaves it to torch what a state_dict holds.
+    """Of a class of modules: whether it may be an adapter's (by attributes, or its own ``__getattr__``), and whether it uses
+    torch's own ``state_dict``.
     """
     import torch
 
@@ -262,7 +265,7 @@ def _class_ways(kind: Any) -> tuple[bool, bool]:
 
 
 def _adapters(modules: Named) -> str:
-    """The adapters that are switched on, of those modules that may be any; "" where there are none."""
+    """A digest of which adapters are active in ``modules``; "" without any."""
     found = []
     for name, module in modules:
         state = {key: getattr(module, key, None) for key in _ADAPTER_STATE if hasattr(module, "lora_A") or "adapter" in key}

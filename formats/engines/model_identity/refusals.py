@@ -1,4 +1,4 @@
-"""Law: what may change a model's numbers in a way that has no name is refused by name, before anything is computed."""
+"""Law: changes of a model's numbers that no digest can identify are refused, with their names, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pqcodec.formats.engines.model_identity import code
 from pqcodec.formats.engines.model_identity.digests import json_digest
 from pqcodec.formats.engines.model_identity.watch import Named, classes_of
 
-_HARMLESS_HOOKS = {  # leave numbers as they are: they record outputs, move tensors or count
+_HARMLESS_HOOKS = {  # module: end of the hook's name; they record outputs, move tensors or count
     "transformers.utils.output_capturing": "",
     "transformers.modeling_utils": "make_inputs_require_grads",
     "peft.utils.other": "make_inputs_require_grads",
     "torch.utils.module_tracker": "",
 }
-_WRAPS_FORWARD = ("transformers.distributed.", "accelerate.hooks")  # spread a model over devices
+_WRAPS_FORWARD = ("transformers.distributed.", "accelerate.hooks")  # modules whose wrappers spread a model over devices
 _DROPS = ("dropout", "layerdrop", "drop_path", "drop_prob", "jitter")
 _SAME_IN_TRAINING = tuple(f"torch.nn.modules.{name}" for name in ("container", "linear", "normalization", "sparse"))
 _OR = "or pass an Identity of your own"
 
 
 def refuse_hooks(modules: Named) -> None:
-    """Raises InvalidArgument for a forward hook that may change what a module takes or gives."""
+    """Raises InvalidArgument for a forward hook that may change a module's input or output."""
     for path, module in modules:
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             _refuse_hooks(getattr(module, kind), f"the module {path or type(module).__name__!r}")
 
 
 def refuse_global_hooks() -> None:
-    """Raises InvalidArgument for a forward hook of all modules; quick where there is none."""
+    """Raises InvalidArgument for a global forward hook of torch; fast where there is none."""
     from torch.nn.modules import module
 
     for kind in ("_global_forward_hooks", "_global_forward_pre_hooks"):
@@ -49,7 +49,7 @@ def _refuse_hooks(hooks: Mapping[int, Any], where: str) -> None:
 
 
 def refuse_forwards(modules: Named) -> None:
-    """Raises InvalidArgument for a ``forward`` that was put into a module, except by what moves or compiles it."""
+    """Raises InvalidArgument for a ``forward`` set on a module, unless accelerate or torch.compile wraps the class's own."""
     for path, module in modules:
         if "forward" in vars(module) and not _leads_to_own(module, vars(module)["forward"]):
             raise InvalidArgument(
@@ -59,7 +59,7 @@ def refuse_forwards(modules: Named) -> None:
 
 
 def _leads_to_own(module: Any, forward: Any) -> bool:
-    """Whether a replaced forward only surrounds the class's own."""
+    """Whether a module's ``forward`` only wraps that of its class."""
     for _ in range(16):
         if code.plain(forward) is code.plain(type(module).forward):
             return True
@@ -84,9 +84,9 @@ def _only_accelerates(hook: Any) -> bool:
 
 
 def patched_classes(modules: Named) -> list[str]:
-    """Names and digests of the functions that stand in the place of ``forward`` of a class that was written elsewhere.
+    """Names and digests of functions from elsewhere that replace the ``forward`` of a class.
 
-    Raises InvalidArgument where a function has no name that lasts, such as a lambda's.
+    Raises InvalidArgument for a function without a lasting name, such as a lambda.
     """
     found = []
     for kind in classes_of(modules):
@@ -110,14 +110,14 @@ def patched_classes(modules: Named) -> list[str]:
 
 
 def _digest(function: Any) -> str:
-    return json_digest(code.told_of_function(function)) if hasattr(function, "__code__") else ""
+    return json_digest(code.function_content(function)) if hasattr(function, "__code__") else ""
 
 
 def training_mode(modules: Named) -> str:
-    """ "" for a model in eval mode, "train" where all of it trains, else a digest of what does.
+    """ "" for a model in eval mode, "train" for one in training mode, else a digest of the modules in training mode.
 
-    Modules that compute the same in both modes do not count: layers that were put into a model later often still train.
-    Raises InvalidArgument where numbers would be dropped at random.
+    Modules that compute the same in both modes do not count, since layers that are added later are often in training mode.
+    Raises InvalidArgument where dropout would be active.
     """
     modules = [(path, module) for path, module in modules if not type(module).__module__.startswith(_SAME_IN_TRAINING)]
     training = [(path, module) for path, module in modules if module.training]

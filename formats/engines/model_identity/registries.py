@@ -1,8 +1,8 @@
-"""Law: functions that models look up by a name in a table: attention, masks, experts and RoPE, and who put them there.
+"""Law: the functions that models look up by name in transformers' registries: attention, masks, experts and RoPE.
 
-``transformers.AttentionInterface.register("sdpa", mine)`` makes another model of every one that runs by "sdpa". So of the names
-that a model's configs say, the functions found are told where they are not transformers' own, and where "sdpa" and "eager",
-which count as one otherwise, lead to another function of transformers.
+``transformers.AttentionInterface.register("sdpa", mine)`` changes every model that uses "sdpa". So, for each name in a model's
+configs, the registered function enters the identity if it is not transformers' own; or if "sdpa" or "eager", which otherwise
+count as one, is registered to another function of transformers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pqcodec.formats.engines.model_identity import code
 from pqcodec.formats.engines.model_identity.digests import json_digest
 from pqcodec.formats.engines.model_identity.watch import Named, classes_of
 
-_TABLES = {  # of transformers, by module
+_TABLES = {  # registries of transformers, by Python module
     "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
     "transformers.masking_utils": ("ALL_MASK_ATTENTION_FUNCTIONS", "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING"),
     "transformers.integrations.moe": ("ALL_EXPERTS_FUNCTIONS",),
     "transformers.modeling_rope_utils": ("ROPE_INIT_FUNCTIONS",),
 }
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
-_SAME = ("eager", "sdpa")  # names that are expected to lead to functions called so, or to none
+_SAME = ("eager", "sdpa")  # names whose functions have names that begin so, or are not registered
 
 
 def tables_of(modules: Named) -> list[tuple[str, dict[str, Any]]]:
-    """The tables that a model's code may look into, those of its own Python modules as well, by name; each dict once."""
+    """(name, dict) of the registries that a model's code may use, including those of its own Python modules; each dict once."""
     found: dict[int, tuple[str, dict[str, Any]]] = {}
     places = [(home, name) for home, names in _TABLES.items() for name in names]
     homes = dict.fromkeys(kind.__module__ for kind in classes_of(modules))
@@ -37,14 +37,14 @@ def tables_of(modules: Named) -> list[tuple[str, dict[str, Any]]]:
     for home, name in places:
         table: Any = spaces.get(home, {}).get(name)
         layers = (table._local_mapping, table._global_mapping) if _is_interface(table) else (table,)
-        for each in layers:  # what a table says by itself comes before what its class says
+        for each in layers:  # an instance's own entries come before its class's
             if isinstance(each, dict):
                 found.setdefault(id(each), (f"{home}.{name}", each))
     return list(found.values())
 
 
 def dicts_of(modules: Named) -> list[dict[str, Any]]:
-    """The tables and the dicts in them."""
+    """The dicts of the registries, and the dicts among their values."""
     tables = [table for _, table in tables_of(modules)]
     return tables + [value for table in tables for value in table.values() if isinstance(value, dict)]
 
@@ -54,9 +54,9 @@ def _is_interface(value: Any) -> bool:
 
 
 def registered(modules: Named, configs: list[Any]) -> list[str]:
-    """What a model finds under the names of its configs that is not transformers' own, with a digest of its code.
+    """The functions registered under names in a model's configs that are not transformers' own, with digests of their code.
 
-    Raises InvalidArgument for a function that has no name that lasts.
+    Raises InvalidArgument for a function without a lasting name.
     """
     names = {str(getattr(config, which, None)) for config in configs for which in _IMPLEMENTATIONS}
     names |= {text for config in configs for text in _texts(config.to_dict())}
@@ -64,8 +64,8 @@ def registered(modules: Named, configs: list[Any]) -> list[str]:
     for table, functions in tables_of(modules):
         for name in names & functions.keys():
             value = functions[name]
-            for each in value.values() if isinstance(value, dict) else (value,):  # layers of two kinds have two masks
-                told = _told(each, f"{table}[{name!r}]", name if name in _SAME else "")
+            for each in value.values() if isinstance(value, dict) else (value,):  # a dict of masks by kind of layer
+                told = _described(each, f"{table}[{name!r}]", name if name in _SAME else "")
                 found += [f"{table}[{name!r}] = {told}"] if told else []
     return sorted(found)
 
@@ -78,8 +78,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(member)
 
 
-def _told(function: Any, place: str, expected: str) -> str:
-    """The name and digest of a function, "" where it is transformers' own, called as is ``expected``."""
+def _described(function: Any, place: str, expected: str) -> str:
+    """The name and digest of a function; "" for transformers' own whose name begins with ``expected``."""
     others = [each for each in code.layers(function) if code.package_of(each) not in code.KNOWN]
     if not others:
         name = code.name_of(function)
@@ -90,5 +90,5 @@ def _told(function: Any, place: str, expected: str) -> str:
                 f"{place} was registered as {code.name_of(each)}, which has no name of its own: register the library's own "
                 "again, or pass an Identity of your own"
             )
-    bound = [code.told_of_value([function.args, function.keywords])] if isinstance(function, partial) else []
-    return f"{code.name_of(others[0])} {json_digest([*map(code.told_of_callable, others), *bound])}"
+    bound = [code.value_content([function.args, function.keywords])] if isinstance(function, partial) else []
+    return f"{code.name_of(others[0])} {json_digest([*map(code.callable_content, others), *bound])}"

@@ -1,4 +1,4 @@
-"""Law: whether a model's tensors are as they were: digests of all bytes, and cheap evidence that is looked at on every call."""
+"""Law: whether a model's tensors have changed: digests of all bytes, and cheap evidence that every call compares."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines.model_identity.digests import new_hash
 from pqcodec.words import Sums, sums_anywhere, words_at
 
-SAMPLES = 16  # words of a tensor that are looked at on each call
-COLUMNS = 8191  # sums of a tensor; a prime, so that rows that are exchanged land in other columns
-_TOGETHER = 256  # tensors whose sums are in memory at once
-_WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once, and weights of the sum
+SAMPLES = 16  # elements of a tensor whose words each call reads
+COLUMNS = 8191  # sums of a tensor; a prime, so that exchanging rows changes the sums
+_TOGETHER = 256  # tensors whose sums are held in memory at once
+_WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once; words of a row, and so weights
 
-Look = Callable[[], tuple[np.ndarray, dict[int, bytes]]]  # waits for what was begun
+Look = Callable[[], tuple[np.ndarray, dict[int, bytes]]]  # waits for ``Evidence.begin``: sampled words, sums by tensor
 
 
 def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -27,17 +27,17 @@ def marks(tensors: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def storages(tensors: Sequence[Any]) -> list[Any]:
-    """What keeps the tensors' memory while it is looked at, should another thread exchange ``tensor.data``."""
+    """References that keep the tensors' memory alive while it is read, should another thread replace ``tensor.data``."""
     return [tensor.untyped_storage() for tensor in tensors]
 
 
 class Evidence:
-    """What is looked at of the tensors' bytes on each call, and how it was.
+    """A part of the tensors' bytes, which each call compares with its state at construction.
 
-    Sampled (``full`` False): of each tensor in the CPU's memory, the words that hold 16 elements spread over it. Edits that
-    bypass version counters (``w.data += d``) are seen where they change one of them: edits of whole tensors, practically
-    always; of a few elements, hardly ever. On other devices, or with ``full``, all bytes enter sums modulo 2^64, each word with
-    an odd factor, so that an edit of one element is always seen.
+    Sampled (``full`` False): for tensors in CPU memory, the words of 16 elements spread over each. An edit that bypasses the
+    version counters (``w.data += d``) is detected if it changes one of them: almost always for a whole tensor, hardly ever for
+    a few elements. On other devices, or with ``full``: all bytes, as sums modulo 2^64 with an odd factor for each word, so that
+    an edit of a single element is always detected.
     """
 
     def __init__(self, tensors: Sequence[Any], full: bool) -> None:
@@ -60,8 +60,9 @@ class Evidence:
         self._words, self._sums = self.begin(tensors)()
 
     def begin(self, tensors: Sequence[Any]) -> Look:
-        """Look at the tensors, which must lie where they lay and not be moved meanwhile (see ``storages``): what is on a GPU is
-        read while the caller does other things, until it calls the result.
+        """Start to read the tensors; the result waits for GPUs and returns what was read.
+
+        The tensors must have their old addresses and keep them until then (see ``storages``).
         """
         started = [(indices, sums.chunks, sums.begin()) for indices, sums in self._together]
         others = _begin_sums({index: tensors[index] for index in self._others})
@@ -79,12 +80,12 @@ class Evidence:
         return look
 
     def holds(self, look: Look) -> bool:
-        """Whether the bytes that were looked at are as they were."""
+        """Whether what ``begin`` read is unchanged."""
         words, sums = look()
         return bool(np.array_equal(words, self._words)) and sums == self._sums
 
     def of(self, index: int) -> bytes:
-        """What was looked at of one tensor."""
+        """The evidence of one tensor."""
         end = self._ends[index]
         start = self._ends[index - 1] if index else 0
         return self._sums[index] if self._summed[index] else self._words[start:end].tobytes()
@@ -92,11 +93,11 @@ class Evidence:
 
 @lru_cache(maxsize=4096)
 def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.ndarray:
-    """Where the sampled elements of a tensor lie, bytes from its address."""
+    """The offsets in bytes of a tensor's sampled elements."""
     count = int(np.prod(shape, dtype=np.int64))
     if count <= SAMPLES:
         at = np.arange(count)
-    else:  # one in each of 16 equal parts, so that they do not keep to one column
+    else:  # a random element of each of 16 equal parts, so that they are not all in one column
         parts = np.linspace(0, count, SAMPLES + 1).astype(np.int64)
         draws = np.random.default_rng(count).random(SAMPLES)
         at = parts[:-1] + (draws * np.diff(parts)).astype(np.int64)
@@ -127,7 +128,7 @@ def _begin_sums(tensors: dict[int, Any]) -> Callable[[], dict[int, bytes]]:
 
 
 def _weighted_sums(tensors: Sequence[Any]) -> Any:
-    """Of each tensor the sum of its words, int64 [tensors], each word times the odd number of its column."""
+    """int64 [tensors]: the sum of each tensor's words modulo 2^64, each word times the odd number of its column."""
     import torch
 
     device = tensors[0].device
@@ -153,7 +154,7 @@ def _column_weights(device: Any) -> Any:
 
 
 def _bytes_of(tensor: Any) -> Any:
-    """A tensor's bytes, uint8 [n], at an address that 64-bit words may have."""
+    """A tensor's bytes, uint8 [n], at an address that is a multiple of 8."""
     import torch
 
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -161,7 +162,7 @@ def _bytes_of(tensor: Any) -> Any:
 
 
 def refuse_unloaded(named: Sequence[tuple[str, Any]]) -> None:
-    """Raises InvalidArgument for a tensor without memory."""
+    """Raises InvalidArgument for a tensor on the meta device."""
     for name, tensor in named:
         if tensor.device.type == "meta":
             raise InvalidArgument(
@@ -171,11 +172,10 @@ def refuse_unloaded(named: Sequence[tuple[str, Any]]) -> None:
 
 
 def tensor_digest(name: str, tensor: Any) -> bytes:
-    """Digest of a tensor's name, dtype, shape and all its bytes.
+    """The digest of a tensor's name, dtype, shape and all bytes: 32 bytes.
 
-    The bytes, as little-endian int64 words in rows of 1,024, enter by sums modulo 2^64: one of all words, each times the odd
-    number of its column and of its row. That is quick on any device; it tells models apart, but is no defence against someone
-    who wants two models to look alike.
+    The bytes enter as a sum modulo 2^64 of little-endian int64 words in rows of 1,024, each times the odd numbers of its column
+    and its row. This is fast on any device and distinguishes models, but is no defence against deliberate collisions.
     """
     import torch
 
@@ -205,7 +205,7 @@ def _weighted_sum(words: Any) -> Any:
 
 
 def _odd(count: int, first: int, device: Any) -> Any:
-    """Odd int64 numbers that look random (the steps of SplitMix64), from a place on."""
+    """int64 [count]: odd pseudo-random numbers (SplitMix64), numbers ``first`` on of the sequence."""
     import torch
 
     x = (torch.arange(first, first + count, dtype=torch.int64, device=device) + 1) * -7046029254386353131

@@ -1,7 +1,7 @@
-"""Law: whether a model is made of the same objects as when it was read: one flat pass over its modules on every call.
+"""Law: whether a model still consists of the same objects: one flat pass over its modules on every call.
 
-Nothing here keeps a model alive: modules, tensors and functions are held weakly, and only numbers, strings and the like
-strongly, so that a new object is never taken for an old one whose place in memory it has.
+Objects are compared by ``id``. Modules, tensors and functions are held by weak references, so that the model is not kept alive;
+numbers, strings and the like are held strongly. So a new object at the address of a dead one is never taken for the same.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pqcodec.formats.engines.model_identity.digests import is_config
 Named = list[tuple[str, Any]]
 CONTAINERS = (dict, list, tuple, set, frozenset)
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)
-_DEPTH = 8  # of containers in containers
-OBJECTS = 3  # plain objects in each other
+_DEPTH = 8  # nested containers that are followed
+OBJECTS = 3  # nested plain objects that are followed
 
 
 def modules_of(model: Any) -> Named:
-    """All modules, each once, by path."""
+    """(path, module) of all modules of a model, each once."""
     return list(model.named_modules())
 
 
 def configs_of(modules: Iterable[tuple[str, Any]]) -> list[Any]:
-    """The configs that modules hold, and the configs in these, each once."""
+    """The configs in attributes of modules, and the configs in these, each once."""
     found: dict[int, Any] = {}
     waiting = [value for _, module in modules for value in vars(module).values() if _holds_settings(value)]
     while waiting:
@@ -49,26 +49,26 @@ def _holds_settings(value: Any) -> bool:
 
 
 def classes_of(modules: Iterable[tuple[str, Any]]) -> list[Any]:
+    """The classes of modules, each once."""
     return list(dict.fromkeys(type(module) for _, module in modules))
 
 
 @lru_cache(maxsize=1)
 def own_attributes() -> frozenset[str]:
-    """The attributes that torch gives every module."""
+    """The names of the attributes that torch gives every module."""
     import torch
 
     return frozenset(vars(torch.nn.Module()))
 
 
 class Watch:
-    """The objects that a model is made of.
+    """The objects that a model consists of, for comparison with a later state.
 
-    Seen are: modules put in, taken out or exchanged, parameters and buffers that are other objects, attributes set to other
-    objects, members of dicts, lists and sets among the attributes (of one in another, too), numbers in arrays of numpy there,
-    hooks, attributes of configs, the classes of modules and the ``forward`` of these, members of ``spaces`` (classes and Python
-    modules) and of ``tables`` (dicts, which are kept), and, of modules whose code is not transformers' own, the fields of plain
-    objects among the attributes, but for those that the code itself changes (``changing``). Contents of tensors are not looked
-    at.
+    Detected are: modules that were added, removed or replaced; parameters, buffers and attributes that are other objects;
+    changed members of dicts, lists and sets in attributes (also nested) and numbers of numpy arrays there; hooks; attributes of
+    configs; other classes of modules, or another ``forward`` of a class; changed members of ``spaces`` (classes and Python
+    modules) and of ``tables`` (dicts, which are kept alive); and, in foreign modules, changed fields of plain objects in
+    attributes, except attributes in ``changing``, which the code itself changes. Contents of tensors are not compared.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Watch:
         nodes = [module for _, module in modules] + list(configs)
         self._modules = len(modules)
         self._nodes, self._classes = [weakref.ref(node) for node in nodes], [weakref.ref(kind) for kind in classes]
-        self._paths: list[tuple[int, tuple[Any, ...]]] = []  # to each container: its node, and the keys from there
-        self._objects: list[tuple[int, tuple[Any, ...]]] = []  # to plain objects, and to what is in these
+        self._paths: list[tuple[int, tuple[Any, ...]]] = []  # of each container: number of its node, and keys from there
+        self._objects: list[tuple[int, tuple[Any, ...]]] = []  # likewise of plain objects, and of what is in them
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._held: dict[int, Any] = {}
         self._arrays: list[weakref.ref[np.ndarray]] = []
@@ -101,7 +101,7 @@ class Watch:
                     self._keep(member)
         for kind in classes:
             self._keep(kind.forward)
-        self._spaces = [weakref.ref(space) for space in spaces]  # classes and Python modules whose members are looked at
+        self._spaces = [weakref.ref(space) for space in spaces]  # classes and Python modules whose members are compared
         for space in spaces:
             for value in vars(space).values():
                 self._keep(value)
@@ -112,7 +112,7 @@ class Watch:
         self._seen = self._look(nodes, classes)
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether all objects are the same as at construction."""
         nodes = [ref() for ref in self._nodes]
         classes = [ref() for ref in self._classes]
         if None in classes or any(map(_is_none, nodes)) or any(ref() is None for ref in self._alive.values()):
@@ -131,7 +131,7 @@ class Watch:
         containers = [_at(spaces[index], path) for index, path in self._paths]
         kinds = [*map(type, nodes), *(kind.forward for kind in classes)]
         return (
-            list(map(len, spaces)),  # a name more; one less is a KeyError
+            list(map(len, spaces)),  # finds a name more; one less is a KeyError
             list(map(id, chain.from_iterable(values))),
             list(map(len, held)),
             list(map(id, chain.from_iterable(map(dict.values, held)))),
@@ -147,7 +147,7 @@ class Watch:
         )
 
     def _keep_fields(self, value: Any, node: int, path: tuple[Any, ...], objects: int = 0) -> None:
-        """Find the plain objects, be they in containers or in each other, and hold what is in them."""
+        """Register the plain objects in a value, also in containers or in each other, and hold what is in them."""
         if isinstance(value, CONTAINERS) and len(path) <= _DEPTH:
             inside = [(key, member) for key, member in _entries(value) if key is not None]
         elif objects < OBJECTS and not isinstance(value, _IMMUTABLE) and code.is_plain_object(value) and not is_config(value):
@@ -162,7 +162,7 @@ class Watch:
             self._keep_fields(member, node, (*path, key), objects)
 
     def _keep(self, value: Any, node: int = -1, path: tuple[Any, ...] = ()) -> None:
-        """Hold what must not make place for another; find the containers, and their members."""
+        """Hold an object, strongly or weakly, so that its id cannot be reused unnoticed; register containers and members."""
         if isinstance(value, _IMMUTABLE):
             self._held[id(value)] = value
         elif isinstance(value, CONTAINERS):
@@ -173,12 +173,12 @@ class Watch:
         else:
             if isinstance(value, np.ndarray):
                 self._arrays.append(weakref.ref(value))
-            with suppress(TypeError):  # of what cannot be referred to, such as a torch.dtype
+            with suppress(TypeError):  # some objects, such as a torch.dtype, take no weak references
                 self._alive[id(value)] = weakref.ref(value)
 
 
 def _reached(start: Any, path: tuple[Any, ...]) -> Any:
-    """What lies at a path that leads through objects as well."""
+    """The object at a path of keys and names of fields."""
     found: Any = start
     for key in path:
         inside: Any = found if isinstance(found, CONTAINERS) else code.object_fields(found)
@@ -191,13 +191,13 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _names(node: Any, own: frozenset[str]) -> list[str]:
-    """The attributes that are looked at."""
+    """The names of the attributes that are compared."""
     return [name for name in vars(node) if name not in own or name == "training"]
 
 
 @lru_cache(maxsize=1024)
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """What gets the values of ``names`` from a dict."""
+    """A function that returns the values of ``names`` in a dict as a tuple."""
     return itemgetter(*names) if len(names) > 1 else lambda space: tuple(space[name] for name in names)
 
 
@@ -216,7 +216,7 @@ def _members(container: Any) -> Iterator[Any]:
 
 
 def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
-    """Members with the keys that lead to them, None where none does."""
+    """(key, member) of a container; the key is None for members that no key leads to."""
     if isinstance(container, dict):
         yield from ((None, key) for key in container)
         yield from container.items()

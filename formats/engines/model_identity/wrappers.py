@@ -1,4 +1,4 @@
-"""Law: the model of transformers inside what wraps it."""
+"""Law: the transformers model inside its wrappers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pqcodec.errors import InvalidArgument
 
 
 def unwrapped(model: Any) -> Any:
-    """The model that ``torch.compile(model)``, a PeftModel or DataParallel wraps; the model itself where nothing wraps it.
+    """The model inside ``torch.compile(model)``, a PeftModel or DataParallel; an unwrapped model is returned as it is.
 
     The modules of a PeftModel's base hold its adapters, so nothing is lost. Raises InvalidArgument for a PeftModel that puts
     virtual tokens before the prompt (prompt tuning, prefix tuning, P-tuning): its caches hold more positions than tokens.

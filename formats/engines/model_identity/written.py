@@ -1,8 +1,8 @@
-"""Law: which attributes code that is not transformers' own writes while it computes: its memory, not what it is set to.
+"""Law: the attributes that foreign code writes while it computes, which are its memory and not its settings.
 
-It is read from the code of ``forward`` and of what ``forward`` calls by name: assignments (``self._seen = n``), changes of what
-an attribute holds (``self._sizes[0] = n``, ``self._all.append(x)``, ``self._state.n += 1``, ``self._table.copy_(x)``), and
-names beside ``setattr``. Names are those of all of a model's classes, for modules write into each other.
+They are found in the bytecode of ``forward`` and of what it calls by name: assignments (``self._seen = n``), changes of an
+attribute's content (``self._sizes[0] = n``, ``self._all.append(x)``, ``self._state.n += 1``, ``self._table.copy_(x)``), and
+string constants in code that calls ``setattr``. Names count for all classes of a model, since modules write into each other.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _STORES = {
     "STORE_SUBSCR": 1,
     "DELETE_SUBSCR": 1,
     "STORE_SLICE": 2,
-}  # steps that change a container, and the keys that they take
+}  # instructions that change a container, and the stack entries of their keys
 _OF_ALL = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation", "builtins", "abc")
 
 
 @dataclass(frozen=True)
 class WrittenAttributes:
-    """Names of attributes."""
+    """Names of the attributes that foreign code writes."""
 
     assigned: frozenset[str] = frozenset()
-    changed: frozenset[str] = frozenset()  # what is in them: they are containers, tensors or objects
+    changed: frozenset[str] = frozenset()  # assigned, or whose content (container, tensor, object) is changed
 
 
 def attributes_written_by(kinds: Iterable[Any]) -> WrittenAttributes:
-    """What classes write, those of them that are not transformers' or torch's own."""
+    """The attributes that the foreign ones among some classes write."""
     methods: dict[str, set[Any]] = {}
     for kind in kinds:
         if code.is_foreign_class(kind):
@@ -64,14 +64,14 @@ def attributes_written_by(kinds: Iterable[Any]) -> WrittenAttributes:
 
 
 def _functions(value: Any) -> list[FunctionType]:
-    """The functions of a method or a property, and those that they wrap."""
+    """The functions of a function, method or property, and those that they wrap."""
     parts = (value.fget, value.fset) if isinstance(value, property) else (value,)
     return [each for part in parts for each in code.layers(part) if isinstance(each, FunctionType)]
 
 
 @lru_cache(maxsize=1024)
 def _written(one: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Names that code uses, attributes that it assigns, and attributes whose contents it changes."""
+    """The names that code uses, the attributes that it assigns, and those whose content it changes."""
     names, assigned, changed = set(one.co_names), set[str](), set(_changes(one))
     for step in dis.get_instructions(one):
         if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
@@ -86,16 +86,16 @@ def _written(one: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[s
 
 
 def _changes(one: CodeType) -> Iterator[str]:
-    """Attributes whose contents change."""
+    """The attributes whose content code changes."""
     steps = list(dis.get_instructions(one))
     for at, step in enumerate(steps):
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR") or (step.opname == "COPY" and step.arg == 1):  # of x.n = 1, or x.n += 1
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR") or (step.opname == "COPY" and step.arg == 1):  # x.n = 1, or x.n += 1
             yield from _loaded(steps, at)
         if step.opname in _LOADS and _changes_it(str(step.argval)):
             yield from _loaded(steps, at)
         if step.opname in _STORES:
             keys = _STORES[step.opname]
-            if at and steps[at - 1].opname == "SWAP":  # of x[n] += 1: where container and key are copied
+            if at and steps[at - 1].opname == "SWAP":  # x[n] += 1: go back to where container and key are copied
                 copies = (
                     back for back in range(at - 1, -1, -1) if steps[back].opname == "COPY" and steps[back].arg == keys + 1
                 )
@@ -104,7 +104,7 @@ def _changes(one: CodeType) -> Iterator[str]:
 
 
 def _loaded(steps: Sequence[Any], end: int) -> Iterator[str]:
-    """The attributes x and y of a step before which stands ``thing.x.y``, or ``thing.x[n].y``."""
+    """The attributes x and y if ``thing.x.y`` or ``thing.x[n].y`` is loaded just before instruction ``end``."""
     for at in range(end - 1, -1, -1):
         if steps[at].opname in _LOADS:
             yield str(steps[at].argval)
@@ -116,7 +116,7 @@ def _loaded(steps: Sequence[Any], end: int) -> Iterator[str]:
 
 
 def _container(steps: Sequence[Any], end: int, keys: int) -> Iterator[str]:
-    """The attributes that lead to a container, behind which stand so many keys up to a step."""
+    """The attributes that lead to the container that was loaded before ``keys`` stack entries ahead of instruction ``end``."""
     at = end
     while keys > 0 and at > 0:
         at -= 1

@@ -1,4 +1,4 @@
-"""Law: the caches of transformers, whole; this folder is the only place that knows transformers."""
+"""The caches of transformers (5.20 to 5.24): their state, files, RoPE and state in modules, and how a model uses a kept one."""
 
 from pqcodec.formats.engines.transformers_cache.begun import begin, check_begun
 from pqcodec.formats.engines.transformers_cache.fed import check_fed

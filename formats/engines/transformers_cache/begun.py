@@ -1,7 +1,7 @@
-"""Law: what a cache was begun with, noted on it: the model, and the preset whose errors its numbers have.
+"""Law: a note on each loaded cache: the model it belongs to, and the preset whose coding errors its numbers already have.
 
-Who keeps a cache asks here, so that numbers which have lost something once are not kept as another model's, or as more exact
-than they are: a cache of a store, and one of a file, which may go into another store or another file.
+Whatever saves a cache checks the note first, so that a cache which came from a store or a file is not saved as another model's,
+or under a preset that claims smaller errors than it has.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import Any
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines.model_identity import Identity
 
-EXACT = "exact"  # the preset that keeps all numbers
-UNKNOWN = "unknown"  # of a file that does not tell its preset
-_NOTE = "pqcodec_begun_by"  # attribute of a cache: the digest of the model's identity then, and the preset
+EXACT = "exact"  # the preset that keeps all numbers as they are
+UNKNOWN = "unknown"  # in place of the preset of a file that does not record it
+_NOTE = "pqcodec_begun_by"  # attribute of a cache: (digest of the model's identity, preset)
 
 
 def begin(cache: Any, identity: Identity | None, preset: str) -> None:
-    """Note by which model, and how run, a cache was begun, and of which preset its numbers are ("": none has lost anything).
+    """Note on a cache its model and the preset that its numbers were decoded from ("": all numbers are the model's own).
 
-    A config alone, or None, is any model of its kind.
+    An identity without weights (of a config), or None, leaves the model open.
     """
     digest = identity.digest() if identity is not None and identity.weights else None
     setattr(cache, _NOTE, (digest, "" if preset == EXACT else preset))
 
 
 def check_model(cache: Any, identity: Identity) -> None:
-    """Raises InvalidArgument for a cache that was begun by another model, or one that has changed."""
+    """Raises InvalidArgument for a cache of another model, or of this one before it changed; a cache without a note passes."""
     digest = getattr(cache, _NOTE, (None, ""))[0]
     if identity.weights and digest not in (None, identity.digest()):
         raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
 
 
 def check_begun(cache: Any, identity: Identity, preset: str) -> None:
-    """Raises InvalidArgument as ``check_model`` does, and for a cache that was begun with another preset."""
+    """Raises InvalidArgument as ``check_model`` does, and for a cache whose numbers were decoded from another preset."""
     check_model(cache, identity)
     before = getattr(cache, _NOTE, (None, ""))[1]
     if before not in ("", preset):
@@ -44,6 +44,6 @@ def check_begun(cache: Any, identity: Identity, preset: str) -> None:
 
 
 def presets_of(cache: Any, preset: str = EXACT) -> str:
-    """The presets whose errors a cache has once it is kept with one more; "" where it has lost nothing."""
+    """The presets, joined by " and ", whose errors a cache has once it is saved with ``preset``; "" for exact numbers."""
     before = getattr(cache, _NOTE, (None, ""))[1]
     return " and ".join(sorted({*before.split(" and "), preset} - {"", EXACT}))

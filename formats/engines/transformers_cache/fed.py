@@ -1,7 +1,8 @@
-"""Law: what ``generate`` feeds on top of a cache: the text behind it, and never the cache's own text again.
+"""Law: ``generate`` must not feed a cache's own text to the model again.
 
-It feeds the last ``tokens - cache.get_seq_length()`` ids of its prompt, and all of them where that is no number above 0: the
-model then reads at positions that lie behind a text what is in it already. A cache of ours says so when it is asked its length.
+It feeds the last ``tokens - cache.get_seq_length()`` ids of its prompt, but all of them where that difference is not positive:
+the model would read the text a second time, at positions after it. pqcodec's caches detect this when they are asked for their
+length, and raise an error.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from typing import Any
 
 from pqcodec.errors import InvalidArgument
 
-_ASKING = "_prefill"  # the function of transformers' generation that asks for a length to feed by
+_ASKING = "_prefill"  # the function of transformers that asks for the length in order to feed the rest
 
 
 def check_fed(length: int) -> int:
-    """A cache's length, for the caller of who calls this; raises InvalidArgument where ``generate`` has nothing to feed."""
+    """``length``, the tokens of a cache; called by its ``get_seq_length``, whose caller in the stack is inspected.
+
+    Raises InvalidArgument where that is ``generate`` with a prompt of no more tokens than the cache.
+    """
     frame: Any = sys._getframe(2)
-    if frame.f_code.co_name == "get_seq_length":  # of an encoder-decoder's cache
+    if frame.f_code.co_name == "get_seq_length":  # an encoder-decoder's cache calls its part's
         frame = frame.f_back
     if not length or frame is None or frame.f_code.co_name != _ASKING:
         return length
@@ -27,7 +31,7 @@ def check_fed(length: int) -> int:
     of_all = bool(told.get("use_inputs_embeds"))
     given = options.get("inputs_embeds") if of_all else told.get("input_ids")
     tokens = getattr(given, "shape", (0, length + 1))[1]
-    if not of_all:  # by the mask, which may have been put away: a shorter prompt is what follows alone
+    if not of_all:  # the mask, or its length in the config, exceeds a prompt that is the rest alone
         decodes = getattr(getattr(told.get("self"), "config", None), "is_encoder_decoder", False)
         mask = options.get("decoder_attention_mask" if decodes else "attention_mask")
         masked = getattr(told.get("generation_config"), "_mask_length", -1) if mask is None else mask.shape[1]

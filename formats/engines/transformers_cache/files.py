@@ -1,4 +1,4 @@
-"""Law: one cache of transformers <-> one file of any container (SPEC IV.1): keys and values are encoded, all else is exact."""
+"""Law: a cache of transformers <-> a file of any container (SPEC IV.1): keys and values are coded, all other state is exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe, why_exact
 
 FORMATS = (1, 2)
-WITH_MODULE_STATE = 2  # the format of a cache that is wrong without ``module_state``
+WITH_MODULE_STATE = 2  # the format of a cache with ``module_state``
 KEY = "transformers.cache"  # of the file's metadata
 MODEL = "transformers.model"
 PRESETS = "transformers.presets"  # whose errors the numbers have
@@ -44,7 +44,10 @@ MODULE_STATE, TENSOR = "module_state", "tensor"
 def tensors_of(
     config: Any, state: CacheState, paired: Mapping[str, str], padding: tuple[int, ...] = ()
 ) -> tuple[InMemory, dict[str, TensorRole], list[str]]:
-    """Every tensor of a cache by its name in a file, what each is, and which are coded; ``paired`` is that of ``pairings``."""
+    """A cache's tensors by their names in a file, the role of each, and the names of those that can be coded.
+
+    ``paired``: the result of ``pairings``, or {} without RoPE; ``padding``: the result of ``padding_of``.
+    """
     turned = ropes(config, state, paired)
     named: dict[str, Any] = {}
     roles: dict[str, TensorRole] = {}
@@ -73,15 +76,15 @@ def save(
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write a cache of transformers into a .pqkv (.safetensors, .zarr) file and return its bytes.
+    """Write a cache of transformers into a .pqkv (.safetensors, .zarr) file and return its size in bytes.
 
-    ``model``: the model whose cache it is, which the file then belongs to, or its config. Keys are centred under the model's
-    RoPE; first tokens, and all that is neither key nor value, are exact; with ``preset="exact"`` all is.
-    ``padding``: of sequences that are padded at their left, how many tokens of each are padding, or the attention mask
-    [sequences, tokens]: the tokens behind it are the first then. ``progress`` is told (tensors done, tensors in all).
-    What the model keeps in its modules (``module_state``: M-RoPE's ``rope_deltas``) goes along: save a cache before the model
-    reads another text. Raises InvalidArgument for a cache that cannot be represented, for one of a store or a file if the model
-    has changed since, and as ``save_cache`` does. What such a cache has lost before is told in the file.
+    ``model``: the model of the cache, whose identity the file records, or its config. Keys are centred under the model's
+    RoPE; the first tokens, and all state that is neither key nor value, are exact; with ``preset="exact"`` everything is.
+    ``padding``: the tokens of left padding of each sequence, or the attention mask [sequences, tokens]; the first tokens are
+    then counted after it. ``progress`` is called with (tensors done, tensors in all). State in the model's modules
+    (``module_state``: M-RoPE's ``rope_deltas``) is saved too: save a cache before the model reads another text. A cache that
+    came from a store or a file keeps a record of the presets whose errors it has. Raises InvalidArgument for a cache that
+    cannot be represented, or one of a store or a file whose model has changed since, and as ``save_cache`` does.
     """
     identity = Identity.of(model)
     check_model(cache, identity)
@@ -97,7 +100,7 @@ def save(
 
 
 def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
-    """The state in the model's modules; raises InvalidArgument where it cannot be that of the cache, or is not at hand."""
+    """The state in the model's modules; raises InvalidArgument where it is not of this cache, or only a config is given."""
     if not hasattr(model, "modules") and keeps_module_state(config):
         raise InvalidArgument(
             f"a {config.model_type} keeps state of its cache in its modules (rope_deltas): pass the model, not its config"
@@ -117,7 +120,7 @@ def _is_tensor(x: Any) -> bool:
 
 
 def cache_pieces(state: CacheState, config: Any, recipe: Recipe | None, padding: tuple[int, ...] = ()) -> list[Piece]:
-    """What a container writes of a cache: keys and values are coded (without a recipe they are not), all else is exact."""
+    """A cache's pieces for a container: keys and values coded by ``recipe`` (None: exactly), all other tensors exactly."""
     if recipe is None:
         tensors, roles, _ = tensors_of(config, state, {})
         return Recipe().pieces(tensors, roles, [])
@@ -125,7 +128,7 @@ def cache_pieces(state: CacheState, config: Any, recipe: Recipe | None, padding:
 
 
 def cache_metadata(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metadata tells of a cache: classes and fields of its layers, which tensors they hold, and what modules hold."""
+    """The metadata under ``KEY`` (SPEC IV.1): class, fields and tensors of each layer, and the state in modules."""
 
     def layer(one: LayerState) -> dict[str, Any]:
         return {"class": one.kind, "fields": dict(one.fields), "tensors": list(one.tensors)}
@@ -148,16 +151,16 @@ def load(
     device: Any = None,
     backend: str = "auto",
 ) -> Any:
-    """The cache that ``save`` wrote: a new DynamicCache (or EncoderDecoderCache) to go on from.
+    """The cache that ``save`` wrote, as a new DynamicCache (or EncoderDecoderCache) for the model to continue from.
 
-    ``model``: the model (or its config) that is to read on; InvalidArgument is raised where it is not the one whose cache this
-    is. A cache of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put
-    back into it, so load such a cache right before it is read on. ``device``: where the tensors go (None: the devices of the
-    model's layers, or the CPU). Raises as ``pqcodec.decode`` does.
+    ``model``: the model (or its config) that is to continue; raises InvalidArgument if the cache is another model's. A cache
+    of a model that keeps state in its modules (M-RoPE's ``rope_deltas``) needs the model itself: the state is put back into
+    it, so load such a cache right before it is used. ``device``: of the tensors (None: the devices of the model's layers, or
+    the CPU). Raises as ``pqcodec.decode`` does.
 
-    A model goes on as from the cache that was saved; ``generate`` needs more tokens than the cache's. A store takes it under
-    the preset that the file was written with, or any if all is exact. Some models do not go on rightly from any kept state
-    unless tokens are fed one at a time: Mamba, FalconMamba, Jamba and Bamba read several as if nothing were before them.
+    ``generate`` needs more tokens than the cache's. A store takes the cache under the preset that the file was written with,
+    or under any if all numbers are exact. Mamba, FalconMamba, Jamba and Bamba continue correctly from a kept state only if
+    tokens are fed one at a time: they read several at once as if nothing came before.
     """
     import torch
 
@@ -189,13 +192,13 @@ def load(
 
 
 def _presets_in(file: TensorFile) -> str:
-    """The presets whose errors the numbers of a file have; "" where nothing is lost."""
+    """The presets whose errors a file's numbers have; "" where all tensors are exact."""
     coded = any(file.entry(name).coded for name in file.names)
     return str(file.metadata.get(PRESETS, UNKNOWN if coded else ""))
 
 
 def _check_held(told: Mapping[str, Any], model: Any, label: str) -> None:
-    """Raises InvalidArgument where a cache would be wrong for want of what modules hold."""
+    """Raises InvalidArgument where the file or the caller lacks the state in modules that the cache depends on."""
     if told["format"] == WITH_MODULE_STATE and not hasattr(model, "modules"):
         raise InvalidArgument(
             f"{label}: its model keeps state of the cache in its modules (rope_deltas), which has to be put back: "

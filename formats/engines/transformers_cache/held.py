@@ -1,7 +1,7 @@
-"""Law: what a model keeps of a text in its modules instead of its cache, read from the model and put back into it.
+"""Law: the state of a text that a model keeps in its modules beside its cache, read from the model and put back into it.
 
-Models with M-RoPE (Qwen2-VL, GLM-4V ...) keep ``rope_deltas``: how far the positions of each sequence are from its tokens'
-numbers. A cache without it goes on at wrong positions, and so does a cache beside the deltas of another text.
+Models with M-RoPE (Qwen2-VL, GLM-4V ...) keep ``rope_deltas``: the offset from a sequence's token numbers to its positions. A
+cache without it, or with the deltas of another text, continues at wrong positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ATTRIBUTES = ("rope_deltas", "_cached_decode_position_ids", "_prefill_len")  # o
 
 
 def keeps_module_state(model: Any) -> bool:
-    """Whether a model has such state, be it set or not. Of a config: whether transformers' code of its model has such state."""
+    """Whether a model's modules have such attributes, set or not; for a config, whether the code of its model has."""
     model = unwrapped(model)
     if hasattr(model, "modules"):
         return next(_places(model), None) is not None
@@ -26,9 +26,9 @@ def keeps_module_state(model: Any) -> bool:
 
 
 def module_state(model: Any) -> dict[str, Any]:
-    """All such state, by the path of its attribute (``model.rope_deltas``): a tensor (a copy), a number, or None while not set.
+    """The state by the path of its attribute (``model.rope_deltas``): a tensor (a copy), an int, or None while not set.
 
-    It is that of the text which the model has read last; wrappers (``unwrapped``) do not change the paths. A config has none.
+    It belongs to the text that the model has read last. Wrappers (``unwrapped``) do not change the paths. Empty for a config.
     Raises InvalidArgument for state of another type.
     """
     import torch
@@ -45,9 +45,9 @@ def module_state(model: Any) -> dict[str, Any]:
 
 
 def restore_module_state(model: Any, state: Mapping[str, Any]) -> None:
-    """Put what ``module_state`` told back into the same model, or another of its kind.
+    """Put the result of ``module_state`` back into the same model, or another of the same class.
 
-    Tensors go to the device of the module. Raises InvalidArgument, before anything is changed, where the model has other paths.
+    Tensors are copied to the module's device. Raises InvalidArgument, before anything changes, if the model has other paths.
     """
     import torch
 
@@ -66,7 +66,7 @@ def restore_module_state(model: Any, state: Mapping[str, Any]) -> None:
 
 
 def check_rows(state: Mapping[str, Any], batches: set[int]) -> None:
-    """Raises InvalidArgument where the state is of other sequences than the cache: of a text that was read later."""
+    """Raises InvalidArgument where the state is of another number of sequences than the cache, so of a later text."""
     for path, value in state.items():
         rows = int(value.shape[0]) if getattr(value, "ndim", 0) else 1
         if any(batch % max(rows, 1) for batch in batches):
@@ -77,7 +77,7 @@ def check_rows(state: Mapping[str, Any], batches: set[int]) -> None:
 
 
 def _places(model: Any) -> Iterator[tuple[str, Any, str]]:
-    """(path, module, attribute) of the state in a model; nothing of what is no model."""
+    """(path, module, attribute name) of the state in a model; nothing for other objects."""
     for prefix, module in model.named_modules() if hasattr(model, "named_modules") else ():
         for name in ATTRIBUTES:
             if name in vars(module) or name in module._buffers:
@@ -85,7 +85,7 @@ def _places(model: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _config_tells(config: Any) -> bool:
-    """A config knows only the code of its model; one of a text model alone is no M-RoPE model's."""
+    """Whether the source of a config's model assigns such attributes; False for a pure text model's config."""
     place = type(config).__module__
     if not hasattr(config, "get_text_config") or ".configuration_" not in place:
         return False

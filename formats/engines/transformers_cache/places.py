@@ -1,4 +1,4 @@
-"""Law: where the layers of a model lie that is spread over several devices, and a cache whose layers lie beside them."""
+"""Law: the devices of the layers of a model that is spread over several, and moving a cache's layers to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pqcodec.formats.engines.transformers_cache.state import CacheState, LayerSt
 
 
 def layer_devices(model: Any) -> list[Any]:
-    """The device of each layer of a model's decoder; raises InvalidArgument where its layers cannot be found."""
+    """The device of each layer of a model's decoder, None for a layer without parameters; raises InvalidArgument."""
     decoder = unwrapped(model).get_decoder()
     layers = getattr(decoder, "layers", None)
     if layers is None:
@@ -22,12 +22,12 @@ def layer_devices(model: Any) -> list[Any]:
 
 
 def placed(state: CacheState, devices: list[Any]) -> CacheState:
-    """The state with each layer's tensors on its device."""
+    """The state with the tensors of layer i moved to ``devices[i]``."""
 
     def moved(layer: LayerState, device: Any) -> LayerState:
         return LayerState(layer.kind, {path: x.to(device) for path, x in layer.tensors.items()}, layer.fields)
 
-    def of(layers: Any) -> list[LayerState]:  # layers that share the keys of others have none of their own
+    def of(layers: Any) -> list[LayerState]:  # a model has more layers than its cache where some share others' keys
         return [moved(layer, device) for layer, device in zip(layers, devices, strict=False)]
 
     return CacheState(state.kind, {name: of(layers) for name, layers in state.parts.items()})

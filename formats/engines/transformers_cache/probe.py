@@ -1,8 +1,8 @@
-"""Law: how a model goes on from a kept cache, as it shows on a few tokens, so that no family has to be known beforehand.
+"""Law: a trial of how a model continues from a kept cache, on a few tokens, instead of a list of model families.
 
-Keys and values of a prefix can be used again where they do not depend on what follows (a bidirectional prefix's do), where the
-model takes up what a cache holds (some take a recurrent state only up when one token is fed), and where ``generate`` feeds a
-model what its ``forward`` is fed. Each of these is tried once for a model, on tokens that are all different.
+The cache of a prefix can be reused if its keys and values do not depend on later tokens (in a bidirectional prefix they do), if
+the model reads on from the cache (some do so from a recurrent state only when a single token is fed), and if ``generate`` feeds
+the model what ``forward`` is fed. Each is tried once for a model, on tokens that are all different.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from pqcodec.formats.engines.transformers_cache.state import (
 )
 from pqcodec.formats.places.locks import ForkLock
 
-TOKENS, PREFIX, STEPS = 20, 12, 4  # fed at once; of them before the cut; and behind it one by one
-WIDEST = 1024  # tokens of a sliding window up to which the cut lies behind one
-TOLERANCE = 1e-3  # of the median token's relative error in float32
-COARSE_TOLERANCE = 0.05  # in 16 bits, where the order of sums alone makes errors of 0.01
-STEPS_ONLY = {"bamba", "falcon_mamba", "jamba", "mamba"}  # model types whose error could be too small to be seen in 16 bits
-WRONG = {"moshi"}  # model types that lose their way beyond a window that is too wide to be tried
+TOKENS, PREFIX, STEPS = 20, 12, 4  # tokens fed at once; those before the cut; those after it that are fed one by one
+WIDEST = 1024  # tokens of the largest sliding window for which the cut is placed after a whole window
+TOLERANCE = 1e-3  # the largest relative error of the median token, in float32
+COARSE_TOLERANCE = 0.05  # in 16 bits, where the order of summation alone causes errors of 0.01
+STEPS_ONLY = {"bamba", "falcon_mamba", "jamba", "mamba"}  # model types whose error may be below COARSE_TOLERANCE
+WRONG = {"moshi"}  # model types that err beyond a sliding window that is too wide for a trial
 
 
 @dataclass(frozen=True)
 class Behaviour:
     """What a model's cache can be used for."""
 
-    prefixes: bool  # keys and values do not depend on the tokens behind them
-    steps: bool  # one token fed on top of a cache is computed as in one go
-    runs: bool  # and so are several
+    prefixes: bool  # keys and values do not depend on later tokens
+    steps: bool  # a token fed on top of a cache gives the logits of one pass over all tokens
+    runs: bool  # several tokens fed at once do so too
     generates: bool  # the first logits of ``generate`` are those of ``forward``
-    layers: tuple[Any, ...] = ()  # of the model's own cache, as ``layers_of`` tells them
-    error: str = ""  # where the model could not be run
+    layers: tuple[Any, ...] = ()  # ``layers_of`` the model's own cache
+    error: str = ""  # why the model could not be tried
 
     @property
     def reusable(self) -> bool:
-        """Whether the cache of a prefix can be gone on from at all."""
+        """Whether the model can continue from the cache of a prefix at all."""
         return self.prefixes and self.steps
 
     @property
-    def told(self) -> str:
-        """What stands against it."""
+    def objections(self) -> str:
+        """The reasons against reusing a prefix, in words; "" without any."""
         if self.error:
             return self.error
         against = [
@@ -65,17 +65,16 @@ class Behaviour:
         return ", ".join(each for each in against if each)
 
 
-_known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, and by what it is and how it is run
-_goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # and by what is shown
-_text_states: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # what a text leaves in a model's modules
+_known: WeakKeyDictionary[Any, dict[Any, Behaviour]] = WeakKeyDictionary()  # by model, then by its identity without weights
+_goes_on: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()  # by model, then by identity and inputs
+_text_states: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # by model: its module state after a text
 _lock = ForkLock()
 
 
 def behaviour(model: Any, identity: Identity) -> Behaviour:
-    """How a model behaves on some tokens; a few short forward passes, the first time it is asked of a model in this state.
+    """How a model behaves in the trial: a few short forward passes, once for a model in this state.
 
-    ``identity``: the model's, as it is now. A model that cannot be run on them is trusted with nothing. The random numbers of
-    torch stay as they are.
+    ``identity``: the model's current one. For a model that cannot be run every answer is False. torch's random state is kept.
     """
     if model.config.get_text_config(decoder=True).model_type in WRONG:
         return Behaviour(False, False, False, False, error="its decoder goes wrong beyond its window")
@@ -91,12 +90,12 @@ def behaviour(model: Any, identity: Identity) -> Behaviour:
 
 
 def _state_in(identity: Identity) -> tuple[Any, ...]:
-    """All that a behaviour depends on: the identity but for weights."""
+    """What a behaviour depends on: the identity without the weights."""
     return tuple(sorted((name, value) for name, value in identity.as_dict().items() if name != "weights"))
 
 
 def layers_of(state: CacheState) -> tuple[Any, ...]:
-    """Class, and name, shape (but for sequences and tokens) and dtype of the tensors, of each layer."""
+    """For each layer its class, and (path, shape without sequences and tokens, dtype) of each tensor; comparable."""
     found = []
     for layer in state.parts[""]:
         tensors = sorted(
@@ -108,18 +107,19 @@ def layers_of(state: CacheState) -> tuple[Any, ...]:
 
 
 def begin_text(model: Any) -> None:
-    """Put what a text leaves in a model's modules (M-RoPE's deltas) in the place of what an image left.
+    """Set a model's module state (M-RoPE's deltas), which an image may have changed, to that after a text.
 
-    So keys behind a kept prefix of text get the positions that they have behind it; ``behaviour`` has to have been asked.
+    Keys after a kept prefix of text then get the right positions. Does nothing before ``behaviour`` was called for the model.
     """
     if model in _text_states:
         restore_module_state(model, _text_states[model])
 
 
 def goes_on(model: Any, identity: Identity, ids: Any, cache: Any, shown: Mapping[str, Any]) -> bool:
-    """Whether a model says the same of a prompt from a kept prefix as from all of it and what it is shown.
+    """Whether a model gives the same first logits for a prompt from a kept prefix as from the whole prompt with its inputs.
 
-    Tried once for a model and the names of what it is shown: the prompt is computed in full. The cache stays as it is.
+    ``shown``: the inputs (images ...) by name. Tried once for a model and these names, by computing the prompt in full. The
+    cache is not changed.
     """
     import torch
 
@@ -143,7 +143,7 @@ def _tried(model: Any) -> Behaviour:
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", None) or tokens + 1) - 1)
     some = _distinct(model.config, tokens).to(model.device)
     before = module_state(model)
-    if before:  # of another text, which forward would go on from
+    if before:  # state of another text, from which forward would continue
         restore_module_state(model, dict.fromkeys(before))
     try:
         with torch.no_grad(), _same_random_numbers(model.device):
@@ -151,7 +151,7 @@ def _tried(model: Any) -> Behaviour:
             if before:
                 _text_states[model] = module_state(model)
             return found
-    except Exception as error:  # of any kind: it is the model's code that runs
+    except Exception as error:  # any error: this runs the model's own code
         return Behaviour(False, False, False, False, error=f"it could not be run on {tokens} tokens ({error!r:.200})")
     finally:
         if before:
@@ -159,7 +159,7 @@ def _tried(model: Any) -> Behaviour:
 
 
 def _distinct(config: Any, tokens: int) -> Any:
-    """Token ids [1, n], as different as the vocabulary allows, for alike ones have alike values; none that is special."""
+    """Token ids [1, tokens], all different if the vocabulary allows it (equal tokens have equal values), none special."""
     import torch
 
     text = config.get_text_config(decoder=True)
@@ -213,7 +213,7 @@ def _tolerance(model: Any) -> float:
 
 
 def _like(x: Any, y: Any, tolerance: float) -> bool:
-    """Whether most tokens' numbers [..., tokens, numbers] are the same, but for rounding."""
+    """Whether the vectors [..., tokens, n] of most tokens are equal, except for rounding."""
     if x.shape != y.shape:
         return False
     x, y = x.float(), y.float()
@@ -222,7 +222,7 @@ def _like(x: Any, y: Any, tolerance: float) -> bool:
 
 
 def _first_logits(model: Any, ids: Any, **inputs: Any) -> Any:
-    """What ``generate`` computes behind a prompt: [1, vocabulary]."""
+    """The logits that ``generate`` computes for the token after a prompt: [1, vocabulary]."""
     from transformers import GenerationConfig
 
     asked = GenerationConfig(
@@ -234,7 +234,7 @@ def _first_logits(model: Any, ids: Any, **inputs: Any) -> Any:
 
 @contextmanager
 def _same_random_numbers(device: Any) -> Iterator[None]:
-    """Put torch's random numbers back where they were."""
+    """A context that restores torch's random state."""
     import torch
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], device_type="cuda"):

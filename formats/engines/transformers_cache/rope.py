@@ -1,4 +1,4 @@
-"""Law: the RoPE that a model's keys went through: its frequencies by the config, its pairing of channels by the keys.
+"""Law: the RoPE of a model's keys: frequencies from the config, the pairing of channels from the keys themselves.
 
 Scaled frequencies are computed by transformers' own functions (5.20 to 5.24).
 """
@@ -18,11 +18,11 @@ _GPTJ_THETA = 10000.0
 
 
 def pairings(config: Any, state: CacheState) -> dict[str, str]:
-    """How the channels of each tensor that went through RoPE are paired, by the tensor's name (``layers.0.keys``).
+    """The pairing of channels ("half", "interleaved" ...) of each tensor under RoPE, by the tensor's name (``layers.0.keys``).
 
-    A config tells the frequencies (theta, scaling, partial RoPE), but not how a model's code pairs the channels, and some
-    layers have no RoPE at all. So the pairing that leaves least energy around the means of all layers is taken, and none
-    where the plain mean leaves less.
+    A config gives the frequencies (theta, scaling, partial RoPE), but not how the model's code pairs channels, and some layers
+    have no RoPE. So the pairing with the least energy around the means, over all layers, is chosen; a tensor whose plain mean
+    leaves less energy gets none.
     """
     plain: dict[str, float] = {}
     turned: dict[str, dict[str, float]] = {}  # energies by pairing
@@ -46,12 +46,12 @@ def pairings(config: Any, state: CacheState) -> dict[str, str]:
 
 
 def rope_of(config: Any, index: int, head_dim: int, pairing: str | None) -> Rope | None:
-    """The RoPE of a layer's tensor, from its pairing; its first position is 0, since an offset only turns the mean."""
+    """The RoPE of a layer's tensor with a pairing; None without one. Its first position is 0: another only turns the mean."""
     return None if pairing is None else _candidates(config, index, head_dim).get(pairing)
 
 
 def ropes(config: Any, state: CacheState, found: Mapping[str, str]) -> dict[str, Rope]:
-    """The RoPE of each tensor that went through one, from its pairing; both by the tensor's name (``layers.0.keys``)."""
+    """The RoPE of each tensor in ``found``, the result of ``pairings``, by the tensor's name (``layers.0.keys``)."""
     turned: dict[str, Rope] = {}
     for prefix, index, layer in state.layers():
         for path, tensor in layer.tensors.items():
@@ -62,7 +62,7 @@ def ropes(config: Any, state: CacheState, found: Mapping[str, str]) -> dict[str,
 
 
 def longest_prefix(config: Any) -> int | None:
-    """Tokens up to which a prefix's keys do not depend on what follows; None: any number.
+    """The most tokens of a prefix whose keys do not depend on later tokens; None: no limit.
 
     Under "dynamic" and "longrope" scaling all frequencies change once a sequence is longer than the original context.
     """
@@ -78,7 +78,7 @@ def longest_prefix(config: Any) -> int | None:
 
 
 def _is_latent(config: Any, index: int, layer: LayerState) -> bool:
-    """Whether a layer keeps the latent of multi-head latent attention and beside it one rotary key for all heads."""
+    """Whether a layer holds the latent of multi-head latent attention as keys, and the heads' one rotary key as values."""
     one = _of_layer(_text(config), index)
     rank, rotary = (getattr(one, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
     dims = tuple(int(layer.tensors[name].shape[-1]) for name in ("keys", "values"))
@@ -90,13 +90,13 @@ def _text(config: Any) -> Any:
 
 
 def _of_layer(config: Any, index: int) -> Any:
-    """The config of one layer, where they differ."""
+    """The config of one layer, for models whose layers have different ones."""
     differ = getattr(config, "is_heterogeneous", False) and index < config.num_hidden_layers
     return config.per_layer_config[index] if differ else config
 
 
 def _candidates(config: Any, index: int, head_dim: int) -> dict[str, Rope]:
-    """The ways in which a layer's channels may turn."""
+    """The possible RoPEs of a layer's tensor, by pairing."""
     radians = frequencies(config, index)
     if not radians or 2 * len(radians) > head_dim:
         return {}
@@ -106,7 +106,7 @@ def _candidates(config: Any, index: int, head_dim: int) -> dict[str, Rope]:
 
 
 def frequencies(config: Any, index: int) -> tuple[float, ...] | None:
-    """Radians a token of each channel pair in a layer, from a model's config; None where it tells of no RoPE.
+    """The angle in radians per token of each channel pair of a layer, from a model's config; None without RoPE.
 
     Scaled frequencies (linear, YaRN, Llama 3, LongRoPE ...) are those of transformers' own functions.
     """
@@ -117,7 +117,7 @@ def frequencies(config: Any, index: int) -> tuple[float, ...] | None:
     if not parameters:
         return None
     layer_type = None
-    if "rope_type" not in parameters and "rope_theta" not in parameters:  # one of each type of layer
+    if "rope_type" not in parameters and "rope_theta" not in parameters:  # parameters by type of layer
         types = getattr(config, "layer_types", None)
         layer_type = types[index] if types else None
         parameters = parameters.get(layer_type)

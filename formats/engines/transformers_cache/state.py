@@ -1,7 +1,7 @@
-"""Law: what a cache of transformers (5.20 to 5.24) holds, layer by layer, and how one is made from that.
+"""Law: the state of a cache of transformers (5.20 to 5.24), layer by layer, and a new cache made from it.
 
-A layer's state is whatever attributes it has: tensors, and numbers such as a sliding window's ``cumulative_length``. A layer
-class that is not in ``LAYERS`` and an attribute that is neither are refused by name, so nothing is lost unseen.
+A layer's state is all its attributes: tensors, and plain values such as a sliding window's ``cumulative_length``. Layer classes
+that are not in ``LAYERS``, and attributes of other types, are refused by name, so that nothing is lost silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.engines.transformers_cache.held import unwrapped
 
-LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that their constructors want
+LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the parameters of their constructors
     "DynamicLayer": (),
     "DynamicSlidingWindowLayer": ("sliding_window",),
     "DynamicIndexedLayer": (),
@@ -23,16 +23,20 @@ LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the attributes that
     "LinearAttentionAndSlidingWindowAttentionLayer": ("sliding_window", "number_of_states"),
     "DummyLayer": (),
 }
-RECURRENT = "LinearAttentionLayer"  # the class of layers that hold a recurrent state alone
+RECURRENT = "LinearAttentionLayer"  # the class of layers that hold only a recurrent state
 ROLES = {"keys": "key", "values": "value"}  # of a layer's tensors that are encoded
-STATE_ELSEWHERE = {"recurrent_gemma"}  # model types
-_OF_NO_ACCOUNT = {"only_non_sliding", "prefetch_stream", "_is_user_defined"}  # attributes that a cache may have
-_COUNTS_OTHERWISE = {"MtpCache"}  # classes of caches that have positions of their own
-_MADE_AGAIN = {"device", "indexer_device", "_sliding_window_tensor"}  # follow from the rest
+STATE_ELSEWHERE = {"recurrent_gemma"}  # model types that keep recurrent state outside the cache
+_OF_NO_ACCOUNT = {
+    "only_non_sliding",
+    "prefetch_stream",
+    "_is_user_defined",
+}  # attributes of a cache without effect on its state
+_COUNTS_OTHERWISE = {"MtpCache"}  # cache classes with other positions
+_MADE_AGAIN = {"device", "indexer_device", "_sliding_window_tensor"}  # attributes that follow from the others
 _SET_LATER = {"device", "dtype", "indexer_device", "indexer_dtype"}  # attributes that a new layer may lack
 _DTYPE = "torch.dtype"
-_MOST = {"sliding_window": (1 << 63) - 1, "number_of_states": 1 << 10}  # a layer makes room for its states
-_TOKENS = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}  # the dimension that tokens are along
+_MOST = {"sliding_window": (1 << 63) - 1, "number_of_states": 1 << 10}  # caps: a new layer allocates its states
+_TOKENS = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids": -1}  # the dimension of the tokens
 Field = bool | int | float | str | dict[str, str] | None
 
 
@@ -47,7 +51,7 @@ def _cache_utils() -> Any:
 
 
 def _kept() -> Any:
-    """The module of the classes of caches that are made here; it needs transformers."""
+    """The module ``kept``, which needs transformers; raises InvalidArgument without it."""
     _cache_utils()
     from pqcodec.formats.engines.transformers_cache import kept
 
@@ -56,58 +60,59 @@ def _kept() -> Any:
 
 @dataclass(frozen=True)
 class LayerState:
-    """All that a layer of a cache holds, by the path of its attribute: ``keys``, ``conv_states.0``, ``cumulative_length``."""
+    """All state of a layer of a cache, by the path of its attribute: ``keys``, ``conv_states.0``, ``cumulative_length``."""
 
-    kind: str  # its class
+    kind: str  # the name of the layer's class
     tensors: Mapping[str, Any]
-    fields: Mapping[str, Field]
+    fields: Mapping[str, Field]  # attributes that are no tensors
 
     @property
     def tokens(self) -> int:
-        """Tokens of the sequence that the layer has seen, of which a sliding window keeps the last; 0 where it counts none."""
+        """Tokens that the layer has seen, of which a sliding window keeps the last; 0 for a layer that does not count them."""
         seen = self.fields.get("cumulative_length")
         return seen if isinstance(seen, int) else self.kept
 
     @property
     def kept(self) -> int:
-        """Tokens that keys and values are there of."""
+        """Tokens whose keys and values the layer holds."""
         keys = self.tensors.get("keys")
         return 0 if keys is None or keys.ndim < 2 else int(keys.shape[-2])
 
     @property
     def cuttable(self) -> bool:
-        """Whether the state after fewer tokens is a part of this one: of full attention, not of a window or a recurrence."""
+        """Whether the state after fewer tokens is a slice of this one: in full attention, but not in a window or recurrence."""
         return self.kind in ("DynamicLayer", "DynamicIndexedLayer", "DummyLayer")
 
     def batches(self) -> set[int]:
-        """How many sequences its tensors are of."""
+        """The numbers of sequences of its tensors; one, unless the layer is inconsistent."""
         return {int(x.shape[path == "indexer_position_ids"]) for path, x in self.tensors.items() if x.ndim > 1}
 
     def cut(self, first: int, last: int) -> LayerState:
-        """The state of some tokens alone; only of a layer that is ``cuttable``."""
+        """The state of tokens ``first`` to ``last`` - 1 of a ``cuttable`` layer."""
         return LayerState(self.kind, {path: along(path, x, first, last) for path, x in self.tensors.items()}, self.fields)
 
     def without_tensors(self) -> LayerState:
+        """The class and fields alone."""
         return LayerState(self.kind, {}, self.fields)
 
 
 def along(path: str, x: Any, first: int, last: int) -> Any:
-    """Some tokens of a tensor of a layer that is ``cuttable``."""
+    """Tokens ``first`` to ``last`` - 1 of a tensor of a ``cuttable`` layer, as a view; raises KeyError for another path."""
     return x.narrow(_TOKENS[path], first, last - first)
 
 
 def tokens_along(path: str, x: Any) -> int:
-    """Tokens of such a tensor; raises KeyError for another, and IndexError where it has too few dimensions."""
+    """Tokens of a tensor of a ``cuttable`` layer; raises KeyError for another path, IndexError for too few dimensions."""
     return int(x.shape[_TOKENS[path]])
 
 
 def token_dimension(path: str) -> int | None:
-    """The dimension of a tensor that tokens are along, counted from the last; None: there is none."""
+    """The dimension of the tokens in the tensor at ``path``, negative; None for a tensor without one."""
     return _TOKENS.get(path)
 
 
 def continues(path: str, x: Any, before: Any) -> bool:
-    """Whether such a tensor can stand behind another."""
+    """Whether a tensor of a ``cuttable`` layer can follow ``before`` along the tokens."""
 
     def rest(y: Any) -> tuple[Any, ...]:
         shape = list(y.shape)
@@ -118,7 +123,7 @@ def continues(path: str, x: Any, before: Any) -> bool:
 
 
 def joined(path: str, parts: Sequence[Any]) -> Any:
-    """Tensors of such a layer, one behind the other along the tokens."""
+    """Tensors of a ``cuttable`` layer concatenated along the tokens."""
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), _TOKENS[path])
@@ -126,17 +131,17 @@ def joined(path: str, parts: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class CacheState:
-    """All layers of a cache; ``parts`` has one name, or two where it is an encoder's and a decoder's."""
+    """All layers of a cache."""
 
     kind: str  # "DynamicCache" or "EncoderDecoderCache"
-    parts: Mapping[str, Sequence[LayerState]]
+    parts: Mapping[str, Sequence[LayerState]]  # one part called "", or the two of ENCODER_DECODER
 
     def batches(self) -> set[int]:
-        """How many sequences its tensors are of."""
+        """The numbers of sequences of all tensors."""
         return {batch for _, _, layer in self.layers() for batch in layer.batches()}
 
     def layers(self) -> Iterator[tuple[str, int, LayerState]]:
-        """(prefix of its names, index, state) of each layer."""
+        """(prefix of its tensors' names, index, state) of each layer."""
         for part, layers in self.parts.items():
             for index, layer in enumerate(layers):
                 yield f"{part}.layers.{index}" if part else f"layers.{index}", index, layer
@@ -146,9 +151,9 @@ ENCODER_DECODER = ("self_attention_cache", "cross_attention_cache")
 
 
 def state_of(cache: Any, config: Any = None) -> CacheState:
-    """What a cache of transformers holds; the tensors are the cache's own.
+    """The state of a cache of transformers; the tensors are the cache's own, not copies.
 
-    Raises InvalidArgument for what cannot be represented, and for a model (by its ``config``) that keeps state elsewhere.
+    Raises InvalidArgument for state that cannot be represented, and for a model, by its ``config``, with state elsewhere.
     """
     utils = _cache_utils()
     if getattr(config, "model_type", None) in STATE_ELSEWHERE:
@@ -163,9 +168,9 @@ def state_of(cache: Any, config: Any = None) -> CacheState:
 
 
 def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
-    """Tokens of padding at the left of each sequence, told as such or by an attention mask [sequences, tokens]; () for None.
+    """The tokens of left padding of each sequence, from such a list or an attention mask [sequences, tokens]; () for None.
 
-    Raises InvalidArgument for anything else, and where it is of other numbers of sequences than ``batches``.
+    Raises InvalidArgument for anything else, and for another number of sequences than in ``batches``.
     """
     import torch
 
@@ -229,7 +234,7 @@ def _sort(path: str, value: Any, tensors: dict[str, Any], fields: dict[str, Fiel
 
 
 def frozen(state: CacheState) -> CacheState:
-    """The state as it is now: tensors that a model changes in place are copied, keys and values are replaced by others."""
+    """The state as it is now: copies of tensors that a model changes in place; keys and values, which it replaces, are kept."""
 
     def copied(layer: LayerState) -> LayerState:
         tensors = {path: x if path in _TOKENS else x.clone() for path, x in layer.tensors.items()}
@@ -239,7 +244,7 @@ def frozen(state: CacheState) -> CacheState:
 
 
 def empty_cache(config: Any) -> Any:
-    """A cache for a model that has seen nothing."""
+    """A new cache without tokens for the model of a config."""
     cache = _cache_utils().DynamicCache(config=config)
     if cache.layers and all(type(layer).__name__ == RECURRENT for layer in cache.layers):
         cache = _kept().RecurrentCache(config=config)
@@ -248,15 +253,15 @@ def empty_cache(config: Any) -> Any:
 
 
 def tell_tokens(cache: Any, tokens: int) -> None:
-    """Tell a cache of recurrent states alone how many tokens they have seen, which they do not know; others do."""
+    """Set the number of tokens that a ``RecurrentCache`` has seen; other caches count them themselves."""
     if isinstance(cache, _kept().RecurrentCache):
         cache.tell(tokens)
 
 
 def argument_of(model: Any) -> str:
-    """The name by which a model's ``forward`` and ``generate`` take a cache: it depends on the version, and on the model.
+    """The name of the parameter by which a model's ``forward`` and ``generate`` take a cache, which depends on the version.
 
-    Wrappers that take anything (torch.compile's, a PeftModel, a ``forward`` that was replaced) are looked through.
+    Looks through wrappers with generic parameters (torch.compile, PeftModel, a replaced ``forward``). Raises InvalidArgument.
     """
     inner = unwrapped(model)
     for forward in (getattr(model, "forward", None), getattr(inner, "forward", None), getattr(type(inner), "forward", None)):
@@ -268,7 +273,10 @@ def argument_of(model: Any) -> str:
 
 
 def cache_of(state: CacheState) -> Any:
-    """A new cache that holds a state's tensors; raises UnsupportedStream where this transformers has no such layers."""
+    """A new cache that holds a state's tensors; raises UnsupportedStream for layers that this transformers lacks.
+
+    Raises CorruptStream for a state that no cache has.
+    """
     utils = _cache_utils()
     caches = []
     for part in state.parts.values():
@@ -317,7 +325,7 @@ def _layer_from(state: LayerState, index: int) -> Any:
 
 
 def _dtype(value: Mapping[str, Any], place: str) -> Any:
-    """A dtype that a field tells of."""
+    """The torch dtype that a field names; raises UnsupportedStream."""
     import torch
 
     name = value.get(_DTYPE)
@@ -328,7 +336,10 @@ def _dtype(value: Mapping[str, Any], place: str) -> Any:
 
 
 def check_layers(layers: Sequence[LayerState], paths: Sequence[Sequence[str]]) -> None:
-    """Whether layers can be made that hold tensors at these paths; raises CorruptStream, UnsupportedStream or TypeError."""
+    """Check that layers with tensors at ``paths`` can be made, before the tensors are decoded.
+
+    Raises CorruptStream, UnsupportedStream or TypeError.
+    """
     import torch
 
     some = torch.empty(0)
