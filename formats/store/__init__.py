@@ -1,4 +1,4 @@
-"""Law: prefix caches that persist: blocks of tokens in files, an index over them, and the model's side of both."""
+"""Persistent caches of prompt prefixes (SPEC IV.2 to IV.4): blocks in files, an index over them, and the model's side."""
 
 from pqcodec.formats.store.prefix_store import Prefix, PrefixStore
 

@@ -1,7 +1,7 @@
-"""Law: one block of a prefix as a .pqkv file (SPEC IV.2): its tokens, its part of each layer, and what the index says of it.
+"""Law: one block of a prefix as a .pqkv file (SPEC IV.3): its tokens, its part of each layer, and its row of the index.
 
 Tensors of one kind (path, preset, RoPE, shape, dtype) are stacked over the layers, so that a block is a few long streams
-instead of two short ones a layer, and decode straight into the memory of the cache's layers.
+instead of two short ones a layer. They decode straight into the memory of the cache's layers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pqcodec.stream.source import MemorySource, Source
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_type, is_torch
 
-KEY = "prefix.block"  # of the file's metadata
+KEY = "prefix.block"  # key of the file's metadata
 FORMAT = 1
-TOKENS = "tokens"  # the exact tensor of token ids, or of a tenant's marks of them
-PART_BYTES = 1 << 24  # of the memory of a stack: as much as malloc gives again without asking the system, which would zero it
-EXACT = "exact"  # the preset of a store that keeps numbers as they are
+TOKENS = "tokens"  # name of the exact tensor of token ids, or of a tenant's marks (``keys.Chain.marks``)
+PART_BYTES = 1 << 24  # of a stack, allocated at once: malloc reuses freed memory up to this size, without new zeroed pages
+EXACT = "exact"  # the preset of a store that keeps all numbers as they are
 DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
 Choice = tuple[str, str | None]  # preset and RoPE pairing
 
@@ -44,13 +44,13 @@ Choice = tuple[str, str | None]  # preset and RoPE pairing
 # -- how layers are encoded --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BlockPresets:
-    """Preset and RoPE pairing of each (layer, path); a prefix's blocks share the plan of the first one."""
+    """Preset and RoPE pairing of each (layer, path) of a block; all blocks of a prefix use those of the first."""
 
     choices: Mapping[tuple[int, str], Choice]
 
     @classmethod
     def of(cls, state: tc.CacheState, config: Any, recipe: Recipe | None) -> BlockPresets:
-        """The plan for a cache, from its energies; without a recipe all of it is exact."""
+        """The presets for a cache, from its energies; without a recipe all tensors are exact."""
         if recipe is None:
             return cls({})
         pairings = tc.pairings(config, state)
@@ -64,27 +64,27 @@ class BlockPresets:
 
     @classmethod
     def in_file(cls, groups: Sequence[Mapping[str, Any]]) -> BlockPresets:
-        """The plan that a block was written by."""
+        """The presets of a block that was written, from ``groups`` in its metadata; raises KeyError or TypeError."""
         return cls({(layer, g["path"]): (g["preset"], g["pairing"]) for g in groups for layer in g["layers"]})
 
     def at(self, preset: str) -> BlockPresets:
-        """The same with all tensors at one preset."""
+        """The same pairings, with all tensors at one preset."""
         return BlockPresets({key: (preset, pairing) for key, (_, pairing) in self.choices.items()})
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Tensors that are stacked into one: [layers, batch, heads, tokens, head_dim]."""
+    """Layers whose tensors at one path are stacked into one: [layers, batch, heads, tokens, head_dim]."""
 
-    path: str
+    path: str  # of the attribute: "keys" or "values"
     preset: str
-    pairing: str | None
+    pairing: str | None  # of channels under RoPE; None: no RoPE
     layers: tuple[int, ...]
-    state: bool = False  # of the whole prefix, not of the block's tokens
+    state: bool = False  # the tensor is of the whole prefix, not of the block's tokens
 
 
 def _groups(layers: Sequence[tc.LayerState], presets: BlockPresets) -> list[LayerGroup]:
-    """Layers whose tensors are encoded as one: of one kind, and where they lie on several devices, of one device."""
+    """The groups of layers whose keys or values are of one kind and on one device."""
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
         for path, tensor in layer.tensors.items():
@@ -106,9 +106,10 @@ def write_block(
     recipe: Recipe,
     about: dict[str, Any],
 ) -> int:
-    """Write a block's file and return its bytes. ``layers``: each layer's part.
+    """Write a block's file and return its size in bytes.
 
-    ``about``: what its root stands for (label and settings), and whether its tokens are a tenant's marks (marked).
+    ``row``: the block's row, still without a size; ``layers``: each layer's part of the block; ``about``: ``label`` and
+    ``settings`` of its root, and ``marked``, whether its tokens are a tenant's marks. Raises OSError, or as ``Recipe.pieces``.
     """
     import torch
 
@@ -150,7 +151,7 @@ def _exact(name: str, x: Any, layer: int | None, role: str = "other") -> Piece:
 
 # -- reading -----------------------------------------------------------------------------------------------------
 def block_metadata(file: PQKVFile) -> dict[str, Any]:
-    """What a block's file says of itself; raises CorruptStream or UnsupportedStream."""
+    """The metadata of a block's file under ``KEY`` (SPEC IV.3); raises CorruptStream or UnsupportedStream."""
     told = file.metadata.get(KEY)
     if not isinstance(told, dict):
         raise CorruptStream(f"{file.label}: is no block of a prefix store")
@@ -160,7 +161,7 @@ def block_metadata(file: PQKVFile) -> dict[str, Any]:
 
 
 def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
-    """The index's row of a block whose file lies ``at`` a place, and what its root stands for; raises CorruptStream."""
+    """The row of the block in a file called ``at`` in the store, and label and settings of its root; raises CorruptStream."""
     told = block_metadata(file)
     try:
         row = replace(row_of(told, tokens_of(told, file.decode(TOKENS))), file=at, size=file.size)
@@ -170,7 +171,7 @@ def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
 
 
 def row_of(told: Mapping[str, Any], tokens: Any) -> Row:
-    """The row, still without a file, of a block by its metadata; raises KeyError, TypeError or ValueError."""
+    """The row of a block, still without a file, from its metadata and tokens; raises KeyError, TypeError or ValueError."""
     name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
     start, whole, stateful = (told[key] for key in ("start", "whole", "stateful"))
     tokens = np.asarray(tokens)
@@ -188,7 +189,7 @@ def row_of(told: Mapping[str, Any], tokens: Any) -> Row:
 
 
 def tokens_of(told: Mapping[str, Any], stored: Any) -> np.ndarray:
-    """A block's tokens by what its file stores of them; the ids of a tenant, which versions before stored, are not told."""
+    """A block's tokens from the tensor in its file; -1 each where an older version stored the token ids of a tenant."""
     tokens = np.asarray(stored)
     hidden = "marked" not in told and is_keyed(bytes.fromhex(told["root"]), told["settings"])
     return unknown(tokens) if hidden else tokens
@@ -196,19 +197,19 @@ def tokens_of(told: Mapping[str, Any], stored: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a block brought beside what went into the stacks."""
+    """What was decoded from a block beside the tensors in the stacks; tensors by (layer, path)."""
 
     count: int  # tokens
-    kinds: list[tc.LayerState]  # of each layer, without tensors
-    pieces: dict[tuple[int, str], Any]  # exact tensors along the tokens
+    kinds: list[tc.LayerState]  # each layer, without tensors
+    pieces: dict[tuple[int, str], Any]  # exact tensors along the tokens, to be concatenated
     state: dict[tuple[int, str], Any]  # tensors of the prefix as a whole
 
 
 class Assembly:
-    """Layers of a cache that blocks are decoded into, one behind the other.
+    """Layers of a cache of ``tokens`` tokens into which blocks are decoded one after the other.
 
-    ``lay_out`` by the first block, ``decode`` all of them, ``accept`` what comes of each in its turn, and ``finish``.
-    ``together``: whole streams wait for ``finish``, which decodes all of them at once.
+    Call ``lay_out`` for the first block, ``decode`` for each, ``accept`` with the results in order, then ``finish`` and
+    ``state``. ``together``: whole streams are left to ``finish``, which decodes all of them at once.
     """
 
     def __init__(self, tokens: int, device: Any, backend: str, together: bool = True) -> None:
@@ -216,16 +217,16 @@ class Assembly:
         self._on_device = on_device(backend, device_type(device or "cpu"))
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Any, arrays.Room]] = {}  # by path and layers
-        self._places: dict[tuple[int, str], Any] = {}  # each layer's part of a stack
+        self._places: dict[tuple[int, str], Any] = {}  # each layer's slice of a stack
         self._accepted: list[Decoded] = []
 
     @property
     def tokens(self) -> int:
-        """Tokens that are there."""
+        """Tokens of the blocks that were accepted."""
         return sum(decoded.count for decoded in self._accepted)
 
     def lay_out(self, file: PQKVFile, row: Row) -> None:
-        """Make the stacks that blocks go into, by what the first one holds; raises CorruptStream."""
+        """Allocate the stacks for all blocks, from the metadata of the first one; raises CorruptStream."""
         try:
             for name, group in _groups_in(block_metadata(file)).items():
                 entry = file.entry(name)
@@ -241,7 +242,7 @@ class Assembly:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
     def accept(self, decoded: Decoded) -> None:
-        """Take what a block brought; raises CorruptStream where it does not continue the blocks before."""
+        """Append a block's result; raises CorruptStream where it does not continue the blocks before."""
         before = self._accepted[-1] if self._accepted else decoded
         same = len(decoded.kinds) == len(before.kinds) and decoded.pieces.keys() == before.pieces.keys()
         if not same or not all(tc.continues(at[1], x, before.pieces[at]) for at, x in decoded.pieces.items()):
@@ -249,7 +250,7 @@ class Assembly:
         self._accepted.append(decoded)
 
     def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
-        """Decode the first ``count`` tokens of a block to where they belong; raises CorruptStream."""
+        """Decode the first ``count`` tokens of a block into the stacks; raises CorruptStream, also for another block's file."""
         told = block_metadata(file)
         try:
             place = (told["name"], told["parent"], told["start"])
@@ -288,7 +289,7 @@ class Assembly:
         return found
 
     def _stack(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Memory for the layers of a group: one tensor for a GPU, parts of a few layers for a CPU."""
+        """Memory for the layers of a group: one tensor on a GPU, a list of parts of a few layers on the CPU."""
         import torch
 
         kind = getattr(torch, dtype)
@@ -300,12 +301,12 @@ class Assembly:
         return [arrays.empty((size, *shape[1:]), DTYPES[dtype], numpy=False)[0] for size in sizes]
 
     def _each(self, group: LayerGroup, stacked: Any) -> dict[tuple[int, str], Any]:
-        """The layers of a group's tensor, or of its parts."""
+        """The tensor of each layer in a group's stack, by (layer, path)."""
         rows = chain.from_iterable(stacked) if isinstance(stacked, list) else stacked
         return {(layer, group.path): x for layer, x in zip(group.layers, rows, strict=True)}
 
     def _fill(self, file: PQKVFile, name: str, group: LayerGroup, row: Row, count: int) -> None:
-        """Decode a group's tokens into its stack, or into the layers' places where the first block was stacked otherwise."""
+        """Decode a group's tokens into its stack, or layer by layer where the first block had other groups."""
         span = slice(row.start, row.start + count)
         tokens = None if count == len(row.tokens) else (0, count)
         stack, room = self._stacks.get((group.path, group.layers), (None, None))
@@ -325,7 +326,7 @@ class Assembly:
             place[..., span, :] = x
 
     def finish(self) -> None:
-        """Decode what waits; raises CorruptStream, without saying of which block, if any of it is damaged."""
+        """Decode the streams that wait; raises CorruptStream, without naming the block, if one of them is damaged."""
         if not self._waiting:
             return
         sources, outs, starts = zip(*self._waiting, strict=True)
@@ -333,7 +334,7 @@ class Assembly:
         self._waiting.clear()
 
     def state(self) -> tc.CacheState:
-        """What was accepted."""
+        """The state of a cache of the accepted blocks."""
         last, tokens = self._accepted[-1], self.tokens
         tensors: list[dict[str, Any]] = [{} for _ in last.kinds]
         for (layer, path), x in self._places.items():
@@ -347,7 +348,7 @@ class Assembly:
 
 
 def _groups_in(told: Mapping[str, Any]) -> dict[str, LayerGroup]:
-    """The groups of a block by the names of their tensors; raises KeyError, TypeError or ValueError."""
+    """The groups in a block's metadata by the names of their tensors; raises KeyError, TypeError or ValueError."""
     found = {
         g["name"]: LayerGroup(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]
     }

@@ -1,7 +1,7 @@
-"""Law: connections to the one file of an index: who may write waits for others, who reads or notes a use does not.
+"""Law: SQLite connections to the file of an index: a write waits for other writers, reads and notes of use do not.
 
-No connection outlives a fork: SQLite keeps locks by process, so a child that used its parent's could undo the parent's writes.
-Where the file cannot be written, it is read as it is: nothing is made, locked or repaired beside it.
+No connection survives a fork: SQLite keeps locks per process, so a child that used its parent's connection could undo the
+parent's writes. A file that cannot be written is read as it is: no file is created, locked or repaired beside it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from weakref import WeakSet
 
 from pqcodec.errors import InvalidArgument
 
-WAIT = 120.0  # seconds that a process waits for another's write
-READ_WAIT = 10.0  # seconds that a read waits for one who opens or closes the file, the only ones that are in its way
+WAIT = 120.0  # seconds that a write waits for another process's write
+READ_WAIT = 10.0  # seconds that a read waits for a process that opens or closes the file; nothing else blocks it
 LITTLE = 0.2  # seconds that a note of use waits
-FORK_WAIT = 5.0  # seconds that a fork waits for other threads' transactions
-READS = 5  # tries at reading a file that others change meanwhile
-ERRNOS = {  # what went wrong, by the primary code of SQLite's error
+FORK_WAIT = 5.0  # seconds that a fork waits for transactions of other threads
+READS = 5  # tries to read a file that others change at the same time
+ERRNOS = {  # errno by the primary code of SQLite's error
     sqlite3.SQLITE_BUSY: errno.EBUSY,
     sqlite3.SQLITE_LOCKED: errno.EBUSY,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EACCES,
     sqlite3.SQLITE_FULL: errno.ENOSPC,
 }
-Print = tuple[Any, ...]  # of a file: it is another one after a change
+Print = tuple[Any, ...]  # a file's fingerprint, which differs after a change
 
 _open: WeakSet[Connections] = WeakSet()
-_left_behind: list[Any] = []  # a parent's connections, kept from being closed
+_left_behind: list[Any] = []  # connections of the parent process, which must not be closed in the child
 _forking = threading.local()
 
 
 class _Held:
-    """A connection, or none yet, and the lock of whoever uses it."""
+    """A connection that is opened when needed, and the lock of the thread that uses it."""
 
     def __init__(self, wait: float, synchronous: str) -> None:
         self.lock = threading.RLock()
@@ -46,41 +46,43 @@ class _Held:
         self.db: sqlite3.Connection | None = None
 
     def close(self) -> None:
+        """Close the connection, if it is open."""
         if self.db is not None:
             self.db.close()
         self.db = None
 
 
 class Connections:
-    """One connection that writes and one that reads and notes uses, so that reading never waits for a thread that writes.
+    """One connection for writes, and one for reads and notes of use, so that a read never waits for a writing thread.
 
-    Raises sqlite3.Error as it is; InvalidArgument after ``close``; PermissionError where a write-ahead log can be read only
-    by who may write beside it.
+    Passes sqlite3.Error on; raises InvalidArgument after ``close``, and PermissionError where the file has a write-ahead log
+    that only a process with the right to write can read.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self._path, self._read_only, self._closed = path, read_only, False
-        self._print: Print | None = None  # of a file that is read without locks
+        self._print: Print | None = None  # of the file that is open without locks
         self._renew()
         _open.add(self)
 
     def _renew(self) -> None:
-        self._writer = _Held(WAIT, "FULL")  # what is committed survives a loss of power
-        self._reader = _Held(READ_WAIT, "NORMAL")  # what it commits does, or is as it was before
+        self._writer = _Held(WAIT, "FULL")  # commits survive a loss of power
+        self._reader = _Held(READ_WAIT, "NORMAL")  # commits may be undone by a loss of power, as a whole
 
     def close(self) -> None:
-        """Close for good."""
+        """Close both connections for good."""
         self._closed = True
         for held in (self._writer, self._reader):
             with held.lock:
                 held.close()
 
     def check_open(self) -> None:
+        """Raises InvalidArgument after ``close``."""
         if self._closed:
             raise InvalidArgument(f"{self._path.parent}: the store is closed; open it anew")
 
     def select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a statement that reads."""
+        """All rows of a SELECT or PRAGMA with parameters ``values``."""
         with self._reader.lock:
             if not self._read_only:
                 return self._connected(self._reader).execute(text, values).fetchall()
@@ -91,14 +93,17 @@ class Connections:
                 except sqlite3.DatabaseError:
                     if self._now() == before:
                         raise
-                    continue  # what was read may be of two states
+                    continue  # the file changed while it was read
                 if self._now() == before:
                     return rows
         raise sqlite3.OperationalError("others write to it all the time")
 
     @contextmanager
     def changing(self, little: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction that either happens or does not. ``little``: wait little, and a loss of power may undo it."""
+        """A transaction, committed when the block succeeds and rolled back when it fails.
+
+        ``little``: wait at most ``LITTLE`` seconds for other writers, and let a loss of power undo the commit.
+        """
         held = self._reader if little else self._writer
         with held.lock:
             db = self._connected(held)
@@ -108,13 +113,13 @@ class Connections:
                 yield db
                 db.execute("COMMIT")
             except BaseException:
-                with suppress(sqlite3.Error):  # of a file that is gone, or cannot be read any more
+                with suppress(sqlite3.Error):  # the file may be gone or unreadable
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                 raise
 
     def run(self, statement: str) -> None:
-        """A statement outside of transactions, on the connection that writes."""
+        """Execute a statement outside of transactions, on the connection for writes."""
         with self._writer.lock:
             self._connected(self._writer).execute(statement).fetchall()
 
@@ -133,7 +138,7 @@ class Connections:
         return held.db
 
     def _reading(self, now: Print) -> sqlite3.Connection:
-        """A connection that makes nothing beside the file: with its owners' log and locks where these are there, or without."""
+        """A connection that creates no files: it uses the write-ahead log and locks of the owners if they exist."""
         self.check_open()
         held = self._reader
         if held.db is not None and now == self._print:
@@ -148,7 +153,7 @@ class Connections:
         return held.db
 
     def _now(self) -> Print:
-        """What tells whether the file is another one: without locks its print, with those of its owners nothing of it."""
+        """(fingerprint, bytes of the log or None, whether locks exist); a constant if the owners' locks protect the read."""
         log, locks = _size(f"{self._path}-wal"), os.path.exists(f"{self._path}-shm")
         if log is not None and locks:
             return (None, 0, True)
@@ -157,7 +162,7 @@ class Connections:
 
     # -- forks ---------------------------------------------------------------------------------------------------
     def _before_fork(self) -> list[threading.RLock]:
-        """Close the connections that no thread uses, and keep them from being opened; returns the locks that are held."""
+        """Close the connections that no thread uses, and keep them closed until after the fork; returns the locks taken."""
         taken: list[Any] = []
         for held in (self._writer, self._reader):
             if held.lock.acquire(timeout=FORK_WAIT):
@@ -174,7 +179,7 @@ class Connections:
 
 @contextmanager
 def _waiting(db: sqlite3.Connection, seconds: float) -> Iterator[None]:
-    """A connection that waits so long for others."""
+    """A context in which a connection waits ``seconds`` for other processes."""
     (before,) = db.execute("PRAGMA busy_timeout").fetchone()
     db.execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
     try:
@@ -185,13 +190,13 @@ def _waiting(db: sqlite3.Connection, seconds: float) -> Iterator[None]:
 
 def _opened(place: str, wait: float, uri: bool) -> sqlite3.Connection:
     db = sqlite3.connect(place, timeout=wait, isolation_level=None, check_same_thread=False, uri=uri)
-    db.text_factory = lambda text: text.decode(errors="replace")  # what is no text is no name either
+    db.text_factory = lambda text: text.decode(errors="replace")  # bytes that are no UTF-8 name nothing
     db.execute("PRAGMA trusted_schema = OFF")
     return db
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Bytes of a file; None where it is missing."""
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
@@ -199,7 +204,7 @@ def _size(path: str) -> int | None:
 
 
 def errno_of(error: sqlite3.Error) -> int:
-    """What the system would call an error of SQLite."""
+    """The errno that corresponds to an error of SQLite."""
     return ERRNOS.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF, errno.EIO)
 
 

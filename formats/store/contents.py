@@ -1,7 +1,7 @@
-"""Law: prompts with images, video or sound: what they show is part of a prefix's name, and is fed where its tokens are fed.
+"""Law: prompts with images, video or sound ("shown" inputs): a digest of them is part of a prefix's name.
 
-A model's config tells which tokens stand for them. Behind the last of these a prompt is text, and a kept prefix can be gone on
-from without them; before it the model computes the prompt anew.
+A model's config names the placeholder tokens that stand for them. After the last placeholder a prompt is text, and a model can
+continue from a kept prefix without the inputs; where placeholders follow the prefix, the prompt is computed anew.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _NAMES = """pixel_values pixel_values_videos pixel_values_images pixel_values_lo
     num_local_patches high_res_pixel_values image_token_pooling image_grids video_token_pooling video_grids spatial_shapes
     input_features input_features_mask feature_attention_mask input_values input_values_mask"""
 NAMES = frozenset(_NAMES.split())
-TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # of each token of the prompt: text, or what is shown
+TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # inputs with the type of each token of the prompt: 0 is text
 _TOKENS = tuple(f"{what}_token_{how}" for what in ("image", "video", "audio") for how in ("id", "index"))
 
 
 def digest(shown: Mapping[str, Any], ids: Any) -> str:
-    """Of tensors, by name, dtype, shape and all their bytes, and of the types of ids [1, n]: 64 hexadecimal digits.
+    """The digest of shown tensors (names, dtypes, shapes, all bytes) and of the types of ``ids`` [1, n]: 64 hexadecimal digits.
 
-    A longer prompt that shows the same has the same. Raises InvalidArgument for what is no tensor.
+    A longer prompt with the same inputs has the same digest. Raises InvalidArgument for an input that is no tensor.
     """
     import torch
 
@@ -44,7 +44,7 @@ def digest(shown: Mapping[str, Any], ids: Any) -> str:
 
 
 def stand_ins(config: Any) -> set[int]:
-    """The ids of tokens that stand for something shown; empty where the config tells of none."""
+    """The ids of the placeholder tokens in a config; empty without any."""
     found = {value for name in _TOKENS if isinstance(value := getattr(config, name, None), int)}
     for part in vars(config).values() if hasattr(config, "__dict__") else ():
         if hasattr(part, "get_text_config"):  # a config in a config
@@ -53,17 +53,17 @@ def stand_ins(config: Any) -> set[int]:
 
 
 def is_text(ids: Iterable[int], config: Any) -> bool:
-    """Whether no token stands for something shown."""
+    """Whether no token is a placeholder."""
     return stand_ins(config).isdisjoint(ids)
 
 
 def shows_nothing(shown: Mapping[str, Any], config: Any) -> bool:
-    """Whether all that is passed are the types of multimodal tokens, and none is any; other types may have embeddings."""
+    """Whether the only input is ``mm_token_type_ids`` and all of it is 0, so that the prompt is text."""
     return shown.keys() == {"mm_token_type_ids"} and bool(stand_ins(config)) and not bool(shown["mm_token_type_ids"].any())
 
 
 def check_types(types: Mapping[str, Any], ids: Any, config: Any) -> None:
-    """Raises InvalidArgument for token types that tell anything but which tokens stand for something shown."""
+    """Raises InvalidArgument for token types that are not nonzero at exactly the placeholders in ``ids`` [1, n]."""
     import torch
 
     shown = torch.isin(ids.cpu(), torch.tensor(sorted(stand_ins(config)), dtype=ids.dtype))

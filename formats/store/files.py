@@ -1,4 +1,4 @@
-"""Law: where the files of blocks are: below a folder, or below a URL of fsspec; each under a name that is used once."""
+"""Law: the files of blocks, below a local folder or a URL; each write has a name of its own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import make_folders, permissions
 from pqcodec.formats.store import folder as own
 
-GRACE = 3600.0  # seconds for which a file without a row may be one that is being written
-AT_ONCE = 8  # objects of a store that are fetched at the same time
+GRACE = 3600.0  # seconds for which a file without a row may still be in the middle of being written
+AT_ONCE = 8  # objects that are fetched at the same time
 
 
 class BlockFiles:
-    """Block files below ``place``, a local folder or a URL. What else is there is never touched.
+    """The block files below ``place``, a local folder or a URL; other files there are never touched.
 
-    ``shared``: files and folders can be read by others, as far as the umask lets them. Every method raises CorruptStream for
-    a name that no store gives.
+    ``shared``: other users may read and write, as far as the umask allows. Every method raises CorruptStream for a name that
+    no store gives to a file, and OSError.
     """
 
     def __init__(self, place: str | os.PathLike[str], shared: bool = False) -> None:
         place = os.fspath(place)
-        self.place = place.removeprefix("file://").removeprefix("local://")  # what is local is held to real folders and files
+        self.place = place.removeprefix("file://").removeprefix("local://")  # so that local rules apply to these URLs too
         self.remote = remote.is_url(self.place)
         self.shared = shared
         if self.remote:
@@ -37,7 +37,7 @@ class BlockFiles:
 
     @contextmanager
     def writing(self, file: str) -> Iterator[str]:
-        """The path or URL to write a block's file to; raises InvalidArgument where a link stands in its way."""
+        """A context with the path or URL to write a block's file to; raises InvalidArgument where its folder is a link."""
         if self.remote:
             yield self._url(file)
             return
@@ -48,7 +48,7 @@ class BlockFiles:
             yield str(path)
 
     def open(self, file: str) -> PQKVFile:
-        """Raises FileNotFoundError, CorruptStream for what is no regular file, and as ``PQKVFile`` does."""
+        """An open block's file; raises FileNotFoundError, CorruptStream for no regular file, and as ``PQKVFile`` does."""
         if self.remote:
             return PQKVFile(remote.read_all(self._url(file)).data)
         path = self._local(file)
@@ -58,7 +58,7 @@ class BlockFiles:
 
     @contextmanager
     def opening(self, files: Sequence[str]) -> Iterator[Callable[[str], PQKVFile]]:
-        """Opens files that are wanted one after the other; those of a URL are fetched some at once, ahead of their turn."""
+        """A function that opens each of ``files``, in order; files of a URL are fetched ahead, several at once."""
         if not self.remote:
             yield self.open
             return
@@ -70,7 +70,7 @@ class BlockFiles:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def remove(self, file: str) -> None:
-        """Remove a block's file; what lies behind a link, and a folder in its place, stay."""
+        """Remove a block's file if it exists; the target of a link, and a folder of that name, are left alone."""
         if self.remote:
             remote.remove(self._url(file))
             return
@@ -80,7 +80,7 @@ class BlockFiles:
                 path.unlink()
 
     def all(self) -> Iterator[tuple[str, float]]:
-        """(file, seconds since it was written) of every file that a store wrote here; the age is 0 where it is not known."""
+        """(file, seconds since it was written) of every block's file, also partial ones; 0 s where the age is unknown."""
         if self.remote:
             found = remote.ages(f"{self.place.rstrip('/')}/*/*{own.EXTENSION}")
             yield from ((file, age) for url, age in found if own.is_block_file(file := "/".join(url.split("/")[-2:])))
@@ -93,12 +93,12 @@ class BlockFiles:
                         yield file, time.time() - path.lstat().st_mtime
 
     def complete(self) -> Iterator[str]:
-        """Every file that was written to its end."""
+        """Every complete block's file."""
         yield from (file for file, _ in self.all() if own.is_block_file(file))
 
     def _url(self, file: str) -> str:
         return f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
 
     def _local(self, file: str) -> Path:
-        """Partial files have names of a store, too: killed writers leave them."""
+        """The path of a block's file, or of a partial one that a killed writer left."""
         return Path(self.place, file if own.is_partial_file(file) else own.checked_block_file(file))

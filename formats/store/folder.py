@@ -1,7 +1,7 @@
-"""Law: what of a store's folder is the store's own: which names, which kinds of file, and who may read them.
+"""Law: the names, file types and permissions of what belongs to a store's folder (SPEC IV.4).
 
-A store may come from a stranger. A name of another form is refused, a link or a pipe is never followed or opened, and what is
-made here can be read by its owner alone unless the store is shared by the user's word.
+A store may come from a stranger: names of another form are refused, links are not followed, pipes are not opened, and new files
+are private unless the user declares the store shared.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from pqcodec.errors import CorruptStream, InvalidArgument
 
 EXTENSION = ".pqkv"
-PRIVATE, SHARED = 0o700, 0o777  # folders; files lose the bits of execution. The umask narrows both.
+PRIVATE, SHARED = 0o700, 0o777  # modes of folders; files get them without execution. The umask applies to both.
 _BLOCK = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})-[0-9a-f]{12}\.pqkv")
 _PARTIAL = re.compile(r"[0-9a-f]{2}/\.[0-9a-f]{64}-[0-9a-f]{12}\.pqkv\.[0-9a-f]+\.part")
 
 
 # -- names -------------------------------------------------------------------------------------------------------
 def new_block_file(name: bytes) -> str:
-    """A name for a block's file that no other write uses."""
+    """A name, unique to this write, for the file of the block called ``name``."""
     text = name.hex()
     return f"{text[:2]}/{text}-{secrets.token_hex(6)}{EXTENSION}"
 
 
 def is_block_file(file: object, name: bytes | None = None) -> bool:
-    """Whether a store gives this name to the file of a block (called ``name``).
+    """Whether ``file`` is a name that a store gives to a block's file (of the block called ``name``, if given).
 
     >>> is_block_file(new_block_file(bytes(32))), is_block_file("../../precious")
     (True, False)
@@ -39,12 +39,12 @@ def is_block_file(file: object, name: bytes | None = None) -> bool:
 
 
 def is_partial_file(file: str) -> bool:
-    """Whether this is the name of a block's file while it is written."""
+    """Whether ``file`` is the name of a block's file while it is being written."""
     return _PARTIAL.fullmatch(file) is not None
 
 
 def checked_block_file(file: str) -> str:
-    """The name of a block's file; raises CorruptStream for one that the store itself would not give."""
+    """``file``; raises CorruptStream for a name that a store does not give to a block's file."""
     if not is_block_file(file):
         form = f"xx/xx..-............{EXTENSION} with hexadecimal digits"
         raise CorruptStream(
@@ -55,7 +55,7 @@ def checked_block_file(file: str) -> str:
 
 # -- folders and files -------------------------------------------------------------------------------------------
 def check_folder(path: Path) -> None:
-    """Raises InvalidArgument where something else than a folder is in the place of a store."""
+    """Raises InvalidArgument where ``path`` exists and is no folder."""
     if path.exists() and not path.is_dir():
         raise InvalidArgument(
             f"{path}: is a file, no prefix store, which is a folder; `pqcodec inspect` tells what a file holds"
@@ -63,9 +63,9 @@ def check_folder(path: Path) -> None:
 
 
 def make_folder(path: Path, shared: bool) -> None:
-    """Make a folder of the store if it is missing; one that is there must be real, and becomes private if it is ours.
+    """Make a folder of the store if it is missing; without ``shared``, make an existing one of this user private.
 
-    Raises InvalidArgument for a link or a file, and OSError.
+    Raises InvalidArgument for a link or a file at ``path``, and OSError.
     """
     try:
         path.mkdir(mode=SHARED if shared else PRIVATE)
@@ -79,9 +79,9 @@ def make_folder(path: Path, shared: bool) -> None:
 
 
 def make_file(path: Path, shared: bool) -> None:
-    """Make an empty file of the store if it is missing; one that is there must be regular, and becomes private if it is ours.
+    """Make an empty file of the store if it is missing; check an existing one (``check_file``).
 
-    Raises InvalidArgument for a link, a pipe or a folder, and OSError.
+    Raises InvalidArgument for a link, a pipe or a folder at ``path``, and OSError.
     """
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, (SHARED if shared else PRIVATE) & 0o666))
@@ -90,7 +90,10 @@ def make_file(path: Path, shared: bool) -> None:
 
 
 def check_file(path: Path, shared: bool) -> None:
-    """Hold a file that may be missing to what ``make_file`` says."""
+    """Check that a file is missing, or regular and without hard links; without ``shared``, make this user's private.
+
+    Raises InvalidArgument, and OSError.
+    """
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -103,7 +106,7 @@ def check_file(path: Path, shared: bool) -> None:
 
 
 def denied(path: Path) -> OSError | None:
-    """Why what lies at a path cannot be written: its mount or its permissions, as the system tells them; None where it can."""
+    """The OSError (EROFS or EACCES) with which a write to ``path`` would fail; None where it is missing or writable."""
     if not path.exists() or os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         return None
     read_only = hasattr(os, "statvfs") and os.statvfs(path).f_flag & os.ST_RDONLY
@@ -112,12 +115,12 @@ def denied(path: Path) -> OSError | None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a path is a regular file in a real folder; raises FileNotFoundError where there is nothing."""
+    """Whether a path is a regular file in a folder, neither being a link; raises FileNotFoundError."""
     return stat.S_ISDIR(os.lstat(path.parent).st_mode) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
 def type_in_words(found: os.stat_result) -> str:
-    """What lies at a path, in words."""
+    """The file type in a stat result, in words."""
     kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(found.st_mode), "no regular file")
 

@@ -1,7 +1,7 @@
-"""Law: one prompt through a model and a store: get, prefill of the rest, put, generate, put; the answer is the model's own.
+"""Law: ``PrefixStore.generate``: get, prefill of the rest, put, generate, put; the answer is that of ``model.generate``.
 
-What the store cannot do for a model or a request, ``model.generate`` does alone, with a warning that says why. Trouble with
-the store costs a warning, never the answer.
+Where the store cannot help with a model or a request, ``model.generate`` runs alone, with a warning that says why. Errors of
+the store become warnings and never change the answer.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from pqcodec.formats.engines.model_identity import Identity, unwrapped
 from pqcodec.formats.store import contents
 from pqcodec.formats.store.options import Request
 
-PREFILL_TOKENS = 2048  # at once
-STEPS = 64  # tokens that are fed one by one rather than a whole prompt at once, by models that take no more on top of a cache
+PREFILL_TOKENS = 2048  # fed at once
+STEPS = 64  # tokens after a kept prefix that are worth feeding one by one; with more, the whole prompt is fed at once
 
 
 class Store(Protocol):
-    """What is wanted of a ``PrefixStore``."""
+    """The methods of a ``PrefixStore`` that ``generate`` needs."""
 
-    def get(self, model: Any, tokens: Any, *, extra: str = "", stepwise: bool = False) -> tuple[Any, int]: ...
+    def get(self, model: Any, tokens: Any, *, extra: str = "", stepwise: bool = False) -> tuple[Any, int]:
+        """``PrefixStore.get``."""
+        ...
 
-    def put(self, model: Any, tokens: Any, cache: Any, *, extra: str = "", wait: bool = True) -> Any: ...
+    def put(self, model: Any, tokens: Any, cache: Any, *, extra: str = "", wait: bool = True) -> Any:
+        """``PrefixStore.put``."""
+        ...
 
 
 def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool, **options: Any) -> Any:
-    """What ``PrefixStore.generate`` does."""
+    """``PrefixStore.generate`` with a store; arguments, result and errors are the same."""
     inner = unwrapped(model)
-    request, identity = Request.of(inner, input_ids, options), Identity.of(inner)  # which refuses what cannot be told apart
+    request, identity = Request.of(inner, input_ids, options), Identity.of(inner)  # raises for what has no identity
     why = _why_alone(inner, identity, request)
     if why:
         warnings.warn(f"the model generates without the store: {why}", RuntimeWarning, stacklevel=3)
@@ -40,7 +44,7 @@ def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool
 
 
 def _why_alone(model: Any, identity: Identity, request: Request) -> str:
-    """Why a store has nothing to give to a request; "" where it has. Raises InvalidArgument for a model that it cannot take."""
+    """Why the model has to generate without the store, or an empty string. Raises InvalidArgument for an encoder-decoder."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise InvalidArgument(
             f"{type(model).__name__} is an encoder-decoder, whose cache depends on more than its tokens; call model.generate, "
@@ -80,9 +84,9 @@ def _through(store: Store, model: Any, identity: Identity, request: Request, ext
         extra += f"\n{contents.digest(shown, ids)}"
     try:
         cache, length = store.get(model, ids, extra=extra, stepwise=True)
-    except InvalidArgument:  # a refusal, before anything is computed
+    except InvalidArgument:  # the request is refused before anything is computed
         raise
-    except Exception as error:  # of any kind: the answer does not depend on the store
+    except Exception as error:  # any error: the answer must not depend on the store
         _warn(f"nothing is taken from the store: {error!r}")
         cache, length = tc.empty_cache(inner.config), 0
     if not runs and 0 < length < last - STEPS:
@@ -97,7 +101,7 @@ def _through(store: Store, model: Any, identity: Identity, request: Request, ext
 
     def keep(tokens: Any) -> None:
         if tokens.shape[1] > (longest or tokens.shape[1]) or not _holds(cache, tokens.shape[1]):
-            return  # beyond a RoPE's switch keys depend on what follows
+            return  # beyond ``longest`` keys depend on later tokens
         try:
             store.put(model, tokens, cache, extra=extra, wait=wait)
         except Exception as error:
@@ -115,7 +119,7 @@ def _through(store: Store, model: Any, identity: Identity, request: Request, ext
 
 
 def _goes_on_as_text(model: Any, identity: Identity, request: Request, cache: Any, length: int, runs: bool) -> bool:
-    """Whether a prompt's rest behind a kept prefix is text that the model takes up as if it had been shown the rest as well."""
+    """Whether a prompt's rest after a kept prefix is text, and the model continues it as if it had seen the shown inputs."""
     rest = request.ids[:, length:]
     if not contents.is_text(rest[0].tolist(), model.config) or (not runs and rest.shape[1] > 1):
         return False
@@ -123,7 +127,7 @@ def _goes_on_as_text(model: Any, identity: Identity, request: Request, cache: An
 
 
 def _prefill(model: Any, name: str, ids: Any, cache: Any, first: int, runs: bool) -> None:
-    """Feed ids [1, n] from a place on: by pieces or, where a model takes no more on top of a cache, one by one or at once."""
+    """Feed ids [1, n] from position ``first`` on: in pieces or, without ``runs``, one by one after a prefix or all at once."""
     import torch
 
     last = ids.shape[1]
@@ -134,10 +138,10 @@ def _prefill(model: Any, name: str, ids: Any, cache: Any, first: int, runs: bool
 
 
 def _holds(cache: Any, tokens: int) -> bool:
-    """Whether a cache is of just so many tokens."""
+    """Whether each layer of a cache that counts tokens has seen exactly ``tokens``."""
     return all(layer.tokens in (0, tokens) for layer in tc.state_of(cache).parts[""])
 
 
 def _warn(what: str) -> None:
-    with suppress(Warning):  # where warnings are errors, too
+    with suppress(Warning):  # also where warnings are errors
         warnings.warn(f"the store is in trouble, {what}", RuntimeWarning, stacklevel=5)

@@ -1,8 +1,8 @@
-"""Law: the index of a prefix store: which blocks are committed, where, how large, when used; SQLite, whose only home this is.
+"""Law: the index of a prefix store (SPEC IV.4): an SQLite file with a row for each committed block.
 
-A block is there when its row is. Its file is written before and removed after, under a name that no other write uses, so a
-crash leaves files without a row (``PrefixStore.gc`` removes them), never a row without its file. An index may come from a
-stranger: one that holds anything but the tables below is damaged, and a row that no store writes is dropped.
+A block exists when its row does. Its file is written before the row and removed after it, under a name of its own, so a crash
+leaves files without a row (``Shelf.gc`` removes them), never a row without its file. An index may come from a stranger: one
+with other tables, views or triggers counts as damaged, and a row that no store writes is dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pqcodec.formats.store.connections import Connections, errno_of
 from pqcodec.formats.store.keys import BLOCK_TOKENS, NAME_BYTES, is_keyed, unknown
 
 VERSION = 1
-CHECKED_BYTES = 64 << 20  # an index up to this size is checked whole when it is opened, in a fraction of a second
+CHECKED_BYTES = 64 << 20  # an index up to this size is checked completely when it is opened, which takes a fraction of a second
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS blocks (
@@ -49,34 +49,35 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
 _COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
 _COUNTED = "SELECT (SELECT value FROM counters WHERE name = 'bytes') IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)"
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
-_BESIDE = ("", "-wal", "-shm")  # files that SQLite writes to, by what follows the index's name
+_BESIDE = ("", "-wal", "-shm")  # suffixes of the files that SQLite writes to
 
 
 @dataclass(frozen=True)
 class Row:
     """A committed block."""
 
-    name: bytes
+    name: bytes  # 32 bytes each (SPEC IV.2)
     parent: bytes
     root: bytes
-    start: int  # tokens before its first
+    start: int  # position in the prefix of its first token
     tokens: np.ndarray  # int64 [n]: token ids, or a tenant's marks of them (``keys.Chain.marks``)
-    whole: bool  # a full block; False: the tail of a prefix, which nothing follows
-    stateful: bool  # of a model whose state cannot be cut: a tail is usable only whole
-    file: str  # below the folder or URL of the data
-    size: int  # bytes
-    created: float = 0.0
-    used: float = 0.0
-    hits: int = 0
-    pinned: bool = False
+    whole: bool  # 256 tokens; False: the tail of a prefix, which no block follows
+    stateful: bool  # some layers cannot be cut: a tail is usable only as a whole
+    file: str  # name below the folder or URL of the files
+    size: int  # of the file, in bytes
+    created: float = 0.0  # Unix time
+    used: float = 0.0  # Unix time of the last get or put
+    hits: int = 0  # gets that used it
+    pinned: bool = False  # never evicted
 
     @property
     def end(self) -> int:
+        """Position after its last token."""
         return self.start + len(self.tokens)
 
 
 def problem_of(row: Row) -> str:
-    """What no store writes about a row, or an empty string."""
+    """What in a row no store writes, in words, or an empty string."""
     if {type(name) for name in (row.name, row.parent, row.root)} != {bytes} or row.name == row.parent:
         return "its names are no names of blocks"
     if {len(name) for name in (row.name, row.parent, row.root)} != {NAME_BYTES}:
@@ -98,7 +99,7 @@ _SELECT = f"SELECT {', '.join('b.' + column for column in _COLUMNS)} FROM blocks
 
 
 def _row(values: tuple[Any, ...]) -> Row:
-    """A row as the index tells it; raises ValueError for one that no store writes."""
+    """The row with the values of ``_COLUMNS``; raises ValueError for one that no store writes."""
     named = dict(zip(_COLUMNS, values, strict=True))
     truths = {key: named[key] for key in ("whole", "stateful", "pinned")}
     if type(named["tokens"]) is not bytes or any(value not in (0, 1) for value in truths.values()):
@@ -111,16 +112,16 @@ def _row(values: tuple[Any, ...]) -> Row:
 
 
 class Index:
-    """The index in one file; safe for threads, processes and forks. ``shared``: others may use it, too.
+    """The index in one file; safe for threads, processes and forks. ``shared``: other users may read and write it.
 
-    ``denied``: why it cannot be written, if so: then it is read as it is, and what would change it raises OSError. Raises
-    OSError where the file cannot be used now, InvalidArgument where it is no regular file, and CorruptStream where it is
-    damaged; it is marked then, and made anew when it is opened again (``Shelf``).
+    ``denied``: why it cannot be written, if so; it is then read as it is, and methods that change it raise OSError. Any method
+    raises OSError where the file cannot be used now, and CorruptStream where it is damaged; a mark then makes ``Shelf`` rebuild
+    it when it is opened again. Raises InvalidArgument for a file that is not regular, and UnsupportedStream.
     """
 
     def __init__(self, path: Path, shared: bool = False, denied: OSError | None = None) -> None:
         self._path, self._denied = path, denied
-        self.new = False  # there was none
+        self.new = False  # whether the index was created now
         if denied is None:
             for ending in _BESIDE[1:]:
                 own.check_file(path.with_name(path.name + ending), shared)
@@ -129,7 +130,7 @@ class Index:
             raise InvalidArgument(f"{path}: is no regular file; a store's index is one")
         if os.path.lexists(
             path.with_name(path.name + "-journal")
-        ):  # a store never leaves one: it could name any file to delete
+        ):  # a store leaves none, and a stranger's could name any file to delete
             self._damaged("a rollback journal lies beside it")
         self._connections = Connections(path, read_only=denied is not None)
         try:
@@ -140,11 +141,11 @@ class Index:
             raise
 
     def _open(self) -> None:
-        """Check what is there, and make what is missing; what is whole is opened without writing to it."""
+        """Check the file, and create what is missing; a complete index is opened without a write."""
         version, objects = self._value("PRAGMA user_version"), set(self._select(_OBJECTS))
         if version not in (0, VERSION):
             raise UnsupportedStream(f"{self._path}: an index of version {version}; install a newer pqcodec")
-        if not objects <= _expected_objects():  # before the check, which works out a stranger's expressions
+        if not objects <= _expected_objects():  # before the check, which would evaluate a stranger's expressions
             raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
         if self._path.stat().st_size <= CHECKED_BYTES and (found := self._value("PRAGMA quick_check(1)")) != "ok":
             raise sqlite3.DatabaseError(found)
@@ -166,30 +167,31 @@ class Index:
         return self._select(text)[0][0]
 
     def _forget_ids(self) -> None:
-        """Once: take the token ids of tenants out of an index of a version that kept them."""
+        """Erase, once, the token ids of tenants from an index of an older version, which stored them."""
         if self._select("SELECT 1 FROM places WHERE name = 'tenants'"):
             return
         keyed = [root for root, (_, settings) in self.roots().items() if is_keyed(root, settings)]
         rows = [row for root in keyed for row in self._rows("WHERE b.root = ?", (root,))]
-        self._connections.run("PRAGMA secure_delete = ON")  # what is overwritten is gone from the file, too
+        self._connections.run("PRAGMA secure_delete = ON")  # overwrites erased data in the file
         with self._changing() as db:
             for row in rows:
                 db.execute("UPDATE blocks SET tokens = ? WHERE name = ?", (unknown(row.tokens).tobytes(), row.name))
         if keyed:
-            self._connections.run("VACUUM")  # rows that were removed before may still lie in pages that are free
+            self._connections.run("VACUUM")  # free pages may still hold rows that were removed before
             self._connections.run("PRAGMA wal_checkpoint(TRUNCATE)")
         with self._changing() as db:
             db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
 
     def close(self) -> None:
-        """Close for good: whatever is asked afterwards raises InvalidArgument."""
+        """Close for good: all later calls raise InvalidArgument."""
         self._connections.close()
 
     def check_open(self) -> None:
+        """Raises InvalidArgument after ``close``."""
         self._connections.check_open()
 
     def check_writable(self) -> None:
-        """Raises OSError where the index can only be read."""
+        """Raises OSError where the index can only be read, and InvalidArgument after ``close``."""
         self.check_open()
         if self._denied is not None:
             text = f"the store can be read, but not changed ({self._denied.strerror or self._denied})"
@@ -197,32 +199,32 @@ class Index:
 
     @contextmanager
     def _changing(self, little: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction that either happens or does not; ``little``: as ``Connections.changing`` says."""
+        """A transaction; ``little``: as in ``Connections.changing``."""
         self.check_writable()
         with self._named(), self._connections.changing(little) as db:
             yield db
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of SQLite as those of pqcodec."""
+        """A context that turns errors of SQLite into OSError or, for damage, CorruptStream."""
         try:
             yield
-        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:  # locked, no space, closed: nothing is damaged
+        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:  # locked, disk full, closed: no damage
             raise OSError(errno_of(error), str(error), str(self._path)) from error
-        except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite's messages quote what is damaged, which may be no text
+        except (sqlite3.DatabaseError, UnicodeError) as error:  # UnicodeError: a message that quotes damaged data
             self._damaged(str(error), error)
 
     def _damaged(self, what: str, error: Exception | None = None) -> NoReturn:
         """Mark the index as damaged and raise CorruptStream."""
         if self._denied is None:
-            with suppress(OSError):  # without the mark it is found damaged again
+            with suppress(OSError):  # without the mark the next opening finds the damage again
                 own.make_file(self.damage_mark(self._path), shared=False)
         advice = "open the store again" if self._denied is None else "open the store with the right to write"
         raise CorruptStream(f"{self._path}: the index is damaged ({what}); {advice} to make it anew") from error
 
     @staticmethod
     def damage_mark(path: Path) -> Path:
-        """The file beside an index that says that it was found damaged."""
+        """The path of the file that marks an index as damaged."""
         return path.with_name(path.name + ".damaged")
 
     def _select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -239,20 +241,22 @@ class Index:
         return rows
 
     def _forget(self, name: Any, problem: str) -> None:
-        """Drop a row that no store has written; nothing of what it names is touched."""
+        """Drop a row that no store has written, with a warning; its file is not touched."""
         done = "skipped"
         with suppress(OSError), self._changing(little=True) as db:
             db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
-            db.execute(_COUNT)  # its size may have been no number
+            db.execute(_COUNT)  # its size may not have been a number
             done = "dropped"
         text = f"{self._path}: a row was {done} that no store writes: {problem}; no file was touched"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- reading -------------------------------------------------------------------------------------------------
     def find(self, name: bytes) -> Row | None:
+        """The block called ``name``; None where it is not committed."""
         return next(iter(self._rows("WHERE b.name = ?", (name,))), None)
 
     def children(self, parent: bytes) -> list[Row]:
+        """The blocks that follow the block or root called ``parent``."""
         return self._rows("WHERE b.parent = ?", (parent,))
 
     def all(self) -> list[Row]:
@@ -260,7 +264,7 @@ class Index:
         return self._rows("ORDER BY b.root, b.start, b.name")
 
     def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
-        """Label and settings of each root."""
+        """(label, settings) of each root by its name; raises CorruptStream."""
         found = {}
         for name, label, settings in self._select("SELECT name, label, settings FROM roots"):
             try:
@@ -273,6 +277,7 @@ class Index:
         return found
 
     def counters(self) -> dict[str, int]:
+        """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
         found = dict(self._select("SELECT name, value FROM counters"))
         if any(type(value) is not int for value in found.values()):
             self._damaged("its counters are no numbers")
@@ -280,33 +285,34 @@ class Index:
 
     @property
     def data(self) -> str | None:
-        """Where the files lie, if not beside the index."""
+        """The folder or URL of the files; None where they are in ``blocks`` beside the index."""
         return next((str(value) for (value,) in self._select("SELECT value FROM places WHERE name = 'data'")), None)
 
     def coldest(self) -> Row | None:
-        """The unpinned block that was used longest ago, of those that no other block follows."""
+        """The least recently used block that is not pinned and has no child; None without one."""
         clause = "WHERE b.pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name) ORDER BY b.used LIMIT 1"
         while names := self._select(f"SELECT b.name FROM blocks b {clause}"):
             if rows := self._rows("WHERE b.name IS ?", names[0]):
                 return rows[0]
-            if self._select("SELECT 1 FROM blocks WHERE name IS ?", names[0]):  # no store's row, which could not be dropped
+            if self._select("SELECT 1 FROM blocks WHERE name IS ?", names[0]):  # a bad row, which could not be dropped
                 break
         return None
 
     def held(self) -> dict[bytes, int]:
-        """Bytes of the blocks that stay whatever comes: those that are pinned, and those that these follow."""
+        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
         pinned = "SELECT name, parent, size FROM blocks WHERE pinned = 1"
         above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"
         return dict(self._select(f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"))
 
     # -- writing -------------------------------------------------------------------------------------------------
     def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
+        """Record what a root stands for; a known one stays as it is."""
         with self._changing() as db:
             text = json.dumps(settings, sort_keys=True)
             db.execute("INSERT OR IGNORE INTO roots VALUES (?, ?, ?)", (name, label, text))
 
     def add(self, row: Row) -> bool:
-        """Commit a block; False where another process has committed it meanwhile."""
+        """Commit a block; False where a block of that name is committed already."""
         now = time.time()
         values = {**row.__dict__, "tokens": row.tokens.astype("<i8").tobytes(), "created": now, "used": now}
         with self._changing() as db:
@@ -317,17 +323,17 @@ class Index:
             return done.rowcount == 1
 
     def remove(self, row: Row, little: bool = False) -> bool:
-        """Take a block out, if its file is still this one; the caller removes the file afterwards.
+        """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.
 
-        ``little``: as ``Connections.changing`` says.
+        ``little``: as in ``Connections.changing``.
         """
         with self._changing(little) as db:
             return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
 
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
-        """The blocks are in use now; ``counts`` are added to the counters.
+        """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters.
 
-        This is bookkeeping: where it cannot be written at once it is left out, and a loss of power may undo it.
+        Best effort: skipped where the index cannot be written at once, and a loss of power may undo it.
         """
         self.check_open()
         if self._denied is not None:
@@ -339,23 +345,26 @@ class Index:
             db.executemany(text, counts.items())
 
     def pin(self, row: Row, pinned: bool) -> None:
+        """Keep a block and its ancestors from eviction, or release them."""
         with self._changing() as db:
             db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
 
     def set_quota(self, max_bytes: int | None) -> None:
+        """Set the quota in bytes; None: no quota."""
         with self._changing() as db:
             db.execute("DELETE FROM counters WHERE name = 'max_bytes'")
             if max_bytes is not None:
                 db.execute("INSERT INTO counters VALUES ('max_bytes', ?)", (max_bytes,))
 
     def set_data(self, place: str) -> None:
+        """Record the folder or URL of the files."""
         with self._changing() as db:
             db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (place,))
 
 
 @lru_cache(maxsize=1)
 def _expected_objects() -> frozenset[tuple[Any, ...]]:
-    """What an index of this version is made of."""
+    """The tables, indexes and triggers of an index of this version, as in sqlite_master."""
     with closing(sqlite3.connect(":memory:")) as db:
         db.executescript(_SCHEMA)
         return frozenset(db.execute(_OBJECTS))

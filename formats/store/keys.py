@@ -1,7 +1,7 @@
-"""Law: the name of a prefix: a chain of hashes over its tokens, rooted in the model, the settings and the tenant (SPEC IV.1).
+"""Law: the names of blocks (SPEC IV.2): a chain of hashes over the tokens, from a root made of model, settings and tenant.
 
-A name stands for all tokens up to the block's last one and for everything that their keys and values depend on. The hash is
-BLAKE2b with 32 bytes, keyed by the tenant: without its salt no name can be computed, so none can be asked for.
+A name covers all tokens up to the block's end and everything that their keys and values depend on. The hash is BLAKE2b with 32
+bytes, keyed by the tenant's salt: without the salt no name can be computed, and so no block requested.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pqcodec.formats.engines.model_identity import Identity
 
 BLOCK_TOKENS = 256
 NAME_BYTES = 32
-MARK_BYTES = 8  # as many as a token id takes
+MARK_BYTES = 8  # as many as a token id has
 PERSON = b"pqcodec-prefix"
 FORMAT = 1
 
 
 def token_ids(tokens: Any) -> np.ndarray:
-    """Token ids int64 [n] of a list, an array or a tensor [n] or [1, n]; raises InvalidArgument."""
+    """Token ids as int64 [n], from a list, an array or a tensor [n] or [1, n]; raises InvalidArgument."""
     if hasattr(tokens, "detach"):
         tokens = tokens.detach().cpu().numpy()
     ids = np.asarray(tokens)
@@ -36,7 +36,9 @@ def token_ids(tokens: Any) -> np.ndarray:
 
 
 class Chain:
-    """Names under one root.
+    """The names of blocks under one root.
+
+    ``settings``: what the root stands for (``settings_of``); ``tenant``: a salt, "" for none.
 
     >>> chain = Chain({"model": "tiny"}, tenant="a")
     >>> one = chain.child(chain.root, [1, 2, 3])
@@ -51,15 +53,15 @@ class Chain:
         self.root = self._hash(json.dumps(self.settings, sort_keys=True).encode())
 
     def child(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> bytes:
-        """The name of the block whose tokens follow ``parent``."""
+        """The name (32 bytes) of the block of ``tokens`` after the block or root called ``parent``."""
         ids = np.ascontiguousarray(tokens, "<i8")
         return self._hash(parent + len(ids).to_bytes(8, "little") + ids.tobytes())
 
     def marks(self, parent: bytes, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """What is kept of a block's tokens, int64 [n]: the ids or, with a tenant's salt, a keyed hash for each of them.
+        """What the store keeps of a block's tokens, int64 [n]: the ids or, with a tenant's salt, a keyed hash for each.
 
-        A hash is of ``parent`` and all tokens up to its own, so two runs have as many first marks in common as first tokens,
-        and nobody learns the tokens without the salt.
+        Each hash covers ``parent`` and the tokens up to its own. So two runs share as many leading marks as tokens, and the
+        tokens cannot be found without the salt.
 
         >>> chain = Chain({"model": "tiny"}, tenant="a")
         >>> one, two = (chain.marks(chain.root, tokens) for tokens in ([7, 8, 9], [7, 8, 1]))
@@ -73,7 +75,7 @@ class Chain:
         marks = []
         for token in ids:
             running.update(token.tobytes())
-            marks.append(running.digest())  # hashlib goes on from where it was
+            marks.append(running.digest())  # of all tokens so far
         return np.frombuffer(b"".join(marks), "<i8")
 
     def _hash(self, data: bytes) -> bytes:
@@ -81,17 +83,20 @@ class Chain:
 
 
 def is_keyed(root: bytes, settings: Mapping[str, Any]) -> bool:
-    """Whether a root was named with a tenant's salt."""
+    """Whether the name of a root with these settings includes a tenant's salt."""
     return Chain(settings).root != root
 
 
 def unknown(tokens: np.ndarray) -> np.ndarray:
-    """In the place of tokens that are not told: what no token and no mark is equal to."""
+    """Placeholders, -1 each, for tokens that are not kept; no token id equals them."""
     return np.full_like(tokens, -1)
 
 
 def settings_of(identity: Identity, tokenizer: str, codec: Mapping[str, Any], extra: str) -> dict[str, Any]:
-    """What a root is made of: the model, its tokenizer, the codec's settings and what the caller adds (a string)."""
+    """The settings of a root: the model, the digest of its tokenizer, the codec's settings, and the caller's ``extra`` string.
+
+    Raises InvalidArgument for an ``extra`` that is no string.
+    """
     if not isinstance(extra, str):
         raise InvalidArgument(f"extra is a {type(extra).__name__}; a string is expected, such as a digest")
     model = identity.as_dict()

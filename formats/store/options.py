@@ -1,7 +1,7 @@
-"""Law: which options of ``model.generate`` a store takes: those that choose, stop and tell; every other one is refused by name.
+"""Law: the options of ``model.generate`` that work with a store; all others are refused by name.
 
-What an option does to a cache shows nowhere: an assistant model cuts it, ``position_ids`` turns it, another implementation
-replaces it. So an option that is not known here is refused before anything is computed.
+Accepted are options that choose tokens, stop, or select outputs. Others may change the cache unnoticed: an assistant model cuts
+it, ``position_ids`` rotates it, another implementation replaces it. So unknown options are refused before anything is computed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ STOPPING = "max_length max_new_tokens min_length min_new_tokens early_stopping m
 TELLING = """num_return_sequences output_attentions output_hidden_states output_scores output_logits return_dict_in_generate"""
 WITHOUT_EFFECT = """use_cache max_cache_len compile_config disable_compile decoder_start_token_id num_assistant_tokens
     num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind target_lookbehind
-    assistant_ensemble_weight is_assistant transformers_version"""  # on a cache that is passed, by no assistant
+    assistant_ensemble_weight is_assistant transformers_version"""  # without effect, since a cache is passed and no assistant
 ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer synced_gpus tokenizer"
 CONFIG = frozenset(f"{CHOOSING} {STOPPING} {TELLING} {WITHOUT_EFFECT}".split())
 KNOWN = CONFIG | frozenset(ARGUMENTS.split()) | {"attention_mask"}
 _NEUTRAL: dict[str, Any] = {
     "num_beam_groups": 1,
     "diversity_penalty": 0.0,
-}  # values that a config may have without asking anything
+}  # values of other options that have no effect
 
 
 @dataclass(frozen=True)
 class Request:
-    """What ``generate`` is asked for: one prompt and the options that are passed on."""
+    """A checked call of ``PrefixStore.generate``: one prompt, and the options to pass on."""
 
     ids: Any  # [1, n]
-    options: Mapping[str, Any]  # but for what is shown
-    shown: Mapping[str, Any]  # images, video, sound, and the types of tokens that stand for them
-    answers: int  # sequences that the prompt becomes
-    inside: bool  # attentions or hidden states are to be returned, of which a kept prefix has none
-    padded: bool  # without a mask, generate would leave out tokens of the prompt that are the pad token
-    caches: bool  # False: a generation config says that nothing is to be kept, as MPT's does by default
+    options: Mapping[str, Any]  # for ``model.generate``, without ``shown``
+    shown: Mapping[str, Any]  # images, video, sound, and the types of their placeholder tokens
+    answers: int  # sequences that are generated: beams or return sequences
+    inside: bool  # attentions or hidden states are requested, which a kept prefix lacks
+    padded: bool  # no mask is given and the prompt has pad tokens, which generate would leave out
+    caches: bool  # False: a generation config says use_cache=False, as MPT's does by default
 
     @classmethod
     def of(cls, model: Any, input_ids: Any, options: Mapping[str, Any]) -> Request:
-        """Raises InvalidArgument, by name, for what a store cannot take."""
+        """The request for ``generate(input_ids, **options)``; raises InvalidArgument, by name, for an unsupported option."""
         asked = {name: value for name, value in options.items() if value is not None}
         for name in asked:
             if name not in KNOWN | contents.NAMES | contents.TYPES:
@@ -70,17 +70,17 @@ class Request:
             )
 
         def effective(name: str) -> Any:
-            if name in options:  # None, too, overrides what configs say
+            if name in options:  # None, too, overrides the configs
                 return options[name]
             told = (getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
             return next((value for value in told if value is not None), None)
 
         shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
         contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
-        if contents.shows_nothing(shown, model.config):  # which is a text, and goes on as one
+        if contents.shows_nothing(shown, model.config):  # the prompt is plain text
             shown = {}
         passed = {name: value for name, value in options.items() if name in (asked.keys() - shown.keys()) | CONFIG}
-        if getattr(own, "cache_implementation", None):  # a default of the model's, which a cache of our own takes the place of
+        if getattr(own, "cache_implementation", None):  # a default of the model, replaced by the cache that is passed
             passed["cache_implementation"] = None
         answers = max(int(effective(name) or 1) for name in ("num_beams", "num_return_sequences"))
         pad, ends = effective("pad_token_id"), effective("eos_token_id")
@@ -91,7 +91,7 @@ class Request:
 
 
 def _check(place: str, config: Any) -> None:
-    """Raises InvalidArgument for a generation config that asks for what a store does not take."""
+    """Raises InvalidArgument for a generation config with options that a store does not take."""
     if config is None:
         return
     defaults = type(config)()

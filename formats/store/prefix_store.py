@@ -1,8 +1,8 @@
-"""Law: prefixes of prompts and their caches, found again by their tokens: what is kept, shared, evicted, and never mistaken.
+"""Law: the store of prefix caches: getting the cache of the longest stored prefix of some tokens, and putting caches.
 
-A prefix is a chain of blocks of 256 tokens and a tail. A block is named by all tokens up to its end and by all that they were
-computed with (``keys``), committed by its row (``index``) and held by its file (``blocks``). Tails are kept at a high rate,
-because the block that they grow into is encoded from them.
+A prefix is a chain of blocks of 256 tokens and a tail (SPEC IV.2). A block's name covers all tokens up to its end and the model
+that computed them (``keys``); its row commits it (``index``); its file holds it (``blocks``). Tails are kept at a high rate,
+because the block that they grow into is encoded from their decoded numbers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_i
 from pqcodec.formats.store.shelf import Shelf
 from pqcodec.threads import threads
 
-TAIL_PRESET = "pq6"  # what is encoded again when it has grown should have lost next to nothing
-BLOCK_CHUNK = 64  # tokens under one checksum
-PENDING = 4  # puts that may wait in the background
+TAIL_PRESET = "pq6"  # a tail is decoded and encoded again when it has grown, so its error should be negligible
+BLOCK_CHUNK = 64  # tokens of a chunk, which is under one checksum
+PENDING = 4  # puts that may wait in the background; further ones are skipped
 
 
 class Prefix(NamedTuple):
-    """What ``PrefixStore.get`` found: a cache of ``length`` tokens, to be fed the tokens from ``length`` on."""
+    """The result of ``PrefixStore.get``: a cache of the first ``length`` tokens; feed the model those from ``length`` on."""
 
     cache: Any
     length: int
@@ -47,16 +47,16 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """What there is when ``PrefixStore.put`` has done its work and the quota holds."""
+    """The result of ``PrefixStore.put``, after eviction."""
 
-    tokens: int  # of the prefix that is in the store now: as many as ``get`` would find
-    new_tokens: int  # that this put added, and that are still there
-    new_bytes: int
+    tokens: int  # of the prefix that are in the store now: as many as ``get`` would find
+    new_tokens: int  # added by this put and still there
+    new_bytes: int  # of their blocks
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A cache to be put, and all that is known of it."""
+    """A cache to be written, with its names and model."""
 
     identity: Identity
     chain: Chain
@@ -69,19 +69,18 @@ class _Work:
 class PrefixStore:
     """A store of prefix caches in a folder, for many processes and threads at once.
 
-    ``preset``: of the blocks' keys and values; "exact" keeps all numbers. ``max_bytes``: a quota, past which the prefixes
-    that were used longest ago are dropped (None: what the folder was told before); a prefix that is larger by itself is left
-    out, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with
-    another one finds nothing of this one's, and keyed hashes are kept in the place of token ids. ``tokenizer``: makes its
-    vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, passed whenever the store is opened;
-    the index stays in ``folder``, which has to be on a local disk. ``shared``: others of the machine may use the store, as far
-    as the umask lets them (by default its files are 0600 and its folders 0700). ``identity``: what of a model's weights is
-    looked at on every call, "sampled" words or the "full" ones (see ``Identity.of``; all else that a cache depends on is looked
-    at either way, and ``engines.model_identity`` tells what is not seen). ``shelf`` looks after what is stored: damage, quota,
-    orphans.
+    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, beyond which
+    the least recently used prefixes are dropped (None: the quota that the folder has); a prefix that exceeds it alone is not
+    stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with another one finds no prefix
+    of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its vocabulary part of a prefix's
+    name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is opened; the index stays in
+    ``folder``, which has to be on a local disk. ``shared``: other users may use the store, as far as the umask allows (by
+    default its files are 0600 and its folders 0700). ``identity``: how much of a model's weights every call checks, "sampled"
+    words or all ("full"); see ``Identity.of``. All else that a cache depends on is checked either way;
+    ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and leftover files.
 
-    A folder that cannot be written is read: ``get`` works, ``put`` raises OSError. A child of a fork has the store for itself:
-    what its parent is saving is the parent's business.
+    A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
+    its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
 
     >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
     >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
@@ -137,7 +136,7 @@ class PrefixStore:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is being saved, and close the index: the store cannot be used afterwards."""
+        """Wait for saves in the background, and close the index; later calls raise InvalidArgument."""
         self._finish_saves()
         self.shelf.close()
 
@@ -153,14 +152,15 @@ class PrefixStore:
     ) -> Prefix:
         """The cache of the longest stored prefix of ``tokens`` ([n] or [1, n]); an empty cache and 0 where there is none.
 
-        At least ``leave`` tokens are left, for a model has to be fed one (with 0, ``generate`` needs more tokens than the
-        cache's: of these alone it raises InvalidArgument, for it would feed all again). ``extra``: what the keys depend on
-        beyond the tokens (such as the digest of an image), as it was put. ``device``: of the cache (None: its layers' own). A
-        damaged block is dropped with a warning and never used: the prefix ends before it. Where the index cannot be read,
-        nothing is found, with a warning. Some models (Jamba, Mamba) do not take several tokens on top of a cache: of theirs
-        a prefix is found if one token is left, or if you feed what follows one by one (``stepwise``). What an image left in
-        the modules of a model with M-RoPE is put back to what a text leaves. Raises InvalidArgument for a model whose
-        prefixes cannot be used again.
+        ``leave``: tokens at the end that the prefix excludes, since a model has to be fed at least one (with 0, pass
+        ``generate`` more tokens than the cache's: for these alone it raises InvalidArgument). ``extra``: what keys depend on
+        beyond the tokens (such as the digest of an image), as in ``put``. ``device``: of the cache (None: the layers' own).
+
+        A damaged block is dropped with a warning, and the prefix ends before it. Where the index cannot be read, nothing is
+        found, with a warning. Some models (Jamba, Mamba) compute several tokens at once wrongly on top of a cache: their
+        prefixes are found only if one token is left, or with ``stepwise``, a promise to feed the rest one by one. The module
+        state of a model with M-RoPE is reset to that after text. Raises InvalidArgument for a model whose prefixes cannot be
+        reused.
         """
         self._index.check_open()
         if leave < 0:
@@ -176,10 +176,10 @@ class PrefixStore:
         import torch
 
         try:
-            with torch.inference_mode(False):  # else no one could update the tensors outside of it
+            with torch.inference_mode(False):  # inference tensors could not be updated outside of that mode
                 cache, length = self._found(identity, chain, ids, leave, target, one_left)
                 return Prefix(reuse.beside(cache, model) if device is None and identity.spread else cache, length)
-        except (OSError, CorruptStream) as error:  # blocks that cannot be read are not among these
+        except (OSError, CorruptStream) as error:  # of the index; unreadable blocks are handled before
             text = f"{self.shelf.folder} cannot be read, so that nothing is found in it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Prefix(tc.empty_cache(identity.config), 0)
@@ -193,7 +193,7 @@ class PrefixStore:
             assembly, used = self._assembled(found, device)
             if len(used) == len(found) or not (found[-1][0].stateful or one_left):
                 break
-            unreadable.add(found[len(used)][0].name)  # the state is gone with its tail: look for another
+            unreadable.add(found[len(used)][0].name)  # without its tail a prefix has no state: look for a shorter one
         self._index.touch(used, gets=1, hits=int(bool(used)), asked_tokens=len(ids), found_tokens=assembly.tokens)
         cache = tc.cache_of(assembly.state()) if used else tc.empty_cache(identity.config)
         tc.tell_tokens(cache, assembly.tokens)
@@ -201,19 +201,19 @@ class PrefixStore:
         return Prefix(cache, assembly.tokens)
 
     def _assembled(self, found: Sequence[tuple[Row, int]], device: Any) -> tuple[blocks.Assembly, list[Row]]:
-        """Decode blocks up to the first that cannot be; returns them, and the rows of those that could."""
+        """Decode blocks up to the first unreadable one; returns the assembly, and the rows of the decoded blocks."""
         tokens = sum(count for _, count in found)
         assembly = blocks.Assembly(tokens, device, self._recipe.backend)
         used = self._decoded(assembly, found)
         try:
             assembly.finish()
-        except CorruptStream:  # one by one, to find out which
+        except CorruptStream:  # decode block by block, to find the damaged one
             assembly = blocks.Assembly(tokens, device, self._recipe.backend, together=False)
             used = self._decoded(assembly, found)
         return assembly, used
 
     def _decoded(self, assembly: blocks.Assembly, found: Sequence[tuple[Row, int]]) -> list[Row]:
-        """Decode blocks one behind the other up to the first that cannot be; returns those that could."""
+        """Decode blocks in order up to the first unreadable one, which is given up; returns the rows of the decoded blocks."""
         used: list[Row] = []
         if not found:
             return used
@@ -229,7 +229,7 @@ class PrefixStore:
                 assembly.lay_out(first, row)
                 works: list[Callable[[], blocks.Decoded]]
                 works = [partial(decode, None if number else first, *block) for number, block in enumerate(found)]
-                if self._exact:  # read at once, where other streams wait to be decoded together
+                if self._exact:  # exact blocks are read in parallel; streams are decoded together later
                     works = [pool.submit(work).result for work in works]
                 for (row, _), work in zip(found, works, strict=True):
                     assembly.accept(work())
@@ -240,7 +240,7 @@ class PrefixStore:
         return used
 
     def _longest(self, chain: Chain, ids: np.ndarray, unreadable: Collection[bytes] = frozenset()) -> list[tuple[Row, int]]:
-        """The blocks that hold the longest prefix there is, and how many tokens of each are wanted."""
+        """The blocks of the longest stored prefix of ``ids``, each with the number of its tokens that are used."""
         found: list[tuple[Row, int]] = []
         parent = chain.root
         while len(ids) - BLOCK_TOKENS * len(found) >= BLOCK_TOKENS:
@@ -257,7 +257,7 @@ class PrefixStore:
             return [*found, best]
         if not found or not found[0][0].stateful:
             return found
-        for end in reversed(range(len(found))):  # a state that cannot be cut is there at tails only
+        for end in reversed(range(len(found))):  # state that cannot be cut is stored only in tails
             name = found[end - 1][0].name if end else chain.root
             best = self._best_child(chain, name, ids, BLOCK_TOKENS * end, unreadable)
             if best is not None:
@@ -267,10 +267,7 @@ class PrefixStore:
     def _best_child(
         self, chain: Chain, parent: bytes, ids: np.ndarray, start: int, unreadable: Collection[bytes]
     ) -> tuple[Row, int] | None:
-        """The block that shares most tokens with ``ids`` from ``start`` on, of those that follow ``parent``.
-
-        None where none shares any.
-        """
+        """The child of ``parent`` that shares most tokens with ``ids`` from ``start`` on, and how many; None without any."""
         best: tuple[Row, int] | None = None
         rows = [row for row in self._index.children(parent) if row.start == start]
         marks = chain.marks(parent, ids[start : start + BLOCK_TOKENS] if rows else [])
@@ -286,13 +283,13 @@ class PrefixStore:
     def put(
         self, model: Any, tokens: Any, cache: Any, *, extra: str = "", pin: bool = False, wait: bool = True
     ) -> Stored | Future[Stored]:
-        """Keep the cache of ``tokens`` [n] or [1, n]; only blocks that are not there yet are encoded and written.
+        """Store the cache of ``tokens`` [n] or [1, n]; only blocks that are missing are encoded and written.
 
-        ``tokens`` may go on beyond the cache, as the last token that was generated does (a cache of recurrent state alone does
-        not tell its length: pass what it has seen). ``pin``: never evict it. ``wait=False`` returns a Future at once and
-        saves in the background, from the tensors as they are now; where four saves wait already, a fifth is left out with
-        a warning. Raises InvalidArgument for a cache that cannot be kept, and OSError; what was there stays there.
-        A prefix that is larger than the quota is left out with a warning; ``Stored`` tells what is there in the end.
+        ``tokens`` may be longer than the cache, as after ``generate``, which does not feed its last token. (A purely recurrent
+        cache does not know its length: pass exactly what it has seen.) ``extra``: see ``get``. ``pin``: never evict the prefix.
+        ``wait=False``: return a Future at once and save in the background, from the tensors as they are now; beyond
+        ``PENDING`` waiting saves a put is skipped with a warning. A prefix larger than the quota is skipped with a warning.
+        Raises InvalidArgument for a cache that cannot be kept, and OSError; what was stored before stays.
         """
         self._index.check_writable()
         work = self._work(model, tokens, cache, extra, pin)
@@ -314,17 +311,16 @@ class PrefixStore:
         return future
 
     def generate(self, model: Any, input_ids: Any, *, extra: str = "", wait: bool = False, **options: Any) -> Any:
-        """``model.generate`` for one prompt [1, n], from the longest prefix there is; keeps the caches of prompt and answer.
+        """``model.generate`` for one prompt [1, n], from the longest stored prefix; stores the caches of prompt and answer.
 
-        get, prefill of the rest, put, generate, put: saving happens in the background (``wait=True``: before returning).
-        ``options`` are those of ``model.generate``, whose result is returned. Raises InvalidArgument for more than one
-        prompt, or a mask with gaps.
+        Saves happen in the background (``wait=True``: before it returns). ``options`` and the result are those of
+        ``model.generate``. Raises InvalidArgument for more than one prompt, a mask with gaps, or unsupported options.
         """
         self._index.check_open()
         return generation.generate(self, model, input_ids, extra=extra, wait=wait, **options)
 
     def flush(self) -> None:
-        """Wait for what is being saved; raises what saving raised."""
+        """Wait for saves in the background; raises the error of a failed one."""
         self._index.check_open()
         with self._lock:
             waiting = list(self._waiting)
@@ -332,7 +328,7 @@ class PrefixStore:
             future.result()
 
     def _saved(self, work: _Work) -> Stored:
-        """Write in the background, where nobody may ask how it went."""
+        """``_write`` in the background, where an error is also a warning, since the Future may never be read."""
         try:
             return self._write(work)
         except Exception as error:
@@ -398,7 +394,7 @@ class PrefixStore:
         return self._stored(work, written)
 
     def _too_large(self, work: _Work, written: Sequence[Row], size: int, room: int) -> Stored:
-        """Leave a prefix out that nothing else could be kept beside: the blocks that were there before stay."""
+        """Drop the new blocks of a prefix that exceeds the quota, with a warning; older blocks stay."""
         for row in reversed(written):
             self.shelf.drop(row)
         text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.folder} "
@@ -406,13 +402,13 @@ class PrefixStore:
         return self._stored(work, written)
 
     def _stored(self, work: _Work, written: Sequence[Row]) -> Stored:
-        """What is there now of a prefix, and of the blocks that were written for it."""
+        """The part of a prefix, and of the blocks ``written`` for it, that is in the store now."""
         kept = [row for row in written if (now := self._index.find(row.name)) is not None and now.file == row.file]
         found = sum(count for _, count in self._longest(work.chain, work.ids))
         return Stored(found, sum(len(row.tokens) for row in kept), sum(row.size for row in kept))
 
     def _add(self, row: Row, work: _Work, presets: blocks.BlockPresets) -> tuple[Row, bool]:
-        """Encode a block, write its file, commit it; and whether it is new."""
+        """Encode a block, write its file and commit it; returns its row, and whether this call added it."""
         cut = [self._part(layer, row) for layer in work.state.parts[""]]
         about = {"label": work.label, "settings": work.chain.settings, "marked": work.chain.keyed}
         chosen = presets if row.whole or self._exact else presets.at(TAIL_PRESET)
@@ -421,7 +417,7 @@ class PrefixStore:
         return row, self.shelf.commit(row)
 
     def _drop_what_grew_into(self, row: Row) -> None:
-        """Drop the tails that hold nothing beyond a new block; those with a state are of use by themselves."""
+        """Drop the tails whose tokens a new block includes; tails with state stay, since they are useful by themselves."""
         for tail in [] if row.stateful else self._index.children(row.parent):
             grown = _common(tail.tokens, row.tokens) == len(tail.tokens) and tail.name != row.name
             if grown and not tail.whole and not tail.pinned:
@@ -429,29 +425,29 @@ class PrefixStore:
 
     @staticmethod
     def _part(layer: tc.LayerState, row: Row) -> tc.LayerState:
-        """A layer's part of a block: its tokens, and in a tail the state that cannot be cut."""
+        """A layer's part of a block: its tokens; of a layer that cannot be cut nothing, but in a tail all of its state."""
         if layer.cuttable:
             return layer.cut(row.start, row.end)
         return layer.without_tensors() if row.whole else layer
 
     def _covering(self, parent: bytes, marks: np.ndarray) -> Row | None:
-        """A block that holds a tail's tokens and more."""
+        """A child of ``parent`` whose tokens begin with a tail's ``marks``; None without one."""
         rows = (row for row in self._index.children(parent) if _common(row.tokens, marks) == len(marks))
         return next(rows, None)
 
     def _presets_for(self, work: _Work, last: Row | None) -> blocks.BlockPresets:
-        """How the next blocks are encoded: as the one before them was."""
+        """The presets for new blocks: those of the block before them, ``last``, or chosen anew."""
         if last is not None and last.whole:
             try:
                 with self._files.open(last.file) as file:
                     return blocks.BlockPresets.in_file(blocks.block_metadata(file)["groups"])
             except (CorruptStream, UnsupportedStream, OSError, KeyError, TypeError):
-                pass  # a damaged block is found when it is read; the plan can be made anew
+                pass  # a damaged block is reported when it is read; choose anew
         return blocks.BlockPresets.of(work.state, work.identity.config, None if self._exact else self._recipe)
 
-    # -- keeping -------------------------------------------------------------------------------------------------
+    # -- pinning -------------------------------------------------------------------------------------------------
     def pin(self, model: Any, tokens: Any, *, extra: str = "", pinned: bool = True) -> int:
-        """Keep the longest stored prefix of ``tokens`` from eviction (or let it go again); returns its length."""
+        """Keep the longest stored prefix of ``tokens`` from eviction (``pinned=False``: release it); returns its length."""
         chain = self._chain(self._identity(model), extra)
         found = self._longest(chain, token_ids(tokens))
         if found:
@@ -460,7 +456,7 @@ class PrefixStore:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens that two runs share from their beginning."""
+    """The length of the common beginning of two runs of tokens."""
     n = min(len(a), len(b))
     other = np.nonzero(a[:n] != b[:n])[0]
     return int(other[0]) if len(other) else n
@@ -468,7 +464,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 # -- forks, and the end of the interpreter -------------------------------------------------------------------------
 _open_stores: WeakSet[PrefixStore] = WeakSet()
-_left_behind: list[Any] = []  # a parent's threads and what they save, kept from being ended in a child, where they are not
+_left_behind: list[Any] = []  # savers of the parent, whose threads do not exist in the child and must not be joined
 
 
 def _after_fork() -> None:
@@ -484,5 +480,5 @@ def _at_exit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-if hasattr(threading, "_register_atexit"):  # saves end while threads can still be started, which atexit is too late for
+if hasattr(threading, "_register_atexit"):  # finish saves while threads can be started; atexit is too late
     threading._register_atexit(_at_exit)

@@ -1,4 +1,4 @@
-"""Law: whether the cache of a prefix can be gone on from: by the model that is to do it, and by what it was begun with."""
+"""Law: whether a model can continue from the cache of a prefix, and whether a cache may be stored as one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pqcodec.formats.store import contents
 
 
 def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) -> tc.Behaviour | None:
-    """How a model goes on from a cache of ids [n]; None where nothing is known, and so all believed: of an Identity alone.
+    """How a model continues from a cache of ids [n]; None, for no restrictions, if only an Identity or no token is given.
 
-    Raises InvalidArgument for a model whose prefixes cannot be used again, and for tokens that stand for images, video or
-    sound of which ``extra`` tells nothing.
+    Raises InvalidArgument for a model whose prefixes cannot be reused, and for placeholders of images, video or sound
+    without an ``extra``.
     """
     if isinstance(model, Identity) or not len(ids):
         return None
@@ -38,7 +38,7 @@ def behaviour_of(model: Any, identity: Identity, ids: np.ndarray, extra: str) ->
 
 
 def check_same_layers(behaviour: tc.Behaviour, state: tc.CacheState) -> None:
-    """Raises InvalidArgument for a cache whose layers are not those of the model's own."""
+    """Raises InvalidArgument for a cache whose layers differ from those of the model's own cache."""
     own, found = behaviour.layers, tc.layers_of(state)
     if len(found) != len(own):
         raise InvalidArgument(f"a cache of {len(found)} layers; the model's own has {len(own)}")
@@ -56,13 +56,13 @@ def _shown(layer: Any) -> str:
 
 
 def restore_text_state(model: Any) -> None:
-    """Put back what an image left in a model's modules."""
+    """Reset the state that an image left in a model's modules to that after text."""
     if not isinstance(model, Identity):
         tc.begin_text(unwrapped(model))
 
 
 def beside(cache: Any, model: Any) -> Any:
-    """A cache whose layers lie where the model's do, for a model on several devices."""
+    """The cache with its layers moved to the devices of the model's layers."""
     devices = tc.layer_devices(unwrapped(model))
     moved = tc.cache_of(tc.placed(tc.state_of(cache), devices))
     vars(moved).update({name: value for name, value in vars(cache).items() if name != "layers"})
@@ -72,7 +72,7 @@ def beside(cache: Any, model: Any) -> Any:
 def kept_state(
     cache: Any, identity: Identity, preset: str, behaviour: tc.Behaviour | None, tokens: int
 ) -> tuple[tc.CacheState, int]:
-    """What a cache of a text of so many tokens holds, and of how many of them; raises InvalidArgument if it cannot be kept."""
+    """A cache's state, and how many of ``tokens`` it has seen; raises InvalidArgument if it cannot be put."""
     tc.check_begun(cache, identity, preset)
     state = tc.state_of(cache, identity.config)
     if state.kind != "DynamicCache":

@@ -1,7 +1,7 @@
-"""Law: blocks that are committed: their rows and their files together, what is dropped and when, and how damage is found.
+"""Law: the committed blocks of a store's folder, rows and files together: commit, drop, quota, damage and leftovers.
 
-Nothing here knows models or caches. A block's file is written before its row and removed after it, so that whoever finds a row
-finds a file, or learns that another process has dropped both meanwhile.
+This module does not depend on models or caches. A block's file is written before its row and removed after it: a row without a
+file means that another process has just dropped the block.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pqcodec.formats.store.files import GRACE, BlockFiles
 from pqcodec.formats.store.index import Index, Row
 
 INDEX, LOCK, BLOCKS = "index.sqlite", "lock", "blocks"
-_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can be read nevertheless
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can still be read
 
 
 class Shelf:
-    """The blocks of a store's folder; ``data``: a folder or URL for their files, which is passed whenever the store is opened.
+    """The blocks of a store's folder; ``data``: the folder or URL of their files, to be passed whenever the store is opened.
 
-    ``shared``: others may use the store, as far as the umask lets them; otherwise what is made here is its owner's alone. An
-    index that is missing or damaged is made anew from the files. Where the folder cannot be written (a mount for reading,
-    another user's, a full disk), what is there is read as it is, and what would change it raises OSError. Raises
-    InvalidArgument for a URL in the place of the folder, for links inside of it, and where its index says that the files lie
-    elsewhere than in ``data``; OSError; and UnsupportedStream for an index of a newer version.
+    ``shared``: other users may use the store, as far as the umask allows; otherwise new files are private. A missing or
+    damaged index is rebuilt from the files. Where the folder cannot be written (a read-only mount, another user's, a full
+    disk), it can be read, and methods that change it raise OSError. Raises InvalidArgument for a URL as the folder, for links
+    in it, and where the index records another place of the files than ``data``; OSError; and UnsupportedStream for an index
+    of a newer version.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Shelf:
             self._refill(damage)
 
     def _check_data(self, data: str | None) -> None:
-        """Hold what the index says of its files' place to what the user says, whose word is needed to go there."""
+        """Record a new ``data``, or raise InvalidArgument where the index records another: only the user's word is followed."""
         told = self.index.data
         if told is None and data is not None and self.denied is None:
             self.index.set_data(data)
@@ -77,29 +77,33 @@ class Shelf:
             )
 
     def close(self) -> None:
+        """Close the index; later calls raise InvalidArgument."""
         self.index.close()
 
     # -- blocks --------------------------------------------------------------------------------------------------
     def commit(self, row: Row) -> bool:
-        """Add the row of a block whose file is written; False, and the file is gone, where the block is there already."""
+        """Add the row of a block whose file is written; False, and the file is removed, if the block exists already."""
         if self.index.add(row):
             return True
         there = self.index.find(row.name)
-        if there is None or there.file != row.file:  # not one that was found by its file, when the index was made anew
+        if there is None or there.file != row.file:  # equal if a rebuilt index found this very file
             self.files.remove(row.file)
         return False
 
     def drop(self, row: Row) -> bool:
-        """Take a block out; False where another process has done so. Blocks behind it are usable once it is there again."""
+        """Remove a block and its file; False where another process has done so.
+
+        Blocks that follow it cannot be found until it is stored again.
+        """
         done = self.index.remove(row)
         if done:
             self.files.remove(row.file)
         return done
 
     def give_up(self, row: Row, error: Exception) -> None:
-        """A block cannot be read: warn, and drop it if it is damaged, unless another process has dropped it meanwhile.
+        """Warn that a block cannot be read because of ``error``, and drop it if that is damage.
 
-        Raises nothing: what cannot be dropped is left for whoever can.
+        Silent where another process has dropped it meanwhile. Raises nothing: a block that cannot be dropped stays.
         """
         what = f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.folder}"
         if isinstance(error, (CorruptStream, FileNotFoundError)):
@@ -108,7 +112,7 @@ class Shelf:
                     return
                 self.index.touch([], damaged=1)
                 text = f"{what} is damaged and was dropped; its tokens will be computed anew: {error}"
-                with suppress(OSError):  # a file that stays is collected later
+                with suppress(OSError):  # ``gc`` removes a file that stays
                     self.files.remove(row.file)
             except (OSError, CorruptStream) as problem:
                 text = f"{what} is damaged, and cannot be dropped ({problem}); the prefix ends before it: {error}"
@@ -119,18 +123,21 @@ class Shelf:
     # -- the quota -----------------------------------------------------------------------------------------------
     @property
     def max_bytes(self) -> int | None:
-        """The quota of the folder; None: there is none."""
+        """The quota in bytes; None: no quota."""
         return self.index.counters().get("max_bytes")
 
     def room(self, names: Collection[bytes] = ()) -> int | None:
-        """Bytes that the blocks of a prefix may take: the quota less what is held by pins, but for blocks of these names."""
+        """Bytes available to a prefix: the quota less pinned blocks and their ancestors, except those in ``names``.
+
+        None: no quota.
+        """
         limit = self.max_bytes
         return None if limit is None else limit - sum(size for name, size in self.index.held().items() if name not in names)
 
     def evict(self) -> int:
-        """Drop the prefixes that were used longest ago, from their ends on, until the quota holds; returns bytes.
+        """Drop least recently used blocks, last blocks of prefixes first, until the quota holds; returns the bytes freed.
 
-        Warns where it does not hold in the end.
+        Warns where the quota cannot be reached.
         """
         freed, why = 0, ""
         limit = self.max_bytes
@@ -151,7 +158,7 @@ class Shelf:
         return freed
 
     def _why_nothing_goes(self) -> str:
-        """Why there is no block that could be evicted."""
+        """Why no block can be evicted, in words."""
         rows, held = self.index.all(), self.index.held()
         free = [row for row in rows if row.name not in held]
         if rows and not free:
@@ -160,7 +167,7 @@ class Shelf:
 
     # -- upkeep --------------------------------------------------------------------------------------------------
     def problems(self, row: Row, backend: str = "auto") -> list[str]:
-        """What is wrong with a block, checked byte by byte; nothing is dropped. Raises OSError for a file out of reach."""
+        """The damage of a block, every byte checked, in words; nothing is dropped. Raises OSError for a file out of reach."""
         self.index.check_open()
         try:
             with self.files.open(row.file) as file:
@@ -173,14 +180,15 @@ class Shelf:
         return wrong if same and np.array_equal(found.tokens, row.tokens) else [*wrong, "is another block"]
 
     def gc(self, grace: float = GRACE) -> dict[str, int]:
-        """Remove files that no row has, rows without a file, and what is over the quota; returns how many of each.
+        """Remove files without a row, rows without a file, and blocks beyond the quota.
 
-        Files younger than ``grace`` seconds stay: they may be being written.
+        Files younger than ``grace`` seconds stay, since they may still be written. Returns "orphans" (files), "missing" (rows)
+        and "evicted_bytes". Raises OSError.
         """
         self.index.check_writable()
         before = self.index.all()
         there = dict(self.files.all())
-        owned = {row.file for row in self.index.all()}  # by now, for blocks are committed meanwhile
+        owned = {row.file for row in self.index.all()}  # read after the files: blocks may be committed meanwhile
         orphans = [file for file, age in there.items() if file not in owned and age >= grace]
         for file in orphans:
             self.files.remove(file)
@@ -189,7 +197,7 @@ class Shelf:
 
     # -- the index -----------------------------------------------------------------------------------------------
     def _opened(self) -> tuple[Index, str]:
-        """The index, and what was wrong with the one that was there: it is set aside. Without the right to write it is read."""
+        """The index, and a description of the damaged one that it replaces ("" without); opened for reading if not writable."""
         path = self.folder / INDEX
         places = (self.folder, self.folder / LOCK, *(path.with_name(INDEX + ending) for ending in ("", "-wal", "-shm")))
         self.denied = next(filter(None, map(own.denied, places)), None)
@@ -220,7 +228,7 @@ class Shelf:
             except CorruptStream:
                 pass
             beside = [mark, *(path.with_name(INDEX + suffix) for suffix in ("-wal", "-shm", "-journal"))]
-            for place in (path, *beside):  # before anything is moved: a folder could not be removed
+            for place in (path, *beside):  # before anything is moved
                 own.check_file(place, self._shared)
             aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
             if path.exists():
@@ -230,7 +238,7 @@ class Shelf:
             return Index(path, self._shared), f"{path} was damaged and is set aside as {aside.name}"
 
     def _refill(self, damage: str) -> None:
-        """Rows for every file that says which block it is, in an index that is new."""
+        """Add rows to a new index for all files that describe their blocks; ``damage``: for the warning."""
         count = 0
         for file in self.files.complete():
             try:
@@ -238,7 +246,7 @@ class Shelf:
                     row, about = row_in(opened, file)
             except (CorruptStream, UnsupportedStream, FileNotFoundError, PermissionError):
                 continue
-            if not own.is_block_file(file, row.name):  # a file that was renamed: no index may name it
+            if not own.is_block_file(file, row.name):  # a renamed file, which no index may name
                 continue
             self.index.add_root(row.root, about["label"], about["settings"])
             count += self.index.add(row)
@@ -249,7 +257,7 @@ class Shelf:
 
 @contextmanager
 def _only_one(lock: Path, shared: bool) -> Iterator[None]:
-    """One process at a time, where the system can tell (POSIX)."""
+    """A context for one process at a time, by a lock file, where the system has such locks (POSIX)."""
     own.make_file(lock, shared)
     with open(lock, "a") as file:
         if fcntl is None:
@@ -259,4 +267,4 @@ def _only_one(lock: Path, shared: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # of a child that was forked meanwhile, too, which has the file open
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child forked meanwhile, which has the file open

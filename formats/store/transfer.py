@@ -1,9 +1,9 @@
-"""Law: a prefix as one .pqkv file, out of a store and into another: all blocks from the root on, nothing encoded or decoded.
+"""Law: export of a prefix as one .pqkv file with all its blocks, and import into another store (SPEC IV.4); nothing is decoded.
 
-Tensors of block n are called ``n/<their name>``; the metadata's key "prefix.chain" holds what each block's file says of itself
-(SPEC IV.2). So a block that went out and came in again is the same file, byte for byte, but that one without seals gains them.
-Names are those of the store that the file comes from: a store finds what was put with the same model, settings and tenant.
-Of right names, numbers cannot be checked without the model: so a file comes in by the digest that its export told, or on trust.
+Tensors of block n are called ``n/<their name>``; the metadata's key "prefix.chain" holds the metadata of each block. So a block
+that was exported and imported is the same file, byte for byte, except that one without seals gains them. Names stay as they
+are: the other store finds them for the same model, settings and tenant. Whether the numbers are what the model computes cannot
+be checked without it, so an import needs the digest that the export printed, or the caller's trust.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 from pqcodec.formats.store.shelf import Shelf
 
-KEY = "prefix.chain"  # of the file's metadata
+KEY = "prefix.chain"  # key of the file's metadata
 FORMAT = 1
 
 
-# -- out of a store ----------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------------------------
 def lineage(shelf: Shelf, row: Row) -> list[Row]:
-    """A block and all before it, the first one first; raises InvalidArgument where one of them is not there any more."""
+    """A block and its ancestors, from the first one on; raises InvalidArgument where one of them is missing."""
     found = [row]
     while found[0].start:
         before = shelf.index.find(found[0].parent)
@@ -43,16 +43,17 @@ def lineage(shelf: Shelf, row: Row) -> list[Row]:
 
 @dataclass(frozen=True)
 class Exported:
-    """What ``write_prefix`` wrote."""
+    """The result of ``write_prefix``."""
 
-    bytes: int
-    sha256: str  # of the file, in hexadecimal; ``add_prefix`` takes it
+    bytes: int  # of the file
+    sha256: str  # of the file, in hexadecimal, as ``add_prefix`` takes it
 
 
 def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress | None = None) -> Exported:
-    """Write a block and all before it as one file, every byte checked.
+    """Write a block and its ancestors as one file, after checking every byte.
 
-    ``progress`` is told (tensors done, tensors in all). Raises InvalidArgument, CorruptStream or OSError, leaving nothing.
+    ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, CorruptStream or OSError; no file is
+    left then.
     """
     source, pieces, told = _Opened(shelf), [], []
     for number, at in enumerate(lineage(shelf, row)):
@@ -72,7 +73,7 @@ def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress 
 
 
 class _Opened:
-    """Files of blocks, of which one is open at a time; it is checked before anything of it is used."""
+    """The blocks' files of an export, one open at a time, each verified before it is used."""
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
@@ -81,7 +82,7 @@ class _Opened:
         self._pieces: dict[str, Piece] = {}
 
     def body(self, row: Row, name: str) -> Callable[[], Any]:
-        """The body of a tensor of a block, for its turn."""
+        """The ``Piece.body`` of a tensor of a block; it opens the block's file when it is called."""
 
         def made() -> Any:
             if self._row is not row:
@@ -99,46 +100,47 @@ class _Opened:
         self._pieces = {piece.name: piece for piece in pieces_of(self._file)}
 
     def close(self) -> None:
+        """Close the open file, if there is one."""
         if self._file is not None:
             self._file.close()
 
 
-# -- into a store ------------------------------------------------------------------------------------------------
+# -- import ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Added:
-    """What ``add_prefix`` did, and what is there when the quota holds."""
+    """The result of ``add_prefix``, after eviction."""
 
     name: str  # of the last block, in hexadecimal
-    tokens: int  # of the prefix that are there
+    tokens: int  # of the prefix that are in the store now
     new_blocks: int
-    present_blocks: int  # that were there already
+    present_blocks: int  # were in the store before
     new_bytes: int
-    evicted_bytes: int  # dropped for the quota's sake
+    evicted_bytes: int  # of blocks dropped for the quota
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """A file whose prefix may come in (``checked``)."""
+    """A file that passed ``checked``, with the metadata and rows of its blocks."""
 
     file: TensorFile
-    told: list[dict[str, Any]]  # what each block says of itself
+    metadata: list[dict[str, Any]]  # of each block (``block_metadata``)
     rows: list[Row]
 
 
 def add_prefix(
     shelf: Shelf, file: TensorFile, progress: Progress | None = None, *, sha256: str | None = None, trust: bool = False
 ) -> Added:
-    """Add the blocks of a file that ``write_prefix`` wrote to a store: ``checked``, and then ``add_checked``."""
+    """Add the blocks of a file that ``write_prefix`` wrote to a store, by ``checked`` and ``add_checked``."""
     return add_checked(shelf, checked(file, sha256=sha256, trust=trust), progress)
 
 
 def checked(file: TensorFile, *, sha256: str | None = None, trust: bool = False) -> Incoming:
-    """A file whose every byte is checked, and that is what was exported by its digest, or else is trusted.
+    """Check every byte of a file, and its digest.
 
-    Checksums tell damage, not forgery: whoever makes a file can put any numbers under right names. So the digest that
-    ``write_prefix`` told is wanted, by a way that is trusted; ``trust``: or the caller's word that its makers are trusted as
-    those of the model's weights are. Raises InvalidArgument where neither is given and for a file without a prefix,
-    CorruptStream, UnsupportedStream and OSError.
+    Checksums reveal damage, not forgery: any numbers can be put under right names. So ``sha256``, the digest that
+    ``write_prefix`` returned, is required, over a channel that is trusted; or ``trust``, the caller's word that the makers of
+    the file are trusted like those of the model's weights. Raises InvalidArgument where neither is given and for a file
+    without a prefix, CorruptStream, UnsupportedStream and OSError.
     """
     check_trust(sha256, trust)
     if sha256 is not None:
@@ -151,7 +153,7 @@ def checked(file: TensorFile, *, sha256: str | None = None, trust: bool = False)
 
 
 def check_trust(sha256: str | Collection[str] | None, trust: bool) -> None:
-    """Raises InvalidArgument where there is neither a digest nor trust."""
+    """Raises InvalidArgument where neither a digest nor trust is given, or a digest is no SHA-256 in hexadecimal."""
     digests = [sha256] if isinstance(sha256, str) else sha256 or []
     if not digests and not trust:
         raise InvalidArgument(
@@ -164,7 +166,10 @@ def check_trust(sha256: str | Collection[str] | None, trust: bool) -> None:
 
 
 def check_digest(file: TensorFile, digests: Collection[str]) -> str:
-    """The SHA-256 of a file, which is one of those; raises CorruptStream, or InvalidArgument for what has no digest here."""
+    """The SHA-256 of a file, which has to be in ``digests``.
+
+    Raises CorruptStream where it is not, and InvalidArgument for a URL or another container than .pqkv.
+    """
     if not isinstance(file, PQKVFile):
         raise InvalidArgument(
             f"{file.label}: only a .pqkv file has the digest of an export; import that, or trust it (--trust)"
@@ -176,13 +181,13 @@ def check_digest(file: TensorFile, digests: Collection[str]) -> str:
 
 
 def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = None) -> Added:
-    """Add the blocks of a checked file to a store; each is checked once more before it is committed.
+    """Add the blocks of a checked file to a store; each block's new file is verified before it is committed.
 
-    ``progress`` is told (blocks done, blocks in all). Raises InvalidArgument for a prefix that is larger than the quota,
-    CorruptStream for one that contradicts what is there, and OSError; the blocks before the one at fault stay then.
+    ``progress`` is called with (blocks done, blocks in all). Raises InvalidArgument for a prefix larger than the quota,
+    CorruptStream for one that contradicts the store, and OSError; blocks that were added before the error stay.
     """
     shelf.index.check_writable()
-    file, told, rows = incoming.file, incoming.told, incoming.rows
+    file, told, rows = incoming.file, incoming.metadata, incoming.rows
     about = {key: told[0][key] for key in ("label", "settings")}
     known = shelf.index.roots().get(rows[0].root)
     if known is not None and known[1] != about["settings"]:
@@ -215,7 +220,7 @@ def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = No
 
 
 def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], told: dict[str, Any]) -> Row:
-    """The row of a block whose file is written and sound; raises CorruptStream, and no file is left then."""
+    """Write and verify a block's file and return its row; raises CorruptStream, and leaves no file then."""
     at = own.new_block_file(row.name)
     try:
         with shelf.files.writing(at) as path:
@@ -229,7 +234,10 @@ def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], 
 
 
 def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
-    """What each block says of itself, and its row, still without a file; they make one prefix, from its first token on."""
+    """The metadata of each block and its row, still without a file, after checking that they form one prefix from token 0.
+
+    Raises InvalidArgument for a file without a prefix, CorruptStream or UnsupportedStream.
+    """
     chain = file.metadata.get(KEY)
     if chain is None:
         raise InvalidArgument(f"{file.label}: holds no prefix of a store; `pqcodec store export` writes such files")
@@ -248,7 +256,7 @@ def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
         names = Chain(told[0]["settings"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptStream(f"{file.label}: its metadata does not describe blocks ({error!r})") from error
-    keyed = names.root != rows[0].root  # by a tenant, whom nobody here knows
+    keyed = names.root != rows[0].root  # by a tenant's salt, which is not known here
     parent, end = rows[0].root, 0
     for number, (of, row) in enumerate(zip(told, rows, strict=True)):
         problem = _problem(row, parent, end, last=number == len(rows) - 1)
@@ -263,7 +271,7 @@ def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
 
 
 def _names(told: dict[str, Any]) -> list[str]:
-    """The tensors of a block's file, by its metadata."""
+    """The names of the tensors of a block's file, from its metadata."""
     groups = told["groups"]
     coded = {(layer, group["path"]) for group in groups for layer in group["layers"]}
     each = [(index, path) for index, kind in enumerate(told["layers"]) for path in told["kinds"][kind]["tensors"]]
@@ -272,7 +280,7 @@ def _names(told: dict[str, Any]) -> list[str]:
 
 
 def _problem(row: Row, parent: bytes, end: int, last: bool) -> str:
-    """Why a block does not follow ``parent``, whose last token is before ``end``; or an empty string."""
+    """Why a block cannot follow ``parent``, which ends before token ``end``, or an empty string."""
     if (row.parent, row.start) != (parent, end):
         return "does not follow the one before it"
     if row.whole != (len(row.tokens) == BLOCK_TOKENS) or len(row.tokens) > BLOCK_TOKENS:
