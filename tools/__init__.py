@@ -1,1 +1,1 @@
-"""Law: the command line: one verb, one file; what a verb does is done by pqcodec and pqcodec.formats."""
+"""The command line ``pqcodec``: one file a verb; the work is done by pqcodec and pqcodec.formats."""

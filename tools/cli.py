@@ -1,4 +1,4 @@
-"""Law: the command ``pqcodec`` and its verbs, wired and nothing else; numpy, torch and numba are loaded inside a verb."""
+"""Law: the wiring of the command ``pqcodec`` and its verbs; numpy, torch and numba are loaded inside a verb."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _interrupt)  # an unfinished output is removed, as it is at Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # removes an unfinished output, as Ctrl-C does
     try:
         app()
     except KeyboardInterrupt:

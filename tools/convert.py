@@ -1,4 +1,4 @@
-"""Law: ``pqcodec convert``: encoded files move into another container; nothing is decoded."""
+"""Law: ``pqcodec convert``: encoded files are moved into another container without decoding."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ def convert(
 
 
 def _held_bytes(entry: Entry, kind: str) -> int:
-    """Memory that a tensor takes until it is written: of a coded one a piece of a stream, and in zarr an object."""
+    """The most bytes of memory for a tensor: for a coded one part of a stream, or in zarr whole objects."""
     if entry.coded:
         return 2 * entry.body_bytes if kind == "zarr" else 0
-    return entry.tensor_bytes * (4 if kind == "zarr" else 1)  # zarr puts a checksum behind it, in copies
+    return entry.tensor_bytes * (4 if kind == "zarr" else 1)  # zarr makes copies to append a checksum
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What ``convert`` tells of a file."""
+    """The outcome of ``convert`` for a file."""
 
     output: str
-    read_bytes: int | None  # of a single local file
+    read_bytes: int | None  # None where the input is no local file
     file_bytes: int
     seconds: float
 

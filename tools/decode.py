@@ -1,4 +1,4 @@
-"""Law: ``pqcodec decode``: encoded files become files of plain tensors."""
+"""Law: ``pqcodec decode``: encoded files are decoded into files of plain tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
 
 _WAYS = "decode fewer tokens (--tokens A:B), other tensors (--only) or fewer files at once (--jobs)"
-_Range = tuple[int, int | None]  # of tokens; None: up to the last one
+_Range = tuple[int, int | None]  # tokens: first, last + 1 (None: to the end)
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -75,7 +75,7 @@ def decode(
 
 
 class _Outcome:
-    """What ``decode`` tells of a file."""
+    """The outcome of ``decode`` for a file."""
 
     COLUMNS = ("tensors", "bytes", "GB/s")
     exit_code = 0
@@ -86,7 +86,7 @@ class _Outcome:
 
     @property
     def rate(self) -> float:
-        """GB/s of tensors out of the decoder, writing not counted."""
+        """GB/s of decoded tensors, without writing."""
         return self.bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class _Outcome:
 
 
 def _token_range(text: str | None) -> _Range | None:
-    """The range that ``--tokens A:B`` asks for; an open end is None."""
+    """The range of ``--tokens A:B``; raises InvalidArgument."""
     if text is None:
         return None
     first, colon, last = text.partition(":")
@@ -111,14 +111,14 @@ def _token_range(text: str | None) -> _Range | None:
 
 
 def _chosen(file: TensorFile, only: list[str] | None) -> list[str]:
-    """The names to decode, in the file's order; one that is not there raises InvalidArgument."""
+    """The names to decode, in file order; raises InvalidArgument for one that the file lacks."""
     for name in only or ():
         file.entry(name)
     return [name for name in file.names if not only or name in only]
 
 
 class _DecodedTensors:
-    """The tensors of an encoded file that are wanted, each decoded when its turn comes."""
+    """The wanted tensors of an encoded file as ``Tensors``, each decoded when it is read."""
 
     def __init__(
         self, file: TensorFile, names: list[str], wanted: _Range | None, backend: str, show: Show, outcome: _Outcome
@@ -130,7 +130,7 @@ class _DecodedTensors:
         self._read_bytes = 0
 
     def _cut(self, name: str) -> tuple[int, int] | None:
-        """The tokens that are wanted of a tensor; None is all, or what has none. Raises InvalidArgument."""
+        """The wanted tokens of a tensor, (first, last + 1); None for all, or a tensor without. Raises InvalidArgument."""
         entry = self._file.entry(name)
         if self._wanted is None or len(entry.shape) < 2 or not (entry.coded or entry.role != "other"):
             return None
@@ -142,22 +142,24 @@ class _DecodedTensors:
             return checked_range("tokens", (first, entry.tokens if last is None else last), entry.tokens)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape, after the cut, and dtype of a tensor."""
         entry, cut = self._file.entry(name), self._tokens[name]
         return entry.shape if cut is None else (*entry.shape[:-2], cut[1] - cut[0], entry.shape[-1]), entry.dtype
 
     def held_bytes(self, name: str) -> int:
-        """Memory that a tensor takes until it is written."""
+        """The most bytes of memory for a tensor until it is written."""
         entry, cut = self._file.entry(name), self._tokens[name]
         size = tensor_bytes(*self.describe(name))
         if not entry.coded:
             return entry.tensor_bytes + (0 if cut is None else size)
         from pqcodec.formats.places import remote
 
-        streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # a store gives them at once
-        places = 16 * math.prod(entry.shape[:-2]) if size else 0  # where each leading index begins
+        streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # an object is read at once
+        places = 16 * math.prod(entry.shape[:-2]) if size else 0  # offset of each leading index
         return size + streams + places
 
     def read(self, name: str) -> Any:
+        """The decoded tensor; updates the outcome and the progress."""
         entry, before = self._file.entry(name), self._read_bytes
 
         def advance(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec encode``: files of tensors become encoded ones, tensor by tensor."""
+"""Law: ``pqcodec encode``: files of plain tensors are encoded, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -115,21 +115,21 @@ def encode(
 
 
 def container(target: str, to: str | None) -> str:
-    """The kind of an output; stdout is a .pqkv file."""
+    """The kind of container of an output, a .pqkv file for stdout; raises InvalidArgument."""
     from pqcodec.formats.containers.kinds import container_of
 
     return container_of(target, to or ("pqkv" if target == STANDARD else None))
 
 
-# -- what is asked for -------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Settings:
-    """What is done to each file."""
+    """The options of ``encode``, the same for each file."""
 
     recipe: Recipe
     regexes: tuple[str | None, str | None]  # of keys and of values
-    needs_keys: bool
-    notes: dict[str, str]
+    needs_keys: bool  # centring was asked for, so a file without keys is an error
+    notes: dict[str, str]  # of --note
     limit: Limit
 
 
@@ -163,13 +163,13 @@ def _center(center: str, rope: Rope | None) -> str | None:
 # -- the work ----------------------------------------------------------------------------------------------------
 @dataclass
 class _Outcome:
-    """What ``encode`` tells of a file."""
+    """The outcome of ``encode`` for a file; sizes in bytes."""
 
     COLUMNS = ("tensors", "bits/coord", "relMSE", "smaller", "bytes", "GB/s")
     exit_code = 0
 
     output: str
-    all_measured: bool  # relMSE is of all numbers, not of a sample
+    all_measured: bool  # relMSE was measured on all numbers, not on a sample
     coded: list[Encoded] = field(default_factory=list)
     exact: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     tensor_bytes: int = 0
@@ -177,13 +177,13 @@ class _Outcome:
     seconds: float = 0.0
 
     def bits(self, role: str | None = None) -> float | None:
-        """Bits per coordinate of the coded tensors (of a role)."""
+        """Bits per coordinate of the coded tensors (of a role); None without any."""
         of = [c for c in self.coded if role in (None, c.tensor.role)]
         coordinates = sum(c.coordinates for c in of)
         return 8 * sum(c.stream_bytes for c in of) / coordinates if coordinates else None
 
     def rel_mse(self, role: str | None = None) -> float | None:
-        """Squared error over squared norm of the coded tensors (of a role), each tensor's sample weighted by its size."""
+        """Squared error over squared norm of the coded tensors (of a role), samples weighted by tensor size; None without."""
         of = [c for c in self.coded if role in (None, c.tensor.role) and c.error.norm]
         seen = sum(c.error.norm * c.weight for c in of)
         return sum(c.error.squares * c.weight for c in of) / seen if seen else None
@@ -198,7 +198,7 @@ class _Outcome:
 
     @property
     def rate(self) -> float:
-        """GB/s of tensors into the encoder, reading and writing not counted."""
+        """GB/s of tensors encoded, without reading and writing."""
         return sum(c.tensor_bytes for c in self.coded) / self.encode_seconds / 1e9 if self.encode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class _Outcome:
         return [str(len(self.coded) + len(self.exact)), *told, bytes_text(self.file_bytes), f"{self.rate:.3g}"]
 
     def notes(self) -> list[str]:
-        """Lines about what the user may not expect."""
+        """Lines about decisions that the user may not expect."""
         lines = []
         for reason in dict.fromkeys(reason for _, reason in self.exact):
             lines.append(f"kept exactly ({reason}): {_some([name for name, why in self.exact if why == reason])}")
@@ -290,17 +290,17 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
 
 
 def _held_bytes(reader: TensorReader, name: str, tensor: TensorRole, recipe: Recipe | None, kind: str) -> int:
-    """Memory that a tensor takes until it is written; ``recipe``: None where it is kept exactly."""
+    """The most bytes of memory for a tensor until it is written; ``recipe``: None where it is kept exactly."""
     shape, dtype = reader.describe(name)
     read, zarr = reader.held_bytes(name), kind == "zarr"
     if recipe is None:
-        return read + 3 * zarr * tensor_bytes(shape, dtype)  # zarr puts a checksum behind it, in copies
+        return read + 3 * zarr * tensor_bytes(shape, dtype)  # zarr makes copies to append a checksum
     made = recipe.held_bytes(tensor, shape, dtype)
-    return max(read + made, 2 * zarr * made)  # zarr's chunk is a copy of the stream
+    return max(read + made, 2 * zarr * made)  # zarr's chunk copies the stream
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a tensor as it is; 0 where the dtype is unknown and an error will follow."""
+    """Bytes of a tensor's numbers; 0 for an unknown dtype, which is refused later."""
     import math
 
     from pqcodec import constants as c

@@ -1,4 +1,4 @@
-"""Law: which files a verb works on and where it writes: names, folders, patterns, URLs, "-"; nothing is replaced unasked."""
+"""Law: the inputs and outputs of a verb: files, folders, patterns, URLs, "-"; nothing is replaced without --force."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pqcodec.errors import InvalidArgument
 
 STANDARD = "-"
 PLAIN, ENCODED = (".safetensors", ".npz", ".npy"), (".pqkv", ".safetensors", ".zarr", ".pqs")
-_FOLDER = ".zarr"  # the extension of what is a folder and yet one file to its user
+_FOLDER = ".zarr"  # the extension of folders that count as one file
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file to work on, and what it is called below the folder or pattern that it was found by."""
+    """A file to read."""
 
-    path: str
-    name: str
+    path: str  # or URL, or "-"
+    name: str  # relative to the folder or pattern in which it was found
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Task:
 
 
 def inputs(sources: Sequence[str], extensions: tuple[str, ...]) -> tuple[list[Input], bool]:
-    """The files that arguments name, and whether they may be many: of a folder those with an extension of ``extensions``.
+    """The files for arguments (in folders, those with an extension of ``extensions``), and whether they may be many.
 
-    Raises InvalidArgument where a folder or a pattern holds none.
+    Raises InvalidArgument for a folder or a pattern without files.
     """
     found: list[Input] = []
     many = len(sources) > 1
@@ -66,9 +66,10 @@ def inputs(sources: Sequence[str], extensions: tuple[str, ...]) -> tuple[list[In
 
 
 def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: str, force: bool) -> tuple[list[Task], bool]:
-    """What is read and where it is written, and whether these are many: then ``target`` is a folder, ``written`` the extension.
+    """The files to read and to write, and whether they are many.
 
-    Raises InvalidArgument where an output exists without ``force``, is an input as well, or is that of two inputs.
+    If so, ``target`` is a folder, and outputs have the extension ``written``; ``read``: extensions of inputs in folders. Raises
+    InvalidArgument where an output exists without ``force``, is also an input, or belongs to two inputs.
     """
     found, many = inputs(sources, read)
     into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
@@ -97,9 +98,9 @@ def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: s
 
 @contextmanager
 def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[None]:
-    """What is written to ``target`` inside the block gets the mode of the input, less what the umask takes away.
+    """A context in which ``target`` is written with the mode of the input, less the umask; private for stdin and URLs.
 
-    What comes from stdin or a URL is its owner's alone. ``folder``: make the folder of the target, too; a store needs none.
+    ``folder``: also make the target's folder, unless it is a URL.
     """
     from pqcodec.formats.places.atomic import PRIVATE, permissions, searchable
 
@@ -112,7 +113,7 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
 
 
 def make_parents(target: str, mode: int = 0o700) -> None:
-    """The folder of a file to be written, and those above it that are missing; a store of objects needs none."""
+    """Make the missing folders above a file to be written, unless it is a URL; raises OSError."""
     from pqcodec.formats.places.atomic import make_folders
 
     if not _is_url(target):
@@ -121,9 +122,9 @@ def make_parents(target: str, mode: int = 0o700) -> None:
 
 @contextmanager
 def input_file(name: str, *, local: bool = False) -> Iterator[str]:
-    """The path of an input; stdin is first copied into a temporary file, because readers go from place to place.
+    """A context with the path or URL of an input; stdin is copied to a temporary file, since readers need to seek.
 
-    ``local``: a URL is fetched first, for what is read whole by other people's libraries.
+    ``local``: a URL is downloaded first, for libraries that read local files only. Raises InvalidArgument for a terminal.
     """
     if _is_url(name) and local:
         from pqcodec.formats.places import remote
@@ -173,7 +174,7 @@ def _is_url(text: str) -> bool:
 
 
 def _checked_name(name: str) -> str:
-    """The name of an input below its folder, which its output is called by; raises InvalidArgument where it leads out of it."""
+    """The relative name of an input, which names its output; raises InvalidArgument where it leads out of the folder."""
     if not name or any(part in ("", ".", "..") for part in name.split("/")):
         raise InvalidArgument(f"{name!r}: would be written outside OUTPUT; name that input by itself, and a file as OUTPUT")
     return name
@@ -190,28 +191,28 @@ def _is_zarr(folder: str) -> bool:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder of a pattern before its first wildcard."""
+    """The part of a pattern before its first component with a wildcard."""
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return str(Path(*parts[:fixed])) if fixed else "."
 
 
 def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[Input]:
-    """The files below a folder; of .safetensors files those that hold what the verb is for."""
+    """The files below a folder with these extensions; .safetensors files only if plain, or encoded, as the verb needs."""
     found = []
     for place, folders, names in os.walk(folder):
         whole = [name for name in folders if _is_zarr(os.path.join(place, name))]
         folders[:] = sorted(set(folders) - set(whole))
         for name in sorted([*names, *whole]):
             path = os.path.join(place, name)
-            usable = os.path.isfile(path) or name in whole  # a pipe would be waited for
+            usable = os.path.isfile(path) or name in whole  # no pipes, which would block
             if usable and Path(name).suffix.lower() in extensions and _holds(path, extensions):
                 found.append(Input(path, os.path.relpath(path, folder)))
     return found
 
 
 def _holds(path: str, extensions: tuple[str, ...]) -> bool:
-    """Whether a .safetensors file holds plain tensors, or streams, as is wanted; one that cannot be read is tried."""
+    """Whether a .safetensors file holds streams, if those are wanted, or plain tensors; True for an unreadable one."""
     if not path.lower().endswith(".safetensors"):
         return True
     from pqcodec.errors import PQError

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec inspect``: what encoded files hold, from their headers: a table of layers, or of tensors."""
+"""Law: ``pqcodec inspect``: the contents of encoded files, from their headers, as a table of layers or of tensors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _told(file: TensorFile, name: str) -> dict[str, Any]:
 
 
 class _Outcome:
-    """What ``inspect`` tells of a file."""
+    """The outcome of ``inspect`` for a file."""
 
     COLUMNS = ("tensors", "layers", "bits/coord", "smaller", "bytes")
     exit_code = 0
@@ -143,12 +143,12 @@ _TENSOR_COLUMNS = (
     "at",
     "smaller",
 )
-_WIDE = 120  # characters that the table of layers takes
+_WIDE = 120  # characters of the table of layers
 _LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
 
 
 def _coded(t: dict[str, Any]) -> list[str]:
-    """Preset (with what is subtracted), bits, bytes, error, length of the mean, and place of a coded tensor."""
+    """Cells of a coded tensor: preset and centring, bits a coordinate, bytes, error, norm of the mean, offset."""
     stream = t["stream"]
     preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"])))
     error = "-" if t["rel_mse"] is None else f"{t['rel_mse']:.5f}"

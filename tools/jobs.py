@@ -1,4 +1,4 @@
-"""Law: a verb's work on many files: some at once, one's failure does not stop the others, and a table at the end."""
+"""Law: a verb's work on many files: several at once, a failure does not stop the others, a table at the end."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from pqcodec.errors import InvalidArgument, PQError
 from pqcodec.tools.outcome import code_of, message_of, print_json, say, shown
 
 T = TypeVar("T")
-Show = Callable[[float], None]  # is told which share of a file is done
+Show = Callable[[float], None]  # called with the share of a file that is done, 0 to 1
 EXPECTED = (PQError, OSError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a file: a verb's outcome, or the error that ended it."""
+    """The result for a file: a verb's outcome, or the error that ended it."""
 
     path: str
     outcome: Any = None
     error: BaseException | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """The result for --json."""
         if self.error is None:
             told: dict[str, Any] = self.outcome.as_dict()
             return told
@@ -36,9 +37,10 @@ class Done:
 
 
 def run(items: Sequence[T], work: Callable[[T, Show], Any], path: Callable[[T], str], jobs: int, title: str) -> list[Done]:
-    """Work on every item, ``jobs`` at once; errors that are expected become part of the outcome.
+    """Call ``work`` for every item, ``jobs`` at once, and return a ``Done`` for each.
 
-    A single item's error is raised as it is.
+    Errors in ``EXPECTED`` become results; that of a single item is raised. ``path``: the name of an item. Raises
+    InvalidArgument for ``jobs`` below 1.
     """
     from pqcodec.tools.progress import progress_bar
 
@@ -76,7 +78,10 @@ def run(items: Sequence[T], work: Callable[[T, Show], Any], path: Callable[[T], 
 
 
 def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool) -> None:
-    """Tell what came of many files: a row each, errors on stderr; the exit code is the first failure's."""
+    """Print the results: as JSON, or for many files as a table, with errors on stderr.
+
+    Raises typer.Exit with the code of the first failure, or of the first outcome that has one.
+    """
     failed = [done for done in found if done.error is not None]
     if as_json:
         told = [done.as_dict() for done in found]

@@ -1,4 +1,4 @@
-"""Law: ``--memory``: bytes of a size, what the machine has to give, and who is refused before anything is allocated."""
+"""Law: ``--memory``: parsing sizes, measuring free memory, and refusing tensors before they are allocated."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Memory = Annotated[
     typer.Option(metavar="SIZE", help="Memory that tensors may take at once, such as 4GB (default: what is free)."),
 ]
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_CGROUPS = (  # of both versions: the folder, the limit, what is taken, and the beginning of what could be given back
+_CGROUPS = (  # both versions of control groups: folder, limit, usage, prefix of the names of cached files' sizes
     ("sys/fs/cgroup", "memory.max", "memory.current", ""),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
 def size_of(text: str, option: str) -> int:
-    """Bytes of a size as people write it; raises InvalidArgument.
+    """A size like "20GB" in bytes; ``option``: its name, for the message. Raises InvalidArgument.
 
     >>> size_of("20GB", "--memory"), size_of("1.5 MiB", "--memory"), size_of("4096", "--memory")
     (20000000000, 1572864, 4096)
@@ -41,31 +41,31 @@ def size_of(text: str, option: str) -> int:
 
 @dataclass(frozen=True)
 class Limit:
-    """Memory that one file's tensor may take."""
+    """The memory that a tensor of one file may take."""
 
-    bytes: int | None  # None: the machine does not tell
-    told: str  # where it comes from
+    bytes: int | None  # None: unknown, so no limit
+    source: str  # its origin, for the message
 
     @classmethod
     def of(cls, text: str | None, jobs: int) -> Limit:
-        """What ``--memory`` says, or what is there, for each of so many files at once; raises InvalidArgument."""
+        """The share of one of ``jobs`` files in the size of ``--memory``, or in free memory; raises InvalidArgument."""
         given = available() if text is None else size_of(text, "--memory")
         if given is None:
             return cls(None, "")
-        told = f"{bytes_text(given)} are free here" if text is None else f"--memory allows {bytes_text(given)}"
+        source = f"{bytes_text(given)} are free here" if text is None else f"--memory allows {bytes_text(given)}"
         if jobs > 1:
-            told += f", {bytes_text(given // jobs)} for each of {jobs} jobs"
-        return cls(given // max(jobs, 1), told)
+            source += f", {bytes_text(given // jobs)} for each of {jobs} jobs"
+        return cls(given // max(jobs, 1), source)
 
     def check(self, file: str, name: str, needed: int, ways: str) -> None:
-        """Refuse a tensor that takes more; ``ways``: what else helps. Raises InvalidArgument."""
+        """Raises InvalidArgument for a tensor that needs more bytes; ``ways``: what else would help, for the message."""
         if self.bytes is not None and needed > self.bytes:
             takes = f"{file}: tensor {name!r} takes {bytes_text(needed)} of memory at once"
-            raise InvalidArgument(f"{takes}, {self.told}; pass a larger --memory, {ways}")
+            raise InvalidArgument(f"{takes}, {self.source}; pass a larger --memory, {ways}")
 
 
 def available(root: Path = Path("/")) -> int | None:
-    """Bytes to be had without swapping, inside this process's control groups too; None where the machine tells nothing."""
+    """Bytes available without swapping, within this process's control groups; None where that is unknown."""
     found = [_free(root)]
     for folder, limit, taken, prefix in _CGROUPS:
         for group in _groups(root):
@@ -77,7 +77,7 @@ def available(root: Path = Path("/")) -> int | None:
 
 
 def _free(root: Path) -> int | None:
-    """Of the whole machine; where it says only what it has at all, that."""
+    """Available bytes of the whole machine; its total where only that is known."""
     told = _fields(root / "proc/meminfo").get("MemAvailable:")
     if told is not None:
         return 1024 * told
@@ -88,7 +88,7 @@ def _free(root: Path) -> int | None:
 
 
 def _groups(root: Path) -> list[Path]:
-    """The control groups of this process and all above them, relative to the folder that holds them."""
+    """The memory control groups of this process and their ancestors, as relative paths."""
     found = {Path(".")}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, kinds, path = (*line.split(":", 2), "", "", "")[:3]
@@ -99,7 +99,7 @@ def _groups(root: Path) -> list[Path]:
 
 
 def _cached(stat: Path, prefix: str) -> int:
-    """Bytes of a group's files in the system's cache, which gives them back."""
+    """Bytes of a group's cached files, which the kernel can free."""
     fields = _fields(stat)
     return sum(fields.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
 
@@ -110,7 +110,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The numbers of a file whose lines are a name and a number."""
+    """The numbers in a file with lines of a name and a number."""
     pairs = (line.split() for line in _text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) > 1 and pair[1].isdigit()}
 

@@ -1,4 +1,4 @@
-"""Law: how a verb ends: what is printed where, and with which exit code; bad input never ends in a traceback."""
+"""Law: the end of a verb: messages, JSON and exit codes; bad input never causes a traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 
 def reported(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose expected errors become a line on stderr (and an object on stdout with --json) and an exit code."""
+    """A verb that turns expected errors into a line on stderr (with --json also an object on stdout) and an exit code."""
 
     @functools.wraps(verb)
     def run(*args: Any, **options: Any) -> None:
@@ -38,7 +38,7 @@ def reported(verb: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             code = code_of(error)
             if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what is buffered
             elif options.get("as_json"):
                 print_json({"error": {"kind": type(error).__name__, "message": message_of(error), "exit_code": code}})
             if not isinstance(error, BrokenPipeError):
@@ -49,26 +49,27 @@ def reported(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code that an error ends with."""
+    """The exit code for an error."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), DAMAGED)
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr; what a terminal would obey, as names in a stranger's file may, is escaped."""
+    """Print a line on stderr, with control characters, which a stranger's file may contain in names, escaped."""
     print("".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in line), file=sys.stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """Print a value as one line of JSON in ASCII on stdout."""
     print(json.dumps(value, ensure_ascii=True, allow_nan=False))
 
 
 def shown(name: str) -> str:
-    """A tensor's name for a terminal: what cannot be printed is escaped."""
+    """A name for a terminal, escaped if it has unprintable characters."""
     return name if name.isprintable() else ascii(name)
 
 
 def bytes_text(count: float) -> str:
-    """A size as people read it.
+    """A size in B, kB, MB, GB or TB (powers of 1,000), to three digits.
 
     >>> bytes_text(999), bytes_text(1234567)
     ('999 B', '1.23 MB')
@@ -81,7 +82,7 @@ def bytes_text(count: float) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """An error as a line for people."""
+    """The message for an error, without a traceback."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):

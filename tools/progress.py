@@ -1,4 +1,4 @@
-"""Law: what a user sees of work that takes time: on stderr, only where it is a terminal; rich is loaded only then."""
+"""Law: progress on stderr, only where that is a terminal; rich is loaded only then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(title: str, files: int) -> Iterator[Callable[[float], None]]:
-    """A function that is told how many files are done, also in parts, with a bar of them while the block runs."""
+    """A context with a bar and a function to call with the number of files done, fractions included."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -24,7 +24,7 @@ def progress_bar(title: str, files: int) -> Iterator[Callable[[float], None]]:
 
 
 def load_kernels(backend: str) -> None:
-    """Load the backend's kernels, so that figures of speed leave it out; the first time ever they are compiled."""
+    """Load the backend's kernels, so that reported speeds exclude it; they are compiled once and cached."""
     import numpy as np
 
     from pqcodec import codec

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec verify``: every byte of encoded files against their checksums; what is damaged is named."""
+"""Law: ``pqcodec verify``: checks every byte of encoded files against their checksums and names the damage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What ``verify`` tells of a file."""
+    """The outcome of ``verify`` for a file."""
 
     file: str
     found: Findings

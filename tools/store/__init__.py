@@ -1,4 +1,4 @@
-"""Law: ``pqcodec store`` and its verbs, wired and nothing else."""
+"""Law: the wiring of ``pqcodec store`` and its verbs."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec store ls`` and ``stats``: what a store holds, and of how much use it was."""
+"""Law: ``pqcodec store ls`` and ``stats``: the contents of a store, and how much it was used."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
     from pqcodec.formats.store.shelf import Shelf
 
-_WIDE = 100  # characters that the tables take
+_WIDE = 100  # characters of the wide tables
 _COUNTERS = ("gets", "hits", "asked_tokens", "found_tokens", "puts", "evicted", "damaged")
-_TRIES = 3  # blocks of a model that are opened to learn how much they were
-_SAMPLED = 64  # blocks of a model that are opened to learn how many bits a coordinate takes
+_TRIES = 3  # blocks that are tried to find the decoded size of a token
+_SAMPLED = 64  # blocks of a model that are opened to find its bits per coordinate
 
 
 # -- ls ----------------------------------------------------------------------------------------------------------
@@ -70,6 +70,7 @@ def ls(
 
 
 def block_as_dict(row: Row, models: Models) -> dict[str, Any]:
+    """A block's row for --json."""
     model, preset = models[row.root]
     return {
         **{key: getattr(row, key).hex() for key in ("name", "parent", "root")},
@@ -113,7 +114,7 @@ def _cells(prefix: PrefixBlocks, models: Models, now: float, wide: bool) -> list
 
 
 def ago(seconds: float) -> str:
-    """A time that has passed, as people read it.
+    """An age in words.
 
     >>> ago(5), ago(200), ago(7300), ago(9 * 86400)
     ('just now', '3 min ago', '2 h ago', '9 days ago')
@@ -152,7 +153,7 @@ def stats(folder: Folder, data: Data = None, as_json: AsJson = False) -> None:
 
 
 def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int) -> dict[str, Any]:
-    """What there is of a model at a preset; ``plain_bytes``: of the caches as the model holds them, where that can be told."""
+    """The totals of a model at a preset; ``plain_bytes``: of its caches decoded, None where that is unknown."""
     by_root: dict[bytes, list[Row]] = {}
     for row in rows:
         by_root.setdefault(row.root, []).append(row)
@@ -166,12 +167,12 @@ def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int
         "bytes": sum(row.size for row in rows),
         "plain_bytes": None if None in plain else sum(filter(None, plain)),
         "bits_per_coordinate": _bits(shelf, rows),
-        "hits": sum(row.hits for row in rows if not row.start),  # every get begins with such a block
+        "hits": sum(row.hits for row in rows if not row.start),  # every get uses one first block
     }
 
 
 def _plain_bytes(shelf: Shelf, rows: Sequence[Row]) -> int | None:
-    """Of blocks of one root, by what a token of one of them takes; None where there is a state, or none can be read."""
+    """Decoded bytes of the blocks of one root, by the bytes per token of one block; None with state, or unreadable files."""
     from pqcodec.formats.store.blocks import TOKENS
 
     for row in [row for row in rows if len(row.tokens) and not row.stateful][:_TRIES]:
@@ -185,10 +186,10 @@ def _plain_bytes(shelf: Shelf, rows: Sequence[Row]) -> int | None:
 
 
 def _bits(shelf: Shelf, rows: Sequence[Row]) -> float | None:
-    """Bits of files for each coordinate that the model gets back, of the blocks used last; None where none can be read.
+    """Bits of file per decoded coordinate, of the most recently used blocks; None where none can be read.
 
-    More than the preset's name says: tails and the windows of sliding layers are kept at a higher rate, because they are
-    encoded again when the prefix has grown; first tokens, and what is no key or value, are exact.
+    More than the preset's rate: tails and the windows of sliding layers have a higher rate, because they are encoded again
+    when the prefix has grown; first tokens, and state that is neither key nor value, are exact.
     """
     from pqcodec.formats.store.blocks import TOKENS
 

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec store export`` and ``import``: prefixes go out of a store as files of their own and into another one."""
+"""Law: ``pqcodec store export`` and ``import``: prefixes move between stores as single files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Exported:
-    """What ``export`` tells of a prefix."""
+    """The outcome of ``export`` for a prefix."""
 
     name: str
     output: str
@@ -135,7 +135,7 @@ def import_(
     check_trust(sha256, trust)
     todo, many = inputs(sources, (EXTENSION,))
     if not many and "://" not in todo[0].path and todo[0].path != STANDARD:
-        os.stat(todo[0].path)  # raises before a store is made
+        os.stat(todo[0].path)  # raises before a store is created
     from pqcodec.formats.containers.kinds import open_encoded
 
     with ExitStack() as stack:
@@ -148,7 +148,7 @@ def import_(
 
         digests: dict[str, str] = {}
         places: dict[str, str] = {}
-        for item in todo if sha256 else []:  # all of them, before anything is imported
+        for item in todo if sha256 else []:  # check all files before the first is imported
             places[item.path] = stack.enter_context(input_file(item.path, local=True))
             with open_encoded(places[item.path]) as file:
                 digests[item.path] = check_digest(file, sha256 or [])
@@ -161,7 +161,7 @@ def import_(
                 return _Imported(item.path, add_checked(shelf(), incoming, lambda done, total: show(done / total)))
 
         if is_store(Path(folder)):
-            shelf()  # else it is made when a file has proved sound
+            shelf()  # a new store is created only when a file has proved sound
         found = run(todo, work, lambda item: item.path, 1, "import")
     if not many and not as_json:
         print(found[0].outcome.line())
@@ -170,7 +170,7 @@ def import_(
 
 @dataclass(frozen=True)
 class _Imported:
-    """What ``import`` tells of a file."""
+    """The outcome of ``import`` for a file."""
 
     file: str
     added: Added

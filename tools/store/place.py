@@ -1,4 +1,4 @@
-"""Law: a store as the verbs of ``pqcodec store`` see it: its folder, its prefixes, and blocks by the names that people type."""
+"""Law: what the verbs of ``pqcodec store`` share: opening a store, its prefixes, and finding blocks by the names users type."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ Data = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Models = dict[bytes, tuple[str, str]]  # label and preset of each root
-SHORT = 12  # hexadecimal digits of a name that are shown
-LEAST = 6  # that have to be given
+SHORT = 12  # hexadecimal digits of a name in tables
+LEAST = 6  # digits that a user has to give
 
 
 @contextmanager
 def opened(folder: str, data: str | None, new: bool = False, shared: bool = False) -> Iterator[Shelf]:
-    """The store in a folder; what it warns of is said in a line. ``new``: it is made where there is none."""
+    """A context with the store in a folder; its warnings become lines on stderr. ``new``: create a missing store.
+
+    Raises FileNotFoundError, InvalidArgument, and as ``Shelf`` does.
+    """
     from pqcodec.formats.places.remote import check_local
     from pqcodec.formats.store.folder import check_folder
 
@@ -61,13 +64,14 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
 
 
 def is_store(folder: Path) -> bool:
+    """Whether a folder has the index or the blocks of a store."""
     from pqcodec.formats.store.shelf import INDEX
 
     return (folder / INDEX).is_file() or any(folder.glob("blocks/*/*.pqkv"))
 
 
 def _is_shared(folder: Path) -> bool:
-    """Whether others may use a store: looking after it does not take that away from them."""
+    """Whether a store's index is open to other users, which upkeep must not change."""
     from pqcodec.formats.store.shelf import INDEX
 
     index = folder / INDEX
@@ -75,7 +79,7 @@ def _is_shared(folder: Path) -> bool:
 
 
 def check_place(shelf: Shelf) -> None:
-    """Refuse to look after a store whose files all lie elsewhere: they would seem lost; raises InvalidArgument."""
+    """Raises InvalidArgument for a store with blocks but none of their files, which are probably elsewhere."""
     files = {row.file for row in shelf.index.all()}
     if files and not any(file in files for file, _ in shelf.files.all()):
         raise InvalidArgument(
@@ -84,7 +88,7 @@ def check_place(shelf: Shelf) -> None:
 
 
 def models_of(shelf: Shelf) -> Models:
-    """Label and preset by the root."""
+    """(label, preset) of each root, ("?", "?") for an unknown one."""
     found: Models = defaultdict(lambda: ("?", "?"))
     for root, (label, settings) in shelf.index.roots().items():
         codec = settings.get("codec")
@@ -94,11 +98,12 @@ def models_of(shelf: Shelf) -> Models:
 
 # -- names -------------------------------------------------------------------------------------------------------
 def short(row: Row) -> str:
+    """The first digits of a block's name."""
     return row.name.hex()[:SHORT]
 
 
 def named(rows: Sequence[Row], text: str) -> Row:
-    """The block whose name begins so; raises InvalidArgument where that is none or several."""
+    """The block whose name begins with ``text``; raises InvalidArgument for none or several."""
     if not re.fullmatch(f"[0-9a-f]{{{LEAST},64}}", text.lower()):
         raise InvalidArgument(f"{text!r}: the name of a block is expected, {LEAST} of its hexadecimal digits or more; see ls")
     found = [row for row in rows if row.name.hex().startswith(text.lower())]
@@ -113,23 +118,24 @@ def named(rows: Sequence[Row], text: str) -> Row:
 # -- prefixes ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PrefixBlocks:
-    """A block that no other follows, and those before it."""
+    """A prefix: a block without children, and its ancestors."""
 
-    blocks: list[Row]  # the first one first
-    own: list[Row]  # that no other prefix shares
+    blocks: list[Row]  # from the first token on
+    own: list[Row]  # those in no other prefix
 
     @property
     def end(self) -> Row:
+        """The last block."""
         return self.blocks[-1]
 
     @property
     def complete(self) -> bool:
-        """Whether it is there from its first token on."""
+        """Whether the store has all blocks from token 0 on."""
         return self.blocks[0].start == 0
 
 
 def prefixes(rows: Sequence[Row]) -> list[PrefixBlocks]:
-    """The prefixes that blocks make, those used last first."""
+    """The prefixes that some blocks form, most recently used first."""
     by_name, parents = {row.name: row for row in rows}, {row.parent for row in rows}
     chains = []
     for row in rows:
@@ -145,13 +151,14 @@ def prefixes(rows: Sequence[Row]) -> list[PrefixBlocks]:
 
 # -- tables ------------------------------------------------------------------------------------------------------
 def console() -> Console:
+    """A console for tables, of fixed width where stdout is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[str]) -> Any:
-    """A table; cells that are strings are escaped."""
+    """A table of rich, with the columns ``left`` left-aligned and unprintable characters in strings escaped."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Law: ``pqcodec store gc``, ``verify`` and ``rm``: what is taken out of a store, and why."""
+"""Law: ``pqcodec store gc``, ``verify`` and ``rm``: removing leftovers, damaged blocks and chosen blocks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def verify(
         def work(row: Row, show: Show) -> list[str]:
             wrong = shelf.problems(row, backend)
             now = shelf.index.find(row.name) if wrong else None
-            return wrong if now is not None and now.file == row.file else []  # else others have dropped it meanwhile
+            return wrong if now is not None and now.file == row.file else []  # else dropped by another process
 
         models, rows = models_of(shelf), shelf.index.all()
         done = run(rows, work, lambda row: row.name.hex(), jobs, "verify")
@@ -140,7 +140,7 @@ def rm(
 
 
 def _from(rows: Sequence[Row], tops: Sequence[Row]) -> list[Row]:
-    """Some blocks and all that follow them."""
+    """``tops`` and all their descendants."""
     names = {top.name for top in tops}
     for row in rows:  # parents come before their children
         if row.parent in names:
@@ -149,7 +149,7 @@ def _from(rows: Sequence[Row], tops: Sequence[Row]) -> list[Row]:
 
 
 def _removable(rows: Sequence[Row], wanted: Sequence[Row], force: bool) -> list[Row]:
-    """The wanted blocks that no block follows which stays, the last ones first."""
+    """The wanted blocks all of whose descendants go too, last ones first; pinned ones only with ``force``."""
     names = {row.name for row in wanted if force or not row.pinned}
     needed: set[bytes] = set()
     found = []
