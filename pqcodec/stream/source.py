@@ -58,6 +58,7 @@ class MemorySource:
         self.header, self.seal = header, seal
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte ``start``, a view; raises TruncatedStream."""
         check_range(start, count, self.size)
         return self._data[start : start + count]
 
@@ -70,6 +71,7 @@ class FileSource:
         self.size = file.seek(0, os.SEEK_END) - base if size is None else size
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte ``start`` of the part; raises TruncatedStream."""
         check_range(start, count, self.size)
         self._file.seek(self._base + start)
         data = self._file.read(count)
@@ -95,10 +97,12 @@ class Extent:
         return bool(getattr(self._source, "views", False))
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte ``start`` of the extent; raises TruncatedStream."""
         check_range(start, count, self.size)
         return self._source.read(self._base + start, count)
 
     def read_many(self, ranges: Sequence[Range]) -> list[np.ndarray]:
+        """uint8 [count] of each (start, count), at once where the source can; raises TruncatedStream."""
         for start, count in ranges:
             check_range(start, count, self.size)
         return read_many(self._source, [(self._base + start, count) for start, count in ranges])
@@ -141,6 +145,7 @@ class MappedSource:
         self._read_bytes = 0  # since pages were given back
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte ``start``, a view of the mapping; raises TruncatedStream."""
         check_range(start, count, self.size)
         self._read_bytes += count
         if self._map is not None and self._read_bytes > _PIECE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
@@ -166,7 +171,7 @@ def reading_ahead(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
 
     def read() -> None:
         buffer = bytearray(_AHEAD_BYTES)
-        with suppress(OSError):  # who reads in earnest will be told
+        with suppress(OSError):  # the real read reports the error
             for path in filter(os.path.isfile, paths):
                 with open(path, "rb", buffering=0) as file:
                     while not stop.is_set() and file.readinto(buffer):
@@ -180,6 +185,7 @@ def reading_ahead(paths: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
 
 
 def check_range(start: int, count: int, size: int) -> None:
+    """Raises TruncatedStream where ``count`` bytes from ``start`` end beyond ``size``."""
     if start + count > size:
         raise TruncatedStream(f"bytes {start} .. {start + count} wanted, {size} are there; the stream is cut off")
 
