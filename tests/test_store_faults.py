@@ -93,7 +93,7 @@ class Faults:
         def faulty(files: BlockFiles, file: str) -> Any:
             self.of_system("open")
             if self.meet("vanish"):
-                Path(files.place, file).unlink(missing_ok=True)
+                Path(files.location, file).unlink(missing_ok=True)
             return work(files, file)
 
         return faulty

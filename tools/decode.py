@@ -90,8 +90,8 @@ class _Outcome:
         return self.bytes / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        told = {key: getattr(self, key) for key in ("output", "tensors", "bytes", "decode_seconds", "seconds")}
-        return told | {"decode_gb_per_s": self.rate}
+        fields = {key: getattr(self, key) for key in ("output", "tensors", "bytes", "decode_seconds", "seconds")}
+        return fields | {"decode_gb_per_s": self.rate}
 
     def cells(self) -> list[str]:
         return [str(self.tensors), bytes_text(self.bytes), f"{self.rate:.3g}"]
@@ -155,8 +155,8 @@ class _DecodedTensors:
         from pqcodec.formats.places import remote
 
         streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # an object is read at once
-        places = 16 * math.prod(entry.shape[:-2]) if size else 0  # offset of each leading index
-        return size + streams + places
+        starts = 16 * math.prod(entry.shape[:-2]) if size else 0  # offset of each leading index
+        return size + streams + starts
 
     def read(self, name: str) -> Any:
         """The decoded tensor; updates the outcome and the progress."""

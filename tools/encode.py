@@ -221,8 +221,8 @@ class _Outcome:
 
     def cells(self) -> list[str]:
         bits, error = self.bits(), self.rel_mse()
-        told = ["-" if bits is None else f"{bits:.3f}", "-" if error is None else f"{error:.5f}", f"{self.ratio:.2f}x"]
-        return [str(len(self.coded) + len(self.exact)), *told, bytes_text(self.file_bytes), f"{self.rate:.3g}"]
+        figures = ["-" if bits is None else f"{bits:.3f}", "-" if error is None else f"{error:.5f}", f"{self.ratio:.2f}x"]
+        return [str(len(self.coded) + len(self.exact)), *figures, bytes_text(self.file_bytes), f"{self.rate:.3g}"]
 
     def notes(self) -> list[str]:
         """Lines about decisions that the user may not expect."""

@@ -158,8 +158,8 @@ def check_output(source: str, target: str, force: bool) -> None:
         return
     if not os.path.exists(target):
         if os.path.islink(target) and not force:
-            told = f"is a link to {os.path.realpath(target)}, where nothing is"
-            raise InvalidArgument(f"{target}: {told}; pass --force to write there")
+            link = f"is a link to {os.path.realpath(target)}, where nothing is"
+            raise InvalidArgument(f"{target}: {link}; pass --force to write there")
         return
     if source != STANDARD and os.path.exists(source) and os.path.samefile(source, target):
         raise InvalidArgument(f"{target}: is the input as well; write to another file")
@@ -200,11 +200,11 @@ def _fixed_part(pattern: str) -> str:
 def _in_folder(folder: str, extensions: tuple[str, ...]) -> list[Input]:
     """The files below a folder with these extensions; .safetensors files only if plain, or encoded, as the verb needs."""
     found = []
-    for place, folders, names in os.walk(folder):
-        whole = [name for name in folders if _is_zarr(os.path.join(place, name))]
+    for parent, folders, names in os.walk(folder):
+        whole = [name for name in folders if _is_zarr(os.path.join(parent, name))]
         folders[:] = sorted(set(folders) - set(whole))
         for name in sorted([*names, *whole]):
-            path = os.path.join(place, name)
+            path = os.path.join(parent, name)
             usable = os.path.isfile(path) or name in whole  # no pipes, which would block
             if usable and Path(name).suffix.lower() in extensions and _holds(path, extensions):
                 found.append(Input(path, os.path.relpath(path, folder)))

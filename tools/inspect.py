@@ -34,8 +34,8 @@ def inspect(
 
     def work(item: Input, show: Show) -> _Outcome:
         with input_file(item.path) as path, open_encoded(path) as file:
-            told = [_told(file, name) for name in file.names]
-            whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": told}
+            tensor_list = [_tensor_fields(file, name) for name in file.names]
+            whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensor_list}
         return _Outcome(whole, tensors)
 
     todo, many = inputs(sources, ENCODED)
@@ -45,11 +45,11 @@ def inspect(
     report(found, _Outcome.COLUMNS, many, as_json)
 
 
-def _told(file: TensorFile, name: str) -> dict[str, Any]:
+def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:
     from pqcodec import codec
 
     entry = file.entry(name)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": name,
         "coded": entry.coded,
         "layer": entry.layer,
@@ -63,10 +63,10 @@ def _told(file: TensorFile, name: str) -> dict[str, Any]:
     }
     if entry.coded:
         info, means = file.inspect(name), codec.means(file.stream(name))
-        told |= {"bits_per_coordinate": info.bits_per_coordinate, "rel_mse": entry.rel_mse, "parts": entry.parts}
-        told |= {"mean_norm": None if means is None or not means.size else float((means**2).sum(-1).mean() ** 0.5)}
-        told |= {"stream": asdict(info)}
-    return told
+        fields |= {"bits_per_coordinate": info.bits_per_coordinate, "rel_mse": entry.rel_mse, "parts": entry.parts}
+        fields |= {"mean_norm": None if means is None or not means.size else float((means**2).sum(-1).mean() ** 0.5)}
+        fields |= {"stream": asdict(info)}
+    return fields
 
 
 class _Outcome:
@@ -91,8 +91,8 @@ class _Outcome:
         bits = 8 * sum(t["bytes"] for t in coded) / coordinates if coordinates else None
         layers = len({t["layer"] for t in self._tensors if t["layer"] is not None})
         size = self._whole["file_bytes"]
-        told = ["-" if bits is None else f"{bits:.3f}", f"{self._original / max(size, 1):.2f}x", bytes_text(size)]
-        return [str(len(self._tensors)), str(layers), *told]
+        cells = ["-" if bits is None else f"{bits:.3f}", f"{self._original / max(size, 1):.2f}x", bytes_text(size)]
+        return [str(len(self._tensors)), str(layers), *cells]
 
     @property
     def _original(self) -> int:

@@ -30,8 +30,8 @@ class Done:
     def as_dict(self) -> dict[str, Any]:
         """The result for --json."""
         if self.error is None:
-            told: dict[str, Any] = self.outcome.as_dict()
-            return told
+            fields: dict[str, Any] = self.outcome.as_dict()
+            return fields
         kind = {"kind": type(self.error).__name__, "message": message_of(self.error), "exit_code": code_of(self.error)}
         return {"file": self.path, "error": kind}
 
@@ -84,8 +84,8 @@ def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool)
     """
     failed = [done for done in found if done.error is not None]
     if as_json:
-        told = [done.as_dict() for done in found]
-        print_json({"files": told, "failed": len(failed)} if many else told[0])
+        results = [done.as_dict() for done in found]
+        print_json({"files": results, "failed": len(failed)} if many else results[0])
     elif many:
         _table(found, columns)
         for done in failed:

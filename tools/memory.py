@@ -69,18 +69,18 @@ def available(root: Path = Path("/")) -> int | None:
     found = [_free(root)]
     for folder, limit, taken, prefix in _CGROUPS:
         for group in _groups(root):
-            place = root / folder / group
-            most, used = _number(place / limit), _number(place / taken)
+            group_folder = root / folder / group
+            most, used = _number(group_folder / limit), _number(group_folder / taken)
             if most is not None and used is not None:
-                found.append(max(most - used + _cached(place / "memory.stat", prefix), 0))
+                found.append(max(most - used + _cached(group_folder / "memory.stat", prefix), 0))
     return min((size for size in found if size is not None), default=None)
 
 
 def _free(root: Path) -> int | None:
     """Available bytes of the whole machine; its total where only that is known."""
-    told = _fields(root / "proc/meminfo").get("MemAvailable:")
-    if told is not None:
-        return 1024 * told
+    kilobytes = _fields(root / "proc/meminfo").get("MemAvailable:")
+    if kilobytes is not None:
+        return 1024 * kilobytes
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -93,8 +93,8 @@ def _groups(root: Path) -> list[Path]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, kinds, path = (*line.split(":", 2), "", "", "")[:3]
         if not kinds or "memory" in kinds.split(","):
-            place = Path(path.lstrip("/"))
-            found |= {place, *place.parents}
+            below = Path(path.lstrip("/"))
+            found |= {below, *below.parents}
     return sorted(group for group in found if ".." not in group.parts)
 
 

@@ -64,7 +64,11 @@ class _Outcome:
         return f"{len(self.found)} damaged places" if self.found else "all sound"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"file": self.file, "ok": not self.found, "damage": [_told(name, damage) for name, damage in self.found]}
+        return {
+            "file": self.file,
+            "ok": not self.found,
+            "damage": [_damage_fields(name, damage) for name, damage in self.found],
+        }
 
     def cells(self) -> list[str]:
         return [str(self.tensors), bytes_text(self.size), self.verdict]
@@ -75,7 +79,7 @@ class _Outcome:
         return lines if many else [*lines, f"{self.file}: {self.tensors} tensors, {bytes_text(self.size)}, {self.verdict}"]
 
 
-def _told(name: str | None, damage: Damage | str) -> dict[str, Any]:
+def _damage_fields(name: str | None, damage: Damage | str) -> dict[str, Any]:
     if isinstance(damage, str):
         return {"name": name, "part": damage, "leading": None, "tokens": None}
     return {"name": name, "part": damage.part, "leading": damage.leading, "tokens": damage.tokens}

@@ -95,16 +95,16 @@ def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields
     form, version, tensors, metadata, _ = (values[key] for key in KEYS)
     if (form, version) != (c.LISTING_FORMAT, c.LISTING_VERSION):
         known = f"this release reads {c.LISTING_FORMAT!r} version {c.LISTING_VERSION!r}"
-        told = f"{form!r:.40} version {version!r:.20}; {known}"
-        raise UnsupportedStream(f"metadata: {told}: install a newer pqcodec")
+        found_version = f"{form!r:.40} version {version!r:.20}; {known}"
+        raise UnsupportedStream(f"metadata: {found_version}: install a newer pqcodec")
     listed, found = (
         json_value(text.encode("utf-8", "surrogatepass"), key) for text, key in ((tensors, KEYS[2]), (metadata, KEYS[3]))
     )
     if not isinstance(listed, list) or not isinstance(found, dict):
         raise CorruptStream("pqcodec_tensors and pqcodec_metadata: a JSON list and a JSON object are expected")
-    for place, fields in enumerate(listed):
+    for number, fields in enumerate(listed):
         if problem := _problem(fields):
-            raise CorruptStream(f"pqcodec_tensors: tensor {place}: {problem}")
+            raise CorruptStream(f"pqcodec_tensors: tensor {number}: {problem}")
     return found, listed
 
 
@@ -151,8 +151,8 @@ def _streams_problem(fields: Fields) -> str:
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------
-def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size: int) -> Entry:
-    """The entry of a listed tensor whose body is ``size`` bytes at offset ``place`` of the file."""
+def entry_of(fields: Fields, shape: Sequence[int], dtype: str, offset: int, size: int) -> Entry:
+    """The entry of a listed tensor whose body is ``size`` bytes at offset ``offset`` of the file."""
     return Entry(
         fields["name"],
         fields["coded"],
@@ -161,7 +161,7 @@ def entry_of(fields: Fields, shape: Sequence[int], dtype: str, place: int, size:
         tuple(shape),
         dtype,
         fields["layout"],
-        place,
+        offset,
         size,
         parts=len(fields.get("streams", [0])),
         numpy=fields.get("numpy", False),
@@ -180,11 +180,11 @@ def streams_in(body: Source, fields: Fields) -> list[Extent]:
 
 def parts_of(entry: Entry, fields: Fields, streams: Sequence[Extent]) -> list[StreamPart]:
     """The parts of a coded tensor, from its streams; the seal of each is checked when it is first opened."""
-    told = fields.get("streams", [[0, entry.tokens]])
+    sizes = fields.get("streams", [[0, entry.tokens]])
     seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
     for stream, order in zip(streams, orders, strict=False):
         stream.seal = checksum_of_text(order)
-    return [_part(entry, tokens, stream, seal) for (_, tokens), stream, seal in zip(told, streams, seals, strict=True)]
+    return [_part(entry, tokens, stream, seal) for (_, tokens), stream, seal in zip(sizes, streams, seals, strict=True)]
 
 
 def _each(seals: str) -> list[str]:

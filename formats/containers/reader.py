@@ -108,16 +108,16 @@ class Check:
 
 
 class named:  # noqa: N801 - reads as a function
-    """A context that puts ``place`` in front of the message of a PQError raised inside it."""
+    """A context that puts ``where`` in front of the message of a PQError raised inside it."""
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, where: str) -> None:
+        self._where = where
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, PQError):
-            raise type(error)(f"{self._place}: {error}") from error
+            raise type(error)(f"{self._where}: {error}") from error
 
 
 class TensorFile(ABC):
@@ -291,7 +291,7 @@ class _PartRange:
 
     part: StreamPart
     tokens: tuple[int, int]  # counted within the part
-    place: int  # index of the first of them in the result
+    start: int  # index of the first of them in the result
     whole: bool  # the range needs all bytes of the part
 
     def decode(self, **options: Any) -> Any:
@@ -302,8 +302,8 @@ def _plausible(entry: Entry) -> Entry:
     """The entry; raises CorruptStream where its body is too short for its shape: a stream takes at least a bit a coordinate."""
     most = 8 * entry.body_bytes * c.EXACT_ITEM_BYTES[entry.dtype]
     if entry.coded and entry.tensor_bytes > most:
-        told = f"{entry.dtype} {entry.shape} takes {entry.tensor_bytes} bytes"
-        raise CorruptStream(f"{told}, its streams of {entry.body_bytes} bytes hold {most} at most")
+        size = f"{entry.dtype} {entry.shape} takes {entry.tensor_bytes} bytes"
+        raise CorruptStream(f"{size}, its streams of {entry.body_bytes} bytes hold {most} at most")
     return entry
 
 
@@ -330,8 +330,8 @@ def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> 
         shape = (high - low, tokens, header.head_dim)
     result, _ = arrays.empty(shape, header.dtype, header.numpy)
     for one in wanted:
-        end = one.place + one.tokens[1] - one.tokens[0]
-        one.decode(out=result[..., one.place : end, :], **options)
+        end = one.start + one.tokens[1] - one.tokens[0]
+        one.decode(out=result[..., one.start : end, :], **options)
     return result
 
 

@@ -49,8 +49,8 @@ def write_pieces(
 
     ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
     """
-    place = Path(path)
-    if not remote.is_url(path) and place.exists() and not place.is_file() and not place.is_dir():
+    local = Path(path)
+    if not remote.is_url(path) and local.exists() and not local.is_file() and not local.is_dir():
         raise InvalidArgument(f"{path}: is no regular file; a .safetensors file is written to a regular file only")
     check_pieces(pieces)
     for piece in pieces:
@@ -114,7 +114,7 @@ def _width(piece: Piece) -> int:
     return 0 if piece.coded else c.EXACT_ITEM_BYTES[piece.dtype]
 
 
-def _written(file: BinaryIO, piece: Piece, place: int) -> _HeaderEntry:
+def _written(file: BinaryIO, piece: Piece, offset: int) -> _HeaderEntry:
     if piece.coded:
         body: Coded = piece.body()
         streams, orders = zip(*map(with_seal, body.streams), strict=True)
@@ -123,12 +123,12 @@ def _written(file: BinaryIO, piece: Piece, place: int) -> _HeaderEntry:
             for data in read_in_pieces(stream):
                 file.write(data)
         about = listing.seal_of(streams), listing.coded_fields(streams, orders, body.rel_mse)
-        return _HeaderEntry(_CODED, [size], place, place + size, *about)
+        return _HeaderEntry(_CODED, [size], offset, offset + size, *about)
     x = piece.plain()
     raw = exact.to_bytes(x)
     file.write(raw.data)
     numpy = {"numpy": not exact.is_torch(x)}
-    return _HeaderEntry(CODES[piece.dtype], piece.shape, place, place + raw.size, checksum_bytes(raw).hex(), numpy)
+    return _HeaderEntry(CODES[piece.dtype], piece.shape, offset, offset + raw.size, checksum_bytes(raw).hex(), numpy)
 
 
 def _header(pieces: Sequence[Piece], found: dict[str, _HeaderEntry], meta: str) -> bytes:
@@ -224,11 +224,11 @@ class SafetensorsCache(TensorFile):
         item = self._header.get(fields["name"])
         if item is None:
             return
-        told = f"tensor {fields['name']!r}: is {item['dtype']} {item['shape']}"
+        found = f"tensor {fields['name']!r}: is {item['dtype']} {item['shape']}"
         if fields["coded"] and (item["dtype"] != _CODED or len(item["shape"]) != 1):
-            raise CorruptStream(f"{told}, streams are {_CODED} of one dimension; was the file converted? Fetch the original")
+            raise CorruptStream(f"{found}, streams are {_CODED} of one dimension; was the file converted? Fetch the original")
         if item["dtype"] not in _DTYPES:
-            raise UnsupportedStream(f"{told}, a dtype that this release does not know: install a newer pqcodec")
+            raise UnsupportedStream(f"{found}, a dtype that this release does not know: install a newer pqcodec")
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def _body(self, name: str) -> Extent:
@@ -237,15 +237,15 @@ class SafetensorsCache(TensorFile):
 
     def _read_entry(self, name: str) -> Entry:
         fields, item, body = self._tensors[name], self._header[name], self._body(name)
-        place = self._start + item["data_offsets"][0]
+        offset = self._start + item["data_offsets"][0]
         if fields["coded"]:
-            return listing.entry_of(fields, fields["shape"], fields["dtype"], place, body.size)
+            return listing.entry_of(fields, fields["shape"], fields["dtype"], offset, body.size)
         shape, dtype = tuple(item["shape"]), _DTYPES[item["dtype"]]
         if problem := shape_problem(shape):
             raise CorruptStream(problem)
         if math.prod(shape) * c.EXACT_ITEM_BYTES[dtype] != body.size:
             raise CorruptStream(f"shape {list(shape)} of {dtype} does not go with {body.size} bytes")
-        return listing.entry_of(fields, shape, dtype, place, body.size)
+        return listing.entry_of(fields, shape, dtype, offset, body.size)
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         fields = self._tensors[entry.name]
@@ -259,9 +259,9 @@ class SafetensorsCache(TensorFile):
         return raw
 
     def _checks(self) -> Iterator[Check]:
-        places = {name: self._header[name]["data_offsets"] for name in self.names}
-        for name in sorted(self.names, key=places.__getitem__):
-            start, end = places[name]
+        offsets = {name: self._header[name]["data_offsets"] for name in self.names}
+        for name in sorted(self.names, key=offsets.__getitem__):
+            start, end = offsets[name]
             yield Check(name, self._start + start, end - start, self._damage(name))
 
     def _damage(self, name: str) -> Callable[[str, codec.Progress], Sequence[Damage | str]]:
@@ -299,8 +299,8 @@ class TensorSlice:
 
     def __getitem__(self, index: int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]) -> Any:
         given = index if isinstance(index, tuple) else (index,)
-        places = [place for place, i in enumerate(given) if i is Ellipsis] or [len(given)]
-        left, right = given[: places[0]], given[places[0] + 1 :]
+        ellipses = [number for number, i in enumerate(given) if i is Ellipsis] or [len(given)]
+        left, right = given[: ellipses[0]], given[ellipses[0] + 1 :]
         missing = len(self.shape) - len(left) - len(right)
         if missing < 0 or any(type(i) not in (int, slice) for i in (*left, *right)):
             raise InvalidArgument(f"tensor {self._name!r}: index {index!r} of {self.shape}; whole numbers and slices are known")

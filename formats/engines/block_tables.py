@@ -109,17 +109,17 @@ def decode_blocks(
         raise InvalidArgument(
             f"the keys' stream holds {tokens} tokens, the values' {found[1].shape[1]}; pass two that belong together"
         )
-    places = _places(caches[0], block_table, tokens, first_token, once=True)
+    slots = _slots_of(caches[0], block_table, tokens, first_token, once=True)
     device = caches[0].device
     pair = [codec.decode(stream, device=device, backend=backend) for stream in streams]
-    _scatter(caches, places, pair)
+    _scatter(caches, slots, pair)
     return tokens
 
 
 def gather_blocks(kv_cache: Any, layout: str, block_table: Any, tokens: int, *, first_token: int = 0) -> tuple[Any, Any]:
     """Keys and values [heads, tokens, dim] of a sequence, copied out of its blocks; raises InvalidArgument."""
     caches = _caches(kv_cache, layout)
-    blocks, rows = _places(caches[0], block_table, tokens, first_token, once=False)
+    blocks, rows = _slots_of(caches[0], block_table, tokens, first_token, once=False)
     begins = np.flatnonzero((rows == 0) | (np.arange(tokens) == 0))  # the first token in each block
     keys, values = (_gather(cache, blocks[begins], first_token % cache.shape[1], tokens) for cache in caches)
     return keys, values
@@ -138,7 +138,7 @@ def scatter_blocks(pair: Sequence[Any], kv_cache: Any, layout: str, block_table:
             )
     if pair[0].shape[1] != pair[1].shape[1]:
         raise InvalidArgument(f"keys hold {pair[0].shape[1]} tokens, values {pair[1].shape[1]}; pass two that belong together")
-    _scatter(caches, _places(caches[0], block_table, pair[0].shape[1], first_token, once=True), pair)
+    _scatter(caches, _slots_of(caches[0], block_table, pair[0].shape[1], first_token, once=True), pair)
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _caches(kv_cache: Any, layout: str) -> list[Any]:
     return caches
 
 
-def _places(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
+def _slots_of(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
     """Block and slot of each token, int64 [tokens] each; ``once``: refuse a table that names a block twice.
 
     Raises InvalidArgument.
@@ -204,10 +204,10 @@ def _gather(cache: Any, blocks: np.ndarray, skipped: int, tokens: int) -> Any:
     return rows.transpose(0, 1).contiguous()
 
 
-def _scatter(caches: Sequence[Any], places: tuple[np.ndarray, np.ndarray], pair: Sequence[Any]) -> None:
+def _scatter(caches: Sequence[Any], slots: tuple[np.ndarray, np.ndarray], pair: Sequence[Any]) -> None:
     import torch
 
     device = caches[0].device
-    blocks, rows = (torch.from_numpy(np.ascontiguousarray(place)).to(device) for place in places)
+    blocks, rows = (torch.from_numpy(np.ascontiguousarray(index)).to(device) for index in slots)
     for cache, x in zip(caches, pair, strict=True):
         cache[blocks, rows] = x.transpose(0, 1)

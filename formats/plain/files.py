@@ -267,13 +267,13 @@ class _Npz(_Closing):
 
     def read(self, name: str) -> Any:
         with self._member(name) as (header, member):
-            data, place = np.empty(header.data_bytes, np.uint8), 0
-            while place < data.size:
-                piece = member.read(min(data.size - place, _UNPACKED_BYTES))
+            data, filled = np.empty(header.data_bytes, np.uint8), 0
+            while filled < data.size:
+                piece = member.read(min(data.size - filled, _UNPACKED_BYTES))
                 if not piece:
-                    raise CorruptStream(f"{_told(header)}, {place} are there")
-                data[place : place + len(piece)] = np.frombuffer(piece, np.uint8)
-                place += len(piece)
+                    raise CorruptStream(f"{_size_text(header)}, {filled} are there")
+                data[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+                filled += len(piece)
             return header.array(data)
 
     @contextmanager
@@ -287,7 +287,7 @@ class _Npz(_Closing):
                 raise CorruptStream(f"{info.file_size} bytes are told of, {packed} packed ones hold {most} at most")
             header = read_npy_header(member)
             if header.data_bytes != (there := info.file_size - member.tell()):
-                raise CorruptStream(f"{_told(header)}, {there} are there")
+                raise CorruptStream(f"{_size_text(header)}, {there} are there")
             yield header, member
 
 
@@ -306,7 +306,7 @@ def _npz_problem(infos: Sequence[zipfile.ZipInfo]) -> str:
     return ""
 
 
-def _told(header: NpyHeader) -> str:
+def _size_text(header: NpyHeader) -> str:
     return f"{header.shape} of {header.dtype} takes {header.data_bytes} bytes"
 
 
@@ -346,7 +346,7 @@ class _Npy(_Closing):
             with open(self._path, "rb") as file:
                 header, start = read_npy_header(file), file.tell()
             if header.data_bytes != (there := os.path.getsize(self._path) - start):
-                raise CorruptStream(f"{_told(header)}, {there} are there")
+                raise CorruptStream(f"{_size_text(header)}, {there} are there")
             yield header, start
 
 
@@ -419,10 +419,10 @@ def _check_numpy(tensors: Tensors, name: str) -> None:
 
 def _read(tensors: Tensors, name: str) -> Any:
     """A tensor whose shape and dtype are those that ``describe`` gave; raises InvalidArgument otherwise."""
-    x, told = tensors.read(name), tensors.describe(name)
+    x, expected = tensors.read(name), tensors.describe(name)
     found = tuple(x.shape), exact.dtype_name(x)
-    if found != told:
-        raise InvalidArgument(f"tensor {name!r}: is {found[1]} {found[0]}, {told[1]} {told[0]} was said")
+    if found != expected:
+        raise InvalidArgument(f"tensor {name!r}: is {found[1]} {found[0]}, {expected[1]} {expected[0]} was said")
     return x
 
 

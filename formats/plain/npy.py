@@ -63,8 +63,8 @@ def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
         head = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
         shape, fortran, dtype = parse(head, max_header_size=_MOST_HEADER_BYTES)
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptStream(f"is no .npy data that holds together: {told:.200}") from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise CorruptStream(f"is no .npy data that holds together: {text:.200}") from error
     if dtype.hasobject:
         raise InvalidArgument("holds pickled Python objects, which are never loaded; save numbers")
     if dtype.newbyteorder("=").name not in NUMPY_DTYPES:

@@ -90,8 +90,8 @@ def _groups(layers: Sequence[tc.LayerState], presets: BlockPresets) -> list[Laye
         for path, tensor in layer.tensors.items():
             if path in tc.ROLES and tensor.ndim > 1:
                 preset, pairing = presets.choices.get((index, path), (EXACT, None))
-                place = (not layer.cuttable, layer.tokens - layer.kept)
-                kind = (path, preset, pairing, *place, tuple(tensor.shape), tensor.dtype, tensor.device)
+                extent = (not layer.cuttable, layer.tokens - layer.kept)
+                kind = (path, preset, pairing, *extent, tuple(tensor.shape), tensor.dtype, tensor.device)
                 found.setdefault(kind, []).append(index)
     return [LayerGroup(path, preset, pairing, tuple(at), state) for (path, preset, pairing, state, *_), at in found.items()]
 
@@ -133,7 +133,7 @@ def write_block(
     pieces.append(_exact(TOKENS, row.tokens, None))
     kinds = [{"class": layer.kind, "fields": dict(layer.fields), "tensors": list(layer.tensors)} for layer in layers]
     distinct = [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
-    told = {
+    metadata = {
         "format": FORMAT,
         **{key: getattr(row, key).hex() for key in ("name", "parent", "root")},
         **{key: getattr(row, key) for key in ("start", "whole", "stateful")},
@@ -142,7 +142,7 @@ def write_block(
         "layers": [distinct.index(kind) for kind in kinds],
         "groups": [{"name": name, **vars(group)} for name, group in groups.items()],
     }
-    return write_pieces(path, pieces, {KEY: told})
+    return write_pieces(path, pieces, {KEY: metadata})
 
 
 def _exact(name: str, x: Any, layer: int | None, role: str = "other") -> Piece:
@@ -152,46 +152,46 @@ def _exact(name: str, x: Any, layer: int | None, role: str = "other") -> Piece:
 # -- reading -----------------------------------------------------------------------------------------------------
 def block_metadata(file: PQKVFile) -> dict[str, Any]:
     """The metadata of a block's file under ``KEY`` (SPEC IV.3); raises CorruptStream or UnsupportedStream."""
-    told = file.metadata.get(KEY)
-    if not isinstance(told, dict):
+    metadata = file.metadata.get(KEY)
+    if not isinstance(metadata, dict):
         raise CorruptStream(f"{file.label}: is no block of a prefix store")
-    if told.get("format") != FORMAT:
-        raise UnsupportedStream(f"{file.label}: a block of format {told.get('format')!r}; install a newer pqcodec")
-    return told
+    if metadata.get("format") != FORMAT:
+        raise UnsupportedStream(f"{file.label}: a block of format {metadata.get('format')!r}; install a newer pqcodec")
+    return metadata
 
 
 def row_in(file: PQKVFile, at: str) -> tuple[Row, dict[str, Any]]:
     """The row of the block in a file called ``at`` in the store, and label and settings of its root; raises CorruptStream."""
-    told = block_metadata(file)
+    metadata = block_metadata(file)
     try:
-        row = replace(row_of(told, tokens_of(told, file.decode(TOKENS))), file=at, size=file.size)
-        return row, {key: told[key] for key in ("label", "settings")}
+        row = replace(row_of(metadata, tokens_of(metadata, file.decode(TOKENS))), file=at, size=file.size)
+        return row, {key: metadata[key] for key in ("label", "settings")}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptStream(f"{file.label}: does not say which block it is ({error!r})") from error
 
 
-def row_of(told: Mapping[str, Any], tokens: Any) -> Row:
+def row_of(metadata: Mapping[str, Any], tokens: Any) -> Row:
     """The row of a block, still without a file, from its metadata and tokens; raises KeyError, TypeError or ValueError."""
-    name, parent, root = (bytes.fromhex(told[key]) for key in ("name", "parent", "root"))
-    start, whole, stateful = (told[key] for key in ("start", "whole", "stateful"))
+    name, parent, root = (bytes.fromhex(metadata[key]) for key in ("name", "parent", "root"))
+    start, whole, stateful = (metadata[key] for key in ("start", "whole", "stateful"))
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype != np.int64:
         raise ValueError("its tokens are not those of a block")
     if type(whole) is not bool or type(stateful) is not bool:
         raise TypeError("whole and stateful are two truths")
-    if not isinstance(told["label"], str) or not isinstance(told["settings"], dict):
+    if not isinstance(metadata["label"], str) or not isinstance(metadata["settings"], dict):
         raise TypeError("label and settings are a string and an object")
-    told["label"].encode()  # raises ValueError for half of a surrogate pair
+    metadata["label"].encode()  # raises ValueError for half of a surrogate pair
     row = Row(name, parent, root, start, tokens.astype("<i8"), whole, stateful, "", 0)
     if problem := problem_of(row):
         raise ValueError(problem)
     return row
 
 
-def tokens_of(told: Mapping[str, Any], stored: Any) -> np.ndarray:
+def tokens_of(metadata: Mapping[str, Any], stored: Any) -> np.ndarray:
     """A block's tokens from the tensor in its file; -1 each where an older version stored the token ids of a tenant."""
     tokens = np.asarray(stored)
-    hidden = "marked" not in told and is_keyed(bytes.fromhex(told["root"]), told["settings"])
+    hidden = "marked" not in metadata and is_keyed(bytes.fromhex(metadata["root"]), metadata["settings"])
     return unknown(tokens) if hidden else tokens
 
 
@@ -217,7 +217,7 @@ class Assembly:
         self._on_device = on_device(backend, device_type(device or "cpu"))
         self._waiting: list[tuple[Source, Any, int]] | None = [] if together else None
         self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Any, arrays.Room]] = {}  # by path and layers
-        self._places: dict[tuple[int, str], Any] = {}  # each layer's slice of a stack
+        self._slices: dict[tuple[int, str], Any] = {}  # each layer's slice of a stack
         self._accepted: list[Decoded] = []
 
     @property
@@ -237,7 +237,7 @@ class Assembly:
                     raise CorruptStream(f"{file.label}: {name!r} is {entry.shape}, {expected}")
                 stack = self._stack((*entry.shape[:-2], self._total, entry.shape[-1]), entry.dtype)
                 self._stacks[group.path, group.layers] = stack, arrays.room_of(stack)
-                self._places |= self._each(group, stack)
+                self._slices |= self._each(group, stack)
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
@@ -251,21 +251,21 @@ class Assembly:
 
     def decode(self, file: PQKVFile, row: Row, count: int) -> Decoded:
         """Decode the first ``count`` tokens of a block into the stacks; raises CorruptStream, also for another block's file."""
-        told = block_metadata(file)
+        metadata = block_metadata(file)
         try:
-            place = (told["name"], told["parent"], told["start"])
-            same = place == (row.name.hex(), row.parent.hex(), row.start)
-            if not same or not np.array_equal(tokens_of(told, file.decode(TOKENS)), row.tokens):
+            position = (metadata["name"], metadata["parent"], metadata["start"])
+            same = position == (row.name.hex(), row.parent.hex(), row.start)
+            if not same or not np.array_equal(tokens_of(metadata, file.decode(TOKENS)), row.tokens):
                 raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
-            return self._decoded(file, told, row, count)
+            return self._decoded(file, metadata, row, count)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
 
-    def _decoded(self, file: PQKVFile, told: dict[str, Any], row: Row, count: int) -> Decoded:
-        kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in told["kinds"]]
-        tc.check_layers(kinds, [kind["tensors"] for kind in told["kinds"]])
-        layers = [kinds[number] for number in told["layers"]]
-        groups = _groups_in(told)
+    def _decoded(self, file: PQKVFile, metadata: dict[str, Any], row: Row, count: int) -> Decoded:
+        kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in metadata["kinds"]]
+        tc.check_layers(kinds, [kind["tensors"] for kind in metadata["kinds"]])
+        layers = [kinds[number] for number in metadata["layers"]]
+        groups = _groups_in(metadata)
         if any(group.state == layers[layer].cuttable for group in groups.values() for layer in group.layers):
             raise ValueError("a group's state is not that of its layers")
         found = Decoded(count, layers, {}, {})
@@ -275,8 +275,8 @@ class Assembly:
             else:
                 self._fill(file, name, group, row, count)
         coded = {(layer, group.path) for group in groups.values() for layer in group.layers}
-        for index, number in enumerate(told["layers"]):
-            for path in told["kinds"][number]["tensors"]:
+        for index, number in enumerate(metadata["layers"]):
+            for path in metadata["kinds"][number]["tensors"]:
                 if (index, path) in coded:
                     continue
                 x = file.decode(f"layers.{index}.{path}", device=self._device)
@@ -320,10 +320,10 @@ class Assembly:
             return
         stacked = file.decode(name, tokens=tokens, device=self._device, backend=self._backend)
         for (layer, path), x in self._each(group, stacked).items():
-            place = self._places.get((layer, path))
-            if place is None or place[..., span, :].shape != x.shape or place.dtype != x.dtype:
+            target = self._slices.get((layer, path))
+            if target is None or target[..., span, :].shape != x.shape or target.dtype != x.dtype:
                 raise CorruptStream(f"{file.label}: {path} of layer {layer} do not continue the blocks before")
-            place[..., span, :] = x
+            target[..., span, :] = x
 
     def finish(self) -> None:
         """Decode the streams that wait; raises CorruptStream, without naming the block, if one of them is damaged."""
@@ -337,7 +337,7 @@ class Assembly:
         """The state of a cache of the accepted blocks."""
         last, tokens = self._accepted[-1], self.tokens
         tensors: list[dict[str, Any]] = [{} for _ in last.kinds]
-        for (layer, path), x in self._places.items():
+        for (layer, path), x in self._slices.items():
             tensors[layer][path] = x[..., :tokens, :]
         for layer, path in last.pieces:
             tensors[layer][path] = tc.joined(path, [decoded.pieces[layer, path] for decoded in self._accepted])
@@ -347,12 +347,12 @@ class Assembly:
         return tc.CacheState("DynamicCache", {"": layers})
 
 
-def _groups_in(told: Mapping[str, Any]) -> dict[str, LayerGroup]:
+def _groups_in(metadata: Mapping[str, Any]) -> dict[str, LayerGroup]:
     """The groups in a block's metadata by the names of their tensors; raises KeyError, TypeError or ValueError."""
     found = {
-        g["name"]: LayerGroup(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in told["groups"]
+        g["name"]: LayerGroup(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in metadata["groups"]
     }
-    paths = [told["kinds"][number]["tensors"] for number in told["layers"]]
+    paths = [metadata["kinds"][number]["tensors"] for number in metadata["layers"]]
     for group in found.values():
         there = all(layer in range(len(paths)) and group.path in paths[layer] for layer in group.layers)
         if not there or type(group.state) is not bool:

@@ -188,8 +188,8 @@ def _waiting(db: sqlite3.Connection, seconds: float) -> Iterator[None]:
         db.execute(f"PRAGMA busy_timeout = {before}")
 
 
-def _opened(place: str, wait: float, uri: bool) -> sqlite3.Connection:
-    db = sqlite3.connect(place, timeout=wait, isolation_level=None, check_same_thread=False, uri=uri)
+def _opened(database: str, wait: float, uri: bool) -> sqlite3.Connection:
+    db = sqlite3.connect(database, timeout=wait, isolation_level=None, check_same_thread=False, uri=uri)
     db.text_factory = lambda text: text.decode(errors="replace")  # bytes that are no UTF-8 name nothing
     db.execute("PRAGMA trusted_schema = OFF")
     return db

@@ -21,19 +21,19 @@ AT_ONCE = 8  # objects that are fetched at the same time
 
 
 class BlockFiles:
-    """The block files below ``place``, a local folder or a URL; other files there are never touched.
+    """The block files below ``location``, a local folder or a URL; other files there are never touched.
 
     ``shared``: other users may read and write, as far as the umask allows. Every method raises CorruptStream for a name that
     no store gives to a file, and OSError.
     """
 
-    def __init__(self, place: str | os.PathLike[str], shared: bool = False) -> None:
-        place = os.fspath(place)
-        self.place = place.removeprefix("file://").removeprefix("local://")  # so that local rules apply to these URLs too
-        self.remote = remote.is_url(self.place)
+    def __init__(self, location: str | os.PathLike[str], shared: bool = False) -> None:
+        location = os.fspath(location)
+        self.location = location.removeprefix("file://").removeprefix("local://")  # so that local rules apply to these URLs too
+        self.remote = remote.is_url(self.location)
         self.shared = shared
         if self.remote:
-            remote.check_url(self.place)
+            remote.check_url(self.location)
 
     @contextmanager
     def writing(self, file: str) -> Iterator[str]:
@@ -42,7 +42,7 @@ class BlockFiles:
             yield self._url(file)
             return
         path = self._local(file)
-        make_folders(Path(self.place), own.SHARED if self.shared else own.PRIVATE)
+        make_folders(Path(self.location), own.SHARED if self.shared else own.PRIVATE)
         own.make_folder(path.parent, self.shared)
         with permissions(0o666 if self.shared else 0o600):
             yield str(path)
@@ -82,10 +82,10 @@ class BlockFiles:
     def all(self) -> Iterator[tuple[str, float]]:
         """(file, seconds since it was written) of every block's file, also partial ones; 0 s where the age is unknown."""
         if self.remote:
-            found = remote.ages(f"{self.place.rstrip('/')}/*/*{own.EXTENSION}")
+            found = remote.ages(f"{self.location.rstrip('/')}/*/*{own.EXTENSION}")
             yield from ((file, age) for url, age in found if own.is_block_file(file := "/".join(url.split("/")[-2:])))
             return
-        for path in Path(self.place).glob("??/*"):
+        for path in Path(self.location).glob("??/*"):
             file = f"{path.parent.name}/{path.name}"
             if own.is_block_file(file) or own.is_partial_file(file):
                 with suppress(FileNotFoundError):
@@ -97,8 +97,8 @@ class BlockFiles:
         yield from (file for file, _ in self.all() if own.is_block_file(file))
 
     def _url(self, file: str) -> str:
-        return f"{self.place.rstrip('/')}/{own.checked_block_file(file)}"
+        return f"{self.location.rstrip('/')}/{own.checked_block_file(file)}"
 
     def _local(self, file: str) -> Path:
         """The path of a block's file, or of a partial one that a killed writer left."""
-        return Path(self.place, file if own.is_partial_file(file) else own.checked_block_file(file))
+        return Path(self.location, file if own.is_partial_file(file) else own.checked_block_file(file))

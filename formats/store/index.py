@@ -268,12 +268,12 @@ class Index:
         found = {}
         for name, label, settings in self._select("SELECT name, label, settings FROM roots"):
             try:
-                told = json.loads(settings)
+                parsed = json.loads(settings)
             except (TypeError, ValueError, RecursionError):
-                told = None
-            if type(name) is not bytes or type(label) is not str or not isinstance(told, dict):
+                parsed = None
+            if type(name) is not bytes or type(label) is not str or not isinstance(parsed, dict):
                 self._damaged("what it says of a root is no label and no settings")
-            found[name] = (label, told)
+            found[name] = (label, parsed)
         return found
 
     def counters(self) -> dict[str, int]:
@@ -356,10 +356,10 @@ class Index:
             if max_bytes is not None:
                 db.execute("INSERT INTO counters VALUES ('max_bytes', ?)", (max_bytes,))
 
-    def set_data(self, place: str) -> None:
+    def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""
         with self._changing() as db:
-            db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (place,))
+            db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (data,))
 
 
 @lru_cache(maxsize=1)

@@ -55,8 +55,8 @@ class Request:
         if asked.get("use_cache") is False:
             raise InvalidArgument("use_cache=False: a store keeps the cache; leave it out, or call model.generate")
         own = getattr(model, "generation_config", None)
-        for place, config in (("generation_config", asked.get("generation_config")), ("model.generation_config", own)):
-            _check(place, config)
+        for owner, config in (("generation_config", asked.get("generation_config")), ("model.generation_config", own)):
+            _check(owner, config)
         if not hasattr(input_ids, "ndim") or not hasattr(input_ids, "is_floating_point") or input_ids.is_floating_point():
             raise InvalidArgument(f"input_ids is a {type(input_ids).__name__}; a tensor of token ids [1, n] is expected")
         ids = input_ids if input_ids.ndim == 2 else input_ids[None]
@@ -72,8 +72,8 @@ class Request:
         def effective(name: str) -> Any:
             if name in options:  # None, too, overrides the configs
                 return options[name]
-            told = (getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
-            return next((value for value in told if value is not None), None)
+            configured = (getattr(asked.get("generation_config"), name, None), getattr(own, name, None))
+            return next((value for value in configured if value is not None), None)
 
         shown = {name: value for name, value in asked.items() if name in contents.NAMES | contents.TYPES}
         contents.check_types({name: value for name, value in shown.items() if name in contents.TYPES}, ids, model.config)
@@ -90,7 +90,7 @@ class Request:
         return cls(ids, passed, shown, answers, inside, padded, effective("use_cache") is not False)
 
 
-def _check(place: str, config: Any) -> None:
+def _check(owner: str, config: Any) -> None:
     """Raises InvalidArgument for a generation config with options that a store does not take."""
     if config is None:
         return
@@ -98,11 +98,11 @@ def _check(place: str, config: Any) -> None:
     for name, value in vars(config).items():
         if name in CONFIG or name.startswith("_") or value is None or value is False:
             continue
-        if name == "cache_implementation" and place.startswith("model."):
+        if name == "cache_implementation" and owner.startswith("model."):
             continue
         if value != getattr(defaults, name, None) and value != _NEUTRAL.get(name):
             raise InvalidArgument(
-                f"{place}.{name}={value!r:.60}: PrefixStore.generate does not take {name}, {_why(name)}; "
+                f"{owner}.{name}={value!r:.60}: PrefixStore.generate does not take {name}, {_why(name)}; "
                 "set it to None, or call model.generate"
             )
 

@@ -358,7 +358,7 @@ class PrefixStore:
         stateful = not all(layer.cuttable for layer in layers)
         self._index.add_root(chain.root, work.label, chain.settings)
         presets: blocks.BlockPresets | None = None
-        parent, room, taken = chain.root, self.shelf.room(), 0
+        parent, available, taken = chain.root, self.shelf.available_bytes(), 0
         last: Row | None = None
         seen: list[Row] = []
         written: list[Row] = []
@@ -380,11 +380,13 @@ class PrefixStore:
             seen.append(row)
             parent, last, taken = name, row, taken + row.size
             to_come = (len(ids) // BLOCK_TOKENS - len(seen)) * row.size if whole else 0  # whole blocks are of one size
-            if room is not None and written and taken + to_come > room:
+            if available is not None and written and taken + to_come > available:
                 runs = (ids[at : at + BLOCK_TOKENS] for at in range(0, len(ids) + 1, BLOCK_TOKENS))
-                room = self.shelf.room({*accumulate(runs, chain.child, initial=chain.root), *(row.name for row in seen)})
-                if room is not None and taken + to_come > room:
-                    return self._too_large(work, written, taken + to_come, room)
+                available = self.shelf.available_bytes(
+                    {*accumulate(runs, chain.child, initial=chain.root), *(row.name for row in seen)}
+                )
+                if available is not None and taken + to_come > available:
+                    return self._too_large(work, written, taken + to_come, available)
         for row in written:
             self._drop_what_grew_into(row)
         self._index.touch(seen, hit=False, puts=1)
@@ -393,12 +395,12 @@ class PrefixStore:
         self.shelf.evict()
         return self._stored(work, written)
 
-    def _too_large(self, work: _Work, written: Sequence[Row], size: int, room: int) -> Stored:
+    def _too_large(self, work: _Work, written: Sequence[Row], size: int, available: int) -> Stored:
         """Drop the new blocks of a prefix that exceeds the quota, with a warning; older blocks stay."""
         for row in reversed(written):
             self.shelf.drop(row)
         text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.folder} "
-        warnings.warn(f"{text}leaves room for {max(room, 0)}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{text}leaves room for {max(available, 0)}", RuntimeWarning, stacklevel=4)
         return self._stored(work, written)
 
     def _stored(self, work: _Work, written: Sequence[Row]) -> Stored:

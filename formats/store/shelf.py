@@ -64,16 +64,16 @@ class Shelf:
 
     def _check_data(self, data: str | None) -> None:
         """Record a new ``data``, or raise InvalidArgument where the index records another: only the user's word is followed."""
-        told = self.index.data
-        if told is None and data is not None and self.denied is None:
+        recorded = self.index.data
+        if recorded is None and data is not None and self.denied is None:
             self.index.set_data(data)
-        elif told is not None and data is None:
+        elif recorded is not None and data is None:
             raise InvalidArgument(
-                f"{self.folder}: its index says that its files lie in {told}; pass data={told!r} (--data) if so"
+                f"{self.folder}: its index says that its files lie in {recorded}; pass data={recorded!r} (--data) if so"
             )
-        elif told != data:
+        elif recorded != data:
             raise InvalidArgument(
-                f"{self.folder}: the files of this store lie in {told or self.folder / BLOCKS}, not in {data}"
+                f"{self.folder}: the files of this store lie in {recorded or self.folder / BLOCKS}, not in {data}"
             )
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Shelf:
         """The quota in bytes; None: no quota."""
         return self.index.counters().get("max_bytes")
 
-    def room(self, names: Collection[bytes] = ()) -> int | None:
+    def available_bytes(self, names: Collection[bytes] = ()) -> int | None:
         """Bytes available to a prefix: the quota less pinned blocks and their ancestors, except those in ``names``.
 
         None: no quota.
@@ -199,8 +199,8 @@ class Shelf:
     def _opened(self) -> tuple[Index, str]:
         """The index, and a description of the damaged one that it replaces ("" without); opened for reading if not writable."""
         path = self.folder / INDEX
-        places = (self.folder, self.folder / LOCK, *(path.with_name(INDEX + ending) for ending in ("", "-wal", "-shm")))
-        self.denied = next(filter(None, map(own.denied, places)), None)
+        paths = (self.folder, self.folder / LOCK, *(path.with_name(INDEX + ending) for ending in ("", "-wal", "-shm")))
+        self.denied = next(filter(None, map(own.denied, paths)), None)
         if self.denied is None:
             try:
                 make_folders(self.folder, own.SHARED if self._shared else own.PRIVATE)
@@ -228,13 +228,13 @@ class Shelf:
             except CorruptStream:
                 pass
             beside = [mark, *(path.with_name(INDEX + suffix) for suffix in ("-wal", "-shm", "-journal"))]
-            for place in (path, *beside):  # before anything is moved
-                own.check_file(place, self._shared)
+            for each in (path, *beside):  # before anything is moved
+                own.check_file(each, self._shared)
             aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
             if path.exists():
                 os.replace(path, aside)
-            for place in beside:
-                place.unlink(missing_ok=True)
+            for each in beside:
+                each.unlink(missing_ok=True)
             return Index(path, self._shared), f"{path} was damaged and is set aside as {aside.name}"
 
     def _refill(self, damage: str) -> None:

@@ -55,18 +55,18 @@ def write_prefix(shelf: Shelf, row: Row, target: PathOrFile, progress: Progress 
     ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, CorruptStream or OSError; no file is
     left then.
     """
-    source, pieces, told = _Opened(shelf), [], []
+    source, pieces, metadata = _Opened(shelf), [], []
     for number, at in enumerate(lineage(shelf, row)):
         with shelf.files.open(at.file) as file:
-            told.append(blocks.block_metadata(file))
-            if told[-1]["name"] != at.name.hex():
+            metadata.append(blocks.block_metadata(file))
+            if metadata[-1]["name"] != at.name.hex():
                 raise CorruptStream(f"{file.label}: is another block than {at.name.hex()[:12]}")
             pieces += [
                 replace(piece, name=f"{number}/{piece.name}", body=source.body(at, piece.name)) for piece in pieces_of(file)
             ]
     digest = hashlib.sha256()
     try:
-        size = write_pieces(target, pieces, {KEY: {"format": FORMAT, "blocks": told}}, progress, digest)
+        size = write_pieces(target, pieces, {KEY: {"format": FORMAT, "blocks": metadata}}, progress, digest)
     finally:
         source.close()
     return Exported(size, digest.hexdigest())
@@ -145,11 +145,11 @@ def checked(file: TensorFile, *, sha256: str | None = None, trust: bool = False)
     check_trust(sha256, trust)
     if sha256 is not None:
         check_digest(file, {sha256})
-    told, rows = _rows_in(file)
+    metadata, rows = _rows_in(file)
     if damage := file.verify():
         name, what = damage[0]
         raise CorruptStream(f"{file.label}: {'' if name is None else f'tensor {name!r}: '}damaged: {what}")
-    return Incoming(file, told, rows)
+    return Incoming(file, metadata, rows)
 
 
 def check_trust(sha256: str | Collection[str] | None, trust: bool) -> None:
@@ -187,30 +187,30 @@ def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = No
     CorruptStream for one that contradicts the store, and OSError; blocks that were added before the error stay.
     """
     shelf.index.check_writable()
-    file, told, rows = incoming.file, incoming.metadata, incoming.rows
-    about = {key: told[0][key] for key in ("label", "settings")}
+    file, metadata, rows = incoming.file, incoming.metadata, incoming.rows
+    about = {key: metadata[0][key] for key in ("label", "settings")}
     known = shelf.index.roots().get(rows[0].root)
     if known is not None and known[1] != about["settings"]:
         raise CorruptStream(f"{file.label}: names a root that stands for other settings in {shelf.folder}")
-    room = shelf.room({row.name for row in rows})
-    if room is not None and file.size > room and any(shelf.index.find(row.name) is None for row in rows):
-        text = f"takes {file.size} bytes, and the quota of {shelf.folder} leaves room for {max(room, 0)}"
+    available = shelf.available_bytes({row.name for row in rows})
+    if available is not None and file.size > available and any(shelf.index.find(row.name) is None for row in rows):
+        text = f"takes {file.size} bytes, and the quota of {shelf.folder} leaves room for {max(available, 0)}"
         raise InvalidArgument(f"{file.label}: {text}; raise it (gc --max-bytes)")
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in pieces_of(file):
         number, _, name = piece.name.partition("/")
         pieces[int(number)].append(replace(piece, name=name))
     new: list[Row] = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         there = shelf.index.find(row.name)
         if there is None:
-            written = _written(shelf, file, row, pieces[place], told[place])
+            written = _written(shelf, file, row, pieces[index], metadata[index])
             shelf.index.add_root(row.root, **about)
             new += [written] if shelf.commit(written) else []
         elif (there.parent, there.start, there.tokens.tolist()) != (row.parent, row.start, row.tokens.tolist()):
-            raise CorruptStream(f"{file.label}: block {place} has the name of another block of {shelf.folder}")
+            raise CorruptStream(f"{file.label}: block {index} has the name of another block of {shelf.folder}")
         if progress:
-            progress(place + 1, len(rows))
+            progress(index + 1, len(rows))
     shelf.index.touch(rows, hit=False)
     present, evicted = len(rows) - len(new), shelf.evict()
     there_now = list(takewhile(lambda row: shelf.index.find(row.name) is not None, rows))
@@ -219,12 +219,12 @@ def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = No
     return Added(rows[-1].name.hex(), tokens, len(kept), present, sum(row.size for row in kept), evicted)
 
 
-def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], told: dict[str, Any]) -> Row:
+def _written(shelf: Shelf, file: TensorFile, row: Row, pieces: Sequence[Piece], metadata: dict[str, Any]) -> Row:
     """Write and verify a block's file and return its row; raises CorruptStream, and leaves no file then."""
     at = own.new_block_file(row.name)
     try:
         with shelf.files.writing(at) as path:
-            row = replace(row, file=at, size=write_pieces(path, pieces, {blocks.KEY: told}))
+            row = replace(row, file=at, size=write_pieces(path, pieces, {blocks.KEY: metadata}))
         if wrong := shelf.problems(row):
             raise CorruptStream(f"{file.label}: tokens {row.start} to {row.end - 1} are damaged: {wrong[0]}")
     except BaseException:
@@ -243,38 +243,38 @@ def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
         raise InvalidArgument(f"{file.label}: holds no prefix of a store; `pqcodec store export` writes such files")
     if not isinstance(chain, dict) or not isinstance(chain.get("blocks"), list) or not chain["blocks"]:
         raise CorruptStream(f"{file.label}: its metadata does not list the blocks of a prefix")
-    told = chain["blocks"]
-    formats = [chain.get("format"), *(of.get("format") if isinstance(of, dict) else None for of in told)]
-    if formats != [FORMAT, *[blocks.FORMAT] * len(told)]:
+    metadata = chain["blocks"]
+    formats = [chain.get("format"), *(of.get("format") if isinstance(of, dict) else None for of in metadata)]
+    if formats != [FORMAT, *[blocks.FORMAT] * len(metadata)]:
         raise UnsupportedStream(f"{file.label}: a prefix of format {formats[0]!r}; install a newer pqcodec")
     try:
-        wanted = {f"{number}/{name}" for number, of in enumerate(told) for name in _names(of)}
+        wanted = {f"{number}/{name}" for number, of in enumerate(metadata) for name in _names(of)}
         if set(file.names) != wanted:
             raise CorruptStream(f"{file.label}: holds other tensors than its blocks tell")
-        stored = [file.decode(f"{number}/{blocks.TOKENS}") for number in range(len(told))]
-        rows = [blocks.row_of(of, blocks.tokens_of(of, tokens)) for of, tokens in zip(told, stored, strict=True)]
-        names = Chain(told[0]["settings"])
+        stored = [file.decode(f"{number}/{blocks.TOKENS}") for number in range(len(metadata))]
+        rows = [blocks.row_of(of, blocks.tokens_of(of, tokens)) for of, tokens in zip(metadata, stored, strict=True)]
+        names = Chain(metadata[0]["settings"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptStream(f"{file.label}: its metadata does not describe blocks ({error!r})") from error
     keyed = names.root != rows[0].root  # by a tenant's salt, which is not known here
     parent, end = rows[0].root, 0
-    for number, (of, row) in enumerate(zip(told, rows, strict=True)):
+    for number, (of, row) in enumerate(zip(metadata, rows, strict=True)):
         problem = _problem(row, parent, end, last=number == len(rows) - 1)
-        if any(of[key] != told[0][key] for key in ("root", "stateful", "label", "settings")):
+        if any(of[key] != metadata[0][key] for key in ("root", "stateful", "label", "settings")):
             problem = problem or "belongs to another prefix than the first one"
         if not keyed and names.child(parent, row.tokens) != row.name:
             problem = problem or "has a name that is not that of its tokens"
         if problem:
             raise CorruptStream(f"{file.label}: block {number} {problem}")
         parent, end = row.name, row.end
-    return told, rows
+    return metadata, rows
 
 
-def _names(told: dict[str, Any]) -> list[str]:
+def _names(metadata: dict[str, Any]) -> list[str]:
     """The names of the tensors of a block's file, from its metadata."""
-    groups = told["groups"]
+    groups = metadata["groups"]
     coded = {(layer, group["path"]) for group in groups for layer in group["layers"]}
-    each = [(index, path) for index, kind in enumerate(told["layers"]) for path in told["kinds"][kind]["tensors"]]
+    each = [(index, path) for index, kind in enumerate(metadata["layers"]) for path in metadata["kinds"][kind]["tensors"]]
     rest = [f"layers.{index}.{path}" for index, path in each if (index, path) not in coded]
     return [*(group["name"] for group in groups), *rest, blocks.TOKENS]
 

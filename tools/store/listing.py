@@ -51,11 +51,11 @@ def ls(
     found = [] if by_block else prefixes(rows)
     if by_block:
         rows = sorted(rows, key=lambda row: -row.used)
-        told = {"blocks": [block_as_dict(row, models) for row in rows]}
+        listed = {"blocks": [block_as_dict(row, models) for row in rows]}
     else:
-        told = {"prefixes": [_as_dict(prefix, models) for prefix in found]}
+        listed = {"prefixes": [_as_dict(prefix, models) for prefix in found]}
     if as_json:
-        print_json({"folder": folder, **told})
+        print_json({"folder": folder, **listed})
         return
     out, now = console(), time.time()
     wide = out.width >= _WIDE
@@ -141,15 +141,15 @@ def stats(folder: Folder, data: Data = None, as_json: AsJson = False) -> None:
             kinds.setdefault(models[row.root], []).append(row)
         of_prefixes = [models[prefix.end.root] for prefix in prefixes(rows)]
         each = [_totals(shelf, kind, of, of_prefixes.count(kind)) for kind, of in kinds.items()]
-    told: dict[str, Any] = {key: sum(one[key] for one in each) for key in ("prefixes", "blocks", "tokens", "bytes")}
+    totals: dict[str, Any] = {key: sum(one[key] for one in each) for key in ("prefixes", "blocks", "tokens", "bytes")}
     plain = [one["plain_bytes"] for one in each]
-    told |= {"folder": folder, "plain_bytes": None if None in plain else sum(plain), "max_bytes": counters.get("max_bytes")}
-    told |= {"counters": {name: counters.get(name, 0) for name in _COUNTERS}}
-    told |= {"models": sorted(each, key=lambda one: -one["bytes"])}
+    totals |= {"folder": folder, "plain_bytes": None if None in plain else sum(plain), "max_bytes": counters.get("max_bytes")}
+    totals |= {"counters": {name: counters.get(name, 0) for name in _COUNTERS}}
+    totals |= {"models": sorted(each, key=lambda one: -one["bytes"])}
     if as_json:
-        print_json(told)
+        print_json(totals)
     else:
-        _draw(told)
+        _draw(totals)
 
 
 def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int) -> dict[str, Any]:
@@ -204,15 +204,15 @@ def _bits(shelf: Shelf, rows: Sequence[Row]) -> float | None:
     return 8 * size / coordinates if coordinates else None
 
 
-def _draw(told: dict[str, Any]) -> None:
+def _draw(totals: dict[str, Any]) -> None:
     from rich.progress_bar import ProgressBar
 
-    out, counts = console(), told["counters"]
+    out, counts = console(), totals["counters"]
     wide = out.width >= _WIDE
-    size, plain, quota = told["bytes"], told["plain_bytes"], told["max_bytes"]
+    size, plain, quota = totals["bytes"], totals["plain_bytes"], totals["max_bytes"]
     smaller = f" ({bytes_text(plain)} of caches, {plain / size:.2f}x smaller)" if plain and size else ""
-    parts = f"{told['prefixes']} prefixes, {told['blocks']} blocks, {told['tokens']} tokens"
-    print(f"{shown(told['folder'])}: {parts}, {bytes_text(size)}{smaller}")
+    parts = f"{totals['prefixes']} prefixes, {totals['blocks']} blocks, {totals['tokens']} tokens"
+    print(f"{shown(totals['folder'])}: {parts}, {bytes_text(size)}{smaller}")
     print(f"gets: {counts['gets']}, {_share(counts['hits'], counts['gets'])} found something")
     tokens = _share(counts["found_tokens"], counts["asked_tokens"])
     print(f"tokens asked for: {counts['asked_tokens']}, {tokens} found")
@@ -221,7 +221,7 @@ def _draw(told: dict[str, Any]) -> None:
         of = f"{bytes_text(size)} of {bytes_text(quota)}, {_share(size, quota)}"
         bar = ProgressBar(total=max(quota, 1), completed=size, width=30)
         out.print(table(("", "", ""), [["quota", bar, of]], ("",)))
-    each = told["models"]
+    each = totals["models"]
     if not each:
         return
     width, rows = 24 if wide else 10, []

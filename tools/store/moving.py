@@ -57,17 +57,17 @@ def export(
     with opened(folder, data) as shelf:
         rows = shelf.index.all()
         chosen = [prefix.end for prefix in prefixes(rows)] if everything else [named(rows, words[0])]
-        places = {row.name: f"{target.rstrip('/')}/{short(row)}{EXTENSION}" if everything else target for row in chosen}
-        for place in places.values():
-            check_output("", place, force)
+        outputs = {row.name: f"{target.rstrip('/')}/{short(row)}{EXTENSION}" if everything else target for row in chosen}
+        for output in outputs.values():
+            check_output("", output, force)
 
         def work(row: Row, show: Show) -> _Exported:
-            place = places[row.name]
+            output = outputs[row.name]
             if everything:
-                make_parents(place)
-            out: Any = sys.stdout.buffer if place == STANDARD else place
+                make_parents(output)
+            out: Any = sys.stdout.buffer if output == STANDARD else output
             done = write_prefix(shelf, row, out, lambda done, total: show(done / total))
-            return _Exported(row.name.hex(), place, row.end, done.bytes, done.sha256)
+            return _Exported(row.name.hex(), output, row.end, done.bytes, done.sha256)
 
         found = run(chosen, work, short, 1, "export")
     if not as_json:
@@ -147,15 +147,15 @@ def import_(
             return store[0]
 
         digests: dict[str, str] = {}
-        places: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for item in todo if sha256 else []:  # check all files before the first is imported
-            places[item.path] = stack.enter_context(input_file(item.path, local=True))
-            with open_encoded(places[item.path]) as file:
+            paths[item.path] = stack.enter_context(input_file(item.path, local=True))
+            with open_encoded(paths[item.path]) as file:
                 digests[item.path] = check_digest(file, sha256 or [])
 
         def work(item: Input, show: Show) -> _Imported:
             with ExitStack() as inner:
-                path = places.get(item.path) or inner.enter_context(input_file(item.path))
+                path = paths.get(item.path) or inner.enter_context(input_file(item.path))
                 file = inner.enter_context(open_encoded(path))
                 incoming = checked(file, sha256=digests.get(item.path), trust=trust)
                 return _Imported(item.path, add_checked(shelf(), incoming, lambda done, total: show(done / total)))

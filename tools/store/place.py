@@ -83,7 +83,8 @@ def check_place(shelf: Shelf) -> None:
     files = {row.file for row in shelf.index.all()}
     if files and not any(file in files for file, _ in shelf.files.all()):
         raise InvalidArgument(
-            f"{shelf.folder}: none of its {len(files)} blocks has a file in {shelf.files.place}; pass by --data where they lie"
+            f"{shelf.folder}: none of its {len(files)} blocks has a file in {shelf.files.location}; "
+            "pass by --data where they lie"
         )
 
 

@@ -88,8 +88,8 @@ def verify(
         print_json({"folder": folder, "ok": not damaged, "blocks": len(rows), "damaged": each, "dropped": len(dropped)})
     else:
         for row, wrong in damaged:
-            place = f"{shown(models[row.root][0])}, tokens {row.start} to {row.end - 1}"
-            print(f"block {short(row)} ({place}): damaged: {shown(wrong[0])}")
+            where = f"{shown(models[row.root][0])}, tokens {row.start} to {row.end - 1}"
+            print(f"block {short(row)} ({where}): damaged: {shown(wrong[0])}")
         verdict = f"{len(damaged)} damaged" + (f", {len(dropped)} of them removed" if drop else "") if damaged else "all sound"
         print(f"{shown(folder)}: {len(rows)} blocks, {bytes_text(sum(row.size for row in rows))}, {verdict}")
     if damaged:

@@ -68,8 +68,8 @@ def frame_of(number: int, fields: object) -> Frame:
     if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):
         raise CorruptStream(f"index: frame {number}: offset and sizes are not numbers from 0")
     if item.kind == c.FRAME_METADATA:
-        told = (item.name, item.layer, item.role) != (None, None, None)
-        problem = "file metadata have no name, layer or role" if told else ""
+        described = (item.name, item.layer, item.role) != (None, None, None)
+        problem = "file metadata have no name, layer or role" if described else ""
     elif item.kind == c.FRAME_INDEX:
         problem = "an index lists no index"
     else:

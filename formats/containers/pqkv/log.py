@@ -71,11 +71,11 @@ class Log:
         listed = json_value(self.body(index).tobytes(), "index")
         previous = None
         if grown and isinstance(listed, dict):
-            told, listed = listed.get("previous"), listed.get("frames")
-            previous = told if isinstance(told, int) and natural(told) else 0
+            previous_end, listed = listed.get("previous"), listed.get("frames")
+            previous = previous_end if isinstance(previous_end, int) and natural(previous_end) else 0
             if not c.FILE_HEAD_STRUCT.size < previous <= start:
                 raise CorruptStream(
-                    f"index at byte {start}: the footer before it ends at {told!r}, a byte before it is expected"
+                    f"index at byte {start}: the footer before it ends at {previous_end!r}, a byte before it is expected"
                 )
         if not isinstance(listed, list):
             raise CorruptStream("index: a JSON list is expected")
@@ -223,8 +223,8 @@ class Log:
         """Check the header and the checksum of a frame of the index without parsing its meta; raises CorruptStream."""
         head = self._source.read(item.offset, c.FRAME_STRUCT.size + item.meta_bytes).tobytes()
         _, kind, _, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack_from(head)
-        told = (kind, meta_bytes, body_bytes) == (item.kind, item.meta_bytes, item.body_bytes)
-        if not told or stored != checksum(head[: c.FRAME_CHECKED] + head[c.FRAME_STRUCT.size :]):
+        same = (kind, meta_bytes, body_bytes) == (item.kind, item.meta_bytes, item.body_bytes)
+        if not same or stored != checksum(head[: c.FRAME_CHECKED] + head[c.FRAME_STRUCT.size :]):
             raise CorruptStream(f"frame at byte {item.offset}: checksum does not hold; fetch the file again")
 
     def meta(self, item: Frame) -> dict[str, Any]:

@@ -224,16 +224,16 @@ class _PartialStream:
 def streams_in_chunk(source: Source) -> list[Extent]:
     """The streams of a chunk of zarr, which follow each other; at least one. Raises CorruptStream or TruncatedStream."""
     found: list[Extent] = []
-    place = 0
-    while place < source.size or not found:
-        fixed = source.read(place, min(source.size - place, c.HEADER_STRUCT.size)).tobytes()
-        size = min(source.size - place, header_size(fixed))
-        header = Header.from_bytes(source.read(place, size).tobytes())
-        check_range(place, header.stream_bytes, source.size)
-        part = Extent(source, place, header.stream_bytes)
+    offset = 0
+    while offset < source.size or not found:
+        fixed = source.read(offset, min(source.size - offset, c.HEADER_STRUCT.size)).tobytes()
+        size = min(source.size - offset, header_size(fixed))
+        header = Header.from_bytes(source.read(offset, size).tobytes())
+        check_range(offset, header.stream_bytes, source.size)
+        part = Extent(source, offset, header.stream_bytes)
         part.header = header
         found.append(part)
-        place += header.stream_bytes
+        offset += header.stream_bytes
     return found
 
 

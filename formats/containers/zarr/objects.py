@@ -25,15 +25,15 @@ _MOST_DOCUMENT_BYTES = 4 * c.MAX_INDEX_BYTES  # the listing, whose JSON is escap
 _WHOLE_BYTES = 1 << 20  # remote objects up to this size are read by one request
 
 
-def store_of(place: Any, read_only: bool) -> Store:
+def store_of(target: Any, read_only: bool) -> Store:
     """zarr's store for a path, a URL or a Store; raises InvalidArgument for a URL of an unknown scheme, or OSError."""
-    if isinstance(place, Store):
-        return sync(StorePath.open(place, "", None)).store  # opens a ZipStore's file
-    if remote.is_url(place):
-        remote.check_url(str(place))
-        with _transport(str(place)):
-            return FsspecStore.from_url(str(place), read_only=read_only)
-    return LocalStore(os.fspath(place), read_only=read_only)
+    if isinstance(target, Store):
+        return sync(StorePath.open(target, "", None)).store  # opens a ZipStore's file
+    if remote.is_url(target):
+        remote.check_url(str(target))
+        with _transport(str(target)):
+            return FsspecStore.from_url(str(target), read_only=read_only)
+    return LocalStore(os.fspath(target), read_only=read_only)
 
 
 @contextmanager

@@ -42,9 +42,9 @@ class ZarrCache(TensorFile):
         with named(self._label):
             values = self._open()
             self._metadata, listed = listing.read_listing(values)
-            for place, fields in enumerate(listed):
+            for number, fields in enumerate(listed):
                 if problem := _problem(fields):
-                    raise CorruptStream(f"{c.ZARR_COMPLETE}: tensor {place}: {problem}")
+                    raise CorruptStream(f"{c.ZARR_COMPLETE}: tensor {number}: {problem}")
             self._tensors = {fields["name"]: fields for fields in listed}
             if len(self._tensors) != len(listed):
                 raise CorruptStream(f"{c.ZARR_COMPLETE}: a name stands twice")
@@ -80,10 +80,10 @@ class ZarrCache(TensorFile):
         return values
 
     def _attributes(self, key: str) -> dict[str, Any] | None:
-        told = document(self._store, key)
-        if told is None:
+        parsed = document(self._store, key)
+        if parsed is None:
             return None
-        values = told.get("attributes", {}) if isinstance(told, dict) else None
+        values = parsed.get("attributes", {}) if isinstance(parsed, dict) else None
         if not isinstance(values, dict):
             raise CorruptStream(f"{key}: a group of zarr with attributes is expected")
         return values
@@ -128,18 +128,18 @@ class ZarrCache(TensorFile):
         return raw
 
     def _checks(self) -> Iterator[Check]:
-        place = 0
+        start = 0
         for name in self.names:
             size = self._read_entry(name).body_bytes
-            yield Check(name, place, size, self._damage(name))
-            place += size
+            yield Check(name, start, size, self._damage(name))
+            start += size
 
     def _damage(self, name: str) -> Callable[[str, codec.Progress], Sequence[Damage | str]]:
         def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
             entry, fields = self._read_entry(name), self._tensors[name]
             key = f"{fields['path']}/{DOCUMENT}"
-            told = document(self._store, key)
-            if not isinstance(told, dict) or document_seal(told) != fields["document"]:
+            parsed = document(self._store, key)
+            if not isinstance(parsed, dict) or document_seal(parsed) != fields["document"]:
                 raise CorruptStream(f"{key} is not what was written; zarr would read the array in another way")
             if not entry.coded:
                 raw = self._read_exact(entry)
@@ -171,10 +171,10 @@ class ZarrCache(TensorFile):
 
 def _key(fields: listing.Fields, number: int) -> str:
     """The key of object ``number`` along the tokens of a tensor's array."""
-    place = [0] * len(fields["shape"])
-    if len(place) > 1:
-        place[-2] = number
-    return "/".join([fields["path"], "c", *map(str, place)])
+    index = [0] * len(fields["shape"])
+    if len(index) > 1:
+        index[-2] = number
+    return "/".join([fields["path"], "c", *map(str, index)])
 
 
 def _exact_bytes(fields: listing.Fields) -> int:

@@ -138,14 +138,14 @@ class _Writer:
         shards = (*chunks[:-2], chunks[-2] * grid.per_shard, chunks[-1]) if grid.per_shard else None
         dtype = np.float16 if h.dtype == c.DTYPE_FLOAT16 else np.float32
         array = self._create(piece, path, shape, dtype, chunks, shards=shards, serializer=_codec_of(h), compressors=None)
-        place = 0
+        first = 0
         for number, count in enumerate(grid.objects):
-            streams = whole[place : place + count]
+            streams = whole[first : first + count]
             data = b"".join(stream.read(0, stream.size).data for stream in streams)
             if grid.per_shard:
                 data += shard_index([stream.size for stream in streams], grid.per_shard)
             self._put(array, (*[0] * len(shape[:-2]), number, 0)[-len(shape) :], data)
-            place += count
+            first += count
         more = listing.coded_fields(whole, orders, body.rel_mse)
         more |= {"objects": list(grid.objects), "per_shard": grid.per_shard} if len(headers) > 1 or grid.per_shard else {}
         sizes = {} if "streams" in more else {"streams": [[whole[0].size, headers[0].tokens]]}
@@ -176,8 +176,8 @@ class _Writer:
             **how,
         )
 
-    def _put(self, array: Any, place: Sequence[int], data: bytes) -> None:
-        key = f"{array.path}/{array.metadata.encode_chunk_key(tuple(place))}"
+    def _put(self, array: Any, index: Sequence[int], data: bytes) -> None:
+        key = f"{array.path}/{array.metadata.encode_chunk_key(tuple(index))}"
         put(self._store, key, data)
 
 

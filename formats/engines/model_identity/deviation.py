@@ -91,13 +91,13 @@ def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Ca
     InvalidArgument for a function without a lasting name.
     """
     shell = _shell_of(model)
-    told: list[Any] = []
+    differences: list[Any] = []
     packages = {kind.__module__.split(".")[0] for kind in type(model).__mro__} | {"torch"}
     for path, module in modules:
         kind = code.type_name(type(module))
         known = shell is not None and path in shell.types
         if shell is None or not known or shell.types[path] != kind or kind.split(".")[0] not in packages:
-            told.append([path, kind])
+            differences.append([path, kind])
         expected = shell.attributes[path] if known and shell else {}
         for name, value, deep in _attributes(module, written):
             if name.endswith(_MADE_BY_ROPE) and _is_made_by_rope(module, name, value):
@@ -107,15 +107,15 @@ def deviation(model: Any, modules: Named, written: WrittenAttributes, digest: Ca
             if found is not _NOTHING and found != expected.get(name, _NOTHING):
                 if not name.startswith("_"):
                     _check_code(found, at)
-                told.append([path, name, found])
-        told += [[path, name, None] for name in expected.keys() - vars(module).keys()]
+                differences.append([path, name, found])
+        differences += [[path, name, None] for name in expected.keys() - vars(module).keys()]
         for name, buffer in _computed(module):
             at = f"{path}.{name}"
             if shell is None or not _equal(buffer, shell.buffers.get(at)):
-                told.append([path, name, digest(at, buffer).hex()])
+                differences.append([path, name, digest(at, buffer).hex()])
     if shell is not None:
-        told += [[path, None] for path in shell.types.keys() - {path for path, _ in modules}]
-    return sorted(told, key=json.dumps)
+        differences += [[path, None] for path in shell.types.keys() - {path for path, _ in modules}]
+    return sorted(differences, key=json.dumps)
 
 
 def watched_tensors(modules: Named, written: WrittenAttributes) -> Iterator[tuple[str, Any]]:
@@ -287,10 +287,10 @@ def _described(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, dep
         return {"partial": [None if part is _NOTHING else part for part in parts]}
     if callable(value) and hasattr(code.plain(value), "__code__"):
         name, where = code.name_of(value), code.plain(value).__code__.co_firstlineno
-        told = {"code": name if code.is_lasting(name) else f"{name}:{where}"}
+        content = {"code": name if code.is_lasting(name) else f"{name}:{where}"}
         if code.package_of(value) not in code.KNOWN + code.LIBRARIES:
-            told["digest"] = json_digest(code.function_content(code.plain(value)))
-        return told
+            content["digest"] = json_digest(code.function_content(code.plain(value)))
+        return content
     if objects and _is_plain(value):
         fields = _described(code.object_fields(value), tensor, objects - 1, depth + 1)
         return {"object": code.type_name(type(value)), "class": json_digest(code.class_content(type(value))), "fields": fields}

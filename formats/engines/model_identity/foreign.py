@@ -39,11 +39,11 @@ def foreign(modules: Named) -> list[str]:
                 package = code.package_of(function)
                 if not isinstance(getattr(function, "__code__", None), CodeType) or package in code.KNOWN + code.LIBRARIES:
                     continue
-                told = code.name_of(function)
-                if not code.is_lasting(told):
+                called = code.name_of(function)
+                if not code.is_lasting(called):
                     raise InvalidArgument(
-                        f"{home.__name__}.{name} was replaced by {told}, which has no name of its own: put the library's own "
+                        f"{home.__name__}.{name} was replaced by {called}, which has no name of its own: put the library's own "
                         "back, or pass an Identity of your own"
                     )
-                found.add(f"{home.__name__}.{name} = {told} {json_digest(code.function_content(function))}")
+                found.add(f"{home.__name__}.{name} = {called} {json_digest(code.function_content(function))}")
     return sorted(found)

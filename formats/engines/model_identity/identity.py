@@ -80,18 +80,18 @@ class Identity:
 
     def as_dict(self) -> dict[str, str]:
         """The fields for a file's metadata (SPEC IV.1), without empty ones."""
-        told = {"config": self.config_digest, "weights": self.weights, "adapters": self.adapters, "dtype": self.dtype}
-        told |= {key: getattr(self, key) for key in _CONDITIONS}
-        return {key: value for key, value in told.items() if value}
+        fields = {"config": self.config_digest, "weights": self.weights, "adapters": self.adapters, "dtype": self.dtype}
+        fields |= {key: getattr(self, key) for key in _CONDITIONS}
+        return {key: value for key, value in fields.items() if value}
 
-    def check(self, told: Any, label: str) -> None:
-        """Raises InvalidArgument where ``told``, the ``as_dict`` in a file called ``label``, is of another model."""
+    def check(self, recorded: Any, label: str) -> None:
+        """Raises InvalidArgument where ``recorded``, the ``as_dict`` in a file called ``label``, is of another model."""
         mine = self.as_dict()
-        if not isinstance(told, dict):
+        if not isinstance(recorded, dict):
             raise InvalidArgument(f"{label}: is the cache of a model of other model; compute it anew with this model")
-        other = [key for key, value in mine.items() if key not in _CONDITIONS and told.get(key, value) != value]
-        if "weights" in mine and "weights" in told:  # a config alone has no state
-            other += [key for key in _CONDITIONS if told.get(key, "") != mine.get(key, "")]
+        other = [key for key, value in mine.items() if key not in _CONDITIONS and recorded.get(key, value) != value]
+        if "weights" in mine and "weights" in recorded:  # a config alone has no state
+            other += [key for key in _CONDITIONS if recorded.get(key, "") != mine.get(key, "")]
         if other:
             raise InvalidArgument(
                 f"{label}: is the cache of a model of other {' and '.join(other)}; compute it anew with this model"
@@ -199,7 +199,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
     hashed = new_hash()
     for _, digest in digests[: len(in_state)]:
         hashed.update(digest)
-    told = [*deviation(model, modules, written, tensor_digest), *patched, *foreign(modules), *registered(modules, configs)]
+    deviating = [*deviation(model, modules, written, tensor_digest), *patched, *foreign(modules), *registered(modules, configs)]
     config = model.config
     identity = Identity(
         config,
@@ -209,7 +209,7 @@ def _read(model: Any, before: _Seen | None, full: bool) -> _Seen:
         str(model.dtype),
         model.device,
         len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1,
-        json_digest(told) if told else "",
+        json_digest(deviating) if deviating else "",
         mode,
         _attention(configs),
     )

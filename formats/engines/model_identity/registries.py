@@ -30,11 +30,11 @@ _SAME = ("eager", "sdpa")  # names whose functions have names that begin so, or 
 def tables_of(modules: Named) -> list[tuple[str, dict[str, Any]]]:
     """(name, dict) of the registries that a model's code may use, including those of its own Python modules; each dict once."""
     found: dict[int, tuple[str, dict[str, Any]]] = {}
-    places = [(home, name) for home, names in _TABLES.items() for name in names]
+    names = [(home, name) for home, names in _TABLES.items() for name in names]
     homes = dict.fromkeys(kind.__module__ for kind in classes_of(modules))
     spaces = {home: vars(sys.modules[home]) for home in [*_TABLES, *homes] if home in sys.modules}
-    places += [(home, name) for home in homes if home in spaces for name, value in spaces[home].items() if _is_interface(value)]
-    for home, name in places:
+    names += [(home, name) for home in homes if home in spaces for name, value in spaces[home].items() if _is_interface(value)]
+    for home, name in names:
         table: Any = spaces.get(home, {}).get(name)
         layers = (table._local_mapping, table._global_mapping) if _is_interface(table) else (table,)
         for each in layers:  # an instance's own entries come before its class's
@@ -65,8 +65,8 @@ def registered(modules: Named, configs: list[Any]) -> list[str]:
         for name in names & functions.keys():
             value = functions[name]
             for each in value.values() if isinstance(value, dict) else (value,):  # a dict of masks by kind of layer
-                told = _described(each, f"{table}[{name!r}]", name if name in _SAME else "")
-                found += [f"{table}[{name!r}] = {told}"] if told else []
+                entry = _described(each, f"{table}[{name!r}]", name if name in _SAME else "")
+                found += [f"{table}[{name!r}] = {entry}"] if entry else []
     return sorted(found)
 
 
@@ -78,7 +78,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(member)
 
 
-def _described(function: Any, place: str, expected: str) -> str:
+def _described(function: Any, where: str, expected: str) -> str:
     """The name and digest of a function; "" for transformers' own whose name begins with ``expected``."""
     others = [each for each in code.layers(function) if code.package_of(each) not in code.KNOWN]
     if not others:
@@ -87,7 +87,7 @@ def _described(function: Any, place: str, expected: str) -> str:
     for each in others:
         if not code.is_lasting(code.name_of(each)):
             raise InvalidArgument(
-                f"{place} was registered as {code.name_of(each)}, which has no name of its own: register the library's own "
+                f"{where} was registered as {code.name_of(each)}, which has no name of its own: register the library's own "
                 "again, or pass an Identity of your own"
             )
     bound = [code.value_content([function.args, function.keywords])] if isinstance(function, partial) else []

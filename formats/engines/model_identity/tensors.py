@@ -49,14 +49,14 @@ class Evidence:
         ]
         self._addresses = np.concatenate(addresses) if addresses else np.empty(0, np.int64)
         self._ends = np.cumsum([len(each) for each in addresses])
-        places: dict[Any, list[int]] = {}  # of tensors that one kernel sums
+        by_device: dict[Any, list[int]] = {}  # of tensors that one kernel sums
         self._others: list[int] = []
         for index, (tensor, summed) in enumerate(zip(tensors, self._summed, strict=True)):
             if summed and tensor.nbytes and sums_anywhere(tensor):
-                places.setdefault(tensor.device, []).append(index)
+                by_device.setdefault(tensor.device, []).append(index)
             elif summed:
                 self._others.append(index)
-        self._together = [(indices, Sums([tensors[index] for index in indices])) for indices in places.values()]
+        self._together = [(indices, Sums([tensors[index] for index in indices])) for indices in by_device.values()]
         self._words, self._sums = self.begin(tensors)()
 
     def begin(self, tensors: Sequence[Any]) -> Look:
@@ -101,18 +101,18 @@ def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.
         parts = np.linspace(0, count, SAMPLES + 1).astype(np.int64)
         draws = np.random.default_rng(count).random(SAMPLES)
         at = parts[:-1] + (draws * np.diff(parts)).astype(np.int64)
-    places = np.unravel_index(at, shape) if shape else (at,)
+    indices = np.unravel_index(at, shape) if shape else (at,)
     steps = strides if shape else (1,)
-    return sum((place * step for place, step in zip(places, steps, strict=True)), np.zeros(len(at), np.int64)) * size
+    return sum((index * step for index, step in zip(indices, steps, strict=True)), np.zeros(len(at), np.int64)) * size
 
 
 def _begin_sums(tensors: dict[int, Any]) -> Callable[[], dict[int, bytes]]:
     """Start to sum the words of each tensor; the result waits for the sums."""
-    places: dict[Any, list[int]] = {}
+    by_device: dict[Any, list[int]] = {}
     for index, tensor in tensors.items():
-        places.setdefault(tensor.device, []).append(index)
+        by_device.setdefault(tensor.device, []).append(index)
     started = []
-    for indices in places.values():
+    for indices in by_device.values():
         for first in range(0, len(indices), _TOGETHER):
             some = indices[first : first + _TOGETHER]
             started.append((some, _weighted_sums([tensors[index] for index in some])))

@@ -1,10 +1,10 @@
 """The caches of transformers (5.20 to 5.24): their state, files, RoPE and state in modules, and how a model uses a kept one."""
 
 from pqcodec.formats.engines.transformers_cache.begun import begin, check_begun
+from pqcodec.formats.engines.transformers_cache.devices import layer_devices, placed
 from pqcodec.formats.engines.transformers_cache.fed import check_fed
 from pqcodec.formats.engines.transformers_cache.files import KEY, load, save, tensors_of
 from pqcodec.formats.engines.transformers_cache.held import keeps_module_state, module_state, restore_module_state
-from pqcodec.formats.engines.transformers_cache.places import layer_devices, placed
 from pqcodec.formats.engines.transformers_cache.probe import Behaviour, begin_text, behaviour, goes_on, layers_of
 from pqcodec.formats.engines.transformers_cache.rope import frequencies, longest_prefix, pairings, rope_of, ropes
 from pqcodec.formats.engines.transformers_cache.state import (

@@ -25,16 +25,16 @@ def check_fed(length: int) -> int:
         frame = frame.f_back
     if not length or frame is None or frame.f_code.co_name != _ASKING:
         return length
-    told, options = frame.f_locals, frame.f_locals.get("model_kwargs")
+    caller, options = frame.f_locals, frame.f_locals.get("model_kwargs")
     if not isinstance(options, dict) or not frame.f_globals.get("__name__", "").startswith("transformers."):
         return length
-    of_all = bool(told.get("use_inputs_embeds"))
-    given = options.get("inputs_embeds") if of_all else told.get("input_ids")
+    of_all = bool(caller.get("use_inputs_embeds"))
+    given = options.get("inputs_embeds") if of_all else caller.get("input_ids")
     tokens = getattr(given, "shape", (0, length + 1))[1]
     if not of_all:  # the mask, or its length in the config, exceeds a prompt that is the rest alone
-        decodes = getattr(getattr(told.get("self"), "config", None), "is_encoder_decoder", False)
+        decodes = getattr(getattr(caller.get("self"), "config", None), "is_encoder_decoder", False)
         mask = options.get("decoder_attention_mask" if decodes else "attention_mask")
-        masked = getattr(told.get("generation_config"), "_mask_length", -1) if mask is None else mask.shape[1]
+        masked = getattr(caller.get("generation_config"), "_mask_length", -1) if mask is None else mask.shape[1]
         of_all = masked == tokens
     if of_all and tokens <= length:
         raise InvalidArgument(

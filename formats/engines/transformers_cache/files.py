@@ -12,13 +12,13 @@ from pqcodec.formats.containers.reader import Progress, TensorFile
 from pqcodec.formats.containers.writer import Piece
 from pqcodec.formats.engines.model_identity import Identity
 from pqcodec.formats.engines.transformers_cache.begun import EXACT, UNKNOWN, begin, check_model, presets_of
+from pqcodec.formats.engines.transformers_cache.devices import layer_devices, placed
 from pqcodec.formats.engines.transformers_cache.held import (
     check_rows,
     keeps_module_state,
     module_state,
     restore_module_state,
 )
-from pqcodec.formats.engines.transformers_cache.places import layer_devices, placed
 from pqcodec.formats.engines.transformers_cache.rope import pairings, ropes
 from pqcodec.formats.engines.transformers_cache.state import (
     ENCODER_DECODER,
@@ -92,11 +92,11 @@ def save(
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
     recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
-    told = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
+    all_metadata = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
     if lost := presets_of(cache, preset):
-        told[PRESETS] = lost
+        all_metadata[PRESETS] = lost
     pieces = cache_pieces(state, identity.config, recipe, padded) + _exact_pieces(held)
-    return containers.write(path, pieces, told, to=containers.container_of(path, to), progress=progress)
+    return containers.write(path, pieces, all_metadata, to=containers.container_of(path, to), progress=progress)
 
 
 def _held_by(model: Any, config: Any, state: CacheState) -> dict[str, Any]:
@@ -133,15 +133,15 @@ def cache_metadata(state: CacheState, held: Mapping[str, Any]) -> dict[str, Any]
     def layer(one: LayerState) -> dict[str, Any]:
         return {"class": one.kind, "fields": dict(one.fields), "tensors": list(one.tensors)}
 
-    told = {
+    metadata = {
         "format": 1,
         "class": state.kind,
         "parts": {name: [*map(layer, layers)] for name, layers in state.parts.items()},
     }
     if held:
         members = {path: TENSOR if _is_tensor(value) else value for path, value in held.items()}
-        told |= {"format": WITH_MODULE_STATE, MODULE_STATE: members}
-    return told
+        metadata |= {"format": WITH_MODULE_STATE, MODULE_STATE: members}
+    return metadata
 
 
 def load(
@@ -172,21 +172,21 @@ def load(
             identity.check(file.metadata.get(MODEL), file.label)
             devices = layer_devices(model) if identity.spread and device is None else None
             device = identity.target(device)
-        told = file.metadata.get(KEY)
-        if not isinstance(told, dict):
+        metadata = file.metadata.get(KEY)
+        if not isinstance(metadata, dict):
             raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
-        if told.get("format") not in FORMATS:
-            raise UnsupportedStream(f"{file.label}: format {told.get('format')!r} of {KEY}; install a newer pqcodec")
-        _check_held(told, model, file.label)
+        if metadata.get("format") not in FORMATS:
+            raise UnsupportedStream(f"{file.label}: format {metadata.get('format')!r} of {KEY}; install a newer pqcodec")
+        _check_held(metadata, model, file.label)
         file.read_ahead()
         try:
-            state = _state_in(file, told, device, backend)
+            state = _state_in(file, metadata, device, backend)
             cache = cache_of(placed(state, devices) if devices else state)
-            held = _held_in(file, told, device, backend)
+            held = _held_in(file, metadata, device, backend)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
         begin(cache, identity, _presets_in(file))
-    if told["format"] == WITH_MODULE_STATE:
+    if metadata["format"] == WITH_MODULE_STATE:
         restore_module_state(model, held)
     return cache
 
@@ -197,32 +197,32 @@ def _presets_in(file: TensorFile) -> str:
     return str(file.metadata.get(PRESETS, UNKNOWN if coded else ""))
 
 
-def _check_held(told: Mapping[str, Any], model: Any, label: str) -> None:
+def _check_held(metadata: Mapping[str, Any], model: Any, label: str) -> None:
     """Raises InvalidArgument where the file or the caller lacks the state in modules that the cache depends on."""
-    if told["format"] == WITH_MODULE_STATE and not hasattr(model, "modules"):
+    if metadata["format"] == WITH_MODULE_STATE and not hasattr(model, "modules"):
         raise InvalidArgument(
             f"{label}: its model keeps state of the cache in its modules (rope_deltas), which has to be put back: "
             "load(path, model) with the model itself"
         )
-    if told["format"] != WITH_MODULE_STATE and model is not None and keeps_module_state(model):
+    if metadata["format"] != WITH_MODULE_STATE and model is not None and keeps_module_state(model):
         raise InvalidArgument(
             f"{label}: was written by an older pqcodec without what the model keeps in its modules (rope_deltas), so that its "
             "positions would be wrong behind an image: compute the cache anew, and save it again"
         )
 
 
-def _held_in(file: TensorFile, told: Mapping[str, Any], device: Any, backend: str) -> dict[str, Any]:
+def _held_in(file: TensorFile, metadata: Mapping[str, Any], device: Any, backend: str) -> dict[str, Any]:
     held: dict[str, Any] = {}
-    for path, value in (told[MODULE_STATE] if told["format"] == WITH_MODULE_STATE else {}).items():
+    for path, value in (metadata[MODULE_STATE] if metadata["format"] == WITH_MODULE_STATE else {}).items():
         if value is not None and value != TENSOR and type(value) is not int:
             raise ValueError(f"{MODULE_STATE}: {path!r:.60} is {value!r:.60}")
         held[path] = file.decode(f"{MODULE_STATE}.{path}", device=device, backend=backend) if value == TENSOR else value
     return held
 
 
-def _state_in(file: TensorFile, told: dict[str, Any], device: Any, backend: str) -> CacheState:
+def _state_in(file: TensorFile, metadata: dict[str, Any], device: Any, backend: str) -> CacheState:
     parts: dict[str, list[LayerState]] = {}
-    for name, layers in told["parts"].items():
+    for name, layers in metadata["parts"].items():
         parts[name] = []
         for index, layer in enumerate(layers):
             prefix = f"{name}.layers.{index}" if name else f"layers.{index}"
@@ -232,4 +232,4 @@ def _state_in(file: TensorFile, told: dict[str, Any], device: Any, backend: str)
             }
             parts[name].append(LayerState(layer["class"], tensors, layer["fields"]))
     kinds = {"DynamicCache": ("",), "EncoderDecoderCache": ENCODER_DECODER}
-    return CacheState(told["class"], {name: parts[name] for name in kinds[told["class"]]})
+    return CacheState(metadata["class"], {name: parts[name] for name in kinds[metadata["class"]]})

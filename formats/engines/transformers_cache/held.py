@@ -21,7 +21,7 @@ def keeps_module_state(model: Any) -> bool:
     """Whether a model's modules have such attributes, set or not; for a config, whether the code of its model has."""
     model = unwrapped(model)
     if hasattr(model, "modules"):
-        return next(_places(model), None) is not None
+        return next(_state_attributes(model), None) is not None
     return _config_tells(getattr(model, "config", model))
 
 
@@ -34,7 +34,7 @@ def module_state(model: Any) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {}
-    for path, module, name in _places(unwrapped(model)):
+    for path, module, name in _state_attributes(unwrapped(model)):
         value = getattr(module, name)
         if not (value is None or type(value) is int or isinstance(value, torch.Tensor)):
             raise InvalidArgument(
@@ -51,13 +51,13 @@ def restore_module_state(model: Any, state: Mapping[str, Any]) -> None:
     """
     import torch
 
-    places = {path: (module, name) for path, module, name in _places(unwrapped(model))}
-    if set(places) != set(state):
+    own = {path: (module, name) for path, module, name in _state_attributes(unwrapped(model))}
+    if set(own) != set(state):
         raise InvalidArgument(
-            f"the cache goes with state of the model's modules, {sorted(state)}; this model's modules have {sorted(places)}: "
+            f"the cache goes with state of the model's modules, {sorted(state)}; this model's modules have {sorted(own)}: "
             "pass the model itself, of the class and the transformers version that the cache was made with"
         )
-    for path, (module, name) in places.items():
+    for path, (module, name) in own.items():
         value = state[path]
         if isinstance(value, torch.Tensor):
             with torch.inference_mode(False):
@@ -76,7 +76,7 @@ def check_rows(state: Mapping[str, Any], batches: set[int]) -> None:
             )
 
 
-def _places(model: Any) -> Iterator[tuple[str, Any, str]]:
+def _state_attributes(model: Any) -> Iterator[tuple[str, Any, str]]:
     """(path, module, attribute name) of the state in a model; nothing for other objects."""
     for prefix, module in model.named_modules() if hasattr(model, "named_modules") else ():
         for name in ATTRIBUTES:
@@ -86,12 +86,12 @@ def _places(model: Any) -> Iterator[tuple[str, Any, str]]:
 
 def _config_tells(config: Any) -> bool:
     """Whether the source of a config's model assigns such attributes; False for a pure text model's config."""
-    place = type(config).__module__
-    if not hasattr(config, "get_text_config") or ".configuration_" not in place:
+    module = type(config).__module__
+    if not hasattr(config, "get_text_config") or ".configuration_" not in module:
         return False
     if config.get_text_config(decoder=True) is config:
         return False
-    spec = find_spec(place.replace(".configuration_", ".modeling_"))
+    spec = find_spec(module.replace(".configuration_", ".modeling_"))
     if spec is None or spec.origin is None:
         return False
     return any(f".{name} = " in Path(spec.origin).read_text(encoding="utf-8") for name in ATTRIBUTES)

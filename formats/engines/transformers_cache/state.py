@@ -167,16 +167,16 @@ def state_of(cache: Any, config: Any = None) -> CacheState:
     return CacheState("DynamicCache", {"": _layers_of(cache, "cache")})
 
 
-def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
+def padding_of(padding: Any, batches: set[int] | None = None) -> tuple[int, ...]:
     """The tokens of left padding of each sequence, from such a list or an attention mask [sequences, tokens]; () for None.
 
     Raises InvalidArgument for anything else, and for another number of sequences than in ``batches``.
     """
     import torch
 
-    if told is None:
+    if padding is None:
         return ()
-    x = torch.as_tensor(told)
+    x = torch.as_tensor(padding)
     if x.ndim == 2:
         x = (x == 0).long().cumprod(-1).sum(-1)
     if x.ndim != 1 or x.is_floating_point() or bool((x < 0).any()):
@@ -188,25 +188,25 @@ def padding_of(told: Any, batches: set[int] | None = None) -> tuple[int, ...]:
     return tuple(int(tokens) for tokens in x)
 
 
-def _layers_of(cache: Any, place: str) -> list[LayerState]:
-    found = _states_of(cache, place)
+def _layers_of(cache: Any, where: str) -> list[LayerState]:
+    found = _states_of(cache, where)
     kind, plain = type(cache), _cache_utils().DynamicCache
     own = (plain, _kept().KeptCache, _kept().RecurrentCache)
     extra = set() if kind in own else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
     if extra or kind.__name__ in _COUNTS_OTHERWISE:
-        raise InvalidArgument(f"{place} is a {kind.__name__}, which holds more than its layers ({', '.join(sorted(extra))})")
+        raise InvalidArgument(f"{where} is a {kind.__name__}, which holds more than its layers ({', '.join(sorted(extra))})")
     return found
 
 
-def _states_of(cache: Any, place: str) -> list[LayerState]:
-    return [_layer_state(layer, f"{place}, layer {index}") for index, layer in enumerate(cache.layers)]
+def _states_of(cache: Any, where: str) -> list[LayerState]:
+    return [_layer_state(layer, f"{where}, layer {index}") for index, layer in enumerate(cache.layers)]
 
 
-def _layer_state(layer: Any, place: str) -> LayerState:
+def _layer_state(layer: Any, where: str) -> LayerState:
     kind = type(layer).__name__
     if kind not in LAYERS or type(layer) is not getattr(_cache_utils(), kind, None):
         raise InvalidArgument(
-            f"{place} is a {kind}, which pqcodec cannot save; it can save {', '.join(LAYERS)}. "
+            f"{where} is a {kind}, which pqcodec cannot save; it can save {', '.join(LAYERS)}. "
             "Is another cache possible, such as DynamicCache(config=model.config)?"
         )
     tensors: dict[str, Any] = {}
@@ -216,11 +216,11 @@ def _layer_state(layer: Any, place: str) -> LayerState:
             continue
         members = {f"{name}.{key}": member for key, member in value.items()} if isinstance(value, dict) else {name: value}
         for path, member in members.items():
-            _sort(path, member, tensors, fields, f"{place} ({kind})")
+            _sort(path, member, tensors, fields, f"{where} ({kind})")
     return LayerState(kind, tensors, fields)
 
 
-def _sort(path: str, value: Any, tensors: dict[str, Any], fields: dict[str, Field], place: str) -> None:
+def _sort(path: str, value: Any, tensors: dict[str, Any], fields: dict[str, Field], where: str) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -230,11 +230,11 @@ def _sort(path: str, value: Any, tensors: dict[str, Any], fields: dict[str, Fiel
     elif value is None or isinstance(value, (bool, int, float, str)):
         fields[path] = value
     else:
-        raise InvalidArgument(f"{place} holds {path} = {type(value).__name__}, which pqcodec cannot save; it would be lost")
+        raise InvalidArgument(f"{where} holds {path} = {type(value).__name__}, which pqcodec cannot save; it would be lost")
 
 
 def frozen(state: CacheState) -> CacheState:
-    """The state as it is now: copies of tensors that a model changes in place; keys and values, which it replaces, are kept."""
+    """The state as it is now: copies of tensors that a model changes in where; keys and values, which it replaces, are kept."""
 
     def copied(layer: LayerState) -> LayerState:
         tensors = {path: x if path in _TOKENS else x.clone() for path, x in layer.tensors.items()}
@@ -290,22 +290,22 @@ def cache_of(state: CacheState) -> Any:
 def _layer_from(state: LayerState, index: int) -> Any:
     import torch
 
-    place = f"layer {index} ({state.kind})"
+    where = f"layer {index} ({state.kind})"
     if not isinstance(state.kind, str) or not isinstance(state.fields, dict):
-        raise CorruptStream(f"{place}: its class is no name, or its fields are no object")
+        raise CorruptStream(f"{where}: its class is no name, or its fields are no object")
     kind = getattr(_cache_utils(), state.kind, None) if state.kind in LAYERS else None
     wanted = {name: state.fields.get(name) for name in LAYERS.get(state.kind, ())}
     if kind is None or not all(type(value) is int and 0 <= value <= _MOST[name] for name, value in wanted.items()):
-        raise UnsupportedStream(f"{place}: this transformers has no such layer; install the one that the file was written with")
+        raise UnsupportedStream(f"{where}: this transformers has no such layer; install the one that the file was written with")
     layer = kind(**wanted)
     for path, value in [*state.fields.items(), *state.tensors.items()]:
         if isinstance(value, dict):
-            value = _dtype(value, place)
+            value = _dtype(value, where)
         name, _, key = path.partition(".")
         own = not name.startswith("__") and hasattr(layer, name) and not callable(getattr(layer, name))
         if not own and name not in _SET_LATER:
             raise UnsupportedStream(
-                f"{place}: this transformers' layer has no {name!r}; install the version that the file was written with"
+                f"{where}: this transformers' layer has no {name!r}; install the version that the file was written with"
             )
         try:
             if key:
@@ -313,7 +313,7 @@ def _layer_from(state: LayerState, index: int) -> Any:
             else:
                 setattr(layer, name, value)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CorruptStream(f"{place}: {path!r:.60} is nothing that such a layer holds ({error})") from error
+            raise CorruptStream(f"{where}: {path!r:.60} is nothing that such a layer holds ({error})") from error
     devices = {name: tensor.device for name, tensor in state.tensors.items()}
     if devices:
         layer.device = devices.get("keys", next(iter(devices.values())))
@@ -324,14 +324,14 @@ def _layer_from(state: LayerState, index: int) -> Any:
     return layer
 
 
-def _dtype(value: Mapping[str, Any], place: str) -> Any:
+def _dtype(value: Mapping[str, Any], where: str) -> Any:
     """The torch dtype that a field names; raises UnsupportedStream."""
     import torch
 
     name = value.get(_DTYPE)
     found = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise UnsupportedStream(f"{place}: {name!r:.60} is no dtype of this torch; install a newer one")
+        raise UnsupportedStream(f"{where}: {name!r:.60} is no dtype of this torch; install a newer one")
     return found
 
 
@@ -343,5 +343,5 @@ def check_layers(layers: Sequence[LayerState], paths: Sequence[Sequence[str]]) -
     import torch
 
     some = torch.empty(0)
-    for index, (layer, told) in enumerate(zip(layers, paths, strict=True)):
-        _layer_from(LayerState(layer.kind, dict.fromkeys(told, some), layer.fields), index)
+    for index, (layer, tensor_paths) in enumerate(zip(layers, paths, strict=True)):
+        _layer_from(LayerState(layer.kind, dict.fromkeys(tensor_paths, some), layer.fields), index)
