@@ -22,7 +22,8 @@ from safetensors import safe_open
 import pqcodec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
-from pqcodec.formats import PQKVFile, PQKVWriter, containers, listing
+from pqcodec.formats import PQKVFile, PQKVWriter, containers
+from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.writer import Coded
 from pqcodec.formats.plain.files import SAFETENSORS_CODES, open_tensors, write_tensors
 from pqcodec.formats.plain.in_memory import InMemory

@@ -880,7 +880,7 @@ def test_layers_lie_where_the_models_do(tmp_path: Path, kind: str, monkeypatch: 
         model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta"}
         places = ["cpu", *["meta"] * (len(model.get_decoder().layers) - 1)]
         for module in ("transformers_cache", "transformers_cache.files"):
-            monkeypatch.setattr(f"pqcodec.formats.{module}.layer_devices", lambda _: places)
+            monkeypatch.setattr(f"pqcodec.formats.engines.{module}.layer_devices", lambda _: places)
         found, length = store.get(model, ids, leave=0)
         assert length == 300
         for again in (found, tc.load(tmp_path / "a.pqkv", model)):

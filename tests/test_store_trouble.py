@@ -332,7 +332,7 @@ def test_saves_are_done_when_the_interpreter_ends_without_closing(tmp_path: Path
     code = f"""
 import torch, numpy
 from transformers import DynamicCache, LlamaConfig
-from pqcodec.formats.model_identity import Identity
+from pqcodec.formats.engines.model_identity import Identity
 from pqcodec.formats.store import PrefixStore
 config = LlamaConfig(vocab_size=100, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4)
 store = PrefixStore({str(tmp_path / "s")!r})
