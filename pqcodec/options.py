@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pqcodec import constants as c
@@ -21,7 +21,10 @@ NONFINITE = ("error", "exact")
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a tensor is encoded; the fields are the options of ``pqcodec.encode``. Raises InvalidArgument when it is made."""
+    """How a tensor is encoded; the fields are the options of ``pqcodec.encode``. Raises InvalidArgument when it is made.
+
+    Options are hashable: frequencies of ``rope`` that are given as a list or an array are kept as a tuple.
+    """
 
     preset: str = "pq3"
     seed: int = 0
@@ -40,6 +43,8 @@ class EncodeOptions:
             raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
         if self.nonfinite not in NONFINITE:
             raise InvalidArgument(f"nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
+        if self.rope is not None and not isinstance(self.rope.frequencies, (tuple, type(None))):
+            object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 
     def header(self, shape: tuple[int, ...], dtype: int, numpy: bool = False) -> Header:
         """The header of a tensor of that shape and stored dtype, without what depends on its numbers.

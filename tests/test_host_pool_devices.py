@@ -18,8 +18,9 @@ import torch
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload import HostPool, lanes
-from pqcodec.formats.offload.pieces import Coding, Layout, layout_of
+from pqcodec.formats.offload.pieces import BlockLayout, layout_of
 from pqcodec.formats.offload.pipeline import HostPipeline, Transfer
+from pqcodec.options import EncodeOptions
 from pqcodec.stream.header import DTYPE_NAMES
 from tests.conftest import bits, gaussian
 from tests.test_host_pool import coded, same
@@ -85,12 +86,12 @@ class FakePipeline(HostPipeline):
         self.did.append(("end", len(tensors)))
 
     def encode(self, piece: Any, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
-        self._own([tensors[part.tensor] for part in piece.parts])
+        self._own([tensors[stream.tensor] for stream in piece.streams])
         super().encode(piece, [plain(x) for x in tensors], host, transfer)
         self._note("encode", transfer)
 
     def decode(self, piece: Any, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
-        self._own([outs[part.tensor] for part in piece.parts])
+        self._own([outs[stream.tensor] for stream in piece.streams])
         assert host.numel() == piece.nbytes
         staged = isinstance(host, tuple(KINDS.values()))
         assert not staged or host.device == self.device
@@ -116,7 +117,7 @@ class FakePipeline(HostPipeline):
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    def new_tensors(layout: Layout, devices: Sequence[Any]) -> list[torch.Tensor]:
+    def new_tensors(layout: BlockLayout, devices: Sequence[Any]) -> list[torch.Tensor]:
         told = zip(layout.shapes, layout.dtypes, devices, strict=True)
         return [torch.empty(n, dtype=getattr(torch, DTYPE_NAMES[d])).as_subclass(KINDS[where]) for n, d, where in told]
 
@@ -125,7 +126,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def check_device(self, device: Any) -> None: ...
 
-    monkeypatch.setattr(Layout, "new_tensors", new_tensors)
+    monkeypatch.setattr(BlockLayout, "new_tensors", new_tensors)
     monkeypatch.setattr(lanes, "DevicePipeline", FakePipeline)
     monkeypatch.setattr(lanes, "backend_of", lambda name, kind: Kernel())
     monkeypatch.setattr(lanes, "_resolved", torch.device)
@@ -154,10 +155,10 @@ def did(pool: HostPool, what: str) -> list[int]:
 @pytest.mark.parametrize("pieces", [1, 2, 3, 9])
 def test_pieces_hold_every_tensor_once_and_of_one_device(places: tuple[int, ...], pieces: int) -> None:
     xs = tensors(*places)
-    layout = layout_of(xs, [Coding()] * len(xs), pieces * xs[0].nbytes)
-    assert sorted(part.tensor for piece in layout.pieces for part in piece.parts) == [0, 1, 2, 3]
+    layout = layout_of(xs, [EncodeOptions()] * len(xs), pieces * xs[0].nbytes)
+    assert sorted(stream.tensor for piece in layout.pieces for stream in piece.streams) == [0, 1, 2, 3]
     for piece in layout.pieces:
-        assert len({places[part.tensor] for part in piece.parts}) == 1
+        assert len({places[stream.tensor] for stream in piece.streams}) == 1
     full = sum(-(-places.count(place) // pieces) for place in set(places))
     assert len(layout.pieces) == full
 
@@ -165,17 +166,17 @@ def test_pieces_hold_every_tensor_once_and_of_one_device(places: tuple[int, ...]
 def test_a_part_of_a_piece_lies_where_it_did() -> None:
     """``split`` moves places by where the part begins, and takes all that lies between."""
     xs = tensors(0, 0, 0, 0, 0)
-    (piece,) = layout_of(xs, [Coding()] * 5, 1 << 20).pieces
+    (piece,) = layout_of(xs, [EncodeOptions()] * 5, 1 << 20).pieces
     for places in itertools.product("ab", repeat=5):
         found = piece.split(places)
         assert {place for place, _, _ in found} == set(places)
         assert len(found) > 1 or found[0][1] is piece
-        parts = {part.tensor: (place, part.place + start) for place, own, start in found for part in own.parts}
-        assert parts == {part.tensor: (places[part.tensor], part.place) for part in piece.parts}
+        parts = {stream.tensor: (place, stream.offset + start) for place, own, start in found for stream in own.streams}
+        assert parts == {stream.tensor: (places[stream.tensor], stream.offset) for stream in piece.streams}
         for _, own, start in found:
             assert start % 16 == 0
             assert start + own.nbytes <= piece.nbytes
-            assert own.parts[-1].place + own.parts[-1].header.stream_bytes <= own.nbytes
+            assert own.streams[-1].offset + own.streams[-1].header.stream_bytes <= own.nbytes
 
 
 # -- in and out ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Law: a block of a pool: what it holds, where its bytes are, who needs them there, and how they lie on disk."""
+"""Law: one block of a pool: what it holds, where its bytes are, which transfers use them, and how they are stored on disk."""
 
 from __future__ import annotations
 
@@ -11,51 +11,54 @@ import numpy as np
 
 from pqcodec.errors import CorruptStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile, PQKVWriter
-from pqcodec.formats.offload.pieces import Layout
+from pqcodec.formats.offload.pieces import BlockLayout
 from pqcodec.formats.offload.pinned import PinnedSlice
 from pqcodec.formats.offload.pipeline import Transfer
 
 
 @dataclass
 class Block:
-    """``devices``: that of each tensor when it was put."""
+    """The tensors that were put under one key, encoded: in host memory (``slices``), in a file (``path``), or in both."""
 
     key: Hashable
-    layout: Layout
-    devices: tuple[Any, ...]
+    layout: BlockLayout
+    devices: tuple[Any, ...]  # the device of each tensor when it was put
     single: bool  # one tensor was put, not a list
-    slices: list[PinnedSlice] | None = None
-    path: Path | None = None  # of its bytes on disk
-    put: Transfer | None = None  # until it is known to be sound
-    before: Block | None = None  # what it replaces, until then
-    users: int = 0  # calls that need it where it is
-    reads: list[Transfer] = field(default_factory=list)
-    staged: list[Any] | None = None  # its pieces on the devices that they came from
+    slices: list[PinnedSlice] | None = None  # host memory, one slice for each piece
+    path: Path | None = None  # the file of its bytes
+    put: Transfer | None = None  # the transfer to host memory, until it is known to be sound
+    before: Block | None = None  # the block that this one replaces, until then
+    users: int = 0  # calls that need its bytes to stay where they are
+    reads: list[Transfer] = field(default_factory=list)  # transfers out of its host memory
+    staged: list[Any] | None = None  # copies of its pieces on the devices that they came from
 
     @property
     def hosts(self) -> list[Any]:
+        """The bytes of each piece in host memory: uint8 tensors [piece.nbytes]; empty while the block is only on disk."""
         return [part.tensor for part in self.slices or ()]
 
     def write(self, path: Path) -> None:
-        """All streams to a .pqkv file; raises OSError."""
+        """Write all streams from host memory to a .pqkv file; raises OSError."""
         number = 0
         with PQKVWriter(path, {"key": repr(self.key)}) as writer:
             for piece, host in zip(self.layout.pieces, self.hosts, strict=True):
                 rows = host.numpy()
-                for part in piece.parts:
-                    stream = rows[part.place : part.place + part.header.stream_bytes]
-                    writer.add_stream(str(number), stream)
+                for stream in piece.streams:
+                    writer.add_stream(str(number), rows[stream.offset : stream.offset + stream.header.stream_bytes])
                     number += 1
 
     def read(self, path: Path, slices: Sequence[PinnedSlice]) -> None:
-        """All streams of its file into memory; raises OSError and CorruptStream."""
+        """Read all streams of a file that ``write`` made into ``slices``, one for each piece.
+
+        Raises OSError, and CorruptStream where a stream has another size than the one that was put.
+        """
         number = 0
         with PQKVFile(path) as file:
             for piece, host in zip(self.layout.pieces, slices, strict=True):
                 rows = host.tensor.numpy()
-                for part in piece.parts:
-                    source = file.stream(str(number))
-                    if source.size != part.header.stream_bytes:
-                        raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {part.header.stream_bytes}")
-                    rows[part.place : part.place + source.size] = np.asarray(source.read(0, source.size))
+                for stream in piece.streams:
+                    source, expected = file.stream(str(number)), stream.header.stream_bytes
+                    if source.size != expected:
+                        raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {expected}")
+                    rows[stream.offset : stream.offset + expected] = np.asarray(source.read(0, expected))
                     number += 1

@@ -21,12 +21,12 @@ from typing import Any
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.lanes import Lanes
-from pqcodec.formats.offload.pieces import Coding, layout_of
+from pqcodec.formats.offload.pieces import layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
 from pqcodec.formats.offload.pipeline import Transfer
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
-from pqcodec.options import each
+from pqcodec.options import EncodeOptions, each
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import is_torch
@@ -202,9 +202,9 @@ class HostPool:
         """
         single = is_torch(tensors)
         given = [tensors] if single else list(tensors)
-        codings = self._codings(len(given), preset, center, rope, exact_tokens)
+        options = self._options(len(given), preset, center, rope, exact_tokens)
         self._check_given(given)
-        block = Block(key, layout_of(given, codings, self._piece_bytes), tuple(x.device for x in given), single)
+        block = Block(key, layout_of(given, options, self._piece_bytes), tuple(x.device for x in given), single)
         displaced: list[tuple[Hashable, str]] = []
         transfer = Transfer()
         try:
@@ -228,11 +228,19 @@ class HostPool:
             handle.wait()
         return handle
 
-    def _codings(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[Coding]:
+    def _options(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[EncodeOptions]:
+        """The options of each tensor; equal ones are one object, because making one checks it."""
         presets = each("preset", self.preset if preset is None else preset, count, str)
         centers = each("center", center, count, (str, type(None)))
         ropes = each("rope", rope, count, (Rope, type(None)))
-        return [Coding(*three, exact_tokens) for three in zip(presets, centers, ropes, strict=True)]
+        made: dict[Any, EncodeOptions] = {}
+        options = []
+        for preset_, center_, rope_ in zip(presets, centers, ropes, strict=True):
+            kind = preset_, center_, id(rope_)
+            if kind not in made:
+                made[kind] = EncodeOptions(preset_, center=center_, rope=rope_, exact_tokens=exact_tokens)
+            options.append(made[kind])
+        return options
 
     def _check_given(self, tensors: Sequence[Any]) -> None:
         if self._closed:

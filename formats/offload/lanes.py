@@ -13,7 +13,7 @@ from typing import Any
 from pqcodec.backends import ON_DEVICE
 from pqcodec.backends import backend as backend_of
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.offload.pieces import Piece
+from pqcodec.formats.offload.pieces import BlockPiece
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
 from pqcodec.tensors.numbers import is_torch
 
@@ -37,15 +37,15 @@ class Lanes:
             if x.device not in self._made:
                 self._make(x.device, number)
 
-    def encode(self, pieces: Sequence[Piece], tensors: Sequence[Any], hosts: Sequence[Any], transfer: Transfer) -> None:
+    def encode(self, pieces: Sequence[BlockPiece], tensors: Sequence[Any], hosts: Sequence[Any], transfer: Transfer) -> None:
         """Pieces of tensors, each of one device, into ``hosts``."""
         own = self._begun(tensors)
         for piece, host in zip(pieces, hosts, strict=True):
-            self._made[piece.of(tensors).device].encode(piece, tensors, host, transfer)
+            self._made[piece.first_of(tensors).device].encode(piece, tensors, host, transfer)
         self._end(own, transfer, filled=False)
 
     def decode(
-        self, pieces: Sequence[Piece], hosts: Sequence[Any], staged: Sequence[Any], outs: Sequence[Any], transfer: Transfer
+        self, pieces: Sequence[BlockPiece], hosts: Sequence[Any], staged: Sequence[Any], outs: Sequence[Any], transfer: Transfer
     ) -> None:
         """``hosts`` into pieces of ``outs``, which may lie on several devices; ``staged``: what ``moved`` gave, or None each.
 
@@ -58,10 +58,12 @@ class Lanes:
                 self._made[device].decode(part, source[start : start + part.nbytes], outs, transfer)
         self._end(own, transfer, filled=True)
 
-    def moved(self, pieces: Sequence[Piece], devices: Sequence[Any], hosts: Sequence[Any], staged: Sequence[Any]) -> list[Any]:
+    def moved(
+        self, pieces: Sequence[BlockPiece], devices: Sequence[Any], hosts: Sequence[Any], staged: Sequence[Any]
+    ) -> list[Any]:
         """Copies of ``hosts`` under way to the devices of the tensors there, if not ``staged``; None of tensors of the CPU."""
         told = zip(pieces, hosts, staged, strict=True)
-        return [self._made[piece.of(devices)].moved(host) if copy is None else copy for piece, host, copy in told]
+        return [self._made[piece.first_of(devices)].moved(host) if copy is None else copy for piece, host, copy in told]
 
     def drain(self) -> None:
         """Wait for what is under way, of which a transfer that failed may not tell."""

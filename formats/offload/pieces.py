@@ -1,13 +1,13 @@
-"""Law: how a block of tensors becomes pieces: streams that are encoded together, lie together and are copied at once.
+"""Law: how a block's tensors are cut into pieces: streams that are encoded together, stored side by side and copied at once.
 
-A piece is as much as one step of a pipeline moves, all of it of one device; a tensor larger than that becomes several streams,
-along its first dimension. All follows from shapes, dtypes, options and which tensors lie on one device: of tensors of the same
-kinds the pieces are the same.
+A piece is what one step of a pipeline moves, and all of it comes from one device. A tensor larger than a piece becomes several
+streams, cut along its first dimension. The cut depends on shapes, dtypes, options and on which tensors share a device, and on
+nothing else, so blocks of the same kind have the same pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, pairwise
@@ -17,7 +17,6 @@ from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import aligned
-from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.tensors import arrays
 
@@ -25,74 +24,66 @@ _NUMBERS = count()
 
 
 @dataclass(frozen=True)
-class Coding:
-    """How one tensor is encoded: the options of ``pqcodec.encode``."""
+class PieceStream:
+    """One stream of a piece, and the rows of the tensor that it encodes.
 
-    preset: str = "pq3"
-    center: str | None = None
-    rope: Rope | None = None
-    exact_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rope is not None and not isinstance(self.rope.frequencies, Hashable):
-            object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies or ())))
-
-    def header(self, shape: tuple[int, ...], dtype: int) -> Header:
-        options = EncodeOptions(self.preset, center=self.center, rope=self.rope, exact_tokens=self.exact_tokens)
-        header = options.header(shape, dtype)
-        if header.coding == c.CODING_PAPER:
-            raise InvalidArgument(f"preset {self.preset!r} looks at the numbers before it encodes: a pool takes the others")
-        return header
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stream: rows ``first`` to ``last - 1`` of a tensor's first dimension (all of it: 0, -1); its place in the piece."""
+    ``tensor``: the tensor's number in its block. ``first``, ``last``: rows ``first`` to ``last - 1`` of the tensor's first
+    dimension (0, -1: the whole tensor). ``offset``: bytes from the piece's beginning to the stream's.
+    """
 
     tensor: int
     first: int
     last: int
     header: Header
-    place: int
-    coding: Coding
+    offset: int
+    options: EncodeOptions
 
-    def of(self, x: Any) -> Any:
-        """The part of a tensor."""
+    def rows(self, x: Any) -> Any:
+        """The rows of tensor ``x`` that the stream encodes, as a view."""
         return x if self.last < 0 else x[self.first : self.last]
 
 
 @dataclass(frozen=True)
-class Piece:
-    parts: tuple[Part, ...]
+class BlockPiece:
+    """Some streams of a block, all of one device; they take ``nbytes`` of memory, gaps for alignment included."""
+
+    streams: tuple[PieceStream, ...]
     nbytes: int
 
     @cached_property
     def kind(self) -> int:
-        """Pieces of one kind hold the same streams in the same places, of whichever tensors."""
-        return _kind_number(tuple((part.header, part.place) for part in self.parts))
+        """A number that pieces share if they hold the same headers at the same offsets, whichever tensors these belong to."""
+        return _kind_number(tuple((stream.header, stream.offset) for stream in self.streams))
 
     def views(self, tensors: Sequence[Any]) -> list[Any]:
-        return [part.of(tensors[part.tensor]) for part in self.parts]
+        """The rows of each stream, as views of the block's ``tensors``."""
+        return [stream.rows(tensors[stream.tensor]) for stream in self.streams]
 
-    def of(self, each: Sequence[Any]) -> Any:
-        """What is said of its tensors, which is the same of all that one piece holds."""
-        return each[self.parts[0].tensor]
+    def first_of(self, values: Sequence[Any]) -> Any:
+        """The value of the piece's first tensor, from one value for each tensor of the block.
 
-    def split(self, places: Sequence[Any]) -> list[tuple[Any, Piece, int]]:
-        """(place, piece of the parts there, the byte where it begins), by the place of each tensor: itself if that is one."""
-        found: dict[Any, list[Part]] = {}
-        for part in self.parts:
-            found.setdefault(places[part.tensor], []).append(part)
+        That is the value of all tensors of the piece where these share it, such as their device.
+        """
+        return values[self.streams[0].tensor]
+
+    def split(self, devices: Sequence[Any]) -> list[tuple[Any, BlockPiece, int]]:
+        """(device, the piece of the streams there, the byte where it begins), from the device of each tensor of the block.
+
+        One entry holds this very piece where all its tensors are on one device.
+        """
+        found: dict[Any, list[PieceStream]] = {}
+        for stream in self.streams:
+            found.setdefault(devices[stream.tensor], []).append(stream)
         if len(found) == 1:
             return [(*found, self, 0)]
-        return [(place, *_joined(parts)) for place, parts in found.items()]
+        return [(device, *_piece_of(streams)) for device, streams in found.items()]
 
 
-def _joined(parts: Sequence[Part]) -> tuple[Piece, int]:
-    """Some parts of a piece, and all that lies between, as a piece of their own; the byte where that begins."""
-    start = parts[0].place
-    end = parts[-1].place + aligned(parts[-1].header.stream_bytes)
-    return Piece(tuple(replace(part, place=part.place - start) for part in parts), end - start), start
+def _piece_of(streams: Sequence[PieceStream]) -> tuple[BlockPiece, int]:
+    """Some streams of a piece, and the bytes between them, as a piece of their own; the byte of the old one where it begins."""
+    start = streams[0].offset
+    end = streams[-1].offset + aligned(streams[-1].header.stream_bytes)
+    return BlockPiece(tuple(replace(stream, offset=stream.offset - start) for stream in streams), end - start), start
 
 
 @lru_cache(maxsize=1024)
@@ -102,30 +93,30 @@ def _kind_number(streams: tuple[tuple[Header, int], ...]) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a block's tensors are, and the pieces they make."""
+class BlockLayout:
+    """What a block's tensors are (shapes and stored dtypes), and the pieces that their streams make."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[BlockPiece, ...]
 
     @cached_property
     def nbytes(self) -> int:
-        """Of all streams."""
+        """Bytes of all pieces."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @cached_property
     def logical_bytes(self) -> int:
-        """Of the tensors."""
+        """Bytes of the tensors that the block decodes to."""
         return sum(_bytes(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def new_tensors(self, devices: Sequence[Any]) -> list[Any]:
-        """One each, on the device of each."""
+        """Uninitialised tensors of the block's shapes and dtypes, each on its device of ``devices``."""
         import torch
 
         kinds = [getattr(torch, DTYPE_NAMES[dtype]) for dtype in self.dtypes]
-        told = zip(self.shapes, kinds, devices, strict=True)
-        return [torch.empty(shape, dtype=kind, device=device) for shape, kind, device in told]
+        wanted = zip(self.shapes, kinds, devices, strict=True)
+        return [torch.empty(shape, dtype=kind, device=device) for shape, kind, device in wanted]
 
 
 def _bytes(shape: tuple[int, ...], dtype: int) -> int:
@@ -135,53 +126,67 @@ def _bytes(shape: tuple[int, ...], dtype: int) -> int:
     return size
 
 
-def layout_of(tensors: Sequence[Any], codings: Sequence[Coding], piece_bytes: int) -> Layout:
-    """The layout of tensors [..., tokens, head_dim], cut where ``piece_bytes`` of them are full; raises InvalidArgument."""
+def layout_of(tensors: Sequence[Any], options: Sequence[EncodeOptions], piece_bytes: int) -> BlockLayout:
+    """The layout of tensors [..., tokens, head_dim], with one of ``options`` each.
+
+    A piece is full with ``piece_bytes`` of tensors. Raises InvalidArgument for shapes, dtypes and presets that a pool does not
+    take.
+    """
     kinds: dict[Any, int] = {}
-    places: dict[Any, int] = {}
+    devices: dict[Any, int] = {}
     for x in tensors:
-        places.setdefault(x.device, len(places))
+        devices.setdefault(x.device, len(devices))
         if (x.shape, x.dtype) not in kinds:
             kinds[x.shape, x.dtype] = arrays.view(x).dtype  # checks both
-    told = tuple((tuple(x.shape), kinds[x.shape, x.dtype], places[x.device]) for x in tensors)
-    return _layout(told, tuple(codings), piece_bytes)
+    described = tuple((tuple(x.shape), kinds[x.shape, x.dtype], devices[x.device]) for x in tensors)
+    return _layout(described, tuple(options), piece_bytes)
 
 
 @dataclass
 class _Filling:
     """A piece that is not full yet."""
 
-    parts: list[Part] = field(default_factory=list)
+    streams: list[PieceStream] = field(default_factory=list)
     filled: int = 0  # bytes of tensors
-    nbytes: int = 0  # ... and of their streams
+    nbytes: int = 0  # bytes of their streams
 
-    def piece(self) -> Piece:
-        return Piece(tuple(self.parts), self.nbytes)
+    def piece(self) -> BlockPiece:
+        return BlockPiece(tuple(self.streams), self.nbytes)
 
 
 @lru_cache(maxsize=256)
-def _layout(kinds: tuple[tuple[tuple[int, ...], int, int], ...], codings: tuple[Coding, ...], piece_bytes: int) -> Layout:
-    """``kinds``: shape, dtype and the number of the device, of each tensor."""
-    headers = lru_cache(Coding.header)  # tensors of a kind share one
-    pieces: list[Piece] = []
+def _layout(
+    kinds: tuple[tuple[tuple[int, ...], int, int], ...], options: tuple[EncodeOptions, ...], piece_bytes: int
+) -> BlockLayout:
+    """``kinds``: the shape, the stored dtype and the device's number of each tensor."""
+    headers = lru_cache(_header)  # tensors of a kind share one
+    pieces: list[BlockPiece] = []
     filling: dict[int, _Filling] = {}
-    for number, ((shape, dtype, place), coding) in enumerate(zip(kinds, codings, strict=True)):
+    for number, ((shape, dtype, device), how) in enumerate(zip(kinds, options, strict=True)):
         for first, last in _cuts(shape, dtype, piece_bytes):
             own = shape if last < 0 else (last - first, *shape[1:])
             size = _bytes(own, dtype)
-            now = filling.setdefault(place, _Filling())
-            if now.parts and now.filled + size > piece_bytes:
+            now = filling.setdefault(device, _Filling())
+            if now.streams and now.filled + size > piece_bytes:
                 pieces.append(now.piece())
-                now = filling[place] = _Filling()
-            header = headers(coding, own, dtype)
-            now.parts.append(Part(number, first, last, header, now.nbytes, coding))
+                now = filling[device] = _Filling()
+            header = headers(how, own, dtype)
+            now.streams.append(PieceStream(number, first, last, header, now.nbytes, how))
             now.filled, now.nbytes = now.filled + size, now.nbytes + aligned(header.stream_bytes)
     pieces += [now.piece() for now in filling.values()]
-    return Layout(tuple(shape for shape, _, _ in kinds), tuple(dtype for _, dtype, _ in kinds), tuple(pieces))
+    return BlockLayout(tuple(shape for shape, _, _ in kinds), tuple(dtype for _, dtype, _ in kinds), tuple(pieces))
+
+
+def _header(options: EncodeOptions, shape: tuple[int, ...], dtype: int) -> Header:
+    """The header of a tensor's stream; raises InvalidArgument for a preset whose header depends on the numbers."""
+    header = options.header(shape, dtype)
+    if header.coding == c.CODING_PAPER:
+        raise InvalidArgument(f"preset {options.preset!r} looks at the numbers before it encodes: a pool takes the others")
+    return header
 
 
 def _cuts(shape: tuple[int, ...], dtype: int, piece_bytes: int) -> list[tuple[int, int]]:
-    """Runs of a tensor's first dimension, of equal size as nearly as may be."""
+    """Runs (first, last + 1) of a tensor's first dimension, of nearly equal size; (0, -1) where the tensor stays whole."""
     size = _bytes(shape, dtype)
     if size <= piece_bytes or len(shape) < 3 or shape[0] < 2:
         return [(0, -1)]

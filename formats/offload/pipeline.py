@@ -19,7 +19,7 @@ import numpy as np
 from pqcodec import codec
 from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.formats.offload.graphs import Replayed
-from pqcodec.formats.offload.pieces import Piece
+from pqcodec.formats.offload.pieces import BlockPiece
 from pqcodec.placed import Placed
 from pqcodec.tensors.arrays import device_rows
 
@@ -63,20 +63,21 @@ class HostPipeline:
     def end(self, tensors: Sequence[Any], transfer: Transfer, filled: bool) -> None:
         """They have all been told of; ``filled``: the caller's own work waits for them."""
 
-    def encode(self, piece: Piece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
+    def encode(self, piece: BlockPiece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
         """A piece of ``tensors`` into ``host``, uint8 [piece.nbytes]."""
         rows = host.numpy()
-        for part, x in zip(piece.parts, piece.views(tensors), strict=True):
-            how = part.coding
+        for stream, x in zip(piece.streams, piece.views(tensors), strict=True):
+            how = stream.options
             options: dict[str, Any] = {"center": how.center, "rope": how.rope, "exact_tokens": how.exact_tokens}
-            stream = codec.encode(x, preset=how.preset, backend=self._backend, **options)
-            rows[part.place : part.place + len(stream)] = np.frombuffer(stream, np.uint8)
+            encoded = codec.encode(x, preset=how.preset, backend=self._backend, **options)
+            rows[stream.offset : stream.offset + len(encoded)] = np.frombuffer(encoded, np.uint8)
 
-    def decode(self, piece: Piece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
+    def decode(self, piece: BlockPiece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
         """``host`` into a piece of ``outs``."""
         rows = host.numpy()
-        for part, out in zip(piece.parts, piece.views(outs), strict=True):
-            codec.decode(rows[part.place : part.place + part.header.stream_bytes], out=out, backend=self._backend)
+        for stream, out in zip(piece.streams, piece.views(outs), strict=True):
+            encoded = rows[stream.offset : stream.offset + stream.header.stream_bytes]
+            codec.decode(encoded, out=out, backend=self._backend)
 
     def moved(self, host: Any) -> Any:
         """A copy of ``host`` on the device, under way; None: there is no device."""
@@ -93,10 +94,10 @@ class HostPipeline:
 class _Addresses:
     """The addresses of a batch's rows, which are told anew before each run: int64, for each of the batch's groups."""
 
-    def __init__(self, groups: Sequence[Any], piece: Piece, views: Sequence[Any], device: Any) -> None:
+    def __init__(self, groups: Sequence[Any], piece: BlockPiece, views: Sequence[Any], device: Any) -> None:
         kinds: dict[Any, list[int]] = {}
-        for number, part in enumerate(piece.parts):
-            kinds.setdefault(part.header.kind, []).append(number)
+        for number, stream in enumerate(piece.streams):
+            kinds.setdefault(stream.header.kind, []).append(number)
         self._device = device
         self._told: list[int] = [x.data_ptr() for x in views]
         self.groups = []
@@ -123,10 +124,10 @@ class _Addresses:
 class _Encoder(EncodeBatch):
     """A batch whose tensors are others at each run, of the same shapes, strides and alignment."""
 
-    def __init__(self, piece: Piece, views: Sequence[Any], device: Any, backend: str) -> None:
+    def __init__(self, piece: BlockPiece, views: Sequence[Any], device: Any, backend: str) -> None:
         import torch
 
-        self._prepare([device_rows(x) for x in views], [part.header for part in piece.parts], backend)
+        self._prepare([device_rows(x) for x in views], [stream.header for stream in piece.streams], backend)
         self._rows = []  # the tensors are not kept
         self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)
@@ -141,11 +142,11 @@ class _Encoder(EncodeBatch):
 class _Decoder(DecodeBatch):
     """A batch with a buffer for its streams; its outs are others at each run, of the same shapes, strides and alignment."""
 
-    def __init__(self, piece: Piece, views: Sequence[Any], device: Any, backend: str) -> None:
+    def __init__(self, piece: BlockPiece, views: Sequence[Any], device: Any, backend: str) -> None:
         import torch
 
         self.buffer = torch.empty(piece.nbytes, dtype=torch.uint8, device=device)
-        places = ((part.header, self.buffer.data_ptr() + part.place) for part in piece.parts)
+        places = ((stream.header, self.buffer.data_ptr() + stream.offset) for stream in piece.streams)
         placed = [Placed.whole(header, address, self.buffer) for header, address in places]
         self._prepare(placed, device, backend, list(views), None, None, True)
         self.outs = []
@@ -166,7 +167,7 @@ class _Slots:
         self._make = make
         self._kinds: OrderedDict[Any, list[Any]] = OrderedDict()
 
-    def next(self, piece: Piece, views: Sequence[Any]) -> Any:
+    def next(self, piece: BlockPiece, views: Sequence[Any]) -> Any:
         places = tuple((x.stride(), x.data_ptr() % _ALIGNED) for x in views)
         kind = (piece.kind, places)
         found = self._kinds.pop(kind, [])
@@ -227,7 +228,7 @@ class DevicePipeline:
         if filled and self._device in transfer.coded:
             torch.cuda.current_stream(self._device).wait_event(transfer.coded[self._device])
 
-    def encode(self, piece: Piece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
+    def encode(self, piece: BlockPiece, tensors: Sequence[Any], host: Any, transfer: Transfer) -> None:
         views = piece.views(tensors)
         with self._lock:
             with self._on("encode"):
@@ -243,7 +244,7 @@ class DevicePipeline:
                 batch.free = self._event("leave")
         self._note(transfer, encoded, batch.free)
 
-    def decode(self, piece: Piece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
+    def decode(self, piece: BlockPiece, host: Any, outs: Sequence[Any], transfer: Transfer) -> None:
         views = piece.views(outs)
         with self._lock:
             with self._on("arrive"):
