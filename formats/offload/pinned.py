@@ -1,6 +1,14 @@
-"""Law: one large allocation of pinned host memory, given away in slices and taken back; nothing else allocates such memory.
+"""Law: all page-locked ("pinned") host memory of offload is allocated here, in one of two ways.
 
-Pinning takes a second a few gibibytes, so it is done once. Without a CUDA device the memory is plain.
+``PinnedArena`` is bounded: it pins its whole capacity once, because pinning takes about a second for a few gibibytes, and it
+hands out slices, which their owners free when no transfer uses them any more. It registers memory of its own with CUDA, because
+torch's allocator would round the capacity up to a power of two.
+
+``GrowingArena`` has no bound: it adds a region whenever the last one is full. Its regions, and the small copies that
+``pinned_like`` and ``pinned_copy`` make, come from torch's allocator, because that one keeps memory which is let go until the
+transfers under way have ended: an owner drops its references and waits for nothing.
+
+Memory of a pool or cache without a CUDA device is plain, not pinned.
 """
 
 from __future__ import annotations
@@ -14,21 +22,25 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.offload.events import event
+from pqcodec.placed import aligned as stream_aligned
 
-ALIGNMENT = 256  # bytes: of a slice's beginning and of its size
+ALIGNMENT = 256  # bytes: slices of a PinnedArena begin at multiples of it, and take multiples of it
+_REGION_BYTES = 2 << 20  # of a GrowingArena's region, at least: encoded chunks are smaller, and share one
 
 
+# -- bounded -------------------------------------------------------------------------------------------------------
 def aligned(nbytes: int) -> int:
-    """Bytes that a slice of ``nbytes`` takes."""
+    """The bytes that a slice of ``nbytes`` takes in a PinnedArena."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
 
 class ArenaFull(InvalidArgument):
-    """No run of free memory is as long as the slice that is asked for."""
+    """No free run of a PinnedArena is as long as the slice that is asked for."""
 
 
 class PinnedSlice:
-    """A run of an arena's bytes; ``tensor``: uint8 [nbytes], valid until ``free``, which may be called again."""
+    """``nbytes`` of a PinnedArena from byte ``offset`` on; ``tensor``: those bytes, uint8 [nbytes], valid until ``free``."""
 
     def __init__(self, arena: PinnedArena, offset: int, nbytes: int) -> None:
         self._arena: PinnedArena | None = arena
@@ -36,24 +48,28 @@ class PinnedSlice:
         self.tensor = arena.tensor[offset : offset + nbytes]
 
     def free(self) -> None:
-        """Give the memory back; nobody may be reading or writing it any more, copies under way included."""
+        """Give the memory back to the arena; a second call does nothing.
+
+        No one may read or write the memory any more, and no transfer may be under way.
+        """
         arena, self._arena = self._arena, None
         if arena is not None:
             arena._take_back(self.offset, aligned(self.nbytes))
 
 
 def free_all(slices: Iterable[PinnedSlice]) -> None:
-    """Give the memory of slices back, as ``PinnedSlice.free`` does."""
+    """Call ``PinnedSlice.free`` of each slice."""
     for part in slices:
         part.free()
 
 
 class PinnedArena:
-    """``capacity_bytes`` of host memory, in slices. Any thread may allocate and free.
+    """``capacity_bytes`` of host memory (rounded down to a multiple of 256), given out in slices. Thread-safe.
 
-    A slice is cut from the shortest free run that holds it, the first of equals; free neighbours join. ``pinned``: whether
-    the memory is page-locked, for all GPUs (None: where torch finds a CUDA device); ``device``: the one that asks for it (None:
-    the current one). Raises InvalidArgument, or MemoryError where the system does not give that much.
+    A slice is cut from the shortest free run that holds it, the first one of equals; free runs that touch are joined.
+    ``pinned``: whether the memory is page-locked, for all GPUs (None: if torch finds a CUDA device). ``device``: the GPU whose
+    context registers the memory (None: the current one). ``tensor``: all of the memory, uint8 [capacity_bytes]. Raises
+    InvalidArgument for less than 256 bytes, and MemoryError where so much cannot be pinned.
 
     >>> arena = PinnedArena(1 << 20, pinned=False)
     >>> part = arena.allocate(1000)
@@ -83,21 +99,26 @@ class PinnedArena:
 
     @property
     def free_bytes(self) -> int:
+        """Bytes in no slice, in all free runs together."""
         with self._lock:
             return sum(self._sizes.values())
 
     @property
     def used_bytes(self) -> int:
+        """Bytes in slices, with the bytes that align them."""
         return self.capacity_bytes - self.free_bytes
 
     @property
     def largest_free(self) -> int:
-        """Bytes of the longest free run."""
+        """Bytes of the longest free run: the largest slice that can be allocated."""
         with self._lock:
             return max(self._sizes.values(), default=0)
 
     def allocate(self, nbytes: int) -> PinnedSlice:
-        """A slice of ``nbytes``, aligned to 256 bytes; raises ArenaFull, and nothing is taken."""
+        """A slice of ``nbytes`` that begins at a multiple of 256 bytes.
+
+        Raises ArenaFull where no free run is long enough, and InvalidArgument for a negative size; nothing is taken then.
+        """
         if nbytes < 0:
             raise InvalidArgument(f"a slice of {nbytes} bytes is asked for; 0 and more are possible")
         wanted = aligned(nbytes)
@@ -116,7 +137,7 @@ class PinnedArena:
         return PinnedSlice(self, start, nbytes)
 
     def allocate_all(self, sizes: Sequence[int]) -> list[PinnedSlice] | None:
-        """A slice of each size; None if there is no room for all, and nothing is taken."""
+        """A slice of each size (bytes); None, and nothing is taken, if there is no room for all of them."""
         slices: list[PinnedSlice] = []
         try:
             for size in sizes:
@@ -146,7 +167,7 @@ class PinnedArena:
 
 
 def _pin(memory: np.ndarray, tensor: Any, device: Any) -> None:
-    """Page-lock a tensor's part of ``memory`` for as long as that lives; with unified addresses, all devices' contexts know."""
+    """Page-lock ``tensor``, a part of ``memory``, until ``memory`` is freed; with unified addresses, for all GPUs."""
     import torch
 
     with torch.cuda.device(device):
@@ -161,3 +182,104 @@ def _unpin(address: int) -> None:
     import torch
 
     torch.cuda.cudart().cudaHostUnregister(address)
+
+
+# -- growing -------------------------------------------------------------------------------------------------------
+class Region:
+    """Bytes that streams are stored in one behind the other: ``tensor``, uint8 [room], of which the first ``used`` are taken.
+
+    ``offset``: where the region begins when the used bytes of all regions of its arena are laid end to end. A copy or a pickle
+    of a pinned region is pinned.
+    """
+
+    def __init__(self, tensor: Any, used: int = 0) -> None:
+        self.tensor, self.used, self.offset = tensor, used, 0
+
+    def __getstate__(self) -> tuple[Any, int, int, bool]:
+        return self.tensor, self.used, self.offset, self.tensor.is_pinned()
+
+    def __setstate__(self, state: tuple[Any, int, int, bool]) -> None:
+        import torch
+
+        tensor, self.used, self.offset, pinned = state
+        with torch.inference_mode(False):
+            self.tensor = pinned_copy(tensor) if pinned else tensor
+
+    def take(self, size: int) -> int | None:
+        """Take ``size`` bytes; the byte where they begin, or None if there is no room for them."""
+        start = stream_aligned(self.used)
+        if start + size > self.tensor.numel():
+            return None
+        self.used = start + size
+        return start
+
+
+class GrowingArena:
+    """Host memory for the streams of one layer, pinned if ``device`` is a GPU; a region goes when nothing in it is used.
+
+    ``size``: bytes of all regions laid end to end. ``stored``: an event that the owner records behind its last copy into the
+    arena; a copy or a pickle of the arena waits for it.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device, self._pin = device, device.type == "cuda"
+        self._regions: list[Region] = []
+        self._laid_out: list[tuple[Region, int]] = []  # the regions and how much of each was used at the last ``keep``
+        self.size = 0
+        self.stored = event(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.stored.synchronize()  # so that copies into the arena that are under way, from any GPU, are part of the state
+        return {key: value for key, value in vars(self).items() if key != "stored"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.stored = event(self._device)
+
+    def take(self, size: int) -> tuple[Region, int]:
+        """Take ``size`` bytes: a region, and the byte of it where they begin.
+
+        A new region has room for twice that, or as much as is used already, or 2 MiB, whichever is most.
+        """
+        import torch
+
+        start = self._regions[-1].take(size) if self._regions else None
+        if start is None:
+            used = sum(region.used for region in self._regions)
+            with torch.inference_mode(False):
+                room = max(2 * stream_aligned(size), used, _REGION_BYTES)
+                self._regions.append(Region(torch.empty(room, dtype=torch.uint8, pin_memory=self._pin)))
+            start = self._regions[-1].take(size)
+        assert start is not None
+        return self._regions[-1], start
+
+    def keep(self, used: Iterable[Region]) -> bool:
+        """Let go of all regions but those ``used``, and lay these end to end; whether anything has changed by that.
+
+        Bytes that were taken since the last call are a change, too.
+        """
+        wanted = {id(region) for region in used}
+        self._regions = [region for region in self._regions if id(region) in wanted]
+        self.size = 0
+        for region in self._regions:
+            region.offset = self.size
+            self.size = stream_aligned(self.size + region.used)
+        before, self._laid_out = self._laid_out, [(region, region.used) for region in self._regions]
+        return before != self._laid_out
+
+    def copies(self, buffer: Any) -> list[tuple[Any, Any]]:
+        """(target, source) of the copy of each region to its offset in ``buffer``, uint8 [at least ``size``]."""
+        return [(buffer[region.offset :][:used], region.tensor[:used]) for region, used in self._laid_out]
+
+
+# -- small copies --------------------------------------------------------------------------------------------------
+def pinned_like(x: Any) -> Any:
+    """Uninitialised pinned memory of the shape and dtype of ``x``."""
+    import torch
+
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+
+
+def pinned_copy(x: Any) -> Any:
+    """A copy of ``x``, a tensor in host memory, in pinned memory."""
+    return x.pin_memory()
