@@ -22,7 +22,7 @@ from pqcodec.stream.source import source_of
 transformers = pytest.importorskip("transformers")
 
 from pqcodec.formats.engines import transformers_cache as tc  # noqa: E402
-from pqcodec.formats.offload import old_tokens  # noqa: E402
+from pqcodec.formats.offload import old_tokens, workspace  # noqa: E402
 from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 PROMPT, MORE = 40, 24
@@ -277,30 +277,30 @@ def test_the_memory_of_a_cache_goes_with_it(quick: dict[str, Any]) -> None:
     told = Told(**quick)
     for tokens in (20, 1, 1, 1):
         told.append(tokens)
-    shops = [weakref.ref(shop) for shop in told.cache._shops.values()]
+    spaces = [weakref.ref(space) for space in told.cache._workspaces.values()]
     gc.disable()
     try:
         del told
-        assert [shop() for shop in shops] == [None]
+        assert [space() for space in spaces] == [None]
     finally:
         gc.enable()
 
 
 def test_scratch_goes_before_it_is_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long context has no room for both."""
-    kind = old_tokens.Kind((torch.float32, torch.float32), (1, 2, 16), (1, 2, 16))
-    shop = old_tokens.Workshop(torch.device("cpu"))
-    before = weakref.ref(shop.scratch(kind, 100)[0])
+    kind = workspace.PairKind((torch.float32, torch.float32), (1, 2, 16), (1, 2, 16))
+    space = workspace.Workspace(torch.device("cpu"))
+    before = weakref.ref(space.scratch(kind, 100)[0])
     assert before() is not None
     sizes = []
 
-    def memory(size: int, device: Any) -> Any:
+    def device_bytes(size: int, device: Any) -> Any:
         assert before() is None
         sizes.append(size)
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr(old_tokens, "memory", memory)
-    assert shop.scratch(kind, 10_000)[0].shape[2] >= 10_000
+    monkeypatch.setattr(workspace, "device_bytes", device_bytes)
+    assert space.scratch(kind, 10_000)[0].shape[2] >= 10_000
     assert len(sizes) == 1
 
 
@@ -394,7 +394,7 @@ def test_keys_are_centred_under_the_models_rope() -> None:
     assert rel_mse(exact, read_on(model, cache, ids, [50, *[1] * 10])) < 1e-3
     cache = EncodedCache(model, preset="pq2", **SMALL)
     read_on(model, cache, prompt(1, 60), [50])
-    assert {*cache.layers[0]._old.coding.ropes} == {"keys"}
+    assert {role for role, how in cache.layers[0]._old.options.items() if how.rope} == {"keys"}
 
 
 def test_two_presets_are_of_keys_and_of_values() -> None:

@@ -19,9 +19,11 @@ from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.offload.first_tokens import FirstTokens
-from pqcodec.formats.offload.old_tokens import Coding, Kind, OldTokens, Workshop, checked_place
+from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
+from pqcodec.formats.offload.workspace import PairKind, Workspace
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
+from pqcodec.options import EncodeOptions
 from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
 
@@ -106,13 +108,13 @@ class EncodedCache(cache_utils.DynamicCache):
         config = getattr(model, "config", model)
         _check_model(config.get_text_config(decoder=True))
         super().__init__(config=config)
-        self._shops: dict[Any, Workshop] = {}
+        self._workspaces: dict[Any, Workspace] = {}
         self._of_decoder, self._last = bool(getattr(config, "is_encoder_decoder", False)), -1
         if self._of_decoder and len(self.layers) < 2:
             raise InvalidArgument("an encoder-decoder of one layer has no EncodedCache; take a DynamicCache")
         lenders = _lenders(config.get_text_config(decoder=True))
         self.layers = [
-            EncodedLayer(self.options, config, index, self._shops)
+            EncodedLayer(self.options, config, index, self._workspaces)
             if type(layer) is cache_utils.DynamicLayer and index not in lenders
             else layer
             for index, layer in enumerate(self.layers)
@@ -149,7 +151,7 @@ class EncodedCache(cache_utils.DynamicCache):
         others = (layer for layer in self.layers if not isinstance(layer, EncodedLayer))
         exact_bytes += sum(x.nbytes for layer in others for x in vars(layer).values() if isinstance(x, torch.Tensor))
         encoded = sum(layer.encoded_bytes for layer in layers)
-        return Memory(encoded, exact_bytes, sum(shop.nbytes for shop in self._shops.values()))
+        return Memory(encoded, exact_bytes, sum(space.nbytes for space in self._workspaces.values()))
 
 
 def _check_model(config: Any) -> None:
@@ -183,7 +185,7 @@ class Tail:
     def _lie_in(self, keys: Any, values: Any) -> None:
         self.memory = keys, values
         self.room = int(keys.shape[-2])
-        self.kind = Kind.of(keys, values)
+        self.kind = PairKind.of(keys, values)
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +197,7 @@ class Tail:
 
     def check(self, keys: Any, values: Any) -> None:
         """Raises InvalidArgument where tokens are of another batch, of other heads, or of a dtype that would be rounded."""
-        told = Kind.of(keys, values)
+        told = PairKind.of(keys, values)
         if told.keys[0] != self.kind.keys[0]:
             raise InvalidArgument(f"{told.keys[0]} sequences are given to a cache of {self.kind.keys[0]}")
         if (told.keys, told.values) != (self.kind.keys, self.kind.values):
@@ -232,7 +234,7 @@ class Tail:
     def replace(self, keys: Any, values: Any, *, room: int) -> None:
         """Other tokens, of which none is in the tail's own memory, with room for so many."""
         self.tokens = 0
-        if self.kind != Kind.of(keys, values) or self.room != room:
+        if self.kind != PairKind.of(keys, values) or self.room != room:
             self._lie_in(_room_of(keys, room), _room_of(values, room))
         self.append(keys, values)
 
@@ -260,9 +262,9 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, options: Options, config: Any, index: int, shops: dict[Any, Workshop]) -> None:
+    def __init__(self, options: Options, config: Any, index: int, workspaces: dict[Any, Workspace]) -> None:
         super().__init__()
-        self._options, self._config, self._index, self._shops = options, config, index, shops
+        self._options, self._config, self._index, self._workspaces = options, config, index, workspaces
         self._sinks: tuple[Any, Any] | None = None  # the exact first tokens, once others are encoded
         self._old: OldTokens | None = None
         self._tail: Tail | None = None
@@ -397,7 +399,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         tokens = end + tail.tokens + more
         if fits:
             tail.append(keys, values)
-        whole = old.shop.scratch(tail.kind, max(tokens, end + tail.room))
+        whole = old.workspace.scratch(tail.kind, max(tokens, end + tail.room))
         old.decode(whole, sinks, tail.memory)
         if self._padded is not None:
             self._padded.put(whole)
@@ -415,16 +417,22 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if self._old is None:
             presets = dict(zip(_ROLES, self._options.presets, strict=True))
             ropes = _ropes(self._config, self._index, keys, values)
-            coding = Coding(presets, ropes, self._options.seed, self._options.backend)
-            self._old = self._shop(keys).old_tokens(self._options.place, coding)
+            options = {role: self._encoding(presets[role], role, ropes.get(role)) for role in _ROLES}
+            self._old = old_tokens_in(self._options.place, options, self._options.backend, self._workspace(keys))
         self._old.append(keys, values)
         if self._padded is not None:
             self._padded.keep(keys, values, first)
 
-    def _shop(self, keys: Any) -> Workshop:
-        if keys.device not in self._shops:
-            self._shops[keys.device] = Workshop(keys.device)
-        return self._shops[keys.device]
+    def _encoding(self, preset: str, role: str, rope: Rope | None) -> EncodeOptions:
+        """How a layer's "keys" or "values" are encoded: keys are centred, values are not, as in a file."""
+        center = "rope" if rope else "mean" if role == "keys" else None
+        return EncodeOptions(preset, self._options.seed, center, rope)
+
+    def _workspace(self, keys: Any) -> Workspace:
+        """The workspace of the device that tensors are on, which all layers there share."""
+        if keys.device not in self._workspaces:
+            self._workspaces[keys.device] = Workspace(keys.device)
+        return self._workspaces[keys.device]
 
     def _select(self, rows: Any) -> None:
         if self._tail is None:

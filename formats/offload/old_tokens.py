@@ -1,71 +1,56 @@
-"""Law: old tokens of one attention layer, kept as streams and decoded in place; where the streams lie is a class each.
+"""Law: the older tokens of one attention layer, kept as streams and decoded again at each step; a class for each place.
 
-Tokens come in chunks. A sequence's keys and its values of a chunk are one stream each [heads, tokens, head_dim], so a batch
-is reordered by exchanging references, and sequences that share a beginning share its streams. ``OnDevice`` keeps streams on
-the GPU; ``OnHost`` in pinned memory (``staging``); ``OnCPU`` is for tensors of the CPU. Layers know of their ``Workshop``, and
-it not of them, so that the memory of a cache goes with it. Nothing here waits for the device but the encoder's check for NaN
-and Inf.
+Tokens come in chunks. Of a chunk, each sequence's keys are one stream [heads, tokens, head_dim] and its values another. So a
+batch is reordered by exchanging references to streams, and sequences with the same beginning share the streams of it.
+``OnDevice`` keeps streams on the GPU, ``OnHost`` in pinned memory, and ``OnCPU`` is for tensors of the CPU. Nothing here waits
+for the device, except the encoder's check for NaN and Inf.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from pqcodec import codec
 from pqcodec.backends import ON_DEVICE
 from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.errors import InvalidArgument
-from pqcodec.formats.offload.launches import Launch, Pair, Prepared
-from pqcodec.formats.offload.staging import SPARE, Home, Homes, Slot, Staging, memory
-from pqcodec.placed import aligned
-from pqcodec.stages.centre import Rope
+from pqcodec.formats.offload.graphs import Launch, Pair, Parts, PreparedLaunches
+from pqcodec.formats.offload.pinned import GrowingArena, Region
+from pqcodec.formats.offload.staging import Slot
+from pqcodec.formats.offload.workspace import Workspace
+from pqcodec.options import EncodeOptions
 from pqcodec.stream.header import Header
 
 PLACES = ("host", "device")
-_SPARE_TOKENS = 256  # of the scratch, at least
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Coding:
-    """How a layer's keys and values are encoded; ``ropes``: of those that went through RoPE."""
-
-    presets: Mapping[str, str]  # by role, "keys" and "values"
-    ropes: Mapping[str, Rope]
-    seed: int = 0
-    backend: str = "auto"
-
-    def options(self, role: str) -> dict[str, Any]:
-        """Options of ``encode`` and ``EncodeBatch``: keys are centred, values are not, as in a file."""
-        rope = self.ropes.get(role)
-        center = "rope" if rope else "mean" if role == "keys" else None
-        return {"preset": self.presets[role], "center": center, "rope": rope, "seed": self.seed, "backend": self.backend}
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One stream of a GPU's tensor, wherever it lies."""
+    """One stream of a GPU's tensor: its bytes begin at byte ``start`` of a region, on the GPU or in pinned memory."""
 
     header: Header
-    home: Home
+    region: Region
     start: int
 
     @property
     def stop(self) -> int:
+        """The byte of the region behind the stream."""
         return self.start + self.header.stream_bytes
 
     @property
-    def place(self) -> int:
-        """Where it begins in a slot."""
-        return self.home.place + self.start
+    def slot_offset(self) -> int:
+        """The byte of a slot's buffer where the stream begins, once its layer has been copied there."""
+        return self.region.offset + self.start
 
     @property
     def data(self) -> Any:
-        return self.home.tensor[self.start : self.stop]
+        """The stream's bytes where they are kept: uint8 [stream_bytes], a view."""
+        return self.region.tensor[self.start : self.stop]
 
     def __len__(self) -> int:
         return self.header.stream_bytes
@@ -73,7 +58,10 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive tokens of every sequence: a stream of keys and one of values each, of which the first ``tokens`` count."""
+    """Consecutive tokens of every sequence: one stream of keys and one of values for each sequence.
+
+    ``stored``: tokens in each stream. ``tokens``: how many of these, from the first on, the layer still has.
+    """
 
     stored: int
     tokens: int
@@ -81,61 +69,76 @@ class Chunk:
     values: Sequence[Any]
 
     def select(self, rows: Sequence[int]) -> Chunk:
+        """The chunk of a batch that consists of sequences ``rows`` of this one; streams are shared, not copied."""
         return replace(self, keys=[self.keys[row] for row in rows], values=[self.values[row] for row in rows])
 
 
 class OldTokens:
-    """Chunks of one layer, oldest first."""
+    """The encoded chunks of one layer, oldest first.
 
-    def __init__(self, coding: Coding, shop: Workshop) -> None:
-        self.coding, self.shop = coding, shop
+    ``options``: how "keys" and "values" are encoded. ``tokens``: in all chunks, of each sequence. ``number``: of this object,
+    which no other has.
+    """
+
+    def __init__(self, options: Mapping[str, EncodeOptions], backend: str, workspace: Workspace) -> None:
+        self.options, self.backend, self.workspace = options, backend, workspace
         self.chunks: list[Chunk] = []
         self.tokens = 0
         self.number = next(_numbers)
 
     def append(self, keys: Any, values: Any) -> None:
-        """Encode tokens [sequences, heads, tokens, head_dim] behind the others. Raises NonFiniteInput (of a GPU's tensors)."""
+        """Encode tokens [sequences, heads, tokens, head_dim] as a chunk behind the others.
+
+        On a GPU this waits for the encoder, and raises NonFiniteInput if a number is NaN or Inf.
+        """
         tokens = int(keys.shape[-2])
         streams = [self._encode(role, x) for role, x in (("keys", keys), ("values", values))]
-        self._now([*self.chunks, Chunk(tokens, tokens, *streams)])
+        self._set([*self.chunks, Chunk(tokens, tokens, *streams)])
 
     def select(self, rows: Sequence[int]) -> None:
-        """The sequences of the batch from now on, by their places in it until now."""
-        self._now([chunk.select(rows) for chunk in self.chunks])
+        """Make the batch one of sequences ``rows`` of it; the same one may be taken several times."""
+        self._set([chunk.select(rows) for chunk in self.chunks])
 
     def cut(self, tokens: int) -> None:
-        """Keep the first so many tokens; a stream that is cut stays whole, and is read in part."""
+        """Keep the first ``tokens`` of each sequence; a stream that is cut stays whole in memory, and is decoded in part."""
         kept, left = [], tokens
         for chunk in self.chunks:
             if left > 0:
                 kept.append(replace(chunk, tokens=min(chunk.tokens, left)))
             left -= chunk.tokens
-        self._now(kept)
+        self._set(kept)
 
-    def _now(self, chunks: list[Chunk]) -> None:
+    def _set(self, chunks: list[Chunk]) -> None:
         self.chunks, self.tokens = chunks, sum(chunk.tokens for chunk in chunks)
-        self.shop.forget(self.number)
+        self.workspace.forget(self.number)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all streams, those that sequences share counted once."""
+        """Bytes of all streams; a stream that sequences share counts once."""
         streams = {id(s): len(s) for chunk in self.chunks for s in (*chunk.keys, *chunk.values)}
         return sum(streams.values())
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
         """Fill ``whole`` [sequences, heads, room, head_dim] from its first token on: ``before``, the old tokens, ``behind``.
 
-        On a GPU this is one launch, as long as the old tokens stay the same and these very tensors are given; a pair is told by
-        its identity.
+        On a GPU this is one launch, as long as the old tokens stay the same and the three pairs are the same objects.
         """
         raise NotImplementedError
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
-        """A stream for each sequence."""
+        """Encode the "keys" or the "values" of all sequences, into one stream each."""
         raise NotImplementedError
 
+    def _arguments(self, role: str) -> dict[str, Any]:
+        """The arguments that ``encode`` and ``EncodeBatch`` share."""
+        how = self.options[role]
+        return {"preset": how.preset, "center": how.center, "rope": how.rope, "seed": how.seed, "backend": self.backend}
+
     def _targets(self, whole: Pair, begin: int) -> list[tuple[Any, Any, tuple[int, int] | None]]:
-        """Each stream, where it is decoded to behind ``begin`` tokens, and which of its tokens are wanted (None: all)."""
+        """(stream, the view that it is decoded into, its tokens that are wanted or None for all) of each stream.
+
+        The first old token goes to token ``begin`` of ``whole``.
+        """
         found, at = [], begin
         for chunk in self.chunks:
             part = None if chunk.tokens == chunk.stored else (0, chunk.tokens)
@@ -145,7 +148,7 @@ class OldTokens:
         return found
 
     def _copies(self, whole: Pair, before: Pair, behind: Pair) -> list[tuple[Any, Any]]:
-        """What is copied beside the old tokens: (target, source)."""
+        """(target, source) of the exact tokens, which are copied to both sides of the old ones."""
         found, at = [], 0
         for part, behind_it in ((before, self.tokens), (behind, 0)):
             tokens = int(part[0].shape[-2])
@@ -155,194 +158,132 @@ class OldTokens:
 
 
 class OnCPU(OldTokens):
-    """Of tensors of the CPU, in its memory."""
+    """Old tokens of tensors of the CPU: streams are bytes in its memory, and vectors with NaN or Inf are kept as they are."""
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
-        return [codec.encode(one, nonfinite="exact", **self.coding.options(role)) for one in x]
+        return [codec.encode(one, nonfinite="exact", **self._arguments(role)) for one in x]
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
         for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
-            codec.decode(stream, out=out, tokens=part, backend=self.coding.backend)
+            codec.decode(stream, out=out, tokens=part, backend=self.backend)
         for target, source in self._copies(whole, before, behind):
             target.copy_(source)
 
 
 class OnDevice(OldTokens):
-    """Of a GPU's tensors, on that GPU."""
+    """Old tokens of a GPU's tensors, whose streams stay on that GPU."""
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
-        batch = EncodeBatch([*x], **self.coding.options(role))
+        batch = EncodeBatch([*x], **self._arguments(role))
         streams = batch.run()
         batch.check()
         return [self._kept(header, stream) for header, stream in zip(batch.headers, streams, strict=True)]
 
     def _kept(self, header: Header, stream: Any) -> Stream:
-        return Stream(header, Home(stream, stream.numel()), 0)
+        return Stream(header, Region(stream, stream.numel()), 0)
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
-        prepared = self.shop.resident
-        launch = prepared.launches.get(self.number)
-        if launch is None or not launch.fills(whole, before, behind):
-            lying = {stream: stream.data for stream in self._streams()}
-            launch = self._launch(prepared, whole, before, behind, self._batches(whole, before, lying))
-        launch.run()
+        prepared = self.workspace.resident
+        launch = prepared.launch(self.number, (whole, before, behind))
+        if launch is None:
+            data = {stream: stream.data for stream in self._streams()}
+            launch = self._launch(prepared, (whole, before, behind), self._batches(whole, before, data))
+        launch()
 
     def _streams(self) -> list[Stream]:
         return [stream for chunk in self.chunks for stream in (*chunk.keys, *chunk.values)]
 
-    def _launch(self, prepared: Prepared, whole: Pair, before: Pair, behind: Pair, batches: Sequence[DecodeBatch]) -> Launch:
-        launch = Launch((whole, before, behind), batches, self._copies(whole, before, behind), self.shop.device)
-        prepared.launches[self.number] = launch
+    def _launch(self, prepared: PreparedLaunches, parts: Parts, batches: Sequence[DecodeBatch]) -> Launch:
+        launch = Launch(partial(_fill, batches, self._copies(*parts)), self.workspace.device)
+        prepared.keep_launch(self.number, parts, launch)
         return launch
 
-    def _batches(self, whole: Pair, before: Pair, lying: Mapping[Stream, Any]) -> list[DecodeBatch]:
-        """One for all streams that are wanted whole, and one for each length to which others are cut.
+    def _batches(self, whole: Pair, before: Pair, data: Mapping[Stream, Any]) -> list[DecodeBatch]:
+        """One batch for all streams that are decoded whole, and one for each length to which others are cut.
 
-        ``lying``: the bytes of each stream on the device.
+        ``data``: the bytes of each stream on the device.
         """
         parts: dict[Any, list[tuple[Any, Any]]] = {}
         for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
-            parts.setdefault(part, []).append((lying[stream], out))
+            parts.setdefault(part, []).append((data[stream], out))
         return [
-            DecodeBatch([s for s, _ in pairs], outs=[o for _, o in pairs], tokens=part, backend=self.coding.backend)
+            DecodeBatch([s for s, _ in pairs], outs=[o for _, o in pairs], tokens=part, backend=self.backend)
             for part, pairs in parts.items()
         ]
 
 
-class OnHost(OnDevice):
-    """Of a GPU's tensors, in pinned memory of the host."""
+def _fill(batches: Sequence[DecodeBatch], copies: Sequence[tuple[Any, Any]]) -> None:
+    for batch in batches:
+        batch.run()
+    for target, source in copies:
+        target.copy_(source)
 
-    def __init__(self, coding: Coding, shop: Workshop) -> None:
-        super().__init__(coding, shop)
-        self.homes = Homes(shop.device)
-        shop.staging.layers.append(self.homes)
+
+class OnHost(OnDevice):
+    """Old tokens of a GPU's tensors, whose streams are kept in pinned memory and copied to a slot before they are decoded."""
+
+    def __init__(self, options: Mapping[str, EncodeOptions], backend: str, workspace: Workspace) -> None:
+        super().__init__(options, backend, workspace)
+        self.arena = GrowingArena(workspace.device)
+        workspace.staging.layers.append(self.arena)
 
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
         streams = super()._encode(role, x)
-        self.homes.stored.record()
+        self.arena.stored.record()
         return streams
 
     def _kept(self, header: Header, stream: Any) -> Stream:
-        kept = Stream(header, *self.homes.take(header.stream_bytes))
+        kept = Stream(header, *self.arena.take(header.stream_bytes))
         kept.data.copy_(stream, non_blocking=True)
         return kept
 
-    def _now(self, chunks: list[Chunk]) -> None:
-        super()._now(chunks)
-        if self.homes.settle(stream.home for stream in self._streams()):
-            self.shop.staging.forget(self.homes)
+    def _set(self, chunks: list[Chunk]) -> None:
+        super()._set(chunks)
+        if self.arena.keep(stream.region for stream in self._streams()):
+            self.workspace.staging.forget(self.arena)
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
-        staging = self.shop.staging
+        staging = self.workspace.staging
         current = staging.current()
-        slot = staging.load(self.homes, current)
-        staging.prefetch_behind(self.homes, current)
-        launch = slot.prepared.launches.get(self.number)
+        slot = staging.load(self.arena, current)
+        staging.prefetch_behind(self.arena, current)
+        launch = slot.decodings.launch(self.number, (whole, before, behind))
         slot.ready.wait(current)
-        if launch is None or not launch.fills(whole, before, behind):
-            launch = self._launch(slot.prepared, whole, before, behind, self._shared(slot, whole, before))
-        launch.run(current)
+        if launch is None:
+            launch = self._launch(slot.decodings, (whole, before, behind), self._shared(slot, whole, before))
+        launch(current)
         slot.free.record(current)
 
     def _shared(self, slot: Slot, whole: Pair, before: Pair) -> Sequence[DecodeBatch]:
-        """Batches for all layers whose streams are of the same kinds and lie at the same places of a slot.
+        """Batches for all layers whose streams have the same headers and the same offsets in a slot.
 
-        Made behind ``ready``: they read the headers.
+        They are made behind the slot's ``ready``, because making them reads the headers.
         """
         layout = (
             int(before[0].shape[-2]),
-            *((chunk.tokens, *((s.header, s.place) for s in (*chunk.keys, *chunk.values))) for chunk in self.chunks),
+            *((chunk.tokens, *((s.header, s.slot_offset) for s in (*chunk.keys, *chunk.values))) for chunk in self.chunks),
         )
-        batches = slot.prepared.batches(layout)
+        batches = slot.decodings.batches(layout)
         if batches is None:
-            lying = {s: slot.buffer[s.place : s.place + len(s)] for s in self._streams()}
-            batches = self._batches(whole, before, lying)
-            slot.prepared.share(layout, batches)
+            data = {s: slot.buffer[s.slot_offset : s.slot_offset + len(s)] for s in self._streams()}
+            batches = self._batches(whole, before, data)
+            slot.decodings.keep_batches(layout, batches)
         return batches
 
 
-class Kind(NamedTuple):
-    """Of a layer's tensors, whatever their tokens; shapes: (sequences, heads, head_dim)."""
+def old_tokens_in(place: str, options: Mapping[str, EncodeOptions], backend: str, workspace: Workspace) -> OldTokens:
+    """No tokens yet, of a layer whose tensors are on the workspace's device; the arguments are those of ``OldTokens``.
 
-    dtypes: tuple[Any, Any]  # of keys and of values: they differ under autocast
-    keys: tuple[int, int, int]
-    values: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, keys: Any, values: Any) -> Kind:
-        return cls((keys.dtype, values.dtype), *((x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)))
-
-
-@dataclass
-class Workshop:
-    """What the layers of one device share: scratch, slots, and launches that are prepared."""
-
-    device: Any
-    staging: Staging = field(init=False)
-    resident: Prepared = field(default_factory=Prepared)  # for streams that lie on the device
-    _scratch: Any = None
-    _rooms: dict[Kind, Pair] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.staging = Staging(self.device)
-
-    def __getstate__(self) -> tuple[Any, list[Homes]]:
-        """A copy begins with nothing prepared: what is prepared knows the addresses of memory that is not the copy's."""
-        return self.device, self.staging.layers
-
-    def __setstate__(self, state: tuple[Any, list[Homes]]) -> None:
-        new = Workshop(state[0])
-        new.staging.layers = state[1]
-        vars(self).update(vars(new))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device, of scratch and slots."""
-        return self.staging.nbytes + (0 if self._scratch is None else self._scratch.numel())
-
-    def old_tokens(self, place: str, coding: Coding) -> OldTokens:
-        """Nothing yet, of tensors of this device."""
-        if self.device.type == "cpu" and coding.backend not in ON_DEVICE:
-            return OnCPU(coding, self)
-        kinds: dict[str, type[OldTokens]] = {"host": OnHost, "device": OnDevice}
-        return kinds[place](coding, self)
-
-    def scratch(self, kind: Kind, tokens: int) -> Pair:
-        """Room for at least so many tokens of a layer, until the next one takes it; the same pair as long as it is enough."""
-        if kind not in self._rooms or self._rooms[kind][0].shape[2] < tokens:
-            self._lay_out(kind, tokens + max(int(tokens * SPARE), _SPARE_TOKENS))
-        return self._rooms[kind]
-
-    def _lay_out(self, kind: Kind, tokens: int) -> None:
-        """Nobody may hold on to the old scratch here: there is no room for both."""
-        import torch
-
-        shapes = [(b, h, tokens, d) for b, h, d in (kind.keys, kind.values)]
-        sizes = [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in zip(shapes, kind.dtypes, strict=True)]
-        for prepared in self._prepared():
-            prepared.clear()
-        if self._scratch is None or self._scratch.numel() < sum(sizes):
-            self._rooms.clear()
-            self._scratch = None
-            self._scratch = memory(sum(sizes), self.device)
-        with torch.inference_mode(False):
-            parts = self._scratch[: sum(sizes)].split(sizes)
-            keys, values = (
-                part.view(dtype)[: math.prod(shape)].view(shape)
-                for part, dtype, shape in zip(parts, kind.dtypes, shapes, strict=True)
-            )
-        self._rooms[kind] = keys, values
-
-    def forget(self, layer: int) -> None:
-        """Let go of what was prepared for a layer's old tokens, which are others now."""
-        for prepared in self._prepared():
-            prepared.launches.pop(layer, None)
-
-    def _prepared(self) -> list[Prepared]:
-        return [self.resident, *(slot.prepared for slot in self.staging.slots)]
+    ``place``: "host" or "device". Tensors of the CPU have one place only.
+    """
+    if workspace.device.type == "cpu" and backend not in ON_DEVICE:
+        return OnCPU(options, backend, workspace)
+    classes: dict[str, type[OldTokens]] = {"host": OnHost, "device": OnDevice}
+    return classes[place](options, backend, workspace)
 
 
 def checked_place(place: str) -> str:
+    """``place``; raises InvalidArgument if it is not one of PLACES."""
     if place not in PLACES:
         raise InvalidArgument(f"place {place!r} is unknown; choose from {', '.join(PLACES)}")
     return place

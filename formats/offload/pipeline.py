@@ -18,8 +18,9 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec.batch import DecodeBatch, EncodeBatch
-from pqcodec.formats.offload.graphs import Replayed
+from pqcodec.formats.offload.graphs import Launch
 from pqcodec.formats.offload.pieces import BlockPiece
+from pqcodec.formats.offload.pinned import pinned_copy, pinned_like
 from pqcodec.placed import Placed
 from pqcodec.tensors.arrays import device_rows
 
@@ -116,7 +117,7 @@ class _Addresses:
         for group, starts, numbers in self.groups:
             rows = torch.from_numpy(starts + now[numbers])
             if self._device.type == "cuda" and rows.nbytes > _STAGED:
-                rows = rows.pin_memory()
+                rows = pinned_copy(rows)
             group.starts.copy_(rows, non_blocking=True)
         self._told = addresses
 
@@ -132,7 +133,7 @@ class _Encoder(EncodeBatch):
         self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)
         self.arena = torch.empty(0, dtype=torch.uint8, device=device).set_(self.streams[0].untyped_storage())
-        self.code = Replayed(self.run, device, plain=1)
+        self.code = Launch(self.run, device, plain=1)
         self.free: Any = None  # event: the arena has been copied
 
     def flags(self) -> list[Any]:
@@ -152,7 +153,7 @@ class _Decoder(DecodeBatch):
         self.outs = []
         self.make_brief()  # transfers are slower than the slowest kernel, and what is urgent shall not wait for them
         self.addresses = _Addresses(self.groups, piece, views, device)
-        self.code = Replayed(self.run, device, plain=1)
+        self.code = Launch(self.run, device, plain=1)
         self.free: Any = None  # event: the buffer has been decoded
 
     def flags(self) -> list[Any]:
@@ -297,9 +298,6 @@ class DevicePipeline:
 
     def _fetched(self, flags: Any) -> Any:
         """Numbers of the device in host memory, once the current stream has come so far."""
-        import torch
-
         if self._device.type != "cuda":
             return flags.clone()
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        return host.copy_(flags, non_blocking=True)
+        return pinned_like(flags).copy_(flags, non_blocking=True)
