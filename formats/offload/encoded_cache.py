@@ -1,9 +1,10 @@
-"""Law: a cache of transformers whose old tokens are encoded: what a layer's ``update`` keeps, encodes and gives to attention.
+"""Law: a cache of transformers whose older tokens are encoded: what each layer keeps exact, encodes, and gives to attention.
 
-A layer is its first tokens and its last ones, both exact, and the tokens between as streams (``old_tokens``). A step decodes
-these into a scratch that all layers of a device share and puts the exact ones beside them, so what ``update`` returns holds
-until the next layer's: the cache is for inference. Layers that are bounded (sliding windows), that hold a recurrence, or whose
-keys other layers read are transformers' own, and exact. Works with transformers 5.20 to 5.24.
+A layer keeps its first and its last tokens exact, and the tokens between as streams (``old_tokens``). At each step it decodes
+the streams into a scratch that all layers of a device share, and copies the exact tokens to both sides of them. So what
+``update`` returns is valid until the next layer's ``update``, and the cache is for inference only. Layers with a sliding
+window or a recurrence, and layers whose keys other layers read, stay transformers' own and exact. Works with transformers 5.20
+to 5.24.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
-from pqcodec.formats.offload.workspace import PairKind, Workspace
+from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
+from pqcodec.formats.offload.workspace import Workspace
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
 from pqcodec.options import EncodeOptions
@@ -29,15 +31,13 @@ from pqcodec.stages.centre import Rope
 
 WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows
-_FIRST_ROOM = 64  # tokens
-_ROLES = ("keys", "values")
-_OWN_CACHES = {"minimax": "MiniMaxCache"}  # of model types that take no other class
+_OWN_CACHES = {"minimax": "MiniMaxCache"}  # model types that take one class of cache only
 _TWO_CACHES = "EncoderDecoderCache(EncodedCache(model), DynamicCache())"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of an ``EncodedCache``; raises InvalidArgument."""
+    """The options of an ``EncodedCache``, checked when they are made; raises InvalidArgument."""
 
     presets: tuple[str, str] = ("pq3", "pq3")
     place: str = "host"
@@ -58,13 +58,16 @@ class Options:
 
     @property
     def room(self) -> int:
-        """Exact last tokens of which some are encoded."""
+        """Tokens in a tail that is full: all but ``window`` of them are encoded then."""
         return self.window + self.chunk
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a cache: streams, exact tokens, and what all layers share on the devices."""
+    """Bytes of a cache.
+
+    ``encoded``: streams. ``exact``: exact tokens, with the room for more. ``scratch``: what the layers of a device share there.
+    """
 
     encoded: int
     exact: int
@@ -72,18 +75,18 @@ class Memory:
 
 
 class EncodedCache(cache_utils.DynamicCache):
-    """A cache for ``model.generate(..., past_key_values=cache)`` (``cache=`` in newer versions) of a model, or by its config.
+    """A cache for ``model.generate(..., past_key_values=cache)`` (``cache=`` in newer versions) from a model or its config.
 
-    ``place``: where encoded tokens lie, "host" (pinned memory; the next layer's are fetched while a layer computes) or
-    "device". ``preset``: one for all, or one of keys and one of values. The last ``window`` tokens and the first
-    ``exact_tokens`` are exact; a text grows by ``window`` to ``window + chunk`` exact tokens before some are encoded, a long
-    prompt is encoded at once. ``padding``: of sequences that are padded at their left, how many tokens of each are padding,
-    or the attention mask [sequences, tokens]: the first ``exact_tokens`` behind it are exact, too; without it they are coded.
-    On a GPU, keys or values that hold NaN or Inf raise NonFiniteInput when they are encoded.
+    ``place``: where encoded tokens are kept, "host" (pinned memory; the next layer's are copied while a layer computes) or
+    "device". ``preset``: one for all, or a pair, for keys and for values. The first ``exact_tokens`` and the last ``window``
+    tokens are exact. The exact last tokens grow to ``window + chunk`` before all but ``window`` of them are encoded; a long
+    prompt is encoded at once. ``padding``: for sequences that are padded at their left, the tokens of padding of each, or the
+    attention mask [sequences, tokens]; the first ``exact_tokens`` behind the padding are exact then, and encoded without it.
+    On a GPU, keys or values with NaN or Inf raise NonFiniteInput when they are encoded.
 
-    The cache is of one text and of the model as it is meanwhile: nothing looks whether that changes (a PrefixStore does). It
-    can be copied and pickled. Raises InvalidArgument for models that take no such cache, and ``generate`` does where the
-    cache holds all tokens of the prompt.
+    The cache belongs to one text and to the model as it is while it reads that text; it does not notice a change of the model
+    (a PrefixStore does). It can be copied and pickled. Raises InvalidArgument for models that cannot use such a cache, and
+    ``generate`` raises it if the cache holds all tokens of the prompt already.
     """
 
     def __init__(
@@ -121,31 +124,38 @@ class EncodedCache(cache_utils.DynamicCache):
         ]
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Keep a layer's new tokens [sequences, heads, n, head_dim]; return all its keys and values (see ``EncodedLayer``).
+
+        Raises InvalidArgument for another model's layers, and for an encoder-decoder's cross-attention.
+        """
         if layer_idx >= len(self.layers):
             raise InvalidArgument(
                 f"a model of {layer_idx + 1} layers or more is given an EncodedCache of {len(self.layers)}: make one of it"
             )
-        if self._of_decoder and layer_idx == self._last:  # its cross-attention writes here, too, as if there were more tokens
+        if self._of_decoder and layer_idx == self._last:  # cross-attention writes here, too, as if tokens had come
             self._last = -1
             raise InvalidArgument(f"an encoder-decoder takes {_TWO_CACHES}, not an EncodedCache alone")
         self._last = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens in a layer; raises InvalidArgument in ``generate`` if these are all tokens of the prompt."""
         length = int(super().get_seq_length(layer_idx))
         return length if torch.compiler.is_compiling() else tc.check_fed(length)
 
     @property
     def is_compileable(self) -> bool:
-        """What transformers compiles of its own accord has caches of a fixed size."""
+        """False: transformers compiles a model by itself only for caches of a fixed size."""
         return False
 
     @property
     def encoded_layers(self) -> list[EncodedLayer]:
+        """The layers of full attention, whose older tokens are encoded; all others are transformers' own."""
         return [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
 
     @property
     def memory(self) -> Memory:
+        """The bytes that the cache takes now."""
         layers = self.encoded_layers
         exact_bytes = sum(layer.exact_bytes for layer in layers)
         others = (layer for layer in self.layers if not isinstance(layer, EncodedLayer))
@@ -155,7 +165,7 @@ class EncodedCache(cache_utils.DynamicCache):
 
 
 def _check_model(config: Any) -> None:
-    """Raises InvalidArgument, by name, for a model whose code reads keys past ``update``, or takes caches of its own alone."""
+    """Raise InvalidArgument for a model that reads keys past ``update``, or that takes only a class of cache of its own."""
     kind = str(getattr(config, "model_type", type(config).__name__))
     if kind in _OWN_CACHES:
         raise InvalidArgument(f"a {kind} takes a {_OWN_CACHES[kind]} alone, not an EncodedCache: call generate without a cache")
@@ -166,7 +176,7 @@ def _check_model(config: Any) -> None:
 
 
 def _lenders(config: Any) -> set[int]:
-    """Layers whose keys and values later layers read again: those must outlast the scratch."""
+    """Layers whose keys and values later layers read again, when the scratch holds others already."""
     modes = getattr(config, "kv_sharing_modes", None)
     if modes is not None:
         return {index for index, mode in enumerate(modes) if mode == "store"}
@@ -175,89 +185,11 @@ def _lenders(config: Any) -> set[int]:
     return set({kind: index for index, kind in enumerate(kinds[: len(kinds) - shared])}.values()) if shared else set()
 
 
-class Tail:
-    """The exact last tokens of a layer: the first ``tokens`` of ``memory``, which has room for more."""
-
-    def __init__(self, keys: Any, values: Any) -> None:
-        self.tokens = 0
-        self._lie_in(_room_of(keys, 0), _room_of(values, 0))
-
-    def _lie_in(self, keys: Any, values: Any) -> None:
-        self.memory = keys, values
-        self.room = int(keys.shape[-2])
-        self.kind = PairKind.of(keys, values)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.memory)
-
-    def read(self) -> tuple[Any, Any]:
-        keys, values = (x[:, :, : self.tokens] for x in self.memory)
-        return keys, values
-
-    def check(self, keys: Any, values: Any) -> None:
-        """Raises InvalidArgument where tokens are of another batch, of other heads, or of a dtype that would be rounded."""
-        told = PairKind.of(keys, values)
-        if told.keys[0] != self.kind.keys[0]:
-            raise InvalidArgument(f"{told.keys[0]} sequences are given to a cache of {self.kind.keys[0]}")
-        if (told.keys, told.values) != (self.kind.keys, self.kind.values):
-            raise InvalidArgument(
-                f"heads and head_dim {told.keys[1:]} (keys) and {told.values[1:]} (values) are given to a cache of "
-                f"{self.kind.keys[1:]} and {self.kind.values[1:]}: it is another model's"
-            )
-        for role, new, kept in zip(_ROLES, told.dtypes, self.kind.dtypes, strict=True):
-            if new != kept and torch.promote_types(new, kept) != kept:
-                raise InvalidArgument(
-                    f"{role} of {new} are given to a cache that holds them as {kept}: "
-                    "read a whole text under one autocast, or begin anew with reset()"
-                )
-
-    def fits(self, keys: Any) -> bool:
-        """Whether there is room for more tokens."""
-        return self.tokens + int(keys.shape[-2]) <= self.room
-
-    def append(self, keys: Any, values: Any) -> None:
-        """Behind the others; the memory stays where it is while there is room."""
-        more = int(keys.shape[-2])
-        if not self.fits(keys):
-            self._move(max(_FIRST_ROOM, (self.tokens + more) * 3 // 2))
-        for room, x in zip(self.memory, (keys, values), strict=True):
-            room.narrow(2, self.tokens, more).copy_(x)
-        self.tokens += more
-
-    def _move(self, room: int) -> None:
-        old = self.read()
-        self._lie_in(*(_room_of(x, room) for x in old))
-        for new, x in zip(self.memory, old, strict=True):
-            new[:, :, : self.tokens] = x
-
-    def replace(self, keys: Any, values: Any, *, room: int) -> None:
-        """Other tokens, of which none is in the tail's own memory, with room for so many."""
-        self.tokens = 0
-        if self.kind != PairKind.of(keys, values) or self.room != room:
-            self._lie_in(_room_of(keys, room), _room_of(values, room))
-        self.append(keys, values)
-
-    def cut(self, tokens: int) -> None:
-        self.tokens = min(self.tokens, tokens)
-
-    def select(self, rows: Any) -> None:
-        self._lie_in(*(_selected(x, rows) for x in self.memory))
-
-
-def _room_of(x: Any, tokens: int) -> Any:
-    """Memory for so many tokens like those of x [sequences, heads, n, head_dim]."""
-    with torch.inference_mode(False):
-        return torch.empty((*x.shape[:2], tokens, x.shape[-1]), dtype=x.dtype, device=x.device)
-
-
-def _selected(x: Any, rows: Any) -> Any:
-    with torch.inference_mode(False), torch.no_grad():
-        return x.index_select(0, rows.to(x.device))
-
-
 class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
-    """A layer of full attention."""
+    """A layer of full attention: exact first tokens (``_sinks``), encoded ones (``_old``), and exact last ones (``_tail``).
+
+    Until something is encoded, the tail holds all tokens.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -271,18 +203,20 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._padded: FirstTokens | None = None
         self._encodes = True
 
-    # What other layers keep here is encoded: a model that would read it past ``update`` is told so.
     @property
     def keys(self) -> Any:
+        """Raises InvalidArgument: a model that reads keys here, and not from ``update``, would miss the encoded ones."""
         raise InvalidArgument(f"an EncodedCache gives keys to attention alone; cross-attention takes {_TWO_CACHES}")
 
     @keys.setter
-    def keys(self, value: Any) -> None: ...
+    def keys(self, value: Any) -> None:
+        """Do nothing: the base class sets None here."""
 
     values = keys
 
     # -- what transformers calls -----------------------------------------------------------------------------------
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+        """Take over device, dtype and shapes of the first tokens; ``update`` calls this."""
         self.device, self.dtype = key_states.device, key_states.dtype
         self._tail = Tail(key_states, value_states)
         if self._options.padding:
@@ -290,9 +224,13 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._encodes = all(why_exact(tuple(x.shape), exact.dtype_name(x)) is None for x in (key_states, value_states))
         self.is_initialized = True
 
-    @torch.compiler.disable  # a compiled model breaks its graph here: kernels are launched by address, and memory is kept
+    @torch.compiler.disable  # kernels are launched by address, on memory that is kept: a compiled model breaks its graph here
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Keep new tokens [sequences, heads, n, head_dim]; all keys and values, until the next layer's update."""
+        """Keep new tokens [sequences, heads, n, head_dim]; return all keys and values of the layer.
+
+        These are valid until the next layer's update. Raises InvalidArgument for tensors that need gradients, or of another
+        shape or dtype than the cache's, and NonFiniteInput (see ``EncodedCache``).
+        """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise InvalidArgument("an EncodedCache is for inference: call the model under torch.no_grad() or inference_mode()")
         if not self.is_initialized:
@@ -303,31 +241,38 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             return self._grown(key_states, value_states) if self._has_old else self._begun(key_states, value_states)
 
     def get_seq_length(self) -> int:
+        """Tokens in the layer, encoded ones and exact ones."""
         return self._kept_first + self._encoded + (self._tail.tokens if self._tail else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens that a mask for ``query_length`` new tokens covers, and the first of them (0)."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
+        """-1: the layer has no bound."""
         return -1
 
     def reset(self) -> None:
+        """Forget all tokens."""
         self._sinks = self._tail = self._padded = None
         if self._old is not None:
             self._old.cut(0)
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Any) -> None:
+        """Make the batch one of sequences ``beam_idx`` (int64 tensor) of it."""
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence, so that ``repeats`` equal ones follow one another."""
         self._select(torch.arange(self._sequences).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences ``indices``, numbers or a mask."""
         self._select(torch.arange(self._sequences)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens."""
+        """Forget the last ``-tokens_to_remove`` tokens; raises ValueError for a positive number."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): the tokens to remove are a negative number here, as in DynamicCache")
         left = max(self.get_seq_length() + tokens_to_remove, 0)
@@ -346,10 +291,12 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     # -- what it does ----------------------------------------------------------------------------------------------
     @property
     def encoded_bytes(self) -> int:
+        """Bytes of the streams."""
         return self._old.nbytes if self._old else 0
 
     @property
     def exact_bytes(self) -> int:
+        """Bytes of the exact tokens, with the tail's room for more."""
         padded = self._padded.nbytes if self._padded else 0
         return (self._tail.nbytes if self._tail else 0) + padded + sum(x.nbytes for x in self._sinks or ())
 
@@ -370,7 +317,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return self._tail.read()[0].shape[0] if self._tail else 0
 
     def _begun(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """While nothing is encoded, the tail holds all tokens."""
+        """``update`` while nothing is encoded: append to the tail, or encode if it holds enough tokens for that now."""
         tail, options = self._tail, self._options
         assert tail is not None
         tokens = tail.tokens + int(keys.shape[-2])
@@ -386,9 +333,9 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return keys, values
 
     def _grown(self, keys: Any, values: Any) -> tuple[Any, Any]:
-        """Decode, put the exact tokens beside, and encode what the tail has too many of for the next time.
+        """``update`` once tokens are encoded: decode them between the exact ones; if the tail is full, encode its older tokens.
 
-        Beside the old tokens comes the tail's whole room, whatever is in it: its place does not change at each step then.
+        The tail's whole room is copied, also where it holds nothing yet, so that the same launch serves every step.
         """
         tail, old, sinks = self._tail, self._old, self._sinks
         assert tail is not None
@@ -413,11 +360,11 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return whole[0].narrow(2, 0, tokens), whole[1].narrow(2, 0, tokens)
 
     def _encode(self, keys: Any, values: Any, first: int) -> None:
-        """Tokens from the one with the number ``first`` on."""
+        """Encode tokens [sequences, heads, n, head_dim], of which the first is token ``first``, behind those encoded before."""
         if self._old is None:
-            presets = dict(zip(_ROLES, self._options.presets, strict=True))
+            presets = dict(zip(ROLES, self._options.presets, strict=True))
             ropes = _ropes(self._config, self._index, keys, values)
-            options = {role: self._encoding(presets[role], role, ropes.get(role)) for role in _ROLES}
+            options = {role: self._encoding(presets[role], role, ropes.get(role)) for role in ROLES}
             self._old = old_tokens_in(self._options.place, options, self._options.backend, self._workspace(keys))
         self._old.append(keys, values)
         if self._padded is not None:
@@ -441,20 +388,20 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if self._padded is not None:
             self._padded.select(rows.tolist())
         if self._has_old and self._old is not None and self._sinks is not None:
-            keys, values = (_selected(x, rows) for x in self._sinks)
+            keys, values = (selected(x, rows) for x in self._sinks)
             self._sinks = keys, values
             self._old.select(rows.tolist())
 
 
 def _kept(x: Any, tokens: int) -> Any:
     """A copy of the first tokens."""
-    room = _room_of(x, tokens)
+    room = room_for(x, tokens)
     room.copy_(x[:, :, :tokens])
     return room
 
 
 def _ropes(config: Any, index: int, keys: Any, values: Any) -> dict[str, Rope]:
-    """The RoPE that a layer's keys (values, of a latent cache) went through, as the first sequence's two first heads tell."""
+    """The RoPE of a layer's keys (or values, in a latent cache) by role, found in two heads of the first sequence."""
     nothing = tc.LayerState("DummyLayer", {}, {})
     layer = tc.LayerState("DynamicLayer", {"keys": keys[:1, :2], "values": values[:1, :2]}, {})
     state = tc.CacheState("DynamicCache", {"": [*[nothing] * index, layer]})

@@ -1,8 +1,8 @@
-"""Law: encoded blocks in a bounded pool of pinned host memory: who has room, who goes when it is full, and who waits for whom.
+"""Law: a bounded pool of encoded blocks in pinned host memory: which block gets memory, which one makes way, and who waits.
 
-How tensors become pieces is ``pieces``' business, how these travel ``pipeline``'s, and on which GPU ``lanes``'. A block's
-memory is given to others only when no copy reads or writes it any more; a block that is put in another's place takes it when
-all of it has arrived.
+``pieces`` cuts tensors into pieces, ``pipeline`` encodes, copies and decodes these, and ``lanes`` finds the pipeline of each
+GPU. A block's memory is given to another block only when no transfer reads or writes it any more. A block that is put under a
+key which the pool has replaces the old block when all of it has arrived and is sound.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from threading import Condition
 from types import TracebackType
 from typing import Any
 
-from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
+from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.offload.block import Block
+from pqcodec.formats.offload.handles import Get, Put
 from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
@@ -36,11 +37,11 @@ PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, co
 
 @dataclass
 class Counters:
-    """How often; of blocks."""
+    """How often something happened since a pool was made; one block counts 1."""
 
     puts: int = 0
-    hits: int = 0
-    misses: int = 0
+    hits: int = 0  # gets and fetches of a key that the pool has
+    misses: int = 0  # ... and of one that it has not
     prefetches: int = 0
     evicted: int = 0  # dropped to make room
     spilled: int = 0  # moved to disk to make room
@@ -50,7 +51,12 @@ class Counters:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a pool holds now. Bytes; ``logical_bytes``: of the tensors that the blocks decode to."""
+    """What a pool holds at one moment.
+
+    ``used_bytes``: of host memory, including blocks that are gone while transfers still use them. ``blocks``: all of them, in
+    memory and on disk; ``blocks_on_disk``: those that are only there. ``disk_bytes``: of all files. ``logical_bytes``: of the
+    tensors that the blocks decode to.
+    """
 
     capacity_bytes: int
     used_bytes: int
@@ -60,68 +66,24 @@ class Usage:
     logical_bytes: int
 
 
-class Put:
-    """A block on its way into a pool."""
-
-    def __init__(self, pool: HostPool, block: Block, displaced: list[tuple[Hashable, str]]) -> None:
-        self._pool, self._block, self._transfer = pool, block, block.put or Transfer()
-        self.displaced = displaced  # (key, "evicted" or "spilled") of what made room
-        self.nbytes = block.layout.nbytes
-
-    def done(self) -> bool:
-        """Whether all of it has arrived; waits for nothing."""
-        return self._transfer.done()
-
-    def read(self, stream: Any) -> None:
-        """Make a stream of a GPU wait until all tensors have been read, on every GPU: what comes after may write into them."""
-        for event in self._transfer.coded.values():
-            stream.wait_event(event)
-
-    def wait(self) -> None:
-        """Until it has arrived; raises NonFiniteInput if a tensor held NaN or Inf: the pool keeps what it had."""
-        self._transfer.wait()
-        self._pool._settle(self._block)
-        if not self._transfer.sound():
-            raise NonFiniteInput(
-                f"block {self._block.key!r}: a tensor held NaN or Inf when it was encoded, the block is not kept; "
-                "mend the tensors, or keep them elsewhere"
-            )
-
-
-class Get:
-    """Tensors on their way out of a pool; work of the stream that was current sees them filled."""
-
-    def __init__(self, key: Hashable, tensors: list[Any], single: bool, transfer: Transfer) -> None:
-        self._key, self._tensors, self._single, self._transfer = key, tensors, single, transfer
-
-    @property
-    def tensors(self) -> Any:
-        return self._tensors[0] if self._single else self._tensors
-
-    def done(self) -> bool:
-        return self._transfer.done()
-
-    def wait(self) -> Any:
-        """The tensors, checked; raises CorruptStream if a checksum did not hold."""
-        self._transfer.wait()
-        if not self._transfer.sound():
-            raise CorruptStream(f"block {self._key!r}: a checksum does not hold, the host memory was overwritten; put it again")
-        return self.tensors
-
-
 class HostPool:
-    """Encoded blocks by key, in ``capacity_bytes`` of host memory; a context manager, usable by many threads at once.
+    """Encoded blocks by key, in ``capacity_bytes`` of host memory. A context manager; thread-safe.
 
-    A block is one tensor [..., tokens, head_dim] or a list of them, each encoded where it lies, copied to the host beside
-    whatever else the GPU does, and decoded again: into new tensors where the others were, or into the caller's own, on
-    whichever of the pool's devices. ``device``: one, or several GPUs, such as those of a model that is spread over them
-    (None: all GPUs that torch finds, or the CPU); ``devices`` tells which, and ``device`` the first: that of None is the
-    current one. A full pool spills the blocks that were used longest ago to files in the folder ``spill`` or, without
-    one, evicts them (``on_displaced`` is told key and "spilled" or "evicted"). The files go when the pool is closed.
-    ``piece_bytes``: of tensors, what one step of a pipeline moves; two steps in each direction lie encoded on each GPU.
-    Beside products that fill the GPU one step is coded between two of them: small steps slow them less, large ones move more;
-    what runs on a stream of a higher priority (-1) is slowed least. Raises InvalidArgument, also for devices of several kinds,
-    BackendUnavailable, and MemoryError where so much cannot be pinned.
+    A block is one tensor [..., tokens, head_dim] or a list of them. Each tensor is encoded on its device, copied to the host
+    while the GPU does other work, and decoded later: into a new tensor on the device that it came from, or into one of the
+    caller's on any device of the pool.
+
+    ``device``: one device or several GPUs, such as those of a model that is spread over them (None: all GPUs that torch finds,
+    the current one first, or the CPU). The attribute ``devices`` holds them, and the attribute ``device`` the first of them.
+    ``preset``, ``backend``: those of ``pqcodec.encode``; ``put`` can choose another preset.
+    ``spill``: a folder. A full pool moves the blocks that were used longest ago to files there; without a folder it evicts
+    them. Closing the pool deletes the files. ``on_displaced`` is called with the key and "spilled" or "evicted".
+    ``piece_bytes``: bytes of tensors that one step of a pipeline encodes, copies or decodes. Each GPU holds the streams of two
+    steps in each direction. While matrix products fill the GPU, a step runs between two of them: small steps delay the
+    products less, large steps move more bytes. Work on a stream of a higher priority (-1) is delayed least.
+
+    Raises InvalidArgument (also for devices of different types), BackendUnavailable, and MemoryError where so much memory
+    cannot be pinned.
 
     >>> import torch
     >>> with HostPool(1 << 20, device="cpu") as pool:
@@ -146,14 +108,14 @@ class HostPool:
             raise InvalidArgument(f"piece_bytes {piece_bytes}: 1 and more are possible")
         self._lanes = Lanes(device, backend)
         self.devices, self.device = self._lanes.devices, self._lanes.devices[0]
-        self.preset, self._piece_bytes, self._told = preset, piece_bytes, on_displaced
+        self.preset, self._piece_bytes, self._on_displaced = preset, piece_bytes, on_displaced
         if spill is not None:
             remote.check_local(spill, "blocks spill to a local folder")
         self._folder = Path(spill).absolute() if spill is not None else None
         if self._folder is not None:
             make_folders(self._folder, searchable(PRIVATE))
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda", device=self.device)
-        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the one used longest ago is the first
+        self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the first is the one that was used longest ago
         self._leaving: list[Block] = []  # blocks that are gone, but are still being read or written
         self._changed = Condition()
         self.counters = Counters()
@@ -171,7 +133,7 @@ class HostPool:
         self.close()
 
     def close(self) -> None:
-        """Wait for what is under way, and drop everything, the files too."""
+        """Wait for all calls and transfers under way, drop all blocks, and delete their files."""
         with self._changed:
             self._closed = True
             while any(block.users for block in self._blocks.values()):
@@ -193,12 +155,14 @@ class HostPool:
         exact_tokens: int = 0,
         wait: bool = False,
     ) -> Put:
-        """Encode a tensor or a list of them and keep the block under ``key``, in place of what was there.
+        """Encode a tensor or a list of them, and keep the block under ``key`` in place of the one there.
 
-        The options are those of ``pqcodec.encode``, one for all tensors or one each. Without ``wait`` this returns when all is
-        told to the GPU: until then the tensors must not be written (``Put.read`` makes a stream wait for that).
-        Raises InvalidArgument, also for a block larger than the pool; NonFiniteInput with ``wait``; OSError of a spill. After
-        an error the pool holds what it held, but for blocks that made room.
+        The options are those of ``pqcodec.encode``: ``preset``, ``center`` and ``rope`` are one for all tensors or one each.
+        Without ``wait`` this returns when the GPU's work is queued. The tensors must not be written before that work has read
+        them; ``Put.read`` makes a stream wait until it has.
+
+        Raises InvalidArgument (also for a block larger than the pool), OSError of a spill, and with ``wait`` NonFiniteInput.
+        After an error the pool holds what it held before, except for blocks that made room.
         """
         single = is_torch(tensors)
         given = [tensors] if single else list(tensors)
@@ -223,7 +187,7 @@ class HostPool:
             self.counters.puts += 1
             block.before = self._blocks.pop(key, None)
             self._blocks[key] = block
-        handle = Put(self, block, displaced)
+        handle = Put(block, displaced, self._settle)
         if wait:
             handle.wait()
         return handle
@@ -249,9 +213,11 @@ class HostPool:
 
     # -- out -----------------------------------------------------------------------------------------------------
     def get(self, key: Hashable, out: Any = None) -> Any:
-        """The tensors of a block, new ones or ``out`` filled, checked; None where there is no such block. Waits.
+        """Wait for the tensors of a block, and check them: new ones, or ``out`` filled; None if there is no such block.
 
-        Raises InvalidArgument, CorruptStream (``out`` is undefined then) and OSError of a block on disk.
+        ``out``: one tensor or a list, as was put, of the same shapes and dtypes; the last dimension is contiguous, the other
+        strides are free. Raises InvalidArgument, CorruptStream (what ``out`` holds is undefined then), and OSError of a block
+        on disk.
         """
         found = self.fetch(key, out)
         if found is None:
@@ -264,7 +230,10 @@ class HostPool:
             raise
 
     def fetch(self, key: Hashable, out: Any = None) -> Get | None:
-        """As ``get``, but waits for nothing that is in memory already: ``Get.wait`` does, and checks."""
+        """As ``get``, but return before the tensors are filled: ``Get.wait`` waits for them, and checks them.
+
+        A block that is only on disk is read before this returns.
+        """
         block = self._use(key)
         if block is None:
             return None
@@ -288,9 +257,10 @@ class HostPool:
             self._used(block)
 
     def prefetch(self, key: Hashable) -> bool:
-        """Bring a block nearer: from disk to memory, and its encoded bytes to the GPUs that it came from.
+        """Read a block from disk if it is only there, and begin to copy its encoded bytes to the GPUs that it came from.
 
-        The next ``get`` or ``fetch`` uses them up, of no use for an ``out`` elsewhere. False where there is no such block.
+        The next ``get`` or ``fetch`` uses these copies for tensors on the same GPUs, and lets go of them. False if there is no
+        such block.
         """
         block = self._use(key, count=False)
         if block is None:
@@ -324,7 +294,7 @@ class HostPool:
         return outs
 
     def _use(self, key: Hashable, count: bool = True) -> Block | None:
-        """The block of a key, sound, and kept where it is until ``_used``."""
+        """The block of a key, known to be sound; its bytes stay where they are until ``_used``."""
         while True:
             with self._changed:
                 if self._closed:
@@ -347,7 +317,7 @@ class HostPool:
 
     # -- upkeep --------------------------------------------------------------------------------------------------
     def drop(self, key: Hashable) -> bool:
-        """Forget a block; False where there is none. Transfers under way end well."""
+        """Forget a block; False if there is none. Transfers of it that are under way still complete."""
         with self._changed:
             return self._forget(key)
 
@@ -360,6 +330,7 @@ class HostPool:
             return len(self._blocks)
 
     def usage(self) -> Usage:
+        """The bytes and blocks that the pool holds now."""
         with self._changed:
             self._reclaim()
             on_disk = [block for block in self._blocks.values() if block.slices is None]
@@ -374,7 +345,7 @@ class HostPool:
             )
 
     def _settle(self, block: Block) -> None:
-        """Wait for a put; what it replaced goes, or comes back if it is not sound."""
+        """Wait for a put; then forget the block that it replaced, or bring that one back if the new one is not sound."""
         put = block.put
         if put is None:
             return
@@ -400,7 +371,10 @@ class HostPool:
         return block is not None
 
     def _leave(self, block: Block | None) -> None:
-        """A block is gone, with all that it had replaced; memory and files follow when nobody needs them. The lock is held."""
+        """Let go of a block and of all blocks that it would have replaced, with the lock held.
+
+        Their memory and files are given back once no call and no transfer uses them.
+        """
         while block is not None:
             self._leaving.append(block)
             before, block.before = block.before, None
@@ -409,7 +383,10 @@ class HostPool:
         self._changed.notify_all()
 
     def _reclaim(self, wait: bool = False) -> bool:
-        """Take the memory of blocks back that are gone; whether any came. The lock is held."""
+        """Take back memory and files of blocks that were let go, with the lock held; whether any came back.
+
+        Blocks that transfers still use are skipped, or waited for with ``wait``; those that calls use are skipped.
+        """
         kept, freed = [], False
         for block in self._leaving:
             transfers = [*block.reads, *([block.put] if block.put else [])]
@@ -427,8 +404,8 @@ class HostPool:
         return freed
 
     def _give_back(self, block: Block) -> None:
-        """The memory of a block that did not come to be."""
-        with suppress(Exception):  # the first error is the one that is told
+        """Free the memory of a block whose put has failed."""
+        with suppress(Exception):  # the caller raises the error of the put, not one that follows from it
             self._lanes.drain()
         free_all(block.slices or ())
         with self._changed:
@@ -436,7 +413,7 @@ class HostPool:
 
     # -- room ----------------------------------------------------------------------------------------------------
     def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice] | None:
-        """Memory for all pieces of a block, for which others make room; None once another thread has given it some."""
+        """A slice for each piece of a block, once others have made way; None if another thread has given the block memory."""
         sizes = [piece.nbytes for piece in block.layout.pieces]
         needed = sum(map(aligned, sizes))
         if needed > self._arena.capacity_bytes:
@@ -456,7 +433,7 @@ class HostPool:
                     continue
                 coldest = self._coldest()
                 if coldest is None:
-                    self._changed.wait(0.05)  # all blocks are in use; a little later one is not
+                    self._changed.wait(0.05)  # calls use all blocks: try again when one has ended
                     continue
                 coldest.users += 1
             try:
@@ -465,12 +442,12 @@ class HostPool:
                 self._used(coldest)
 
     def _coldest(self) -> Block | None:
-        """The next block to make way: one that has replaced another, or else the one used longest ago."""
+        """The block that makes way next: one that still keeps the block it replaces, or else the one used longest ago."""
         there = [block for block in self._blocks.values() if block.slices is not None and not block.users]
         return next((block for block in there if block.before is not None), there[0] if there else None)
 
     def _make_way(self, block: Block, displaced: list[tuple[Hashable, str]]) -> None:
-        """Spill or evict a block, which the caller uses; or let go what it has replaced."""
+        """Spill or evict a block, which the caller counts as used; or free what it has replaced, if that is kept."""
         replaced = block.before is not None
         self._settle(block)
         if replaced:
@@ -491,11 +468,11 @@ class HostPool:
             block.slices, block.staged, block.reads = None, None, []
             setattr(self.counters, what, getattr(self.counters, what) + 1)
             displaced.append((block.key, what))
-        if self._told is not None:
-            self._told(block.key, what)
+        if self._on_displaced is not None:
+            self._on_displaced(block.key, what)
 
     def _in_memory(self, block: Block) -> tuple[list[Any], list[Any]]:
-        """A block's pieces in host memory, read from disk if need be; and those that were copied to devices, or None."""
+        """The pieces of a block in host memory, read from disk if need be; and the copy of each on its device, or None."""
         with self._changed:
             staged, block.staged = block.staged or [None] * len(block.layout.pieces), None
             if block.slices is not None:
@@ -513,6 +490,6 @@ class HostPool:
             if block.slices is None:
                 block.slices = slices
                 self.counters.reloaded += 1
-            else:  # another thread was quicker
+            else:  # another thread has read it first
                 free_all(slices)
             return block.hosts, staged

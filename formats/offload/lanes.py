@@ -1,7 +1,7 @@
-"""Law: which GPU's pipeline codes which tensor of a pool: the one that the tensor lies on, and no tensor of another.
+"""Law: each tensor of a pool is encoded and decoded by the pipeline of the device that it is on.
 
-Host memory is one for all of them: what one GPU encoded there, another decodes. A pipeline is made when a tensor of its device
-first comes, so that nothing is opened on a GPU that nobody uses.
+All devices share the pool's host memory: one GPU can decode what another has encoded. A pipeline is made when the first tensor
+of its device comes, so that a GPU without tensors gets no CUDA context.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ Pipeline = DevicePipeline | HostPipeline
 
 
 class Lanes:
-    """The pipelines of a pool's ``devices``, of which the first is the one that was named first, or the current one."""
+    """The pipelines of a pool, one for each of its ``devices`` that tensors have come from; ``device``: see ``devices_of``.
+
+    Raises InvalidArgument, and BackendUnavailable for a device that the backend cannot use.
+    """
 
     def __init__(self, device: Any, backend: str) -> None:
         self.devices, self._backend, self._lock = devices_of(device), backend, Lock()
@@ -30,7 +33,7 @@ class Lanes:
             _kernel(backend, each)
 
     def check(self, tensors: Sequence[Any]) -> None:
-        """Raises InvalidArgument for what is no tensor of these devices, and BackendUnavailable."""
+        """Make the pipelines that ``tensors`` need; raises InvalidArgument for one elsewhere, and BackendUnavailable."""
         for number, x in enumerate(tensors):
             if not is_torch(x):
                 raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
@@ -38,7 +41,7 @@ class Lanes:
                 self._make(x.device, number)
 
     def encode(self, pieces: Sequence[BlockPiece], tensors: Sequence[Any], hosts: Sequence[Any], transfer: Transfer) -> None:
-        """Pieces of tensors, each of one device, into ``hosts``."""
+        """Encode the pieces of a block's ``tensors`` into ``hosts``, uint8 [piece.nbytes] each."""
         own = self._begun(tensors)
         for piece, host in zip(pieces, hosts, strict=True):
             self._made[piece.first_of(tensors).device].encode(piece, tensors, host, transfer)
@@ -47,31 +50,34 @@ class Lanes:
     def decode(
         self, pieces: Sequence[BlockPiece], hosts: Sequence[Any], staged: Sequence[Any], outs: Sequence[Any], transfer: Transfer
     ) -> None:
-        """``hosts`` into pieces of ``outs``, which may lie on several devices; ``staged``: what ``moved`` gave, or None each.
+        """Decode ``hosts`` into the pieces of a block's ``outs``; those of one piece may be on several devices.
 
-        A copy is read for the tensors of its own device alone.
+        ``staged``: what ``moved`` returned, or None for each piece. A copy is used for the tensors of its own device only.
         """
-        own, places = self._begun(outs), [x.device for x in outs]
+        own, devices = self._begun(outs), [x.device for x in outs]
         for piece, host, copy in zip(pieces, hosts, staged, strict=True):
-            for device, part, start in piece.split(places) if len(own) > 1 else [(places[0], piece, 0)]:
+            for device, on_it, start in piece.split(devices) if len(own) > 1 else [(devices[0], piece, 0)]:
                 source = host if copy is None or copy.device != device else copy
-                self._made[device].decode(part, source[start : start + part.nbytes], outs, transfer)
+                self._made[device].decode(on_it, source[start : start + on_it.nbytes], outs, transfer)
         self._end(own, transfer, filled=True)
 
     def moved(
         self, pieces: Sequence[BlockPiece], devices: Sequence[Any], hosts: Sequence[Any], staged: Sequence[Any]
     ) -> list[Any]:
-        """Copies of ``hosts`` under way to the devices of the tensors there, if not ``staged``; None of tensors of the CPU."""
-        told = zip(pieces, hosts, staged, strict=True)
-        return [self._made[piece.first_of(devices)].moved(host) if copy is None else copy for piece, host, copy in told]
+        """A copy of each of ``hosts`` on the device of its tensors, under way, or the one that is ``staged``; None for the CPU.
+
+        ``devices``: that of each tensor of the block.
+        """
+        wanted = zip(pieces, hosts, staged, strict=True)
+        return [self._made[piece.first_of(devices)].moved(host) if copy is None else copy for piece, host, copy in wanted]
 
     def drain(self) -> None:
-        """Wait for what is under way, of which a transfer that failed may not tell."""
+        """Wait for all work of all pipelines; a transfer that failed may have queued work that it has no event for."""
         for lane in list(self._made.values()):
             lane.drain()
 
     def close(self) -> None:
-        """Wait for what is under way, and give up what is prepared."""
+        """Wait for all work, and let go of what the pipelines have prepared."""
         self.drain()
         for lane in list(self._made.values()):
             lane.close()
@@ -89,7 +95,7 @@ class Lanes:
                 self._made[device] = DevicePipeline(device, kernel.name) if on_device else HostPipeline(kernel.name)
 
     def _begun(self, tensors: Sequence[Any]) -> dict[Any, list[Any]]:
-        """The tensors of each device, whose pipeline is told of them."""
+        """The tensors of each device, once its pipeline has begun with them."""
         own: dict[Any, list[Any]] = {}
         for x in tensors:
             own.setdefault(x.device, []).append(x)
@@ -103,9 +109,9 @@ class Lanes:
 
 
 def devices_of(device: Any) -> tuple[Any, ...]:
-    """The devices that are meant by one, by a sequence, or by None: all CUDA devices, the current one first, or the CPU.
+    """The torch devices that ``device`` names: one, a sequence, or None for all GPUs (the current one first) or else the CPU.
 
-    Raises InvalidArgument for none at all, and for those of several kinds.
+    Raises InvalidArgument for an empty sequence, and for devices of different types.
     """
     import torch
 
@@ -127,14 +133,14 @@ def devices_of(device: Any) -> tuple[Any, ...]:
 
 
 def _resolved(device: Any) -> Any:
-    """ "cuda:0" of "cuda"; raises what torch raises where there is no such device."""
+    """The device with its index, such as "cuda:0" for "cuda"; raises what torch raises where there is no such device."""
     import torch
 
     return torch.empty(0, device=device).device
 
 
 def _kernel(backend: str, device: Any) -> Any:
-    """The backend for tensors of a device; raises BackendUnavailable."""
+    """The backend that codes tensors of a device; raises BackendUnavailable."""
     kernel = backend_of(backend, device.type)
     if kernel.name in ON_DEVICE:
         kernel.check_device(device)

@@ -164,6 +164,7 @@ class OnCPU(OldTokens):
         return [codec.encode(one, nonfinite="exact", **self._arguments(role)) for one in x]
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        """Decode stream by stream, then copy the exact tokens; see ``OldTokens.decode``."""
         for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
             codec.decode(stream, out=out, tokens=part, backend=self.backend)
         for target, source in self._copies(whole, before, behind):
@@ -183,6 +184,7 @@ class OnDevice(OldTokens):
         return Stream(header, Region(stream, stream.numel()), 0)
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        """Decode from where the streams are kept, in one launch; see ``OldTokens.decode``."""
         prepared = self.workspace.resident
         launch = prepared.launch(self.number, (whole, before, behind))
         if launch is None:
@@ -243,6 +245,7 @@ class OnHost(OnDevice):
             self.workspace.staging.forget(self.arena)
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
+        """Decode from a slot, and begin to copy the next layer's streams to the other one; see ``OldTokens.decode``."""
         staging = self.workspace.staging
         current = staging.current()
         slot = staging.load(self.arena, current)

@@ -151,6 +151,7 @@ class _Filling:
     nbytes: int = 0  # bytes of their streams
 
     def piece(self) -> BlockPiece:
+        """The piece, full as it is."""
         return BlockPiece(tuple(self.streams), self.nbytes)
 
 
