@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,6 +131,16 @@ def test_a_block_comes_back_as_the_codec_leaves_it(way: dict[str, Any]) -> None:
         assert same(pool.get("one"), coded(one))
         assert pool.get("none") is None
         assert (pool.counters.puts, pool.counters.hits, pool.counters.misses) == (4, 4, 1)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_frequencies_may_come_in_any_sequence(kind: Any) -> None:
+    rope = pqcodec.Rope(frequencies=kind([0.5, 0.25]))
+    x = gaussian(*SHAPE, dtype=torch.float16)
+    with HostPool(1 << 20, device="cpu", backend="reference") as pool:
+        for key in "ab":
+            pool.put(key, [x, x], center="rope", rope=rope)
+            assert same(pool.get(key)[1], coded(x, center="rope", rope=rope, backend="reference"))
 
 
 def test_large_tensors_travel_in_pieces_into_outs_of_any_strides(way: dict[str, Any]) -> None:

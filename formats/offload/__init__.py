@@ -1,7 +1,7 @@
-"""Law: KV caches kept encoded outside the tensors that attention reads, and decoded when they are needed again.
+"""Law: KV caches are kept encoded outside the tensors that attention reads, and decoded when attention needs them again.
 
-``HostPool`` keeps blocks in host memory, ``encode_blocks`` and ``decode_blocks`` reach the block tables of engines, and
-``EncodedCache`` is a cache of transformers (which is loaded when it is first asked for).
+``HostPool`` keeps blocks of tensors in host memory. ``encode_blocks`` and ``decode_blocks`` read and write the block tables of
+serving engines. ``EncodedCache`` is a cache for transformers, which is imported only when this name is first used.
 """
 
 from __future__ import annotations

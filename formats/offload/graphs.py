@@ -16,7 +16,7 @@ from pqcodec.batch import DecodeBatch
 
 try:
     from cuda.bindings import driver
-except ImportError:  # a GPU of another maker: nothing is captured, launches stay plain
+except ImportError:  # as on GPUs of other makers: nothing is captured, launches stay plain
     driver = None  # type: ignore[assignment]
 
 Pair = tuple[Any, Any]  # keys and values of one layer, tensors [sequences, heads, tokens, head_dim]

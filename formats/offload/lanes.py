@@ -33,7 +33,7 @@ class Lanes:
             _kernel(backend, each)
 
     def check(self, tensors: Sequence[Any]) -> None:
-        """Make the pipelines that ``tensors`` need; raises InvalidArgument for one elsewhere, and BackendUnavailable."""
+        """Make the pipelines that ``tensors`` need; raises InvalidArgument for a tensor elsewhere, and BackendUnavailable."""
         for number, x in enumerate(tensors):
             if not is_torch(x):
                 raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
