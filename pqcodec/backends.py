@@ -44,11 +44,14 @@ def names(backend: str, device: str = "cpu") -> list[str]:
     """The backends that may code tensors of a device type: ``backend`` alone or, for "auto", those of ``AUTO``.
 
     torch's "cuda" is an NVIDIA GPU or, under ROCm, one of AMD: there "cuda" is not tried. Nor is it where cuda-bindings are not
-    installed; what fails later is an error.
+    installed; what fails later is an error. Raises BackendUnavailable where there is none of that name.
     """
-    if backend != "auto":
-        return [backend]
-    return [name for name in AUTO.get(device, (device,)) if name != "cuda" or _cuda_is_there()]
+    if backend == "auto" and device in AUTO:
+        return [name for name in AUTO[device] if name != "cuda" or _cuda_is_there()]
+    named = device if backend == "auto" else backend
+    if named not in BACKENDS:
+        raise BackendUnavailable(f"backend {named!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
+    return [named]
 
 
 def on_device(backend: str, device: str = "cpu") -> bool:
@@ -86,8 +89,6 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
 
 
 def _loaded(name: str) -> Any:
-    if name not in BACKENDS:
-        raise BackendUnavailable(f"backend {name!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
     try:
         return BACKENDS[name]()
     except ImportError as error:

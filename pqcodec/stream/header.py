@@ -19,7 +19,7 @@ from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.index import Blocks, blocks_of
 from pqcodec.stream.orders import order_for
-from pqcodec.stream.source import MemorySource, Part, Source
+from pqcodec.stream.source import Extent, MemorySource, Source
 
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
 PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
@@ -229,7 +229,7 @@ def read_header(source: Source) -> Header:
         raise TruncatedStream(f"{size} bytes announced, {source.size} there; the stream is cut off")
     if source.size > size:
         raise CorruptStream(f"{source.size - size} bytes behind the end of the stream; pass exactly one stream")
-    if isinstance(source, Part):
+    if isinstance(source, Extent):
         source.header = header
     return header
 

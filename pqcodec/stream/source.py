@@ -108,9 +108,6 @@ class Extent:
         return read_many(self._source, [(self._base + start, count) for start, count in ranges])
 
 
-Part = Extent  # the name that ``stream.header`` imports
-
-
 def owned(source: Source, start: int, count: int) -> np.ndarray:
     """Bytes as an array of their own, uint8 [count], read some at a time; raises TruncatedStream as reading does."""
     check_range(start, count, source.size)
