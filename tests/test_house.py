@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -88,6 +89,30 @@ def modules(folder: str, package: str) -> dict[str, set[str]]:
     places = {path.relative_to(ROOT / folder).with_suffix(""): path for path in (ROOT / folder).rglob("*.py")}
     paths = {".".join(place.parts): path for place, path in places.items() if place.name != "__init__"}
     return {name: {other.removeprefix(package) for other in imports(path)} & set(paths) for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_name_says_what_it_is(path: Path) -> None:
+    """Functions, classes, methods and properties without a leading underscore, but for those inside functions."""
+
+    def silent(node: ast.AST, prefix: str = "") -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+                if not ast.get_docstring(child):
+                    yield f"{prefix}{child.name}, line {child.lineno}"
+                if isinstance(child, ast.ClassDef):
+                    yield from silent(child, f"{child.name}.")
+
+    assert not list(silent(ast.parse(path.read_text())))
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
 
 
 def test_importing_pqcodec_loads_nothing_heavy() -> None:

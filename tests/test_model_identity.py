@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -339,6 +340,19 @@ def test_a_model_that_did_not_change_is_not_read_again(monkeypatch: pytest.Monke
 
 
 # -- code of others ----------------------------------------------------------------------------------------------
+def test_functions_that_torch_compile_keeps_in_a_module_are_no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile puts its functions into the module of the code that it compiled, and may do so at each call."""
+    model = copy.deepcopy(tiny("llama"))
+    home: Any = sys.modules[type(model).__module__]
+    plain = Identity.of(model)
+    space: dict[str, Any] = {"__name__": "torch_made"}
+    exec("def forward(x):\n    return x", space)
+    monkeypatch.setattr(home, "__compiled_fn_1_0a1b", space["forward"], raising=False)
+    assert Identity.of(model) == plain
+    monkeypatch.setattr(home, "apply_rotary_pos_emb", space["forward"])  # what the module calls by name is another matter
+    assert Identity.of(model).state
+
+
 def test_code_that_is_not_transformers_own_is_in_a_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(tiny("llama"))
     plain = Identity.of(model)

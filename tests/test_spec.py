@@ -16,7 +16,7 @@ from pqcodec.stages import rotation
 
 SPEC = (Path(__file__).parents[1] / "formats" / "SPEC.md").read_text()
 MARGIN = 5e-5  # of a rounding step, as section 6.6 says
-KINDS = sorted({(table.m_a, table.m_b) for order in rotation.ROTATION_ORDERS for table in angles.tree(order).tables})
+KINDS = sorted({(table.m_a, table.m_b) for order in c.ROTATION_ORDERS for table in angles.tree(order).tables})
 
 
 def to_integer(x: np.ndarray) -> float:
@@ -66,7 +66,7 @@ def margins() -> Iterator[tuple[str, float]]:
             yield f"quad of {budget}, cells", to_integer(np.array([2 ** (budget / 3 - 1) + 0.5]))
     for x in angles.full_circle(c.CIRCLE):
         yield "circle", truncation_margin(x)
-    for order in rotation.ROTATION_ORDERS:
+    for order in c.ROTATION_ORDERS:
         for bits, steps in c.RADIUS_STEPS_PER_OCTAVE.items():
             yield (
                 f"radius, order {order}, {bits} bits",
@@ -101,7 +101,7 @@ def tables() -> Iterator[tuple[str, list[np.ndarray]]]:
     quads = angles.quad_table()
     yield "quads", [quads.n_a, quads.n_b, quads.cos, quads.sin]
     yield "circle", list(angles.circle_table())
-    yield "permutations", [rotation.permutation(order) for order in rotation.ROTATION_ORDERS]
+    yield "permutations", [rotation.permutation(order) for order in c.ROTATION_ORDERS]
 
 
 @pytest.mark.parametrize(("name", "arrays"), list(tables()), ids=lambda value: value if isinstance(value, str) else "")

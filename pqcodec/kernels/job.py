@@ -95,7 +95,9 @@ class Backend(Protocol):
         """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
         ...
 
-    def encode(self, job: EncodeJob) -> None: ...
+    def encode(self, job: EncodeJob) -> None:
+        """Fill ``job.payload`` with every block of a stream, and ``job.bad`` with the vectors that are not finite."""
+        ...
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
         """Do all jobs, in any order; ``advance`` is called with the number of blocks just done."""

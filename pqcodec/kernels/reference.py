@@ -71,6 +71,7 @@ class Reference:
         return header.coding in CODINGS
 
     def means(self, values: Values, header: Header) -> np.ndarray:
+        """Means of the ``sampled`` tokens: float64 [leading, head_dim]; see ``kernels.job.Backend``."""
         picked, count, step = sampled(values, header)
         turns = centre.phases(header.rope, header.first_tokens, count, step) if header.rope else None
         total = np.zeros((header.leading, header.head_dim))
@@ -82,6 +83,7 @@ class Reference:
         return total / max(count, 1)
 
     def encode(self, job: EncodeJob) -> None:
+        """Encode block by block."""
         h, plan = job.header, plan_for(job.header)
         for chunk in range(h.chunks):
             first, tokens = h.first_tokens + chunk * h.chunk_tokens, h.blocks.tokens(chunk)
@@ -102,6 +104,7 @@ class Reference:
             job.advance(h.leading)
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
+        """Check and decode job by job, block by block."""
         for job in jobs:
             self._decode(job, advance)
 

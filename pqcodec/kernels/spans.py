@@ -66,13 +66,16 @@ class Span:
 
     @property
     def side_leads(self) -> int:
+        """Leading indices whose side sections are this span's to write or check."""
         return self.leads[1] - self.leads[0] if self.sides else 0
 
     @property
     def blocks(self) -> int:
+        """Blocks of the span: chunks times leading indices."""
         return (self.chunks[1] - self.chunks[0]) * (self.leads[1] - self.leads[0])
 
     def row(self, starts_at: int, number: int) -> SpanRow:
+        """The span's row in the table that kernels read: int64 fields, in the order of ``SpanRow``."""
         h = self.header
         return SpanRow(
             stream=self.stream,
@@ -146,6 +149,7 @@ class Group:
 
     @cached_property
     def block_flags(self) -> Any:
+        """int32 [blocks] on the device: not 0 where a block's checksum did not hold."""
         return self.empty(max(self.blocks, 1), "int32")
 
     @cached_property
@@ -160,6 +164,7 @@ class Group:
 
     @cached_property
     def span_flags(self) -> Any:
+        """int32 [spans] on the device: vectors of each span that held NaN or Inf when they were encoded."""
         return self.empty(len(self.spans), "int32")
 
     @cached_property
@@ -195,11 +200,13 @@ class Group:
         return found
 
     def sums(self, columns: int) -> Any:
+        """Scratch for means: float64 [leads, parts, columns], allocated once."""
         if "_sums" not in self.__dict__:
             self._sums = self.empty(self.leads * MEAN_PARTS * columns, "float64")
         return self._sums
 
     def empty(self, count: int, dtype: str) -> Any:
+        """Zeros [count] of that dtype on the group's device."""
         import torch
 
         return torch.zeros(count, dtype=getattr(torch, dtype), device=self.device)

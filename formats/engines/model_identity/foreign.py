@@ -6,7 +6,10 @@ classes enter an identity by name and a digest of their code, and so do function
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -30,11 +33,15 @@ def homes_of(modules: Named) -> list[Any]:
 def foreign(modules: Named) -> list[str]:
     """Foreign classes, and foreign functions in transformers' Python modules, each as its name and a digest of its code.
 
+    Names that the source of the module does not mention are passed over: ``torch.compile`` keeps its functions under such.
     Raises InvalidArgument for such a function without a lasting name.
     """
     found = {f"{code.type_name(kind)} {json_digest(code.class_content(kind))}" for kind in foreign_classes(modules)}
     for home in homes_of(modules):
+        mentioned = _names_in(home.__name__)
         for name, value in vars(home).items():
+            if mentioned and name not in mentioned:
+                continue
             for function in code.layers(value) if callable(value) else ():
                 package = code.package_of(function)
                 if not isinstance(getattr(function, "__code__", None), CodeType) or package in code.KNOWN + code.LIBRARIES:
@@ -47,3 +54,12 @@ def foreign(modules: Named) -> list[str]:
                     )
                 found.add(f"{home.__name__}.{name} = {called} {json_digest(code.function_content(function))}")
     return sorted(found)
+
+
+@lru_cache(maxsize=256)
+def _names_in(module: str) -> frozenset[str]:
+    """All words in the source of a Python module; empty where it cannot be read."""
+    try:
+        return frozenset(re.findall(r"\w+", inspect.getsource(sys.modules[module])))
+    except (OSError, TypeError):
+        return frozenset()

@@ -100,9 +100,9 @@ def _of_plan(verb: str, h: Header) -> tuple[tuple, tuple]:
 
 
 def _source(h: Header, values: Values) -> tuple:
-    """A Source."""
+    """A RowSource."""
     tokens = (h.leading, h.first_tokens, h.coded_tokens)
-    return tuple(records.Source(values.flat, values.starts, values.stride, *tokens))
+    return tuple(records.RowSource(values.flat, values.starts, values.stride, *tokens))
 
 
 def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:

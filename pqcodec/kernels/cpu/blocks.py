@@ -32,7 +32,7 @@ from pqcodec.kernels.cpu.records import (
     Output,
     PaperDecoder,
     PaperEncoder,
-    Rope,
+    RopeTable,
     Rotation,
     SplitDecoder,
     SplitDecoderWork,
@@ -54,7 +54,7 @@ def encode_blocks(first_block, last_block, kind, source, offsets, rope, rotation
     ``offsets`` are the means' negatives. Vectors with NaN or Inf are coded as zeros, and marked in bad [leading * coded].
     Records come as plain tuples (``records.plain``).
     """
-    kind, rope, rotation = Kind(*kind), Rope(*rope), Rotation(*rotation)
+    kind, rope, rotation = Kind(*kind), RopeTable(*rope), Rotation(*rotation)
     split, paper = SplitEncoder(*split[:-2], EncoderTree(*split[-2]), EncoderQuads(*split[-1])), PaperEncoder(*paper)
     order, row_bytes, chunk_tokens = kind.order, kind.row_bytes, kind.chunk_tokens
     flat, starts, token_stride, leading, first_tokens, coded = source
@@ -127,7 +127,7 @@ def decode_blocks(items, kind, output, rope, rotation, split, paper, keys, damag
 
     Records come as plain tuples (``records.plain``).
     """
-    kind, output, rope, rotation = Kind(*kind), Output(*output), Rope(*rope), Rotation(*rotation)
+    kind, output, rope, rotation = Kind(*kind), Output(*output), RopeTable(*rope), Rotation(*rotation)
     split, paper = SplitDecoder(*split[:-2], DecoderTree(*split[-2]), DecoderQuads(*split[-1])), PaperDecoder(*paper)
     order, row_bytes = kind.order, kind.row_bytes
     pairs = rope.frequencies.size

@@ -41,14 +41,17 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def vector_of(kind: str, lanes: int = LANES) -> ir.VectorType:
+    """The LLVM vector of a kind of numbers: of ``lanes``, or of twice as many where the kind is "wide"."""
     return ir.VectorType(_ELEMENT[kind], 2 * lanes if kind == "wide" else lanes)
 
 
 def numbered(*lanes: int) -> ir.Constant:
+    """A constant vector of these numbers, such as a shuffle takes."""
     return ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
 
 
 def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+    """A vector of type ``vector`` that holds ``scalar`` in every lane."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), numbered(*[0] * LANES))
 

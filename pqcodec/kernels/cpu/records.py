@@ -42,7 +42,7 @@ class Kind(NamedTuple):
     chunk_tokens: int  # tokens of a block, at the most
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """A tensor that is read: element start + token * stride is a lead's token's first."""
 
     flat: np.ndarray  # float32, or the bits of 16-bit numbers as uint16
@@ -79,7 +79,7 @@ ITEM = Item(*range(len(Item._fields)))
 
 
 # -- the stages ------------------------------------------------------------------------------------------------------------
-class Rope(NamedTuple):
+class RopeTable(NamedTuple):
     """Pair i is the channels pair_p * i and pair_p * i + step: (1, pairs) is half-split, (2, 1) is interleaved."""
 
     frequencies: np.ndarray  # uint32 [pairs]; none without RoPE
@@ -177,6 +177,8 @@ class DecoderQuads(NamedTuple):
 
 
 class SplitEncoder(NamedTuple):
+    """What encoding rows of the split coding takes."""
+
     radius_bits: int
     radius_steps: int  # an octave
     root_budget: int
@@ -186,6 +188,8 @@ class SplitEncoder(NamedTuple):
 
 
 class SplitDecoder(NamedTuple):
+    """What decoding rows of the split coding takes."""
+
     radius_bits: int
     root_budget: int
     radii: np.ndarray  # float32 [2, codes]: both factors of each radius code
@@ -220,11 +224,15 @@ class SplitDecoderWork(NamedTuple):
 
 # -- the paper coding ----------------------------------------------------------------------------------------------------
 class PaperEncoder(NamedTuple):
+    """What encoding rows of the paper's coding takes."""
+
     radius_exponent: int
     bounds: np.ndarray  # [3, 3]: of levels 2 to 4 in tan psi, squared
 
 
 class PaperDecoder(NamedTuple):
+    """What decoding rows of the paper's coding takes."""
+
     radius_exponent: int
     mantissa: np.float32  # of the rows' factors
     cos: np.ndarray  # float32 [3, 4]: of levels 2 to 4

@@ -7,7 +7,7 @@ import numpy as np
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile
 from pqcodec.kernels.cpu.offsets import fill_phases
-from pqcodec.kernels.cpu.records import Kind, Rope, jit
+from pqcodec.kernels.cpu.records import Kind, RopeTable, jit
 
 
 @jit
@@ -16,7 +16,7 @@ def sum_tokens(first_lead, last_lead, count, token_step, kind, source, rope, tot
 
     Records come as plain tuples.
     """
-    kind, rope = Kind(*kind), Rope(*rope)
+    kind, rope = Kind(*kind), RopeTable(*rope)
     flat, starts, token_stride, _, first_tokens, _ = source
     order = kind.order
     pairs = rope.frequencies.size

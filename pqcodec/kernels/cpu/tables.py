@@ -38,18 +38,18 @@ def paper_decoder(h: Header, mantissa: np.float32) -> tuple:
 
 
 def rope(h: Header) -> tuple:
-    """A Rope; without RoPE it has no pairs."""
+    """A RopeTable; without RoPE it has no pairs."""
     if h.rope is None:
         return _no_rope()
     pairs = len(h.rope.frequencies)
     half = h.rope.pairing == c.ROPE_HALF
     frequencies, first = np.array(h.rope.frequencies, np.uint32), h.rope.first_position % (1 << c.PHASE_BITS)
-    return r.plain(r.Rope(frequencies, 1 if half else 2, pairs if half else 1, first, centre.phase_pairs()))
+    return r.plain(r.RopeTable(frequencies, 1 if half else 2, pairs if half else 1, first, centre.phase_pairs()))
 
 
 @lru_cache(maxsize=1)
 def _no_rope() -> tuple:
-    return r.plain(r.Rope(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs()))
+    return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs()))
 
 
 # -- the split coding --------------------------------------------------------------------------------------------------
