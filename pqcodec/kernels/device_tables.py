@@ -66,7 +66,7 @@ class PaperRow(NamedTuple):
 
 
 NODE = NodeRow(*range(t.PATH_FIELDS))
-QUAD = QuadRow(*range(3))
+QUAD_ROW = QuadRow(*range(3))
 RECORD = RecordRow(*range(4))
 RECORD_FLOAT = RecordFloatRow(*range(3))
 PAPER = PaperRow(0, 12, 24)
@@ -94,7 +94,7 @@ class Tables:
     look_up: Any  # uint8 [kinds + 1, widths, 1024]
     bounds: Any  # int32 [kinds + 1, widths, 129]
     grid_shift: Any  # int32 [kinds + 1]
-    quad_ints: Any  # int32 [29 budgets, QUAD]
+    quad_ints: Any  # int32 [29 budgets, QUAD_ROW]
     quad_floats: Any  # float32 [29]: 1 / codes in a cell
     quad_look_up: Any  # uint8 [29, 1024]: the cell of each place on the sin^2 grid
     records: Any  # int32 [records, RECORD]

@@ -54,7 +54,7 @@ WIDTH_OF_8 = tl.constexpr(t.division(4, 4).width)
 
 # Where a number stands in a row of a table (kernels/device_tables.py); ``len`` of them make the row
 NODE = tl.constexpr(tables.NODE)
-QUAD = tl.constexpr(tables.QUAD)
+QUAD_ROW = tl.constexpr(tables.QUAD_ROW)
 RECORD = tl.constexpr(tables.RECORD)
 RECORD_FLOAT = tl.constexpr(tables.RECORD_FLOAT)
 PAPER = tl.constexpr(tables.PAPER)

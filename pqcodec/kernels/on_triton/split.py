@@ -17,7 +17,7 @@ from pqcodec.kernels.on_triton.numbers import (
     NODE,
     PHASE_HALF,
     PHASE_SHIFT,
-    QUAD,
+    QUAD_ROW,
     RADIUS_BIAS,
     RECORD,
     RECORD_FLOAT,
@@ -85,11 +85,11 @@ def decode_node(words, bit, budget, radius, mask, entry, factor, cap, node_cos, 
 def decode_quads(words, bit, budget, radius, mask, quad_ints, quad_floats, records, record_floats, circle):
     """Read quads [R, 4]: their coordinates, whole numbers of the grid, float32 [R, 16] (SPEC 6.4, 6.5)."""
     code = read(words, bit, budget, mask)
-    quad = quad_ints + len(QUAD.value) * budget
+    quad = quad_ints + len(QUAD_ROW.value) * budget
     codes, first, last = (
-        tl.load(quad + QUAD.value.codes),
-        tl.load(quad + QUAD.value.first_record),
-        tl.load(quad + QUAD.value.last_cell),
+        tl.load(quad + QUAD_ROW.value.codes),
+        tl.load(quad + QUAD_ROW.value.first_record),
+        tl.load(quad + QUAD_ROW.value.last_cell),
     )
     cell = (code.to(tl.float32) * tl.load(quad_floats + budget)).to(tl.int32)  # off by one at most
     left = code - cell * codes
@@ -251,12 +251,12 @@ def encode_group(
     )
     bit, budget = tl.reshape(bit, [ROWS, 4]), tl.reshape(budget, [ROWS, 4])
     cell = tl.load(quad_look_up + budget * STEPS + places).to(tl.int32)
-    quad = quad_ints + len(QUAD.value) * budget
-    record = records + len(RECORD.value) * (tl.load(quad + QUAD.value.first_record) + cell)
+    quad = quad_ints + len(QUAD_ROW.value) * budget
+    record = records + len(RECORD.value) * (tl.load(quad + QUAD_ROW.value.first_record) + cell)
     n_a, n_b = tl.load(record + RECORD.value.n_a), tl.load(record + RECORD.value.n_b)
     sector_a = tl.minimum((turn_a * n_a.to(tl.float32)).to(tl.int32), n_a - 1)
     sector_b = tl.minimum((turn_b * n_b.to(tl.float32)).to(tl.int32), n_b - 1)
-    code = cell * tl.load(quad + QUAD.value.codes) + sector_a * n_b + sector_b
+    code = cell * tl.load(quad + QUAD_ROW.value.codes) + sector_a * n_b + sector_b
     write(words, bit, code, mask[:, None] & (budget > 0))
 
 
