@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from pqcodec.formats.engines.model_identity.digests import new_hash
 from pqcodec.words import Sums, sums_anywhere, words_at
 
 SAMPLES = 16  # elements of a tensor whose words each call reads
-COLUMNS = 8191  # sums of a tensor; a prime, so that exchanging rows changes the sums
-_TOGETHER = 256  # tensors whose sums are held in memory at once
+COLUMNS = 1021  # sums of a tensor; a prime, so that exchanging rows changes the sums
 _WORDS, _ROW = 1 << 18, 1024  # int64 words that are summed at once; words of a row, and so weights
 
 Look = Callable[[], tuple[np.ndarray, dict[int, bytes]]]  # waits for ``Evidence.begin``: sampled words, sums by tensor
@@ -65,13 +63,13 @@ class Evidence:
         The tensors must have their old addresses and keep them until then (see ``storages``).
         """
         started = [(indices, sums.chunks, sums.begin()) for indices, sums in self._together]
-        others = _begin_sums({index: tensors[index] for index in self._others})
+        others = _sums({index: tensors[index] for index in self._others})
         words = np.empty(0, np.uint64)
         if len(self._addresses):
             words = words_at(self._addresses)
 
         def look() -> tuple[np.ndarray, dict[int, bytes]]:
-            found = others()
+            found = dict(others)
             for indices, chunks, sums in started:
                 parts = np.split(sums(), np.cumsum(chunks)[:-1])
                 found |= {index: part.tobytes() for index, part in zip(indices, parts, strict=True)}
@@ -106,46 +104,28 @@ def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> np.
     return sum((index * step for index, step in zip(indices, steps, strict=True)), np.zeros(len(at), np.int64)) * size
 
 
-def _begin_sums(tensors: dict[int, Any]) -> Callable[[], dict[int, bytes]]:
-    """Start to sum the words of each tensor; the result waits for the sums."""
+def _sums(tensors: dict[int, Any]) -> dict[int, bytes]:
+    """By index: the sum of a tensor's words modulo 2^64, each times the odd number of its column, and the bytes behind them."""
+    import torch
+
+    found: dict[int, bytes] = {}
     by_device: dict[Any, list[int]] = {}
     for index, tensor in tensors.items():
         by_device.setdefault(tensor.device, []).append(index)
-    started = []
-    for indices in by_device.values():
-        for first in range(0, len(indices), _TOGETHER):
-            some = indices[first : first + _TOGETHER]
-            started.append((some, _weighted_sums([tensors[index] for index in some])))
-
-    def found() -> dict[int, bytes]:
-        return {
-            index: int(total).to_bytes(8, "little", signed=True)
-            for some, totals in started
-            for index, total in zip(some, totals.tolist(), strict=True)
-        }
-
+    for device, indices in by_device.items():
+        sums = torch.zeros((len(indices), COLUMNS), dtype=torch.int64, device=device)
+        rests = []  # of each tensor, the bytes behind its last whole row
+        for row, index in zip(sums, indices, strict=True):
+            raw = _bytes_of(tensors[index])
+            whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
+            if whole:
+                torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
+            rests.append(raw[whole:])
+        totals = (sums * _column_weights(device)).sum(1).tolist()
+        left = torch.cat(rests).cpu().split([len(rest) for rest in rests])
+        for index, total, rest in zip(indices, totals, left, strict=True):
+            found[index] = int(total).to_bytes(8, "little", signed=True) + rest.numpy().tobytes()
     return found
-
-
-def _weighted_sums(tensors: Sequence[Any]) -> Any:
-    """int64 [tensors]: the sum of each tensor's words modulo 2^64, each word times the odd number of its column."""
-    import torch
-
-    device = tensors[0].device
-    weights = _column_weights(device)
-    sums = torch.zeros((len(tensors), COLUMNS), dtype=torch.int64, device=device)
-    rests = []  # of each tensor, the words of its last row
-    for row, tensor in zip(sums, tensors, strict=True):
-        raw = _bytes_of(tensor)
-        whole = raw.numel() // (8 * COLUMNS) * COLUMNS * 8
-        if whole:
-            torch.sum(raw[:whole].view(torch.int64).view(-1, COLUMNS), 0, out=row)
-        rest = raw[whole:]
-        rests.append(torch.nn.functional.pad(rest, (0, -rest.numel() % 8)).view(torch.int64))
-    total = torch.cat(rests).mul_(torch.cat([weights[: len(rest)] for rest in rests])).cumsum(0)
-    ends = torch.tensor([0, *accumulate(map(len, rests))]).to(device, non_blocking=True)
-    before = torch.cat([total.new_zeros(1), total])[ends]
-    return (sums * weights).sum(1) + before.diff()
 
 
 @lru_cache(maxsize=16)
