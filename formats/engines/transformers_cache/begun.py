@@ -27,7 +27,7 @@ def begin(cache: Any, identity: Identity | None, preset: str) -> None:
 
 def check_model(cache: Any, identity: Identity) -> None:
     """Raises InvalidArgument for a cache of another model, or of this one before it changed; a cache without a note passes."""
-    digest = getattr(cache, _NOTE, (None, ""))[0]
+    digest, _ = _note(cache)
     if identity.weights and digest not in (None, identity.digest()):
         raise InvalidArgument("the model, or how it is run, has changed since this cache was begun; compute it anew")
 
@@ -35,7 +35,7 @@ def check_model(cache: Any, identity: Identity) -> None:
 def check_begun(cache: Any, identity: Identity, preset: str) -> None:
     """Raises InvalidArgument as ``check_model`` does, and for a cache whose numbers were decoded from another preset."""
     check_model(cache, identity)
-    before = getattr(cache, _NOTE, (None, ""))[1]
+    _, before = _note(cache)
     if before not in ("", preset):
         raise InvalidArgument(
             f"this cache goes on from numbers of preset {before!s:.60}, whose errors a store of preset {preset} would keep as "
@@ -45,5 +45,11 @@ def check_begun(cache: Any, identity: Identity, preset: str) -> None:
 
 def presets_of(cache: Any, preset: str = EXACT) -> str:
     """The presets, joined by " and ", whose errors a cache has once it is saved with ``preset``; "" for exact numbers."""
-    before = getattr(cache, _NOTE, (None, ""))[1]
+    _, before = _note(cache)
     return " and ".join(sorted({*before.split(" and "), preset} - {"", EXACT}))
+
+
+def _note(cache: Any) -> tuple[bytes | None, str]:
+    """The note on a cache; one without a note is of any model and exact."""
+    found: tuple[bytes | None, str] = getattr(cache, _NOTE, (None, ""))
+    return found
