@@ -124,6 +124,12 @@ def _stored_indices(context: Any, builder: Any, array_type: Any, array: Any, at:
     return [builder.zext(builder.load(pointer), I64) for pointer in pointers]
 
 
+def _pointers_at(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Pointers to array[index] for the indices at indices[at : at + 8]; the arguments are (array, indices, at)."""
+    data = context.make_array(signature.args[0])(context, builder, args[0]).data
+    return [builder.gep(data, [index]) for index in _stored_indices(context, builder, signature.args[1], *args[1:])]
+
+
 def _gathered(builder: Any, pointers: list[Any], kind: str) -> Any:
     """One number from each of eight pointers; 8-bit ones are widened."""
     result = ir.Constant(vector_of(kind), ir.Undefined)
@@ -188,9 +194,7 @@ def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
     result = types.UniTuple(lanes, 4)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        places = _stored_indices(context, builder, signature.args[1], *args[1:])
-        pointers = [builder.gep(data, [place]) for place in places]
+        pointers = _pointers_at(context, builder, signature, args)
         return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
 
     return result(array, indices, types.int64), emit
@@ -203,9 +207,8 @@ def gather_eight_at(typingctx, array, indices, at):  # type: ignore[no-untyped-d
     result = types.UniTuple(lanes, 8)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        places = _stored_indices(context, builder, signature.args[1], *args[1:])
-        rows = [_load(builder, builder.gep(data, [place]), vector_of(lanes.kind, 8), 4) for place in places]
+        pointers = _pointers_at(context, builder, signature, args)
+        rows = [_load(builder, pointer, vector_of(lanes.kind, 8), 4) for pointer in pointers]
         return context.make_tuple(builder, result, _transposed(builder, rows))
 
     return result(array, indices, types.int64), emit
@@ -217,9 +220,7 @@ def gather_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
     lanes = _KIND_OF.get(array.dtype, INT)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        places = _stored_indices(context, builder, signature.args[1], *args[1:])
-        return _gathered(builder, [builder.gep(data, [place]) for place in places], lanes.kind)
+        return _gathered(builder, _pointers_at(context, builder, signature, args), lanes.kind)
 
     return lanes(array, indices, types.int64), emit
 
@@ -231,9 +232,7 @@ def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
     result = types.UniTuple(lanes, 2)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        places = _stored_indices(context, builder, signature.args[1], *args[1:])
-        pointers = [builder.gep(data, [place]) for place in places]
+        pointers = _pointers_at(context, builder, signature, args)
         return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
 
     return result(array, indices, types.int64), emit
