@@ -13,15 +13,13 @@ from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.stages.exact import read_vectors
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header, read_header
-from pqcodec.stream.index import checked_range
+from pqcodec.stream.index import Bounds, checked_range
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source
 from pqcodec.tensors.numbers import is_torch
 
 ALIGNMENT = 16  # bytes; each of several streams in one tensor begins at a multiple
 _HEADER_READ = 4096  # bytes; no header is longer
-
-Range = tuple[int, int]  # first, last + 1
 
 
 def aligned(size: int) -> int:
@@ -65,8 +63,8 @@ def device_named(device: Any) -> Any:
 class Run:
     """Blocks of a stream that follow one another on a device."""
 
-    chunks: Range
-    leads: Range
+    chunks: Bounds
+    leads: Bounds
     payload: int  # address at which the payload would begin, were all of it there
 
 
@@ -101,7 +99,7 @@ class DeviceSource:
         return self._stream[start : start + count].cpu().numpy()
 
 
-def lying(stream: Any, tokens: Range | None, leading: Range | None, damage: list[Damage]) -> Placed:
+def lying(stream: Any, tokens: Bounds | None, leading: Bounds | None, damage: list[Damage]) -> Placed:
     """A stream on a device, uint8 [bytes], as it is; raises InvalidArgument, and what reading a header raises."""
     import torch
 
@@ -119,14 +117,14 @@ def lying(stream: Any, tokens: Range | None, leading: Range | None, damage: list
     return Placed(header, address, (run,) if leads[0] < leads[1] else (), read_vectors(source, header, damage), stream)
 
 
-def _wanted(h: Header, tokens: Range | None, leading: Range | None) -> tuple[Range, Range]:
+def _wanted(h: Header, tokens: Bounds | None, leading: Bounds | None) -> tuple[Bounds, Bounds]:
     """The chunks, (0, 0) if none, and the leading indices that hold the wanted tokens."""
     first, last = checked_range("tokens", tokens, h.tokens)
     chunks = h.blocks.of_tokens(first - h.first_tokens, last - h.first_tokens)
     return chunks if chunks[0] < chunks[1] else (0, 0), checked_range("leading", leading, h.leading)
 
 
-def moved(source: Source, device: Any, tokens: Range | None, leading: Range | None, damage: list[Damage]) -> Placed:
+def moved(source: Source, device: Any, tokens: Bounds | None, leading: Bounds | None, damage: list[Damage]) -> Placed:
     """A stream of the host, whose needed parts are moved to a device."""
     import torch
 

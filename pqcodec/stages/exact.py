@@ -13,11 +13,10 @@ import numpy as np
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
+from pqcodec.stream.index import Bounds
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source
 from pqcodec.tensors.rows import Values
-
-Range = tuple[int, int]  # first, last + 1
 
 
 # -- first tokens ------------------------------------------------------------------------------------------------
@@ -26,7 +25,7 @@ def token_bodies(h: Header, values: Values) -> Iterator[bytes]:
     return (values.rows(lead, 0, h.first_tokens).tobytes() for lead in range(h.leading))
 
 
-def place_tokens(source: Source, h: Header, out: Values | None, tokens: Range, leads: Range, damage: list[Damage]) -> None:
+def place_tokens(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
     """Copy exact first tokens to where they belong in ``out`` [leads, tokens, head_dim]; None: only check them."""
     if tokens[0] >= h.first_tokens:
         return
@@ -78,7 +77,7 @@ def read_vectors(source: Source, h: Header, damage: list[Damage]) -> tuple[np.nd
     return rows.astype(np.int64), np.ascontiguousarray(records[:, 8:])
 
 
-def place_vectors(source: Source, h: Header, out: Values | None, tokens: Range, leads: Range, damage: list[Damage]) -> None:
+def place_vectors(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
     """Copy exact vectors over what their rows decode to in ``out`` [leads, tokens, head_dim]; None: only check them."""
     found = read_vectors(source, h, damage)
     if out is None or found is None:

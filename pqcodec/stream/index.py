@@ -18,6 +18,7 @@ from pqcodec.stream.source import Range, Source, read_many
 if TYPE_CHECKING:
     from pqcodec.stream.header import Header
 
+Bounds = tuple[int, int]  # of tokens, leading indices or chunks: first, last + 1
 _RUN_BYTES = 16 << 20  # of blocks that are read at once
 
 
