@@ -229,12 +229,17 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_it_committed(tmp_path:
     rng, torn, committed = random.Random(0), 0, 0
     for _ in range(KILLS):
         told.write_text(str(committed))
+        begun, begin = os.pipe()
         child = os.fork()
         if child == 0:
             try:
+                os.write(begin, b"!")
                 _append_for_ever(path, told, committed, stream)
             finally:
                 os._exit(1)
+        os.read(begun, 1)  # a large process takes longer to fork than the writer is let live
+        os.close(begun)
+        os.close(begin)
         time.sleep(rng.uniform(0.0005, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
