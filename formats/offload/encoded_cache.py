@@ -3,8 +3,7 @@
 A layer keeps its first and its last tokens exact, and the tokens between as streams (``old_tokens``). At each step it decodes
 the streams into a scratch that all layers of a device share, and copies the exact tokens to both sides of them. So what
 ``update`` returns is valid until the next layer's ``update``, and the cache is for inference only. Layers with a sliding
-window or a recurrence, and layers whose keys other layers read, stay transformers' own and exact. Works with transformers 5.20
-to 5.24.
+window or a recurrence, and layers whose keys other layers read, stay transformers' own and exact. Works with transformers 5.24.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import cache_utils
 
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.engines.transformers_cache import library
 from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
 from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
@@ -28,6 +27,8 @@ from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
+
+cache_utils = library.cache_utils()
 
 WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows

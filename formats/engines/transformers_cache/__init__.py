@@ -1,4 +1,4 @@
-"""The caches of transformers (5.20 to 5.24): their state, files, RoPE and state in modules, and how a model uses a kept one."""
+"""The caches of transformers (5.24): their state, files, RoPE and state in modules, and how a model uses a kept one."""
 
 from pqcodec.formats.engines.transformers_cache.begun import begin, check_begun
 from pqcodec.formats.engines.transformers_cache.devices import layer_devices, placed

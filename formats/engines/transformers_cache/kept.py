@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import cache_utils
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.engines.transformers_cache import library
 from pqcodec.formats.engines.transformers_cache.fed import check_fed
+
+cache_utils = library.cache_utils()
 
 
 class KeptCache(cache_utils.DynamicCache):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Law: the RoPE of a model's keys: frequencies from the config, the pairing of channels from the keys themselves.
 
-Scaled frequencies are computed by transformers' own functions (5.20 to 5.24).
+Scaled frequencies are computed by transformers' own functions (5.24).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Law: the state of a cache of transformers (5.20 to 5.24), layer by layer, and a new cache made from it.
+"""Law: the state of a cache of transformers (5.24), layer by layer, and a new cache made from it.
 
 A layer's state is all its attributes: tensors, and plain values such as a sliding window's ``cumulative_length``. Layer classes
 that are not in ``LAYERS``, and attributes of other types, are refused by name, so that nothing is lost silently.
@@ -13,6 +13,7 @@ from typing import Any
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.engines.transformers_cache.held import unwrapped
+from pqcodec.formats.engines.transformers_cache.library import cache_utils
 
 LAYERS: dict[str, tuple[str, ...]] = {  # layer classes, and the parameters of their constructors
     "DynamicLayer": (),
@@ -40,19 +41,9 @@ _TOKENS = {"keys": -2, "values": -2, "indexer_keys": -2, "indexer_position_ids":
 Field = bool | int | float | str | dict[str, str] | None
 
 
-def _cache_utils() -> Any:
-    try:
-        from transformers import cache_utils
-    except ImportError as error:
-        raise InvalidArgument(
-            "caches of transformers need a package that is missing: pip install 'pqcodec[transformers]'"
-        ) from error
-    return cache_utils
-
-
 def _kept() -> Any:
-    """The module ``kept``, which needs transformers; raises InvalidArgument without it."""
-    _cache_utils()
+    """The module ``kept``, which needs transformers; raises InvalidArgument without it, or with one too old."""
+    cache_utils()
     from pqcodec.formats.engines.transformers_cache import kept
 
     return kept
@@ -155,7 +146,7 @@ def state_of(cache: Any, config: Any = None) -> CacheState:
 
     Raises InvalidArgument for state that cannot be represented, and for a model, by its ``config``, with state elsewhere.
     """
-    utils = _cache_utils()
+    utils = cache_utils()
     if getattr(config, "model_type", None) in STATE_ELSEWHERE:
         raise InvalidArgument(
             f"a {config.model_type} keeps recurrent state in its modules, outside the cache: it would be lost"
@@ -190,7 +181,7 @@ def padding_of(padding: Any, batches: set[int] | None = None) -> tuple[int, ...]
 
 def _layers_of(cache: Any, where: str) -> list[LayerState]:
     found = _states_of(cache, where)
-    kind, plain = type(cache), _cache_utils().DynamicCache
+    kind, plain = type(cache), cache_utils().DynamicCache
     own = (plain, _kept().KeptCache, _kept().RecurrentCache)
     extra = set() if kind in own else set(vars(cache)) - set(vars(plain())) - _OF_NO_ACCOUNT
     if extra or kind.__name__ in _COUNTS_OTHERWISE:
@@ -204,7 +195,7 @@ def _states_of(cache: Any, where: str) -> list[LayerState]:
 
 def _layer_state(layer: Any, where: str) -> LayerState:
     kind = type(layer).__name__
-    if kind not in LAYERS or type(layer) is not getattr(_cache_utils(), kind, None):
+    if kind not in LAYERS or type(layer) is not getattr(cache_utils(), kind, None):
         raise InvalidArgument(
             f"{where} is a {kind}, which pqcodec cannot save; it can save {', '.join(LAYERS)}. "
             "Is another cache possible, such as DynamicCache(config=model.config)?"
@@ -245,7 +236,7 @@ def frozen(state: CacheState) -> CacheState:
 
 def empty_cache(config: Any) -> Any:
     """A new cache without tokens for the model of a config."""
-    cache = _cache_utils().DynamicCache(config=config)
+    cache = cache_utils().DynamicCache(config=config)
     if cache.layers and all(type(layer).__name__ == RECURRENT for layer in cache.layers):
         cache = _kept().RecurrentCache(config=config)
         cache.tell(0)
@@ -277,7 +268,7 @@ def cache_of(state: CacheState) -> Any:
 
     Raises CorruptStream for a state that no cache has.
     """
-    utils = _cache_utils()
+    utils = cache_utils()
     caches = []
     for part in state.parts.values():
         recurrent = bool(part) and all(layer.kind == RECURRENT for layer in part)
@@ -293,7 +284,7 @@ def _layer_from(state: LayerState, index: int) -> Any:
     where = f"layer {index} ({state.kind})"
     if not isinstance(state.kind, str) or not isinstance(state.fields, dict):
         raise CorruptStream(f"{where}: its class is no name, or its fields are no object")
-    kind = getattr(_cache_utils(), state.kind, None) if state.kind in LAYERS else None
+    kind = getattr(cache_utils(), state.kind, None) if state.kind in LAYERS else None
     wanted = {name: state.fields.get(name) for name in LAYERS.get(state.kind, ())}
     if kind is None or not all(type(value) is int and 0 <= value <= _MOST[name] for name, value in wanted.items()):
         raise UnsupportedStream(f"{where}: this transformers has no such layer; install the one that the file was written with")
