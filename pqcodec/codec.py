@@ -56,6 +56,11 @@ def encode(
     True
     """
     options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite)
+    return encode_by(options, x, backend, progress)[1]
+
+
+def encode_by(options: EncodeOptions, x: Any, backend: str = "auto", progress: Progress | None = None) -> tuple[Header, bytes]:
+    """``encode`` with its options in one object: the stream, and its header, which so need not be read out of it."""
     view = arrays.view(x)
     if on_device(backend, view.device):
         from pqcodec import device

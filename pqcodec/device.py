@@ -24,8 +24,8 @@ from pqcodec.tensors.arrays import device_rows
 from pqcodec.tensors.numbers import device_of, is_torch
 
 
-def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | None) -> bytes:
-    """``codec.encode`` of a tensor of a device; the stream comes to the host."""
+def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | None) -> tuple[Header, bytes]:
+    """``codec.encode_by`` of a tensor of a device; the stream comes to the host."""
     import torch
 
     numpy = not is_torch(x)
@@ -48,7 +48,8 @@ def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | No
     if options.nonfinite == "error":
         batch.check()
     _all_done(header, progress)
-    return bytes(data)
+    stream = bytes(data)
+    return read_header(source_of(stream)), stream  # the exponent of the means is known to the device only, which wrote it there
 
 
 def _all_done(h: Header, progress: Progress | None) -> None:

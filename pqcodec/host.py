@@ -29,8 +29,8 @@ _SCAN_ROWS = 1 << 12
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
-def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Progress | None) -> bytes:
-    """``codec.encode`` of a tensor in host memory."""
+def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Progress | None) -> tuple[Header, bytes]:
+    """``codec.encode_by`` of a tensor in host memory."""
     header = options.header(view.shape, view.dtype, view.numpy)
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
@@ -64,7 +64,7 @@ def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Pr
     del payload  # the stream gives its buffer away uncopied only when nobody else holds it
     if options.nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad))
-    return stream.getvalue()
+    return header, stream.getvalue()
 
 
 def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]:

@@ -29,8 +29,9 @@ from pqcodec import (
     TruncatedStream,
     backends,
 )
-from pqcodec.codec import decode_together
+from pqcodec.codec import decode_together, encode_by
 from pqcodec.codings.presets import PRESETS, Preset
+from pqcodec.options import EncodeOptions
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
@@ -313,6 +314,14 @@ def test_nan_and_inf_are_kept_exact_when_asked(dtype: torch.dtype, center: str |
         same(decoded(stream, gpu_backend), pqcodec.decode(data, backend="cpu"))
     for lead, token in ((0, 0), (0, 1), (0, 8), (2, 3)):
         same(decoded(data, gpu_backend)[lead, token], x[lead, token])
+
+
+def test_the_header_beside_a_stream_is_the_streams(gpu_backend: str) -> None:
+    """Also the exponent of the means, which only the device knows."""
+    x = 2.0**20 * gaussian(2, 9, 16)
+    header, data = encode_by(EncodeOptions(center="mean"), x.to(DEVICE), gpu_backend)
+    assert header == Header.from_bytes(data[: header.header_bytes])
+    assert header.offset_exponent == encode_by(EncodeOptions(center="mean"), x, "cpu")[0].offset_exponent != 0
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------

@@ -197,13 +197,13 @@ def test_nonfinite_vectors_are_refused_or_kept(tmp_path: Path) -> None:
 def test_only_one_stream_is_held_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies leave as they come: when the third tensor is encoded, the first two are in the file."""
     sizes = []
-    encode = pqcodec.codec.encode
+    encode = pqcodec.codec.encode_by
 
-    def watched(*args: Any, **options: Any) -> bytes:
+    def watched(*args: Any, **options: Any) -> Any:
         sizes.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
         return encode(*args, **options)
 
-    monkeypatch.setattr(pqcodec.codec, "encode", watched)
+    monkeypatch.setattr(pqcodec.codec, "encode_by", watched)
     saved(tmp_path / "f", {f"layers.{i}.key": tensor(1, 2000, 64, seed=i) for i in range(3)})
     stream = pqcodec.encoded_size((1, 2000, 64), preset="pq2", center="mean", exact_tokens=2)
     assert sizes[2] > 1.9 * stream

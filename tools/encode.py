@@ -263,9 +263,10 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
         if settings.needs_keys and all(tensor.role != "key" for tensor in roles.values()):
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(roles))}); use --keys")
         metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | settings.notes
-        reasons = {name: why_exact(*reader.describe(name)) for name in reader.names}
+        described = {name: reader.describe(name) for name in reader.names}
+        reasons = {name: why_exact(*about) for name, about in described.items()}
         outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
-        sizes = {name: tensor_bytes(*reader.describe(name)) for name in reader.names}
+        sizes = {name: tensor_bytes(*about) for name, about in described.items()}
         outcome.tensor_bytes = sum(sizes.values())
         for name, reason in reasons.items():
             needed = _held_bytes(reader, name, roles[name], None if reason else settings.recipe, kind)

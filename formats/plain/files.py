@@ -10,11 +10,13 @@ import errno
 import math
 import os
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -25,7 +27,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, PQError
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import json_bytes, json_value
-from pqcodec.formats.plain.in_memory import Tensors
+from pqcodec.formats.plain.in_memory import CuttableTensors, Tensors
 from pqcodec.formats.plain.npy import NpyHeader, read_npy_header
 from pqcodec.stream.source import check_regular
 
@@ -33,6 +35,7 @@ _NO_SAFETENSORS = "is no safetensors file that holds together"
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own cap
 _DEFLATED = 1032  # bytes that one byte of deflate unpacks to, at most
 _UNPACKED_BYTES = 1 << 20  # read from an archive at once
+_LOCAL_LENGTHS = 26  # offset in an archive member's own header of the lengths of what follows it
 TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
 
 
@@ -59,7 +62,7 @@ SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the
 SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 
 
-class TensorReader(Tensors, Protocol):
+class TensorReader(CuttableTensors, Protocol):
     """An open file of tensors; a context manager."""
 
     format: str  # "safetensors", "npz" or "npy"
@@ -220,13 +223,14 @@ class _Safetensors(_Closing):
             self._file = self._stack.enter_context(safe_open(path, framework="np"))
             self.names = tuple(self._file.keys())
             self.metadata = dict(sorted((self._file.metadata() or {}).items()))  # safetensors returns them in random order
-            if any(self._file.get_slice(name).get_dtype() in TORCH_ONLY for name in self.names):
+            parts = {name: self._file.get_slice(name) for name in self.names}
+            self._described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+            if any(code in TORCH_ONLY for _, code in self._described.values()):
                 self._file, self._mapped = self._stack.enter_context(safe_open(path, framework="pt")), True
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
-            part = self._file.get_slice(name)
-            return tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype())
+        shape, code = self._described[name]
+        return shape, SAFETENSORS_DTYPES.get(code, code)
 
     def held_bytes(self, name: str) -> int:
         shape, dtype = self.describe(name)
@@ -237,8 +241,25 @@ class _Safetensors(_Closing):
         if dtype not in SAFETENSORS_CODES:
             known = ", ".join(SAFETENSORS_CODES)
             raise InvalidArgument(f"{self._path}: tensor {name!r} is of dtype {dtype}, which is unknown; {known} are known")
+        return self._tensor(name)
+
+    def _tensor(self, name: str) -> Any:
+        """A tensor of a dtype that is known: mapped if it is torch's, else a copy."""
         with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
             return self._file.get_tensor(name)
+
+    def read_tokens(self, name: str, first: int, step: int = 1) -> Any:
+        shape, dtype = self.describe(name)
+        if self._mapped or dtype not in exact.NUMPY_DTYPES or not math.prod(shape):
+            return self._tensor(name)[..., first::step, :]
+        header, start = self._header
+        with _library_errors(self._path, f"tensor {name!r} cannot be read", CorruptStream):
+            start += header[name]["data_offsets"][0]
+            return np.memmap(self._path, exact.NUMPY_DTYPES[dtype].newbyteorder("<"), "r", start, shape)[..., first::step, :]
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], int]:
+        return safetensors_header(self._path)
 
 
 class _Npz(_Closing):
@@ -256,14 +277,21 @@ class _Npz(_Closing):
             self._stack.close()
             raise InvalidArgument(f"{path}: {problem}")
         self.names = tuple(info.filename.removesuffix(".npy") for info in infos)
+        self._headers: dict[str, NpyHeader] = {}  # of the arrays that were asked for
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        with self._member(name) as (header, _):
-            return header.shape, header.dtype_name
+        header = self._header_of(name)
+        return header.shape, header.dtype_name
 
     def held_bytes(self, name: str) -> int:
-        with self._member(name) as (header, _):
-            return header.data_bytes + header.copied_bytes
+        header = self._header_of(name)
+        return header.data_bytes + header.copied_bytes
+
+    def _header_of(self, name: str) -> NpyHeader:
+        if name not in self._headers:
+            with self._member(name) as (header, _):
+                self._headers[name] = header
+        return self._headers[name]
 
     def read(self, name: str) -> Any:
         with self._member(name) as (header, member):
@@ -275,6 +303,17 @@ class _Npz(_Closing):
                 data[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
                 filled += len(piece)
             return header.array(data)
+
+    def read_tokens(self, name: str, first: int, step: int = 1) -> Any:
+        part = (..., slice(first, None, step), slice(None))
+        info = self._file.getinfo(name + ".npy")
+        if info.compress_type != zipfile.ZIP_STORED or not self._header_of(name).data_bytes:
+            return self.read(name)[part]
+        with self._member(name) as (header, member), open(self._path, "rb") as file:
+            file.seek(info.header_offset + _LOCAL_LENGTHS)  # zipfile has checked this header
+            lengths = struct.unpack("<HH", file.read(4))  # of the name and of what else stands before the data
+            start = info.header_offset + _LOCAL_LENGTHS + 4 + sum(lengths) + member.tell()
+            return header.array(np.memmap(self._path, np.uint8, "r", start, (header.data_bytes,)), part)
 
     @contextmanager
     def _member(self, name: str) -> Iterator[tuple[NpyHeader, Any]]:
@@ -335,9 +374,15 @@ class _Npy(_Closing):
             return header.copied_bytes
 
     def read(self, name: str) -> Any:
+        return self._mapped(...)
+
+    def read_tokens(self, name: str, first: int, step: int = 1) -> Any:
+        return self._mapped((..., slice(first, None, step), slice(None)))
+
+    def _mapped(self, part: Any) -> np.ndarray:
         with self._header() as (header, start):
             there = header.data_bytes
-            return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"")
+            return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"", part)
 
     @contextmanager
     def _header(self) -> Iterator[tuple[NpyHeader, int]]:

@@ -26,8 +26,16 @@ class Tensors(Protocol):
         ...
 
 
+class CuttableTensors(Tensors, Protocol):
+    """``Tensors`` of which some tokens can be read without the others."""
+
+    def read_tokens(self, name: str, first: int, step: int = 1) -> Any:
+        """Every ``step``-th token from ``first`` on of a tensor [..., tokens, head_dim]."""
+        ...
+
+
 class InMemory:
-    """A mapping of names to torch or numpy tensors as ``Tensors``; raises InvalidArgument for any other value."""
+    """A mapping of names to torch or numpy tensors as ``CuttableTensors``; raises InvalidArgument for any other value."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         self._tensors = dict(tensors)
@@ -44,3 +52,7 @@ class InMemory:
     def read(self, name: str) -> Any:
         """The tensor itself, not a copy."""
         return self._tensors[name]
+
+    def read_tokens(self, name: str, first: int, step: int = 1) -> Any:
+        """Every ``step``-th token from ``first`` on, a view."""
+        return self._tensors[name][..., first::step, :]

@@ -44,9 +44,9 @@ class NpyHeader:
         """Bytes of the copies made on reading: one for a foreign byte order, one for column-major order."""
         return self.data_bytes * ((not self.dtype.isnative) + (self.fortran and len(self.shape) > 1))
 
-    def array(self, data: Any) -> np.ndarray:
-        """The array over ``data`` (uint8 [data_bytes]), in the machine's byte order."""
-        x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
+    def array(self, data: Any, part: Any = ...) -> np.ndarray:
+        """The array over ``data`` (uint8 [data_bytes]), or its ``part`` (an index), in the machine's byte order."""
+        x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")[part]
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 

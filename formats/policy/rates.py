@@ -66,14 +66,28 @@ def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: 
     >>> energy(np.ones((2, 8, 64), np.float32)), energy(np.ones((2, 8, 64), np.float32), centred=False)
     (0.0, 64.0)
     """
-    first = min(exact_tokens, max(x.shape[-2] - 1, 0))
-    step = max((x.shape[-2] - first) // _SAMPLES, 1)
-    seen = arrays.view(exact.on_cpu(x[..., first::step, :]))
+    first, step = sampled(x.shape[-2], exact_tokens)
+    return energy_of(x[..., first::step, :], first, step, rope=rope, centred=centred)
+
+
+def sampled(tokens: int, exact_tokens: int) -> tuple[int, int]:
+    """The sample that ``energy`` takes of so many tokens, as (first, step): every ``step``-th token from ``first`` on.
+
+    >>> sampled(1028, 4), sampled(100, 4)
+    ((4, 4), (4, 1))
+    """
+    first = min(exact_tokens, max(tokens - 1, 0))
+    return first, max((tokens - first) // _SAMPLES, 1)
+
+
+def energy_of(sample: Any, first: int, step: int, *, rope: Rope | None = None, centred: bool = True) -> float:
+    """``energy`` of a tensor whose tokens ``first``, ``first + step`` ... (``sampled``) are ``sample``."""
+    seen = arrays.view(exact.on_cpu(sample))
     if not seen.stored.size:
         return 0.0
     stored = seen.stored.reshape(-1, *seen.shape[-2:])
     if rope and centred:
-        field = rope.field(x.shape[-1])
+        field = rope.field(seen.shape[-1])
         cos, sin = centre.phases(field, first, stored.shape[-2], step)
     found = []
     at_once = max(_WIDE // (stored.shape[-2] * stored.shape[-1]), 1)

@@ -19,12 +19,14 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers.reader import LAYOUT, NO_LAYOUT, named
 from pqcodec.formats.containers.writer import Coded, Piece
 from pqcodec.formats.plain import numbers as exact
-from pqcodec.formats.plain.in_memory import InMemory, Tensors
+from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
+from pqcodec.options import EncodeOptions
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.header import DTYPE_NAMES, stream_source
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.source import MemorySource
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
@@ -147,14 +149,15 @@ class Recipe:
 
     def presets(
         self,
-        tensors: Tensors,
+        tensors: CuttableTensors,
         roles: Mapping[str, TensorRole],
         coded: Sequence[str],
         described: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     ) -> dict[str, str]:
         """The preset of each coded tensor by name; layers with one key and one value of the same shape share their bits.
 
-        ``described``: shape and dtype of each tensor, if the caller has them.
+        Of a tensor that shares bits, a sample of tokens is read (``rates.sampled``); of others, nothing. ``described``: shape
+        and dtype of each tensor, if the caller has them.
         """
         flat = dict.fromkeys(coded, self.preset)
         if not self.share_bits or self.center is None:
@@ -174,37 +177,44 @@ class Recipe:
                 pairs[layer] = (keys[0], values[0])
         if not rates.shares(self.preset, len(pairs)):
             return flat
-        energies = {layer: self._energies(tensors, roles, pair) for layer, pair in pairs.items()}
+
+        def energy(name: str, *, centred: bool) -> float:
+            return self._energy(tensors, name, roles[name], shapes[name], centred)
+
+        energies = {layer: (energy(key, centred=True), energy(value, centred=False)) for layer, (key, value) in pairs.items()}
         shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
         return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
 
-    def _energies(self, tensors: Tensors, roles: Mapping[str, TensorRole], pair: tuple[str, str]) -> tuple[float, float]:
-        """The (key, value) energies of a layer that ``rates.share`` takes."""
-        of_key, of_value = (self.options(roles[name]) for name in pair)
-        keys, values = (self._without_exact(tensors.read(name), roles[name]) for name in pair)
-        centred = rates.energy(keys, rope=of_key.get("rope"), exact_tokens=of_key["exact_tokens"])
-        return centred, rates.energy(values, exact_tokens=of_value["exact_tokens"], centred=False)
+    def _energy(self, tensors: CuttableTensors, name: str, tensor: TensorRole, shape: tuple[int, ...], centred: bool) -> float:
+        """The energy of a tensor that ``rates.share`` takes: of a key ``centred``, of a value not.
 
-    def _without_exact(self, x: Any, tensor: TensorRole) -> Any:
-        """The tensor; or a copy in which exact tokens after padding, which cost no bits, are replaced by its last token."""
-        places = self.exact_vectors(tensor, tuple(x.shape))
-        if not len(places):
-            return x
-        whole = x.clone() if hasattr(x, "clone") else x.copy()
-        flat = whole.reshape(-1, *x.shape[-2:])
-        flat[places[:, 0], places[:, 1]] = flat[places[:, 0], -1]
-        return flat.reshape(x.shape)
+        Exact tokens after padding, which cost no bits, count as its last token.
+        """
+        options = self.options(tensor)
+        first, step = rates.sampled(shape[-2], options["exact_tokens"])
+        sample = tensors.read_tokens(name, first, step)
+        places = self.exact_vectors(tensor, shape)
+        places = places[(places[:, 1] >= first) & ((places[:, 1] - first) % step == 0)]
+        if len(places):
+            last = tensors.read_tokens(name, shape[-2] - 1).reshape(-1, shape[-1])
+            flat = (sample.clone() if hasattr(sample, "clone") else sample.copy()).reshape(-1, *sample.shape[-2:])
+            flat[places[:, 0], (places[:, 1] - first) // step] = last[places[:, 0]]
+            sample = flat.reshape(sample.shape)
+        return rates.energy_of(sample, first, step, rope=options.get("rope"), centred=centred)
 
     def pieces(
         self,
-        tensors: Tensors,
+        tensors: CuttableTensors,
         roles: Mapping[str, TensorRole],
         coded: Sequence[str] | None = None,
         callbacks: Callbacks | None = None,
     ) -> list[Piece]:
         """The pieces for a container to write: ``coded`` tensors (None: all) as streams, the others exactly.
 
-        Encoding happens when a piece's ``body`` is called, which raises as ``pqcodec.encode`` does.
+        Encoding happens when a piece's ``body`` is called, which raises as ``pqcodec.encode`` does. A body reads its tensor
+        whole, once, and measures the error while it has it. Where layers share bits, a sample of each key and value is read
+        before, here, and is all that is copied out of memory or a mapped file (the system fetches whole pages, and may fetch
+        more, ahead). A compressed .npz file cannot be cut: its keys and values are unpacked twice.
         """
         coded = tensors.names if coded is None else coded
         described = {name: tensors.describe(name) for name in tensors.names}
@@ -216,7 +226,7 @@ class Recipe:
 
     def _piece(
         self,
-        tensors: Tensors,
+        tensors: CuttableTensors,
         name: str,
         described: tuple[tuple[int, ...], str],
         tensor: TensorRole,
@@ -247,10 +257,11 @@ class Recipe:
             cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
             start = time.perf_counter()
             with named(f"tensor {name!r}"):
-                vectors = self.exact_vectors(tensor, tuple(cut.shape), first)
-                options = self.options(tensor, first) | {"exact_vectors": vectors}
-                stream = stream_source(codec.encode(cut, preset=preset, progress=advance, **options))
+                options = self.options(tensor, first) | {"exact_vectors": self.exact_vectors(tensor, tuple(cut.shape), first)}
+                backend = options.pop("backend")
+                header, data = codec.encode_by(EncodeOptions(preset, **options), cut, backend, advance)
             seconds += time.perf_counter() - start
+            stream = MemorySource(data, header)
             if x.ndim > 1 and (self.measured == "all" or number in sampled):
                 error += error_of(cut, stream, backend=self.backend, sample=self.measured == "sample")
             streams.append(stream)

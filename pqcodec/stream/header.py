@@ -217,6 +217,7 @@ def header_size(data: bytes | memoryview) -> int:
 def read_header(source: Source) -> Header:
     """The header of a stream whose size is right; allocates nothing that the header asks for.
 
+    A source that can keep the header is not asked for it again.
     Raises TruncatedStream, CorruptStream or UnsupportedStream.
     """
     kept = getattr(source, "header", None)
@@ -229,16 +230,9 @@ def read_header(source: Source) -> Header:
         raise TruncatedStream(f"{size} bytes announced, {source.size} there; the stream is cut off")
     if source.size > size:
         raise CorruptStream(f"{source.size - size} bytes behind the end of the stream; pass exactly one stream")
-    if isinstance(source, Extent):
+    if isinstance(source, (Extent, MemorySource)):
         source.header = header
     return header
-
-
-def stream_source(data: bytes) -> MemorySource:
-    """A stream in memory, whose header is read here and not again."""
-    source = MemorySource(data)
-    source.header = read_header(source)
-    return source
 
 
 @lru_cache(maxsize=256)  # streams of a file are often of one shape and kind

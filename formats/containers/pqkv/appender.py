@@ -75,14 +75,14 @@ class PQKVAppender(PQKVWriter):
         if rope is not None:
             encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
         with named(f"tensor {name!r}"):
-            stream = codec.encode(tensor, **encode_options)
+            stream = MemorySource(codec.encode(tensor, **encode_options))
             info = codec.inspect(stream)
             if not entry.continued_by(info.shape, info.dtype):
                 raise InvalidArgument(
                     f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"
                 )
-        self._stream(name, entry.layer, entry.role, info, MemorySource(stream), there, None)
-        self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + len(stream))
+        self._stream(name, entry.layer, entry.role, info, stream, there, None)
+        self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + stream.size)
         return info
 
     def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: Body) -> None:
