@@ -44,7 +44,7 @@ def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | No
         vectors = coded.reshape(-1, header.head_dim)[torch.from_numpy(kept).to(x.device)].cpu()
         stored = (vectors if vectors.dtype == torch.float32 else vectors.view(torch.int16)).numpy()
         place = header.places[sections.EXACT_VECTORS]
-        data[place.start : place.end] = sections.sealed(exact.vectors_body(kept, stored))
+        data[place.start : place.end] = sections.with_checksum(exact.vectors_body(kept, stored))
     if options.nonfinite == "error":
         batch.check()
     _all_done(header, progress)

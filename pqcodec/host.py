@@ -46,15 +46,15 @@ def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Pr
         header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
     halves, offsets = np.zeros((header.leading, 0), np.float16), None
     if header.offsets:
-        halves, exponent = centre.store(kernel.means(values, header))
+        halves, exponent = centre.to_halves(kernel.means(values, header))
         header = replace(header, offset_exponent=exponent)
-        offsets = centre.load(halves, exponent)
+        offsets = centre.from_halves(halves, exponent)
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
     kept = Kept(values, halves, rows)
     for stage in STAGES:
         if stage.section.there(header):
-            sections.write(stream, stage.bodies(header, kept))
+            sections.write_entries(stream, stage.bodies(header, kept))
     stream.seek(header.stream_bytes - 1)
     if header.stream_bytes > header.payload_start:
         stream.write(b"\0")
@@ -145,7 +145,7 @@ def verify(source: Source, backend: str, progress: Progress | None) -> list[Dama
 def means(source: Source) -> np.ndarray | None:
     """``codec.means``: what a stream's encoder subtracted, float32 [leading, head_dim]."""
     header, damage = read_header(source), list[Damage]()
-    found = centre.read(source, header, (0, header.leading), damage)
+    found = centre.read_means(source, header, (0, header.leading), damage)
     if damage:
         raise damage_error(damage)
     return found
@@ -163,7 +163,7 @@ def _decode_into(
     """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
     damage: list[Damage] = []
     advance = _counter(h, progress)
-    offsets = centre.read(source, h, leads, damage)
+    offsets = centre.read_means(source, h, leads, damage)
     _place(source, h, out, tokens, leads, damage, over_rows=False)
     for job in _jobs(source, h, out, tokens, leads, offsets):
         kernel.decode([job], advance)
@@ -215,7 +215,7 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     damage: list[Damage] = []
     headers = [read_header(source) for source in sources]
     kernel = backend_of(backend, "cpu", *headers)
-    offsets = centre.read_together(sources, headers, damage)
+    offsets = centre.read_means_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}
     jobs: list[DecodeJob] = []
     for source, h, out, start, offset in zip(sources, headers, outs, starts, offsets, strict=True):

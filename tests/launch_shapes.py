@@ -106,7 +106,7 @@ def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     backend.Cuda._kernel = staticmethod(lambda verb, group: asked.append((verb, group)))
     batches(shape)
     for verb, group in asked:
-        kind = backend.kind_of(group.header)
+        kind = backend.header_of_kind(group.header)
         layouts = [compiled.layout(verb, kind, few) for few in (False, True)] if backend.takes(group) else []
         for layout in {found.table_bits: found for found in layouts if found}.values():
             code = compiled.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")

@@ -81,7 +81,7 @@ def test_the_key_sees_every_source_that_reaches_a_kernel() -> None:
 def test_every_kernel_goes_through_the_key() -> None:
     modules = (bits, blocks, numbers, offsets, paper, rotation, samples, sides, split)
     kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)}
-    assert blocks.decode_blocks in kernels
+    assert blocks.decode_stream_blocks in kernels
     if disk_cache.folder() is not None:
         assert all(isinstance(kernel._cache, disk_cache._Cache) for kernel in kernels)
         digests = {kernel: str(disk_cache.sources_hash(kernel.py_func.__module__)) for kernel in kernels}

@@ -115,6 +115,45 @@ def test_no_two_public_classes_have_one_name() -> None:
     assert not {name: paths for name, paths in found.items() if len(paths) > 1}
 
 
+SAME_VERBS = [  # (names, None: any; modules and folders, in each of which such a name may occur once)
+    (  # the public verbs: where the tensor is, how it is coded, what files and the command line call so
+        {"encode", "decode", "decode_together", "inspect", "verify", "means", "convert"},
+        "pqcodec/codec.py pqcodec/host.py pqcodec/device.py pqcodec/codings/split.py pqcodec/codings/paper.py "
+        "formats/containers/kinds.py tools/ tools/store/",
+    ),
+    (  # kernel families, with the definition of what they compute
+        None,
+        "pqcodec/kernels/reference.py pqcodec/kernels/cpu/ pqcodec/kernels/on_triton/ pqcodec/kernels/on_cuda/ "
+        "pqcodec/codings/split.py pqcodec/stream/checksum.py pqcodec/words.py",
+    ),
+    (  # a new container writes pieces, too
+        {"write_pieces"},
+        "formats/containers/pqkv/file.py formats/containers/safetensors.py formats/containers/zarr/writer.py",
+    ),
+    (  # a cache out of a file; a register out of memory, as processors call it
+        {"load"},
+        "formats/engines/transformers_cache/files.py pqcodec/kernels/cpu/lane_memory.py",
+    ),
+]
+
+
+def test_no_two_public_functions_have_one_name_but_for_one_verb() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+
+    def one_verb(name: str, modules: list[str]) -> bool:
+        for names, places in SAME_VERBS:
+            homes = [max((p for p in places.split() if m.startswith(p)), key=len, default="") for m in modules]
+            if (names is None or name in names) and all(homes) and len(set(homes)) == len(homes):
+                return True
+        return False
+
+    assert not {name: at for name, at in found.items() if len(at) > 1 and not one_verb(name, at)}
+
+
 def test_importing_pqcodec_loads_nothing_heavy() -> None:
     heavy = "('torch', 'numba', 'numpy', 'safetensors', 'rich', 'typer', 'triton', 'cuda')"
     code = f"import sys, pqcodec; print([m for m in {heavy} if m in sys.modules])"
@@ -143,7 +182,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     code = (
         "import json, numpy as np, pqcodec; from pqcodec.kernels.cpu import blocks, sides;"
         "pqcodec.decode(pqcodec.encode(np.ones((2, 80, 64), np.float16), center='mean'));"
-        "kernels = blocks.encode_blocks, blocks.decode_blocks, sides.sum_tokens;"
+        "kernels = blocks.encode_stream_blocks, blocks.decode_stream_blocks, sides.sum_tokens;"
         "print(json.dumps([sum(f.stats.cache_misses.values()) for f in kernels]))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

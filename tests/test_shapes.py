@@ -28,10 +28,10 @@ SOME: list[Shape] = [
 # Bytes of stack that kernels still take, by columns of the tile, at the most. Triton: wide rows do not fit in 255 registers.
 # CUDA: a few registers of many kinds, which is cheaper than fewer warps; the encoder's most are of rows with extreme numbers.
 SPILLS = {
-    ("triton", "encode_blocks"): {128: 48, 256: 24, 512: 800, 1024: 3000},
-    ("triton", "decode_blocks"): {512: 320, 1024: 2600},
-    ("cuda", "encode_blocks"): {64: 8, 128: 120, 256: 168},
-    ("cuda", "decode_blocks"): {64: 8, 128: 40},
+    ("triton", "encode_stream_blocks"): {128: 48, 256: 24, 512: 800, 1024: 3000},
+    ("triton", "decode_stream_blocks"): {512: 320, 1024: 2600},
+    ("cuda", "encode_stream_blocks"): {64: 8, 128: 120, 256: 168},
+    ("cuda", "decode_stream_blocks"): {64: 8, 128: 40},
 }
 
 

@@ -244,7 +244,7 @@ class TensorFile(ABC):
                 wanted = _wanted(entry, parts, tokens, leading is None)
                 if out is None and device is None and not on_device(backend):
                     return _filled(entry, wanted, options)
-                joined = arrays.joined(one.decode(**options) for one in wanted)
+                joined = arrays.concatenated(one.decode(**options) for one in wanted)
                 return joined if out is None else arrays.copied(out, joined)
             x = exact.over_bytes(self._read_exact(entry), entry.shape, entry.dtype, entry.numpy)
             x = exact.cut(x, tokens, leading)

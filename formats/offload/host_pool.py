@@ -23,7 +23,7 @@ from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.handles import Get, Put
 from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import layout_of
-from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, aligned, free_all
+from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, free_all, slice_bytes
 from pqcodec.formats.offload.pipeline import Transfer
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
@@ -415,7 +415,7 @@ class HostPool:
     def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice] | None:
         """A slice for each piece of a block, once others have made way; None if another thread has given the block memory."""
         sizes = [piece.nbytes for piece in block.layout.pieces]
-        needed = sum(map(aligned, sizes))
+        needed = sum(map(slice_bytes, sizes))
         if needed > self._arena.capacity_bytes:
             raise InvalidArgument(
                 f"block {block.key!r} takes {needed} bytes, the pool has {self._arena.capacity_bytes} in all; "

@@ -23,14 +23,14 @@ import numpy as np
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.events import event
-from pqcodec.placed import aligned as stream_aligned
+from pqcodec.placed import aligned
 
 ALIGNMENT = 256  # bytes: slices of a PinnedArena begin at multiples of it, and take multiples of it
 _REGION_BYTES = 2 << 20  # of a GrowingArena's region, at least: encoded chunks are smaller, and share one
 
 
 # -- bounded -------------------------------------------------------------------------------------------------------
-def aligned(nbytes: int) -> int:
+def slice_bytes(nbytes: int) -> int:
     """The bytes that a slice of ``nbytes`` takes in a PinnedArena."""
     return max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT
 
@@ -54,7 +54,7 @@ class PinnedSlice:
         """
         arena, self._arena = self._arena, None
         if arena is not None:
-            arena._take_back(self.offset, aligned(self.nbytes))
+            arena._take_back(self.offset, slice_bytes(self.nbytes))
 
 
 def free_all(slices: Iterable[PinnedSlice]) -> None:
@@ -121,7 +121,7 @@ class PinnedArena:
         """
         if nbytes < 0:
             raise InvalidArgument(f"a slice of {nbytes} bytes is asked for; 0 and more are possible")
-        wanted = aligned(nbytes)
+        wanted = slice_bytes(nbytes)
         with self._lock:
             fitting = [(size, start) for start, size in self._sizes.items() if size >= wanted]
             if not fitting:
@@ -207,7 +207,7 @@ class Region:
 
     def take(self, size: int) -> int | None:
         """Take ``size`` bytes; the byte where they begin, or None if there is no room for them."""
-        start = stream_aligned(self.used)
+        start = aligned(self.used)
         if start + size > self.tensor.numel():
             return None
         self.used = start + size
@@ -247,7 +247,7 @@ class GrowingArena:
         if start is None:
             used = sum(region.used for region in self._regions)
             with torch.inference_mode(False):
-                room = max(2 * stream_aligned(size), used, _REGION_BYTES)
+                room = max(2 * aligned(size), used, _REGION_BYTES)
                 self._regions.append(Region(torch.empty(room, dtype=torch.uint8, pin_memory=self._pin)))
             start = self._regions[-1].take(size)
         assert start is not None
@@ -263,7 +263,7 @@ class GrowingArena:
         self.size = 0
         for region in self._regions:
             region.offset = self.size
-            self.size = stream_aligned(self.size + region.used)
+            self.size = aligned(self.size + region.used)
         before, self._laid_out = self._laid_out, [(region, region.used) for region in self._regions]
         return before != self._laid_out
 

@@ -66,14 +66,14 @@ def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: 
     >>> energy(np.ones((2, 8, 64), np.float32)), energy(np.ones((2, 8, 64), np.float32), centred=False)
     (0.0, 64.0)
     """
-    first, step = sampled(x.shape[-2], exact_tokens)
+    first, step = token_sample(x.shape[-2], exact_tokens)
     return energy_of(x[..., first::step, :], first, step, rope=rope, centred=centred)
 
 
-def sampled(tokens: int, exact_tokens: int) -> tuple[int, int]:
+def token_sample(tokens: int, exact_tokens: int) -> tuple[int, int]:
     """The sample that ``energy`` takes of so many tokens, as (first, step): every ``step``-th token from ``first`` on.
 
-    >>> sampled(1028, 4), sampled(100, 4)
+    >>> token_sample(1028, 4), token_sample(100, 4)
     ((4, 4), (4, 1))
     """
     first = min(exact_tokens, max(tokens - 1, 0))
@@ -81,7 +81,7 @@ def sampled(tokens: int, exact_tokens: int) -> tuple[int, int]:
 
 
 def energy_of(sample: Any, first: int, step: int, *, rope: Rope | None = None, centred: bool = True) -> float:
-    """``energy`` of a tensor whose tokens ``first``, ``first + step`` ... (``sampled``) are ``sample``."""
+    """``energy`` of a tensor whose tokens ``first``, ``first + step`` ... (``token_sample``) are ``sample``."""
     seen = arrays.view(exact.on_cpu(sample))
     if not seen.stored.size:
         return 0.0

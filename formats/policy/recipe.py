@@ -156,8 +156,8 @@ class Recipe:
     ) -> dict[str, str]:
         """The preset of each coded tensor by name; layers with one key and one value of the same shape share their bits.
 
-        Of a tensor that shares bits, a sample of tokens is read (``rates.sampled``); of others, nothing. ``described``: shape
-        and dtype of each tensor, if the caller has them.
+        Of a tensor that shares bits, a sample of tokens is read (``rates.token_sample``); of others, nothing. ``described``:
+        shape and dtype of each tensor, if the caller has them.
         """
         flat = dict.fromkeys(coded, self.preset)
         if not self.share_bits or self.center is None:
@@ -191,7 +191,7 @@ class Recipe:
         Exact tokens after padding, which cost no bits, count as its last token.
         """
         options = self.options(tensor)
-        first, step = rates.sampled(shape[-2], options["exact_tokens"])
+        first, step = rates.token_sample(shape[-2], options["exact_tokens"])
         sample = tensors.read_tokens(name, first, step)
         places = self.exact_vectors(tensor, shape)
         places = places[(places[:, 1] >= first) & ((places[:, 1] - first) % step == 0)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings import angles
-from pqcodec.codings.paper import paper_cells as level_cells
+from pqcodec.codings.paper import paper_cells
 from pqcodec.stages import rotation
 
 WIDTHS = c.MAX_ANGLE_BITS + 1
@@ -17,7 +18,6 @@ CODES = 2 << c.MAX_ANGLE_BITS
 BOUNDS = (1 << c.MAX_ANGLE_BITS) + 1
 STEPS = 1 << c.COARSE_GRID_BITS
 WIDTH_SHIFT, SHARE_SHIFT = 24, 18  # divisions of budgets as multiplications: exact for every budget (checked below)
-PATH_FIELDS = 10
 
 
 def cells_of_grid(lower: np.ndarray, shift: int) -> np.ndarray:
@@ -85,13 +85,26 @@ def division(m_a: int, m_b: int) -> Division:
     return found
 
 
+class PathNode(NamedTuple):
+    """A node above a group of 16 coordinates, on the path from the root to it (``paths``)."""
+
+    width_factor: int  # of ``division``
+    share_factor: int
+    least_width: int  # bits
+    cap_a: int  # of the left child's budget, in bits
+    cap_b: int
+    kind: int  # index in ``Tree.tables``; their number is a kind that passes everything on unchanged
+    right: int  # 1 where the group lies in the right child
+    first_group: int
+    middle_group: int  # first of the right child
+    end_group: int  # behind the last
+
+
 @lru_cache(maxsize=32)
 def paths(order: int) -> np.ndarray:
-    """The nodes above each group of 16 coordinates, from the root down: int32 [groups, levels, 10].
+    """The nodes above each group of 16 coordinates, from the root down: int32 [groups, levels, fields of ``PathNode``].
 
-    Fields: width and share factors, least width, caps of the children's budgets, kind, whether the group lies in the
-    right child, and the node's first group, the right child's first group and the group behind it. Paths that are
-    shorter than the longest end in nodes of the kind ``len(tables)``, which pass everything on unchanged.
+    Paths that are shorter than the longest end in nodes that pass everything on unchanged.
     """
     tables = angles.tree(order).tables
     kinds = {(table.m_a, table.m_b): i for i, table in enumerate(tables)}
@@ -102,23 +115,34 @@ def paths(order: int) -> np.ndarray:
             m_a, m_b = angles.children(size * c.GROUP)
             step, middle = division(m_a, m_b), first + m_a // c.GROUP
             right = int(group >= middle)
-            caps = (c.MAX_BUDGET_PER_COORDINATE * m_a, c.MAX_BUDGET_PER_COORDINATE * m_b)
-            path.append((step.width, step.share, 1, *caps, kinds[m_a, m_b], right, first, middle, first + size))
+            node = PathNode(
+                width_factor=step.width,
+                share_factor=step.share,
+                least_width=1,
+                cap_a=c.MAX_BUDGET_PER_COORDINATE * m_a,
+                cap_b=c.MAX_BUDGET_PER_COORDINATE * m_b,
+                kind=kinds[m_a, m_b],
+                right=right,
+                first_group=first,
+                middle_group=middle,
+                end_group=first + size,
+            )
+            path.append(node)
             first, size = (middle, m_b // c.GROUP) if right else (first, m_a // c.GROUP)
         found.append(path)
     levels = max(len(path) for path in found)
-    table = np.zeros((len(found), levels, PATH_FIELDS), np.int32)
+    table = np.zeros((len(found), levels, len(PathNode._fields)), np.int32)
     for group, path in enumerate(found):
-        table[group, :] = (0, 0, 0, 0, 1 << 30, len(tables), 1, group, group, group)
+        table[group, :] = PathNode(0, 0, 0, 0, 1 << 30, len(tables), 1, group, group, group)  # all of the budget goes right
         if path:
             table[group, : len(path)] = path
     return table
 
 
 @lru_cache(maxsize=1)
-def paper_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def paper_levels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The paper coding's levels 2 to 4: bounds in tan psi [3, 3], cos and sin of the centroids [3, 4]."""
-    bounds, cos, sin = zip(*(level_cells(level) for level in (2, 3, 4)), strict=True)
+    bounds, cos, sin = zip(*(paper_cells(level) for level in (2, 3, 4)), strict=True)
     return np.stack(bounds), np.stack(cos), np.stack(sin)
 
 

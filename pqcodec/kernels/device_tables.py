@@ -17,21 +17,6 @@ from pqcodec.stream.header import Header, RopeField
 
 
 # -- rows: where each number stands in a row of a table --------------------------------------------------------------
-class NodeRow(NamedTuple):
-    """A node of ``path``, as ``look_ups.paths`` lays it out: int32."""
-
-    width_factor: int
-    share_factor: int
-    least_width: int
-    cap_a: int
-    cap_b: int
-    kind: int
-    right: int  # 1 where the group lies in the right child
-    first_group: int
-    middle_group: int  # first of the right child
-    end_group: int
-
-
 class QuadRow(NamedTuple):
     """A budget of ``quad_ints``: int32."""
 
@@ -65,7 +50,7 @@ class PaperRow(NamedTuple):
     bounds: int  # three bounds a level in tan psi, squared
 
 
-NODE = NodeRow(*range(t.PATH_FIELDS))
+NODE = t.PathNode(*range(len(t.PathNode._fields)))
 QUAD_ROW = QuadRow(*range(3))
 RECORD = RecordRow(*range(4))
 RECORD_FLOAT = RecordFloatRow(*range(3))
@@ -128,7 +113,7 @@ def tables_on(
     rotation = np.zeros((order, columns), np.float16)
     rotation[:, :order] = t.rotation_matrix(order, seed, rounds)
     circle_steps = [angles.circle_step(n) for n in (quads.n_a, quads.n_b)]
-    paper = t.paper_cells()
+    paper = t.paper_levels()
 
     def extended(array: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([array, np.full_like(array[:1], value)])
@@ -144,7 +129,7 @@ def tables_on(
         levels=path.shape[1],
         kind_16=kinds.index((8, 8)),
         fixes=int(nodes.fixes.max()),
-        path=put(path if path.size else np.zeros((1, 1, t.PATH_FIELDS), np.int32)),
+        path=put(path if path.size else np.zeros((1, 1, len(NODE)), np.int32)),
         node_cos=put(extended(nodes.cos, 1)),
         node_sin=put(extended(nodes.sin, 1)),
         node_shift=put(extended(nodes.shift, 0)),

@@ -124,7 +124,7 @@ def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) 
     return back
 
 
-def store(means: np.ndarray) -> tuple[np.ndarray, int]:
+def to_halves(means: np.ndarray) -> tuple[np.ndarray, int]:
     """Means float64 [leading, head_dim] -> (float16 [leading, head_dim], exponent): offset = half * 2^exponent."""
     largest = float(np.abs(means).max(initial=0.0))
     if largest == 0 or 2.0**-4 <= largest < 2.0**15:
@@ -135,13 +135,13 @@ def store(means: np.ndarray) -> tuple[np.ndarray, int]:
     return np.ldexp(means, -exponent).clip(-largest_half, largest_half).astype(np.float16), exponent
 
 
-def load(halves: np.ndarray, exponent: int | np.ndarray) -> np.ndarray:
+def from_halves(halves: np.ndarray, exponent: int | np.ndarray) -> np.ndarray:
     """Stored offsets -> float32 [leading, head_dim], exact; ``exponent``: one, or one a row [leading, 1]."""
     return np.ldexp(halves.astype(np.float64), exponent).astype(np.float32)
 
 
 # -- in streams --------------------------------------------------------------------------------------------------
-def read(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]) -> np.ndarray | None:
+def read_means(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]) -> np.ndarray | None:
     """The offsets of some leading indices: float32 [leading, head_dim], zeros for all others and for damaged ones.
 
     None where the stream has none; ``damage`` gets what is damaged. Raises CorruptStream.
@@ -149,17 +149,17 @@ def read(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]
     if not h.offsets:
         return None
     offsets = np.zeros((h.leading, h.head_dim), np.float32)
-    sound, raw = sections.read(source, h, sections.OFFSETS, leads, damage)
+    sound, raw = sections.read_entries(source, h, sections.OFFSETS, leads, damage)
     halves = raw.view("<f2").reshape(-1, h.head_dim)
     if not np.isfinite(halves).all():
         lead = sound[int(np.argmin(np.isfinite(halves).all(1)))]
         raise CorruptStream(f"offset of leading index {lead} is not finite")
-    offsets[sound] = load(halves, h.offset_exponent)
+    offsets[sound] = from_halves(halves, h.offset_exponent)
     return offsets
 
 
-def read_together(sources: Sequence[Source], headers: Sequence[Header], damage: list[Damage]) -> list[np.ndarray | None]:
-    """``read`` of whole streams, those of one shape at once."""
+def read_means_together(sources: Sequence[Source], headers: Sequence[Header], damage: list[Damage]) -> list[np.ndarray | None]:
+    """``read_means`` of whole streams, those of one shape at once."""
     found: list[np.ndarray | None] = [None] * len(headers)
     alike: dict[tuple[int, int], list[int]] = {}
     for number, h in enumerate(headers):
@@ -168,14 +168,14 @@ def read_together(sources: Sequence[Source], headers: Sequence[Header], damage: 
     for (leading, head_dim), numbers in alike.items():
         place = headers[numbers[0]].places[sections.OFFSETS]
         entries = [sources[n].read(headers[n].places[sections.OFFSETS].start, place.end - place.start) for n in numbers]
-        bodies, sound = sections.unsealed(np.concatenate(entries).reshape(-1, place.entry_bytes))
+        bodies, sound = sections.without_checksums(np.concatenate(entries).reshape(-1, place.entry_bytes))
         halves = bodies.view("<f2")
         if sound.all() and np.isfinite(halves).all():
             exponents = np.repeat([headers[n].offset_exponent for n in numbers], leading)[:, None]
-            loaded = load(halves, exponents).reshape(-1, leading, head_dim)
+            loaded = from_halves(halves, exponents).reshape(-1, leading, head_dim)
             for number, offsets in zip(numbers, loaded, strict=True):
                 found[number] = offsets
         else:  # one by one, to tell which
             for number in numbers:
-                found[number] = read(sources[number], headers[number], (0, leading), damage)
+                found[number] = read_means(sources[number], headers[number], (0, leading), damage)
     return found

@@ -29,7 +29,7 @@ def place_tokens(source: Source, h: Header, out: Values | None, tokens: Bounds, 
     """Copy exact first tokens to where they belong in ``out`` [leads, tokens, head_dim]; None: only check them."""
     if tokens[0] >= h.first_tokens:
         return
-    sound, raw = sections.read(source, h, sections.EXACT_TOKENS, leads, damage)
+    sound, raw = sections.read_entries(source, h, sections.EXACT_TOKENS, leads, damage)
     if out is None:
         return
     last = min(tokens[1], h.first_tokens)
@@ -67,7 +67,7 @@ def read_vectors(source: Source, h: Header, damage: list[Damage]) -> tuple[np.nd
 
     Raises CorruptStream.
     """
-    sound, bodies = sections.read(source, h, sections.EXACT_VECTORS, (0, 1), damage)
+    sound, bodies = sections.read_entries(source, h, sections.EXACT_VECTORS, (0, 1), damage)
     if not len(sound):
         return None
     records = bodies.reshape(h.exceptions, 8 + h.vector_bytes)

@@ -68,18 +68,18 @@ def places(h: Header) -> dict[SideSection, Place]:
     return found
 
 
-def write(stream: BinaryIO, bodies: Iterable[bytes]) -> None:
+def write_entries(stream: BinaryIO, bodies: Iterable[bytes]) -> None:
     """Entries, each with its checksum."""
     for body in bodies:
-        stream.write(sealed(body))
+        stream.write(with_checksum(body))
 
 
-def sealed(body: bytes) -> bytes:
+def with_checksum(body: bytes) -> bytes:
     """An entry: its body and the checksum of that."""
     return body + checksum(body).to_bytes(c.CHECKSUM_BYTES, "little")
 
 
-def read(
+def read_entries(
     source: Source, h: Header, section: SideSection, entries: tuple[int, int], damage: list[Damage]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sound ones of some entries: their numbers intp [n], and their bodies uint8 [n, bytes]; ``damage`` gets the others."""
@@ -88,7 +88,7 @@ def read(
         return np.zeros(0, np.intp), np.zeros((0, max(place.entry_bytes - c.CHECKSUM_BYTES, 0)), np.uint8)
     first, count = entries[0], entries[1] - entries[0]
     data = source.read(place.start + first * place.entry_bytes, count * place.entry_bytes).reshape(count, -1)
-    bodies, sound = unsealed(data)
+    bodies, sound = without_checksums(data)
     if sound.all():
         return np.arange(*entries), bodies
     leads = [int(first + n) if section.of_leads else None for n in np.flatnonzero(~sound)]
@@ -96,7 +96,7 @@ def read(
     return first + np.flatnonzero(sound), bodies[sound]
 
 
-def unsealed(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def without_checksums(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows uint8 [n, bytes] without the checksums at their ends, and whether these hold: bool [n]."""
     bodies = np.ascontiguousarray(rows[:, : -c.CHECKSUM_BYTES])
     stored = np.ascontiguousarray(rows[:, -c.CHECKSUM_BYTES :]).view("<u4")[:, 0]

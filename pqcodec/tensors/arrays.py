@@ -199,7 +199,7 @@ def copied(out: Any, result: Any) -> Any:
     return out
 
 
-def joined(parts: Any) -> Any:
+def concatenated(parts: Any) -> Any:
     """Tensors [..., tokens, head_dim] of one kind, one behind the other along the tokens."""
     parts = list(parts)
     if len(parts) == 1:

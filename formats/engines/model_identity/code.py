@@ -14,7 +14,7 @@ KNOWN = ("torch", "transformers", "peft", "accelerate", "builtins", "typing", "c
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-def plain(function: Any) -> Any:
+def unbound(function: Any) -> Any:
     """The function inside a bound method or a ``functools.partial``."""
     while True:
         if isinstance(function, functools.partial):
@@ -30,14 +30,14 @@ def layers(function: Any) -> Iterator[Any]:
     seen: set[int] = set()
     while function is not None and id(function) not in seen:
         seen.add(id(function))
-        function = plain(function)
+        function = unbound(function)
         yield function
         function = getattr(function, "__wrapped__", None)
 
 
 def module_of(function: Any) -> str:
     """The name of the Python module whose source a function is written in."""
-    function = plain(function)
+    function = unbound(function)
     space = getattr(function, "__globals__", None)
     return str(space.get("__name__", "") if space else getattr(function, "__module__", None) or "")
 
@@ -49,7 +49,7 @@ def package_of(function: Any) -> str:
 
 def name_of(function: Any) -> str:
     """The module and qualified name of a function."""
-    function = plain(function)
+    function = unbound(function)
     code = getattr(function, "__code__", None)
     name = code.co_qualname if code else getattr(function, "__qualname__", type(function).__qualname__)
     return f"{module_of(function) or type(function).__module__}.{name}"
@@ -108,7 +108,7 @@ def class_content(kind: Any) -> list[Any]:
     """The content of a class, as JSON: its functions, and its numbers and strings, by name."""
     found: list[Any] = []
     for name, value in sorted(vars(kind).items()):
-        function = plain(getattr(value, "fget", value))
+        function = unbound(getattr(value, "fget", value))
         if isinstance(getattr(function, "__code__", None), CodeType):
             found.append([name, *function_content(function)])
         elif isinstance(value, (bool, int, float, str)) and not name.startswith("__"):

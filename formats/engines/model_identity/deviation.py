@@ -285,11 +285,11 @@ def _described(value: Any, tensor: Callable[[Any], bytes], objects: int = 0, dep
     if isinstance(value, partial):
         parts = [_described(part, tensor, objects, depth + 1) for part in (value.func, value.args, value.keywords)]
         return {"partial": [None if part is _NOTHING else part for part in parts]}
-    if callable(value) and hasattr(code.plain(value), "__code__"):
-        name, where = code.name_of(value), code.plain(value).__code__.co_firstlineno
+    if callable(value) and hasattr(code.unbound(value), "__code__"):
+        name, where = code.name_of(value), code.unbound(value).__code__.co_firstlineno
         content = {"code": name if code.is_lasting(name) else f"{name}:{where}"}
         if code.package_of(value) not in code.KNOWN + code.LIBRARIES:
-            content["digest"] = json_digest(code.function_content(code.plain(value)))
+            content["digest"] = json_digest(code.function_content(code.unbound(value)))
         return content
     if objects and _is_plain(value):
         fields = _described(code.object_fields(value), tensor, objects - 1, depth + 1)

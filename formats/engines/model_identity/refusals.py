@@ -61,7 +61,7 @@ def refuse_forwards(modules: Named) -> None:
 def _leads_to_own(module: Any, forward: Any) -> bool:
     """Whether a module's ``forward`` only wraps that of its class."""
     for _ in range(16):
-        if code.plain(forward) is code.plain(type(module).forward):
+        if code.unbound(forward) is code.unbound(type(module).forward):
             return True
         if hasattr(forward, "_torchdynamo_orig_callable"):  # torch.compile(module.forward)
             forward = forward._torchdynamo_orig_callable
@@ -71,7 +71,8 @@ def _leads_to_own(module: Any, forward: Any) -> bool:
                     return False
                 forward = getattr(module, "_old_forward", None)
             else:
-                cells = dict(zip(code.plain(forward).__code__.co_freevars, code.plain(forward).__closure__ or (), strict=False))
+                function = code.unbound(forward)
+                cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
                 forward = cells["original_forward"].cell_contents if "original_forward" in cells else None
         else:
             return False

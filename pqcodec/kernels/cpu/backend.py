@@ -106,7 +106,7 @@ def _source(h: Header, values: Values) -> tuple:
 
 
 def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
-    """The blocks of jobs of one kind as ``decode_blocks`` takes them, job by job and chunk by chunk.
+    """The blocks of jobs of one kind as ``decode_stream_blocks`` takes them, job by job and chunk by chunk.
 
     ``offsets``: each job's, float32 [leading, order], or [0, 0].
     """
@@ -229,7 +229,7 @@ class Cpu:
         )
 
         def task(first: int, last: int) -> int:
-            blocks.encode_blocks(first, last, *arguments)
+            blocks.encode_stream_blocks(first, last, *arguments)
             return last - first
 
         pieces = _pieces(h.chunks * h.leading, h.chunk_tokens * h.vector_bytes)
@@ -270,7 +270,7 @@ class Cpu:
         )
 
         def task(first: int, last: int) -> int:
-            blocks.decode_blocks(items[first:last], *arguments, damaged[first:last])
+            blocks.decode_stream_blocks(items[first:last], *arguments, damaged[first:last])
             return last - first
 
         return [partial(task, *piece) for piece in _pieces(len(items), h.chunk_tokens * h.vector_bytes)]

@@ -48,7 +48,7 @@ _FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scal
 
 
 @jit
-def encode_blocks(first_block, last_block, kind, source, offsets, rope, rotation, split, paper, keys, bad, payload):
+def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, rotation, split, paper, keys, bad, payload):
     """Encode blocks first_block .. last_block - 1, counted chunk by chunk, into ``payload``.
 
     ``offsets`` are the means' negatives. Vectors with NaN or Inf are coded as zeros, and marked in bad [leading * coded].
@@ -122,7 +122,7 @@ def encode_blocks(first_block, last_block, kind, source, offsets, rope, rotation
 
 
 @jit
-def decode_blocks(items, kind, output, rope, rotation, split, paper, keys, damaged):
+def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, keys, damaged):
     """Check the blocks of int64 items [n, ITEM], which lie anywhere in memory, and decode their rows where ``output.write``.
 
     Records come as plain tuples (``records.plain``).

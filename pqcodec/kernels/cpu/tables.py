@@ -182,7 +182,7 @@ def _circle() -> np.ndarray:
 @lru_cache(maxsize=1)
 def _paper_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Squared bounds in tan psi [3, 3]; cos and sin [3, 4] of levels 2 to 4."""
-    bounds, cos, sin = look_ups.paper_cells()
+    bounds, cos, sin = look_ups.paper_levels()
     return bounds**2, cos, sin
 
 

@@ -16,7 +16,7 @@ from cuda.bindings import driver
 
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.compiled import Layout, checked, compiled, layout
+from pqcodec.kernels.on_cuda.compiled import Layout, compiled, layout, returned
 from pqcodec.kernels.on_cuda.tables import ORDERS, matrix_fits
 from pqcodec.kernels.on_triton.backend import Triton
 from pqcodec.kernels.spans import Group
@@ -43,7 +43,7 @@ def takes(group: Group) -> bool:
     )
 
 
-def kind_of(h: Header) -> Header:
+def header_of_kind(h: Header) -> Header:
     """The header that stands for all streams of a kind: without their shape, exact tokens and first position."""
     rope = h.rope and type(h.rope)(0, h.rope.pairing, h.rope.frequencies)
     return Header(
@@ -80,10 +80,10 @@ def _kernel(verb: str, kind: Header, few: bool, device: str) -> Kernel | None:
         return None
     code = compiled(verb, kind, found, architecture)
     with torch.cuda.device(device):
-        module = checked(driver.cuModuleLoadData(code))
-        function = checked(driver.cuModuleGetFunction(module, f"{verb}_blocks".encode()))
+        module = returned(driver.cuModuleLoadData(code))
+        function = returned(driver.cuModuleGetFunction(module, f"{verb}_stream_blocks".encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuFuncSetAttribute(function, attribute, found.shared_bytes))
+        returned(driver.cuFuncSetAttribute(function, attribute, found.shared_bytes))
         tensor = torch.from_numpy(found.blob).to(device)
     return Kernel(function, found, tensor)
 
@@ -97,7 +97,7 @@ def _device(device: str) -> tuple[int, str, int, int]:
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # a context for the driver
         which = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        limit = checked(driver.cuDeviceGetAttribute(which, checked(driver.cuCtxGetDevice())))
+        limit = returned(driver.cuDeviceGetAttribute(which, returned(driver.cuCtxGetDevice())))
     return properties.major, f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, limit
 
 
@@ -158,7 +158,7 @@ class Cuda:
             return None
         device = str(group.device)
         few = group.blocks <= FEW * _device(device)[2]
-        return _kernel(verb, kind_of(group.header), few, device)
+        return _kernel(verb, header_of_kind(group.header), few, device)
 
     @staticmethod
     def _launch(kernel: Kernel, group: Group, flags: Any) -> None:
@@ -177,7 +177,7 @@ class Cuda:
             grid = max(grid, -(-group.blocks // warps))
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
-            checked(
+            returned(
                 driver.cuLaunchKernel(
                     kernel.function, grid, 1, 1, threads, 1, 1, kernel.layout.shared_bytes, stream, pointers.ctypes.data, 0
                 )

@@ -718,7 +718,7 @@ INLINE void bulk_store(const u8* from, const Block& b, int row0, int lane) {
     if (wanted) __stcs(reinterpret_cast<type*>(at), value)
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_blocks(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
     extern __shared__ uint4 memory[];
@@ -1343,7 +1343,7 @@ INLINE void fetch(const Block& b, int row0, int lane) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_blocks(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     const i64* __restrict__ rows, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
     extern __shared__ uint4 memory[];

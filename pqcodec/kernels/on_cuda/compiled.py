@@ -96,21 +96,21 @@ def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
     options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
     try:
-        program = checked(nvrtc.nvrtcCreateProgram(source, b"blocks.cu", 0, [], []))
+        program = returned(nvrtc.nvrtcCreateProgram(source, b"blocks.cu", 0, [], []))
     except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
         raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     if int(error):
-        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * returned(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendUnavailable(f"CUDA: {error.name} for {architecture}:\n{log.decode(errors='replace')}")
-    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
-    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    code = b" " * returned(nvrtc.nvrtcGetCUBINSize(program))
+    returned(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
     return code
 
 
-def checked(result: tuple[Any, ...]) -> Any:
+def returned(result: tuple[Any, ...]) -> Any:
     """The values of a call of the driver or the compiler; raises BackendUnavailable, naming its error."""
     error, *values = result
     if int(error):
@@ -142,7 +142,7 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "ROUNDS": h.rounds,
         "BYTES": int(in_bytes(verb, h)),
         "WARPGROUPS": int(layout.warpgroups),
-        "PAPER_BOUNDS": _braces(t.paper_cells()[0] ** 2),
+        "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "ROWS": ROWS,
         "ROW_BYTES": plan.row_bytes,
         "STRIDE_WORDS": _stride_words(h),

@@ -111,7 +111,7 @@ def matrix_fits(order: int, seed: int) -> bool:
 # -- of decoders ----------------------------------------------------------------------------------------------------------
 def _decoder_tables(h: Header, plan: Plan, table_bits: int) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_PAPER:
-        _, cos, sin = t.paper_cells()
+        _, cos, sin = t.paper_levels()
         directions = (2 * np.arange(16) + 1) * (c.CIRCLE // 32)
         return {
             "ANGLES": np.stack([cos, sin], 2).astype(np.float32),

@@ -75,7 +75,7 @@ class Triton:
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-        blocks.encode_blocks[(group.blocks,)](
+        blocks.encode_stream_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
             group.starts,
@@ -105,7 +105,7 @@ class Triton:
         if not group.blocks:
             return
         h, tables = group.header, group.tables
-        blocks.decode_blocks[(group.blocks,)](
+        blocks.decode_stream_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
             group.starts,

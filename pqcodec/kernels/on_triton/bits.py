@@ -22,7 +22,7 @@ def find_span(firsts, index, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def read(words, bit, width, mask):
+def get_field(words, bit, width, mask):
     """Fields of ``width`` <= 28 bits that begin at ``bit``, int32. Only words that a field touches are read."""
     shift = (bit & 31).to(tl.uint32)
     at = words + (bit >> 5)
@@ -33,7 +33,7 @@ def read(words, bit, width, mask):
 
 
 @triton.jit
-def write(words, bit, value, mask):
+def put_field(words, bit, value, mask):
     """OR fields of up to 32 bits into words that held zeros there, beginning at ``bit``."""
     shift = (bit & 31).to(tl.uint32)
     at = words + (bit >> 5)

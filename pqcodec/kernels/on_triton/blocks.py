@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import find_span, read, word_sum, write
+from pqcodec.kernels.on_triton.bits import find_span, get_field, put_field, word_sum
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     FAR,
@@ -66,7 +66,7 @@ def clear_blocks(spans, firsts, row_bytes, chunk_tokens, TILE: tl.constexpr, SEA
 
 
 @triton.jit
-def encode_blocks(
+def encode_stream_blocks(
     spans,
     firsts,
     starts,
@@ -188,11 +188,11 @@ def encode_blocks(
     tl.debug_barrier()
     total = word_sum(words, skew, tokens * ROW_BYTES, keys, SUM_TILE)
     end = (skew + tokens * ROW_BYTES) * 8 + tl.zeros([1], tl.int32)
-    write(words, end, total + tl.zeros([1], tl.uint32), end >= 0)
+    put_field(words, end, total + tl.zeros([1], tl.uint32), end >= 0)
 
 
 @triton.jit
-def decode_blocks(
+def decode_stream_blocks(
     spans,
     firsts,
     starts,
@@ -241,8 +241,8 @@ def decode_blocks(
     count = tokens * ROW_BYTES
     end = (skew + count) * 8 + tl.zeros([1], tl.int32)
     always = end >= 0
-    stored = (read(words, end, tl.full([1], 16, tl.int32), always)).to(tl.uint32)
-    stored |= read(words, end + 16, tl.full([1], 16, tl.int32), always).to(tl.uint32) << 16
+    stored = (get_field(words, end, tl.full([1], 16, tl.int32), always)).to(tl.uint32)
+    stored |= get_field(words, end + 16, tl.full([1], 16, tl.int32), always).to(tl.uint32) << 16
     good = word_sum(words, skew, count, keys, SUM_TILE)
     tl.store(flags + index + tl.arange(0, 1), (stored != good).to(tl.int32))
 

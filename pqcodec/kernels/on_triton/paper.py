@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import read, write
+from pqcodec.kernels.on_triton.bits import get_field, put_field
 from pqcodec.kernels.on_triton.numbers import (
     CIRCLE,
     GROUP,
@@ -24,7 +24,7 @@ from pqcodec.kernels.on_triton.rotation import rotated, rotated_back
 @triton.jit
 def paper_radius(words, bit, mask):
     """The radius of a block of 16, float32. Its sign is ignored; NaN counts as 0, infinity as the largest float16."""
-    bits = read(words, bit, tl.full(bit.shape, 15, tl.int32), mask)
+    bits = get_field(words, bit, tl.full(bit.shape, 15, tl.int32), mask)
     bits = tl.where(bits > 0x7C00, 0, tl.minimum(bits, 0x7BFF))
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -37,7 +37,7 @@ def paper_level(words, bit, radius, mask, paper, LEVEL: tl.constexpr):
     sin = paper + (PAPER.value.sin + 4 * (LEVEL - 2))
     index = tl.arange(0, COUNT)[None, :]
     field = bit[:, None] + 2 * index
-    code = read(words, field, tl.full(field.shape, 2, tl.int32), mask[:, None] & (index >= 0))
+    code = get_field(words, field, tl.full(field.shape, 2, tl.int32), mask[:, None] & (index >= 0))
     both = tl.join(radius * tl.load(cos + code), radius * tl.load(sin + code))
     return tl.reshape(both, [both.shape[0], 2 * COUNT])
 
@@ -50,7 +50,7 @@ def paper_coordinates(words, bit, radius, mask, paper, circle):
     x = paper_level(words, bit + 6, x, mask, paper, 2)
     index = tl.arange(0, 8)[None, :]
     field = bit[:, None] + 14 + 4 * index
-    code = read(words, field, tl.full(field.shape, 4, tl.int32), mask[:, None] & (index >= 0))
+    code = get_field(words, field, tl.full(field.shape, 4, tl.int32), mask[:, None] & (index >= 0))
     phase = (2 * code + 1) * (CIRCLE // 32)
     x = tl.join(x * tl.load(circle + phase), x * tl.load(circle + CIRCLE + phase))
     return nearest(tl.reshape(x, [x.shape[0], GROUP]))
@@ -88,7 +88,7 @@ def decode_paper(
 
 
 @triton.jit
-def paper_cells(a, b, paper, LEVEL: tl.constexpr):
+def paper_codes(a, b, paper, LEVEL: tl.constexpr):
     """The cell, 0 .. 3, of each angle of level 2, 3 or 4 between energies a and b, by three squared bounds in tan psi."""
     bounds = paper + (PAPER.value.bounds + 3 * (LEVEL - 2))
     code = (b >= tl.load(bounds) * a).to(tl.int32)
@@ -101,7 +101,7 @@ def paper_cells(a, b, paper, LEVEL: tl.constexpr):
 def write_run(words, bit, codes, mask, WIDTH: tl.constexpr, COUNT: tl.constexpr):
     """Write codes [R, COUNT] of WIDTH bits each side by side, as one field of 32 bits at the most."""
     value = tl.sum(codes.to(tl.uint32) << (WIDTH * tl.arange(0, COUNT)[None, :]).to(tl.uint32), 1)
-    write(words, bit, value, mask)
+    put_field(words, bit, value, mask)
 
 
 @triton.jit
@@ -110,17 +110,17 @@ def encode_paper_block(words, bit, v, exponent, radius_exponent, mask, paper, OR
     p, q = halves(v)
     code1 = tl.minimum((turns_of(p, q) * 16.0).to(tl.int32), 15)
     a, b = halves(p * p + q * q)
-    code2 = paper_cells(a, b, paper, 2)
+    code2 = paper_codes(a, b, paper, 2)
     a, b = halves(a + b)
-    code3 = paper_cells(a, b, paper, 3)
+    code3 = paper_codes(a, b, paper, 3)
     a, b = halves(a + b)
-    code4 = paper_cells(a, b, paper, 4)
+    code4 = paper_codes(a, b, paper, 4)
     energy = first_of(a + b)
     power = -exponent - radius_exponent
     first = power // 2
     radius = tl.sqrt(energy / ORDER) * power_of_two(first) * power_of_two(power - first)
     half = tl.minimum(radius, LARGEST_HALF).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-    write(words, bit, half, mask)
+    put_field(words, bit, half, mask)
     write_run(words, bit + 16, code4, mask, 2, 1)
     write_run(words, bit + 18, code3, mask, 2, 2)
     write_run(words, bit + 22, code2, mask, 2, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import read, write
+from pqcodec.kernels.on_triton.bits import get_field, put_field
 from pqcodec.kernels.on_triton.numbers import (
     BOUNDS,
     CAP,
@@ -74,7 +74,7 @@ def decode_node(words, bit, budget, radius, mask, entry, factor, cap, node_cos, 
     """Read a node of equal children: where their bits begin, their budgets and radii, joined in a last dimension of two."""
     width = width_of(budget, factor, 1)
     one = tl.full(width.shape, 1, tl.int32) << width
-    at = entry + one + read(words, bit, width, mask)
+    at = entry + one + get_field(words, bit, width, mask)
     rest = budget - width
     share = share_of(rest, rest >> 1, tl.load(node_shift + at), cap, cap)
     bits = tl.join(bit + width, bit + width + share)
@@ -84,7 +84,7 @@ def decode_node(words, bit, budget, radius, mask, entry, factor, cap, node_cos, 
 @triton.jit
 def decode_quads(words, bit, budget, radius, mask, quad_ints, quad_floats, records, record_floats, circle):
     """Read quads [R, 4]: their coordinates, whole numbers of the grid, float32 [R, 16] (SPEC 6.4, 6.5)."""
-    code = read(words, bit, budget, mask)
+    code = get_field(words, bit, budget, mask)
     quad = quad_ints + len(QUAD_ROW.value) * budget
     codes, first, last = (
         tl.load(quad + QUAD_ROW.value.codes),
@@ -139,7 +139,7 @@ def decode_split(
     ROWS: tl.constexpr,
 ):
     """Rows from ``bit0`` on -> acc [R, COLUMNS] rotated back; exponent and mantissa of each row's factor, and where it is 0."""
-    code = read(words, bit0, tl.full([ROWS], RADIUS_BITS, tl.int32), mask)
+    code = get_field(words, bit0, tl.full([ROWS], RADIUS_BITS, tl.int32), mask)
     step = tl.maximum(code, 1) - 1
     octave = step // RADIUS_STEPS
     exponent = octave - RADIUS_BIAS
@@ -153,7 +153,7 @@ def decode_split(
             right = tl.load(node + NODE.value.right) > 0
             width = width_of(budget, tl.load(node + NODE.value.width_factor), tl.load(node + NODE.value.least_width))
             one = tl.full([ROWS], 1, tl.int32) << width
-            at = tl.load(node + NODE.value.kind) * CODES + one + read(words, bit, width, mask)
+            at = tl.load(node + NODE.value.kind) * CODES + one + get_field(words, bit, width, mask)
             rest = budget - width
             portion = (rest * tl.load(node + NODE.value.share_factor)) >> SHARE_SHIFT
             moved = tl.load(node_shift + at)
@@ -198,7 +198,7 @@ def encode_node(words, bit, budget, a, b, mask, kind, factor, cap, grid, look_up
     """Write the angle of a node of equal children on the coarse grid: where their bits begin and their budgets, joined."""
     width = width_of(budget, factor, 1)
     code = cell_of(place_of(a, b, grid), width, kind, 0, look_up, bounds, 0)
-    write(words, bit, code, mask)
+    put_field(words, bit, code, mask)
     rest = budget - width
     moved = tl.load(node_shift + kind * CODES + (tl.full(width.shape, 1, tl.int32) << width) + code)
     share = share_of(rest, rest >> 1, moved, cap, cap)
@@ -257,7 +257,7 @@ def encode_group(
     sector_a = tl.minimum((turn_a * n_a.to(tl.float32)).to(tl.int32), n_a - 1)
     sector_b = tl.minimum((turn_b * n_b.to(tl.float32)).to(tl.int32), n_b - 1)
     code = cell * tl.load(quad + QUAD_ROW.value.codes) + sector_a * n_b + sector_b
-    write(words, bit, code, mask[:, None] & (budget > 0))
+    put_field(words, bit, code, mask[:, None] & (budget > 0))
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def encode_split(
         own = tl.sum(v * v, 1)
         energies = tl.where((tl.arange(0, GROUPS) == group)[None, :], own[:, None], energies)
     code = radius_code(tl.sum(energies, 1), exponent, RADIUS_BITS, RADIUS_STEPS, ENERGY_SCALE)
-    write(words, bit0, code, mask)
+    put_field(words, bit0, code, mask)
     for group in range(ORDER // GROUP):
         v = rotated(coarse, fine, finest, rotation, group, columns, TERMS, COLUMNS, OPERAND)
         bit = bit0 + RADIUS_BITS
@@ -321,7 +321,7 @@ def encode_split(
             grid = (tl.full([ROWS], STEPS, tl.int32) << moved_grid).to(tl.float32)
             code = cell_of(place_of(a, b, grid), width, kind, moved_grid, look_up, bounds, FIXES)
             first = tl.full([ROWS], group, tl.int32) == low  # the node's first group writes its angle
-            write(words, bit, code, mask & first & (width > 0))
+            put_field(words, bit, code, mask & first & (width > 0))
             rest = budget - width
             moved = tl.load(node_shift + kind * CODES + (tl.full([ROWS], 1, tl.int32) << width) + code)
             portion = (rest * tl.load(node + NODE.value.share_factor)) >> SHARE_SHIFT
