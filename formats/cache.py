@@ -83,6 +83,14 @@ def append_cache(
     Each tensor is coded as its first tokens were; ``rope``: as given to ``save_cache``. Older tokens are neither read nor
     rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
     ``save_cache`` does.
+
+    >>> import tempfile, numpy as np
+    >>> layers = [(np.ones((1, 2, 80, 64), np.float16), np.ones((1, 2, 80, 64), np.float16))]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_cache(folder + "/chat.pqkv", layers, backend="reference")
+    ...     append_cache(folder + "/chat.pqkv", layers, backend="reference")
+    ...     [key.shape for key, value in load_cache(folder + "/chat.pqkv", backend="reference")]
+    [(1, 2, 160, 64)]
     """
     with PQKVAppender(path) as writer, PQKVFile(path) as there:
         names = [
@@ -116,6 +124,12 @@ def load_cache(
     """The (key, value) tensors of each layer of a file; ``tokens`` = (first, last + 1) reads only these tokens.
 
     Raises InvalidArgument where a layer has not exactly one key and one value, and as ``pqcodec.decode`` does.
+
+    >>> import io, numpy as np
+    >>> file = io.BytesIO()
+    >>> save_cache(file, 2 * [(np.ones((1, 2, 40, 64), np.float16), np.zeros((1, 2, 40, 64), np.float16))], backend="reference")
+    >>> [(key.shape, float(value.max())) for key, value in load_cache(file, tokens=(30, 40), backend="reference")]
+    [((1, 2, 10, 64), 0.0), ((1, 2, 10, 64), 0.0)]
     """
     with PQKVFile(path) as file:
         return layer_pairs(file, tokens=tokens, device=device, backend=backend)
@@ -207,6 +221,14 @@ def load_safetensors(
 
     A file without a listing (SPEC III.1) is refused, for a damaged listing looks the same; ``foreign=True`` loads its tensors
     as they are. Raises as ``SafetensorsCache`` and ``pqcodec.decode`` do.
+
+    >>> import tempfile, numpy as np
+    >>> tensors = {"layers.0.key": np.ones((2, 40, 64), np.float16), "positions": np.arange(40)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_safetensors(folder + "/cache.safetensors", tensors, backend="reference")
+    ...     found = load_safetensors(folder + "/cache.safetensors", backend="reference")
+    >>> found["layers.0.key"].shape, bool((found["positions"] == np.arange(40)).all())
+    ((2, 40, 64), True)
     """
     if foreign and not holds_streams(path):
         return _load_foreign(path, tokens, device)
@@ -288,6 +310,13 @@ def load_zarr(
     """The (key, value) tensors of each layer of a store; ``tokens`` = (first, last + 1) reads only these tokens.
 
     Raises InvalidArgument where the store holds no complete cache, and as ``pqcodec.decode`` does.
+
+    >>> import numpy as np
+    >>> from zarr.storage import MemoryStore
+    >>> store = MemoryStore()
+    >>> save_zarr(store, [(np.ones((2, 300, 64), np.float16), np.zeros((2, 300, 64), np.float16))])
+    >>> [(key.shape, float(value.max())) for key, value in load_zarr(store, tokens=(200, 264))]
+    [((2, 64, 64), 0.0)]
     """
     with kinds.container_module("zarr.reader").ZarrCache(store) as file:
         return layer_pairs(file, tokens=tokens, device=device, backend=backend)

@@ -60,7 +60,13 @@ def encode(
 
 
 def encode_by(options: EncodeOptions, x: Any, backend: str = "auto", progress: Progress | None = None) -> tuple[Header, bytes]:
-    """``encode`` with its options in one object: the stream, and its header, which so need not be read out of it."""
+    """``encode`` with its options in one object: the stream, and its header, which so need not be read out of it.
+
+    >>> import numpy as np
+    >>> header, data = encode_by(EncodeOptions("pq2"), np.ones((2, 10, 64), np.float16), backend="reference")
+    >>> header.tokens, header.stream_bytes == len(data)
+    (10, True)
+    """
     view = arrays.view(x)
     if on_device(backend, view.device):
         from pqcodec import device
@@ -107,6 +113,14 @@ def decode(
     ``device``: a torch device for the result; on a GPU the stream is decoded there. ``out``: a tensor of the result's shape and
     dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
     Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
+    >>> data = encode(x, preset="pq4", backend="reference")
+    >>> whole = decode(data, backend="reference")
+    >>> part = decode(data, tokens=(30, 40), leading=(1, 2), backend="reference")
+    >>> part.shape, bool((part == whole[1:, 30:40]).all())
+    ((1, 10, 64), True)
     """
     where = device_of(out) if out is not None else device
     at = device_type(where if where is not None else device_of(data))
@@ -124,6 +138,13 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     Each stream goes to the tokens of its out [..., tokens, head_dim] from a start on; many may share one out. On the CPU an out
     may be a list of tensors that follow each other along their first dimension. Raises as ``decode`` does, and does not say
     which of the streams is damaged.
+
+    >>> import numpy as np
+    >>> x, out = np.ones((2, 10, 64), np.float16), np.zeros((2, 20, 64), np.float16)
+    >>> streams = [source_of(encode(part, backend="reference")) for part in (x, -x)]
+    >>> decode_together(streams, [out, out], [0, 10], backend="reference")
+    >>> np.sign(out[0, :, 0]).tolist() == 10 * [1.0] + 10 * [-1.0]
+    True
     """
     if len(outs) and on_device(backend, device_type(device_of(outs[0]))):  # a list of tensors is the CPU's
         from pqcodec import device
@@ -169,6 +190,14 @@ def verify(data: Any, *, backend: str = "auto", progress: Progress | None = None
     """Check every checksum of a stream; an empty list is a sound stream.
 
     A header that does not hold raises, as in ``decode``.
+
+    >>> import numpy as np
+    >>> data = bytearray(encode(np.ones((2, 100, 64), np.float16), backend="reference"))
+    >>> verify(data, backend="reference")
+    []
+    >>> data[-1] ^= 1
+    >>> print(*verify(data, backend="reference"))
+    payload, leading index 1, tokens 64 .. 99
     """
     if on_device(backend, device_type(device_of(data))):
         from pqcodec import device
@@ -181,5 +210,9 @@ def means(data: Any) -> np.ndarray | None:
     """What a stream's encoder subtracted: float32 [leading, head_dim], turned back to position 0 under RoPE; None for nothing.
 
     Raises as ``decode`` does.
+
+    >>> import numpy as np
+    >>> means(encode(np.full((3, 10, 64), 2, np.float16), center="mean", backend="reference"))[:, 0].tolist()
+    [2.0, 2.0, 2.0]
     """
     return host.means(source_of(data))

@@ -21,7 +21,15 @@ class InvalidArgument(PQError, ValueError):
 
 
 class NonFiniteInput(InvalidArgument):
-    """The tensor to encode holds NaN or Inf; the message names the first place."""
+    """The tensor to encode holds NaN or Inf; the message names the first place.
+
+    >>> import numpy as np, pqcodec
+    >>> try:
+    ...     pqcodec.encode(np.full((4, 64), np.inf, np.float16), backend="reference")
+    ... except NonFiniteInput as error:
+    ...     print(str(error)[:38])
+    element [0, 0] of the tensor is inf (4
+    """
 
 
 class BackendUnavailable(InvalidArgument):
@@ -29,11 +37,28 @@ class BackendUnavailable(InvalidArgument):
 
 
 class CorruptStream(PQError):
-    """The stream's fault: a checksum or a field does not hold."""
+    """The stream's fault: a checksum or a field does not hold.
+
+    >>> import numpy as np, pqcodec
+    >>> data = pqcodec.encode(np.ones((4, 64), np.float16), backend="reference")
+    >>> try:
+    ...     pqcodec.decode(data[:-1] + b"?", backend="reference")
+    ... except CorruptStream as error:
+    ...     print(error)
+    checksum does not hold: payload, leading index 0, tokens 0 .. 3
+    """
 
 
 class TruncatedStream(CorruptStream):
-    """The stream ends before its header says it does."""
+    """The stream ends before its header says it does.
+
+    >>> import numpy as np, pqcodec
+    >>> try:
+    ...     pqcodec.decode(pqcodec.encode(np.ones((4, 64), np.float16), backend="reference")[:-7])
+    ... except TruncatedStream as error:
+    ...     print(error)
+    168 bytes announced, 161 there; the stream is cut off
+    """
 
 
 class UnsupportedStream(PQError):

@@ -31,7 +31,11 @@ _ZARR_MARK = "zarr.json"
 
 
 def container_of(path: str | os.PathLike[str], to: str | None = None) -> str:
-    """The kind of container to write at a path: ``to``, or by its extension; raises InvalidArgument."""
+    """The kind of container to write at a path: ``to``, or by its extension; raises InvalidArgument.
+
+    >>> container_of("cache.safetensors"), container_of("s3://bucket/cache.zarr"), container_of("cache", to="pqkv")
+    ('safetensors', 'zarr', 'pqkv')
+    """
     if to is not None:
         if to not in KINDS:
             raise InvalidArgument(f"container {to!r} is unknown; choose from {', '.join(KINDS)}")
@@ -56,6 +60,13 @@ def write(
 
     The container appears when it is complete and replaces what was there. ``progress`` is called with (tensors done, tensors
     in all). Raises InvalidArgument, OSError, and what making a tensor raises.
+
+    >>> import tempfile, numpy as np
+    >>> piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = write(folder + "/cache.safetensors", [piece], to="safetensors")
+    ...     kind_of(folder + "/cache.safetensors")
+    'safetensors'
     """
     if to != "pqkv" and not isinstance(path, (str, os.PathLike)):
         raise InvalidArgument(f"a {to} container cannot be written to a pipe; name a path, or choose pqkv")
@@ -67,6 +78,12 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     """The kind of what a path or URL holds: "pqkv", "stream", "safetensors", "zarr", "npz" or "npy".
 
     Raises InvalidArgument or OSError.
+
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(folder + "/x.npy", np.ones(3))
+    ...     kind_of(folder + "/x.npy")
+    'npy'
     """
     if remote.is_url(path):
         if _extension(path) == ".zarr":
@@ -84,6 +101,14 @@ def open_encoded(path: str | os.PathLike[str]) -> TensorFile:
     """Open an encoded file of any container, or a single stream.
 
     Raises InvalidArgument for any other file, and as the container's reader does.
+
+    >>> import tempfile, numpy as np
+    >>> piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = write(folder + "/cache.pqkv", [piece], {"model": "tiny"}, to="pqkv")
+    ...     with open_encoded(folder + "/cache.pqkv") as file:
+    ...         file.names, file.metadata, file.decode("positions").tolist()
+    (('positions',), {'model': 'tiny'}, [0, 1, 2, 3])
     """
     kind = kind_of(path)
     if kind not in _READERS:
@@ -104,6 +129,15 @@ def convert(
 
     Damage inside a stream is copied too and stays detectable. Raises InvalidArgument for tensors that the container cannot
     hold, and as reading and writing do.
+
+    >>> import tempfile, numpy as np
+    >>> piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = write(folder + "/cache.pqkv", [piece], to="pqkv")
+    ...     size = convert(folder + "/cache.pqkv", folder + "/cache.safetensors")
+    ...     with open_encoded(folder + "/cache.safetensors") as file:
+    ...         file.decode("positions").tolist()
+    [0, 1, 2, 3]
     """
     kind = container_of(target, to) if isinstance(target, (str, os.PathLike)) else to or "pqkv"
     with open_encoded(source) as file:

@@ -32,7 +32,12 @@ Findings = list[tuple[str | None, Damage | str]]  # the result of ``verify``: (t
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: the file's description of it, and the offset of its body."""
+    """A tensor of a file: the file's description of it, and the offset of its body.
+
+    >>> entry = Entry("layers.0.key", True, 0, "key", (2, 40, 64), "float16", LAYOUT, body_start=200, body_bytes=2160)
+    >>> entry.tokens, entry.tensor_bytes, entry.continued_by((2, 8, 64), "float16")
+    (40, 10240, True)
+    """
 
     name: str
     coded: bool  # False: kept exactly, as plain numbers

@@ -152,6 +152,14 @@ class SafetensorsCache(TensorFile):
 
     Opening reads the header, decoding only the chunks that hold the wanted tokens. Raises InvalidArgument for a file that
     pqcodec did not write, TruncatedStream, CorruptStream or UnsupportedStream.
+
+    >>> import tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))
+    ...     size = write_pieces(folder + "/cache.safetensors", [piece], {"model": "tiny"})
+    ...     with SafetensorsCache(folder + "/cache.safetensors") as file:
+    ...         file.size == size, file.keys(), file.metadata, file.get_tensor("positions").tolist()
+    (True, ('positions',), {'model': 'tiny'}, [0, 1, 2, 3])
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -281,6 +289,17 @@ class TensorSlice:
 
     Only the range of tokens, and of the first dimension of three or more, limits what is read. Raises InvalidArgument for
     another index, and as ``SafetensorsCache.decode`` does.
+
+    >>> import tempfile, numpy as np
+    >>> from pqcodec import encode
+    >>> stream = encode(np.ones((2, 40, 64), np.float16), backend="reference")
+    >>> piece = Piece("k", True, 0, "key", (2, 40, 64), "float16", "..., tokens, head_dim", lambda: Coded.of(stream))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = write_pieces(folder + "/cache.safetensors", [piece])
+    ...     with SafetensorsCache(folder + "/cache.safetensors") as file:
+    ...         part = file.get_slice("k", backend="reference")
+    ...         part.get_shape(), part.get_dtype(), part[1, 8:12].shape
+    ([2, 40, 64], 'F16', (4, 64))
     """
 
     def __init__(self, file: SafetensorsCache, name: str, device: Any, backend: str) -> None:

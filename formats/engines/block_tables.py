@@ -93,6 +93,13 @@ def decode_blocks(
 
     Raises before anything is written: InvalidArgument where heads, dim or dtype of the streams are not the cache's, or the
     table names a block twice; for damaged streams as ``decode`` does.
+
+    >>> import torch
+    >>> layout, cache = "2,blocks,block,heads,dim", torch.ones(2, 10, 16, 4, 64, dtype=torch.float16)
+    >>> streams = encode_blocks(cache, layout, [7, 3], 20, backend="reference")
+    >>> empty = torch.zeros_like(cache)
+    >>> decode_blocks(streams, empty, layout, [1, 0], backend="reference"), empty[0, :, :, 0, 0].count_nonzero(-1).tolist()
+    (20, [4, 16, 0, 0, 0, 0, 0, 0, 0, 0])
     """
     caches = _caches(kv_cache, layout)
     if len(streams) != len(caches):
@@ -117,7 +124,14 @@ def decode_blocks(
 
 
 def gather_blocks(kv_cache: Any, layout: str, block_table: Any, tokens: int, *, first_token: int = 0) -> tuple[Any, Any]:
-    """Keys and values [heads, tokens, dim] of a sequence, copied out of its blocks; raises InvalidArgument."""
+    """Keys and values [heads, tokens, dim] of a sequence, copied out of its blocks; raises InvalidArgument.
+
+    >>> import torch
+    >>> cache = torch.arange(10.0)[None, :, None, None, None].expand(2, 10, 16, 4, 64)
+    >>> keys, values = gather_blocks(cache, "2,blocks,block,heads,dim", [7, 3], 20)
+    >>> keys.shape, keys[0, 14:18, 0].tolist()
+    (torch.Size([4, 20, 64]), [7.0, 7.0, 3.0, 3.0])
+    """
     caches = _caches(kv_cache, layout)
     blocks, rows = _slots_of(caches[0], block_table, tokens, first_token, once=False)
     begins = np.flatnonzero((rows == 0) | (np.arange(tokens) == 0))  # the first token in each block
@@ -126,7 +140,14 @@ def gather_blocks(kv_cache: Any, layout: str, block_table: Any, tokens: int, *, 
 
 
 def scatter_blocks(pair: Sequence[Any], kv_cache: Any, layout: str, block_table: Any, *, first_token: int = 0) -> None:
-    """Copy keys and values [heads, tokens, dim] into the blocks of a sequence; raises InvalidArgument before it writes."""
+    """Copy keys and values [heads, tokens, dim] into the blocks of a sequence; raises InvalidArgument before it writes.
+
+    >>> import torch
+    >>> cache, x = torch.zeros(2, 10, 16, 4, 64), torch.ones(4, 20, 64)
+    >>> scatter_blocks((x, x), cache, "2,blocks,block,heads,dim", [7, 3])
+    >>> cache[0, :, :, 0, 0].count_nonzero(-1).tolist()
+    [0, 0, 0, 4, 0, 0, 0, 16, 0, 0]
+    """
     caches = _caches(kv_cache, layout)
     if len(pair) != len(caches):
         raise InvalidArgument(f"{len(pair)} tensors are given; two are expected, keys and values")

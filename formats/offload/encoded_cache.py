@@ -88,6 +88,16 @@ class EncodedCache(cache_utils.DynamicCache):
     The cache belongs to one text and to the model as it is while it reads that text; it does not notice a change of the model
     (a PrefixStore does). It can be copied and pickled. Raises InvalidArgument for models that cannot use such a cache, and
     ``generate`` raises it if the cache holds all tokens of the prompt already.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    >>> model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.arange(300)[None] % 99
+    >>> cache = EncodedCache(model, place="device", window=16, chunk=64)
+    >>> with torch.inference_mode():
+    ...     out = model(ids, past_key_values=cache)
+    >>> cache.get_seq_length(), cache.memory.encoded > 0
+    (300, True)
     """
 
     def __init__(

@@ -14,6 +14,14 @@ class Put:
     """A block on its way into a pool.
 
     ``nbytes``: of its streams in host memory. ``displaced``: (key, "evicted" or "spilled") of each block that made room for it.
+
+    >>> import torch
+    >>> from pqcodec.formats import HostPool
+    >>> with HostPool(1 << 20, device="cpu") as pool:
+    ...     put = pool.put("layer 0", torch.ones(2, 64, 64))
+    ...     put.wait()
+    ...     put.done(), put.nbytes < 2 * 64 * 64 * 4, put.displaced
+    (True, True, [])
     """
 
     def __init__(self, block: Block, displaced: list[tuple[Hashable, str]], settle: Callable[[Block], None]) -> None:
@@ -45,7 +53,16 @@ class Put:
 
 
 class Get:
-    """Tensors on their way out of a pool. Later work of the stream that was current at ``fetch`` finds them filled."""
+    """Tensors on their way out of a pool. Later work of the stream that was current at ``fetch`` finds them filled.
+
+    >>> import torch
+    >>> from pqcodec.formats import HostPool
+    >>> with HostPool(1 << 20, device="cpu") as pool:
+    ...     put = pool.put("layer 0", [torch.ones(2, 64, 64), torch.zeros(2, 64, 64)], wait=True)
+    ...     get = pool.fetch("layer 0")
+    ...     [x.shape for x in get.wait()], get.done()
+    ([torch.Size([2, 64, 64]), torch.Size([2, 64, 64])], True)
+    """
 
     def __init__(self, key: Hashable, tensors: list[Any], single: bool, transfer: Transfer) -> None:
         self._key, self._tensors, self._single, self._transfer = key, tensors, single, transfer

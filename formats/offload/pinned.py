@@ -36,7 +36,14 @@ def slice_bytes(nbytes: int) -> int:
 
 
 class ArenaFull(InvalidArgument):
-    """No free run of a PinnedArena is as long as the slice that is asked for."""
+    """No free run of a PinnedArena is as long as the slice that is asked for.
+
+    >>> try:
+    ...     PinnedArena(4096, pinned=False).allocate(8192)
+    ... except ArenaFull as error:
+    ...     print(error)
+    8192 bytes are asked for; 4096 of 4096 are free, 4096 in one run: free slices, or make the arena larger
+    """
 
 
 class PinnedSlice:

@@ -102,7 +102,15 @@ def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorReader:
-    """Open a .safetensors, .npz or .npy file. Raises InvalidArgument, CorruptStream or OSError."""
+    """Open a .safetensors, .npz or .npy file. Raises InvalidArgument, CorruptStream or OSError.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(folder + "/kv.npz", keys=np.ones((2, 40, 64), np.float16))
+    ...     with open_tensors(folder + "/kv.npz") as reader:
+    ...         reader.names, reader.describe("keys"), reader.read_tokens("keys", first=4, step=12).shape
+    (('keys',), ((2, 40, 64), 'float16'), (2, 3, 64))
+    """
     kind = file_kind(path)
     if kind not in _READERS or (kind == "safetensors" and holds_streams(path)):
         raise InvalidArgument(f"{path}: is encoded already; decode it first, or convert it into another container")
@@ -114,6 +122,14 @@ def write_tensors(path: str | os.PathLike[str], tensors: Tensors, metadata: dict
 
     One tensor is read and held at a time; the file appears when it is complete. Raises InvalidArgument or OSError, and what
     reading a tensor raises.
+
+    >>> import tempfile
+    >>> from pqcodec.formats.plain.in_memory import InMemory
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tensors(folder + "/kv.safetensors", InMemory({"keys": np.ones((2, 40, 64))}), {"model": "tiny"})
+    ...     with open_tensors(folder + "/kv.safetensors") as reader:
+    ...         reader.format, reader.metadata, reader.describe("keys")
+    ('safetensors', {'model': 'tiny'}, ((2, 40, 64), 'float64'))
     """
     write = _WRITERS[checked_extension(path)]
     if not remote.is_url(path) and Path(path).exists() and not Path(path).is_file():

@@ -35,7 +35,13 @@ _HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shar
 
 
 def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[str, TensorRole]]:
-    """The (key, value) pairs of the layers as tensors called layers.{i}.key and layers.{i}.value, and their roles."""
+    """The (key, value) pairs of the layers as tensors called layers.{i}.key and layers.{i}.value, and their roles.
+
+    >>> import numpy as np
+    >>> tensors, roles = layers_by_name([(np.ones((2, 8, 64)), np.ones((2, 8, 64)))])
+    >>> tensors.names, roles["layers.0.value"]
+    (('layers.0.key', 'layers.0.value'), TensorRole(role='value', layer=0))
+    """
     pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
     tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
     return tensors, {f"layers.{layer}.{role}": TensorRole(role, layer) for layer, role, _ in pairs}
@@ -79,6 +85,13 @@ class Recipe:
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
     ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
+
+    >>> import numpy as np
+    >>> recipe = Recipe("pq4", measured="all", backend="reference")
+    >>> key, value = np.ones((2, 40, 64), np.float16), np.zeros((2, 40, 64), np.float16)
+    >>> pieces = recipe.pieces(*layers_by_name([(key, value)]))
+    >>> [piece.name for piece in pieces], pieces[0].body().streams[0].header.first_tokens
+    (['layers.0.key', 'layers.0.value'], 4)
     """
 
     preset: str = "pq3"
@@ -284,7 +297,11 @@ def behind_padding(padding: Sequence[int], count: int, first: int, last: int) ->
 
 
 def why_exact(shape: tuple[int, ...], dtype: str) -> str | None:
-    """Why a tensor of this shape and dtype cannot be encoded, in words; None where it can."""
+    """Why a tensor of this shape and dtype cannot be encoded, in words; None where it can.
+
+    >>> why_exact((2, 8, 64), "float16"), why_exact((2, 8, 64), "int64"), why_exact((8,), "float16")
+    (None, 'dtype int64', '1 dimensions, 2 to 8 can be encoded')
+    """
     if dtype not in DTYPE_NAMES.values():
         return f"dtype {dtype}"
     if not 2 <= len(shape) <= c.MAX_NDIM:

@@ -82,10 +82,17 @@ class PrefixStore:
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
 
-    >>> store = PrefixStore("cache-folder", max_bytes=20 << 30)                        # doctest: +SKIP
-    >>> cache, length = store.get(model, ids)                                         # doctest: +SKIP
-    >>> out = model.generate(ids, past_key_values=cache)                              # doctest: +SKIP
-    >>> store.put(model, out, cache)                                                  # doctest: +SKIP
+    >>> import tempfile, torch
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    >>> model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.arange(300)[None] % 99
+    >>> with tempfile.TemporaryDirectory() as folder, PrefixStore(folder, max_bytes=1 << 30) as store, torch.inference_mode():
+    ...     cache = DynamicCache(config=model.config)
+    ...     out = model(ids, past_key_values=cache)
+    ...     stored = store.put(model, ids, cache)
+    ...     kept, length = store.get(model, ids)
+    ...     stored.tokens, length, kept.get_seq_length()
+    (300, 299, 299)
     """
 
     def __init__(

@@ -10,7 +10,14 @@ from pqcodec.errors import CorruptStream
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What ``inspect`` tells of a stream; sizes in bytes."""
+    """What ``inspect`` tells of a stream; sizes in bytes.
+
+    >>> import numpy as np, pqcodec
+    >>> data = pqcodec.encode(np.ones((8, 100, 128), np.float16), preset="pq2.5", center="mean", backend="reference")
+    >>> info = pqcodec.inspect(data)
+    >>> info.preset, info.shape, info.centered, round(info.ratio, 2)
+    ('pq2.5', (8, 100, 128), 'mean', 5.98)
+    """
 
     version: int
     preset: str | None
@@ -43,7 +50,11 @@ class StreamInfo:
 
 @dataclass(frozen=True)
 class Damage:
-    """A part of a stream whose checksum does not hold; ``leading`` and ``tokens`` are None where all are concerned."""
+    """A part of a stream whose checksum does not hold; ``leading`` and ``tokens`` are None where all are concerned.
+
+    >>> print(Damage("payload", 3, (64, 128)))
+    payload, leading index 3, tokens 64 .. 127
+    """
 
     part: str  # "offset", "exact tokens", "exact vectors" or "payload"
     leading: int | None

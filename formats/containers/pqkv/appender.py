@@ -26,6 +26,17 @@ class PQKVAppender(PQKVWriter):
     fails, the file is cut back to its last commit, and so are the leftovers of a killed writer when the file is opened. A
     second appender at the same time is refused (BlockingIOError). Raises InvalidArgument for a URL, OSError, and as
     ``PQKVFile`` does.
+
+    >>> import tempfile, numpy as np
+    >>> x = np.ones((2, 40, 64), np.float16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with PQKVWriter(folder + "/chat.pqkv") as writer:
+    ...         info = writer.add("layers.0.key", x, layer=0, role="key", backend="reference")
+    ...     with PQKVAppender(folder + "/chat.pqkv") as writer:
+    ...         info = writer.extend("layers.0.key", x[:, :8], backend="reference")
+    ...     with PQKVFile(folder + "/chat.pqkv") as file:
+    ...         file.entry("layers.0.key").shape, file.entry("layers.0.key").parts
+    ((2, 48, 64), 2)
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -247,6 +247,12 @@ def write_pieces(
 
     ``digest``: as for ``PQKVWriter``. A tensor of several streams makes the file one of version 2. Raises InvalidArgument,
     OSError, and what a ``body`` raises.
+
+    >>> import io, numpy as np
+    >>> file = io.BytesIO()
+    >>> piece = Piece("positions", False, None, "other", (4,), "int64", NO_LAYOUT, lambda: np.arange(4))
+    >>> write_pieces(file, [piece]) == len(file.getvalue())
+    True
     """
     check_pieces(pieces)
     with PQKVWriter(target, metadata, parts=any(piece.parts > 1 for piece in pieces), digest=digest) as writer:
@@ -267,6 +273,15 @@ class PQKVFile(TensorFile):
     Opening reads head, footers and indexes; the bytes of a tensor are read when it is decoded. Every length is checked
     against the file's real size before it is used. A file that has grown opens at its last commit; ``torn_bytes`` follow it
     if a writer was killed. Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
+
+    >>> import io, numpy as np
+    >>> file = io.BytesIO()
+    >>> with PQKVWriter(file) as writer:
+    ...     info = writer.add("layers.0.key", np.ones((2, 40, 64), np.float16), layer=0, role="key", backend="reference")
+    >>> with PQKVFile(file.getvalue()) as cache:
+    ...     part = cache.decode("layers.0.key", tokens=(8, 12), backend="reference")
+    ...     cache.entry("layers.0.key").shape, part.shape, cache.verify(backend="reference")
+    ((2, 40, 64), (2, 4, 64), [])
     """
 
     def __init__(self, source: PathOrFile | bytes | bytearray | memoryview) -> None:

@@ -34,6 +34,16 @@ class ZarrCache(TensorFile):
 
     Raises InvalidArgument for a store without a complete cache, FileNotFoundError, TruncatedStream, CorruptStream or
     UnsupportedStream.
+
+    >>> import numpy as np
+    >>> from zarr.storage import MemoryStore
+    >>> from pqcodec.formats.containers.writer import Piece
+    >>> from pqcodec.formats.containers.zarr.writer import write_pieces
+    >>> store = MemoryStore()
+    >>> size = write_pieces(store, [Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))])
+    >>> with ZarrCache(store) as file:
+    ...     file.names, file.decode("positions").tolist()
+    (('positions',), [0, 1, 2, 3])
     """
 
     def __init__(self, store: Any) -> None:

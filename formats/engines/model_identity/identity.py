@@ -29,6 +29,11 @@ class Identity:
     """What identifies a model to its caches (SPEC IV.1); digests have 32 hexadecimal digits.
 
     ``weights`` is "" where only a config was given.
+
+    >>> from transformers import LlamaConfig
+    >>> one, other = Identity.of(LlamaConfig(hidden_size=64)), Identity.of(LlamaConfig(hidden_size=128))
+    >>> one.as_dict() == {"config": one.config_digest}, one.digest() == other.digest()
+    (True, False)
     """
 
     config: Any  # the model's config, from which RoPE is read

@@ -85,6 +85,17 @@ def save(
     (``module_state``: M-RoPE's ``rope_deltas``) is saved too: save a cache before the model reads another text. A cache that
     came from a store or a file keeps a record of the presets whose errors it has. Raises InvalidArgument for a cache that
     cannot be represented, or one of a store or a file whose model has changed since, and as ``save_cache`` does.
+
+    >>> import tempfile, torch
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
+    >>> model, ids = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), torch.arange(300)[None] % 99
+    >>> with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    ...     cache = DynamicCache(config=model.config)
+    ...     out = model(ids, past_key_values=cache)
+    ...     size = save(cache, folder + "/cache.pqkv", model, preset="pq4")
+    ...     load(folder + "/cache.pqkv", model).get_seq_length(), size < 2 * 2 * 300 * 32 * 4
+    (300, True)
     """
     identity = Identity.of(model)
     check_model(cache, identity)
@@ -161,6 +172,16 @@ def load(
     ``generate`` needs more tokens than the cache's. A store takes the cache under the preset that the file was written with,
     or under any if all numbers are exact. Mamba, FalconMamba, Jamba and Bamba continue correctly from a kept state only if
     tokens are fed one at a time: they read several at once as if nothing came before.
+
+    >>> import tempfile, torch
+    >>> from transformers import DynamicCache, LlamaConfig
+    >>> config = LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    >>> cache = DynamicCache(config=config)
+    >>> out = cache.update(torch.ones(1, 2, 40, 16), torch.zeros(1, 2, 40, 16), 0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     size = save(cache, folder + "/cache.pqkv", config, backend="reference")
+    ...     load(folder + "/cache.pqkv", config, backend="reference").layers[0].keys.shape
+    torch.Size([1, 2, 40, 16])
     """
     import torch
 

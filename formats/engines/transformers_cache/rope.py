@@ -65,6 +65,11 @@ def longest_prefix(config: Any) -> int | None:
     """The most tokens of a prefix whose keys do not depend on later tokens; None: no limit.
 
     Under "dynamic" and "longrope" scaling all frequencies change once a sequence is longer than the original context.
+
+    >>> from transformers import LlamaConfig
+    >>> dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    >>> longest_prefix(LlamaConfig()), longest_prefix(LlamaConfig(rope_parameters=dynamic, max_position_embeddings=4096))
+    (None, 4096)
     """
     config = _text(config)
     parameters = getattr(config, "rope_parameters", None) or {}

@@ -88,12 +88,22 @@ class LayerState:
 
 
 def along(path: str, x: Any, first: int, last: int) -> Any:
-    """Tokens ``first`` to ``last`` - 1 of a tensor of a ``cuttable`` layer, as a view; raises KeyError for another path."""
+    """Tokens ``first`` to ``last`` - 1 of a tensor of a ``cuttable`` layer, as a view; raises KeyError for another path.
+
+    >>> import torch
+    >>> along("keys", torch.ones(1, 2, 40, 16), 8, 12).shape
+    torch.Size([1, 2, 4, 16])
+    """
     return x.narrow(_TOKENS[path], first, last - first)
 
 
 def tokens_along(path: str, x: Any) -> int:
-    """Tokens of a tensor of a ``cuttable`` layer; raises KeyError for another path, IndexError for too few dimensions."""
+    """Tokens of a tensor of a ``cuttable`` layer; raises KeyError for another path, IndexError for too few dimensions.
+
+    >>> import torch
+    >>> tokens_along("values", torch.ones(1, 2, 40, 16))
+    40
+    """
     return int(x.shape[_TOKENS[path]])
 
 
@@ -114,7 +124,12 @@ def continues(path: str, x: Any, before: Any) -> bool:
 
 
 def joined(path: str, parts: Sequence[Any]) -> Any:
-    """Tensors of a ``cuttable`` layer concatenated along the tokens."""
+    """Tensors of a ``cuttable`` layer concatenated along the tokens.
+
+    >>> import torch
+    >>> joined("keys", [torch.ones(1, 2, 40, 16), torch.ones(1, 2, 8, 16)]).shape
+    torch.Size([1, 2, 48, 16])
+    """
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), _TOKENS[path])
@@ -145,6 +160,14 @@ def state_of(cache: Any, config: Any = None) -> CacheState:
     """The state of a cache of transformers; the tensors are the cache's own, not copies.
 
     Raises InvalidArgument for state that cannot be represented, and for a model, by its ``config``, with state elsewhere.
+
+    >>> import torch
+    >>> from transformers import DynamicCache, LlamaConfig
+    >>> config = LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    >>> cache = DynamicCache(config=config)
+    >>> out = cache.update(torch.ones(1, 2, 40, 16), torch.zeros(1, 2, 40, 16), 0)
+    >>> [(name, index, layer.kind, list(layer.tensors)) for name, index, layer in state_of(cache, config).layers()]
+    [('layers.0', 0, 'DynamicLayer', ['keys', 'values'])]
     """
     utils = cache_utils()
     if getattr(config, "model_type", None) in STATE_ELSEWHERE:
@@ -162,6 +185,9 @@ def padding_of(padding: Any, batches: set[int] | None = None) -> tuple[int, ...]
     """The tokens of left padding of each sequence, from such a list or an attention mask [sequences, tokens]; () for None.
 
     Raises InvalidArgument for anything else, and for another number of sequences than in ``batches``.
+
+    >>> padding_of([[0, 0, 1, 1], [1, 1, 1, 1]]), padding_of([2, 0]), padding_of(None)
+    ((2, 0), (2, 0), ())
     """
     import torch
 
