@@ -28,7 +28,8 @@ from pqcodec.options import EncodeOptions
 from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
 
-cache_utils = library.cache_utils()
+library.check()
+from transformers import cache_utils  # noqa: E402
 
 WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows

@@ -8,7 +8,8 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines.transformers_cache import library
 from pqcodec.formats.engines.transformers_cache.fed import check_fed
 
-cache_utils = library.cache_utils()
+library.check()
+from transformers import cache_utils  # noqa: E402
 
 
 class KeptCache(cache_utils.DynamicCache):  # type: ignore[misc]
