@@ -92,11 +92,13 @@ def _warp_bytes(h: Header, bulk: bool) -> int:
 # -- compiling ----------------------------------------------------------------------------------------------------------
 def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     """The machine code (cubin) of one direction for one kind of stream."""
-    source = files("pqcodec.kernels.on_cuda").joinpath("blocks.cu").read_bytes()
+    source, headers = _sources()
     options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
     options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
     try:
-        program = returned(nvrtc.nvrtcCreateProgram(source, b"blocks.cu", 0, [], []))
+        program = returned(
+            nvrtc.nvrtcCreateProgram(source, b"blocks.cu", len(headers), list(headers.values()), [*map(str.encode, headers)])
+        )
     except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
         raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
@@ -108,6 +110,13 @@ def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     returned(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
     return code
+
+
+def _sources() -> tuple[bytes, dict[str, bytes]]:
+    """``blocks.cu``, and the headers that it and they include, by their names."""
+    folder = files("pqcodec.kernels.on_cuda")
+    headers = {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(".cuh")}
+    return folder.joinpath("blocks.cu").read_bytes(), headers
 
 
 def returned(result: tuple[Any, ...]) -> Any:
