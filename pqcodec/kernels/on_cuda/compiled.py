@@ -14,7 +14,16 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.tables import LOOK_UP_BYTES, ROWS, in_bytes, kept_rows, row_starts, table_bits, tables_for
+from pqcodec.kernels.on_cuda.tables import (
+    BOUNDS_ROW,
+    LOOK_UP_BYTES,
+    ROWS,
+    in_bytes,
+    kept_rows,
+    row_starts,
+    table_bits,
+    tables_for,
+)
 from pqcodec.kernels.spans import SPAN
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
@@ -32,6 +41,7 @@ THREADS = {
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
+UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
 
@@ -86,7 +96,7 @@ def _stage_bytes(h: Header) -> int:
 
 def _warp_bytes(h: Header, bulk: bool) -> int:
     """Bytes of shared memory of one warp: a tile's rows, the next block's place, and decoded rows for the bulk copy engine."""
-    return _stage_bytes(h) + 64 + (ROWS * (h.vector_bytes + 64) if bulk else 0)
+    return _stage_bytes(h) + UPCOMING_BYTES + (ROWS * (h.vector_bytes + 64) if bulk else 0)
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -135,6 +145,9 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "ORDER": plan.order,
         "LOG2_ORDER": plan.order.bit_length() - 1,
         "DTYPE": h.dtype,
+        "FLOAT16": c.DTYPE_FLOAT16,
+        "BFLOAT16": c.DTYPE_BFLOAT16,
+        "FLOAT32": c.DTYPE_FLOAT32,
         "ITEM": c.ITEM_BYTES[h.dtype],
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
         "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
@@ -147,7 +160,17 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "RADIUS_SHIFT": c.RADIUS_SHIFT,
         "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
         "GRID": f"{float(c.GRID)!r}f",
+        "CAP": c.MAX_BUDGET_PER_COORDINATE,
+        "MOST_WIDTH": c.MAX_ANGLE_BITS,
+        "WIDTH_SHIFT": t.WIDTH_SHIFT,
+        "CODES_ROW": t.CODES,
+        "BOUNDS_ROW": BOUNDS_ROW,
+        "COARSE_GRID": 1 << c.COARSE_GRID_BITS,
+        "FINE_GRID": 1 << c.FINE_GRID_BITS,
+        "CIRCLE": c.CIRCLE,
+        "PHASE_SHIFT": c.PHASE_SHIFT,
         "PAPER": int(paper),
+        "GROUP_BITS": c.PAPER_BLOCK_BITS,
         "ROUNDS": h.rounds,
         "BYTES": int(in_bytes(verb, h)),
         "WARPGROUPS": int(layout.warpgroups),
@@ -156,9 +179,11 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "ROW_BYTES": plan.row_bytes,
         "STRIDE_WORDS": _stride_words(h),
         "STAGE_BYTES": _stage_bytes(h),
+        "UPCOMING_BYTES": UPCOMING_BYTES,
         "WARP_BYTES": _warp_bytes(h, layout.bulk),
         "BULK": int(layout.bulk),
         "CHUNK": h.chunk_tokens,
+        "CHECKSUM_BYTES": c.CHECKSUM_BYTES,
         "OFFSETS": int(h.offsets),
         "PAIRS": len(h.rope.frequencies) if h.rope else 0,
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),

@@ -21,6 +21,7 @@ ORDERS = (64, 128, 256)
 ROWS = 8  # of a tile, which one warp codes together
 MOST_KEYS = 4096  # checksum keys that are kept in shared memory; blocks of more words read them from the device's memory
 LOOK_UP_BYTES = t.STEPS + 4  # of a row of 1,024 places, with one place more
+BOUNDS_ROW = t.BOUNDS + 1  # entries of a width's row of bounds, the last of which is never reached
 # (bits a coordinate up to which it holds, bits of the largest quads that are looked up whole): nearly every quad is.
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 
@@ -71,7 +72,7 @@ def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarra
 
 
 def _matrix(verb: str, h: Header) -> np.ndarray:
-    """Both rounds' matrix as the kernel multiplies with it: uint8 [order / 8, blocks, 8 columns, 16 bytes of inputs].
+    """Both rounds' matrix as the kernel multiplies with it: uint8 [order / 8, bricks, 8 columns, 16 bytes of inputs].
 
     The decoder's columns are channels, the encoder's are coordinates. Entries are R / 2 as int8, or R as 16-bit numbers. Four
     lanes hold a row: each has eight neighbours of every 32 channels, and a quarter of the coordinates.
@@ -175,7 +176,8 @@ def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_PAPER:
         return {}
     nodes, quads, kept = t.node_arrays(plan.order), plan.quads, kept_rows(h)
-    bounds = np.minimum(np.pad(nodes.bounds, ((0, 0), (0, 0), (0, 1)), constant_values=1 << 30), (1 << 16) - 1)
+    rows = np.pad(nodes.bounds, ((0, 0), (0, 0), (0, BOUNDS_ROW - t.BOUNDS)), constant_values=1 << 30)
+    bounds = np.minimum(rows, (1 << 16) - 1)
     return {
         "LOOK_UPS": _past_the_end(nodes.look_up)[kept],
         "BOUNDS": bounds.astype(np.uint16)[kept],

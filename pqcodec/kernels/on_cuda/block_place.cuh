@@ -1,0 +1,46 @@
+// Law: where a block lies: its words in the stream, and its rows in the tensor.
+//
+// Needs FIELDS and the places of a span's numbers (LEADS, STREAM ..., as SpanRow in spans.py names them), CHUNK (tokens),
+// ROW_BYTES, CHECKSUM_BYTES, and ITEM: bytes of a stored number.
+#pragma once
+
+#include "numbers.cuh"
+
+struct Block {
+    const i64* span;  // the row of the block's span: FIELDS numbers
+    u32* payload;     // the block's first word in the stream
+    i64 lead;         // leading index
+    i64 token;        // of the tensor, that the block's first row codes
+    i64 rows;         // address of that row in the tensor
+    int row_stride;   // bytes from one row of the tensor to the next
+    int tokens;       // rows of the block
+    int first, last;  // the rows that are wanted: from first on, before last
+};
+
+// Block ``index`` of a launch. ``spans`` [spans, FIELDS]; ``firsts``: the first block of each span, and behind them numbers
+// that no index reaches, 2^search + 1 in all; ``starts``: the addresses of each span's rows, one a leading index.
+INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
+                        int search, u32 index) {
+    int which = 0;  // the last span whose first block is not behind this one, bit by bit
+#pragma unroll 1
+    for (int bit = search - 1; bit >= 0; bit--)
+        if (__ldg(firsts + which + (1 << bit)) <= index) which += 1 << bit;
+    Block block;
+    block.span = spans + which * FIELDS;
+    const u32 of_span = index - (u32)__ldg(firsts + which);  // blocks of a chunk stand together, one a leading index
+    const u32 leads = (u32)__ldg(block.span + LEADS), chunk_of_span = of_span / leads;
+    const i64 chunk = __ldg(block.span + FIRST_CHUNK) + chunk_of_span, left = __ldg(block.span + CODED) - chunk * CHUNK;
+    const i64 first_token = __ldg(block.span + FIRST_TOKEN);
+    block.lead = __ldg(block.span + FIRST_LEAD) + (of_span - chunk_of_span * leads);
+    block.tokens = left < CHUNK ? (int)left : CHUNK;
+    block.token = __ldg(block.span + EXACT) + chunk * CHUNK;
+    block.payload = reinterpret_cast<u32*>(__ldg(block.span + PAYLOAD) +
+                                           chunk * __ldg(block.span + LEADING) * (CHUNK * ROW_BYTES + CHECKSUM_BYTES) +
+                                           block.lead * (block.tokens * ROW_BYTES + CHECKSUM_BYTES));
+    block.row_stride = (int)__ldg(block.span + STRIDE) * ITEM;
+    block.rows = __ldg(starts + __ldg(block.span + STARTS) + (of_span - chunk_of_span * leads)) +
+                 (block.token - first_token) * block.row_stride;
+    block.first = (int)max(first_token - block.token, 0ll);
+    block.last = (int)min(__ldg(block.span + LAST_TOKEN) - block.token, (i64)block.tokens);
+    return block;
+}

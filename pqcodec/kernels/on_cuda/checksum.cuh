@@ -1,0 +1,24 @@
+// Law: a block's checksum (SPEC 4.2): the sum of its words, each times a key, and of its bytes times key 0, modulo a prime.
+//
+// Needs PRIME, PRIME_GAP (2^32 modulo PRIME), KEY_0, and KEYS_AT where the keys are among the tables.
+#pragma once
+
+#include "lanes.cuh"
+
+// A number below 2^36 that equals x modulo the prime.
+INLINE u64 folded(u64 x) { return (x & 0xffffffffull) + (x >> 32) * PRIME_GAP; }
+
+// The sums of a warp's lanes, and the number of bytes -> the checksum, in every lane.
+INLINE u32 reduced(u64 sum, u32 bytes) {
+    for (int apart = 16; apart; apart >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
+    return (u32)((sum + folded((u64)bytes * KEY_0)) % PRIME);
+}
+
+// The key of a block's word. Words behind the block's end are taken for zero, so that any key will do for them.
+INLINE u32 key_of(const u8* tables, const i64* __restrict__ keys, int block_words, int word) {
+#ifdef KEYS_AT
+    return reinterpret_cast<const u32*>(tables + KEYS_AT)[1 + word];
+#else
+    return (u32)__ldg(keys + 1 + min(word, block_words - 1));
+#endif
+}

@@ -1,0 +1,25 @@
+// Law: which coding the rows have, and what the file of a coding brings.
+//
+//     place_of_word(word)
+//         Where a word of a tile's rows lies in the warp's stage; compiled.py gives the stage its size.
+//     LARGEST_SUM, for decoders
+//         The rotation makes no sum of a row's coordinates that is larger.
+//     decode_row(tables, block, stage, tile_row, quarter, quads, factor, second_factor)
+//         A row's bits -> a lane's coordinates ``quads`` [QUADS][2], whole numbers, as operands of the rotation (one round:
+//         packed float16; two rounds: bytes); and the two factors that the row's numbers are multiplied with after it.
+//     encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent)
+//         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
+//         multiplied with 2^exponent -> the row's bits, in a stage that held zeros.
+//
+// A new coding is a file here, a branch below, its macro in compiled.py and its tables in tables.py.
+//
+// Needs PAPER, and DECODER or ENCODER.
+#pragma once
+
+#if PAPER
+#include "paper.cuh"
+#elif defined(DECODER)
+#include "split_decoder.cuh"
+#else
+#include "split_encoder.cuh"
+#endif

@@ -1,0 +1,28 @@
+// Law: how the 32 lanes of a warp share a tile, the eight rows that the warp codes together: four lanes hold a row.
+//
+// Lane l works on row l / 4 of the tile, and its quarter is l % 4. Of the row's rotated coordinates it holds one quarter, which
+// is one of the four subtrees below the tree's two upper nodes; as quads, four neighbouring coordinates each. Of the row's
+// channels it holds pieces: eight neighbours of every 32, so that four lanes load and store 32 neighbours side by side.
+//
+// Needs ORDER, THREADS (of a thread block), ROW_BYTES, ITEM (bytes of a stored number).
+#pragma once
+
+#include "numbers.cuh"
+
+#define ALL_LANES 0xffffffffu
+#define WARPS (THREADS / 32)  // of a thread block
+#define QUADS (ORDER / 16)    // of a lane
+#define PIECES (ORDER / 32)   // of a lane
+
+// Words of coded rows, as many as are whole; what is left of a row's last word belongs to the next row.
+constexpr __device__ int words_of(int rows) { return rows * ROW_BYTES / 4; }
+
+// The first channel of a lane's piece, and how many bytes of a row of the tensor lie between it and the first piece's.
+INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter * 8; }
+INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
+
+// The largest of the four lanes' numbers of a row, for each of them.
+INLINE u32 largest_of_row(u32 x) {
+    x = max(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return max(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}

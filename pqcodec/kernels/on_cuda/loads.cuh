@@ -1,0 +1,134 @@
+// Law: rows of a tensor as an encoder takes them: loaded, checked for NaN and Inf, centred, and scaled by a power of two.
+//
+// A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted. Rows behind the block's end repeat its last.
+//
+// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, LARGEST_32 (the largest float32),
+// ORDER, ROWS, and what the rotation and the offsets need.
+#pragma once
+
+#include "block_place.cuh"
+#include "lanes.cuh"
+#include "offsets.cuh"
+#include "rotation.cuh"
+
+#define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
+#define PIECE_WORDS (8 * ITEM / 4)
+
+INLINE i64 row_address(const Block& block, int row) { return block.rows + min(row, block.tokens - 1) * block.row_stride; }
+
+// Sends for the rows of a tile, so that they are in the L2 cache when they are loaded: 128 bytes a lane.
+INLINE void prefetch_rows(const Block& block, int first_row, int lane) {
+    constexpr int LINES = ORDER * ITEM / 128;  // of a row
+#pragma unroll
+    for (int i = 0; i < ROWS * LINES; i += 32) {
+        const int line = i + lane;
+        if (line < ROWS * LINES)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row_address(block, first_row + line / LINES) + line % LINES * 128));
+    }
+}
+
+// Eight channels as they are stored.
+INLINE void load_piece(i64 from, u32* stored) {
+#pragma unroll
+    for (int i = 0; i < PIECE_WORDS; i += 4) {
+        uint4 got = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
+        stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
+    }
+}
+
+INLINE float value_of(const u32* stored, int i) {
+#if DTYPE == FLOAT32
+    return float_of(stored[i]);
+#elif DTYPE == FLOAT16
+    return half_value(stored[i / 2] >> 16 * (i & 1));
+#else
+    return float_of(i & 1 ? stored[i / 2] & 0xffff0000u : stored[i / 2] << 16);
+#endif
+}
+
+#if BYTES
+// A lane's channels of a row of 16-bit numbers -> times 2^exponent, as whole numbers' low and high bytes, which are operands
+// [PIECES][4] of the rotation. ``from``: the address of the first piece; ``bad`` counts wrong rows.
+INLINE void bytes_row(const Block& block, const i64 from, int row, int lane, int& bad, int& exponent, u32 (*operands)[4]) {
+    u32 stored[PIECES][4], most = 0;  // most: the largest magnitude, as bits; first two of them, packed
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        load_piece(from + byte_of_piece(piece), stored[piece]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) most = __vmaxu2(most, stored[piece][i] & PACKED_MAGNITUDES);
+    }
+    most = max(most & 0xffff, most >> 16);
+    most = largest_of_row(most);
+    most = DTYPE == BFLOAT16 ? most << 16 : bits_of(half_value(most));
+    const bool wrong = most >= INFINITY_BITS;
+    bad += wrong && row < block.tokens && (lane & 3) == 0;
+    // The largest number is brought into the octave from 2^14 on, if it is then LARGEST_IN_BYTES at most; else it counts as of
+    // the next octave, and comes to half of that.
+    const u32 octave = most + ((1 << 15) - LARGEST_IN_BYTES << (MANTISSA_BITS - 14));
+    exponent = wrong ? 0
+                     : 14 - (octave >> MANTISSA_BITS ? (int)(octave >> MANTISSA_BITS) - BIAS
+                                                     : 31 - __clz(octave) - (BIAS - 1 + MANTISSA_BITS));  // subnormal
+    // A power of two beyond float32's is not multiplied with: numbers are rounded so much finer, and their bits are the same.
+    const int rest = max(exponent - BIAS, 0);
+    const float scale = power_of_two(exponent - rest), magic = float_of(bits_of(BYTES_MAGIC) - ((u32)rest << MANTISSA_BITS));
+    const u32 mask = wrong ? 0 : ~0u;
+#pragma unroll
+    for (int four = 0; four < 2 * PIECES; four++) {  // channels
+        u32 sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] = bits_of(fmaf(value_of(stored[four / 2], 4 * (four & 1) + i), scale, magic));
+        u32* bytes = operands[four / 2] + 2 * (four & 1);
+        split_bytes(sums, bytes);
+        bytes[0] &= mask, bytes[1] &= mask;
+    }
+    exponent--;  // the matrix is R / 2
+}
+#else
+// A lane's channels of a row as float32, without their offsets. ``scale``, 2^exponent, is to bring the largest number between
+// 2^13 and 2^14, where two numbers of float16 hold 22 bits of it. ``from``: the address of the first piece; ``bad`` counts
+// wrong rows.
+INLINE void careful_row(const u8* tables, const Block& block, const i64 from, int row, int lane, int& bad, int& exponent,
+                        float (*numbers)[8], float& scale, bool& wrong) {
+    const int quarter = lane & 3;
+    u32 most = 0;  // the largest magnitude, as bits
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        u32 stored[PIECE_WORDS];
+        load_piece(from + byte_of_piece(piece), stored);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            numbers[piece][i] = value_of(stored, i);
+            most = max(most, bits_of(numbers[piece][i]) & MAGNITUDE);
+        }
+    }
+    most = largest_of_row(most);
+    wrong = most >= INFINITY_BITS;
+    bad += wrong && row < block.tokens && quarter == 0;
+#if OFFSETS
+    most = 0;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        float offsets[8];
+        offsets_at(tables, block, row, first_channel(quarter, piece), offsets);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            numbers[piece][i] = fminf(fmaxf(numbers[piece][i] - offsets[i], -LARGEST_32), LARGEST_32);
+            most = max(most, bits_of(numbers[piece][i]) & MAGNITUDE);
+        }
+    }
+    most = largest_of_row(most);
+#endif
+    exponent = wrong ? 0 : min(13 - ((int)(most >> MANTISSA_BITS) - BIAS), 127);
+    scale = power_of_two(exponent);
+}
+
+// A row's coordinates, of its numbers as careful_row gives them.
+template <bool TOGETHER>
+INLINE void rotate_carefully(const u8* tables, const Block& block, const i64 from, int row, int lane, int& bad, int& exponent,
+                             float (*quads)[4]) {
+    float numbers[PIECES][8], scale;
+    bool wrong;
+    careful_row(tables, block, from, row, lane, bad, exponent, numbers, scale, wrong);
+    rotate_numbers<TOGETHER>(tables, lane, numbers, scale, wrong, quads);
+}
+#endif

@@ -1,0 +1,202 @@
+// Law: two rounds of the rotation: products with their matrix R, which lies in shared memory. Its entries are even integers.
+//
+// Two parts of a row (rotation.cuh) are one of these:
+//
+//     BYTES (decoders, and encoders of rows of 256 16-bit numbers, where reading a matrix of 16 bits takes too long): the low
+//         and the high bytes of whole numbers. The matrix is R / 2, of signed bytes; sums of high bytes count 256 times.
+//     TWICE: different inputs of a row of 16-bit numbers. The matrix is R, of 16-bit numbers. Each part meets other rows of it,
+//         so there are two products, and of each the sums of one part count.
+//     neither: 16-bit numbers, and the rest that float32 has beyond them. The matrix is R, of 16-bit numbers.
+//
+// The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
+// the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
+// a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
+//
+// Needs BYTES, WARPGROUPS (four warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
+#pragma once
+
+#include "lanes.cuh"
+
+#if BYTES
+typedef int Sum;
+#define BRICKS (ORDER / 16)  // of a strip
+#define STRIPS 8             // of a panel
+#define MMA_SHAPE "m16n8k32.row.col.s32.s8.s8.s32"
+#define WGMMA_SHAPE "m64n64k32.s32.s8.s8"
+#define IN_OUT(x) "+r"(x)
+#else
+typedef float Sum;
+#define BRICKS (ORDER / 8)
+#define STRIPS 4
+#define BRAIN (DTYPE == BFLOAT16 && !OFFSETS)  // the matrix is of bfloat16, as the rows are; else of float16
+#if BRAIN
+#define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
+#define WGMMA_SHAPE "m64n32k16.f32.bf16.bf16"
+#else
+#define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
+#define WGMMA_SHAPE "m64n32k16.f32.f16.f16"
+#endif
+#define IN_OUT(x) "+f"(x)
+#endif
+#define PANELS (ORDER / (8 * STRIPS))
+#define BRICK_BYTES 128
+#define FOUR(sums) IN_OUT((sums)[0]), IN_OUT((sums)[1]), IN_OUT((sums)[2]), IN_OUT((sums)[3])
+
+// Below, ``sums`` [strips][4] are of two columns each: two of the first part, two of the second. ``parts`` [..][4] are mma's
+// operands of four registers: {first part, second part} of one brick's inputs, and of the next one's.
+
+INLINE u32 panel_address(const u8* tables, int panel) {
+    return (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + panel * (STRIPS * BRICKS * BRICK_BYTES);
+}
+
+// -- by one warp ----------------------------------------------------------------------------------------------------
+INLINE void mma_step(Sum* sums, const u32* parts, u32 brick, u32 next_brick) {
+    asm("mma.sync.aligned." MMA_SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : FOUR(sums)
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "r"(brick), "r"(next_brick));
+}
+
+// Four bricks, one behind the other. ``address``: of the first, plus 16 bytes for each lane.
+INLINE void load_bricks(u32 address, u32* bricks) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(bricks[0]), "=r"(bricks[1]), "=r"(bricks[2]), "=r"(bricks[3])
+                 : "r"(address));
+}
+
+// A panel's sums. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of brick 0, second part of brick 1, first
+// of 2, second of 3}; the sums of first parts are the first STRIPS, those of second parts the others.
+template <bool TWICE> INLINE void multiply(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    const u32 address = panel_address(tables, panel) + (threadIdx.x & 31) * 16;
+#pragma unroll
+    for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)
+        sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = 0;
+#pragma unroll
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int brick = 0; brick < BRICKS; brick += 4) {
+            u32 bricks[4];
+            load_bricks(address + (strip * BRICKS + brick) * BRICK_BYTES, bricks);
+            if (TWICE) {
+                mma_step(sums[strip], parts[brick / 4], bricks[0], bricks[2]);
+                mma_step(sums[STRIPS + strip], parts[brick / 4], bricks[1], bricks[3]);
+            } else {
+                mma_step(sums[strip], parts[brick / 2], bricks[0], bricks[1]);
+                mma_step(sums[strip], parts[brick / 2 + 1], bricks[2], bricks[3]);
+            }
+        }
+}
+
+// -- by four warps, each of which has rows of its own ---------------------------------------------------------------
+#if WARPGROUPS
+// Adds the products of two bricks, ``apart`` bricks apart, to STRIPS sums. ``matrix``: its address / 16. Where ``add`` is 0,
+// the sums are these products alone.
+INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, int apart, u32 add) {
+    // The descriptor's fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
+    const u64 bricks = matrix + (brick * BRICK_BYTES / 16 | apart * BRICK_BYTES / 16 << 16) |
+                       (u64)(BRICKS * BRICK_BYTES / 16) << 32;
+#if BYTES
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+        " {%32,%33,%34,%35}, %36, p;}"
+        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7])
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
+#else
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
+#endif
+}
+
+// What ``multiply`` finds.
+template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    const u32 matrix = panel_address(tables, 0) / 16;
+    const int first = panel * STRIPS * BRICKS;
+#pragma unroll
+    for (int i = 0; i < BRICKS / (TWICE ? 4 : 2); i++)  // operands are in their registers before the fence
+        asm volatile("" : : "r"(parts[i][0]), "r"(parts[i][1]), "r"(parts[i][2]), "r"(parts[i][3]));
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int brick = 0; brick < BRICKS; brick += TWICE ? 4 : 2) {
+        wgmma_step(sums, parts[brick / (TWICE ? 4 : 2)], matrix, first + brick, TWICE ? 2 : 1, brick);
+        if (TWICE) wgmma_step(sums + STRIPS, parts[brick / 4], matrix, first + brick + 1, 2, brick);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)  // no sum is read before this
+        asm volatile("" : FOUR(sums[strip]));
+}
+#else
+template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    multiply<TWICE>(tables, panel, parts, sums);
+}
+#endif
+
+#ifdef DECODER
+// -- decoding: half of each channel ---------------------------------------------------------------------------------
+struct BackRotation {
+    Sum sums[STRIPS][4];  // of a panel, which is two pieces
+
+    INLINE BackRotation(const u8* tables, int lane) {}
+
+    // A lane's eight channels of a piece. ``quads`` [QUADS][2]: its coordinates, as low and high bytes.
+    INLINE void eight_channels(const u8* tables, u32 (*quads)[2], int quarter, int piece, float* numbers) {
+        if (piece % 2 == 0) multiply_together<false>(tables, piece / 2, reinterpret_cast<u32 (*)[4]>(quads), sums);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const Sum* both = sums[piece % 2 * 4 + i / 2];
+            numbers[i] = (float)(both[i % 2] + both[2 + i % 2] * 256);
+        }
+    }
+};
+#endif
+
+#ifdef ENCODER
+// -- encoding: coordinates, ORDER times too long; with BYTES half of that -------------------------------------------
+template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*parts)[4], float (*quads)[4]) {
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++) {
+        Sum sums[(TWICE ? 2 : 1) * STRIPS][4];
+        if (TOGETHER) multiply_together<TWICE>(tables, panel, parts, sums);
+        else multiply<TWICE>(tables, panel, parts, sums);
+#pragma unroll
+        for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                quads[(panel * STRIPS + strip) / 2][2 * (strip & 1) + i] =
+                    sums[strip][i] + sums[TWICE ? STRIPS + strip : strip][2 + i] * (BYTES ? 256 : 1);
+    }
+}
+
+#if !BYTES
+// ``stored`` [PIECES][4]: a lane's channels as they are stored.
+template <bool TOGETHER> INLINE void rotate_stored(const u8* tables, int lane, u32 (*stored)[4], float (*quads)[4]) {
+    rotate<true, TOGETHER>(tables, stored, quads);
+}
+
+INLINE u32 pack_entries(float even, float odd) { return BRAIN ? pack_brains(even, odd) : pack_halves(even, odd); }
+
+INLINE float entry_value(u32 packed) {  // of the number in the low half
+    return BRAIN ? float_of(packed << 16) : half_value(packed & 0xffff);
+}
+
+// ``numbers`` [PIECES][8]: a lane's channels.
+template <bool TOGETHER>
+INLINE void rotate_numbers(const u8* tables, int lane, float (*numbers)[8], float scale, bool wrong, float (*quads)[4]) {
+    u32 operands[BRICKS / 2][4];
+#pragma unroll
+    for (int brick = 0; brick < BRICKS; brick++) {
+        float even = wrong ? 0.0f : numbers[brick / 4][2 * (brick & 3)] * scale;
+        float odd = wrong ? 0.0f : numbers[brick / 4][2 * (brick & 3) + 1] * scale;
+        u32* parts = operands[brick / 2] + 2 * (brick & 1);
+        parts[0] = pack_entries(even, odd);
+        even -= entry_value(parts[0]), odd -= entry_value(parts[0] >> 16);
+        parts[1] = pack_entries(even, odd);
+    }
+    rotate<false, TOGETHER>(tables, operands, quads);
+}
+#endif
+#endif

@@ -1,0 +1,103 @@
+// Law: decoded numbers on their way to a tensor: factors and offsets, the dtype's range and rounding, and stores (SPEC 6.5,
+// steps 4 to 6).
+//
+// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), LARGEST (of the dtype), OFFSETS, ROUNDS, ORDER, ROWS,
+// and BULK: rows leave shared memory by the bulk copy engine, as whole lines, and past the pipe that look-ups keep busy.
+#pragma once
+
+#include "block_place.cuh"
+#include "lanes.cuh"
+#include "offsets.cuh"
+#include "rotation.cuh"
+
+// -- from the rotation's sums to stored numbers ---------------------------------------------------------------------
+#if DTYPE == FLOAT32
+typedef float4 Stored;  // 16 bytes of numbers
+#else
+typedef uint4 Stored;
+
+INLINE u32 pack_stored(float even, float odd) { return DTYPE == FLOAT16 ? pack_halves(even, odd) : pack_brains(even, odd); }
+#endif
+#define STORES (8 * ITEM / 16)  // of a piece
+
+// A lane's eight channels of a piece of a row: ``numbers`` as the rotation leaves them -> as they are stored. Numbers of an
+// ordinary row (blocks.cu) need neither the second factor nor limits, and may get D's signs after they are rounded.
+INLINE void finish_piece(const u8* tables, const Block& block, int row, int quarter, int piece, float* numbers, float factor,
+                         float second_factor, bool ordinary, Stored* stored) {
+    const int first = first_channel(quarter, piece);
+#if DTYPE != FLOAT32 && !OFFSETS && ROUNDS == 1
+    const uint4 signs = packed_signs(tables, first);
+    const u32 sign[4] = {signs.x, signs.y, signs.z, signs.w};
+#endif
+#if DTYPE == FLOAT32 || OFFSETS
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#if ROUNDS == 1
+        numbers[i] = float_of(bits_of(numbers[i]) ^ top_bits(tables, first)[i]);
+#endif
+        numbers[i] = numbers[i] * factor * second_factor + 0.0f;  // never -0
+    }
+#if OFFSETS
+    float offsets[8];
+    offsets_at(tables, block, row, first, offsets);
+#pragma unroll
+    for (int i = 0; i < 8; i++) numbers[i] += offsets[i];
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) numbers[i] = fminf(fmaxf(numbers[i], -LARGEST), LARGEST);
+#else
+#pragma unroll
+    for (int i = 0; i < 8; i++) numbers[i] = numbers[i] * factor;
+    if (!ordinary)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+#if ROUNDS == 1  // the sign comes before the 0 is added: what is too small for the dtype keeps it
+            numbers[i] = float_of(bits_of(numbers[i]) ^ top_bits(tables, first)[i]);
+#endif
+            numbers[i] = fminf(fmaxf(numbers[i] * second_factor + 0.0f, -LARGEST), LARGEST);
+        }
+#endif
+#if DTYPE == FLOAT32
+#pragma unroll
+    for (int i = 0; i < STORES; i++)
+        stored[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
+#else
+    u32 packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        packed[i] = pack_stored(numbers[2 * i], numbers[2 * i + 1]);
+#if !OFFSETS && ROUNDS == 1
+        if (ordinary) packed[i] = with_signs(packed[i], sign[i]);
+#endif
+    }
+    stored[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+#endif
+}
+
+// -- stores ---------------------------------------------------------------------------------------------------------
+#if BULK
+#define STORE(address, stored, wanted) *reinterpret_cast<Stored*>(address) = stored  // store_bulk asks which rows are wanted
+#define OUT_BYTES (ORDER * ITEM + 64)  // from row to row in shared memory: neighbouring rows lie in different banks
+
+// Waits until the engine has read what it was given before.
+INLINE void wait_for_bulk() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+}
+
+// Gives the wanted rows of a tile, from ``first_row`` on, to the engine: a row a lane.
+INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, int lane) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    const int row = first_row + lane;
+    if (lane < ROWS && row >= block.first && row < block.last)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::
+                         "l"(block.rows + (i64)row * block.row_stride),
+                     "r"((u32)__cvta_generic_to_shared(rows_out + lane * OUT_BYTES)), "r"(ORDER * ITEM)
+                     : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+#else
+#define STORE(address, stored, wanted) \
+    if (wanted) __stcs(reinterpret_cast<Stored*>(address), stored)
+#endif

@@ -1,0 +1,46 @@
+// Law: how a warp goes through its blocks and their rows: alone or, with WARPGROUPS, together with three others.
+//
+// wgmma multiplies for four warps at once (a warpgroup), so all four must arrive at it, as long as one of them has a block and
+// in it rows. A warp that has none is idle: it codes rows that nobody wants, and writes nothing.
+//
+// Needs WARPGROUPS.
+#pragma once
+
+#include "numbers.cuh"
+
+#if WARPGROUPS
+// Whether a warp goes on with block ``index``: whether the first warp of the four has a block.
+#define WORK_LEFT(index, blocks) ((index) - (threadIdx.x >> 5 & 3) * gridDim.x < (blocks))
+
+#define IS_IDLE(index, blocks) ((index) >= (blocks))
+
+// Whether a warp goes on with the tile of rows from ``first_row`` on; ``more``: whether one of the four has rows there.
+INLINE bool rows_left(int first_row, int tokens, int more) { return more; }
+
+// Whether a warp's own block has no rows left, while it goes on for the others.
+INLINE bool is_past(int first_row, int tokens) { return first_row >= tokens; }
+
+// A barrier of all threads, after which wgmma sees what each of them wrote into shared memory.
+INLINE void tables_are_written() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
+
+// How many of the four warps say yes to the first question, plus 8 for each that says yes to the second. Lane 0 answers the
+// first; eight lanes answer the second.
+INLINE u32 votes_of_four(bool first, bool second) {
+    const u32 lane = threadIdx.x & 31, yes = lane ? lane <= 8 && second : first;
+    u32 votes;
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; barrier.cta.red.popc.aligned.u32 %0, %1, 128, p;}"
+                 : "=r"(votes)
+                 : "r"(1 + (threadIdx.x >> 7)), "r"(yes)  // a barrier of each warpgroup's own
+                 : "memory");
+    return votes;
+}
+#else
+#define WORK_LEFT(index, blocks) ((index) < (blocks))
+#define IS_IDLE(index, blocks) false
+INLINE bool rows_left(int first_row, int tokens, int more) { return first_row < tokens; }
+INLINE bool is_past(int first_row, int tokens) { return false; }
+INLINE void tables_are_written() { __syncthreads(); }
+#endif
