@@ -1,0 +1,269 @@
+"""Law: the quads coding (SPEC 12): a block's planes, four coordinates by one look-up, the search for the nearest point."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pqcodec.constants import (
+    QUAD,
+    QUADS_BASE_BYTES,
+    QUADS_GROUP,
+    QUADS_RADII,
+    QUADS_RADIUS_BITS,
+    QUADS_RADIUS_STEPS,
+    QUADS_SIGN_PLACES,
+)
+from pqcodec.kernels.cpu.lane_memory import (
+    gather,
+    gather_four_at,
+    load,
+    set_long_at,
+    set_word_at,
+    store,
+    words_of_rows,
+)
+from pqcodec.kernels.cpu.lanes import (
+    LANES,
+    as_bits,
+    as_float,
+    floats,
+    fused,
+    ints,
+    select,
+    to_long,
+)
+from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, leaf
+from pqcodec.kernels.cpu.split import radius_codes
+
+LEAST, MOST = QUADS_RADII
+NOTHING = LEAST - 1  # the radius of a zero vector, in steps
+_OCTAVE = I32(QUADS_RADIUS_STEPS.bit_length() - 1)  # a shift by it divides by the steps of an octave
+_CODE_BITS = 12  # of a radius counted from NOTHING on
+_PLACE = QUADS_SIGN_PLACES
+
+
+# -- decoding ------------------------------------------------------------------------------------------------------
+@leaf
+def quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor):
+    """Look up factors A and B of ``rows`` rows from ``row`` on (SPEC 12.3); lanes behind them are zero vectors."""
+    radii = tokens * (quads.sign_bytes + quads.index_bytes)
+    base = I64(payload[radii + tokens]) | I64(payload[radii + tokens + 1]) << 8
+    base -= (base & 0x8000) << 1
+    for l in range(LANES):
+        code = I64(payload[radii + row + l]) if l < rows else 0
+        k = min(max(base + code - 1, LEAST), MOST) - LEAST
+        first_factor[l] = quads.radii[0, k] if code > 0 else F32(0)
+        second_factor[l] = quads.radii[1, k]
+
+
+@leaf
+def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, x):
+    """Points of rows row .. row + rows - 1 into x [order, LANES], whole numbers.
+
+    ``steps`` int32 [2 * LANES] and ``entries`` int32 [QUADS_GROUP * LANES] are scratch.
+    """
+    bits, points = quads.bits, quads.points
+    last = rows - 1
+    for l in range(LANES):  # missing rows read the last one
+        steps[l] = I32(min(l, last) * quads.sign_bytes)
+        steps[LANES + l] = I32(min(l, last) * quads.index_bytes)
+    signs, indices = row * quads.sign_bytes, tokens * quads.sign_bytes + row * quads.index_bytes
+    each = 4 if bits <= 8 else 2  # fields that lie in 32 bits, wherever the first begins
+    mask = ints(I32((1 << bits) - 1))
+    for first in range(0, order // QUAD, QUADS_GROUP):
+        group = min(QUADS_GROUP, order // QUAD - first)
+        sign = words_of_rows(payload, signs + first // 2, steps, 0)
+        for quad in range(0, group, each):
+            place = (first + quad) * bits
+            word = words_of_rows(payload, indices + (place >> 3), steps, LANES) >> ints(I32(place & 7))
+            for i in range(each):
+                store(entries, (quad + i) * LANES, (word & mask) << ints(I32(2)))
+                word = word >> ints(I32(bits))
+        for quad in range(group):
+            p, q, r, s = gather_four_at(points, entries, quad * LANES)
+            at = (first + quad) * QUAD * LANES
+            store(x, at, signed(p, sign, quad + _PLACE[0] * group))
+            store(x, at + LANES, signed(q, sign, quad + _PLACE[1] * group))
+            store(x, at + 2 * LANES, signed(r, sign, quad + _PLACE[2] * group))
+            store(x, at + 3 * LANES, signed(s, sign, quad + _PLACE[3] * group))
+
+
+@inlined
+def signed(value, word, bit):
+    """Float lanes, negative where the bit of the word is set."""
+    return as_float(as_bits(value) | ((word << ints(I32(31 - bit))) & ints(I32(-0x80000000))))
+
+
+# -- encoding ------------------------------------------------------------------------------------------------------
+@leaf
+def encode_quad_rows(rows, x, order, exponents, quads, work, payload, out, row, tokens):
+    """Rotated rows x, times 2^-exponents, into the planes of signs and indices of the block at payload [out ...].
+
+    The radii stay in ``work.radius``, in steps, until ``finish_quads``.
+    """
+    energy = floats(F32(0))
+    for k in range(0, order * LANES, LANES):
+        energy = energy + load(x, k) * load(x, k)
+    store(work.energy, 0, energy)
+    own = radius_codes(energy, load(exponents, 0), QUADS_RADIUS_STEPS, _CODE_BITS, quads.energy_scale) + ints(I32(NOTHING))
+    own = min(own, ints(I32(MOST)))
+    store(work.own, row, own)
+    least = floats(F32(3e38))
+    for choice in range(quads.choices.size):
+        radius = min(max(own + ints(quads.choices[choice]), ints(I32(LEAST))), ints(I32(MOST)))
+        scale = scale_of(radius, load(exponents, 0), quads.inverse)
+        error = search(x, order, scale, quads, work.trial if choice else work.codes) / (scale * scale)
+        if choice:
+            better = error < least
+            for k in range(0, order // QUAD * LANES, LANES):
+                store(work.codes, k, select(better, load(work.trial, k), load(work.codes, k)))
+            radius = select(better, radius, load(work.radius, row))
+            least = select(better, error, least)
+        else:
+            least = error
+        store(work.radius, row, radius)
+    store(work.radius, row, select(energy > floats(F32(0)), load(work.radius, row), ints(I32(NOTHING))))
+    put_signs(rows, x, order, quads, work, payload, out + row * quads.sign_bytes)
+    put_indices(rows, order, quads, work, payload, out + tokens * quads.sign_bytes + row * quads.index_bytes)
+
+
+@inlined
+def scale_of(radius, exponent, inverse):
+    """What rotated rows are multiplied by so that a table's points lie beside them, float lanes."""
+    step = radius & ints(I32(QUADS_RADIUS_STEPS - 1))
+    whole = (radius - step - ints(I32(LEAST))) >> ints(_OCTAVE)
+    power = ints(I32(127 + LEAST // -QUADS_RADIUS_STEPS)) - whole - exponent
+    power = min(max(power, ints(I32(1))), ints(I32(254)))
+    return gather(inverse, step) * as_float(power << ints(I32(23)))
+
+
+@leaf
+def search(x, order, scale, quads, codes):
+    """Numbers of the nearest points of all quads of x times ``scale``, into codes; returns the squared errors, float lanes.
+
+    Two quads at a time, so that a representative is loaded once for both.
+    """
+    representatives, numbers, count = quads.representatives, quads.numbers, quads.representatives.size // 5
+    error = floats(F32(0))
+    for quad in range(0, order // QUAD, 2):
+        at = quad * QUAD * LANES
+        a, b, c, d, places_a, square_a = sorted_quad(x, at, scale)
+        e, f, g, h, places_b, square_b = sorted_quad(x, at + QUAD * LANES, scale)
+        best_a, best_b = floats(F32(-3e38)), floats(F32(-3e38))
+        which_a, which_b = ints(I32(0)), ints(I32(0))
+        for i in range(count):
+            r = 5 * i
+            p, q = floats(representatives[r]), floats(representatives[r + 1])
+            s, t, half = floats(representatives[r + 2]), floats(representatives[r + 3]), floats(representatives[r + 4])
+            number = ints(I32(i))
+            score = fused(a, p, fused(b, q, fused(c, s, fused(d, t, half))))
+            which_a = select(score > best_a, number, which_a)
+            best_a = max(score, best_a)
+            score = fused(e, p, fused(f, q, fused(g, s, fused(h, t, half))))
+            which_b = select(score > best_b, number, which_b)
+            best_b = max(score, best_b)
+        error = error + (square_a - best_a - best_a) + (square_b - best_b - best_b)
+        store(codes, quad * LANES, gather(numbers, (which_a << ints(I32(8))) + places_a))
+        store(codes, (quad + 1) * LANES, gather(numbers, (which_b << ints(I32(8))) + places_b))
+    return error
+
+
+@inlined
+def sorted_quad(x, at, scale):
+    """Four magnitudes times ``scale``, largest first; their places as one number, base 4; and the sum of their squares.
+
+    The two lowest bits of each float tell its place while they are sorted as integers.
+    """
+    keep = ints(I32(0x7FFFFFFC))
+    p = as_bits(load(x, at) * scale) & keep
+    q = as_bits(load(x, at + LANES) * scale) & keep | ints(I32(1))
+    r = as_bits(load(x, at + 2 * LANES) * scale) & keep | ints(I32(2))
+    s = as_bits(load(x, at + 3 * LANES) * scale) & keep | ints(I32(3))
+    p, q = max(p, q), min(p, q)
+    r, s = max(r, s), min(r, s)
+    p, r = max(p, r), min(p, r)
+    q, s = max(q, s), min(q, s)
+    q, r = max(q, r), min(q, r)
+    three = ints(I32(3))
+    places = (p & three) | (q & three) << ints(I32(2)) | (r & three) << ints(I32(4)) | (s & three) << ints(I32(6))
+    a, b, c, d = as_float(p), as_float(q), as_float(r), as_float(s)
+    return a, b, c, d, places, a * a + b * b + c * c + d * d
+
+
+@leaf
+def put_signs(rows, x, order, quads, work, payload, out):
+    """The signs of a tile's rows x, from payload [out] on."""
+    count = order // QUAD
+    for first in range(0, count, QUADS_GROUP):
+        group = min(QUADS_GROUP, count - first)
+        word = ints(I32(0))
+        for quad in range(group):
+            at = (first + quad) * QUAD * LANES
+            word = word | (as_bits(load(x, at)) >> ints(I32(31))) << ints(I32(quad + _PLACE[0] * group))
+            word = word | (as_bits(load(x, at + LANES)) >> ints(I32(31))) << ints(I32(quad + _PLACE[1] * group))
+            word = word | (as_bits(load(x, at + 2 * LANES)) >> ints(I32(31))) << ints(I32(quad + _PLACE[2] * group))
+            word = word | (as_bits(load(x, at + 3 * LANES)) >> ints(I32(31))) << ints(I32(quad + _PLACE[3] * group))
+        store(work.trial, first // QUADS_GROUP * LANES, word)
+    for l in range(rows):
+        at = out + l * quads.sign_bytes
+        for g in range(count // QUADS_GROUP):
+            set_word_at(payload, at + 4 * g, work.trial[g * LANES + l])
+        if count % QUADS_GROUP:
+            word = work.trial[count // QUADS_GROUP * LANES + l]
+            payload[at + quads.sign_bytes - 2] = np.uint8(word & 255)
+            payload[at + quads.sign_bytes - 1] = np.uint8((word >> 8) & 255)
+
+
+@leaf
+def put_indices(rows, order, quads, work, payload, out):
+    """A tile's ``work.codes``, from payload [out] on.
+
+    Eight bytes are written at a time, up to seven too many: what they overwrite is written later.
+    """
+    codes, packed, bits = work.codes, work.packed, quads.bits
+    count = order // QUAD
+    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
+    for g in range(groups):
+        low = four_together(codes, g * QUADS_GROUP * LANES, bits)
+        rest = low ^ low
+        if (g + 1) * QUADS_GROUP <= count:
+            high = four_together(codes, (g * QUADS_GROUP + 4) * LANES, bits)
+            low = low | high << to_long(ints(I32(4 * bits)))
+            rest = (high >> to_long(ints(I32(1)))) >> to_long(ints(I32(63 - 4 * bits)))
+        store(packed, 2 * g * LANES, low)
+        store(packed, (2 * g + 1) * LANES, rest)
+    for l in range(rows):
+        at = out + l * quads.index_bytes
+        for g in range(groups):
+            set_long_at(payload, at + g * bits, packed[2 * g * LANES + l])
+            if bits > 8 and (g + 1) * QUADS_GROUP <= count:
+                set_long_at(payload, at + g * bits + 8, packed[(2 * g + 1) * LANES + l])
+
+
+@inlined
+def four_together(codes, at, bits):
+    """Four quads' codes side by side, long lanes."""
+    p, q = to_long(load(codes, at)), to_long(load(codes, at + LANES))
+    r, s = to_long(load(codes, at + 2 * LANES)), to_long(load(codes, at + 3 * LANES))
+    one = to_long(ints(I32(bits)))
+    return p | (q | (r | s << one) << one) << one
+
+
+@leaf
+def finish_quads(tokens, quads, work, payload, out, size):
+    """The radii of a block, their base, and zeros up to the checksum; ``size``: the block's without it."""
+    radius, own, most, tried = work.radius, work.own, I32(NOTHING), I32(0)
+    for t in range(tokens):
+        most = max(most, own[t])
+    for choice in range(quads.choices.size):
+        tried = max(tried, quads.choices[choice])
+    base = I64(most) + I64(tried) - (1 << QUADS_RADIUS_BITS) + 2 if most > NOTHING else I64(0)
+    at = out + tokens * (quads.sign_bytes + quads.index_bytes)
+    for t in range(tokens):
+        code = max(I64(radius[t]) - base + 1, 0) if radius[t] > NOTHING else 0
+        payload[at + t] = np.uint8(code)
+    at += tokens
+    payload[at] = np.uint8(base & 255)
+    payload[at + 1] = np.uint8((base >> 8) & 255)
+    for k in range(at + QUADS_BASE_BYTES, out + size):
+        payload[k] = np.uint8(0)
