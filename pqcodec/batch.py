@@ -68,26 +68,27 @@ class EncodeBatch(_Batch):
         rope: Rope | Sequence[Rope | None] | None = None,
         exact_tokens: int = 0,
         chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
+        effort: str = "fast",
         backend: str = "auto",
     ) -> None:
         rows = [arrays.device_rows(x) for x in tensors]
         presets = each("preset", preset, len(rows), str)
         ropes = each("rope", rope, len(rows), (Rope, type(None)))
         options = [
-            EncodeOptions(name, seed, center, turn, exact_tokens, chunk_tokens)
+            EncodeOptions(name, seed, center, turn, exact_tokens, chunk_tokens, effort=effort)
             for name, turn in zip(presets, ropes, strict=True)
         ]
         headers = [one.header(r.shape, r.dtype) for one, r in zip(options, rows, strict=True)]
-        self._prepare(rows, headers, backend)
+        self._prepare(rows, headers, backend, effort)
 
     @classmethod
-    def of_rows(cls, rows: list[DeviceRows], headers: list[Header], backend: str) -> Self:
+    def of_rows(cls, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast") -> Self:
         """A batch of tensors whose headers are there."""
         batch = cls.__new__(cls)
-        batch._prepare(rows, headers, backend)
+        batch._prepare(rows, headers, backend, effort)
         return batch
 
-    def _prepare(self, rows: list[DeviceRows], headers: list[Header], backend: str) -> None:
+    def _prepare(self, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast") -> None:
         import torch
 
         self._device = device = one_device([r.tensor for r in rows])
@@ -117,6 +118,7 @@ class EncodeBatch(_Batch):
             device,
         )
         for group in self.groups:
+            group.effort = effort
             self._kernel.prepare("encode", group)
 
     def run(self) -> list[Any]:

@@ -34,6 +34,7 @@ def encode(
     exact_vectors: Any = (),
     nonfinite: str = "error",
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
+    effort: str = "fast",
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -42,8 +43,9 @@ def encode(
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE,
     described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``exact_vectors``: further vectors
     that are kept so, as pairs (leading index, token). ``nonfinite``: "error", or "exact" to keep vectors that hold NaN or
-    Inf as they are. ``chunk_tokens``: tokens under one checksum. A tensor of a GPU is encoded there (``batch.EncodeBatch``
-    leaves the stream there, too), and ``progress`` is told only at the end.
+    Inf as they are. ``chunk_tokens``: tokens under one checksum. ``effort``: "fast", or "best" for a smaller error from a
+    longer search (presets of quads; the others have no search, and a decoder sees no difference). A tensor of a GPU is
+    encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -55,7 +57,7 @@ def encode(
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
     True
     """
-    options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite)
+    options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort)
     return encode_by(options, x, backend, progress)[1]
 
 

@@ -37,7 +37,7 @@ def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | No
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():
         kept = np.union1d(kept, torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy())
-    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], backend)
+    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], backend, options.effort)
     data = bytearray(batch.run()[0].cpu().numpy().tobytes())
     header = batch.headers[0]
     if header.exceptions:

@@ -60,7 +60,7 @@ def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Pr
         stream.write(b"\0")
     bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
     payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
-    kernel.encode(EncodeJob(header, values, offsets, payload, bad, _counter(header, progress)))
+    kernel.encode(EncodeJob(header, values, offsets, payload, bad, options.effort, _counter(header, progress)))
     del payload  # the stream gives its buffer away uncopied only when nobody else holds it
     if options.nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad))

@@ -17,6 +17,7 @@ Progress = Callable[[int, int], None]  # blocks done, blocks in all
 
 CENTERS = (None, "mean", "rope")
 NONFINITE = ("error", "exact")
+EFFORTS = tuple(c.QUADS_EFFORTS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EncodeOptions:
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS
     exact_vectors: Any = field(default=(), compare=False)  # pairs (leading index, token)
     nonfinite: str = "error"
+    effort: str = "fast"
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -43,6 +45,8 @@ class EncodeOptions:
             raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
         if self.nonfinite not in NONFINITE:
             raise InvalidArgument(f"nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
+        if self.effort not in EFFORTS:
+            raise InvalidArgument(f"effort {self.effort!r} is unknown; choose {' or '.join(map(repr, EFFORTS))}")
         if self.rope is not None and not isinstance(self.rope.frequencies, (tuple, type(None))):
             object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 

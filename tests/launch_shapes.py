@@ -98,8 +98,8 @@ def triton_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
-    """Every kernel of ``blocks.cu`` that the CUDA backend launches for a shape."""
-    from pqcodec.kernels.on_cuda import backend, compiled
+    """Every kernel that the CUDA backend launches for a shape."""
+    from pqcodec.kernels.on_cuda import backend
 
     asked: list[tuple[str, Any]] = []
     backend.Cuda.check_device = _anywhere
@@ -107,9 +107,9 @@ def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     batches(shape)
     for verb, group in asked:
         kind = backend.header_of_kind(group.header)
-        layouts = [compiled.layout(verb, kind, few) for few in (False, True)] if backend.takes(group) else []
+        layouts = [backend.kernel_layout(verb, kind, few) for few in (False, True)] if backend.takes(verb, group) else []
         for layout in {found.table_bits: found for found in layouts if found}.values():
-            code = compiled.compiled(verb, kind, layout, f"sm_{ARCHITECTURE}")
+            code = backend.machine_code(verb, kind, layout, f"sm_{ARCHITECTURE}")
             for name, needs in local_bytes(code).items():
                 yield f"{name}, look-ups of {layout.table_bits} bits", needs
 

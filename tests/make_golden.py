@@ -31,7 +31,9 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     def gaussian(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
 
-    for preset in pqcodec.PRESETS:
+    of_quads = [preset for preset in pqcodec.PRESETS if preset.startswith("quad")]
+    others = [preset for preset in pqcodec.PRESETS if preset not in of_quads]
+    for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
         yield f"v1-pq3-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "pq3"}
@@ -55,7 +57,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-paper-64-extremes", extreme[8:], {"preset": "paper"}
     yield "v1-pq3-64-empty", gaussian(3, 0, 64), {"center": "mean"}
     # From here on with two rounds of rotation; the streams of the split presets above were born before there were two.
-    for preset in pqcodec.PRESETS:
+    for preset in others:
         if preset != "paper":
             yield f"v1-two-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 36, 72, 80, 96, 112, 128, 144, 160, 192, 256, 320, 576, 1024):
@@ -67,6 +69,16 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     extreme = (gaussian(24, 64, dtype=torch.float32).double().clamp(-3, 3) * powers).float()
     extreme[7] = 0
     yield "v1-two-pq3-64-extremes", extreme, {}
+    for preset in of_quads:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset, "effort": "best"}
+    for head_dim in (1, 12, 36, 80, 96, 112, 128, 160, 192, 256, 576, 1024):
+        yield f"v1-quad3-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "quad3"}
+    yield "v1-quad2.25-48-bf16", gaussian(2, 3, 48, dtype=torch.bfloat16), {"preset": "quad2.25", "seed": 2**64 - 1}
+    options = {"preset": "quad2.5", "center": "rope", "rope": rope, "exact_tokens": 4, "chunk_tokens": 2}
+    yield "v1-quad2.5-64-rope-half", gaussian(2, 9, 64) + 3, options
+    yield "v1-quad3-64-exact-vectors", odd, {"preset": "quad3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    yield "v1-quad3.5-64-extremes", extreme, {"preset": "quad3.5", "chunk_tokens": 3}
+    yield "v1-quad3-64-empty", gaussian(3, 0, 64), {"preset": "quad3", "center": "mean"}
 
 
 def main() -> None:

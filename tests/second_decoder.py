@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 F = np.float32
 ORDERS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 768, 896, 1024)
 PRIME = 2**32 - 5
+SPECIFICATION = Path(__file__).parent.parent / "formats" / "SPEC.md"
 
 
 # -- 4: PRNG and checksum ------------------------------------------------------------------------------------------
@@ -227,6 +230,46 @@ def paper_row(row: int, order: int, exponent: int) -> tuple[list[int], F, F]:
     return integers, *factors(float(F(1 / (2048 * math.sqrt(order)))), power + exponent)
 
 
+# -- 12: quads -----------------------------------------------------------------------------------------------------
+@cache
+def points(bits: int) -> tuple[float, list[tuple[int, ...]]]:
+    """G and the points of a table, from the specification's own text."""
+    row = re.search(rf"^\| {bits} \| ([\d.]+) \| ([\d ,]+) \|$", SPECIFICATION.read_text(), re.MULTILINE)
+    assert row, "12.2 lists the table"
+    representatives = [tuple(map(int, each.split())) for each in row[2].split(",")]
+    return float(row[1]), [p for each in representatives for p in sorted(set(itertools.permutations(each)))]
+
+
+def quad_rows(block: bytes, rows: int, order: int, row_bits: int) -> list[tuple[list[int], F, F]]:
+    """The integers, A and B of each row of a block without its checksum."""
+    bits = 4 * (row_bits - 8 - order) // order
+    grid, table = points(bits)
+    sign_bytes, index_bytes, quads = order // 8, -(-bits * order // 32), order // 4
+    radii = rows * (sign_bytes + index_bytes)
+    base = int.from_bytes(block[radii + rows : radii + rows + 2], "little", signed=True)
+    if len(block) % 16 != 12 or not len(block) - 16 < radii + rows + 2 <= len(block):
+        raise ValueError("a block of another size")
+    found = []
+    for row in range(rows):
+        signs = int.from_bytes(block[row * sign_bytes :][:sign_bytes], "little")
+        indices = int.from_bytes(block[rows * sign_bytes + row * index_bytes :][:index_bytes], "little")
+        integers = []
+        for quad in range(quads):
+            group, k = divmod(quad, 8)
+            size = min(8, quads - 8 * group)
+            for coordinate, magnitude in enumerate(table[field(indices, bits * quad, bits)]):
+                place = 32 * group + k + size * (0, 2, 1, 3)[coordinate]
+                integers.append(-magnitude if signs >> place & 1 else magnitude)
+        code = block[radii + row]
+        a, b = F(0), F(1)
+        if code:
+            e, j = divmod(min(max(base + code - 1, -1240), 1063), 8)
+            fraction, exponent = math.frexp(2 ** (j / 8) / (grid * order))
+            a, b = factors(math.ldexp(round(fraction * 2**22), exponent - 22), e)
+        found.append((integers, a, b))
+    return found
+
+
 # -- 8: offsets ----------------------------------------------------------------------------------------------------
 def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[int, ...]) -> np.ndarray:
     out = offset.copy()
@@ -270,7 +313,8 @@ def sections(data: bytes) -> list[int]:
     found += [kept * vector + 4] * leading if kept else []
     found += [exceptions * (8 + vector) + 4] if exceptions else []
     for first in range(0, tokens - kept, chunk):
-        found += [min(chunk, tokens - kept - first) * -(-row_bits // 8) + 4] * leading
+        rows = min(chunk, tokens - kept - first) * -(-row_bits // 8)
+        found += [-(-(rows + 6) // 16) * 16 if data[5] == 3 else rows + 4] * leading
     if sum(found) != len(data):
         raise ValueError("the stream has another size")
     return found
@@ -320,15 +364,18 @@ def decode(data: bytes) -> np.ndarray:
             out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
     two_rounds = bool(flags & 8)
-    if flags & ~15 or (two_rounds and coding != 1):
+    if flags & ~15 or two_rounds > (coding != 2) or (coding == 3 and not two_rounds):
         raise ValueError("flags that are not known")
     for first in range(0, coded, chunk):
         for lead in range(leading):
             count = min(chunk, coded - first)
-            rows = take(count * row_bytes)
+            rows = take(count * row_bytes if coding != 3 else -(-(count * row_bytes + 6) // 16) * 16 - 4)
+            of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
-                if coding == 1:
+                if of_quads:
+                    integers, a, b = of_quads[i]
+                elif coding == 1:
                     integers, a, b = split_row(row, order, row_bits, radius_bits, two_rounds)
                 else:
                     integers, a, b = paper_row(row, order, radius_exponent)

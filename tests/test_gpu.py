@@ -84,7 +84,7 @@ def ties_allowed(head_dim: int, preset: str, rows: int, backend: str = "") -> fl
     if head_dim <= 2:
         return rows  # a rotated vector's coordinates are one or two numbers, or minus them: its angles lie on edges of cells
     radii = max(head_dim // 16, 1) if preset == "paper" else 1
-    coarse = 2 ** (PRESETS[preset].half_bits / 2) / 1000 if backend == "cuda" and head_dim == 256 and preset != "paper" else 0
+    coarse = 2 ** (PRESETS[preset].rate) / 1000 if backend == "cuda" and head_dim == 256 and preset != "paper" else 0
     return 1 + rows * max(WORST_TIES * radii * max(head_dim / 128, 1), coarse)
 
 

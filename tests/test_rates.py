@@ -15,7 +15,7 @@ LAYERS = 12
 
 
 def rate(preset: str) -> float:
-    return PRESETS[preset].half_bits / 2
+    return PRESETS[preset].rate
 
 
 def energies(seed: int, spread: float = 2.0) -> dict[int, tuple[float, float]]:

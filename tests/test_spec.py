@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
+from decimal import Decimal, localcontext
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import pqcodec
 from pqcodec import constants as c
-from pqcodec.codings import angles
+from pqcodec.codings import angles, quads
 from pqcodec.stages import rotation
 
 SPEC = (Path(__file__).parents[1] / "formats" / "SPEC.md").read_text()
@@ -98,8 +102,8 @@ def tables() -> Iterator[tuple[str, list[np.ndarray]]]:
     for pair in ((4, 4), (8, 8), (16, 16), (32, 16), (32, 32), (64, 64)):
         node = angles.node_table(*pair)
         yield f"node {pair[0]}, {pair[1]}", [node.cos[1:], node.sin[1:], node.shift[1:]]
-    quads = angles.quad_table()
-    yield "quads", [quads.n_a, quads.n_b, quads.cos, quads.sin]
+    leaves = angles.quad_table()
+    yield "quads", [leaves.n_a, leaves.n_b, leaves.cos, leaves.sin]
     yield "circle", list(angles.circle_table())
     yield "permutations", [rotation.permutation(order) for order in c.ROTATION_ORDERS]
 
@@ -110,6 +114,34 @@ def test_tables_have_the_hashes_of_the_specification(name: str, arrays: list[np.
     found = re.search(rf"^\| {re.escape(name)} \|.*\| `([0-9a-f]{{64}})` \|$", SPEC, re.MULTILINE)
     assert found, f"| {name} | ... | `{digest}` | is not in SPEC.md"
     assert found[1] == digest
+
+
+@pytest.mark.parametrize("bits", c.QUADS_INDEX_BITS)
+def test_points_of_quads_are_those_of_the_specification(bits: int) -> None:
+    digest = hashlib.sha256(quads.points_of(bits).points.tobytes()).hexdigest()
+    assert f"| {bits} | `{digest}` |" in SPEC
+    grid, listed = c.QUADS_TABLES[bits]
+    assert f"| {bits} | {grid:g} | {listed} |" in SPEC
+
+
+def test_the_worked_example_of_quads_holds() -> None:
+    lines = re.search(r"### 12.5 Example\n.*?\n\n(.*?)\n\n", SPEC, re.DOTALL)
+    assert lines
+    stream = bytes.fromhex("".join(re.match(r"    ((?:[0-9a-f]{2} )*[0-9a-f]{2})", line)[1] for line in lines[1].splitlines()))
+    x = np.array([(-1) ** i * (i + 1) for i in range(12)], np.float32)
+    assert pqcodec.encode(x, preset="quad2", backend="reference") == stream
+    told = re.search(r"The numbers are (.*)\.\n", SPEC)
+    assert told
+    assert pqcodec.decode(stream).tolist() == [float(number) for number in told[1].split(", ")]
+
+
+def test_factors_of_quads_are_far_from_an_edge_of_their_rounding() -> None:
+    with localcontext() as context:
+        context.prec = 60
+        for bits, order, step in product(c.QUADS_INDEX_BITS, c.ROTATION_ORDERS, range(c.QUADS_RADIUS_STEPS)):
+            exact = Decimal(2) ** (Decimal(step) / c.QUADS_RADIUS_STEPS) / (Decimal(c.QUADS_TABLES[bits][0]) * order)
+            scaled = exact * Decimal(2) ** (c.QUADS_FACTOR_BITS - math.frexp(float(exact))[1])
+            assert abs(scaled % 1 - Decimal("0.5")) > Decimal("7e-4")
 
 
 def test_numbers_of_the_specification_stand_once_in_code() -> None:

@@ -55,7 +55,7 @@ IMPORTANCE = {
 FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
 _SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
-_RATES = {preset.half_bits / 2: name for name, preset in PRESETS.items() if preset.coding == c.CODING_SPLIT}
+_RATES = {preset.rate: name for name, preset in PRESETS.items() if preset.coding == c.CODING_SPLIT}
 
 
 def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: bool = True) -> float:
@@ -122,7 +122,7 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
         return {layer: (preset, preset) for layer in layers}
     size = np.tile([1.0 if sizes is None else sizes[layer] for layer in layers], 2)
     costs, growths = _costs(np.array([energies[layer] for layer in layers]))
-    rates, rate = np.array(sorted(_RATES)), PRESETS[preset].half_bits / 2
+    rates, rate = np.array(sorted(_RATES)), PRESETS[preset].rate
     left = size * costs * 4.0 ** -(growths * (rates[:, None] - rate))  # cost of each tensor at each rate
     bits = size * np.diff(rates)[:, None]  # that each step to the next rate takes
     worth = (left[:-1] - left[1:]) / np.maximum(bits, 1e-30)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings import angles
+from pqcodec.codings.declared import quads_index_bits
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
 from pqcodec.stream.orders import base_of, order_for
@@ -36,7 +37,7 @@ class Plan:
     quads: angles.QuadTable
     circle_cos: np.ndarray  # float32 [2048]
     circle_sin: np.ndarray  # float32 [2048]
-    mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (2048 sqrt(order)^rounds); [1] for the paper coding
+    mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (grid sqrt(order)^rounds)
 
     @property
     def energy_scale(self) -> int:
@@ -72,8 +73,15 @@ def plan_for(header: Header) -> Plan:
 @lru_cache(maxsize=64)
 def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int) -> Plan:
     order = order_for(head_dim)
-    steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits] if coding == c.CODING_SPLIT else 1
-    mantissas = np.exp2(np.arange(steps) / steps) / (c.GRID * np.sqrt(order**rounds))
+    steps, grid = 1, float(c.GRID)
+    if coding == c.CODING_SPLIT:
+        steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits]
+    elif coding == c.CODING_QUADS:
+        steps, grid = c.QUADS_RADIUS_STEPS, c.QUADS_TABLES[quads_index_bits(order, row_bits)][0]
+    mantissas = np.exp2(np.arange(steps) / steps) / (grid * np.sqrt(order**rounds))
+    if coding == c.CODING_QUADS:  # few enough bits that three times a factor is a float32, too
+        fraction, exponent = np.frexp(mantissas)
+        mantissas = np.ldexp(np.rint(np.ldexp(fraction, c.QUADS_FACTOR_BITS)), exponent - c.QUADS_FACTOR_BITS)
     first = slice(None) if rounds == 2 else slice(0)  # what only two rounds have
     cos, sin = angles.circle_table()
     return Plan(

@@ -1,4 +1,4 @@
-"""Law: the codings, each with the functions that code rows as the specification tells it; one table, an entry a coding."""
+"""Law: the codings, each with the functions that code blocks as the specification tells it; one table, an entry a coding."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pqcodec.codings import paper, split
-from pqcodec.codings.declared import PAPER, SPLIT, Declared
+from pqcodec.codings import paper, quads, split
+from pqcodec.codings.bits import block_of_rows, rows_of_block
+from pqcodec.codings.declared import PAPER, QUADS, SPLIT, Declared
 from pqcodec.codings.plan import Plan
 
 
 @dataclass(frozen=True)
 class Coding:
-    """A coding. ``exponent`` is the header's ``radius_exponent``; bits are uint8 [n, row_bits] of 0 and 1."""
+    """A coding. ``exponent`` is the header's ``radius_exponent``; a block's bytes are uint8 [n], without the checksum."""
 
     declared: Declared
-    encode: Callable[[np.ndarray, Plan, np.ndarray, int], None]  # (v float64 [n, order], plan, bits to be set, exponent)
-    # (bits, plan, exponent) -> coordinates on the grid int32 [n, order], and the factors A and B float32 [n] (SPEC 6.5)
-    decode: Callable[[np.ndarray, Plan, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    # (rotated vectors float64 [tokens, order], plan, exponent, effort) -> the block's bytes
+    encode: Callable[[np.ndarray, Plan, int, str], np.ndarray]
+    # (the block's bytes, its tokens, rows (first, last + 1), plan, exponent) -> of the rows: coordinates on the coding's grid
+    # int32 [n, order], and the factors A and B float32 [n] (SPEC 6.5)
+    decode: Callable[[np.ndarray, int, tuple[int, int], Plan, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
     # (largest magnitude of the tensor, order) -> radius_exponent; None where the coding takes every radius as it is
     radius_exponent: Callable[[float, int], int] | None = None
 
@@ -27,7 +30,8 @@ class Coding:
 CODINGS = {
     coding.declared.code: coding
     for coding in (
-        Coding(SPLIT, split.encode, split.decode),
-        Coding(PAPER, paper.encode, paper.decode, paper.radius_exponent),
+        Coding(SPLIT, block_of_rows(split.encode), rows_of_block(split.decode)),
+        Coding(PAPER, block_of_rows(paper.encode), rows_of_block(paper.decode), paper.radius_exponent),
+        Coding(QUADS, quads.encode, quads.decode),
     )
 }

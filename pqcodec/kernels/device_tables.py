@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings import angles
+from pqcodec.codings import angles, quads
 from pqcodec.codings import look_ups as t
-from pqcodec.codings.plan import plan_for
+from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stages import centre
 from pqcodec.stream.header import Header, RopeField
 
@@ -87,6 +87,11 @@ class Tables:
     circle: Any  # float32 [2, 2048]: cos and sin of the directions
     mantissas: Any  # float32 [radius steps]
     paper: Any  # float32 [33]: cos [3, 4], sin [3, 4], squared bounds [3, 3]; PAPER
+    quad_bits: int  # of the quads coding's index; 0 in other codings
+    grid: float  # its units in a radius
+    points: Any  # float16 [points, 4]
+    representatives: Any  # float32 [r, 5]: each with minus half its squared norm
+    numbers: Any  # int32 [r, 256]: of the points, by representative and places
     rotation: Any  # float16 [order, columns]: R
     partner: Any  # int32 [columns]: the other channel of a RoPE pair
     pair: Any  # int32 [columns]: number of the pair; -1 where a channel does not turn
@@ -108,11 +113,11 @@ def tables_on(
     shape = (1, head_dim)
     plan = plan_for(Header(coding, c.DTYPE_FLOAT32, shape, row_bits, radius_bits, seed, rounds=rounds))
     order, columns = plan.order, 1 << (plan.order - 1).bit_length()
-    nodes, quads, path = t.node_arrays(order), plan.quads, t.paths(order)
+    nodes, leaves, path = t.node_arrays(order), plan.quads, t.paths(order)
     kinds = [(table.m_a, table.m_b) for table in plan.tree.tables]
     rotation = np.zeros((order, columns), np.float16)
     rotation[:, :order] = t.rotation_matrix(order, seed, rounds)
-    circle_steps = [angles.circle_step(n) for n in (quads.n_a, quads.n_b)]
+    circle_steps = [angles.circle_step(n) for n in (leaves.n_a, leaves.n_b)]
     paper = t.paper_levels()
 
     def extended(array: np.ndarray, value: float) -> np.ndarray:
@@ -136,18 +141,41 @@ def tables_on(
         look_up=put(extended(nodes.look_up, 0)),
         bounds=put(extended(nodes.bounds, 1 << 30)),
         grid_shift=put(extended(nodes.grid_shift, 0)),
-        quad_ints=put(np.stack([quads.per_cell, quads.first, quads.cells - 1], 1).astype(np.int32)),
-        quad_floats=put((1 / quads.per_cell).astype(np.float32)),
+        quad_ints=put(np.stack([leaves.per_cell, leaves.first, leaves.cells - 1], 1).astype(np.int32)),
+        quad_floats=put((1 / leaves.per_cell).astype(np.float32)),
         quad_look_up=put(t.quad_look_up()),
-        records=put(np.stack([quads.n_a, quads.n_b, *circle_steps], 1).astype(np.int32)),
-        record_floats=put(np.stack([quads.cos, quads.sin, (1 / quads.n_b).astype(np.float32)], 1)),
+        records=put(np.stack([leaves.n_a, leaves.n_b, *circle_steps], 1).astype(np.int32)),
+        record_floats=put(np.stack([leaves.cos, leaves.sin, (1 / leaves.n_b).astype(np.float32)], 1)),
         circle=put(np.stack([plan.circle_cos, plan.circle_sin])),
         mantissas=put(plan.mantissas),
         paper=put(np.concatenate([paper[1].ravel(), paper[2].ravel(), (paper[0] ** 2).ravel()]).astype(np.float32)),
+        **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in _quads(plan).items()},
         rotation=put(rotation),
         **{name: put(array) for name, array in _rope_columns(rope, columns).items()},
         phases=put(centre.phase_tables().copy()),
     )
+
+
+def _quads(plan: Plan) -> dict[str, Any]:
+    """What the quads coding adds; of another coding one entry each that nothing reads."""
+    if plan.coding != c.CODING_QUADS:
+        nothing = np.zeros((1, 5), np.float32)
+        return {
+            "quad_bits": 0,
+            "grid": 1.0,
+            "points": nothing.astype(np.float16),
+            "representatives": nothing,
+            "numbers": nothing.view(np.int32),
+        }
+    table = quads.table_of(plan)
+    halves = -(table.representatives**2).sum(1, keepdims=True) / 2
+    return {
+        "quad_bits": table.bits,
+        "grid": table.grid,
+        "points": table.points.astype(np.float16),
+        "representatives": np.concatenate([table.representatives, halves], 1).astype(np.float32),
+        "numbers": table.numbers.astype(np.int32),
+    }
 
 
 def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, np.ndarray]:

@@ -35,6 +35,7 @@ class EncodeJob:
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     payload: np.ndarray  # uint8 [payload bytes], to be filled
     bad: np.ndarray  # bool [leading, coded tokens], to be filled: vectors with NaN or Inf, coded as zeros
+    effort: str = "fast"  # of the search for the best code, where the coding has one: an ``EncodeOptions.effort``
     advance: Callable[[int], None] = nobody  # called with the number of blocks just done
 
 

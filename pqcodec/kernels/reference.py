@@ -1,6 +1,6 @@
 """Law: the codec as SPEC.md and arXiv 2502.02617 tell it, in numpy; slow, and right by reading.
 
-Read ``encode_rows`` and ``decode_rows``, and the coding's own module; the class at the foot walks them over a stream's blocks.
+Read ``encode_block`` and ``decode_block``, and the coding's own module; the class at the foot walks them over a stream.
 """
 
 from __future__ import annotations
@@ -40,21 +40,18 @@ def rotate_back(v: np.ndarray, plan: Plan) -> np.ndarray:
     return between @ matrix * plan.first_signs.astype(np.int64)
 
 
-# -- rows --------------------------------------------------------------------------------------------------------
-def encode_rows(x: np.ndarray, plan: Plan, radius_exponent: int = 0) -> np.ndarray:
-    """Centred vectors float32 [n, head_dim] -> coded rows uint8 [n, row_bytes]."""
+# -- blocks ------------------------------------------------------------------------------------------------------
+def encode_block(x: np.ndarray, plan: Plan, radius_exponent: int, effort: str) -> np.ndarray:
+    """Centred vectors float32 [tokens, head_dim] -> bytes of their block, without its checksum."""
     padded = np.zeros((len(x), plan.order))
     padded[:, : plan.head_dim] = x
     v = rotate(padded, plan) / np.sqrt(plan.energy_scale)
-    bits = np.zeros((len(x), 8 * plan.row_bytes), np.uint8)
-    CODINGS[plan.coding].encode(v, plan, bits, radius_exponent)
-    return np.packbits(bits, axis=1, bitorder="little")
+    return CODINGS[plan.coding].encode(v, plan, radius_exponent, effort)
 
 
-def decode_rows(rows: np.ndarray, plan: Plan, radius_exponent: int = 0) -> np.ndarray:
-    """Coded rows uint8 [n, row_bytes] -> vectors float32 [n, head_dim], before the offset is added."""
-    bits = np.unpackbits(rows, axis=1, bitorder="little")
-    units, first, second = CODINGS[plan.coding].decode(bits, plan, radius_exponent)
+def decode_block(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, radius_exponent: int) -> np.ndarray:
+    """Bytes of a block of ``tokens`` vectors -> those of ``rows``, float32 [n, head_dim], before the offset is added."""
+    units, first, second = CODINGS[plan.coding].decode(body, tokens, rows, plan, radius_exponent)
     sums = rotate_back(units.astype(np.int64), plan)
     with np.errstate(over="ignore"):  # beyond float32: infinite here, the largest finite value in ``narrow``
         return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None] + np.float32(0)  # never -0
@@ -96,11 +93,11 @@ class Reference:
                     with np.errstate(over="ignore"):
                         x[finite] -= self._offset(job.offsets[lead], h, first, tokens)[finite]
                     x = np.clip(x, -c.LARGEST_FINITE[c.DTYPE_FLOAT32], c.LARGEST_FINITE[c.DTYPE_FLOAT32])
-                rows = encode_rows(x, plan, h.radius_exponent)
+                body = encode_block(x, plan, h.radius_exponent, job.effort)
                 start = h.blocks.place(chunk, lead) - h.payload_start
-                job.payload[start : start + rows.size] = rows.ravel()
-                word = np.array([checksum(rows.ravel())], "<u4").view(np.uint8)
-                job.payload[start + rows.size : start + rows.size + c.CHECKSUM_BYTES] = word
+                job.payload[start : start + body.size] = body
+                word = np.array([checksum(body)], "<u4").view(np.uint8)
+                job.payload[start + body.size : start + body.size + c.CHECKSUM_BYTES] = word
             job.advance(h.leading)
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
@@ -120,8 +117,7 @@ class Reference:
                 if job.out is None:
                     continue
                 low, high = job.rows_of(chunk)
-                rows = body.reshape(-1, h.row_bytes)[low:high]
-                x = decode_rows(rows, plan, h.radius_exponent)
+                x = decode_block(body, h.blocks.tokens(chunk), (low, high), plan, h.radius_exponent)
                 first = h.first_tokens + chunk * h.chunk_tokens + low
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):

@@ -105,6 +105,7 @@ class Group:
     """
 
     brief = False
+    effort = "fast"  # of encoders' search: an ``EncodeOptions.effort``
 
     def __init__(self, spans: Sequence[Span], device: Any) -> None:
         import torch
@@ -132,7 +133,7 @@ class Group:
     @staticmethod
     def _words(h: Header) -> int:
         """32-bit words of the longest run of bytes that one checksum covers."""
-        block = min(h.chunk_tokens, max(h.coded_tokens, 1)) * h.row_bytes
+        block = h.blocks.size_of(min(h.chunk_tokens, max(h.coded_tokens, 1)))
         sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads)
         return -(-max(block, h.header_bytes, *sides) // 4)
 

@@ -1,17 +1,18 @@
 """Law: the places of a stream's blocks, asked of one object, and the ranges of tokens and leading indices that are wanted.
 
-A block is the coded rows of one chunk of tokens of one leading index, and their checksum. Rows of a fixed rate have their
-places by arithmetic alone; a coding whose rows vary in size will read its places from the stream, in ``blocks_of``.
+A block is the coded rows of one chunk of tokens of one leading index, what their coding keeps beside them, and a checksum of
+all that. Rows of a fixed rate have their places by arithmetic alone; a coding whose rows vary in size will read its places from
+the stream, in ``blocks_of``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pqcodec import constants as c
+from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import InvalidArgument
 from pqcodec.stream.source import Range, Source, read_many
 
@@ -31,6 +32,8 @@ class Blocks(NamedTuple):
     coded_tokens: int
     chunk_tokens: int
     row_bytes: int
+    beside: int  # bytes of a block that are no rows, its checksum among them
+    align: int  # a block's size is a multiple
 
     def tokens(self, chunk: int) -> int:
         """Coded tokens of each block of a chunk: the last one's may be fewer."""
@@ -38,18 +41,21 @@ class Blocks(NamedTuple):
 
     def size(self, chunk: int) -> int:
         """Bytes of a block, its checksum included."""
-        return self.tokens(chunk) * self.row_bytes + c.CHECKSUM_BYTES
+        return int(self.size_of(self.tokens(chunk)))
+
+    def size_of(self, tokens: Any) -> Any:
+        """Bytes of a block of so many tokens (a number, or numbers of numpy), its checksum included."""
+        return -(-(tokens * self.row_bytes + self.beside) // self.align) * self.align
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a whole chunk of one leading index."""
-        return self.chunk_tokens * self.row_bytes + c.CHECKSUM_BYTES
+        return int(self.size_of(self.chunk_tokens))
 
     @property
     def end(self) -> int:
         """One behind the last byte of the stream."""
-        rows = self.leading * self.coded_tokens
-        return self.start + rows * self.row_bytes + self.leading * self.chunks * c.CHECKSUM_BYTES
+        return self.place(self.chunks - 1, self.leading) if self.chunks else self.start
 
     def place(self, chunk: int, lead: int) -> int:
         """The first byte of a block."""
@@ -92,7 +98,10 @@ class Blocks(NamedTuple):
 
 def blocks_of(h: Header) -> Blocks:
     """The blocks of a stream."""
-    return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, h.chunk_tokens, h.row_bytes)
+    coding = DECLARED[h.coding]
+    return Blocks(
+        h.payload_start, h.chunks, h.leading, h.coded_tokens, h.chunk_tokens, h.row_bytes, coding.beside, coding.align
+    )
 
 
 def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:

@@ -23,12 +23,13 @@ from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
+from pqcodec.stream.index import Blocks
 from pqcodec.tensors.rows import Values, address
 from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of rows in one task: few enough to report progress, enough that a task's own cost does not show
 _ONE_THREAD_BYTES = 1 << 16  # of rows, up to which one thread does all
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER)
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS)
 # Larger outputs use non-temporal stores: ordinary ones would first read each line. Smaller ones stay in a core's own cache.
 _CACHED_BYTES = 1 << 20
 
@@ -91,7 +92,7 @@ def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:
 
 def _kind(h: Header, tokens: int) -> tuple:
     """A Kind; ``tokens``: of a block, at the most."""
-    return tuple(records.Kind(h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, tokens))
+    return tuple(records.Kind(h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, h.blocks.beside, h.blocks.align, tokens))
 
 
 def _of_plan(verb: str, h: Header) -> tuple[tuple, tuple]:
@@ -121,7 +122,7 @@ def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarr
 def _geometry(job: DecodeJob) -> tuple[int, ...]:
     """The arguments of ``_places`` for a job."""
     h = job.header
-    sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes)
+    sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes, h.blocks.beside, h.blocks.align)
     return *sizes, job.first_chunk, job.last_chunk, job.last_lead - job.first_lead, job.first_token, job.last_token
 
 
@@ -158,7 +159,17 @@ def _aligned(items: np.ndarray, h: Header) -> bool:
 
 @lru_cache(maxsize=64)
 def _places(
-    exact: int, coded: int, chunk: int, row_bytes: int, low: int, high: int, leads: int, first_token: int, last_token: int
+    exact: int,
+    coded: int,
+    chunk: int,
+    row_bytes: int,
+    beside: int,
+    align: int,
+    low: int,
+    high: int,
+    leads: int,
+    first_token: int,
+    last_token: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chunks low .. high - 1: their first tokens int64 [chunks], and items [chunks, leads, ITEM] without any address.
 
@@ -171,15 +182,15 @@ def _places(
     items[..., ITEM.tokens] = tokens[:, None]
     items[..., ITEM.low] = first[:, None]
     items[..., ITEM.high] = np.maximum(first, np.minimum(last_token - start, tokens))[:, None]
-    items[..., ITEM.source] = ((chunks - low) * leads * (chunk * row_bytes + c.CHECKSUM_BYTES))[:, None]
-    items[..., ITEM.source] += np.arange(leads) * (tokens * row_bytes + c.CHECKSUM_BYTES)[:, None]
+    size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align).size_of
+    items[..., ITEM.source] = ((chunks - low) * leads * size(chunk))[:, None] + np.arange(leads) * size(tokens)[:, None]
     items[..., ITEM.position] = start[:, None]
     return start, items
 
 
 def _keys(h: Header, tokens: int) -> np.ndarray:
     """Keys for the checksum of a block of ``tokens``."""
-    return checksum_keys(-(-tokens * h.row_bytes // 4) + 1)
+    return checksum_keys(-(-h.blocks.size_of(tokens) // 4) + 1)
 
 
 def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
@@ -223,6 +234,7 @@ class Cpu:
             tables.rope(h),
             *_of_plan("encode", h),
             tables.paper_encoder(h),
+            tables.quads_encoder(h.coding, h.head_dim, h.row_bits, job.effort),
             _keys(h, min(h.chunk_tokens, h.coded_tokens)),
             job.bad.reshape(-1),
             job.payload,
@@ -266,6 +278,7 @@ class Cpu:
             tables.rope(h),
             *_of_plan("decode", h),
             tables.paper_decoder(h, plan_for(h).mantissas[0]),
+            tables.quads_decoder(h.coding, h.head_dim, h.row_bits, plan_for(h).mantissas.tobytes()),
             _keys(h, most),
         )
 

@@ -11,13 +11,23 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from pqcodec.constants import CHECKSUM_BYTES, CODING_SPLIT, DTYPE_FLOAT32, LARGEST_FINITE
+from pqcodec.constants import (
+    CHECKSUM_BYTES,
+    CODING_PAPER,
+    CODING_QUADS,
+    CODING_SPLIT,
+    DTYPE_FLOAT32,
+    LARGEST_FINITE,
+    QUAD,
+    QUADS_GROUP,
+)
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
 from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
+from pqcodec.kernels.cpu.quads import decode_quad_rows, encode_quad_rows, finish_quads, quad_factors
 from pqcodec.kernels.cpu.records import (
     F32,
     I32,
@@ -32,12 +42,16 @@ from pqcodec.kernels.cpu.records import (
     Output,
     PaperDecoder,
     PaperEncoder,
+    QuadsDecoder,
+    QuadsEncoder,
+    QuadsEncoderWork,
     RopeTable,
     Rotation,
     SplitDecoder,
     SplitDecoderWork,
     SplitEncoder,
     SplitEncoderWork,
+    inlined,
     jit,
 )
 from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back
@@ -48,7 +62,9 @@ _FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scal
 
 
 @jit
-def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, rotation, split, paper, keys, bad, payload):
+def encode_stream_blocks(
+    first_block, last_block, kind, source, offsets, rope, rotation, split, paper, quads, keys, bad, payload
+):
     """Encode blocks first_block .. last_block - 1, counted chunk by chunk, into ``payload``.
 
     ``offsets`` are the means' negatives. Vectors with NaN or Inf are coded as zeros, and marked in bad [leading * coded].
@@ -56,6 +72,7 @@ def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, r
     """
     kind, rope, rotation = Kind(*kind), RopeTable(*rope), Rotation(*rotation)
     split, paper = SplitEncoder(*split[:-2], EncoderTree(*split[-2]), EncoderQuads(*split[-1])), PaperEncoder(*paper)
+    quads = QuadsEncoder(*quads)
     order, row_bytes, chunk_tokens = kind.order, kind.row_bytes, kind.chunk_tokens
     flat, starts, token_stride, leading, first_tokens, coded = source
     pairs = rope.frequencies.size
@@ -76,6 +93,14 @@ def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, r
         widths=np.zeros(order // 4 * LANES, np.int32),
         cells=np.zeros(order // 4 * LANES, np.int32),
     )
+    of_quads = QuadsEncoderWork(
+        energy=np.zeros(LANES, np.float32),
+        codes=np.zeros(order // QUAD * LANES, np.int32),
+        trial=np.zeros(order // QUAD * LANES, np.int32),
+        packed=np.zeros((order // QUAD // QUADS_GROUP + 1) * 2 * LANES, np.uint64),
+        own=np.zeros(chunk_tokens + LANES, np.int32),
+        radius=np.zeros(chunk_tokens + LANES, np.int32),
+    )
     words = np.zeros(LANES * stride, np.uint64)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
     have_chunk = -1
@@ -83,8 +108,8 @@ def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, r
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
         tokens = min(chunk_tokens, coded - first)
-        block_out = chunk * leading * (chunk_tokens * row_bytes + CHECKSUM_BYTES) + lead * (tokens * row_bytes + CHECKSUM_BYTES)
-        out = block_out
+        size = block_size(tokens, kind) - CHECKSUM_BYTES
+        block_out = chunk * leading * block_size(chunk_tokens, kind) + lead * (size + CHECKSUM_BYTES)
         if pairs and chunk != have_chunk:
             fill_phases(rope.first_position + first_tokens + first, tokens, 1, rope, cos, sin)
             have_chunk = chunk
@@ -109,26 +134,31 @@ def encode_stream_blocks(first_block, last_block, kind, source, offsets, rope, r
             store(exponents, 0, exponent)
             store(row_scales, 0, as_float((exponent + ints(I32(127))) << ints(I32(23))))
             rotate(tile, x, other, sums, order, row_scales, rotation)
+            if kind.coding == CODING_QUADS:
+                encode_quad_rows(rows, rotated, order, exponents, quads, of_quads, payload, block_out, row, tokens)
+                continue
             words[:] = U64(0)
             if kind.coding == CODING_SPLIT:
                 encode_split(rows, rotated, order, exponents, split, work, words, stride)
             else:
                 encode_paper(rows, rotated, order, row_scales, paper, words, stride)
-            rows_to_bytes(words, stride, rows, row_bytes, payload, out)
-            out += rows * row_bytes
-        total = checksum(payload, block_out, tokens * row_bytes, keys)
+            rows_to_bytes(words, stride, rows, row_bytes, payload, block_out + row * row_bytes)
+        if kind.coding == CODING_QUADS:
+            finish_quads(tokens, quads, of_quads, payload, block_out, size)
+        total = checksum(payload, block_out, size, keys)
         for j in range(CHECKSUM_BYTES):
-            payload[out + j] = np.uint8(total >> U64(8 * j))
+            payload[block_out + size + j] = np.uint8(total >> U64(8 * j))
 
 
 @jit
-def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, keys, damaged):
+def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quads, keys, damaged):
     """Check the blocks of int64 items [n, ITEM], which lie anywhere in memory, and decode their rows where ``output.write``.
 
     Records come as plain tuples (``records.plain``).
     """
     kind, output, rope, rotation = Kind(*kind), Output(*output), RopeTable(*rope), Rotation(*rotation)
     split, paper = SplitDecoder(*split[:-2], DecoderTree(*split[-2]), DecoderQuads(*split[-1])), PaperDecoder(*paper)
+    quads = QuadsDecoder(*quads)
     order, row_bytes = kind.order, kind.row_bytes
     pairs = rope.frequencies.size
     stride = (row_bytes >> 3) + 2
@@ -145,13 +175,14 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, keys
         listed=np.zeros(order // 4 + 1, np.int32),
     )
     words = np.zeros(LANES * stride, np.uint64)
+    steps, entries = np.zeros(2 * LANES, np.int32), np.zeros(QUADS_GROUP * LANES, np.int32)
     short = np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     like, past = output.like, output.past
     have_position = I64(-1)
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
-        size = tokens * row_bytes
+        size = block_size(tokens, kind) - CHECKSUM_BYTES
         payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
@@ -162,11 +193,15 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, keys
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
+            if kind.coding == CODING_QUADS:
+                quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
+                decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, x)
+            else:
+                bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
             if kind.coding == CODING_SPLIT:
                 radius_factors(rows, split, words, stride, first_factor, second_factor)
                 decode_split(split, order, work, words, stride, x)
-            else:
+            elif kind.coding == CODING_PAPER:
                 decode_paper(rows, order, paper, words, stride, x, first_factor, second_factor)
             rotate_back(x, other, sums, order, first_factor, second_factor, rotation, tile)
             if offset_at:
@@ -176,6 +211,12 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, keys
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
     if past:
         fence()
+
+
+@inlined
+def block_size(tokens, kind):
+    """Bytes of a block of so many tokens, its checksum included."""
+    return (tokens * kind.row_bytes + kind.beside + kind.align - 1) // kind.align * kind.align
 
 
 @jit

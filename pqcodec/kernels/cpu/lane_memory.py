@@ -426,6 +426,22 @@ def word_at(typingctx, data, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def words_of_rows(typingctx, data, start, steps, at):  # type: ignore[no-untyped-def]
+    """The little-endian 32-bit words at bytes start + steps[at + lane] of a uint8 array, aligned or not: int lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data, start, steps, at = args
+        first = _pointer(context, builder, signature.args[0], data, start)
+        result = ir.Constant(vector_of("int"), ir.Undefined)
+        for i, step in enumerate(_stored_indices(context, builder, signature.args[2], steps, at)):
+            word = _load(builder, builder.gep(first, [step]), I32, 1)
+            result = builder.insert_element(result, word, ir.Constant(I32, i))
+        return result
+
+    return INT(data, types.int64, steps, types.int64), emit
+
+
+@intrinsic
 def long_at(typingctx, data, index):  # type: ignore[no-untyped-def]
     """The little-endian 64-bit word at byte ``index`` of a uint8 array, aligned or not, as uint64."""
 
@@ -433,6 +449,17 @@ def long_at(typingctx, data, index):  # type: ignore[no-untyped-def]
         return _load(builder, _pointer(context, builder, signature.args[0], *args), I64, 1)
 
     return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def set_word_at(typingctx, data, index, value):  # type: ignore[no-untyped-def]
+    """Write an int32 at byte ``index`` of a uint8 array, aligned or not."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _store(builder, args[2], _pointer(context, builder, signature.args[0], *args[:2]), 1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.int32), emit
 
 
 @intrinsic

@@ -2,8 +2,8 @@
 
 ``Lanes`` values support + - * / & | ^ << >>, min, max and comparisons lane by lane (>> is logical). Everything else is a
 function of this module or, where memory is read or written, of ``lane_memory``. LLVM lowers eight 32-bit lanes to one AVX2
-register, or to several smaller ones. No operation is fused or reassociated: a lane's result is the scalar operation's result,
-bit for bit.
+register, or to several smaller ones. No operation but ``fused`` is fused or reassociated: a lane's result is the scalar
+operation's result, bit for bit.
 """
 
 from __future__ import annotations
@@ -173,6 +173,18 @@ def nearest(typingctx, value):  # type: ignore[no-untyped-def]
         return builder.call(function, args)
 
     return FLOAT(FLOAT), emit
+
+
+@intrinsic
+def fused(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c of float lanes, rounded once where the CPU can: for encoders only, whose choices are free."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = vector_of("float")
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.fmuladd.v8f32")
+        return builder.call(function, args)
+
+    return FLOAT(FLOAT, FLOAT, FLOAT), emit
 
 
 @intrinsic

@@ -39,6 +39,8 @@ class Kind(NamedTuple):
     head_dim: int
     order: int
     row_bytes: int
+    beside: int  # bytes of a block that are no rows, its checksum among them
+    align: int  # a block's size is a multiple
     chunk_tokens: int  # tokens of a block, at the most
 
 
@@ -220,6 +222,41 @@ class SplitDecoderWork(NamedTuple):
     entries: np.ndarray  # int32: of look-ups, of quads
     phases: np.ndarray  # int32: of pairs
     listed: np.ndarray  # int32: the quads that the codebook does not list
+
+
+# -- the quads coding ----------------------------------------------------------------------------------------------------
+class QuadsEncoder(NamedTuple):
+    """What encoding blocks of quads takes."""
+
+    bits: int  # of an index
+    sign_bytes: int  # of a row
+    index_bytes: int
+    energy_scale: int  # squared norm of a rotated vector over the mean square of its coordinates
+    choices: np.ndarray  # int32: radii that are tried, in steps from a vector's own
+    inverse: np.ndarray  # float32 [steps an octave]: what rotated vectors are multiplied by
+    representatives: np.ndarray  # float32 [r * 5]: each with minus half its squared norm
+    numbers: np.ndarray  # int32 [r * 256]: of the points, by representative and places
+
+
+class QuadsDecoder(NamedTuple):
+    """What decoding blocks of quads takes."""
+
+    bits: int
+    sign_bytes: int
+    index_bytes: int
+    radii: np.ndarray  # float32 [2, radii]: both factors of each radius, from the least on
+    points: np.ndarray  # float32 [points * 4]
+
+
+class QuadsEncoderWork(NamedTuple):
+    """Scratch of a tile, and the radii of a block."""
+
+    energy: np.ndarray  # float32 [lanes]
+    codes: np.ndarray  # int32 [quads * lanes]
+    trial: np.ndarray  # the same
+    packed: np.ndarray  # uint64 [2 * groups * lanes]
+    own: np.ndarray  # int32 [tokens + lanes]: radii of the vectors themselves, in steps
+    radius: np.ndarray  # the same of those that were chosen
 
 
 # -- the paper coding ----------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from functools import lru_cache
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings import angles, look_ups
+from pqcodec.codings import angles, look_ups, quads
+from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.cpu import records as r
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.stages import centre, rotation
 from pqcodec.stream.header import Header
-from pqcodec.stream.orders import base_of
+from pqcodec.stream.orders import base_of, order_for
 
 
 @lru_cache(maxsize=64)
@@ -55,14 +56,14 @@ def _no_rope() -> tuple:
 # -- the split coding --------------------------------------------------------------------------------------------------
 def _split_encoder(plan: Plan) -> r.SplitEncoder:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
-    tree, quads = _encoder_tree(plan.order), _encoder_quads()
-    return r.SplitEncoder(plan.radius_bits, steps, plan.root_budget, plan.energy_scale, tree, quads)
+    tree, leaves = _encoder_tree(plan.order), _encoder_quads()
+    return r.SplitEncoder(plan.radius_bits, steps, plan.root_budget, plan.energy_scale, tree, leaves)
 
 
 def _split_decoder(plan: Plan) -> r.SplitDecoder:
     radii = plan.radii if plan.coding == c.CODING_SPLIT else np.zeros((2, 0), np.float32)
-    tree, quads = _decoder_tree(plan.order), _decoder_quads()
-    return r.SplitDecoder(plan.radius_bits, plan.root_budget, radii, _circle(), tree, quads)
+    tree, leaves = _decoder_tree(plan.order), _decoder_quads()
+    return r.SplitDecoder(plan.radius_bits, plan.root_budget, radii, _circle(), tree, leaves)
 
 
 @lru_cache(maxsize=32)
@@ -172,7 +173,40 @@ def _codebook(table: angles.QuadTable) -> np.ndarray:
     return points.ravel()
 
 
-# -- both codings ------------------------------------------------------------------------------------------------------
+# -- the quads coding ----------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=64)
+def quads_encoder(coding: int, head_dim: int, row_bits: int, effort: str) -> tuple:
+    """A QuadsEncoder; of another coding one that nothing uses."""
+    choices = np.array(c.QUADS_EFFORTS[effort], np.int32)
+    if coding != c.CODING_QUADS:
+        return r.plain(r.QuadsEncoder(8, 0, 0, 1, choices, *(np.zeros(0, np.float32),) * 2, np.zeros(0, np.int32)))
+    order = order_for(head_dim)
+    table = quads.points_of(quads_index_bits(order, row_bits))
+    inverse = table.grid / order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
+    listed = np.concatenate([table.representatives, -(table.representatives**2).sum(1, keepdims=True) / 2], 1)
+    numbers = table.numbers.astype(np.int32).ravel()
+    sizes = table.bits, *_plane_bytes(order, table.bits), order**3
+    return r.plain(r.QuadsEncoder(*sizes, choices, inverse.astype(np.float32), listed.astype(np.float32).ravel(), numbers))
+
+
+@lru_cache(maxsize=64)
+def quads_decoder(coding: int, head_dim: int, row_bits: int, mantissas: bytes) -> tuple:
+    """A QuadsDecoder; of another coding one that nothing uses. ``mantissas``: the plan's, as bytes."""
+    if coding != c.CODING_QUADS:
+        return r.plain(r.QuadsDecoder(8, 0, 0, np.zeros((2, 0), np.float32), np.zeros(0, np.float32)))
+    order = order_for(head_dim)
+    table = quads.points_of(quads_index_bits(order, row_bits))
+    radii = np.stack(quads.factors(np.arange(c.QUADS_RADII[0], c.QUADS_RADII[1] + 1), np.frombuffer(mantissas, np.float32)))
+    points = table.points.astype(np.float32).ravel()
+    return r.plain(r.QuadsDecoder(table.bits, *_plane_bytes(order, table.bits), radii, points))
+
+
+def _plane_bytes(order: int, bits: int) -> tuple[int, int]:
+    """Bytes of a row in the planes of signs and of indices."""
+    return order // 8, -(-order // c.QUAD * bits // 8)
+
+
+# -- split and paper ------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def _circle() -> np.ndarray:
     """cos and sin of the 2,048 directions, side by side: float32 [4096]."""

@@ -1,8 +1,9 @@
-"""Law: the CUDA backend launches ``blocks.cu`` for the groups that it ``takes``; every other group goes to Triton's kernels.
+"""Law: the CUDA backend launches ``blocks.cu`` or ``quads.cu`` for groups that it ``takes``; every other group is Triton's.
 
-NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256; rows whose addresses are multiples of 16 bytes.
-``takes`` is the whole rule, but for one thing that only the device knows: where ``layout`` finds no room in its shared memory,
-Triton's kernels code the group as well. A kernel is compiled once a process for each kind of stream.
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and to decode quads any multiple of 32 up to 256; rows
+whose addresses are multiples of 16 bytes. ``takes`` is the whole rule, but for one thing that only the device knows: where
+``kernel_layout`` finds no room in its shared memory, Triton's kernels code the group as well. A kernel is compiled once a process
+for each kind of stream.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from cuda.bindings import driver
 
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.compiled import Layout, compiled, layout, returned
+from pqcodec.kernels.on_cuda.compiled import Layout, compiled, definitions, layout, returned
+from pqcodec.kernels.on_cuda.quads import ORDERS as QUADS_ORDERS
+from pqcodec.kernels.on_cuda.quads import index_bytes, quads_definitions, quads_layout
 from pqcodec.kernels.on_cuda.tables import ORDERS, matrix_fits
 from pqcodec.kernels.on_triton.backend import Triton
 from pqcodec.kernels.spans import Group
@@ -27,16 +30,18 @@ SPREAD = 8  # blocks that a multiprocessor is given before the next one is used
 _ALIGNED = 16  # bytes of a load; addresses of rows are multiples
 
 
-def takes(group: Group) -> bool:
-    """Whether ``blocks.cu`` codes a group; if not, Triton's kernels do."""
+def takes(verb: str, group: Group) -> bool:
+    """Whether a kernel of this backend does ``verb`` ("encode" or "decode") to a group; if not, Triton's kernels do."""
     h = group.header
+    of_quads = h.coding == c.CODING_QUADS
+    row_bytes = index_bytes(h) if of_quads else h.row_bytes  # of words that a warp reads and writes
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        h.head_dim in ORDERS
+        (h.head_dim in ORDERS if not of_quads else h.head_dim in QUADS_ORDERS and verb == "decode")
         and (h.rounds == 1 or matrix_fits(h.order, h.seed))
         and group.blocks < 1 << 31
-        and all(tokens * h.row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
+        and all(tokens * row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
         and rope
         and all(abs(s.stride) * item * h.chunk_tokens < 1 << 31 for s in group.spans)
         and all(s.payload % 4 == 0 and s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
@@ -69,16 +74,31 @@ class Kernel:
     blob: Any  # the layout's, a torch tensor on the device
 
 
+def kernel_layout(verb: str, kind: Header, few: bool, major: int = 9, limit: int = 232448) -> Layout | None:
+    """The layout of the kernel of one direction for a kind of streams; None where there is too little shared memory.
+
+    ``few``: there are few blocks. ``major``: of the compute capability. ``limit``: bytes of shared memory.
+    """
+    return quads_layout(kind, limit) if kind.coding == c.CODING_QUADS else layout(verb, kind, few, major, limit)
+
+
+def machine_code(verb: str, kind: Header, found: Layout, architecture: str) -> bytes:
+    """The kernel's machine code (cubin), for an architecture such as "sm_90"."""
+    if kind.coding == c.CODING_QUADS:
+        return compiled("quads.cu", quads_definitions(verb, kind, found), architecture)
+    return compiled("blocks.cu", definitions(verb, kind, found), architecture + "a" * found.warpgroups)
+
+
 @lru_cache(maxsize=64)
 def _kernel(verb: str, kind: Header, few: bool, device: str) -> Kernel | None:
     """The kernel of one direction for a kind of streams; None where the device has too little shared memory."""
     import torch
 
     major, architecture, _, limit = _device(device)
-    found = layout(verb, kind, few, major, limit)
+    found = kernel_layout(verb, kind, few, major, limit)
     if found is None:
         return None
-    code = compiled(verb, kind, found, architecture)
+    code = machine_code(verb, kind, found, architecture)
     with torch.cuda.device(device):
         module = returned(driver.cuModuleLoadData(code))
         function = returned(driver.cuModuleGetFunction(module, f"{verb}_stream_blocks".encode()))
@@ -102,7 +122,7 @@ def _device(device: str) -> tuple[int, str, int, int]:
 
 
 class Cuda:
-    """NVIDIA GPUs. Side sections, and groups that ``blocks.cu`` does not code, go to a Triton backend."""
+    """NVIDIA GPUs. Side sections, and groups that no kernel of its own takes, go to a Triton backend."""
 
     name = "cuda"
 
@@ -153,8 +173,8 @@ class Cuda:
 
     @staticmethod
     def _kernel(verb: str, group: Group) -> Kernel | None:
-        """The kernel of ``blocks.cu`` that codes a group; None where Triton's kernels do."""
-        if not takes(group):
+        """The kernel that codes a group; None where Triton's kernels do."""
+        if not takes(verb, group):
             return None
         device = str(group.device)
         few = group.blocks <= FEW * _device(device)[2]

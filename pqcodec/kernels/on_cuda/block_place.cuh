@@ -1,10 +1,13 @@
 // Law: where a block lies: its words in the stream, and its rows in the tensor.
 //
 // Needs FIELDS and the places of a span's numbers (LEADS, STREAM ..., as SpanRow in spans.py names them), CHUNK (tokens),
-// ROW_BYTES, CHECKSUM_BYTES, and ITEM: bytes of a stored number.
+// ROW_BYTES, BESIDE and ALIGN (of a block's bytes, as Blocks in stream/index.py says), and ITEM: bytes of a stored number.
 #pragma once
 
 #include "numbers.cuh"
+
+// Bytes of a block of so many tokens, its checksum included.
+constexpr __device__ int block_bytes(int tokens) { return (tokens * ROW_BYTES + BESIDE + ALIGN - 1) / ALIGN * ALIGN; }
 
 struct Block {
     const i64* span;  // the row of the block's span: FIELDS numbers
@@ -35,8 +38,8 @@ INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ f
     block.tokens = left < CHUNK ? (int)left : CHUNK;
     block.token = __ldg(block.span + EXACT) + chunk * CHUNK;
     block.payload = reinterpret_cast<u32*>(__ldg(block.span + PAYLOAD) +
-                                           chunk * __ldg(block.span + LEADING) * (CHUNK * ROW_BYTES + CHECKSUM_BYTES) +
-                                           block.lead * (block.tokens * ROW_BYTES + CHECKSUM_BYTES));
+                                           chunk * __ldg(block.span + LEADING) * block_bytes(CHUNK) +
+                                           block.lead * block_bytes(block.tokens));
     block.row_stride = (int)__ldg(block.span + STRIDE) * ITEM;
     block.rows = __ldg(starts + __ldg(block.span + STARTS) + (of_span - chunk_of_span * leads)) +
                  (block.token - first_token) * block.row_stride;

@@ -1,4 +1,4 @@
-"""Law: how ``blocks.cu`` is compiled for a kind of stream: how many threads share how much memory, and which macros it gets."""
+"""Law: how a kernel is compiled for a kind of stream; of ``blocks.cu``, which threads share how much memory, and its macros."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def _warp_bytes(h: Header, bulk: bool) -> int:
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
-def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
-    """The machine code (cubin) of one direction for one kind of stream."""
-    source, headers = _sources()
-    options = [f"-D{name}={value}" for name, value in definitions(verb, h, layout).items()]
-    options += [f"--gpu-architecture={architecture}{'a' * layout.warpgroups}", "--fmad=false", "--std=c++17"]
+def compiled(name: str, macros: dict[str, Any], architecture: str) -> bytes:
+    """The machine code (cubin) of a source file of this folder, with macros."""
+    source, headers = _sources(name)
+    options = [f"-D{macro}={value}" for macro, value in macros.items()]
+    options += [f"--gpu-architecture={architecture}", "--fmad=false", "--std=c++17"]
     try:
         program = returned(
-            nvrtc.nvrtcCreateProgram(source, b"blocks.cu", len(headers), list(headers.values()), [*map(str.encode, headers)])
+            nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), list(headers.values()), [*map(str.encode, headers)])
         )
     except RuntimeError as missing:  # cuda-bindings look for the library when it is called first
         raise BackendUnavailable(f"backend 'cuda' needs NVRTC: pip install 'pqcodec[cuda]' ({missing})") from missing
@@ -122,11 +122,11 @@ def compiled(verb: str, h: Header, layout: Layout, architecture: str) -> bytes:
     return code
 
 
-def _sources() -> tuple[bytes, dict[str, bytes]]:
-    """``blocks.cu``, and the headers that it and they include, by their names."""
+def _sources(name: str) -> tuple[bytes, dict[str, bytes]]:
+    """A source, and the headers that it and they include, by their names."""
     folder = files("pqcodec.kernels.on_cuda")
     headers = {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(".cuh")}
-    return folder.joinpath("blocks.cu").read_bytes(), headers
+    return folder.joinpath(name).read_bytes(), headers
 
 
 def returned(result: tuple[Any, ...]) -> Any:
@@ -137,11 +137,15 @@ def returned(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
-    """The macros that ``blocks.cu`` is compiled with."""
-    plan, paper = plan_for(h), h.coding == c.CODING_PAPER
+def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> dict[str, Any]:
+    """The macros of every kernel."""
+    plan = plan_for(h)
     return {
         "DECODER" if verb == "decode" else "ENCODER": 1,
+        "THREADS": threads,
+        "BLOB_BYTES": blob_bytes,
+        "BESIDE": h.blocks.beside,
+        "ALIGN": h.blocks.align,
         "ORDER": plan.order,
         "LOG2_ORDER": plan.order.bit_length() - 1,
         "DTYPE": h.dtype,
@@ -150,15 +154,38 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "FLOAT32": c.DTYPE_FLOAT32,
         "ITEM": c.ITEM_BYTES[h.dtype],
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
-        "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
         "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
-        "ROOT_BUDGET": 0 if paper else plan.root_budget,
-        "RADIUS_BITS": plan.radius_bits,
-        "RADIUS_STEPS": 1 if paper else plan.radius_steps,
         "RADIUS_BIAS": c.RADIUS_BIAS,
         "RADIUS_SPLIT": f"({c.RADIUS_SPLIT})",
         "RADIUS_SHIFT": c.RADIUS_SHIFT,
         "SECOND_FACTOR": f"{2.0**-c.RADIUS_SHIFT!r}f",
+        "ROUNDS": h.rounds,
+        "ROW_BYTES": plan.row_bytes,
+        "UPCOMING_BYTES": UPCOMING_BYTES,
+        "CHUNK": h.chunk_tokens,
+        "CHECKSUM_BYTES": c.CHECKSUM_BYTES,
+        "OFFSETS": int(h.offsets),
+        "PAIRS": len(h.rope.frequencies) if h.rope else 0,
+        "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
+        "KEY_0": f"{checksum_keys(1)[0]}u",
+        "PRIME": f"{c.CHECKSUM_PRIME}ull",
+        "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
+        **{name.upper(): place for name, place in SPAN._asdict().items()},
+        "FIELDS": len(SPAN),
+        "OFFSET_EXPONENT_AT": c.OFFSET_EXPONENT_AT,
+        "RADIUS_EXPONENT_AT": c.RADIUS_EXPONENT_AT,
+    }
+
+
+def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
+    """The macros that ``blocks.cu`` is compiled with."""
+    plan, paper = plan_for(h), h.coding == c.CODING_PAPER
+    return {
+        **common_definitions(verb, h, layout.threads, layout.blob.size),
+        "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
+        "ROOT_BUDGET": 0 if paper else plan.root_budget,
+        "RADIUS_BITS": plan.radius_bits,
+        "RADIUS_STEPS": 1 if paper else plan.radius_steps,
         "GRID": f"{float(c.GRID)!r}f",
         "CAP": c.MAX_BUDGET_PER_COORDINATE,
         "MOST_WIDTH": c.MAX_ANGLE_BITS,
@@ -171,35 +198,18 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "PHASE_SHIFT": c.PHASE_SHIFT,
         "PAPER": int(paper),
         "GROUP_BITS": c.PAPER_BLOCK_BITS,
-        "ROUNDS": h.rounds,
         "BYTES": int(in_bytes(verb, h)),
         "WARPGROUPS": int(layout.warpgroups),
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "ROWS": ROWS,
-        "ROW_BYTES": plan.row_bytes,
         "STRIDE_WORDS": _stride_words(h),
         "STAGE_BYTES": _stage_bytes(h),
-        "UPCOMING_BYTES": UPCOMING_BYTES,
         "WARP_BYTES": _warp_bytes(h, layout.bulk),
         "BULK": int(layout.bulk),
-        "CHUNK": h.chunk_tokens,
-        "CHECKSUM_BYTES": c.CHECKSUM_BYTES,
-        "OFFSETS": int(h.offsets),
-        "PAIRS": len(h.rope.frequencies) if h.rope else 0,
-        "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
         **({} if paper or verb == "decode" else _row_definitions(h)),
         "SIGNS_BYTES": _signs_bytes(verb, h),
-        "KEY_0": f"{checksum_keys(1)[0]}u",
-        "PRIME": f"{c.CHECKSUM_PRIME}ull",
-        "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
-        "THREADS": layout.threads,
-        "BLOB_BYTES": layout.blob.size,
-        **{name.upper(): place for name, place in SPAN._asdict().items()},
-        "FIELDS": len(SPAN),
-        "OFFSET_EXPONENT_AT": c.OFFSET_EXPONENT_AT,
-        "RADIUS_EXPONENT_AT": c.RADIUS_EXPONENT_AT,
         **layout.places,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,25 +11,34 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
+from pqcodec.kernels.on_cuda.compiled import UPCOMING_BYTES, Layout, common_definitions
 from pqcodec.kernels.on_cuda.tables import blob_of, shared_tables
 from pqcodec.stream.header import Header
 
 ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)
 ROWS = 16  # of a tile
-COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, a lane has its own
-UPCOMING_BYTES = 64  # of shared memory for a warp's next block
-THREADS = {32: 768, 64: 768, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 256: 512}
-OFFSET_THREADS = {order: min(threads, 512) for order, threads in THREADS.items()}
+COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
+THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 256: 384}
 
 
-def takes(h: Header, tokens: int) -> bool:
-    """Whether ``quads.cu`` decodes streams of such a header, whose blocks have ``tokens`` or the chunk's."""
-    index_bytes = h.row_bytes - 1 - h.order // 8
-    return h.order in ORDERS and h.head_dim == h.order and not any(n * index_bytes % 4 for n in (tokens, h.chunk_tokens))
+def index_bytes(h: Header) -> int:
+    """Bytes of a row's indices."""
+    return h.row_bytes - 1 - h.order // 8
 
 
-def tables_of(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, int]]:
-    """The blob, uint8 [bytes], and the macros that say where each array begins."""
+def quads_layout(h: Header, limit: int) -> Layout | None:
+    """The first layout that fits into ``limit`` bytes of shared memory, from the quickest on; None where none does."""
+    threads = THREADS[h.order]
+    for keys, copies in product((True, False), COPIES):
+        blob, places = _tables(h, keys, copies)
+        size = blob.size + threads // 32 * _warp_bytes(h)
+        if size <= limit:
+            return Layout(threads, 0, False, False, blob, places, size)
+    return None
+
+
+def _tables(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, int]]:
+    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies each point has."""
     plan = plan_for(h)
     points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # a byte for each coordinate, where its sign is
     own = {
@@ -36,8 +46,9 @@ def tables_of(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str,
         "MANTISSAS": plan.mantissas,
         "MATRIX": _matrix(h),
     }
-    words = h.blocks.size_of(h.chunk_tokens) // 4
-    return blob_of({**own, **shared_tables(h, words if keys else 0)})
+    words = h.blocks.chunk_bytes // 4
+    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0)})
+    return blob, {**places, "COPIES": copies}
 
 
 def _matrix(h: Header) -> np.ndarray:
@@ -51,21 +62,31 @@ def _matrix(h: Header) -> np.ndarray:
     return columns.reshape(h.order // 8, 8, -1, 16).swapaxes(1, 2)
 
 
-def stage_bytes(h: Header) -> int:
+def _stage_bytes(h: Header) -> int:
     """Bytes of a tile's signs and indices, and of the word behind them that its last window may touch."""
     return -(-(ROWS * (h.row_bytes - 1) + 4) // 16) * 16
 
 
-def definitions(h: Header, copies: int) -> dict[str, Any]:
-    """The macros of ``quads.cu`` beside those of every kernel (``compiled.definitions``)."""
+def _warp_bytes(h: Header) -> int:
+    """Bytes of shared memory of one warp: a tile, and the next block's place."""
+    return _stage_bytes(h) + UPCOMING_BYTES
+
+
+def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
+    """The macros that ``quads.cu`` is compiled with."""
     least, most = c.QUADS_RADII
     return {
+        **common_definitions(verb, h, layout.threads, layout.blob.size),
         "INDEX_BITS": quads.table_of(plan_for(h)).bits,
-        "INDEX_BYTES": h.row_bytes - 1 - h.order // 8,
-        "COPIES": copies,
+        "INDEX_BYTES": index_bytes(h),
         "LEAST": f"({least})",
         "MOST": most,
-        "STEPS": c.QUADS_RADIUS_STEPS,
+        "RADIUS_STEPS": c.QUADS_RADIUS_STEPS,
         "LOG2_STEPS": c.QUADS_RADIUS_STEPS.bit_length() - 1,
         "LARGEST_SUM": f"{127.0 * h.order**1.5!r}f",
+        "ROWS": ROWS,
+        "BULK": 0,
+        "STAGE_BYTES": _stage_bytes(h),
+        "WARP_BYTES": _warp_bytes(h),
+        **layout.places,
     }

@@ -8,7 +8,9 @@
 #include "block_place.cuh"
 #include "lanes.cuh"
 #include "offsets.cuh"
-#include "rotation.cuh"
+#if ROUNDS == 1
+#include "rotation.cuh"  // which leaves D's signs to be given here
+#endif
 
 // -- from the rotation's sums to stored numbers ---------------------------------------------------------------------
 #if DTYPE == FLOAT32

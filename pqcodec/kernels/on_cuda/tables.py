@@ -1,4 +1,4 @@
-"""Law: the tables of a kind of stream as ``blocks.cu`` reads them: one blob, which a kernel copies into shared memory.
+"""Law: the tables of a kind of stream as kernels read them: one blob, which a kernel copies into shared memory.
 
 A kernel finds each array at the byte that the macro NAME_AT says.
 """
@@ -34,7 +34,7 @@ def tables_for(verb: str, h: Header, bits: int, keys: bool) -> tuple[np.ndarray,
     """
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
-    return _blob({**own, **_shared(verb, h, plan, keys)})
+    return blob_of({**own, **_shared(verb, h, plan, keys)})
 
 
 def table_bits(h: Header) -> int:
@@ -43,7 +43,7 @@ def table_bits(h: Header) -> int:
 
 
 # -- of both directions -------------------------------------------------------------------------------------------------
-def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+def blob_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     """Arrays one after the other, each at a multiple of 16 bytes, and the byte at which each begins."""
     parts, places, at = [], {}, 0
     for name, array in arrays.items():
@@ -55,18 +55,24 @@ def _blob(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarray]:
-    """Of every coding: the rotation's matrix or signs, RoPE's frequencies and phases, and checksum keys."""
+    """Of every coding of ``blocks.cu``: the rotation's matrix or signs, and what ``shared_tables`` gives."""
     if plan.rounds == 2:
         arrays = {"MATRIX": _matrix(verb, h)}
     else:
         signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
         one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
         arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
+    words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
+    return {**arrays, **shared_tables(h, words if keys else 0)}
+
+
+def shared_tables(h: Header, words: int) -> dict[str, np.ndarray]:
+    """RoPE's frequencies and phases, and the keys of so many words of a block, unless they are too many."""
+    arrays = {}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
         arrays["PHASES"] = centre.phase_pairs()
-    words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
-    if keys and words <= MOST_KEYS:
+    if 0 < words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
 

@@ -24,7 +24,7 @@ PAPER_ENCODE_ROWS = ENCODE_ROWS | {64: 32}
 DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
 ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER)
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS)
 _UNITS = 2  # bytes of a unit in which ``sides`` copies
 
 
@@ -69,6 +69,8 @@ class Triton:
             group.rows,
             group.block_firsts,
             tables.row_bytes,
+            h.blocks.beside,
+            h.blocks.align,
             h.chunk_tokens,
             TILE=4 * SUM_TILE,
             SEARCH=group.search,
@@ -90,9 +92,14 @@ class Triton:
             tables.quad_look_up,
             tables.records,
             tables.paper,
+            tables.representatives,
+            tables.numbers,
+            tables.grid,
             *self._offset_tables(group),
             h.radius_exponent,
             **self._shape(group),
+            COUNT=len(tables.representatives),
+            SEARCHED=max(c.QUADS_EFFORTS[group.effort]),
             ROWS=(PAPER_ENCODE_ROWS if h.coding == c.CODING_PAPER else ENCODE_ROWS)[tables.columns],
             ENERGY_SCALE=tables.energy_scale,
             FIXES=tables.fixes,
@@ -122,6 +129,7 @@ class Triton:
             tables.circle,
             tables.mantissas,
             tables.paper,
+            tables.points,
             *self._offset_tables(group),
             h.radius_exponent,
             c.LARGEST_FINITE[h.dtype],
@@ -210,6 +218,9 @@ class Triton:
             "ORDER": tables.order,
             "COLUMNS": tables.columns,
             "ROW_BYTES": tables.row_bytes,
+            "BESIDE": h.blocks.beside,
+            "ALIGN": h.blocks.align,
+            "QUAD_BITS": tables.quad_bits,
             "ROOT_BUDGET": tables.root_budget,
             "RADIUS_BITS": tables.radius_bits,
             "RADIUS_STEPS": tables.radius_steps,

@@ -17,6 +17,8 @@ from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     FAR,
     LARGEST,
+    OF_QUADS,
+    QUADS,
     RADIUS_SHIFT,
     RADIUS_SPLIT,
     SECOND_FACTOR,
@@ -29,13 +31,16 @@ from pqcodec.kernels.on_triton.numbers import (
 )
 from pqcodec.kernels.on_triton.offsets import offset_rows
 from pqcodec.kernels.on_triton.paper import decode_paper, encode_paper
+from pqcodec.kernels.on_triton.quads import decode_quad_rows, encode_quad_rows, own_radius
 from pqcodec.kernels.on_triton.rotation import three_parts
 from pqcodec.kernels.on_triton.split import decode_split, encode_split
 
 
 @triton.jit
-def block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH: tl.constexpr):
-    """Block ``index``: its span, chunk, lead and tokens, the aligned word it begins in, and at which byte (0 .. 3) of that."""
+def block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH: tl.constexpr):
+    """Block ``index``: its span, chunk, lead and tokens, the aligned word it begins in, at which byte (0 .. 3) of that, and how
+    many bytes its checksum covers.
+    """
     which = find_span(firsts, index, SEARCH)
     span = spans + which * len(SPAN.value)
     local = index - tl.load(firsts + which)
@@ -43,26 +48,61 @@ def block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH: tl.constexpr):
     chunk = tl.load(span + SPAN.value.first_chunk) + local // leads
     lead = tl.load(span + SPAN.value.first_lead) + local % leads
     tokens = tl.minimum(tl.load(span + SPAN.value.coded) - chunk * CHUNK, CHUNK)
-    start = (
-        tl.load(span + SPAN.value.payload)
-        + chunk * tl.load(span + SPAN.value.leading) * (CHUNK * ROW_BYTES + CHECKSUM_BYTES)
-        + lead * (tokens * ROW_BYTES + CHECKSUM_BYTES)
-    )
+    size = (tokens * ROW_BYTES + BESIDE + ALIGN - 1) // ALIGN * ALIGN
+    whole = (CHUNK * ROW_BYTES + BESIDE + ALIGN - 1) // ALIGN * ALIGN
+    start = tl.load(span + SPAN.value.payload) + chunk * tl.load(span + SPAN.value.leading) * whole + lead * size
     skew = (start & 3).to(tl.int32)
-    return span, chunk, lead, tokens.to(tl.int32), (start - skew).to(tl.pointer_type(tl.uint32)), skew
+    words, covered = (start - skew).to(tl.pointer_type(tl.uint32)), (size - CHECKSUM_BYTES).to(tl.int32)
+    return span, chunk, lead, tokens.to(tl.int32), words, skew, covered
 
 
 @triton.jit
-def clear_blocks(spans, firsts, row_bytes, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.constexpr):
+def clear_blocks(spans, firsts, row_bytes, beside, align, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.constexpr):
     """Write zeros over one block and its checksum."""
-    _span, _chunk, _lead, tokens, words, skew = block_place(
-        spans, firsts, tl.program_id(0).to(tl.int64), row_bytes, chunk_tokens, SEARCH
+    _span, _chunk, _lead, _tokens, words, skew, covered = block_place(
+        spans, firsts, tl.program_id(0).to(tl.int64), row_bytes, beside, align, chunk_tokens, SEARCH
     )
     start = words.to(tl.pointer_type(tl.uint8)) + skew
-    count = tokens * row_bytes + CHECKSUM_BYTES
+    count = covered + CHECKSUM_BYTES
     for first in range(0, count, TILE):
         i = first + tl.arange(0, TILE)
         tl.store(start + i, tl.zeros([TILE], tl.uint8), mask=i < count)
+
+
+@triton.jit
+def centred_rows(
+    span,
+    lead,
+    start,
+    begin,
+    row,
+    mask,
+    stride,
+    columns,
+    partner,
+    pair,
+    sign,
+    frequencies,
+    phases,
+    DTYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Rows of a block, centred and times powers of two: x [R, COLUMNS], the powers' exponents, and whether each row is finite.
+
+    Rows that are not are zeros.
+    """
+    inside = columns < HEAD_DIM
+    x = load_rows(start, begin + row, stride, columns, mask[:, None] & inside[None, :], DTYPE)
+    finite = tl.max((tl.abs(x) > LARGEST).to(tl.int32) | (x != x).to(tl.int32), 1) == 0
+    x = tl.where(finite[:, None], x, 0.0)
+    if OFFSETS:
+        o = offset_rows(span, lead, begin + row, columns, inside, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE)
+        x = tl.where((finite & mask)[:, None], tl.minimum(tl.maximum(x - o, -LARGEST), LARGEST), 0.0)
+    exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.where(tl.abs(exponent) > FAR, -tl.minimum(tl.maximum(exponent, -126), 126), 0)
+    return x * power_of_two(exponent)[:, None], exponent, finite
 
 
 @triton.jit
@@ -81,6 +121,9 @@ def encode_stream_blocks(
     quad_look_up,
     records,
     paper,
+    representatives,
+    numbers,
+    grid,
     rotation,
     partner,
     pair,
@@ -94,6 +137,8 @@ def encode_stream_blocks(
     ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    BESIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROOT_BUDGET: tl.constexpr,
     RADIUS_BITS: tl.constexpr,
     RADIUS_STEPS: tl.constexpr,
@@ -106,32 +151,40 @@ def encode_stream_blocks(
     ROPE: tl.constexpr,
     TERMS: tl.constexpr,
     OPERAND: tl.constexpr,
+    QUAD_BITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SEARCHED: tl.constexpr,
     ROWS: tl.constexpr,
     SEARCH: tl.constexpr,
     SUM_TILE: tl.constexpr,
 ):
     """Encode one block into bytes that hold zeros. Vectors with NaN or Inf are coded as zeros; flags [span] counts them."""
     index = tl.program_id(0).to(tl.int64)
-    span, chunk, lead, tokens, words, skew = block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH)
+    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH)
     begin = tl.load(span + SPAN.value.exact) + chunk * CHUNK
     start = tl.load(starts + tl.load(span + SPAN.value.starts) + lead)
     stride = tl.load(span + SPAN.value.stride)
     columns = tl.arange(0, COLUMNS)
-    inside = columns < HEAD_DIM
     bad = tl.zeros([ROWS], tl.int32)
+    base = 0
+    if CODING == OF_QUADS:
+        largest = 0
+        for first_row in range(0, tokens, ROWS):
+            row = first_row + tl.arange(0, ROWS)
+            x, exponent, _finite = centred_rows(
+                span, lead, start, begin, row, row < tokens, stride, columns, partner, pair, sign, frequencies, phases,
+                DTYPE, HEAD_DIM, OFFSETS, ROPE,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(tl.where(row < tokens, own_radius(x, exponent, ORDER), 0)))
+        base = tl.where(largest > 0, largest + SEARCHED - QUADS.value.codes, 1 - QUADS.value.least)
     for first_row in range(0, tokens, ROWS):
         row = first_row + tl.arange(0, ROWS)
         mask = row < tokens
-        x = load_rows(start, begin + row, stride, columns, mask[:, None] & inside[None, :], DTYPE)
-        finite = tl.max((tl.abs(x) > LARGEST).to(tl.int32) | (x != x).to(tl.int32), 1) == 0
+        x, exponent, finite = centred_rows(
+            span, lead, start, begin, row, mask, stride, columns, partner, pair, sign, frequencies, phases,
+            DTYPE, HEAD_DIM, OFFSETS, ROPE,
+        )  # fmt: skip
         bad += (mask & (finite == 0)).to(tl.int32)
-        x = tl.where(finite[:, None], x, 0.0)
-        if OFFSETS:
-            o = offset_rows(span, lead, begin + row, columns, inside, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE)
-            x = tl.where((finite & mask)[:, None], tl.minimum(tl.maximum(x - o, -LARGEST), LARGEST), 0.0)
-        exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 127
-        exponent = tl.where(tl.abs(exponent) > FAR, -tl.minimum(tl.maximum(exponent, -126), 126), 0)
-        x *= power_of_two(exponent)[:, None]
         coarse, fine, finest = three_parts(x, TERMS)
         bit0 = skew * 8 + row * (8 * ROW_BYTES)
         if CODING == SPLIT:
@@ -166,6 +219,32 @@ def encode_stream_blocks(
                 OPERAND,
                 ROWS,
             )
+        elif CODING == OF_QUADS:
+            encode_quad_rows(
+                words,
+                skew,
+                row,
+                tokens,
+                base,
+                x,
+                coarse,
+                fine,
+                finest,
+                exponent,
+                mask,
+                representatives,
+                numbers,
+                grid,
+                rotation,
+                columns,
+                ORDER,
+                COLUMNS,
+                QUAD_BITS,
+                COUNT,
+                SEARCHED,
+                TERMS,
+                OPERAND,
+            )
         else:
             encode_paper(
                 words,
@@ -185,9 +264,12 @@ def encode_stream_blocks(
                 OPERAND,
             )
     tl.atomic_add(flags + tl.load(span + SPAN.value.flags), tl.sum(bad))
+    if CODING == OF_QUADS:
+        at = (skew + tokens * ROW_BYTES) * 8 + tl.zeros([1], tl.int32)
+        put_field(words, at, (base - 1 + QUADS.value.least + at * 0) & 0xFFFF, at >= 0)
     tl.debug_barrier()
-    total = word_sum(words, skew, tokens * ROW_BYTES, keys, SUM_TILE)
-    end = (skew + tokens * ROW_BYTES) * 8 + tl.zeros([1], tl.int32)
+    total = word_sum(words, skew, covered, keys, SUM_TILE)
+    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
     put_field(words, end, total + tl.zeros([1], tl.uint32), end >= 0)
 
 
@@ -209,6 +291,7 @@ def decode_stream_blocks(
     circle,
     mantissas,
     paper,
+    points,
     rotation,
     partner,
     pair,
@@ -223,6 +306,8 @@ def decode_stream_blocks(
     ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    BESIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROOT_BUDGET: tl.constexpr,
     RADIUS_BITS: tl.constexpr,
     RADIUS_STEPS: tl.constexpr,
@@ -231,19 +316,19 @@ def decode_stream_blocks(
     KIND_16: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROPE: tl.constexpr,
+    QUAD_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     SEARCH: tl.constexpr,
     SUM_TILE: tl.constexpr,
 ):
     """Check one block (flags [block] becomes 1 where it is damaged), and decode those of its tokens that its span wants."""
     index = tl.program_id(0).to(tl.int64)
-    span, chunk, lead, tokens, words, skew = block_place(spans, firsts, index, ROW_BYTES, CHUNK, SEARCH)
-    count = tokens * ROW_BYTES
-    end = (skew + count) * 8 + tl.zeros([1], tl.int32)
+    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH)
+    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
     always = end >= 0
     stored = (get_field(words, end, tl.full([1], 16, tl.int32), always)).to(tl.uint32)
     stored |= get_field(words, end + 16, tl.full([1], 16, tl.int32), always).to(tl.uint32) << 16
-    good = word_sum(words, skew, count, keys, SUM_TILE)
+    good = word_sum(words, skew, covered, keys, SUM_TILE)
     tl.store(flags + index + tl.arange(0, 1), (stored != good).to(tl.int32))
 
     begin = tl.load(span + SPAN.value.exact) + chunk * CHUNK  # the block's first token
@@ -283,6 +368,23 @@ def decode_stream_blocks(
                 RADIUS_STEPS,
                 LEVELS,
                 KIND_16,
+                ROWS,
+            )
+        elif CODING == OF_QUADS:
+            acc, exponent, mantissa, nothing = decode_quad_rows(
+                words,
+                skew,
+                row,
+                tokens,
+                mask,
+                mantissas,
+                points,
+                rotation,
+                columns,
+                acc,
+                ORDER,
+                COLUMNS,
+                QUAD_BITS,
                 ROWS,
             )
         else:

@@ -6,6 +6,8 @@ once for each module that names it, so indices that belong together are one cons
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -32,6 +34,7 @@ PHASE_TURNS = tl.constexpr(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)
 
 # Codings
 SPLIT = tl.constexpr(c.CODING_SPLIT)
+OF_QUADS = tl.constexpr(c.CODING_QUADS)
 GROUP = tl.constexpr(c.GROUP)
 PAPER_BITS = tl.constexpr(c.PAPER_BLOCK_BITS)
 CHECKSUM_BYTES = tl.constexpr(c.CHECKSUM_BYTES)
@@ -59,6 +62,19 @@ RECORD = tl.constexpr(tables.RECORD)
 RECORD_FLOAT = tl.constexpr(tables.RECORD_FLOAT)
 PAPER = tl.constexpr(tables.PAPER)
 SPAN = tl.constexpr(s.SPAN)  # kernels/spans.py
+
+
+class Quads(NamedTuple):
+    """Numbers of the quads coding."""
+
+    least: int  # radius, in steps
+    most: int
+    steps: int  # an octave
+    radius_bits: int  # of a radius counted from the least on
+    codes: int  # of a radius in a block, zero vector left out, less one
+
+
+QUADS = tl.constexpr(Quads(*c.QUADS_RADII, c.QUADS_RADIUS_STEPS, 12, (1 << c.QUADS_RADIUS_BITS) - 2))
 
 # A byte of the stream
 EXPONENT_AT = tl.constexpr(c.OFFSET_EXPONENT_AT)

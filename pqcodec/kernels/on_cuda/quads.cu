@@ -1,0 +1,270 @@
+// Law: the CUDA kernel that decodes quads (SPEC 12), for orders that are multiples of 32 up to 256.
+//
+// A warp decodes one block (a chunk of tokens of one leading index), a tile of sixteen rows at a time, and shares nothing with
+// other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4 and l / 4 + 8 of the tile. A quad is one
+// look-up of four bytes, which are an operand of mma as they are: tensor cores multiply them with half of the rotation's matrix,
+// of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32.
+// The next tile's words are on their way while this one is decoded.
+//
+// The matrix lies in bricks of 128 bytes: a strip of eight columns (channels), one behind the other, by 16 bytes of inputs. Of a
+// step of 32 inputs, a group of eight quads, quarter q brings quads 2 q and 2 q + 1.
+//
+// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
+// bank), LEAST, MOST and LOG2_STEPS of radii, LARGEST_SUM (that the rotation makes), the sizes of shared memory (BLOB_BYTES,
+// and WARP_BYTES of each warp, of which STAGE_BYTES are a tile's), the tables MATRIX, POINTS and MANTISSAS, and what the other
+// files need.
+
+#include "numbers.cuh"
+#include "lanes.cuh"
+#include "block_place.cuh"
+#include "checksum.cuh"
+#include "offsets.cuh"
+#include "radius.cuh"
+#include "stores.cuh"
+
+#define GROUPS (ORDER / 32)                   // of eight quads, of a row
+#define SIGN_WORDS (ROWS * ORDER / 32)        // of a tile
+#define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
+#define SIGN_FETCHES ((SIGN_WORDS + 31) / 32)
+#define INDEX_FETCHES ((INDEX_WORDS + 31) / 32)
+#define BRICK_BYTES 128
+#define BRICKS (ORDER / 16)  // of a strip
+#define MAGIC_BITS 0x4b400000  // of MAGIC, 1.5 * 2^23
+#define LARGEST_FUSED 1e30f      // factor of a row, of which MAGIC times it is far from infinite
+
+// What a lane has on its way: words of the planes of signs and indices, its two rows' radii, and the block's base.
+struct Fetched {
+    u32 signs[SIGN_FETCHES], indices[INDEX_FETCHES];
+    u32 radii[2];
+};
+
+INLINE const u8* radii_of(const Block& block) {
+    return reinterpret_cast<const u8*>(block.payload) + block.tokens * (ORDER / 8 + INDEX_BYTES);
+}
+
+// A lane's part of the tile of rows from ``first_row`` on; zero behind the block's end.
+INLINE void fetch_tile(Fetched& fetched, const Block& block, int first_row, int lane) {
+    const int rows = min(block.tokens - first_row, ROWS);
+    const u32* signs = block.payload + first_row * (ORDER / 32);
+    const u32* indices = block.payload + block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
+#pragma unroll
+    for (int i = 0; i < SIGN_FETCHES; i++) {
+        const int word = i * 32 + lane;
+        fetched.signs[i] = word < rows * (ORDER / 32) ? __ldcs(signs + word) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < INDEX_FETCHES; i++) {
+        const int word = i * 32 + lane;
+        fetched.indices[i] = word < rows * INDEX_BYTES / 4 ? __ldcs(indices + word) : 0;
+    }
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        const int row = first_row + (lane >> 2) + 8 * part;
+        fetched.radii[part] = row < block.tokens ? __ldg(radii_of(block) + row) : 0;
+    }
+}
+
+INLINE int base_of(const Block& block) {
+    const u8* at = radii_of(block) + block.tokens;
+    return (int)(short)(__ldg(at) | __ldg(at + 1) << 8);
+}
+
+// Puts a tile into the stage, and adds its words to the checksum's sum.
+INLINE void stage_tile(const u8* tables, const i64* __restrict__ keys, const Fetched& fetched, const Block& block,
+                       int first_row, int lane, u32* stage, int words, u64& sum) {
+#pragma unroll
+    for (int i = 0; i < SIGN_FETCHES; i++) {
+        const int word = i * 32 + lane;
+        if (SIGN_FETCHES * 32 == SIGN_WORDS || word < SIGN_WORDS) {
+            sum += folded((u64)fetched.signs[i] * key_of(tables, keys, words, first_row * (ORDER / 32) + word));
+            stage[word] = fetched.signs[i];
+        }
+    }
+    const int first = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
+#pragma unroll
+    for (int i = 0; i < INDEX_FETCHES; i++) {
+        const int word = i * 32 + lane;
+        if (INDEX_FETCHES * 32 == INDEX_WORDS || word < INDEX_WORDS) {
+            sum += folded((u64)fetched.indices[i] * key_of(tables, keys, words, first + word));
+            stage[SIGN_WORDS + word] = fetched.indices[i];
+        }
+    }
+}
+
+// Adds what lies behind the two planes: radii, base and zeros.
+INLINE void sum_rest(const u8* tables, const i64* __restrict__ keys, const Block& block, int lane, int words, u64& sum) {
+    for (int word = block.tokens * (ORDER / 8 + INDEX_BYTES) / 4 + lane; word < words; word += 32)
+        sum += folded((u64)__ldg(block.payload + word) * key_of(tables, keys, words, word));
+}
+
+// The factors of a radius code (SPEC 12.3).
+INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, float& second_factor) {
+    const int radius = min(max(base + (int)code - 1, LEAST), MOST);
+    const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[radius & (RADIUS_STEPS - 1)];
+    split_factor(mantissa, radius >> LOG2_STEPS, factor, second_factor);
+    factor = code ? factor : 0.0f;
+}
+
+// A lane's quads of one group and of both its rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1 ...}.
+INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int group, u32* operand) {
+    const int quarter = lane & 3;
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        const int row = (lane >> 2) + 8 * part;
+        const u32 signs = stage[row * (ORDER / 32) + group] >> (2 * quarter);
+        const int bit = row * (8 * INDEX_BYTES) + (8 * group + 2 * quarter) * INDEX_BITS;
+        const u32* at = stage + SIGN_WORDS + (bit >> 5);
+        const u32 window = __funnelshift_r(at[0], at[1], bit);
+#pragma unroll
+        for (int quad = 0; quad < 2; quad++) {
+            const u32 index = window >> (quad * INDEX_BITS) & ((1u << INDEX_BITS) - 1);
+            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[index * COPIES + (lane & (COPIES - 1))];
+            const u32 negative = signs >> quad & 0x01010101u;
+            operand[part + 2 * quad] = (point ^ negative * 255) + negative;  // two's complement, for no byte is 0
+        }
+    }
+}
+
+INLINE void multiply_step(int* sums, const u32* operand, u32 brick, u32 next_brick) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(operand[0]), "r"(operand[1]), "r"(operand[2]), "r"(operand[3]), "r"(brick), "r"(next_brick));
+}
+
+// A lane's eight channels of a piece: sums [4][4] of four strips, each of two channels of one row and two of the other, in float32
+// numbers from MAGIC on.
+INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums)[4]) {
+#pragma unroll
+    for (int strip = 0; strip < 4; strip++) {
+        sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = MAGIC_BITS;
+        const u32 address = matrix + (4 * piece + strip) * (BRICKS * BRICK_BYTES);
+#pragma unroll
+        for (int group = 0; group < GROUPS; group += 2) {
+            u32 bricks[4];
+            if (group + 1 < GROUPS) {
+                asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                    : "=r"(bricks[0]), "=r"(bricks[1]), "=r"(bricks[2]), "=r"(bricks[3])
+                    : "r"(address + group * (2 * BRICK_BYTES)));
+                multiply_step(sums[strip], operands[group], bricks[0], bricks[1]);
+                multiply_step(sums[strip], operands[group + 1], bricks[2], bricks[3]);
+            } else {
+                asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                    : "=r"(bricks[0]), "=r"(bricks[1])
+                    : "r"(address + group * (2 * BRICK_BYTES)));
+                multiply_step(sums[strip], operands[group], bricks[0], bricks[1]);
+            }
+        }
+    }
+}
+
+#if DTYPE != FLOAT32 && !OFFSETS
+// Eight numbers of an ordinary row. Three times a factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is what
+// fmaf takes away: it rounds the product of sum and factor once.
+INLINE Stored finish_ordinary(int (*sums)[4], int part, float factor) {
+    u32 packed[4];
+    const float away = -MAGIC * factor;
+#pragma unroll
+    for (int strip = 0; strip < 4; strip++) {
+        const int* two = sums[strip] + 2 * part;
+        packed[strip] =
+            pack_stored(fmaf(float_of(two[0]), factor, away), fmaf(float_of(two[1]), factor, away));
+    }
+    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+#endif
+
+// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in blocks.cu.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
+    const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    extern __shared__ uint4 memory[];
+    const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
+    u8* tables = reinterpret_cast<u8*>(memory);
+    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
+    Fetched fetched;
+    int base = 0;
+    u32 stored = 0, index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    if (index < blocks) {
+        const Block block = find_block(spans, firsts, starts, search, index);
+        fetch_tile(fetched, block, 0, lane);
+        base = base_of(block);
+        stored = __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1);
+        if (lane == 0) *upcoming = block;
+    }
+    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    __syncthreads();
+    const u32 matrix = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + lane * 16;
+
+    for (; index < blocks; index += gridDim.x * WARPS) {
+        const Block block = *upcoming;
+        const int words = block_bytes(block.tokens) / 4 - 1, block_base = base;
+        const u32 checksum = stored;
+        u64 sum = 0;
+        for (int first_row = 0; first_row < block.tokens; first_row += ROWS) {
+            stage_tile(tables, keys, fetched, block, first_row, lane, stage, words, sum);
+            float factor[2], second_factor[2];
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+                quad_factors(tables, fetched.radii[part], block_base, factor[part], second_factor[part]);
+            __syncwarp();
+            if (first_row + ROWS < block.tokens) {
+                fetch_tile(fetched, block, first_row + ROWS, lane);
+            } else {
+                sum_rest(tables, keys, block, lane, words, sum);
+                if (index + gridDim.x * WARPS < blocks) {
+                    const Block next = find_block(spans, firsts, starts, search, index + gridDim.x * WARPS);
+                    fetch_tile(fetched, next, 0, lane);
+                    base = base_of(next);
+                    stored = __ldcs(next.payload + block_bytes(next.tokens) / 4 - 1);
+                    if (lane == 0) *upcoming = next;
+                }
+            }
+            if (first_row + ROWS <= block.first || first_row >= block.last) {
+                __syncwarp();
+                continue;  // nobody wants these rows
+            }
+            u32 operands[GROUPS][4];
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) quad_operands(tables, stage, lane, group, operands[group]);
+            __syncwarp();
+            bool ordinary = true;
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                ordinary = ordinary && second_factor[part] == 1.0f && factor[part] * LARGEST_SUM < LARGEST &&
+                           factor[part] < LARGEST_FUSED;
+                factor[part] *= 2.0f;  // the matrix is R / 2
+            }
+            ordinary = __all_sync(ALL_LANES, ordinary);
+#pragma unroll 1
+            for (int piece = 0; piece < PIECES; piece++) {
+                int sums[4][4];
+                eight_channels(matrix, operands, piece, sums);
+#pragma unroll
+                for (int part = 0; part < 2; part++) {
+                    const int row = first_row + tile_row + 8 * part;
+                    Stored finished[STORES];
+#if DTYPE != FLOAT32 && !OFFSETS
+                    if (ordinary) {
+                        finished[0] = finish_ordinary(sums, part, factor[part]);
+                    } else
+#endif
+                    {
+                        float numbers[8];
+#pragma unroll
+                        for (int i = 0; i < 8; i++) numbers[i] = float_of(sums[i / 2][2 * part + i % 2]) - MAGIC;
+                        finish_piece(tables, block, row, quarter, piece, numbers, factor[part], second_factor[part], false,
+                                     finished);
+                    }
+                    const i64 target = block.rows + first_channel(quarter, piece) * ITEM + (i64)row * block.row_stride;
+                    if (row >= block.first && row < block.last)
+#pragma unroll
+                        for (int i = 0; i < STORES; i++) __stcs(reinterpret_cast<Stored*>(target) + i, finished[i]);
+                }
+            }
+        }
+        const u32 good = reduced(sum, 4 * words);
+        if (lane == 0) flags[index] = good != checksum;
+        __syncwarp();
+    }
+}

@@ -1,0 +1,129 @@
+"""The quads coding: its errors, its radii, its search, and what its blocks are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, gaussian
+
+import pqcodec
+from pqcodec import constants as c
+from pqcodec.codings import quads
+from pqcodec.errors import InvalidArgument, UnsupportedStream
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header
+
+PRESETS = [name for name in pqcodec.PRESETS if name.startswith("quad")]
+WORST = {  # relMSE of Gaussian vectors of 128 numbers: fast, and best
+    "quad2": (0.102, 0.1005),
+    "quad2.25": (0.074, 0.0718),
+    "quad2.5": (0.053, 0.0512),
+    "quad2.75": (0.0375, 0.0357),
+    "quad3": (0.0268, 0.0253),
+    "quad3.25": (0.0190, 0.0178),
+    "quad3.5": (0.0138, 0.0131),
+}
+
+
+def error(x: np.ndarray, y: np.ndarray) -> float:
+    """||x - y||^2 / ||x||^2."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    return float(((x - y) ** 2).sum() / (x**2).sum())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_errors_of_gaussian_vectors(preset: str) -> None:
+    x = gaussian(4, 1000, 128, seed=5).float().numpy()
+    for effort, most in zip(("fast", "best"), WORST[preset], strict=True):
+        data = pqcodec.encode(x, preset=preset, effort=effort, backend="cpu")
+        assert error(x, pqcodec.decode(data)) <= most
+        assert len(data) == pqcodec.encoded_size(x.shape, "float32", preset=preset)
+
+
+@pytest.mark.parametrize("bits", c.QUADS_INDEX_BITS)
+def test_the_search_finds_the_nearest_point(bits: int) -> None:
+    """Against all points, one by one."""
+    table = quads.points_of(bits)
+    points = table.points.astype(np.float64)
+    assert len(np.unique(points, axis=0)) == 1 << bits
+    assert points.min() >= 1
+    x = np.abs(np.random.default_rng(bits).standard_normal((500, 4))) * table.grid
+    _, codes, _ = quads._nearest(x.reshape(1, -1), table, "fast")
+    norm = np.sqrt((x**2).mean())
+    unit = 2 ** (np.floor(8 * np.log2(norm) + 0.5) / 8) / table.grid
+    off = ((x[:, None] / unit - points) ** 2).sum(2)
+    np.testing.assert_allclose(off[np.arange(len(x)), codes[0]], off.min(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_keeps_radii_from_its_largest_vector_on(backend: str) -> None:
+    """2^-31.75 of it is the least that is not zero; another block counts anew."""
+    x = np.ones((12, 64), np.float32) * np.float32(2.0) ** np.arange(20, -40, -5, dtype=np.float32)[:, None]
+    x[5] = 0
+    data = pqcodec.encode(x, preset="quad3", chunk_tokens=8, backend=backend)
+    y = pqcodec.decode(data, backend=backend)
+    kept = np.array([True] * 5 + [False, True, False] + [True] * 4)  # 2^-10 is the last above 2^-11.75
+    assert (y.any(1) == kept).all()
+    assert error(x[kept], y[kept]) < 0.05
+    assert (np.signbit(y) == 0)[~kept].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_every_size(backend: str) -> None:
+    for power in range(-140, 128, 7):
+        x = np.ldexp(gaussian(3, 64, seed=1).float().numpy().clip(-1, 1), power).astype(np.float32)
+        y = pqcodec.decode(pqcodec.encode(x, preset="quad3", backend=backend), backend=backend)
+        assert error(x, y) < (0.06 if power > -120 else 1.1), power
+
+
+def test_blocks_are_multiples_of_sixteen_bytes_whose_rest_is_zero() -> None:
+    for head_dim, tokens in ((16, 5), (64, 1), (80, 33), (128, 64)):
+        data = pqcodec.encode(gaussian(2, tokens, head_dim), preset="quad2.25", chunk_tokens=32)
+        h = Header.from_bytes(data)
+        for chunk in range(h.chunks):
+            for lead in range(h.leading):
+                place, size = h.blocks.place(chunk, lead), h.blocks.size(chunk)
+                assert size % 16 == 0
+                block, rows = data[place : place + size], h.blocks.tokens(chunk)
+                assert not any(block[rows * h.row_bytes + 2 : -4])
+                assert checksum(block[:-4]) == int.from_bytes(block[-4:], "little")
+        assert place + size == len(data)
+
+
+def test_any_block_decodes_to_finite_numbers_and_alike() -> None:
+    rng = np.random.default_rng(0)
+    for preset in PRESETS:
+        data = bytearray(pqcodec.encode(gaussian(2, 7, 96).float(), preset=preset))
+        h = Header.from_bytes(data)
+        for lead in range(2):
+            place, size = h.blocks.place(0, lead), h.blocks.size(0)
+            body = rng.bytes(size - 4)
+            data[place : place + size] = body + checksum(body).to_bytes(4, "little")
+        outs = [pqcodec.decode(bytes(data), backend=backend).numpy() for backend in ("reference", "cpu")]
+        np.testing.assert_array_equal(outs[0].view(np.uint32), outs[1].view(np.uint32))
+        assert np.isfinite(outs[0]).all()
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="effort 'most' is unknown; choose 'fast' or 'best'"):
+        pqcodec.encode(gaussian(4, 64), preset="quad3", effort="most")
+    header = Header.from_bytes(pqcodec.encode(gaussian(4, 64), preset="quad3"))
+    for change in ({"row_bits": header.row_bits + 1}, {"row_bits": header.row_bits + 128}, {"radius_bits": 11}, {"rounds": 1}):
+        with pytest.raises(InvalidArgument):
+            replace(header, **change)
+    reserved = bytearray(header.to_bytes())
+    reserved[45] = 3  # states of a trellis
+    reserved[-4:] = checksum(bytes(reserved[:-4])).to_bytes(4, "little")
+    with pytest.raises(UnsupportedStream, match="reserved"):
+        Header.from_bytes(bytes(reserved))
+
+
+def test_best_effort_is_the_same_format_and_never_worse() -> None:
+    x = gaussian(3, 200, 64, seed=3).float()
+    for preset in PRESETS:
+        fast, best = (pqcodec.encode(x, preset=preset, effort=effort) for effort in ("fast", "best"))
+        assert Header.from_bytes(fast) == Header.from_bytes(best)
+        errors = [((x - pqcodec.decode(data)) ** 2).sum(-1) for data in (fast, best)]
+        assert (errors[1] <= errors[0] * 1.0001).all()
