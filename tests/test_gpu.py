@@ -138,6 +138,8 @@ AGREEING = [
     {"chunk_tokens": 7, "seed": 2**64 - 1},
     {"chunk_tokens": 4096, "exact_tokens": TOKENS - 2},
     {"exact_tokens": 2 * TOKENS},
+    {"preset": "quad2.75", "center": "mean", "effort": "best", "chunk_tokens": 7},
+    {"preset": "quad3", "center": "rope", "rope": Rope(theta=1e4, first_position=123456), "exact_tokens": 4},
 ]
 
 
@@ -257,7 +259,14 @@ def test_outputs_of_other_strides_are_filled_by_a_copy(gpu_backend: str) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"center": "mean", "exact_tokens": 3}, {"center": "rope", "rope": Rope(), "exact_tokens": 3}], ids=str
+    "options",
+    [
+        {},
+        {"center": "mean", "exact_tokens": 3},
+        {"center": "rope", "rope": Rope(), "exact_tokens": 3},
+        {"preset": "quad3", "exact_tokens": 3},
+    ],
+    ids=str,
 )
 def test_ranges_equal_slices_of_the_whole(options: dict[str, Any], gpu_backend: str) -> None:
     """Of a stream on the host only the blocks of a range are moved; of one on the device they are read where they lie."""
@@ -404,7 +413,7 @@ def mixed() -> tuple[list[torch.Tensor], list[str]]:
         gaussian(16, dtype=torch.bfloat16).to(DEVICE) * 1e9,
         cache[:, :1, 0],
     ]
-    return tensors, ["pq3", "pq2.5", "pq3", "pq3", "pq6", "paper", "pq3"]
+    return tensors, ["pq3", "quad2.5", "pq3", "pq3", "pq6", "paper", "quad3"]
 
 
 @pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 2, "chunk_tokens": 4}], ids=str)
@@ -461,7 +470,11 @@ def test_a_batch_fills_ranges_into_parts_of_caches(gpu_backend: str) -> None:
 
 
 @needs_gpu  # in the interpreter it takes minutes, and shows nothing that other tests do not
-@pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 1}, {"center": "rope", "rope": Rope()}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"center": "mean", "exact_tokens": 1}, {"center": "rope", "rope": Rope()}, {"preset": "quad3"}],
+    ids=str,
+)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_blocks_of_all_lengths_are_coded_side_by_side(head_dim: int, options: dict[str, Any], gpu_backend: str) -> None:
     """Warps that multiply together have blocks of other lengths, ranges that begin and end elsewhere, or no block at all."""
@@ -652,7 +665,12 @@ def big_batch(backend: str, rows: int = 4096, **options: Any) -> tuple[list[torc
     return tensors, batch, readers
 
 
-OPTIONS = [{}, {"center": "rope", "rope": Rope(theta=1e4), "exact_tokens": 4}, {"preset": "paper", "center": "mean"}]
+OPTIONS = [
+    {},
+    {"center": "rope", "rope": Rope(theta=1e4), "exact_tokens": 4},
+    {"preset": "paper", "center": "mean"},
+    {"preset": "quad2.5"},
+]
 
 
 def eager(tensors: list[torch.Tensor], backend: str, **options: Any) -> tuple[list[bytes], list[torch.Tensor]]:

@@ -2,8 +2,8 @@
 
 NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and to decode quads any multiple of 32 up to 256; rows
 whose addresses are multiples of 16 bytes. ``takes`` is the whole rule, but for one thing that only the device knows: where
-``kernel_layout`` finds no room in its shared memory, Triton's kernels code the group as well. A kernel is compiled once a process
-for each kind of stream.
+``kernel_layout`` finds no room in its shared memory, Triton's kernels code the group as well. A kernel is compiled once a
+process for each kind of stream.
 """
 
 from __future__ import annotations
