@@ -38,6 +38,7 @@ def save_cache(
     seed: int = 0,
     center_keys: bool = True,
     share_bits: bool = True,
+    effort: str = "fast",
     chunk_tokens: int = CHUNK_TOKENS,
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
@@ -47,8 +48,8 @@ def save_cache(
 
     ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
     mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
-    (``policy.rates``). ``chunk_tokens``: tokens under one checksum, the least that is read. ``progress`` is called with
-    (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
+    (``policy.rates``). ``effort``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is
+    read. ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
     >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
@@ -64,6 +65,7 @@ def save_cache(
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,
+        effort=effort,
         chunk_tokens=chunk_tokens,
         backend=backend,
     )
@@ -168,6 +170,7 @@ def save_safetensors(
     seed: int = 0,
     center_keys: bool = True,
     share_bits: bool = True,
+    effort: str = "fast",
     chunk_tokens: int = CHUNK_TOKENS,
     nonfinite: str = "error",
     backend: str = "auto",
@@ -196,6 +199,7 @@ def save_safetensors(
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,
+        effort=effort,
         chunk_tokens=chunk_tokens,
         nonfinite=nonfinite,
         backend=backend,
@@ -262,6 +266,7 @@ def save_zarr(
     seed: int = 0,
     center_keys: bool = True,
     share_bits: bool = True,
+    effort: str = "fast",
     chunk_tokens: int = CHUNK_TOKENS,
     tokens_per_chunk: int | None = c.ZARR_TOKENS_PER_CHUNK,
     chunks_per_shard: int | None = None,
@@ -293,6 +298,7 @@ def save_zarr(
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,
+        effort=effort,
         chunk_tokens=chunk_tokens,
         stream_tokens=tokens_per_chunk,
         backend=backend,

@@ -45,8 +45,7 @@ class EncodeOptions:
             raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
         if self.nonfinite not in NONFINITE:
             raise InvalidArgument(f"nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
-        if self.effort not in EFFORTS:
-            raise InvalidArgument(f"effort {self.effort!r} is unknown; choose {' or '.join(map(repr, EFFORTS))}")
+        checked_effort(self.effort)
         if self.rope is not None and not isinstance(self.rope.frequencies, (tuple, type(None))):
             object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 
@@ -70,6 +69,12 @@ class EncodeOptions:
             numpy=numpy,
             rounds=preset.rounds,
         )
+
+
+def checked_effort(effort: str) -> None:
+    """Raises InvalidArgument where there is no such effort."""
+    if effort not in EFFORTS:
+        raise InvalidArgument(f"effort {effort!r} is unknown; choose {' or '.join(map(repr, EFFORTS))}")
 
 
 def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:

@@ -295,6 +295,7 @@ def test_damage_is_1_and_leaves_no_output(coded: Path, tmp_path: Path) -> None:
         "encode {cache} {out} --keys nothing --center mean",
         "encode {cache} {out} --backend none",
         "encode {cache} {out} --nonfinite maybe",
+        "encode {cache} {out} --effort most",
         "encode {cache} {cache} --force",
         "encode {cache} - --json",
         "encode {coded} {out}",

@@ -38,7 +38,7 @@ def encode(
     sources: Sources,
     target: Target,
     to: To = None,
-    preset: Annotated[str, typer.Option(help="pq2, pq2.5, pq3, pq3.5, pq4, pq5, pq6 or paper.")] = "pq3",
+    preset: Annotated[str, typer.Option(help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; or paper.")] = "pq3",
     seed: Annotated[int, typer.Option(help="Seed of the random rotation.")] = 0,
     center: Annotated[
         str,
@@ -62,6 +62,7 @@ def encode(
     nonfinite: Annotated[
         str, typer.Option(help="Vectors with NaN or Inf: error, or exact to keep them as they are.")
     ] = "error",
+    effort: Annotated[str, typer.Option(help="Of the search in quad presets: fast, or best for a smaller error.")] = "fast",
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
     note: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata that the file carries; may be repeated.")
@@ -91,6 +92,7 @@ def encode(
         seed=seed,
         share_bits=not flat,
         nonfinite=nonfinite,
+        effort=effort,
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
         measured="all" if check else "sample",
         backend=backend,

@@ -16,6 +16,7 @@ models alone (slopes times 0.7, level at most 1, the same growths) the third has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -33,7 +34,8 @@ from pqcodec.tensors.numbers import widen
 
 Shared = dict[int, tuple[str, str]]  # presets of each layer's key and value
 
-SHARED = ("pq2.5", "pq3", "pq3.5", "pq4")  # presets whose bits are shared; pq2 is the lowest rate, so has none to give
+# Presets whose bits are shared: of a coding's lowest rates a tensor has none to give, at its highest it can be given none.
+SHARED = ("pq2.5", "pq3", "pq3.5", "pq4", "quad2.25", "quad2.5", "quad2.75", "quad3", "quad3.25")
 FEWEST_LAYERS = 8  # in fewer layers the first two would take too many bits from the others
 
 
@@ -55,7 +57,8 @@ IMPORTANCE = {
 FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
 _SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
-_RATES = {preset.rate: name for name, preset in PRESETS.items() if preset.coding == c.CODING_SPLIT}
+# relMSE of Gaussian vectors of 128 numbers by fast effort (benchmarks/results/quad_tables.json)
+_QUAD_ERRORS = {2: 0.1012, 2.25: 0.0728, 2.5: 0.0516, 2.75: 0.0366, 3: 0.0259, 3.25: 0.0185, 3.5: 0.0133}
 
 
 def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: bool = True) -> float:
@@ -122,8 +125,10 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
         return {layer: (preset, preset) for layer in layers}
     size = np.tile([1.0 if sizes is None else sizes[layer] for layer in layers], 2)
     costs, growths = _costs(np.array([energies[layer] for layer in layers]))
-    rates, rate = np.array(sorted(_RATES)), PRESETS[preset].rate
-    left = size * costs * 4.0 ** -(growths * (rates[:, None] - rate))  # cost of each tensor at each rate
+    rate, names = PRESETS[preset].rate, _same_coding(preset)
+    rates = np.array(sorted(names))
+    errors = np.array([_log_error(preset, other) for other in rates])[:, None]
+    left = size * costs * 4.0 ** (growths * (errors - _log_error(preset, rate)))  # cost of each tensor at each rate
     bits = size * np.diff(rates)[:, None]  # that each step to the next rate takes
     worth = (left[:-1] - left[1:]) / np.maximum(bits, 1e-30)
     level = [0] * len(size)
@@ -141,8 +146,18 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
         level[tensor] = at + 1
         if at + 1 < len(worth):
             heappush(steps, (-worth[at + 1, tensor], tensor))
-    chosen = [_RATES[rates[at]] for at in level]
+    chosen = [names[rates[at]] for at in level]
     return dict(zip(layers, zip(chosen[: len(layers)], chosen[len(layers) :], strict=True), strict=True))
+
+
+def _same_coding(preset: str) -> dict[float, str]:
+    """The presets of a preset's coding by their rates: one cache is one coding."""
+    return {other.rate: name for name, other in PRESETS.items() if other.coding == PRESETS[preset].coding}
+
+
+def _log_error(preset: str, rate: float) -> float:
+    """The base-4 logarithm of a preset's relative error at another rate: one less a bit, or as measured."""
+    return math.log(_QUAD_ERRORS[rate], 4) if PRESETS[preset].coding == c.CODING_QUADS else -rate
 
 
 def _costs(energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

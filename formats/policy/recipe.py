@@ -23,7 +23,7 @@ from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
-from pqcodec.options import EncodeOptions
+from pqcodec.options import EncodeOptions, checked_effort
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
@@ -84,7 +84,7 @@ class Recipe:
     ``center``: what is subtracted from keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
-    ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
+    ``effort``: of the encoder's search. ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -101,6 +101,7 @@ class Recipe:
     seed: int = 0
     share_bits: bool = True
     nonfinite: str = "error"
+    effort: str = "fast"
     chunk_tokens: int = CHUNK_TOKENS
     stream_tokens: int | None = None
     measured: str = "sample"
@@ -108,6 +109,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
+        checked_effort(self.effort)
         if self.center == AUTO:
             object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
         if self.center not in (None, "mean", "rope"):
@@ -130,7 +132,7 @@ class Recipe:
             options |= {"center": "rope", "rope": rope}
         elif tensor.role == "key" and self.center:
             options |= {"center": "mean"}
-        return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "chunk_tokens", "backend")}
+        return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "effort", "chunk_tokens", "backend")}
 
     def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
         """int64 [n, 2]: (leading index, token) of first tokens after padding; ``shape``: [sequences, ..., tokens, head_dim]."""
