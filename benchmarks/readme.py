@@ -32,7 +32,7 @@ def figures() -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in gaussian.items():
-        kl = ", ".join(f"{_of(found[0], name)['kl']:.4f}" for found in fidelity.values())
+        kl = ", ".join(f"{one['kl']:.4f}" for found in fidelity.values() if (one := _found(found[0], name)))
         cpu = _ratios(speeds.get(name))
         lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {kl} | {cpu} |")
     one = next(iter(fidelity.values()))[0]
@@ -127,6 +127,11 @@ def _most(beside: list[dict[str, Any]]) -> float:
 
 def _of(fidelity: dict[str, Any], cache: str) -> dict[str, Any]:
     return next(row for row in fidelity["caches"] if row["name"] == cache)
+
+
+def _found(fidelity: dict[str, Any], cache: str) -> dict[str, Any] | None:
+    """The cache's row, where it was measured."""
+    return next((row for row in fidelity["caches"] if row["name"] == cache), None)
 
 
 def gpu_speeds(gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:

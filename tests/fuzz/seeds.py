@@ -46,6 +46,8 @@ def _stream_seeds() -> dict[str, bytes]:
         "head-dim-1.pqs": coded(gaussian(3, 1, dtype=np.float32), "pq4"),
         "no-leading-index.pqs": coded(np.zeros((0, 4, 16), np.float32)),
         "paper-100.pqs": coded(1e-30 * gaussian(2, 100, dtype=np.float32), "paper", center="mean"),
+        "quads-36.pqs": coded(gaussian(2, 7, 36), "quad2.25", chunk_tokens=3),
+        "quads-mean.pqs": coded(gaussian(3, 5, 64), "quad3", center="mean", exact_tokens=1, effort="best"),
         "rope-interleaved.pqs": coded(gaussian(2, 4, 32), "pq3", center="rope", rope=turned),
         "split-576.pqs": coded(gaussian(2, 576), "pq5"),
         "vector.pqs": coded(gaussian(128), "pq3.5"),
