@@ -57,8 +57,10 @@ IMPORTANCE = {
 FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
 _SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
-# relMSE of Gaussian vectors of 128 numbers by fast effort (benchmarks/results/quad_tables.json)
+# relMSE of Gaussian vectors of 128 numbers: of quads by fast effort (benchmarks/results/quad_tables.json), and of split presets
+# (rate_distortion.json) at the rates above, which quads do not have
 _QUAD_ERRORS = {2: 0.1012, 2.25: 0.0728, 2.5: 0.0516, 2.75: 0.0366, 3: 0.0259, 3.25: 0.0185, 3.5: 0.0133}
+_QUAD_ERRORS |= {4: 0.00777, 5: 0.00202, 6: 0.00052}
 
 
 def energy(x: Any, *, rope: Rope | None = None, exact_tokens: int = 0, centred: bool = True) -> float:
@@ -125,7 +127,7 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
         return {layer: (preset, preset) for layer in layers}
     size = np.tile([1.0 if sizes is None else sizes[layer] for layer in layers], 2)
     costs, growths = _costs(np.array([energies[layer] for layer in layers]))
-    rate, names = PRESETS[preset].rate, _same_coding(preset)
+    rate, names = PRESETS[preset].rate, _names(preset)
     rates = np.array(sorted(names))
     errors = np.array([_log_error(preset, other) for other in rates])[:, None]
     left = size * costs * 4.0 ** (growths * (errors - _log_error(preset, rate)))  # cost of each tensor at each rate
@@ -150,9 +152,11 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
     return dict(zip(layers, zip(chosen[: len(layers)], chosen[len(layers) :], strict=True), strict=True))
 
 
-def _same_coding(preset: str) -> dict[float, str]:
-    """The presets of a preset's coding by their rates: one cache is one coding."""
-    return {other.rate: name for name, other in PRESETS.items() if other.coding == PRESETS[preset].coding}
+def _names(preset: str) -> dict[float, str]:
+    """The presets that tensors may get, by their rates: those of the preset's coding; above quads' rates split's."""
+    own = {other.rate: name for name, other in PRESETS.items() if other.coding == PRESETS[preset].coding}
+    higher = {other.rate: name for name, other in PRESETS.items() if other.coding == c.CODING_SPLIT and other.rate > max(own)}
+    return own | higher
 
 
 def _log_error(preset: str, rate: float) -> float:
