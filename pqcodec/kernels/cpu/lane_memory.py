@@ -34,12 +34,12 @@ def _store(builder: Any, value: Any, pointer: Any, align: int, past: bool = Fals
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
 
 
-_KIND_OF = {types.float32: FLOAT, types.int32: INT, types.uint32: INT}
+_KIND_OF = {types.float32: FLOAT, types.int32: INT, types.uint32: INT, types.uint64: LONG}
 
 
 @intrinsic
 def load(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """array[index : index + 8]: float32 as float lanes, int32 and uint32 as int lanes."""
+    """array[index : index + 8]: float32 as float lanes, int32 and uint32 as int lanes, uint64 as long lanes."""
     lanes = _KIND_OF[array.dtype]
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -409,6 +409,20 @@ def long_window_at(typingctx, words, stride, places, at):  # type: ignore[no-unt
 
 
 @intrinsic
+def sum_of_longs(typingctx, value):  # type: ignore[no-untyped-def]
+    """The sum of eight long lanes, uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        total = args[0]
+        for count in (4, 2, 1):
+            low, high = numbered(*range(count)), numbered(*range(count, 2 * count))
+            total = builder.add(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return types.uint64(value), emit
+
+
+@intrinsic
 def pointer(typingctx, address):  # type: ignore[no-untyped-def]
     """An address as the pointer that ``numba.carray`` takes."""
     return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(args[0], I8.as_pointer())
@@ -423,6 +437,17 @@ def word_at(typingctx, data, index):  # type: ignore[no-untyped-def]
         return builder.zext(word, I64)
 
     return types.uint64(data, types.int64), emit
+
+
+@intrinsic
+def longs_of_words(typingctx, data, index):  # type: ignore[no-untyped-def]
+    """The eight little-endian 32-bit words from byte ``index`` of a uint8 array on, aligned or not: long lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words = _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of("int"), 1)
+        return builder.zext(words, vector_of("long"))
+
+    return LONG(data, types.int64), emit
 
 
 @intrinsic
