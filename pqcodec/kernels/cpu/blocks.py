@@ -54,7 +54,7 @@ from pqcodec.kernels.cpu.records import (
     inlined,
     jit,
 )
-from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back
+from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back, rotate_begun_back
 from pqcodec.kernels.cpu.split import decode_split, encode_split, radius_factors
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
@@ -177,6 +177,8 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     words = np.zeros(LANES * stride, np.uint64)
     steps, entries = np.zeros(2 * LANES, np.int32), np.zeros(QUADS_GROUP * LANES, np.int32)
     short = np.zeros(LANES, np.uint16)
+    as_pairs = rotation.pair_places.size > 0
+    pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     like, past = output.like, output.past
     have_position = I64(-1)
@@ -195,7 +197,8 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             rows = min(LANES, high - row)
             if kind.coding == CODING_QUADS:
                 quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
-                decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, x)
+                decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, as_pairs, x, pairs_of_tile)
+                rotate_begun_back(x, pairs_of_tile, other, sums, order, first_factor, second_factor, rotation, tile)
             else:
                 bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
             if kind.coding == CODING_SPLIT:
@@ -203,7 +206,8 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
                 decode_split(split, order, work, words, stride, x)
             elif kind.coding == CODING_PAPER:
                 decode_paper(rows, order, paper, words, stride, x, first_factor, second_factor)
-            rotate_back(x, other, sums, order, first_factor, second_factor, rotation, tile)
+            if kind.coding != CODING_QUADS:
+                rotate_back(x, other, sums, order, first_factor, second_factor, rotation, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)

@@ -9,9 +9,25 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pqcodec.kernels.cpu.lanes import FLOAT, I8, I16, I32, I64, INT, LANES, LONG, WIDE, numbered, splat, vector_of
+from pqcodec.kernels.cpu.lanes import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    INT,
+    LANES,
+    LONG,
+    SHORT,
+    SHORTS,
+    WIDE,
+    numbered,
+    splat,
+    vector_of,
+)
 
 
 # -- loads and stores ----------------------------------------------------------------------------------------------------
@@ -50,12 +66,13 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """float32 array[index : index + 16] as wide lanes."""
+    """float32 array[index : index + 16] as wide lanes, or int16 array[index : index + 32] as shorts."""
+    lanes = SHORTS if array.dtype == types.int16 else WIDE
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of("wide"), 4)
+        return _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of(lanes.kind), 4)
 
-    return WIDE(array, types.int64), emit
+    return lanes(array, types.int64), emit
 
 
 @intrinsic
@@ -236,6 +253,88 @@ def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-de
         return context.make_tuple(builder, result, _pairs(builder, pointers, lanes.kind))
 
     return result(array, indices, types.int64), emit
+
+
+@intrinsic
+def gather_bytes_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+    """Four neighbouring bytes of int32 array[index] as int lanes, for the indices int32 indices[at : at + 8]."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _gathered(builder, _pointers_at(context, builder, signature, args), "int")
+
+    return INT(array, indices, types.int64), emit
+
+
+@intrinsic
+def signed_shorts(typingctx, value, signs):  # type: ignore[no-untyped-def]
+    """Bytes 0 and 2 of each lane as int16, and 1 and 3, negative where the highest bit of the byte of ``signs`` is set."""
+    result = types.UniTuple(SHORT, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        few, many = ir.VectorType(I8, 4 * LANES), vector_of("short")
+        value, signs = (builder.bitcast(arg, few) for arg in args)
+        negative = builder.ashr(signs, ir.Constant(few, [7] * 4 * LANES))
+        value = builder.bitcast(builder.sub(builder.xor(value, negative), negative), many)
+        eight = ir.Constant(many, [8] * 2 * LANES)
+        even, odd = builder.ashr(builder.shl(value, eight), eight), builder.ashr(value, eight)
+        return context.make_tuple(builder, result, (even, odd))
+
+    return result(INT, INT), emit
+
+
+@intrinsic
+def sums_and_differences(typingctx, value):  # type: ignore[no-untyped-def]
+    """The sum and the difference of each lane's two int16, as float lanes."""
+    result = types.UniTuple(FLOAT, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        even, odd = _halves(builder, args[0])
+        found = [builder.sitofp(each, vector_of("float")) for each in (builder.add(even, odd), builder.sub(even, odd))]
+        return context.make_tuple(builder, result, found)
+
+    return result(SHORT), emit
+
+
+@intrinsic
+def signed_pair(typingctx, array, places, signs, k):  # type: ignore[no-untyped-def]
+    """Coordinates k and k + 1 of a tile, which lie at ``places``, with their signs: wide lanes.
+
+    Of float32, ``signs`` are for every lane. Of int16 a coordinate is the sum of two neighbours, each with its own sign, and
+    ``signs`` are two for every lane: on x86 one multiplication and addition, exact.
+    """
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array, places, signs, k = args
+        kind = "float" if signature.args[0].dtype == types.float32 else "short"
+        found = []
+        for i in range(2):
+            at = builder.add(k, ir.Constant(I64, i))
+            place = builder.load(_pointer(context, builder, signature.args[1], places, at))
+            value = _load(builder, _pointer(context, builder, signature.args[0], array, place), vector_of(kind), 4)
+            at = builder.mul(at, ir.Constant(I64, vector_of(kind).count))
+            sign = _load(builder, _pointer(context, builder, signature.args[2], signs, at), vector_of(kind), 4)
+            found.append(builder.fmul(value, sign) if kind == "float" else _sums_of_products(context, builder, value, sign))
+        both = builder.shuffle_vector(*found, numbered(*range(2 * LANES)))
+        return both if kind == "float" else builder.sitofp(both, vector_of("wide"))
+
+    return WIDE(array, places, signs, types.int64), emit
+
+
+def _sums_of_products(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """Of int16 the products of each lane's first numbers and of its second ones, added: int lanes.
+
+    LLVM finds the one instruction that x86 has for it only in the simplest surroundings, so it is named where there is one.
+    """
+    if "+avx2" in context.codegen().magic_tuple()[2].split(","):
+        kind = ir.FunctionType(vector_of("int"), [vector_of("short")] * 2)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd"), [a, b])
+    return builder.add(*(builder.mul(*pair) for pair in zip(_halves(builder, a), _halves(builder, b), strict=True)))
+
+
+def _halves(builder: Any, value: Any) -> list[Any]:
+    """The first int16 of each lane, and the second, as int lanes."""
+    taken = (builder.shuffle_vector(value, value, numbered(*range(i, 2 * LANES, 2))) for i in range(2))
+    return [builder.sext(each, vector_of("int")) for each in taken]
 
 
 # -- transpositions ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64, or sixteen of float32, as LLVM vectors.
+"""Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64, or more numbers, as LLVM vectors.
 
 ``Lanes`` values support + - * / & | ^ << >>, min, max and comparisons lane by lane (>> is logical). Everything else is a
 function of this module or, where memory is read or written, of ``lane_memory``. LLVM lowers eight 32-bit lanes to one AVX2
@@ -19,19 +19,24 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 8
 _I1, I8, I16, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
-_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": _I1, "wide": _F32}
+_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": _I1, "wide": _F32, "short": I16, "shorts": I16}
+_LANES_EACH = {"wide": 2, "short": 2, "shorts": 4}  # numbers a lane, where it is not one
 _FLOATS = ("float", "wide")
 
 
 class LanesType(types.Type):
-    """numba type of eight lanes of one kind: "float", "int", "long" or "mask"; or of sixteen floats: "wide"."""
+    """numba type of eight lanes of one kind: "float", "int", "long" or "mask"; or of more numbers.
+
+    "wide" is sixteen floats; "short" and "shorts" are sixteen and thirty-two int16, of which two neighbours are a lane's.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         super().__init__(name=f"Lanes({kind})")
 
 
-FLOAT, INT, LONG, MASK, WIDE = (LanesType(kind) for kind in ("float", "int", "long", "mask", "wide"))
+FLOAT, INT, LONG, MASK = (LanesType(kind) for kind in ("float", "int", "long", "mask"))
+WIDE, SHORT, SHORTS = (LanesType(kind) for kind in ("wide", "short", "shorts"))
 
 
 @register_model(LanesType)
@@ -41,8 +46,8 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def vector_of(kind: str, lanes: int = LANES) -> ir.VectorType:
-    """The LLVM vector of a kind of numbers: of ``lanes``, or of twice as many where the kind is "wide"."""
-    return ir.VectorType(_ELEMENT[kind], 2 * lanes if kind == "wide" else lanes)
+    """The LLVM vector of ``lanes`` lanes of a kind."""
+    return ir.VectorType(_ELEMENT[kind], lanes * _LANES_EACH.get(kind, 1))
 
 
 def numbered(*lanes: int) -> ir.Constant:

@@ -15,11 +15,13 @@ from pqcodec.constants import (
 )
 from pqcodec.kernels.cpu.lane_memory import (
     gather,
-    gather_four_at,
+    gather_bytes_at,
     load,
     set_long_at,
     set_word_at,
+    signed_shorts,
     store,
+    sums_and_differences,
     words_of_rows,
 )
 from pqcodec.kernels.cpu.lanes import (
@@ -57,12 +59,12 @@ def quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
 
 
 @leaf
-def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, x):
-    """Points of rows row .. row + rows - 1 into x [order, LANES], whole numbers.
+def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, as_pairs, x, pairs):
+    """Points of rows row .. row + rows - 1, rotated back by the first stages, as ``rotate_begun_back`` takes them.
 
-    ``steps`` int32 [2 * LANES] and ``entries`` int32 [QUADS_GROUP * LANES] are scratch.
+    ``as_pairs``: in ``pairs``, else in x. ``steps`` int32 [2 * LANES] and ``entries`` int32 [QUADS_GROUP * LANES] are scratch.
     """
-    bits, points = quads.bits, quads.points
+    bits = quads.bits
     last = rows - 1
     for l in range(LANES):  # missing rows read the last one
         steps[l] = I32(min(l, last) * quads.sign_bytes)
@@ -70,28 +72,60 @@ def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, x
     signs, indices = row * quads.sign_bytes, tokens * quads.sign_bytes + row * quads.index_bytes
     each = 4 if bits <= 8 else 2  # fields that lie in 32 bits, wherever the first begins
     mask = ints(I32((1 << bits) - 1))
-    for first in range(0, order // QUAD, QUADS_GROUP):
-        group = min(QUADS_GROUP, order // QUAD - first)
-        sign = words_of_rows(payload, signs + first // 2, steps, 0)
-        for quad in range(0, group, each):
+    sign = ints(I32(0))
+    for first in range(0, order // QUAD, 4):
+        for quad in range(0, 4, each):
             place = (first + quad) * bits
             word = words_of_rows(payload, indices + (place >> 3), steps, LANES) >> ints(I32(place & 7))
             for i in range(each):
-                store(entries, (quad + i) * LANES, (word & mask) << ints(I32(2)))
+                store(entries, (quad + i) * LANES, word & mask)
                 word = word >> ints(I32(bits))
-        for quad in range(group):
-            p, q, r, s = gather_four_at(points, entries, quad * LANES)
-            at = (first + quad) * QUAD * LANES
-            store(x, at, signed(p, sign, quad + _PLACE[0] * group))
-            store(x, at + LANES, signed(q, sign, quad + _PLACE[1] * group))
-            store(x, at + 2 * LANES, signed(r, sign, quad + _PLACE[2] * group))
-            store(x, at + 3 * LANES, signed(s, sign, quad + _PLACE[3] * group))
+        if first % QUADS_GROUP:
+            sign = sign >> ints(I32(4))
+        else:
+            sign = words_of_rows(payload, signs + first // 2, steps, 0)
+            if order // QUAD - first < QUADS_GROUP:  # four bits of each coordinate, which become a byte
+                sign = (sign & ints(I32(0xFF)) | sign << ints(I32(8))) & ints(I32(0x00FF00FF))
+                sign = (sign | sign << ints(I32(4))) & ints(I32(0x0F0F0F0F))
+        a, b = signed_quad(quads.points, entries, 0, sign, 7)
+        c, d = signed_quad(quads.points, entries, 1, sign, 6)
+        e, f = signed_quad(quads.points, entries, 2, sign, 5)
+        g, h = signed_quad(quads.points, entries, 3, sign, 4)
+        at = first * QUAD * LANES
+        if as_pairs:
+            a, b, c, d = a + c, b + d, a - c, b - d
+            e, f, g, h = e + g, f + h, e - g, f - h
+            store(pairs, at, a + e)
+            store(pairs, at + 2 * LANES, b + f)
+            store(pairs, at + 4 * LANES, c + g)
+            store(pairs, at + 6 * LANES, d + h)
+            store(pairs, at + 8 * LANES, a - e)
+            store(pairs, at + 10 * LANES, b - f)
+            store(pairs, at + 12 * LANES, c - g)
+            store(pairs, at + 14 * LANES, d - h)
+        else:
+            store_quad(x, at, a, b)
+            store_quad(x, at + 4 * LANES, c, d)
+            store_quad(x, at + 8 * LANES, e, f)
+            store_quad(x, at + 12 * LANES, g, h)
 
 
 @inlined
-def signed(value, word, bit):
-    """Float lanes, negative where the bit of the word is set."""
-    return as_float(as_bits(value) | ((word << ints(I32(31 - bit))) & ints(I32(-0x80000000))))
+def signed_quad(points, entries, quad, sign, shift):
+    """A quad with its signs after the stage that adds coordinates 2 apart: two lanes of pairs."""
+    p, q = signed_shorts(gather_bytes_at(points, entries, quad * LANES), sign << ints(I32(shift)))
+    return p + q, p - q
+
+
+@inlined
+def store_quad(x, at, p, q):
+    """Store the coordinates of two lanes of pairs after the first stage."""
+    a, b = sums_and_differences(p)
+    c, d = sums_and_differences(q)
+    store(x, at, a)
+    store(x, at + LANES, b)
+    store(x, at + 2 * LANES, c)
+    store(x, at + 3 * LANES, d)
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------

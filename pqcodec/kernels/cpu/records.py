@@ -98,6 +98,8 @@ class Rotation(NamedTuple):
     base: np.ndarray  # int64 [b, b / 4]: how to add up H's base (``base_stage``); [0, 0] where it is 1
     places: np.ndarray  # int64 [order]: of each coordinate between two rounds; [0] with one round
     between: np.ndarray  # float32 [order * lanes]: the signs there, once for every lane
+    pair_places: np.ndarray  # int64 [order]: the same in ``pairs`` (``rotate_begun_back``); [0] where they are not used
+    pair_signs: np.ndarray  # int16 [order * lanes * 2]: what the two numbers of a pair are multiplied by, for every lane
 
 
 # signs of the sums of four coordinates that ``base_stage`` makes, in their order
@@ -245,7 +247,7 @@ class QuadsDecoder(NamedTuple):
     sign_bytes: int
     index_bytes: int
     radii: np.ndarray  # float32 [2, radii]: both factors of each radius, from the least on
-    points: np.ndarray  # float32 [points * 4]
+    points: np.ndarray  # int32 [points]: of each the bytes of four coordinates, in the order of QUADS_SIGN_PLACES
 
 
 class QuadsEncoderWork(NamedTuple):

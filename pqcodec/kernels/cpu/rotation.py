@@ -10,6 +10,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     load,
     load_wide,
     side_by_side,
+    signed_pair,
     store,
     transpose_back_three,
     transpose_back_two,
@@ -29,7 +30,7 @@ def rotate(tile, x, other, sums, order, row_scale, rotation):
             transpose_two(tile, k, order, load(rotation.signs, k), row_scale, x, k * LANES)
         else:
             transpose_three(tile, k, order, load(rotation.signs, k), row_scale, x, k * LANES)
-    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    rounds_but_first_stages(x, other, sums, order, inner, 8, rotation)
     if rotation.places.size > 0:
         first_stages(x if rotation.base.size > 0 else other, order, inner)
 
@@ -44,8 +45,31 @@ def rotate_back(x, other, sums, order, first, second, rotation, tile):
     inner = order // max(rotation.base.shape[0], 1)
     if rotation.places.size > 0:
         first_stages(x, order, inner)
-    rounds_but_first_stages(x, other, sums, order, inner, rotation)
+    rounds_but_first_stages(x, other, sums, order, inner, 8, rotation)
     v = other if lies_in_other(rotation) else x
+    transpose_back(v, order, inner, first, second, rotation, tile)
+
+
+@leaf
+def rotate_begun_back(x, pairs, other, sums, order, first, second, rotation, tile):
+    """``rotate_back`` where the first stages are done: two of them in x, or the second to fourth in int16 ``pairs``.
+
+    Where int16 hold the sums of the first round, a lane of ``pairs`` [order / 2, LANES, 2] is a coordinate and the next one,
+    whose sum and difference the second round begins with.
+    """
+    inner = order // max(rotation.base.shape[0], 1)
+    if rotation.pair_places.size > 0:
+        later_stages(pairs, order // 2, order // 2, 8, 2 * LANES)
+        second_round(pairs, other, order, rotation.pair_places, rotation.pair_signs)
+    else:
+        rounds_but_first_stages(x, other, sums, order, inner, 4, rotation)
+    v = other if lies_in_other(rotation) else x
+    transpose_back(v, order, inner, first, second, rotation, tile)
+
+
+@leaf
+def transpose_back(v, order, inner, first, second, rotation, tile):
+    """The last round's first stages, and what is left of ``rotate_back``."""
     for k in range(0, order, LANES):
         if inner == 4:
             transpose_back_two(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
@@ -60,22 +84,29 @@ def lies_in_other(rotation):
 
 
 @leaf
-def rounds_but_first_stages(x, other, sums, order, inner, rotation):
-    """All stages but those that transposing and ``first_stages`` do in the first round and in the last."""
+def rounds_but_first_stages(x, other, sums, order, inner, half, rotation):
+    """All stages but the first round's up to the one that adds coordinates ``half`` apart, and the last round's first three."""
     base, places, signs = rotation.base, rotation.places, rotation.between
-    later_stages(x, order, inner, 8)
+    later_stages(x, order, inner, half, LANES)
     if base.size > 0:
         base_stage(x, other, sums, inner, base, places[:0], signs)
         if places.size > 0:
             base_stage(other, x, sums, inner, base, places, signs)
-            later_stages(x, order, inner, 8)
-    elif places.size > 0 and inner < 64:
-        for k in range(0, order, 2):
-            store(other, k * LANES, signed_pair(x, places, signs, k))
-        later_stages(other, order, inner, 8)
+            later_stages(x, order, inner, 8, LANES)
     elif places.size > 0:
-        middle_stages_between(x, other, order, places, signs)
-        later_stages(other, order, inner, 64)
+        second_round(x, other, order, places, signs)
+
+
+@leaf
+def second_round(x, out, order, places, signs):
+    """The second round's stages from the fourth on, into ``out``, of x permuted and with signs; ``order`` is a power of 2."""
+    if order < 64:
+        for k in range(0, order, 2):
+            store(out, k * LANES, signed_pair(x, places, signs, k))
+        later_stages(out, order, order, 8, LANES)
+    else:
+        middle_stages_between(x, out, order, places, signs)
+        later_stages(out, order, order, 64, LANES)
 
 
 @leaf
@@ -115,13 +146,16 @@ def middle_stages_between(x, out, order, places, signs):
 
 
 @leaf
-def later_stages(x, order, inner, half):
-    """The stages that add coordinates ``half``, 2 * ``half`` ... apart, up to those ``inner`` / 2 apart."""
+def later_stages(x, order, inner, half, each):
+    """The stages that add coordinates ``half``, 2 * ``half`` ... apart, up to those ``inner`` / 2 apart.
+
+    ``each``: numbers of x a coordinate; of ``pairs``, which are coordinates here, twice as many.
+    """
     while half < inner:
-        j = half * LANES
+        j = half * each
         if 4 * half < inner:
             for first in range(0, order, 8 * half):
-                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                for i in range(first * each, (first + half) * each, 2 * each):
                     a, c, d, e = four_wide(x, i, j)
                     k = i + 4 * j
                     p, q, r, s = four_wide(x, k, j)
@@ -136,7 +170,7 @@ def later_stages(x, order, inner, half):
             half *= 8
         elif 2 * half < inner:
             for first in range(0, order, 4 * half):
-                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                for i in range(first * each, (first + half) * each, 2 * each):
                     p, q, r, s = four_wide(x, i, j)
                     store(x, i, p)
                     store(x, i + j, q)
@@ -145,7 +179,7 @@ def later_stages(x, order, inner, half):
             half *= 4
         else:
             for first in range(0, order, 2 * half):
-                for i in range(first * LANES, (first + half) * LANES, 2 * LANES):
+                for i in range(first * each, (first + half) * each, 2 * each):
                     p, q = load_wide(x, i), load_wide(x, i + j)
                     store(x, i, p + q)
                     store(x, i + j, p - q)
@@ -214,12 +248,6 @@ def neighbours(x, i):
     """The first stage: a coordinate and the next one become their sum and difference."""
     p, q = load(x, i), load(x, i + LANES)
     return side_by_side(p + q, p - q)
-
-
-@inlined
-def signed_pair(x, places, signs, k):
-    """Coordinates k and k + 1 of x after it is permuted and given signs."""
-    return side_by_side(load(x, places[k]), load(x, places[k + 1])) * load_wide(signs, k * LANES)
 
 
 @inlined

@@ -193,11 +193,12 @@ def quads_encoder(coding: int, head_dim: int, row_bits: int, effort: str) -> tup
 def quads_decoder(coding: int, head_dim: int, row_bits: int, mantissas: bytes) -> tuple:
     """A QuadsDecoder; of another coding one that nothing uses. ``mantissas``: the plan's, as bytes."""
     if coding != c.CODING_QUADS:
-        return r.plain(r.QuadsDecoder(8, 0, 0, np.zeros((2, 0), np.float32), np.zeros(0, np.float32)))
+        return r.plain(r.QuadsDecoder(8, 0, 0, np.zeros((2, 0), np.float32), np.zeros(0, np.int32)))
     order = order_for(head_dim)
     table = quads.points_of(quads_index_bits(order, row_bits))
     radii = np.stack(quads.factors(np.arange(c.QUADS_RADII[0], c.QUADS_RADII[1] + 1), np.frombuffer(mantissas, np.float32)))
-    points = table.points.astype(np.float32).ravel()
+    places = np.argsort(c.QUADS_SIGN_PLACES)  # of each byte the coordinate
+    points = (table.points[:, places].astype(np.int32) << (8 * np.arange(c.QUAD, dtype=np.int32))).sum(1, dtype=np.int32)
     return r.plain(r.QuadsDecoder(table.bits, *_plane_bytes(order, table.bits), radii, points))
 
 
@@ -221,14 +222,23 @@ def _paper_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 # -- the rotation ------------------------------------------------------------------------------------------------------
+_NO_ROUND = np.zeros(0, np.int64), np.zeros(0, np.float32)
+_NO_PAIRS = np.zeros(0, np.int64), np.zeros(0, np.int16)
+_LARGEST_UNIT = 127  # of a quad's coordinates
+
+
 def _rotation(plan: Plan, verb: str) -> r.Rotation:
     """The rotation of a ``verb``, "encode" or "decode": the decoder's is the way back."""
     base = _base_places(plan.order, verb == "decode")
     if plan.rounds == 1:
-        return r.Rotation(plan.signs, base, np.zeros(0, np.int64), plan.signs[:0])
-    order = plan.permutation if verb == "encode" else np.argsort(plan.permutation)
+        return r.Rotation(plan.signs, base, *_NO_ROUND, *_NO_PAIRS)
+    order = (plan.permutation if verb == "encode" else np.argsort(plan.permutation)).astype(np.int64)
     signs = plan.signs if verb == "encode" else plan.signs[order]
-    return r.Rotation(plan.first_signs, base, order.astype(np.int64) * LANES, np.repeat(signs, LANES))
+    pairs = _NO_PAIRS
+    if verb == "decode" and len(base) == 0 and plan.order * _LARGEST_UNIT < 1 << 15:
+        both = np.stack([signs, np.where(order % 2, -signs, signs)], 1)  # an odd coordinate is the difference of its pair
+        pairs = order // 2 * (2 * LANES), np.tile(both.astype(np.int16)[:, None], (1, LANES, 1)).ravel()
+    return r.Rotation(plan.first_signs, base, order * LANES, np.repeat(signs, LANES), *pairs)
 
 
 @lru_cache(maxsize=64)
