@@ -16,13 +16,14 @@ from pqcodec.constants import (
     CODING_PAPER,
     CODING_QUADS,
     CODING_SPLIT,
+    DTYPE_FLOAT16,
     DTYPE_FLOAT32,
     LARGEST_FINITE,
     QUAD,
     QUADS_GROUP,
 )
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
-from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
+from pqcodec.kernels.cpu.lane_memory import converts_halves, fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
@@ -54,7 +55,15 @@ from pqcodec.kernels.cpu.records import (
     inlined,
     jit,
 )
-from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back, rotate_begun_back
+from pqcodec.kernels.cpu.rotation import (
+    are_small,
+    lies_in_other,
+    rotate,
+    rotate_back,
+    rotate_begun_back,
+    store_back,
+    transpose_back,
+)
 from pqcodec.kernels.cpu.split import decode_split, encode_split, radius_factors
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
@@ -177,6 +186,8 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     words = np.zeros(LANES * stride, np.uint64)
     steps, entries = np.zeros(2 * LANES, np.int32), np.zeros(QUADS_GROUP * LANES, np.int32)
     short = np.zeros(LANES, np.uint16)
+    straight = kind.head_dim == order and kind.dtype != DTYPE_FLOAT32
+    straight = straight and (kind.dtype != DTYPE_FLOAT16 or converts_halves())
     as_pairs = rotation.pair_places.size > 0
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
@@ -198,7 +209,7 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             if kind.coding == CODING_QUADS:
                 quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
                 decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, as_pairs, x, pairs_of_tile)
-                rotate_begun_back(x, pairs_of_tile, other, sums, order, first_factor, second_factor, rotation, tile)
+                rotate_begun_back(x, pairs_of_tile, other, sums, order, rotation)
             else:
                 bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
             if kind.coding == CODING_SPLIT:
@@ -207,11 +218,16 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             elif kind.coding == CODING_PAPER:
                 decode_paper(rows, order, paper, words, stride, x, first_factor, second_factor)
             if kind.coding != CODING_QUADS:
-                rotate_back(x, other, sums, order, first_factor, second_factor, rotation, tile)
+                rotate_back(x, other, sums, order, rotation)
+            at = (row - low) * token_stride
+            if straight and rows == LANES and not offset_at and are_small(first_factor, second_factor, output.limit):
+                brain = kind.dtype != DTYPE_FLOAT16
+                store_back(x, other, order, first_factor, rotation, out, at, token_stride, brain, past)
+                continue
+            transpose_back(x, other, order, first_factor, second_factor, rotation, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
-            at = (row - low) * token_stride
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
     if past:
         fence()

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 from pqcodec.kernels.cpu.lanes import (
     FLOAT,
+    I1,
     I8,
     I16,
     I32,
@@ -397,6 +398,94 @@ transpose_two, transpose_three = (_transposing(stages) for stages in (2, 3))
 transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (2, 3))
 
 
+def _storing_back(stages: int) -> Any:
+    """flat[start + j stride + i] = sum[i] signs[place + i] first[j] + 0 as a 16-bit number for i in 0 .. 15, j in 0 .. 7.
+
+    sum[i] is source[8 (place + i) + j], all float32, after ``stages`` stages of sums and differences over i. The signs are
+    ``spread_signs``. ``brain``: bfloat16, else float16, for which the CPU must have F16C. ``past``: by non-temporal stores.
+    """
+
+    @intrinsic
+    def apply(typingctx, source, place, signs, first, flat, start, stride, brain, past):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            source, place, signs, first, flat, start, stride, brain, past = args
+            at = builder.mul(place, ir.Constant(I64, LANES))
+            rows, zero = [], ir.Constant(I64, 0)
+            for i in range(LANES):
+                halves = []
+                for k in (i, i + LANES):
+                    where = builder.add(at, ir.Constant(I64, LANES * k))
+                    data = _pointer(context, builder, signature.args[0], source, where)
+                    halves.append(_load(builder, data, vector_of("float"), 4))
+                rows.append(builder.shuffle_vector(*halves, numbered(*range(2 * LANES))))
+            factor = _load(builder, _pointer(context, builder, signature.args[3], first, zero), vector_of("float"), 4)
+            factor = builder.shuffle_vector(factor, factor, numbered(*range(LANES), *range(LANES)))
+            values = []
+            for i, row in enumerate(_summed(builder, rows, stages)):
+                where = builder.add(at, ir.Constant(I64, 2 * LANES * i))
+                sign = _load(builder, _pointer(context, builder, signature.args[2], signs, where), vector_of("wide"), 4)
+                value = builder.fmul(builder.fmul(row, sign), factor)
+                values.append(builder.fadd(value, ir.Constant(vector_of("wide"), [0.0] * 2 * LANES)))
+
+            def stored(rows: list[Any]) -> None:
+                with builder.if_else(past) as (beside, through):
+                    for branch, align in ((beside, 2 * LANES), (through, 2)):
+                        with branch:
+                            target = start
+                            for row in rows:
+                                _store(
+                                    builder, row, _pointer(context, builder, signature.args[4], flat, target), align, align > 2
+                                )
+                                target = builder.add(target, stride)
+
+            with builder.if_else(brain) as (one, other):
+                with one:
+                    stored(_transposed_shorts(builder, [_brain(builder, value) for value in values]))
+                with other:
+                    stored(_transposed_shorts(builder, [_half(builder, value) for value in values]))
+            return context.get_dummy_value()
+
+        arguments = (source, types.int64, signs, first, flat, types.int64, types.int64, types.boolean, types.boolean)
+        return types.void(*arguments), emit
+
+    return apply
+
+
+store_back_two, store_back_three = (_storing_back(stages) for stages in (2, 3))
+
+
+def _half(builder: Any, value: Any) -> Any:
+    """Float32 within float16's range as the bits of float16, ties to even."""
+    count = value.type.count
+    return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), count)), ir.VectorType(I16, count))
+
+
+def _brain(builder: Any, value: Any) -> Any:
+    """Finite float32 as the bits of bfloat16, ties to even."""
+    count = value.type.count
+    kind = ir.VectorType(I32, count)
+    sixteen, one, most = (ir.Constant(kind, [number] * count) for number in (16, 1, 0x7FFF))
+    bits = builder.bitcast(value, kind)
+    odd = builder.and_(builder.lshr(bits, sixteen), one)
+    return builder.trunc(builder.lshr(builder.add(builder.add(bits, most), odd), sixteen), ir.VectorType(I16, count))
+
+
+@intrinsic
+def converts_halves(typingctx):  # type: ignore[no-untyped-def]
+    """Whether the CPU converts float32 to float16 (F16C)."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(I1, int("+f16c" in context.codegen().magic_tuple()[2].split(",")))
+
+    return types.boolean(), emit
+
+
+@intrinsic
+def rounded_half(typingctx, value):  # type: ignore[no-untyped-def]
+    """Float lanes within float16's range as the bits of float16, ties to even: int lanes. Only where ``converts_halves``."""
+    return INT(FLOAT), lambda context, builder, signature, args: builder.zext(_half(builder, args[0]), vector_of("int"))
+
+
 @intrinsic
 def largest_of_rows(typingctx, source):  # type: ignore[no-untyped-def]
     """The largest of each of eight rows of eight int32, which follow one another from source[0] on: int lanes."""
@@ -438,6 +527,15 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 turned[i] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*low))
                 turned[i + step] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*high))
         rows = turned
+    return rows
+
+
+def _transposed_shorts(builder: Any, rows: list[Any]) -> list[Any]:
+    """Eight vectors of two times eight int16, each eight transposed, in three rounds of shuffles."""
+    half = [number for k in range(0, 2 * LANES, LANES) for i in range(4) for number in (k + i, 2 * LANES + k + i)]
+    low, high = numbered(*half), numbered(*(number + 4 for number in half))
+    for _ in range(3):
+        rows = [builder.shuffle_vector(rows[i], rows[i + 4], part) for i in range(4) for part in (low, high)]
     return rows
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT16, DTYPE_FLOAT32
-from pqcodec.kernels.cpu.lane_memory import largest_of_rows, load, load_short, store, store_past, store_short, store_short_past
+from pqcodec.kernels.cpu.lane_memory import (
+    converts_halves,
+    largest_of_rows,
+    load,
+    load_short,
+    rounded_half,
+    store,
+    store_past,
+    store_short,
+    store_short_past,
+)
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints, select
 from pqcodec.kernels.cpu.records import F32, I32, inlined, leaf
 
@@ -86,8 +96,8 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, st
                 flat[target + k] = min(max(tile[source + k], -limit), limit)
         else:
             for k in range(0, head_dim, LANES):
-                bits = as_bits(min(max(load(tile, source + k), least), most))
-                result = half_bits(bits) if dtype == DTYPE_FLOAT16 else brain_bits(bits)
+                value = min(max(load(tile, source + k), least), most)
+                result = half_bits(value) if dtype == DTYPE_FLOAT16 else brain_bits(as_bits(value))
                 if k < whole:
                     if past:
                         store_short_past(flat, target + k, result)
@@ -100,8 +110,14 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, st
 
 
 @inlined
-def half_bits(bits):
-    """Bits of finite float32 lanes within float16's range -> float16 bits."""
+def half_bits(value):
+    """Float32 lanes within float16's range -> float16 bits."""
+    return rounded_half(value) if converts_halves() else computed_half_bits(as_bits(value))
+
+
+@inlined
+def computed_half_bits(bits):
+    """The same where the CPU has no instruction for it, from the bits of float32."""
     sign = (bits >> ints(I32(16))) & ints(I32(0x8000))
     size = bits & ints(I32(0x7FFFFFFF))
     odd = (size >> ints(I32(13))) & ints(I32(1))

@@ -95,6 +95,7 @@ class Rotation(NamedTuple):
     """How a tile is rotated, or back."""
 
     signs: np.ndarray  # float32 [order]: of the tensor's coordinates
+    spread_signs: np.ndarray  # float32 [order * lanes]: of each sixteen the first and the ninth for all lanes, and so on
     base: np.ndarray  # int64 [b, b / 4]: how to add up H's base (``base_stage``); [0, 0] where it is 1
     places: np.ndarray  # int64 [order]: of each coordinate between two rounds; [0] with one round
     between: np.ndarray  # float32 [order * lanes]: the signs there, once for every lane

@@ -12,12 +12,14 @@ from pqcodec.kernels.cpu.lane_memory import (
     side_by_side,
     signed_pair,
     store,
+    store_back_three,
+    store_back_two,
     transpose_back_three,
     transpose_back_two,
     transpose_three,
     transpose_two,
 )
-from pqcodec.kernels.cpu.lanes import LANES, floats
+from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, select
 from pqcodec.kernels.cpu.records import F32, SUMS, inlined, leaf
 
 
@@ -36,22 +38,16 @@ def rotate(tile, x, other, sums, order, row_scale, rotation):
 
 
 @leaf
-def rotate_back(x, other, sums, order, first, second, rotation, tile):
-    """Rotate coordinate-major x back, into a row-major tile of sum * first * second + 0, with each coordinate's sign.
-
-    The sums are exact in whatever order they are added up: whole numbers below 2^24. Adding 0 turns -0 into 0. ``first`` and
-    ``second`` are each row's factors.
-    """
+def rotate_back(x, other, sums, order, rotation):
+    """Rotate coordinate-major x back, but for what ``transpose_back`` or ``store_back`` does."""
     inner = order // max(rotation.base.shape[0], 1)
     if rotation.places.size > 0:
         first_stages(x, order, inner)
     rounds_but_first_stages(x, other, sums, order, inner, 8, rotation)
-    v = other if lies_in_other(rotation) else x
-    transpose_back(v, order, inner, first, second, rotation, tile)
 
 
 @leaf
-def rotate_begun_back(x, pairs, other, sums, order, first, second, rotation, tile):
+def rotate_begun_back(x, pairs, other, sums, order, rotation):
     """``rotate_back`` where the first stages are done: two of them in x, or the second to fourth in int16 ``pairs``.
 
     Where int16 hold the sums of the first round, a lane of ``pairs`` [order / 2, LANES, 2] is a coordinate and the next one,
@@ -63,18 +59,41 @@ def rotate_begun_back(x, pairs, other, sums, order, first, second, rotation, til
         second_round(pairs, other, order, rotation.pair_places, rotation.pair_signs)
     else:
         rounds_but_first_stages(x, other, sums, order, inner, 4, rotation)
-    v = other if lies_in_other(rotation) else x
-    transpose_back(v, order, inner, first, second, rotation, tile)
 
 
 @leaf
-def transpose_back(v, order, inner, first, second, rotation, tile):
-    """The last round's first stages, and what is left of ``rotate_back``."""
+def transpose_back(x, other, order, first, second, rotation, tile):
+    """The last round's first stages, into a row-major tile of sum * first * second + 0, with each coordinate's sign.
+
+    The sums are exact in whatever order they are added up: whole numbers below 2^24. Adding 0 turns -0 into 0. ``first`` and
+    ``second`` are each row's factors.
+    """
+    inner = order // max(rotation.base.shape[0], 1)
+    v = other if lies_in_other(rotation) else x
     for k in range(0, order, LANES):
         if inner == 4:
             transpose_back_two(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
         else:
             transpose_back_three(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
+
+
+@leaf
+def store_back(x, other, order, first, rotation, flat, start, stride, brain, past):
+    """``transpose_back`` of eight rows whose numbers ``are_small``, stored as 16-bit numbers; ``brain``: as bfloat16."""
+    inner = order // max(rotation.base.shape[0], 1)
+    v = other if lies_in_other(rotation) else x
+    for k in range(0, order, 2 * LANES):
+        if inner == 4:
+            store_back_two(v, k, rotation.spread_signs, first, flat, start + k, stride, brain, past)
+        else:
+            store_back_three(v, k, rotation.spread_signs, first, flat, start + k, stride, brain, past)
+
+
+@inlined
+def are_small(first, second, limit):
+    """Whether no number of these rows can reach the limit, for no sum reaches 2^22, and all second factors are 1."""
+    within = load(first, 0) <= floats(limit * F32(2.0**-22))
+    return not any_lane(select(within, load(second, 0), floats(F32(0))) < floats(F32(1)))
 
 
 @inlined
