@@ -159,12 +159,32 @@ def _gathered(builder: Any, pointers: list[Any], kind: str) -> Any:
     return result
 
 
+def _gathers(context: Any) -> bool:
+    """Whether the CPU's own gathers are quicker than a load a lane.
+
+    They are on those that have AVX512-FP16, of which none takes the many cycles that a cure of Downfall costs older ones.
+    """
+    return "+avx512fp16" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _gathered_by_cpu(builder: Any, data: Any, index: Any, size: int) -> Any:
+    """32-bit numbers at ``size`` * index bytes from a pointer on, lane by lane, as int lanes."""
+    vector, byte = vector_of("int"), I8.as_pointer()
+    kind = ir.FunctionType(vector, [vector, byte, vector, vector, I8])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.gather.d.d.256")
+    nothing, everywhere = (ir.Constant(vector, [number] * LANES) for number in (0, -1))
+    return builder.call(function, [nothing, builder.bitcast(data, byte), index, everywhere, ir.Constant(I8, size)])
+
+
 @intrinsic
 def gather(typingctx, array, index):  # type: ignore[no-untyped-def]
     """array[index] lane by lane, for a 1-D table of 8- or 32-bit numbers."""
     lanes = _KIND_OF.get(array.dtype, INT)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if lanes in (FLOAT, INT) and array.dtype in _KIND_OF and _gathers(context):
+            data = context.make_array(array)(context, builder, args[0]).data
+            return builder.bitcast(_gathered_by_cpu(builder, data, args[1], 4), vector_of(lanes.kind))
         return _gathered(builder, _lane_pointers(context, builder, signature.args[0], *args), lanes.kind)
 
     return lanes(array, INT), emit
@@ -261,6 +281,9 @@ def gather_bytes_at(typingctx, array, indices, at):  # type: ignore[no-untyped-d
     """Four neighbouring bytes of int32 array[index] as int lanes, for the indices int32 indices[at : at + 8]."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if _gathers(context):
+            index = _load(builder, _pointer(context, builder, indices, *args[1:]), vector_of("int"), 4)
+            return _gathered_by_cpu(builder, context.make_array(array)(context, builder, args[0]).data, index, 4)
         return _gathered(builder, _pointers_at(context, builder, signature, args), "int")
 
     return INT(array, indices, types.int64), emit
@@ -654,6 +677,9 @@ def words_of_rows(typingctx, data, start, steps, at):  # type: ignore[no-untyped
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data, start, steps, at = args
         first = _pointer(context, builder, signature.args[0], data, start)
+        if _gathers(context):
+            index = _load(builder, _pointer(context, builder, signature.args[2], steps, at), vector_of("int"), 4)
+            return _gathered_by_cpu(builder, first, index, 1)
         result = ir.Constant(vector_of("int"), ir.Undefined)
         for i, step in enumerate(_stored_indices(context, builder, signature.args[2], steps, at)):
             word = _load(builder, builder.gep(first, [step]), I32, 1)
