@@ -504,6 +504,17 @@ def converts_halves(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def load_half(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """uint16 array[index : index + 8], bits of float16, as float lanes. Only where ``converts_halves``."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        half = _load(builder, _pointer(context, builder, signature.args[0], *args), ir.VectorType(I16, LANES), 2)
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), vector_of("float"))
+
+    return FLOAT(array, types.int64), emit
+
+
+@intrinsic
 def rounded_half(typingctx, value):  # type: ignore[no-untyped-def]
     """Float lanes within float16's range as the bits of float16, ties to even: int lanes. Only where ``converts_halves``."""
     return INT(FLOAT), lambda context, builder, signature, args: builder.zext(_half(builder, args[0]), vector_of("int"))

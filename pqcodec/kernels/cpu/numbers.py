@@ -9,6 +9,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     converts_halves,
     largest_of_rows,
     load,
+    load_half,
     load_short,
     rounded_half,
     store,
@@ -37,9 +38,12 @@ def load_tile(flat, start, stride, rows, head_dim, dtype, tile, order):
                 tile[target + k] = flat[source + k]
         elif dtype == DTYPE_FLOAT16:
             for k in range(0, whole, LANES):
-                h = load_short(flat, source + k)
-                moved = ((h & ints(I32(0x7FFF))) << ints(I32(13))) | ((h & ints(I32(0x8000))) << ints(I32(16)))
-                store(tile, target + k, as_float(moved) * floats(F32(2.0**112)))
+                if converts_halves():
+                    store(tile, target + k, load_half(flat, source + k))
+                else:
+                    h = load_short(flat, source + k)
+                    moved = ((h & ints(I32(0x7FFF))) << ints(I32(13))) | ((h & ints(I32(0x8000))) << ints(I32(16)))
+                    store(tile, target + k, as_float(moved) * floats(F32(2.0**112)))
             for k in range(whole, head_dim):
                 one = I32(flat[source + k])
                 bits[target + k] = ((one & I32(0x7FFF)) << I32(13)) | ((one & I32(0x8000)) << I32(16))
