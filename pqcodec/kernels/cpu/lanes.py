@@ -58,7 +58,7 @@ def numbered(*lanes: int) -> ir.Constant:
 def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
     """A vector of type ``vector`` that holds ``scalar`` in every lane."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), numbered(*[0] * LANES))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), numbered(*[0] * vector.count))
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------
@@ -135,6 +135,40 @@ def floats(typingctx, scalar):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def wides(typingctx, scalar):  # type: ignore[no-untyped-def]
+    """Sixteen times one float32."""
+    return WIDE(types.float32), lambda context, builder, signature, args: splat(builder, args[0], vector_of("wide"))
+
+
+@intrinsic
+def parts(typingctx, value):  # type: ignore[no-untyped-def]
+    """The first eight of wide lanes, and the others."""
+    result = types.UniTuple(FLOAT, 2)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        halves = (numbered(*range(first, first + LANES)) for first in (0, LANES))
+        return context.make_tuple(builder, result, [builder.shuffle_vector(args[0], args[0], half) for half in halves])
+
+    return result(WIDE), emit
+
+
+@intrinsic
+def larger(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The larger one of wide lanes."""
+    return WIDE(a, b), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
+
+
+@intrinsic
+def where_larger(typingctx, a, b, one, other):  # type: ignore[no-untyped-def]
+    """Wide lanes of ``one`` where a > b, else of ``other``."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered(">", *args[:2]), *args[2:])
+
+    return WIDE(a, b, one, other), emit
+
+
+@intrinsic
 def ints(typingctx, scalar):  # type: ignore[no-untyped-def]
     """Eight times one int32."""
     return INT(types.int32), lambda context, builder, signature, args: splat(builder, args[0], vector_of("int"))
@@ -182,14 +216,16 @@ def nearest(typingctx, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def fused(typingctx, a, b, c):  # type: ignore[no-untyped-def]
-    """a * b + c of float lanes, rounded once where the CPU can: for encoders only, whose choices are free."""
+    """a * b + c of float or wide lanes, rounded once where the CPU can: for encoders only, whose choices are free."""
+    if not (isinstance(a, LanesType) and a.kind in _FLOATS):
+        return None
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vector = vector_of("float")
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.fmuladd.v8f32")
-        return builder.call(function, args)
+        vector = vector_of(a.kind)
+        kind, name = ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{vector.count}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
-    return FLOAT(FLOAT, FLOAT, FLOAT), emit
+    return a(a, a, a), emit
 
 
 @intrinsic

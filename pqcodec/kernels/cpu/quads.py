@@ -17,8 +17,10 @@ from pqcodec.kernels.cpu.lane_memory import (
     gather,
     gather_bytes_at,
     load,
+    load_wide,
     set_long_at,
     set_word_at,
+    side_by_side,
     signed_shorts,
     store,
     sums_and_differences,
@@ -31,8 +33,13 @@ from pqcodec.kernels.cpu.lanes import (
     floats,
     fused,
     ints,
+    larger,
+    parts,
     select,
     to_long,
+    truncate,
+    where_larger,
+    wides,
 )
 from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, leaf
 from pqcodec.kernels.cpu.split import radius_codes
@@ -135,14 +142,12 @@ def encode_quad_rows(rows, x, order, exponents, quads, work, payload, out, row, 
 
     The radii stay in ``work.radius``, in steps, until ``finish_quads``.
     """
-    energy = floats(F32(0))
-    for k in range(0, order * LANES, LANES):
-        energy = energy + load(x, k) * load(x, k)
+    energy = squared_norms(x, order)
     store(work.energy, 0, energy)
     own = radius_codes(energy, load(exponents, 0), QUADS_RADIUS_STEPS, _CODE_BITS, quads.energy_scale) + ints(I32(NOTHING))
     own = min(own, ints(I32(MOST)))
     store(work.own, row, own)
-    least = floats(F32(3e38))
+    least = floats(F32(0))
     for choice in range(quads.choices.size):
         radius = min(max(own + ints(quads.choices[choice]), ints(I32(LEAST))), ints(I32(MOST)))
         scale = scale_of(radius, load(exponents, 0), quads.inverse)
@@ -152,13 +157,26 @@ def encode_quad_rows(rows, x, order, exponents, quads, work, payload, out, row, 
             for k in range(0, order // QUAD * LANES, LANES):
                 store(work.codes, k, select(better, load(work.trial, k), load(work.codes, k)))
             radius = select(better, radius, load(work.radius, row))
-            least = select(better, error, least)
+            least = min(error, least)
         else:
             least = error
         store(work.radius, row, radius)
     store(work.radius, row, select(energy > floats(F32(0)), load(work.radius, row), ints(I32(NOTHING))))
     put_signs(rows, x, order, quads, work, payload, out + row * quads.sign_bytes)
     put_indices(rows, order, quads, work, payload, out + tokens * quads.sign_bytes + row * quads.index_bytes)
+
+
+@inlined
+def squared_norms(x, order):
+    """Squared norms of rows x, float lanes, as four sums, so that none waits for the last one's addition."""
+    p = wides(F32(0))
+    q, r, s = p, p, p
+    for k in range(0, order * LANES, 8 * LANES):
+        a, b = load_wide(x, k), load_wide(x, k + 2 * LANES)
+        c, d = load_wide(x, k + 4 * LANES), load_wide(x, k + 6 * LANES)
+        p, q, r, s = fused(a, a, p), fused(b, b, q), fused(c, c, r), fused(d, d, s)
+    first, last = parts((p + q) + (r + s))
+    return first + last
 
 
 @inlined
@@ -175,36 +193,101 @@ def scale_of(radius, exponent, inverse):
 def search(x, order, scale, quads, codes):
     """Numbers of the nearest points of all quads of x times ``scale``, into codes; returns the squared errors, float lanes.
 
-    Two quads at a time, so that a representative is loaded once for both.
+    Equal coordinates of a representative are multiplied with the sum of their magnitudes. Four quads at a time.
     """
-    representatives, numbers, count = quads.representatives, quads.numbers, quads.representatives.size // 5
-    error = floats(F32(0))
-    for quad in range(0, order // QUAD, 2):
+    runs, numbers, listed = quads.runs, quads.numbers, quads.representatives
+    error, six = floats(F32(0)), ints(I32(6))
+    for quad in range(0, order // QUAD, 4):
         at = quad * QUAD * LANES
-        a, b, c, d, places_a, square_a = sorted_quad(x, at, scale)
-        e, f, g, h, places_b, square_b = sorted_quad(x, at + QUAD * LANES, scale)
-        best_a, best_b = floats(F32(-3e38)), floats(F32(-3e38))
-        which_a, which_b = ints(I32(0)), ints(I32(0))
-        for i in range(count):
-            r = 5 * i
-            p, q = floats(representatives[r]), floats(representatives[r + 1])
-            s, t, half = floats(representatives[r + 2]), floats(representatives[r + 3]), floats(representatives[r + 4])
-            number = ints(I32(i))
-            score = fused(a, p, fused(b, q, fused(c, s, fused(d, t, half))))
-            which_a = select(score > best_a, number, which_a)
-            best_a = max(score, best_a)
-            score = fused(e, p, fused(f, q, fused(g, s, fused(h, t, half))))
-            which_b = select(score > best_b, number, which_b)
-            best_b = max(score, best_b)
-        error = error + (square_a - best_a - best_a) + (square_b - best_b - best_b)
-        store(codes, quad * LANES, gather(numbers, (which_a << ints(I32(8))) + places_a))
-        store(codes, (quad + 1) * LANES, gather(numbers, (which_b << ints(I32(8))) + places_b))
+        a0, b0, c0, d0, places_0 = sorted_quad(x, at, scale)
+        a1, b1, c1, d1, places_1 = sorted_quad(x, at + QUAD * LANES, scale)
+        a2, b2, c2, d2, places_2 = sorted_quad(x, at + 2 * QUAD * LANES, scale)
+        a3, b3, c3, d3, places_3 = sorted_quad(x, at + 3 * QUAD * LANES, scale)
+        a, b, c, d = side_by_side(a0, a1), side_by_side(b0, b1), side_by_side(c0, c1), side_by_side(d0, d1)
+        e, f, g, h = side_by_side(a2, a3), side_by_side(b2, b3), side_by_side(c2, c3), side_by_side(d2, d3)
+        best = wides(F32(-3e38)), wides(F32(0)), wides(F32(-3e38)), wides(F32(0))
+        best = best_of_one(best, a + b + c + d, e + f + g + h, listed, runs[0], runs[1])
+        best = best_of_two(best, a + b + c, d, e + f + g, h, listed, runs[1], runs[2])
+        best = best_of_two(best, a, b + c + d, e, f + g + h, listed, runs[2], runs[3])
+        best = best_of_two(best, a + b, c + d, e + f, g + h, listed, runs[3], runs[4])
+        best = best_of_three(best, a + b, c, d, e + f, g, h, listed, runs[4], runs[5])
+        best = best_of_three(best, a, b + c, d, e, f + g, h, listed, runs[5], runs[6])
+        best = best_of_three(best, a, b, c + d, e, f, g + h, listed, runs[6], runs[7])
+        best = best_of_four(best, a, b, c, d, e, f, g, h, listed, runs[7], runs[8])
+        first, last = parts((square(a, b, c, d) - best[0] - best[0]) + (square(e, f, g, h) - best[2] - best[2]))
+        error = error + (first + last)
+        which_0, which_1 = parts(best[1])
+        which_2, which_3 = parts(best[3])
+        at = quad * LANES
+        store(codes, at, gather(numbers, (truncate(which_0) << six) + places_0))
+        store(codes, at + LANES, gather(numbers, (truncate(which_1) << six) + places_1))
+        store(codes, at + 2 * LANES, gather(numbers, (truncate(which_2) << six) + places_2))
+        store(codes, at + 3 * LANES, gather(numbers, (truncate(which_3) << six) + places_3))
     return error
 
 
 @inlined
+def square(a, b, c, d):
+    """The sum of their squares."""
+    return fused(a, a, fused(b, b, fused(c, c, d * d)))
+
+
+@inlined
+def better_of(best, score, other, number):
+    """Best scores of two times two quads, and whose they are, after one more representative's."""
+    p, which_p, q, which_q = best
+    return (
+        larger(score, p),
+        where_larger(score, p, number, which_p),
+        larger(other, q),
+        where_larger(other, q, number, which_q),
+    )
+
+
+@inlined
+def best_of_one(best, a, b, listed, first, last):
+    """``better_of`` over representatives with one magnitude."""
+    for i in range(6 * first, 6 * last, 6):
+        x, half = wides(listed[i]), wides(listed[i + 4])
+        best = better_of(best, fused(a, x, half), fused(b, x, half), wides(listed[i + 5]))
+    return best
+
+
+@inlined
+def best_of_two(best, a, b, c, d, listed, first, last):
+    """The same with two magnitudes."""
+    for i in range(6 * first, 6 * last, 6):
+        x, y, half = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 4])
+        score, other = fused(a, x, fused(b, y, half)), fused(c, x, fused(d, y, half))
+        best = better_of(best, score, other, wides(listed[i + 5]))
+    return best
+
+
+@inlined
+def best_of_three(best, a, b, c, d, e, f, listed, first, last):
+    """The same with three magnitudes."""
+    for i in range(6 * first, 6 * last, 6):
+        x, y, z, half = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 2]), wides(listed[i + 4])
+        score, other = fused(a, x, fused(b, y, fused(c, z, half))), fused(d, x, fused(e, y, fused(f, z, half)))
+        best = better_of(best, score, other, wides(listed[i + 5]))
+    return best
+
+
+@inlined
+def best_of_four(best, a, b, c, d, e, f, g, h, listed, first, last):
+    """The same with four magnitudes."""
+    for i in range(6 * first, 6 * last, 6):
+        x, y, z, w = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 2]), wides(listed[i + 3])
+        half = wides(listed[i + 4])
+        score = fused(a, x, fused(b, y, fused(c, z, fused(d, w, half))))
+        other = fused(e, x, fused(f, y, fused(g, z, fused(h, w, half))))
+        best = better_of(best, score, other, wides(listed[i + 5]))
+    return best
+
+
+@inlined
 def sorted_quad(x, at, scale):
-    """Four magnitudes times ``scale``, largest first; their places as one number, base 4; and the sum of their squares.
+    """Four magnitudes times ``scale``, largest first; and the places of the three largest as one number, base 4.
 
     The two lowest bits of each float tell its place while they are sorted as integers.
     """
@@ -219,9 +302,8 @@ def sorted_quad(x, at, scale):
     q, s = max(q, s), min(q, s)
     q, r = max(q, r), min(q, r)
     three = ints(I32(3))
-    places = (p & three) | (q & three) << ints(I32(2)) | (r & three) << ints(I32(4)) | (s & three) << ints(I32(6))
-    a, b, c, d = as_float(p), as_float(q), as_float(r), as_float(s)
-    return a, b, c, d, places, a * a + b * b + c * c + d * d
+    places = (p & three) | (q & three) << ints(I32(2)) | (r & three) << ints(I32(4))
+    return as_float(p), as_float(q), as_float(r), as_float(s), places
 
 
 @leaf

@@ -228,6 +228,9 @@ class SplitDecoderWork(NamedTuple):
 
 
 # -- the quads coding ----------------------------------------------------------------------------------------------------
+QUADS_TIES = ((4,), (3, 1), (1, 3), (2, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1, 1))  # how many coordinates are equal
+
+
 class QuadsEncoder(NamedTuple):
     """What encoding blocks of quads takes."""
 
@@ -237,8 +240,9 @@ class QuadsEncoder(NamedTuple):
     energy_scale: int  # squared norm of a rotated vector over the mean square of its coordinates
     choices: np.ndarray  # int32: radii that are tried, in steps from a vector's own
     inverse: np.ndarray  # float32 [steps an octave]: what rotated vectors are multiplied by
-    representatives: np.ndarray  # float32 [r * 5]: each with minus half its squared norm
-    numbers: np.ndarray  # int32 [r * 256]: of the points, by representative and places
+    representatives: np.ndarray  # float32 [r * 6]: different coordinates, minus half the squared norm, its own number
+    runs: np.ndarray  # int64 [9]: where the representatives of each of QUADS_TIES begin, and where they end
+    numbers: np.ndarray  # int32 [r * 64]: of the points, by representative and the places of the three largest
 
 
 class QuadsDecoder(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 
@@ -179,14 +180,30 @@ def quads_encoder(coding: int, head_dim: int, row_bits: int, effort: str) -> tup
     """A QuadsEncoder; of another coding one that nothing uses."""
     choices = np.array(c.QUADS_EFFORTS[effort], np.int32)
     if coding != c.CODING_QUADS:
-        return r.plain(r.QuadsEncoder(8, 0, 0, 1, choices, *(np.zeros(0, np.float32),) * 2, np.zeros(0, np.int32)))
+        none = [np.zeros(0, kind) for kind in (np.float32, np.float32, np.int64, np.int32)]
+        return r.plain(r.QuadsEncoder(8, 0, 0, 1, choices, *none))
     order = order_for(head_dim)
     table = quads.points_of(quads_index_bits(order, row_bits))
     inverse = table.grid / order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
-    listed = np.concatenate([table.representatives, -(table.representatives**2).sum(1, keepdims=True) / 2], 1)
-    numbers = table.numbers.astype(np.int32).ravel()
     sizes = table.bits, *_plane_bytes(order, table.bits), order**3
-    return r.plain(r.QuadsEncoder(*sizes, choices, inverse.astype(np.float32), listed.astype(np.float32).ravel(), numbers))
+    return r.plain(r.QuadsEncoder(*sizes, choices, inverse.astype(np.float32), *_searched(table)))
+
+
+def _searched(table: quads.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Representatives, runs and numbers of a QuadsEncoder: sorted by which of their coordinates are equal."""
+    points = [tuple(map(int, each)) for each in table.representatives]
+    ties = [r.QUADS_TIES.index(tuple(len(list(same)) for _, same in groupby(each))) for each in points]
+    picked = np.argsort(ties, kind="stable")
+    runs = np.searchsorted(np.sort(ties), np.arange(len(r.QUADS_TIES) + 1)).astype(np.int64)
+    listed = np.zeros((len(points), c.QUAD + 2), np.float32)
+    for i, each in enumerate(picked):
+        different = [x for x, _ in groupby(points[each])]
+        listed[i, : len(different)] = different
+        listed[i, c.QUAD :] = -sum(x * x for x in points[each]) / 2, i
+    key = np.arange(4 ** (c.QUAD - 1))
+    three = key[:, None] >> np.array([0, 2, 4]) & 3
+    least = np.clip(6 - three.sum(1), 0, 3)  # its place, where the places of the others are different
+    return listed.ravel(), runs, table.numbers[picked][:, key | least << 6].astype(np.int32).ravel()
 
 
 @lru_cache(maxsize=64)
