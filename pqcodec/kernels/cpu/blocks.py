@@ -23,7 +23,7 @@ from pqcodec.constants import (
     QUADS_GROUP,
 )
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
-from pqcodec.kernels.cpu.lane_memory import converts_halves, fence, load, pointer, store, word_at
+from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
@@ -187,7 +187,6 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     steps, entries = np.zeros(2 * LANES, np.int32), np.zeros(QUADS_GROUP * LANES, np.int32)
     short = np.zeros(LANES, np.uint16)
     straight = kind.head_dim == order and kind.dtype != DTYPE_FLOAT32
-    straight = straight and (kind.dtype != DTYPE_FLOAT16 or converts_halves())
     as_pairs = rotation.pair_places.size > 0
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)

@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 
 from pqcodec.kernels.cpu.lanes import (
     FLOAT,
-    I1,
     I8,
     I16,
     I32,
@@ -425,7 +424,7 @@ def _storing_back(stages: int) -> Any:
     """flat[start + j stride + i] = sum[i] signs[place + i] first[j] + 0 as a 16-bit number for i in 0 .. 15, j in 0 .. 7.
 
     sum[i] is source[8 (place + i) + j], all float32, after ``stages`` stages of sums and differences over i. The signs are
-    ``spread_signs``. ``brain``: bfloat16, else float16, for which the CPU must have F16C. ``past``: by non-temporal stores.
+    ``spread_signs``. ``brain``: bfloat16, else float16. ``past``: by non-temporal stores.
     """
 
     @intrinsic
@@ -465,7 +464,7 @@ def _storing_back(stages: int) -> Any:
                 with one:
                     stored(_transposed_shorts(builder, [_brain(builder, value) for value in values]))
                 with other:
-                    stored(_transposed_shorts(builder, [_half(builder, value) for value in values]))
+                    stored(_transposed_shorts(builder, [_half(context, builder, value) for value in values]))
             return context.get_dummy_value()
 
         arguments = (source, types.int64, signs, first, flat, types.int64, types.int64, types.boolean, types.boolean)
@@ -477,10 +476,30 @@ def _storing_back(stages: int) -> Any:
 store_back_two, store_back_three = (_storing_back(stages) for stages in (2, 3))
 
 
-def _half(builder: Any, value: Any) -> Any:
+def _converts_halves(context: Any) -> bool:
+    """Whether the CPU converts between float32 and float16 itself; LLVM would call functions that are not there."""
+    return "+f16c" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _half(context: Any, builder: Any, value: Any) -> Any:
     """Float32 within float16's range as the bits of float16, ties to even."""
     count = value.type.count
-    return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), count)), ir.VectorType(I16, count))
+    short, kind = ir.VectorType(I16, count), ir.VectorType(I32, count)
+    if _converts_halves(context):
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), count)), short)
+
+    def same(number: int) -> Any:
+        return ir.Constant(kind, [number] * count)
+
+    bits = builder.bitcast(value, kind)
+    sign = builder.and_(builder.lshr(bits, same(16)), same(0x8000))
+    size = builder.and_(bits, same(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, same(13)), same(1))
+    normal = builder.lshr(builder.add(builder.add(size, same(0xFFF - 0x38000000)), odd), same(13))
+    moved = builder.fadd(builder.bitcast(size, value.type), ir.Constant(value.type, [0.5] * count))
+    small = builder.sub(builder.bitcast(moved, kind), same(0x3F000000))
+    found = builder.select(builder.icmp_signed("<", size, same(0x38800000)), small, normal)
+    return builder.trunc(builder.or_(found, sign), short)
 
 
 def _brain(builder: Any, value: Any) -> Any:
@@ -494,30 +513,28 @@ def _brain(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def converts_halves(typingctx):  # type: ignore[no-untyped-def]
-    """Whether the CPU converts float32 to float16 (F16C)."""
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return ir.Constant(I1, int("+f16c" in context.codegen().magic_tuple()[2].split(",")))
-
-    return types.boolean(), emit
-
-
-@intrinsic
 def load_half(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """uint16 array[index : index + 8], bits of float16, as float lanes. Only where ``converts_halves``."""
+    """uint16 array[index : index + 8], bits of float16, as float lanes; Inf and NaN become 2^16 and more."""
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         half = _load(builder, _pointer(context, builder, signature.args[0], *args), ir.VectorType(I16, LANES), 2)
-        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), vector_of("float"))
+        if _converts_halves(context):
+            return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), vector_of("float"))
+        size, sign, thirteen, sixteen = (ir.Constant(vector_of("int"), [number] * LANES) for number in (0x7FFF, 0x8000, 13, 16))
+        half = builder.zext(half, vector_of("int"))
+        moved = builder.shl(builder.and_(half, size), thirteen)
+        moved = builder.or_(moved, builder.shl(builder.and_(half, sign), sixteen))
+        return builder.fmul(builder.bitcast(moved, vector_of("float")), ir.Constant(vector_of("float"), [2.0**112] * LANES))
 
     return FLOAT(array, types.int64), emit
 
 
 @intrinsic
 def rounded_half(typingctx, value):  # type: ignore[no-untyped-def]
-    """Float lanes within float16's range as the bits of float16, ties to even: int lanes. Only where ``converts_halves``."""
-    return INT(FLOAT), lambda context, builder, signature, args: builder.zext(_half(builder, args[0]), vector_of("int"))
+    """Float lanes within float16's range as the bits of float16, ties to even: int lanes."""
+    return INT(value), lambda context, builder, signature, args: builder.zext(
+        _half(context, builder, args[0]), vector_of("int")
+    )
 
 
 @intrinsic

@@ -17,9 +17,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 8
-I1, I8, I16, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I1, I8, I16, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
-_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": I1, "wide": _F32, "short": I16, "shorts": I16}
+_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": _I1, "wide": _F32, "short": I16, "shorts": I16}
 _LANES_EACH = {"wide": 2, "short": 2, "shorts": 4}  # numbers a lane, where it is not one
 _FLOATS = ("float", "wide")
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT16, DTYPE_FLOAT32
 from pqcodec.kernels.cpu.lane_memory import (
-    converts_halves,
     largest_of_rows,
     load,
     load_half,
@@ -17,7 +16,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     store_short,
     store_short_past,
 )
-from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints, select
+from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints
 from pqcodec.kernels.cpu.records import F32, I32, inlined, leaf
 
 _HALF_INFINITY = np.int32(0x47800000)  # 2^16: float16's Inf and NaN are as large or larger after ``load_tile``
@@ -38,12 +37,7 @@ def load_tile(flat, start, stride, rows, head_dim, dtype, tile, order):
                 tile[target + k] = flat[source + k]
         elif dtype == DTYPE_FLOAT16:
             for k in range(0, whole, LANES):
-                if converts_halves():
-                    store(tile, target + k, load_half(flat, source + k))
-                else:
-                    h = load_short(flat, source + k)
-                    moved = ((h & ints(I32(0x7FFF))) << ints(I32(13))) | ((h & ints(I32(0x8000))) << ints(I32(16)))
-                    store(tile, target + k, as_float(moved) * floats(F32(2.0**112)))
+                store(tile, target + k, load_half(flat, source + k))
             for k in range(whole, head_dim):
                 one = I32(flat[source + k])
                 bits[target + k] = ((one & I32(0x7FFF)) << I32(13)) | ((one & I32(0x8000)) << I32(16))
@@ -101,7 +95,7 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, st
         else:
             for k in range(0, head_dim, LANES):
                 value = min(max(load(tile, source + k), least), most)
-                result = half_bits(value) if dtype == DTYPE_FLOAT16 else brain_bits(as_bits(value))
+                result = rounded_half(value) if dtype == DTYPE_FLOAT16 else brain_bits(as_bits(value))
                 if k < whole:
                     if past:
                         store_short_past(flat, target + k, result)
@@ -111,23 +105,6 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, st
                     store_short(short, 0, result)
                     for i in range(head_dim - whole):
                         flat[target + k + i] = short[i]
-
-
-@inlined
-def half_bits(value):
-    """Float32 lanes within float16's range -> float16 bits."""
-    return rounded_half(value) if converts_halves() else computed_half_bits(as_bits(value))
-
-
-@inlined
-def computed_half_bits(bits):
-    """The same where the CPU has no instruction for it, from the bits of float32."""
-    sign = (bits >> ints(I32(16))) & ints(I32(0x8000))
-    size = bits & ints(I32(0x7FFFFFFF))
-    odd = (size >> ints(I32(13))) & ints(I32(1))
-    normal = (size + ints(I32(0xFFF - 0x38000000)) + odd) >> ints(I32(13))
-    small = as_bits(as_float(size) + floats(F32(0.5))) - ints(I32(0x3F000000))
-    return sign | select(size < ints(I32(0x38800000)), small, normal)
 
 
 @inlined
