@@ -20,6 +20,8 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from benchmarks.results_file import machine
+
 RADIUS_STEPS = 8  # an octave
 CHOICES = (-2, -1, 0, 1, 2)  # steps that best effort tries
 DIMENSIONS = 128
@@ -233,7 +235,8 @@ def main() -> None:
         assert sum(math.factorial(4) // math.prod(map(math.factorial, map(p.count, set(p)))) for p in points) == 1 << bits
         print(f"{bits} bits: {len(points)} representatives, relMSE fast {fast:.5f}, best {best:.5f}", flush=True)
         tables[str(bits)] = {"grid": grid, "fast": fast, "best": best, "representatives": points}
-        arguments.out.write_text(json.dumps({"dimensions": DIMENSIONS, "tables": tables}) + "\n")
+        figures = {"command": "python -m benchmarks.quad_tables", **machine(), "dimensions": DIMENSIONS, "tables": tables}
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
