@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +129,11 @@ def test_best_effort_is_the_same_format_and_never_worse() -> None:
         assert Header.from_bytes(fast) == Header.from_bytes(best)
         errors = [((x - pqcodec.decode(data)) ** 2).sum(-1) for data in (fast, best)]
         assert (errors[1] <= errors[0] * 1.0001).all()
+
+
+def test_the_tables_are_those_that_were_trained() -> None:
+    trained = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "quad_tables.json").read_text())["tables"]
+    for bits in c.QUADS_INDEX_BITS:
+        grid, listed = c.QUADS_TABLES[bits]
+        assert grid == trained[str(bits)]["grid"]
+        assert [list(map(int, each.split())) for each in listed.split(",")] == trained[str(bits)]["representatives"]
