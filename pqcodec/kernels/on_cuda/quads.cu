@@ -6,8 +6,7 @@
 // of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32.
 // The next tile's words are on their way while this one is decoded.
 //
-// The matrix lies in bricks of 128 bytes: a strip of eight columns (channels), one behind the other, by 16 bytes of inputs. Of a
-// step of 32 inputs, a group of eight quads, quarter q brings quads 2 q and 2 q + 1.
+// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Of a step of 32 inputs, a group of eight quads, quarter q brings quads 2 q and 2 q + 1.
 //
 // Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
 // bank), LEAST, MOST and LOG2_STEPS of radii, LARGEST_SUM (that the rotation makes), the sizes of shared memory (BLOB_BYTES,
@@ -20,6 +19,7 @@
 #include "checksum.cuh"
 #include "offsets.cuh"
 #include "radius.cuh"
+#include "rotation_two_rounds.cuh"  // bricks, and mma with them
 #include "stores.cuh"
 
 #define GROUPS (ORDER / 32)                   // of eight quads, of a row
@@ -27,8 +27,6 @@
 #define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
 #define SIGN_FETCHES ((SIGN_WORDS + 31) / 32)
 #define INDEX_FETCHES ((INDEX_WORDS + 31) / 32)
-#define BRICK_BYTES 128
-#define BRICKS (ORDER / 16)  // of a strip
 #define MAGIC_BITS 0x4b400000  // of MAGIC, 1.5 * 2^23
 #define LARGEST_FUSED 1e30f      // factor of a row, of which MAGIC times it is far from infinite
 
@@ -125,12 +123,6 @@ INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int grou
     }
 }
 
-INLINE void multiply_step(int* sums, const u32* operand, u32 brick, u32 next_brick) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-        : "r"(operand[0]), "r"(operand[1]), "r"(operand[2]), "r"(operand[3]), "r"(brick), "r"(next_brick));
-}
-
 // A lane's eight channels of a piece: sums [4][4] of four strips, each of two channels of one row and two of the other, in float32
 // numbers from MAGIC on.
 INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums)[4]) {
@@ -145,13 +137,13 @@ INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums
                 asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                     : "=r"(bricks[0]), "=r"(bricks[1]), "=r"(bricks[2]), "=r"(bricks[3])
                     : "r"(address + group * (2 * BRICK_BYTES)));
-                multiply_step(sums[strip], operands[group], bricks[0], bricks[1]);
-                multiply_step(sums[strip], operands[group + 1], bricks[2], bricks[3]);
+                mma_step(sums[strip], operands[group], bricks[0], bricks[1]);
+                mma_step(sums[strip], operands[group + 1], bricks[2], bricks[3]);
             } else {
                 asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                     : "=r"(bricks[0]), "=r"(bricks[1])
                     : "r"(address + group * (2 * BRICK_BYTES)));
-                multiply_step(sums[strip], operands[group], bricks[0], bricks[1]);
+                mma_step(sums[strip], operands[group], bricks[0], bricks[1]);
             }
         }
     }

@@ -12,7 +12,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.kernels.on_cuda.compiled import UPCOMING_BYTES, Layout, common_definitions
-from pqcodec.kernels.on_cuda.tables import blob_of, shared_tables
+from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
 from pqcodec.stream.header import Header
 
 ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -54,12 +54,10 @@ def _tables(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, i
 def _matrix(h: Header) -> np.ndarray:
     """Half of both rounds' matrix, int8 [order / 8 strips, order / 16 bricks, 8 channels, 16 bytes of inputs], as bytes."""
     place = np.arange(h.order)
-    channels = place // 32 * 32 + place % 8 // 2 * 8 + place // 8 % 4 * 2 + place % 2
     quad = place // 32 * 8 + place % 16 // 4 * 2 + place // 16 % 2
     coordinates = quad * c.QUAD + np.array(c.QUADS_SIGN_PLACES)[place % 4]
-    matrix = t.rotation_matrix(h.order, h.seed, 2)[coordinates][:, channels]
-    columns = np.ascontiguousarray((matrix.T / 2).astype(np.int8)).view(np.uint8)
-    return columns.reshape(h.order // 8, 8, -1, 16).swapaxes(1, 2)
+    matrix = t.rotation_matrix(h.order, h.seed, 2)[coordinates][:, channel_order(h.order)]
+    return in_bricks((matrix.T / 2).astype(np.int8))
 
 
 def _stage_bytes(h: Header) -> int:
@@ -86,6 +84,8 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "LARGEST_SUM": f"{127.0 * h.order**1.5!r}f",
         "ROWS": ROWS,
         "BULK": 0,
+        "BYTES": 1,
+        "WARPGROUPS": 0,
         "STAGE_BYTES": _stage_bytes(h),
         "WARP_BYTES": _warp_bytes(h),
         **layout.places,

@@ -84,8 +84,7 @@ def _matrix(verb: str, h: Header) -> np.ndarray:
     lanes hold a row: each has eight neighbours of every 32 channels, and a quarter of the coordinates.
     """
     matrix = t.rotation_matrix(h.order, h.seed, 2)  # [coordinate, channel]
-    place = np.arange(h.order)  # of 16 bytes of inputs a lane has four, of eight columns two
-    channels = place // 32 * 32 + place % 8 // 2 * 8 + place // 8 % 4 * 2 + place % 2
+    place, channels = np.arange(h.order), channel_order(h.order)  # of 16 bytes of inputs a lane has four, of eight columns two
     if verb == "decode":
         coordinates = place % 16 // 4 * (h.order // 4) + place // 16 * 4 + place % 4
         columns = (matrix[coordinates][:, channels].T / 2).astype(np.int8)
@@ -99,8 +98,19 @@ def _matrix(verb: str, h: Header) -> np.ndarray:
             columns = (even.view(np.uint32) >> 16).astype(np.uint16)  # exact: 256 at the most
         else:
             columns = columns[:, channels]
+    return in_bricks(columns)
+
+
+def channel_order(order: int) -> np.ndarray:
+    """The channel of each of the matrix's columns, so that a lane has eight neighbours of every 32: int [order]."""
+    place = np.arange(order)
+    return place // 32 * 32 + place % 8 // 2 * 8 + place // 8 % 4 * 2 + place % 2
+
+
+def in_bricks(columns: np.ndarray) -> np.ndarray:
+    """Columns [n, inputs] as uint8 [n / 8 strips, bricks, 8 columns, 16 bytes of inputs]."""
     columns = np.ascontiguousarray(columns).view(np.uint8)
-    return columns.reshape(h.order // 8, 8, -1, 16).swapaxes(1, 2)
+    return columns.reshape(len(columns) // 8, 8, -1, 16).swapaxes(1, 2)
 
 
 def in_bytes(verb: str, h: Header) -> bool:
