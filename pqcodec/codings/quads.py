@@ -59,6 +59,11 @@ def table_of(plan: Plan) -> Table:
     return points_of(quads_index_bits(plan.order, plan.row_bits))
 
 
+def plane_bytes(order: int, bits: int) -> tuple[int, int]:
+    """Bytes of a row in the planes of signs and of indices (SPEC 12.1)."""
+    return order // 8, -(-order // c.QUAD * bits // 8)
+
+
 # -- encoding ------------------------------------------------------------------------------------------------------
 def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str) -> np.ndarray:
     """Rotated vectors v float64 [n, order] of one block -> its bytes without the checksum; ``exponent`` is not used."""
@@ -116,7 +121,7 @@ def decode(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes of a block of ``tokens`` rows -> points of the wanted rows, int32 [n, order], and the factors A and B [n]."""
     points, low, high = table_of(plan), *rows
-    sign_bytes, index_bytes = plan.order // 8, plan.row_bytes - 1 - plan.order // 8
+    sign_bytes, index_bytes = plane_bytes(plan.order, points.bits)
     ends = np.cumsum([tokens * sign_bytes, tokens * index_bytes, tokens])
     signs, indices, code = (
         plane.reshape(tokens, -1)[low:high] for plane in np.split(body[: ends[-1]], ends[:-1])

@@ -185,7 +185,7 @@ def quads_encoder(coding: int, head_dim: int, row_bits: int, effort: str) -> tup
     order = order_for(head_dim)
     table = quads.points_of(quads_index_bits(order, row_bits))
     inverse = table.grid / order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
-    sizes = table.bits, *_plane_bytes(order, table.bits), order**3
+    sizes = table.bits, *quads.plane_bytes(order, table.bits), order**3
     return r.plain(r.QuadsEncoder(*sizes, choices, inverse.astype(np.float32), *_searched(table)))
 
 
@@ -216,12 +216,7 @@ def quads_decoder(coding: int, head_dim: int, row_bits: int, mantissas: bytes) -
     radii = np.stack(quads.factors(np.arange(c.QUADS_RADII[0], c.QUADS_RADII[1] + 1), np.frombuffer(mantissas, np.float32)))
     places = np.argsort(c.QUADS_SIGN_PLACES)  # of each byte the coordinate
     points = (table.points[:, places].astype(np.int32) << (8 * np.arange(c.QUAD, dtype=np.int32))).sum(1, dtype=np.int32)
-    return r.plain(r.QuadsDecoder(table.bits, *_plane_bytes(order, table.bits), radii, points))
-
-
-def _plane_bytes(order: int, bits: int) -> tuple[int, int]:
-    """Bytes of a row in the planes of signs and of indices."""
-    return order // 8, -(-order // c.QUAD * bits // 8)
+    return r.plain(r.QuadsDecoder(table.bits, *quads.plane_bytes(order, table.bits), radii, points))
 
 
 # -- split and paper ------------------------------------------------------------------------------------------------------

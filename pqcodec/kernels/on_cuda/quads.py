@@ -10,6 +10,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
+from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.kernels.on_cuda.compiled import UPCOMING_BYTES, Layout, common_definitions
 from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
@@ -23,7 +24,7 @@ THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 25
 
 def index_bytes(h: Header) -> int:
     """Bytes of a row's indices."""
-    return h.row_bytes - 1 - h.order // 8
+    return quads.plane_bytes(h.order, quads_index_bits(h.order, h.row_bits))[1]
 
 
 def quads_layout(h: Header, limit: int) -> Layout | None:

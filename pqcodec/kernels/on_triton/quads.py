@@ -24,6 +24,14 @@ def sign_place(group, ORDER: tl.constexpr):
 
 
 @triton.jit
+def planes(skew, row, tokens, ORDER: tl.constexpr, BITS: tl.constexpr):
+    """Bits at which rows begin in a block's planes of signs and of indices, and its radii as a whole."""
+    INDEX_BITS: tl.constexpr = (ORDER // 4 * BITS + 7) // 8 * 8
+    first = skew * 8
+    return first + row * ORDER, first + tokens * ORDER + row * INDEX_BITS, first + tokens * (ORDER + INDEX_BITS)
+
+
+@triton.jit
 def decode_quad_rows(
     words,
     skew,
@@ -41,11 +49,7 @@ def decode_quad_rows(
     ROWS: tl.constexpr,
 ):
     """Rows of a block -> acc [R, COLUMNS] rotated back, each row's exponent and mantissa, and whether it is the zero vector."""
-    SIGN_BITS: tl.constexpr = ORDER
-    INDEX_BITS: tl.constexpr = (ORDER // 4 * BITS + 7) // 8 * 8
-    signs = skew * 8 + row * SIGN_BITS
-    indices = skew * 8 + tokens * SIGN_BITS + row * INDEX_BITS
-    radii = skew * 8 + tokens * (SIGN_BITS + INDEX_BITS)
+    signs, indices, radii = planes(skew, row, tokens, ORDER, BITS)
     quad = tl.arange(0, 4)[None, :]
     coordinate = tl.arange(0, 4)[None, None, :]
     one, eight = tl.full([ROWS, GROUP], 1, tl.int32), tl.full([ROWS], 8, tl.int32)
@@ -165,11 +169,7 @@ def encode_quad_rows(
             radius = tl.where(error < least, tried, radius)
             least = tl.minimum(error, least)
     radius = tl.where(own > 0, radius, 0)
-    SIGN_BITS: tl.constexpr = ORDER
-    INDEX_BITS: tl.constexpr = (ORDER // 4 * BITS + 7) // 8 * 8
-    signs = skew * 8 + row * SIGN_BITS
-    indices = skew * 8 + tokens * SIGN_BITS + row * INDEX_BITS
-    radii = skew * 8 + tokens * (SIGN_BITS + INDEX_BITS)
+    signs, indices, radii = planes(skew, row, tokens, ORDER, BITS)
     scale = scale_of(tl.maximum(radius, 1), exponent, grid, ORDER)
     quad = tl.arange(0, 4)[None, :]
     for group in range(ORDER // GROUP):
