@@ -15,6 +15,7 @@ from benchmarks import model as lm
 from benchmarks.fidelity.reading import Prefix, Tensors
 from benchmarks.peers import Peer, peers
 from pqcodec import Rope
+from pqcodec import constants as c
 from pqcodec.formats.containers.pqkv.file import PQKVFile, write_pieces
 from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.formats.policy.recipe import Recipe
@@ -45,9 +46,14 @@ class Cache:
 
 
 def all_caches() -> dict[str, Cache]:
-    """Every cache by its name; ``pq3:key`` codes the keys as pq3 does and leaves the values, ``pq3:value`` the reverse."""
+    """Every cache by its name; ``pq3:key`` codes the keys as pq3 does and leaves the values, ``pq3:value`` the reverse.
+
+    ``quad3+best`` is quad3 with the best effort.
+    """
     presets = [name for name in pqcodec.PRESETS if name != "paper"]
+    searched = [name for name, preset in pqcodec.PRESETS.items() if preset.coding == c.CODING_QUADS]
     whole = [*map(_of_peer, peers(NO_ROPE).values()), *map(_of_preset, presets)]
+    whole += [_of_preset(name, "best") for name in searched]
     return {cache.name: cache for one in whole for cache in (one, *(_only(one, role) for role in lm.ROLES))}
 
 
@@ -65,16 +71,16 @@ def _of_peer(peer: Peer) -> Cache:
     return Cache(peer.name, peer.seeded, code)
 
 
-def _of_preset(preset: str) -> Cache:
+def _of_preset(preset: str, effort: str = "fast") -> Cache:
     def code(prefix: Prefix, seed: int) -> Kept:
         file = io.BytesIO()
-        write_pieces(file, Recipe(preset=preset, seed=seed).pieces(InMemory(prefix.stored()), prefix.roles))
+        write_pieces(file, Recipe(preset=preset, seed=seed, effort=effort).pieces(InMemory(prefix.stored()), prefix.roles))
         with PQKVFile(file.getvalue()) as coded:
             tensors = {name: coded.decode(name).float() for name in coded.names}
             bits = {name: 8 * coded.stream(name).size for name in coded.names}
         return Kept(tensors, bits, 8 * len(file.getvalue()))
 
-    return Cache(preset, True, code)
+    return Cache(preset + "+best" * (effort == "best"), True, code)
 
 
 def _only(cache: Cache, role: str) -> Cache:

@@ -28,6 +28,11 @@ class Table:
     representatives: np.ndarray  # float64 [r, 4], in the same units, each largest first
     numbers: np.ndarray  # int16 [r, 256]: the point with the representative's coordinates at some places (``_base_four``)
 
+    @property
+    def aim(self) -> float:
+        """Units in a radius as encoders take them: they aim a little further out, so that decoded vectors keep their norm."""
+        return self.grid * c.QUADS_STRETCH[self.bits]
+
 
 @lru_cache(maxsize=16)
 def points_of(bits: int) -> Table:
@@ -93,7 +98,7 @@ def _nearest(v: np.ndarray, points: Table, effort: str) -> tuple[np.ndarray, np.
     best, radius, codes = np.full(len(v), np.inf), steps, np.zeros(quads.shape[:2], np.int64)
     half = (points.representatives**2).sum(1) / 2
     for more in c.QUADS_EFFORTS[effort]:
-        unit = np.exp2(np.clip(steps + more, *c.QUADS_RADII) / c.QUADS_RADIUS_STEPS) / points.grid
+        unit = np.exp2(np.clip(steps + more, *c.QUADS_RADII) / c.QUADS_RADIUS_STEPS) / points.aim
         x = largest_first / unit[:, None, None]
         score = x @ points.representatives.T - half
         chosen = score.argmax(2)

@@ -88,7 +88,7 @@ class Tables:
     mantissas: Any  # float32 [radius steps]
     paper: Any  # float32 [33]: cos [3, 4], sin [3, 4], squared bounds [3, 3]; PAPER
     quad_bits: int  # of the quads coding's index; 0 in other codings
-    grid: float  # its units in a radius
+    aim: float  # its units in a radius, for encoders
     points: Any  # float16 [points, 4]
     representatives: Any  # float32 [r, 5]: each with minus half its squared norm
     numbers: Any  # int32 [r, 256]: of the points, by representative and places
@@ -162,7 +162,7 @@ def _quads(plan: Plan) -> dict[str, Any]:
         nothing = np.zeros((1, 5), np.float32)
         return {
             "quad_bits": 0,
-            "grid": 1.0,
+            "aim": 1.0,
             "points": nothing.astype(np.float16),
             "representatives": nothing,
             "numbers": nothing.view(np.int32),
@@ -171,7 +171,7 @@ def _quads(plan: Plan) -> dict[str, Any]:
     halves = -(table.representatives**2).sum(1, keepdims=True) / 2
     return {
         "quad_bits": table.bits,
-        "grid": table.grid,
+        "aim": table.aim,
         "points": table.points.astype(np.float16),
         "representatives": np.concatenate([table.representatives, halves], 1).astype(np.float32),
         "numbers": table.numbers.astype(np.int32),

@@ -184,7 +184,7 @@ def quads_encoder(coding: int, head_dim: int, row_bits: int, effort: str) -> tup
         return r.plain(r.QuadsEncoder(8, 0, 0, 1, choices, *none))
     order = order_for(head_dim)
     table = quads.points_of(quads_index_bits(order, row_bits))
-    inverse = table.grid / order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
+    inverse = table.aim / order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
     sizes = table.bits, *quads.plane_bytes(order, table.bits), order**3
     return r.plain(r.QuadsEncoder(*sizes, choices, inverse.astype(np.float32), *_searched(table)))
 

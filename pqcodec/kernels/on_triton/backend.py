@@ -94,7 +94,7 @@ class Triton:
             tables.paper,
             tables.representatives,
             tables.numbers,
-            tables.grid,
+            tables.aim,
             *self._offset_tables(group),
             h.radius_exponent,
             **self._shape(group),

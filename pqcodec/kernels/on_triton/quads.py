@@ -77,12 +77,12 @@ def own_radius(x, exponent, ORDER: tl.constexpr):
 
 
 @triton.jit
-def scale_of(radius, exponent, grid, ORDER: tl.constexpr):
+def scale_of(radius, exponent, aim, ORDER: tl.constexpr):
     """What rotated rows are multiplied by so that a table's points lie beside them; ``radius`` as ``own_radius`` counts."""
     step = (radius - 1) & (QUADS.value.steps - 1)
     octave = (radius - 1 - step) // QUADS.value.steps + QUADS.value.least // QUADS.value.steps
     power = tl.minimum(tl.maximum(-octave - exponent, -126), 127)
-    return grid / ORDER * tl.exp2(step.to(tl.float32) * (-1.0 / QUADS.value.steps)) * power_of_two(power)
+    return aim / ORDER * tl.exp2(step.to(tl.float32) * (-1.0 / QUADS.value.steps)) * power_of_two(power)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def encode_quad_rows(
     mask,
     representatives,
     numbers,
-    grid,
+    aim,
     rotation,
     columns,
     ORDER: tl.constexpr,
@@ -159,7 +159,7 @@ def encode_quad_rows(
         for choice in range(2 * SEARCHED + 1):
             step = (choice + 1) // 2 * (1 - choice % 2 * 2)  # 0, -1, 1, -2, 2
             tried = tl.minimum(tl.maximum(own + step, 1), QUADS.value.most - QUADS.value.least + 1)
-            scale = scale_of(tried, exponent, grid, ORDER)
+            scale = scale_of(tried, exponent, aim, ORDER)
             error = tl.zeros(own.shape, tl.float32)
             for group in range(ORDER // GROUP):
                 v = rotated(coarse, fine, finest, rotation, group, columns, TERMS, COLUMNS, OPERAND) * scale[:, None]
@@ -170,7 +170,7 @@ def encode_quad_rows(
             least = tl.minimum(error, least)
     radius = tl.where(own > 0, radius, 0)
     signs, indices, radii = planes(skew, row, tokens, ORDER, BITS)
-    scale = scale_of(tl.maximum(radius, 1), exponent, grid, ORDER)
+    scale = scale_of(tl.maximum(radius, 1), exponent, aim, ORDER)
     quad = tl.arange(0, 4)[None, :]
     for group in range(ORDER // GROUP):
         v = rotated(coarse, fine, finest, rotation, group, columns, TERMS, COLUMNS, OPERAND) * scale[:, None]
