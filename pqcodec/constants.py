@@ -98,8 +98,8 @@ QUADS_BLOCK_ALIGN = 16  # bytes: a block's size is a multiple
 QUADS_SIGN_PLACES = (0, 2, 1, 3)  # of a quad's four coordinates among the sign bits of a group
 QUADS_GROUP = 8  # quads whose signs lie together
 QUADS_EFFORTS = {"fast": (0,), "best": (0, -1, 1, -2, 2)}  # radii that the encoder tries, in steps from the vector's own
-# By bits of an index: what encoders multiply a vector with before they look for points, so that its norm is kept: a nearest point
-# is a little shorter than what it stands for. At 4 bits half of that, for there it costs most error.
+# By bits of an index: what encoders multiply a vector with before they look for points, so that its norm is kept: a nearest
+# point is a little shorter than what it stands for. At 4 bits half of that, for there it costs most error.
 QUADS_STRETCH = {4: 1.025, 5: 1.0375, 6: 1.0265, 7: 1.0185, 8: 1.013, 9: 1.009, 10: 1.0062}
 QUADS_TABLES = {  # by bits: units in a radius, and the sorted representatives whose permutations are the points
     4: (

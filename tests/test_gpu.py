@@ -31,12 +31,14 @@ from pqcodec import (
 )
 from pqcodec.codec import decode_together, encode_by
 from pqcodec.codings.presets import PRESETS, Preset
+from pqcodec.constants import CODING_QUADS
 from pqcodec.options import EncodeOptions
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
 from pqcodec.stream.source import MemorySource
 
+CUDA_ENCODERS = (64, 128, 256)  # head_dims that the CUDA backend encodes
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 
 
@@ -63,8 +65,16 @@ def differing_rows(x: torch.Tensor, y: torch.Tensor) -> int:
     return int((x != y).any(-1).sum())
 
 
+def looks_at_a_few(backend: str, head_dim: int, preset: str) -> bool:
+    """Whether an encoder looks for points among a few candidates, so that others may be nearer."""
+    return backend == "cuda" and head_dim in CUDA_ENCODERS and PRESETS[preset].coding == CODING_QUADS
+
+
 def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
-    """Assert that a backend decodes the CPU's stream to the same bits, and encodes all but ``returned`` rows alike."""
+    """Assert that a backend decodes the CPU's stream to the same bits, and encodes all but ``returned`` rows alike.
+
+    Rows of an encoder that ``looks_at_a_few`` are alike if all together err at most 3 % more.
+    """
     by_cpu = pqcodec.encode(x, backend="cpu", **options)
     by_gpu = pqcodec.encode(x.to(DEVICE), backend=backend, **options)
     whole = pqcodec.decode(by_cpu, backend="cpu")
@@ -73,7 +83,12 @@ def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     sides = info.header_bytes + info.side_bytes
     assert by_gpu[:sides] == by_cpu[:sides]
     assert len(by_gpu) == len(by_cpu)
-    return differing_rows(pqcodec.decode(by_gpu, backend="cpu"), whole)
+    y = pqcodec.decode(by_gpu, backend="cpu")
+    if not looks_at_a_few(backend, x.shape[-1], options.get("preset", "pq3")):
+        return differing_rows(y, whole)
+    theirs, ours = ((x.double() - each.double()).square().sum() for each in (whole, y))
+    assert ours <= 1.03 * theirs
+    return 0
 
 
 def ties_allowed(head_dim: int, preset: str, rows: int, backend: str = "") -> float:
@@ -810,7 +825,8 @@ def test_the_gpu_backends_agree_with_one_another(head_dim: int, dtype: torch.dty
             assert len(one) == len(two)
             same(decoded(one, "triton"), decoded(one, "cuda"))
             same(decoded(two, "triton"), decoded(two, "cuda"))
-            assert differing_rows(decoded(one, "cuda"), decoded(two, "cuda")) <= ties_allowed(head_dim, preset, 16000)
+            if not looks_at_a_few("cuda", head_dim, preset):
+                assert differing_rows(decoded(one, "cuda"), decoded(two, "cuda")) <= ties_allowed(head_dim, preset, 16000)
 
 
 @needs_gpu

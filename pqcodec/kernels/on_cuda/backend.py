@@ -1,9 +1,9 @@
 """Law: the CUDA backend launches ``blocks.cu`` or ``quads.cu`` for groups that it ``takes``; every other group is Triton's.
 
 NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and to decode quads any multiple of 32 up to 256; rows
-whose addresses are multiples of 16 bytes. ``takes`` is the whole rule, but for one thing that only the device knows: where
-``kernel_layout`` finds no room in its shared memory, Triton's kernels code the group as well. A kernel is compiled once a
-process for each kind of stream.
+whose addresses are multiples of 16 bytes; quads to encode in blocks of up to 512 tokens. ``takes`` is the whole rule, but for
+one thing that only the device knows: where ``kernel_layout`` finds no room in its shared memory, Triton's kernels code the
+group as well. A kernel is compiled once a process for each kind of stream.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pqcodec.stream.header import Header
 
 FEW = 8  # blocks for each multiprocessor, up to which large tables do not pay
 SPREAD = 8  # blocks that a multiprocessor is given before the next one is used
+MOST_TOKENS = 512  # of a block of quads that is encoded: a warp keeps its radii
 _ALIGNED = 16  # bytes of a load; addresses of rows are multiples
 
 
@@ -38,7 +39,8 @@ def takes(verb: str, group: Group) -> bool:
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        (h.head_dim in ORDERS if not of_quads else h.head_dim in QUADS_ORDERS and verb == "decode")
+        h.head_dim in (QUADS_ORDERS if of_quads and verb == "decode" else ORDERS)
+        and (h.chunk_tokens <= MOST_TOKENS or not of_quads or verb == "decode")
         and (h.rounds == 1 or matrix_fits(h.order, h.seed))
         and group.blocks < 1 << 31
         and all(tokens * row_bytes % 4 == 0 for s in group.spans for tokens in (h.chunk_tokens, s.header.coded_tokens))
@@ -74,31 +76,36 @@ class Kernel:
     blob: Any  # the layout's, a torch tensor on the device
 
 
-def kernel_layout(verb: str, kind: Header, few: bool, major: int = 9, limit: int = 232448) -> Layout | None:
+def kernel_layout(
+    verb: str, kind: Header, few: bool, major: int = 9, limit: int = 232448, effort: str = "fast"
+) -> Layout | None:
     """The layout of the kernel of one direction for a kind of streams; None where there is too little shared memory.
 
-    ``few``: there are few blocks. ``major``: of the compute capability. ``limit``: bytes of shared memory.
+    ``few``: there are few blocks. ``major``: of the compute capability. ``limit``: bytes of shared memory. ``effort``: of an
+    encoder's search.
     """
-    return quads_layout(kind, limit) if kind.coding == c.CODING_QUADS else layout(verb, kind, few, major, limit)
+    if kind.coding == c.CODING_QUADS and verb == "decode":
+        return quads_layout(kind, limit)
+    return layout(verb, kind, few, major, limit, effort)
 
 
-def machine_code(verb: str, kind: Header, found: Layout, architecture: str) -> bytes:
-    """The kernel's machine code (cubin), for an architecture such as "sm_90"."""
-    if kind.coding == c.CODING_QUADS:
+def machine_code(verb: str, kind: Header, found: Layout, architecture: str, effort: str = "fast") -> bytes:
+    """The kernel's machine code (cubin), for an architecture such as "sm_90"; ``effort``: of an encoder's search."""
+    if kind.coding == c.CODING_QUADS and verb == "decode":
         return compiled("quads.cu", quads_definitions(verb, kind, found), architecture)
-    return compiled("blocks.cu", definitions(verb, kind, found), architecture + "a" * found.warpgroups)
+    return compiled("blocks.cu", definitions(verb, kind, found, effort), architecture + "a" * found.warpgroups)
 
 
 @lru_cache(maxsize=64)
-def _kernel(verb: str, kind: Header, few: bool, device: str) -> Kernel | None:
+def _kernel(verb: str, kind: Header, few: bool, device: str, effort: str) -> Kernel | None:
     """The kernel of one direction for a kind of streams; None where the device has too little shared memory."""
     import torch
 
     major, architecture, _, limit = _device(device)
-    found = kernel_layout(verb, kind, few, major, limit)
+    found = kernel_layout(verb, kind, few, major, limit, effort)
     if found is None:
         return None
-    code = machine_code(verb, kind, found, architecture)
+    code = machine_code(verb, kind, found, architecture, effort)
     with torch.cuda.device(device):
         module = returned(driver.cuModuleLoadData(code))
         function = returned(driver.cuModuleGetFunction(module, f"{verb}_stream_blocks".encode()))
@@ -178,7 +185,7 @@ class Cuda:
             return None
         device = str(group.device)
         few = group.blocks <= FEW * _device(device)[2]
-        return _kernel(verb, header_of_kind(group.header), few, device)
+        return _kernel(verb, header_of_kind(group.header), few, device, group.effort)
 
     @staticmethod
     def _launch(kernel: Kernel, group: Group, flags: Any) -> None:

@@ -25,13 +25,16 @@
 //
 // The macros come from compiled.py. Needs DECODER or ENCODER, ROUNDS, ROWS (of a tile), THREADS, what the other files need, and
 // the sizes of shared memory: BLOB_BYTES of tables (the table NAME begins at byte NAME_AT), SIGNS_BYTES of the rotation and,
-// for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block and, with BULK, decoded rows.
+// for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block; from MEANS_AT on its block's
+// means; with BULK, from ROWS_AT on decoded rows;
+// with FETCHED, from there on the next tile's rows.
 
 #include "numbers.cuh"
 #include "lanes.cuh"
 #include "warpgroups.cuh"
 #include "block_place.cuh"
 #include "rotation.cuh"
+#include "offsets.cuh"
 #include "coding.cuh"
 #include "payload.cuh"
 #ifdef DECODER
@@ -55,8 +58,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     u8* tables = reinterpret_cast<u8*>(memory);
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
+    float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
 #if BULK
-    u8* rows_out = reinterpret_cast<u8*>(upcoming) + UPCOMING_BYTES;
+    u8* rows_out = reinterpret_cast<u8*>(stage) + ROWS_AT;
 #endif
     u32 fetched[FETCHES];
     u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
@@ -79,6 +83,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         if (IS_IDLE(index, blocks)) block.tokens = block.first = block.last = 0;
         const u32 checksum = __ldcs(block.payload + words_of(block.tokens));
         u64 sum = 0;
+#if OFFSETS
+        const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
+        const u32 position = position_of(block);
+#else
+        const float room = LARGEST;
+#endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
             stage_words(tables, keys, fetched, block, first_row, lane, stage, sum);
             __syncwarp();
@@ -109,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 
             // The numbers of an ordinary row leave neither float32's normal range nor the dtype's; nor is one of them too small
             // for the dtype: they are whole numbers times the factor.
-            const bool ordinary = __all_sync(ALL_LANES, second_factor == 1.0f && factor * LARGEST_SUM < LARGEST &&
+            const bool ordinary = __all_sync(ALL_LANES, second_factor == 1.0f && factor * LARGEST_SUM < room &&
                                                             (ROUNDS > 1 || factor >= SMALLEST || factor == 0.0f));
             BackRotation rotation(tables, lane);
 #if ROUNDS == 2
@@ -123,12 +133,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #else
             const i64 target = block.rows + (i64)row * block.row_stride + first_channel(quarter, 0) * ITEM;
 #endif
+#if OFFSETS
+            RowOffsets of_row;
+#endif
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 float numbers[8];
                 rotation.eight_channels(tables, quads, quarter, piece, numbers);
                 Stored stored[STORES];
-                finish_piece(tables, block, row, quarter, piece, numbers, factor, second_factor, ordinary, stored);
+                float offsets[8];
+#if OFFSETS
+                of_row.of_piece(tables, means, position + row, quarter, piece, offsets);
+#endif
+                finish_piece(tables, first_channel(quarter, piece), numbers, offsets, factor, second_factor, ordinary, stored);
 #pragma unroll
                 for (int i = 0; i < STORES; i++) STORE(target + byte_of_piece(piece) + i * 16, stored[i], wanted);
             }
@@ -156,10 +173,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     u8* tables = reinterpret_cast<u8*>(memory);
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
+    float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
+    uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
     u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
-        prefetch_rows(block, 0, lane);
+        fetch_rows(block, 0, lane, fetched);
         if (lane == 0) *upcoming = block;
     }
 #if WARPGROUPS
@@ -176,6 +195,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
+#if OFFSETS
+        keep_means(block, lane, means);
+#endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
 #if WARPGROUPS
             more = votes_of_four(false, !IS_IDLE(index, blocks) && first_row + ROWS < block.tokens) >> 3;
@@ -184,48 +206,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             const i64 from = row_address(block, row) + first_channel(quarter, 0) * ITEM;
             float quads[QUADS][4];
             int exponent = 0;  // the row was multiplied with 2^exponent
-#if PLAIN
+            rows_are_fetched();
+#if WIDE
+            const i64 behind = row_address(block, row + 8) + first_channel(quarter, 0) * ITEM;
+            u32 wide[2][PIECES][4];
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) {
+                load_piece(from, fetched, lane, piece, wide[0][piece]);
+                load_piece(behind, fetched + LOADS * 32, lane, piece, wide[1][piece]);
+            }
+            clear_stage(stage, lane);
+            __syncwarp();
+#elif PLAIN
             u32 stored[PIECES][4];
 #pragma unroll
-            for (int piece = 0; piece < PIECES; piece++) load_piece(from + byte_of_piece(piece), stored[piece]);
+            for (int piece = 0; piece < PIECES; piece++) load_piece(from, fetched, lane, piece, stored[piece]);
             clear_stage(stage, lane);
             rotate_stored<WARPGROUPS>(tables, lane, stored, quads);
 #elif BYTES
             clear_stage(stage, lane);
             u32 operands[PIECES][4];
-            bytes_row(block, from, row, lane, bad, exponent, operands);
+            bytes_row(block, from, fetched, row, lane, bad, exponent, operands);
             rotate<false, WARPGROUPS>(tables, operands, quads);
 #else
             clear_stage(stage, lane);
-            rotate_carefully<WARPGROUPS>(tables, block, from, row, lane, bad, exponent, quads);
+            rotate_carefully<WARPGROUPS, false>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
 #endif
             __syncwarp();
             if (first_row + ROWS < block.tokens) {
-                prefetch_rows(block, first_row + ROWS, lane);
+                fetch_rows(block, first_row + ROWS, lane, fetched);
             } else if (!is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks) {
                 const Block next = find_block(spans, firsts, starts, search, index + gridDim.x * WARPS);
-                prefetch_rows(next, 0, lane);
+                fetch_rows(next, 0, lane, fetched);
                 if (lane == 0) *upcoming = next;
             }
+#if WIDE
+            const float owns[2] = {energy_of(wide[0]), energy_of(wide[1])};
+            encode_two_rows(tables, stage, tile_row, quarter, wide, owns);
+            __syncwarp();
+            const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
+            if (!__all_sync(ALL_LANES, even)) {
+                clear_stage(stage, lane);
+                __syncwarp();
+#pragma unroll 1
+                for (int part = 0; part < 2; part++) {
+                    rotate_carefully<false, true>(tables, block, means, part ? behind : from, fetched, row + 8 * part, lane,
+                                                  bad, exponent, quads);
+                    Energies energies;
+                    find_energies(quads, energies);
+                    encode_row(tables, block, stage, tile_row + 8 * part, quarter, quads, energies,
+                               energies.of<ORDER / 4>(0), exponent);
+                }
+            }
+#else
             Energies energies;
             find_energies(quads, energies);
             float own = energies.of<ORDER / 4>(0);  // of a lane's quarter
 #if PLAIN
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are rotated once more.
             if (!__all_sync(ALL_LANES, own > 1e-22f && own < 1e30f)) {
-                rotate_carefully<false>(tables, block, from, row, lane, bad, exponent, quads);
+                rotate_carefully<false, true>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
                 find_energies(quads, energies);
                 own = energies.of<ORDER / 4>(0);
             }
 #endif
             encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent);
+#endif
             __syncwarp();
-            const int have = IS_IDLE(index, blocks) ? 0 : words_of(min(block.tokens - first_row, ROWS));
-            write_words(tables, keys, stage, have, block, first_row, lane, sum);
+            const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
+            write_tile(tables, keys, stage, rows, block, first_row, lane, sum);
             __syncwarp();
         }
-        const u32 total = reduced(sum, block.tokens * ROW_BYTES);
-        if (lane == 0 && !IS_IDLE(index, blocks)) block.payload[words_of(block.tokens)] = total;
+        const int words = block_bytes(block.tokens) / 4 - 1;
+        if (!IS_IDLE(index, blocks)) write_rest(tables, keys, stage, block, lane, sum);
+        const u32 total = reduced(sum, 4 * words);
+        if (lane == 0 && !IS_IDLE(index, blocks)) block.payload[words] = total;
         if (bad && !IS_IDLE(index, blocks)) atomicAdd(flags + __ldg(block.span + FLAGS), bad);
     }
 }

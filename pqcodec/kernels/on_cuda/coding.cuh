@@ -11,12 +11,20 @@
 //         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
 //         multiplied with 2^exponent -> the row's bits, in a stage that held zeros.
 //
+// Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
+// where the coding leaves them as it pleases. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
+//
+//     encode_two_rows(tables, stage, tile_row, quarter, stored, own)
+//         A lane's channels of both rows as they are stored, and their energies -> the bits of both.
+//
 // A new coding is a file here, a branch below, its macro in compiled.py and its tables in tables.py.
 //
-// Needs PAPER, and DECODER or ENCODER.
+// Needs PAPER, PLANES, WIDE, and DECODER or ENCODER.
 #pragma once
 
-#if PAPER
+#if PLANES
+#include "quads_encoder.cuh"
+#elif PAPER
 #include "paper.cuh"
 #elif defined(DECODER)
 #include "split_decoder.cuh"

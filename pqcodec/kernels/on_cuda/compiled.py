@@ -14,6 +14,7 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
+from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
@@ -40,6 +41,7 @@ THREADS = {
 }
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
+QUADS_THREADS = {("encode", 64): 768}
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
@@ -52,29 +54,33 @@ class Layout:
 
     threads: int
     table_bits: int  # bits of the largest quads that are looked up whole
-    bulk: bool  # decoded rows leave by the bulk copy engine
+    whole_rows: bool  # decoded rows leave by the bulk copy engine; a tile's rows are fetched while an encoder codes another's
     warpgroups: bool  # four warps multiply together (compute capability 9.0 alone knows how)
     blob: np.ndarray
     places: dict[str, int]
     shared_bytes: int
 
 
-def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448) -> Layout | None:
+def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448, effort: str = "fast") -> Layout | None:
     """The first layout that fits, from the quickest on; None where none does.
 
     ``major``: of the compute capability. ``limit``: bytes of shared memory. ``few``: there are few blocks, so that
-    large tables do not pay.
+    large tables do not pay. ``effort``: of an encoder's search.
     """
-    decode = verb == "decode"
-    for keys, bits in product((True, False), sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)):
-        blob, places = tables_for(verb, h, bits, keys)
+    decode, rows = verb == "decode", tile_rows(verb, h, effort)
+    tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
+    for keys, bits, copies in product((True, False), tables, phase_copies(h)):
+        blob, places = tables_for(verb, h, bits, keys, copies)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {})
+        special = special | (QUADS_THREADS if h.coding == c.CODING_QUADS else {})
         threads = special.get((verb, h.order), THREADS[verb, h.order])
-        for bulk in (True, False) if decode and major >= 9 else (False,):
-            size = blob.size + _signs_bytes(verb, h) + threads // 32 * _warp_bytes(h, bulk)
+        for whole in (True, False) if not decode or major >= 9 else (False,):
+            row_bytes = (h.vector_bytes + 64 if decode else h.vector_bytes) * whole
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
+            size = blob.size + _signs_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
-                return Layout(threads, bits, bulk, h.rounds == 2 and major == 9, blob, places, size)
+                return Layout(threads, bits, whole, h.rounds == 2 and major == 9, blob, places | memory, size)
     return None
 
 
@@ -88,15 +94,41 @@ def _stride_words(h: Header) -> int:
     return (plan_for(h).row_bytes // 4 + 3) // 8 * 8 + 4
 
 
-def _stage_bytes(h: Header) -> int:
+def tile_rows(verb: str, h: Header, effort: str) -> int:
+    """Rows of a tile: sixteen where an encoder of quads multiplies them as they are stored, and tries one radius."""
+    plain = h.dtype != c.DTYPE_FLOAT32 and not h.offsets and not in_bytes(verb, h)
+    return 16 if verb == "encode" and h.coding == c.CODING_QUADS and plain and effort == "fast" else ROWS
+
+
+def _stage_bytes(h: Header, rows: int) -> int:
     """Bytes of a tile's rows, and those after them that its last run of words may touch."""
+    if h.coding == c.CODING_QUADS:
+        return -(-rows * (h.row_bytes + 3) // 16) * 16 + 16  # a radius is a word
     paper = h.coding == c.CODING_PAPER
-    return -(-ROWS * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
+    return -(-rows * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
 
 
-def _warp_bytes(h: Header, bulk: bool) -> int:
-    """Bytes of shared memory of one warp: a tile's rows, the next block's place, and decoded rows for the bulk copy engine."""
-    return _stage_bytes(h) + UPCOMING_BYTES + (ROWS * (h.vector_bytes + 64) if bulk else 0)
+def phase_copies(h: Header) -> tuple[int, ...]:
+    """How many copies of each turn of RoPE are tried, from the quickest on: with 16, half a warp's lanes meet in no bank."""
+    return (16, 8, 4, 2, 1) if h.rope else (1,)
+
+
+def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0) -> dict[str, int]:
+    """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
+
+    Behind the stage and the next block's place: a block's means, if there are offsets; its radii as encoders of quads keep
+    them; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    """
+    means_at = stage_bytes + UPCOMING_BYTES
+    radii_at = means_at + 4 * h.order * h.offsets
+    rows_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
+    return {
+        "STAGE_BYTES": stage_bytes,
+        "MEANS_AT": means_at,
+        "RADII_AT": radii_at,
+        "ROWS_AT": rows_at,
+        "WARP_BYTES": rows_at + rows_bytes,
+    }
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -177,15 +209,16 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
     }
 
 
-def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
-    """The macros that ``blocks.cu`` is compiled with."""
-    plan, paper = plan_for(h), h.coding == c.CODING_PAPER
+def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, Any]:
+    """The macros that ``blocks.cu`` is compiled with; ``effort``: of an encoder's search."""
+    plan, paper, of_quads = plan_for(h), h.coding == c.CODING_PAPER, h.coding == c.CODING_QUADS
     return {
         **common_definitions(verb, h, layout.threads, layout.blob.size),
         "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
-        "ROOT_BUDGET": 0 if paper else plan.root_budget,
+        "ROOT_BUDGET": plan.root_budget if h.coding == c.CODING_SPLIT else 0,
         "RADIUS_BITS": plan.radius_bits,
-        "RADIUS_STEPS": 1 if paper else plan.radius_steps,
+        "RADIUS_STEPS": plan.radius_steps if h.coding == c.CODING_SPLIT else 1,
+        "ENERGY_ORDERS": h.rounds,
         "GRID": f"{float(c.GRID)!r}f",
         "CAP": c.MAX_BUDGET_PER_COORDINATE,
         "MOST_WIDTH": c.MAX_ANGLE_BITS,
@@ -197,20 +230,22 @@ def definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "CIRCLE": c.CIRCLE,
         "PHASE_SHIFT": c.PHASE_SHIFT,
         "PAPER": int(paper),
+        "PLANES": int(of_quads),
         "GROUP_BITS": c.PAPER_BLOCK_BITS,
         "BYTES": int(in_bytes(verb, h)),
         "WARPGROUPS": int(layout.warpgroups),
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
-        "ROWS": ROWS,
+        "ROWS": tile_rows(verb, h, effort),
+        "WIDE": int(tile_rows(verb, h, effort) > ROWS),
         "STRIDE_WORDS": _stride_words(h),
-        "STAGE_BYTES": _stage_bytes(h),
-        "WARP_BYTES": _warp_bytes(h, layout.bulk),
-        "BULK": int(layout.bulk),
+        "BULK": int(layout.whole_rows and verb == "decode"),
+        "FETCHED": int(layout.whole_rows and verb == "encode"),
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
-        **({} if paper or verb == "decode" else _row_definitions(h)),
+        **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "SIGNS_BYTES": _signs_bytes(verb, h),
         **layout.places,
+        **(encoder_definitions(h, effort) if of_quads else {}),
     }
 
 

@@ -2,7 +2,7 @@
 //
 // A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted. Rows behind the block's end repeat its last.
 //
-// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, LARGEST_32 (the largest float32),
+// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, WIDE, LARGEST_32 (the largest float32),
 // ORDER, ROWS, and what the rotation and the offsets need.
 #pragma once
 
@@ -13,11 +13,26 @@
 
 #define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
 #define PIECE_WORDS (8 * ITEM / 4)
+#define LOADS (PIECES * PIECE_WORDS / 4)  // of 16 bytes, of a lane's channels of a row
 
 INLINE i64 row_address(const Block& block, int row) { return block.rows + min(row, block.tokens - 1) * block.row_stride; }
 
-// Sends for the rows of a tile, so that they are in the L2 cache when they are loaded: 128 bytes a lane.
-INLINE void prefetch_rows(const Block& block, int first_row, int lane) {
+// Sends for the rows of a tile: for each lane's pieces, into its places of ``fetched`` in shared memory; or, where there is no
+// room for them (FETCHED is 0), so that they are in the L2 cache when they are loaded: 128 bytes a lane.
+INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetched) {
+#if FETCHED
+    const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
+#pragma unroll
+    for (int part = 0; part < ROWS / 8; part++) {
+        const i64 from = row_address(block, first_row + (lane >> 2) + 8 * part) + first_channel(lane & 3, 0) * ITEM;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (part * LOADS + i) * 512),
+                         "l"(from + byte_of_piece(i / (PIECE_WORDS / 4)) + i % (PIECE_WORDS / 4) * 16)
+                         : "memory");
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#else
     constexpr int LINES = ORDER * ITEM / 128;  // of a row
 #pragma unroll
     for (int i = 0; i < ROWS * LINES; i += 32) {
@@ -25,13 +40,22 @@ INLINE void prefetch_rows(const Block& block, int first_row, int lane) {
         if (line < ROWS * LINES)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(row_address(block, first_row + line / LINES) + line % LINES * 128));
     }
+#endif
 }
 
-// Eight channels as they are stored.
-INLINE void load_piece(i64 from, u32* stored) {
+// Waits for what fetch_rows sent for. A lane reads what it sent for itself, so it needs no other lane.
+INLINE void rows_are_fetched() {
+#if FETCHED
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
+}
+
+// Eight channels as they are stored: those that were ``fetched`` for a lane or, for rows that are taken AGAIN, from the tensor.
+template <bool AGAIN = false> INLINE void load_piece(i64 from, const uint4* fetched, int lane, int piece, u32* stored) {
 #pragma unroll
     for (int i = 0; i < PIECE_WORDS; i += 4) {
-        uint4 got = __ldcs(reinterpret_cast<const uint4*>(from) + i / 4);
+        const uint4 got = FETCHED && !AGAIN ? fetched[(piece * PIECE_WORDS + i) * 8 + lane]
+                                            : __ldcs(reinterpret_cast<const uint4*>(from + byte_of_piece(piece)) + i / 4);
         stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
     }
 }
@@ -46,14 +70,28 @@ INLINE float value_of(const u32* stored, int i) {
 #endif
 }
 
+#if WIDE
+// The energy of a lane's channels of a row, as energies of rotated coordinates count.
+INLINE float energy_of(const u32 (*stored)[4]) {
+    float even = 0.0f, odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8 * PIECES; i += 2) {
+        const float a = value_of(stored[i / 8], i % 8), b = value_of(stored[i / 8], i % 8 + 1);
+        even = fmaf(a, a, even), odd = fmaf(b, b, odd);
+    }
+    return (even + odd) * ((float)ORDER * ORDER);
+}
+#endif
+
 #if BYTES
 // A lane's channels of a row of 16-bit numbers -> times 2^exponent, as whole numbers' low and high bytes, which are operands
 // [PIECES][4] of the rotation. ``from``: the address of the first piece; ``bad`` counts wrong rows.
-INLINE void bytes_row(const Block& block, const i64 from, int row, int lane, int& bad, int& exponent, u32 (*operands)[4]) {
+INLINE void bytes_row(const Block& block, const i64 from, const uint4* fetched, int row, int lane, int& bad, int& exponent,
+                      u32 (*operands)[4]) {
     u32 stored[PIECES][4], most = 0;  // most: the largest magnitude, as bits; first two of them, packed
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
-        load_piece(from + byte_of_piece(piece), stored[piece]);
+        load_piece(from, fetched, lane, piece, stored[piece]);
 #pragma unroll
         for (int i = 0; i < 4; i++) most = __vmaxu2(most, stored[piece][i] & PACKED_MAGNITUDES);
     }
@@ -85,16 +123,17 @@ INLINE void bytes_row(const Block& block, const i64 from, int row, int lane, int
 }
 #else
 // A lane's channels of a row as float32, without their offsets. ``scale``, 2^exponent, is to bring the largest number between
-// 2^13 and 2^14, where two numbers of float16 hold 22 bits of it. ``from``: the address of the first piece; ``bad`` counts
-// wrong rows.
-INLINE void careful_row(const u8* tables, const Block& block, const i64 from, int row, int lane, int& bad, int& exponent,
-                        float (*numbers)[8], float& scale, bool& wrong) {
+// 2^13 and 2^14, where two numbers of float16 hold 22 bits of it. ``means``: the block's, where there are offsets. ``from``:
+// the address of the first piece; ``bad`` counts wrong rows.
+template <bool AGAIN>
+INLINE void careful_row(const u8* tables, const Block& block, const float* means, const i64 from, const uint4* fetched, int row,
+                        int lane, int& bad, int& exponent, float (*numbers)[8], float& scale, bool& wrong) {
     const int quarter = lane & 3;
     u32 most = 0;  // the largest magnitude, as bits
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
         u32 stored[PIECE_WORDS];
-        load_piece(from + byte_of_piece(piece), stored);
+        load_piece<AGAIN>(from, fetched, lane, piece, stored);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             numbers[piece][i] = value_of(stored, i);
@@ -106,10 +145,12 @@ INLINE void careful_row(const u8* tables, const Block& block, const i64 from, in
     bad += wrong && row < block.tokens && quarter == 0;
 #if OFFSETS
     most = 0;
+    RowOffsets of_row;
+    const u32 position = position_of(block) + row;
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
         float offsets[8];
-        offsets_at(tables, block, row, first_channel(quarter, piece), offsets);
+        of_row.of_piece(tables, means, position, quarter, piece, offsets);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             numbers[piece][i] = fminf(fmaxf(numbers[piece][i] - offsets[i], -LARGEST_32), LARGEST_32);
@@ -123,12 +164,12 @@ INLINE void careful_row(const u8* tables, const Block& block, const i64 from, in
 }
 
 // A row's coordinates, of its numbers as careful_row gives them.
-template <bool TOGETHER>
-INLINE void rotate_carefully(const u8* tables, const Block& block, const i64 from, int row, int lane, int& bad, int& exponent,
-                             float (*quads)[4]) {
+template <bool TOGETHER, bool AGAIN>
+INLINE void rotate_carefully(const u8* tables, const Block& block, const float* means, const i64 from, const uint4* fetched,
+                             int row, int lane, int& bad, int& exponent, float (*quads)[4]) {
     float numbers[PIECES][8], scale;
     bool wrong;
-    careful_row(tables, block, from, row, lane, bad, exponent, numbers, scale, wrong);
+    careful_row<AGAIN>(tables, block, means, from, fetched, row, lane, bad, exponent, numbers, scale, wrong);
     rotate_numbers<TOGETHER>(tables, lane, numbers, scale, wrong, quads);
 }
 #endif

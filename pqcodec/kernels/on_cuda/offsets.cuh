@@ -1,58 +1,128 @@
 // Law: offsets (SPEC 8): each channel's stored mean, turned by its token's position under RoPE.
 //
+// A warp keeps its block's means in shared memory. Pieces are eight neighbouring channels (lanes.cuh). Under RoPE the channels
+// that turn together are neighbours (INTERLEAVED), or PAIRS apart: then one piece's turns are those of another, too, if that is
+// the same lane's.
+//
 // Every operation rounds by itself, for decoders' results depend on it.
 //
 // Needs OFFSETS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how
-// channels are paired), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (cos and sin of 256 coarse and 256 fine
-// turns).
+// channels are paired), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn,
+// and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank).
 #pragma once
 
 #include "block_place.cuh"
+#include "lanes.cuh"
+
+#if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % 32 == 0
+#define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
+#else
+#define APART 0
+#endif
 
 #if OFFSETS
-// The stored offsets of eight neighbouring channels; ``unit``: the power of two that they count.
-INLINE void stored_offsets(const u32* from, float unit, float* offsets) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        const u32 both = __ldg(from + i / 2);
-        offsets[i] = half_value(both & 0xffff) * unit, offsets[i + 1] = half_value(both >> 16) * unit;
-    }
-}
-
-// The offsets of eight neighbouring channels, from ``first`` on, at the token of a block's row.
-INLINE void offsets_at(const u8* tables, const Block& block, int row, int first, float* offsets) {
+// Fills ``means`` [ORDER] with those of a block's leading index; returns the largest magnitude, in every lane.
+INLINE float keep_means(const Block& block, int lane, float* means) {
     const i64 stream = __ldg(block.span + STREAM);
     const float unit = power_of_two(*reinterpret_cast<const short*>(stream + OFFSET_EXPONENT_AT));
     const u32* halves =
         reinterpret_cast<const u32*>(stream + __ldg(block.span + OFFSETS_AT) + block.lead * (2 * ORDER + CHECKSUM_BYTES));
-    stored_offsets(halves + first / 2, unit, offsets);
-#if PAIRS
-    if (first >= 2 * PAIRS) return;
-    const u32 position = (u32)(block.token + row + __ldg(block.span + POSITION));
-    const u32* frequencies = reinterpret_cast<const u32*>(tables + FREQUENCIES_AT);
-    const float2* phases = reinterpret_cast<const float2*>(tables + PHASES_AT);
-    float partners[8];  // the offsets of the channels that these turn with
-#if INTERLEAVED
+    float most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) partners[i] = offsets[i ^ 1];
-#else
-    stored_offsets(halves + (first < PAIRS ? first + PAIRS : first - PAIRS) / 2, unit, partners);
-#endif
+    for (int i = lane; i < ORDER / 2; i += 32) {
+        const u32 both = __ldg(halves + i);
+        const float2 two = make_float2(half_value(both & 0xffff) * unit, half_value(both >> 16) * unit);
+        reinterpret_cast<float2*>(means)[i] = two;
+        most = fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
+    }
+    for (int apart = 16; apart; apart >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, apart));
+    __syncwarp();
+    return most;
+}
+
+INLINE u32 position_of(const Block& block) { return (u32)(block.token + __ldg(block.span + POSITION)); }  // of its first row
+
+INLINE void eight_means(const float* means, int first, float* eight) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(means + first + i);
+        eight[i] = four.x, eight[i + 1] = four.y, eight[i + 2] = four.z, eight[i + 3] = four.w;
+    }
+}
+
+#define TURNING (2 * PAIRS)  // channels that turn
+#if PAIRS
+#define TURNS (INTERLEAVED ? 4 : 8)  // of a piece
+
+struct Turns {
+    float cos[TURNS], sin[TURNS];
+};
+
+// The byte, from the phases on, at which one of the four bytes of a phase finds its turn, for lanes with these low bits. With
+// 16 copies an entry has 256 bytes: its coarse turns, and then the fine ones.
+INLINE u32 turn_at(u32 phase, int byte, u32 lane_bytes) {
+    if (PHASE_COPIES == 16) return __byte_perm(phase, lane_bytes, byte == 3 ? 0x7734 : 0x7724);
+    return (phase >> 8 * byte & 255) * (16 * PHASE_COPIES) + lane_bytes;
+}
+
+// The turns of the piece that begins at a channel that turns, at a position.
+INLINE void turns_at(const u8* tables, u32 position, int first, Turns& turns) {
+    const int pair = INTERLEAVED ? first / 2 : first < PAIRS ? first : first - PAIRS;
+    const u32* frequencies = reinterpret_cast<const u32*>(tables + FREQUENCIES_AT) + pair;
+    const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
+    const u8* phases = tables + PHASES_AT;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        const u32 phase = position * frequencies[INTERLEAVED && first + 2 * i >= TURNING ? 0 : i];  // turns / 2^32
+        const u8* fines = phases + 8 * PHASE_COPIES;
+        const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
+        const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+        turns.cos[i] = coarse.x * fine.x - coarse.y * fine.y, turns.sin[i] = coarse.y * fine.x + coarse.x * fine.y;
+    }
+}
+
+// Where the means begin of the channels that those of a piece turn with.
+INLINE int partners_of(int first) {
+    return INTERLEAVED || first >= TURNING ? first : first < PAIRS ? first + PAIRS : first - PAIRS;
+}
+
+// The offsets of the piece that begins at channel ``first``, from its means and its partners'; ``second``: whether its channels
+// are the second of their pairs.
+INLINE void turned_offsets(const float* means, const float* partners, int first, bool second, const Turns& turns,
+                           float* offsets) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
 #if INTERLEAVED
-        if (first + i >= 2 * PAIRS) continue;
-        const u32 phase = position * frequencies[(first + i) / 2] >> 16;  // turns / 2^16
-        const bool second = i & 1;  // of its pair
+        const float own = means[i] * turns.cos[i / 2], cross = means[i ^ 1] * turns.sin[i / 2];
+        const float turned = i & 1 ? own + cross : own - cross;
+        offsets[i] = first + i < TURNING ? turned : means[i];
 #else
-        const u32 phase = position * frequencies[(first < PAIRS ? first : first - PAIRS) + i] >> 16;
-        const bool second = first >= PAIRS;
+        const float own = means[i] * turns.cos[i], cross = partners[i] * turns.sin[i];
+        const float turned = second ? own + cross : own - cross;
+        offsets[i] = first < TURNING ? turned : means[i];
 #endif
-        const float2 coarse = phases[phase >> 8], fine = phases[256 + (phase & 255)];  // cos and sin
-        const float cos = coarse.x * fine.x - coarse.y * fine.y, sin = coarse.y * fine.x + coarse.x * fine.y;
-        const float own = offsets[i] * cos, cross = partners[i] * sin;
-        offsets[i] = second ? own + cross : own - cross;
     }
-#endif
 }
+#endif
+
+// A lane's offsets of a row, piece by piece in ascending order, in unrolled code.
+struct RowOffsets {
+#if PAIRS
+    Turns kept[APART ? APART : 1];
+#endif
+
+    INLINE void of_piece(const u8* tables, const float* means, u32 position, int quarter, int piece, float* offsets) {
+        const int first = first_channel(quarter, piece);
+#if PAIRS
+        float own[8], partners[8];
+        eight_means(means, first, own);
+        eight_means(means, partners_of(first), partners);
+        const int place = APART ? piece % APART : 0;
+        if (first < TURNING && (!APART || piece < APART)) turns_at(tables, position, first, kept[place]);
+        turned_offsets(own, partners, first, APART ? piece >= APART : first >= PAIRS, kept[place], offsets);
+#else
+        eight_means(means, first, offsets);
+#endif
+    }
+};
 #endif

@@ -47,9 +47,13 @@ INLINE void clear_stage(u32* stage, int lane) {
         if (i * AT_ONCE + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
 }
 
-// Writes the stage's first ``have`` words into the stream, and adds to the checksum's sum.
-INLINE void write_words(const u8* tables, const i64* __restrict__ keys, const u32* stage, int have, const Block& block,
-                        int first_row, int lane, u64& sum) {
+#if PLANES
+#include "planes.cuh"
+#else
+// Writes a tile's first ``rows`` rows into the stream, and adds to the checksum's sum.
+INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, int rows, const Block& block,
+                       int first_row, int lane, u64& sum) {
+    const int have = words_of(rows);
     u32* payload = block.payload + words_of(first_row);
 #pragma unroll
     for (int i = 0; i < FETCHES; i++) {
@@ -60,4 +64,7 @@ INLINE void write_words(const u8* tables, const i64* __restrict__ keys, const u3
         if (inside) __stcs(payload + place, word);
     }
 }
+
+INLINE void write_rest(const u8* tables, const i64* __restrict__ keys, u32* stage, const Block& block, int lane, u64& sum) {}
+#endif
 #endif

@@ -2,11 +2,12 @@
 //
 // A warp decodes one block (a chunk of tokens of one leading index), a tile of sixteen rows at a time, and shares nothing with
 // other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4 and l / 4 + 8 of the tile. A quad is one
-// look-up of four bytes, which are an operand of mma as they are: tensor cores multiply them with half of the rotation's matrix,
-// of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32.
-// The next tile's words are on their way while this one is decoded.
+// look-up of four bytes, which are an operand of mma as they are: tensor cores multiply them with half of the rotation's
+// matrix, of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a
+// float32. The next tile's words are on their way while this one is decoded.
 //
-// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Of a step of 32 inputs, a group of eight quads, quarter q brings quads 2 q and 2 q + 1.
+// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Of a step of 32 inputs, a group of eight
+// quads, quarter q brings quads 2 q and 2 q + 1.
 //
 // Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
 // bank), LEAST, MOST and LOG2_STEPS of radii, LARGEST_SUM (that the rotation makes), the sizes of shared memory (BLOB_BYTES,
@@ -103,7 +104,8 @@ INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, fl
     factor = code ? factor : 0.0f;
 }
 
-// A lane's quads of one group and of both its rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1 ...}.
+// A lane's quads of one group and of both its rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1
+// ...}.
 INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int group, u32* operand) {
     const int quarter = lane & 3;
 #pragma unroll
@@ -123,8 +125,8 @@ INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int grou
     }
 }
 
-// A lane's eight channels of a piece: sums [4][4] of four strips, each of two channels of one row and two of the other, in float32
-// numbers from MAGIC on.
+// A lane's eight channels of a piece: sums [4][4] of four strips, each of two channels of one row and two of the other, in
+// float32 numbers from MAGIC on.
 INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums)[4]) {
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
@@ -149,23 +151,75 @@ INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums
     }
 }
 
-#if DTYPE != FLOAT32 && !OFFSETS
-// Eight numbers of an ordinary row. Three times a factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is what
-// fmaf takes away: it rounds the product of sum and factor once.
-INLINE Stored finish_ordinary(int (*sums)[4], int part, float factor) {
-    u32 packed[4];
+// Eight numbers of an ordinary row. Three times a factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is
+// what fmaf takes away: it rounds the product of sum and factor once, and never to -0.
+INLINE void ordinary_numbers(int (*sums)[4], int part, float factor, const float* offsets, float* numbers) {
     const float away = -MAGIC * factor;
 #pragma unroll
-    for (int strip = 0; strip < 4; strip++) {
-        const int* two = sums[strip] + 2 * part;
-        packed[strip] =
-            pack_stored(fmaf(float_of(two[0]), factor, away), fmaf(float_of(two[1]), factor, away));
-    }
-    return make_uint4(packed[0], packed[1], packed[2], packed[3]);
-}
+    for (int i = 0; i < 8; i++) {
+        numbers[i] = fmaf(float_of(sums[i / 2][2 * part + i % 2]), factor, away);
+#if OFFSETS
+        numbers[i] += offsets[i];
 #endif
+    }
+}
 
-// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in blocks.cu.
+INLINE void store_numbers(const float* numbers, Stored* stored) {
+#if DTYPE == FLOAT32
+#pragma unroll
+    for (int i = 0; i < STORES; i++)
+        stored[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
+#else
+    stored[0] = make_uint4(pack_stored(numbers[0], numbers[1]), pack_stored(numbers[2], numbers[3]),
+                           pack_stored(numbers[4], numbers[5]), pack_stored(numbers[6], numbers[7]));
+#endif
+}
+
+// What is the same for all pieces of a lane's two rows.
+struct TwoRows {
+    int first;  // of the tile; the lane's rows are this one and the eighth behind it
+    float factor[2], second_factor[2];
+    bool ordinary;
+    u32 position;
+#if PAIRS
+    Turns turns[2];
+#endif
+};
+
+// A piece of a lane's two rows, from sums to the tensor; ``means`` of its channels, and of those that they turn with.
+INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows, int quarter,
+                        int piece, const float* means, const float* partners, bool second) {
+    const int first = first_channel(quarter, piece);
+    int sums[4][4];
+    eight_channels(matrix, operands, piece, sums);
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        const int row = rows.first + 8 * part;
+        float numbers[8], offsets[8];
+        Stored finished[STORES];
+#if PAIRS
+        turned_offsets(means, partners, first, second, rows.turns[part], offsets);
+#elif OFFSETS
+#pragma unroll
+        for (int i = 0; i < 8; i++) offsets[i] = means[i];
+#endif
+        if (rows.ordinary) {
+            ordinary_numbers(sums, part, rows.factor[part], offsets, numbers);
+            store_numbers(numbers, finished);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) numbers[i] = float_of(sums[i / 2][2 * part + i % 2]) - MAGIC;
+            finish_piece(tables, first, numbers, offsets, rows.factor[part], rows.second_factor[part], false, finished);
+        }
+        const i64 target = block.rows + first * ITEM + (i64)row * block.row_stride;
+        if (row >= block.first && row < block.last)
+#pragma unroll
+            for (int i = 0; i < STORES; i++) __stcs(reinterpret_cast<Stored*>(target) + i, finished[i]);
+    }
+}
+
+// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
+// blocks.cu.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
@@ -174,6 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     u8* tables = reinterpret_cast<u8*>(memory);
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
+    float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
     Fetched fetched;
     int base = 0;
     u32 stored = 0, index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
@@ -193,12 +248,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         const int words = block_bytes(block.tokens) / 4 - 1, block_base = base;
         const u32 checksum = stored;
         u64 sum = 0;
+        TwoRows rows;
+#if OFFSETS
+        const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
+        rows.position = position_of(block);
+#else
+        const float room = LARGEST;
+#endif
         for (int first_row = 0; first_row < block.tokens; first_row += ROWS) {
             stage_tile(tables, keys, fetched, block, first_row, lane, stage, words, sum);
-            float factor[2], second_factor[2];
 #pragma unroll
             for (int part = 0; part < 2; part++)
-                quad_factors(tables, fetched.radii[part], block_base, factor[part], second_factor[part]);
+                quad_factors(tables, fetched.radii[part], block_base, rows.factor[part], rows.second_factor[part]);
             __syncwarp();
             if (first_row + ROWS < block.tokens) {
                 fetch_tile(fetched, block, first_row + ROWS, lane);
@@ -220,39 +281,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) quad_operands(tables, stage, lane, group, operands[group]);
             __syncwarp();
-            bool ordinary = true;
+            rows.first = first_row + tile_row;
+            rows.ordinary = true;
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                ordinary = ordinary && second_factor[part] == 1.0f && factor[part] * LARGEST_SUM < LARGEST &&
-                           factor[part] < LARGEST_FUSED;
-                factor[part] *= 2.0f;  // the matrix is R / 2
+                rows.ordinary = rows.ordinary && rows.second_factor[part] == 1.0f &&
+                                rows.factor[part] * LARGEST_SUM < room && rows.factor[part] < LARGEST_FUSED;
+                rows.factor[part] *= 2.0f;  // the matrix is R / 2
             }
-            ordinary = __all_sync(ALL_LANES, ordinary);
+            rows.ordinary = __all_sync(ALL_LANES, rows.ordinary);
 #pragma unroll 1
             for (int piece = 0; piece < PIECES; piece++) {
-                int sums[4][4];
-                eight_channels(matrix, operands, piece, sums);
+                float own[8], partners[8];
+#if PAIRS
+                if (APART && piece >= APART && piece < 2 * APART) continue;  // came with the piece that has the same turns
+                const int first = first_channel(quarter, piece);
+                eight_means(means, partners_of(first), partners);
+                if (first < TURNING)
 #pragma unroll
-                for (int part = 0; part < 2; part++) {
-                    const int row = first_row + tile_row + 8 * part;
-                    Stored finished[STORES];
-#if DTYPE != FLOAT32 && !OFFSETS
-                    if (ordinary) {
-                        finished[0] = finish_ordinary(sums, part, factor[part]);
-                    } else
+                    for (int part = 0; part < 2; part++)
+                        turns_at(tables, rows.position + rows.first + 8 * part, first, rows.turns[part]);
 #endif
-                    {
-                        float numbers[8];
-#pragma unroll
-                        for (int i = 0; i < 8; i++) numbers[i] = float_of(sums[i / 2][2 * part + i % 2]) - MAGIC;
-                        finish_piece(tables, block, row, quarter, piece, numbers, factor[part], second_factor[part], false,
-                                     finished);
-                    }
-                    const i64 target = block.rows + first_channel(quarter, piece) * ITEM + (i64)row * block.row_stride;
-                    if (row >= block.first && row < block.last)
-#pragma unroll
-                        for (int i = 0; i < STORES; i++) __stcs(reinterpret_cast<Stored*>(target) + i, finished[i]);
-                }
+#if OFFSETS
+                eight_means(means, first_channel(quarter, piece), own);
+#endif
+                finish_rows(tables, matrix, operands, block, rows, quarter, piece, own, partners,
+                            PAIRS && !APART && first_channel(quarter, piece) >= PAIRS);
+#if PAIRS
+                if (APART && piece < APART)
+                    finish_rows(tables, matrix, operands, block, rows, quarter, piece + APART, partners, own, true);
+#endif
             }
         }
         const u32 good = reduced(sum, 4 * words);

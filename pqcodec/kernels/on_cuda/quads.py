@@ -12,7 +12,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
-from pqcodec.kernels.on_cuda.compiled import UPCOMING_BYTES, Layout, common_definitions
+from pqcodec.kernels.on_cuda.compiled import Layout, common_definitions, phase_copies, warp_memory
 from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
 from pqcodec.stream.header import Header
 
@@ -20,6 +20,7 @@ ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)
 ROWS = 16  # of a tile
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
 THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 256: 384}
+ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 384, 160: 384, 192: 384, 224: 384, 256: 384}
 
 
 def index_bytes(h: Header) -> int:
@@ -29,17 +30,18 @@ def index_bytes(h: Header) -> int:
 
 def quads_layout(h: Header, limit: int) -> Layout | None:
     """The first layout that fits into ``limit`` bytes of shared memory, from the quickest on; None where none does."""
-    threads = THREADS[h.order]
-    for keys, copies in product((True, False), COPIES):
-        blob, places = _tables(h, keys, copies)
-        size = blob.size + threads // 32 * _warp_bytes(h)
+    threads = (ROPE_THREADS if h.rope else THREADS)[h.order]
+    memory = warp_memory("decode", h, _stage_bytes(h))
+    for keys, phases, copies in product((True, False), phase_copies(h), COPIES):
+        blob, places = _tables(h, keys, copies, phases)
+        size = blob.size + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
-            return Layout(threads, 0, False, False, blob, places, size)
+            return Layout(threads, 0, False, False, blob, places | memory, size)
     return None
 
 
-def _tables(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, int]]:
-    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies each point has."""
+def _tables(h: Header, keys: bool, copies: int, phases: int) -> tuple[np.ndarray, dict[str, int]]:
+    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have."""
     plan = plan_for(h)
     points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # a byte for each coordinate, where its sign is
     own = {
@@ -48,8 +50,8 @@ def _tables(h: Header, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, i
         "MATRIX": _matrix(h),
     }
     words = h.blocks.chunk_bytes // 4
-    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0)})
-    return blob, {**places, "COPIES": copies}
+    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0, phases)})
+    return blob, {**places, "COPIES": copies, "PHASE_COPIES": phases}
 
 
 def _matrix(h: Header) -> np.ndarray:
@@ -64,11 +66,6 @@ def _matrix(h: Header) -> np.ndarray:
 def _stage_bytes(h: Header) -> int:
     """Bytes of a tile's signs and indices, and of the word behind them that its last window may touch."""
     return -(-(ROWS * (h.row_bytes - 1) + 4) // 16) * 16
-
-
-def _warp_bytes(h: Header) -> int:
-    """Bytes of shared memory of one warp: a tile, and the next block's place."""
-    return _stage_bytes(h) + UPCOMING_BYTES
 
 
 def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
@@ -87,7 +84,5 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "BULK": 0,
         "BYTES": 1,
         "WARPGROUPS": 0,
-        "STAGE_BYTES": _stage_bytes(h),
-        "WARP_BYTES": _warp_bytes(h),
         **layout.places,
     }

@@ -1,6 +1,6 @@
 // Law: a row's radius (SPEC 6.1): codes of even steps of its logarithm, and the two factors that a decoder multiplies with.
 //
-// Needs DECODER or ENCODER, ROUNDS, LOG2_ORDER, RADIUS_BITS, RADIUS_STEPS (codes an octave), RADIUS_BIAS, RADIUS_SPLIT,
+// Needs DECODER or ENCODER, LOG2_ORDER, ENERGY_ORDERS, RADIUS_BITS, RADIUS_STEPS (codes an octave), RADIUS_BIAS, RADIUS_SPLIT,
 // RADIUS_SHIFT, SECOND_FACTOR and, when decoding, the table MANTISSAS.
 #pragma once
 
@@ -26,10 +26,10 @@ INLINE void radius_factors(const u8* tables, u32 code, float& factor, float& sec
 #ifdef ENCODER
 #define LEAST_ENERGY 1e-30f  // rows of less are coded as zero rows
 
-// The code of the radius sqrt(energy / ORDER^ROUNDS) 2^-exponent; 0 of a zero row.
+// The code of the radius sqrt(energy / ORDER^ENERGY_ORDERS) 2^-exponent; 0 of a zero row.
 INLINE u32 radius_code(float energy, int exponent) {
     const u32 bits = bits_of(energy);
-    const int power = (int)(bits >> MANTISSA_BITS) - BIAS - ROUNDS * LOG2_ORDER;
+    const int power = (int)(bits >> MANTISSA_BITS) - BIAS - ENERGY_ORDERS * LOG2_ORDER;
     float doubled;  // twice the radius's logarithm within its octave: 0 .. 2
     asm("lg2.approx.ftz.f32 %0, %1;"
         : "=f"(doubled)

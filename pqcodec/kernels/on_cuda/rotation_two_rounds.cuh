@@ -111,8 +111,8 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, 
 #endif
 }
 
-// What ``multiply`` finds.
-template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+// Begins what ``multiply`` does; the sums may not be touched before they are waited for.
+template <bool TWICE> INLINE void begin_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
     const u32 matrix = panel_address(tables, 0) / 16;
     const int first = panel * STRIPS * BRICKS;
 #pragma unroll
@@ -124,16 +124,28 @@ template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel,
         wgmma_step(sums, parts[brick / (TWICE ? 4 : 2)], matrix, first + brick, TWICE ? 2 : 1, brick);
         if (TWICE) wgmma_step(sums + STRIPS, parts[brick / 4], matrix, first + brick + 1, 2, brick);
     }
-    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits for sums, after which LATER other products were begun.
+template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 #pragma unroll
     for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)  // no sum is read before this
         asm volatile("" : FOUR(sums[strip]));
 }
 #else
-template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+template <bool TWICE> INLINE void begin_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
     multiply<TWICE>(tables, panel, parts, sums);
 }
+template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {}
 #endif
+
+// What ``multiply`` finds.
+template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    begin_together<TWICE>(tables, panel, parts, sums);
+    wait_together<TWICE, 0>(sums);
+}
 
 #ifdef DECODER
 // -- decoding: half of each channel ---------------------------------------------------------------------------------

@@ -7,7 +7,6 @@
 
 #include "block_place.cuh"
 #include "lanes.cuh"
-#include "offsets.cuh"
 #if ROUNDS == 1
 #include "rotation.cuh"  // which leaves D's signs to be given here
 #endif
@@ -22,11 +21,11 @@ INLINE u32 pack_stored(float even, float odd) { return DTYPE == FLOAT16 ? pack_h
 #endif
 #define STORES (8 * ITEM / 16)  // of a piece
 
-// A lane's eight channels of a piece of a row: ``numbers`` as the rotation leaves them -> as they are stored. Numbers of an
-// ordinary row (blocks.cu) need neither the second factor nor limits, and may get D's signs after they are rounded.
-INLINE void finish_piece(const u8* tables, const Block& block, int row, int quarter, int piece, float* numbers, float factor,
-                         float second_factor, bool ordinary, Stored* stored) {
-    const int first = first_channel(quarter, piece);
+// A lane's eight channels of a piece of a row, from channel ``first`` on: ``numbers`` as the rotation leaves them -> as they
+// are stored. Numbers of an ordinary row (blocks.cu) need neither the second factor nor limits, and may get D's signs after
+// they are rounded. ``offsets``: the piece's, where there are any.
+INLINE void finish_piece(const u8* tables, int first, float* numbers, const float* offsets, float factor, float second_factor,
+                         bool ordinary, Stored* stored) {
 #if DTYPE != FLOAT32 && !OFFSETS && ROUNDS == 1
     const uint4 signs = packed_signs(tables, first);
     const u32 sign[4] = {signs.x, signs.y, signs.z, signs.w};
@@ -37,16 +36,12 @@ INLINE void finish_piece(const u8* tables, const Block& block, int row, int quar
 #if ROUNDS == 1
         numbers[i] = float_of(bits_of(numbers[i]) ^ top_bits(tables, first)[i]);
 #endif
-        numbers[i] = numbers[i] * factor * second_factor + 0.0f;  // never -0
-    }
+        numbers[i] = ordinary ? fmaf(numbers[i], factor, 0.0f) : numbers[i] * factor * second_factor + 0.0f;  // never -0
 #if OFFSETS
-    float offsets[8];
-    offsets_at(tables, block, row, first, offsets);
-#pragma unroll
-    for (int i = 0; i < 8; i++) numbers[i] += offsets[i];
+        numbers[i] += offsets[i];
 #endif
-#pragma unroll
-    for (int i = 0; i < 8; i++) numbers[i] = fminf(fmaxf(numbers[i], -LARGEST), LARGEST);
+        if (!ordinary) numbers[i] = fminf(fmaxf(numbers[i], -LARGEST), LARGEST);
+    }
 #else
 #pragma unroll
     for (int i = 0; i < 8; i++) numbers[i] = numbers[i] * factor;

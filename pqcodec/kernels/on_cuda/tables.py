@@ -13,6 +13,7 @@ from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import Plan, plan_for
+from pqcodec.kernels.on_cuda.quads_encoder import encoder_tables
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
@@ -26,15 +27,16 @@ BOUNDS_ROW = t.BOUNDS + 1  # entries of a width's row of bounds, the last of whi
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 
 
-def tables_for(verb: str, h: Header, bits: int, keys: bool) -> tuple[np.ndarray, dict[str, int]]:
-    """The blob, uint8 [bytes], and the macros that say where each array begins.
+def tables_for(verb: str, h: Header, bits: int, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, int]]:
+    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies of RoPE's turns there are.
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
     without, the kernel reads them from the device's memory.
     """
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
-    return blob_of({**own, **_shared(verb, h, plan, keys)})
+    blob, places = blob_of({**own, **_shared(verb, h, plan, keys, copies)})
+    return blob, {**places, "PHASE_COPIES": copies}
 
 
 def table_bits(h: Header) -> int:
@@ -54,7 +56,7 @@ def blob_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarray]:
+def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[str, np.ndarray]:
     """Of every coding of ``blocks.cu``: the rotation's matrix or signs, and what ``shared_tables`` gives."""
     if plan.rounds == 2:
         arrays = {"MATRIX": _matrix(verb, h)}
@@ -63,15 +65,17 @@ def _shared(verb: str, h: Header, plan: Plan, keys: bool) -> dict[str, np.ndarra
         one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
         arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
-    return {**arrays, **shared_tables(h, words if keys else 0)}
+    if h.coding == c.CODING_QUADS:
+        words = h.blocks.chunk_bytes // 4
+    return {**arrays, **shared_tables(h, words if keys else 0, copies)}
 
 
-def shared_tables(h: Header, words: int) -> dict[str, np.ndarray]:
-    """RoPE's frequencies and phases, and the keys of so many words of a block, unless they are too many."""
+def shared_tables(h: Header, words: int, copies: int) -> dict[str, np.ndarray]:
+    """RoPE's frequencies, its phases in so many copies, and the keys of so many words of a block, unless they are too many."""
     arrays = {}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
-        arrays["PHASES"] = centre.phase_pairs()
+        arrays["PHASES"] = np.repeat(centre.phase_pairs().reshape(2, -1, 2).swapaxes(0, 1), copies, 1)
     if 0 < words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
@@ -189,6 +193,8 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 # -- of encoders ----------------------------------------------------------------------------------------------------------
 def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
+    if h.coding == c.CODING_QUADS:
+        return encoder_tables(plan)
     if h.coding == c.CODING_PAPER:
         return {}
     nodes, quads, kept = t.node_arrays(plan.order), plan.quads, kept_rows(h)

@@ -1,0 +1,61 @@
+// Law: a block's planes (SPEC 12.1) on their way from a warp's stage into the stream: a tile's signs and indices as soon as
+// they are coded, the radii with their base at the block's end.
+//
+// Needs RADII_AT (of the block's radii, in bytes from the stage on), LEAST (radius, in steps), what quads_encoder.cuh and
+// checksum.cuh need.
+#pragma once
+
+#include "block_place.cuh"
+#include "checksum.cuh"
+#include "coding.cuh"
+
+#define RADIUS_CODES 255  // of a row that is not zero
+
+// Writes words of a run, and adds to the checksum's sum; ``at``: the first one's place in the block, of ``words`` words.
+template <int MOST>
+INLINE void write_run(const u8* tables, const i64* __restrict__ keys, const u32* run, int have, const Block& block, int at,
+                      int words, int lane, u64& sum) {
+#pragma unroll
+    for (int i = 0; i < (MOST + 31) / 32; i++) {
+        const int place = i * 32 + lane;
+        if (place < have) {
+            sum += folded((u64)run[place] * key_of(tables, keys, words, at + place));
+            __stcs(block.payload + at + place, run[place]);
+        }
+    }
+}
+
+INLINE u16* radii_of(u32* stage) { return reinterpret_cast<u16*>(reinterpret_cast<u8*>(stage) + RADII_AT); }
+
+// Writes the signs and indices of a tile of ``rows`` rows, and keeps their radii.
+INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, u32* stage, int rows, const Block& block,
+                       int first_row, int lane, u64& sum) {
+    if (lane < rows) radii_of(stage)[first_row + lane] = stage[lane];
+    const int words = block_bytes(block.tokens) / 4 - 1;
+    write_run<SIGN_WORDS>(tables, keys, stage + SIGNS_AT, rows * (ORDER / 32), block, first_row * (ORDER / 32), words, lane,
+                          sum);
+    write_run<INDEX_WORDS>(tables, keys, stage + INDICES_AT, rows * INDEX_BYTES / 4, block,
+                           block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
+}
+
+// Writes what lies behind the two planes: codes of radii, their base, and zeros.
+INLINE void write_rest(const u8* tables, const i64* __restrict__ keys, u32* stage, const Block& block, int lane, u64& sum) {
+    const u16* radii = radii_of(stage);
+    u32 most = 0;
+    for (int row = lane; row < block.tokens; row += 32) most = max(most, (u32)radii[row]);
+    for (int apart = 16; apart; apart >>= 1) most = max(most, __shfl_xor_sync(ALL_LANES, most, apart));
+    const int base = most ? (int)most - RADIUS_CODES : 0;  // a radius of base + code has that code
+    const u32 stored = most ? base + LEAST : 0;
+    const int words = block_bytes(block.tokens) / 4 - 1, first = block.tokens * (ORDER / 8 + INDEX_BYTES) / 4;
+    for (int word = first + lane; word < words; word += 32) {
+        u32 value = 0;
+        for (int i = 0; i < 4; i++) {
+            const int row = 4 * (word - first) + i;
+            u32 byte = row == block.tokens ? stored & 255 : row == block.tokens + 1 ? stored >> 8 & 255 : 0;
+            if (row < block.tokens) byte = radii[row] ? max((int)radii[row] - base, 0) : 0;
+            value |= byte << 8 * i;
+        }
+        sum += folded((u64)value * key_of(tables, keys, words, word));
+        __stcs(block.payload + word, value);
+    }
+}
