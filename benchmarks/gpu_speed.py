@@ -40,7 +40,7 @@ DEVICE = "cuda"
 MAIN = 128  # the head_dim that everything is measured for
 OTHERS = (64, 256, 96, 576)
 CUDA_HEAD_DIMS = (64, 128, 256)  # that the CUDA backend has kernels of its own for
-FEW = ("pq2", "pq3", "pq4", "paper")
+FEW = ("pq2", "pq3", "pq4", "quad3", "paper")
 BYTES = {MAIN: 1 << 30}
 OTHER_BYTES = 1 << 28
 LEADING = 32
@@ -78,18 +78,21 @@ class Case:
         return self.head_dim not in CUDA_HEAD_DIMS or self.backend == "triton" or self.keys
 
 
-def cases(quick: bool) -> list[Case]:
-    """Cases with the same input follow each other."""
+def cases(quick: bool, presets: Sequence[str] = ()) -> list[Case]:
+    """Cases with the same input follow each other; of these presets and the CUDA backend's head_dims, if any are named."""
     if quick:
         return [Case(MAIN, "pq3")]
-    return [
+    every = [
         *(Case(MAIN, preset) for preset in pqcodec.PRESETS),
         Case(MAIN, "pq3", backend="triton"),
-        Case(MAIN, "pq3", keys=True),
+        *(Case(MAIN, preset, keys=True) for preset in ("pq3", "quad3", "quad3.5")),
         Case(MAIN, "pq3", "float16"),
         Case(MAIN, "pq3", "float32"),
         *(Case(head_dim, preset) for head_dim in OTHERS for preset in FEW),
     ]
+    if not presets:
+        return every
+    return [case for case in every if case.preset in presets and case.head_dim in CUDA_HEAD_DIMS and case.backend == "auto"]
 
 
 def gaussian(size: int, head_dim: int, dtype: str) -> torch.Tensor:
@@ -198,7 +201,8 @@ def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 def against_cpu(case: Case, x: torch.Tensor, y: torch.Tensor, stream: torch.Tensor) -> dict[str, Any]:
     """The GPU's rows held against the CPU's, bit for bit; and streams of both, whose rows differ only in ties.
 
-    A tie is an angle closer to a cell's edge than float32 can tell: two encoders may choose either cell.
+    A tie is an angle closer to a cell's edge than float32 can tell: two encoders may choose either cell. CUDA's encoder of
+    quads looks at a few candidates alone, so that most of its rows differ; ``error_against_cpu`` says what that costs.
     """
     data, tokens = stream.cpu().numpy(), x.shape[1]
     starts = {0, max(tokens // 2 - RANGE // 3, 0), max(tokens - RANGE, 0)}
@@ -214,6 +218,7 @@ def against_cpu(case: Case, x: torch.Tensor, y: torch.Tensor, stream: torch.Tens
     differing = int((one != two).any(-1).sum())
     return {
         "rel_mse": rel_mse(part[:, :RANGE], one[:, :RANGE].to(DEVICE)),
+        "error_against_cpu": rel_mse(part, one.to(DEVICE)) / rel_mse(part, two.to(DEVICE)),
         "decoded_as_on_cpu": equal,
         "encoded_as_on_cpu": here.size == there.size and (differing > 0 or bool(np.array_equal(here, there))),
         "checked_coordinates": part.numel(),
@@ -270,10 +275,10 @@ def microseconds(work: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e3 / REPLAYS
 
 
-def latency() -> dict[str, Any]:
-    """One token's keys and values of a whole model, bf16 pq3: microseconds as a CUDA graph and run by run."""
+def latency(preset: str) -> dict[str, Any]:
+    """One token's keys and values of a whole model, bf16: microseconds as a CUDA graph and run by run."""
     xs = [torch.randn((HEADS, 1, MAIN), dtype=torch.bfloat16, device=DEVICE) for _ in range(2 * LAYERS)]
-    encode = EncodeBatch(xs, preset="pq3")
+    encode = EncodeBatch(xs, preset=preset)
     decode = DecodeBatch(encode.run())
     small = torch.zeros(1, device=DEVICE)
 
@@ -285,7 +290,7 @@ def latency() -> dict[str, Any]:
         small.add_(1)
         small.mul_(1)
 
-    found: dict[str, Any] = {"tensors": len(xs), "shape": list(xs[0].shape), "replays": REPLAYS}
+    found: dict[str, Any] = {"tensors": len(xs), "shape": list(xs[0].shape), "replays": REPLAYS, "preset": preset}
     for name, work in {"two_trivial_ops": trivial, "encode": encode.run, "decode": decode.run, "both": both}.items():
         eager = microseconds(work)
         graph = torch.cuda.CUDAGraph()
@@ -434,6 +439,7 @@ def _bars(axis: Any, names: Sequence[str], rows: Sequence[dict[str, Any]], unit:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Speed, latency and exactness of the GPU backends.")
     parser.add_argument("--quick", action="store_true", help="head_dim 128 and pq3 only, few rounds; writes only with --out")
+    parser.add_argument("--presets", type=lambda x: x.split(","), default=(), metavar="A,B", help="only these, and no peers")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results here (default: benchmarks/results)")
     parser.add_argument("--draw", action="store_true", help="only draw gpu_speed.png from gpu_speed.json")
     options = parser.parse_args()
@@ -445,14 +451,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU, and torch finds none")
     say = Progress(console)
-    chosen, rounds = cases(options.quick), QUICK_ROUNDS if options.quick else ROUNDS
+    chosen, rounds = cases(options.quick, options.presets), QUICK_ROUNDS if options.quick else ROUNDS
     device = results_file.accelerator()
     say(f"{device['accelerator']}, driver {device['driver']}, torch {device['torch']}, triton {device['triton']}")
     compile_all(chosen, say)
     figures: dict[str, Any] = {**device, "rounds": rounds, "rows": speeds(chosen, rounds, say)}
-    figures["latency"] = latency()
-    say("latency: {graph_us:.1f} us encode + decode as a graph, {eager_us:.1f} us eager".format(**figures["latency"]["both"]))
-    figures["peers"] = peers(rounds, say)
+    for name, preset in (("latency", "pq3"), ("latency_quads", "quad3")):
+        figures[name] = latency(preset)
+        both = figures[name]["both"]
+        say(f"{preset}: {both['graph_us']:.1f} us encode + decode as a graph, {both['eager_us']:.1f} us eager")
+    figures["peers"] = [] if options.presets else peers(rounds, say)
     print_tables(figures, console)
     if options.out or not options.quick:
         path = results_file.write("gpu_speed", COMMAND, figures, folder)
