@@ -1,11 +1,11 @@
 """Law: time to the first token of a prompt whose beginning is known: computed again, loaded raw, or loaded from a store.
 
-``python -m benchmarks.ttft`` prefills prompts of 1k, 2k, 4k ... tokens and keeps their caches as pq3 in a ``PrefixStore`` and
-as raw fp16 safetensors, in one file a block, as the store has them, side by side on one disk; then the ways to the first
-token are timed, turn by turn, files being in the page cache. A load ends with a cache in the model's own dtype that the model
-can go on from. The store's checks every byte, finds the prefix by its tokens and makes sure of the model; the raw one does
-neither and has its file names. Writes results/ttft.json and .png; with ``--device cuda``, ttft_gpu, where loads end on the GPU
-(``--model llama-shaped`` is an 8B Llama's shape with random weights).
+``python -m benchmarks.ttft`` prefills prompts of 1k, 2k, 4k ... tokens and keeps their caches in a ``PrefixStore`` (as pq3, or
+as ``--preset`` says) and as raw fp16 safetensors, in one file a block, as the store has them, side by side on one disk; then
+the ways to the first token are timed, turn by turn, files being in the page cache. A load ends with a cache in the model's own
+dtype that the model can go on from. The store's checks every byte, finds the prefix by its tokens and makes sure of the model;
+the raw one does neither and has its file names. Writes results/ttft.json and .png; with ``--device cuda``, ttft_gpu, where
+loads end on the GPU (``--model llama-shaped`` is an 8B Llama's shape with random weights).
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from benchmarks import model as lm
 from benchmarks import results_file
 from benchmarks.memory import copy_speed, touch_memory
 from pqcodec.formats import PrefixStore
+from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.keys import BLOCK_TOKENS
 
 PROSE = Path(__file__).parent / "data" / "prose.txt"
 LENGTHS = (1024, 2048, 4096)
 ROUNDS = 31
 RANDOM = "llama-shaped"
+PRESET = Recipe().preset
 console = Console()
 
 
@@ -58,7 +60,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int, preset: str) -> dict[str, Any]:
     """Medians of seconds, and bytes, for one prompt: all tokens but the last are its prefix."""
     from transformers import DynamicCache
 
@@ -91,7 +93,7 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int) -> dict[st
         block = [(key[:, start : start + BLOCK_TOKENS], value[:, start : start + BLOCK_TOKENS]) for key, value in layers]
         files.append(raw / f"{start}.safetensors")
         save_file(lm.named_tensors(block, range(len(block))), files[-1])
-    with PrefixStore(folder / f"store-{tokens}") as store:
+    with PrefixStore(folder / f"store-{tokens}", preset=preset) as store:
         put, _ = seconds(lambda: store.put(model, ids[:-1], cache))
         found = store.get(model, ids)
         assert found.length == tokens, f"{found.length} of {tokens} tokens were found"
@@ -170,6 +172,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="loads of each kind")
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model is and loads end")
+    parser.add_argument("--preset", default=PRESET, metavar="NAME", help=f"of the store (default: {PRESET})")
+    parser.add_argument("--out", type=Path, default=results_file.RESULTS, metavar="FOLDER", help="where the figures go")
     options = parser.parse_args()
     if options.model == RANDOM:
         name, model, prompts = RANDOM, lm.llama_shaped(device=options.device), torch.randint(32000, (max(options.tokens) + 1,))
@@ -180,17 +184,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for tokens in options.tokens:
             with console.status(f"{tokens:,} tokens"):
-                row = measure(model, prompts[: tokens + 1].to(options.device), Path(folder), options.rounds)
+                row = measure(model, prompts[: tokens + 1].to(options.device), Path(folder), options.rounds, options.preset)
             rows.append({**row, **ratios(row)})
     where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
     title = f"{name} in {model.dtype}, {where}"
     console.print(table(title, rows))
-    about = {"model": name, "dtype": str(model.dtype), "device": where, "torch": torch.__version__}
+    about = {"model": name, "dtype": str(model.dtype), "device": where, "torch": torch.__version__, "preset": options.preset}
     report = {**about, "copy_gb_per_s": copy_speed(), "rows": rows}
     arguments = "" if name == lm.SMOLLM2 else f" --model {name}"
     arguments += "" if options.device == "cpu" else f" --device {options.device} --tokens {' '.join(map(str, options.tokens))}"
+    arguments += "" if options.preset == PRESET else f" --preset {options.preset}"
     result = "ttft" if options.device == "cpu" else "ttft_gpu"
-    path = results_file.write(result, f"python -m benchmarks.ttft{arguments}", report)
+    path = results_file.write(result, f"python -m benchmarks.ttft{arguments}", report, options.out)
     plot(title, rows, path.with_suffix(".png"))
     console.print(
         f"np.copyto runs at {report['copy_gb_per_s']:.1f} GB/s here; wrote {path} and {path.with_suffix('.png').name}"
