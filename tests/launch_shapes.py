@@ -107,9 +107,13 @@ def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     batches(shape)
     for verb, group in asked:
         kind = backend.header_of_kind(group.header)
-        layouts = [backend.kernel_layout(verb, kind, few) for few in (False, True)] if backend.takes(verb, group) else []
+        layouts = (
+            [backend.kernel_layout(verb, kind, few, effort=group.effort) for few in (False, True)]
+            if backend.takes(verb, group)
+            else []
+        )
         for layout in {found.table_bits: found for found in layouts if found}.values():
-            code = backend.machine_code(verb, kind, layout, f"sm_{ARCHITECTURE}")
+            code = backend.machine_code(verb, kind, layout, f"sm_{ARCHITECTURE}", group.effort)
             for name, needs in local_bytes(code).items():
                 yield f"{name}, look-ups of {layout.table_bits} bits", needs
 

@@ -185,7 +185,8 @@ class Cuda:
             return None
         device = str(group.device)
         few = group.blocks <= FEW * _device(device)[2]
-        return _kernel(verb, header_of_kind(group.header), few, device, group.effort)
+        effort = group.effort if group.header.coding == c.CODING_QUADS else "fast"  # of others it changes nothing
+        return _kernel(verb, header_of_kind(group.header), few, device, effort)
 
     @staticmethod
     def _launch(kernel: Kernel, group: Group, flags: Any) -> None:

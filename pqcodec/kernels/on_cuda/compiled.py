@@ -69,8 +69,9 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     """
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
-    for keys, bits, copies in product((True, False), tables, phase_copies(h)):
-        blob, places = tables_for(verb, h, bits, keys, copies)
+    fines = (True, False) if verb == "encode" and h.coding == c.CODING_QUADS else (True,)
+    for keys, bits, copies, fine in product((True, False), tables, phase_copies(h), fines):
+        blob, places = tables_for(verb, h, bits, keys, copies, fine)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {})
         special = special | (QUADS_THREADS if h.coding == c.CODING_QUADS else {})

@@ -5,7 +5,7 @@
 // nearest to its sorted magnitudes. These are whole numbers of the table's unit. A cell of them, by the upper bits of each, has
 // a few candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
 //
-// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), INVERSES (units of the table over
+// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), FINE, INVERSES (units of the table over
 // a radius within its octave, braced, divided by ORDER), CHOICES (radii that are tried), MOST_RADIUS, what radius.cuh needs,
 // and the tables CELLS (numbers of representatives times STEP, a byte each), CORNERS (representatives, a byte for each
 // magnitude, the largest first), NUMBERS (of points, by representative and places) and, with CHOICES, POINTS (a byte for each
@@ -48,11 +48,12 @@ INLINE void sorted_keys(const float* quad, const float* other, float scale, u32*
     larger_first(keys[1], keys[2]);
 }
 
-// Cells of two quads (quads_encoder.py): levels of the largest magnitude are four units wide, of the others eight.
+// Cells of two quads (quads_encoder.py): levels of magnitudes are eight units wide, but FINE ones of the largest four.
 INLINE u32 cells_of(const u32* keys) {
-    const u32 first = __vminu2(keys[0], BOTH(0x3ffu)) & BOTH(0x3e0u), second = __vminu2(keys[1], BOTH(0x3ffu)) & BOTH(0x3c0u);
+    const u32 first = __vminu2(keys[0], BOTH(0x3ffu)) & (FINE ? BOTH(0x3e0u) : BOTH(0x3c0u));
+    const u32 second = __vminu2(keys[1], BOTH(0x3ffu)) & BOTH(0x3c0u);
     const u32 third = __vminu2(keys[2], BOTH(0x1ffu)) & BOTH(0x1c0u), last = __vminu2(keys[3], BOTH(0xffu)) & BOTH(0xc0u);
-    return first * 16 + (second >> 1) + (third * 4 + last >> 6);
+    return first * (FINE ? 16 : 8) + (second >> 1) + (third * 4 + last >> 6);
 }
 
 INLINE u32 byte_of(u32 bytes, u32 which) { return __byte_perm(bytes, 0, 0x4440 | which); }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,14 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
 
-LEVELS = (32, 16, 8, 4)  # of a quad's sorted magnitudes, by which cells are told apart
-WIDTHS = (4, 8, 8, 8)  # of a level, in units of the table; the last level has no end
+# Levels of a quad's sorted magnitudes, by which cells are told apart, and a level's width in units of the table; the last
+# level has no end. Fine cells take 64 KiB of shared memory, coarse ones half of it.
+FINE = (32, 16, 8, 4), (4, 8, 8, 8)
+COARSE = (16, 16, 8, 4), (8, 8, 8, 8)
 CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 4, 10: 4}  # of a cell, by the bits of a table
 
 
-def encoder_tables(plan: Plan) -> dict[str, np.ndarray]:
+def encoder_tables(plan: Plan, fine: bool) -> dict[str, np.ndarray]:
     """CELLS uint8 [cells, 4 candidates], CORNERS uint8 [representatives, 4], NUMBERS uint16 [representatives, 64 places of the
     three largest], and POINTS uint8 [points, 4]."""
     table = quads.table_of(plan)
@@ -26,7 +27,7 @@ def encoder_tables(plan: Plan) -> dict[str, np.ndarray]:
     three = key[:, None] >> np.array([0, 2, 4]) & 3
     least = np.clip(6 - three.sum(1), 0, 3)  # its place, where the places of the others are different
     return {
-        "CELLS": cells_of(table.bits) * np.uint8(_step(table)),
+        "CELLS": cells_of(table.bits, fine) * np.uint8(_step(table)),
         "CORNERS": table.representatives.astype(np.uint8),
         "NUMBERS": table.numbers[:, key | least << 6].astype(np.uint16),
         "POINTS": table.points.view(np.uint8),
@@ -39,22 +40,30 @@ def _step(table: quads.Table) -> int:
 
 
 @lru_cache(maxsize=16)
-def cells_of(bits: int) -> np.ndarray:
+def cells_of(bits: int, fine: bool) -> np.ndarray:
     """The candidates of every cell: those representatives that are nearest most often, uint8 [cells, 4].
 
     Found for sorted magnitudes two units apart, the large ones further, with the density that the rotation gives them.
     """
-    table = quads.points_of(bits)
+    table, (levels, widths) = quads.points_of(bits), FINE if fine else COARSE
     grid = np.concatenate([np.arange(1.0, 128, 2), np.arange(144.0, 256, 32)])
-    places = np.array(list(combinations_with_replacement(range(len(grid)), c.QUAD)))[:, ::-1]
-    x = grid[places]
-    level = np.minimum(x // np.array(WIDTHS), np.array(LEVELS) - 1).astype(np.int64)
-    cells = np.ravel_multi_index(tuple(level.T), LEVELS)
-    nearest = (x @ table.representatives.T - (table.representatives**2).sum(1) / 2).argmax(1)
-    spacing = np.gradient(grid)[places].prod(1)
-    weights = spacing * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
-    count, size = len(table.representatives), int(np.prod(LEVELS))
-    total = np.bincount(cells * count + nearest, weights, size * count).reshape(size, count)
+    spacing = np.gradient(grid)
+    count, size = len(table.representatives), int(np.prod(levels))
+    half, total = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
+    third, last = np.tril_indices(len(grid))
+    for second in range(len(grid)):  # all magnitudes that descend
+        smaller = third <= second
+        pairs = np.stack([third[smaller], last[smaller]], 1)
+        larger = np.arange(second, len(grid))
+        places = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
+        places[..., 0], places[..., 1], places[..., 2:] = larger[:, None], second, pairs
+        places = places.reshape(-1, c.QUAD)
+        x = grid[places]
+        level = np.minimum(x // np.array(widths), np.array(levels) - 1).astype(np.int64)
+        nearest = (x @ table.representatives.T - half).argmax(1)
+        weights = spacing[places].prod(1) * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
+        total += np.bincount(np.ravel_multi_index(tuple(level.T), levels) * count + nearest, weights, size * count)
+    total = total.reshape(size, count)
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(total, best, 1) > 0
     return np.where(found, best, best[:, :1]).astype(np.uint8)  # where there are fewer, the first again
