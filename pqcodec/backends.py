@@ -88,6 +88,14 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
     )
 
 
+def kernel_folder() -> str | None:
+    """The folder in which the CPU backend's compiled kernels are kept; None where they are compiled in every process."""
+    from pqcodec.kernels.cpu.disk_cache import folder
+
+    found = folder()
+    return str(found.path) if found else None
+
+
 def _loaded(name: str) -> Any:
     try:
         return BACKENDS[name]()

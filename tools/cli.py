@@ -8,7 +8,7 @@ import sys
 import typer
 
 import pqcodec
-from pqcodec.tools import convert, decode, encode, inspect, store, verify
+from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
 from pqcodec.tools.outcome import INTERRUPTED, reported
 
 app = typer.Typer(
@@ -21,7 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (encode.encode, decode.decode, convert.convert, inspect.inspect, verify.verify):
+VERBS = encode.encode, decode.decode, convert.convert, inspect.inspect, verify.verify, doctor.doctor, doctor.warmup
+for verb in VERBS:
     app.command()(reported(verb))
 app.add_typer(store.app)
 

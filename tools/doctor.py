@@ -1,0 +1,155 @@
+"""Law: ``pqcodec doctor`` says what works on this machine; ``pqcodec warmup`` compiles kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import pqcodec
+from pqcodec.tools.outcome import print_json, shown
+from pqcodec.tools.progress import progress_bar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PACKAGES = {  # and the extra that brings it, if it is not always there
+    "numpy": "",
+    "torch": "",
+    "numba": "",
+    "safetensors": "",
+    "zarr": "zarr",
+    "fsspec": "remote",
+    "transformers": "transformers",
+    "triton": "gpu",
+    "cuda-bindings": "cuda",
+}
+TIMED_BYTES = 1 << 24
+ROUNDS = 3
+DTYPES = ("float16", "bfloat16", "float32")
+PER_CODING = ("pq3", "quad3", "paper")  # presets: a kernel of the CPU serves all of a coding
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
+) -> None:
+    """Say what is installed, which backends work, where compiled kernels are kept, and how fast one encode is.
+
+    The exit code is 1 where the CPU backend does not work.
+    """
+    from pqcodec import backends
+
+    found: dict[str, Any] = {
+        "pqcodec": pqcodec.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": {name: _state(name) for name in backends.BACKENDS},
+        "kernels": backends.kernel_folder() or "nowhere: they are compiled in every process",
+    }
+    works = found["backends"]["cpu"] == "works"
+    if works:
+        found["pq3_gb_s"] = _speeds()
+    if as_json:
+        print_json(found)
+    else:
+        for line in _lines(found):
+            print(shown(line))
+    if not works:
+        raise typer.Exit(1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _state(backend: str) -> str:
+    """What became of a small tensor on a backend: "works", or why not."""
+    import torch
+
+    from pqcodec.backends import ON_DEVICE
+
+    on_device = backend in ON_DEVICE
+    if on_device and not torch.cuda.is_available():
+        return "no GPU that torch finds"
+    x = torch.linspace(-1, 1, 256).reshape(2, 128)
+    wanted = pqcodec.decode(pqcodec.encode(x, backend="reference"), backend="reference")
+    try:
+        there = x.to("cuda" if on_device else "cpu")
+        data = pqcodec.encode(there, backend=backend)
+        got = pqcodec.decode(data, backend=backend, device="cuda" if on_device else None)
+    except Exception as error:
+        return f"does not work: {error}"
+    same = float((got.cpu() - wanted).abs().max()) < 0.5
+    return "works" if same else "does not work: it decodes other numbers than the reference; please report this"
+
+
+def _speeds() -> list[float]:
+    """GB/s of float16 that pq3 encodes and decodes on the CPU, kernels being loaded: the best of a few rounds."""
+    x = _noise(TIMED_BYTES // 2 // 128)
+    data, spent = pqcodec.encode(x, backend="cpu"), ([], [])  # type: tuple[Any, tuple[list[float], list[float]]]
+    for _ in range(ROUNDS):
+        for times, work in zip(spent, (lambda: pqcodec.encode(x, backend="cpu"), lambda: pqcodec.decode(data)), strict=True):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+    return [round(x.nbytes / min(times) / 1e9, 2) for times in spent]
+
+
+def _noise(tokens: int) -> np.ndarray:
+    import numpy as np
+
+    return np.random.default_rng(0).standard_normal((tokens, 128), np.float32).astype(np.float16)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"pqcodec {found['pqcodec']}, Python {found['python']}, {found['machine']}", "", "packages"]
+    for name, have in found["packages"].items():
+        missing = f"not installed: pip install 'pqcodec[{PACKAGES[name]}]'" if PACKAGES[name] else "not installed"
+        lines.append(f"  {name:14} {have or missing}")
+    lines += ["", "backends", *(f"  {name:14} {state}" for name, state in found["backends"].items())]
+    lines += ["", f"compiled kernels: {found['kernels']}"]
+    if "pq3_gb_s" in found:
+        encode, decode = found["pq3_gb_s"]
+        lines.append(f"pq3 on the CPU, float16: encodes {encode:.2f} GB/s, decodes {decode:.2f} GB/s")
+    return lines
+
+
+def warmup(
+    head_dim: Annotated[list[int], typer.Option(min=1, help="Of the tensors to come; on a GPU kernels differ.")] = [128],  # noqa: B006
+    preset: Annotated[list[str], typer.Option(help="On a GPU kernels differ; on a CPU one of a coding serves all.")] = [  # noqa: B006
+        *PER_CODING
+    ],
+    device: Annotated[str, typer.Option(help="cpu, or a GPU as torch names it.")] = "cpu",
+) -> None:
+    """Compile the kernels that encoding and decoding take, so that their first use does not wait: for images and start-up.
+
+    They are kept on disk; ``pqcodec doctor`` says where.
+    """
+    import torch
+
+    from pqcodec.errors import InvalidArgument
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgument(f"device {device!r} is not there: {str(error).splitlines()[0]}; choose 'cpu' or 'cuda'") from None
+    centred: tuple[dict[str, Any], ...] = ({}, {"center": "mean"}, {"center": "rope", "rope": pqcodec.Rope()})
+    kinds = [(d, name, dtype, center) for d in head_dim for name in preset for dtype in DTYPES for center in centred]
+    start = time.perf_counter()
+    with progress_bar("compile kernels", len(kinds)) as show:
+        for done, (d, name, dtype, center) in enumerate(kinds):
+            options = {**center, "exact_tokens": 1} if center else {}
+            if not (center and name == "paper"):
+                x = torch.ones((2, 80, d), dtype=getattr(torch, dtype), device=device)
+                data = pqcodec.encode(x, preset=name, **options)
+                pqcodec.decode(data, device=device)
+            show(done + 1)
+    print(f"{len(kinds)} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
