@@ -463,7 +463,8 @@ def main() -> None:
     figures["peers"] = [] if options.presets else peers(rounds, say)
     print_tables(figures, console)
     if options.out or not options.quick:
-        path = results_file.write("gpu_speed", COMMAND, figures, folder)
+        command = f"{COMMAND} --presets {','.join(options.presets)}" if options.presets else COMMAND
+        path = results_file.write("gpu_speed", command, figures, folder)
         console.print(f"wrote {path}")
         try:
             draw(figures, path.with_suffix(".png"))

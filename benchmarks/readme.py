@@ -43,7 +43,7 @@ def figures() -> str:
         f"{speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
     ]
     if gpu:
-        on_gpu = gpu_speeds(gpu)
+        on_gpu = gpu_speeds(result("quads/gpu_speed")) | gpu_speeds(gpu)
         cells = [f"encode, decode on {gpu['accelerator']}, share of a device copy", "---:"]
         cells += [_ratios(on_gpu.get(name)) for name in gaussian]
         lines = [line + (f"{cell}|" if cell == "---:" else f" {cell} |") for line, cell in zip(lines, cells, strict=True)]
@@ -53,8 +53,11 @@ def figures() -> str:
             f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
         )
     offload, context = result("offload_speed"), result("long_context")
+    quads = result("quads/equal_bits"), result("quads/gpu_speed"), result("quads/ttft")
     below += [file_speeds(files), against_peers(fidelity), *map(reloading, ttft), offloading(offload, context)]
-    commands = ", ".join(f"`{found['command']}`" for found in (rate, speed, gpu, one, files, *ttft, offload, context) if found)
+    below.append(of_quads(*quads))
+    measured = (rate, speed, gpu, one, files, *ttft, offload, context, *quads)
+    commands = ", ".join(f"`{found['command']}`" for found in measured if found)
     return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
 
 
@@ -96,6 +99,21 @@ def reloading(ttft: dict[str, Any]) -> str:
         f"A prefix of {row['tokens']:,} tokens of {model} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
         f"{row['prefill_over_store']:.0f} times faster than computing it again on {where}, in "
         f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
+    )
+
+
+def of_quads(equal: dict[str, Any], gpu: dict[str, Any], ttft: dict[str, Any]) -> str:
+    """What quads do to models, to keys under RoPE and to a reload, against split coding or raw files."""
+    fast, best = equal["ratios"]["fast"], equal["ratios"]["best"]
+    models = {line["model"] for line in equal["lines"]}
+    keys = {row["preset"]: row["decode_gb_s"] for row in gpu["rows"] if row["keys"]}
+    row = ttft["rows"][0]
+    return (
+        f"Quads: at the bits of pq2.5 and pq3, next-token KL is {fast['geometric_mean']:.2f} of theirs, the mean over "
+        f"{len(models)} models and {fast['lines']} lines of which the worst is {fast['worst']:.2f}; with best effort "
+        f"{best['geometric_mean']:.2f} instead of {best['geometric_mean_of_fast_there']:.2f} on {best['lines']} lines. Keys that are centred under RoPE decode {keys['quad3'] / keys['pq3']:.1f} times as "
+        f"fast as with pq3 ({gpu['accelerator']}). A prefix of {row['tokens']:,} tokens comes from a PrefixStore in "
+        f"{row['store_over_raw']:.2f} of the time of raw safetensors ({ttft['machine']})."
     )
 
 
