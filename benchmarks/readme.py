@@ -108,11 +108,12 @@ def of_quads(equal: dict[str, Any], gpu: dict[str, Any], ttft: dict[str, Any]) -
     models = {line["model"] for line in equal["lines"]}
     keys = {row["preset"]: row["decode_gb_s"] for row in gpu["rows"] if row["keys"]}
     row = ttft["rows"][0]
+    searched = f"{best['geometric_mean']:.2f} instead of {best['geometric_mean_of_fast_there']:.2f} on {best['lines']} lines"
     return (
         f"Quads: at the bits of pq2.5 and pq3, next-token KL is {fast['geometric_mean']:.2f} of theirs, the mean over "
         f"{len(models)} models and {fast['lines']} lines of which the worst is {fast['worst']:.2f}; with best effort "
-        f"{best['geometric_mean']:.2f} instead of {best['geometric_mean_of_fast_there']:.2f} on {best['lines']} lines. Keys that are centred under RoPE decode {keys['quad3'] / keys['pq3']:.1f} times as "
-        f"fast as with pq3 ({gpu['accelerator']}). A prefix of {row['tokens']:,} tokens comes from a PrefixStore in "
+        f"{searched}. Keys that are centred under RoPE decode {keys['quad3'] / keys['pq3']:.1f} times as fast as with pq3 "
+        f"({gpu['accelerator']}). A prefix of {row['tokens']:,} tokens comes from a PrefixStore in "
         f"{row['store_over_raw']:.2f} of the time of raw safetensors ({ttft['machine']})."
     )
 
