@@ -26,10 +26,11 @@ from benchmarks import results_file
 from pqcodec import DecodeBatch, EncodeBatch
 from pqcodec.formats.offload.host_pool import HostPool
 from pqcodec.formats.offload.pinned import PinnedArena
+from pqcodec.formats.policy.recipe import Recipe
 
 COMMAND = "python -m benchmarks.offload_speed"
 LAYERS, HEADS, TOKENS, DIM = 32, 8, 8192, 128
-PRESET = "pq3"
+PRESET = Recipe().preset
 PIECES = (64, 128, 256, 512)  # MiB of tensors a step
 MAIN_PIECE = 128
 ROUNDS, DROPPED = 9, 2
@@ -73,9 +74,9 @@ class Copies:
 class Encoded:
     """The tensors in a HostPool."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], piece: int) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], piece: int, preset: str) -> None:
         size = sum(x.nbytes for x in tensors)
-        self.pool = HostPool(size, preset=PRESET, piece_bytes=piece << 20)
+        self.pool = HostPool(size, preset=preset, piece_bytes=piece << 20)
         self._free = torch.cuda.Stream()  # a stream without work, for a get that waits for no other
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -98,10 +99,12 @@ def both(one: Any, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]
 
 
 # -- speed ---------------------------------------------------------------------------------------------------------
-def speed(copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], piece: int) -> dict[str, Any]:
+def speed(
+    copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], piece: int, preset: str
+) -> dict[str, Any]:
     """GB/s of tensors out, back and out and back, of the pool and of copies, turn by turn."""
     size = sum(x.nbytes for x in tensors)
-    encoded = Encoded(tensors, piece)
+    encoded = Encoded(tensors, piece, preset)
     sides: dict[str, Any] = {"pool": encoded, "copy": copies}
     times: dict[str, list[float]] = {f"{side}_{what}": [] for side in sides for what in ("out", "back", "both")}
     for turn in range(DROPPED + ROUNDS):
@@ -128,14 +131,14 @@ def speed(copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.
     return figures
 
 
-def exact(tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> bool:
+def exact(tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], preset: str) -> bool:
     """Whether a pool gives back what batches of the same tensors do, bit for bit."""
-    with HostPool(1 << 30, preset=PRESET) as pool:
+    with HostPool(1 << 30, preset=preset) as pool:
         for x in outs:
             x.fill_(float("nan"))
         pool.put("cache", list(tensors), wait=True)
         pool.get("cache", list(outs))
-        expected = DecodeBatch(EncodeBatch(list(tensors), preset=PRESET).run()).run()
+        expected = DecodeBatch(EncodeBatch(list(tensors), preset=preset).run()).run()
         return all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(outs, expected, strict=True))
 
 
@@ -183,11 +186,13 @@ def works(one: Any, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor
     return {"out": out, "back": back}
 
 
-def slow_downs(copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+def slow_downs(
+    copies: Copies, tensors: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], preset: str
+) -> list[dict[str, Any]]:
     """The products' time with each kind of transfers over the mean of their times alone, before and behind."""
     rows = beside(Products(), copies, tensors, outs, "copies", None)
     for piece, priority in BESIDE:
-        encoded = Encoded(tensors, piece)
+        encoded = Encoded(tensors, piece, preset)
         rows += beside(Products(priority), encoded, tensors, outs, "pool", piece)
         encoded.pool.close()
     return rows
@@ -232,7 +237,9 @@ def beside(
 
 # -- what is shown -------------------------------------------------------------------------------------------------
 def print_tables(figures: dict[str, Any]) -> None:
-    shown = Table(title=f"{figures['accelerator']}: GB/s of bf16 tensors, {PRESET} in a HostPool and copies of the tensors")
+    shown = Table(
+        title=f"{figures['accelerator']}: GB/s of bf16 tensors, {figures['preset']} in a HostPool and copies of the tensors"
+    )
     for heading in ("MiB a step", "out", "copy", "ratio", "back", "copy", "ratio", "out, then back", "copy", "ratio"):
         shown.add_column(heading, justify="right")
     for row in figures["speed"]:
@@ -264,7 +271,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     main = next(row for row in figures["speed"] if row["piece_mib"] == MAIN_PIECE)
     for side, shift, color in (("pool", -0.2, "tab:blue"), ("copy", 0.2, "tab:gray")):
         heights = [main[what][f"{side}_gb_s"] for what in ("out", "back", "both")]
-        label = {"pool": f"HostPool, {PRESET}", "copy": "copy to pinned memory"}[side]
+        label = {"pool": f"HostPool, {figures['preset']}", "copy": "copy to pinned memory"}[side]
         left.bar_label(
             left.bar([i + shift for i in range(3)], heights, 0.4, color=color, label=label), fmt="{:.0f}", fontsize=8
         )
@@ -291,6 +298,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Offload of encoded KV caches against copies of them.")
     parser.add_argument("--draw", action="store_true", help="only draw offload_speed.png from offload_speed.json")
+    parser.add_argument("--preset", default=PRESET, metavar="NAME", help=f"of the pool (default: {PRESET})")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results here (default: benchmarks/results)")
     options = parser.parse_args()
     folder = options.out or results_file.RESULTS
@@ -303,15 +311,21 @@ def main() -> None:
     shape = (HEADS, TOKENS, DIM)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.bfloat16, device="cuda") for _ in range(2 * LAYERS)]
     outs = [torch.empty_like(x) for x in tensors]
-    if not exact(tensors, outs):
+    if not exact(tensors, outs, options.preset):
         sys.exit("the pool gives other tensors back than batches do")
     console.print("the pool gives back what batches do, bit for bit")
     copies = Copies(tensors)
-    figures: dict[str, Any] = {**results_file.accelerator(), "preset": PRESET, "tensors": len(tensors), "shape": list(shape)}
-    figures["speed"] = [speed(copies, tensors, outs, piece) for piece in PIECES]
-    figures["beside"] = slow_downs(copies, tensors, outs)
+    figures: dict[str, Any] = {
+        **results_file.accelerator(),
+        "preset": options.preset,
+        "tensors": len(tensors),
+        "shape": list(shape),
+    }
+    figures["speed"] = [speed(copies, tensors, outs, piece, options.preset) for piece in PIECES]
+    figures["beside"] = slow_downs(copies, tensors, outs, options.preset)
     print_tables(figures)
-    path = results_file.write("offload_speed", COMMAND, figures, folder)
+    command = COMMAND if options.preset == PRESET else f"{COMMAND} --preset {options.preset}"
+    path = results_file.write("offload_speed", command, figures, folder)
     console.print(f"wrote {path}")
     try:
         draw(figures, path.with_suffix(".png"))
