@@ -70,6 +70,17 @@ def test_verify_names_every_damaged_part(small_stream: bytes) -> None:
     assert pqcodec.verify(small_stream) == []
 
 
+def test_damaged_offsets_of_no_tokens_are_refused(backend: str) -> None:
+    """An empty tensor has checksums, too: decode and verify agree."""
+    data = bytearray(pqcodec.encode(np.ones((3, 0, 64), np.float16), center="mean", backend=backend))
+    assert pqcodec.decode(bytes(data), backend=backend).shape == (3, 0, 64)
+    data[-1] ^= 1
+    assert [damage.part for damage in pqcodec.verify(bytes(data), backend=backend)] == ["offset"]
+    for options in ({}, {"tokens": (0, 0)}):
+        with pytest.raises(CorruptStream, match="offset"):
+            pqcodec.decode(bytes(data), backend=backend, **options)
+
+
 def test_bytes_behind_the_stream_are_refused(small_stream: bytes) -> None:
     with pytest.raises(CorruptStream, match="1 bytes behind the end"):
         pqcodec.decode(small_stream + b"\0")
