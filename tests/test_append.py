@@ -314,3 +314,29 @@ def test_a_damaged_frame_before_a_commit_is_no_torn_append(tmp_path: Path) -> No
     with pytest.raises(CorruptStream), PQKVAppender(path) as writer:
         writer.extend("k", x[:, 5:], preset="pq2", **REFERENCE)
     assert path.read_bytes() == bytes(data)
+
+
+def test_what_is_no_beginning_of_a_frame_is_no_torn_append(tmp_path: Path) -> None:
+    """A few bytes of anything else behind the last footer are damage, not an append that was cut off."""
+    path = tmp_path / "a.pqkv"
+    ends, _ = grown(path)
+    data = path.read_bytes()
+    rng = random.Random(0)
+    for size in range(1, 24):
+        garbage = [b"\0" * size, b"\xff" * size, b"Q" + rng.randbytes(size - 1)]
+        garbage += [b"PQFR" + bytes([9]) + bytes(size - 5), b"PQFR\1\0\1" + bytes(size - 7)] if size > 6 else []
+        for rest in garbage:
+            with pytest.raises(CorruptStream, match=f"at byte {ends[2]} is neither a frame nor a footer"):
+                PQKVFile(data + rest)
+    for rest in (b"P", b"PQFR", b"PQFR\2\0\0\0" + bytes(15)):
+        assert PQKVFile(data + rest).torn_bytes == len(rest)
+
+
+def test_a_torn_frame_is_believed_by_its_checksum_only(tmp_path: Path) -> None:
+    """The first frame of an append is cut off and damaged: its sizes say nothing."""
+    path = tmp_path / "a.pqkv"
+    ends, _ = grown(path)
+    data = bytearray(path.read_bytes()[: ends[2] - 30])
+    data[ends[1] + 24] ^= 1  # of the meta
+    with pytest.raises(CorruptStream, match="checksum does not hold"):
+        PQKVFile(bytes(data))

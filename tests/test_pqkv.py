@@ -214,6 +214,18 @@ def test_every_prefix_is_truncated(small: bytes) -> None:
             PQKVFile(small[:size])
 
 
+def test_a_file_that_ends_in_something_else_is_corrupt(small: bytes) -> None:
+    """Where the footer is missing, a file is cut off only if all that is there could be its beginning."""
+    end = len(small) - 24
+    for rest in (b"\0", b"garbage", bytes(23)):
+        with pytest.raises(CorruptStream, match="neither a frame nor a footer"):
+            PQKVFile(small[:end] + rest)
+    torn = bytearray(small[: PQKVFile(small).entry("n").body_start + 1])
+    torn[torn.rindex(b"PQFR") + 30] ^= 1  # of the last frame's meta
+    with pytest.raises(CorruptStream, match="checksum does not hold"):
+        PQKVFile(bytes(torn))
+
+
 def test_a_file_inside_a_file_does_not_end_it(small: bytes) -> None:
     outer = container(inner=np.frombuffer(small, np.uint8))
     end = outer.index(small) + len(small)

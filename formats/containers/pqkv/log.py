@@ -120,7 +120,7 @@ class Log:
     def _explain_missing_footer(self) -> NoReturn:
         """Walk the frames to distinguish a truncated file from a damaged one, and raise the error for it."""
         offset, tensors, footers = self._walk()
-        if self.size - offset < max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not footers:
+        if self._begins(offset) and not footers:
             raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
         if footers:
             raise CorruptStream(f"{self.size - footers[0]} bytes behind the end of the file; cut them off")
@@ -131,13 +131,12 @@ class Log:
     def _last_commit(self) -> int:
         """The end of a grown file's last footer, if an interrupted append follows it; raises CorruptStream if damage does."""
         offset, tensors, footers = self._walk()
-        rest = self.size - offset
-        if not footers:
-            raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
-        if rest >= max(c.FRAME_STRUCT.size, c.FOOTER_STRUCT.size) and not self._runs_out(offset):
+        if not self._begins(offset):
             raise CorruptStream(
                 f"at byte {offset} is neither a frame nor a footer that holds; {tensors} whole tensors are before it"
             )
+        if not footers:
+            raise TruncatedStream(f"the file is cut off at byte {self.size}; {tensors} whole tensors are before it")
         if later := self._footer_behind(offset):
             raise CorruptStream(f"at byte {offset} a frame is damaged: a commit lies behind it, which ends at byte {later}")
         return footers[-1]
@@ -172,6 +171,15 @@ class Log:
                 break
         return offset, tensors, footers
 
+    def _begins(self, offset: int) -> bool:
+        """Whether the bytes from a byte on are the beginning of a frame or of a footer, or none."""
+        rest = self._source.read(offset, min(self.size - offset, c.FRAME_STRUCT.size)).tobytes()
+        if len(rest) == c.FRAME_STRUCT.size:
+            return self._runs_out(offset)
+        frames = (c.FRAME_MAGIC + bytes([kind]) + bytes(3) for kind in KINDS)
+        known = len(c.FRAME_MAGIC) + 4  # bytes of a frame's header that do not depend on its sizes
+        return c.FOOTER_MAGIC.startswith(rest[:4]) or any(frame.startswith(rest[:known]) for frame in frames)
+
     def _runs_out(self, offset: int) -> bool:
         """Whether a frame with a sound header begins at a byte and ends beyond the file."""
         header = self._source.read(offset, c.FRAME_STRUCT.size).tobytes()
@@ -202,12 +210,15 @@ class Log:
         if meta_bytes > c.MAX_META_BYTES:
             raise CorruptStream(f"frame at byte {offset}: {meta_bytes} bytes of meta, at most {c.MAX_META_BYTES} are allowed")
         body = offset + c.FRAME_STRUCT.size + meta_bytes
-        if body + body_bytes > end:
-            raise beyond(f"frame at byte {offset}: it takes {body + body_bytes - offset} bytes, {end - offset} are there")
+        takes = f"frame at byte {offset}: it takes {body + body_bytes - offset} bytes, {end - offset} are there"
+        if body > end:
+            raise beyond(takes)
         if len(meta) != meta_bytes:
             meta = self._source.read(offset + c.FRAME_STRUCT.size, meta_bytes).tobytes()
         if stored != checksum(header[: c.FRAME_CHECKED] + meta):
             raise CorruptStream(f"frame at byte {offset}: checksum does not hold; fetch the file again")
+        if body + body_bytes > end:
+            raise beyond(takes)
         if kind not in KINDS or any(reserved):
             raise UnsupportedStream(f"frame at byte {offset}: kind {kind}, reserved {reserved!r}: install a newer pqcodec")
         fields = json_value(meta, f"frame at byte {offset}")
