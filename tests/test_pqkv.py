@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pqcodec
 from pqcodec import constants as c
@@ -294,6 +295,24 @@ def test_hand_built_file_is_read() -> None:
     np.testing.assert_array_equal(file.decode("x"), np.zeros(4, np.int8))
 
 
+def test_layers_are_numbers_below_2_to_the_63() -> None:
+    assert PQKVFile(assemble(exact_frame(layer=(1 << 63) - 1))).entry("x").layer == (1 << 63) - 1
+    with pytest.raises(CorruptStream, match="layer"):
+        PQKVFile(assemble(exact_frame(layer=1 << 63)))
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_bools_are_0_and_1(numpy: bool) -> None:
+    """A reader takes any other byte than 0 as true, a writer writes 0 and 1."""
+    x = PQKVFile(assemble(exact_frame(sealed(b"\0\1\7\0"), dtype="bool", numpy=numpy))).decode("x")
+    assert (np.asarray(x).view(np.uint8).tolist(), x.tolist()) == ([0, 1, 1, 0], [False, True, True, False])
+    odd = np.frombuffer(b"\0\1\7\0", np.bool_)
+    buffer = io.BytesIO()
+    with PQKVWriter(buffer) as writer:
+        writer.add_exact("x", odd if numpy else torch.from_numpy(odd.copy()))
+    assert buffer.getvalue()[PQKVFile(buffer).entry("x").body_start :][:4] == b"\0\1\1\0"
+
+
 ITEM = {"offset": 16, "kind": 2, "name": "x", "layer": None, "role": "other", "meta_bytes": 2, "body_bytes": 8}
 REFUSED = {
     "another magic": (b"GIF89a" + bytes(40), CorruptStream, "right file"),
@@ -337,6 +356,11 @@ REFUSED_TENSORS = {
     "dtype": (exact_frame(dtype="object"), UnsupportedStream, "dtype"),
     "dtype of torch": (exact_frame(dtype="float8_e5m2"), CorruptStream, "numpy has no"),
     "numpy flag": (exact_frame(numpy=1), CorruptStream, "true or false"),
+    "error no number": (exact_frame(rel_mse="0.1"), CorruptStream, "rel_mse"),
+    "error null": (exact_frame(rel_mse=None), CorruptStream, "rel_mse"),
+    "error below 0": (exact_frame(rel_mse=-1), CorruptStream, "rel_mse"),
+    "error too large": (exact_frame(rel_mse=10**400), CorruptStream, "rel_mse"),
+    "a part without a first": (exact_frame(first_token=4), CorruptStream, "no part before it"),
     "no room for a checksum": (exact_frame(bytes(2)), CorruptStream, "body"),
     "reserved frame bytes": (
         frame(2, exact_frame()[24:-8], sealed(bytes(4)), reserved=b"\0\1\0"),

@@ -16,7 +16,7 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats.containers.reader import Entry, StreamPart, stream_of
-from pqcodec.formats.containers.writer import Piece, checked_rel_mse
+from pqcodec.formats.containers.writer import Piece, rel_mse_of
 from pqcodec.formats.plain.documents import (
     checksum_bytes,
     checksum_of_text,
@@ -165,7 +165,7 @@ def entry_of(fields: Fields, shape: Sequence[int], dtype: str, offset: int, size
         size,
         parts=len(fields.get("streams", [0])),
         numpy=fields.get("numpy", False),
-        rel_mse=checked_rel_mse(fields.get("rel_mse")),
+        rel_mse=rel_mse_of(fields),
     )
 
 

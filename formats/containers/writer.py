@@ -5,14 +5,14 @@ Containers know only pieces, so that a cache that is being encoded and one that 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.containers.reader import Entry, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import tensor_problem
@@ -86,6 +86,11 @@ def read_in_pieces(source: Source) -> Iterator[memoryview]:
         yield source.read(start, min(COPY_BYTES, source.size - start)).data
 
 
-def checked_rel_mse(value: object) -> float | None:
-    """A file's ``rel_mse``; None for anything but a finite float from 0."""
-    return value if type(value) is float and math.isfinite(value) and value >= 0 else None
+def rel_mse_of(fields: Mapping[str, Any]) -> float | None:
+    """A file's ``rel_mse`` of a tensor, if there is one; raises CorruptStream for anything but a finite number from 0."""
+    if "rel_mse" not in fields:
+        return None
+    value = fields["rel_mse"]
+    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+        raise CorruptStream(f"rel_mse is {value!r:.60}; a finite number from 0 is expected")
+    return float(value)

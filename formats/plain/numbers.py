@@ -47,12 +47,23 @@ def to_bytes(x: Any) -> np.ndarray:
 
         if x.layout != torch.strided:
             raise InvalidArgument(f"layout {x.layout} of the tensor; a dense tensor is expected")
-        return x.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return np.ascontiguousarray(x, x.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        raw = x.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    else:
+        raw = np.ascontiguousarray(x, x.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    return _truth(raw) if name == "bool" else raw
+
+
+def _truth(raw: np.ndarray) -> np.ndarray:
+    """Bytes of bools as 0 and 1: any other byte than 0, which a view of other numbers may hold, is 1."""
+    return np.minimum(raw, 1) if raw.max(initial=0) > 1 else raw
 
 
 def over_bytes(raw: np.ndarray, shape: tuple[int, ...], dtype: str, numpy: bool) -> Any:
-    """A tensor on the memory of ``raw`` uint8 [bytes], of numpy or torch; raises UnsupportedStream for a dtype torch lacks."""
+    """A tensor on the memory of ``raw`` uint8 [bytes], of numpy or torch; raises UnsupportedStream for a dtype torch lacks.
+
+    Bools whose bytes are neither 0 nor 1 get memory of their own.
+    """
+    raw = _truth(raw) if dtype == "bool" else raw
     if numpy:
         return raw.view(NUMPY_DTYPES[dtype].newbyteorder("<")).reshape(shape)
     import torch

@@ -31,7 +31,7 @@ from pqcodec.formats.containers.reader import (
     named,
     stream_of,
 )
-from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, checked_rel_mse, read_in_pieces
+from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, read_in_pieces, rel_mse_of
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import (
@@ -400,6 +400,8 @@ class PQKVFile(TensorFile):
             raise UnsupportedStream(f"dtype {dtype!r} is unknown to this release: install a newer pqcodec")
         if numpy is not None and type(numpy) is not bool:
             raise CorruptStream(f"numpy is {numpy!r}; true or false is expected")
+        if "first_token" in meta and item is self._tensors[str(item.name)][0]:
+            raise CorruptStream(f"the part at byte {item.offset} has a first_token, and no part before it")
         coded = item.kind == c.FRAME_CODED
         entry = Entry(
             str(item.name),
@@ -412,7 +414,7 @@ class PQKVFile(TensorFile):
             item.body_start,
             item.body_bytes,
             numpy=bool(numpy),
-            rel_mse=checked_rel_mse(meta.get("rel_mse")),
+            rel_mse=rel_mse_of(meta),
             seal=checksum_of_text(meta["seal"]) if "seal" in meta else None,
         )
         if not coded and entry.tensor_bytes + c.CHECKSUM_BYTES != item.body_bytes:
