@@ -21,7 +21,10 @@ zarr = pytest.importorskip("zarr", minversion="3.0.8")
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore, ZipStore  # noqa: E402
 
 from pqcodec.formats.cache import load_zarr, save_zarr  # noqa: E402
+from pqcodec.formats.containers.writer import Coded, Piece  # noqa: E402
 from pqcodec.formats.containers.zarr.codec import PQCodec  # noqa: E402
+from pqcodec.formats.containers.zarr.reader import ZarrCache  # noqa: E402
+from pqcodec.formats.containers.zarr.writer import write_pieces  # noqa: E402
 
 if not entry_points(group="zarr.codecs", name="pqcodec"):
     pytest.skip("pqcodec is installed without its entry points: pip install --editable .", allow_module_level=True)
@@ -433,6 +436,21 @@ def test_caches_in_every_store(kind: str, shards: int | None, tmp_path: Path, re
     }
     assert key.metadata.dimension_names == (None, "tokens", "head_dim")
     np.testing.assert_array_equal(key[1, 0:256], back[1][0][1, 0:256].numpy())
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 64), (0, 5, 64), (0, 64)])
+@pytest.mark.parametrize("shards", [None, 2])
+def test_empty_tensors_stay_coded(shape: tuple[int, ...], shards: int | None) -> None:
+    """Their streams go along, though zarr has no chunk for them and reads an empty array."""
+    stream = pqcodec.encode(np.ones(shape, np.float16), preset="quad3", backend="reference")
+    piece = Piece("k", True, 0, "key", shape, "float16", "..., tokens, head_dim", lambda: Coded.of(stream))
+    store = MemoryStore()
+    write_pieces(store, [piece], chunks_per_shard=shards)
+    with ZarrCache(store) as file:
+        assert (file.entry("k").coded, file.decode("k").shape, file.verify()) == (True, shape, [])
+        held = file.stream("k")
+        assert held.read(0, held.size).tobytes() == stream
+    assert zarr.open(store, mode="r")["k"][...].shape == shape
 
 
 def test_only_the_first_chunk_has_exact_tokens() -> None:

@@ -120,10 +120,7 @@ class _Writer:
 
     def add(self, piece: Piece, path: str, per_shard: int | None) -> None:
         """Write one tensor as the array at ``path``."""
-        body: Any = piece.body() if piece.coded else piece.plain()
-        if piece.coded and not math.prod(piece.shape):  # zarr has no chunk for the stream
-            body = codec.decode(body.streams[0])
-        fields = self._coded(piece, path, body, per_shard) if isinstance(body, Coded) else self._exact(piece, path, body)
+        fields = self._coded(piece, path, piece.body(), per_shard) if piece.coded else self._exact(piece, path, piece.plain())
         document = json_value(get(self._store, f"{path}/{DOCUMENT}") or b"", path)
         self.listed.append({**fields, "path": path, "document": document_seal(document)})
 
@@ -131,8 +128,9 @@ class _Writer:
         whole, orders = zip(*map(with_seal, body.streams), strict=True)
         headers = [read_header(stream) for stream in whole]
         h = headers[0]
-        grid = _Grid.of([header.tokens for header in headers], per_shard)
         shape, chunks = piece.shape, list(piece.shape)
+        shards_too = per_shard if math.prod(shape) else None  # zarr has no chunks of an empty array, and no shards
+        grid = _Grid.of([header.tokens for header in headers], shards_too)
         if len(shape) > 1:
             chunks[-2] = grid.chunk_tokens
         shards = (*chunks[:-2], chunks[-2] * grid.per_shard, chunks[-1]) if grid.per_shard else None
@@ -158,9 +156,8 @@ class _Writer:
         array = self._create(piece, path, piece.shape, stored, [max(n, 1) for n in piece.shape], **how)
         if raw.size:
             self._put(array, (0,) * len(piece.shape), with_crc(raw.tobytes()))
-        plain = Piece(**{**vars(piece), "coded": False})
         about = {"numpy": not exact.is_torch(x), "shape": list(piece.shape), "dtype": piece.dtype}
-        return listing.listing_fields(plain, checksum_bytes(raw).hex(), **about)
+        return listing.listing_fields(piece, checksum_bytes(raw).hex(), **about)
 
     def _create(self, piece: Piece, path: str, shape: Sequence[int], dtype: Any, chunks: Sequence[int], **how: Any) -> Any:
         attributes = {"name": piece.name, "layout": piece.layout, "layer": piece.layer, "role": piece.role}
