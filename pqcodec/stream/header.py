@@ -208,9 +208,10 @@ def header_size(data: bytes | memoryview) -> int:
     version, size = data[4], struct.unpack_from("<I", data, 8)[0]
     if version != c.STREAM_VERSION:
         raise UnsupportedStream(f"stream version {version}; this release reads {c.STREAM_VERSION}: install a newer pqcodec")
+    smallest = c.HEADER_STRUCT.size + 8 + c.CHECKSUM_BYTES
     largest = c.HEADER_STRUCT.size + 8 * c.MAX_NDIM + c.ROPE_STRUCT.size + 2 * c.MAX_HEAD_DIM + c.CHECKSUM_BYTES
-    if not c.HEADER_STRUCT.size + c.CHECKSUM_BYTES <= size <= largest:
-        raise CorruptStream(f"header: size {size} is outside {c.HEADER_STRUCT.size + c.CHECKSUM_BYTES} .. {largest}")
+    if not smallest <= size <= largest:
+        raise CorruptStream(f"header: size {size} is outside {smallest} .. {largest}")
     return int(size)
 
 

@@ -174,8 +174,8 @@ class Log:
     def _begins(self, offset: int) -> bool:
         """Whether the bytes from a byte on are the beginning of a frame or of a footer, or none."""
         rest = self._source.read(offset, min(self.size - offset, c.FRAME_STRUCT.size)).tobytes()
-        if len(rest) == c.FRAME_STRUCT.size:
-            return self._runs_out(offset)
+        if len(rest) == c.FRAME_STRUCT.size and not self._runs_out(offset):
+            return False
         frames = (c.FRAME_MAGIC + bytes([kind]) + bytes(3) for kind in KINDS)
         known = len(c.FRAME_MAGIC) + 4  # bytes of a frame's header that do not depend on its sizes
         return c.FOOTER_MAGIC.startswith(rest[:4]) or any(frame.startswith(rest[:known]) for frame in frames)

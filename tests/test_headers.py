@@ -1,0 +1,123 @@
+"""SPEC 3.3: the order in which a decoder checks a header, and the error that each check makes."""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+
+import numpy as np
+import pytest
+from conftest import BACKENDS
+
+import pqcodec
+from pqcodec import CorruptStream, Rope, TruncatedStream, UnsupportedStream
+from pqcodec.errors import PQError
+from pqcodec.stream.checksum import checksum
+
+REFERENCE = {"backend": "reference"}
+ROPE = 48 + 3 * 8  # where its part of the header begins
+Edits = list[tuple[int, str, int]]  # (byte, type, value)
+
+
+@cache
+def stream(kind: str) -> bytes:
+    """A small stream [2, 3, 64] of a preset, or of pq3 with RoPE."""
+    options = {"preset": "pq3", "center": "rope", "rope": Rope()} if kind == "rope" else {"preset": kind}
+    return pqcodec.encode(np.ones((2, 3, 64), np.float32), **options, **REFERENCE)
+
+
+def forged(kind: str, edits: Edits, *, sealed: bool = True) -> bytes:
+    """The stream with some fields of its header changed; ``sealed``: under a checksum that holds, where header_bytes was."""
+    data = stream(kind)
+    size = struct.unpack_from("<I", data, 8)[0]
+    head = bytearray(data[: size - 4])
+    for at, form, value in edits:
+        struct.pack_into("<" + form, head, at, value)
+    return bytes(head) + (struct.pack("<I", checksum(head)) if sealed else data[size - 4 : size]) + data[size:]
+
+
+VERSION, CODING, NDIM, SIZE, FLAGS, ROW_BITS = (4, "B", 9), (5, "B", 9), (7, "B", 0), 8, 12, (16, "I", 1)
+RESERVED, PAIRING = (ROPE + 11, "B", 1), (ROPE + 10, "B", 3)
+FIRST_WRONG = [  # by step: what is wrong there, and after it
+    (1, forged("pq3", [(0, "B", 0), VERSION])[:20], CorruptStream),
+    (1, b"\x89P?", CorruptStream),
+    (2, forged("pq3", [VERSION])[:47], TruncatedStream),
+    (2, b"", TruncatedStream),
+    (3, forged("pq3", [VERSION, (SIZE, "I", 0)], sealed=False)[:48], UnsupportedStream),
+    (4, forged("pq3", [(SIZE, "I", 59)])[:48], CorruptStream),
+    (4, forged("pq3", [(SIZE, "I", 2181)])[:48], CorruptStream),
+    (5, forged("pq3", [(SIZE, "I", 60)])[:59], TruncatedStream),
+    (5, forged("pq3", [(SIZE, "I", 2180), CODING]), TruncatedStream),
+    (6, forged("pq3", [CODING], sealed=False), CorruptStream),
+    (7, forged("pq3", [CODING, NDIM]), UnsupportedStream),
+    (7, forged("pq3", [(6, "B", 0), ROW_BITS]), UnsupportedStream),
+    (7, forged("pq3", [(FLAGS, "H", 24), ROW_BITS]), UnsupportedStream),
+    *[(7, forged("pq3", [(at, "B", 1), ROW_BITS]), UnsupportedStream) for at in (15, 44, 45, 46, 47)],
+    (8, forged("pq3", [(7, "B", 9)]), CorruptStream),
+    (8, forged("pq3", [(FLAGS, "H", 11)]), CorruptStream),
+    (9, forged("rope", [RESERVED, PAIRING, ROW_BITS, (ROPE + 8, "H", 66)]), UnsupportedStream),
+    (9, forged("rope", [(ROPE + 8, "H", 66)]), CorruptStream),
+    (10, forged("pq3", [NDIM]), CorruptStream),
+    (10, forged("pq3", [(64, "Q", 0)]), CorruptStream),
+    (10, forged("pq3", [(64, "Q", 1025)]), CorruptStream),
+    (10, forged("pq3", [(48, "Q", 0), (56, "Q", (1 << 32) + 1)]), CorruptStream),
+    (10, forged("pq3", [(48, "Q", 1 << 48)]), CorruptStream),
+    (10, forged("pq3", [(28, "I", 7)]), CorruptStream),
+    *[(10, forged(kind, [(40, "h", n)]), CorruptStream) for kind in ("pq3", "rope") for n in (-113, 112)],
+    *[(10, forged(kind, [(42, "h", n)]), CorruptStream) for kind in ("pq3", "paper", "quad2") for n in (-126, 118)],
+    (10, forged("rope", [(FLAGS, "H", 14)]), CorruptStream),
+    *[(10, forged("rope", [(ROPE + 10, "B", pairing)]), CorruptStream) for pairing in (0, 3)],
+    (10, forged("rope", [(ROPE + 8, "H", 0)]), CorruptStream),
+    (10, forged("rope", [(ROPE, "Q", 1 << 63)]), CorruptStream),
+    (10, forged("paper", [(FLAGS, "H", 12)]), CorruptStream),
+    (10, forged("quad2", [(FLAGS, "H", 4)]), CorruptStream),
+    *[(10, forged("pq3", [(16, "I", n)]), CorruptStream) for n in (63, 12 + 7 * 64 + 1)],
+    (10, forged("paper", [(16, "I", 249)]), CorruptStream),
+    *[(10, forged("quad2", [(16, "I", 8 + 64 + 16 * b)]), CorruptStream) for b in (3, 11)],
+    *[(10, forged(kind, [(14, "B", n)]), CorruptStream) for kind, n in (("pq3", 10), ("pq3", 16), ("paper", 15), ("quad2", 9))],
+    *[(10, forged("pq3", [(20, "I", n)]), CorruptStream) for n in (0, 4097)],
+    (11, forged("rope", [(ROPE + 8, "H", 62)]), CorruptStream),
+    (11, forged("rope", [(ROPE + 8, "H", 63)]), CorruptStream),
+    (12, forged("pq3", [(24, "I", (1 << 32) - 1)]), TruncatedStream),
+    (12, stream("pq3")[:-1], TruncatedStream),
+    (12, stream("pq3") + b"\0", CorruptStream),
+    (12, forged("pq3", [(56, "Q", 2)]), CorruptStream),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "error"), [case[1:] for case in FIRST_WRONG], ids=[f"{n}, step {case[0]}" for n, case in enumerate(FIRST_WRONG)]
+)
+def test_the_first_thing_that_is_wrong_makes_the_error(data: bytes, error: type[PQError]) -> None:
+    for read in (pqcodec.decode, pqcodec.verify):
+        with pytest.raises(PQError) as caught:
+            read(data, **REFERENCE)
+        assert caught.type is error, caught.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "edits"),
+    [
+        ("pq3", [(40, "h", 111)]),  # offset_exponent without offsets
+        ("pq3", [(42, "h", 5)]),  # radius_exponent without paper coding
+        ("quad2", [(42, "h", -125)]),
+        ("pq3", [(6, "B", 2)]),  # bfloat16, which numpy lacks
+        ("pq3", [(FLAGS, "H", 8)]),  # for torch
+        ("rope", [(ROPE + 16, "I", (1 << 32) - 1)]),  # any frequency
+    ],
+)
+def test_what_is_not_checked(kind: str, edits: Edits) -> None:
+    data = forged(kind, edits)
+    assert pqcodec.verify(data, **REFERENCE) == []
+    found, usual = (np.asarray(pqcodec.decode(x, **REFERENCE).tolist()) for x in (data, stream(kind)))
+    assert kind == "rope" or np.allclose(found, usual, rtol=0.01)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
+    data = bytearray(pqcodec.encode(np.ones((1, 16), np.float32), preset="paper", **REFERENCE))
+    assert struct.unpack_from("<I", data, 16) == (62,)
+    usual = pqcodec.decode(bytes(data), backend=backend).tolist()
+    data[-5] |= 0xC0  # bits 62 and 63 of the row
+    data[-4:] = struct.pack("<I", checksum(bytes(data[-12:-4])))
+    assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
