@@ -12,13 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import second_decoder
+import spec_vectors as vectors
 
 import pqcodec
 from pqcodec import constants as c
-from pqcodec.codings import angles, quads
-from pqcodec.stages import rotation
+from pqcodec.codings import angles, paper, quads
+from pqcodec.codings.plan import plan_for
+from pqcodec.formats import PQKVFile
+from pqcodec.stages import centre, rotation
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header
 
-SPEC = (Path(__file__).parents[1] / "formats" / "SPEC.md").read_text()
+ROOT = Path(__file__).parents[1]
+SPEC = (ROOT / "formats" / "SPEC.md").read_text()
 MARGIN = 5e-5  # of a rounding step, as section 6.6 says
 KINDS = sorted({(table.m_a, table.m_b) for order in c.ROTATION_ORDERS for table in angles.tree(order).tables})
 
@@ -99,19 +106,34 @@ def test_means_are_accurate_far_beyond_the_margin(monkeypatch: pytest.MonkeyPatc
 
 
 def tables() -> Iterator[tuple[str, list[np.ndarray]]]:
-    for pair in ((4, 4), (8, 8), (16, 16), (32, 16), (32, 32), (64, 64)):
+    for pair in KINDS:
         node = angles.node_table(*pair)
         yield f"node {pair[0]}, {pair[1]}", [node.cos[1:], node.sin[1:], node.shift[1:]]
     leaves = angles.quad_table()
     yield "quads", [leaves.n_a, leaves.n_b, leaves.cos, leaves.sin]
     yield "circle", list(angles.circle_table())
     yield "permutations", [rotation.permutation(order) for order in c.ROTATION_ORDERS]
+    yield "base matrices", [rotation.base_matrix(base).astype(np.int8) for base in c.HADAMARD_BASES[1:]]
+    yield "paper", [x for level in (2, 3, 4) for x in paper.paper_cells(level)[1:]]
+    yield "phases", list(centre.phase_tables())
+    every = product((1, 2), c.RADIUS_BITS, c.ROTATION_ORDERS)
+    yield "m", [mantissas(c.CODING_SPLIT, order, order, bits, rounds) for rounds, bits, order in every]
+    every = product(c.QUADS_INDEX_BITS, c.ROTATION_ORDERS)
+    yield (
+        "m of quads",
+        [mantissas(c.CODING_QUADS, n, c.QUADS_RADIUS_BITS + n + b * n // 4, c.QUADS_RADIUS_BITS, 2) for b, n in every],
+    )
+
+
+def mantissas(coding: int, order: int, row_bits: int, radius_bits: int, rounds: int) -> np.ndarray:
+    """The factors m of a kind of rows."""
+    return plan_for(Header(coding, c.DTYPE_FLOAT32, (order,), row_bits, radius_bits, rounds=rounds)).mantissas
 
 
 @pytest.mark.parametrize(("name", "arrays"), list(tables()), ids=lambda value: value if isinstance(value, str) else "")
 def test_tables_have_the_hashes_of_the_specification(name: str, arrays: list[np.ndarray]) -> None:
     digest = hashlib.sha256(b"".join(x.astype(x.dtype.newbyteorder("<")).tobytes() for x in arrays)).hexdigest()
-    found = re.search(rf"^\| {re.escape(name)} \|.*\| `([0-9a-f]{{64}})` \|$", SPEC, re.MULTILINE)
+    found = re.search(rf"^\| {re.escape(name)} \|(?:.*\|)? `([0-9a-f]{{64}})` \|$", SPEC, re.MULTILINE)
     assert found, f"| {name} | ... | `{digest}` | is not in SPEC.md"
     assert found[1] == digest
 
@@ -130,9 +152,77 @@ def test_the_worked_example_of_quads_holds() -> None:
     stream = bytes.fromhex("".join(re.match(r"    ((?:[0-9a-f]{2} )*[0-9a-f]{2})", line)[1] for line in lines[1].splitlines()))
     x = np.array([(-1) ** i * (i + 1) for i in range(12)], np.float32)
     assert pqcodec.encode(x, preset="quad2", backend="reference") == stream
-    told = re.search(r"The numbers are (.*)\.\n", SPEC)
+    told = re.search(r"### 12.5 Example\n.*?- The numbers are ([^\n]*)\.\n", SPEC, re.DOTALL)
     assert told
     assert pqcodec.decode(stream).tolist() == [float(number) for number in told[1].split(", ")]
+
+
+def example(section: str) -> list[str]:
+    """The indented blocks of a section, in their order."""
+    body = SPEC[SPEC.index(section) :].split("\n", 1)[1]
+    body = re.split(r"^#", body, maxsplit=1, flags=re.MULTILINE)[0]
+    return [block.strip("\n") for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", body, re.MULTILINE)]
+
+
+def test_the_worked_example_of_split_coding_holds() -> None:
+    lines, trace = example("### 6.7 Example")
+    stream = vectors.split_stream()
+    assert (lines, trace) == ("\n".join(vectors.hex_lines(stream, vectors.SPLIT_NOTES)), "\n".join(vectors.split_trace(stream)))
+    assert vectors.bytes_of(lines) == stream
+    integers, a, b = second_decoder.split_row(int.from_bytes(stream[60:-4], "little"), 16, 32, 11, True)
+    turned = ", ".join(map(str, second_decoder.turned_back(integers, 0, True)))
+    numbers = ", ".join(str(x) for x in pqcodec.decode(stream).tolist())
+    assert f"Radius code 1119: e = 4, j = 5, A = {float(a)!r}, B = {float(b):g}." in SPEC
+    assert f"- With flag 8, s = {turned}.\n- The numbers are {numbers}.\n" in SPEC
+
+
+def test_the_worked_example_of_offsets_holds() -> None:
+    lines, trace = example("### 8.4 Example")
+    stream = vectors.rope_stream()
+    assert (lines, trace) == ("\n".join(vectors.hex_lines(stream, vectors.ROPE_NOTES)), "\n".join(vectors.rope_trace(stream)))
+    first, exact, last = pqcodec.decode(stream).tolist()
+    assert exact == [math.inf, 1, 1, 1]
+    assert f"and the numbers are {tuple(first)}, the exact vector, and {tuple(last)}.\n" in SPEC
+
+
+def test_the_file_of_the_specification_is_what_writers_write(tmp_path: Path) -> None:
+    (lines,) = example("## II.7 Example")
+    data = vectors.grown_file(tmp_path)
+    assert lines == "\n".join(vectors.file_lines(data))
+    assert vectors.bytes_of(lines) == data
+    with PQKVFile(data) as file:
+        assert (file.version, file.names, file.entry("k").parts, file.verify(backend="reference")) == (2, ("k", "n"), 2, [])
+
+
+def test_golden_streams_have_the_hashes_beside_the_specification() -> None:
+    text = (ROOT / "formats" / "golden.txt").read_text()
+    assert text == "".join(f"{line}\n" for line in vectors.golden_lines(ROOT / "tests" / "data" / "golden"))
+
+
+def test_checksums_of_the_specification() -> None:
+    keys = f"k_0 = {second_decoder.key(0)}, k_1 = {second_decoder.key(1)}."
+    empty, letter, digits = map(checksum, (b"", b"a", b"123456789"))
+    assert f"{keys} The checksum of the empty string is {empty}, of `a` {letter}, of `123456789` {digits}." in SPEC
+
+
+def test_zeros_of_tables_are_positive() -> None:
+    for table in (*angles.circle_table(), *centre.phase_tables()):
+        assert not np.signbit(table[table == 0]).any()
+    cos, sin, _, fine = centre.phase_tables()
+    assert [cos[64], cos[192], sin[0], sin[128], fine[0]] == [0] * 5
+
+
+def test_means_are_those_of_the_incomplete_beta_function() -> None:
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(40):
+        for m_a, m_b in ((2, 2), (8, 8), (32, 16)):
+            bounds = angles.cell_bounds(m_a, m_b, 8)
+            found = angles.cell_means(bounds, m_a, m_b)
+            for k in range(8):
+                x, y = (mpmath.mpf(int(e)) / int(bounds[-1]) for e in bounds[k : k + 2])
+                whole = mpmath.betainc(m_b / 2, m_a / 2, x, y)
+                assert found[0][k] == pytest.approx(float(mpmath.betainc(m_b / 2, (m_a + 1) / 2, x, y) / whole), rel=1e-13)
+                assert found[1][k] == pytest.approx(float(mpmath.betainc((m_b + 1) / 2, m_a / 2, x, y) / whole), rel=1e-13)
 
 
 def test_factors_of_quads_are_far_from_an_edge_of_their_rounding() -> None:
@@ -146,8 +236,7 @@ def test_factors_of_quads_are_far_from_an_edge_of_their_rounding() -> None:
 
 def test_numbers_of_the_specification_stand_once_in_code() -> None:
     """A name of constants.py is assigned nowhere else, unless it is from there that it gets its value."""
-    root = Path(__file__).parents[1]
     names = "|".join(name for name in vars(c) if name.isupper())
-    for path in (*(root / "pqcodec").rglob("*.py"), *(root / "formats").glob("*.py"), *(root / "tools").glob("*.py")):
+    for path in (*(ROOT / "pqcodec").rglob("*.py"), *(ROOT / "formats").glob("*.py"), *(ROOT / "tools").glob("*.py")):
         if path.name != "constants.py":
             assert not re.search(rf"^({names})\s*[:=](?!.*\bc\.\1\b)", path.read_text(), re.MULTILINE), path

@@ -1,0 +1,158 @@
+"""Blocks of text that formats/SPEC.md holds, computed anew: worked examples from the second decoder, and files in hex."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import second_decoder as second
+
+import pqcodec
+from pqcodec import constants as c
+from pqcodec.formats import PQKVAppender, PQKVWriter
+
+ALTERNATING = np.array([(-1) ** i * (i + 1) for i in range(12)], np.float32)
+REFERENCE = {"backend": "reference"}
+FIXED = [(16, "magic .. radius_bits, linear"), (16, "row_bits .. exceptions"), (16, "seed .. reserved")]
+SPLIT_NOTES = [*FIXED, (12, "shape, checksum"), (8, "the block")]
+ROPE_NOTES = [
+    *FIXED,
+    (16, "shape"),
+    (16, "first_position, channels, pairing, reserved"),
+    (12, "frequencies, checksum"),
+    (12, "offsets, checksum"),
+    (20, "row 1, its vector, checksum"),
+    (22, "the block"),
+]
+
+
+# -- bytes as text -----------------------------------------------------------------------------------------------
+def hex_lines(data: bytes, notes: Iterable[tuple[int, str]]) -> list[str]:
+    """Runs of bytes, each with a note; a run longer than 16 bytes takes several lines, of which the first has the note."""
+    lines, at = [], 0
+    for size, note in notes:
+        run = data[at : at + size]
+        at += size
+        for first in range(0, size, 16):
+            piece = run[first : first + 16].hex(" ")
+            lines.append(f"    {piece:<47}   {note}".rstrip() if not first and note else f"    {piece}")
+    assert at == len(data)
+    return lines
+
+
+def bytes_of(block: str) -> bytes:
+    """The bytes that lines of hex and of JSON are; what follows three spaces is a note."""
+    data = b""
+    for line in block.splitlines():
+        text = line.removeprefix("    ")
+        data += text.encode() if text[0] in "{[" else bytes.fromhex(text.split("   ")[0])
+    return data
+
+
+# -- 6.7: a stream of split coding -------------------------------------------------------------------------------
+def split_stream() -> bytes:
+    """The numbers 1, -2, 3 ... -12 by pq2."""
+    return pqcodec.encode(ALTERNATING, preset="pq2", seed=0, **REFERENCE)
+
+
+def split_trace(data: bytes) -> list[str]:
+    """Every node of a stream of one row of order 16, in the order of their bits: what it reads, and what it passes on."""
+    row = int.from_bytes(data[60:-4], "little")
+    radius_bits, (row_bits,) = data[14], struct.unpack_from("<I", data, 16)
+    nodes, quads = [], []
+
+    def walk(place: int, budget: int, n: int, r: np.float32) -> None:
+        if n == 4:
+            per_cell, cells = second.quad(budget)
+            x = second.field(row, place, budget)
+            k = min(x // per_cell, len(cells) - 1)
+            n_a, n_b, cos, sin = cells[k]
+            i_a, i_b = divmod(x - k * per_cell, n_b)
+            v = " ".join(map(str, second.walk(row, place, budget, 4, r)))
+            read = f"{place:>5} {budget:>2} {float(r):<18} {x:>3} {len(cells):>2} {per_cell:>2} {k:>2}"
+            quads.append(f"    {read} {n_a:>3} {n_b:>3} {i_a:>3} {i_b:>3}  {float(cos):<14} {float(sin):<14} {v}")
+            return
+        m_a, m_b = second.children(n)
+        w = min(budget, max(1, min(7, 16 * budget // (15 * n))))
+        cos, sin, shift = second.node(m_a, m_b, w)
+        k, rest = second.field(row, place, w), budget - w
+        left = min(max(rest * m_a // n + shift[k], max(0, rest - 7 * m_b)), min(7 * m_a, rest))
+        read = f"{n:>2} {place:>5} {budget:>2} {float(r):<18} {w} {k:>2}"
+        nodes.append(f"    {read}  {float(cos[k]):<14} {float(sin[k]):<14} {rest:>2} {shift[k]:>3} {left:>3} {rest - left:>3}")
+        walk(place + w, left, m_a, r * cos[k])
+        walk(place + w + left, rest - left, m_b, r * sin[k])
+
+    walk(radius_bits, row_bits - radius_bits, 16, np.float32(2048))
+    node_heads = "     n place  B r                  w  k  C_k            S_k             R d_k R_a R_b"
+    quad_heads = "    place  B r                    x  q  T  k n_a n_b i_a i_b  C              S              v"
+    return [node_heads, *nodes, "", quad_heads, *quads]
+
+
+# -- 8.4: a stream with offsets under RoPE -----------------------------------------------------------------------
+def rope_stream() -> bytes:
+    """Three vectors of four float16 numbers, one of which holds an infinity."""
+    x = np.array([[3, -1, 2, 0.5], [np.inf, 1, 1, 1], [-2, 2.5, 1, 3]], np.float16)
+    rope = pqcodec.Rope(theta=100.0, first_position=70000)
+    return pqcodec.encode(x, preset="pq3", center="rope", rope=rope, nonfinite="exact", seed=0, **REFERENCE)
+
+
+def rope_trace(data: bytes) -> list[str]:
+    """Offsets of the coded tokens: the phase of each pair, its cos and sin, and the offsets that are added."""
+    first_position, channels, pairing = struct.unpack_from("<QHB", data, 64)
+    frequencies = struct.unpack_from(f"<{channels // 2}I", data, 80)
+    offset = np.frombuffer(data, "<f2", 4, 92).astype(np.float32)
+    lines = ["    token pair     p cos_t               sin_t               offsets"]
+    for token in range(3):
+        turned = second.turned(offset, first_position + token, pairing, frequencies)
+        for i, frequency in enumerate(frequencies):
+            phase = (first_position + token) * frequency // 2**16 % 2**16
+            unit = np.zeros(4, np.float32)
+            unit[i] = 1
+            cos, sin = (float(x) for x in second.turned(unit, first_position + token, pairing, frequencies)[[i, i + 2]])
+            lines.append(f"    {token:>5} {i:>4} {phase:>5} {cos:<19.9g} {sin:<19.9g} {turned[i]:.9g}, {turned[i + 2]:.9g}")
+    return lines
+
+
+# -- II.7: a file that has grown ---------------------------------------------------------------------------------
+def grown_file(folder: Path) -> bytes:
+    """A file of one coded tensor of one token, to which a second token and an exact tensor were appended."""
+    path, x = folder / "a.pqkv", np.array([[1, -2, 3, -4], [5, 6, 7, 8]], np.float16)
+    with PQKVWriter(path) as writer:
+        writer.add("k", x[:1], layer=0, role="key", preset="pq2", seed=0, **REFERENCE)
+    with PQKVAppender(path) as appender:
+        appender.extend("k", x[1:], preset="pq2", seed=0, **REFERENCE)
+        appender.add_exact("n", np.array([1, -1], np.int8))
+    return path.read_bytes()
+
+
+def file_lines(data: bytes) -> Iterator[str]:
+    """A .pqkv file, record by record: JSON as text, all else in hex."""
+    yield from hex_lines(data[:16], [(16, "head, version 2")])
+    at = 16
+    while at < len(data):
+        if data[at : at + 4] == c.FOOTER_MAGIC:
+            yield from hex_lines(data[at : at + 24], [(24, f"byte {at}: footer")])
+            at += 24
+            continue
+        _, kind, _, meta, body, _ = c.FRAME_STRUCT.unpack_from(data, at)
+        yield from hex_lines(data[at : at + 24], [(24, f"byte {at}: frame of kind {kind}")])
+        yield "    " + data[at + 24 : at + 24 + meta].decode()
+        at += 24 + meta
+        text = body - 4 if kind == c.FRAME_INDEX else 0
+        if text:
+            yield "    " + data[at : at + text].decode()
+        note = {c.FRAME_CODED: "stream", c.FRAME_EXACT: "numbers, checksum", c.FRAME_INDEX: "checksum"}[kind]
+        yield from hex_lines(data[at + text : at + body], [(body - text, note)])
+        at += body
+
+
+# -- golden streams ----------------------------------------------------------------------------------------------
+def golden_lines(folder: Path) -> Iterator[str]:
+    """Of every golden stream its name, its SHA-256, and that of its decoded numbers, row-major and little-endian."""
+    for path in sorted(folder.glob("*.pqs")):
+        numbers = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        said = (numbers.astype(numbers.dtype.newbyteorder("<")).tobytes(), path.read_bytes())
+        yield " ".join([path.stem, *(hashlib.sha256(part).hexdigest() for part in reversed(said))])
