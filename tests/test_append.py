@@ -328,6 +328,10 @@ def test_what_is_no_beginning_of_a_frame_is_no_torn_append(tmp_path: Path) -> No
         for rest in garbage:
             with pytest.raises(CorruptStream, match=f"at byte {ends[2]} is neither a frame nor a footer"):
                 PQKVFile(data + rest)
+    unknown = b"PQFR\x09\0\0\0" + bytes([200]) + bytes(40)  # of a kind that is not known; its meta is cut off
+    with pytest.raises(CorruptStream, match="neither a frame nor a footer"):
+        PQKVFile(data + unknown)
+    assert PQKVFile(data + unknown.replace(b"\x09", b"\2")).torn_bytes == len(unknown)
     for rest in (b"P", b"PQFR", b"PQFR\2\0\0\0" + bytes(15)):
         assert PQKVFile(data + rest).torn_bytes == len(rest)
 

@@ -295,6 +295,11 @@ def test_hand_built_file_is_read() -> None:
     np.testing.assert_array_equal(file.decode("x"), np.zeros(4, np.int8))
 
 
+def test_json_may_be_nested_500_deep() -> None:
+    deep = b'{"a":' * 500 + b"1" + b"}" * 500
+    assert PQKVFile(assemble(frame(3, deep))).metadata == json.loads(deep)
+
+
 def test_layers_are_numbers_below_2_to_the_63() -> None:
     assert PQKVFile(assemble(exact_frame(layer=(1 << 63) - 1))).entry("x").layer == (1 << 63) - 1
     with pytest.raises(CorruptStream, match="layer"):

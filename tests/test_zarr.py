@@ -24,7 +24,8 @@ from pqcodec.formats.cache import load_zarr, save_zarr  # noqa: E402
 from pqcodec.formats.containers.writer import Coded, Piece  # noqa: E402
 from pqcodec.formats.containers.zarr.codec import PQCodec  # noqa: E402
 from pqcodec.formats.containers.zarr.reader import ZarrCache  # noqa: E402
-from pqcodec.formats.containers.zarr.writer import write_pieces  # noqa: E402
+from pqcodec.formats.containers.zarr.writer import document_seal, write_pieces  # noqa: E402
+from pqcodec.stream.checksum import checksum  # noqa: E402
 
 if not entry_points(group="zarr.codecs", name="pqcodec"):
     pytest.skip("pqcodec is installed without its entry points: pip install --editable .", allow_module_level=True)
@@ -436,6 +437,14 @@ def test_caches_in_every_store(kind: str, shards: int | None, tmp_path: Path, re
     }
     assert key.metadata.dimension_names == (None, "tokens", "head_dim")
     np.testing.assert_array_equal(key[1, 0:256], back[1][0][1, 0:256].numpy())
+
+
+def test_the_document_is_hashed_as_the_specification_writes_it() -> None:
+    numbers = [0.0001, 0.00001, 1e15, 1e16, 1.5e16, 0.0, -0.0, 1, 2**70]
+    document = {"b": {"z": None, "a": True}, "attributes": {"x": 1}, "a": numbers, "é": '"\\/\n\t\x01\x7f'}
+    text = '{"a":[0.0001,1e-05,1000000000000000.0,1e+16,1.5e+16,0.0,-0.0,1,1180591620717411303424],'
+    text += '"b":{"a":true,"z":null},"é":"\\"\\\\/\\n\\t\\u0001\x7f"}'
+    assert document_seal(document) == checksum(text.encode()).to_bytes(4, "little").hex()
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 64), (0, 5, 64), (0, 64)])

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
+from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
 from pqcodec.formats.containers.pqkv.frames import KINDS, Frame, frame_of, sealed
 from pqcodec.formats.containers.reader import named
 from pqcodec.formats.plain.documents import checksum_bytes, json_value, natural
@@ -158,9 +158,9 @@ class Log:
         offset, tensors, footers = c.FILE_HEAD_STRUCT.size, 0, []
         while self.size - offset >= c.FRAME_STRUCT.size:
             magic = self._source.read(offset, 4).tobytes()
-            if magic == c.FRAME_MAGIC and not (self.version == c.GROWN_VERSION and self._runs_out(offset)):
+            if magic == c.FRAME_MAGIC and not self._runs_out(offset):
                 with named(f"{tensors} whole tensors, then"):
-                    item, _ = self._frame(offset, self.size, TruncatedStream)
+                    item, _ = self._frame(offset, self.size)
                 offset, tensors = item.end, tensors + (item.kind in (c.FRAME_CODED, c.FRAME_EXACT))
             elif (footer := self._footer(offset)) and footer[1] == offset + c.FOOTER_STRUCT.size:
                 offset += c.FOOTER_STRUCT.size
@@ -193,15 +193,15 @@ class Log:
         return bool(holds) and meta + meta_bytes + body_bytes > self.size
 
     # -- frames --------------------------------------------------------------------------------------------------
-    def _frame(
-        self, offset: int, end: int, beyond: type[PQError] = CorruptStream, meta_bytes_listed: int = 0
-    ) -> tuple[Frame, dict[str, Any]]:
-        """The frame at a byte, and its meta; raises ``beyond`` where the frame ends after ``end``.
+    def _frame(self, offset: int, end: int, meta_bytes_listed: int = 0) -> tuple[Frame, dict[str, Any]]:
+        """The frame at a byte, and its meta; raises CorruptStream where the frame ends after ``end``.
 
         ``meta_bytes_listed``: the size of the meta in the index, so that header and meta take one read.
         """
         if end - offset < c.FRAME_STRUCT.size:
-            raise beyond(f"frame at byte {offset}: {end - offset} bytes are there, its header takes {c.FRAME_STRUCT.size}")
+            raise CorruptStream(
+                f"frame at byte {offset}: {end - offset} bytes are there, its header takes {c.FRAME_STRUCT.size}"
+            )
         head = self._source.read(offset, min(end - offset, c.FRAME_STRUCT.size + meta_bytes_listed)).tobytes()
         header, meta = head[: c.FRAME_STRUCT.size], head[c.FRAME_STRUCT.size :]
         magic, kind, reserved, meta_bytes, body_bytes, stored = c.FRAME_STRUCT.unpack(header)
@@ -212,13 +212,13 @@ class Log:
         body = offset + c.FRAME_STRUCT.size + meta_bytes
         takes = f"frame at byte {offset}: it takes {body + body_bytes - offset} bytes, {end - offset} are there"
         if body > end:
-            raise beyond(takes)
+            raise CorruptStream(takes)
         if len(meta) != meta_bytes:
             meta = self._source.read(offset + c.FRAME_STRUCT.size, meta_bytes).tobytes()
         if stored != checksum(header[: c.FRAME_CHECKED] + meta):
             raise CorruptStream(f"frame at byte {offset}: checksum does not hold; fetch the file again")
         if body + body_bytes > end:
-            raise beyond(takes)
+            raise CorruptStream(takes)
         if kind not in KINDS or any(reserved):
             raise UnsupportedStream(f"frame at byte {offset}: kind {kind}, reserved {reserved!r}: install a newer pqcodec")
         fields = json_value(meta, f"frame at byte {offset}")
