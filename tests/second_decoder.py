@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import struct
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -300,40 +301,95 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
 
 
-def sections(data: bytes) -> list[int]:
-    """Bytes of the header and of each block of a stream, checksums included, in their order (3.2)."""
+def sections(data: bytes) -> Iterator[tuple[int, int]]:
+    """The header and the blocks of a stream in their order (3.2): how many of a size, and their bytes with checksums."""
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
     row_bits, chunk, exact, exceptions = struct.unpack_from("<IIII", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens, leading = shape[-1], shape[-2] if ndim > 1 else 1, math.prod(shape[:-2])
     vector = head_dim * (4 if dtype == 3 else 2)
     kept = min(exact, tokens)
-    found = [size]
-    found += [2 * head_dim + 4] * leading if flags & 1 else []
-    found += [kept * vector + 4] * leading if kept else []
-    found += [exceptions * (8 + vector) + 4] if exceptions else []
-    for first in range(0, tokens - kept, chunk):
-        rows = min(chunk, tokens - kept - first) * -(-row_bits // 8)
-        found += [-(-(rows + 6) // 16) * 16 if data[5] == 3 else rows + 4] * leading
-    if sum(found) != len(data):
-        raise ValueError("the stream has another size")
-    return found
+    yield 1, size
+    if flags & 1:
+        yield leading, 2 * head_dim + 4
+    if kept:
+        yield leading, kept * vector + 4
+    if exceptions:
+        yield 1, exceptions * (8 + vector) + 4
+    whole, rest = divmod(tokens - kept, chunk)
+    for chunks, count in ((whole, chunk), (1, rest)):
+        rows = count * -(-row_bits // 8)
+        if count:
+            yield chunks * leading, -(-(rows + 6) // 16) * 16 if data[5] == 3 else rows + 4
+
+
+def blocks(data: bytes) -> list[int]:
+    """Bytes of the header and of each block of a stream, checksums included, in their order."""
+    return [size for count, size in sections(data) for _ in range(count)]
+
+
+def refusal(data: bytes) -> str:
+    """The error that a stream's header makes (3.3, steps 1 to 12): "truncated", "corrupt", "unsupported", or "" for none."""
+    if not b"\x89PQS".startswith(data[:4]):
+        return "corrupt"
+    if len(data) < 48:
+        return "truncated"
+    version, coding, dtype, ndim, size, flags, radius_bits, linear = struct.unpack_from("<BBBBIHBB", data, 4)
+    row_bits, chunk, exact, exceptions, _, *exponents = struct.unpack_from("<IIIIQhh", data, 16)
+    if version != 1:
+        return "unsupported"
+    if not 60 <= size <= 2180:
+        return "corrupt"
+    if len(data) < size:
+        return "truncated"
+    if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
+        return "corrupt"
+    if coding not in (1, 2, 3) or dtype not in (1, 2, 3) or flags > 15 or linear or any(data[44:48]):
+        return "unsupported"
+    end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
+    if len(body) < end + (16 if rope else 0):
+        return "corrupt"
+    shape = struct.unpack_from(f"<{ndim}Q", body, 48)
+    position, channels, pairing = struct.unpack_from("<QHB", body, end) if rope else (0, 2, 1)
+    if rope and any(body[end + 11 : end + 16]):
+        return "unsupported"
+    if not 1 <= ndim <= 8 or not 1 <= shape[-1] <= 1024 or math.prod(max(n, 1) for n in shape) > 2**48:
+        return "corrupt"
+    tokens, order = shape[-2] if ndim > 1 else 1, next(n for n in ORDERS if n >= shape[-1])
+    rows = {
+        1: radius_bits in range(11, 16) and order <= row_bits <= radius_bits + 7 * order,
+        2: radius_bits == 16 and row_bits == 62 * (order // 16),
+        3: radius_bits == 8 and row_bits in [8 + order + b * (order // 4) for b in range(4, 11)],
+    }
+    ranges = [
+        tokens <= 2**32,
+        rows[coding],
+        1 <= chunk <= 4096,
+        exceptions <= math.prod(shape[:-2]) * (tokens - min(exact, tokens)),
+        -112 <= exponents[0] <= 111,
+        -125 <= exponents[1] <= 117,
+        not rope or flags & 1,
+        position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
+        not flags & 8 if coding == 2 else flags & 8 or coding == 1,
+        size == 52 + 8 * ndim + (16 + 2 * channels if rope else 0),
+    ]
+    if not all(ranges):
+        return "corrupt"
+    there = sum(count * size for count, size in sections(data))
+    return "truncated" if len(data) < there else "corrupt" if len(data) > there else ""
 
 
 def order_seal(data: bytes) -> int:
     """The order seal of a stream (4.3); what lies between its checksums is not looked at."""
-    return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(sections(data))))
+    return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(blocks(data))))
 
 
 def decode(data: bytes) -> np.ndarray:
     """The tensor of a stream as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
-    magic, version, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk, exact, exceptions = (
-        struct.unpack_from("<4sBBBBIHBBIIII", data)
-    )
-    seed, offset_exponent, radius_exponent, codebook = struct.unpack_from("<QhhB", data, 32)
-    if (magic, version, linear, codebook) != (b"\x89PQS", 1, 0, 0):
-        raise ValueError("not a stream of version 1")
-    checked(data[:size])
+    if error := refusal(data):
+        raise ValueError(f"the stream is {error}")
+    coding, dtype, ndim, size, flags, radius_bits, _ = struct.unpack_from("<BBBIHBB", data, 5)
+    row_bits, chunk, exact, exceptions, seed, offset_exponent, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens = shape[-1], shape[-2] if ndim > 1 else 1
     leading = math.prod(shape[:-2])
@@ -351,8 +407,6 @@ def decode(data: bytes) -> np.ndarray:
     def take(count: int) -> bytes:
         nonlocal at
         at += count + 4
-        if at > len(data):
-            raise ValueError("the stream is cut off")
         return checked(data[at - count - 4 : at])
 
     offsets = np.zeros((leading, head_dim), np.float32)
@@ -364,8 +418,6 @@ def decode(data: bytes) -> np.ndarray:
             out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
     two_rounds = bool(flags & 8)
-    if flags & ~15 or two_rounds > (coding != 2) or (coding == 3 and not two_rounds):
-        raise ValueError("flags that are not known")
     for first in range(0, coded, chunk):
         for lead in range(leading):
             count = min(chunk, coded - first)
@@ -389,6 +441,4 @@ def decode(data: bytes) -> np.ndarray:
     for place in range(0, len(records), 8 + head_dim * kind.itemsize):
         lead, token = divmod(struct.unpack_from("<Q", records, place)[0], coded)
         out[lead, kept + token] = np.frombuffer(records, kind, head_dim, place + 8)
-    if at != len(data):
-        raise ValueError("bytes behind the stream")
     return out.reshape(shape)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import struct
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
+import second_decoder
 from conftest import BACKENDS
 
 import pqcodec
@@ -93,6 +95,8 @@ def test_the_first_thing_that_is_wrong_makes_the_error(data: bytes, error: type[
         with pytest.raises(PQError) as caught:
             read(data, **REFERENCE)
         assert caught.type is error, caught.value
+    kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
+    assert second_decoder.refusal(data) == kinds[error]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_the_first_thing_that_is_wrong_makes_the_error(data: bytes, error: type[
 )
 def test_what_is_not_checked(kind: str, edits: Edits) -> None:
     data = forged(kind, edits)
-    assert pqcodec.verify(data, **REFERENCE) == []
+    assert (pqcodec.verify(data, **REFERENCE), second_decoder.refusal(data)) == ([], "")
     found, usual = (np.asarray(pqcodec.decode(x, **REFERENCE).tolist()) for x in (data, stream(kind)))
     assert kind == "rope" or np.allclose(found, usual, rtol=0.01)
 
@@ -121,3 +125,17 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     data[-5] |= 0xC0  # bits 62 and 63 of the row
     data[-4:] = struct.pack("<I", checksum(bytes(data[-12:-4])))
     assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
+
+
+@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope"])
+def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
+    kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
+    size = struct.unpack_from("<I", stream(kind), 8)[0]
+    for at, value in product(range(size - 4), (0, 1, 2, 3, 7, 8, 15, 16, 60, 64, 127, 128, 255)):
+        data = forged(kind, [(at, "B", value)])
+        try:
+            pqcodec.inspect(data)
+            error = ""
+        except PQError as caught:
+            error = kinds[type(caught)]
+        assert second_decoder.refusal(data) == error, (at, value)

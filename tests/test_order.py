@@ -121,7 +121,7 @@ def sound(kind: str) -> Sound:
                 raw = stream.read(0, stream.size).tobytes()
                 (key,) = (key for key, data in objects.items() if raw in data)
                 at = objects[key].index(raw)
-                for size in second_decoder.sections(raw):
+                for size in second_decoder.blocks(raw):
                     blocks.append((name, key, at, size))
                     at += size
     return Sound(objects, opened, blocks)
@@ -157,7 +157,7 @@ def test_two_blocks_that_change_places_are_found(kind: str) -> None:
 
 def test_a_stream_by_itself_does_not_know_its_order() -> None:
     data = pqcodec.encode(tensor(2, 8, 16), preset="pq2", chunk_tokens=2, backend="reference")
-    block = second_decoder.sections(data)[-1]
+    block = second_decoder.blocks(data)[-1]
     swapped = data[: -2 * block] + data[-block:] + data[-2 * block : -block]
     assert swapped != data
     assert pqcodec.verify(swapped, backend="cpu") == []
