@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from spec_vectors import golden_lines
 
 import pqcodec
 from pqcodec import Rope
 
 FOLDER = Path(__file__).parent / "data" / "golden"
+HASHES = Path(__file__).parents[1] / "formats" / "golden.txt"  # of all of them
 
 
 def stored(x: torch.Tensor) -> np.ndarray:
@@ -90,6 +92,7 @@ def main() -> None:
         (FOLDER / f"{name}.pqs").write_bytes(data)
         np.save(FOLDER / f"{name}.npy", stored(pqcodec.decode(data, backend="reference")))
         print(f"{name}: {len(data)} bytes")
+    HASHES.write_text("".join(f"{line}\n" for line in golden_lines(FOLDER)))
 
 
 if __name__ == "__main__":
