@@ -65,6 +65,12 @@ RADIUS_BIAS = 155  # code 1 is the radius 2^-155
 RADIUS_SPLIT = -100  # below 2^-100 the scale is applied in two factors
 RADIUS_SHIFT = 64  # ... the second of which is 2^-64
 
+# -- Encoders of the split coding (SPEC 9) --------------------------------------------------------------------------
+# A decoded vector is shorter than what it stands for, by half of its relative error and by what tables cut off. Radii are
+# longer by that, .95 * 4^-bits a coordinate + .0024, so that norms are kept, but by .03 at most: near 2 bits the rest costs
+# most error.
+SPLIT_STRETCH, SPLIT_CUT_OFF, SPLIT_MOST_STRETCH = 0.95, 0.0024, 0.03
+
 # -- Tree (SPEC 6.2 to 6.4) --------------------------------------------------------------------------------------
 QUAD = 4  # coordinates of a leaf
 MAX_BUDGET_PER_COORDINATE = 7  # bits

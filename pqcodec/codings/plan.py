@@ -45,6 +45,19 @@ class Plan:
         return self.order**self.rounds
 
     @property
+    def stretch(self) -> float:
+        """What encoders of the split coding multiply a radius with, so that decoded vectors keep their norm (SPEC 9)."""
+        if self.coding != c.CODING_SPLIT:
+            return 1.0
+        more = c.SPLIT_STRETCH * 4 ** -(self.row_bits / self.order) + c.SPLIT_CUT_OFF
+        return 1 + min(more, c.SPLIT_MOST_STRETCH)
+
+    @property
+    def radius_scale(self) -> float:
+        """Squared norm of a vector behind the rotation's +-1 matrices over that of the radius which is coded for it."""
+        return self.energy_scale / self.stretch**2
+
+    @property
     def root_budget(self) -> int:
         """Bits that the tree's root shares out: those of a row without the radius."""
         return self.row_bits - self.radius_bits

@@ -62,7 +62,7 @@ def decode(bits: np.ndarray, plan: Plan, exponent: int = 0) -> tuple[np.ndarray,
 
 def radius_code(norm: np.ndarray, plan: Plan) -> np.ndarray:
     """Norm float64 [n] -> code int64 [n]; 0 is the zero vector (SPEC 6.1)."""
-    log2 = np.log2(np.where(norm > 0, norm, 1.0))
+    log2 = np.log2(np.where(norm > 0, norm * plan.stretch, 1.0))
     code = 1 + np.floor(plan.radius_steps * (log2 + c.RADIUS_BIAS) + 0.5)
     return np.where(norm > 0, np.clip(code, 1, (1 << plan.radius_bits) - 1), 0).astype(np.int64)
 

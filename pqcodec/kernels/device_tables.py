@@ -68,7 +68,7 @@ class Tables:
     root_budget: int
     radius_bits: int
     radius_steps: int
-    energy_scale: int  # by which the encoder's product with R makes squares too large
+    energy_scale: float  # energy that the encoder's product with R gives a vector over the square of its radius
     levels: int  # nodes above a group, at the most
     kind_16: int  # number of the kind of nodes of 16 coordinates; that of 8 is the next
     fixes: int  # bounds that may lie inside one step of ``look_up``, at the most
@@ -130,7 +130,7 @@ def tables_on(
         root_budget=plan.root_budget if coding == c.CODING_SPLIT else 0,
         radius_bits=radius_bits,
         radius_steps=plan.radius_steps if coding == c.CODING_SPLIT else 1,
-        energy_scale=plan.energy_scale,
+        energy_scale=plan.radius_scale,
         levels=path.shape[1],
         kind_16=kinds.index((8, 8)),
         fixes=int(nodes.fixes.max()),

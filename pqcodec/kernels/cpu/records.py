@@ -187,7 +187,7 @@ class SplitEncoder(NamedTuple):
     radius_bits: int
     radius_steps: int  # an octave
     root_budget: int
-    energy_scale: int  # by which the rotation makes squares too large
+    energy_scale: float  # energy of a rotated vector over the square of its radius
     tree: EncoderTree
     quads: EncoderQuads
 

@@ -58,7 +58,7 @@ def _no_rope() -> tuple:
 def _split_encoder(plan: Plan) -> r.SplitEncoder:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
     tree, leaves = _encoder_tree(plan.order), _encoder_quads()
-    return r.SplitEncoder(plan.radius_bits, steps, plan.root_budget, plan.energy_scale, tree, leaves)
+    return r.SplitEncoder(plan.radius_bits, steps, plan.root_budget, plan.radius_scale, tree, leaves)
 
 
 def _split_decoder(plan: Plan) -> r.SplitDecoder:

@@ -4,9 +4,10 @@
 // An encoder may choose another cell than the nearest: what is found here is good to float32. Nodes, and quads, that stand side
 // by side are done side by side, because each of them waits for its look-ups.
 //
-// Needs what split.cuh and radius.cuh need; ROOT_BUDGET, CODES_ROW, BOUNDS_ROW, COARSE_GRID, FINE_GRID (places of sin^2),
-// LOOK_UP_BYTES (of a row), LOOK_UP_ROWS (a level's first row, braced), LOOK_UP_ROW_16 (the first row of 16 coordinates); and
-// the tables LOOK_UPS, BOUNDS, SHIFTS, SHIFTS_16, CELLS, BUDGETS, SECTORS.
+// Needs what split.cuh and radius.cuh need; SQUARED_STRETCH (of a radius that keeps the norm), ROOT_BUDGET, CODES_ROW,
+// BOUNDS_ROW, COARSE_GRID, FINE_GRID (places of sin^2), LOOK_UP_BYTES (of a row), LOOK_UP_ROWS (a level's first row,
+// braced), LOOK_UP_ROW_16 (the first row of 16 coordinates); and the tables LOOK_UPS, BOUNDS, SHIFTS, SHIFTS_16, CELLS,
+// BUDGETS, SECTORS.
 #pragma once
 
 #include "bits.cuh"
@@ -186,7 +187,7 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
     const int half_budget = quarter & 2 ? root.right : root.left;
     find_angles<ORDER / 2, 1>(tables, left + 1, right + 1, &half_budget, &next);
     Writer out = {(u32)__cvta_generic_to_shared(stage + tile_row * STRIDE_WORDS), 0};
-    const u32 head = radius_code(half + far, exponent) | root.code << RADIUS_BITS;
+    const u32 head = radius_code((half + far) * SQUARED_STRETCH, exponent) | root.code << RADIUS_BITS;
     const int head_width = RADIUS_BITS + root.width;
     const u32 value = quarter & 1 ? 0 : quarter & 2 ? next.code : head | next.code << head_width;
     out.bit = quarter & 2 ? head_width + root.left : 0;
