@@ -9,12 +9,13 @@ import typer
 
 import pqcodec
 from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
-from pqcodec.tools.outcome import INTERRUPTED, reported
+from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, reported
 
 app = typer.Typer(
     name="pqcodec",
     help="Compress KV-cache tensors to polar-angle streams and back.",
-    epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version, 4 I/O error.",
+    epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version, 4 I/O error, "
+    "130 interrupted, 141 closed pipe.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -47,6 +48,11 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        discard_output()  # typer and rich end so where nobody reads help and tables, with 1
+        sys.exit(CLOSED_PIPE)
 
 
 def _interrupt(number: int, frame: object) -> None:

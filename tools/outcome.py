@@ -15,10 +15,12 @@ import typer
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
 
 DAMAGED, USAGE, UNSUPPORTED, IO_ERROR, INTERRUPTED = 1, 2, 3, 4, 130
+CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (UnsupportedStream, UNSUPPORTED),
     (CorruptStream, DAMAGED),
     (InvalidArgument, USAGE),
+    (BrokenPipeError, CLOSED_PIPE),
     (OSError, IO_ERROR),
     (MemoryError, IO_ERROR),
     (KeyboardInterrupt, INTERRUPTED),
@@ -38,14 +40,25 @@ def reported(verb: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             code = code_of(error)
             if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what is buffered
-            elif options.get("as_json"):
-                print_json({"error": {"kind": type(error).__name__, "message": message_of(error), "exit_code": code}})
-            if not isinstance(error, BrokenPipeError):
+                discard_output()
+            else:
+                if options.get("as_json"):
+                    print_json({"error": {"kind": type(error).__name__, "message": message_of(error), "exit_code": code}})
                 say(f"pqcodec: {message_of(error)}")
             raise typer.Exit(code) from None
 
     return run
+
+
+def discard_output() -> None:
+    """Let go of what stdout and stderr have buffered, for nobody reads it: a later flush would fail again, with a message."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def code_of(error: BaseException) -> int:
