@@ -172,6 +172,26 @@ def test_stdin_and_stdout(cache: Path, tmp_path: Path) -> None:
     assert "all sound" in run("verify", "-", *REFERENCE, stdin=result.stdout_bytes).stdout
 
 
+def test_decoded_tensors_go_to_stdout(coded: Path, tmp_path: Path) -> None:
+    run("decode", coded, tmp_path / "o.safetensors", *REFERENCE)
+    result = run("decode", coded, "-", *REFERENCE)
+    assert result.stdout_bytes == (tmp_path / "o.safetensors").read_bytes()
+    assert "stdout: 6 tensors" in result.stderr
+    one = run("decode", coded, "-", "--to", "npy", "--only", "layers.0.key", "--tokens", "4:9", *REFERENCE)
+    assert np.load(io.BytesIO(one.stdout_bytes)).shape == (1, 2, 5, 64)
+    several = run("decode", coded, "-", "--to", "npy", *REFERENCE, code=2)
+    assert several.stdout_bytes == b""
+    assert "holds one tensor, not 6" in several.stderr
+    assert "choose from .safetensors" in run("decode", coded, "-", "--to", "pqkv", *REFERENCE, code=2).stderr
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode", "convert"])
+def test_the_argument_that_is_missing_is_named(verb: str, coded: Path) -> None:
+    assert "Missing argument 'OUTPUT'" in run(verb, coded, "--force", code=2).stderr
+    assert "Missing argument 'INPUT...'" in run(verb, code=2).stderr
+    assert "Missing argument 'INPUT...'" in run(verb, "--force", code=2).stderr
+
+
 def test_npy_and_single_stream(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((3, 10, 64)).astype(np.float32)
     np.save(tmp_path / "keys.npy", x)
@@ -298,6 +318,8 @@ def test_damage_is_1_and_leaves_no_output(coded: Path, tmp_path: Path) -> None:
         "encode {cache} {out} --effort most",
         "encode {cache} {cache} --force",
         "encode {cache} - --json",
+        "decode {coded} - --json",
+        "decode {coded} {coded} -",
         "encode {coded} {out}",
         "encode {text} {out}",
         "decode {cache} {out}.npz",

@@ -9,6 +9,7 @@ import typer
 
 import pqcodec
 from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
+from pqcodec.tools.files import TwoEnded
 from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, reported
 
 app = typer.Typer(
@@ -22,8 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS = encode.encode, decode.decode, convert.convert, inspect.inspect, verify.verify, doctor.doctor, doctor.warmup
-for verb in VERBS:
+for verb in (encode.encode, decode.decode, convert.convert):
+    app.command(cls=TwoEnded)(reported(verb))
+for verb in (inspect.inspect, verify.verify, doctor.doctor, doctor.warmup):
     app.command()(reported(verb))
 app.add_typer(store.app)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.encode import Jobs, tensor_bytes
-from pqcodec.tools.files import ENCODED, Task, input_file, tasks, written_like
+from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, output_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
@@ -32,9 +33,11 @@ Sources = Annotated[
 def decode(
     sources: Sources,
     target: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="The file to write (.safetensors, .npz, .npy), or a folder for many.")
+        str, typer.Argument(metavar="OUTPUT", help="The file to write (.safetensors, .npz, .npy), a folder for many, or -.")
     ],
-    to: Annotated[str, typer.Option("--to", help="What a folder's files become: safetensors, npz or npy.")] = "safetensors",
+    to: Annotated[
+        str, typer.Option("--to", help="What a folder's files, or -, become: safetensors, npz or npy.")
+    ] = "safetensors",
     tokens: Annotated[
         str | None,
         typer.Option(metavar="A:B", help="Tokens A up to B - 1 of coded tensors, keys and values; an end may be left out."),
@@ -47,6 +50,8 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
     """Decode into files of tensors."""
+    if as_json and target == STANDARD:
+        raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
     wanted = _token_range(tokens)
     todo, many = tasks(sources, target, ENCODED, f".{to}", force)
     limit = Limit.of(memory, min(jobs, len(todo)))
@@ -54,7 +59,7 @@ def decode(
     from pqcodec.formats.plain.files import checked_extension, write_tensors
 
     for task in todo:
-        checked_extension(task.target)
+        checked_extension(f"stdout.{to}" if task.target == STANDARD else task.target)
     load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome:
@@ -63,14 +68,14 @@ def decode(
             found = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
             for name in found.names:
                 limit.check(path, name, found.held_bytes(name), _WAYS)
-            with written_like(task.source, task.target, folder=many):
-                write_tensors(task.target, found, file.metadata.get("safetensors") or {})
+            with written_like(task.source, task.target, folder=many), output_file(task.target, f".{to}") as written:
+                write_tensors(written, found, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
         return outcome
 
     found = run(todo, work, lambda task: task.source, jobs, "decode")
     if not many and not as_json:
-        print(found[0].outcome.line())
+        print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
     report(found, _Outcome.COLUMNS, many, as_json)
 
 
@@ -97,7 +102,8 @@ class _Outcome:
         return [str(self.tensors), bytes_text(self.bytes), f"{self.rate:.3g}"]
 
     def line(self) -> str:
-        return f"{self.output}: {self.tensors} tensors, {bytes_text(self.bytes)}, {self.rate:.3g} GB/s"
+        output = "stdout" if self.output == STANDARD else self.output
+        return f"{output}: {self.tensors} tensors, {bytes_text(self.bytes)}, {self.rate:.3g} GB/s"
 
 
 def _token_range(text: str | None) -> _Range | None:

@@ -12,12 +12,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
 
 from pqcodec.errors import InvalidArgument
 
 STANDARD = "-"
 PLAIN, ENCODED = (".safetensors", ".npz", ".npy"), (".pqkv", ".safetensors", ".zarr", ".pqs")
 _FOLDER = ".zarr"  # the extension of folders that count as one file
+
+
+class TwoEnded(TyperCommand):
+    """A verb of INPUT... and OUTPUT: a single argument is the INPUT, so that it is OUTPUT that is missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The parsed arguments, as typer has it."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except typer.BadParameter as error:
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+            if error.param is not None and error.param.name == "sources" and given["target"] is not None:
+                error.param = next(param for param in self.params if param.name == "target")
+            raise
 
 
 @dataclass(frozen=True)
@@ -140,6 +158,19 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
             shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
             copy.flush()
             yield copy.name
+
+
+@contextmanager
+def output_file(target: str, extension: str) -> Iterator[str]:
+    """A context with the path or URL to write to; "-" is a temporary file, copied to stdout when it is complete."""
+    if target != STANDARD:
+        yield target
+        return
+    with tempfile.TemporaryDirectory(prefix="pqcodec-") as folder:
+        made = os.path.join(folder, f"stdout{extension}")
+        yield made
+        with open(made, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
 
 
 def check_output(source: str, target: str, force: bool) -> None:
