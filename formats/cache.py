@@ -40,16 +40,17 @@ def save_cache(
     share_bits: bool = True,
     effort: str = "fast",
     chunk_tokens: int = CHUNK_TOKENS,
+    nonfinite: str = "error",
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write (key, value) tensors [..., tokens, head_dim] of each layer as layers.{i}.key and layers.{i}.value.
 
-    ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain
-    mean is subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean
-    (``policy.rates``). ``effort``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is
-    read. ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
+    ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain mean is
+    subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean (``policy.rates``).
+    ``effort``, ``nonfinite``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is read.
+    ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
     >>> cache = [(np.ones((1, 2, 8, 64), np.float16), np.ones((1, 2, 8, 64), np.float16))]
@@ -67,6 +68,7 @@ def save_cache(
         share_bits=share_bits,
         effort=effort,
         chunk_tokens=chunk_tokens,
+        nonfinite=nonfinite,
         backend=backend,
     )
     write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
@@ -77,13 +79,14 @@ def append_cache(
     layers: Sequence[tuple[Any, Any]],
     *,
     rope: Rope | None = None,
+    nonfinite: str = "error",
     backend: str = "auto",
     progress: Any = None,
 ) -> None:
     """Append new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
 
-    Each tensor is coded as its first tokens were; ``rope``: as given to ``save_cache``. Older tokens are neither read nor
-    rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
+    Each tensor is coded as its first tokens were; ``rope``, ``nonfinite``: as in ``save_cache``. Older tokens are neither read
+    nor rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
     ``save_cache`` does.
 
     >>> import tempfile, numpy as np
@@ -114,6 +117,7 @@ def append_cache(
                 center=info.centered,
                 rope=rope if info.centered == "rope" else None,
                 chunk_tokens=info.chunk_tokens,
+                nonfinite=nonfinite,
                 backend=backend,
             )
             if progress:
@@ -181,7 +185,7 @@ def save_safetensors(
 
     ``cache``: (key, value) tensors of each layer, which become layers.{i}.key and layers.{i}.value; or a mapping of names to
     tensors, of which keys and values by name (``policy.names``) are coded if their dtype allows it, and others kept exactly.
-    ``nonfinite``: as in ``pqcodec.encode``; other options as in ``save_cache``. Raises as ``pqcodec.encode`` does.
+    Other options as in ``save_cache``. Raises as ``pqcodec.encode`` does.
 
     >>> import tempfile, numpy as np
     >>> path = tempfile.mkdtemp() + "/cache.safetensors"
@@ -270,6 +274,7 @@ def save_zarr(
     chunk_tokens: int = CHUNK_TOKENS,
     tokens_per_chunk: int | None = c.ZARR_TOKENS_PER_CHUNK,
     chunks_per_shard: int | None = None,
+    nonfinite: str = "error",
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -301,6 +306,7 @@ def save_zarr(
         effort=effort,
         chunk_tokens=chunk_tokens,
         stream_tokens=tokens_per_chunk,
+        nonfinite=nonfinite,
         backend=backend,
     )
     if chunks_per_shard is not None and (not 1 <= chunks_per_shard <= reader.MOST_IN_SHARD or tokens_per_chunk is None):

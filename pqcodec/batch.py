@@ -28,6 +28,8 @@ from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of
 from pqcodec.tensors.rows import DeviceRows
 
+_ADVICE = "mend the tensor, or pass it to encode() with nonfinite='exact' to keep such vectors as they are"
+
 
 def _groups(spans: Iterable[Span], device: Any) -> list[Group]:
     """Spans by kind, in the order in which the kinds appear."""
@@ -135,7 +137,7 @@ class EncodeBatch(_Batch):
             for span, bad in zip(group.spans, group.span_flags.tolist(), strict=True):
                 if bad:
                     index = next(i for i, h in enumerate(self.headers) if h is span.header)
-                    raise NonFiniteInput(_name_place(self._rows[index].tensor, span.header, bad))
+                    raise NonFiniteInput(_name_place(self._rows[index].tensor, span.header, bad), _ADVICE)
 
 
 def _with_exponent(h: Header, x: Any) -> Header:
@@ -161,10 +163,7 @@ def _name_place(x: Any, h: Header, count: int) -> str:
     value = coded[tuple(place)].item()
     if x.ndim > 1:
         place[-2] += h.first_tokens
-    return (
-        f"element {place} of the tensor is {value} ({count} vectors hold NaN or Inf); "
-        "mend the tensor, or pass nonfinite='exact' to encode() to keep such vectors as they are"
-    )
+    return f"element {place} of the tensor is {value} ({count} vectors hold NaN or Inf)"
 
 
 # -- decode --------------------------------------------------------------------------------------------------------

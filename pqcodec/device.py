@@ -11,6 +11,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch, EncodeBatch
+from pqcodec.errors import NonFiniteInput
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
 from pqcodec.stages import exact
@@ -46,7 +47,10 @@ def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | No
         place = header.places[sections.EXACT_VECTORS]
         data[place.start : place.end] = sections.with_checksum(exact.vectors_body(kept, stored))
     if options.nonfinite == "error":
-        batch.check()
+        try:
+            batch.check()
+        except NonFiniteInput as error:
+            raise NonFiniteInput(error.found) from None
     _all_done(header, progress)
     stream = bytes(data)
     return read_header(source_of(stream)), stream  # the exponent of the means is known to the device only, which wrote it there

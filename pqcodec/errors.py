@@ -11,9 +11,15 @@
 
 from __future__ import annotations
 
+KEEP_NONFINITE = "mend the tensor, or pass nonfinite='exact' to keep such vectors as they are"
+
 
 class PQError(Exception):
     """Base of all errors of pqcodec."""
+
+    def at(self, where: str) -> PQError:
+        """The error with ``where`` in front of its message."""
+        return type(self)(f"{where}: {self}")
 
 
 class InvalidArgument(PQError, ValueError):
@@ -29,7 +35,20 @@ class NonFiniteInput(InvalidArgument):
     ... except NonFiniteInput as error:
     ...     print(str(error)[:38])
     element [0, 0] of the tensor is inf (4
+
+    ``found``: what was found and where; ``advice``: what to do where the tensor was passed, by the options that are there.
     """
+
+    def __init__(self, found: str, advice: str = KEEP_NONFINITE) -> None:
+        super().__init__(found, advice)
+        self.found, self.advice = found, advice
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.advice}"
+
+    def at(self, where: str) -> NonFiniteInput:
+        """The error with ``where`` in front of its message."""
+        return NonFiniteInput(f"{where}: {self.found}", self.advice)
 
 
 class BackendUnavailable(InvalidArgument):

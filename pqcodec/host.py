@@ -106,10 +106,7 @@ def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
     leading = [int(i) for i in np.unravel_index(lead, h.shape[:-2])] if len(h.shape) > 2 else []
     place = [*leading, h.first_tokens + token, channel][-len(h.shape) :]
     count = int(bad.sum())
-    return (
-        f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf); "
-        "mend the tensor, or pass nonfinite='exact' to keep such vectors as they are"
-    )
+    return f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf)"
 
 
 # -- decode ------------------------------------------------------------------------------------------------------

@@ -235,7 +235,10 @@ def test_nan_is_named_or_kept(tmp_path: Path) -> None:
     x = np.ones((6, 64), np.float32)
     x[4, 3] = np.nan
     np.save(tmp_path / "keys.npy", x)
-    assert "'keys': element [4, 3]" in run("encode", tmp_path / "keys.npy", tmp_path / "o.pqkv", *REFERENCE, code=2).stderr
+    refused = run("encode", tmp_path / "keys.npy", tmp_path / "o.pqkv", *REFERENCE, code=2).stderr
+    assert "'keys': element [4, 3]" in refused
+    assert "pass --nonfinite exact to keep" in refused
+    assert "nonfinite=" not in refused
     assert not (tmp_path / "o.pqkv").exists()
     outcome = told("encode", tmp_path / "keys.npy", tmp_path / "o.pqkv", "--nonfinite", "exact", "--check", *REFERENCE)
     assert outcome["rel_mse"]["all"] < 0.1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.memory import Limit, Memory
@@ -105,7 +105,10 @@ def encode(
 
     def work(task: Task, show: Show) -> _Outcome:
         with input_file(task.source, local=True) as path, written_like(task.source, task.target, folder=many):
-            return _encode_file(path, task.target, kinds[task.target], settings, show)
+            try:
+                return _encode_file(path, task.target, kinds[task.target], settings, show)
+            except NonFiniteInput as error:
+                raise NonFiniteInput(error.found, "mend the tensor, or pass --nonfinite exact to keep such vectors") from None
 
     found = run(todo, work, lambda task: task.source, jobs, "encode")
     if not as_json:

@@ -122,7 +122,7 @@ class named:  # noqa: N801 - reads as a function
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, PQError):
-            raise type(error)(f"{self._where}: {error}") from error
+            raise error.at(self._where) from error
 
 
 class TensorFile(ABC):

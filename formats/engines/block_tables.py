@@ -16,7 +16,7 @@ import numpy as np
 from pqcodec import codec
 from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.placed import DeviceSource
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors.numbers import is_torch
@@ -29,6 +29,7 @@ LAYOUTS = (
     "blocks,block,heads,dim",
     "blocks,heads,block,dim",
 )
+_ADVICE = "mend the cache, or pass what gather_blocks returns to encode() with nonfinite='exact'"
 _ORDER = ("blocks", "block", "heads", "dim")
 
 
@@ -66,17 +67,17 @@ def encode_blocks(
     options: list[dict[str, Any]] = [
         {"center": one, "rope": rope if one == "rope" else None, "exact_tokens": exact_tokens} for one in centers
     ]
-    if not on_device(backend, pair[0].device.type):
-        keys, values = (
-            codec.encode(x, preset=name, backend=backend, **each) for x, name, each in zip(pair, presets, options, strict=True)
-        )
-        return keys, values
-    batches = [
-        EncodeBatch([x], preset=name, backend=backend, **each) for x, name, each in zip(pair, presets, options, strict=True)
-    ]
-    streams = [batch.run()[0] for batch in batches]
-    for batch in batches:
-        batch.check()
+    wanted = [(x, {"preset": name, "backend": backend, **each}) for x, name, each in zip(pair, presets, options, strict=True)]
+    try:
+        if not on_device(backend, pair[0].device.type):
+            keys, values = (codec.encode(x, **each) for x, each in wanted)
+            return keys, values
+        batches = [EncodeBatch([x], **each) for x, each in wanted]
+        streams = [batch.run()[0] for batch in batches]
+        for batch in batches:
+            batch.check()
+    except NonFiniteInput as error:
+        raise NonFiniteInput(error.found, _ADVICE) from None
     return streams[0], streams[1]
 
 

@@ -46,10 +46,13 @@ class Put:
         self._transfer.wait()
         self._settle(self._block)
         if not self._transfer.sound():
-            raise NonFiniteInput(
-                f"block {self._block.key!r}: a tensor held NaN or Inf when it was encoded, the block is not kept; "
-                "mend the tensors, or keep them elsewhere"
-            )
+            raise not_kept(self._block.key)
+
+
+def not_kept(key: Hashable) -> NonFiniteInput:
+    """The error for a block with NaN or Inf in its tensors; which element that is, only the pieces of some pipelines tell."""
+    found = f"block {key!r}: a tensor held NaN or Inf when it was encoded, the block is not kept"
+    return NonFiniteInput(found, "mend the tensors, or keep them elsewhere")
 
 
 class Get:

@@ -18,9 +18,9 @@ from threading import Condition
 from types import TracebackType
 from typing import Any
 
-from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block
-from pqcodec.formats.offload.handles import Get, Put
+from pqcodec.formats.offload.handles import Get, Put, not_kept
 from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, free_all, slice_bytes
@@ -174,10 +174,12 @@ class HostPool:
         try:
             block.slices = self._room(block, displaced)
             self._lanes.encode(block.layout.pieces, given, block.hosts, transfer)
-        except BaseException:
+        except BaseException as error:
             with self._changed:
                 self.counters.failed += 1
             self._give_back(block)
+            if isinstance(error, NonFiniteInput):
+                raise not_kept(key) from error
             raise
         block.put = transfer
         with self._changed:

@@ -17,7 +17,7 @@ from typing import Any
 from pqcodec import codec
 from pqcodec.backends import ON_DEVICE
 from pqcodec.batch import DecodeBatch, EncodeBatch
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.graphs import Launch, Pair, Parts, PreparedLaunches
 from pqcodec.formats.offload.pinned import GrowingArena, Region
 from pqcodec.formats.offload.staging import Slot
@@ -26,6 +26,7 @@ from pqcodec.options import EncodeOptions
 from pqcodec.stream.header import Header
 
 PLACES = ("host", "device")
+_ADVICE = "mend what the model computes; on a GPU only a DynamicCache keeps such vectors"
 _numbers = itertools.count()
 
 
@@ -177,7 +178,10 @@ class OnDevice(OldTokens):
     def _encode(self, role: str, x: Any) -> Sequence[Any]:
         batch = EncodeBatch([*x], **self._arguments(role))
         streams = batch.run()
-        batch.check()
+        try:
+            batch.check()
+        except NonFiniteInput as error:
+            raise NonFiniteInput(f"{role}: {error.found}", _ADVICE) from None
         return [self._kept(header, stream) for header, stream in zip(batch.headers, streams, strict=True)]
 
     def _kept(self, header: Header, stream: Any) -> Stream:

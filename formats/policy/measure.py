@@ -76,7 +76,8 @@ def _error(x: Any, y: Any) -> Error:
     found = Error()
     for a, b in zip(_numbers(x), _numbers(y), strict=True):
         finite = np.isfinite(a)
-        squares, norm = ((np.where(finite, part, 0) ** 2).sum() for part in (a - b, a))
+        a, b = np.where(finite, a, 0), np.where(finite, b, 0)
+        squares, norm = ((part**2).sum() for part in (a - b, a))
         found += Error(float(squares), float(norm), int(finite.sum()))
     return found
 

@@ -69,15 +69,16 @@ class _Work:
 class PrefixStore:
     """A store of prefix caches in a folder, for many processes and threads at once.
 
-    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, beyond which
-    the least recently used prefixes are dropped (None: the quota that the folder has); a prefix that exceeds it alone is not
+    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, beyond which the
+    least recently used prefixes are dropped (None: the quota that the folder has); a prefix that exceeds it alone is not
     stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with another one finds no prefix
     of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its vocabulary part of a prefix's
     name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is opened; the index stays in
-    ``folder``, which has to be on a local disk. ``shared``: other users may use the store, as far as the umask allows (by
-    default its files are 0600 and its folders 0700). ``identity``: how much of a model's weights every call checks, "sampled"
-    words or all ("full"); see ``Identity.of``. All else that a cache depends on is checked either way;
-    ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and leftover files.
+    ``folder``, which has to be on a local disk. ``nonfinite``: "error", or "exact" to keep vectors with NaN or Inf as they are.
+    ``shared``: other users may use the store, as far as the umask allows (by default its files are 0600 and its folders 0700).
+    ``identity``: how much of a model's weights every call checks, "sampled" words or all ("full"); see ``Identity.of``. All
+    else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not detected. ``shelf``:
+    damage, quota and leftover files.
 
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
@@ -105,6 +106,7 @@ class PrefixStore:
         tokenizer: Any = None,
         data: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        nonfinite: str = "error",
         backend: str = "auto",
         shared: bool = False,
         identity: str = "sampled",
@@ -115,7 +117,12 @@ class PrefixStore:
             raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
         self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
-            measured="none", preset=TAIL_PRESET if self._exact else preset, seed=seed, chunk_tokens=BLOCK_CHUNK, backend=backend
+            measured="none",
+            preset=TAIL_PRESET if self._exact else preset,
+            seed=seed,
+            nonfinite=nonfinite,
+            chunk_tokens=BLOCK_CHUNK,
+            backend=backend,
         )
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared)

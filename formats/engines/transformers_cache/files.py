@@ -70,6 +70,7 @@ def save(
     *,
     preset: str = "pq3",
     seed: int = 0,
+    nonfinite: str = "error",
     backend: str = "auto",
     to: str | None = None,
     padding: Any = None,
@@ -78,13 +79,14 @@ def save(
 ) -> int:
     """Write a cache of transformers into a .pqkv (.safetensors, .zarr) file and return its size in bytes.
 
-    ``model``: the model of the cache, whose identity the file records, or its config. Keys are centred under the model's
-    RoPE; the first tokens, and all state that is neither key nor value, are exact; with ``preset="exact"`` everything is.
-    ``padding``: the tokens of left padding of each sequence, or the attention mask [sequences, tokens]; the first tokens are
-    then counted after it. ``progress`` is called with (tensors done, tensors in all). State in the model's modules
-    (``module_state``: M-RoPE's ``rope_deltas``) is saved too: save a cache before the model reads another text. A cache that
-    came from a store or a file keeps a record of the presets whose errors it has. Raises InvalidArgument for a cache that
-    cannot be represented, or one of a store or a file whose model has changed since, and as ``save_cache`` does.
+    ``model``: the model of the cache, whose identity the file records, or its config. Keys are centred under the model's RoPE;
+    the first tokens, and all state that is neither key nor value, are exact; with ``preset="exact"`` everything is.
+    ``nonfinite``: as in ``pqcodec.encode``. ``padding``: the tokens of left padding of each sequence, or the attention mask
+    [sequences, tokens]; the first tokens are then counted after it. ``progress`` is called with (tensors done, tensors in all).
+    State in the model's modules (``module_state``: M-RoPE's ``rope_deltas``) is saved too: save a cache before the model reads
+    another text. A cache that came from a store or a file keeps a record of the presets whose errors it has. Raises
+    InvalidArgument for a cache that cannot be represented, or one of a store or a file whose model has changed since, and as
+    ``save_cache`` does.
 
     >>> import tempfile, torch
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -102,7 +104,7 @@ def save(
     state = state_of(cache, identity.config)
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
-    recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, backend=backend)
+    recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, nonfinite=nonfinite, backend=backend)
     all_metadata = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
     if lost := presets_of(cache, preset):
         all_metadata[PRESETS] = lost
