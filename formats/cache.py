@@ -296,6 +296,8 @@ def save_zarr(
     ((10, 64), (2, 4, 64))
     """
     reader, writer = kinds.container_module("zarr.reader"), kinds.container_module("zarr.writer")
+    if tokens_per_chunk is not None and tokens_per_chunk < 1:
+        raise InvalidArgument(f"tokens_per_chunk {tokens_per_chunk}: at least 1 is expected, or None for one chunk a tensor")
     recipe = recipe_of(
         rope,
         center_keys,

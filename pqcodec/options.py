@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from pqcodec import constants as c
@@ -18,6 +19,11 @@ Progress = Callable[[int, int], None]  # blocks done, blocks in all
 CENTERS = (None, "mean", "rope")
 NONFINITE = ("error", "exact")
 EFFORTS = tuple(c.QUADS_EFFORTS)
+_RANGES = {  # of whole numbers: least, most, and both in words
+    "seed": (0, (1 << 64) - 1, "0 .. 2^64 - 1"),
+    "exact_tokens": (0, (1 << 32) - 1, "0 .. 2^32 - 1"),
+    "chunk_tokens": (1, c.MAX_CHUNK_TOKENS, f"1 .. {c.MAX_CHUNK_TOKENS}"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class EncodeOptions:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
         if (self.center == "rope") != (self.rope is not None):
             raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
-        if self.nonfinite not in NONFINITE:
-            raise InvalidArgument(f"nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
+        check_numbers(seed=self.seed, exact_tokens=self.exact_tokens, chunk_tokens=self.chunk_tokens)
+        checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
-        if self.rope is not None and not isinstance(self.rope.frequencies, (tuple, type(None))):
-            object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
+        if self.rope is not None:
+            self.rope.check()
+            if not isinstance(self.rope.frequencies, (tuple, type(None))):
+                object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 
     def header(self, shape: tuple[int, ...], dtype: int, numpy: bool = False) -> Header:
         """The header of a tensor of that shape and stored dtype, without what depends on its numbers.
@@ -69,6 +77,22 @@ class EncodeOptions:
             numpy=numpy,
             rounds=preset.rounds,
         )
+
+
+def check_numbers(**values: int) -> None:
+    """Raises InvalidArgument for a seed, exact_tokens or chunk_tokens that is no whole number, or outside of its range."""
+    for name, value in values.items():
+        least, most, words = _RANGES[name]
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise InvalidArgument(f"{name} {value!r} is no whole number; {words} are possible")
+        if not least <= value <= most:
+            raise InvalidArgument(f"{name} {value} is outside {words}")
+
+
+def checked_nonfinite(nonfinite: str) -> None:
+    """Raises InvalidArgument where there is no such way with NaN and Inf."""
+    if nonfinite not in NONFINITE:
+        raise InvalidArgument(f"nonfinite {nonfinite!r} is unknown; choose {' or '.join(map(repr, NONFINITE))}")
 
 
 def checked_effort(effort: str) -> None:

@@ -309,6 +309,11 @@ def test_damage_is_1_and_leaves_no_output(coded: Path, tmp_path: Path) -> None:
         "unknown",
         "encode {cache} {out} --preset pq9",
         "encode {cache} {out} --seed x",
+        "encode {cache} {out} --seed -1",
+        "encode {cache} {out} --exact-tokens -1",
+        "encode {cache} {out} --chunk-tokens 0",
+        "encode {cache} {out} --rope-theta -3",
+        "encode {cache} {out} --rope-theta 10000 --rope-first -1",
         "encode {cache} {out} --center side",
         "encode {cache} {out} --center rope",
         "encode {cache} {out} --center none --rope-theta 10000",
@@ -341,6 +346,7 @@ def test_wrong_use_is_2(arguments: str, cache: Path, coded: Path, tmp_path: Path
     before = set(tmp_path.iterdir())
     result = run(*(word.format(**places) for word in arguments.split()), code=2)
     assert result.stderr
+    assert "tensor 'layers" not in result.stderr or "{coded}" in arguments
     assert set(tmp_path.iterdir()) == before
 
 

@@ -597,6 +597,8 @@ def test_an_import_that_is_larger_than_the_quota_drops_nothing(folder: Path, mad
         "ls {empty}",
         "ls s3://bucket/store",
         "gc {empty}",
+        "gc {store} --older-than -1",
+        "rm {store} --unused-for -1",
         "rm {store}",
         "rm {store} --all",
         "rm {store} abcdef --all --yes",

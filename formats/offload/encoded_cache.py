@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
 from pqcodec.formats.offload.workspace import Workspace
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
-from pqcodec.options import EncodeOptions
+from pqcodec.options import EncodeOptions, check_numbers
 from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
 
@@ -54,9 +55,10 @@ class Options:
         checked_place(self.place)
         for preset in self.presets:
             preset_of(preset)
-        for name, least in (("window", 1), ("chunk", 1), ("exact_tokens", 0)):
-            if getattr(self, name) < least:
-                raise InvalidArgument(f"{name} {getattr(self, name)}: at least {least} is expected")
+        check_numbers(seed=self.seed, exact_tokens=self.exact_tokens)
+        for name, value in (("window", self.window), ("chunk", self.chunk)):
+            if not isinstance(value, Integral) or value < 1:
+                raise InvalidArgument(f"{name} {value!r}: a whole number of at least 1 is expected")
 
     @property
     def room(self) -> int:

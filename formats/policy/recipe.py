@@ -23,7 +23,7 @@ from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
-from pqcodec.options import EncodeOptions, checked_effort
+from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_nonfinite
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
@@ -110,6 +110,12 @@ class Recipe:
     def __post_init__(self) -> None:
         preset_of(self.preset)
         checked_effort(self.effort)
+        checked_nonfinite(self.nonfinite)
+        check_numbers(seed=self.seed, chunk_tokens=self.chunk_tokens)
+        if self.exact_tokens is not None:
+            check_numbers(exact_tokens=self.exact_tokens)
+        if self.rope is not None:
+            self.rope.check()
         if self.center == AUTO:
             object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
         if self.center not in (None, "mean", "rope"):

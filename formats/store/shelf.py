@@ -183,8 +183,10 @@ class Shelf:
         """Remove files without a row, rows without a file, and blocks beyond the quota.
 
         Files younger than ``grace`` seconds stay, since they may still be written. Returns "orphans" (files), "missing" (rows)
-        and "evicted_bytes". Raises OSError.
+        and "evicted_bytes". Raises InvalidArgument for a negative ``grace``, and OSError.
         """
+        if not grace >= 0:
+            raise InvalidArgument(f"grace {grace}: a number of seconds is expected, 0 or more")
         self.index.check_writable()
         before = self.index.all()
         there = dict(self.files.all())

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -44,22 +45,29 @@ class Rope:
     first_position: int = 0
     frequencies: Sequence[float] | None = None
 
-    def field(self, head_dim: int) -> RopeField:
-        """The stream's description for tensors of ``head_dim``; raises InvalidArgument."""
-        dim = 2 * len(self.frequencies) if self.frequencies is not None else (self.dim or head_dim)
+    def check(self) -> None:
+        """Raises InvalidArgument for what no tensor can have, whatever its head_dim."""
+        pairs = None if self.frequencies is None else len(self.frequencies)
         if self.style not in PAIRINGS:
             raise InvalidArgument(f"rope.style {self.style!r} is unknown; choose from {sorted(PAIRINGS)}")
+        if self.dim is not None and (not isinstance(self.dim, Integral) or self.dim % 2 or self.dim < 2):
+            raise InvalidArgument(f"rope.dim {self.dim!r}: an even number from 2 on is expected")
+        if not isinstance(self.first_position, Integral) or not 0 <= self.first_position < 1 << 62:
+            raise InvalidArgument(f"rope.first_position {self.first_position!r} is outside 0 .. 2^62 - 1")
+        if self.dim is not None and pairs is not None and self.dim != 2 * pairs:
+            raise InvalidArgument(f"rope.dim {self.dim} does not go with {pairs} frequencies")
+        if self.frequencies is None and not (isinstance(self.theta, Real) and math.isfinite(self.theta) and self.theta > 0):
+            raise InvalidArgument(f"rope.theta {self.theta!r} is not a positive number")
+        if self.frequencies is not None and not all(math.isfinite(f) for f in self.frequencies):
+            raise InvalidArgument("rope.frequencies holds NaN or Inf")
+
+    def field(self, head_dim: int) -> RopeField:
+        """The stream's description for tensors of ``head_dim``; raises InvalidArgument."""
+        self.check()
+        dim = 2 * len(self.frequencies) if self.frequencies is not None else (self.dim or head_dim)
         if dim % 2 or not 2 <= dim <= head_dim:
             raise InvalidArgument(f"rope turns {dim} channels; an even number from 2 to head_dim {head_dim} is expected")
-        if self.dim not in (None, dim):
-            raise InvalidArgument(f"rope.dim {self.dim} does not go with {dim // 2} frequencies")
-        if not 0 <= self.first_position < 1 << 62:
-            raise InvalidArgument(f"rope.first_position {self.first_position} is outside 0 .. 2^62 - 1")
-        if self.frequencies is None and not (math.isfinite(self.theta) and self.theta > 0):
-            raise InvalidArgument(f"rope.theta {self.theta} is not a positive number")
         radians = self.frequencies if self.frequencies is not None else _frequencies(self.theta, dim)
-        if not all(math.isfinite(f) for f in radians):
-            raise InvalidArgument("rope.frequencies holds NaN or Inf")
         turns = tuple(round(f / (2 * math.pi) * (1 << c.PHASE_BITS)) % (1 << c.PHASE_BITS) for f in radians)
         return RopeField(self.first_position, PAIRINGS[self.style], turns)
 

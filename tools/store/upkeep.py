@@ -37,6 +37,8 @@ def gc(
     Leftovers are files without a block, as killed writers leave them (young ones may be being written and stay), and blocks
     without a file. The quota drops the prefixes that were used longest ago.
     """
+    if not grace >= 0:
+        raise InvalidArgument(f"--older-than {grace:g}: a number of seconds is expected, 0 or more")
     quota = None if max_bytes in (None, "none") else size_of(str(max_bytes), "--max-bytes")
     with opened(folder, data) as shelf:
         check_place(shelf)
@@ -119,6 +121,8 @@ def rm(
         raise InvalidArgument("what is to be removed? Name blocks, or pass --unused-for or --model; or --all and nothing else")
     if everything and not yes:
         raise InvalidArgument("--all removes every block; pass --yes as well if that is meant")
+    if unused_for is not None and not unused_for >= 0:
+        raise InvalidArgument(f"--unused-for {unused_for:g}: a number of days is expected, 0 or more")
     with opened(folder, data) as shelf:
         check_place(shelf)
         models, rows = models_of(shelf), shelf.index.all()

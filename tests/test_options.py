@@ -1,0 +1,73 @@
+"""Wrong options are refused where they are given, by their own names; no tensor is blamed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pqcodec
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.cache import save_cache, save_safetensors, save_zarr
+from pqcodec.formats.store.shelf import Shelf
+from pqcodec.stages.centre import Rope
+
+LAYERS = [(np.ones((2, 8, 64), np.float16), np.ones((2, 8, 64), np.float16))]
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"seed": -1}, r"^seed -1 is outside 0 \.\. 2\^64 - 1"),
+    ({"seed": "0"}, r"^seed '0' is no whole number"),
+    ({"exact_tokens": -1}, r"^exact_tokens -1 is outside 0"),
+    ({"exact_tokens": 1.5}, r"^exact_tokens 1.5 is no whole number"),
+    ({"chunk_tokens": 0}, r"^chunk_tokens 0 is outside 1 \.\. 4096"),
+    ({"chunk_tokens": True}, r"^chunk_tokens True is no whole number"),
+    ({"nonfinite": "maybe"}, r"^nonfinite 'maybe' is unknown; choose 'error' or 'exact'"),
+    ({"effort": "most"}, r"^effort 'most' is unknown"),
+    ({"rope": Rope(theta=-3.0)}, r"^rope.theta -3.0 is not a positive number"),
+    ({"rope": Rope(theta=float("nan"))}, r"^rope.theta nan is not a positive number"),
+    ({"rope": Rope(dim=3)}, r"^rope.dim 3: an even number from 2 on is expected"),
+    ({"rope": Rope(first_position=-1)}, r"^rope.first_position -1 is outside 0"),
+    ({"rope": Rope(style="spiral")}, r"^rope.style 'spiral' is unknown"),
+    ({"rope": Rope(frequencies=(1.0, float("inf")))}, r"^rope.frequencies holds NaN or Inf"),
+]
+
+
+def encode(path: Path, layers: Any, **options: Any) -> None:
+    pqcodec.encode(layers[0][0], **options, **({"center": "rope"} if "rope" in options else {}))
+
+
+@pytest.mark.parametrize("write", [encode, save_cache, save_safetensors, save_zarr], ids=lambda write: write.__name__)
+@pytest.mark.parametrize(("options", "words"), WRONG, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_a_wrong_option_is_named(write: Callable[..., Any], options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    if write is save_zarr:
+        pytest.importorskip("zarr")
+    with pytest.raises(InvalidArgument, match=words):
+        write(tmp_path / "c", LAYERS, backend="reference", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whole_numbers_of_numpy_are_numbers() -> None:
+    options = {"seed": np.uint64(1 << 63), "exact_tokens": np.int32(2), "chunk_tokens": np.int64(8)}
+    stream = pqcodec.encode(LAYERS[0][0], backend="reference", **options)
+    info = pqcodec.inspect(stream)
+    assert (info.seed, info.exact_tokens, info.chunk_tokens) == (1 << 63, 2, 8)
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"exact_tokens": -1}, {"window": 0}, {"chunk": "512"}], ids=str)
+def test_an_encoded_cache_names_its_options(options: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from pqcodec.formats.offload.encoded_cache import EncodedCache
+
+    config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(InvalidArgument, match=f"^{next(iter(options))} "):
+        EncodedCache(config, **options)
+
+
+def test_ages_are_not_negative(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path / "store")
+    for grace in (-1.0, float("nan")):
+        with pytest.raises(InvalidArgument, match=f"^grace {grace}: a number of seconds"):
+            shelf.gc(grace)
+    shelf.close()
