@@ -48,10 +48,11 @@ def names(backend: str, device: str = "cpu") -> list[str]:
     """
     if backend == "auto" and device in AUTO:
         return [name for name in AUTO[device] if name != "cuda" or _cuda_is_there()]
-    named = device if backend == "auto" else backend
-    if named not in BACKENDS:
-        raise BackendUnavailable(f"backend {named!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
-    return [named]
+    if backend == "auto":
+        raise BackendUnavailable(f"device {device!r}: no backend codes tensors there; choose a device of {', '.join(AUTO)}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise BackendUnavailable(f"backend {backend!r} is unknown; choose from {sorted(BACKENDS)} or 'auto'")
+    return [backend]
 
 
 def on_device(backend: str, device: str = "cpu") -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
@@ -53,6 +53,8 @@ class EncodeOptions:
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
         if self.rope is not None:
+            if not isinstance(self.rope, Rope):
+                raise InvalidArgument(f"rope is a {type(self.rope).__name__}; a pqcodec.Rope is expected")
             self.rope.check()
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
                 object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
@@ -105,6 +107,8 @@ def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> lis
     """``value`` for each of ``count`` tensors: the same for all, or one each; raises InvalidArgument."""
     if isinstance(value, one):
         return [value] * count
+    if not isinstance(value, Iterable):
+        raise InvalidArgument(f"{name} is a {type(value).__name__}; one for all tensors is expected, or a list of one each")
     values = list(value)
     if len(values) != count:
         raise InvalidArgument(f"{name}: {len(values)} are given for {count} tensors; give one for all, or one each")

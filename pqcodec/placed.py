@@ -54,8 +54,8 @@ def device_named(device: Any) -> Any:
 
     try:
         return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise BackendUnavailable(f"device {str(device)!r}: {error}") from error
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise BackendUnavailable(f"device {str(device)!r} is unknown, or not there: {error}") from error
 
 
 # -- streams -----------------------------------------------------------------------------------------------------

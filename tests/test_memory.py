@@ -449,7 +449,7 @@ def test_a_zarr_chunk_that_is_not_there_is_no_tensor_of_zeros(tmp_path: Path) ->
 
 @pytest.mark.parametrize("text", ["9" * 400, "1e9", "9300000TB", "-1", "nan", "inf"])
 def test_a_size_that_is_none(text: str) -> None:
-    from pqcodec.tools.memory import size_of
+    from pqcodec.sizes import size_of
 
     with pytest.raises(InvalidArgument, match=r"--memory .*(is expected|too many)"):
         size_of(text, "--memory")

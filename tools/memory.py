@@ -1,9 +1,8 @@
-"""Law: ``--memory``: parsing sizes, measuring free memory, and refusing tensors before they are allocated."""
+"""Law: ``--memory``: measuring free memory, and refusing tensors before they are allocated."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,32 +10,17 @@ from typing import Annotated
 import typer
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.sizes import size_of
 from pqcodec.tools.outcome import bytes_text
 
 Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory that tensors may take at once, such as 4GB (default: what is free)."),
 ]
-_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _CGROUPS = (  # both versions of control groups: folder, limit, usage, prefix of the names of cached files' sizes
     ("sys/fs/cgroup", "memory.max", "memory.current", ""),
     ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-
-
-def size_of(text: str, option: str) -> int:
-    """A size like "20GB" in bytes; ``option``: its name, for the message. Raises InvalidArgument.
-
-    >>> size_of("20GB", "--memory"), size_of("1.5 MiB", "--memory"), size_of("4096", "--memory")
-    (20000000000, 1572864, 4096)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.strip().lower())
-    if found is None or (found[3] and not found[2]):
-        raise InvalidArgument(f"{option} {text!r}: a size such as 20GB, 500MB, 4GiB or 1000000 is expected")
-    size = float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES[found[2]]
-    if size >= 1 << 63:
-        raise InvalidArgument(f"{option} {text:.40}: is larger than any memory or disk; 8 EiB are too many")
-    return round(size)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     ...     kind_of(folder + "/x.npy")
     'npy'
     """
+    remote.check_path(path, "path")
     if remote.is_url(path):
         if _extension(path) == ".zarr":
             return "zarr"

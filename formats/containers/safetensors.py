@@ -25,7 +25,7 @@ from pqcodec.formats.containers.reader import Check, Entry, Progress, StreamPart
 from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, read_in_pieces
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
-from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, shape_problem
+from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, metadata_bytes, shape_problem
 from pqcodec.formats.plain.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES, is_listing, safetensors_header
 from pqcodec.stream.report import Damage
 from pqcodec.stream.seal import with_seal
@@ -56,7 +56,7 @@ def write_pieces(
     for piece in pieces:
         if problem := _problem(piece):
             raise InvalidArgument(f"tensor {piece.name!r}: {problem}")
-    meta = json_bytes(metadata or {}, "metadata", c.MAX_META_BYTES).decode()
+    meta = metadata_bytes(metadata, c.MAX_META_BYTES).decode()
     found = {piece.name: _HeaderEntry.expected(piece) for piece in pieces}
     room = len(_header(pieces, found, meta))
     room += -(8 + room) % _ALIGNMENT

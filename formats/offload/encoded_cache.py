@@ -116,13 +116,15 @@ class EncodedCache(cache_utils.DynamicCache):
         backend: str = "auto",
         padding: Any = None,
     ) -> None:
-        presets = (preset, preset) if isinstance(preset, str) else tuple(preset)
+        config = getattr(model, "config", model)
+        if not hasattr(config, "get_text_config"):
+            raise InvalidArgument(f"a transformers model or its config is expected, not {type(model).__name__}")
+        presets = tuple(preset) if isinstance(preset, (list, tuple)) else (preset, preset)
         if len(presets) != 2:
             raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
         self.options = Options(
             (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
         )
-        config = getattr(model, "config", model)
         _check_model(config.get_text_config(decoder=True))
         super().__init__(config=config)
         self._workspaces: dict[Any, Workspace] = {}

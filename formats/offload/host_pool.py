@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from threading import Condition
 from types import TracebackType
 from typing import Any
 
+from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.handles import Get, Put, not_kept
@@ -28,6 +29,7 @@ from pqcodec.formats.offload.pipeline import Transfer
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
 from pqcodec.options import EncodeOptions, each
+from pqcodec.sizes import size_of
 from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import is_torch
@@ -75,12 +77,12 @@ class HostPool:
 
     ``device``: one device or several GPUs, such as those of a model that is spread over them (None: all GPUs that torch finds,
     the current one first, or the CPU). The attribute ``devices`` holds them, and the attribute ``device`` the first of them.
-    ``preset``, ``backend``: those of ``pqcodec.encode``; ``put`` can choose another preset.
-    ``spill``: a folder. A full pool moves the blocks that were used longest ago to files there; without a folder it evicts
-    them. Closing the pool deletes the files. ``on_displaced`` is called with the key and "spilled" or "evicted".
+    ``preset``, ``backend``: those of ``pqcodec.encode``; ``put`` can choose another preset. ``spill``: a folder. A full pool
+    moves the blocks that were used longest ago to files there; without a folder it evicts them. Closing the pool deletes the
+    files. ``on_displaced`` is called with the key and "spilled" or "evicted". Sizes are numbers of bytes, or such as "8GiB".
     ``piece_bytes``: bytes of tensors that one step of a pipeline encodes, copies or decodes. Each GPU holds the streams of two
-    steps in each direction. While matrix products fill the GPU, a step runs between two of them: small steps delay the
-    products less, large steps move more bytes. Work on a stream of a higher priority (-1) is delayed least.
+    steps in each direction. While matrix products fill the GPU, a step runs between two of them: small steps delay the products
+    less, large steps move more bytes. Work on a stream of a higher priority (-1) is delayed least.
 
     Raises InvalidArgument (also for devices of different types), BackendUnavailable, and MemoryError where so much memory
     cannot be pinned.
@@ -95,21 +97,24 @@ class HostPool:
 
     def __init__(
         self,
-        capacity_bytes: int,
+        capacity_bytes: int | str,
         *,
         device: Any = None,
         preset: str = "pq3",
         spill: str | os.PathLike[str] | None = None,
         backend: str = "auto",
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int | str = PIECE_BYTES,
         on_displaced: Callable[[Hashable, str], None] | None = None,
     ) -> None:
+        piece_bytes = size_of(piece_bytes, "piece_bytes")
         if piece_bytes < 1:
             raise InvalidArgument(f"piece_bytes {piece_bytes}: 1 and more are possible")
+        preset_of(preset)
         self._lanes = Lanes(device, backend)
         self.devices, self.device = self._lanes.devices, self._lanes.devices[0]
         self.preset, self._piece_bytes, self._on_displaced = preset, piece_bytes, on_displaced
         if spill is not None:
+            remote.check_path(spill, "spill")
             remote.check_local(spill, "blocks spill to a local folder")
         self._folder = Path(spill).absolute() if spill is not None else None
         if self._folder is not None:
@@ -165,6 +170,8 @@ class HostPool:
         After an error the pool holds what it held before, except for blocks that made room.
         """
         single = is_torch(tensors)
+        if not single and not isinstance(tensors, Iterable):
+            raise InvalidArgument(f"tensors is a {type(tensors).__name__}; a torch tensor or a list of them is expected")
         given = [tensors] if single else list(tensors)
         options = self._options(len(given), preset, center, rope, exact_tokens)
         self._check_given(given)

@@ -15,6 +15,7 @@ from pqcodec.backends import backend as backend_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.pieces import BlockPiece
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
+from pqcodec.placed import device_named
 from pqcodec.tensors.numbers import is_torch
 
 Pipeline = DevicePipeline | HostPipeline
@@ -111,17 +112,18 @@ class Lanes:
 def devices_of(device: Any) -> tuple[Any, ...]:
     """The torch devices that ``device`` names: one, a sequence, or None for all GPUs (the current one first) or else the CPU.
 
-    Raises InvalidArgument for an empty sequence, and for devices of different types.
+    Raises InvalidArgument for an empty sequence, and for devices of different types; BackendUnavailable where there is no such
+    device.
     """
     import torch
 
     if device is None:
         if not torch.cuda.is_available():
-            return (_resolved("cpu"),)
+            return (device_named("cpu"),)
         seen = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-        return tuple(dict.fromkeys([_resolved("cuda"), *seen]))
-    named = [device] if isinstance(device, (str, int, torch.device)) else list(device)
-    found = tuple(dict.fromkeys(map(_resolved, named)))
+        return tuple(dict.fromkeys([device_named("cuda"), *seen]))
+    named = list(device) if isinstance(device, (list, tuple)) else [device]
+    found = tuple(dict.fromkeys(map(device_named, named)))
     if not found:
         raise InvalidArgument("device: an empty list; name a device or several, or pass None for all GPUs")
     if len({each.type for each in found}) > 1:
@@ -130,13 +132,6 @@ def devices_of(device: Any) -> tuple[Any, ...]:
             "for each kind"
         )
     return found
-
-
-def _resolved(device: Any) -> Any:
-    """The device with its index, such as "cuda:0" for "cuda"; raises what torch raises where there is no such device."""
-    import torch
-
-    return torch.empty(0, device=device).device
 
 
 def _kernel(backend: str, device: Any) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.events import event
 from pqcodec.placed import aligned
+from pqcodec.sizes import size_of
 
 ALIGNMENT = 256  # bytes: slices of a PinnedArena begin at multiples of it, and take multiples of it
 _REGION_BYTES = 2 << 20  # of a GrowingArena's region, at least: encoded chunks are smaller, and share one
@@ -87,9 +88,10 @@ class PinnedArena:
     0
     """
 
-    def __init__(self, capacity_bytes: int, *, pinned: bool | None = None, device: Any = None) -> None:
+    def __init__(self, capacity_bytes: int | str, *, pinned: bool | None = None, device: Any = None) -> None:
         import torch
 
+        capacity_bytes = size_of(capacity_bytes, "capacity_bytes")
         if capacity_bytes < ALIGNMENT:
             raise InvalidArgument(f"capacity_bytes {capacity_bytes}: at least {ALIGNMENT} are expected")
         self.capacity_bytes = capacity_bytes // ALIGNMENT * ALIGNMENT

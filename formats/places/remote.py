@@ -63,6 +63,12 @@ def is_url(place: Any) -> bool:
     return False
 
 
+def check_path(place: Any, name: str) -> None:
+    """Raises InvalidArgument where an argument called ``name`` is neither a path nor a URL."""
+    if not isinstance(place, (str, os.PathLike)):
+        raise InvalidArgument(f"{name} is a {type(place).__name__}; a path or URL is expected")
+
+
 def check_local(place: str | os.PathLike[str], what: str) -> None:
     """Raises InvalidArgument if ``place`` is a URL; ``what``: the end of the message, what has to be local and what to do."""
     if is_url(place):

@@ -30,6 +30,13 @@ def json_bytes(value: Any, what: str, most: int) -> bytes:
     return data
 
 
+def metadata_bytes(metadata: dict[str, Any] | None, most: int) -> bytes:
+    """A file's metadata (None: an empty object) as JSON; raises InvalidArgument as ``json_bytes`` does, or for no dict."""
+    if metadata is not None and not isinstance(metadata, dict):
+        raise InvalidArgument(f"metadata is a {type(metadata).__name__}; a dict is expected, which becomes a JSON object")
+    return json_bytes(metadata or {}, "metadata", most)
+
+
 def json_value(data: bytes, what: str) -> Any:
     """A value from strict JSON: UTF-8, no NaN, no key twice; raises CorruptStream, naming ``what``."""
     try:

@@ -42,7 +42,12 @@ def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[st
     >>> tensors.names, roles["layers.0.value"]
     (('layers.0.key', 'layers.0.value'), TensorRole(role='value', layer=0))
     """
-    pairs = [(layer, role, x) for layer, pair in enumerate(layers) for role, x in zip(c.ROLES[:2], pair, strict=True)]
+    try:
+        given = [(key, value) for key, value in layers]
+    except (TypeError, ValueError) as error:
+        words = "a list of (key, value) of each layer is expected; transformers_cache.save takes a Cache"
+        raise InvalidArgument(f"layers is a {type(layers).__name__}: {words} ({error})") from None
+    pairs = [(layer, role, x) for layer, pair in enumerate(given) for role, x in zip(c.ROLES[:2], pair, strict=True)]
     tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
     return tensors, {f"layers.{layer}.{role}": TensorRole(role, layer) for layer, role, _ in pairs}
 

@@ -35,6 +35,8 @@ class Store(Protocol):
 def generate(store: Store, model: Any, input_ids: Any, *, extra: str, wait: bool, **options: Any) -> Any:
     """``PrefixStore.generate`` with a store; arguments, result and errors are the same."""
     inner = unwrapped(model)
+    if not hasattr(inner, "config"):
+        raise InvalidArgument(f"a transformers model is expected, not {type(model).__name__}")
     request, identity = Request.of(inner, input_ids, options), Identity.of(inner)  # raises for what has no identity
     why = _why_alone(inner, identity, request)
     if why:

@@ -27,7 +27,10 @@ def token_ids(tokens: Any) -> np.ndarray:
     """Token ids as int64 [n], from a list, an array or a tensor [n] or [1, n]; raises InvalidArgument."""
     if hasattr(tokens, "detach"):
         tokens = tokens.detach().cpu().numpy()
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:  # lists of several lengths
+        raise InvalidArgument(f"tokens: the ids of one sequence are expected, integers [n] or [1, n]: {error}") from None
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):

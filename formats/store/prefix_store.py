@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from numbers import Integral
 from types import TracebackType
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -31,6 +32,7 @@ from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.sizes import size_of
 from pqcodec.threads import threads
 
 TAIL_PRESET = "pq6"  # a tail is decoded and encoded again when it has grown, so its error should be negligible
@@ -69,16 +71,16 @@ class _Work:
 class PrefixStore:
     """A store of prefix caches in a folder, for many processes and threads at once.
 
-    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, beyond which the
-    least recently used prefixes are dropped (None: the quota that the folder has); a prefix that exceeds it alone is not
-    stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with another one finds no prefix
-    of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its vocabulary part of a prefix's
-    name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is opened; the index stays in
-    ``folder``, which has to be on a local disk. ``nonfinite``: "error", or "exact" to keep vectors with NaN or Inf as they are.
-    ``shared``: other users may use the store, as far as the umask allows (by default its files are 0600 and its folders 0700).
-    ``identity``: how much of a model's weights every call checks, "sampled" words or all ("full"); see ``Identity.of``. All
-    else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not detected. ``shelf``:
-    damage, quota and leftover files.
+    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, as a number or
+    such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a prefix
+    that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with
+    another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its
+    vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is
+    opened; the index stays in ``folder``, which has to be on a local disk. ``nonfinite``: "error", or "exact" to keep vectors
+    with NaN or Inf as they are. ``shared``: other users may use the store, as far as the umask allows (by default its files are
+    0600 and its folders 0700). ``identity``: how much of a model's weights every call checks, "sampled" words or all ("full");
+    see ``Identity.of``. All else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not
+    detected. ``shelf``: damage, quota and leftover files.
 
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
@@ -101,7 +103,7 @@ class PrefixStore:
         folder: str | os.PathLike[str],
         *,
         preset: str = "pq3",
-        max_bytes: int | None = None,
+        max_bytes: int | str | None = None,
         tenant: str = "",
         tokenizer: Any = None,
         data: str | os.PathLike[str] | None = None,
@@ -113,8 +115,9 @@ class PrefixStore:
     ) -> None:
         if identity not in ("sampled", "full"):
             raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
-        if max_bytes is not None and max_bytes < 0:
-            raise InvalidArgument(f"max_bytes {max_bytes}: a number of bytes is expected")
+        if not isinstance(tenant, str):
+            raise InvalidArgument(f"tenant {tenant!r:.40}: a string is expected")
+        quota = None if max_bytes is None else size_of(max_bytes, "max_bytes")
         self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
             measured="none",
@@ -127,8 +130,8 @@ class PrefixStore:
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
-        if max_bytes is not None and self.shelf.denied is None:
-            self._index.set_quota(max_bytes)
+        if quota is not None and self.shelf.denied is None:
+            self._index.set_quota(quota)
         self._forget_saves()
         _open_stores.add(self)
 
@@ -177,8 +180,8 @@ class PrefixStore:
         reused.
         """
         self._index.check_open()
-        if leave < 0:
-            raise InvalidArgument(f"leave={leave}: a number of tokens is expected, 1 or more to go on from the cache")
+        if not isinstance(leave, Integral) or leave < 0:
+            raise InvalidArgument(f"leave={leave!r}: a number of tokens is expected, 1 or more to go on from the cache")
         identity, ids = self._identity(model), token_ids(tokens)
         behaviour = reuse.behaviour_of(model, identity, ids, extra)
         one_left = behaviour is not None and not behaviour.runs and not stepwise

@@ -46,6 +46,9 @@ class Shelf:
     def __init__(
         self, folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None, *, shared: bool = False
     ) -> None:
+        remote.check_path(folder, "folder")
+        if data is not None:
+            remote.check_path(data, "data")
         remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
         self.folder, self._shared = Path(folder), shared
         own.check_folder(self.folder)

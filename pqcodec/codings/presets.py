@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> Preset:
     """The preset of that name; raises InvalidArgument."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InvalidArgument(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
     return PRESETS[name]
 

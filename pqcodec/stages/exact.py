@@ -44,7 +44,10 @@ def coded_rows(h: Header, vectors: Any) -> np.ndarray:
 
     A row is leading index times coded tokens plus coded token; rows ascend. Raises InvalidArgument.
     """
-    pairs = np.asarray(vectors, np.int64).reshape(-1, 2)
+    pairs = np.asarray(vectors, np.int64)
+    if pairs.size % 2 or not pairs.ndim:
+        raise InvalidArgument(f"exact_vectors {pairs.shape}: pairs (leading index, token) are expected, integers [n, 2]")
+    pairs = pairs.reshape(-1, 2)
     if ((pairs < 0) | (pairs >= (h.leading, h.tokens))).any():
         raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
     pairs = pairs[pairs[:, 1] >= h.first_tokens]

@@ -8,6 +8,7 @@ the stream, in ``blocks_of``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,10 @@ def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tupl
     """``wanted`` or everything; raises InvalidArgument outside 0 .. count."""
     if wanted is None:
         return 0, count
-    first, last = wanted
+    try:
+        first, last = map(index, wanted)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{name} {wanted!r}: two whole numbers are expected, the first and the last + 1") from None
     if not 0 <= first <= last <= count:
         raise InvalidArgument(f"{name} {first} .. {last} is outside 0 .. {count} of the tensor")
     return first, last

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.sizes import size_of
 from pqcodec.tools.encode import Jobs
 from pqcodec.tools.jobs import Show, run
-from pqcodec.tools.memory import size_of
 from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
 from pqcodec.tools.store.listing import block_as_dict
 from pqcodec.tools.store.place import AsJson, Data, Folder, check_place, models_of, named, opened, short

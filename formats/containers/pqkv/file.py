@@ -39,6 +39,7 @@ from pqcodec.formats.plain.documents import (
     checksum_of_text,
     checksum_text,
     json_bytes,
+    metadata_bytes,
     shape_problem,
     tensor_problem,
 )
@@ -72,6 +73,8 @@ class PQKVWriter:
     def __init__(
         self, target: PathOrFile, metadata: dict[str, Any] | None = None, *, parts: bool = False, digest: Any = None
     ) -> None:
+        if not isinstance(target, (str, os.PathLike)) and not hasattr(target, "write"):
+            raise InvalidArgument(f"target is a {type(target).__name__}; a path, a URL or a binary file is expected")
         self._target, self._metadata, self._digest = target, metadata, digest
         self._version = c.GROWN_VERSION if parts else c.FILE_VERSION
         self._previous: int | None = None  # end of the last commit of a file that grows
@@ -83,7 +86,7 @@ class PQKVWriter:
         self.bytes_written = 0  # of the whole file, so far
 
     def __enter__(self) -> PQKVWriter:
-        meta = None if self._metadata is None else json_bytes(self._metadata, "metadata", c.MAX_META_BYTES)
+        meta = None if self._metadata is None else metadata_bytes(self._metadata, c.MAX_META_BYTES)
         with ExitStack() as stack:
             if isinstance(self._target, (str, os.PathLike)):
                 path = stack.enter_context(remote.placing(self._target))

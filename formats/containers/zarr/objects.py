@@ -33,6 +33,7 @@ def store_of(target: Any, read_only: bool) -> Store:
         remote.check_url(str(target))
         with _transport(str(target)):
             return FsspecStore.from_url(str(target), read_only=read_only)
+    remote.check_path(target, "store")
     return LocalStore(os.fspath(target), read_only=read_only)
 
 

@@ -36,7 +36,7 @@ from pqcodec.formats.containers.zarr.objects import DOCUMENT, get, put, store_of
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import replacing_folder
 from pqcodec.formats.plain import numbers as exact
-from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, json_value
+from pqcodec.formats.plain.documents import checksum_bytes, json_value, metadata_bytes
 from pqcodec.stages.centre import PAIRINGS, Rope
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.seal import with_seal
@@ -83,7 +83,7 @@ def write_pieces(
     ``progress`` is called with (tensors done, tensors in all). Raises InvalidArgument, OSError, and what a ``body`` raises.
     """
     check_pieces(pieces)
-    meta = json_bytes(metadata or {}, "metadata", c.MAX_META_BYTES).decode()
+    meta = metadata_bytes(metadata, c.MAX_META_BYTES).decode()
     if isinstance(target, (str, os.PathLike)) and not remote.is_url(target):
         if not overwrite and os.path.exists(target):
             raise InvalidArgument(f"{os.fspath(target)}: exists; pass overwrite=True to replace it, or choose another place")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import containers
 from pqcodec.formats.containers.reader import Progress, TensorFile
 from pqcodec.formats.containers.writer import Piece
@@ -206,6 +206,8 @@ def load(
             state = _state_in(file, metadata, device, backend)
             cache = cache_of(placed(state, devices) if devices else state)
             held = _held_in(file, metadata, device, backend)
+        except BackendUnavailable:
+            raise  # the caller's device or backend, not the file
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CorruptStream(f"{file.label}: its metadata, {KEY!r}, does not describe a cache ({error!r})") from error
         begin(cache, identity, _presets_in(file))
