@@ -28,6 +28,7 @@ for verb in (encode.encode, decode.decode, convert.convert):
 for verb in (inspect.inspect, verify.verify, doctor.doctor, doctor.warmup):
     app.command()(reported(verb))
 app.add_typer(store.app)
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _version(wanted: bool) -> None:
@@ -45,7 +46,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _interrupt)  # removes an unfinished output, as Ctrl-C does
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _interrupt)  # removes an unfinished output, as Ctrl-C does
     try:
         app()
     except KeyboardInterrupt:
@@ -58,6 +61,8 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    for each in _ENDING:  # often both come, or one twice: the second must not interrupt the removal
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -1,18 +1,20 @@
 """Law: a file or folder appears whole or not at all, and is private unless ``permissions`` allows more.
 
-It is written under a temporary name beside its final one and renamed when it is complete.
+It is written under a temporary name beside its final one and renamed when it is complete. What a writer of the same final name
+left behind when it was killed is removed first (``leftovers``).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from pqcodec.formats.places.leftovers import OLD, PART, remove_dead, temporary_name
 
 PRIVATE = 0o600
 _wanted: ContextVar[int | None] = ContextVar("permissions", default=None)
@@ -61,7 +63,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if final.exists() and not final.is_file():
         yield final
         return
-    temporary = final.with_name(f".{final.name[:200]}.{secrets.token_hex(4)}.part")
+    remove_dead(final)
+    temporary = final.with_name(temporary_name(final) + PART)
     try:
         wanted = _wanted.get() or PRIVATE
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, wanted | PRIVATE))
@@ -85,14 +88,15 @@ def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
     renamed, and put back if that fails. Raises OSError.
     """
     final = Path(os.path.realpath(path))
+    remove_dead(final)
     if final.exists() and not final.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is no folder, a folder is to be written here", str(path))
     if not final.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder to write to does not exist", str(final.parent))
     if final.is_dir() and any(final.iterdir()) and not (final / mark).is_file():
         raise FileExistsError(errno.EEXIST, f"is a folder without a {mark}, which is not replaced", str(path))
-    unique = f".{final.name[:200]}.{secrets.token_hex(4)}"
-    temporary, aside = final.with_name(unique + ".part"), final.with_name(unique + ".old")
+    unique = temporary_name(final)
+    temporary, aside = final.with_name(unique + PART), final.with_name(unique + OLD)
     try:
         wanted = searchable(_wanted.get() or PRIVATE)
         temporary.mkdir(mode=wanted)

@@ -6,12 +6,14 @@ a shard; streams of other lengths are one chunk together.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +47,7 @@ _STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz":
 _STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # dtypes that zarr lacks, and the unsigned integers that hold their bits
 SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that any file system takes for a folder
 CRC_BYTES = 4
+_SETTLING = 10  # seconds that zarr's thread gets
 _MISSING = (1 << 64) - 1  # offset and size, in the index of a shard, of a chunk that is not there
 
 
@@ -87,9 +90,24 @@ def write_pieces(
     if isinstance(target, (str, os.PathLike)) and not remote.is_url(target):
         if not overwrite and os.path.exists(target):
             raise InvalidArgument(f"{os.fspath(target)}: exists; pass overwrite=True to replace it, or choose another place")
-        with replacing_folder(target, DOCUMENT) as folder:
+        with replacing_folder(target, DOCUMENT) as folder, _settled():
             return _write(LocalStore(folder), pieces, meta, progress, False, chunks_per_shard)
     return _write(store_of(target, False), pieces, meta, progress, overwrite, chunks_per_shard)
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """A context that an error leaves only when zarr's thread has ended what it was at: it would write into a removed folder."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            sync(_others_done(), timeout=_SETTLING)
+        raise
+
+
+async def _others_done() -> None:
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
 def _write(
