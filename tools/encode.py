@@ -15,6 +15,7 @@ from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text, say, shown
 from pqcodec.tools.progress import load_kernels
+from pqcodec.tools.tables import shortened
 
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
@@ -31,6 +32,7 @@ Target = Annotated[
     typer.Argument(metavar="OUTPUT", help="The file to write (.pqkv, .safetensors or .zarr), a folder for many, or -."),
 ]
 To = Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension, else pqkv).")]
+_NAME_WIDTH = 60  # characters of a name in notes
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Files worked on at once.")]
 
 
@@ -252,7 +254,8 @@ class _Outcome:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shortened(shown(name), _NAME_WIDTH) for name in names[:3]) + more
 
 
 def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: Show) -> _Outcome:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +9,9 @@ import typer
 
 from pqcodec.tools.decode import Sources
 from pqcodec.tools.files import ENCODED, Input, input_file, inputs
-from pqcodec.tools.jobs import WIDTH_WITHOUT_TERMINAL, Show, report, run
+from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text, shown
+from pqcodec.tools.tables import console, print_table, table_width
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
@@ -99,24 +98,24 @@ class _Outcome:
         return sum(t["tensor_bytes"] for t in self._tensors)
 
     def print(self) -> None:
-        from rich.console import Console
         from rich.text import Text
 
-        console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+        out = console()
         whole = self._whole
         size = f"{bytes_text(whole['file_bytes'])}, {len(self._tensors)} tensors of {bytes_text(self._original)}"
         ratio = self._original / max(whole["file_bytes"], 1)
-        console.print(Text(f"{shown(whole['file'])}: {size}, {ratio:.2f}x smaller"))
+        out.print(Text(f"{shown(whole['file'])}: {size}, {ratio:.2f}x smaller"))
         for key, value in whole["metadata"].items():
-            console.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
-        if self._cache and console.width >= _WIDE:
-            console.print(_table(_LAYER_COLUMNS, [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]))
-        elif self._cache:  # a row for keys and one for values
+            out.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
+        layers = [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]
+        if layers and table_width(_LAYER_COLUMNS, layers) <= out.width:
+            print_table(out, _LAYER_COLUMNS, layers, _LEFT)
+        elif layers:  # a row for keys and one for values
             rows = [[str(layer), role, *_coded(t), f"{t['ratio']:.2f}x"] for (layer, role), t in sorted(self._cache.items())]
-            console.print(_table(("layer", "role", "preset", *_HALF, "smaller"), rows))
+            print_table(out, ("layer", "role", "preset", *_HALF, "smaller"), rows, _LEFT, _SPARE)
         others = [t for t in self._tensors if self._cache.get((t["layer"], t["role"])) is not t]
         if others:
-            console.print(_table(_TENSOR_COLUMNS, [_tensor(t) for t in others]))
+            print_table(out, _TENSOR_COLUMNS, [_tensor(t) for t in others], _LEFT, _SPARE)
 
     def _layer(self, layer: int) -> list[str]:
         cells = [str(layer)]
@@ -143,7 +142,7 @@ _TENSOR_COLUMNS = (
     "at",
     "smaller",
 )
-_WIDE = 120  # characters of the table of layers
+_SPARE = ("at", "|mean|", "relMSE")  # left out where the terminal is narrow
 _LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
 
 
@@ -158,21 +157,6 @@ def _coded(t: dict[str, Any]) -> list[str]:
 
 def _tensor(t: dict[str, Any]) -> list[str]:
     shape = " x ".join(map(str, t["shape"])) or "-"
-    about = [shown(t["name"]), t["role"], "-" if t["layer"] is None else str(t["layer"]), shape, t["dtype"]]
+    about = [t["name"], t["role"], "-" if t["layer"] is None else str(t["layer"]), shape, t["dtype"]]
     how = _coded(t) if t["coded"] else ["exact", "-", str(t["bytes"]), "-", "-", str(t["at"])]
     return [*about, *how, f"{t['ratio']:.2f}x"]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        if column == "name":
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from typing import Any, TypeVar
 import typer
 
 from pqcodec.errors import InvalidArgument, PQError
-from pqcodec.tools.outcome import code_of, message_of, print_json, say, shown
+from pqcodec.tools.outcome import code_of, message_of, print_json, say
+from pqcodec.tools.tables import console, print_table
 
 T = TypeVar("T")
 Show = Callable[[float], None]  # called with the share of a file that is done, 0 to 1
@@ -87,7 +87,9 @@ def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool)
         results = [done.as_dict() for done in found]
         print_json({"files": results, "failed": len(failed)} if many else results[0])
     elif many:
-        _table(found, columns)
+        failure = ["failed", *[""] * (len(columns) - 1)]
+        rows = [[done.path, *(done.outcome.cells() if done.error is None else failure)] for done in found]
+        print_table(console(), ("file", *columns), rows, ("file",))
         for done in failed:
             assert done.error is not None
             say(f"pqcodec: {message_of(done.error)}")
@@ -95,21 +97,3 @@ def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool)
     code = code or next((done.outcome.exit_code for done in found if done.outcome and done.outcome.exit_code), 0)
     if code:
         raise typer.Exit(code)
-
-
-def _table(found: list[Done], columns: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("file", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for done in found:
-        cells = done.outcome.cells() if done.error is None else ["failed", *[""] * (len(columns) - 1)]
-        table.add_row(Text(shown(done.path)), *map(Text, cells))
-    Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL).print(table)
-
-
-WIDTH_WITHOUT_TERMINAL = 160

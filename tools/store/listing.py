@@ -17,13 +17,12 @@ from pqcodec.tools.store.place import (
     Folder,
     Models,
     PrefixBlocks,
-    console,
     models_of,
     opened,
     prefixes,
     short,
-    table,
 )
+from pqcodec.tools.tables import console, print_table
 
 if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
@@ -62,11 +61,11 @@ def ls(
     print(f"{shown(folder)}: {f'{len(rows)} blocks' if by_block else f'{len(found)} prefixes'}")
     if by_block and rows:
         columns = ("block", "model", "preset", "tokens", "bytes", "last used", "hits", "")
-        out.print(table(columns, [_block_cells(row, models, now) for row in rows], ("block", "model", "preset", "")))
+        print_table(out, columns, [_block_cells(row, models, now) for row in rows], ("block", "model", "preset", ""))
     elif found:
         blocks = ("own blocks", "shared", "own bytes") if wide else ("blocks", "own bytes")
         columns = ("prefix", "model", "preset", "tokens", *blocks, "last used", "hits", "")
-        out.print(table(columns, [_cells(prefix, models, now, wide) for prefix in found], ("prefix", "model", "preset", "")))
+        print_table(out, columns, [_cells(prefix, models, now, wide) for prefix in found], ("prefix", "model", "preset", ""))
 
 
 def block_as_dict(row: Row, models: Models) -> dict[str, Any]:
@@ -220,7 +219,7 @@ def _draw(totals: dict[str, Any]) -> None:
     if quota is not None:
         of = f"{bytes_text(size)} of {bytes_text(quota)}, {_share(size, quota)}"
         bar = ProgressBar(total=max(quota, 1), completed=size, width=30)
-        out.print(table(("", "", ""), [["quota", bar, of]], ("",)))
+        print_table(out, ("", "", ""), [["quota", bar, of]], ("",))
     each = totals["models"]
     if not each:
         return
@@ -232,7 +231,7 @@ def _draw(totals: dict[str, Any]) -> None:
         about = [one["model"], one["preset"], bits, *([str(one["prefixes"]), str(one["tokens"])] if wide else [])]
         rows.append([*about, bytes_text(one["bytes"]), bars["bytes"], str(one["hits"]), bars["hits"]])
     columns = ("model", "preset", "bits", *(("prefixes", "tokens") if wide else ()), "bytes", "", "hits", "")
-    out.print(table(columns, rows, ("model", "preset", "")))
+    print_table(out, columns, rows, ("model", "preset", ""))
 
 
 def _share(part: int, whole: int) -> str:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.jobs import WIDTH_WITHOUT_TERMINAL
-from pqcodec.tools.outcome import say, shown
+from pqcodec.tools.outcome import say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pqcodec.formats.store.index import Row
     from pqcodec.formats.store.shelf import Shelf
 
@@ -148,24 +144,3 @@ def prefixes(rows: Sequence[Row]) -> list[PrefixBlocks]:
     users = Counter(row.name for chain in chains for row in chain)
     found = [PrefixBlocks(chain, [row for row in chain if users[row.name] == 1]) for chain in chains]
     return sorted(found, key=lambda prefix: -prefix.end.used)
-
-
-# -- tables ------------------------------------------------------------------------------------------------------
-def console() -> Console:
-    """A console for tables, of fixed width where stdout is no terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[str]) -> Any:
-    """A table of rich, with the columns ``left`` left-aligned and unprintable characters in strings escaped."""
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=None, show_header=any(columns), header_style="bold", pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*(Text(shown(cell)) if isinstance(cell, str) else cell for cell in row))
-    return made
