@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 
 import typer
+from typer.core import TyperCommand
 
 import pqcodec
 from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
@@ -23,10 +25,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (encode.encode, decode.decode, convert.convert):
-    app.command(cls=TwoEnded)(reported(verb))
-for verb in (inspect.inspect, verify.verify, doctor.doctor, doctor.warmup):
-    app.command()(reported(verb))
+VERBS: tuple[tuple[Callable[..., None], type[TyperCommand]], ...] = (
+    (encode.encode, TwoEnded),
+    (decode.decode, TwoEnded),
+    (convert.convert, TwoEnded),
+    (inspect.inspect, TyperCommand),
+    (verify.verify, TyperCommand),
+    (doctor.doctor, TyperCommand),
+    (doctor.warmup, TyperCommand),
+)
+for verb, parser in VERBS:
+    app.command(cls=parser)(reported(verb))
 app.add_typer(store.app)
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 

@@ -34,7 +34,8 @@ class TwoEnded(TyperCommand):
         except typer.BadParameter as error:
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
             if error.param is not None and error.param.name == "sources" and given["target"] is not None:
-                error.param = next(param for param in self.params if param.name == "target")
+                params: list[Any] = [param for param in self.params if param.name == "target"]
+                error.param = params[0]
             raise
 
 
