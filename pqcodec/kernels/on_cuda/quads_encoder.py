@@ -49,7 +49,7 @@ def cells_of(bits: int, fine: bool) -> np.ndarray:
     grid = np.concatenate([np.arange(1.0, 128, 2), np.arange(144.0, 256, 32)])
     spacing = np.gradient(grid)
     count, size = len(table.representatives), int(np.prod(levels))
-    half, total = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
+    half, weight = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
     third, last = np.tril_indices(len(grid))
     for second in range(len(grid)):  # all magnitudes that descend
         smaller = third <= second
@@ -62,8 +62,8 @@ def cells_of(bits: int, fine: bool) -> np.ndarray:
         level = np.minimum(x // np.array(widths), np.array(levels) - 1).astype(np.int64)
         nearest = (x @ table.representatives.T - half).argmax(1)
         weights = spacing[places].prod(1) * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
-        total += np.bincount(np.ravel_multi_index(tuple(level.T), levels) * count + nearest, weights, size * count)
-    total = total.reshape(size, count)
+        weight += np.bincount(np.ravel_multi_index(tuple(level.T), levels) * count + nearest, weights, size * count)
+    total = weight.reshape(size, count)
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(total, best, 1) > 0
     return np.where(found, best, best[:, :1]).astype(np.uint8)  # where there are fewer, the first again
