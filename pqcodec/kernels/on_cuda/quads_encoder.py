@@ -57,11 +57,10 @@ def cells_of(bits: int, fine: bool) -> np.ndarray:
         larger = np.arange(second, len(grid))
         places = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
         places[..., 0], places[..., 1], places[..., 2:] = larger[:, None], second, pairs
-        places = places.reshape(-1, c.QUAD)
-        x = grid[places]
+        x = grid[places].reshape(-1, c.QUAD)
         level = np.minimum(x // np.array(widths), np.array(levels) - 1).astype(np.int64)
         nearest = (x @ table.representatives.T - half).argmax(1)
-        weights = spacing[places].prod(1) * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
+        weights = spacing[places].prod(-1).ravel() * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
         weight += np.bincount(np.ravel_multi_index(tuple(level.T), levels) * count + nearest, weights, size * count)
     total = weight.reshape(size, count)
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
