@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pqcodec
+from pqcodec.codings.plan import Plan
 from pqcodec.codings.presets import Preset
 
 BACKENDS = ("reference", "cpu")
@@ -75,6 +76,12 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders write streams as they were before there were two rounds of rotation."""
     monkeypatch.setattr(Preset, "rounds", 1)
+
+
+@pytest.fixture
+def encoders_of_before(one_round: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference encoder writes streams as it did when neither two rounds were known nor norms were kept."""
+    monkeypatch.setattr(Plan, "stretch", 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -366,7 +366,7 @@ def test_wrong_tensors_are_named(x: Any, message: str) -> None:
 
 def test_tensors_of_other_devices_are_refused() -> None:
     x = torch.empty(4, 64, device="meta")
-    with pytest.raises(pqcodec.BackendUnavailable, match="choose from"):
+    with pytest.raises(pqcodec.BackendUnavailable, match="device 'meta': no backend codes tensors there; choose a device of"):
         pqcodec.encode(x)
     with pytest.raises(InvalidArgument, match=r"is on 'meta'.*pass x.cpu"):
         pqcodec.encode(x, backend="reference")

@@ -129,7 +129,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockLayout, "new_tensors", new_tensors)
     monkeypatch.setattr(lanes, "DevicePipeline", FakePipeline)
     monkeypatch.setattr(lanes, "backend_of", lambda name, kind: Kernel())
-    monkeypatch.setattr(lanes, "_resolved", torch.device)
+    monkeypatch.setattr(lanes, "device_named", torch.device)
 
 
 def pool_of(*places: int, capacity: int = 1 << 20, **options: Any) -> HostPool:
@@ -262,7 +262,7 @@ def test_which_devices_a_pool_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lanes.devices_of(None) == (torch.device("cpu"),)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(lanes, "_resolved", lambda device: torch.device("cuda", 1))  # the current one
+    monkeypatch.setattr(lanes, "device_named", lambda device: torch.device("cuda", 1))  # the current one
     assert lanes.devices_of(None) == tuple(torch.device("cuda", n) for n in (1, 0, 2))
 
 

@@ -286,7 +286,7 @@ def opened_as(folder: str, data: bytes) -> TensorFile:
 
 
 @pytest.mark.parametrize(("folder", "name"), BEFORE, ids=lambda value: value)
-def test_files_of_before_are_read_as_they_were(folder: str, name: str, tmp_path: Path, one_round: None) -> None:
+def test_files_of_before_are_read_as_they_were(folder: str, name: str, tmp_path: Path, encoders_of_before: None) -> None:
     old, new = (fuzz.FOLDER / folder / name).read_bytes(), seeds(folder)[name]
     key = b'"seal"' if folder == "pqkv" else b"order"
     assert key not in old
