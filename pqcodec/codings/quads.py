@@ -33,6 +33,14 @@ class Table:
         """Units in a radius as encoders take them: they aim a little further out, so that decoded vectors keep their norm."""
         return self.grid * c.QUADS_STRETCH[self.bits]
 
+    @property
+    def numbers_by_three(self) -> np.ndarray:
+        """``numbers`` by the places of the three largest coordinates alone, int16 [r, 64]: the fourth has what is left."""
+        key = np.arange(4 ** (c.QUAD - 1))
+        three = key[:, None] >> np.array([0, 2, 4]) & 3
+        least = np.clip(6 - three.sum(1), 0, 3)  # its place, where the places of the others are different
+        return self.numbers[:, key | least << 6]
+
 
 @lru_cache(maxsize=16)
 def points_of(bits: int) -> Table:

@@ -200,10 +200,7 @@ def _searched(table: quads.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         different = [x for x, _ in groupby(points[each])]
         listed[i, : len(different)] = different
         listed[i, c.QUAD :] = -sum(x * x for x in points[each]) / 2, i
-    key = np.arange(4 ** (c.QUAD - 1))
-    three = key[:, None] >> np.array([0, 2, 4]) & 3
-    least = np.clip(6 - three.sum(1), 0, 3)  # its place, where the places of the others are different
-    return listed.ravel(), runs, table.numbers[picked][:, key | least << 6].astype(np.int32).ravel()
+    return listed.ravel(), runs, table.numbers_by_three[picked].astype(np.int32).ravel()
 
 
 @lru_cache(maxsize=64)

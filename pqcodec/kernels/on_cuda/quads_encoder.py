@@ -23,13 +23,10 @@ def encoder_tables(plan: Plan, fine: bool) -> dict[str, np.ndarray]:
     """CELLS uint8 [cells, 4 candidates], CORNERS uint8 [representatives, 4], NUMBERS uint16 [representatives, 64 places of the
     three largest], and POINTS uint8 [points, 4]."""
     table = quads.table_of(plan)
-    key = np.arange(4 ** (c.QUAD - 1))
-    three = key[:, None] >> np.array([0, 2, 4]) & 3
-    least = np.clip(6 - three.sum(1), 0, 3)  # its place, where the places of the others are different
     return {
         "CELLS": cells_of(table.bits, fine) * np.uint8(_step(table)),
         "CORNERS": table.representatives.astype(np.uint8),
-        "NUMBERS": table.numbers[:, key | least << 6].astype(np.uint16),
+        "NUMBERS": table.numbers_by_three.astype(np.uint16),
         "POINTS": table.points.view(np.uint8),
     }
 
