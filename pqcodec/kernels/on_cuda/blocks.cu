@@ -25,9 +25,8 @@
 //
 // The macros come from compiled.py. Needs DECODER or ENCODER, ROUNDS, ROWS (of a tile), THREADS, what the other files need, and
 // the sizes of shared memory: BLOB_BYTES of tables (the table NAME begins at byte NAME_AT), SIGNS_BYTES of the rotation and,
-// for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block; from MEANS_AT on its block's
-// means; with BULK, from ROWS_AT on decoded rows;
-// with FETCHED, from there on the next tile's rows.
+// for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block; its block's means from MEANS_AT
+// on; and from ROWS_AT on decoded rows (with BULK) or the next tile's rows (with FETCHED).
 
 #include "numbers.cuh"
 #include "lanes.cuh"

@@ -164,17 +164,6 @@ INLINE void ordinary_numbers(int (*sums)[4], int part, float factor, const float
     }
 }
 
-INLINE void store_numbers(const float* numbers, Stored* stored) {
-#if DTYPE == FLOAT32
-#pragma unroll
-    for (int i = 0; i < STORES; i++)
-        stored[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
-#else
-    stored[0] = make_uint4(pack_stored(numbers[0], numbers[1]), pack_stored(numbers[2], numbers[3]),
-                           pack_stored(numbers[4], numbers[5]), pack_stored(numbers[6], numbers[7]));
-#endif
-}
-
 // What is the same for all pieces of a lane's two rows.
 struct TwoRows {
     int first;  // of the tile; the lane's rows are this one and the eighth behind it

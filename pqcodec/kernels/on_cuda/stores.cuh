@@ -21,6 +21,18 @@ INLINE u32 pack_stored(float even, float odd) { return DTYPE == FLOAT16 ? pack_h
 #endif
 #define STORES (8 * ITEM / 16)  // of a piece
 
+// Eight numbers that are within the dtype's range, as they are stored.
+INLINE void store_numbers(const float* numbers, Stored* stored) {
+#if DTYPE == FLOAT32
+#pragma unroll
+    for (int i = 0; i < STORES; i++)
+        stored[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
+#else
+    stored[0] = make_uint4(pack_stored(numbers[0], numbers[1]), pack_stored(numbers[2], numbers[3]),
+                           pack_stored(numbers[4], numbers[5]), pack_stored(numbers[6], numbers[7]));
+#endif
+}
+
 // A lane's eight channels of a piece of a row, from channel ``first`` on: ``numbers`` as the rotation leaves them -> as they
 // are stored. Numbers of an ordinary row (blocks.cu) need neither the second factor nor limits, and may get D's signs after
 // they are rounded. ``offsets``: the piece's, where there are any.
@@ -54,20 +66,16 @@ INLINE void finish_piece(const u8* tables, int first, float* numbers, const floa
             numbers[i] = fminf(fmaxf(numbers[i] * second_factor + 0.0f, -LARGEST), LARGEST);
         }
 #endif
-#if DTYPE == FLOAT32
-#pragma unroll
-    for (int i = 0; i < STORES; i++)
-        stored[i] = make_float4(numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2], numbers[4 * i + 3]);
-#else
+#if DTYPE != FLOAT32 && !OFFSETS && ROUNDS == 1
     u32 packed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         packed[i] = pack_stored(numbers[2 * i], numbers[2 * i + 1]);
-#if !OFFSETS && ROUNDS == 1
         if (ordinary) packed[i] = with_signs(packed[i], sign[i]);
-#endif
     }
     stored[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+#else
+    store_numbers(numbers, stored);
 #endif
 }
 
