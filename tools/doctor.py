@@ -5,17 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import pqcodec
 from pqcodec.tools.outcome import print_json, shown
 from pqcodec.tools.progress import progress_bar
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PACKAGES = {  # and the extra that brings it, if it is not always there
     "numpy": "",
@@ -93,20 +91,18 @@ def _state(backend: str) -> str:
 
 def _speeds() -> list[float]:
     """GB/s of float16 that pq3 encodes and decodes on the CPU, kernels being loaded: the best of a few rounds."""
-    x = _noise(TIMED_BYTES // 2 // 128)
-    data, spent = pqcodec.encode(x, backend="cpu"), ([], [])  # type: tuple[Any, tuple[list[float], list[float]]]
-    for _ in range(ROUNDS):
-        for times, work in zip(spent, (lambda: pqcodec.encode(x, backend="cpu"), lambda: pqcodec.decode(data)), strict=True):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    return [round(x.nbytes / min(times) / 1e9, 2) for times in spent]
-
-
-def _noise(tokens: int) -> np.ndarray:
     import numpy as np
 
-    return np.random.default_rng(0).standard_normal((tokens, 128), np.float32).astype(np.float16)
+    x = np.random.default_rng(0).standard_normal((TIMED_BYTES // 256, 128), np.float32).astype(np.float16)
+    data = pqcodec.encode(x, backend="cpu")
+    works = (lambda: pqcodec.encode(x, backend="cpu"), lambda: pqcodec.decode(data, backend="cpu"))
+    return [round(x.nbytes / min(map(_seconds, ROUNDS * [work])) / 1e9, 2) for work in works]
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -146,10 +142,7 @@ def warmup(
     start = time.perf_counter()
     with progress_bar("compile kernels", len(kinds)) as show:
         for done, (d, name, dtype, center) in enumerate(kinds):
-            options = {**center, "exact_tokens": 1} if center else {}
-            if not (center and name == "paper"):
-                x = torch.ones((2, 80, d), dtype=getattr(torch, dtype), device=device)
-                data = pqcodec.encode(x, preset=name, **options)
-                pqcodec.decode(data, device=device)
+            x = torch.ones((2, 80, d), dtype=getattr(torch, dtype), device=device)
+            pqcodec.decode(pqcodec.encode(x, preset=name, exact_tokens=1, **center), device=device)
             show(done + 1)
     print(f"{len(kinds)} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
