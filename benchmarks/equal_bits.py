@@ -40,12 +40,8 @@ def lines_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     of_split = [cache for cache in report["caches"] if PRESETS.get(cache["name"]) and not is_quads(cache["name"])]
     lines = []
     for effort, suffix in EFFORTS.items():
-        ours = [
-            cache
-            for cache in report["caches"]
-            if cache["name"].endswith(suffix) and is_quads(cache["name"].removesuffix(suffix or "+best"))
-            and cache["name"].endswith("+best") == (effort == "best")
-        ]  # fmt: skip
+        named = [(cache["name"], cache) for cache in report["caches"] if cache["name"].endswith(suffix)]
+        ours = [cache for name, cache in named if is_quads(name.removesuffix(suffix))]
         for cache in of_split if len(ours) > 1 else ():
             lines.append(
                 {

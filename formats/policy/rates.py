@@ -57,8 +57,8 @@ IMPORTANCE = {
 FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
 _SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
-# relMSE of Gaussian vectors of 128 numbers: of quads by fast effort (benchmarks/results/quad_tables.json), and of split presets
-# (rate_distortion.json) at the rates above, which quads do not have
+# relMSE of Gaussian vectors of 128 numbers, much as in benchmarks/results/rate_distortion.json: of quads by fast effort, and of
+# split presets at the rates above, which quads do not have
 _QUAD_ERRORS = {2: 0.1016, 2.25: 0.0740, 2.5: 0.0522, 2.75: 0.0370, 3: 0.0261, 3.25: 0.0186, 3.5: 0.0133}
 _QUAD_ERRORS |= {4: 0.00777, 5: 0.00202, 6: 0.00052}
 
