@@ -134,7 +134,7 @@ class EncodeBatch(_Batch):
     def check(self) -> None:
         """Wait; raises NonFiniteInput, naming the place, if a tensor held NaN or Inf when it was encoded."""
         for group in self.groups:
-            for span, bad in zip(group.spans, group.span_flags.tolist(), strict=True):
+            for span, bad in zip(group.spans, group.nonfinite(), strict=True):
                 if bad:
                     index = next(i for i, h in enumerate(self.headers) if h is span.header)
                     raise NonFiniteInput(_name_place(self._rows[index].tensor, span.header, bad), _ADVICE)

@@ -140,8 +140,8 @@ class _Encoder(EncodeBatch):
         self.free: Any = None  # event: the arena has been copied, and may be written again
 
     def flags(self) -> list[Any]:
-        """How many vectors with NaN or Inf each span held, on the device, for each group."""
-        return [group.span_flags for group in self.groups]
+        """How many vectors with NaN or Inf each block held, on the device, for each group."""
+        return [group.block_flags for group in self.groups]
 
 
 class _Decoder(DecodeBatch):

@@ -39,7 +39,6 @@ class SpanRow(NamedTuple):
     last_token: int  # of the rows, plus one
     stride: int  # elements from one token to the next
     starts: int  # first entry of the span in ``Group.starts``
-    flags: int  # number of the span: its entry in ``Group.span_flags``
     position: int  # of token 0 under RoPE, modulo 2^32
     offsets_at: int  # byte of the stream at which the offsets begin
     exact_at: int  # ... and the exact tokens
@@ -74,7 +73,7 @@ class Span:
         """Blocks of the span: chunks times leading indices."""
         return (self.chunks[1] - self.chunks[0]) * (self.leads[1] - self.leads[0])
 
-    def row(self, starts_at: int, number: int) -> SpanRow:
+    def row(self, starts_at: int) -> SpanRow:
         """The span's row in the table that kernels read: int64 fields, in the order of ``SpanRow``."""
         h = self.header
         return SpanRow(
@@ -90,7 +89,6 @@ class Span:
             last_token=self.tokens[1],
             stride=self.stride,
             starts=starts_at,
-            flags=number,
             position=h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0,
             offsets_at=h.header_bytes,
             exact_at=h.places[sections.EXACT_TOKENS].start,
@@ -114,7 +112,7 @@ class Group:
         self.spans = list(spans)
         self.device = torch.device(device)
         starts_at = np.concatenate([[0], np.cumsum([len(span.starts) for span in spans])])
-        rows = np.array([span.row(int(at), i) for i, (span, at) in enumerate(zip(spans, starts_at, strict=False))], np.int64)
+        rows = np.array([span.row(int(at)) for span, at in zip(spans, starts_at, strict=False)], np.int64)
         self.blocks = sum(span.blocks for span in spans)
         self.leads = sum(span.side_leads for span in spans)
         self.search = (len(spans) - 1).bit_length()
@@ -150,7 +148,7 @@ class Group:
 
     @cached_property
     def block_flags(self) -> Any:
-        """int32 [blocks] on the device: not 0 where a block's checksum did not hold."""
+        """int32 [blocks] on the device: vectors with NaN or Inf of an encoded block; 0 of a decoded one that is whole."""
         return self.empty(max(self.blocks, 1), "int32")
 
     @cached_property
@@ -164,14 +162,17 @@ class Group:
         return self.header.offsets or any(span.header.first_tokens for span in self.spans)
 
     @cached_property
-    def span_flags(self) -> Any:
-        """int32 [spans] on the device: vectors of each span that held NaN or Inf when they were encoded."""
-        return self.empty(len(self.spans), "int32")
-
-    @cached_property
     def largest(self) -> Any:
         """Each span's largest mean, as float32 bits."""
         return self.empty(len(self.spans), "int32")
+
+    def nonfinite(self) -> list[int]:
+        """How many vectors of each span held NaN or Inf when they were encoded; waits."""
+        if not self.block_flags.any():
+            return [0] * len(self.spans)
+        counts = np.concatenate([[0], np.cumsum(self.block_flags.cpu().numpy())])
+        ends = np.cumsum([span.blocks for span in self.spans])
+        return [int(counts[end] - counts[end - span.blocks]) for span, end in zip(self.spans, ends, strict=True)]
 
     def damage(self) -> list[Damage]:
         """The damage that the checks of blocks and sides found; waits. Raises CorruptStream where an offset is not finite."""

@@ -26,7 +26,7 @@ from pqcodec.kernels.spans import Group
 from pqcodec.stream.header import Header
 
 FEW = 8  # blocks for each multiprocessor, up to which large tables do not pay
-SPREAD = 8  # blocks that a multiprocessor is given before the next one is used
+SPREAD = 4  # blocks that a multiprocessor is given before the next one is used: four warps multiply together
 MOST_TOKENS = 512  # of a block of quads that is encoded: a warp keeps its radii
 _ALIGNED = 16  # bytes of a load; addresses of rows are multiples
 
@@ -85,7 +85,7 @@ def kernel_layout(
     encoder's search.
     """
     if kind.coding == c.CODING_QUADS and verb == "decode":
-        return quads_layout(kind, limit)
+        return quads_layout(kind, few, limit)
     return layout(verb, kind, few, major, limit, effort)
 
 
@@ -156,19 +156,18 @@ class Cuda:
         self._kernel(verb, group)
 
     def encode(self, group: Group) -> None:
-        """Encode every block of a group; ``group.span_flags`` counts each span's vectors with NaN or Inf."""
+        """Encode every block of a group; ``group.block_flags`` counts each block's vectors with NaN or Inf."""
         kernel = self._kernel("encode", group)
         if kernel is None:
             return self._triton.encode(group)
-        group.span_flags.zero_()
-        self._launch(kernel, group, group.span_flags)
+        self._launch(kernel, group)
 
     def decode(self, group: Group) -> None:
         """Check every block of a group (into ``group.block_flags``), and fill the rows that its spans want."""
         kernel = self._kernel("decode", group)
         if kernel is None:
             return self._triton.decode(group)
-        self._launch(kernel, group, group.block_flags)
+        self._launch(kernel, group)
 
     def write_sides(self, group: Group) -> None:
         """Write the means and the exact tokens of every lead of a group into its streams."""
@@ -189,12 +188,12 @@ class Cuda:
         return _kernel(verb, header_of_kind(group.header), few, device, effort)
 
     @staticmethod
-    def _launch(kernel: Kernel, group: Group, flags: Any) -> None:
+    def _launch(kernel: Kernel, group: Group) -> None:
         import torch
 
         if not group.blocks:
             return
-        tensors = (group.rows, group.block_firsts, group.starts, flags, group.keys, kernel.blob)
+        tensors = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
         values = [np.array(x.data_ptr(), np.uint64) for x in tensors]
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)

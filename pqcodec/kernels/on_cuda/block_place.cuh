@@ -4,7 +4,7 @@
 // ROW_BYTES, BESIDE and ALIGN (of a block's bytes, as Blocks in stream/index.py says), and ITEM: bytes of a stored number.
 #pragma once
 
-#include "numbers.cuh"
+#include "lanes.cuh"
 
 // Bytes of a block of so many tokens, its checksum included.
 constexpr __device__ int block_bytes(int tokens) { return (tokens * ROW_BYTES + BESIDE + ALIGN - 1) / ALIGN * ALIGN; }
@@ -20,14 +20,18 @@ struct Block {
     int first, last;  // the rows that are wanted: from first on, before last
 };
 
-// Block ``index`` of a launch. ``spans`` [spans, FIELDS]; ``firsts``: the first block of each span, and behind them numbers
-// that no index reaches, 2^search + 1 in all; ``starts``: the addresses of each span's rows, one a leading index.
+// Block ``index`` of a launch, found by a whole warp. ``spans`` [spans, FIELDS]; ``firsts``: the first block of each span, and
+// behind them numbers that no index reaches, 2^search + 1 in all; ``starts``: the addresses of each span's rows, one a leading
+// index.
 INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
                         int search, u32 index) {
-    int which = 0;  // the last span whose first block is not behind this one, bit by bit
+    int which = 0;  // the last span whose first block is not behind this one, five bits at a time
 #pragma unroll 1
-    for (int bit = search - 1; bit >= 0; bit--)
-        if (__ldg(firsts + which + (1 << bit)) <= index) which += 1 << bit;
+    for (int left = search; left > 0; left -= 5) {
+        const int apart = max(left - 5, 0), place = which + ((int)(threadIdx.x & 31) << apart);
+        const bool before = (place >> search) == 0 && __ldg(firsts + place) <= index;
+        which += (__popc(__ballot_sync(ALL_LANES, before)) - 1) << apart;
+    }
     Block block;
     block.span = spans + which * FIELDS;
     const u32 of_span = index - (u32)__ldg(firsts + which);  // blocks of a chunk stand together, one a leading index

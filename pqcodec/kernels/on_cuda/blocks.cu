@@ -69,9 +69,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         if (lane == 0) *upcoming = block;
     }
 #if WARPGROUPS
-    else if (lane == 0) *upcoming = find_block(spans, firsts, starts, search, 0);  // an idle warp takes any block
+    else {  // an idle warp takes any block
+        const Block block = find_block(spans, firsts, starts, search, 0);
+        if (lane == 0) *upcoming = block;
+    }
 #endif
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    copy_tables(blob, memory);
 #if ROUNDS == 1
     if (threadIdx.x < 32) prepare_signs(tables, lane);
 #endif
@@ -163,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #endif
 
 #ifdef ENCODER
-// Writes every block. Rows with NaN or Inf are coded as zeros; flags [spans] counts them.
+// Writes every block. Rows with NaN or Inf are coded as zeros; flags [blocks] counts them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
@@ -181,9 +184,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         if (lane == 0) *upcoming = block;
     }
 #if WARPGROUPS
-    else if (lane == 0) *upcoming = find_block(spans, firsts, starts, search, 0);  // an idle warp takes any block
+    else {  // an idle warp takes any block
+        const Block block = find_block(spans, firsts, starts, search, 0);
+        if (lane == 0) *upcoming = block;
+    }
 #endif
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    copy_tables(blob, memory);
 #if ROUNDS == 1
     if (threadIdx.x < 32) prepare_signs(tables, lane);
 #endif
@@ -207,13 +213,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             int exponent = 0;  // the row was multiplied with 2^exponent
             rows_are_fetched();
 #if WIDE
-            const i64 behind = row_address(block, row + 8) + first_channel(quarter, 0) * ITEM;
             u32 wide[2][PIECES][4];
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++) {
-                load_piece(from, fetched, lane, piece, wide[0][piece]);
-                load_piece(behind, fetched + LOADS * 32, lane, piece, wide[1][piece]);
-            }
+            float owns[2];
+            load_two_rows(tables, block, means, fetched, row, lane, wide, owns);
             clear_stage(stage, lane);
             __syncwarp();
 #elif PLAIN
@@ -240,13 +242,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                 if (lane == 0) *upcoming = next;
             }
 #if WIDE
-            const float owns[2] = {energy_of(wide[0]), energy_of(wide[1])};
             encode_two_rows(tables, stage, tile_row, quarter, wide, owns);
             __syncwarp();
             const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
             if (!__all_sync(ALL_LANES, even)) {
                 clear_stage(stage, lane);
                 __syncwarp();
+                const i64 behind = row_address(block, row + 8) + first_channel(quarter, 0) * ITEM;
 #pragma unroll 1
                 for (int part = 0; part < 2; part++) {
                     rotate_carefully<false, true>(tables, block, means, part ? behind : from, fetched, row + 8 * part, lane,
@@ -280,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         if (!IS_IDLE(index, blocks)) write_rest(tables, keys, stage, block, lane, sum);
         const u32 total = reduced(sum, 4 * words);
         if (lane == 0 && !IS_IDLE(index, blocks)) block.payload[words] = total;
-        if (bad && !IS_IDLE(index, blocks)) atomicAdd(flags + __ldg(block.span + FLAGS), bad);
+        bad = __reduce_add_sync(ALL_LANES, bad);
+        if (lane == 0 && !IS_IDLE(index, blocks)) flags[index] = bad;
     }
 }
 #endif

@@ -19,6 +19,7 @@ from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
     ROWS,
+    in_brains,
     in_bytes,
     kept_rows,
     row_starts,
@@ -41,7 +42,7 @@ THREADS = {
 }
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
-QUADS_THREADS = {("encode", 64): 768}
+WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512}  # tiles of sixteen rows
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
@@ -54,7 +55,7 @@ class Layout:
 
     threads: int
     table_bits: int  # bits of the largest quads that are looked up whole
-    whole_rows: bool  # decoded rows leave by the bulk copy engine; a tile's rows are fetched while an encoder codes another's
+    whole_rows: bool  # decoded rows leave by the bulk copy engine; rows to encode are fetched while others are coded
     warpgroups: bool  # four warps multiply together (compute capability 9.0 alone knows how)
     blob: np.ndarray
     places: dict[str, int]
@@ -68,15 +69,14 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     large tables do not pay. ``effort``: of an encoder's search.
     """
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
+    wide = rows > ROWS
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
-    fines = (True, False) if verb == "encode" and h.coding == c.CODING_QUADS else (True,)
-    for keys, bits, copies, fine in product((True, False), tables, phase_copies(h), fines):
-        blob, places = tables_for(verb, h, bits, keys, copies, fine)
+    for keys, bits, copies in product((True, False), tables, phase_copies(h, few)):
+        blob, places = tables_for(verb, h, bits, keys, copies)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
-        special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {})
-        special = special | (QUADS_THREADS if h.coding == c.CODING_QUADS else {})
+        special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
         threads = special.get((verb, h.order), THREADS[verb, h.order])
-        for whole in (True, False) if not decode or major >= 9 else (False,):
+        for whole in (False,) if wide or (decode and major < 9) else (True, False):
             row_bytes = (h.vector_bytes + 64 if decode else h.vector_bytes) * whole
             memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
             size = blob.size + _signs_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
@@ -96,9 +96,9 @@ def _stride_words(h: Header) -> int:
 
 
 def tile_rows(verb: str, h: Header, effort: str) -> int:
-    """Rows of a tile: sixteen where an encoder of quads multiplies them as they are stored, and tries one radius."""
-    plain = h.dtype != c.DTYPE_FLOAT32 and not h.offsets and not in_bytes(verb, h)
-    return 16 if verb == "encode" and h.coding == c.CODING_QUADS and plain and effort == "fast" else ROWS
+    """Rows of a tile: sixteen where an encoder of quads multiplies them as 16-bit numbers, and tries one radius."""
+    wide = verb == "encode" and h.coding == c.CODING_QUADS and effort == "fast" and not in_bytes(verb, h)
+    return 16 if wide else ROWS
 
 
 def _stage_bytes(h: Header, rows: int) -> int:
@@ -109,9 +109,9 @@ def _stage_bytes(h: Header, rows: int) -> int:
     return -(-rows * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
 
 
-def phase_copies(h: Header) -> tuple[int, ...]:
+def phase_copies(h: Header, few: bool) -> tuple[int, ...]:
     """How many copies of each turn of RoPE are tried, from the quickest on: with 16, half a warp's lanes meet in no bank."""
-    return (16, 8, 4, 2, 1) if h.rope else (1,)
+    return (1,) if few or not h.rope else (16, 8, 4, 2, 1)
 
 
 def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0) -> dict[str, int]:
@@ -235,6 +235,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "PLANES": int(of_quads),
         "GROUP_BITS": c.PAPER_BLOCK_BITS,
         "BYTES": int(in_bytes(verb, h)),
+        "BRAIN": int(in_brains(h)),
         "WARPGROUPS": int(layout.warpgroups),
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "ROWS": tile_rows(verb, h, effort),

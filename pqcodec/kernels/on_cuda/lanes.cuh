@@ -4,7 +4,7 @@
 // is one of the four subtrees below the tree's two upper nodes; as quads, four neighbouring coordinates each. Of the row's
 // channels it holds pieces: eight neighbours of every 32, so that four lanes load and store 32 neighbours side by side.
 //
-// Needs ORDER, THREADS (of a thread block), ROW_BYTES, ITEM (bytes of a stored number).
+// Needs ORDER, THREADS (of a thread block), BLOB_BYTES (of its tables), ROW_BYTES, ITEM (bytes of a stored number).
 #pragma once
 
 #include "numbers.cuh"
@@ -20,6 +20,12 @@ constexpr __device__ int words_of(int rows) { return rows * ROW_BYTES / 4; }
 // The first channel of a lane's piece, and how many bytes of a row of the tensor lie between it and the first piece's.
 INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter * 8; }
 INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
+
+// Copies a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
+INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+}
 
 // The largest of the four lanes' numbers of a row, for each of them.
 INLINE u32 largest_of_row(u32 x) {

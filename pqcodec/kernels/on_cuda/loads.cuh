@@ -71,15 +71,56 @@ INLINE float value_of(const u32* stored, int i) {
 }
 
 #if WIDE
-// The energy of a lane's channels of a row, as energies of rotated coordinates count.
-INLINE float energy_of(const u32 (*stored)[4]) {
-    float even = 0.0f, odd = 0.0f;
+// A lane's channels of row ``row`` of a block, and of the eighth behind it: less their offsets and, unless they are multiplied
+// as they are stored, rounded to bfloat16: rows [2][PIECES][4]. ``owns``: their energies, as those of rotated coordinates.
+INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
+                          u32 (*rows)[PIECES][4], float* owns) {
+    const int quarter = lane & 3;
+    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+    Turns turns[2];
 #pragma unroll
-    for (int i = 0; i < 8 * PIECES; i += 2) {
-        const float a = value_of(stored[i / 8], i % 8), b = value_of(stored[i / 8], i % 8 + 1);
-        even = fmaf(a, a, even), odd = fmaf(b, b, odd);
+    for (int i = 0; i < PIECES; i++) {
+        const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those with the same turns one after the other
+        const int first = first_channel(quarter, piece);
+#if OFFSETS
+        float own[8];
+        eight_means(means, first, own);
+#endif
+#if PAIRS
+        float partners[8];
+        eight_means(means, partners_of(first), partners);
+        if (first < TURNING && (!APART || i % 2 == 0)) {
+            u32 frequencies[TURNS];
+            frequencies_of(tables, first, frequencies);
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+                turns_at(tables, position_of(block) + row + 8 * part, frequencies, turns[part]);
+        }
+#endif
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            u32 stored[PIECE_WORDS];
+            float numbers[8];
+            const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
+            load_piece(from, fetched + part * LOADS * 32, lane, piece, stored);
+#pragma unroll
+            for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
+#if PAIRS
+            take_offsets(own, partners, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
+#elif OFFSETS
+#pragma unroll
+            for (int k = 0; k < 8; k++) numbers[k] -= own[k];
+#endif
+#pragma unroll
+            for (int k = 0; k < 8; k += 2) {
+                even[part] = fmaf(numbers[k], numbers[k], even[part]);
+                odd[part] = fmaf(numbers[k + 1], numbers[k + 1], odd[part]);
+                rows[part][piece][k / 2] = PLAIN ? stored[k / 2] : pack_brains(numbers[k], numbers[k + 1]);
+            }
+        }
     }
-    return (even + odd) * ((float)ORDER * ORDER);
+#pragma unroll
+    for (int part = 0; part < 2; part++) owns[part] = (even[part] + odd[part]) * ((float)ORDER * ORDER);
 }
 #endif
 

@@ -65,19 +65,36 @@ INLINE u32 turn_at(u32 phase, int byte, u32 lane_bytes) {
     return (phase >> 8 * byte & 255) * (16 * PHASE_COPIES) + lane_bytes;
 }
 
-// The turns of the piece that begins at a channel that turns, at a position.
-INLINE void turns_at(const u8* tables, u32 position, int first, Turns& turns) {
+// The frequencies of the piece that begins at a channel that turns, in turns / 2^32 a position.
+INLINE void frequencies_of(const u8* tables, int first, u32* frequencies) {
     const int pair = INTERLEAVED ? first / 2 : first < PAIRS ? first : first - PAIRS;
-    const u32* frequencies = reinterpret_cast<const u32*>(tables + FREQUENCIES_AT) + pair;
+    const u32* all = reinterpret_cast<const u32*>(tables + FREQUENCIES_AT) + pair;
+#pragma unroll
+    for (int i = 0; i < TURNS; i += 4) {
+        if (PAIRS % 4 == 0) {
+            const uint4 four = *reinterpret_cast<const uint4*>(all + i);
+            frequencies[i] = four.x, frequencies[i + 1] = four.y, frequencies[i + 2] = four.z, frequencies[i + 3] = four.w;
+        } else {
+            for (int j = i; j < i + 4; j++) frequencies[j] = all[INTERLEAVED && first + 2 * j >= TURNING ? 0 : j];
+        }
+    }
+}
+
+// The turns of a piece at a position.
+INLINE void turns_at(const u8* tables, u32 position, const u32* frequencies, Turns& turns) {
     const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
     const u8* phases = tables + PHASES_AT;
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
-        const u32 phase = position * frequencies[INTERLEAVED && first + 2 * i >= TURNING ? 0 : i];  // turns / 2^32
+        const u32 phase = position * frequencies[i];
         const u8* fines = phases + 8 * PHASE_COPIES;
         const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
         const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+#ifdef ENCODER
+        turns.cos[i] = fmaf(coarse.x, fine.x, -coarse.y * fine.y), turns.sin[i] = fmaf(coarse.y, fine.x, coarse.x * fine.y);
+#else
         turns.cos[i] = coarse.x * fine.x - coarse.y * fine.y, turns.sin[i] = coarse.y * fine.x + coarse.x * fine.y;
+#endif
     }
 }
 
@@ -103,6 +120,24 @@ INLINE void turned_offsets(const float* means, const float* partners, int first,
 #endif
     }
 }
+
+#ifdef ENCODER
+// Takes the offsets from the numbers of a piece, as an encoder may round them; else as turned_offsets.
+INLINE void take_offsets(const float* means, const float* partners, int first, bool second, const Turns& turns,
+                         float* numbers) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#if INTERLEAVED
+        const bool turns_too = first + i < TURNING;
+        const float cos = turns.cos[i / 2], cross = i & 1 ? -means[i ^ 1] : means[i ^ 1], sin = turns.sin[i / 2];
+#else
+        const bool turns_too = first < TURNING;
+        const float cos = turns.cos[i], cross = second ? -partners[i] : partners[i], sin = turns.sin[i];
+#endif
+        numbers[i] = turns_too ? fmaf(cross, sin, fmaf(-means[i], cos, numbers[i])) : numbers[i] - means[i];
+    }
+}
+#endif
 #endif
 
 // A lane's offsets of a row, piece by piece in ascending order, in unrolled code.
@@ -118,11 +153,19 @@ struct RowOffsets {
         eight_means(means, first, own);
         eight_means(means, partners_of(first), partners);
         const int place = APART ? piece % APART : 0;
-        if (first < TURNING && (!APART || piece < APART)) turns_at(tables, position, first, kept[place]);
+        if (first < TURNING && (!APART || piece < APART)) {
+            u32 frequencies[TURNS];
+            frequencies_of(tables, first, frequencies);
+            turns_at(tables, position, frequencies, kept[place]);
+        }
         turned_offsets(own, partners, first, APART ? piece >= APART : first >= PAIRS, kept[place], offsets);
 #else
         eight_means(means, first, offsets);
 #endif
     }
 };
+#endif
+
+#if !PAIRS
+struct Turns {};
 #endif

@@ -114,7 +114,7 @@ INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int grou
         const u32 signs = stage[row * (ORDER / 32) + group] >> (2 * quarter);
         const int bit = row * (8 * INDEX_BYTES) + (8 * group + 2 * quarter) * INDEX_BITS;
         const u32* at = stage + SIGN_WORDS + (bit >> 5);
-        const u32 window = __funnelshift_r(at[0], at[1], bit);
+        const u32 window = 32 % (2 * INDEX_BITS) ? __funnelshift_r(at[0], at[1], bit) : at[0] >> (bit & 31);
 #pragma unroll
         for (int quad = 0; quad < 2; quad++) {
             const u32 index = window >> (quad * INDEX_BITS) & ((1u << INDEX_BITS) - 1);
@@ -151,60 +151,86 @@ INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums
     }
 }
 
-// Eight numbers of an ordinary row. Three times a factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is
-// what fmaf takes away: it rounds the product of sum and factor once, and never to -0.
-INLINE void ordinary_numbers(int (*sums)[4], int part, float factor, const float* offsets, float* numbers) {
-    const float away = -MAGIC * factor;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        numbers[i] = fmaf(float_of(sums[i / 2][2 * part + i % 2]), factor, away);
-#if OFFSETS
-        numbers[i] += offsets[i];
-#endif
-    }
-}
-
 // What is the same for all pieces of a lane's two rows.
 struct TwoRows {
     int first;  // of the tile; the lane's rows are this one and the eighth behind it
     float factor[2], second_factor[2];
-    bool ordinary;
-    u32 position;
-#if PAIRS
-    Turns turns[2];
-#endif
+    u32 position;        // of the first
+    const float* means;  // of their block
 };
 
-// A piece of a lane's two rows, from sums to the tensor; ``means`` of its channels, and of those that they turn with.
+#if OFFSETS
+// Offsets of MANY pieces of a row that have the same turns, from channel ``first`` on, PAIRS apart.
+template <int MANY> INLINE void offsets_of(const u8* tables, const TwoRows& rows, int part, int first, float (*offsets)[8]) {
+    float means[2][8];
+    eight_means(rows.means, first, means[0]);
+#if PAIRS
+    eight_means(rows.means, partners_of(first), means[1]);
+    if (first < TURNING) {
+        Turns turns;
+        u32 frequencies[TURNS];
+        frequencies_of(tables, first, frequencies);
+        turns_at(tables, rows.position + 8 * part, frequencies, turns);
+#pragma unroll
+        for (int i = 0; i < MANY; i++)
+            turned_offsets(means[i], means[1 - i], first, MANY > 1 ? i : first >= PAIRS, turns, offsets[i]);
+        return;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) offsets[0][i] = means[0][i];
+}
+#endif
+
+// MANY pieces of a lane's two rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
+// dtype's range. Three times their factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is what fmaf takes
+// away: it rounds the product of sum and factor once, and never to -0.
+template <bool ORDINARY, int MANY>
 INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows, int quarter,
-                        int piece, const float* means, const float* partners, bool second) {
-    const int first = first_channel(quarter, piece);
-    int sums[4][4];
-    eight_channels(matrix, operands, piece, sums);
+                        int piece) {
+    int sums[MANY][4][4];
+#pragma unroll
+    for (int i = 0; i < MANY; i++) eight_channels(matrix, operands, piece + i * APART, sums[i]);
 #pragma unroll
     for (int part = 0; part < 2; part++) {
         const int row = rows.first + 8 * part;
-        float numbers[8], offsets[8];
-        Stored finished[STORES];
-#if PAIRS
-        turned_offsets(means, partners, first, second, rows.turns[part], offsets);
-#elif OFFSETS
-#pragma unroll
-        for (int i = 0; i < 8; i++) offsets[i] = means[i];
+        const i64 target = block.rows + (i64)row * block.row_stride;
+        const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
+        float offsets[MANY][8];
+#if OFFSETS
+        offsets_of<MANY>(tables, rows, part, first_channel(quarter, piece), offsets);
 #endif
-        if (rows.ordinary) {
-            ordinary_numbers(sums, part, rows.factor[part], offsets, numbers);
-            store_numbers(numbers, finished);
-        } else {
 #pragma unroll
-            for (int i = 0; i < 8; i++) numbers[i] = float_of(sums[i / 2][2 * part + i % 2]) - MAGIC;
-            finish_piece(tables, first, numbers, offsets, rows.factor[part], rows.second_factor[part], false, finished);
+        for (int i = 0; i < MANY; i++) {
+            const int first = first_channel(quarter, piece + i * APART);
+            float numbers[8];
+            Stored stored[STORES];
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const float sum = float_of(sums[i][k / 2][2 * part + k % 2]);
+                numbers[k] = ORDINARY ? fmaf(sum, factor, away) : sum + away;
+#if OFFSETS
+                if (ORDINARY) numbers[k] += offsets[i][k];
+#endif
+            }
+            if (ORDINARY) store_numbers(numbers, stored);
+            else finish_piece(tables, first, numbers, offsets[i], factor, rows.second_factor[part], false, stored);
+            if (row >= block.first && row < block.last)
+#pragma unroll
+                for (int k = 0; k < STORES; k++) __stcs(reinterpret_cast<Stored*>(target + first * ITEM) + k, stored[k]);
         }
-        const i64 target = block.rows + first * ITEM + (i64)row * block.row_stride;
-        if (row >= block.first && row < block.last)
-#pragma unroll
-            for (int i = 0; i < STORES; i++) __stcs(reinterpret_cast<Stored*>(target) + i, finished[i]);
     }
+}
+
+template <bool ORDINARY>
+INLINE void decode_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows,
+                        int quarter) {
+#pragma unroll 1
+    for (int piece = 0; piece < APART; piece++)
+        finish_rows<ORDINARY, 2>(tables, matrix, operands, block, rows, quarter, piece);
+#pragma unroll 1
+    for (int piece = 2 * APART; piece < PIECES; piece++)
+        finish_rows<ORDINARY, 1>(tables, matrix, operands, block, rows, quarter, piece);
 }
 
 // Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
@@ -228,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         stored = __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1);
         if (lane == 0) *upcoming = block;
     }
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    copy_tables(blob, memory);
     __syncthreads();
     const u32 matrix = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + lane * 16;
 
@@ -240,7 +266,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         TwoRows rows;
 #if OFFSETS
         const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
-        rows.position = position_of(block);
+        const u32 position = position_of(block);
+        rows.means = means;
 #else
         const float room = LARGEST;
 #endif
@@ -271,36 +298,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
             for (int group = 0; group < GROUPS; group++) quad_operands(tables, stage, lane, group, operands[group]);
             __syncwarp();
             rows.first = first_row + tile_row;
-            rows.ordinary = true;
+            bool ordinary = true;
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                rows.ordinary = rows.ordinary && rows.second_factor[part] == 1.0f &&
-                                rows.factor[part] * LARGEST_SUM < room && rows.factor[part] < LARGEST_FUSED;
+                ordinary = ordinary && rows.second_factor[part] == 1.0f && rows.factor[part] * LARGEST_SUM < room &&
+                           rows.factor[part] < LARGEST_FUSED;
                 rows.factor[part] *= 2.0f;  // the matrix is R / 2
             }
-            rows.ordinary = __all_sync(ALL_LANES, rows.ordinary);
-#pragma unroll 1
-            for (int piece = 0; piece < PIECES; piece++) {
-                float own[8], partners[8];
-#if PAIRS
-                if (APART && piece >= APART && piece < 2 * APART) continue;  // came with the piece that has the same turns
-                const int first = first_channel(quarter, piece);
-                eight_means(means, partners_of(first), partners);
-                if (first < TURNING)
-#pragma unroll
-                    for (int part = 0; part < 2; part++)
-                        turns_at(tables, rows.position + rows.first + 8 * part, first, rows.turns[part]);
-#endif
 #if OFFSETS
-                eight_means(means, first_channel(quarter, piece), own);
+            rows.position = position + rows.first;
 #endif
-                finish_rows(tables, matrix, operands, block, rows, quarter, piece, own, partners,
-                            PAIRS && !APART && first_channel(quarter, piece) >= PAIRS);
-#if PAIRS
-                if (APART && piece < APART)
-                    finish_rows(tables, matrix, operands, block, rows, quarter, piece + APART, partners, own, true);
-#endif
-            }
+            if (__all_sync(ALL_LANES, ordinary)) decode_rows<true>(tables, matrix, operands, block, rows, quarter);
+            else decode_rows<false>(tables, matrix, operands, block, rows, quarter);
         }
         const u32 good = reduced(sum, 4 * words);
         if (lane == 0) flags[index] = good != checksum;

@@ -19,8 +19,9 @@ from pqcodec.stream.header import Header
 ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)
 ROWS = 16  # of a tile
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
+FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
 THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 256: 384}
-ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 384, 160: 384, 192: 384, 224: 384, 256: 384}
+ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
 
 
 def index_bytes(h: Header) -> int:
@@ -28,11 +29,15 @@ def index_bytes(h: Header) -> int:
     return quads.plane_bytes(h.order, quads_index_bits(h.order, h.row_bits))[1]
 
 
-def quads_layout(h: Header, limit: int) -> Layout | None:
-    """The first layout that fits into ``limit`` bytes of shared memory, from the quickest on; None where none does."""
+def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
+    """The first layout that fits into ``limit`` bytes of shared memory, from the quickest on; None where none does.
+
+    ``few``: there are few blocks, so that large tables do not pay.
+    """
     threads = (ROPE_THREADS if h.rope else THREADS)[h.order]
     memory = warp_memory("decode", h, _stage_bytes(h))
-    for keys, phases, copies in product((True, False), phase_copies(h), COPIES):
+    all_copies = FEW_COPIES if few else COPIES
+    for keys, phases, copies in product((True, False), phase_copies(h, few), all_copies):
         blob, places = _tables(h, keys, copies, phases)
         size = blob.size + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:

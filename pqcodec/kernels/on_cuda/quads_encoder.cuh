@@ -5,7 +5,7 @@
 // nearest to its sorted magnitudes. These are whole numbers of the table's unit. A cell of them, by the upper bits of each, has
 // a few candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
 //
-// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), FINE, INVERSES (units of the table over
+// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), INVERSES (units of the table over
 // a radius within its octave, braced, divided by ORDER), CHOICES (radii that are tried), MOST_RADIUS, what radius.cuh needs,
 // and the tables CELLS (numbers of representatives times STEP, a byte each), CORNERS (representatives, a byte for each
 // magnitude, the largest first), NUMBERS (of points, by representative and places) and, with CHOICES, POINTS (a byte for each
@@ -48,12 +48,12 @@ INLINE void sorted_keys(const float* quad, const float* other, float scale, u32*
     larger_first(keys[1], keys[2]);
 }
 
-// Cells of two quads (quads_encoder.py): levels of magnitudes are eight units wide, but FINE ones of the largest four.
+// Cells of two quads (quads_encoder.py), by levels of magnitudes, eight units wide.
 INLINE u32 cells_of(const u32* keys) {
-    const u32 first = __vminu2(keys[0], BOTH(0x3ffu)) & (FINE ? BOTH(0x3e0u) : BOTH(0x3c0u));
+    const u32 first = __vminu2(keys[0], BOTH(0x3ffu)) & BOTH(0x3c0u);
     const u32 second = __vminu2(keys[1], BOTH(0x3ffu)) & BOTH(0x3c0u);
     const u32 third = __vminu2(keys[2], BOTH(0x1ffu)) & BOTH(0x1c0u), last = __vminu2(keys[3], BOTH(0xffu)) & BOTH(0xc0u);
-    return first * (FINE ? 16 : 8) + (second >> 1) + (third * 4 + last >> 6);
+    return first * 8 + (second >> 1) + (third * 4 + last >> 6);
 }
 
 INLINE u32 byte_of(u32 bytes, u32 which) { return __byte_perm(bytes, 0, 0x4440 | which); }
@@ -193,7 +193,7 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-// Two rows' bits, in a stage that held zeros. ``stored`` [2][PIECES][4]: a lane's channels as they are stored.
+// Two rows' bits, in a stage that held zeros. ``stored`` [2][PIECES][4]: a lane's channels as they are multiplied.
 INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, u32 (*stored)[PIECES][4],
                             const float* own) {
     float scale[2];

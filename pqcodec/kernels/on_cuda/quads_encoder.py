@@ -13,18 +13,17 @@ from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
 
 # Levels of a quad's sorted magnitudes, by which cells are told apart, and a level's width in units of the table; the last
-# level has no end. Fine cells take 64 KiB of shared memory, coarse ones half of it.
-FINE = (32, 16, 8, 4), (4, 8, 8, 8)
-COARSE = (16, 16, 8, 4), (8, 8, 8, 8)
-CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 4, 10: 4}  # of a cell, by the bits of a table
+# level has no end.
+LEVELS, WIDTH = (16, 16, 8, 4), 8
+CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}  # of a cell, by the bits of a table
 
 
-def encoder_tables(plan: Plan, fine: bool) -> dict[str, np.ndarray]:
+def encoder_tables(plan: Plan) -> dict[str, np.ndarray]:
     """CELLS uint8 [cells, 4 candidates], CORNERS uint8 [representatives, 4], NUMBERS uint16 [representatives, 64 places of the
     three largest], and POINTS uint8 [points, 4]."""
     table = quads.table_of(plan)
     return {
-        "CELLS": cells_of(table.bits, fine) * np.uint8(_step(table)),
+        "CELLS": cells_of(table.bits) * np.uint8(_step(table)),
         "CORNERS": table.representatives.astype(np.uint8),
         "NUMBERS": table.numbers_by_three.astype(np.uint16),
         "POINTS": table.points.view(np.uint8),
@@ -37,15 +36,15 @@ def _step(table: quads.Table) -> int:
 
 
 @lru_cache(maxsize=16)
-def cells_of(bits: int, fine: bool) -> np.ndarray:
+def cells_of(bits: int) -> np.ndarray:
     """The candidates of every cell: those representatives that are nearest most often, uint8 [cells, 4].
 
     Found for sorted magnitudes two units apart, the large ones further, with the density that the rotation gives them.
     """
-    table, (levels, widths) = quads.points_of(bits), FINE if fine else COARSE
+    table = quads.points_of(bits)
     grid = np.concatenate([np.arange(1.0, 128, 2), np.arange(144.0, 256, 32)])
     spacing = np.gradient(grid)
-    count, size = len(table.representatives), int(np.prod(levels))
+    count, size = len(table.representatives), int(np.prod(LEVELS))
     half, weight = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
     third, last = np.tril_indices(len(grid))
     for second in range(len(grid)):  # all magnitudes that descend
@@ -55,10 +54,10 @@ def cells_of(bits: int, fine: bool) -> np.ndarray:
         places = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
         places[..., 0], places[..., 1], places[..., 2:] = larger[:, None], second, pairs
         x = grid[places].reshape(-1, c.QUAD)
-        level = np.minimum(x // np.array(widths), np.array(levels) - 1).astype(np.int64)
+        level = np.minimum(x // WIDTH, np.array(LEVELS) - 1).astype(np.int64)
         nearest = (x @ table.representatives.T - half).argmax(1)
         weights = spacing[places].prod(-1).ravel() * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
-        weight += np.bincount(np.ravel_multi_index(tuple(level.T), levels) * count + nearest, weights, size * count)
+        weight += np.bincount(np.ravel_multi_index(tuple(level.T), LEVELS) * count + nearest, weights, size * count)
     total = weight.reshape(size, count)
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(total, best, 1) > 0

@@ -12,7 +12,8 @@
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
 //
-// Needs BYTES, WARPGROUPS (four warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
+// Needs BYTES, BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
+// ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
 #pragma once
 
 #include "lanes.cuh"
@@ -28,7 +29,6 @@ typedef int Sum;
 typedef float Sum;
 #define BRICKS (ORDER / 8)
 #define STRIPS 4
-#define BRAIN (DTYPE == BFLOAT16 && !OFFSETS)  // the matrix is of bfloat16, as the rows are; else of float16
 #if BRAIN
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #define WGMMA_SHAPE "m64n32k16.f32.bf16.bf16"

@@ -27,16 +27,16 @@ BOUNDS_ROW = t.BOUNDS + 1  # entries of a width's row of bounds, the last of whi
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 
 
-def tables_for(verb: str, h: Header, bits: int, keys: bool, copies: int, fine: bool) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(verb: str, h: Header, bits: int, keys: bool, copies: int) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies of RoPE's turns there are.
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
-    without, the kernel reads them from the device's memory. ``fine``: cells of an encoder of quads.
+    without, the kernel reads them from the device's memory.
     """
     plan = plan_for(h)
-    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, fine)
+    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan)
     blob, places = blob_of({**own, **_shared(verb, h, plan, keys, copies)})
-    return blob, {**places, "PHASE_COPIES": copies, "FINE": int(fine)}
+    return blob, {**places, "PHASE_COPIES": copies}
 
 
 def table_bits(h: Header) -> int:
@@ -97,7 +97,7 @@ def _matrix(verb: str, h: Header) -> np.ndarray:
         columns = matrix[coordinates]
         if in_bytes(verb, h):
             columns = (columns[:, place // 32 * 32 + place % 16 // 4 * 8 + place // 16 % 2 * 4 + place % 4] / 2).astype(np.int8)
-        elif h.dtype == c.DTYPE_BFLOAT16 and not h.offsets:
+        elif in_brains(h):
             even = columns[:, channels].astype(np.float32)
             columns = (even.view(np.uint32) >> 16).astype(np.uint16)  # exact: 256 at the most
         else:
@@ -121,6 +121,12 @@ def in_bytes(verb: str, h: Header) -> bool:
     """Whether two rounds' matrix is stored as bytes: for decoders, and for encoders of 16-bit numbers at the largest order."""
     plain = h.dtype != c.DTYPE_FLOAT32 and not h.offsets
     return h.rounds == 2 and (verb == "decode" or (h.order == max(ORDERS) and plain))
+
+
+def in_brains(h: Header) -> bool:
+    """Whether an encoder's 16-bit matrix is of bfloat16: as its rows are, or for quads, as rows are rounded to."""
+    as_stored = h.dtype != c.DTYPE_FLOAT32 and not h.offsets
+    return h.dtype == c.DTYPE_BFLOAT16 if as_stored else h.coding == c.CODING_QUADS
 
 
 @lru_cache(maxsize=64)
@@ -192,9 +198,9 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -- of encoders ----------------------------------------------------------------------------------------------------------
-def _encoder_tables(h: Header, plan: Plan, fine: bool) -> dict[str, np.ndarray]:
+def _encoder_tables(h: Header, plan: Plan) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_QUADS:
-        return encoder_tables(plan, fine)
+        return encoder_tables(plan)
     if h.coding == c.CODING_PAPER:
         return {}
     nodes, quads, kept = t.node_arrays(plan.order), plan.quads, kept_rows(h)

@@ -55,13 +55,12 @@ class Triton:
         if verb == "decode":
             _ = group.block_flags, group.side_flags
         else:
-            _ = group.span_flags, group.largest
+            _ = group.block_flags, group.largest
             if group.header.offsets:
                 group.sums(group.tables.columns)
 
     def encode(self, group: Group) -> None:
-        """Encode every block of a group; ``group.span_flags`` counts each span's vectors with NaN or Inf."""
-        group.span_flags.zero_()
+        """Encode every block of a group; ``group.block_flags`` counts each block's vectors with NaN or Inf."""
         if not group.blocks:
             return
         h, tables = group.header, group.tables
@@ -81,7 +80,7 @@ class Triton:
             group.rows,
             group.block_firsts,
             group.starts,
-            group.span_flags,
+            group.block_flags,
             group.keys,
             tables.path,
             tables.node_shift,

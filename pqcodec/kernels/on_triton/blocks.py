@@ -158,7 +158,7 @@ def encode_stream_blocks(
     SEARCH: tl.constexpr,
     SUM_TILE: tl.constexpr,
 ):
-    """Encode one block into bytes that hold zeros. Vectors with NaN or Inf are coded as zeros; flags [span] counts them."""
+    """Encode one block into bytes that hold zeros. Vectors with NaN or Inf are coded as zeros; flags [block] counts them."""
     index = tl.program_id(0).to(tl.int64)
     span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH)
     begin = tl.load(span + SPAN.value.exact) + chunk * CHUNK
@@ -263,7 +263,7 @@ def encode_stream_blocks(
                 TERMS,
                 OPERAND,
             )
-    tl.atomic_add(flags + tl.load(span + SPAN.value.flags), tl.sum(bad))
+    tl.store(flags + index, tl.sum(bad))
     if CODING == OF_QUADS:
         at = (skew + tokens * ROW_BYTES) * 8 + tl.zeros([1], tl.int32)
         put_field(words, at, (base - 1 + QUADS.value.least + at * 0) & 0xFFFF, at >= 0)
