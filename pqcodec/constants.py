@@ -19,7 +19,7 @@ CHECKSUM_BYTES = 4
 
 CODING_SPLIT = 1  # budget-splitting tree, fixed rate (SPEC 6)
 CODING_PAPER = 2  # arXiv 2502.02617: 16-coordinate blocks of 62 bits (SPEC 7)
-CODING_QUADS = 3  # four coordinates by one look-up, fixed rate (SPEC 12)
+CODING_QUADS = 3  # four coordinates by one look-up, fixed rate (SPEC 8)
 
 DTYPE_FLOAT16, DTYPE_BFLOAT16, DTYPE_FLOAT32 = 1, 2, 3
 ITEM_BYTES = {DTYPE_FLOAT16: 2, DTYPE_BFLOAT16: 2, DTYPE_FLOAT32: 4}
@@ -65,7 +65,7 @@ RADIUS_BIAS = 155  # code 1 is the radius 2^-155
 RADIUS_SPLIT = -100  # below 2^-100 the scale is applied in two factors
 RADIUS_SHIFT = 64  # ... the second of which is 2^-64
 
-# -- Encoders of the split coding (SPEC 9) --------------------------------------------------------------------------
+# -- Encoders of the split coding (SPEC 10) ----------------------------------------------------------------------
 # A decoded vector is shorter than what it stands for, by half of its relative error and by what tables cut off. Radii are
 # longer by that, .95 * 4^-bits a coordinate + .0024, so that norms are kept, but by .03 at most: near 2 bits the rest costs
 # most error.
@@ -93,7 +93,7 @@ PAPER_ANGLES = {  # two of the four centroids of levels 2 to 4, in radians; the 
     4: (0.52420, 0.70590),
 }
 
-# -- Quads coding (SPEC 12) --------------------------------------------------------------------------------------
+# -- Quads coding (SPEC 8) ---------------------------------------------------------------------------------------
 QUADS_INDEX_BITS = (4, 5, 6, 7, 8, 9, 10)  # of a quad: its number in a table of 2^bits points
 QUADS_RADIUS_BITS = 8
 QUADS_RADIUS_STEPS = 8  # an octave
@@ -170,7 +170,7 @@ QUADS_TABLES = {  # by bits: units in a radius, and the sorted representatives w
     ),
 }
 
-# -- Offsets and RoPE (SPEC 8) -----------------------------------------------------------------------------------
+# -- Offsets and RoPE (SPEC 9) -----------------------------------------------------------------------------------
 ROPE_HALF, ROPE_INTERLEAVED = 1, 2
 PHASE_BITS = 32  # a RoPE frequency is in turns per token, times 2^32
 PHASE_TABLE_BITS = 8  # cos and sin from two tables of 256

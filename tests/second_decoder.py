@@ -231,12 +231,12 @@ def paper_row(row: int, order: int, exponent: int) -> tuple[list[int], F, F]:
     return integers, *factors(float(F(1 / (2048 * math.sqrt(order)))), power + exponent)
 
 
-# -- 12: quads -----------------------------------------------------------------------------------------------------
+# -- 8: quads -----------------------------------------------------------------------------------------------------
 @cache
 def points(bits: int) -> tuple[float, list[tuple[int, ...]]]:
     """G and the points of a table, from the specification's own text."""
     row = re.search(rf"^\| {bits} \| ([\d.]+) \| ([\d ,]+) \|$", SPECIFICATION.read_text(), re.MULTILINE)
-    assert row, "12.2 lists the table"
+    assert row, "A.1 lists the table"
     representatives = [tuple(map(int, each.split())) for each in row[2].split(",")]
     return float(row[1]), [p for each in representatives for p in sorted(set(itertools.permutations(each)))]
 
@@ -271,7 +271,7 @@ def quad_rows(block: bytes, rows: int, order: int, row_bits: int) -> list[tuple[
     return found
 
 
-# -- 8: offsets ----------------------------------------------------------------------------------------------------
+# -- 9: offsets ----------------------------------------------------------------------------------------------------
 def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[int, ...]) -> np.ndarray:
     out = offset.copy()
     for i, frequency in enumerate(frequencies):

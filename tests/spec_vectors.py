@@ -91,7 +91,7 @@ def split_trace(data: bytes) -> list[str]:
     return [node_heads, *nodes, "", quad_heads, *quads]
 
 
-# -- 8.4: a stream with offsets under RoPE -----------------------------------------------------------------------
+# -- 9.4: a stream with offsets under RoPE -----------------------------------------------------------------------
 def rope_stream() -> bytes:
     """Three vectors of four float16 numbers, one of which holds an infinity."""
     x = np.array([[3, -1, 2, 0.5], [np.inf, 1, 1, 1], [-2, 2.5, 1, 3]], np.float16)

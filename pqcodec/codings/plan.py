@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def stretch(self) -> float:
-        """What encoders of the split coding multiply a radius with, so that decoded vectors keep their norm (SPEC 9)."""
+        """What encoders of the split coding multiply a radius with, so that decoded vectors keep their norm (SPEC 10)."""
         if self.coding != c.CODING_SPLIT:
             return 1.0
         more = c.SPLIT_STRETCH * 4 ** -(self.row_bits / self.order) + c.SPLIT_CUT_OFF

@@ -1,4 +1,4 @@
-"""Law: the quads coding (SPEC 12) in numpy: four coordinates are one point of a table, and a vector has one radius.
+"""Law: the quads coding (SPEC 8) in numpy: four coordinates are one point of a table, and a vector has one radius.
 
 It is the polar tree with its lowest levels coded jointly: a quad's share of the radius and its three angles are one choice. A
 table is all permutations of a few sorted representatives, so the nearest point to four magnitudes is that permutation of the
@@ -44,7 +44,7 @@ class Table:
 
 @lru_cache(maxsize=16)
 def points_of(bits: int) -> Table:
-    """The table of 2^bits points (SPEC 12.2)."""
+    """The table of 2^bits points (SPEC 8.2)."""
     grid, listed = c.QUADS_TABLES[bits]
     representatives = [tuple(map(int, each.split())) for each in listed.split(",")]
     points = [point for each in representatives for point in sorted(set(permutations(each)))]
@@ -73,7 +73,7 @@ def table_of(plan: Plan) -> Table:
 
 
 def plane_bytes(order: int, bits: int) -> tuple[int, int]:
-    """Bytes of a row in the planes of signs and of indices (SPEC 12.1)."""
+    """Bytes of a row in the planes of signs and of indices (SPEC 8.1)."""
     return order // 8, -(-order // c.QUAD * bits // 8)
 
 
@@ -158,7 +158,7 @@ def decode(
 
 
 def factors(radius: np.ndarray, mantissas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Factors A and B, float32 [n], of radii in steps (SPEC 12.3)."""
+    """Factors A and B, float32 [n], of radii in steps (SPEC 8.3)."""
     power, step = np.divmod(radius, c.QUADS_RADIUS_STEPS)
     small = power < c.RADIUS_SPLIT
     first = np.ldexp(mantissas[step].astype(np.float64), power + np.where(small, c.RADIUS_SHIFT, 0))

@@ -1,4 +1,4 @@
-"""Law: offsets of centred tensors (SPEC 8): how a mean is stored, and how it turns with the position under RoPE.
+"""Law: offsets of centred tensors (SPEC 9): how a mean is stored, and how it turns with the position under RoPE.
 
 A key's bias is constant before RoPE; after it, the pair of channels (p, q) of frequency f turns by 2 pi f t at position
 t. The mean is taken of the pairs turned back, and turned forward again where it is subtracted or added. Both directions
@@ -78,7 +78,7 @@ def _frequencies(theta: float, dim: int) -> list[float]:
 
 @lru_cache(maxsize=1)
 def phase_tables() -> np.ndarray:
-    """float32 [4, 256]: cos and sin of h/256 turn, cos and sin of l/65536 turn (SPEC 8.2)."""
+    """float32 [4, 256]: cos and sin of h/256 turn, cos and sin of l/65536 turn (SPEC 9.2)."""
     size = 1 << c.PHASE_TABLE_BITS
     coarse = full_circle(size)
     fine = full_circle(size * size)
@@ -96,7 +96,7 @@ def phase_pairs() -> np.ndarray:
 
 
 def phases(rope: RopeField, first_token: int, tokens: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin of every ``step``-th token and each channel pair: float32 [tokens, channels / 2] each (SPEC 8.2)."""
+    """cos, sin of every ``step``-th token and each channel pair: float32 [tokens, channels / 2] each (SPEC 9.2)."""
     first = rope.first_position % (1 << c.PHASE_BITS) + first_token
     position = np.uint64(first) + np.arange(tokens, dtype=np.uint64) * np.uint64(step)
     turns = position[:, None] * np.array(rope.frequencies, np.uint64)[None, :]

@@ -27,7 +27,7 @@ PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
 
 @dataclass(frozen=True)
 class RopeField:
-    """RoPE as the stream carries it (SPEC 8): ``frequencies`` are turns per token times 2^32, one a channel pair."""
+    """RoPE as the stream carries it (SPEC 9): ``frequencies`` are turns per token times 2^32, one a channel pair."""
 
     first_position: int
     pairing: int

@@ -1,4 +1,4 @@
-"""Law: offsets (SPEC 8): each channel's stored mean, turned by its token's position under RoPE."""
+"""Law: offsets (SPEC 9): each channel's stored mean, turned by its token's position under RoPE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pqcodec.kernels.cpu.records import I32, U64, leaf
 
 @leaf
 def fill_phases(first, tokens, step, rope, cos, sin):
-    """cos and sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 8.2).
+    """cos and sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 9.2).
 
     Token t is at position first + t * step.
     """
@@ -33,7 +33,7 @@ def fill_phases(first, tokens, step, rope, cos, sin):
 
 @leaf
 def add_offset(tile, rows, order, offset, rope, cos, sin, first_row):
-    """tile[r] += offset [order], the first 2 * pairs channels turned by each row's angles (SPEC 8.3)."""
+    """tile[r] += offset [order], the first 2 * pairs channels turned by each row's angles (SPEC 9.3)."""
     pairs, pair_p, step = rope.frequencies.size, rope.pair_p, rope.step
     wide = pairs - pairs % (2 * LANES) if pair_p == 1 else 0
     whole = pairs - pairs % LANES if pair_p == 1 else 0

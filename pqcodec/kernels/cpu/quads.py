@@ -1,4 +1,4 @@
-"""Law: the quads coding (SPEC 12): a block's planes, four coordinates by one look-up, the search for the nearest point."""
+"""Law: the quads coding (SPEC 8): a block's planes, four coordinates by one look-up, the search for the nearest point."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _PLACE = QUADS_SIGN_PLACES
 # -- decoding ------------------------------------------------------------------------------------------------------
 @leaf
 def quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor):
-    """Look up factors A and B of ``rows`` rows from ``row`` on (SPEC 12.3); lanes behind them are zero vectors."""
+    """Look up factors A and B of ``rows`` rows from ``row`` on (SPEC 8.3); lanes behind them are zero vectors."""
     radii = tokens * (quads.sign_bytes + quads.index_bytes)
     base = I64(payload[radii + tokens]) | I64(payload[radii + tokens + 1]) << 8
     base -= (base & 0x8000) << 1

@@ -1,4 +1,4 @@
-// Law: offsets (SPEC 8): each channel's stored mean, turned by its token's position under RoPE.
+// Law: offsets (SPEC 9): each channel's stored mean, turned by its token's position under RoPE.
 //
 // A warp keeps its block's means in shared memory. Pieces are eight neighbouring channels (lanes.cuh). Under RoPE the channels
 // that turn together are neighbours (INTERLEAVED), or PAIRS apart: then one piece's turns are those of another, too, if that is

@@ -1,4 +1,4 @@
-// Law: a block's planes (SPEC 12.1) on their way from a warp's stage into the stream: a tile's signs and indices as soon as
+// Law: a block's planes (SPEC 8.1) on their way from a warp's stage into the stream: a tile's signs and indices as soon as
 // they are coded, the radii with their base at the block's end.
 //
 // Needs RADII_AT (of the block's radii, in bytes from the stage on), LEAST (radius, in steps), what quads_encoder.cuh and

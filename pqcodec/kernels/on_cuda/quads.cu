@@ -1,4 +1,4 @@
-// Law: the CUDA kernel that decodes quads (SPEC 12), for orders that are multiples of 32 up to 256.
+// Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 256.
 //
 // A warp decodes one block (a chunk of tokens of one leading index), a tile of sixteen rows at a time, and shares nothing with
 // other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4 and l / 4 + 8 of the tile. A quad is one
@@ -96,7 +96,7 @@ INLINE void sum_rest(const u8* tables, const i64* __restrict__ keys, const Block
         sum += folded((u64)__ldg(block.payload + word) * key_of(tables, keys, words, word));
 }
 
-// The factors of a radius code (SPEC 12.3).
+// The factors of a radius code (SPEC 8.3).
 INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, float& second_factor) {
     const int radius = min(max(base + (int)code - 1, LEAST), MOST);
     const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[radius & (RADIUS_STEPS - 1)];
@@ -183,7 +183,7 @@ template <int MANY> INLINE void offsets_of(const u8* tables, const TwoRows& rows
 #endif
 
 // MANY pieces of a lane's two rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
-// dtype's range. Three times their factor is a float32, too (SPEC 12.3), so MAGIC times it is exact, and so is what fmaf takes
+// dtype's range. Three times their factor is a float32, too (SPEC 8.3), so MAGIC times it is exact, and so is what fmaf takes
 // away: it rounds the product of sum and factor once, and never to -0.
 template <bool ORDINARY, int MANY>
 INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows, int quarter,

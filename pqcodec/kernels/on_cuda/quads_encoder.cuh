@@ -1,4 +1,4 @@
-// Law: the encoder of quads (SPEC 12): a lane finds the nearest points of the quads of its quarter of a row, and writes their
+// Law: the encoder of quads (SPEC 8): a lane finds the nearest points of the quads of its quarter of a row, and writes their
 // numbers and signs into the warp's stage as the two planes have them; the row's radius waits for the block's end.
 //
 // A table's points are all permutations of some representatives, so the nearest point to a quad is that of the representative
@@ -131,7 +131,7 @@ INLINE void add_signs(const float* quad, u32* apart) {
     for (int i = 0; i < 4; i++) apart[i] = __funnelshift_l(bits_of(quad[i]), apart[i], 1);
 }
 
-// The signs of a lane's quads of a group, into the plane (SPEC 12.1): a coordinate's side by side, the first quad's lowest.
+// The signs of a lane's quads of a group, into the plane (SPEC 8.1): a coordinate's side by side, the first quad's lowest.
 // ``group``: of the row. Of a group that two lanes share, each adds its half to what held zeros.
 INLINE void put_signs(const u32* apart, u32* stage, int tile_row, int group, int quarter) {
     constexpr int N = QUADS < 8 ? QUADS : 8;

@@ -1,4 +1,4 @@
-// Law: the split coding's encoder (SPEC 6.3, 6.4, 9): a lane finds the angles and codes of its quarter of a row's tree, and
+// Law: the split coding's encoder (SPEC 6.3, 6.4, 10): a lane finds the angles and codes of its quarter of a row's tree, and
 // writes them.
 //
 // An encoder may choose another cell than the nearest: what is found here is good to float32. Nodes, and quads, that stand side

@@ -1,4 +1,4 @@
-"""Law: offsets (SPEC 8): each channel's stored mean, turned by its token's position under RoPE."""
+"""Law: offsets (SPEC 9): each channel's stored mean, turned by its token's position under RoPE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pqcodec.kernels.on_triton.numbers import (
 
 @triton.jit
 def phase_parts(position, frequency, phases):
-    """cos and sin of a token's angle (SPEC 8.2). ``phases`` float32 [4, 256]: cos and sin of coarse, then of fine turns."""
+    """cos and sin of a token's angle (SPEC 9.2). ``phases`` float32 [4, 256]: cos and sin of coarse, then of fine turns."""
     turn = (((position * frequency) >> PHASE_TURNS) & 0xFFFF).to(tl.int32)
     high, low = turn >> 8, turn & 255
     cos_h, sin_h = tl.load(phases + high), tl.load(phases + 256 + high)
@@ -26,7 +26,7 @@ def phase_parts(position, frequency, phases):
 
 @triton.jit
 def load_offset(stream, offsets_at, lead, columns, wanted, HEAD_DIM: tl.constexpr):
-    """Stored offsets of one lead's columns, float32: half * 2^exponent, exact (SPEC 8.1)."""
+    """Stored offsets of one lead's columns, float32: half * 2^exponent, exact (SPEC 9.1)."""
     exponent = tl.load((stream + EXPONENT_AT).to(tl.pointer_type(tl.int16))).to(tl.int32)
     at = (stream + offsets_at + lead * (2 * HEAD_DIM + CHECKSUM_BYTES)).to(tl.pointer_type(tl.uint16))
     half = tl.load(at + columns, mask=wanted, other=0).to(tl.float16, bitcast=True).to(tl.float32)
@@ -36,7 +36,7 @@ def load_offset(stream, offsets_at, lead, columns, wanted, HEAD_DIM: tl.constexp
 
 @triton.jit
 def turned(own, other, sign, cos, sin):
-    """One channel of a pair turned by an angle (SPEC 8.3): own cos + sign other sin; each operation rounds, none is fused."""
+    """One channel of a pair turned by an angle (SPEC 9.3): own cos + sign other sin; each operation rounds, none is fused."""
     return own * cos + sign * (other * sin)
 
 

@@ -1,4 +1,4 @@
-"""Law: the quads coding (SPEC 12): a block's planes, four coordinates by one look-up, the search for the nearest point."""
+"""Law: the quads coding (SPEC 8): a block's planes, four coordinates by one look-up, the search for the nearest point."""
 
 from __future__ import annotations
 

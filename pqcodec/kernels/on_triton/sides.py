@@ -107,7 +107,7 @@ def write_offsets(
     MOST: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """Store one lead's means as halves (SPEC 8.1); the program of a span's first lead also writes the header's exponent."""
+    """Store one lead's means as halves (SPEC 9.1); the program of a span's first lead also writes the header's exponent."""
     index = tl.program_id(0).to(tl.int64)
     which = find_span(firsts, index, SEARCH)
     span = spans + which * len(SPAN.value)
