@@ -333,6 +333,7 @@ REFUSED = {
     "index no UTF-8": (assemble(index=b'["\xff"]'), CorruptStream, "not JSON"),
     "index too deep": (assemble(index=b"[" * 100_000), CorruptStream, "not JSON"),
     "index huge number": (assemble(index=b"[" + b"9" * 10_000 + b"]"), CorruptStream, "not JSON"),
+    "index kind true": (assemble(exact_frame(), listed=[ITEM | {"kind": True}]), UnsupportedStream, "kind True"),
     "index fields": (assemble(listed=[{"offset": 16}]), CorruptStream, "not an object"),
     "index gap": (assemble(listed=[ITEM | {"offset": 17}]), CorruptStream, "at byte 17"),
     "index beyond": (assemble(listed=[ITEM | {"body_bytes": 1 << 62}]), CorruptStream, "frames end at byte"),
@@ -390,11 +391,29 @@ def test_a_stream_that_contradicts_its_frame_is_refused() -> None:
         PQKVFile(assemble(frame(1, json.dumps(meta).encode(), stream))).decode("x", **REFERENCE)
 
 
-def test_an_index_that_contradicts_a_frame_is_refused() -> None:
-    data = assemble(exact_frame())
-    listed = [json.loads(data[data.rindex(b"[{") : data.rindex(b"}]") + 2])[0] | {"role": "key"}]
+@pytest.mark.parametrize(
+    ("told", "of_frame"), [({"role": "key"}, {}), ({"layer": 1}, {"layer": True}), ({"layer": 1}, {"layer": 1.0})]
+)
+def test_an_index_that_contradicts_a_frame_is_refused(told: dict, of_frame: dict) -> None:
+    data = assemble(exact_frame(**of_frame), listed=[])
+    item = ITEM | dict(zip(("meta_bytes", "body_bytes"), struct.unpack_from("<IQ", data, 24), strict=True)) | told
+    data = assemble(exact_frame(**of_frame), listed=[item])
     with pytest.raises(CorruptStream, match="the index says"):
-        PQKVFile(assemble(exact_frame(), listed=listed)).decode("x")
+        PQKVFile(data).decode("x")
+
+
+def test_parts_tell_by_a_number_where_they_begin() -> None:
+    stream = pqcodec.encode(tensor(1, 64), **REFERENCE)
+    meta = {"name": "x", "layer": None, "role": "other", "shape": [1, 64], "dtype": "float16", "layout": "..."}
+
+    def file(first_token: object) -> PQKVFile:
+        parts = (frame(1, json.dumps(told).encode(), stream) for told in (meta, meta | {"first_token": first_token}))
+        return PQKVFile(assemble(*parts, version=2))
+
+    assert file(1).entry("x").shape == (2, 64)
+    for wrong in (True, 1.0, 2, None):
+        with pytest.raises(CorruptStream, match="1 is expected"):
+            file(wrong).entry("x")
 
 
 def test_a_single_stream_is_told_apart() -> None:

@@ -40,6 +40,7 @@ from pqcodec.formats.plain.documents import (
     checksum_text,
     json_bytes,
     metadata_bytes,
+    natural,
     shape_problem,
     tensor_problem,
 )
@@ -385,7 +386,7 @@ class PQKVFile(TensorFile):
                     f"the part at byte {item.offset} is {part.dtype} {part.shape}, the first {entry.dtype} {entry.shape}"
                 )
             first = self._log.meta(item).get("first_token")
-            if first != tokens:
+            if not natural(first) or first != tokens:
                 raise CorruptStream(f"the part at byte {item.offset} begins with token {first!r}, {tokens} is expected")
             tokens += part.shape[-2]
         return entry if len(items) == 1 else entry.with_tokens(tokens, len(items), sum(item.body_bytes for item in items))

@@ -63,7 +63,7 @@ def frame_of(number: int, fields: object) -> Frame:
     if not isinstance(fields, dict) or not fields.keys() >= _FIELDS.keys():
         raise CorruptStream(f"index: frame {number} is not an object of {', '.join(_FIELDS)}")
     item = Frame(*map(fields.__getitem__, _FIELDS))
-    if item.kind not in KINDS:
+    if type(item.kind) is not int or item.kind not in KINDS:  # true and 1.0 are 1 to Python
         raise UnsupportedStream(f"index: frame {number} is of kind {item.kind!r:.50}: install a newer pqcodec")
     if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):
         raise CorruptStream(f"index: frame {number}: offset and sizes are not numbers from 0")

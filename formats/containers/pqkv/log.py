@@ -241,7 +241,7 @@ class Log:
     def meta(self, item: Frame) -> dict[str, Any]:
         """The meta of a frame of the index; raises CorruptStream where index and frame differ."""
         found, meta = self._frame(item.offset, item.end, meta_bytes_listed=item.meta_bytes)
-        if found != item:
+        if found != item or type(found.layer) is not type(item.layer):
             raise CorruptStream(f"frame at byte {item.offset}: the index says {item}, the frame {found}")
         return meta
 
