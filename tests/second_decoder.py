@@ -41,11 +41,9 @@ def checksum(data: bytes) -> int:
     return (len(data) * key(0) + sum(w * key(i) for i, w in enumerate(words, 1))) % PRIME
 
 
-def checked(data: bytes) -> bytes:
-    """A section without its checksum."""
-    if checksum(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise ValueError("a checksum does not hold")
-    return data[:-4]
+def holds(data: bytes) -> bool:
+    """Whether the last four bytes are the checksum of those before them."""
+    return checksum(data[:-4]) == struct.unpack("<I", data[-4:])[0]
 
 
 # -- 5: rotation ---------------------------------------------------------------------------------------------------
@@ -379,6 +377,29 @@ def refusal(data: bytes) -> str:
     return "truncated" if len(data) < there else "corrupt" if len(data) > there else ""
 
 
+def damage(data: bytes) -> str:
+    """What is wrong in the sections of a stream whose header holds (3.3, step 13), or nothing."""
+    dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
+    _, _, exact, exceptions = struct.unpack_from("<IIII", data, 16)
+    shape = struct.unpack_from(f"<{ndim}Q", data, 48)
+    tokens, leading, vector = shape[-2] if ndim > 1 else 1, math.prod(shape[:-2]), shape[-1] * (4 if dtype == 3 else 2)
+    if not all(
+        holds(data[end - size : end]) for size, end in zip(blocks(data), itertools.accumulate(blocks(data)), strict=True)
+    ):
+        return "a checksum does not hold"
+    at = size
+    for _ in range(leading if flags & 1 else 0):
+        if not np.isfinite(np.frombuffer(data, "<f2", shape[-1], at)).all():
+            return "an offset is not finite"
+        at += 2 * shape[-1] + 4
+    kept = min(exact, tokens)
+    at += leading * (kept * vector + 4) if kept else 0
+    rows = [struct.unpack_from("<Q", data, at + i * (8 + vector))[0] for i in range(exceptions)]
+    if rows != sorted(set(rows)) or any(row >= leading * (tokens - kept) for row in rows):
+        return "rows of exact vectors do not ascend, or are not there"
+    return ""
+
+
 def order_seal(data: bytes) -> int:
     """The order seal of a stream (4.3); what lies between its checksums is not looked at."""
     return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(blocks(data))))
@@ -388,6 +409,8 @@ def decode(data: bytes) -> np.ndarray:
     """The tensor of a stream as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
     if error := refusal(data):
         raise ValueError(f"the stream is {error}")
+    if error := damage(data):
+        raise ValueError(error)
     coding, dtype, ndim, size, flags, radius_bits, _ = struct.unpack_from("<BBBIHBB", data, 5)
     row_bits, chunk, exact, exceptions, seed, offset_exponent, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
@@ -407,7 +430,7 @@ def decode(data: bytes) -> np.ndarray:
     def take(count: int) -> bytes:
         nonlocal at
         at += count + 4
-        return checked(data[at - count - 4 : at])
+        return data[at - count - 4 : at - 4]
 
     offsets = np.zeros((leading, head_dim), np.float32)
     if flags & 1:

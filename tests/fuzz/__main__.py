@@ -1,12 +1,13 @@
 """Bytes that nobody wrote, for every parser; and edits of sound files, for every container.
 
-    python -m tests.fuzz stream --seconds 60 --seed 0      or pqkv, safetensors, plain, zarr, zarr-cache
+    python -m tests.fuzz stream --seconds 60 --seed 0      or header, pqkv, safetensors, plain, zarr, zarr-cache
     python -m tests.fuzz edits --container pqkv --count 100000      or safetensors, zarr, zarr-cache
     python -m tests.fuzz try plain FILE      one input
     python -m tests.fuzz seeds      writes the seeds that are not there yet to tests/data/fuzz
 
 A target takes bytes; it returns or raises PQError. Anything else is a finding: another exception, two answers that
-contradict each other, a hang, or memory out of proportion. An edit must be refused, or change nothing that a reader tells.
+contradict each other, an error other than the specification's (header, pqkv), a hang, or memory out of proportion. An edit
+must be refused, or change nothing that a reader tells.
 
 Inputs come from a mutator that knows the formats and half of the time makes checksums hold again, so that what lies behind
 them is reached. Where atheris is installed (``pip install atheris``) it measures coverage and chooses what to go on with;

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pqcodec.errors import PQError
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -15,9 +16,18 @@ FOLDER = Path(__file__).parents[1] / "data" / "fuzz"  # TARGET/: seeds and what 
 MAX_BYTES, KEPT_BYTES = 8192, 3000  # of an input; of one that is kept
 MOST_UNPACKED = 1100  # times, at the most, does deflate shrink
 SMALL = 1 << 11  # coordinates of one token of every block: what the slow backend decodes, too
+FEW = 1 << 7  # coordinates in all: what the decoder written from the specification decodes, too
 HANG_SECONDS, DEAD_SECONDS, SLOW_SECONDS = 30.0, 90.0, 1.5  # ends an input; ends the process; is told
 ROOM_BYTES, GROWTH_BYTES = 2 << 30, 64 << 20  # of address space; of memory that one input may take
 Read = Callable[[bytes], None]
+ERRORS = {  # the specification's words for them; of a single stream in the place of a file the program says what it is
+    type(None): "",
+    CorruptStream: "corrupt",
+    InvalidArgument: "corrupt",
+    TruncatedStream: "truncated",
+    UnsupportedStream: "unsupported",
+}
+sys.path.append(str(HERE.parent))  # where second_decoder and second_reader lie
 
 
 class Wrong(AssertionError):
@@ -34,6 +44,20 @@ def attempt(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, 
         return call(*args, **options), None
     except PQError as error:
         return None, error
+
+
+def as_specified(read: Read, procedure: Callable[[bytes], str]) -> Read:
+    """A target that refuses what a procedure of the specification refuses, with the same error."""
+
+    def target(data: bytes) -> None:
+        _, refused = attempt(read, data)
+        said, told = ERRORS[type(refused)], procedure(data)
+        if said != told:
+            raise Wrong(f"the specification says {told or 'sound'}, the program {said or 'sound'}")
+        if refused:
+            raise refused
+
+    return target
 
 
 def signature(error: BaseException) -> str:

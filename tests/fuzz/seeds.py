@@ -232,6 +232,7 @@ def _store_seeds() -> dict[str, bytes]:
 
 
 _SEEDS = {
+    "header": _stream_seeds,
     "stream": _stream_seeds,
     "pqkv": _pqkv_seeds,
     "safetensors": _safetensors_seeds,

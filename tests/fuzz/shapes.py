@@ -93,6 +93,11 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.25:
         paper = {"row_bits": c.PAPER_BLOCK_BITS * order // c.PAPER_BLOCK, "radius_bits": c.PAPER_RADIUS_BITS}
         coding = {"coding": c.CODING_PAPER, "radius_exponent": rng.choice((0, 1, -125, 117, rng.randrange(-125, 118))), **paper}
+    elif rng.random() < 0.3:
+        bits = rng.randrange(4, 11)
+        quads = {"row_bits": c.QUADS_RADIUS_BITS + order + bits * order // 4, "radius_bits": c.QUADS_RADIUS_BITS}
+        coding = {"coding": c.CODING_QUADS, "radius_exponent": 0, **quads}
+    rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}[coding["coding"]]
     offsets = rng.random() < 0.4
     pairs = min(rng.randrange(1, max(2, dim // 2 + 1)), 40)
     frequencies = tuple(rng.choice((0, 1, rng.randrange(1 << 32), (1 << 32) - 1)) for _ in range(pairs))
@@ -109,6 +114,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "offset_exponent": rng.choice((0, -112, 111)),
         "rope": rope if offsets and dim > 1 and rng.random() < 0.5 else None,
         "numpy": rng.random() < 0.5,
+        "rounds": rounds,
         **coding,
     }
     for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exceptions", "numpy"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pqcodec.errors import PQError
 
-from .base import MAX_BYTES, Read
+from .base import MAX_BYTES, Read, as_specified
 from .mutations import scramble
 from .shapes import (
     seal_pqkv,
@@ -21,7 +21,18 @@ from .shapes import (
     shape_store,
     shape_stream,
 )
-from .targets import _open_pqkv, _open_safetensors, _open_store, cache_reader, plain, stream, zarr_chunk
+from .targets import (
+    _open_pqkv,
+    _open_safetensors,
+    _open_store,
+    cache_reader,
+    header,
+    of_a_file,
+    of_a_header,
+    plain,
+    stream,
+    zarr_chunk,
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,9 @@ class Target:
 
 
 TARGETS = {
+    "header": Target(as_specified(header, of_a_header), shape_stream, seal_stream),
     "stream": Target(stream, shape_stream, seal_stream),
-    "pqkv": Target(cache_reader(_open_pqkv), shape_pqkv, seal_pqkv),
+    "pqkv": Target(as_specified(cache_reader(_open_pqkv), of_a_file), shape_pqkv, seal_pqkv),
     "safetensors": Target(cache_reader(_open_safetensors), shape_safetensors, seal_safetensors),
     "plain": Target(plain, shape_plain, lambda data: data, (PQError, OSError)),
     "zarr": Target(zarr_chunk, shape_stream, seal_stream),

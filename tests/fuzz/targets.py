@@ -18,7 +18,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.stream.sections import EXACT_VECTORS
 
-from .base import MOST_UNPACKED, SMALL, Read, Wrong, attempt, signature
+from .base import FEW, MOST_UNPACKED, SMALL, Read, Wrong, attempt, signature
 from .shapes import unpacked
 
 
@@ -56,6 +56,27 @@ def on_disk(data: bytes) -> Path:
     return path
 
 
+def of_a_header(data: bytes) -> str:
+    """The error that a stream's header makes, by SPEC 3.3."""
+    import second_decoder
+
+    return str(second_decoder.refusal(data))
+
+
+def of_a_file(data: bytes) -> str:
+    """The error that a .pqkv file makes, by SPEC II.5."""
+    import second_reader
+
+    return str(second_reader.refusal(data))
+
+
+def header(data: bytes) -> None:
+    """The header of a stream."""
+    import pqcodec
+
+    pqcodec.inspect(data)
+
+
 def stream(data: bytes) -> None:
     """One stream: inspect, decode, verify and parts agree with each other, and the backends bit for bit."""
     import pqcodec
@@ -78,6 +99,8 @@ def stream(data: bytes) -> None:
         told, other = attempt(pqcodec.verify, data, backend="reference")
         if (damage, str(complaint)) != (told, str(other)):
             raise Wrong("cpu and reference verify differently")
+    if h.leading * h.coded_tokens * h.order <= FEW:
+        _numbers_are_those_of_the_specification(data, x, refused)
     unsound = bool(damage or complaint)
     if refused:
         if not unsound:
@@ -88,6 +111,17 @@ def stream(data: bytes) -> None:
     if not unsound and math.prod(info.shape):
         _exact_rows_ascend(data, h)
         _parts_are_those_of_the_whole(data, x)
+
+
+def _numbers_are_those_of_the_specification(data: bytes, x: Any, refused: Exception | None) -> None:
+    import second_decoder
+
+    try:
+        found = second_decoder.decode(data).tobytes()
+    except ValueError:
+        found = None
+    if found != (None if refused else numbers(x)[-1]):
+        raise Wrong("a decoder written from the specification decodes differently")
 
 
 def _exact_rows_ascend(data: bytes, h: Any) -> None:
