@@ -1,0 +1,124 @@
+"""SPEC 3.3: every code means something. Streams that no encoder writes, as the specification's decoder and ours read them."""
+
+from __future__ import annotations
+
+import math
+import struct
+from itertools import product
+
+import numpy as np
+import pytest
+import second_decoder
+from conftest import BACKENDS, bits
+from fuzz.shapes import seal_stream
+
+import pqcodec
+from pqcodec import constants as c
+from pqcodec.codings import angles, quads
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.orders import order_for
+from pqcodec.stream.sections import EXACT_VECTORS, OFFSETS
+
+HEAD_DIMS = (1, 2, 15, 16, 36, 48, 80, 100, 112, 144)
+
+
+def any_header(coding: int, rng: np.random.Generator) -> Header:
+    """A header of any fields, for a few vectors."""
+    dim = int(rng.choice(HEAD_DIMS))
+    order = order_for(dim)
+    radius = {c.CODING_SPLIT: int(rng.integers(11, 16)), c.CODING_PAPER: c.PAPER_RADIUS_BITS, c.CODING_QUADS: 8}[coding]
+    row_bits = {
+        c.CODING_SPLIT: int(rng.choice([order, radius + 7 * order, rng.integers(order, radius + 7 * order + 1)])),
+        c.CODING_PAPER: 62 * order // 16,
+        c.CODING_QUADS: 8 + order + int(rng.integers(4, 11)) * order // 4,
+    }[coding]
+    rope = None
+    if dim > 1 and rng.random() < 0.5:
+        frequencies = tuple(int(f) for f in rng.integers(0, 1 << 32, rng.integers(1, dim // 2 + 1)))
+        rope = RopeField(
+            int(rng.choice([0, 70000, rng.integers(0, 1 << 63), (1 << 63) - 1])), int(rng.integers(1, 3)), frequencies
+        )
+    exact = int(rng.choice([0, 0, 2, 9]))
+    return Header(
+        coding,
+        int(rng.integers(1, 4)),
+        (2, 4, dim),
+        row_bits,
+        radius,
+        seed=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
+        chunk_tokens=int(rng.choice([1, 2, 4096])),
+        exact_tokens=exact,
+        exceptions=int(rng.integers(0, 3)) if exact < 5 else 0,
+        offsets=rope is not None or bool(rng.random() < 0.5),
+        offset_exponent=int(rng.choice([0, -20, -112, 111])),
+        radius_exponent=int(rng.choice([0, -125, 117])) if coding == c.CODING_PAPER else 0,
+        rope=rope,
+        numpy=True,
+        rounds={c.CODING_SPLIT: int(rng.integers(1, 3)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}[coding],
+    )
+
+
+def any_stream(coding: int, rng: np.random.Generator) -> bytes:
+    """A stream of random bits under such a header, with checksums that hold."""
+    h = any_header(coding, rng)
+    data = bytearray(h.to_bytes() + rng.bytes(h.stream_bytes - h.header_bytes))
+    if h.offsets:
+        halves = (rng.standard_normal((h.leading, h.head_dim)) * 10.0 ** rng.integers(-7, 4)).astype("<f2")
+        for lead, row in enumerate(halves):
+            start = h.places[OFFSETS].start + lead * h.places[OFFSETS].entry_bytes
+            data[start : start + row.nbytes] = row.tobytes()
+    for i, row in enumerate(sorted(rng.choice(h.leading * h.coded_tokens or 1, h.exceptions, replace=False))):
+        struct.pack_into("<Q", data, h.places[EXACT_VECTORS].start + i * (8 + h.vector_bytes), row)
+    for chunk, lead in product(range(h.chunks), range(h.leading)):
+        if coding == c.CODING_QUADS and rng.random() < 0.7:  # any other base is beyond the radii that there are
+            base = h.blocks.place(chunk, lead) + h.blocks.tokens(chunk) * h.row_bytes
+            struct.pack_into("<h", data, base, rng.integers(-300, 100))
+    return seal_stream(bytes(data))
+
+
+@pytest.mark.parametrize("coding", [c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS])
+def test_streams_that_no_encoder_writes_decode_as_the_specification_says(coding: int) -> None:
+    rng = np.random.default_rng(coding)
+    for number in range(60):
+        data = any_stream(coding, rng)
+        told = second_decoder.decode(data)
+        for backend in BACKENDS:
+            found = bits(pqcodec.decode(data, backend=backend))
+            np.testing.assert_array_equal(found, told, err_msg=f"{backend}, stream {number}: {data.hex()}")
+
+
+@pytest.mark.parametrize("head_dim", [16, 36, 80])
+def test_what_a_decoder_of_quads_passes_over_is_zero_and_means_nothing(head_dim: int) -> None:
+    """Bits behind the last index of a row, and the bytes that make a block's size a multiple of 16."""
+    x = np.random.default_rng(0).standard_normal((1, 3, head_dim)).astype(np.float32)
+    data = bytearray(pqcodec.encode(x, preset="quad2.25", backend="reference"))
+    h = Header.from_bytes(bytes(data))
+    start, size, index_bytes = h.blocks.place(0, 0), h.blocks.size(0), math.ceil(5 * h.order / 32)
+    spare = 8 * index_bytes - 5 * h.order // 4
+    assert spare
+    for row in range(3):
+        last = start + 3 * h.order // 8 + (row + 1) * index_bytes - 1
+        assert data[last] >> 8 - spare == 0
+        data[last] |= 256 - (1 << 8 - spare)
+    zeros = slice(start + 3 * h.row_bytes + 2, start + size - 4)
+    assert not any(data[zeros])
+    data[zeros] = b"\xff" * (zeros.stop - zeros.start)
+    data[start + size - 4 : start + size] = struct.pack("<I", checksum(bytes(data[start : start + size - 4])))
+    usual = pqcodec.encode(x, preset="quad2.25", backend="reference")
+    for backend in BACKENDS:
+        np.testing.assert_array_equal(pqcodec.decode(bytes(data), backend=backend), pqcodec.decode(usual, backend=backend))
+
+
+def test_no_sum_of_a_decoder_reaches_2_to_the_22() -> None:
+    """As 6.5 and 8.3 say: N integers of norm r add up to r sqrt(N) at most, which turning makes of r, too."""
+    for order in c.ROTATION_ORDERS:
+        longest = max(int((quads.points_of(b).points.astype(int) ** 2).sum(1).max()) for b in c.QUADS_INDEX_BITS)
+        assert math.sqrt(longest * order / 4) * order < 1 << 22
+        for table in angles.tree(order).tables:
+            assert (table.cos.astype(float) ** 2 + table.sin.astype(float) ** 2 <= 1).all()
+        assert (2048 + math.sqrt(order) / 2) * order < 1 << 22  # of split coding; rounding adds up to half to each integer
+        blocks = order // 16  # of the paper's coding, each as long as the longest
+        assert math.sqrt(blocks) * (2048 + 2) * math.sqrt(order) < 1 << 22
+    leaves = angles.quad_table()
+    assert (leaves.cos.astype(float) ** 2 + leaves.sin.astype(float) ** 2 <= 1).all()
