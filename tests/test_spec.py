@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import second_decoder
+import second_reader
 import spec_vectors as vectors
 
 import pqcodec
@@ -20,6 +21,7 @@ from pqcodec import constants as c
 from pqcodec.codings import angles, paper, quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.formats import PQKVFile
+from pqcodec.formats.store.keys import Chain
 from pqcodec.stages import centre, rotation
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
@@ -191,6 +193,7 @@ def test_the_file_of_the_specification_is_what_writers_write(tmp_path: Path) -> 
     assert lines == "\n".join(vectors.file_lines(data))
     assert vectors.bytes_of(lines) == data
     with PQKVFile(data) as file:
+        assert second_reader.refusal(data) == ""
         assert (file.version, file.names, file.entry("k").parts, file.verify(backend="reference")) == (2, ("k", "n"), 2, [])
 
 
@@ -232,6 +235,23 @@ def test_factors_of_quads_are_far_from_an_edge_of_their_rounding() -> None:
             exact = Decimal(2) ** (Decimal(step) / c.QUADS_RADIUS_STEPS) / (Decimal(c.QUADS_TABLES[bits][0]) * order)
             scaled = exact * Decimal(2) ** (c.QUADS_FACTOR_BITS - math.frexp(float(exact))[1])
             assert abs(scaled % 1 - Decimal("0.5")) > Decimal("7e-4")
+
+
+@pytest.mark.parametrize("salt", ["", "caf\u00e9"])
+def test_names_and_marks_of_blocks_are_those_of_the_specification(salt: str) -> None:
+    """IV.2, with H written out."""
+    settings = {"model": {"config": "00"}, "extra": "\u00e9"}
+    key = hashlib.blake2b(salt.encode(), person=b"pqcodec-prefix\0\0").digest() if salt else b""
+
+    def hashed(data: bytes, size: int = 32) -> bytes:
+        return hashlib.blake2b(data, digest_size=size, key=key, person=b"pqcodec-prefix\0\0").digest()
+
+    chain, tokens = Chain(settings, salt), [7, 2**40, 0]
+    raw = [token.to_bytes(8, "little") for token in tokens]
+    assert chain.root == hashed(b'{"extra": "\\u00e9", "format": 1, "model": {"config": "00"}}')
+    assert chain.child(chain.root, tokens) == hashed(chain.root + (3).to_bytes(8, "little") + b"".join(raw))
+    marks = [hashed(chain.root + b"".join(raw[: i + 1]), 8) for i in range(3)] if salt else raw
+    assert chain.marks(chain.root, tokens).astype("<i8").tobytes() == b"".join(marks)
 
 
 def test_numbers_of_the_specification_stand_once_in_code() -> None:
