@@ -173,7 +173,7 @@ class Part:
         expect(isinstance(meta.get("layout"), str))
         self.shape, self.dtype = shape, meta.get("dtype")
         expect(isinstance(self.dtype, str) and self.dtype in ITEMS, "unsupported")
-        expect(meta.get("numpy") is None or type(meta["numpy"]) is bool)
+        expect(type(meta.get("numpy", False)) is bool)
         expect(type(error) in (int, float) and 0 <= error <= 2**1024 - 2**971)
         expect(isinstance(seal, str) and re.fullmatch("[0-9a-f]{8}", seal))
         expect(not (meta.get("numpy") and (self.dtype == "bfloat16" or self.dtype.startswith("float8"))))

@@ -362,6 +362,7 @@ REFUSED_TENSORS = {
     "dtype": (exact_frame(dtype="object"), UnsupportedStream, "dtype"),
     "dtype of torch": (exact_frame(dtype="float8_e5m2"), CorruptStream, "numpy has no"),
     "numpy flag": (exact_frame(numpy=1), CorruptStream, "true or false"),
+    "numpy null": (exact_frame(numpy=None), CorruptStream, "true or false"),
     "error no number": (exact_frame(rel_mse="0.1"), CorruptStream, "rel_mse"),
     "error null": (exact_frame(rel_mse=None), CorruptStream, "rel_mse"),
     "error below 0": (exact_frame(rel_mse=-1), CorruptStream, "rel_mse"),

@@ -402,7 +402,7 @@ class PQKVFile(TensorFile):
             raise CorruptStream(f"layout {layout!r}: a string is expected")
         if not isinstance(dtype, str) or dtype not in c.EXACT_ITEM_BYTES:
             raise UnsupportedStream(f"dtype {dtype!r} is unknown to this release: install a newer pqcodec")
-        if numpy is not None and type(numpy) is not bool:
+        if "numpy" in meta and type(numpy) is not bool:
             raise CorruptStream(f"numpy is {numpy!r}; true or false is expected")
         if "first_token" in meta and item is self._tensors[str(item.name)][0]:
             raise CorruptStream(f"the part at byte {item.offset} has a first_token, and no part before it")
