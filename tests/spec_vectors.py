@@ -17,7 +17,7 @@ from pqcodec.formats import PQKVAppender, PQKVWriter
 ALTERNATING = np.array([(-1) ** i * (i + 1) for i in range(12)], np.float32)
 REFERENCE = {"backend": "reference"}
 FIXED = [(16, "magic .. radius_bits, linear"), (16, "row_bits .. exceptions"), (16, "seed .. reserved")]
-SPLIT_NOTES = [*FIXED, (12, "shape, checksum"), (8, "the block")]
+SPLIT_NOTES = [*FIXED, (16, "shape"), (4, "checksum"), (8, "the block")]
 ROPE_NOTES = [
     *FIXED,
     (16, "shape"),
@@ -54,13 +54,13 @@ def bytes_of(block: str) -> bytes:
 
 # -- 6.7: a stream of split coding -------------------------------------------------------------------------------
 def split_stream() -> bytes:
-    """The numbers 1, -2, 3 ... -12 by pq2."""
-    return pqcodec.encode(ALTERNATING, preset="pq2", seed=0, **REFERENCE)
+    """The numbers 1, -2, 3 ... -12 as one token, by pq2."""
+    return pqcodec.encode(ALTERNATING[None], preset="pq2", seed=0, **REFERENCE)
 
 
 def split_trace(data: bytes) -> list[str]:
     """Every node of a stream of one row of order 16, in the order of their bits: what it reads, and what it passes on."""
-    row = int.from_bytes(data[60:-4], "little")
+    row = int.from_bytes(data[-8:-4], "little")
     radius_bits, (row_bits,) = data[14], struct.unpack_from("<I", data, 16)
     nodes, quads = [], []
 

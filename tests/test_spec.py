@@ -171,9 +171,9 @@ def test_the_worked_example_of_split_coding_holds() -> None:
     stream = vectors.split_stream()
     assert (lines, trace) == ("\n".join(vectors.hex_lines(stream, vectors.SPLIT_NOTES)), "\n".join(vectors.split_trace(stream)))
     assert vectors.bytes_of(lines) == stream
-    integers, a, b = second_decoder.split_row(int.from_bytes(stream[60:-4], "little"), 16, 32, 11, True)
+    integers, a, b = second_decoder.split_row(int.from_bytes(stream[-8:-4], "little"), 16, 32, 11, True)
     turned = ", ".join(map(str, second_decoder.turned_back(integers, 0, True)))
-    numbers = ", ".join(str(x) for x in pqcodec.decode(stream).tolist())
+    numbers = ", ".join(str(x) for x in pqcodec.decode(stream)[0].tolist())
     assert f"Radius code 1119: e = 4, j = 5, A = {float(a)!r}, B = {float(b):g}." in SPEC
     assert f"- With flag 8, s = {turned}.\n- The numbers are {numbers}.\n" in SPEC
 
