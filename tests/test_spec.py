@@ -157,6 +157,19 @@ def test_the_worked_example_of_quads_holds() -> None:
     told = re.search(r"### 8.4 Example\n.*?- The numbers are ([^\n]*)\.\n", SPEC, re.DOTALL)
     assert told
     assert pqcodec.decode(stream).tolist() == [float(number) for number in told[1].split(", ")]
+    ((v, a, b),) = second_decoder.quad_rows(stream[60:-4], 1, 16, 40)
+    turned = second_decoder.turned_back(v, 0, True)
+    assert f"- With the signs v = {', '.join(map(str, v))}.\n- Radius: code 255, base -233, so r = 21, e = 2, j = 5" in SPEC
+    assert f"e = 2, j = 5: A = {float(a)!r}, B = {float(b):g}.\n- s = {', '.join(map(str, turned))}.\n" in SPEC
+    assert (stream[64], int.from_bytes(stream[65:67], "little", signed=True)) == (255, -233)
+
+
+def test_encoders_aim_as_far_out_as_the_specification_advises() -> None:
+    *most, last = (f"{stretch:g} G" for stretch in c.QUADS_STRETCH.values())
+    text = " ".join(SPEC.split())
+    assert f"{', '.join(most)} and {last} for b = 4 .. 10 keep the norm of vectors" in text
+    split = f"{c.SPLIT_STRETCH:g} 4^(-row_bits / N) + {c.SPLIT_CUT_OFF:g}, {c.SPLIT_MOST_STRETCH:g}".replace("0.", ".")
+    assert f"to the norm times 1 + min({split})" in text
 
 
 def example(section: str) -> list[str]:
