@@ -111,7 +111,7 @@ def test_what_a_decoder_of_quads_passes_over_is_zero_and_means_nothing(head_dim:
 
 
 def test_no_sum_of_a_decoder_reaches_2_to_the_22() -> None:
-    """As 6.5 and 8.3 say: N integers of norm r add up to r sqrt(N) at most, which turning makes of r, too."""
+    """As 6.5 says: N integers of norm r add up to r sqrt(N) at most, which turning makes of r, too."""
     for order in c.ROTATION_ORDERS:
         longest = max(int((quads.points_of(b).points.astype(int) ** 2).sum(1).max()) for b in c.QUADS_INDEX_BITS)
         assert math.sqrt(longest * order / 4) * order < 1 << 22
