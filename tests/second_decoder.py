@@ -229,7 +229,7 @@ def paper_row(row: int, order: int, exponent: int) -> tuple[list[int], F, F]:
     return integers, *factors(float(F(1 / (2048 * math.sqrt(order)))), power + exponent)
 
 
-# -- 8: quads -----------------------------------------------------------------------------------------------------
+# -- 8: quads ------------------------------------------------------------------------------------------------------
 @cache
 def points(bits: int) -> tuple[float, list[tuple[int, ...]]]:
     """G and the points of a table, from the specification's own text."""
@@ -383,9 +383,8 @@ def damage(data: bytes) -> str:
     _, _, exact, exceptions = struct.unpack_from("<IIII", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     tokens, leading, vector = shape[-2] if ndim > 1 else 1, math.prod(shape[:-2]), shape[-1] * (4 if dtype == 3 else 2)
-    if not all(
-        holds(data[end - size : end]) for size, end in zip(blocks(data), itertools.accumulate(blocks(data)), strict=True)
-    ):
+    ends = [0, *itertools.accumulate(blocks(data))]
+    if not all(holds(data[start:end]) for start, end in itertools.pairwise(ends)):
         return "a checksum does not hold"
     at = size
     for _ in range(leading if flags & 1 else 0):
