@@ -431,7 +431,7 @@ def decode(data: bytes) -> np.ndarray:
         at += count + 4
         return data[at - count - 4 : at - 4]
 
-    offsets = np.zeros((leading, head_dim), np.float32)
+    offsets = np.zeros((leading if flags & 1 else 0, head_dim), np.float32)
     if flags & 1:
         for lead in range(leading):
             offsets[lead] = np.ldexp(np.frombuffer(take(2 * head_dim), "<f2").astype(np.float64), offset_exponent)
