@@ -18,18 +18,31 @@ from pqcodec.stream.prng import splitmix64
 
 _FEW_BYTES = 192
 _PIECE_WORDS = 1 << 14  # bounds the memory of one numpy pass
+_KEPT_PIECES = 512  # whose keys stay in memory once they are made: those of the first 32 MiB of a body, as many bytes
+_GAP = np.uint64((1 << 32) - CHECKSUM_PRIME)
+_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
-@lru_cache(maxsize=16)
 def _keys(start: int, count: int) -> np.ndarray:
     keys = np.uint64(1) + splitmix64(CHECKSUM_SEED, start, count) % np.uint64(CHECKSUM_PRIME - 1)
     keys.setflags(write=False)
     return keys
 
 
+@lru_cache(maxsize=16)
 def checksum_keys(words: int) -> np.ndarray:
     """Keys for a block of up to ``words`` 32-bit words: uint64 [words + 1], each in 1 .. p-1; key 0 takes the length."""
     return _keys(0, words + 1)
+
+
+def _piece_keys(piece: int) -> np.ndarray:
+    """Keys of the words of one pass: uint32 [_PIECE_WORDS]. To make them takes several times as long as to use them."""
+    return _kept_keys(piece) if piece < _KEPT_PIECES else _keys(piece * _PIECE_WORDS + 1, _PIECE_WORDS)
+
+
+@lru_cache(maxsize=_KEPT_PIECES)
+def _kept_keys(piece: int) -> np.ndarray:
+    return _keys(piece * _PIECE_WORDS + 1, _PIECE_WORDS).astype(np.uint32)
 
 
 def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
@@ -43,18 +56,7 @@ def checksum(data: bytes | bytearray | memoryview | np.ndarray) -> int:
     size = len(data) if isinstance(data, (bytes, bytearray)) else data.nbytes
     if size <= _FEW_BYTES:
         return _of_few(bytes(data))
-    raw = np.frombuffer(data, np.uint8)
-    prime = np.uint64(CHECKSUM_PRIME)
-    total = (raw.size % CHECKSUM_PRIME) * int(checksum_keys(0)[0])
-    for first in range(0, raw.size, 4 * _PIECE_WORDS):
-        piece = raw[first : first + 4 * _PIECE_WORDS]
-        if piece.size % 4:
-            piece = np.concatenate([piece, np.zeros(-piece.size % 4, np.uint8)])
-        words = piece.view("<u4").astype(np.uint64)
-        start = first // 4 + 1
-        keys = _keys(start, _PIECE_WORDS)[: words.size] if start > 1 or words.size > 256 else _keys(1, 256)[: words.size]
-        total += int((words * keys % prime).sum())
-    return total % CHECKSUM_PRIME
+    return int(checksums(np.frombuffer(data, np.uint8)[None])[0])
 
 
 def _of_few(data: bytes) -> int:
@@ -76,11 +78,12 @@ def checksums(rows: np.ndarray) -> np.ndarray:
     True
     """
     prime, size = np.uint64(CHECKSUM_PRIME), rows.shape[1]
-    total = np.full(len(rows), size % CHECKSUM_PRIME * int(checksum_keys(0)[0]) % CHECKSUM_PRIME, np.uint64)
-    for first in range(0, size, 4 * _PIECE_WORDS):
-        piece = rows[:, first : first + 4 * _PIECE_WORDS]
-        if piece.shape[1] % 4:
-            piece = np.pad(piece, ((0, 0), (0, -piece.shape[1] % 4)))
-        words = np.ascontiguousarray(piece).view("<u4").astype(np.uint64)
-        total += (words * _keys(first // 4 + 1, words.shape[1]) % prime).sum(1)
-    return total % prime
+    total = np.full(len(rows), size % CHECKSUM_PRIME * _few_keys()[0] % CHECKSUM_PRIME, np.uint64)
+    for piece, first in enumerate(range(0, size, 4 * _PIECE_WORDS)):
+        raw = rows[:, first : first + 4 * _PIECE_WORDS]
+        if raw.shape[1] % 4:
+            raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 4)))
+        words = np.ascontiguousarray(raw).view("<u4")
+        products = np.multiply(words, _piece_keys(piece)[: words.shape[1]], dtype=np.uint64)
+        total = (total + (products & _LOW).sum(1) + _GAP * (products >> _HALF).sum(1)) % prime  # modulo p, 2^32 is _GAP
+    return total

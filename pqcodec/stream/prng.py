@@ -9,8 +9,12 @@ from pqcodec.constants import SPLITMIX_GAMMA, SPLITMIX_MUL_1, SPLITMIX_MUL_2
 
 def splitmix64(seed: int, start: int, count: int) -> np.ndarray:
     """Outputs ``start .. start+count-1`` of SplitMix64 from ``seed``, as uint64 [count]."""
-    index = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    z = np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + index * np.uint64(SPLITMIX_GAMMA)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(SPLITMIX_MUL_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(SPLITMIX_MUL_2)
-    return z ^ (z >> np.uint64(31))
+    z = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    z *= np.uint64(SPLITMIX_GAMMA)
+    z += np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(SPLITMIX_MUL_1)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(SPLITMIX_MUL_2)
+    z ^= z >> np.uint64(31)
+    return z
