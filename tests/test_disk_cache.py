@@ -128,6 +128,13 @@ def call(copy: Path, arguments: str = "[3]", between: str = "", **variables: str
     return json.loads(run(CALL.format(arguments=arguments, between=between), copy, **variables))
 
 
+def test_what_is_compiled_is_logged_and_what_is_kept_is_not(copy: Path) -> None:
+    logged = "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')"
+    code = f"{logged}; from pqcodec.kernels.cpu import small; small.outer(3)"
+    heard = [run(f"import sys; sys.stderr = sys.stdout; {code}", copy).splitlines() for _ in range(2)]
+    assert heard == [["compiling outer", "compiling inner"], []]
+
+
 def test_an_edited_constant_is_compiled_anew(copy: Path) -> None:
     constants = copy / "pqcodec" / "constants.py"
     old = constants.read_text()

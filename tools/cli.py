@@ -13,6 +13,7 @@ import pqcodec
 from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
 from pqcodec.tools.files import TwoEnded
 from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, reported
+from pqcodec.tools.progress import tell_of_compiling
 
 app = typer.Typer(
     name="pqcodec",
@@ -20,7 +21,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version, 4 I/O error, "
     "130 interrupted, 141 closed pipe.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,6 +51,7 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
 ) -> None:
     """Compress KV-cache tensors to polar-angle streams and back."""
+    tell_of_compiling()
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _interrupt)  # removes an unfinished output, as Ctrl-C does
     try:
-        app()
+        app(prog_name="pqcodec")  # also where Python runs the module, so that completion is of that name
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as end:

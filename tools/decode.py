@@ -36,8 +36,9 @@ def decode(
         str, typer.Argument(metavar="OUTPUT", help="The file to write (.safetensors, .npz, .npy), a folder for many, or -.")
     ],
     to: Annotated[
-        str, typer.Option("--to", help="What a folder's files, or -, become: safetensors, npz or npy.")
-    ] = "safetensors",
+        str | None,
+        typer.Option("--to", help="What a folder's files, or -, become: safetensors (default), npz or npy."),
+    ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="A:B", help="Tokens A up to B - 1 of coded tensors, keys and values; an end may be left out."),
@@ -52,14 +53,16 @@ def decode(
     """Decode into files of tensors."""
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
-    wanted = _token_range(tokens)
-    todo, many = tasks(sources, target, ENCODED, f".{to}", force)
+    wanted, extension = _token_range(tokens), f".{to or 'safetensors'}".lower()
+    todo, many = tasks(sources, target, ENCODED, extension, force)
     limit = Limit.of(memory, min(jobs, len(todo)))
     from pqcodec.formats.containers.kinds import open_encoded
     from pqcodec.formats.plain.files import checked_extension, write_tensors
 
     for task in todo:
-        checked_extension(f"stdout.{to}" if task.target == STANDARD else task.target)
+        found = checked_extension(f"stdout{extension}" if task.target == STANDARD else task.target)
+        if to is not None and found != extension:
+            raise InvalidArgument(f"--to {to} and OUTPUT {task.target} contradict each other; leave one of them out")
     load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome:
@@ -68,7 +71,7 @@ def decode(
             found = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
             for name in found.names:
                 limit.check(path, name, found.held_bytes(name), _WAYS)
-            with written_like(task.source, task.target, folder=many), output_file(task.target, f".{to}") as written:
+            with written_like(task.source, task.target, folder=many), output_file(task.target, extension) as written:
                 write_tensors(written, found, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
         return outcome

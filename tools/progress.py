@@ -1,10 +1,16 @@
-"""Law: progress on stderr, only where that is a terminal; rich is loaded only then."""
+"""Law: progress on stderr, only where that is a terminal (rich is loaded only then); and one line about a long first wait."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+
+from pqcodec.tools.outcome import say
+
+_COMPILING = "compiling kernels for this machine, once (20 to 50 s); `pqcodec warmup` does it ahead"
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def load_kernels(backend: str) -> None:
 
     from pqcodec import codec
 
-    with _spinner("load kernels (compiled once, about 20 s)"):
+    with _spinner("load kernels"):
         codec.decode(codec.encode(np.zeros((1, 1), np.float16), center="mean", backend=backend), backend=backend)
 
 
@@ -42,3 +48,22 @@ def _spinner(title: str) -> Iterator[None]:
 
     with Console(stderr=True).status(title):
         yield
+
+
+@cache
+def tell_of_compiling() -> None:
+    """From now on, say once on stderr that kernels are compiled, when the first that the disk does not hold is."""
+    logger = logging.getLogger("pqcodec.kernels.cpu.disk_cache")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Once())
+
+
+class _Once(logging.Handler):
+    """Says ``_COMPILING`` at the first record."""
+
+    said = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.said:
+            self.said = True
+            say(_COMPILING)

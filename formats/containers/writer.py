@@ -23,10 +23,14 @@ COPY_BYTES = 16 << 20  # of a stream that are copied at once
 
 @dataclass(frozen=True)
 class Coded:
-    """The body of a coded tensor: its streams, which follow each other along the tokens."""
+    """The body of a coded tensor: its streams, which follow each other along the tokens. Raises InvalidArgument."""
 
     streams: Sequence[Source]
     rel_mse: float | None = None  # squared error over squared norm; None: not measured
+
+    def __post_init__(self) -> None:
+        if self.rel_mse is not None and not _is_error(self.rel_mse):
+            raise InvalidArgument(f"rel_mse is {self.rel_mse!r:.60}; None or a finite number from 0 is expected")
 
     @classmethod
     def of(cls, stream: bytes | bytearray | memoryview | np.ndarray, rel_mse: float | None = None) -> Coded:
@@ -91,6 +95,11 @@ def rel_mse_of(fields: Mapping[str, Any]) -> float | None:
     if "rel_mse" not in fields:
         return None
     value = fields["rel_mse"]
-    if type(value) not in (int, float) or not 0 <= value <= sys.float_info.max:
+    if not _is_error(value):
         raise CorruptStream(f"rel_mse is {value!r:.60}; a finite number from 0 is expected")
     return float(value)
+
+
+def _is_error(value: object) -> bool:
+    """Whether a value is a relative squared error: a finite number from 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max

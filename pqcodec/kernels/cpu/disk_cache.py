@@ -11,12 +11,14 @@ whose path others could turn elsewhere. The folders tried, in this order:
 
 Where none serves, kernels are compiled in every process, and one warning says so. The name of a kept file holds a hash of
 every source of pqcodec that reaches its kernel: after an edit of any of them, other files are looked for. Files of former
-sources stay until somebody deletes them; they may be deleted at any time.
+sources stay until somebody deletes them; they may be deleted at any time. The module's logger says, at level
+INFO, which kernel no file holds, so that it is compiled now.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import stat
@@ -36,6 +38,7 @@ from numba.core.sigutils import normalize_signature
 
 # Kernels name what they import as "from pqcodec.<module> import"; tests/test_disk_cache.py compares with the syntax trees
 _IMPORTED = re.compile(r"^\s*(?:from|import)\s+(pqcodec\.[\w.]+)", re.MULTILINE)
+_LOG = logging.getLogger(__name__)
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _IN_EVERY_PROCESS = "Kernels are compiled in every process, which takes about 20 s"
 
@@ -232,7 +235,10 @@ class _Cache(FunctionCache):
     _serves: ClassVar = True
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        return self._unless_disk_fails(self._load, sig, target_context)
+        found = self._unless_disk_fails(self._load, sig, target_context)
+        if found is None:
+            _LOG.info("compiling %s", self._py_func.__qualname__)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         self._unless_disk_fails(super().save_overload, sig, data)
