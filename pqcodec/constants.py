@@ -211,6 +211,7 @@ EXACT_ITEM_BYTES = {  # dtypes of exact tensors and the bytes of a number
     "float8_e4m3fnuz": 1,
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
 }
 
 # -- Other containers (SPEC Part III) ----------------------------------------------------------------------------

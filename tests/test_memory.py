@@ -25,8 +25,9 @@ from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats import PQKVFile, PQKVWriter, containers
 from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.writer import Coded
-from pqcodec.formats.plain.files import SAFETENSORS_CODES, open_tensors, write_tensors
+from pqcodec.formats.plain.files import open_tensors, write_tensors
 from pqcodec.formats.plain.in_memory import InMemory
+from pqcodec.formats.plain.numbers import SAFETENSORS_CODES
 from pqcodec.stream.source import MappedSource
 from pqcodec.tools import memory
 from tests.conftest import gaussian

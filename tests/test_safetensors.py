@@ -497,7 +497,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], type[PQError], str]] = 
     "another format": (told("pqcodec_format", lambda t: "weights"), UnsupportedStream, "'weights'"),
     "shape": (item("positions", shape=[3, 3]), CorruptStream, "checksum"),
     "dtype": (item("positions", dtype="F64"), CorruptStream, "checksum"),
-    "unknown dtype": (item("flags", dtype="F8_E8M0"), UnsupportedStream, "'flags'.*F8_E8M0"),
+    "unknown dtype": (item("flags", dtype="F4", shape=[6]), UnsupportedStream, "'flags'.*F4"),
     "coded tensor of another dtype": (
         item("layers.0.key", dtype="I8"),
         CorruptStream,

@@ -26,7 +26,8 @@ from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, read_i
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, metadata_bytes, shape_problem
-from pqcodec.formats.plain.files import SAFETENSORS_CODES, SAFETENSORS_DTYPES, is_listing, safetensors_header
+from pqcodec.formats.plain.files import is_listing, safetensors_header
+from pqcodec.formats.plain.numbers import SAFETENSORS_CODES, SAFETENSORS_DTYPES
 from pqcodec.stream.report import Damage
 from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import Extent, FileSource, Source, owned

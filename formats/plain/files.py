@@ -29,6 +29,7 @@ from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import json_bytes, json_value
 from pqcodec.formats.plain.in_memory import CuttableTensors, Tensors
 from pqcodec.formats.plain.npy import NpyHeader, read_npy_header
+from pqcodec.formats.plain.numbers import SAFETENSORS_CODES, SAFETENSORS_DTYPES, TORCH_ONLY
 from pqcodec.stream.source import check_regular
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
@@ -36,30 +37,6 @@ _MOST_HEADER_BYTES = 100_000_000  # safetensors' own cap
 _DEFLATED = 1032  # bytes that one byte of deflate unpacks to, at most
 _UNPACKED_BYTES = 1 << 20  # read from an archive at once
 _LOCAL_LENGTHS = 26  # offset in an archive member's own header of the lengths of what follows it
-TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # safetensors' names
-
-
-SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them, so that all are aligned
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
-    "complex64": "C64",
-    "float32": "F32",
-    "uint32": "U32",
-    "int32": "I32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "uint16": "U16",
-    "int16": "I16",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 
 
 class TensorReader(CuttableTensors, Protocol):
@@ -70,6 +47,10 @@ class TensorReader(CuttableTensors, Protocol):
 
     def held_bytes(self, name: str) -> int:
         """Bytes of memory that reading a tensor takes; 0 where it is mapped."""
+        ...
+
+    def problem(self, name: str) -> str:
+        """Why a tensor cannot be read, or an empty string."""
         ...
 
     def __enter__(self) -> TensorReader: ...
@@ -252,11 +233,14 @@ class _Safetensors(_Closing):
         shape, dtype = self.describe(name)
         return 0 if self._mapped else math.prod(shape) * c.EXACT_ITEM_BYTES.get(dtype, 0)
 
-    def read(self, name: str) -> Any:
+    def problem(self, name: str) -> str:
         _, dtype = self.describe(name)
-        if dtype not in SAFETENSORS_CODES:
-            known = ", ".join(SAFETENSORS_CODES)
-            raise InvalidArgument(f"{self._path}: tensor {name!r} is of dtype {dtype}, which is unknown; {known} are known")
+        known = ", ".join(SAFETENSORS_CODES)
+        return "" if dtype in SAFETENSORS_CODES else f"is of dtype {dtype}, which is unknown; {known} are known"
+
+    def read(self, name: str) -> Any:
+        if problem := self.problem(name):
+            raise InvalidArgument(f"{self._path}: tensor {name!r} {problem}")
         return self._tensor(name)
 
     def _tensor(self, name: str) -> Any:
@@ -303,6 +287,9 @@ class _Npz(_Closing):
         header = self._header_of(name)
         return header.data_bytes + header.copied_bytes
 
+    def problem(self, name: str) -> str:
+        return self._header_of(name).problem
+
     def _header_of(self, name: str) -> NpyHeader:
         if name not in self._headers:
             with self._member(name) as (header, _):
@@ -311,6 +298,7 @@ class _Npz(_Closing):
 
     def read(self, name: str) -> Any:
         with self._member(name) as (header, member):
+            header.check()
             data, filled = np.empty(header.data_bytes, np.uint8), 0
             while filled < data.size:
                 piece = member.read(min(data.size - filled, _UNPACKED_BYTES))
@@ -341,7 +329,7 @@ class _Npz(_Closing):
             if info.file_size > most:
                 raise CorruptStream(f"{info.file_size} bytes are told of, {packed} packed ones hold {most} at most")
             header = read_npy_header(member)
-            if header.data_bytes != (there := info.file_size - member.tell()):
+            if not header.problem and header.data_bytes != (there := info.file_size - member.tell()):
                 raise CorruptStream(f"{_size_text(header)}, {there} are there")
             yield header, member
 
@@ -389,6 +377,10 @@ class _Npy(_Closing):
         with self._header() as (header, _):
             return header.copied_bytes
 
+    def problem(self, name: str) -> str:
+        with self._header() as (header, _):
+            return header.problem
+
     def read(self, name: str) -> Any:
         return self._mapped(...)
 
@@ -397,6 +389,7 @@ class _Npy(_Closing):
 
     def _mapped(self, part: Any) -> np.ndarray:
         with self._header() as (header, start):
+            header.check()
             there = header.data_bytes
             return header.array(np.memmap(self._path, np.uint8, "r", start, (there,)) if there else b"", part)
 
@@ -406,7 +399,7 @@ class _Npy(_Closing):
         with _library_errors(self._path, "array", CorruptStream):
             with open(self._path, "rb") as file:
                 header, start = read_npy_header(file), file.tell()
-            if header.data_bytes != (there := os.path.getsize(self._path) - start):
+            if not header.problem and header.data_bytes != (there := os.path.getsize(self._path) - start):
                 raise CorruptStream(f"{_size_text(header)}, {there} are there")
             yield header, start
 

@@ -35,6 +35,20 @@ class NpyHeader:
         return self.dtype.newbyteorder("=").name
 
     @property
+    def problem(self) -> str:
+        """Why the array cannot be read, or an empty string."""
+        if self.dtype.hasobject:
+            return "holds pickled Python objects, which are never loaded; save numbers"
+        if self.dtype_name not in NUMPY_DTYPES:
+            return f"dtype {self.dtype} cannot be stored; choose from {', '.join(NUMPY_DTYPES)}"
+        return ""
+
+    def check(self) -> None:
+        """Raises InvalidArgument for an array with a ``problem``."""
+        if self.problem:
+            raise InvalidArgument(self.problem)
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of the numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -45,13 +59,14 @@ class NpyHeader:
         return self.data_bytes * ((not self.dtype.isnative) + (self.fortran and len(self.shape) > 1))
 
     def array(self, data: Any, part: Any = ...) -> np.ndarray:
-        """The array over ``data`` (uint8 [data_bytes]), or its ``part`` (an index), in the machine's byte order."""
+        """The array over ``data`` (uint8 [data_bytes]), or its ``part`` (an index), native; raises InvalidArgument."""
+        self.check()
         x = np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")[part]
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
-    """The header at a file's current position; raises CorruptStream, or InvalidArgument for an array that holds no numbers."""
+    """The header at a file's current position, of an array that holds no numbers, too (``problem``); raises CorruptStream."""
     try:
         version = np.lib.format.read_magic(file)
         if version not in _VERSIONS:
@@ -65,10 +80,6 @@ def read_npy_header(file: BinaryIO | Any) -> NpyHeader:
     except (ValueError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise CorruptStream(f"is no .npy data that holds together: {text:.200}") from error
-    if dtype.hasobject:
-        raise InvalidArgument("holds pickled Python objects, which are never loaded; save numbers")
-    if dtype.newbyteorder("=").name not in NUMPY_DTYPES:
-        raise InvalidArgument(f"dtype {dtype} cannot be stored; choose from {', '.join(NUMPY_DTYPES)}")
     if problem := shape_problem(shape):
         raise CorruptStream(f"is no .npy data that holds together: {problem}")
     return NpyHeader(shape, bool(fortran), dtype)

@@ -17,6 +17,30 @@ from pqcodec.tensors.numbers import is_torch as is_torch  # part of this module'
 
 NUMPY_DTYPES = {name: np.dtype(name) for name in c.EXACT_ITEM_BYTES if name != "bfloat16" and not name.startswith("float8")}
 
+TORCH_ONLY = ("BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")  # safetensors' names
+SAFETENSORS_CODES = {  # safetensors' names of dtypes, in the order in which the library writes them, so that all are aligned
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+SAFETENSORS_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
+
 
 def is_tensor(x: Any) -> bool:
     """Whether x is a torch tensor or a numpy array."""

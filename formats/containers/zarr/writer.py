@@ -43,8 +43,8 @@ from pqcodec.stages.centre import PAIRINGS, Rope
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.seal import with_seal
 
-_STORED_AS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e4m3fnuz": "uint8", "float8_e5m2": "uint8"}
-_STORED_AS |= {"float8_e5m2fnuz": "uint8"}  # dtypes that zarr lacks, and the unsigned integers that hold their bits
+# dtypes that zarr lacks, and the unsigned integers that hold their bits
+_STORED_AS = {name: f"uint{8 * size}" for name, size in c.EXACT_ITEM_BYTES.items() if name not in exact.NUMPY_DTYPES}
 SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")  # a name that any file system takes for a folder
 CRC_BYTES = 4
 _SETTLING = 10  # seconds that zarr's thread gets
