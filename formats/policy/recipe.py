@@ -31,6 +31,7 @@ from pqcodec.stream.source import MemorySource
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
 AUTO = "auto"
+_SIZED = ("center", "rope", "exact_tokens", "chunk_tokens")  # options that a stream's size depends on
 _HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shared
 
 
@@ -157,16 +158,23 @@ class Recipe:
 
         Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for a tensor that cannot be encoded.
         """
-        options = {key: value for key, value in self.options(tensor).items() if key in ("exact_tokens", "chunk_tokens")}
         centred = tensor.role == "key" and self.center is not None
-        presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
-        center = "mean" if centred else None  # under RoPE a stream is some bytes longer
-        stream = max(codec.encoded_size(shape, dtype, preset=preset, center=center, **options) for preset in presets)
+        stream = self.most_stream_bytes(tensor, shape, dtype)
         leading, tokens = math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1
         row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
         measured = 2 * row * min(tokens, held_tokens(self.measured != "all"))
         places = 16 + tokens  # start of each leading index, and a flag per vector that is not finite
         return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
+
+    def stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None) -> int:
+        """Bytes of a finite tensor's stream at a preset (None: the recipe's own); raises as ``held_bytes`` does."""
+        options = {key: value for key, value in self.options(tensor).items() if key in _SIZED}
+        return codec.encoded_size(shape, dtype, preset=preset or self.preset, **options)
+
+    def most_stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
+        """``stream_bytes`` at the largest preset that the tensor may get."""
+        presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
+        return max(self.stream_bytes(tensor, shape, dtype, preset) for preset in presets)
 
     def _exact_tokens(self, tensor: TensorRole) -> int:
         if self.exact_tokens is None:
