@@ -538,12 +538,12 @@ def test_patterns_and_lists(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_one_failure_does_not_stop_the_others(folder: Path, tmp_path: Path, jobs: int) -> None:
+def test_one_failure_does_not_stop_those_that_keep_going(folder: Path, tmp_path: Path, jobs: int) -> None:
     (folder / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
-    outcome = told("encode", folder, tmp_path / "out", "--jobs", jobs, *REFERENCE, code=1)
+    outcome = told("encode", folder, tmp_path / "out", "--jobs", jobs, "--keep-going", *REFERENCE, code=1)
     assert (outcome["failed"], len(outcome["files"])) == (1, 3)
     assert outcome["files"][1]["error"]["kind"] == "CorruptStream"
-    result = run("encode", folder, tmp_path / "out", "--force", "--jobs", jobs, *REFERENCE, code=1)
+    result = run("encode", folder, tmp_path / "out", "--force", "--keep-going", "--jobs", jobs, *REFERENCE, code=1)
     assert "broken.npz" in result.stderr
     assert "failed" in result.stdout
     damaged(tmp_path / "out" / "a.pqkv", "layers.1.value")

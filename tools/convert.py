@@ -14,7 +14,8 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.tools.decode import Sources
 from pqcodec.tools.encode import Jobs, Target, container
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, tasks, written_like
-from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.forecast import DryRun, Forecast
+from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 
@@ -27,6 +28,8 @@ def convert(
     target: Target,
     to: Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).")] = None,
     jobs: Jobs = 1,
+    keep_going: KeepGoing = False,
+    dry_run: DryRun = False,
     memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
@@ -37,31 +40,42 @@ def convert(
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
-    todo, many = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force)
-    if many and to is None:
+    batch = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force, keep_going)
+    if batch.many and to is None:
         raise InvalidArgument("--to is needed where many files are written; choose pqkv, safetensors or zarr")
-    limit = Limit.of(memory, min(jobs, len(todo)))
-    kinds = {task.target: container(task.target, to) for task in todo}
+    limit = Limit.of(memory, min(jobs, len(batch.items)))
+    kinds = {task.target: container(task.target, to) for task in batch.todo}
     from pqcodec.formats import containers
     from pqcodec.formats.containers.writer import pieces_of
 
-    def work(task: Task, show: Show) -> _Outcome:
+    def work(task: Task, show: Show) -> _Outcome | Forecast:
         start = time.perf_counter()
-        with input_file(task.source) as path, written_like(task.source, task.target, folder=many):
+        with input_file(task.source) as path, containers.open_encoded(path) as file:
             before = os.path.getsize(path) if os.path.isfile(path) else None
+            entries = [file.entry(name) for name in file.names]
+            for entry in entries:
+                needed = _held_bytes(entry, kinds[task.target])
+                limit.check(path, entry.name, needed, "or convert fewer files at once (--jobs)")
+            if dry_run:
+                return _forecast(task.target, entries)
             out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
-            with containers.open_encoded(path) as file:
-                for name in file.names:
-                    needed = _held_bytes(file.entry(name), kinds[task.target])
-                    limit.check(path, name, needed, "or convert fewer files at once (--jobs)")
+            with written_like(task.source, task.target, folder=batch.many):
                 size = containers.write(out, pieces_of(file), file.metadata or None, to=kinds[task.target], progress=progress)
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
-    found = run(todo, work, lambda task: task.source, jobs, "convert")
-    if not many and not as_json:
+    batch = batch.checked(lambda source: containers.open_encoded(source).close(), keep_going)
+    found = run(batch.items, work, lambda task: task.source, jobs, "convert", keep_going=keep_going)
+    if not batch.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(found, _Outcome.COLUMNS, many, as_json)
+    report(found, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
+
+
+def _forecast(target: str, entries: list[Entry]) -> Forecast:
+    """What would be written: bodies as they are."""
+    exact = sum(not entry.coded for entry in entries)
+    sizes = (sum(entry.tensor_bytes for entry in entries), sum(entry.body_bytes for entry in entries))
+    return Forecast(target, len(entries), exact, *sizes)
 
 
 def _held_bytes(entry: Entry, kind: str) -> int:

@@ -12,7 +12,8 @@ import typer
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.encode import Jobs, tensor_bytes
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, output_file, tasks, written_like
-from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.forecast import DryRun, Forecast
+from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
@@ -46,6 +47,8 @@ def decode(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Decode this tensor only; may be repeated.")] = None,
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     jobs: Jobs = 1,
+    keep_going: KeepGoing = False,
+    dry_run: DryRun = False,
     memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
@@ -54,32 +57,36 @@ def decode(
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
     wanted, extension = _token_range(tokens), f".{to or 'safetensors'}".lower()
-    todo, many = tasks(sources, target, ENCODED, extension, force)
-    limit = Limit.of(memory, min(jobs, len(todo)))
+    batch = tasks(sources, target, ENCODED, extension, force, keep_going)
+    limit = Limit.of(memory, min(jobs, len(batch.items)))
     from pqcodec.formats.containers.kinds import open_encoded
     from pqcodec.formats.plain.files import checked_extension, write_tensors
 
-    for task in todo:
+    for task in batch.todo:
         found = checked_extension(f"stdout{extension}" if task.target == STANDARD else task.target)
         if to is not None and found != extension:
             raise InvalidArgument(f"--to {to} and OUTPUT {task.target} contradict each other; leave one of them out")
-    load_kernels(backend)
+    batch = batch.checked(lambda source: open_encoded(source).close(), keep_going)
+    if batch.todo and not dry_run:
+        load_kernels(backend)
 
-    def work(task: Task, show: Show) -> _Outcome:
+    def work(task: Task, show: Show) -> _Outcome | Forecast:
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
-            found = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
-            for name in found.names:
-                limit.check(path, name, found.held_bytes(name), _WAYS)
-            with written_like(task.source, task.target, folder=many), output_file(task.target, extension) as written:
-                write_tensors(written, found, file.metadata.get("safetensors") or {})
+            tensors = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
+            for name in tensors.names:
+                limit.check(path, name, tensors.held_bytes(name), _WAYS)
+            if dry_run:
+                return tensors.forecast(task.target)
+            with written_like(task.source, task.target, folder=batch.many), output_file(task.target, extension) as written:
+                write_tensors(written, tensors, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
         return outcome
 
-    found = run(todo, work, lambda task: task.source, jobs, "decode")
-    if not many and not as_json:
-        print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(found, _Outcome.COLUMNS, many, as_json)
+    done = run(batch.items, work, lambda task: task.source, jobs, "decode", keep_going=keep_going)
+    if not batch.many and not as_json:
+        print(done[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
+    report(done, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
 
 
 class _Outcome:
@@ -132,8 +139,13 @@ class _DecodedTensors:
     def __init__(
         self, file: TensorFile, names: list[str], wanted: _Range | None, backend: str, show: Show, outcome: _Outcome
     ) -> None:
+        from pqcodec.formats.containers.reader import named
+        from pqcodec.formats.plain.layouts import layouts_of
+
         self._file, self._wanted, self._backend, self._show, self._outcome = file, wanted, backend, show, outcome
         self.names = tuple(names)
+        with named(file.label):
+            self._layouts = layouts_of(file.metadata, {name: file.entry(name).shape for name in names})
         self._tokens = {name: self._cut(name) for name in names}
         self._all_bytes = max(sum(file.entry(name).tensor_bytes for name in names), 1)
         self._read_bytes = 0
@@ -151,14 +163,15 @@ class _DecodedTensors:
             return checked_range("tokens", (first, entry.tokens if last is None else last), entry.tokens)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape, after the cut, and dtype of a tensor."""
+        """Shape, after the cut and in the layout that was given, and dtype of a tensor."""
         entry, cut = self._file.entry(name), self._tokens[name]
-        return entry.shape if cut is None else (*entry.shape[:-2], cut[1] - cut[0], entry.shape[-1]), entry.dtype
+        shape = entry.shape if cut is None else (*entry.shape[:-2], cut[1] - cut[0], entry.shape[-1])
+        return self._layouts[name].given(shape) if name in self._layouts else shape, entry.dtype
 
     def held_bytes(self, name: str) -> int:
         """The most bytes of memory for a tensor until it is written."""
         entry, cut = self._file.entry(name), self._tokens[name]
-        size = tensor_bytes(*self.describe(name))
+        size = tensor_bytes(*self.describe(name)) * (2 if name in self._layouts else 1)  # what is turned is copied once more
         if not entry.coded:
             return entry.tensor_bytes + (0 if cut is None else size)
         from pqcodec.formats.places import remote
@@ -181,4 +194,10 @@ class _DecodedTensors:
         self._outcome.tensors += 1
         self._outcome.bytes += tensor_bytes(*self.describe(name))
         self._read_bytes += entry.tensor_bytes
-        return tensor
+        return self._layouts[name].turn_back(tensor) if name in self._layouts else tensor
+
+    def forecast(self, target: str) -> Forecast:
+        """What would be written."""
+        size = sum(tensor_bytes(*self.describe(name)) for name in self.names)
+        exact = sum(not self._file.entry(name).coded for name in self.names)
+        return Forecast(target, len(self.names), exact, size, size)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
-from pqcodec.tools.jobs import Show, report, run
+from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, is_url, tasks, written_like
+from pqcodec.tools.forecast import DryRun, Forecast
+from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
-from pqcodec.tools.outcome import bytes_text, say, shown
+from pqcodec.tools.outcome import bytes_text, say
+from pqcodec.tools.plan import Choice, FilePlan, Planned, some
 from pqcodec.tools.progress import load_kernels
-from pqcodec.tools.tables import shortened
 
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
-    from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Encoded, Recipe
     from pqcodec.stages.centre import Rope
 
@@ -32,7 +32,6 @@ Target = Annotated[
     typer.Argument(metavar="OUTPUT", help="The file to write (.pqkv, .safetensors or .zarr), a folder for many, or -."),
 ]
 To = Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension, else pqkv).")]
-_NAME_WIDTH = 60  # characters of a name in notes
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Files worked on at once.")]
 
 
@@ -57,6 +56,19 @@ def encode(
         str | None, typer.Option(metavar="REGEX", help="Tensors that are keys (default: by naming conventions).")
     ] = None,
     values: Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that are values (default: likewise).")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Encode only tensors of such names; keep the others exactly.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Keep tensors of such names exactly; may be repeated.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave tensors of such names out; may be repeated.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Order of dimensions, if another: tokens,heads,head_dim. decode gives it back."),
+    ] = None,
     flat: Annotated[
         bool,
         typer.Option("--flat", help="The same preset for every tensor; else keys of high energy get more bits than values."),
@@ -72,14 +84,16 @@ def encode(
     backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
     check: Annotated[bool, typer.Option("--check", help="Take the error of all numbers, not of a sample.")] = False,
     jobs: Jobs = 1,
+    keep_going: KeepGoing = False,
+    dry_run: DryRun = False,
     memory: Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
     """Encode files of tensors.
 
-    Tensors are [..., tokens, head_dim] of float16, bfloat16 or float32; all others are kept exactly. Several inputs, a folder
-    or a pattern go into the folder OUTPUT.
+    Tensors are [..., tokens, head_dim] of float16, bfloat16 or float32; others, and those that would not become smaller, are
+    kept exactly. Several inputs, a folder or a pattern go into the folder OUTPUT. A PATTERN of names is as a shell's: 'k_*'.
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
@@ -99,26 +113,29 @@ def encode(
         measured="all" if check else "sample",
         backend=backend,
     )
-    todo, many = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force)
-    limit = Limit.of(memory, min(jobs, len(todo)))
-    settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit)
-    kinds = {task.target: container(task.target, to) for task in todo}
-    load_kernels(backend)
+    choice = Choice.of(include, exclude, drop, layout)
+    batch = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
+    limit = Limit.of(memory, min(jobs, len(batch.items)))
+    settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit, choice)
+    kinds = {task.target: container(task.target, to) for task in batch.todo}
+    batch = batch.checked(settings.check, keep_going)
+    if batch.todo and not dry_run:
+        load_kernels(backend)
 
-    def work(task: Task, show: Show) -> _Outcome:
-        with input_file(task.source, local=True) as path, written_like(task.source, task.target, folder=many):
-            try:
+    def work(task: Task, show: Show) -> _Outcome | Forecast:
+        with input_file(task.source, local=True) as path:
+            if dry_run:
+                return settings.forecast(path, task.target, kinds[task.target])
+            with written_like(task.source, task.target, folder=batch.many):
                 return _encode_file(path, task.target, kinds[task.target], settings, show)
-            except NonFiniteInput as error:
-                raise NonFiniteInput(error.found, "mend the tensor, or pass --nonfinite exact to keep such vectors") from None
 
-    found = run(todo, work, lambda task: task.source, jobs, "encode")
+    found = run(batch.items, work, lambda task: task.source, jobs, "encode", keep_going=keep_going)
     if not as_json:
-        for line in dict.fromkeys(line for done in found if done.outcome for line in done.outcome.notes()):
+        for line in dict.fromkeys(line for done in found if done.outcome for line in done.outcome.notes):
             say(line)
-    if not many and not as_json:
-        print(found[0].outcome.line(target), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(found, _Outcome.COLUMNS, many, as_json)
+    if not batch.many and not as_json:
+        print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
+    report(found, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
 
 
 def container(target: str, to: str | None) -> str:
@@ -138,13 +155,49 @@ class _Settings:
     needs_keys: bool  # centring was asked for, so a file without keys is an error
     notes: dict[str, str]  # of --note
     limit: Limit
+    choice: Choice
+
+    def check(self, source: str) -> None:
+        """Raises what reading an input, or planning its work, raises; of a URL only the first bytes are read."""
+        from pqcodec.formats.containers.kinds import kind_of
+        from pqcodec.formats.plain.files import open_tensors
+
+        if is_url(source):
+            kind_of(source)
+        else:
+            with open_tensors(source) as reader:
+                self.plan(source, reader, "pqkv")
+
+    def plan(self, path: str, reader: TensorReader, kind: str) -> FilePlan:
+        """The plan for an open file that is written into a container; raises InvalidArgument, also for too little memory."""
+        plan = FilePlan.of(path, reader, self.choice, self.recipe, self.regexes)
+        if self.needs_keys and all(one.tensor.role != "key" for one in plan.tensors):
+            names = some([one.name for one in plan.tensors])
+            raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({names}); use --keys")
+        for one in plan.tensors:
+            needed = _held_bytes(reader, one, self.recipe, kind)
+            self.limit.check(path, one.name, needed, "or encode fewer files at once (--jobs)")
+        return plan
+
+    def forecast(self, path: str, target: str, kind: str) -> Forecast:
+        """What would be written for an input."""
+        from pqcodec.formats.plain.files import open_tensors
+
+        with open_tensors(path) as reader:
+            plan = self.plan(path, reader, kind)
+        exact = len(plan.tensors) - len(plan.coded)
+        return Forecast(target, len(plan.tensors), exact, plan.tensor_bytes, plan.body_bytes, tuple(plan.notes()))
 
 
 def _notes(given: list[str] | None) -> dict[str, str]:
+    from pqcodec.formats.plain.layouts import LAYOUTS_KEY
+
     pairs = [note.partition("=") for note in given or ()]
     for key, equals, _ in pairs:
-        if not key or not equals or key in ("format", "safetensors"):
-            raise InvalidArgument(f"--note {key + equals!r}: KEY=VALUE is expected; format and safetensors are the codec's own")
+        if not key or not equals or key in ("format", "safetensors", LAYOUTS_KEY):
+            raise InvalidArgument(
+                f"--note {key + equals!r}: KEY=VALUE is expected; format, safetensors and {LAYOUTS_KEY} are the codec's own"
+            )
     return {key: value for key, _, value in pairs}
 
 
@@ -176,12 +229,20 @@ class _Outcome:
     exit_code = 0
 
     output: str
-    all_measured: bool  # relMSE was measured on all numbers, not on a sample
+    plan: FilePlan
     coded: list[Encoded] = field(default_factory=list)
-    exact: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-    tensor_bytes: int = 0
     file_bytes: int = 0
     seconds: float = 0.0
+
+    @property
+    def exact(self) -> list[Planned]:
+        """The tensors that are kept exactly."""
+        return [one for one in self.plan.tensors if one.exact]
+
+    @property
+    def all_measured(self) -> bool:
+        """Whether relMSE was measured on all numbers, not on a sample."""
+        return self.plan.recipe.measured == "all"
 
     def bits(self, role: str | None = None) -> float | None:
         """Bits per coordinate of the coded tensors (of a role); None without any."""
@@ -197,7 +258,7 @@ class _Outcome:
 
     @property
     def ratio(self) -> float:
-        return self.tensor_bytes / self.file_bytes
+        return self.plan.tensor_bytes / self.file_bytes
 
     @property
     def encode_seconds(self) -> float:
@@ -213,12 +274,14 @@ class _Outcome:
         return {
             "output": self.output,
             "tensors": len(self.coded),
-            "exact_tensors": [{"name": name, "reason": reason} for name, reason in self.exact],
+            "exact_tensors": [{"name": one.name, "reason": one.exact} for one in self.exact],
+            "left_out": list(self.plan.dropped),
+            "notes": self.notes,
             "coordinates": sum(c.coordinates for c in self.coded),
             "bits_per_coordinate": {name: self.bits(role) for name, role in roles.items()},
             "rel_mse": {name: self.rel_mse(role) for name, role in roles.items()},
             "rel_mse_of": "all" if self.all_measured else "sample",
-            "tensor_bytes": self.tensor_bytes,
+            "tensor_bytes": self.plan.tensor_bytes,
             "file_bytes": self.file_bytes,
             "ratio": self.ratio,
             "seconds": self.seconds,
@@ -231,55 +294,37 @@ class _Outcome:
         figures = ["-" if bits is None else f"{bits:.3f}", "-" if error is None else f"{error:.5f}", f"{self.ratio:.2f}x"]
         return [str(len(self.coded) + len(self.exact)), *figures, bytes_text(self.file_bytes), f"{self.rate:.3g}"]
 
+    @property
     def notes(self) -> list[str]:
-        """Lines about decisions that the user may not expect."""
-        lines = []
-        for reason in dict.fromkeys(reason for _, reason in self.exact):
-            lines.append(f"kept exactly ({reason}): {_some([name for name, why in self.exact if why == reason])}")
-        others = [c.name for c in self.coded if c.tensor.role == "other"]
-        if others:
-            lines.append(f"neither keys nor values by name, encoded as they are: {_some(others)}; see --keys and --values")
-        return lines
+        """Lines about decisions that the user may not expect, and about tensors that grew all the same."""
+        grown = [one.name for one in self.coded if one.stream_bytes >= one.tensor_bytes]
+        lines = [f"larger than before, for so many vectors are not finite: {some(grown)}; see --exclude"] if grown else []
+        return [*self.plan.notes(), *lines]
 
-    def line(self, target: str) -> str:
+    def line(self) -> str:
         parts = [f"{len(self.coded)} tensors" + (f" and {len(self.exact)} exact" if self.exact else "")]
         if (bits := self.bits()) is not None:
             parts.append(f"{bits:.3f} bits/coordinate")
-        parts.append(f"{self.ratio:.2f}x smaller ({bytes_text(self.tensor_bytes)} to {bytes_text(self.file_bytes)})")
+        parts.append(f"{self.ratio:.2f}x smaller ({bytes_text(self.plan.tensor_bytes)} to {bytes_text(self.file_bytes)})")
         if (error := self.rel_mse()) is not None:
             by_role = [f"{role}s {e:.5f}" for role in ("key", "value", "other") if (e := self.rel_mse(role)) is not None]
             parts.append(f"relMSE {'' if self.all_measured else 'about '}{error:.5f} ({', '.join(by_role)})")
         parts.append(f"{self.rate:.3g} GB/s")
-        return f"{'stdout' if target == STANDARD else target}: {', '.join(parts)}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(shortened(shown(name), _NAME_WIDTH) for name in names[:3]) + more
+        return f"{'stdout' if self.output == STANDARD else self.output}: {', '.join(parts)}"
 
 
 def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: Show) -> _Outcome:
     from pqcodec.formats import containers
     from pqcodec.formats.plain.files import open_tensors
-    from pqcodec.formats.policy.names import role_of
-    from pqcodec.formats.policy.recipe import Callbacks, why_exact
+    from pqcodec.formats.policy.recipe import Callbacks
 
     start = time.perf_counter()
-    outcome = _Outcome(target, settings.recipe.measured == "all")
     with open_tensors(path) as reader:
-        roles: dict[str, TensorRole] = {name: role_of(name, *settings.regexes) for name in reader.names}
-        if settings.needs_keys and all(tensor.role != "key" for tensor in roles.values()):
-            raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({_some(list(roles))}); use --keys")
-        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {}) | settings.notes
-        described = {name: reader.describe(name) for name in reader.names}
-        reasons = {name: why_exact(*about) for name, about in described.items()}
-        outcome.exact = [(name, reason) for name, reason in reasons.items() if reason]
-        sizes = {name: tensor_bytes(*about) for name, about in described.items()}
-        outcome.tensor_bytes = sum(sizes.values())
-        for name, reason in reasons.items():
-            needed = _held_bytes(reader, name, roles[name], None if reason else settings.recipe, kind)
-            settings.limit.check(path, name, needed, "or encode fewer files at once (--jobs)")
-        all_bytes = max(sum(size for name, size in sizes.items() if not reasons[name]), 1)
+        plan = settings.plan(path, reader, kind)
+        outcome = _Outcome(target, plan)
+        metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {})
+        sizes = {one.name: one.bytes for one in plan.coded}
+        all_bytes = max(sum(sizes.values()), 1)
         finished = 0
 
         def advance(name: str, done: int, total: int) -> None:
@@ -290,21 +335,25 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
             finished += one.tensor_bytes
             outcome.coded.append(one)
 
-        coded = [name for name, reason in reasons.items() if not reason]
-        pieces = settings.recipe.pieces(reader, roles, coded, Callbacks(advance, encoded))
+        roles = {one.name: one.tensor for one in plan.tensors}
+        pieces = settings.recipe.pieces(plan.turned(reader), roles, list(sizes), Callbacks(advance, encoded))
         out: Any = sys.stdout.buffer if target == STANDARD else target
-        outcome.file_bytes = containers.write(out, pieces, metadata, to=kind)
+        try:
+            outcome.file_bytes = containers.write(out, pieces, metadata | plan.metadata() | settings.notes, to=kind)
+        except NonFiniteInput as error:
+            place = f" (counted in {plan.layout} turned to [..., tokens, head_dim])" if plan.layout else ""
+            advice = f"mend the tensor{place}, or pass --nonfinite exact to keep such vectors"
+            raise NonFiniteInput(error.found, advice) from None
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _held_bytes(reader: TensorReader, name: str, tensor: TensorRole, recipe: Recipe | None, kind: str) -> int:
-    """The most bytes of memory for a tensor until it is written; ``recipe``: None where it is kept exactly."""
-    shape, dtype = reader.describe(name)
-    read, zarr = reader.held_bytes(name), kind == "zarr"
-    if recipe is None:
-        return read + 3 * zarr * tensor_bytes(shape, dtype)  # zarr makes copies to append a checksum
-    made = recipe.held_bytes(tensor, shape, dtype)
+def _held_bytes(reader: TensorReader, one: Planned, recipe: Recipe, kind: str) -> int:
+    """The most bytes of memory for a tensor until it is written."""
+    read, zarr = reader.held_bytes(one.name) + one.turned * one.bytes, kind == "zarr"
+    if one.exact:
+        return read + 3 * zarr * one.bytes  # zarr makes copies to append a checksum
+    made = recipe.held_bytes(one.tensor, one.shape, one.dtype)
     return max(read + made, 2 * zarr * made)  # zarr's chunk copies the stream
 
 

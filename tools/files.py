@@ -8,9 +8,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.tools.jobs import Done, attempted
 
 STANDARD = "-"
 PLAIN, ENCODED = (".safetensors", ".npz", ".npy"), (".pqkv", ".safetensors", ".zarr", ".pqs")
@@ -55,64 +57,110 @@ class Task:
     target: str
 
 
-def inputs(sources: Sequence[str], extensions: tuple[str, ...]) -> tuple[list[Input], bool]:
-    """The files for arguments (in folders, those with an extension of ``extensions``), and whether they may be many.
+@dataclass(frozen=True)
+class Batch:
+    """The work of a verb: an item each input, which is a ``Done`` if it failed before any work was begun."""
 
-    Raises InvalidArgument for a folder or a pattern without files.
+    items: list[Any]  # Task or Input, or Done
+    many: bool  # whether there may be several
+
+    @property
+    def todo(self) -> list[Any]:
+        """The items that did not fail."""
+        return [item for item in self.items if not isinstance(item, Done)]
+
+    def checked(self, work: Callable[[str], Any], keep_going: bool) -> Batch:
+        """The batch after ``work`` was called with every input, if they are many; raises as ``jobs.attempted`` does.
+
+        So an input that cannot be read is named before anything is written.
+        """
+
+        def check(task: Task) -> Task:
+            work(task.source)
+            return task
+
+        return Batch(_each(self.items, check, lambda task: task.source, keep_going), True) if self.many else self
+
+
+def _each(items: Sequence[Any], work: Callable[[Any], Any], path: Callable[[Any], str], keep_going: bool) -> list[Any]:
+    """What ``work`` makes of each item, ``jobs.attempted``; what failed before stays."""
+    return [x if isinstance(x, Done) else attempted(path(x), partial(work, x), keep_going) for x in items]
+
+
+def inputs(sources: Sequence[str], extensions: tuple[str, ...], keep_going: bool = True) -> Batch:
+    """The files for arguments; in folders, those with an extension of ``extensions``.
+
+    Raises what a single argument, or with ``keep_going=False`` any one, raises: InvalidArgument for a folder or a pattern
+    without files, and OSError.
     """
-    found: list[Input] = []
     many = len(sources) > 1
-    for source in sources:
-        if source == STANDARD and len(sources) > 1:
-            raise InvalidArgument("INPUT '-' stands for stdin and goes with no other input")
-        pattern = glob.has_magic(source) and not os.path.exists(source)
-        if _is_url(source):
-            found += [Input(url, PurePosixPath(url).name) for url in (_remote_glob(source) if pattern else [source])]
-        elif pattern:
-            root = Path(_fixed_part(source))
-            for path in sorted(glob.glob(source, recursive=True)):
-                if os.path.isfile(path) or path.lower().endswith(_FOLDER):
-                    found.append(Input(path, os.path.relpath(path, root)))
-        elif os.path.isdir(source) and not _is_zarr(source):
-            pattern = True
-            found += _in_folder(source, extensions)
-        else:
-            found.append(Input(source, os.path.basename(source)))
-        many = many or pattern
-        if pattern and not found:
-            raise InvalidArgument(f"{source}: no file with an extension of {', '.join(extensions)} is there")
-    return found, many
+    if many and STANDARD in sources:
+        raise InvalidArgument("INPUT '-' stands for stdin and goes with no other input")
+    found = _each(sources, partial(_found, extensions=extensions), str, keep_going and many)
+    items = [item for one in found for item in (one if isinstance(one, list) else [one])]
+    return Batch(items, many or _may_be_many(sources[0]))
 
 
-def tasks(sources: Sequence[str], target: str, read: tuple[str, ...], written: str, force: bool) -> tuple[list[Task], bool]:
-    """The files to read and to write, and whether they are many.
+def _may_be_many(source: str) -> bool:
+    """Whether an argument is a pattern, or a folder of files."""
+    folder = not is_url(source) and os.path.isdir(source) and not _is_zarr(source)
+    return folder or (glob.has_magic(source) and not os.path.exists(source))
 
-    If so, ``target`` is a folder, and outputs have the extension ``written``; ``read``: extensions of inputs in folders. Raises
-    InvalidArgument where an output exists without ``force``, is also an input, or belongs to two inputs.
+
+def _found(source: str, extensions: tuple[str, ...]) -> list[Input]:
+    """The files of one argument; raises InvalidArgument or OSError."""
+    if not _may_be_many(source):
+        return [Input(source, PurePosixPath(source).name if is_url(source) else os.path.basename(source))]
+    if is_url(source):
+        found = [Input(url, PurePosixPath(url).name) for url in _remote_glob(source)]
+    elif os.path.isdir(source):
+        found = _in_folder(source, extensions)
+    else:
+        paths = [path for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path) or _is_folder_file(path)]
+        found = [Input(path, os.path.relpath(path, _fixed_part(source))) for path in paths]
+    if not found:
+        raise InvalidArgument(f"{source}: no file with an extension of {', '.join(extensions)} is there")
+    return found
+
+
+def _is_folder_file(path: str) -> bool:
+    return path.lower().endswith(_FOLDER)
+
+
+def tasks(
+    sources: Sequence[str], target: str, read: tuple[str, ...], written: str, force: bool, keep_going: bool = False
+) -> Batch:
+    """The files to read and to write.
+
+    If they may be many, ``target`` is a folder, and outputs have the extension ``written``; ``read``: extensions of inputs in
+    folders. Raises InvalidArgument where an output exists without ``force``, is also an input, or belongs to two inputs; with
+    ``keep_going`` such an input is one that failed.
     """
-    found, many = inputs(sources, read)
+    batch = inputs(sources, read, keep_going)
+    found, many = batch.items, batch.many
     into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
     if not many and not into and not target.endswith("/"):
         source = found[0].path
-        if source != STANDARD and not _is_url(source) and not os.path.exists(source):
+        if source != STANDARD and not is_url(source) and not os.path.exists(source):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
         check_output(source, target, force)
-        return [Task(source, target)], False
+        return Batch([Task(source, target)], False)
     if not into and Path(target).suffix.lower() in (*PLAIN, *ENCODED):
         raise InvalidArgument(f"{target}: there are {len(found)} inputs; OUTPUT is a folder then, not a file")
     if target == STANDARD:
         raise InvalidArgument(f"OUTPUT is '-', but there are {len(found)} inputs; name a folder")
     seen: dict[str, str] = {}
-    made = []
-    for item in found:
+
+    def task(item: Input) -> Task:
         name = str(Path("stdin" if item.name == STANDARD else _checked_name(item.name)).with_suffix(written))
-        path = f"{target.rstrip('/')}/{name}" if _is_url(target) else os.path.join(target, name)
+        path = f"{target.rstrip('/')}/{name}" if is_url(target) else os.path.join(target, name)
         if path in seen:
             raise InvalidArgument(f"{seen[path]} and {item.path} would both be written to {path}; encode them one by one")
         seen[path] = item.path
         check_output(item.path, path, force)
-        made.append(Task(item.path, path))
-    return made, True
+        return Task(item.path, path)
+
+    return Batch(_each(found, task, lambda item: item.path, keep_going), True)
 
 
 @contextmanager
@@ -123,7 +171,7 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
     """
     from pqcodec.formats.places.atomic import PRIVATE, permissions, searchable
 
-    local = source != STANDARD and not _is_url(source)
+    local = source != STANDARD and not is_url(source)
     mode = os.stat(source).st_mode & 0o666 if local else PRIVATE
     if folder:
         make_parents(target, searchable(mode))
@@ -135,7 +183,7 @@ def make_parents(target: str, mode: int = 0o700) -> None:
     """Make the missing folders above a file to be written, unless it is a URL; raises OSError."""
     from pqcodec.formats.places.atomic import make_folders
 
-    if not _is_url(target):
+    if not is_url(target):
         make_folders(Path(target).parent, mode)
 
 
@@ -145,7 +193,7 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
 
     ``local``: a URL is downloaded first, for libraries that read local files only. Raises InvalidArgument for a terminal.
     """
-    if _is_url(name) and local:
+    if is_url(name) and local:
         from pqcodec.formats.places import remote
 
         with remote.downloaded(name) as path:
@@ -182,7 +230,7 @@ def check_output(source: str, target: str, force: bool) -> None:
         return
     if source == target:
         raise InvalidArgument(f"{target}: is the input as well; write to another file")
-    if _is_url(target):
+    if is_url(target):
         from pqcodec.formats.places import remote
 
         if not force and remote.exists(target):
@@ -199,10 +247,11 @@ def check_output(source: str, target: str, force: bool) -> None:
         raise InvalidArgument(f"{target}: exists; pass --force to replace it")
 
 
-def _is_url(text: str) -> bool:
-    from pqcodec.formats.places.remote import is_url
+def is_url(text: str) -> bool:
+    """Whether an argument is a URL."""
+    from pqcodec.formats.places import remote
 
-    return is_url(text)
+    return remote.is_url(text)
 
 
 def _checked_name(name: str) -> str:

@@ -11,12 +11,13 @@ from pqcodec.tools.decode import Sources
 from pqcodec.tools.files import ENCODED, Input, input_file, inputs
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text, shown
-from pqcodec.tools.tables import console, print_table, table_width
+from pqcodec.tools.tables import console, print_table, shortened, table_width
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
 
 PAIR = ("key", "value")
+_METADATA_WIDTH = 400  # characters of a value; --json has all of it
 
 
 def inspect(
@@ -37,11 +38,11 @@ def inspect(
             whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensor_list}
         return _Outcome(whole, tensors)
 
-    todo, many = inputs(sources, ENCODED)
-    found = run(todo, work, lambda item: item.path, 1, "inspect")
-    if not many and not as_json:
+    batch = inputs(sources, ENCODED)
+    found = run(batch.items, work, lambda item: item.path, 1, "inspect")
+    if not batch.many and not as_json:
         found[0].outcome.print()
-    report(found, _Outcome.COLUMNS, many, as_json)
+    report(found, _Outcome.COLUMNS, batch.many, as_json)
 
 
 def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:
@@ -106,7 +107,8 @@ class _Outcome:
         ratio = self._original / max(whole["file_bytes"], 1)
         out.print(Text(f"{shown(whole['file'])}: {size}, {ratio:.2f}x smaller"))
         for key, value in whole["metadata"].items():
-            out.print(Text(f"{shown(key)}: {value if isinstance(value, str) and value.isprintable() else ascii(value)}"))
+            text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+            out.print(Text(f"{shown(key)}: {shortened(text, _METADATA_WIDTH)}"))
         layers = [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]
         if layers and table_width(_LAYER_COLUMNS, layers) <= out.width:
             print_table(out, _LAYER_COLUMNS, layers, _LEFT)

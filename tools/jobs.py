@@ -1,4 +1,4 @@
-"""Law: a verb's work on many files: several at once, a failure does not stop the others, a table at the end."""
+"""Law: a verb's work on many files: several at once, what becomes of the others when one fails, a table at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,11 +17,14 @@ from pqcodec.tools.tables import console, print_table
 T = TypeVar("T")
 Show = Callable[[float], None]  # called with the share of a file that is done, 0 to 1
 EXPECTED = (PQError, OSError, MemoryError)
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="Go on after an input that fails; else the first failure ends the work.")
+]
 
 
 @dataclass(frozen=True)
 class Done:
-    """The result for a file: a verb's outcome, or the error that ended it."""
+    """The result for a file: a verb's outcome, or the error that ended it, or neither: the work was not begun."""
 
     path: str
     outcome: Any = None
@@ -29,24 +32,44 @@ class Done:
 
     def as_dict(self) -> dict[str, Any]:
         """The result for --json."""
-        if self.error is None:
+        if self.outcome is not None:
             fields: dict[str, Any] = self.outcome.as_dict()
             return fields
+        if self.error is None:
+            return {"file": self.path, "begun": False}
         kind = {"kind": type(self.error).__name__, "message": message_of(self.error), "exit_code": code_of(self.error)}
         return {"file": self.path, "error": kind}
 
 
-def run(items: Sequence[T], work: Callable[[T, Show], Any], path: Callable[[T], str], jobs: int, title: str) -> list[Done]:
-    """Call ``work`` for every item, ``jobs`` at once, and return a ``Done`` for each.
+def attempted(path: str, work: Callable[[], T], keep_going: bool) -> T | Done:
+    """What ``work`` returns; with ``keep_going``, an error in ``EXPECTED`` becomes the result for ``path`` instead."""
+    try:
+        return work()
+    except EXPECTED as error:
+        if not keep_going:
+            raise
+        return Done(path, error=error)
 
-    Errors in ``EXPECTED`` become results; that of a single item is raised. ``path``: the name of an item. Raises
-    InvalidArgument for ``jobs`` below 1.
+
+def run(
+    items: Sequence[T | Done],
+    work: Callable[[T, Show], Any],
+    path: Callable[[T], str],
+    jobs: int,
+    title: str,
+    *,
+    keep_going: bool = True,
+) -> list[Done]:
+    """Call ``work`` for every item, ``jobs`` at once, and return a ``Done`` for each; an item that is one already stays.
+
+    Errors in ``EXPECTED`` become results; that of a single item is raised. ``path``: the name of an item. With
+    ``keep_going=False`` no work is begun after an error. Raises InvalidArgument for ``jobs`` below 1.
     """
     from pqcodec.tools.progress import progress_bar
 
     if jobs < 1:
         raise InvalidArgument(f"--jobs {jobs}: a number from 1 is expected")
-    stopped = threading.Event()
+    stopped, ended = threading.Event(), threading.Event()
     with progress_bar(title, len(items)) as bar:
         shares = dict.fromkeys(range(len(items)), 0.0)
 
@@ -57,12 +80,14 @@ def run(items: Sequence[T], work: Callable[[T, Show], Any], path: Callable[[T], 
                 shares[number] = share
                 bar(sum(shares.values()))
 
-            try:
-                done = Done(path(items[number]), work(items[number], show))
-            except EXPECTED as error:
-                if len(items) == 1:
-                    raise
-                done = Done(path(items[number]), error=error)
+            item = items[number]
+            if isinstance(item, Done):
+                return item
+            if ended.is_set():
+                return Done(path(item))
+            done = attempted(path(item), lambda: Done(path(item), work(item, show)), len(items) > 1)
+            if done.error is not None and not keep_going:
+                ended.set()
             show(1.0)
             return done
 
@@ -87,8 +112,7 @@ def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool)
         results = [done.as_dict() for done in found]
         print_json({"files": results, "failed": len(failed)} if many else results[0])
     elif many:
-        failure = ["failed", *[""] * (len(columns) - 1)]
-        rows = [[done.path, *(done.outcome.cells() if done.error is None else failure)] for done in found]
+        rows = [[done.path, *(done.outcome.cells() if done.outcome else _failure(done, columns))] for done in found]
         print_table(console(), ("file", *columns), rows, ("file",))
         for done in failed:
             assert done.error is not None
@@ -97,3 +121,7 @@ def report(found: list[Done], columns: Sequence[str], many: bool, as_json: bool)
     code = code or next((done.outcome.exit_code for done in found if done.outcome and done.outcome.exit_code), 0)
     if code:
         raise typer.Exit(code)
+
+
+def _failure(done: Done, columns: Sequence[str]) -> list[str]:
+    return ["failed" if done.error else "not begun", *[""] * (len(columns) - 1)]

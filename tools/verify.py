@@ -35,13 +35,13 @@ def verify(
             found = file.verify(lambda done, total: show(done / max(total, 1)), backend=backend)
             return _Outcome(item.path, found, file.size, len(file.names))
 
-    todo, many = inputs(sources, ENCODED)
-    done = run(todo, work, lambda item: item.path, jobs, "verify")
+    batch = inputs(sources, ENCODED)
+    done = run(batch.items, work, lambda item: item.path, jobs, "verify")
     if not as_json:
         for one in done:
-            for line in one.outcome.lines(many) if one.outcome else ():
+            for line in one.outcome.lines(batch.many) if one.outcome else ():
                 print(line)
-    report(done, _Outcome.COLUMNS, many, as_json)
+    report(done, _Outcome.COLUMNS, batch.many, as_json)
 
 
 @dataclass(frozen=True)

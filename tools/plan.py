@@ -1,0 +1,203 @@
+"""Law: what ``encode`` does with each tensor of a file, decided from names, shapes and dtypes before anything is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.tools.outcome import shown
+from pqcodec.tools.tables import shortened
+
+if TYPE_CHECKING:
+    from pqcodec.formats.plain.files import TensorReader
+    from pqcodec.formats.plain.in_memory import CuttableTensors
+    from pqcodec.formats.plain.layouts import Layout
+    from pqcodec.formats.policy.names import TensorRole
+    from pqcodec.formats.policy.recipe import Recipe
+
+GROWN = "a stream would not be smaller; is the order of its dimensions another? see --layout"
+_NAME_WIDTH = 60  # characters of a name in notes
+_FEW_TOKENS = 8  # times as many indices in another dimension as tokens: these are probably another dimension
+_MUCH = 2  # times the bits that the preset names
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tensors are encoded, by patterns of names, and the order of their dimensions."""
+
+    include: tuple[str, ...] = ()  # none: all
+    exclude: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    layout: Layout | None = None  # None: [..., tokens, head_dim]
+
+    @classmethod
+    def of(cls, include: list[str] | None, exclude: list[str] | None, drop: list[str] | None, layout: str | None) -> Choice:
+        """The choice of the options of these names; raises InvalidArgument."""
+        from pqcodec.formats.plain.layouts import Layout
+
+        wanted, exact, dropped = (tuple(given or ()) for given in (include, exclude, drop))
+        return cls(wanted, exact, dropped, None if layout is None else Layout.of(layout))
+
+    def check(self, path: str, names: tuple[str, ...]) -> None:
+        """Raises InvalidArgument for a pattern that fits no tensor."""
+        for option, patterns in (("include", self.include), ("exclude", self.exclude), ("drop", self.drop)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise InvalidArgument(f"{path}: --{option} {pattern!r} fits no tensor; there are {some(names)}")
+
+    def drops(self, name: str) -> bool:
+        """Whether a tensor is left out of the file."""
+        return _fits(name, self.drop)
+
+    def why_exact(self, name: str) -> str | None:
+        """Why a tensor is not to be encoded, or None."""
+        if _fits(name, self.exclude):
+            return "--exclude"
+        return "--include names others" if self.include and not _fits(name, self.include) else None
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of a file. ``shape`` is [..., tokens, head_dim] where it is ``turned`` from another layout."""
+
+    name: str
+    tensor: TensorRole
+    shape: tuple[int, ...]
+    dtype: str
+    exact: str | None  # why it is kept exactly; None: it is encoded
+    turned: bool
+    bytes: int  # of its numbers
+    stream_bytes: int  # at the recipe's preset; 0 if it is kept exactly
+
+    @property
+    def bits(self) -> float:
+        """Bits per coordinate of its stream."""
+        return 8 * self.stream_bytes / max(math.prod(self.shape), 1)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """All tensors of a file that are written, and the names of those that are not."""
+
+    tensors: tuple[Planned, ...]
+    dropped: tuple[str, ...]
+    layout: Layout | None
+    recipe: Recipe
+
+    @classmethod
+    def of(
+        cls, path: str, reader: TensorReader, choice: Choice, recipe: Recipe, regexes: tuple[str | None, str | None]
+    ) -> FilePlan:
+        """The plan for an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
+        from pqcodec.formats.policy.names import role_of
+
+        choice.check(path, reader.names)
+        kept = [name for name in reader.names if not choice.drops(name)]
+        for name in kept:
+            if problem := reader.problem(name):
+                raise InvalidArgument(f"{path}: tensor {name!r}: {problem}; or leave it out (--drop {name!r})")
+        planned = tuple(_planned(path, name, role_of(name, *regexes), reader.describe(name), choice, recipe) for name in kept)
+        if choice.layout is not None and not any(one.turned for one in planned):
+            raise InvalidArgument(f"{path}: --layout {choice.layout} fits no tensor; there are {some(reader.names)}")
+        return cls(planned, tuple(name for name in reader.names if choice.drops(name)), choice.layout, recipe)
+
+    @property
+    def coded(self) -> list[Planned]:
+        """The tensors that are encoded."""
+        return [one for one in self.tensors if one.exact is None]
+
+    def turned(self, reader: TensorReader) -> CuttableTensors:
+        """The file's tensors that are written, all as [..., tokens, head_dim]."""
+        from pqcodec.formats.plain.layouts import Turned
+
+        layouts = {one.name: self.layout for one in self.tensors if one.turned and self.layout}
+        return Turned(reader, [one.name for one in self.tensors], layouts)
+
+    def metadata(self) -> dict[str, dict[str, str]]:
+        """What the file says of layouts, so that ``decode`` gives each tensor back as it was."""
+        from pqcodec.formats.plain.layouts import LAYOUTS_KEY
+
+        layouts = {one.name: str(self.layout) for one in self.tensors if one.turned}
+        return {LAYOUTS_KEY: layouts} if layouts else {}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all numbers that are written."""
+        return sum(one.bytes for one in self.tensors)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of streams, about, and of exact numbers."""
+        return sum(one.bytes if one.exact else one.stream_bytes for one in self.tensors)
+
+    def notes(self) -> list[str]:
+        """Lines about decisions that the user may not expect."""
+        reasons = list(dict.fromkeys(one.exact for one in self.tensors if one.exact))
+        lines = []
+        for reason in reasons:
+            names = [one.name for one in self.tensors if one.exact == reason]
+            lines.append(f"{len(names)} kept exactly ({reason}): {some(names)}")
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} left out (--drop): {some(self.dropped)}")
+        others = [one.name for one in self.coded if one.tensor.role == "other"]
+        if others:
+            lines.append(f"neither keys nor values by name, encoded as they are: {some(others)}; see --keys and --values")
+        return [*lines, *self.doubts()]
+
+    def doubts(self) -> list[str]:
+        """A line about tensors whose dimensions are probably in another order, or whose streams are large for the preset."""
+        from pqcodec.codings.presets import preset
+
+        rate = preset(self.recipe.preset).rate
+        found = [one for one in self.coded if _few_tokens(one.shape) or one.bits > _MUCH * rate]
+        if not found:
+            return []
+        worst = max(found, key=lambda one: one.bits)
+        shape = " x ".join(map(str, worst.shape))
+        read = f"{shape} is read as [..., tokens, head_dim] and takes {worst.bits:.3g} bits/coordinate"
+        advice = "if tokens are another dimension, see --layout"
+        return [
+            f"few tokens for {self.recipe.preset}, which names {rate:g}: {some([one.name for one in found])}; {read}: {advice}"
+        ]
+
+
+def _planned(
+    path: str, name: str, tensor: TensorRole, described: tuple[tuple[int, ...], str], choice: Choice, recipe: Recipe
+) -> Planned:
+    from pqcodec import constants as c
+    from pqcodec.formats.containers.reader import named
+    from pqcodec.formats.policy.recipe import why_exact
+
+    (shape, dtype), layout = described, choice.layout
+    cache = tensor.role != "other" and len(shape) > 1
+    turned = layout is not None and layout.fits(len(shape)) and (cache or why_exact(shape, dtype) is None)
+    if layout is not None and cache and not turned:
+        given = f"{path}: tensor {name!r} is a {tensor.role} of {len(shape)} dimensions, which --layout {layout} does not fit"
+        raise InvalidArgument(f"{given}; encode it by itself, and leave it out here (--drop {name!r})")
+    shape = layout.turned(shape) if layout is not None and turned else shape
+    size = math.prod(shape) * c.EXACT_ITEM_BYTES[dtype]
+    exact = choice.why_exact(name) or why_exact(shape, dtype)
+    if exact is None and layout is not None and not turned:
+        exact = f"--layout names other dimensions than its {len(shape)}"
+    with named(f"{path}: tensor {name!r}"):
+        if exact is None and recipe.most_stream_bytes(tensor, shape, dtype) >= size:
+            exact = GROWN
+        stream = 0 if exact else recipe.stream_bytes(tensor, shape, dtype)
+    return Planned(name, tensor, shape, dtype, exact, turned, size, stream)
+
+
+def _few_tokens(shape: tuple[int, ...]) -> bool:
+    return max(shape[:-2], default=0) >= _FEW_TOKENS * shape[-2]
+
+
+def some(names: list[str] | tuple[str, ...]) -> str:
+    """The first names of a list, shortened, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(shortened(shown(name), _NAME_WIDTH) for name in names[:3]) + more
