@@ -137,7 +137,7 @@ def test_nan_in_a_tensor_that_is_turned_is_placed_where_it_is_counted(tmp_path: 
     np.save(tmp_path / "keys.npy", x)
     refused = run("encode", tmp_path / "keys.npy", tmp_path / "o.pqkv", "--layout", "tokens,heads,head_dim", *REFERENCE, code=2)
     assert "element [1, 30, 5]" in refused.stderr
-    assert "turned to [..., tokens, head_dim]" in refused.stderr
+    assert "in the order ..., tokens, head_dim" in refused.stderr
 
 
 def test_layouts_in_a_file_are_checked(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ def completed(*words: str) -> list[str]:
 def test_words_are_completed() -> None:
     assert completed("enc") == ["encode"]
     assert completed("encode", "--pres") == ["--preset"]
+    assert completed("encode", "--preset", "quad2.") == ["quad2.25", "quad2.5", "quad2.75"]
+    assert completed("verify", "--backend", "re") == ["reference"]
+    assert completed("convert", "--to", "p") == ["pqkv"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

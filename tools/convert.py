@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.tools.completion import containers
 from pqcodec.tools.decode import Sources
 from pqcodec.tools.encode import Jobs, Target, container
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, tasks, written_like
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 def convert(
     sources: Sources,
     target: Target,
-    to: Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).", autocompletion=containers),
+    ] = None,
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
     dry_run: DryRun = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.encode import Jobs, tensor_bytes
+from pqcodec.tools.encode import Backend, Jobs, tensor_bytes
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, output_file, tasks, written_like
 from pqcodec.tools.forecast import DryRun, Forecast
 from pqcodec.tools.jobs import KeepGoing, Show, report, run
@@ -45,7 +45,7 @@ def decode(
         typer.Option(metavar="A:B", help="Tokens A up to B - 1 of coded tensors, keys and values; an end may be left out."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Decode this tensor only; may be repeated.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    backend: Backend = "auto",
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
     dry_run: DryRun = False,

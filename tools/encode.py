@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.tools.completion import backends, containers, presets
 from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, is_url, tasks, written_like
 from pqcodec.tools.forecast import DryRun, Forecast
 from pqcodec.tools.jobs import KeepGoing, Show, report, run
@@ -31,7 +32,13 @@ Target = Annotated[
     str,
     typer.Argument(metavar="OUTPUT", help="The file to write (.pqkv, .safetensors or .zarr), a folder for many, or -."),
 ]
-To = Annotated[str | None, typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension, else pqkv).")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension, else pqkv).", autocompletion=containers
+    ),
+]
+Backend = Annotated[str, typer.Option(help="auto, or the name of a backend.", autocompletion=backends)]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Files worked on at once.")]
 
 
@@ -39,7 +46,9 @@ def encode(
     sources: Sources,
     target: Target,
     to: To = None,
-    preset: Annotated[str, typer.Option(help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; or paper.")] = "pq3",
+    preset: Annotated[
+        str, typer.Option(help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; or paper.", autocompletion=presets)
+    ] = "pq3",
     seed: Annotated[int, typer.Option(help="Seed of the random rotation.")] = 0,
     center: Annotated[
         str,
@@ -81,7 +90,7 @@ def encode(
     note: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata that the file carries; may be repeated.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    backend: Backend = "auto",
     check: Annotated[bool, typer.Option("--check", help="Take the error of all numbers, not of a sample.")] = False,
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
@@ -341,7 +350,7 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
         try:
             outcome.file_bytes = containers.write(out, pieces, metadata | plan.metadata() | settings.notes, to=kind)
         except NonFiniteInput as error:
-            place = f" (counted in {plan.layout} turned to [..., tokens, head_dim])" if plan.layout else ""
+            place = " (its place is told in the order ..., tokens, head_dim)" if plan.metadata() else ""
             advice = f"mend the tensor{place}, or pass --nonfinite exact to keep such vectors"
             raise NonFiniteInput(error.found, advice) from None
     outcome.seconds = time.perf_counter() - start
@@ -350,7 +359,7 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
 
 def _held_bytes(reader: TensorReader, one: Planned, recipe: Recipe, kind: str) -> int:
     """The most bytes of memory for a tensor until it is written."""
-    read, zarr = reader.held_bytes(one.name) + one.turned * one.bytes, kind == "zarr"
+    read, zarr = reader.held_bytes(one.name) + (one.bytes if one.layout else 0), kind == "zarr"
     if one.exact:
         return read + 3 * zarr * one.bytes  # zarr makes copies to append a checksum
     made = recipe.held_bytes(one.tensor, one.shape, one.dtype)

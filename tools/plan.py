@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pqcodec.errors import InvalidArgument
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Recipe
 
+_Sizes = Callable[[str, tuple[int, ...], str], tuple[int, int]]
 GROWN = "a stream would not be smaller; is the order of its dimensions another? see --layout"
 _NAME_WIDTH = 60  # characters of a name in notes
 _FEW_TOKENS = 8  # times as many indices in another dimension as tokens: these are probably another dimension
@@ -65,14 +68,14 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of a file. ``shape`` is [..., tokens, head_dim] where it is ``turned`` from another layout."""
+    """A tensor of a file. Where it has a ``layout``, ``shape`` is that of the turned tensor [..., tokens, head_dim]."""
 
     name: str
     tensor: TensorRole
     shape: tuple[int, ...]
     dtype: str
     exact: str | None  # why it is kept exactly; None: it is encoded
-    turned: bool
+    layout: Layout | None
     bytes: int  # of its numbers
     stream_bytes: int  # at the recipe's preset; 0 if it is kept exactly
 
@@ -88,7 +91,6 @@ class FilePlan:
 
     tensors: tuple[Planned, ...]
     dropped: tuple[str, ...]
-    layout: Layout | None
     recipe: Recipe
 
     @classmethod
@@ -96,17 +98,22 @@ class FilePlan:
         cls, path: str, reader: TensorReader, choice: Choice, recipe: Recipe, regexes: tuple[str | None, str | None]
     ) -> FilePlan:
         """The plan for an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
-        from pqcodec.formats.policy.names import role_of
+        from pqcodec.formats.policy.names import TensorRole, role_of
+
+        @cache  # thousands of tensors have few shapes
+        def sizes(role: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+            tensor = TensorRole(role)
+            return recipe.stream_bytes(tensor, shape, dtype), recipe.most_stream_bytes(tensor, shape, dtype)
 
         choice.check(path, reader.names)
         kept = [name for name in reader.names if not choice.drops(name)]
         for name in kept:
             if problem := reader.problem(name):
                 raise InvalidArgument(f"{path}: tensor {name!r}: {problem}; or leave it out (--drop {name!r})")
-        planned = tuple(_planned(path, name, role_of(name, *regexes), reader.describe(name), choice, recipe) for name in kept)
-        if choice.layout is not None and not any(one.turned for one in planned):
+        planned = tuple(_planned(path, name, role_of(name, *regexes), reader.describe(name), choice, sizes) for name in kept)
+        if choice.layout is not None and not any(one.layout for one in planned):
             raise InvalidArgument(f"{path}: --layout {choice.layout} fits no tensor; there are {some(reader.names)}")
-        return cls(planned, tuple(name for name in reader.names if choice.drops(name)), choice.layout, recipe)
+        return cls(planned, tuple(name for name in reader.names if choice.drops(name)), recipe)
 
     @property
     def coded(self) -> list[Planned]:
@@ -117,14 +124,14 @@ class FilePlan:
         """The file's tensors that are written, all as [..., tokens, head_dim]."""
         from pqcodec.formats.plain.layouts import Turned
 
-        layouts = {one.name: self.layout for one in self.tensors if one.turned and self.layout}
+        layouts = {one.name: one.layout for one in self.tensors if one.layout}
         return Turned(reader, [one.name for one in self.tensors], layouts)
 
     def metadata(self) -> dict[str, dict[str, str]]:
         """What the file says of layouts, so that ``decode`` gives each tensor back as it was."""
         from pqcodec.formats.plain.layouts import LAYOUTS_KEY
 
-        layouts = {one.name: str(self.layout) for one in self.tensors if one.turned}
+        layouts = {one.name: str(one.layout) for one in self.tensors if one.layout}
         return {LAYOUTS_KEY: layouts} if layouts else {}
 
     @property
@@ -169,28 +176,47 @@ class FilePlan:
 
 
 def _planned(
-    path: str, name: str, tensor: TensorRole, described: tuple[tuple[int, ...], str], choice: Choice, recipe: Recipe
+    path: str, name: str, tensor: TensorRole, described: tuple[tuple[int, ...], str], choice: Choice, sizes: _Sizes
 ) -> Planned:
+    """``sizes``: of a stream, by role, shape and dtype: its bytes, and the most bytes that it may take."""
     from pqcodec import constants as c
     from pqcodec.formats.containers.reader import named
     from pqcodec.formats.policy.recipe import why_exact
 
-    (shape, dtype), layout = described, choice.layout
-    cache = tensor.role != "other" and len(shape) > 1
-    turned = layout is not None and layout.fits(len(shape)) and (cache or why_exact(shape, dtype) is None)
-    if layout is not None and cache and not turned:
-        given = f"{path}: tensor {name!r} is a {tensor.role} of {len(shape)} dimensions, which --layout {layout} does not fit"
-        raise InvalidArgument(f"{given}; encode it by itself, and leave it out here (--drop {name!r})")
-    shape = layout.turned(shape) if layout is not None and turned else shape
+    shape, dtype = described
+    layout = _layout(path, name, tensor, shape, dtype, choice.layout)
+    shape = layout.turned(shape) if layout else shape
     size = math.prod(shape) * c.EXACT_ITEM_BYTES[dtype]
     exact = choice.why_exact(name) or why_exact(shape, dtype)
-    if exact is None and layout is not None and not turned:
+    if exact is None and choice.layout and not layout:
         exact = f"--layout names other dimensions than its {len(shape)}"
-    with named(f"{path}: tensor {name!r}"):
-        if exact is None and recipe.most_stream_bytes(tensor, shape, dtype) >= size:
-            exact = GROWN
-        stream = 0 if exact else recipe.stream_bytes(tensor, shape, dtype)
-    return Planned(name, tensor, shape, dtype, exact, turned, size, stream)
+    stream = 0
+    if exact is None:
+        with named(f"{path}: tensor {name!r}"):
+            stream, most = sizes(tensor.role, shape, dtype)
+        if most >= size:
+            exact, stream = GROWN, 0
+    return Planned(name, tensor, shape, dtype, exact, layout, size, stream)
+
+
+def _layout(
+    path: str, name: str, tensor: TensorRole, shape: tuple[int, ...], dtype: str, layout: Layout | None
+) -> Layout | None:
+    """The layout of a tensor if it is turned: where it could be encoded, or is a key or value, of which tokens are cut.
+
+    Raises InvalidArgument for a key or value that cannot have the layout.
+    """
+    from pqcodec.formats.policy.recipe import why_exact
+
+    with_tokens = tensor.role != "other" and len(shape) > 1
+    if layout is None or not (with_tokens or why_exact(shape, dtype) is None):
+        return None
+    if layout.fits(len(shape)):
+        return layout
+    if with_tokens:
+        given = f"{path}: tensor {name!r} is a {tensor.role} of {len(shape)} dimensions, which --layout {layout} does not fit"
+        raise InvalidArgument(f"{given}; encode it by itself, and leave it out here (--drop {name!r})")
+    return None
 
 
 def _few_tokens(shape: tuple[int, ...]) -> bool:

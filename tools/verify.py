@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.tools.decode import Sources
-from pqcodec.tools.encode import Jobs
+from pqcodec.tools.encode import Backend, Jobs
 from pqcodec.tools.files import ENCODED, Input, input_file, inputs
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import DAMAGED, bytes_text, shown
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def verify(
     sources: Sources,
-    backend: Annotated[str, typer.Option(help="auto, or the name of a backend.")] = "auto",
+    backend: Backend = "auto",
     jobs: Jobs = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
