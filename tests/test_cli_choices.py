@@ -14,7 +14,7 @@ from test_cli import REFERENCE, run, told
 
 from pqcodec.errors import CorruptStream
 from pqcodec.formats import PQKVFile, PQKVWriter
-from pqcodec.formats.plain.layouts import LAYOUTS_KEY, Layout, Turned, layouts_of
+from pqcodec.formats.plain.layouts import LAYOUTS_KEY, TensorLayout, Turned, layouts_of
 
 
 def normal(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:
@@ -167,7 +167,7 @@ def test_tokens_of_a_turned_tensor_are_read_as_it_is_turned() -> None:
         def read_tokens(self, name: str, first: int, step: int = 1) -> np.ndarray:
             return x[..., first::step, :]
 
-    turned = Turned(Given(), ("k", "n"), {"k": Layout.of("tokens,heads,head_dim")})
+    turned = Turned(Given(), ("k", "n"), {"k": TensorLayout.of("tokens,heads,head_dim")})
     assert turned.describe("k")[0] == turned.read("k").shape == (2, 30, 8)
     np.testing.assert_array_equal(turned.read_tokens("k", 3, 4), x.transpose(1, 0, 2)[:, 3::4])
     np.testing.assert_array_equal(turned.read_tokens("n", 1), x[:, 1:])

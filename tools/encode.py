@@ -11,7 +11,7 @@ import typer
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.tools.completion import backends, containers, presets
-from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, is_url, tasks, written_like
+from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.forecast import DryRun, Forecast
 from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
@@ -169,9 +169,10 @@ class _Settings:
     def check(self, source: str) -> None:
         """Raises what reading an input, or planning its work, raises; of a URL only the first bytes are read."""
         from pqcodec.formats.containers.kinds import kind_of
+        from pqcodec.formats.places import remote
         from pqcodec.formats.plain.files import open_tensors
 
-        if is_url(source):
+        if remote.is_url(source):
             kind_of(source)
         else:
             with open_tensors(source) as reader:

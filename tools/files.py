@@ -103,15 +103,15 @@ def inputs(sources: Sequence[str], extensions: tuple[str, ...], keep_going: bool
 
 def _may_be_many(source: str) -> bool:
     """Whether an argument is a pattern, or a folder of files."""
-    folder = not is_url(source) and os.path.isdir(source) and not _is_zarr(source)
+    folder = not _is_url(source) and os.path.isdir(source) and not _is_zarr(source)
     return folder or (glob.has_magic(source) and not os.path.exists(source))
 
 
 def _found(source: str, extensions: tuple[str, ...]) -> list[Input]:
     """The files of one argument; raises InvalidArgument or OSError."""
     if not _may_be_many(source):
-        return [Input(source, PurePosixPath(source).name if is_url(source) else os.path.basename(source))]
-    if is_url(source):
+        return [Input(source, PurePosixPath(source).name if _is_url(source) else os.path.basename(source))]
+    if _is_url(source):
         found = [Input(url, PurePosixPath(url).name) for url in _remote_glob(source)]
     elif os.path.isdir(source):
         found = _in_folder(source, extensions)
@@ -141,7 +141,7 @@ def tasks(
     into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
     if not many and not into and not target.endswith("/"):
         source = found[0].path
-        if source != STANDARD and not is_url(source) and not os.path.exists(source):
+        if source != STANDARD and not _is_url(source) and not os.path.exists(source):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
         check_output(source, target, force)
         return Batch([Task(source, target)], False)
@@ -153,7 +153,7 @@ def tasks(
 
     def task(item: Input) -> Task:
         name = str(Path("stdin" if item.name == STANDARD else _checked_name(item.name)).with_suffix(written))
-        path = f"{target.rstrip('/')}/{name}" if is_url(target) else os.path.join(target, name)
+        path = f"{target.rstrip('/')}/{name}" if _is_url(target) else os.path.join(target, name)
         if path in seen:
             raise InvalidArgument(f"{seen[path]} and {item.path} would both be written to {path}; encode them one by one")
         seen[path] = item.path
@@ -171,7 +171,7 @@ def written_like(source: str, target: str, *, folder: bool = False) -> Iterator[
     """
     from pqcodec.formats.places.atomic import PRIVATE, permissions, searchable
 
-    local = source != STANDARD and not is_url(source)
+    local = source != STANDARD and not _is_url(source)
     mode = os.stat(source).st_mode & 0o666 if local else PRIVATE
     if folder:
         make_parents(target, searchable(mode))
@@ -183,7 +183,7 @@ def make_parents(target: str, mode: int = 0o700) -> None:
     """Make the missing folders above a file to be written, unless it is a URL; raises OSError."""
     from pqcodec.formats.places.atomic import make_folders
 
-    if not is_url(target):
+    if not _is_url(target):
         make_folders(Path(target).parent, mode)
 
 
@@ -193,7 +193,7 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
 
     ``local``: a URL is downloaded first, for libraries that read local files only. Raises InvalidArgument for a terminal.
     """
-    if is_url(name) and local:
+    if _is_url(name) and local:
         from pqcodec.formats.places import remote
 
         with remote.downloaded(name) as path:
@@ -230,7 +230,7 @@ def check_output(source: str, target: str, force: bool) -> None:
         return
     if source == target:
         raise InvalidArgument(f"{target}: is the input as well; write to another file")
-    if is_url(target):
+    if _is_url(target):
         from pqcodec.formats.places import remote
 
         if not force and remote.exists(target):
@@ -247,8 +247,7 @@ def check_output(source: str, target: str, force: bool) -> None:
         raise InvalidArgument(f"{target}: exists; pass --force to replace it")
 
 
-def is_url(text: str) -> bool:
-    """Whether an argument is a URL."""
+def _is_url(text: str) -> bool:
     from pqcodec.formats.places import remote
 
     return remote.is_url(text)

@@ -16,7 +16,7 @@ from pqcodec.tools.tables import shortened
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
     from pqcodec.formats.plain.in_memory import CuttableTensors
-    from pqcodec.formats.plain.layouts import Layout
+    from pqcodec.formats.plain.layouts import TensorLayout
     from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Recipe
 
@@ -34,15 +34,15 @@ class Choice:
     include: tuple[str, ...] = ()  # none: all
     exclude: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
-    layout: Layout | None = None  # None: [..., tokens, head_dim]
+    layout: TensorLayout | None = None  # None: [..., tokens, head_dim]
 
     @classmethod
     def of(cls, include: list[str] | None, exclude: list[str] | None, drop: list[str] | None, layout: str | None) -> Choice:
         """The choice of the options of these names; raises InvalidArgument."""
-        from pqcodec.formats.plain.layouts import Layout
+        from pqcodec.formats.plain.layouts import TensorLayout
 
         wanted, exact, dropped = (tuple(given or ()) for given in (include, exclude, drop))
-        return cls(wanted, exact, dropped, None if layout is None else Layout.of(layout))
+        return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout))
 
     def check(self, path: str, names: tuple[str, ...]) -> None:
         """Raises InvalidArgument for a pattern that fits no tensor."""
@@ -75,7 +75,7 @@ class Planned:
     shape: tuple[int, ...]
     dtype: str
     exact: str | None  # why it is kept exactly; None: it is encoded
-    layout: Layout | None
+    layout: TensorLayout | None
     bytes: int  # of its numbers
     stream_bytes: int  # at the recipe's preset; 0 if it is kept exactly
 
@@ -200,8 +200,8 @@ def _planned(
 
 
 def _layout(
-    path: str, name: str, tensor: TensorRole, shape: tuple[int, ...], dtype: str, layout: Layout | None
-) -> Layout | None:
+    path: str, name: str, tensor: TensorRole, shape: tuple[int, ...], dtype: str, layout: TensorLayout | None
+) -> TensorLayout | None:
     """The layout of a tensor if it is turned: where it could be encoded, or is a key or value, of which tokens are cut.
 
     Raises InvalidArgument for a key or value that cannot have the layout.

@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """The order of dimensions, each by its name: "tokens" and "head_dim", others as the caller likes, at most one "...".
 
     Raises InvalidArgument.
 
-    >>> layout = Layout.of("tokens,heads,head_dim")
+    >>> layout = TensorLayout.of("tokens,heads,head_dim")
     >>> layout.turned((512, 2, 64)), layout.given((2, 512, 64)), layout.fits(2)
     ((2, 512, 64), (512, 2, 64), False)
     """
@@ -39,7 +39,7 @@ class Layout:
             )
 
     @classmethod
-    def of(cls, text: str) -> Layout:
+    def of(cls, text: str) -> TensorLayout:
         """The layout of a text, names with commas between them."""
         return cls(tuple(name.strip() for name in text.split(",")))
 
@@ -73,7 +73,7 @@ class Layout:
         return _transposed(x, _inverse(self.axes(x.ndim)))
 
 
-def layouts_of(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Layout]:
+def layouts_of(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, TensorLayout]:
     """The layouts in which tensors were given, by name, out of a file's metadata; ``shapes``: of all its tensors.
 
     Raises CorruptStream for a layout that is none, or that a tensor cannot have.
@@ -84,7 +84,7 @@ def layouts_of(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     found = {}
     for name in told.keys() & shapes.keys():
         try:
-            found[name] = Layout.of(told[name])
+            found[name] = TensorLayout.of(told[name])
         except InvalidArgument as error:
             raise CorruptStream(f"metadata: {LAYOUTS_KEY}: tensor {name!r}: {error}") from None
         if not found[name].fits(len(shapes[name])):
@@ -97,7 +97,7 @@ def layouts_of(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
 class Turned:
     """Some ``names`` of other tensors, of which those with a layout are turned to [..., tokens, head_dim]."""
 
-    def __init__(self, tensors: CuttableTensors, names: Sequence[str], layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, tensors: CuttableTensors, names: Sequence[str], layouts: Mapping[str, TensorLayout]) -> None:
         self._tensors, self._layouts, self.names = tensors, layouts, tuple(names)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
