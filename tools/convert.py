@@ -44,11 +44,11 @@ def convert(
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
-    batch = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force, keep_going)
-    if batch.many and to is None:
+    listed = tasks(sources, target, ENCODED, f".{to or 'pqkv'}", force, keep_going)
+    if listed.many and to is None:
         raise InvalidArgument("--to is needed where many files are written; choose pqkv, safetensors or zarr")
-    limit = Limit.of(memory, min(jobs, len(batch.items)))
-    kinds = {task.target: container(task.target, to) for task in batch.todo}
+    limit = Limit.of(memory, min(jobs, len(listed.items)))
+    kinds = {task.target: container(task.target, to) for task in listed.todo}
     from pqcodec.formats import containers
     from pqcodec.formats.containers.writer import pieces_of
 
@@ -64,15 +64,15 @@ def convert(
                 return _forecast(task.target, entries)
             out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
-            with written_like(task.source, task.target, folder=batch.many):
+            with written_like(task.source, task.target, folder=listed.many):
                 size = containers.write(out, pieces_of(file), file.metadata or None, to=kinds[task.target], progress=progress)
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
-    batch = batch.checked(lambda source: containers.open_encoded(source).close(), keep_going)
-    found = run(batch.items, work, lambda task: task.source, jobs, "convert", keep_going=keep_going)
-    if not batch.many and not as_json:
+    listed = listed.checked(lambda source: containers.open_encoded(source).close(), keep_going)
+    found = run(listed.items, work, lambda task: task.source, jobs, "convert", keep_going=keep_going)
+    if not listed.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(found, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
+    report(found, (Forecast if dry_run else _Outcome).COLUMNS, listed.many, as_json)
 
 
 def _forecast(target: str, entries: list[Entry]) -> Forecast:

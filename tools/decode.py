@@ -57,17 +57,17 @@ def decode(
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
     wanted, extension = _token_range(tokens), f".{to or 'safetensors'}".lower()
-    batch = tasks(sources, target, ENCODED, extension, force, keep_going)
-    limit = Limit.of(memory, min(jobs, len(batch.items)))
+    listed = tasks(sources, target, ENCODED, extension, force, keep_going)
+    limit = Limit.of(memory, min(jobs, len(listed.items)))
     from pqcodec.formats.containers.kinds import open_encoded
     from pqcodec.formats.plain.files import checked_extension, write_tensors
 
-    for task in batch.todo:
+    for task in listed.todo:
         found = checked_extension(f"stdout{extension}" if task.target == STANDARD else task.target)
         if to is not None and found != extension:
             raise InvalidArgument(f"--to {to} and OUTPUT {task.target} contradict each other; leave one of them out")
-    batch = batch.checked(lambda source: open_encoded(source).close(), keep_going)
-    if batch.todo and not dry_run:
+    listed = listed.checked(lambda source: open_encoded(source).close(), keep_going)
+    if listed.todo and not dry_run:
         load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome | Forecast:
@@ -78,15 +78,15 @@ def decode(
                 limit.check(path, name, tensors.held_bytes(name), _WAYS)
             if dry_run:
                 return tensors.forecast(task.target)
-            with written_like(task.source, task.target, folder=batch.many), output_file(task.target, extension) as written:
+            with written_like(task.source, task.target, folder=listed.many), output_file(task.target, extension) as written:
                 write_tensors(written, tensors, file.metadata.get("safetensors") or {})
         outcome.seconds = time.perf_counter() - outcome.start
         return outcome
 
-    done = run(batch.items, work, lambda task: task.source, jobs, "decode", keep_going=keep_going)
-    if not batch.many and not as_json:
+    done = run(listed.items, work, lambda task: task.source, jobs, "decode", keep_going=keep_going)
+    if not listed.many and not as_json:
         print(done[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(done, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
+    report(done, (Forecast if dry_run else _Outcome).COLUMNS, listed.many, as_json)
 
 
 class _Outcome:
@@ -171,14 +171,15 @@ class _DecodedTensors:
     def held_bytes(self, name: str) -> int:
         """The most bytes of memory for a tensor until it is written."""
         entry, cut = self._file.entry(name), self._tokens[name]
-        size = tensor_bytes(*self.describe(name)) * (2 if name in self._layouts else 1)  # what is turned is copied once more
+        size = tensor_bytes(*self.describe(name))
+        turned = size if name in self._layouts else 0  # a copy, made when it is written
         if not entry.coded:
-            return entry.tensor_bytes + (0 if cut is None else size)
+            return entry.tensor_bytes + (0 if cut is None else size) + turned
         from pqcodec.formats.places import remote
 
         streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # an object is read at once
         starts = 16 * math.prod(entry.shape[:-2]) if size else 0  # offset of each leading index
-        return size + streams + starts
+        return size + streams + starts + turned
 
     def read(self, name: str) -> Any:
         """The decoded tensor; updates the outcome and the progress."""

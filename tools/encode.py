@@ -11,12 +11,12 @@ import typer
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.tools.completion import backends, containers, presets
+from pqcodec.tools.decisions import Choice, Decided, Decisions, some
 from pqcodec.tools.files import PLAIN, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.forecast import DryRun, Forecast
 from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text, say
-from pqcodec.tools.plan import Choice, FilePlan, Planned, some
 from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
@@ -123,28 +123,28 @@ def encode(
         backend=backend,
     )
     choice = Choice.of(include, exclude, drop, layout)
-    batch = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
-    limit = Limit.of(memory, min(jobs, len(batch.items)))
+    listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
+    limit = Limit.of(memory, min(jobs, len(listed.items)))
     settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit, choice)
-    kinds = {task.target: container(task.target, to) for task in batch.todo}
-    batch = batch.checked(settings.check, keep_going)
-    if batch.todo and not dry_run:
+    kinds = {task.target: container(task.target, to) for task in listed.todo}
+    listed = listed.checked(settings.check, keep_going)
+    if listed.todo and not dry_run:
         load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome | Forecast:
         with input_file(task.source, local=True) as path:
             if dry_run:
                 return settings.forecast(path, task.target, kinds[task.target])
-            with written_like(task.source, task.target, folder=batch.many):
+            with written_like(task.source, task.target, folder=listed.many):
                 return _encode_file(path, task.target, kinds[task.target], settings, show)
 
-    found = run(batch.items, work, lambda task: task.source, jobs, "encode", keep_going=keep_going)
+    found = run(listed.items, work, lambda task: task.source, jobs, "encode", keep_going=keep_going)
     if not as_json:
         for line in dict.fromkeys(line for done in found if done.outcome for line in done.outcome.notes):
             say(line)
-    if not batch.many and not as_json:
+    if not listed.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
-    report(found, (Forecast if dry_run else _Outcome).COLUMNS, batch.many, as_json)
+    report(found, (Forecast if dry_run else _Outcome).COLUMNS, listed.many, as_json)
 
 
 def container(target: str, to: str | None) -> str:
@@ -167,7 +167,7 @@ class _Settings:
     choice: Choice
 
     def check(self, source: str) -> None:
-        """Raises what reading an input, or planning its work, raises; of a URL only the first bytes are read."""
+        """Raises what reading an input, or deciding on it, raises; of a URL only the first bytes are read."""
         from pqcodec.formats.containers.kinds import kind_of
         from pqcodec.formats.places import remote
         from pqcodec.formats.plain.files import open_tensors
@@ -176,27 +176,29 @@ class _Settings:
             kind_of(source)
         else:
             with open_tensors(source) as reader:
-                self.plan(source, reader, "pqkv")
+                self.decide(source, reader, "pqkv")
 
-    def plan(self, path: str, reader: TensorReader, kind: str) -> FilePlan:
-        """The plan for an open file that is written into a container; raises InvalidArgument, also for too little memory."""
-        plan = FilePlan.of(path, reader, self.choice, self.recipe, self.regexes)
-        if self.needs_keys and all(one.tensor.role != "key" for one in plan.tensors):
-            names = some([one.name for one in plan.tensors])
+    def decide(self, path: str, reader: TensorReader, kind: str) -> Decisions:
+        """What is done with an open file's tensors; ``kind``: of container. Raises InvalidArgument, also for little memory."""
+        decisions = Decisions.of(path, reader, self.choice, self.recipe, self.regexes)
+        if self.needs_keys and all(one.tensor.role != "key" for one in decisions.tensors):
+            names = some([one.name for one in decisions.tensors])
             raise InvalidArgument(f"keys are to be centred, but no tensor is a key by name ({names}); use --keys")
-        for one in plan.tensors:
+        for one in decisions.tensors:
             needed = _held_bytes(reader, one, self.recipe, kind)
             self.limit.check(path, one.name, needed, "or encode fewer files at once (--jobs)")
-        return plan
+        return decisions
 
     def forecast(self, path: str, target: str, kind: str) -> Forecast:
         """What would be written for an input."""
         from pqcodec.formats.plain.files import open_tensors
 
         with open_tensors(path) as reader:
-            plan = self.plan(path, reader, kind)
-        exact = len(plan.tensors) - len(plan.coded)
-        return Forecast(target, len(plan.tensors), exact, plan.tensor_bytes, plan.body_bytes, tuple(plan.notes()))
+            decisions = self.decide(path, reader, kind)
+        exact = len(decisions.tensors) - len(decisions.coded)
+        return Forecast(
+            target, len(decisions.tensors), exact, decisions.tensor_bytes, decisions.body_bytes, tuple(decisions.notes())
+        )
 
 
 def _notes(given: list[str] | None) -> dict[str, str]:
@@ -239,20 +241,20 @@ class _Outcome:
     exit_code = 0
 
     output: str
-    plan: FilePlan
+    decisions: Decisions
     coded: list[Encoded] = field(default_factory=list)
     file_bytes: int = 0
     seconds: float = 0.0
 
     @property
-    def exact(self) -> list[Planned]:
+    def exact(self) -> list[Decided]:
         """The tensors that are kept exactly."""
-        return [one for one in self.plan.tensors if one.exact]
+        return [one for one in self.decisions.tensors if one.exact]
 
     @property
     def all_measured(self) -> bool:
         """Whether relMSE was measured on all numbers, not on a sample."""
-        return self.plan.recipe.measured == "all"
+        return self.decisions.recipe.measured == "all"
 
     def bits(self, role: str | None = None) -> float | None:
         """Bits per coordinate of the coded tensors (of a role); None without any."""
@@ -268,7 +270,7 @@ class _Outcome:
 
     @property
     def ratio(self) -> float:
-        return self.plan.tensor_bytes / self.file_bytes
+        return self.decisions.tensor_bytes / self.file_bytes
 
     @property
     def encode_seconds(self) -> float:
@@ -285,13 +287,13 @@ class _Outcome:
             "output": self.output,
             "tensors": len(self.coded),
             "exact_tensors": [{"name": one.name, "reason": one.exact} for one in self.exact],
-            "left_out": list(self.plan.dropped),
+            "left_out": list(self.decisions.dropped),
             "notes": self.notes,
             "coordinates": sum(c.coordinates for c in self.coded),
             "bits_per_coordinate": {name: self.bits(role) for name, role in roles.items()},
             "rel_mse": {name: self.rel_mse(role) for name, role in roles.items()},
             "rel_mse_of": "all" if self.all_measured else "sample",
-            "tensor_bytes": self.plan.tensor_bytes,
+            "tensor_bytes": self.decisions.tensor_bytes,
             "file_bytes": self.file_bytes,
             "ratio": self.ratio,
             "seconds": self.seconds,
@@ -309,13 +311,13 @@ class _Outcome:
         """Lines about decisions that the user may not expect, and about tensors that grew all the same."""
         grown = [one.name for one in self.coded if one.stream_bytes >= one.tensor_bytes]
         lines = [f"larger than before, for so many vectors are not finite: {some(grown)}; see --exclude"] if grown else []
-        return [*self.plan.notes(), *lines]
+        return [*self.decisions.notes(), *lines]
 
     def line(self) -> str:
         parts = [f"{len(self.coded)} tensors" + (f" and {len(self.exact)} exact" if self.exact else "")]
         if (bits := self.bits()) is not None:
             parts.append(f"{bits:.3f} bits/coordinate")
-        parts.append(f"{self.ratio:.2f}x smaller ({bytes_text(self.plan.tensor_bytes)} to {bytes_text(self.file_bytes)})")
+        parts.append(f"{self.ratio:.2f}x smaller ({bytes_text(self.decisions.tensor_bytes)} to {bytes_text(self.file_bytes)})")
         if (error := self.rel_mse()) is not None:
             by_role = [f"{role}s {e:.5f}" for role in ("key", "value", "other") if (e := self.rel_mse(role)) is not None]
             parts.append(f"relMSE {'' if self.all_measured else 'about '}{error:.5f} ({', '.join(by_role)})")
@@ -330,10 +332,10 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
 
     start = time.perf_counter()
     with open_tensors(path) as reader:
-        plan = settings.plan(path, reader, kind)
-        outcome = _Outcome(target, plan)
+        decisions = settings.decide(path, reader, kind)
+        outcome = _Outcome(target, decisions)
         metadata = {"format": reader.format} | ({"safetensors": reader.metadata} if reader.metadata else {})
-        sizes = {one.name: one.bytes for one in plan.coded}
+        sizes = {one.name: one.bytes for one in decisions.coded}
         all_bytes = max(sum(sizes.values()), 1)
         finished = 0
 
@@ -345,20 +347,20 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
             finished += one.tensor_bytes
             outcome.coded.append(one)
 
-        roles = {one.name: one.tensor for one in plan.tensors}
-        pieces = settings.recipe.pieces(plan.turned(reader), roles, list(sizes), Callbacks(advance, encoded))
+        roles = {one.name: one.tensor for one in decisions.tensors}
+        pieces = settings.recipe.pieces(decisions.turned(reader), roles, list(sizes), Callbacks(advance, encoded))
         out: Any = sys.stdout.buffer if target == STANDARD else target
         try:
-            outcome.file_bytes = containers.write(out, pieces, metadata | plan.metadata() | settings.notes, to=kind)
+            outcome.file_bytes = containers.write(out, pieces, metadata | decisions.metadata() | settings.notes, to=kind)
         except NonFiniteInput as error:
-            place = " (its place is told in the order ..., tokens, head_dim)" if plan.metadata() else ""
+            place = " (its place is told in the order ..., tokens, head_dim)" if decisions.metadata() else ""
             advice = f"mend the tensor{place}, or pass --nonfinite exact to keep such vectors"
             raise NonFiniteInput(error.found, advice) from None
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _held_bytes(reader: TensorReader, one: Planned, recipe: Recipe, kind: str) -> int:
+def _held_bytes(reader: TensorReader, one: Decided, recipe: Recipe, kind: str) -> int:
     """The most bytes of memory for a tensor until it is written."""
     read, zarr = reader.held_bytes(one.name) + (one.bytes if one.layout else 0), kind == "zarr"
     if one.exact:

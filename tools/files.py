@@ -58,7 +58,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Batch:
+class WorkList:
     """The work of a verb: an item each input, which is a ``Done`` if it failed before any work was begun."""
 
     items: list[Any]  # Task or Input, or Done
@@ -69,8 +69,8 @@ class Batch:
         """The items that did not fail."""
         return [item for item in self.items if not isinstance(item, Done)]
 
-    def checked(self, work: Callable[[str], Any], keep_going: bool) -> Batch:
-        """The batch after ``work`` was called with every input, if they are many; raises as ``jobs.attempted`` does.
+    def checked(self, work: Callable[[str], Any], keep_going: bool) -> WorkList:
+        """The list after ``work`` was called with every input, if they are many; raises as ``jobs.attempted`` does.
 
         So an input that cannot be read is named before anything is written.
         """
@@ -79,7 +79,7 @@ class Batch:
             work(task.source)
             return task
 
-        return Batch(_each(self.items, check, lambda task: task.source, keep_going), True) if self.many else self
+        return WorkList(_each(self.items, check, lambda task: task.source, keep_going), True) if self.many else self
 
 
 def _each(items: Sequence[Any], work: Callable[[Any], Any], path: Callable[[Any], str], keep_going: bool) -> list[Any]:
@@ -87,7 +87,7 @@ def _each(items: Sequence[Any], work: Callable[[Any], Any], path: Callable[[Any]
     return [x if isinstance(x, Done) else attempted(path(x), partial(work, x), keep_going) for x in items]
 
 
-def inputs(sources: Sequence[str], extensions: tuple[str, ...], keep_going: bool = True) -> Batch:
+def inputs(sources: Sequence[str], extensions: tuple[str, ...], keep_going: bool = True) -> WorkList:
     """The files for arguments; in folders, those with an extension of ``extensions``.
 
     Raises what a single argument, or with ``keep_going=False`` any one, raises: InvalidArgument for a folder or a pattern
@@ -98,7 +98,7 @@ def inputs(sources: Sequence[str], extensions: tuple[str, ...], keep_going: bool
         raise InvalidArgument("INPUT '-' stands for stdin and goes with no other input")
     found = _each(sources, partial(_found, extensions=extensions), str, keep_going and many)
     items = [item for one in found for item in (one if isinstance(one, list) else [one])]
-    return Batch(items, many or _may_be_many(sources[0]))
+    return WorkList(items, many or _may_be_many(sources[0]))
 
 
 def _may_be_many(source: str) -> bool:
@@ -129,22 +129,22 @@ def _is_folder_file(path: str) -> bool:
 
 def tasks(
     sources: Sequence[str], target: str, read: tuple[str, ...], written: str, force: bool, keep_going: bool = False
-) -> Batch:
+) -> WorkList:
     """The files to read and to write.
 
     If they may be many, ``target`` is a folder, and outputs have the extension ``written``; ``read``: extensions of inputs in
     folders. Raises InvalidArgument where an output exists without ``force``, is also an input, or belongs to two inputs; with
     ``keep_going`` such an input is one that failed.
     """
-    batch = inputs(sources, read, keep_going)
-    found, many = batch.items, batch.many
+    listed = inputs(sources, read, keep_going)
+    found, many = listed.items, listed.many
     into = os.path.isdir(target) and not target.lower().endswith(_FOLDER)
     if not many and not into and not target.endswith("/"):
         source = found[0].path
         if source != STANDARD and not _is_url(source) and not os.path.exists(source):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
         check_output(source, target, force)
-        return Batch([Task(source, target)], False)
+        return WorkList([Task(source, target)], False)
     if not into and Path(target).suffix.lower() in (*PLAIN, *ENCODED):
         raise InvalidArgument(f"{target}: there are {len(found)} inputs; OUTPUT is a folder then, not a file")
     if target == STANDARD:
@@ -160,7 +160,7 @@ def tasks(
         check_output(item.path, path, force)
         return Task(item.path, path)
 
-    return Batch(_each(found, task, lambda item: item.path, keep_going), True)
+    return WorkList(_each(found, task, lambda item: item.path, keep_going), True)
 
 
 @contextmanager

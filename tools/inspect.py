@@ -38,11 +38,11 @@ def inspect(
             whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensor_list}
         return _Outcome(whole, tensors)
 
-    batch = inputs(sources, ENCODED)
-    found = run(batch.items, work, lambda item: item.path, 1, "inspect")
-    if not batch.many and not as_json:
+    listed = inputs(sources, ENCODED)
+    found = run(listed.items, work, lambda item: item.path, 1, "inspect")
+    if not listed.many and not as_json:
         found[0].outcome.print()
-    report(found, _Outcome.COLUMNS, batch.many, as_json)
+    report(found, _Outcome.COLUMNS, listed.many, as_json)
 
 
 def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:

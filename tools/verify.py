@@ -35,13 +35,13 @@ def verify(
             found = file.verify(lambda done, total: show(done / max(total, 1)), backend=backend)
             return _Outcome(item.path, found, file.size, len(file.names))
 
-    batch = inputs(sources, ENCODED)
-    done = run(batch.items, work, lambda item: item.path, jobs, "verify")
+    listed = inputs(sources, ENCODED)
+    done = run(listed.items, work, lambda item: item.path, jobs, "verify")
     if not as_json:
         for one in done:
-            for line in one.outcome.lines(batch.many) if one.outcome else ():
+            for line in one.outcome.lines(listed.many) if one.outcome else ():
                 print(line)
-    report(done, _Outcome.COLUMNS, batch.many, as_json)
+    report(done, _Outcome.COLUMNS, listed.many, as_json)
 
 
 @dataclass(frozen=True)

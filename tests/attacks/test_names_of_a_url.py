@@ -24,7 +24,7 @@ def test_objects_that_no_store_wrote_are_passed_over(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/../..", "a//b", "/etc/x"])
 def test_an_input_is_listed_under_a_name_that_leads_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    monkeypatch.setattr(files, "inputs", lambda *_: files.Batch([files.Input("memory://x", name)], True))
+    monkeypatch.setattr(files, "inputs", lambda *_: files.WorkList([files.Input("memory://x", name)], True))
     with pytest.raises(InvalidArgument, match="would be written outside OUTPUT"):
         files.tasks(["memory://x/*"], str(tmp_path / "out"), files.PLAIN, ".pqkv", False)
 

@@ -133,8 +133,8 @@ def import_(
     from pqcodec.formats.store.transfer import add_checked, check_digest, check_trust, checked
 
     check_trust(sha256, trust)
-    batch = inputs(sources, (EXTENSION,), keep_going=False)
-    todo, many = batch.items, batch.many
+    listed = inputs(sources, (EXTENSION,), keep_going=False)
+    todo, many = listed.items, listed.many
     if not many and "://" not in todo[0].path and todo[0].path != STANDARD:
         os.stat(todo[0].path)  # raises before a store is created
     from pqcodec.formats.containers.kinds import open_encoded

@@ -67,7 +67,7 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Decided:
     """A tensor of a file. Where it has a ``layout``, ``shape`` is that of the turned tensor [..., tokens, head_dim]."""
 
     name: str
@@ -86,18 +86,18 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class FilePlan:
+class Decisions:
     """All tensors of a file that are written, and the names of those that are not."""
 
-    tensors: tuple[Planned, ...]
+    tensors: tuple[Decided, ...]
     dropped: tuple[str, ...]
     recipe: Recipe
 
     @classmethod
     def of(
         cls, path: str, reader: TensorReader, choice: Choice, recipe: Recipe, regexes: tuple[str | None, str | None]
-    ) -> FilePlan:
-        """The plan for an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
+    ) -> Decisions:
+        """The decisions on an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
         from pqcodec.formats.policy.names import TensorRole, role_of
 
         @cache  # thousands of tensors have few shapes
@@ -110,13 +110,13 @@ class FilePlan:
         for name in kept:
             if problem := reader.problem(name):
                 raise InvalidArgument(f"{path}: tensor {name!r}: {problem}; or leave it out (--drop {name!r})")
-        planned = tuple(_planned(path, name, role_of(name, *regexes), reader.describe(name), choice, sizes) for name in kept)
-        if choice.layout is not None and not any(one.layout for one in planned):
+        decided = tuple(_decided(path, name, role_of(name, *regexes), reader.describe(name), choice, sizes) for name in kept)
+        if choice.layout is not None and not any(one.layout for one in decided):
             raise InvalidArgument(f"{path}: --layout {choice.layout} fits no tensor; there are {some(reader.names)}")
-        return cls(planned, tuple(name for name in reader.names if choice.drops(name)), recipe)
+        return cls(decided, tuple(name for name in reader.names if choice.drops(name)), recipe)
 
     @property
-    def coded(self) -> list[Planned]:
+    def coded(self) -> list[Decided]:
         """The tensors that are encoded."""
         return [one for one in self.tensors if one.exact is None]
 
@@ -175,9 +175,9 @@ class FilePlan:
         ]
 
 
-def _planned(
+def _decided(
     path: str, name: str, tensor: TensorRole, described: tuple[tuple[int, ...], str], choice: Choice, sizes: _Sizes
-) -> Planned:
+) -> Decided:
     """``sizes``: of a stream, by role, shape and dtype: its bytes, and the most bytes that it may take."""
     from pqcodec import constants as c
     from pqcodec.formats.containers.reader import named
@@ -196,7 +196,7 @@ def _planned(
             stream, most = sizes(tensor.role, shape, dtype)
         if most >= size:
             exact, stream = GROWN, 0
-    return Planned(name, tensor, shape, dtype, exact, layout, size, stream)
+    return Decided(name, tensor, shape, dtype, exact, layout, size, stream)
 
 
 def _layout(
