@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import select
+import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +29,57 @@ def s3_server() -> Iterator[tuple[str, int]]:
     server.start()
     try:
         yield server.get_host_and_port()
+    finally:
+        server.stop()
+
+
+class RedisServer:
+    """A Redis server of its own on loopback, which keeps what it was told: ``address`` is that of a store in it."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"redis://127.0.0.1:{self._port}/0"
+
+    def start(self) -> None:
+        options = ["--bind", "127.0.0.1", "--port", str(self._port), "--dir", self._folder, "--save", ""]
+        self._process = subprocess.Popen(
+            ["redis-server", *options, "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL
+        )
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as asked:
+                asked.sendall(b"PING\r\n")
+                if asked.recv(16).startswith(b"+PONG"):
+                    return
+            time.sleep(0.02)
+        raise TimeoutError("redis-server does not answer")
+
+    def kill_and_start(self, pause: float = 0.3) -> None:
+        self.stop(signal.SIGKILL)
+        time.sleep(pause)
+        self.start()
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(PATIENCE)
+            self._process = None
+
+
+@contextmanager
+def redis_server(folder: str) -> Iterator[RedisServer]:
+    """A server that is stopped at the end."""
+    server = RedisServer(folder)
+    try:
+        yield server
     finally:
         server.stop()
 

@@ -1,8 +1,9 @@
 """Many processes on one prefix store, killed at any moment: nothing that was put is lost, nothing that is found is wrong.
 
-``python -m tests.store_stress --processes 8 --operations 1000 --seed 1 [--quota BYTES] [--preset pq3] [--folder F]`` prints a
-summary as JSON and exits with 1 where a law is broken. No model runs: the keys and values of a token are made from a hash of
-all tokens up to it, so whoever gets a cache can tell whether it is the one that was asked for.
+``python -m tests.store_stress --processes 8 --operations 1000 --seed 1 [--quota BYTES] [--preset pq3] [--folder F] [--redis]``
+prints a summary as JSON and exits with 1 where a law is broken. With --redis the index is in a server of its own, which is
+killed and started again halfway; the files are in the folder. No model runs: the keys and values of a token are made from a
+hash of all tokens up to it, so whoever gets a cache can tell whether it is the one that was asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +107,41 @@ def wrong(cache: Any, length: int, numbers: np.ndarray, exact: bool) -> str:
 
 
 # -- workers -----------------------------------------------------------------------------------------------------
-def work(number: int, life: int, folder: Path, operations: int, seed: int, preset: str, done: mmap.mmap) -> None:
+def opened(folder: Path, address: str, **options: Any) -> PrefixStore:
+    """The store in a folder or, if there is an address, with its index there and its files in the folder."""
+    return PrefixStore(address, data=folder / "blocks", **options) if address else PrefixStore(folder, **options)
+
+
+def work(number: int, life: int, folder: Path, address: str, operations: int, seed: int, preset: str, done: mmap.mmap) -> None:
     """Do operations until the worker's count is full; the log's lines are written as one each, behind what they tell of."""
     torch.set_num_threads(1)
     rng = random.Random(f"{seed} {number} {life}")
     log = os.open(f"{folder}.{number}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     warnings.simplefilter("error")
-    store = PrefixStore(folder, preset=preset)
+    store = opened(folder, address, preset=preset)
     while (count := struct.unpack_from("<q", done, 8 * number)[0]) < operations:
         prompt = any_prompt(rng)
         ids, numbers = tokens_of(prompt), expected(prompt)
         if rng.random() < PUTS:
-            store.put(MODEL, ids, cache_of(numbers))
-            os.write(log, f"put {prompt}\n".encode())
+            try:
+                store.put(MODEL, ids, cache_of(numbers))
+                os.write(log, f"put {prompt}\n".encode())
+            except OSError as error:
+                if not address:  # there a server may be gone for a while
+                    raise
+                os.write(log, f"gone {prompt} {error!r:.200}\n".encode())
         else:
             if rng.random() < 0.3:  # goes on otherwise
                 cut = rng.randrange(len(ids))
                 ids = np.concatenate([ids[:cut], [(ids[cut] + 1) % 100], ids[:50]])
                 numbers = numbers_of(ids)
-            cache, length = store.get(MODEL, ids, leave=rng.choice([0, 1, 7]))
+            try:
+                cache, length = store.get(MODEL, ids, leave=rng.choice([0, 1, 7]))
+            except RuntimeWarning as warning:
+                if not address or "nothing is found" not in str(warning):
+                    raise
+                os.write(log, f"gone {prompt} {warning!r:.200}\n".encode())
+                continue
             fault = wrong(cache, length, numbers, preset == "exact")
             os.write(log, f"wrong {prompt} {fault}\n".encode() if fault else f"got {prompt} {length}\n".encode())
         struct.pack_into("<q", done, 8 * number, count + 1)
@@ -156,20 +174,29 @@ def stress(
     preset: str = "exact",
     quota: bool | int = False,
     kill_every: float = 0.02,
+    address: str = "",
+    halfway: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run it and return what is found; the keys ``wrong``, ``lost`` and ``problems`` have to be 0, 0 and []."""
+    """Run it and return what is found; the keys ``wrong``, ``lost`` and ``problems`` have to be 0, 0 and [].
+
+    ``address``: of a server for the index; ``halfway``: what happens to it once half of the operations are done.
+    """
     began, rng = time.monotonic(), random.Random(f"killer {seed}")
     limit = QUOTA if quota is True else int(quota)
-    with PrefixStore(folder, preset=preset, max_bytes=limit or None), PrefixStore(f"{folder}.warm", preset=preset) as warm:
+    with opened(folder, address, preset=preset, max_bytes=limit or None), PrefixStore(f"{folder}.warm", preset=preset) as warm:
         warm.put(MODEL, tokens_of("0"), cache_of(expected("0")))  # what is loaded once is there in every worker
         warm.get(MODEL, tokens_of("0"))
     done = mmap.mmap(-1, 8 * processes)
-    options = (folder, operations, seed, preset, done)
+    options = (folder, address, operations, seed, preset, done)
     lives: Counter[int] = Counter(range(processes))
     alive = {start(number, 1, *options): number for number in range(processes)}
     kills = crashes = 0
+    disturbed = False
     try:
         while alive:
+            if not disturbed and 2 * sum(struct.unpack(f"<{processes}q", done)) >= processes * operations:
+                disturbed = True
+                halfway()
             until = time.monotonic() + rng.expovariate(1 / kill_every)
             while alive and time.monotonic() < until:
                 for pid in [*alive]:
@@ -199,13 +226,13 @@ def stress(
         "quota": limit or None,
         "kills": kills,
         "crashes": crashes,
-        **checked(folder, preset, limit),
+        **checked(folder, address, preset, limit),
         "seconds": round(worked, 1),
         "seconds_with_checks": round(time.monotonic() - began, 1),
     }
 
 
-def checked(folder: Path, preset: str, limit: int) -> dict[str, Any]:
+def checked(folder: Path, address: str, preset: str, limit: int) -> dict[str, Any]:
     """What the logs and the store say in the end."""
     lines = [line.split(" ", 2) for log in folder.parent.glob(f"{folder.name}.*.log") for line in log.read_text().splitlines()]
     put = {line[1] for line in lines if line[0] == "put"}
@@ -216,7 +243,7 @@ def checked(folder: Path, preset: str, limit: int) -> dict[str, Any]:
         text for crash in folder.parent.glob(f"{folder.name}.*.crash") for text in crash.read_text().split("\n\n") if text
     ]
     lost = []
-    with PrefixStore(folder, preset=preset) as store:
+    with opened(folder, address, preset=preset) as store:
         for prompt in sorted(put):
             cache, length = store.get(MODEL, tokens_of(prompt), leave=0)
             if length < len(tokens_of(prompt)) and not limit:
@@ -242,6 +269,7 @@ def checked(folder: Path, preset: str, limit: int) -> dict[str, Any]:
         "puts": tally["put"],
         "gets": tally["got"] + tally["wrong"],
         "hits": found,
+        "server_gone": tally["gone"],
         "wrong": len(faults),
         "lost": len(lost),
         "orphans_removed": first["orphans"],
@@ -261,12 +289,20 @@ def main() -> int:
     parser.add_argument("--preset", default="exact")
     parser.add_argument("--quota", type=int, nargs="?", const=QUOTA, default=0, help="bytes; without a number a small one")
     parser.add_argument("--kill-every", type=float, default=0.02, help="seconds, on average")
+    parser.add_argument("--redis", action="store_true", help="keep the index in a server that is killed halfway")
     parser.add_argument("--folder", type=Path, help="for the store and its logs, a new one (default: a temporary one)")
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="pqcodec-stress-") as temporary:
         folder = (options.pop("folder") or Path(temporary)) / "store"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        found = stress(folder, **options)
+        if options.pop("redis"):
+            from tests.servers import redis_server
+
+            (folder.parent / "redis").mkdir()
+            with redis_server(str(folder.parent / "redis")) as server:
+                found = stress(folder, address=server.address, halfway=server.kill_and_start, **options)
+        else:
+            found = stress(folder, **options)
     print(json.dumps(found))
     return int(bool(found["wrong"] or found["lost"] or found["problems"] or found["crashes"]))
 

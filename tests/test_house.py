@@ -26,7 +26,8 @@ HOMES = {  # third-party modules that are imported in one place only
     "rich": {"tools"},
     "fsspec": {"formats/places/remote.py"},
     "transformers": {"formats/engines/transformers_cache/", "formats/offload/encoded_cache.py"},
-    "sqlite3": {"formats/store/connections.py", "formats/store/index.py"},
+    "redis": {"formats/store/redis_index.py"},
+    "sqlite3": {"formats/store/connections.py", "formats/store/sqlite_index.py"},
     "triton": {"pqcodec/kernels/on_triton/"},
     "cuda": {"pqcodec/kernels/on_cuda/", "formats/offload/graphs.py"},
 }

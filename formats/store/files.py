@@ -62,12 +62,8 @@ class BlockFiles:
         if not self.remote:
             yield self.open
             return
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            coming = {file: pool.submit(self.open, file) for file in files}
-            try:
-                yield lambda file: coming.pop(file).result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        with fetched_ahead(self.open, files) as opened:
+            yield opened
 
     def remove(self, file: str) -> None:
         """Remove a block's file if it exists; the target of a link, and a folder of that name, are left alone."""
@@ -102,3 +98,14 @@ class BlockFiles:
     def _local(self, file: str) -> Path:
         """The path of a block's file, or of a partial one that a killed writer left."""
         return Path(self.location, file if own.is_partial_file(file) else own.checked_block_file(file))
+
+
+@contextmanager
+def fetched_ahead(fetch: Callable[[str], PQKVFile], files: Sequence[str]) -> Iterator[Callable[[str], PQKVFile]]:
+    """A function that gives what ``fetch`` gives for each of ``files``, in order; several are fetched at once."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        coming = {file: pool.submit(fetch, file) for file in files}
+        try:
+            yield lambda file: coming.pop(file).result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,55 +1,22 @@
-"""Law: the index of a prefix store (SPEC IV.4): an SQLite file with a row for each committed block.
+"""Law: what a store needs of its index: a row for each committed block, found by name, and how blocks come, go and are used.
 
 A block exists when its row does. Its file is written before the row and removed after it, under a name of its own, so a crash
-leaves files without a row (``Shelf.gc`` removes them), never a row without its file. An index may come from a stranger: one
-with other tables, views or triggers counts as damaged, and a row that no store writes is dropped.
+leaves files without a row (``Shelf.gc`` removes them), never a row without its file. An index may come from a stranger: a row
+that no store writes is dropped.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
-import sqlite3
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, fields
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.store import folder as own
-from pqcodec.formats.store.connections import Connections, errno_of
-from pqcodec.formats.store.keys import BLOCK_TOKENS, NAME_BYTES, is_keyed, unknown
-
-VERSION = 1
-CHECKED_BYTES = 64 << 20  # an index up to this size is checked completely when it is opened, which takes a fraction of a second
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS blocks (
-    name BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, start INTEGER NOT NULL, tokens BLOB NOT NULL,
-    whole INTEGER NOT NULL, stateful INTEGER NOT NULL, file TEXT NOT NULL, size INTEGER NOT NULL,
-    created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL DEFAULT 0, pinned INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_parent ON blocks (parent);
-CREATE INDEX IF NOT EXISTS by_use ON blocks (used);
-CREATE TABLE IF NOT EXISTS places (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
-    UPDATE counters SET value = value + new.size WHERE name = 'bytes'; END;
-CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
-    UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
-"""
-_COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
-_COUNTED = "SELECT (SELECT value FROM counters WHERE name = 'bytes') IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)"
-_OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
-_BESIDE = ("", "-wal", "-shm")  # suffixes of the files that SQLite writes to
+from pqcodec.formats.store.keys import BLOCK_TOKENS, NAME_BYTES
 
 
 @dataclass(frozen=True)
@@ -94,287 +61,80 @@ def problem_of(row: Row) -> str:
     return ""
 
 
-_COLUMNS = [field.name for field in fields(Row)]
-_SELECT = f"SELECT {', '.join('b.' + column for column in _COLUMNS)} FROM blocks b"
+def warn_of_row(place: object, problem: str, dropped: bool) -> None:
+    """Warn of a row that no store writes, in the index at ``place``."""
+    done = "dropped" if dropped else "skipped"
+    text = f"{place}: a row was {done} that no store writes: {problem}; no file was touched"
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
 
 
-def _row(values: tuple[Any, ...]) -> Row:
-    """The row with the values of ``_COLUMNS``; raises ValueError for one that no store writes."""
-    named = dict(zip(_COLUMNS, values, strict=True))
-    truths = {key: named[key] for key in ("whole", "stateful", "pinned")}
-    if type(named["tokens"]) is not bytes or any(value not in (0, 1) for value in truths.values()):
-        raise ValueError("its fields are of other kinds")
-    named["tokens"] = np.frombuffer(named["tokens"], "<i8")
-    row = Row(**{**named, **{key: bool(value) for key, value in truths.items()}})
-    if not row.file or (problem := problem_of(row)):
-        raise ValueError(problem if row.file else "it has no file")
-    return row
+class Index(Protocol):
+    """The index of a store; safe for threads, processes and forks.
 
-
-class Index:
-    """The index in one file; safe for threads, processes and forks. ``shared``: other users may read and write it.
-
-    ``denied``: why it cannot be written, if so; it is then read as it is, and methods that change it raise OSError. Any method
-    raises OSError where the file cannot be used now, and CorruptStream where it is damaged; a mark then makes ``Shelf`` rebuild
-    it when it is opened again. Raises InvalidArgument for a file that is not regular, and UnsupportedStream.
+    Any method raises OSError where the index cannot be used now, and CorruptStream where it is damaged.
     """
 
-    def __init__(self, path: Path, shared: bool = False, denied: OSError | None = None) -> None:
-        self._path, self._denied = path, denied
-        self.new = False  # whether the index was created now
-        if denied is None:
-            for ending in _BESIDE[1:]:
-                own.check_file(path.with_name(path.name + ending), shared)
-            own.make_file(path, shared)
-        elif not own.is_regular(path):
-            raise InvalidArgument(f"{path}: is no regular file; a store's index is one")
-        if os.path.lexists(
-            path.with_name(path.name + "-journal")
-        ):  # a store leaves none, and a stranger's could name any file to delete
-            self._damaged("a rollback journal lies beside it")
-        self._connections = Connections(path, read_only=denied is not None)
-        try:
-            with self._named():
-                self._open()
-        except BaseException:
-            self._connections.close()
-            raise
-
-    def _open(self) -> None:
-        """Check the file, and create what is missing; a complete index is opened without a write."""
-        version, objects = self._value("PRAGMA user_version"), set(self._select(_OBJECTS))
-        if version not in (0, VERSION):
-            raise UnsupportedStream(f"{self._path}: an index of version {version}; install a newer pqcodec")
-        if not objects <= _expected_objects():  # before the check, which would evaluate a stranger's expressions
-            raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
-        if self._path.stat().st_size <= CHECKED_BYTES and (found := self._value("PRAGMA quick_check(1)")) != "ok":
-            raise sqlite3.DatabaseError(found)
-        whole = version == VERSION and objects == _expected_objects()
-        if self._denied is not None:
-            if not whole:
-                raise sqlite3.DatabaseError("it lacks what a store writes there")
-            return
-        if not whole or not self._value(_COUNTED):
-            with self._changing() as db:
-                self.new = version == 0
-                for statement in _statements(_SCHEMA):
-                    db.execute(statement)
-                db.execute(_COUNT)
-                db.execute(f"PRAGMA user_version = {VERSION}")
-        self._forget_ids()
-
-    def _value(self, text: str) -> Any:
-        return self._select(text)[0][0]
-
-    def _forget_ids(self) -> None:
-        """Erase, once, the token ids of tenants from an index of an older version, which stored them."""
-        if self._select("SELECT 1 FROM places WHERE name = 'tenants'"):
-            return
-        keyed = [root for root, (_, settings) in self.roots().items() if is_keyed(root, settings)]
-        rows = [row for root in keyed for row in self._rows("WHERE b.root = ?", (root,))]
-        self._connections.run("PRAGMA secure_delete = ON")  # overwrites erased data in the file
-        with self._changing() as db:
-            for row in rows:
-                db.execute("UPDATE blocks SET tokens = ? WHERE name = ?", (unknown(row.tokens).tobytes(), row.name))
-        if keyed:
-            self._connections.run("VACUUM")  # free pages may still hold rows that were removed before
-            self._connections.run("PRAGMA wal_checkpoint(TRUNCATE)")
-        with self._changing() as db:
-            db.execute("INSERT OR REPLACE INTO places VALUES ('tenants', 'marks')")
+    new: bool  # whether the index was created now
 
     def close(self) -> None:
         """Close for good: all later calls raise InvalidArgument."""
-        self._connections.close()
 
     def check_open(self) -> None:
         """Raises InvalidArgument after ``close``."""
-        self._connections.check_open()
 
     def check_writable(self) -> None:
         """Raises OSError where the index can only be read, and InvalidArgument after ``close``."""
-        self.check_open()
-        if self._denied is not None:
-            text = f"the store can be read, but not changed ({self._denied.strerror or self._denied})"
-            raise OSError(self._denied.errno or errno.EACCES, text, str(self._path.parent))
-
-    @contextmanager
-    def _changing(self, little: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction; ``little``: as in ``Connections.changing``."""
-        self.check_writable()
-        with self._named(), self._connections.changing(little) as db:
-            yield db
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """A context that turns errors of SQLite into OSError or, for damage, CorruptStream."""
-        try:
-            yield
-        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:  # locked, disk full, closed: no damage
-            raise OSError(errno_of(error), str(error), str(self._path)) from error
-        except (sqlite3.DatabaseError, UnicodeError) as error:  # UnicodeError: a message that quotes damaged data
-            self._damaged(str(error), error)
-
-    def _damaged(self, what: str, error: Exception | None = None) -> NoReturn:
-        """Mark the index as damaged and raise CorruptStream."""
-        if self._denied is None:
-            with suppress(OSError):  # without the mark the next opening finds the damage again
-                own.make_file(self.damage_mark(self._path), shared=False)
-        advice = "open the store again" if self._denied is None else "open the store with the right to write"
-        raise CorruptStream(f"{self._path}: the index is damaged ({what}); {advice} to make it anew") from error
-
-    @staticmethod
-    def damage_mark(path: Path) -> Path:
-        """The path of the file that marks an index as damaged."""
-        return path.with_name(path.name + ".damaged")
-
-    def _select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._named():
-            return self._connections.select(text, values)
-
-    def _rows(self, clause: str, values: Sequence[Any] = ()) -> list[Row]:
-        rows = []
-        for found in self._select(f"{_SELECT} {clause}", values):
-            try:
-                rows.append(_row(found))
-            except ValueError as error:
-                self._forget(found[0], str(error))
-        return rows
-
-    def _forget(self, name: Any, problem: str) -> None:
-        """Drop a row that no store has written, with a warning; its file is not touched."""
-        done = "skipped"
-        with suppress(OSError), self._changing(little=True) as db:
-            db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
-            db.execute(_COUNT)  # its size may not have been a number
-            done = "dropped"
-        text = f"{self._path}: a row was {done} that no store writes: {problem}; no file was touched"
-        warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- reading -------------------------------------------------------------------------------------------------
     def find(self, name: bytes) -> Row | None:
         """The block called ``name``; None where it is not committed."""
-        return next(iter(self._rows("WHERE b.name = ?", (name,))), None)
 
     def children(self, parent: bytes) -> list[Row]:
         """The blocks that follow the block or root called ``parent``."""
-        return self._rows("WHERE b.parent = ?", (parent,))
 
     def all(self) -> list[Row]:
         """Every block, parents before their children."""
-        return self._rows("ORDER BY b.root, b.start, b.name")
 
     def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
         """(label, settings) of each root by its name; raises CorruptStream."""
-        found = {}
-        for name, label, settings in self._select("SELECT name, label, settings FROM roots"):
-            try:
-                parsed = json.loads(settings)
-            except (TypeError, ValueError, RecursionError):
-                parsed = None
-            if type(name) is not bytes or type(label) is not str or not isinstance(parsed, dict):
-                self._damaged("what it says of a root is no label and no settings")
-            found[name] = (label, parsed)
-        return found
 
     def counters(self) -> dict[str, int]:
         """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
-        found = dict(self._select("SELECT name, value FROM counters"))
-        if any(type(value) is not int for value in found.values()):
-            self._damaged("its counters are no numbers")
-        return found
 
     @property
     def data(self) -> str | None:
-        """The folder or URL of the files; None where they are in ``blocks`` beside the index."""
-        return next((str(value) for (value,) in self._select("SELECT value FROM places WHERE name = 'data'")), None)
+        """The folder or URL of the files, as it was recorded; None where they are the index's own."""
 
     def coldest(self) -> Row | None:
         """The least recently used block that is not pinned and has no child; None without one."""
-        clause = "WHERE b.pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name) ORDER BY b.used LIMIT 1"
-        while names := self._select(f"SELECT b.name FROM blocks b {clause}"):
-            if rows := self._rows("WHERE b.name IS ?", names[0]):
-                return rows[0]
-            if self._select("SELECT 1 FROM blocks WHERE name IS ?", names[0]):  # a bad row, which could not be dropped
-                break
-        return None
 
     def held(self) -> dict[bytes, int]:
         """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
-        pinned = "SELECT name, parent, size FROM blocks WHERE pinned = 1"
-        above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"
-        return dict(self._select(f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"))
 
     # -- writing -------------------------------------------------------------------------------------------------
     def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
         """Record what a root stands for; a known one stays as it is."""
-        with self._changing() as db:
-            text = json.dumps(settings, sort_keys=True)
-            db.execute("INSERT OR IGNORE INTO roots VALUES (?, ?, ?)", (name, label, text))
 
     def add(self, row: Row) -> bool:
         """Commit a block; False where a block of that name is committed already."""
-        now = time.time()
-        values = {**row.__dict__, "tokens": row.tokens.astype("<i8").tobytes(), "created": now, "used": now}
-        with self._changing() as db:
-            marks = ", ".join("?" * len(_COLUMNS))
-            done = db.execute(
-                f"INSERT OR IGNORE INTO blocks ({', '.join(_COLUMNS)}) VALUES ({marks})", [values[key] for key in _COLUMNS]
-            )
-            return done.rowcount == 1
 
     def remove(self, row: Row, little: bool = False) -> bool:
         """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.
 
-        ``little``: as in ``Connections.changing``.
+        ``little``: wait little for others; a loss of power may undo it.
         """
-        with self._changing(little) as db:
-            return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
 
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters.
 
         Best effort: skipped where the index cannot be written at once, and a loss of power may undo it.
         """
-        self.check_open()
-        if self._denied is not None:
-            return
-        with suppress(OSError, CorruptStream), self._changing(little=True) as db:
-            values = [(time.time(), int(hit), row.name) for row in rows]
-            db.executemany("UPDATE blocks SET used = ?, hits = hits + ? WHERE name = ?", values)
-            text = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
-            db.executemany(text, counts.items())
 
     def pin(self, row: Row, pinned: bool) -> None:
         """Keep a block and its ancestors from eviction, or release them."""
-        with self._changing() as db:
-            db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
 
     def set_quota(self, max_bytes: int | None) -> None:
         """Set the quota in bytes; None: no quota."""
-        with self._changing() as db:
-            db.execute("DELETE FROM counters WHERE name = 'max_bytes'")
-            if max_bytes is not None:
-                db.execute("INSERT INTO counters VALUES ('max_bytes', ?)", (max_bytes,))
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""
-        with self._changing() as db:
-            db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (data,))
-
-
-@lru_cache(maxsize=1)
-def _expected_objects() -> frozenset[tuple[Any, ...]]:
-    """The tables, indexes and triggers of an index of this version, as in sqlite_master."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(_SCHEMA)
-        return frozenset(db.execute(_OBJECTS))
-
-
-def _statements(script: str) -> list[str]:
-    found, statement = [], ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            found.append(statement)
-            statement = ""
-    return found

@@ -69,18 +69,18 @@ class _Work:
 
 
 class PrefixStore:
-    """A store of prefix caches in a folder, for many processes and threads at once.
+    """A store of prefix caches in a folder, or in Redis for many machines; for many processes and threads at once.
 
     ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, as a number or
     such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a prefix
     that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with
     another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its
     vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is
-    opened; the index stays in ``folder``, which has to be on a local disk. ``nonfinite``: "error", or "exact" to keep vectors
-    with NaN or Inf as they are. ``shared``: other users may use the store, as far as the umask allows (by default its files are
-    0600 and its folders 0700). ``identity``: how much of a model's weights every call checks, "sampled" words or all ("full");
-    see ``Identity.of``. All else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not
-    detected. ``shelf``: damage, quota and leftover files.
+    opened; the index stays in ``folder``, on a local disk or at an address of Redis ("redis://host:6379/0?store=NAME", see
+    ``RedisIndex``). ``nonfinite``: "error", or "exact" to keep vectors with NaN or Inf as they are. ``shared``: other users may
+    use the store, as far as the umask allows (by default its files are 0600 and its folders 0700). ``identity``: how much of a
+    model's weights every call checks, "sampled" words or all ("full"); see ``Identity.of``. All else that a cache depends on is
+    checked either way; ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and leftover files.
 
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
@@ -143,7 +143,7 @@ class PrefixStore:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "a PrefixStore is not copied or pickled, for it has an open index and a thread: open "
-            f"PrefixStore({str(self.shelf.folder)!r}) again where it is wanted; many may be open at once, in any processes"
+            f"PrefixStore({str(self.shelf.place)!r}) again where it is wanted; many may be open at once, in any processes"
         )
 
     def __enter__(self) -> PrefixStore:
@@ -197,7 +197,7 @@ class PrefixStore:
                 cache, length = self._found(identity, chain, ids, leave, target, one_left)
                 return Prefix(reuse.beside(cache, model) if device is None and identity.spread else cache, length)
         except (OSError, CorruptStream) as error:  # of the index; unreadable blocks are handled before
-            text = f"{self.shelf.folder} cannot be read, so that nothing is found in it: {error}"
+            text = f"{self.shelf.place} cannot be read, so that nothing is found in it: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Prefix(tc.empty_cache(identity.config), 0)
 
@@ -316,7 +316,7 @@ class PrefixStore:
             self._waiting = {future for future in self._waiting if not future.done()}
             if len(self._waiting) >= PENDING:
                 warnings.warn(
-                    f"{PENDING} caches wait to be saved in {self.shelf.folder}; this one is left out", RuntimeWarning, 2
+                    f"{PENDING} caches wait to be saved in {self.shelf.place}; this one is left out", RuntimeWarning, 2
                 )
                 skipped: Future[Stored] = Future()
                 skipped.set_result(Stored(0, 0, 0))
@@ -416,7 +416,7 @@ class PrefixStore:
         """Drop the new blocks of a prefix that exceeds the quota, with a warning; older blocks stay."""
         for row in reversed(written):
             self.shelf.drop(row)
-        text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.folder} "
+        text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.place} "
         warnings.warn(f"{text}leaves room for {max(available, 0)}", RuntimeWarning, stacklevel=4)
         return self._stored(work, written)
 

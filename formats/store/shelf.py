@@ -1,4 +1,4 @@
-"""Law: the committed blocks of a store's folder, rows and files together: commit, drop, quota, damage and leftovers.
+"""Law: the committed blocks of a store, rows and files together: commit, drop, quota, damage and leftovers.
 
 This module does not depend on models or caches. A block's file is written before its row and removed after it: a row without a
 file means that another process has just dropped the block.
@@ -6,41 +6,36 @@ file means that another process has just dropped the block.
 
 from __future__ import annotations
 
-import errno
 import os
-import time
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
-
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.places import remote
-from pqcodec.formats.places.atomic import make_folders
 from pqcodec.formats.store import folder as own
+from pqcodec.formats.store import redis_index, sqlite_index
 from pqcodec.formats.store.blocks import row_in
 from pqcodec.formats.store.files import GRACE, BlockFiles
 from pqcodec.formats.store.index import Index, Row
+from pqcodec.formats.store.redis_files import RedisFiles
+from pqcodec.formats.store.redis_index import RedisIndex
 
-INDEX, LOCK, BLOCKS = "index.sqlite", "lock", "blocks"
-_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can still be read
+BLOCKS = "blocks"  # the folder of the files, beside the index
 
 
 class Shelf:
-    """The blocks of a store's folder; ``data``: the folder or URL of their files, to be passed whenever the store is opened.
+    """The blocks of a store in a folder, or in Redis for many machines (an address as ``RedisIndex`` takes it).
 
-    ``shared``: other users may use the store, as far as the umask allows; otherwise new files are private. A missing or
-    damaged index is rebuilt from the files. Where the folder cannot be written (a read-only mount, another user's, a full
-    disk), it can be read, and methods that change it raise OSError. Raises InvalidArgument for a URL as the folder, for links
-    in it, and where the index records another place of the files than ``data``; OSError; and UnsupportedStream for an index
-    of a newer version.
+    ``data``: the folder or URL of their files, to be passed whenever the store is opened; without, they are in the folder
+    "blocks", or values of Redis. ``shared``: other users may use the store, as far as the umask allows; otherwise new files
+    are private. A missing or damaged index is rebuilt from the files. Where the folder cannot be written (a read-only mount,
+    another user's, a full disk), it can be read, and methods that change it raise OSError. Raises InvalidArgument for another
+    URL as the folder, for links in it, and where the index records another place of the files than ``data``; OSError; and
+    UnsupportedStream for an index of a newer version.
     """
 
     def __init__(
@@ -49,35 +44,54 @@ class Shelf:
         remote.check_path(folder, "folder")
         if data is not None:
             remote.check_path(data, "data")
-        remote.check_local(folder, "the index of a store is in a local folder; pass the URL of its files as data (--data)")
-        self.folder, self._shared = Path(folder), shared
-        own.check_folder(self.folder)
+        self.place: str  # in messages
         self.denied: OSError | None = None  # why the store can only be read
-        self.index, damage = self._opened()
+        self.index: Index
+        if redis_index.is_address(folder):
+            self.index, damage = RedisIndex(os.fspath(folder)), ""
+            self.place = self.index.label
+            beside = "Redis itself"
+        else:
+            remote.check_local(
+                folder, "the index of a store is in a local folder or in Redis; pass the URL of its files as data (--data)"
+            )
+            self.folder, self.place = Path(folder), os.fspath(folder)
+            own.check_folder(self.folder)
+            self.index, damage, self.denied = sqlite_index.open_in(self.folder, shared)
+            beside = str(self.folder / BLOCKS)
         try:
-            self._check_data(None if data is None else os.fspath(data))
-            if data is None and self.denied is None:
-                own.make_folder(self.folder / BLOCKS, shared)
-            self.files = BlockFiles(self.folder.absolute() / BLOCKS if data is None else data, shared)
+            self._check_data(None if data is None else os.fspath(data), beside)
+            self.files = self._files_of(data, shared)
         except BaseException:
             self.index.close()
             raise
         if self.index.new:
             self._refill(damage)
 
-    def _check_data(self, data: str | None) -> None:
-        """Record a new ``data``, or raise InvalidArgument where the index records another: only the user's word is followed."""
+    def _files_of(self, data: str | os.PathLike[str] | None, shared: bool) -> BlockFiles | RedisFiles:
+        """The files at ``data``, or the index's own."""
+        if data is not None:
+            return BlockFiles(data, shared)
+        if isinstance(self.index, RedisIndex):
+            return RedisFiles(self.index)
+        if self.denied is None:
+            own.make_folder(self.folder / BLOCKS, shared)
+        return BlockFiles(self.folder.absolute() / BLOCKS, shared)
+
+    def _check_data(self, data: str | None, beside: str) -> None:
+        """Record a new ``data``, or raise InvalidArgument where the index records another: only the user's word is followed.
+
+        ``beside``: the place of files that are the index's own.
+        """
         recorded = self.index.data
         if recorded is None and data is not None and self.denied is None:
             self.index.set_data(data)
         elif recorded is not None and data is None:
             raise InvalidArgument(
-                f"{self.folder}: its index says that its files lie in {recorded}; pass data={recorded!r} (--data) if so"
+                f"{self.place}: its index says that its files lie in {recorded}; pass data={recorded!r} (--data) if so"
             )
         elif recorded != data:
-            raise InvalidArgument(
-                f"{self.folder}: the files of this store lie in {recorded or self.folder / BLOCKS}, not in {data}"
-            )
+            raise InvalidArgument(f"{self.place}: the files of this store lie in {recorded or beside}, not in {data}")
 
     def close(self) -> None:
         """Close the index; later calls raise InvalidArgument."""
@@ -108,7 +122,7 @@ class Shelf:
 
         Silent where another process has dropped it meanwhile. Raises nothing: a block that cannot be dropped stays.
         """
-        what = f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.folder}"
+        what = f"block {row.name.hex()[:16]} (tokens {row.start} to {row.end - 1}) of {self.place}"
         if isinstance(error, (CorruptStream, FileNotFoundError)):
             try:
                 if not self.index.remove(row, little=True):
@@ -157,7 +171,7 @@ class Shelf:
             except OSError as error:
                 why = f"block {row.name.hex()[:16]} cannot be removed: {error}"
         if why:
-            warnings.warn(f"{self.folder} is over its quota of {limit} bytes, and {why}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self.place} is over its quota of {limit} bytes, and {why}", RuntimeWarning, stacklevel=4)
         return freed
 
     def _why_nothing_goes(self) -> str:
@@ -200,48 +214,6 @@ class Shelf:
         missing = sum(self.drop(row) for row in before if row.file not in there)
         return {"orphans": len(orphans), "missing": missing, "evicted_bytes": self.evict()}
 
-    # -- the index -----------------------------------------------------------------------------------------------
-    def _opened(self) -> tuple[Index, str]:
-        """The index, and a description of the damaged one that it replaces ("" without); opened for reading if not writable."""
-        path = self.folder / INDEX
-        paths = (self.folder, self.folder / LOCK, *(path.with_name(INDEX + ending) for ending in ("", "-wal", "-shm")))
-        self.denied = next(filter(None, map(own.denied, paths)), None)
-        if self.denied is None:
-            try:
-                make_folders(self.folder, own.SHARED if self._shared else own.PRIVATE)
-                return self._opened_to_write(path)
-            except OSError as error:
-                if error.errno not in _DENIED or not path.exists():
-                    raise
-                self.denied = error
-        if not path.exists():
-            raise OSError(
-                self.denied.errno, f"no store is there, and none can be made ({self.denied.strerror})", str(self.folder)
-            )
-        if Index.damage_mark(path).exists():
-            raise CorruptStream(f"{path}: the index is damaged; open the store with the right to write to make it anew")
-        if not os.access(path, os.R_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return Index(path, self._shared, self.denied), ""
-
-    def _opened_to_write(self, path: Path) -> tuple[Index, str]:
-        mark = Index.damage_mark(path)
-        with _only_one(self.folder / LOCK, self._shared):
-            try:
-                if not mark.exists():
-                    return Index(path, self._shared), ""
-            except CorruptStream:
-                pass
-            beside = [mark, *(path.with_name(INDEX + suffix) for suffix in ("-wal", "-shm", "-journal"))]
-            for each in (path, *beside):  # before anything is moved
-                own.check_file(each, self._shared)
-            aside = path.with_name(f"{INDEX}.damaged-{int(time.time())}")
-            if path.exists():
-                os.replace(path, aside)
-            for each in beside:
-                each.unlink(missing_ok=True)
-            return Index(path, self._shared), f"{path} was damaged and is set aside as {aside.name}"
-
     def _refill(self, damage: str) -> None:
         """Add rows to a new index for all files that describe their blocks; ``damage``: for the warning."""
         count = 0
@@ -256,20 +228,5 @@ class Shelf:
             self.index.add_root(row.root, about["label"], about["settings"])
             count += self.index.add(row)
         if damage or count:
-            text = f"{damage or f'{self.folder / INDEX} was missing'}: {count} blocks were found again by their files"
+            text = f"{damage or f'the index of {self.place} was missing'}: {count} blocks were found again by their files"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-@contextmanager
-def _only_one(lock: Path, shared: bool) -> Iterator[None]:
-    """A context for one process at a time, by a lock file, where the system has such locks (POSIX)."""
-    own.make_file(lock, shared)
-    with open(lock, "a") as file:
-        if fcntl is None:
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child forked meanwhile, which has the file open

@@ -191,10 +191,10 @@ def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = No
     about = {key: metadata[0][key] for key in ("label", "settings")}
     known = shelf.index.roots().get(rows[0].root)
     if known is not None and known[1] != about["settings"]:
-        raise CorruptStream(f"{file.label}: names a root that stands for other settings in {shelf.folder}")
+        raise CorruptStream(f"{file.label}: names a root that stands for other settings in {shelf.place}")
     available = shelf.available_bytes({row.name for row in rows})
     if available is not None and file.size > available and any(shelf.index.find(row.name) is None for row in rows):
-        text = f"takes {file.size} bytes, and the quota of {shelf.folder} leaves room for {max(available, 0)}"
+        text = f"takes {file.size} bytes, and the quota of {shelf.place} leaves room for {max(available, 0)}"
         raise InvalidArgument(f"{file.label}: {text}; raise it (gc --max-bytes)")
     pieces: list[list[Piece]] = [[] for _ in rows]
     for piece in pieces_of(file):
@@ -208,7 +208,7 @@ def add_checked(shelf: Shelf, incoming: Incoming, progress: Progress | None = No
             shelf.index.add_root(row.root, **about)
             new += [written] if shelf.commit(written) else []
         elif (there.parent, there.start, there.tokens.tolist()) != (row.parent, row.start, row.tokens.tolist()):
-            raise CorruptStream(f"{file.label}: block {index} has the name of another block of {shelf.folder}")
+            raise CorruptStream(f"{file.label}: block {index} has the name of another block of {shelf.place}")
         if progress:
             progress(index + 1, len(rows))
     shelf.index.touch(rows, hit=False)

@@ -20,7 +20,7 @@ from pqcodec.formats.plain.in_memory import InMemory
 
 LAYERS = [(np.ones((1, 8, 64), np.float16), np.ones((1, 8, 64), np.float16))]
 UNKNOWN = (
-    "redis://host/0",
+    "mongodb://host/0",
     "nonsense://x",
     "s4://bucket/x.pqkv",
     "redis:/host",

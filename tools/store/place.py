@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
     from pqcodec.formats.store.shelf import Shelf
 
-Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The store's folder.")]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The store's folder, or the URL of Redis with its index.")]
 Data = Annotated[
     str | None, typer.Option("--data", metavar="PLACE", help="Folder or URL of the store's files, where they are elsewhere.")
 ]
@@ -38,37 +38,45 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
 
     Raises FileNotFoundError, InvalidArgument, and as ``Shelf`` does.
     """
-    from pqcodec.formats.places.remote import check_local
-    from pqcodec.formats.store.folder import check_folder
-
-    check_local(folder, "the index of a store is in a local folder; pass the URL of its files by --data")
-    check_folder(Path(folder))
-    if not new and not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
-    if not new and data is None and not is_store(Path(folder)):
-        raise InvalidArgument(f"{folder}: is no prefix store; it has no index")
+    from pqcodec.formats.store.redis_index import is_address
     from pqcodec.formats.store.shelf import Shelf
 
+    if not is_address(folder):
+        _check_folder(folder, data, new)
+        shared = shared or (not new and _is_shared(Path(folder)))
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = lambda message, *_: say(f"pqcodec: {message}")  # type: ignore[assignment]
-        shelf = Shelf(folder, data, shared=shared or (not new and _is_shared(Path(folder))))
+        shelf = Shelf(folder, data, shared=shared)
         try:
             yield shelf
         finally:
             shelf.close()
 
 
+def _check_folder(folder: str, data: str | None, new: bool) -> None:
+    """Raises InvalidArgument or FileNotFoundError where a local store is none, unless it is to be made."""
+    from pqcodec.formats.places.remote import check_local
+    from pqcodec.formats.store.folder import check_folder
+
+    check_local(folder, "the index of a store is in a local folder or in Redis; pass the URL of its files by --data")
+    check_folder(Path(folder))
+    if not new and not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+    if not new and data is None and not is_store(Path(folder)):
+        raise InvalidArgument(f"{folder}: is no prefix store; it has no index")
+
+
 def is_store(folder: Path) -> bool:
     """Whether a folder has the index or the blocks of a store."""
-    from pqcodec.formats.store.shelf import INDEX
+    from pqcodec.formats.store.sqlite_index import INDEX
 
     return (folder / INDEX).is_file() or any(folder.glob("blocks/*/*.pqkv"))
 
 
 def _is_shared(folder: Path) -> bool:
     """Whether a store's index is open to other users, which upkeep must not change."""
-    from pqcodec.formats.store.shelf import INDEX
+    from pqcodec.formats.store.sqlite_index import INDEX
 
     index = folder / INDEX
     return index.is_file() and index.stat().st_mode & 0o077 != 0
@@ -79,7 +87,7 @@ def check_place(shelf: Shelf) -> None:
     files = {row.file for row in shelf.index.all()}
     if files and not any(file in files for file, _ in shelf.files.all()):
         raise InvalidArgument(
-            f"{shelf.folder}: none of its {len(files)} blocks has a file in {shelf.files.location}; "
+            f"{shelf.place}: none of its {len(files)} blocks has a file in {shelf.files.location}; "
             "pass by --data where they lie"
         )
 

@@ -1,0 +1,407 @@
+"""Law: the index of a store that many machines share, in Redis or Valkey; each change is one script, so it happens as a whole.
+
+Keys begin with ``{pqcodec:STORE}:`` and lie in one slot of a cluster:
+
+    block:NAME      hash: the fields of a row (``index.Row``), times as decimal text, tokens as little-endian int64
+    children:NAME   set: the names of the blocks that follow a block or root
+    all             sorted set: the names of all blocks, by start
+    leaves          sorted set: the blocks that may be evicted (without children, not pinned), by the time of their last use
+    pinned          set
+    roots           hash: JSON of label and settings, by name
+    counters        hash; data: the place of the files, if recorded
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import numpy as np
+
+from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats.store.index import Row, problem_of, warn_of_row
+
+VERSION = b"1"
+SCHEMES = ("redis", "rediss", "unix")
+CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0  # that a server may take
+TRIES = 3  # of a command whose connection breaks
+AT_ONCE = 512  # rows that are asked for together
+_STORE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NUMBER = re.compile(rb"-?[0-9]{1,18}")
+_FIELDS = ("parent", "root", "start", "tokens", "whole", "stateful", "file", "size", "created", "used", "hits", "pinned")
+
+# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent.
+# ARGV: name, parent, start, used, size, then the fields of the row.
+_ADD = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
+redis.call('SADD', KEYS[7], ARGV[1])
+redis.call('ZREM', KEYS[4], ARGV[2])
+if redis.call('SCARD', KEYS[2]) == 0 then redis.call('ZADD', KEYS[4], ARGV[4], ARGV[1]) end
+redis.call('HINCRBY', KEYS[5], 'bytes', ARGV[5])
+return 1
+"""
+# KEYS: block, all, leaves, pinned, counters, block of the parent, children of the parent. ARGV: name, parent, file ('' any).
+_REMOVE = """
+local file = redis.call('HGET', KEYS[1], 'file')
+if redis.call('EXISTS', KEYS[1]) == 0 or (ARGV[3] ~= '' and file ~= ARGV[3]) then return 0 end
+local size = redis.call('HGET', KEYS[1], 'size')
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('SREM', KEYS[4], ARGV[1])
+redis.call('SREM', KEYS[7], ARGV[1])
+if size and string.match(size, '^%d+$') then redis.call('HINCRBY', KEYS[5], 'bytes', '-' .. size) end
+if redis.call('SCARD', KEYS[7]) == 0 and redis.call('HGET', KEYS[6], 'pinned') == '0' then
+    redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[6], 'used'), ARGV[2])
+end
+return 1
+"""
+# KEYS: counters, leaves, blocks ...; ARGV: time, hit, number of names, names ..., counters and what is added to them ...
+_TOUCH = """
+local names = tonumber(ARGV[3])
+for i = 1, names do
+    local key = KEYS[2 + i]
+    if redis.call('EXISTS', key) == 1 then
+        redis.call('HSET', key, 'used', ARGV[1])
+        redis.call('HINCRBY', key, 'hits', ARGV[2])
+        redis.call('ZADD', KEYS[2], 'XX', ARGV[1], ARGV[3 + i])
+    end
+end
+for i = 4 + names, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
+"""
+# KEYS: block, children of the block, leaves, pinned. ARGV: name, 0 or 1.
+_PIN = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'pinned', ARGV[2])
+if ARGV[2] == '1' then
+    redis.call('SADD', KEYS[4], ARGV[1])
+    redis.call('ZREM', KEYS[3], ARGV[1])
+else
+    redis.call('SREM', KEYS[4], ARGV[1])
+    if redis.call('SCARD', KEYS[2]) == 0 then redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[1], 'used'), ARGV[1]) end
+end
+return 1
+"""
+
+
+def is_address(place: Any) -> bool:
+    """Whether a store's place is a URL of Redis or Valkey: redis://, rediss:// (TLS) or unix:// (a socket)."""
+    return isinstance(place, str) and place.split("://")[0] in SCHEMES and "://" in place
+
+
+def server_and_store(address: str) -> tuple[str, str]:
+    """The server's URL and the store's name, which is the parameter "store" of ``address`` ("default" without).
+
+    >>> server_and_store("redis://cache.local:6379/0?store=team-a")
+    ('redis://cache.local:6379/0', 'team-a')
+    """
+    found = urlsplit(address)
+    asked = dict(parse_qsl(found.query, keep_blank_values=True))
+    store = asked.pop("store", "default")
+    if not _STORE.fullmatch(store):
+        raise InvalidArgument(f"store={store!r:.80}: a name of letters, digits, '.', '_' and '-' is expected, 64 at most")
+    return urlunsplit(found._replace(query=urlencode(asked))), store
+
+
+def without_password(address: str) -> str:
+    """An address without its password, for messages."""
+    found = urlsplit(address)
+    user, at, host = found.netloc.rpartition("@")
+    name = user.partition(":")[0]
+    return urlunsplit(found._replace(netloc=f"{name}{at}{host}"))
+
+
+class RedisIndex:
+    """The index in a server; safe for threads, processes and forks. ``Index`` says what each method does.
+
+    ``address``: redis://host:port/database?store=NAME, also rediss:// and unix:// (``server_and_store``). What the server holds
+    is trusted as little as a stranger's file. Raises InvalidArgument, OSError, and UnsupportedStream for an index of a newer
+    version.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import redis
+            from redis.backoff import ExponentialBackoff
+            from redis.retry import Retry
+        except ImportError as missing:
+            raise InvalidArgument(
+                f"{without_password(address)}: a store in Redis needs a package: pip install 'pqcodec[redis]'"
+            ) from missing
+        server, store = server_and_store(address)
+        self.label, self._tag = without_password(address), f"{{pqcodec:{store}}}:".encode()
+        self._closed = False
+        try:
+            self.client: Any = redis.Redis.from_url(
+                server,
+                socket_connect_timeout=CONNECT_SECONDS,
+                socket_timeout=ANSWER_SECONDS,
+                retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), TRIES),
+                retry_on_error=[redis.ConnectionError, redis.TimeoutError],
+            )
+        except ValueError as error:
+            raise InvalidArgument(f"{self.label}: {error}") from None
+        self._add, self._remove, self._touch, self._pin = map(self.client.register_script, (_ADD, _REMOVE, _TOUCH, _PIN))
+        with self.named():
+            self.new = bool(self.client.set(self.key("version"), VERSION, nx=True))
+            version = VERSION if self.new else self.client.get(self.key("version"))
+        if version != VERSION:
+            raise UnsupportedStream(f"{self.label}: an index of version {version!r:.20}; install a newer pqcodec")
+
+    def key(self, kind: str, name: bytes = b"") -> bytes:
+        """The key of one kind, of a block or root if ``name`` is given."""
+        return self._tag + kind.encode() + (b":" + name if name else b"")
+
+    def close(self) -> None:
+        """Close for good: all later calls raise InvalidArgument."""
+        self._closed = True
+        self.client.close()
+
+    def check_open(self) -> None:
+        """Raises InvalidArgument after ``close``."""
+        if self._closed:
+            raise InvalidArgument(f"{self.label}: the store is closed; open it anew")
+
+    def check_writable(self) -> None:
+        """Raises InvalidArgument after ``close``."""
+        self.check_open()
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """A context that turns errors of the server into OSError or, for a key of another type, CorruptStream."""
+        import redis
+
+        self.check_open()
+        try:
+            yield
+        except redis.TimeoutError as error:
+            raise OSError(errno.ETIMEDOUT, str(error), self.label) from error
+        except redis.ConnectionError as error:
+            raise OSError(errno.ECONNREFUSED, str(error), self.label) from error
+        except redis.RedisError as error:
+            text = str(error)
+            if "WRONGTYPE" in text:
+                raise CorruptStream(f"{self.label}: the index is damaged ({text}); keys of it are of another type") from error
+            code = next((code for word, code in _ERRNOS.items() if word in text), errno.EIO)
+            raise OSError(code, text, self.label) from error
+
+    # -- reading -------------------------------------------------------------------------------------------------
+    def find(self, name: bytes) -> Row | None:
+        """The block called ``name``; None where it is not committed."""
+        return next(iter(self._rows([name])), None)
+
+    def children(self, parent: bytes) -> list[Row]:
+        """The blocks that follow the block or root called ``parent``."""
+        with self.named():
+            names = sorted(self.client.smembers(self.key("children", parent)))
+        return self._rows(names)
+
+    def all(self) -> list[Row]:
+        """Every block, parents before their children."""
+        with self.named():
+            names = self.client.zrange(self.key("all"), 0, -1)
+        return sorted(self._rows(names), key=lambda row: (row.root, row.start, row.name))
+
+    def _rows(self, names: Sequence[bytes]) -> list[Row]:
+        """The rows of those names that are there."""
+        rows = []
+        for first in range(0, len(names), AT_ONCE):
+            part = names[first : first + AT_ONCE]
+            with self.named():
+                asked = self.client.pipeline(transaction=False)
+                for name in part:
+                    asked.hgetall(self.key("block", name))
+                found = asked.execute()
+            for name, fields in zip(part, found, strict=True):
+                if fields:
+                    try:
+                        rows.append(_row(name, fields))
+                    except ValueError as error:
+                        self._forget(name, fields, str(error))
+        return rows
+
+    def _forget(self, name: bytes, fields: Mapping[bytes, bytes], problem: str) -> None:
+        """Drop a row that no store has written, with a warning; its file is not touched."""
+        dropped = False
+        with suppress(OSError, CorruptStream):
+            dropped = self._removed(name, fields.get(b"parent", b""), b"")
+        warn_of_row(self.label, problem, dropped)
+
+    def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
+        """(label, settings) of each root by its name; raises CorruptStream."""
+        with self.named():
+            listed = self.client.hgetall(self.key("roots"))
+        found = {}
+        for name, text in listed.items():
+            try:
+                label, settings = json.loads(text)
+            except (TypeError, ValueError, RecursionError):
+                label, settings = None, None
+            if not isinstance(label, str) or not isinstance(settings, dict):
+                raise CorruptStream(f"{self.label}: the index is damaged: what it says of a root is no label and no settings")
+            found[name] = (label, settings)
+        return found
+
+    def counters(self) -> dict[str, int]:
+        """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
+        with self.named():
+            listed = self.client.hgetall(self.key("counters"))
+        if not all(_NUMBER.fullmatch(value) for value in listed.values()):
+            raise CorruptStream(f"{self.label}: the index is damaged: its counters are no numbers")
+        return {name.decode(errors="replace"): int(value) for name, value in listed.items()}
+
+    @property
+    def data(self) -> str | None:
+        """The folder or URL of the files, as it was recorded; None where they are the index's own."""
+        with self.named():
+            found = self.client.get(self.key("data"))
+        return None if found is None else found.decode(errors="replace")
+
+    def coldest(self) -> Row | None:
+        """The least recently used block that is not pinned and has no child; None without one."""
+        while True:
+            with self.named():
+                names = self.client.zrange(self.key("leaves"), 0, 0)
+            if not names or (rows := self._rows(names)):
+                return rows[0] if names else None
+            with self.named():
+                self.client.zrem(self.key("leaves"), *names)  # of a block that is gone
+
+    def held(self) -> dict[bytes, int]:
+        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
+        with self.named():
+            names = list(self.client.smembers(self.key("pinned")))
+        held: dict[bytes, int] = {}
+        while names:
+            rows = [row for row in self._rows(names) if row.name not in held]
+            held |= {row.name: row.size for row in rows}
+            names = list({row.parent for row in rows})
+        return held
+
+    # -- writing -------------------------------------------------------------------------------------------------
+    def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
+        """Record what a root stands for; a known one stays as it is."""
+        with self.named():
+            self.client.hsetnx(self.key("roots"), name, json.dumps([label, settings], sort_keys=True))
+
+    def add(self, row: Row) -> bool:
+        """Commit a block; False where a block of that name is committed already."""
+        now = repr(time.time())
+        values = {
+            **row.__dict__,
+            "tokens": row.tokens.astype("<i8").tobytes(),
+            "whole": int(row.whole),
+            "stateful": int(row.stateful),
+            "pinned": 0,
+            "created": now,
+            "used": now,
+        }
+        fields = [part for name in _FIELDS for part in (name, values[name])]
+        keys = [
+            self.key("block", row.name),
+            self.key("children", row.name),
+            self.key("all"),
+            self.key("leaves"),
+            self.key("counters"),
+            self.key("block", row.parent),
+            self.key("children", row.parent),
+        ]
+        with self.named():
+            added = bool(self._add(keys=keys, args=[row.name, row.parent, row.start, now, row.size, *fields]))
+        if added and row.pinned:
+            self.pin(row, True)
+        return added
+
+    def remove(self, row: Row, little: bool = False) -> bool:
+        """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards."""
+        return self._removed(row.name, row.parent, row.file.encode())
+
+    def _removed(self, name: bytes, parent: bytes, file: bytes) -> bool:
+        keys = [
+            self.key("block", name),
+            self.key("all"),
+            self.key("leaves"),
+            self.key("pinned"),
+            self.key("counters"),
+            self.key("block", parent),
+            self.key("children", parent),
+        ]
+        with self.named():
+            return bool(self._remove(keys=keys, args=[name, parent, file]))
+
+    def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
+        """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters. Best effort."""
+        self.check_open()
+        names = [row.name for row in rows]
+        keys = [self.key("counters"), self.key("leaves"), *(self.key("block", name) for name in names)]
+        added = [part for name, count in counts.items() for part in (name, int(count))]
+        with suppress(OSError, CorruptStream), self.named():
+            self._touch(keys=keys, args=[repr(time.time()), int(hit), len(names), *names, *added])
+
+    def pin(self, row: Row, pinned: bool) -> None:
+        """Keep a block and its ancestors from eviction, or release them."""
+        keys = [self.key("block", row.name), self.key("children", row.name), self.key("leaves"), self.key("pinned")]
+        with self.named():
+            self._pin(keys=keys, args=[row.name, int(pinned)])
+
+    def set_quota(self, max_bytes: int | None) -> None:
+        """Set the quota in bytes; None: no quota."""
+        with self.named():
+            if max_bytes is None:
+                self.client.hdel(self.key("counters"), "max_bytes")
+            else:
+                self.client.hset(self.key("counters"), "max_bytes", max_bytes)
+
+    def set_data(self, data: str) -> None:
+        """Record the folder or URL of the files."""
+        with self.named():
+            self.client.set(self.key("data"), data)
+
+
+_ERRNOS = {  # by words of a server's error
+    "OOM": errno.ENOSPC,
+    "MISCONF": errno.ENOSPC,
+    "READONLY": errno.EROFS,
+    "NOAUTH": errno.EACCES,
+    "WRONGPASS": errno.EACCES,
+    "NOPERM": errno.EACCES,
+    "LOADING": errno.EBUSY,
+}
+
+
+def _row(name: bytes, fields: Mapping[bytes, bytes]) -> Row:
+    """The row of a hash; raises ValueError for one that no store writes."""
+    missing = [field for field in _FIELDS if field.encode() not in fields]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    found = {field: fields[field.encode()] for field in _FIELDS}
+    if len(found["tokens"]) % 8 or any(found[field] not in (b"0", b"1") for field in ("whole", "stateful", "pinned")):
+        raise ValueError("its fields are of other kinds")
+    if not all(_NUMBER.fullmatch(found[field]) for field in ("start", "size", "hits")):
+        raise ValueError("its numbers are none")
+    row = Row(
+        name=name,
+        parent=found["parent"],
+        root=found["root"],
+        start=int(found["start"]),
+        tokens=np.frombuffer(found["tokens"], "<i8"),
+        whole=found["whole"] == b"1",
+        stateful=found["stateful"] == b"1",
+        file=found["file"].decode(errors="replace"),
+        size=int(found["size"]),
+        created=float(found["created"]),
+        used=float(found["used"]),
+        hits=int(found["hits"]),
+        pinned=found["pinned"] == b"1",
+    )
+    if not row.file or (problem := problem_of(row)):
+        raise ValueError(problem if row.file else "it has no file")
+    return row

@@ -1,0 +1,191 @@
+"""A store that many machines share, its index in Redis: one node puts, another gets; quotas, faults and the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("redis")
+if shutil.which("redis-server") is None:
+    pytest.skip("there is no redis-server here: apt install redis-server", allow_module_level=True)
+
+from store_stress import MODEL, cache_of, expected, stress, tokens_of, wrong
+from typer.testing import CliRunner
+
+from pqcodec.errors import InvalidArgument
+from pqcodec.formats.store import PrefixStore
+from pqcodec.tools.cli import app
+from tests.servers import RedisServer, redis_server
+
+PROMPT = "1.2.3"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(str(tmp_path_factory.mktemp("redis"))) as running:
+        yield running
+
+
+@pytest.fixture
+def address(server: RedisServer, tmp_path: Path) -> str:
+    """Of a store of this test's own."""
+    return f"{server.address}?store={tmp_path.name}"
+
+
+@pytest.mark.parametrize("place", ["redis", "folder", "memory"])
+@pytest.mark.parametrize("preset", ["exact", "pq3", "quad3"])
+def test_what_one_node_puts_another_gets(address: str, tmp_path: Path, place: str, preset: str) -> None:
+    data = {"redis": None, "folder": str(tmp_path / "files"), "memory": f"memory://{tmp_path.name}{preset}"}[place]
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, data=data, preset=preset) as one, PrefixStore(address, data=data, preset=preset) as two:
+        stored = one.put(MODEL, ids, cache_of(numbers))
+        assert stored.tokens == stored.new_tokens == len(ids)
+        assert two.put(MODEL, ids, cache_of(numbers)).new_tokens == 0
+        cache, length = two.get(MODEL, ids, leave=0)
+        assert length == len(ids)
+        assert not wrong(cache, length, numbers, preset == "exact")
+        assert {file for file, _ in two.shelf.files.all()} == {row.file for row in one.shelf.index.all()}
+        assert not [what for row in two.shelf.index.all() for what in two.shelf.problems(row)]
+        assert two.shelf.gc(grace=0) == {"orphans": 0, "missing": 0, "evicted_bytes": 0}
+    with PrefixStore(address, data=data, preset=preset, tenant="another") as other:
+        assert other.get(MODEL, ids).length == 0
+
+
+def test_two_nodes_that_put_one_prefix_at_once_keep_it_once(address: str) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    stores = [PrefixStore(address, preset="pq3") for _ in range(4)]
+    threads = [threading.Thread(target=store.put, args=(MODEL, ids, cache_of(numbers))) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = stores[0].shelf.index.all()
+    assert sum(len(row.tokens) for row in rows) == len(ids)
+    assert {file for file, _ in stores[0].shelf.files.all()} == {row.file for row in rows}
+    assert stores[0].shelf.index.counters()["bytes"] == sum(row.size for row in rows)
+
+
+def test_a_quota_holds_for_all_nodes_and_pins_are_kept(address: str) -> None:
+    with PrefixStore(address, preset="pq3", max_bytes="100KB") as one, PrefixStore(address, preset="pq3") as two:
+        assert two.shelf.max_bytes == 100_000
+        one.put(MODEL, tokens_of("0"), cache_of(expected("0")), pin=True)
+        for prompt in ("1", "2.1", "3.2.1", "4.1.1", "5.0.0", "2.2.2"):
+            two.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)))
+            assert one.shelf.index.counters()["bytes"] <= 100_000
+        assert one.get(MODEL, tokens_of("0"), leave=0).length == len(tokens_of("0"))
+        assert two.shelf.index.counters()["evicted"] > 0
+
+
+def test_damage_is_a_miss_and_dropped(address: str) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        index, row = store.shelf.index, store.shelf.index.all()[1]
+        key = index.key("file", row.file.encode())
+        data = bytearray(index.client.get(key))
+        data[len(data) // 2] ^= 1
+        index.client.set(key, bytes(data))
+        with pytest.warns(RuntimeWarning, match="damaged"):
+            cache, length = store.get(MODEL, ids, leave=0)
+        assert length == row.start
+        assert not wrong(cache, length, numbers, exact=False)
+        assert index.find(row.name) is None
+        store.put(MODEL, ids, cache_of(numbers))
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+        index.client.delete(*(index.key("file", row.file.encode()) for row in index.all()))
+        with pytest.warns(RuntimeWarning, match="no file"):
+            assert store.get(MODEL, ids, leave=0).length == 0
+
+
+def test_a_lost_index_is_made_anew_from_the_files(address: str, tmp_path: Path) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, data=tmp_path / "files", preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        client = store.shelf.index.client
+        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+    with (
+        pytest.warns(RuntimeWarning, match="found again by their files"),
+        PrefixStore(address, data=tmp_path / "files", preset="pq3") as store,
+    ):
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+
+
+def test_a_server_that_is_gone_finds_nothing_and_says_so(tmp_path: Path) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with redis_server(str(tmp_path)) as server, PrefixStore(server.address, preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        server.stop(signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="nothing is found"):
+            assert store.get(MODEL, ids).length == 0
+        with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+            store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+        server.start()
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+
+
+def test_places_that_are_none(address: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="in a local folder or in Redis"):
+        PrefixStore("s3://bucket/store")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
+        PrefixStore("redis://127.0.0.1:1/0")
+    with pytest.raises(InvalidArgument, match="store="):
+        PrefixStore("redis://127.0.0.1:1/0?store=a/b")
+    PrefixStore(address, data=tmp_path / "files").close()
+    with pytest.raises(InvalidArgument, match="pass data="):
+        PrefixStore(address)
+    with pytest.raises(InvalidArgument, match="lie in"):
+        PrefixStore(address, data=tmp_path / "others")
+
+
+def test_a_password_is_never_shown() -> None:
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1") as found:
+        PrefixStore("redis://user:secret@127.0.0.1:1/0")
+    assert "secret" not in str(found.value)
+
+
+def test_the_command_line_takes_addresses(address: str, tmp_path: Path) -> None:
+    with PrefixStore(address, preset="pq3") as store:
+        store.put(MODEL, tokens_of(PROMPT), cache_of(expected(PROMPT)))
+    run = CliRunner()
+    for arguments in (["ls"], ["stats"], ["verify"], ["gc"]):
+        found = run.invoke(app, ["store", *arguments, address])
+        assert found.exit_code == 0, found.output
+    with PrefixStore(address, preset="pq3") as store:
+        last = max(store.shelf.index.all(), key=lambda row: row.start)
+    archive, local = str(tmp_path / "archive.pqkv"), str(tmp_path / "local")
+    exported = run.invoke(app, ["store", "export", address, last.name.hex(), archive])
+    assert exported.exit_code == 0, exported.output
+    digest = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
+    imported = run.invoke(app, ["store", "import", local, archive, "--sha256", digest])
+    assert imported.exit_code == 0, imported.output
+    with PrefixStore(local, preset="pq3") as store:
+        assert store.get(MODEL, tokens_of(PROMPT), leave=0).length == len(tokens_of(PROMPT))
+    assert run.invoke(app, ["store", "rm", address, "--all", "--yes"]).exit_code == 0
+    with PrefixStore(address, preset="pq3") as store:
+        assert not store.shelf.index.all()
+        assert not [*store.shelf.files.all()]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("quota", [False, True])
+def test_killed_clients_and_a_killed_server_lose_nothing(tmp_path: Path, quota: bool) -> None:
+    (tmp_path / "redis").mkdir()
+    with redis_server(str(tmp_path / "redis")) as server:
+        found = stress(
+            tmp_path / "s",
+            processes=4,
+            operations=40,
+            seed=2,
+            quota=quota,
+            address=server.address,
+            halfway=server.kill_and_start,
+        )
+    assert (found["wrong"], found["lost"], found["problems"], found["crashes"]) == (0, 0, [], 0)
+    assert found["puts"] + found["gets"] >= 4 * 40 - found["server_gone"]
