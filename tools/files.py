@@ -35,7 +35,7 @@ class TwoEnded(TyperCommand):
             return super().parse_args(ctx, list(args))
         except typer.BadParameter as error:
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-            if error.param is not None and error.param.name == "sources" and given["target"] is not None:
+            if error.param is not None and error.param.name == "sources" and isinstance(given["target"], str):
                 params: list[Any] = [param for param in self.params if param.name == "target"]
                 error.param = params[0]
             raise
