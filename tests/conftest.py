@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,10 +34,19 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run in its interpreter
-HAS_TRITON = find_spec("triton") is not None
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(map(int, version(package).split(".")[:2]))
+
+
+# Triton's interpreter before 3.7 makes an index of an array of one number, which numpy refuses since 2.5
+HAS_TRITON = find_spec("triton") is not None and (GPU or _version("triton") >= (3, 7) or _version("numpy") < (2, 5))
 HAS_CUDA = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU here: pytest tests/test_gpu.py on a machine with one")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON, reason="triton is not installed, or too old to interpret kernels with this numpy"
+)
 needs_cuda = pytest.mark.skipif(
     not GPU or torch.version.hip is not None or not HAS_CUDA, reason="backend cuda needs an NVIDIA GPU and cuda-bindings"
 )
