@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 
-.PHONY: demo test check bench fidelity golden wheel clean
+.PHONY: demo test test-matrix kernels check bench fidelity golden wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,14 @@ demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache e
 	$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/installed  ## the tests, doctests included
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+
+kernels: $(VENV)/installed  ## compile the CPU's kernels once, ahead of tests, whose workers would each do so
+	$(BIN)/pqcodec warmup
+
+test-matrix: $(VENV)/installed  ## the tests' core against the oldest and the newest dependencies, on every Python found
+	$(BIN)/pip install --quiet nox
+	$(BIN)/nox --noxfile tests/matrix.py --envdir $(abspath build/matrix)
 
 check: $(VENV)/installed  ## lint, format, types
 	$(BIN)/ruff check .
