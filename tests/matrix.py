@@ -15,10 +15,10 @@ from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-EXTRAS = ".[cuda,remote,transformers,zarr]"
-CORE = (  # each dependency is touched: numpy, numba, torch; safetensors; zarr, fsspec; typer, rich; transformers; triton
+EXTRAS = ".[cuda,redis,remote,transformers,zarr]"
+CORE = (  # each dependency is touched: numpy, numba, torch; safetensors; zarr, fsspec, redis; typer, rich; transformers; triton
     *("golden", "codec", "options", "quads"),
-    *("safetensors", "pqkv", "containers", "zarr", "remote", "cli"),
+    *("safetensors", "pqkv", "containers", "zarr", "remote", "cli", "index"),
     *("transformers_cache", "encoded_cache", "host_pool"),
 )
 

@@ -109,7 +109,12 @@ def wrong(cache: Any, length: int, numbers: np.ndarray, exact: bool) -> str:
 # -- workers -----------------------------------------------------------------------------------------------------
 def opened(folder: Path, address: str, **options: Any) -> PrefixStore:
     """The store in a folder or, if there is an address, with its index there and its files in the folder."""
-    return PrefixStore(address, data=folder / "blocks", **options) if address else PrefixStore(folder, **options)
+    while address:
+        try:
+            return PrefixStore(address, data=folder / "blocks", **options)
+        except OSError:  # the server is gone for a while
+            time.sleep(0.05)
+    return PrefixStore(folder, **options)
 
 
 def work(number: int, life: int, folder: Path, address: str, operations: int, seed: int, preset: str, done: mmap.mmap) -> None:
