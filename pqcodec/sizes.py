@@ -1,4 +1,4 @@
-"""Law: sizes in bytes as users give them, to the command line and to public classes: 5000000000, "5GB", "512MiB"."""
+"""Law: sizes and times as users give them, to the command line and to public classes: 5000000000, "5GB", "512MiB"; "30d"."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from numbers import Real
 
 from pqcodec.errors import InvalidArgument
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -29,3 +30,16 @@ def size_of(value: int | float | str, name: str) -> int:
     if size >= 1 << 63:
         raise InvalidArgument(f"{name} {value!r:.40}: is larger than any memory or disk; 8 EiB are too many")
     return round(size)
+
+
+def seconds_of(value: float | str, name: str) -> int:
+    """A time in whole seconds, 1 or more; ``name``: of the option or argument, for the message. Raises InvalidArgument.
+
+    >>> seconds_of("30d", "max_age"), seconds_of("1.5h", "max_age"), seconds_of(90, "max_age")
+    (2592000, 5400, 90)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(value).strip().lower())
+    seconds = float(found[1]) * _SECONDS.get(found[2], 0) if found and not isinstance(value, bool) else 0.0
+    if not 1 <= seconds < 1 << 40:
+        raise InvalidArgument(f"{name} {value!r:.40}: a time such as 30d, 12h, 90min or 3600 (seconds) is expected")
+    return round(seconds)

@@ -127,9 +127,9 @@ def test_roots_quota_and_place(index: Index) -> None:
     index.add_root(ROOT, "another", {})
     assert index.roots() == {ROOT: ("a model", {"codec": {"preset": "pq3"}})}
     assert "max_bytes" not in index.counters()
-    index.set_quota(1 << 40)
+    index.set_limit("max_bytes", 1 << 40)
     assert index.counters()["max_bytes"] == 1 << 40
-    index.set_quota(None)
+    index.set_limit("max_bytes", None)
     assert "max_bytes" not in index.counters()
     assert index.data is None
     index.set_data("s3://bucket/é")

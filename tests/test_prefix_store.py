@@ -219,7 +219,7 @@ def test_the_quota_drops_what_was_used_longest_ago_ends_first(tmp_path: Path) ->
         store.put(model, prompts[3], caches[3])
         assert found() == [300, 0, 300, 300, 0]
         check_whole(store)
-        store.shelf.index.set_quota(3 * size - 1)
+        store.shelf.index.set_limit("max_bytes", 3 * size - 1)
         store.shelf.evict()  # one byte too many: the end of the coldest prefix goes, its beginning stays
         assert found() == [300, 0, BLOCK, 300, 0]
         check_whole(store)
@@ -236,13 +236,13 @@ def test_what_is_pinned_stays(tmp_path: Path) -> None:
     caches = [cached(model, ids) for ids in prompts]
     with PrefixStore(tmp_path / "s", preset="exact") as store:
         size = store.put(model, prompts[0], caches[0], pin=True).new_bytes
-        store.shelf.index.set_quota(2 * size + 10)
+        store.shelf.index.set_limit("max_bytes", 2 * size + 10)
         for ids, cache in zip(prompts[1:], caches[1:], strict=True):
             store.put(model, ids, cache)
         assert [store.get(model, ids, leave=0).length for ids in prompts] == [300, 0, 0, 300]
         assert store.pin(model, prompts[3]) == 300
         assert store.pin(model, prompt(300, seed=9)) == 0
-        store.shelf.index.set_quota(1)
+        store.shelf.index.set_limit("max_bytes", 1)
         with pytest.warns(RuntimeWarning, match="over its quota of 1 bytes, and all of it is pinned"):
             store.shelf.evict()
         assert [store.get(model, ids, leave=0).length for ids in prompts] == [300, 0, 0, 300]

@@ -6,8 +6,10 @@ import hashlib
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,42 @@ def test_a_quota_holds_for_all_nodes_and_pins_are_kept(address: str) -> None:
         assert two.shelf.index.counters()["evicted"] > 0
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_not_used_for_long_is_neither_found_nor_kept(
+    address: str, tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    with PrefixStore(address if shared else tmp_path / "local", preset="pq3", max_age="1h") as store:
+        for prompt, pin in (("0", False), ("1.1", True), ("2.1.1", False)):
+            store.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)), pin=pin)
+        clock[0] += 3000
+        assert store.get(MODEL, tokens_of("0"), leave=0).length == len(tokens_of("0"))
+        clock[0] += 3000
+        found = {prompt: store.get(MODEL, tokens_of(prompt), leave=0).length for prompt in ("0", "1.1", "2.1.1")}
+        assert found == {"0": len(tokens_of("0")), "1.1": len(tokens_of("1.1")), "2.1.1": 0}
+        assert store.shelf.gc(grace=0)["evicted_bytes"] > 0
+        assert store.shelf.index.counters()["expired"] > 0
+        left = {row.name for row in store.shelf.index.all()}
+        store.put(MODEL, tokens_of("2.1.1"), cache_of(expected("2.1.1")))
+        assert store.get(MODEL, tokens_of("2.1.1"), leave=0).length == len(tokens_of("2.1.1"))
+        clock[0] += 10 * 3600
+        store.put(MODEL, tokens_of("3"), cache_of(expected("3")))
+        kept = {row.name for row in store.shelf.index.all()}
+        assert len(left & kept) == len({row.name for row in store.shelf.index.all()} & store.shelf.index.held().keys())
+        assert store.get(MODEL, tokens_of("1.1"), leave=0).length == len(tokens_of("1.1"))
+        store.shelf.index.set_limit("max_age", None)
+        clock[0] += 1e6
+        assert store.get(MODEL, tokens_of("3"), leave=0).length == len(tokens_of("3"))
+
+
+@pytest.mark.parametrize("given", ["soon", "0", -1, "3 moons", True, "", "1e3"])
+def test_times_that_are_none(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"^max_age .* a time such as 30d"):
+        PrefixStore(tmp_path / "s", max_age=given)
+    assert not (tmp_path / "s").exists()
+
+
 def test_damage_is_a_miss_and_dropped(address: str) -> None:
     ids, numbers = tokens_of(PROMPT), expected(PROMPT)
     with PrefixStore(address, preset="pq3") as store:
@@ -154,8 +192,8 @@ def test_the_command_line_takes_addresses(address: str, tmp_path: Path) -> None:
     with PrefixStore(address, preset="pq3") as store:
         store.put(MODEL, tokens_of(PROMPT), cache_of(expected(PROMPT)))
     run = CliRunner()
-    for arguments in (["ls"], ["stats"], ["verify"], ["gc"]):
-        found = run.invoke(app, ["store", *arguments, address])
+    for verb, *options in (["ls"], ["stats"], ["verify"], ["gc", "--max-age", "30d"]):
+        found = run.invoke(app, ["store", verb, address, *options])
         assert found.exit_code == 0, found.output
     with PrefixStore(address, preset="pq3") as store:
         last = max(store.shelf.index.all(), key=lambda row: row.start)

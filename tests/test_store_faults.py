@@ -143,7 +143,7 @@ def act(store: PrefixStore, rng: random.Random) -> None:
             put(store, name, wait=False)
             store.flush()
         elif chance < 0.9:
-            store.shelf.index.set_quota(rng.choice([None, 100_000, 400_000]))
+            store.shelf.index.set_limit("max_bytes", rng.choice([None, 100_000, 400_000]))
             store.shelf.evict()
         elif chance < 0.95:
             store.shelf.gc(grace=0)
@@ -210,7 +210,7 @@ def check(folder: Path) -> None:
         assert set(there) == {row.file for row in rows}
         size = sum(row.size for row in rows)
         assert size == store.shelf.index.counters()["bytes"] == sum(path.stat().st_size for path in there.values())
-        store.shelf.index.set_quota(None)
+        store.shelf.index.set_limit("max_bytes", None)
         for name in PROMPTS:
             assert put(store, name).tokens == len(tokens_of(name)) == right(store, name)
 

@@ -99,7 +99,7 @@ class Index(Protocol):
         """(label, settings) of each root by its name; raises CorruptStream."""
 
     def counters(self) -> dict[str, int]:
-        """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
+        """The counters by name: "bytes" of all blocks, "max_bytes" and "max_age" if they are set, "gets", "hits", "puts" ..."""
 
     @property
     def data(self) -> str | None:
@@ -133,8 +133,8 @@ class Index(Protocol):
     def pin(self, row: Row, pinned: bool) -> None:
         """Keep a block and its ancestors from eviction, or release them."""
 
-    def set_quota(self, max_bytes: int | None) -> None:
-        """Set the quota in bytes; None: no quota."""
+    def set_limit(self, name: str, limit: int | None) -> None:
+        """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""

@@ -32,7 +32,7 @@ from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
-from pqcodec.sizes import size_of
+from pqcodec.sizes import seconds_of, size_of
 from pqcodec.threads import threads
 
 TAIL_PRESET = "pq6"  # a tail is decoded and encoded again when it has grown, so its error should be negligible
@@ -73,7 +73,8 @@ class PrefixStore:
 
     ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, as a number or
     such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a prefix
-    that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``tenant``: a salt; a store opened with
+    that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``max_age``: seconds, or such as "30d",
+    after which what was not used is neither found nor kept (None: what the folder has). ``tenant``: a salt; a store opened with
     another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its
     vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is
     opened; the index stays in ``folder``, on a local disk or at an address of Redis ("redis://host:6379/0?store=NAME", see
@@ -104,6 +105,7 @@ class PrefixStore:
         *,
         preset: str = "pq3",
         max_bytes: int | str | None = None,
+        max_age: float | str | None = None,
         tenant: str = "",
         tokenizer: Any = None,
         data: str | os.PathLike[str] | None = None,
@@ -117,7 +119,10 @@ class PrefixStore:
             raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
         if not isinstance(tenant, str):
             raise InvalidArgument(f"tenant {tenant!r:.40}: a string is expected")
-        quota = None if max_bytes is None else size_of(max_bytes, "max_bytes")
+        limits = {
+            "max_bytes": None if max_bytes is None else size_of(max_bytes, "max_bytes"),
+            "max_age": None if max_age is None else seconds_of(max_age, "max_age"),
+        }
         self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
             measured="none",
@@ -130,8 +135,9 @@ class PrefixStore:
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
-        if quota is not None and self.shelf.denied is None:
-            self._index.set_quota(quota)
+        for name, limit in limits.items():
+            if limit is not None and self.shelf.denied is None:
+                self._index.set_limit(name, limit)
         self._forget_saves()
         _open_stores.add(self)
 
@@ -205,6 +211,9 @@ class PrefixStore:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
+            if expired := self.shelf.expired([row for row, _ in found]):
+                unreadable |= expired
+                continue
             if one_left and sum(count for _, count in found) < len(ids) - 1:
                 found = []
             assembly, used = self._assembled(found, device)

@@ -251,7 +251,7 @@ class RedisIndex:
         return found
 
     def counters(self) -> dict[str, int]:
-        """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
+        """The counters by name: "bytes" of all blocks, "max_bytes" and "max_age" if they are set, "gets", "hits", "puts" ..."""
         with self.named():
             listed = self.client.hgetall(self.key("counters"))
         if not all(_NUMBER.fullmatch(value) for value in listed.values()):
@@ -352,13 +352,13 @@ class RedisIndex:
         with self.named():
             self._pin(keys=keys, args=[row.name, int(pinned)])
 
-    def set_quota(self, max_bytes: int | None) -> None:
-        """Set the quota in bytes; None: no quota."""
+    def set_limit(self, name: str, limit: int | None) -> None:
+        """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
         with self.named():
-            if max_bytes is None:
-                self.client.hdel(self.key("counters"), "max_bytes")
+            if limit is None:
+                self.client.hdel(self.key("counters"), name)
             else:
-                self.client.hset(self.key("counters"), "max_bytes", max_bytes)
+                self.client.hset(self.key("counters"), name, limit)
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""

@@ -7,8 +7,9 @@ file means that another process has just dropped the block.
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -137,11 +138,25 @@ class Shelf:
             text = f"{what} cannot be read, the prefix ends before it: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
-    # -- the quota -----------------------------------------------------------------------------------------------
+    # -- limits --------------------------------------------------------------------------------------------------
     @property
     def max_bytes(self) -> int | None:
         """The quota in bytes; None: no quota."""
         return self.index.counters().get("max_bytes")
+
+    @property
+    def max_age(self) -> int | None:
+        """Seconds that a block lives after it was used last; None: for ever."""
+        return self.index.counters().get("max_age")
+
+    def expired(self, rows: Sequence[Row]) -> set[bytes]:
+        """The names of those that have lived longer than ``max_age``: they are not found any more, and ``evict`` drops them.
+
+        Pinned blocks and their ancestors live for ever.
+        """
+        limit = self.max_age if rows else None
+        old = set() if limit is None else {row.name for row in rows if row.used < time.time() - limit}
+        return old - self.index.held().keys() if old else old
 
     def available_bytes(self, names: Collection[bytes] = ()) -> int | None:
         """Bytes available to a prefix: the quota less pinned blocks and their ancestors, except those in ``names``.
@@ -152,26 +167,30 @@ class Shelf:
         return None if limit is None else limit - sum(size for name, size in self.index.held().items() if name not in names)
 
     def evict(self) -> int:
-        """Drop least recently used blocks, last blocks of prefixes first, until the quota holds; returns the bytes freed.
+        """Drop blocks, last blocks of prefixes first, until the quota holds and none is too old; returns the bytes freed.
 
-        Warns where the quota cannot be reached.
+        Least recently used blocks go first. Warns where the quota cannot be reached.
         """
         freed, why = 0, ""
-        limit = self.max_bytes
-        while limit is not None and not why and self.index.counters().get("bytes", 0) > limit:
-            row = self.index.coldest()
+        limit, age = self.max_bytes, self.max_age
+        while not why:
+            over = limit is not None and self.index.counters().get("bytes", 0) > limit
+            row = self.index.coldest() if over or age is not None else None
+            if not over and (row is None or age is None or row.used >= time.time() - age):
+                break
             if row is None:
                 why = self._why_nothing_goes()
                 break
             try:
                 if self.index.remove(row):
-                    self.index.touch([], evicted=1)
+                    self.index.touch([], **{"evicted" if over else "expired": 1})
                     self.files.remove(row.file)
                     freed += row.size
             except OSError as error:
                 why = f"block {row.name.hex()[:16]} cannot be removed: {error}"
         if why:
-            warnings.warn(f"{self.place} is over its quota of {limit} bytes, and {why}", RuntimeWarning, stacklevel=4)
+            over_quota = f"is over its quota of {limit} bytes" if limit is not None else "holds blocks that are too old"
+            warnings.warn(f"{self.place} {over_quota}, and {why}", RuntimeWarning, stacklevel=4)
         return freed
 
     def _why_nothing_goes(self) -> str:

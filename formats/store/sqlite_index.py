@@ -239,7 +239,7 @@ class SQLiteIndex:
         return found
 
     def counters(self) -> dict[str, int]:
-        """The counters by name: "bytes" of all blocks, "max_bytes" (the quota, if set), "gets", "hits", "puts" ..."""
+        """The counters by name: "bytes" of all blocks, "max_bytes" and "max_age" if they are set, "gets", "hits", "puts" ..."""
         found = dict(self._select("SELECT name, value FROM counters"))
         if any(type(value) is not int for value in found.values()):
             self._damaged("its counters are no numbers")
@@ -311,12 +311,12 @@ class SQLiteIndex:
         with self._changing() as db:
             db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
 
-    def set_quota(self, max_bytes: int | None) -> None:
-        """Set the quota in bytes; None: no quota."""
+    def set_limit(self, name: str, limit: int | None) -> None:
+        """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
         with self._changing() as db:
-            db.execute("DELETE FROM counters WHERE name = 'max_bytes'")
-            if max_bytes is not None:
-                db.execute("INSERT INTO counters VALUES ('max_bytes', ?)", (max_bytes,))
+            db.execute("DELETE FROM counters WHERE name = ?", (name,))
+            if limit is not None:
+                db.execute("INSERT INTO counters VALUES (?, ?)", (name, limit))
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.sizes import size_of
+from pqcodec.sizes import seconds_of, size_of
 from pqcodec.tools.encode import Jobs
 from pqcodec.tools.jobs import Show, run
 from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
@@ -29,10 +29,14 @@ def gc(
     max_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The store's quota from now on, such as 20GB or 4GiB; none: no quota.")
     ] = None,
+    max_age: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="How long what is not used lives from now on, such as 30d; none: for ever."),
+    ] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove leftovers, and what is over the quota.
+    """Remove leftovers, what is over the quota, and what was not used for longer than the store keeps it.
 
     Leftovers are files without a block, as killed writers leave them (young ones may be being written and stay), and blocks
     without a file. The quota drops the prefixes that were used longest ago.
@@ -40,12 +44,15 @@ def gc(
     if not grace >= 0:
         raise InvalidArgument(f"--older-than {grace:g}: a number of seconds is expected, 0 or more")
     quota = None if max_bytes in (None, "none") else size_of(str(max_bytes), "--max-bytes")
+    age = None if max_age in (None, "none") else seconds_of(str(max_age), "--max-age")
     with opened(folder, data) as shelf:
         check_place(shelf)
         if max_bytes is not None:
-            shelf.index.set_quota(quota)
+            shelf.index.set_limit("max_bytes", quota)
+        if max_age is not None:
+            shelf.index.set_limit("max_age", age)
         done = shelf.gc(grace)
-        now = {"bytes": shelf.index.counters()["bytes"], "max_bytes": shelf.max_bytes}
+        now = {"bytes": shelf.index.counters()["bytes"], "max_bytes": shelf.max_bytes, "max_age": shelf.max_age}
     if as_json:
         print_json({"folder": folder, **done, **now})
         return
