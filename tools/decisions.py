@@ -98,6 +98,7 @@ class Decisions:
         cls, path: str, reader: TensorReader, choice: Choice, recipe: Recipe, regexes: tuple[str | None, str | None]
     ) -> Decisions:
         """The decisions on an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
+        from pqcodec.formats.plain import mlx
         from pqcodec.formats.policy.names import TensorRole, role_of
 
         @cache  # thousands of tensors have few shapes
@@ -106,6 +107,8 @@ class Decisions:
             return recipe.stream_bytes(tensor, shape, dtype), recipe.most_stream_bytes(tensor, shape, dtype)
 
         choice.check(path, reader.names)
+        if regexes == (None, None):
+            regexes = mlx.regexes_of(reader.metadata) or regexes
         kept = [name for name in reader.names if not choice.drops(name)]
         for name in kept:
             if problem := reader.problem(name):

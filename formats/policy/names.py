@@ -48,19 +48,21 @@ TABLE = tuple(
 def role_of(name: str, keys: str | None = None, values: str | None = None) -> TensorRole:
     """Role and layer of the tensor ``name``.
 
-    ``keys``, ``values``: a regex, searched in the name, that alone decides on that role. Raises InvalidArgument for a bad
-    regex, or a name that both match.
+    ``keys``, ``values``: a regex, searched in the name, that alone decides on that role; its group called layer, if it has
+    one, is the layer. Raises InvalidArgument for a bad regex, or a name that both match.
 
     >>> role_of("model.layers.0.self_attn.k_cache"), role_of("v.3"), role_of("layers.0.self_attn.k_proj.weight")
     (TensorRole(role='key', layer=0), TensorRole(role='value', layer=3), TensorRole(role='other', layer=None))
     """
     given = {role: _compile(role, regex) for role, regex in (("key", keys), ("value", values)) if regex is not None}
-    asked = [role for role, regex in given.items() if regex.search(name)]
+    asked = [(role, match) for role, regex in given.items() if (match := regex.search(name))]
     if len(asked) > 1:
         raise InvalidArgument(f"tensor {name!r} fits the regex of keys and that of values; make one of them narrower")
     by_table = next(((role, match) for role, regex in TABLE if (match := regex.fullmatch(name[-_LONGEST:]))), None)
     if asked:
-        return TensorRole(asked[0], _layer(by_table[1]) if by_table else _only_number(name))
+        role, match = asked[0]
+        layer = _layer(match)
+        return TensorRole(role, layer if layer is not None else _layer(by_table[1]) if by_table else _only_number(name))
     if by_table is None or by_table[0] in given:
         return TensorRole("other")
     return TensorRole(by_table[0], _layer(by_table[1]))
@@ -75,7 +77,7 @@ def _compile(role: str, regex: str) -> re.Pattern[str]:
 
 def _layer(match: re.Match[str]) -> int | None:
     layer = match.groupdict().get("layer")
-    return None if layer is None else int(layer)
+    return int(layer) if layer is not None and re.fullmatch(r"[0-9]{1,6}", layer) else None
 
 
 def _only_number(name: str) -> int | None:
