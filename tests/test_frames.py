@@ -81,6 +81,23 @@ def listed(frame_: bytes, **told: object) -> dict:
     return ITEM | {"meta_bytes": meta, "body_bytes": body} | told
 
 
+def in_parts(*streams: bytes) -> bytes:
+    """A file of one tensor ``k`` [tokens, 16] in the parts that streams are."""
+    parts, tokens = [], 0
+    for stream in streams:
+        meta = {"name": "k", "layer": 0, "role": "key", "shape": [stream[48], 16], "dtype": "float32", "layout": "..."}
+        parts.append(frame(1, json.dumps(meta | ({"first_token": tokens} if parts else {})).encode(), stream))
+        tokens += stream[48]
+    return assemble(*parts, version=2)
+
+
+def coded(tokens: int) -> bytes:
+    """A stream [tokens, 16] that has a mean, whether it has tokens or not."""
+    return pqcodec.encode(np.ones((tokens, 16), np.float32), preset="pq2", center="mean", **REFERENCE)
+
+
+ONE, NONE = coded(1), coded(0)
+NO_MEAN = NONE[:-1] + bytes([NONE[-1] ^ 1])
 BARE, X, OTHER = assemble(), exact_frame(), exact_frame(dtype="int4")
 INDEX = BARE[16:-24]  # its frame
 TORN = assemble(X, version=2)
@@ -115,6 +132,9 @@ FIRST_WRONG: list[tuple[str, bytes, Kind]] = [  # by step: what is wrong there, 
     ("tensor 1, dtype", assemble(exact_frame(dtype="int4", numpy=1, rel_mse=-1, first_token=1)), UnsupportedStream),
     ("tensor 1, seal", assemble(exact_frame(seal="0000000G")), CorruptStream),
     ("tensor 3", assemble(exact_frame(bytes(7) + b"\1")), CorruptStream),
+    ("tensor 3, of a part without tokens", in_parts(ONE, NO_MEAN, ONE), CorruptStream),
+    ("tensor 3, of parts without tokens", in_parts(NO_MEAN, NONE), CorruptStream),
+    ("tensor 3, the first stream", in_parts(ONE, NONE[:-1], NONE[:4] + b"\2" + NONE[5:]), TruncatedStream),
     ("tensor 4", assemble(exact_frame(seal="00000000")), CorruptStream),
     ("walk, a frame", assemble(forged(X, 4, 9))[:-1], UnsupportedStream),
     ("walk, a frame that holds no longer", assemble(forged(X, 4, 9, good=False), listed=[])[:-1], CorruptStream),
@@ -134,6 +154,13 @@ FIRST_WRONG += [(name, assemble(data), error) for name, (data, error, _) in REFU
 def test_the_first_thing_that_is_wrong_makes_the_error(data: bytes, error: Kind) -> None:
     assert error_of(data) == ERRORS[error]
     assert second_reader.refusal(data) == ERRORS[error]
+
+
+@pytest.mark.parametrize("streams", [(ONE, NONE, ONE), (NONE, ONE), (NONE, NONE)])
+def test_parts_may_have_no_tokens(streams: tuple[bytes, ...]) -> None:
+    data = in_parts(*streams)
+    assert (error_of(data), second_reader.refusal(data)) == ("", "")
+    assert PQKVFile(data).decode("k").shape == (streams.count(ONE), 16)
 
 
 @pytest.mark.parametrize("sound", [grown, written])

@@ -313,12 +313,15 @@ def _plausible(entry: Entry) -> Entry:
 
 
 def _wanted(entry: Entry, parts: list[StreamPart], tokens: tuple[int, int] | None, all_leading: bool) -> list[_PartRange]:
-    """The ranges of the parts that hold ``tokens``; an empty range of the last part where that is none."""
+    """The ranges of the parts that hold ``tokens``; an empty range of the last part where that is none.
+
+    Where all tokens are wanted (None), parts without any are among them: who decodes everything checks everything (SPEC II.5).
+    """
     first, last = checked_range("tokens", tokens, entry.tokens)
     begin, found = 0, []
     for part in parts:
         low, high = max(first, begin), min(last, begin + part.tokens)
-        if low < high:
+        if low < high or tokens is None:
             wanted = (low - begin, high - begin)
             found.append(_PartRange(part, wanted, low - first, all_leading and wanted == (0, part.tokens)))
         begin += part.tokens

@@ -173,16 +173,10 @@ def cache_reader(opened: Callable[[bytes], Any], beyond: bool = False) -> Read:
                 raise Wrong(f"verify is silent where reading refuses: {signature(refused)}")
             if refused:
                 raise refused
-            if not beyond and (also or not all(_nothing_to_read(file, name) for name in grave)):
+            if grave and not beyond:
                 raise Wrong("reading takes what verify refuses")
 
     return target
-
-
-def _nothing_to_read(file: Any, name: str | None) -> bool:
-    """Whether damage of a tensor may lie where no number comes from: it, or one of its parts, has none."""
-    entry = None if name is None else file.entry(name)
-    return entry is not None and (getattr(entry, "parts", 1) > 1 or not math.prod(entry.shape))
 
 
 def _open_pqkv(data: bytes) -> Any:
