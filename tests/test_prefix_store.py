@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import itertools
 import os
 import pickle
@@ -18,11 +19,11 @@ import pytest
 import torch
 from conftest import DEVICE, GPU_BACKENDS, gaussian, rel_mse
 
-from pqcodec.errors import CorruptStream, InvalidArgument, PQError
-from pqcodec.formats import PQKVFile
+from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedStream
+from pqcodec.formats import PQKVFile, PQKVWriter
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.model_identity import Identity
-from pqcodec.formats.store import PrefixStore
+from pqcodec.formats.store import PrefixStore, blocks
 from pqcodec.formats.store.transfer import write_prefix
 from pqcodec.stream.header import read_header
 
@@ -326,6 +327,15 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "deleted": lambda path: path.unlink(),
     "something else": lambda path: path.write_bytes(os.urandom(500)),
 }
+
+
+@pytest.mark.parametrize("number", [True, 1.0, 2, None])
+def test_a_block_of_another_format_is_not_supported(number: object) -> None:
+    file = io.BytesIO()
+    with PQKVWriter(file, {blocks.KEY: {"format": number}}):
+        pass
+    with pytest.raises(UnsupportedStream, match="a block of format"):
+        blocks.block_metadata(PQKVFile(file))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

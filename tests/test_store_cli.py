@@ -469,7 +469,9 @@ def _set(number: int, key: str, value: Any) -> Any:
 
 CHANGES = {
     "another format": (lambda chain: chain.update(format=9), 3),
+    "a format that is no number": (lambda chain: chain.update(format=True), 3),
     "a block of another format": (_set(1, "format", 9), 3),
+    "a block of a format that is no number": (_set(1, "format", 1.0), 3),
     "no list": (lambda chain: chain.update(blocks={}), 1),
     "no blocks": (lambda chain: chain.update(blocks=[]), 1),
     "a block is gone": (lambda chain: chain["blocks"].pop(0), 1),

@@ -537,6 +537,8 @@ def told(*of: Any, **changes: Any) -> dict[str, Any]:
     [
         (told(LAYER), None),
         (told(LAYER, format=3), UnsupportedStream),
+        (told(LAYER, format=True), UnsupportedStream),
+        (told(LAYER, format=1.0), UnsupportedStream),
         (told({**LAYER, "class": "os.system"}), UnsupportedStream),
         (told({**LAYER, "class": "StaticLayer"}), UnsupportedStream),
         (told({**LAYER, "fields": {"later": 1}}), UnsupportedStream),

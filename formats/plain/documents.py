@@ -61,6 +61,11 @@ def natural(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
+def is_format(value: object, *known: int) -> bool:
+    """Whether a document's ``format`` is one of these numbers; true and 1.0, which are 1 to Python, are none."""
+    return type(value) is int and value in known
+
+
 def shape_problem(shape: object) -> str:
     """What is wrong with a tensor's shape, or an empty string."""
     if not isinstance(shape, (list, tuple)) or not all(map(natural, shape)):

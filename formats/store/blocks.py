@@ -21,6 +21,7 @@ from pqcodec.formats.containers.pqkv.file import PQKVFile, write_pieces
 from pqcodec.formats.containers.reader import LAYOUT
 from pqcodec.formats.containers.writer import Piece
 from pqcodec.formats.engines import transformers_cache as tc
+from pqcodec.formats.plain.documents import is_format
 from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.formats.plain.numbers import dtype_name
 from pqcodec.formats.policy.names import TensorRole
@@ -155,7 +156,7 @@ def block_metadata(file: PQKVFile) -> dict[str, Any]:
     metadata = file.metadata.get(KEY)
     if not isinstance(metadata, dict):
         raise CorruptStream(f"{file.label}: is no block of a prefix store")
-    if metadata.get("format") != FORMAT:
+    if not is_format(metadata.get("format"), FORMAT):
         raise UnsupportedStream(f"{file.label}: a block of format {metadata.get('format')!r}; install a newer pqcodec")
     return metadata
 

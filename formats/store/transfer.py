@@ -19,6 +19,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, write_pieces
 from pqcodec.formats.containers.reader import Progress, TensorFile
 from pqcodec.formats.containers.writer import Piece, pieces_of
+from pqcodec.formats.plain.documents import is_format
 from pqcodec.formats.store import blocks
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
@@ -244,9 +245,9 @@ def _rows_in(file: TensorFile) -> tuple[list[dict[str, Any]], list[Row]]:
     if not isinstance(chain, dict) or not isinstance(chain.get("blocks"), list) or not chain["blocks"]:
         raise CorruptStream(f"{file.label}: its metadata does not list the blocks of a prefix")
     metadata = chain["blocks"]
-    formats = [chain.get("format"), *(of.get("format") if isinstance(of, dict) else None for of in metadata)]
-    if formats != [FORMAT, *[blocks.FORMAT] * len(metadata)]:
-        raise UnsupportedStream(f"{file.label}: a prefix of format {formats[0]!r}; install a newer pqcodec")
+    form, *of_blocks = [of.get("format") if isinstance(of, dict) else None for of in (chain, *metadata)]
+    if not is_format(form, FORMAT) or not all(is_format(of, blocks.FORMAT) for of in of_blocks):
+        raise UnsupportedStream(f"{file.label}: a prefix of format {form!r}; install a newer pqcodec")
     try:
         wanted = {f"{number}/{name}" for number, of in enumerate(metadata) for name in _names(of)}
         if set(file.names) != wanted:

@@ -29,6 +29,7 @@ from pqcodec.formats.engines.transformers_cache.state import (
     padding_of,
     state_of,
 )
+from pqcodec.formats.plain.documents import is_format
 from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe, why_exact
@@ -198,7 +199,7 @@ def load(
         metadata = file.metadata.get(KEY)
         if not isinstance(metadata, dict):
             raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
-        if metadata.get("format") not in FORMATS:
+        if not is_format(metadata.get("format"), *FORMATS):
             raise UnsupportedStream(f"{file.label}: format {metadata.get('format')!r} of {KEY}; install a newer pqcodec")
         _check_held(metadata, model, file.label)
         file.read_ahead()
