@@ -440,7 +440,7 @@ def decode(data: bytes) -> np.ndarray:
             out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
     two_rounds = bool(flags & 8)
-    for first in range(0, coded, chunk):
+    for first in range(0, coded if leading else 0, chunk):
         for lead in range(leading):
             count = min(chunk, coded - first)
             rows = take(count * row_bytes if coding != 3 else -(-(count * row_bytes + 6) // 16) * 16 - 4)

@@ -118,6 +118,14 @@ def test_what_is_not_checked(kind: str, edits: Edits) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_without_leading_indices_there_is_no_block(backend: str) -> None:
+    """However many chunks the tokens would make."""
+    data = forged("pq3", [(48, "Q", 0), (56, "Q", 1 << 32), (20, "I", 1)])[:76]
+    assert tuple(pqcodec.decode(data, backend=backend).shape) == second_decoder.decode(data).shape == (0, 1 << 32, 64)
+    assert pqcodec.verify(data, backend=backend) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     data = bytearray(pqcodec.encode(np.ones((1, 16), np.float32), preset="paper", **REFERENCE))
     assert struct.unpack_from("<I", data, 16) == (62,)
