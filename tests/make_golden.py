@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forged_streams import streams
 from spec_vectors import golden_lines
 
 import pqcodec
@@ -83,12 +84,19 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-quad3-64-empty", gaussian(3, 0, 64), {"preset": "quad3", "center": "mean"}
 
 
+def born() -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every stream that is not there yet."""
+    for name, x, options in cases():
+        if not (FOLDER / f"{name}.pqs").exists():
+            yield name, pqcodec.encode(x, backend="reference", **options)
+    for name, data in streams():
+        if not (FOLDER / f"{name}.pqs").exists():
+            yield name, data
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for name, x, options in cases():
-        if (FOLDER / f"{name}.pqs").exists():
-            continue
-        data = pqcodec.encode(x, backend="reference", **options)
+    for name, data in born():
         (FOLDER / f"{name}.pqs").write_bytes(data)
         np.save(FOLDER / f"{name}.npy", stored(pqcodec.decode(data, backend="reference")))
         print(f"{name}: {len(data)} bytes")

@@ -1,0 +1,143 @@
+"""Streams that no encoder writes: random bits under checksums that hold, with radii, bases and exponents at their ends.
+
+Every code means something (SPEC 3.3), so these must decode for ever, too. They reach what an encoder's streams do not: radii
+brought into their range, cells behind the last one, budgets at their bounds, numbers beyond the dtype's.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from fuzz.shapes import seal_stream
+
+import pqcodec
+from pqcodec import constants as c
+from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.orders import order_for
+from pqcodec.stream.sections import EXACT_VECTORS, OFFSETS
+
+F16, BF16, F32 = c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32
+# Binary16: infinity, 1 and a subnormal number, with either sign; NaN, the largest, the smallest.
+PAPER_RADII = (0x7C00, 0xBC00, 0x0001, 0xFE01, 0x7BFF, 0x8003, 0xFC00, 0x3C00)
+BASES = (-32768, 32767, -1240, 1063, 0, 900, -1100, 120)  # of quads, in steps; the range of r is -1240 .. 1063
+OCTAVES = (16, -20, 127, 0, -140, 128)  # ends of f16, f32 and bf16
+
+
+def streams() -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each."""
+    yield "v1-any-split-16-fp16", of_split(F16, (16, 16), 16, 11, rounds=1)  # a bit a coordinate
+    yield "v1-any-split-64-fp32", of_split(F32, (24, 64), 64, 15)
+    yield "v1-any-split-48-bf16", of_split(BF16, (2, 3, 3, 48), 14 + 7 * 48, 14, chunk_tokens=2)  # 7 bits a coordinate
+    yield "v1-any-split-100-fp32", of_split(F32, (7, 100), 289, 12, offsets=True, offset_exponent=111)
+    rope = RopeField((1 << 63) - 1, c.ROPE_HALF, tuple(k * 0x9E3779B9 % 2**32 for k in range(10)))
+    yield "v1-any-split-20-fp16", of_split(F16, (20,), 100, 13, offsets=True, offset_exponent=-9, rope=rope)
+    rope = RopeField(1 << 40, c.ROPE_INTERLEAVED, tuple(k * 0x7F4A7C15 % 2**32 for k in range(80)))
+    sides: dict[str, Any] = {"exact_tokens": 1, "exceptions": 2, "offsets": True, "rope": rope}
+    yield "v1-any-split-160-bf16", of_split(BF16, (2, 4, 160), 15 + 4 * 160, 15, rounds=1, offset_exponent=-112, **sides)
+    yield "v1-any-split-576-fp32", of_split(F32, (3, 576), 2001, 11, seed=2**64 - 1)
+    yield "v1-any-split-1024-fp16", of_split(F16, (2, 1024), 1025, 15)
+    yield "v1-any-paper-16-fp16", of_paper(F16, (9, 16), radius_exponent=0)
+    yield "v1-any-paper-100-fp32", of_paper(F32, (2, 3, 100), radius_exponent=117, offsets=True, offset_exponent=100)
+    yield "v1-any-paper-192-bf16", of_paper(BF16, (3, 192), radius_exponent=111)
+    yield "v1-any-paper-64-fp32", of_paper(F32, (3, 64), radius_exponent=-125)
+    yield "v1-any-quads-16-bf16", of_quads(BF16, (2, 6, 16), 4, chunk_tokens=2)
+    yield "v1-any-quads-36-fp16", of_quads(F16, (1, 1, 8, 36), 7, chunk_tokens=1, offsets=True, offset_exponent=-3)
+    yield "v1-any-quads-112-fp32", of_quads(F32, (8, 112), 8, chunk_tokens=1)
+    yield "v1-any-quads-320-fp32", of_quads(F32, (2, 2, 320), 5, exact_tokens=1, exceptions=1, chunk_tokens=3)
+    yield "v1-any-quads-1024-fp32", smallest_quads()
+    yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
+    yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
+
+
+def of_split(dtype: int, shape: tuple[int, ...], row_bits: int, radius_bits: int, rounds: int = 2, **fields: Any) -> bytes:
+    """Rows with the least and the largest radii, and some near the ends of dtypes.
+
+    Bits are random, in every other row with long runs of ones: the last codes of a quad are behind its last cell (SPEC 6.4).
+    """
+    steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits]
+    near = (1 + steps * (c.RADIUS_BIAS + octave) + octave % steps for octave in OCTAVES)
+    codes = cycle((*near, (1 << radius_bits) - 1, 0, 1))
+    ones = cycle((0, sum(0xFFFFF << place for place in range(radius_bits, row_bits, 32)) & (1 << row_bits) - 1))
+    header = Header(c.CODING_SPLIT, dtype, shape, row_bits, radius_bits, rounds=rounds, **fields)
+
+    def edited(row: int) -> int:
+        return (row | next(ones)) >> radius_bits << radius_bits | next(codes)
+
+    return forged(header, lambda block, rows: of_rows(header, block, edited))
+
+
+def of_paper(dtype: int, shape: tuple[int, ...], **fields: Any) -> bytes:
+    """Every third vector has random radii; the others have odd ones."""
+    order, radii, turn = order_for(shape[-1]), cycle(PAPER_RADII), cycle((True, True, False))
+    header = Header(c.CODING_PAPER, dtype, shape, c.PAPER_BLOCK_BITS * order // c.PAPER_BLOCK, c.PAPER_RADIUS_BITS, **fields)
+
+    def edited(row: int) -> int:
+        if next(turn):
+            for place in range(0, header.row_bits, c.PAPER_BLOCK_BITS):
+                row = row & ~(0xFFFF << place) | next(radii) << place
+        return row
+
+    return forged(header, lambda block, rows: of_rows(header, block, edited))
+
+
+def of_quads(dtype: int, shape: tuple[int, ...], bits: int, **fields: Any) -> bytes:
+    """Blocks of random bits, each with another base, and in each the least and the largest radius, and the zero vector."""
+    order, bases, codes = order_for(shape[-1]), cycle(BASES), cycle((255, 1, 128, 0))
+    row_bits = c.QUADS_RADIUS_BITS + order + bits * order // 4
+    header = Header(c.CODING_QUADS, dtype, shape, row_bits, c.QUADS_RADIUS_BITS, rounds=2, **fields)
+
+    def edited(block: bytearray, rows: int) -> None:
+        at = rows * (order // 8 + -(-bits * order // 32))
+        block[at : at + rows] = bytes(next(codes) for _ in range(rows))
+        struct.pack_into("<h", block, at + rows, next(bases))
+
+    return forged(header, edited)
+
+
+def smallest_quads() -> bytes:
+    """A vector of the least radius whose signs and points make one large number of it: the only one that does not become 0."""
+    x = torch.zeros(1, c.MAX_HEAD_DIM)
+    x[0, 700] = 1
+    data = bytearray(pqcodec.encode(x, preset="quad3.5", seed=0, backend="reference"))
+    header = Header.from_bytes(bytes(data))
+    signs, indices = header.order // 8, 10 * header.order // 32
+    at = header.payload_start + signs
+    data[at : at + indices] = bytes([255]) * indices
+    struct.pack_into("<Bh", data, at + indices, 1, -32768)
+    return seal_stream(bytes(data))
+
+
+def of_rows(header: Header, block: bytearray, edited: Any) -> None:
+    """Every row of a block, edited as a number."""
+    for at in range(0, len(block), header.row_bytes):
+        row = int.from_bytes(block[at : at + header.row_bytes], "little")
+        block[at : at + header.row_bytes] = edited(row).to_bytes(header.row_bytes, "little")
+
+
+def forged(header: Header, edited: Any) -> bytes:
+    """A stream of random bits under checksums; ``edited(block, rows)`` changes a block of payload in place."""
+    rng = random.Random(repr(header))
+    data = bytearray(header.to_bytes())
+    data += rng.randbytes(header.stream_bytes - len(data))
+    place = header.places[OFFSETS]
+    for entry in range(place.entries):
+        at = place.start + entry * place.entry_bytes
+        offsets = np.frombuffer(data, "<u2", header.head_dim, at)
+        offsets &= np.where(offsets & 0x7C00 == 0x7C00, 0xBFFF, 0xFFFF).astype(np.uint16)  # finite
+    last = header.leading * header.coded_tokens
+    for i, row in enumerate(sorted(rng.sample(range(last), header.exceptions)) if header.exceptions else ()):
+        struct.pack_into("<Q", data, header.places[EXACT_VECTORS].start + i * (8 + header.vector_bytes), row)
+    for chunk in range(header.chunks if header.leading else 0):
+        rows = min(header.chunk_tokens, header.coded_tokens - chunk * header.chunk_tokens)
+        for lead in range(header.leading):
+            at = header.blocks.place(chunk, lead)
+            block = data[at : at + header.blocks.size(chunk) - c.CHECKSUM_BYTES]
+            edited(block, rows)
+            data[at : at + len(block)] = block
+    return seal_stream(bytes(data))
