@@ -306,6 +306,7 @@ def of_tensors() -> Iterator[Case]:
         ("3-part-without-tokens", TRUNCATED, assemble(coded(), coded(NOTHING[:-1], shape=[0, 4], **two), version=2)),
         ("4-seal", CORRUPT, assemble(exact(seal="00000000"))),
         ("4-order-seal", CORRUPT, assemble(coded(seal="00000000"))),
+        ("4-before-the-next-part", CORRUPT, assemble(coded(seal="00000000"), coded(PLAIN[:-1], **two), version=2)),
     ]:
         yield f"II.5-tensor-{name}", error, data
 
