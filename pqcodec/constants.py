@@ -218,3 +218,11 @@ EXACT_ITEM_BYTES = {  # dtypes of exact tensors and the bytes of a number
 LISTING_PREFIX, LISTING_FORMAT, LISTING_VERSION = "pqcodec_", "kv-cache", "1"
 ZARR_FORMAT, ZARR_COMPLETE = "pqcodec.kv_cache", "complete"  # what a group says of itself, and the group that is written last
 ZARR_TOKENS_PER_CHUNK = 4096  # of arrays that save_zarr writes, unless it is told otherwise
+
+# -- Chunks of serving engines (SPEC IV.6) -----------------------------------------------------------------------
+CHUNK_MAGIC = b"PQCH"
+CHUNK_VERSION = 1
+CHUNK_NAME_BYTES = 20  # of the SHA-256 of an object's name
+CHUNK_STRUCT = struct.Struct(
+    "<4sIQQ20sI"
+)  # magic, version, end of the keys' stream, size, name, checksum of the bytes before it

@@ -1,0 +1,228 @@
+"""Law: a chunk of a serving engine's cache (keys and values of some tokens of all layers, one tensor) as bytes of a fixed size.
+
+How a chunk lies is said, or follows from its shape together with the size and number of its KV heads; what fits no layout is
+refused. Its bytes (SPEC IV.6) are a head, a stream of keys and one of values, both [layers, heads, tokens, head_dim]: they do
+not depend on the layout, and their number depends on shape, dtype and options only. The head names the object whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pqcodec import codec
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
+from pqcodec.formats.engines.model_config import config_rope, heads_of, read_config
+from pqcodec.formats.plain.documents import natural
+from pqcodec.formats.policy.recipe import EXACT_TOKENS
+from pqcodec.options import EncodeOptions
+from pqcodec.placed import aligned
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header import DTYPE_NAMES
+from pqcodec.stream.source import source_of
+
+CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")  # the dimensions behind "tokens" are one
+_ORDER = ("2", "layers", "heads", "tokens", "dim")
+_OPTIONS = ("preset", "model", "head_dim", "kv_heads", "rope", "layout", "exact_tokens")
+_ROPE = ("theta", "dim", "style", "frequencies")
+_WARM_TOKENS = 80
+
+
+@dataclass(frozen=True)
+class ChunkCodec:
+    """How chunks of one engine and model are encoded. Raises InvalidArgument when it is made.
+
+    ``kv_heads``: of one rank. ``layout``: one of CHUNK_LAYOUTS (None: the one that a chunk's shape fits). ``rope``: of the
+    keys, which are centred under it as if the chunk began at position 0 (another position only turns the mean); None: they
+    are centred plainly. ``exact_tokens``: first tokens of each chunk that stay exact.
+
+    >>> import torch
+    >>> chunks = ChunkCodec(head_dim=64, kv_heads=2, rope=Rope(), backend="reference")
+    >>> x = torch.randn(1, 3, 16, 2 * 2 * 64).half()
+    >>> data, y = chunks.encode(x, b"its name"), torch.empty_like(x)
+    >>> chunks.decode(data, y, b"its name")
+    >>> data.nbytes == chunks.size(x.shape, x.dtype), bool((x - y).norm() < 0.1 * x.norm())
+    (True, True)
+    """
+
+    head_dim: int
+    kv_heads: int
+    preset: str = "pq4"
+    rope: Rope | None = None
+    layout: str | None = None
+    exact_tokens: int = EXACT_TOKENS
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "kv_heads"):
+            if not natural(getattr(self, name)) or not getattr(self, name):
+                raise InvalidArgument(f"{name} is {getattr(self, name)!r}; a whole number from 1 on is expected")
+        if self.layout is not None and self.layout not in CHUNK_LAYOUTS:
+            raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, CHUNK_LAYOUTS))}")
+        self.stream_bytes((1, self.kv_heads, 1, self.head_dim), "float16")
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any]) -> ChunkCodec:
+        """A codec of the options of a configuration in JSON; raises InvalidArgument for what is missing, unknown or ambiguous.
+
+        ``model``: the path of its config.json, or of the folder of it, which says head_dim, kv_heads and rope where these are
+        not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``.
+
+        >>> chunks = ChunkCodec.from_json({"preset": "pq3", "head_dim": 128, "kv_heads": 8, "rope": {"theta": 500000}})
+        >>> chunks.rope.theta, chunks.size((1, 32, 256, 8 * 2 * 128), "bfloat16")
+        (500000, 6794740)
+        """
+        refuse_unknown("option", options, _OPTIONS)
+        known = dict(options)
+        rope = _rope(known.pop("rope")) if "rope" in known else None
+        if "model" in known:
+            config = read_config(known.pop("model"))
+            if not {"head_dim", "kv_heads"} <= known.keys():
+                known = dict(zip(("head_dim", "kv_heads"), heads_of(config), strict=True)) | known
+            if "rope" not in options:
+                rope = config_rope(config, known["head_dim"])
+        missing = " and ".join(name for name in ("head_dim", "kv_heads") if name not in known)
+        if missing:
+            raise InvalidArgument(
+                f"{missing}: not given, and keys and values are not told apart by guessing; give what is missing, or 'model', "
+                "the path of the model's config.json"
+            )
+        return cls(**known, rope=rope)
+
+    # -- sizes -----------------------------------------------------------------------------------------------------
+    def size(self, shape: Sequence[int], dtype: Any) -> int:
+        """Bytes of every chunk of a shape and a dtype (torch's, or its name); raises InvalidArgument for what is no chunk."""
+        return self._ends(shape, dtype)[1]
+
+    def stream_bytes(self, shape: tuple[int, ...], dtype: str) -> list[int]:
+        """Bytes of the streams of keys and of values [layers, heads, tokens, head_dim]; raises InvalidArgument."""
+        code = {name: code for code, name in DTYPE_NAMES.items()}[dtype]
+        return [options.header(shape, code).stream_bytes for options in self._options()]
+
+    def _ends(self, shape: Sequence[int], dtype: Any) -> list[int]:
+        """Where the streams of keys and of values end in a chunk's bytes."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPE_NAMES.values():
+            raise InvalidArgument(f"a chunk holds {name}; only {', '.join(DTYPE_NAMES.values())} can be encoded")
+        sizes = self._sizes(shape)
+        keys, values = self.stream_bytes(tuple(sizes[each] for each in _ORDER[1:]), name)
+        return [c.CHUNK_STRUCT.size + keys, aligned(c.CHUNK_STRUCT.size + keys) + values]
+
+    def _options(self) -> list[EncodeOptions]:
+        center = "rope" if self.rope else "mean"
+        keys = EncodeOptions(self.preset, center=center, rope=self.rope, exact_tokens=self.exact_tokens)
+        return [keys, EncodeOptions(self.preset, exact_tokens=self.exact_tokens)]
+
+    # -- layouts ---------------------------------------------------------------------------------------------------
+    def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        """The size of each dimension of a chunk by its name, in the order in which they lie."""
+        found = tuple(map(int, shape))
+        layers, tokens = found[1:3] if len(found) == 4 else (0, 0)
+        known = {"1": 1, "2": 2, "layers": layers, "tokens": tokens, "heads": self.kv_heads, "dim": self.head_dim}
+        layouts = (self.layout,) if self.layout else CHUNK_LAYOUTS
+        for layout in layouts:
+            sizes = {name: known[name] for name in layout.split(",")}
+            first, _, _, *rest = sizes.values()
+            if found == (first, layers, tokens, math.prod(rest)):
+                return sizes
+        raise InvalidArgument(
+            f"a chunk has shape {found}, which is not {' or '.join(map(repr, layouts))} with {self.kv_heads} heads of "
+            f"{self.head_dim}; give the model's head_dim, and as kv_heads those of one rank (its number over the ranks)"
+        )
+
+    def _pair(self, x: Any) -> tuple[Any, Any]:
+        """The keys and the values of a chunk as views [layers, heads, tokens, head_dim]."""
+        sizes = self._sizes(x.shape)
+        sizes.pop("1", None)
+        keys, values = x.view(tuple(sizes.values())).permute([list(sizes).index(name) for name in _ORDER])
+        return keys, values
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+    def encode(self, x: Any, name: bytes) -> np.ndarray:
+        """A chunk as bytes, uint8 [size], for the object that ``name`` names. Raises InvalidArgument and NonFiniteInput."""
+        keys_end, end = self._ends(x.shape, x.dtype)
+        data = np.zeros(end, np.uint8)
+        places = ((c.CHUNK_STRUCT.size, keys_end), (aligned(keys_end), end))
+        for one, options, place in zip(self._pair(x), self._options(), places, strict=True):
+            data[slice(*place)] = np.frombuffer(codec.encode_by(options, one, self.backend)[1], np.uint8)
+        data[: c.CHUNK_STRUCT.size] = np.frombuffer(_head(keys_end, end, name), np.uint8)
+        return data
+
+    def decode(self, data: np.ndarray, out: Any, name: bytes) -> None:
+        """Decode bytes into a chunk; after an error its content is undefined.
+
+        Raises CorruptStream for bytes that are damaged, foreign or of another object, UnsupportedStream for a version that this
+        release does not know, and InvalidArgument for those of another shape or dtype than ``out``'s, or of other options.
+        """
+        keys_end, end = self._ends(out.shape, out.dtype)
+        _check_head(data, keys_end, end, name)
+        streams = [source_of(part) for part in (data[c.CHUNK_STRUCT.size : keys_end], data[aligned(keys_end) : end])]
+        codec.decode_together(streams, self._pair(out), [0, 0], self.backend)
+
+    def warm(self) -> None:
+        """Compile the kernels that chunks take, so that the first one does not wait: up to a minute where none are on disk."""
+        import torch
+
+        chunks, tokens = replace(self, layout=None), self.exact_tokens + _WARM_TOKENS
+        for dtype in DTYPE_NAMES.values():
+            x = torch.ones(1, 1, tokens, self.kv_heads * 2 * self.head_dim, dtype=getattr(torch, dtype))
+            chunks.decode(chunks.encode(x, b""), x, b"")
+
+
+# -- the head ------------------------------------------------------------------------------------------------------
+def _head(keys_end: int, end: int, name: bytes) -> bytes:
+    digest = hashlib.sha256(name).digest()[: c.CHUNK_NAME_BYTES]
+    fields = (c.CHUNK_MAGIC, c.CHUNK_VERSION, keys_end, end, digest)
+    return c.CHUNK_STRUCT.pack(*fields, checksum(c.CHUNK_STRUCT.pack(*fields, 0)[: -c.CHECKSUM_BYTES]))
+
+
+def _check_head(data: np.ndarray, keys_end: int, end: int, name: bytes) -> None:
+    """Raises CorruptStream or UnsupportedStream unless ``data`` begins with the head of such a chunk and is as long."""
+    wanted, found = _head(keys_end, end, name), data[: c.CHUNK_STRUCT.size].tobytes()
+    if len(found) < len(wanted):
+        raise TruncatedStream(f"a chunk of {data.nbytes} bytes has no room for its head of {len(wanted)}")
+    magic, version, *ends, named, own = c.CHUNK_STRUCT.unpack(found)
+    if magic != c.CHUNK_MAGIC:
+        raise CorruptStream(f"a chunk begins with {magic!r}, not {c.CHUNK_MAGIC!r}: pqcodec did not write it")
+    if own != checksum(found[: -c.CHECKSUM_BYTES]):
+        raise CorruptStream("the checksum of a chunk's head does not hold")
+    if version != c.CHUNK_VERSION:
+        raise UnsupportedStream(f"a chunk has version {version}, this release reads {c.CHUNK_VERSION}")
+    if ends != [keys_end, end]:
+        raise InvalidArgument(f"a chunk's streams end at bytes {ends}, not {[keys_end, end]}: it was encoded by other options")
+    if found != wanted:
+        raise CorruptStream(f"a chunk is of another object, whose name's digest is {named.hex()}")
+    if data.nbytes != end:
+        raise (TruncatedStream if data.nbytes < end else CorruptStream)(f"a chunk of {end} bytes has {data.nbytes}")
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises InvalidArgument for a name that is not known."""
+    for name in given:
+        if name not in known:
+            raise InvalidArgument(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
+
+
+def _rope(given: Any) -> Rope | None:
+    """The RoPE that a configuration gives; raises InvalidArgument."""
+    if given == "none":
+        return None
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(f'rope is {given!r}; "none" or an object of {", ".join(_ROPE)} is expected')
+    refuse_unknown("rope's member", given, _ROPE)
+    if not {"theta", "frequencies"} & given.keys():
+        raise InvalidArgument('rope says neither theta nor frequencies; give one of them, or "none"')
+    rope = Rope(**given)
+    try:
+        rope.check()
+    except TypeError as error:
+        raise InvalidArgument(f"rope {dict(given)}: {error}") from None
+    return rope
