@@ -26,6 +26,7 @@ HOMES = {  # third-party modules that are imported in one place only
     "rich": {"tools"},
     "fsspec": {"formats/places/remote.py"},
     "transformers": {"formats/engines/transformers_cache/", "formats/offload/encoded_cache.py"},
+    "lmcache": {"formats/engines/lmcache.py"},
     "redis": {"formats/store/redis_index.py"},
     "sqlite3": {"formats/store/connections.py", "formats/store/sqlite_index.py"},
     "triton": {"pqcodec/kernels/on_triton/"},
