@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH = torch==2.13.0
+LMCACHE = lmcache==0.5.6
 
-.PHONY: demo test test-matrix kernels check bench fidelity golden wheel clean
+.PHONY: demo test test-engines test-matrix kernels check bench fidelity golden wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,16 @@ test-matrix: $(VENV)/installed  ## the tests' core against the oldest and the ne
 	$(BIN)/pip install --quiet nox
 	$(BIN)/nox --noxfile tests/matrix.py --envdir $(abspath build/matrix)
 
+$(VENV)-lmcache/installed: pyproject.toml tests/engines/lmcache.txt
+	$(PYTHON) -m venv $(VENV)-lmcache
+	$(VENV)-lmcache/bin/pip install --quiet $(TORCH) --requirement tests/engines/lmcache.txt
+	$(VENV)-lmcache/bin/pip install --quiet --no-deps $(LMCACHE)
+	$(VENV)-lmcache/bin/pip install --quiet --editable .
+	touch $@
+
+test-engines: $(VENV)-lmcache/installed  ## LMCache itself, in an environment of its own: its storage manager and its server
+	$(VENV)-lmcache/bin/pytest -q tests/test_lmcache.py tests/engines
+
 check: $(VENV)/installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +61,4 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VENV)-lmcache
