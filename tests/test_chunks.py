@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TORCH_DTYPES, gaussian, rel_mse
+from conftest import DEVICE, TORCH_DTYPES, gaussian, rel_mse
 
 import pqcodec
 from pqcodec import constants as c
@@ -19,7 +19,7 @@ from pqcodec.formats.engines.chunks import CHUNK_LAYOUTS, ChunkCodec
 from pqcodec.stages.centre import phases, turn
 from pqcodec.stream.checksum import checksum
 
-FUSED, APART = CHUNK_LAYOUTS
+FUSED, SENT, APART = CHUNK_LAYOUTS
 LAYERS, TOKENS, HEADS, DIM = 3, 20, 2, 32
 PAIR = gaussian(2, LAYERS, HEADS, TOKENS, DIM).half()  # keys and values
 NAME = b"an object"
@@ -34,8 +34,9 @@ def chunk_of(layout: str, pair: torch.Tensor = PAIR) -> torch.Tensor:
     """As engines hold it; written out, so that the test does not repeat the code."""
     keys, values = pair
     layers, _, tokens, _ = keys.shape
-    if layout == FUSED:
-        return torch.cat([keys, values], -1).transpose(1, 2).reshape(1, layers, tokens, -1).contiguous()
+    if layout in (FUSED, SENT):
+        lying = torch.cat([keys, values], -1).transpose(1, 2).reshape(layers, tokens, -1).contiguous()
+        return lying[None] if layout == FUSED else lying
     return torch.stack([keys.transpose(1, 2), values.transpose(1, 2)]).reshape(2, layers, tokens, -1).contiguous()
 
 
@@ -65,6 +66,19 @@ def test_a_chunk_is_its_streams(backend: str) -> None:
     assert data[48 : 48 + len(keys)] == keys
     assert data[-len(values) :] == values
     assert len(data) - len(values) - len(keys) - 48 in range(16)
+
+
+@pytest.mark.parametrize("layout", CHUNK_LAYOUTS)
+def test_a_gpu_codes_a_chunk_where_it_lies(layout: str, gpu_backend: str) -> None:
+    x = chunk_of(layout).to(DEVICE)
+    there, here = codec_of(rope=ROPE, backend=gpu_backend), codec_of(rope=ROPE)
+    data = there.encode(x, NAME)
+    assert data.nbytes == here.size(x.shape, x.dtype)
+    y, z = torch.empty_like(x), torch.empty_like(x, device="cpu")
+    there.decode(data, y, NAME)
+    here.decode(data, z, NAME)
+    assert (y.cpu() == z).all()
+    assert rel_mse(x, y) < 0.02
 
 
 def test_one_engine_reads_what_another_wrote() -> None:
@@ -165,7 +179,10 @@ def test_a_model_says_what_is_not_given(tmp_path: Path) -> None:
         ({"layout": FUSED}, (2, LAYERS, TOKENS, HEADS * DIM)),
         ({"kv_heads": 1}, (1, LAYERS, TOKENS, HEADS * 2 * DIM)),  # LMCache would read another number of heads
         ({"head_dim": 16}, (1, LAYERS, TOKENS, HEADS * 2 * DIM)),
-        ({}, (LAYERS, TOKENS, HEADS * 2 * DIM)),
+        ({}, (LAYERS, TOKENS, HEADS * DIM)),
+        ({}, (2, 1, LAYERS, TOKENS, HEADS * DIM)),
+        ({"layout": FUSED}, (LAYERS, TOKENS, HEADS * 2 * DIM)),
+        ({"layout": SENT}, (1, LAYERS, TOKENS, HEADS * 2 * DIM)),
         ({}, (HEADS * 2 * DIM,)),
         ({}, ()),
     ],

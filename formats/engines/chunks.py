@@ -28,7 +28,8 @@ from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import source_of
 
-CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")  # the dimensions behind "tokens" are one
+# The dimensions behind "tokens" are one. LMCache has the first where it copies from the engine, the second where that sends.
+CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")
 _ORDER = ("2", "layers", "heads", "tokens", "dim")
 _OPTIONS = ("preset", "model", "head_dim", "kv_heads", "rope", "layout", "exact_tokens")
 _ROPE = ("theta", "dim", "style", "frequencies")
@@ -124,13 +125,14 @@ class ChunkCodec:
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """The size of each dimension of a chunk by its name, in the order in which they lie."""
         found = tuple(map(int, shape))
-        layers, tokens = found[1:3] if len(found) == 4 else (0, 0)
-        known = {"1": 1, "2": 2, "layers": layers, "tokens": tokens, "heads": self.kv_heads, "dim": self.head_dim}
+        known = {"1": 1, "2": 2, "heads": self.kv_heads, "dim": self.head_dim}
         layouts = (self.layout,) if self.layout else CHUNK_LAYOUTS
         for layout in layouts:
-            sizes = {name: known[name] for name in layout.split(",")}
-            first, _, _, *rest = sizes.values()
-            if found == (first, layers, tokens, math.prod(rest)):
+            names = layout.split(",")
+            behind = names[names.index("tokens") + 1 :]
+            lying = names[: -len(behind)]
+            sizes = dict(zip(lying, found, strict=False)) | {name: known[name] for name in behind}
+            if found == (*(known.get(name, sizes.get(name)) for name in lying), math.prod(sizes[name] for name in behind)):
                 return sizes
         raise InvalidArgument(
             f"a chunk has shape {found}, which is not {' or '.join(map(repr, layouts))} with {self.kv_heads} heads of "

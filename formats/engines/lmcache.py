@@ -121,15 +121,17 @@ def serde_of(options: Mapping[str, Any]) -> AsyncSerdeProcessor:
 
     ``options``: those of ``ChunkCodec.from_json``, and ``max_workers``, tasks at a time.
     """
+    adapter = _awaiting.pop() if _awaiting else None
     chosen = dict(options)
     workers = chosen.pop("max_workers", _WORKERS)
     if type(workers) is not int or workers < 1:
         raise InvalidArgument(f"max_workers is {workers!r}; a whole number from 1 on is expected")
-    adapter = _awaiting.pop() if _awaiting else None
     chunks = ChunkCodec.from_json(chosen)
-    logger.info("%s: compiling kernels, once for this machine (up to a minute)", chunks)
+    centred = "under RoPE" if chunks.rope else "without RoPE"
+    logger.info("pqcodec: %s, %d KV heads of %d, keys centred %s", chunks.preset, chunks.kv_heads, chunks.head_dim, centred)
+    logger.info("pqcodec: compiling kernels, once for this machine (up to a minute)")
     chunks.warm()
-    logger.info("%s: ready", chunks)
+    logger.info("pqcodec: ready")
     return AsyncSerdeProcessor(PQSerializer(chunks), PQDeserializer(chunks, adapter), max_workers=workers)
 
 

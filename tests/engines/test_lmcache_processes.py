@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ pytest.importorskip("lmcache.v1.distributed.serde")
 MANAGER = Path(__file__).with_name("lmcache_manager.py")
 SHAPE, COUNT = (1, 3, 128, 2 * 2 * 64), 5
 SERDE = {"type": "pqcodec", "head_dim": 64, "kv_heads": 2, "rope": {"theta": 10000}}
+CODEC = ChunkCodec.from_json({name: value for name, value in SERDE.items() if name != "type"})
 ENVIRONMENT = os.environ | {"LMCACHE_TRACK_USAGE": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -46,10 +49,7 @@ def test_what_was_stored_is_found_after_a_restart_and_damage_is_a_miss_until_it_
     adapter = adapter_of(tmp_path)
     assert manager("store", adapter, COUNT)["stored"]
     files = sorted(tmp_path.glob("*.data"))
-    size = ChunkCodec(64, 2, rope=None).size(SHAPE, "bfloat16")
-    assert len(files) == COUNT
-    assert len({file.stat().st_size for file in files}) == 1
-    assert size <= files[0].stat().st_size < 0.3 * 2 * 3 * 128 * 256
+    assert [file.stat().st_size for file in files] == COUNT * [CODEC.size(SHAPE, "bfloat16")]
 
     found = manager("load", adapter)
     assert found["found"] == list(range(COUNT))
@@ -72,11 +72,23 @@ def test_what_another_preset_wrote_is_a_miss(tmp_path: Path) -> None:
 
 
 # -- the server ----------------------------------------------------------------------------------------------------
-def server(adapter: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--l2-adapter", adapter]
+@contextmanager
+def server(adapter: str, log: Path) -> Iterator[tuple[int, int]]:
+    """LMCache's server on loopback, ready: its port for engines and the one for HTTP."""
+    ports = free_port(), free_port()
+    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", "127.0.0.1", "--http-host", "127.0.0.1"]
+    command += ["--port", str(ports[0]), "--http-port", str(ports[1]), "--chunk-size", "128", "--l1-size-gb", "1"]
+    command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--l2-adapter", adapter]
     with log.open("wb") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    try:
+        end = time.monotonic() + 180
+        while not all(map(listens, ports)) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+        yield ports
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def free_port() -> int:
@@ -90,22 +102,53 @@ def listens(port: int) -> bool:
         return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_the_server_starts_with_kernels_that_are_compiled(tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    process = server(adapter_of(tmp_path / "blocks"), port, log)
-    try:
-        end = time.monotonic() + 180
-        while not listens(port) and process.poll() is None and time.monotonic() < end:
+def engine(ports: tuple[int, int], spec: str) -> str:
+    """What LMCache's own client prints that stores and retrieves as an engine with such a cache does."""
+    command = [
+        sys.executable,
+        "-m",
+        "lmcache.cli.main",
+        "bench",
+        "server",
+        "--mode",
+        "cpu",
+        "--num-blocks",
+        "128",
+        "--end",
+        "2",
+    ]
+    command += [
+        "--rpc-url",
+        f"tcp://127.0.0.1:{ports[0]}",
+        "--url",
+        f"http://127.0.0.1:{ports[1]}",
+        "--kvcache-shape-spec",
+        spec,
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("spec", ["(2,128,16,2,64):bfloat16:3", "(1,128,16,2,128):bfloat16:3"], ids=["apart", "sent"])
+def test_an_engine_finds_after_a_restart_of_the_server_what_it_stored(tmp_path: Path, spec: str) -> None:
+    adapter, blocks = adapter_of(tmp_path / "blocks"), tmp_path / "blocks"
+    with server(adapter, tmp_path / "log") as ports:
+        first = engine(ports, spec)
+        assert "[seq 0/cold] LOOKUP: 0/4" in first
+        end = time.monotonic() + 60
+        while len(list(blocks.glob("*.data"))) < 8 and time.monotonic() < end:
             time.sleep(0.2)
-        assert listens(port), log.read_text()
-    finally:
-        process.terminate()
-        process.wait(60)
-    assert "): ready" in log.read_text()
+    files = list(blocks.glob("*.data"))
+    assert [file.stat().st_size for file in files] == 8 * [CODEC.size(SHAPE, "bfloat16")]
+    with server(adapter, tmp_path / "log") as ports:
+        second = engine(ports, spec)
+    for number in range(2):
+        assert f"[seq {number}/cold] LOOKUP: 4/4" in second
+    assert "(0 L1, 4 L2)" in (tmp_path / "log").read_text()
 
 
 def test_the_server_does_not_start_with_a_wrong_configuration(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    process = server(adapter_of(tmp_path / "blocks", kv_heads=0), free_port(), log)
-    assert process.wait(120) != 0
-    assert "kv_heads is 0; a whole number from 1 on is expected" in log.read_text()
+    with server(adapter_of(tmp_path / "blocks", kv_heads=0), tmp_path / "log") as ports:
+        assert not listens(ports[0])
+    assert "kv_heads is 0; a whole number from 1 on is expected" in (tmp_path / "log").read_text()
