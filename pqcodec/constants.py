@@ -223,6 +223,4 @@ ZARR_TOKENS_PER_CHUNK = 4096  # of arrays that save_zarr writes, unless it is to
 CHUNK_MAGIC = b"PQCH"
 CHUNK_VERSION = 1
 CHUNK_NAME_BYTES = 20  # of the SHA-256 of an object's name
-CHUNK_STRUCT = struct.Struct(
-    "<4sIQQ20sI"
-)  # magic, version, end of the keys' stream, size, name, checksum of the bytes before it
+CHUNK_STRUCT = struct.Struct("<4sIQQ20sI")  # magic, version, end of the keys' stream, size, name, checksum of all before

@@ -127,9 +127,9 @@ def serde_of(options: Mapping[str, Any]) -> AsyncSerdeProcessor:
     if type(workers) is not int or workers < 1:
         raise InvalidArgument(f"max_workers is {workers!r}; a whole number from 1 on is expected")
     chunks = ChunkCodec.from_json(chosen)
-    centred = "under RoPE" if chunks.rope else "without RoPE"
-    logger.info("pqcodec: %s, %d KV heads of %d, keys centred %s", chunks.preset, chunks.kv_heads, chunks.head_dim, centred)
-    logger.info("pqcodec: compiling kernels, once for this machine (up to a minute)")
+    if not {"model", "rope"} & chosen.keys():
+        logger.warning("pqcodec: neither 'model' nor 'rope' is given; keys under RoPE have several times less error with it")
+    logger.info("pqcodec: %r; compiling kernels, once for this machine (up to a minute)", chunks)
     chunks.warm()
     logger.info("pqcodec: ready")
     return AsyncSerdeProcessor(PQSerializer(chunks), PQDeserializer(chunks, adapter), max_workers=workers)
