@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import threading
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def finished(processor: Any, fd: int, query: Any, task: int) -> bool:
 def test_the_plug_in_makes_lmcaches_adapter_and_its_serde(tmp_path: Any) -> None:
     adapter = made(tmp_path)
     assert type(adapter).__name__ == "FSL2Adapter"
-    serde = create_serde_processor(SerdeConfig("pqcodec", {**OPTIONS, "max_workers": 1}))
+    serde = create_serde_processor(SerdeConfig("pqcodec", {**OPTIONS, "max_workers": 2}))
     try:
         x = gaussian(*SHAPES[0]).half()
         layout = serialized_layout_desc(MemoryLayoutDesc([x.shape], [x.dtype]), serde)
@@ -144,6 +145,27 @@ def test_the_plug_in_makes_lmcaches_adapter_and_its_serde(tmp_path: Any) -> None
     finally:
         serde.close()
         adapter.close()
+
+
+def test_a_request_does_not_wait_for_what_is_being_stored(chunks: ChunkCodec) -> None:
+    released = threading.Event()
+
+    class Slow(plug_in.PQSerializer):
+        def serialize(self, src: Any, dst: Any, key: Any) -> int:
+            assert released.wait(60)
+            return super().serialize(src, dst, key)
+
+    serde = plug_in.PQProcessor(Slow(chunks), plug_in.PQDeserializer(chunks), 1)
+    x = gaussian(*SHAPES[0]).half()
+    stored, back = memory_of(torch.from_numpy(chunks.encode(x, plug_in.object_name(KEY)))), memory_of(torch.zeros_like(x))
+    buffer = memory_of(torch.zeros(chunks.size(x.shape, x.dtype), dtype=torch.uint8))
+    store = serde.submit_serialize([memory_of(x)], [buffer], [KEY])
+    load = serde.submit_deserialize([stored], [back], [KEY])
+    assert finished(serde, serde.get_deserialize_event_fd(), serde.query_deserialize_result, load)
+    assert serde.query_serialize_result(store) is None
+    released.set()
+    assert finished(serde, serde.get_serialize_event_fd(), serde.query_serialize_result, store)
+    serde.close()
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from lmcache.logging import init_logger
 from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase, get_l2_adapter_config_class
-from lmcache.v1.distributed.serde import AsyncSerdeProcessor, Deserializer, Serializer, register_serde_factory
+from lmcache.v1.distributed.serde import AsyncSerdeProcessor, Deserializer, SerdeProcessor, Serializer, register_serde_factory
 
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.engines.chunks import ChunkCodec
 
 SERDE = "pqcodec"  # the "type" of the serde in LMCache's configuration
-_WORKERS = 2  # tasks at a time: each works beside the kernels' own threads, which all of them share
+_WORKERS = 1  # tasks of a kind at a time: each has the kernels' threads, of which there are as many as cores
 _awaiting: list[Any] = []  # the adapter that was made last, until its serde is
 logger = init_logger(__name__)
 
@@ -60,6 +60,46 @@ class PQDeserializer(Deserializer):
                 logger.warning("%s is deleted, so that it is stored anew: %s", key, error)
                 self._adapter.delete([key])
             raise
+
+
+class PQProcessor(SerdeProcessor):
+    """LMCache's processor twice, so that a request never waits for what is being stored, which may be all of a long prompt."""
+
+    def __init__(self, serializer: Serializer, deserializer: Deserializer, workers: int) -> None:
+        self._serializing, self._deserializing = (AsyncSerdeProcessor(serializer, deserializer, workers) for _ in range(2))
+
+    def get_serialize_event_fd(self) -> int:
+        """Signalled when a chunk is encoded."""
+        return self._serializing.get_serialize_event_fd()
+
+    def get_deserialize_event_fd(self) -> int:
+        """Signalled when a chunk is decoded."""
+        return self._deserializing.get_deserialize_event_fd()
+
+    def submit_serialize(self, src_objs: list[Any], dst_objs: list[Any], keys: list[Any]) -> int:
+        """Begin to encode; returns the task."""
+        return self._serializing.submit_serialize(src_objs, dst_objs, keys)
+
+    def query_serialize_result(self, task_id: int) -> bool | None:
+        """Whether a task has succeeded, once; None: it has not ended."""
+        return self._serializing.query_serialize_result(task_id)
+
+    def submit_deserialize(self, src_objs: list[Any], dst_objs: list[Any], keys: list[Any]) -> int:
+        """Begin to decode; returns the task."""
+        return self._deserializing.submit_deserialize(src_objs, dst_objs, keys)
+
+    def query_deserialize_result(self, task_id: int) -> bool | None:
+        """Whether a task has succeeded, once; None: it has not ended."""
+        return self._deserializing.query_deserialize_result(task_id)
+
+    def estimate_serialized_size(self, layout_desc: Any) -> int:
+        """As ``PQSerializer``."""
+        return self._serializing.estimate_serialized_size(layout_desc)
+
+    def close(self) -> None:
+        """Wait for all tasks."""
+        self._serializing.close()
+        self._deserializing.close()
 
 
 def object_name(key: Any) -> bytes:
@@ -116,10 +156,10 @@ class PQCodecL2AdapterConfig(L2AdapterConfigBase):
         return "adapter_params: 'type', the adapter that stores the bytes (fs, s3, resp ...), and that adapter's own parameters"
 
 
-def serde_of(options: Mapping[str, Any]) -> AsyncSerdeProcessor:
+def serde_of(options: Mapping[str, Any]) -> PQProcessor:
     """The serde of a configuration, its kernels compiled; raises InvalidArgument (a ValueError), which ends LMCache's start.
 
-    ``options``: those of ``ChunkCodec.from_json``, and ``max_workers``, tasks at a time.
+    ``options``: those of ``ChunkCodec.from_json``, and ``max_workers``, tasks of a kind at a time.
     """
     adapter = _awaiting.pop() if _awaiting else None
     chosen = dict(options)
@@ -132,7 +172,7 @@ def serde_of(options: Mapping[str, Any]) -> AsyncSerdeProcessor:
     logger.info("pqcodec: %r; compiling kernels, once for this machine (up to a minute)", chunks)
     chunks.warm()
     logger.info("pqcodec: ready")
-    return AsyncSerdeProcessor(PQSerializer(chunks), PQDeserializer(chunks, adapter), max_workers=workers)
+    return PQProcessor(PQSerializer(chunks), PQDeserializer(chunks, adapter), workers)
 
 
 register_serde_factory(SERDE, serde_of)
