@@ -183,7 +183,7 @@ class Shelf:
                 break
             try:
                 if self.index.remove(row):
-                    self.index.touch([], **{"evicted" if over else "expired": 1})
+                    self.index.touch([], evicted=int(over), expired=int(not over))
                     self.files.remove(row.file)
                     freed += row.size
             except OSError as error:
