@@ -254,20 +254,20 @@ def test_a_put_tells_what_is_there(folder: Path) -> None:
     with PrefixStore(folder, preset="exact") as store:
         before = {row.name for row in store.shelf.index.all()}
         total = store.shelf.index.counters()["bytes"]
-        store.shelf.index.set_quota(30_000)  # less than a block takes
+        store.shelf.index.set_limit("max_bytes", 30_000)  # less than a block takes
         with pytest.warns(RuntimeWarning, match=r"a prefix of \d+ tokens is left out: it takes \d+ bytes, and the quota"):
             done = put(store, "5.5.5.5")
         assert (done.new_tokens, done.new_bytes) == (0, 0)
         assert done.tokens == found(store, "5.5.5.5") < 10  # what it begins with by chance
         assert {row.name for row in store.shelf.index.all()} == before  # nothing was dropped for nothing
-        store.shelf.index.set_quota(total)
+        store.shelf.index.set_limit("max_bytes", total)
         done = put(store, "4")  # fits where others go
         assert done.tokens == found(store, "4") == len(tokens_of("4")) == done.new_tokens
         assert done.new_bytes == sum(row.size for row in store.shelf.index.all() if row.name not in before)
         assert put(store, "4").new_tokens == 0
         for row in store.shelf.index.all():
             store.shelf.index.pin(row, True)
-        store.shelf.index.set_quota(store.shelf.index.counters()["bytes"])
+        store.shelf.index.set_limit("max_bytes", store.shelf.index.counters()["bytes"])
         with pytest.warns(RuntimeWarning, match="leaves room for"):
             assert put(store, "1").new_tokens == 0
 
@@ -277,7 +277,7 @@ def test_a_tail_stays_where_what_it_would_grow_into_is_too_large(tmp_path: Path)
     cache = cached(model, ids)
     with PrefixStore(tmp_path / "s", preset="exact") as store:
         first = store.put(model, ids[:, :300], cached(model, ids[:, :300]))
-        store.shelf.index.set_quota(first.new_bytes + 100)
+        store.shelf.index.set_limit("max_bytes", first.new_bytes + 100)
         with pytest.warns(RuntimeWarning, match="is left out"):
             done = store.put(model, ids, cache)
         assert (done.tokens, done.new_tokens) == (300, 0)
