@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -44,6 +45,20 @@ def test_decode_heeds_to_or_refuses_it(coded: Path, tmp_path: Path) -> None:  # 
     assert not (tmp_path / "o.npz").exists()
     run("decode", coded, tmp_path / "o.npz", "--to", "NPZ", *REFERENCE)
     run("decode", coded, coded, tmp_path / "none", "--to", "npz", *REFERENCE, code=2)  # both would be c.npz
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["o.safetensors", "o.npz", "o.zarr"])
+def test_a_full_disk_is_named(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:  # noqa: F811
+    pytest.importorskip("zarr") if name == "o.zarr" else None
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    verb, *options = ["convert"] if name == "o.zarr" else ["decode", *REFERENCE]
+    assert f"{tmp_path / name}: No space left on device" in run(verb, coded, tmp_path / name, *options, code=4).stderr
+    assert not list(tmp_path.glob("*o.*"))
 
 
 # -- what a writer refuses ---------------------------------------------------------------------------------------

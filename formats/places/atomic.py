@@ -73,8 +73,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(temporary)
         os.chmod(temporary, mode)  # a library may have replaced the temporary file by its own
         os.replace(temporary, final)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_full_disk(error, path)
         raise
     if os.name == "posix":
         _sync(final.parent)
@@ -113,14 +114,22 @@ def replacing_folder(path: str | os.PathLike[str], mark: str) -> Iterator[Path]:
         if final.exists():
             os.rename(final, aside)
         os.rename(temporary, final)
-    except BaseException:
+    except BaseException as error:
         if aside.exists() and not final.exists():
             os.rename(aside, final)
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_full_disk(error, path)
         raise
     if os.name == "posix":
         _sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_full_disk(error: BaseException, path: str | os.PathLike[str]) -> None:
+    """Name the file in an error of a write, which only names what was opened."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+    if isinstance(error, OSError) and error.filename is None and error.errno in full:
+        error.filename = os.fspath(path)
 
 
 def _sync(path: Path) -> None:
