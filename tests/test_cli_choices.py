@@ -189,6 +189,14 @@ def test_patterns_choose_what_is_encoded_kept_and_left_out(tmp_path: Path) -> No
     np.testing.assert_array_equal(found["layers.1.key"], given["layers.1.key"])
 
 
+def test_a_name_with_brackets_is_a_pattern_of_itself(tmp_path: Path) -> None:
+    save_file({"keys[3]": normal(2, 40, 64), "keys[4]": normal(2, 40, 64)}, tmp_path / "in.safetensors")
+    result = run("encode", tmp_path / "in.safetensors", tmp_path / "o.pqkv", "--drop", "keys[3]", *REFERENCE)
+    assert "1 left out (--drop): keys[3]" in result.stderr
+    with PQKVFile(tmp_path / "o.pqkv") as file:
+        assert file.names == ("keys[4]",)
+
+
 @pytest.mark.parametrize("option", ["include", "exclude", "drop"])
 def test_a_pattern_that_fits_nothing_is_named(option: str, tmp_path: Path) -> None:
     save_file({"layers.0.key": normal(2, 40, 64)}, tmp_path / "in.safetensors")

@@ -48,7 +48,7 @@ class Choice:
         """Raises InvalidArgument for a pattern that fits no tensor."""
         for option, patterns in (("include", self.include), ("exclude", self.exclude), ("drop", self.drop)):
             for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
+                if not any(_fits(name, (pattern,)) for name in names):
                     raise InvalidArgument(f"{path}: --{option} {pattern!r} fits no tensor; there are {some(names)}")
 
     def drops(self, name: str) -> bool:
@@ -63,7 +63,8 @@ class Choice:
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a pattern fits, or is the name itself, as of keys[3]."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
