@@ -254,8 +254,8 @@ class Assembly:
         """Decode the first ``count`` tokens of a block into the stacks; raises CorruptStream, also for another block's file."""
         metadata = block_metadata(file)
         try:
-            position = (metadata["name"], metadata["parent"], metadata["start"])
-            same = position == (row.name.hex(), row.parent.hex(), row.start)
+            told = tuple(metadata[key] for key in ("name", "parent", "start", "whole", "stateful"))
+            same = told == (row.name.hex(), row.parent.hex(), row.start, row.whole, row.stateful)
             if not same or not np.array_equal(tokens_of(metadata, file.decode(TOKENS)), row.tokens):
                 raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
             return self._decoded(file, metadata, row, count)
