@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import signal
@@ -21,7 +22,7 @@ if shutil.which("redis-server") is None:
 from store_stress import MODEL, cache_of, expected, stress, tokens_of, wrong
 from typer.testing import CliRunner
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.store import PrefixStore
 from pqcodec.tools.cli import app
 from tests.servers import RedisServer, redis_server
@@ -175,6 +176,14 @@ def test_places_that_are_none(address: str, tmp_path: Path) -> None:
         PrefixStore("redis://127.0.0.1:1/0")
     with pytest.raises(InvalidArgument, match="store="):
         PrefixStore("redis://127.0.0.1:1/0?store=a/b")
+    for parameter in ("foo=1", "decode_responses=True", "encoding=utf-16", "retry=3", "connection_class=x"):
+        with pytest.raises(InvalidArgument, match=r"is unknown; store, db"):
+            PrefixStore(f"{address}&{parameter}")
+    for none in ("redis://[::1", "redis://127.0.0.1:abc", "redis://127.0.0.1:99999", f"{address}&socket_timeout=x"):
+        with pytest.raises(InvalidArgument, match="is no address that can be used"):
+            PrefixStore(none)
+    with pytest.raises(OSError, match=f"connecting to {tmp_path}/none"):
+        PrefixStore(f"unix://{tmp_path}/none?db=0")
     PrefixStore(address, data=tmp_path / "files").close()
     with pytest.raises(InvalidArgument, match="pass data="):
         PrefixStore(address)
@@ -182,10 +191,145 @@ def test_places_that_are_none(address: str, tmp_path: Path) -> None:
         PrefixStore(address, data=tmp_path / "others")
 
 
-def test_a_password_is_never_shown() -> None:
-    with pytest.raises(OSError, match=r"127\.0\.0\.1:1") as found:
-        PrefixStore("redis://user:secret@127.0.0.1:1/0")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "redis://user:secret@127.0.0.1:1/0",
+        "redis://user:a@secret@127.0.0.1:1/0",
+        "redis://user:a/secret@127.0.0.1:1/0",
+        "redis://user:a?secret=1#@127.0.0.1:1/0",
+        "redis://127.0.0.1:1/0?username=user&password=secret",
+    ],
+)
+def test_a_password_is_never_shown(address: str) -> None:
+    with pytest.raises((OSError, InvalidArgument), match=r"127\.0\.0\.1:1") as found:
+        PrefixStore(address)
     assert "secret" not in str(found.value)
+
+
+# -- what a stranger, or a fault, can do -------------------------------------------------------------------------
+def test_another_prefix_among_the_blocks_that_follow_is_not_taken(address: str) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, preset="exact") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        store.put(MODEL, ids, cache_of(-numbers), extra="another")
+        index = store.shelf.index
+        own, *_ = (root for root, (_, settings) in index.roots().items() if not settings["extra"])
+        mine = {row.start: row for row in index.all() if row.root == own}
+        for row in index.all():
+            if row.root != own:
+                index.client.sadd(index.key("children", mine[row.start].parent), row.name)
+        for row in mine.values():
+            index.remove(row)
+        assert store.get(MODEL, ids, leave=0).length == 0
+        assert store.put(MODEL, ids, cache_of(numbers)).new_tokens == len(ids)
+        cache, length = store.get(MODEL, ids, leave=0)
+        assert not wrong(cache, length, numbers, exact=True)
+
+
+@pytest.mark.parametrize(("field", "value"), [("stateful", 1), ("whole", 0)])
+def test_a_row_that_says_another_kind_of_block_than_its_file_is_damage(address: str, field: str, value: int) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, preset="exact") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        index = store.shelf.index
+        row = next(row for row in index.all() if row.whole == (field == "whole"))
+        index.client.hset(index.key("block", row.name), field, value)
+        with pytest.warns(RuntimeWarning, match=r"is another block|row was dropped"):
+            assert store.get(MODEL, ids, leave=0).length == row.start
+
+
+def test_a_row_of_another_type_is_dropped(address: str) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        index, row = store.shelf.index, store.shelf.index.all()[1]
+        index.client.delete(index.key("block", row.name))
+        index.client.rpush(index.key("block", row.name), "x")
+        with pytest.warns(RuntimeWarning, match="its key is of another type"):
+            assert len(index.all()) == 2
+        store.put(MODEL, ids, cache_of(numbers))
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+        index.client.delete(index.key("counters"))
+        index.client.rpush(index.key("counters"), "x")
+        with pytest.raises(CorruptStream, match=r"without the keys that begin with \{pqcodec:"):
+            store.shelf.gc()
+
+
+def test_what_a_server_forgot_is_recorded_anew_and_its_files_stay(address: str, tmp_path: Path) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, data=tmp_path / "files", preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        client = store.shelf.index.client
+        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+        with pytest.warns(RuntimeWarning, match="3 blocks were found again by their files"):
+            assert store.shelf.gc(grace=0) == {"orphans": 0, "missing": 0, "evicted_bytes": 0}
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+        store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+        with pytest.raises(InvalidArgument, match="pass data="):
+            PrefixStore(address)
+    with pytest.warns(RuntimeWarning, match="found again"), PrefixStore(address, data=tmp_path / "files") as store:
+        assert len(store.shelf.index.all()) == 5
+
+
+def test_a_place_that_is_not_mounted_costs_no_block(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    monkeypatch.chdir(tmp_path)
+    with PrefixStore(address, data="files", preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+        with pytest.raises(InvalidArgument, match="lie in"):
+            PrefixStore(address, data="files")
+        (tmp_path / "files").rename(tmp_path / "away")
+        with pytest.warns(RuntimeWarning, match="is it mounted"):
+            assert store.get(MODEL, ids, leave=0).length == 0
+        with pytest.raises(OSError, match="is it mounted"):
+            store.shelf.gc(grace=0)
+        (tmp_path / "away").rename(tmp_path / "files")
+        assert store.get(MODEL, ids, leave=0).length == len(ids)
+        (tmp_path / "files").rename(tmp_path / "gone")
+        (tmp_path / "files").mkdir()
+        assert store.shelf.gc(grace=0)["missing"] == 3
+
+
+def test_a_server_without_memory_gives_it_back_and_one_that_only_reads_is_read(tmp_path: Path) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with redis_server(str(tmp_path)) as server, PrefixStore(server.address, preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        client = store.shelf.index.client
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with PrefixStore(server.address, preset="pq3") as reader:
+            assert reader.get(MODEL, ids, leave=0).length == len(ids)
+            with pytest.raises(OSError, match="read only") as found:
+                reader.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+            assert found.value.errno == errno.EROFS
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.config_set("maxmemory", "1gb")
+        with pytest.warns(RuntimeWarning, match="drops keys of the index"):
+            PrefixStore(server.address).close()
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        with PrefixStore(server.address, preset="pq3") as full:
+            with pytest.raises(OSError, match="maxmemory") as found:
+                full.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+            assert found.value.errno == errno.ENOSPC
+            assert full.shelf.drop(full.shelf.index.all()[-1])
+            assert len([*full.shelf.files.all()]) == 2
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["stats"], ["verify"], ["gc"], ["rm", "--all", "--yes"]])
+def test_the_command_line_makes_no_store_of_a_name_that_is_wrong(server: RedisServer, verb: list[str]) -> None:
+    name, *options = verb
+    found = CliRunner().invoke(app, ["store", name, f"{server.address}?store=none-{name}", *options])
+    assert found.exit_code == 2
+    assert "is no prefix store; the server has none of that name" in found.output
+    with PrefixStore(f"{server.address}?store=none-{name}") as store:
+        assert store.shelf.index.new
+    assert CliRunner().invoke(app, ["store", "gc", f"{server.address}?store=none-{name}"]).exit_code == 0  # it is empty now
 
 
 def test_the_command_line_takes_addresses(address: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -52,7 +53,12 @@ class BlockFiles:
         if self.remote:
             return PQKVFile(remote.read_all(self._url(file)).data)
         path = self._local(file)
-        if not own.is_regular(path):
+        try:
+            regular = own.is_regular(path)
+        except FileNotFoundError:
+            self.check_there()
+            raise
+        if not regular:
             raise CorruptStream(f"{path}: is no regular file in a folder of the store; it is not opened")
         return PQKVFile(path)
 
@@ -64,6 +70,12 @@ class BlockFiles:
             return
         with fetched_ahead(self.open, files) as opened:
             yield opened
+
+    def check_there(self) -> None:
+        """Raises OSError where a local folder of the files is missing, which is not taken for the loss of all of them."""
+        if not self.remote and not os.path.isdir(self.location):
+            text = "the folder of the store's files is missing: is it mounted? If the files are gone, make an empty folder"
+            raise OSError(errno.ENODEV, text, self.location)
 
     def remove(self, file: str) -> None:
         """Remove a block's file if it exists; the target of a link, and a folder of that name, are left alone."""

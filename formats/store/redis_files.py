@@ -52,7 +52,7 @@ class RedisFiles:
     def remove(self, file: str) -> None:
         """Remove a block's file if it exists."""
         with self._index.named():
-            done = self._index.client.pipeline()
+            done = self._index.client.pipeline(transaction=False)  # a server whose memory is full takes no transaction
             done.delete(self._key(file))
             done.zrem(self._index.key("files"), file)
             done.execute()

@@ -17,10 +17,11 @@ import errno
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 
@@ -34,13 +35,18 @@ TRIES = 3  # of a command whose connection breaks
 AT_ONCE = 512  # rows that are asked for together
 _STORE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NUMBER = re.compile(rb"-?[0-9]{1,18}")
+_PASSWORD = re.compile(r"(?<=://)([^:@/]*):.*(?=@)|(?<=[?&]password=)[^&#]*")
+_PARAMETERS = re.compile(
+    "db|username|password|client_name|protocol|health_check_interval|socket_(connect_timeout|timeout|keepalive)|ssl_[a-z_]+"
+)
 _FIELDS = ("parent", "root", "start", "tokens", "whole", "stateful", "file", "size", "created", "used", "hits", "pinned")
 
-# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent.
-# ARGV: name, parent, start, used, size, then the fields of the row.
+# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent, data.
+# ARGV: name, parent, start, used, size, the place of the files or '', then the fields of the row.
 _ADD = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+redis.call('HSET', KEYS[1], unpack(ARGV, 7))
+if ARGV[6] ~= '' then redis.call('SETNX', KEYS[8], ARGV[6]) end
 redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
 redis.call('SADD', KEYS[7], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[2])
@@ -103,20 +109,28 @@ def server_and_store(address: str) -> tuple[str, str]:
     >>> server_and_store("redis://cache.local:6379/0?store=team-a")
     ('redis://cache.local:6379/0', 'team-a')
     """
-    found = urlsplit(address)
-    asked = dict(parse_qsl(found.query, keep_blank_values=True))
+    base, _, query = address.partition("?")
+    asked = dict(parse_qsl(query, keep_blank_values=True))
     store = asked.pop("store", "default")
     if not _STORE.fullmatch(store):
         raise InvalidArgument(f"store={store!r:.80}: a name of letters, digits, '.', '_' and '-' is expected, 64 at most")
-    return urlunsplit(found._replace(query=urlencode(asked))), store
+    for name in asked:
+        if not _PARAMETERS.fullmatch(name):
+            shown = "a parameter" if "@" in query else repr(name)  # which may be the rest of a password
+            raise InvalidArgument(
+                f"{without_password(address)}: {shown:.40} is unknown; store, db, username, password, client_name, "
+                "protocol, health_check_interval, socket_... timeouts and ssl_... are known"
+            )
+    return base + ("?" + urlencode(asked) if asked else ""), store
 
 
 def without_password(address: str) -> str:
-    """An address without its password, for messages."""
-    found = urlsplit(address)
-    user, at, host = found.netloc.rpartition("@")
-    name = user.partition(":")[0]
-    return urlunsplit(found._replace(netloc=f"{name}{at}{host}"))
+    """An address without its password, for messages.
+
+    >>> without_password("redis://me:a/b@host/0?password=c&store=s")
+    'redis://me@host/0?password=&store=s'
+    """
+    return _PASSWORD.sub(lambda found: found[1] or "", address)
 
 
 class RedisIndex:
@@ -139,6 +153,7 @@ class RedisIndex:
         server, store = server_and_store(address)
         self.label, self._tag = without_password(address), f"{{pqcodec:{store}}}:".encode()
         self._closed = False
+        self._data = ""  # the place of the files, once it is recorded
         try:
             self.client: Any = redis.Redis.from_url(
                 server,
@@ -147,14 +162,40 @@ class RedisIndex:
                 retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), TRIES),
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
-        except ValueError as error:
-            raise InvalidArgument(f"{self.label}: {error}") from None
-        self._add, self._remove, self._touch, self._pin = map(self.client.register_script, (_ADD, _REMOVE, _TOUCH, _PIN))
-        with self.named():
-            self.new = bool(self.client.set(self.key("version"), VERSION, nx=True))
-            version = VERSION if self.new else self.client.get(self.key("version"))
-        if version != VERSION:
+            self._add, self._remove, self._touch, self._pin = map(self.client.register_script, (_ADD, _REMOVE, _TOUCH, _PIN))
+            with self.named():
+                version = self.client.get(self.key("version"))
+        except (ValueError, TypeError, LookupError, AttributeError):  # an OSError is none of them; the text may hold a password
+            raise InvalidArgument(
+                f"{self.label}: is no address that can be used; redis://user:password@host:port/database?store=NAME is "
+                "expected, with %2F for / in a password, %3F for ? and so on"
+            ) from None
+        self._warn_of_eviction()
+        self.new = version is None
+        if version not in (None, VERSION):
             raise UnsupportedStream(f"{self.label}: an index of version {version!r:.20}; install a newer pqcodec")
+
+    def _warn_of_eviction(self) -> None:
+        """Warn where the server drops any keys when its memory is full, the quota and other parts of an index among them."""
+        import redis
+
+        with suppress(redis.RedisError):  # not everyone may ask
+            memory = self.client.info("memory")
+            policy = memory.get("maxmemory_policy", "")
+            if policy.startswith("allkeys") and memory.get("maxmemory"):
+                text = f"{self.label}: the server drops keys of the index when its memory is full ({policy}), the quota too"
+                advice = "set its maxmemory-policy to noeviction or volatile-lru, and limit the store by max_bytes"
+                warnings.warn(f"{text}; {advice}", RuntimeWarning, stacklevel=5)
+
+    def begun(self) -> None:
+        """Say that the index is complete: until then whoever opens it adds the rows of all files."""
+        with self.named():
+            self.client.set(self.key("version"), VERSION, nx=True)
+
+    def is_lost(self) -> bool:
+        """Whether the server has forgotten the index since it was opened."""
+        with self.named():
+            return not self.client.exists(self.key("version"))
 
     def key(self, kind: str, name: bytes = b"") -> bytes:
         """The key of one kind, of a block or root if ``name`` is given."""
@@ -182,6 +223,9 @@ class RedisIndex:
         self.check_open()
         try:
             yield
+        except (redis.OutOfMemoryError, redis.ReadOnlyError) as error:
+            full = isinstance(error, redis.OutOfMemoryError)
+            raise OSError(errno.ENOSPC if full else errno.EROFS, str(error), self.label) from error
         except redis.TimeoutError as error:
             raise OSError(errno.ETIMEDOUT, str(error), self.label) from error
         except redis.ConnectionError as error:
@@ -189,7 +233,10 @@ class RedisIndex:
         except redis.RedisError as error:
             text = str(error)
             if "WRONGTYPE" in text:
-                raise CorruptStream(f"{self.label}: the index is damaged ({text}); keys of it are of another type") from error
+                advice = f"without the keys that begin with {self._tag.decode()} it is made anew from the files at data"
+                raise CorruptStream(
+                    f"{self.label}: the index is damaged, some of its keys are of another type; {advice}"
+                ) from error
             code = next((code for word, code in _ERRNOS.items() if word in text), errno.EIO)
             raise OSError(code, text, self.label) from error
 
@@ -202,7 +249,7 @@ class RedisIndex:
         """The blocks that follow the block or root called ``parent``."""
         with self.named():
             names = sorted(self.client.smembers(self.key("children", parent)))
-        return self._rows(names)
+        return [row for row in self._rows(names) if row.parent == parent]
 
     def all(self) -> list[Row]:
         """Every block, parents before their children."""
@@ -219,14 +266,27 @@ class RedisIndex:
                 asked = self.client.pipeline(transaction=False)
                 for name in part:
                     asked.hgetall(self.key("block", name))
-                found = asked.execute()
+                found = asked.execute(raise_on_error=False)
             for name, fields in zip(part, found, strict=True):
-                if fields:
+                if isinstance(fields, Exception):
+                    with self.named():
+                        self._check_type(name, fields)
+                elif fields:
                     try:
                         rows.append(_row(name, fields))
                     except ValueError as error:
                         self._forget(name, fields, str(error))
         return rows
+
+    def _check_type(self, name: bytes, error: Exception) -> None:
+        """Drop what is under the key of a row and is of another type, with a warning; raises any other error."""
+        if "WRONGTYPE" not in str(error):
+            raise error
+        with suppress(OSError, CorruptStream), self.named():
+            self.client.delete(self.key("block", name))
+            self.client.zrem(self.key("all"), name)
+            self.client.zrem(self.key("leaves"), name)
+        warn_of_row(self.label, "its key is of another type", True)
 
     def _forget(self, name: bytes, fields: Mapping[bytes, bytes], problem: str) -> None:
         """Drop a row that no store has written, with a warning; its file is not touched."""
@@ -256,7 +316,7 @@ class RedisIndex:
             listed = self.client.hgetall(self.key("counters"))
         if not all(_NUMBER.fullmatch(value) for value in listed.values()):
             raise CorruptStream(f"{self.label}: the index is damaged: its counters are no numbers")
-        return {name.decode(errors="replace"): int(value) for name, value in listed.items()}
+        return {"bytes": 0} | {name.decode(errors="replace"): int(value) for name, value in listed.items()}
 
     @property
     def data(self) -> str | None:
@@ -313,9 +373,10 @@ class RedisIndex:
             self.key("counters"),
             self.key("block", row.parent),
             self.key("children", row.parent),
+            self.key("data"),
         ]
         with self.named():
-            added = bool(self._add(keys=keys, args=[row.name, row.parent, row.start, now, row.size, *fields]))
+            added = bool(self._add(keys=keys, args=[row.name, row.parent, row.start, now, row.size, self._data, *fields]))
         if added and row.pinned:
             self.pin(row, True)
         return added
@@ -361,15 +422,14 @@ class RedisIndex:
                 self.client.hset(self.key("counters"), name, limit)
 
     def set_data(self, data: str) -> None:
-        """Record the folder or URL of the files."""
+        """Record the folder or URL of the files, unless another is recorded; ``add`` does so again if the server forgot it."""
+        self._data = data
         with self.named():
-            self.client.set(self.key("data"), data)
+            self.client.set(self.key("data"), data, nx=True)
 
 
 _ERRNOS = {  # by words of a server's error
-    "OOM": errno.ENOSPC,
     "MISCONF": errno.ENOSPC,
-    "READONLY": errno.EROFS,
     "NOAUTH": errno.EACCES,
     "WRONGPASS": errno.EACCES,
     "NOPERM": errno.EACCES,

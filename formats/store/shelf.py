@@ -61,15 +61,15 @@ class Shelf:
             self.index, damage, self.denied = sqlite_index.open_in(self.folder, shared)
             beside = str(self.folder / BLOCKS)
         try:
-            self._check_data(None if data is None else os.fspath(data), beside)
-            self.files = self._files_of(data, shared)
+            place = self._data_place(data, beside)
+            self.files = self._files_of(place, shared)
         except BaseException:
             self.index.close()
             raise
         if self.index.new:
             self._refill(damage)
 
-    def _files_of(self, data: str | os.PathLike[str] | None, shared: bool) -> BlockFiles | RedisFiles:
+    def _files_of(self, data: str | None, shared: bool) -> BlockFiles | RedisFiles:
         """The files at ``data``, or the index's own."""
         if data is not None:
             return BlockFiles(data, shared)
@@ -79,20 +79,27 @@ class Shelf:
             own.make_folder(self.folder / BLOCKS, shared)
         return BlockFiles(self.folder.absolute() / BLOCKS, shared)
 
-    def _check_data(self, data: str | None, beside: str) -> None:
-        """Record a new ``data``, or raise InvalidArgument where the index records another: only the user's word is followed.
+    def _data_place(self, given: str | os.PathLike[str] | None, beside: str) -> str | None:
+        """The place ``given`` as data, an absolute path or a URL, which is recorded if it is new.
 
-        ``beside``: the place of files that are the index's own.
+        ``beside``: the place of files that are the index's own. Raises InvalidArgument where the index records another place:
+        only the user's word is followed.
         """
+        data = None if given is None else os.fspath(given)
+        if data is not None and not remote.is_url(data):
+            data = os.path.abspath(data)
         recorded = self.index.data
-        if recorded is None and data is not None and self.denied is None:
+        forgetful = isinstance(self.index, RedisIndex) and recorded == data
+        if data is not None and self.denied is None and (recorded is None or forgetful):
             self.index.set_data(data)
-        elif recorded is not None and data is None:
+            recorded = self.index.data  # of two who open a store at once, one is first
+        if recorded is not None and data is None:
             raise InvalidArgument(
                 f"{self.place}: its index says that its files lie in {recorded}; pass data={recorded!r} (--data) if so"
             )
-        elif recorded != data:
+        if recorded != data and (given is None or recorded != os.fspath(given)):  # older versions record a relative path
             raise InvalidArgument(f"{self.place}: the files of this store lie in {recorded or beside}, not in {data}")
+        return data
 
     def close(self) -> None:
         """Close the index; later calls raise InvalidArgument."""
@@ -224,7 +231,11 @@ class Shelf:
         if not grace >= 0:
             raise InvalidArgument(f"grace {grace}: a number of seconds is expected, 0 or more")
         self.index.check_writable()
+        if isinstance(self.index, RedisIndex) and self.index.is_lost():
+            self._refill("")
         before = self.index.all()
+        if before and isinstance(self.files, BlockFiles):
+            self.files.check_there()
         there = dict(self.files.all())
         owned = {row.file for row in self.index.all()}  # read after the files: blocks may be committed meanwhile
         orphans = [file for file, age in there.items() if file not in owned and age >= grace]
@@ -246,6 +257,8 @@ class Shelf:
                 continue
             self.index.add_root(row.root, about["label"], about["settings"])
             count += self.index.add(row)
+        if isinstance(self.index, RedisIndex):
+            self.index.begun()
         if damage or count:
             text = f"{damage or f'the index of {self.place} was missing'}: {count} blocks were found again by their files"
             warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -41,7 +41,9 @@ def opened(folder: str, data: str | None, new: bool = False, shared: bool = Fals
     from pqcodec.formats.store.redis_index import is_address
     from pqcodec.formats.store.shelf import Shelf
 
-    if not is_address(folder):
+    if is_address(folder):
+        _check_address(folder, data, new)
+    else:
         _check_folder(folder, data, new)
         shared = shared or (not new and _is_shared(Path(folder)))
     with warnings.catch_warnings():
@@ -65,6 +67,16 @@ def _check_folder(folder: str, data: str | None, new: bool) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
     if not new and data is None and not is_store(Path(folder)):
         raise InvalidArgument(f"{folder}: is no prefix store; it has no index")
+
+
+def _check_address(address: str, data: str | None, new: bool) -> None:
+    """Raises InvalidArgument where a server has no store of that name, unless it is to be made."""
+    from pqcodec.formats.store.redis_index import RedisIndex
+
+    index = RedisIndex(address)
+    index.close()
+    if index.new and not new and data is None:
+        raise InvalidArgument(f"{index.label}: is no prefix store; the server has none of that name (store=NAME, else default)")
 
 
 def is_store(folder: Path) -> bool:
