@@ -295,6 +295,24 @@ def test_a_place_that_is_not_mounted_costs_no_block(address: str, tmp_path: Path
         assert store.shelf.gc(grace=0)["missing"] == 3
 
 
+def test_who_may_not_write_or_not_enter_is_told_so(tmp_path: Path) -> None:
+    with redis_server(str(tmp_path)) as server:
+        with PrefixStore(server.address, preset="pq3") as store:
+            store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+            client = store.shelf.index.client
+            client.execute_command("ACL", "SETUSER", "reader", "on", ">pass", "~*", "+@read", "+@connection")
+            client.config_set("requirepass", "secret")
+        with PrefixStore(server.address.replace("://", "://reader:pass@"), preset="pq3") as reader:
+            assert reader.get(MODEL, tokens_of("0"), leave=0).length == len(tokens_of("0"))
+            with pytest.raises(OSError, match="no permissions") as found:
+                reader.put(MODEL, tokens_of("1"), cache_of(expected("1")))
+            assert found.value.errno == errno.EACCES
+        for address in (server.address, server.address.replace("://", "://:pass@")):
+            with pytest.raises(OSError, match="does the address name the user and the password") as found:
+                PrefixStore(address)
+            assert found.value.errno == errno.EACCES
+
+
 def test_a_server_without_memory_gives_it_back_and_one_that_only_reads_is_read(tmp_path: Path) -> None:
     ids, numbers = tokens_of(PROMPT), expected(PROMPT)
     with redis_server(str(tmp_path)) as server, PrefixStore(server.address, preset="pq3") as store:

@@ -71,19 +71,18 @@ class _Work:
 class PrefixStore:
     """A store of prefix caches in a folder, or in Redis for many machines; for many processes and threads at once.
 
-    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, as a number
-    or such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a
-    prefix that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``max_age``: seconds, or such
-    as "30d", after which what was not used is neither found nor kept (None: what the folder has). ``tenant``: a salt; a
-    store opened with another one finds no prefix of this one's, and keyed hashes are stored in place of token ids.
-    ``tokenizer``: makes its vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be
-    passed whenever the store is opened, and for this store alone, since ``Shelf.gc`` removes what it does not know there;
-    the index stays in ``folder``, on a local disk or at an address of Redis ("redis://host:6379/0?store=NAME", see
-    ``RedisIndex``). ``nonfinite``: "error", or "exact" to keep vectors with NaN or Inf as they are. ``shared``: other users
-    may use the store, as far as the umask allows (by default its files are 0600 and its folders 0700). ``identity``: how
-    much of a model's weights every call checks, "sampled" words or all ("full"); see ``Identity.of``. All else that a cache
-    depends on is checked either way; ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and
-    leftover files.
+    ``preset``: of the blocks' keys and values; "exact" keeps all numbers as they are. ``max_bytes``: a quota, as a number or
+    such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a prefix
+    that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``max_age``: seconds, or such as "30d",
+    after which what was not used is neither found nor kept (None: what the folder has). ``tenant``: a salt; a store opened with
+    another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its
+    vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is
+    opened, and for this store alone, since ``Shelf.gc`` removes what it does not know there; the index stays in ``folder``, on
+    a local disk or at an address of Redis ("redis://host:6379/0?store=NAME", see ``RedisIndex``). ``nonfinite``: "error", or
+    "exact" to keep vectors with NaN or Inf as they are. ``shared``: other users may use the store, as far as the umask allows
+    (by default its files are 0600 and its folders 0700). ``identity``: how much of a model's weights every call checks,
+    "sampled" words or all ("full"); see ``Identity.of``. All else that a cache depends on is checked either way;
+    ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and leftover files.
 
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.

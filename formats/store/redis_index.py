@@ -226,6 +226,11 @@ class RedisIndex:
         except (redis.OutOfMemoryError, redis.ReadOnlyError) as error:
             full = isinstance(error, redis.OutOfMemoryError)
             raise OSError(errno.ENOSPC if full else errno.EROFS, str(error), self.label) from error
+        except redis.AuthenticationError as error:
+            advice = "does the address name the user and the password? redis://user:password@host"
+            raise OSError(errno.EACCES, f"{error}; {advice}", self.label) from error
+        except redis.exceptions.NoPermissionError as error:
+            raise OSError(errno.EACCES, str(error), self.label) from error
         except redis.TimeoutError as error:
             raise OSError(errno.ETIMEDOUT, str(error), self.label) from error
         except redis.ConnectionError as error:
@@ -430,8 +435,6 @@ class RedisIndex:
 
 _ERRNOS = {  # by words of a server's error
     "MISCONF": errno.ENOSPC,
-    "NOAUTH": errno.EACCES,
-    "WRONGPASS": errno.EACCES,
     "NOPERM": errno.EACCES,
     "LOADING": errno.EBUSY,
 }
