@@ -53,6 +53,18 @@ needs_cuda = pytest.mark.skipif(
 GPU_BACKENDS = (pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda))
 
 
+@pytest.fixture(autouse=True)
+def _weights_as_users_see_them(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models on the CPU are looked at as without a GPU; a test asks for a GPU's way, which the interpreter then goes."""
+    if "summed_weights" not in request.fixturenames:
+        monkeypatch.setattr("pqcodec.words._triton_for", lambda device: device in ("cuda", "xpu"))
+
+
+@pytest.fixture
+def summed_weights() -> None:
+    """Models on the CPU are looked at by Triton's kernels."""
+
+
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers, the same on every machine."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(dtype)

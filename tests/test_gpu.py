@@ -869,7 +869,7 @@ def test_a_tensor_of_another_gpu_is_coded_there(gpu_backend: str) -> None:
 
 
 @needs_triton
-def test_sums_see_every_byte_that_changes() -> None:
+def test_sums_see_every_byte_that_changes(summed_weights: None) -> None:
     """Of weights that a model identity looks at: single bytes, tails, rows that change places."""
     from pqcodec.words import Sums, sums_anywhere
 

@@ -61,6 +61,18 @@ def test_edits_of_whole_tensors_are_seen(full: bool) -> None:
     assert len(seen) >= 1 + 3 * len(tensors)  # exchanged rows of equal numbers are the same tensor
 
 
+def test_edits_are_seen_where_a_gpu_sums_weights(summed_weights: None) -> None:
+    model = made("llama")
+    first = Identity.of(model, full=True)
+    for tensor in (model.lm_head.weight, model.model.norm.weight):
+        kept = tensor.data.clone()
+        tensor.data.view(-1)[-1] += 0.5
+        assert Identity.of(model, full=True) != first
+        tensor.data.copy_(kept)
+        forget(model)
+        assert Identity.of(model, full=True) == first
+
+
 def test_edits_of_one_element_are_seen_under_full() -> None:
     model = made("mamba")
     model.register_buffer("odd", torch.randn(2, 1021, 9).to(torch.bfloat16)[:, :, :7], persistent=False)
