@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #if WIDE
             u32 wide[2][PIECES][4];
             float owns[2];
-            load_two_rows(tables, block, means, fetched, row, lane, wide, owns);
+            load_two_rows(tables, block, means, row, lane, wide, owns);
             clear_stage(stage, lane);
             __syncwarp();
 #elif PLAIN

@@ -17,20 +17,17 @@
 
 INLINE i64 row_address(const Block& block, int row) { return block.rows + min(row, block.tokens - 1) * block.row_stride; }
 
-// Sends for the rows of a tile: for each lane's pieces, into its places of ``fetched`` in shared memory; or, where there is no
-// room for them (FETCHED is 0), so that they are in the L2 cache when they are loaded: 128 bytes a lane.
+// Sends for the rows of a tile: for each lane's pieces of its row, into its places of ``fetched`` in shared memory; or, where
+// they find no room or it does not pay (FETCHED is 0), so that they are in the L2 cache when they are loaded: 128 bytes a lane.
 INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetched) {
 #if FETCHED
     const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
+    const i64 from = row_address(block, first_row + (lane >> 2)) + first_channel(lane & 3, 0) * ITEM;
 #pragma unroll
-    for (int part = 0; part < ROWS / 8; part++) {
-        const i64 from = row_address(block, first_row + (lane >> 2) + 8 * part) + first_channel(lane & 3, 0) * ITEM;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (part * LOADS + i) * 512),
-                         "l"(from + byte_of_piece(i / (PIECE_WORDS / 4)) + i % (PIECE_WORDS / 4) * 16)
-                         : "memory");
-    }
+    for (int i = 0; i < LOADS; i++)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 512),
+                     "l"(from + byte_of_piece(i / (PIECE_WORDS / 4)) + i % (PIECE_WORDS / 4) * 16)
+                     : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
     constexpr int LINES = ORDER * ITEM / 128;  // of a row
@@ -73,7 +70,7 @@ INLINE float value_of(const u32* stored, int i) {
 #if WIDE
 // A lane's channels of row ``row`` of a block, and of the eighth behind it: less their offsets and, unless they are multiplied
 // as they are stored, rounded to bfloat16: rows [2][PIECES][4]. ``owns``: their energies, as those of rotated coordinates.
-INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
+INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, int row, int lane,
                           u32 (*rows)[PIECES][4], float* owns) {
     const int quarter = lane & 3;
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
@@ -102,7 +99,7 @@ INLINE void load_two_rows(const u8* tables, const Block& block, const float* mea
             u32 stored[PIECE_WORDS];
             float numbers[8];
             const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
-            load_piece(from, fetched + part * LOADS * 32, lane, piece, stored);
+            load_piece<true>(from, nullptr, lane, piece, stored);
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
 #if PAIRS
