@@ -42,6 +42,12 @@ def address(server: RedisServer, tmp_path: Path) -> str:
     return f"{server.address}?store={tmp_path.name}"
 
 
+def forget(store: PrefixStore) -> None:
+    """The server loses all keys of a store."""
+    index = store.shelf.index
+    index.client.delete(*index.client.keys(index.key("*")))
+
+
 @pytest.mark.parametrize("place", ["redis", "folder", "memory"])
 @pytest.mark.parametrize("preset", ["exact", "pq3", "quad3"])
 def test_what_one_node_puts_another_gets(address: str, tmp_path: Path, place: str, preset: str) -> None:
@@ -147,8 +153,7 @@ def test_a_lost_index_is_made_anew_from_the_files(address: str, tmp_path: Path) 
     ids, numbers = tokens_of(PROMPT), expected(PROMPT)
     with PrefixStore(address, data=tmp_path / "files", preset="pq3") as store:
         store.put(MODEL, ids, cache_of(numbers))
-        client = store.shelf.index.client
-        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+        forget(store)
     with (
         pytest.warns(RuntimeWarning, match="found again by their files"),
         PrefixStore(address, data=tmp_path / "files", preset="pq3") as store,
@@ -260,12 +265,11 @@ def test_what_a_server_forgot_is_recorded_anew_and_its_files_stay(address: str, 
     ids, numbers = tokens_of(PROMPT), expected(PROMPT)
     with PrefixStore(address, data=tmp_path / "files", preset="pq3") as store:
         store.put(MODEL, ids, cache_of(numbers))
-        client = store.shelf.index.client
-        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+        forget(store)
         with pytest.warns(RuntimeWarning, match="3 blocks were found again by their files"):
             assert store.shelf.gc(grace=0) == {"orphans": 0, "missing": 0, "evicted_bytes": 0}
         assert store.get(MODEL, ids, leave=0).length == len(ids)
-        client.delete(*client.keys("{pqcodec:" + tmp_path.name + "}:*"))
+        forget(store)
         store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
         with pytest.raises(InvalidArgument, match="pass data="):
             PrefixStore(address)

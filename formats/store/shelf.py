@@ -179,9 +179,10 @@ class Shelf:
         Least recently used blocks go first. Warns where the quota cannot be reached.
         """
         freed, why = 0, ""
-        limit, age = self.max_bytes, self.max_age
         while not why:
-            over = limit is not None and self.index.counters().get("bytes", 0) > limit
+            counters = self.index.counters()
+            limit, age = counters.get("max_bytes"), counters.get("max_age")
+            over = limit is not None and counters.get("bytes", 0) > limit
             row = self.index.coldest() if over or age is not None else None
             if not over and (row is None or age is None or row.used >= time.time() - age):
                 break
