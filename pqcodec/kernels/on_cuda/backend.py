@@ -1,7 +1,7 @@
 """Law: the CUDA backend launches ``blocks.cu`` or ``quads.cu`` for groups that it ``takes``; every other group is Triton's.
 
-NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and to decode quads any multiple of 32 up to 256; rows
-whose addresses are multiples of 16 bytes; quads to encode in blocks of up to 512 tokens. ``takes`` is the whole rule, but for
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and of quads any multiple of 32 up to 256; rows whose
+addresses are multiples of 16 bytes; quads to encode in blocks of up to 512 tokens. ``takes`` is the whole rule, but for
 one thing that only the device knows: where ``kernel_layout`` finds no room in its shared memory, Triton's kernels code the
 group as well. A kernel is compiled once a process for each kind of stream.
 """
@@ -39,7 +39,7 @@ def takes(verb: str, group: Group) -> bool:
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        h.head_dim in (QUADS_ORDERS if of_quads and verb == "decode" else ORDERS)
+        h.head_dim in (QUADS_ORDERS if of_quads else ORDERS)
         and (h.chunk_tokens <= MOST_TOKENS or not of_quads or verb == "decode")
         and (h.rounds == 1 or matrix_fits(h.order, h.seed))
         and group.blocks < 1 << 31

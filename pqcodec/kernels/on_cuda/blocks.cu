@@ -1,4 +1,5 @@
-// Law: the CUDA kernels for orders 64, 128 and 256, compiled at run time for one kind of stream; each section is a .cuh file.
+// Law: the CUDA kernels for orders 64, 128 and 256 (of quads, for multiples of 32 up to 256), compiled at run time for one
+// kind of stream; each section is a .cuh file.
 //
 // A warp codes one block (a chunk of tokens of one leading index), a tile of eight rows at a time. It shares nothing with other
 // warps but read-only tables; for two rounds of rotation, on Hopper, four warps also multiply together. Four lanes hold a row:

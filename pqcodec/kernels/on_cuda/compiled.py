@@ -33,8 +33,13 @@ from pqcodec.stream.header import Header
 # Threads of a block, by direction and order: as many as registers suffice for. A multiprocessor runs one block, whose tables
 # fill most of its shared memory. Decoders that look up whole quads need fewer registers, kernels that turn offsets need more.
 THREADS = {
+    ("encode", 32): 768,
     ("encode", 64): 768,
+    ("encode", 96): 512,
     ("encode", 128): 640,
+    ("encode", 160): 384,
+    ("encode", 192): 384,
+    ("encode", 224): 384,
     ("encode", 256): 384,
     ("decode", 64): 768,
     ("decode", 128): 640,
@@ -42,7 +47,7 @@ THREADS = {
 }
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
-WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512}  # tiles of sixteen rows
+WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.

@@ -11,8 +11,9 @@ struct Energies {
 
     // Of N coordinates, from a quad on.
     template <int N> INLINE float of(int quad) const {
+        constexpr int LEFT = N / 8 * 4;  // half of them, in whole quads
         if constexpr (N == 4) return first[quad] + second[quad];
-        else return of<N / 2>(quad) + of<N / 2>(quad + N / 8);
+        else return of<LEFT>(quad) + of<N - LEFT>(quad + LEFT / 4);
     }
 };
 

@@ -30,7 +30,7 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
                      : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-    constexpr int LINES = ORDER * ITEM / 128;  // of a row
+    constexpr int LINES = (ORDER * ITEM + 127) / 128;  // of a row
 #pragma unroll
     for (int i = 0; i < ROWS * LINES; i += 32) {
         const int line = i + lane;

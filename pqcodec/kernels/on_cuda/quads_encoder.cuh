@@ -6,7 +6,8 @@
 // a few candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
 //
 // Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), INVERSES (units of the table over
-// a radius within its octave, braced, divided by ORDER), CHOICES (radii that are tried), MOST_RADIUS, what radius.cuh needs,
+// a radius within its octave, braced, divided by ORDER), CHOICES (radii that are tried), MOST_RADIUS, ENERGY_SCALE (that makes
+// the divisor of an energy, ORDER^3, a power of two), what radius.cuh needs,
 // and the tables CELLS (numbers of representatives times STEP, a byte each), CORNERS (representatives, a byte for each
 // magnitude, the largest first), NUMBERS (of points, by representative and places) and, with CHOICES, POINTS (a byte for each
 // coordinate).
@@ -22,6 +23,8 @@
 #define INDEX_WORDS (ROWS * INDEX_BYTES / 4)
 #define SIGNS_AT ROWS  // words
 #define INDICES_AT (SIGNS_AT + SIGN_WORDS)
+
+#define FOURS ((QUADS + 3) / 4)  // of a lane's quads, the last of which may be two
 
 #define BOTH(x) ((x) * 0x10001u)  // in both halves of a word
 
@@ -125,39 +128,49 @@ INLINE float sum_of_row(float x) {  // of the four lanes' numbers
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+// The radius of a row, from a lane's part of its energy, as it is stored in the stage.
+INLINE u32 radius_of_row(float own, int exponent) {
+    return min(radius_code(sum_of_row(own) * ENERGY_SCALE, exponent), (u32)MOST_RADIUS);
+}
+
 // Adds a quad's signs to those of up to seven before it, each coordinate's apart.
 INLINE void add_signs(const float* quad, u32* apart) {
 #pragma unroll
     for (int i = 0; i < 4; i++) apart[i] = __funnelshift_l(bits_of(quad[i]), apart[i], 1);
 }
 
-// The signs of a lane's quads of a group, into the plane (SPEC 8.1): a coordinate's side by side, the first quad's lowest.
-// ``group``: of the row. Of a group that two lanes share, each adds its half to what held zeros.
-INLINE void put_signs(const u32* apart, u32* stage, int tile_row, int group, int quarter) {
-    constexpr int N = QUADS < 8 ? QUADS : 8;
+// The signs of N quads of a row, from ``quad`` on, into the plane (SPEC 8.1), which held zeros: of eight quads a coordinate's
+// side by side, the first quad's lowest. Two lanes' quads may lie in one word, and a lane's in two.
+template <int N> INLINE void put_signs(const u32* apart, u32* stage, int tile_row, int quad) {
     const u32 turned = apart[3] | apart[1] << 8 | apart[2] << 16 | apart[0] << 24;
     const u32 signs = __brev(turned << (8 - N));
-    u32* word = stage + SIGNS_AT + tile_row * (ORDER / 32) + group;
-    if (N == 8) *word = signs;
-    else Writer::add((u32)__cvta_generic_to_shared(word), signs << (quarter % 2 * N));
+    u32* word = stage + SIGNS_AT + tile_row * (ORDER / 32) + quad / 8;
+    if (QUADS % 8 == 0) {
+        *word = signs;
+    } else {
+        const u32 address = (u32)__cvta_generic_to_shared(word), shift = quad % 8, below = 0x01010101u * ((1u << shift) - 1);
+        Writer::add(address, signs << shift & ~below);
+        if (8 % QUADS) Writer::add(address + 4, signs >> (8 - shift) & below);
+    }
 }
 
-// The numbers of four of a lane's quads of a row, from ``quad`` on, into a plane that held zeros.
-INLINE void put_numbers(u64 numbers, u32* stage, int tile_row, int quarter, int quad) {
+// The numbers of N of a lane's quads of a row, from ``quad`` on, into a plane that held zeros.
+template <int N> INLINE void put_numbers(u64 numbers, u32* stage, int tile_row, int quarter, int quad) {
     const int bit = tile_row * 8 * INDEX_BYTES + (quarter * QUADS + quad) * INDEX_BITS;
-    if (4 * INDEX_BITS == 32) {
+    if (4 * INDEX_BITS == 32 && QUADS % 4 == 0) {
         stage[INDICES_AT + bit / 32] = (u32)numbers;
     } else {
         Writer out = {(u32)__cvta_generic_to_shared(stage + INDICES_AT), (u32)bit};
-        out.put((u32)numbers, (u32)(numbers >> 32), 4 * INDEX_BITS);
+        if (N * INDEX_BITS > 32) out.put((u32)numbers, (u32)(numbers >> 32), N * INDEX_BITS);
+        else out.put((u32)numbers, N * INDEX_BITS);
     }
 }
 
 INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
                        const Energies& energies, float own, int exponent) {
-    const u32 own_radius = min(radius_code(sum_of_row(own), exponent), (u32)MOST_RADIUS);
+    const u32 own_radius = radius_of_row(own, exponent);
     u32 radius = own_radius;
-    u64 codes[QUADS / 4];
+    u64 codes[FOURS];
 #if CHOICES == 1
     find_points(tables, quads, scale_of(radius, exponent), codes);
 #else
@@ -167,12 +180,12 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
         const int step = (choice + 1) / 2 * (choice % 2 ? -1 : 1);  // 0, -1, 1, -2, 2
         const u32 tried = min(max((int)own_radius + step, 1), MOST_RADIUS);
         const float scale = scale_of(tried, exponent);
-        u64 found[QUADS / 4];
+        u64 found[FOURS];
         const float error = sum_of_row(find_points(tables, quads, scale, found)) / (scale * scale);
         if (error < least) {
             least = error, radius = own_radius ? tried : 0;
 #pragma unroll
-            for (int i = 0; i < QUADS / 4; i++) codes[i] = found[i];
+            for (int i = 0; i < FOURS; i++) codes[i] = found[i];
         }
     }
 #endif
@@ -182,10 +195,14 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
         u32 apart[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int quad = first; quad < min(first + 8, QUADS); quad++) add_signs(quads[quad], apart);
-        put_signs(apart, stage, tile_row, (quarter * QUADS + first) / 8, quarter);
+        if (first + 8 <= QUADS) put_signs<8>(apart, stage, tile_row, quarter * QUADS + first);
+        else put_signs<QUADS % 8>(apart, stage, tile_row, quarter * QUADS + first);
     }
 #pragma unroll
-    for (int i = 0; i < QUADS / 4; i++) put_numbers(codes[i], stage, tile_row, quarter, 4 * i);
+    for (int i = 0; i < FOURS; i++) {
+        if (4 * i + 4 <= QUADS) put_numbers<4>(codes[i], stage, tile_row, quarter, 4 * i);
+        else put_numbers<QUADS % 4>(codes[i], stage, tile_row, quarter, 4 * i);
+    }
 }
 
 #if WIDE
@@ -201,7 +218,7 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
     u64 codes[2];
 #pragma unroll
     for (int part = 0; part < 2; part++) {
-        const u32 radius = min(radius_code(sum_of_row(own[part]), 0), (u32)MOST_RADIUS);
+        const u32 radius = radius_of_row(own[part], 0);
         scale[part] = scale_of(radius, 0);
         if (quarter == 0) stage[tile_row + 8 * part] = radius;
 #pragma unroll
@@ -231,9 +248,11 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
             two_points(tables, quads[0], quads[1], scale[part], numbers);
             const u64 both = numbers[0] | (u64)numbers[1] << INDEX_BITS;
             codes[part] = panel % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
-            if (panel % 2) put_numbers(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel - 2);
-            if (panel == PANELS - 1 || panel % 4 == 3)
-                put_signs(apart[part], stage, tile_row + 8 * part, (quarter * QUADS + panel / 4 * 8) / 8, quarter);
+            if (panel % 2) put_numbers<4>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel - 2);
+            else if (panel == PANELS - 1) put_numbers<2>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel);
+            const int quad = quarter * QUADS + panel / 4 * 8;
+            if (panel % 4 == 3) put_signs<8>(apart[part], stage, tile_row + 8 * part, quad);
+            else if (panel == PANELS - 1) put_signs<QUADS % 8>(apart[part], stage, tile_row + 8 * part, quad);
         }
     }
 }

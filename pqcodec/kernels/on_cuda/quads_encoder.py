@@ -79,6 +79,7 @@ def encoder_definitions(h: Header, effort: str) -> dict[str, Any]:
         "LEAST": f"({least})",
         "MOST_RADIUS": most - least + 1,
         "ENERGY_ORDERS": 3,  # a radius is a root of a mean square
+        "ENERGY_SCALE": f"{(2.0 ** (h.order.bit_length() - 1) / h.order) ** 3!r}f",
         "RADIUS_BIAS": -least // c.QUADS_RADIUS_STEPS,
         "RADIUS_BITS": (most - least + 1).bit_length(),
         "RADIUS_STEPS": c.QUADS_RADIUS_STEPS,
