@@ -68,6 +68,16 @@ class Plan:
         return c.RADIUS_STEPS_PER_OCTAVE[self.radius_bits]
 
     @cached_property
+    def matrix(self) -> np.ndarray:
+        """H D, or H D P H E with two rounds (SPEC 5): whole numbers, float64 [order, order].
+
+        Times a vector it is the rotated vector, sqrt(energy_scale) times as long; its transpose is the way back.
+        """
+        h = rotation.hadamard(self.order).astype(np.float64)
+        last = h * self.signs
+        return last if self.rounds == 1 else last @ (h * self.first_signs)[self.permutation]
+
+    @cached_property
     def radii(self) -> np.ndarray:
         """Factors A and B of every radius code (SPEC 6.1): float32 [2, 2^radius_bits]; code 0 is the zero vector."""
         octave, step = np.divmod(np.maximum(np.arange(1 << self.radius_bits) - 1, 0), self.radius_steps)

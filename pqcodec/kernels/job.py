@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from pqcodec.stream.header import Header
 from pqcodec.tensors.rows import Values
+
+if TYPE_CHECKING:
+    from pqcodec.kernels.attention import AttentionJob, Partial
 
 
 def nobody(done: int) -> None:
@@ -102,4 +105,12 @@ class Backend(Protocol):
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
         """Do all jobs, in any order; ``advance`` is called with the number of blocks just done."""
+        ...
+
+    def scores(self, job: AttentionJob) -> np.ndarray:
+        """Scores of all tokens of a job: [leading, rows, tokens]; damage is told in the job."""
+        ...
+
+    def attend(self, job: AttentionJob) -> Partial:
+        """Attention to the tokens of a job; its parts are arrays [leading, rows, head_dim] and [leading, rows]."""
         ...

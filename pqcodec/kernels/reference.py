@@ -12,6 +12,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.codings.registry import CODINGS
+from pqcodec.kernels import attention
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
 from pqcodec.stages import centre, rotation
 from pqcodec.stream.checksum import checksum
@@ -124,6 +125,14 @@ class Reference:
                         x = x + self._offset(job.offsets[lead], h, first, high - low)
                 job.out.rows(lead - job.first_lead, first - job.first_token, high - low)[:] = narrow(x, h.dtype)
             advance(job.last_lead - job.first_lead)
+
+    def scores(self, job: attention.AttentionJob) -> np.ndarray:
+        """Scores of all tokens of a job: float64 [leading, rows, tokens]."""
+        return attention.coded_scores(job)
+
+    def attend(self, job: attention.AttentionJob) -> attention.Partial:
+        """Attention to the tokens of a job, in float64."""
+        return attention.attend_to_coded(job)
 
     @staticmethod
     def _offset(offset: np.ndarray, h: Header, first: int, tokens: int) -> np.ndarray:

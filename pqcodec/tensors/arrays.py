@@ -15,7 +15,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.stream.header import DTYPE_NAMES
-from pqcodec.tensors.numbers import is_torch
+from pqcodec.tensors.numbers import is_torch, widen
 from pqcodec.tensors.rows import DeviceRows, Values, address, values_of
 
 _LINE = 64  # bytes
@@ -110,6 +110,25 @@ def to_device(x: Any, device: Any) -> Any:
     import torch
 
     return torch.as_tensor(x).to(device)
+
+
+def numbers_of(x: Any) -> np.ndarray:
+    """The numbers of a torch or numpy tensor of the CPU, float32; raises InvalidArgument."""
+    found = view(x)
+    if found.device != "cpu":
+        raise InvalidArgument(f"the tensor is on {found.device!r}, the work is done on the CPU; pass x.cpu()")
+    return widen(found.stored, found.dtype)
+
+
+def alike(x: Any, numbers: np.ndarray, keep_dtype: bool = True) -> Any:
+    """``numbers`` as a tensor of the kind and dtype of ``x``, or of its kind alone; beyond a dtype's range: Inf."""
+    if is_torch(x):
+        import torch
+
+        found = torch.from_numpy(np.ascontiguousarray(numbers))
+        return found.to(x.dtype) if keep_dtype else found
+    with np.errstate(over="ignore", invalid="ignore"):
+        return numbers.astype(x.dtype) if keep_dtype else numbers
 
 
 # -- outputs of the caller -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
+from pqcodec.kernels import attention
 from pqcodec.kernels.cpu import blocks, records, sides, tables
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
@@ -265,6 +266,14 @@ class Cpu:
             ends = np.cumsum([job.damaged.size for job in alike])
             for job, part in zip(alike, np.split(damaged, ends[:-1]), strict=True):
                 job.damaged[:] = part.reshape(job.damaged.shape)
+
+    def scores(self, job: attention.AttentionJob) -> np.ndarray:
+        """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
+        return attention.scores_by_decoding(job, self)
+
+    def attend(self, job: attention.AttentionJob) -> attention.Partial:
+        """Attention to the tokens of a job, in float32."""
+        return attention.attend_by_decoding(job, self)
 
     @staticmethod
     def _decoders(job: DecodeJob, items: np.ndarray, past: bool, damaged: np.ndarray) -> list[Callable[[], int]]:

@@ -1,0 +1,360 @@
+"""Law: attention straight from streams: which tokens are coded, exact or recent, what a query sees of them, and their sum.
+
+Coded keys and values are not decoded: ``kernels.attention`` tells the formulas. What streams hold exactly, and what the caller
+adds as exact tokens, are parts of the same softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from pqcodec import host
+from pqcodec.backends import backend as backend_of
+from pqcodec.backends import on_device
+from pqcodec.errors import BackendUnavailable, InvalidArgument
+from pqcodec.kernels.attention import (
+    AttentionJob,
+    CodedTokens,
+    ExactRows,
+    Partial,
+    decoded_rows,
+    exact_part,
+    exact_scores,
+    merged,
+    softcapped,
+)
+from pqcodec.stages import centre, exact
+from pqcodec.stream.header import Header, read_header
+from pqcodec.stream.index import Bounds, checked_range
+from pqcodec.stream.report import Damage, damage_error
+from pqcodec.stream.source import Source, source_of
+from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import device_of, device_type, is_torch, widen
+
+_READ_BYTES = 16 << 20  # of blocks that are read at once from a source whose reads are copies
+Pair = tuple[Any, Any]  # keys and values
+_Side = tuple[np.ndarray | None, ExactRows]  # offsets float32 [leading, head_dim], and the exact vectors of a stream
+
+
+# -- the verbs -----------------------------------------------------------------------------------------------------
+def scores(
+    keys: Any,
+    q: Any,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    tokens: tuple[int, int] | None = None,
+    recent: Any = None,
+    check: bool = True,
+    backend: str = "auto",
+) -> Any:
+    """Scores of queries q [..., q_heads, queries, head_dim] with encoded keys: float32 [..., q_heads, queries, tokens].
+
+    ``keys``: a stream of a tensor [..., kv_heads, tokens, head_dim], or a list of streams that follow each other along the
+    tokens. ``recent``: exact keys behind them. No token is masked. Other arguments, and the errors, are those of ``attend``.
+
+    >>> import numpy as np, pqcodec
+    >>> rng = np.random.default_rng(0)
+    >>> k, q = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 100, 64), (4, 1, 64)))
+    >>> data = pqcodec.encode(k, preset="quad3", backend="reference")
+    >>> found = scores(data, q, backend="reference")
+    >>> decoded = np.repeat(pqcodec.decode(data, backend="reference"), 2, 0)  # two heads of queries a head of keys
+    >>> found.shape, bool(np.allclose(found, q @ decoded.swapaxes(1, 2) / 8, atol=1e-5))
+    ((4, 1, 100), True)
+    """
+    asked = _Asked.of(q, _streams("keys", keys), None, scale, softcap, check, backend)
+    wanted = checked_range("tokens", tokens, asked.streamed)
+    found = [asked.scores_of(stream, part) for stream, part in asked.parts(asked.keys, wanted)]
+    if recent is not None:
+        found.append(softcapped(exact_scores(asked.queries, asked.exact_rows("recent", recent, asked.keys[0])), asked.softcap))
+    asked.check_damage()
+    empty = np.zeros((*asked.queries.shape[:2], 0))
+    whole = np.concatenate([empty, *found], -1)
+    return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
+
+
+def attend(
+    q: Any,
+    keys: Any,
+    values: Any,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    tokens: tuple[int, int] | None = None,
+    first: Pair | None = None,
+    recent: Pair | None = None,
+    check: bool = True,
+    backend: str = "auto",
+) -> Any:
+    """Attention of queries q [..., q_heads, queries, head_dim] to encoded keys and values: [..., q_heads, queries, head_dim].
+
+    ``keys``, ``values``: streams, wherever ``decode`` takes them, of tensors [..., kv_heads, tokens, head_dim]; q_heads is a
+    multiple of kv_heads, and neighbouring heads of queries share one of keys. Lists are streams that follow each other along
+    the tokens. Keys and values may differ in preset, dtype, chunks and head_dim. ``tokens``: a range of the streams' tokens, as
+    in ``decode``. ``first``, ``recent``: exact keys and values [..., kv_heads, n, head_dim] before and behind the streams'.
+
+    ``scale``: of scores, head_dim^-0.5 if None; ``softcap``: bound of scores, which become softcap tanh(score / softcap).
+    The queries stand at the end of all tokens. ``causal``: each sees the tokens up to its own; ``window``: of these the last so
+    many. ``check``: whether the checksums of the blocks that are read are compared.
+
+    The result has q's dtype and kind. Decoded numbers are not rounded to the streams' dtype in between. NaN and Inf in exact
+    vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument, BackendUnavailable
+    and what ``decode`` raises for a stream.
+
+    >>> import numpy as np, pqcodec
+    >>> rng = np.random.default_rng(0)
+    >>> k, v, q = (rng.standard_normal((2, n, 64)).astype(np.float32) for n in (100, 100, 1))
+    >>> streams = [pqcodec.encode(x, preset="quad3", center="mean", backend="reference") for x in (k, v)]
+    >>> out = attend(q, *streams, backend="reference")
+    >>> k, v = (pqcodec.decode(data, backend="reference") for data in streams)
+    >>> p = np.exp(q @ k.swapaxes(1, 2) / 8)
+    >>> bool(np.allclose(out, p @ v / p.sum(-1, keepdims=True), atol=1e-5))
+    True
+    """
+    asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
+    wanted = checked_range("tokens", tokens, asked.streamed)
+    before, behind = asked.exact_pair("first", first), asked.exact_pair("recent", recent)
+    counts = before[0].shape[1], wanted[1] - wanted[0], behind[0].shape[1]
+    bounds = _bounds(q.shape[-2], q.shape[-3] // max(asked.keys[0].header.shape[-3], 1), sum(counts), causal, window)
+    if not asked.queries.size:
+        return arrays.alike(q, np.zeros(asked.out_shape, np.float32))
+    found = [asked.attend_to_exact(before, bounds), asked.attend_to_exact(behind, bounds - sum(counts[:2]))]
+    at = counts[0]
+    for (k, part), (v, _) in zip(asked.parts(asked.keys, wanted), asked.parts(asked.values, wanted), strict=True):
+        found += asked.attend_to(k, v, part, bounds - at + part[0])
+        at += part[1] - part[0]
+    asked.check_damage()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out = merged(found).result()
+    return arrays.alike(q, out.reshape(asked.out_shape).astype(np.float32))
+
+
+# -- what is asked -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Stream:
+    source: Source
+    header: Header
+
+
+def _streams(name: str, data: Any) -> list[_Stream]:
+    """One stream, or each of a list; raises as reading a header does."""
+    many = list(data) if isinstance(data, (list, tuple)) else [data]
+    if not many:
+        raise InvalidArgument(f"{name}: an empty list; at least one stream is expected")
+    found = []
+    for one in many:
+        if device_type(device_of(one)) != "cpu":
+            raise BackendUnavailable(
+                f"{name}: the stream is on {device_of(one)}; attention from codes is done on the CPU: pass .cpu()"
+            )
+        source = source_of(one.numpy() if is_torch(one) else one)
+        found.append(_Stream(source, read_header(source)))
+    shapes = {(*stream.header.shape[:-2], stream.header.head_dim) for stream in found}
+    if len(found[0].header.shape) < 3 or len(shapes) > 1:
+        each = ", ".join(str(stream.header.shape) for stream in found)
+        raise InvalidArgument(
+            f"{name} of shapes {each}: [..., kv_heads, tokens, head_dim] are expected, alike but for the tokens"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Queries and streams that go together; ``queries``: [leading, rows, head_dim], times the scale, of the work's dtype."""
+
+    queries: np.ndarray
+    keys: list[_Stream]
+    values: list[_Stream]
+    out_shape: tuple[int, ...]
+    softcap: float
+    check: bool
+    backend: Any
+    damage: list[Damage]
+
+    @classmethod
+    def of(
+        cls,
+        q: Any,
+        keys: list[_Stream],
+        values: list[_Stream] | None,
+        scale: float | None,
+        softcap: float | None,
+        check: bool,
+        backend: str,
+    ) -> _Asked:
+        """Raises InvalidArgument where something does not go together, and BackendUnavailable."""
+        if on_device(backend, device_type(device_of(q))):
+            raise BackendUnavailable(
+                f"queries on {device_of(q)}, backend {backend!r}: attention from codes is done on the CPU; pass q.cpu()"
+            )
+        numbers, h = arrays.numbers_of(q), keys[0].header
+        if numbers.ndim < 3 or numbers.shape[:-3] != h.shape[:-3] or numbers.shape[-1] != h.head_dim:
+            raise InvalidArgument(
+                f"q {numbers.shape} does not go with keys {h.shape}: [..., q_heads, queries, head_dim] is expected"
+            )
+        if numbers.shape[-3] % max(h.shape[-3], 1) or (h.shape[-3] == 0) != (numbers.shape[-3] == 0):
+            raise InvalidArgument(f"{numbers.shape[-3]} heads of queries are no multiple of {h.shape[-3]} heads of keys")
+        for k, v in zip(keys, keys if values is None else values, strict=False):
+            if k.header.shape[:-1] != v.header.shape[:-1]:
+                raise InvalidArgument(f"values {v.header.shape} do not go with keys {k.header.shape}: heads or tokens differ")
+        if values is not None and len(values) != len(keys):
+            raise InvalidArgument(f"{len(keys)} streams of keys and {len(values)} of values; as many are expected")
+        kernel = backend_of(backend, "cpu", *(stream.header for stream in [*keys, *(values or [])]))
+        exactly = np.float64 if kernel.name == "reference" else np.float32
+        factor = h.head_dim**-0.5 if scale is None else _number("scale", scale)
+        queries = (numbers * exactly(factor)).astype(exactly).reshape(h.leading, -1, h.head_dim) if numbers.size else numbers
+        if not numbers.size:
+            queries = np.zeros((h.leading, 0, h.head_dim), exactly)
+        if softcap is not None and _number("softcap", softcap) <= 0:
+            raise InvalidArgument(f"softcap {softcap} is no positive number; pass None for none")
+        out_shape = (*numbers.shape[:-1], (values or keys)[0].header.head_dim)
+        return cls(queries, keys, values or [], out_shape, float(softcap or 0), bool(check), kernel, [])
+
+    @property
+    def streamed(self) -> int:
+        """Tokens in all streams."""
+        return sum(stream.header.tokens for stream in self.keys)
+
+    @staticmethod
+    def parts(streams: Sequence[_Stream], wanted: Bounds) -> Iterator[tuple[_Stream, Bounds]]:
+        """The streams that hold some of the wanted tokens, and which of their own these are."""
+        at = 0
+        for stream in streams:
+            count = stream.header.tokens
+            low, high = max(wanted[0] - at, 0), min(wanted[1] - at, count)
+            if low < high:
+                yield stream, (low, high)
+            at += count
+
+    def check_damage(self) -> None:
+        """Raises CorruptStream if anything that was read is damaged."""
+        if self.damage:
+            raise damage_error(self.damage)
+
+    # -- exact tokens ----------------------------------------------------------------------------------------------
+    def exact_rows(self, name: str, x: Any, like: _Stream) -> np.ndarray:
+        """An exact tensor [..., kv_heads, n, head_dim] as [leading, n, head_dim]; raises InvalidArgument."""
+        numbers, h = arrays.numbers_of(x), like.header
+        if numbers.ndim != len(h.shape) or (*numbers.shape[:-2], numbers.shape[-1]) != (*h.shape[:-2], h.head_dim):
+            raise InvalidArgument(f"{name} {numbers.shape} does not go with streams of {h.shape}: only the tokens may differ")
+        return numbers.reshape(h.leading, numbers.shape[-2], h.head_dim).astype(self.queries.dtype)
+
+    def exact_pair(self, name: str, pair: Pair | None) -> tuple[np.ndarray, np.ndarray]:
+        """Exact keys and values, of no token where there are none; raises InvalidArgument."""
+        k, v = self.keys[0], self.values[0]
+        if pair is None:
+            return tuple(np.zeros((s.header.leading, 0, s.header.head_dim), self.queries.dtype) for s in (k, v))  # type: ignore[return-value]
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InvalidArgument(f"{name} is a {type(pair).__name__}; a pair of tensors, keys and values, is expected")
+        keys, values = self.exact_rows(f"{name} keys", pair[0], k), self.exact_rows(f"{name} values", pair[1], v)
+        if keys.shape[1] != values.shape[1]:
+            raise InvalidArgument(f"{name}: {keys.shape[1]} tokens of keys, {values.shape[1]} of values; as many are expected")
+        return keys, values
+
+    def attend_to_exact(self, pair: tuple[np.ndarray, np.ndarray], bounds: np.ndarray) -> Partial:
+        """Attention to exact tokens, from token 0 of ``bounds`` on."""
+        return exact_part(self.queries, *pair, bounds, self.softcap)
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+    def attend_to(self, k: _Stream, v: _Stream, part: Bounds, bounds: np.ndarray) -> Iterator[Partial]:
+        """Attention to some tokens of a pair of streams; ``bounds`` count these streams' tokens."""
+        bounds = bounds.clip(*part)
+        seen = bounds[bounds[:, 0] < bounds[:, 1]]
+        if not len(seen):
+            return
+        low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
+        first = min(max(k.header.first_tokens, v.header.first_tokens, low), high)
+        of_keys, of_values = self._side(k), self._side(v)
+        if low < first:  # exact in one of them at least
+            pair = self._decoded(k, of_keys, (low, first)), self._decoded(v, of_values, (low, first))
+            yield self.attend_to_exact(pair, bounds - low)
+        for tokens in _steps((k, v), (first, high)):
+            keys, values = self._coded(k, of_keys, tokens), self._coded(v, of_values, tokens)
+            yield self.backend.attend(self._job(keys, values, tokens, bounds))
+
+    def scores_of(self, k: _Stream, part: Bounds) -> np.ndarray:
+        """Scores of some tokens of a stream: [leading, rows, tokens]."""
+        first = min(max(k.header.first_tokens, part[0]), part[1])
+        bounds = np.repeat([part], self.queries.shape[1], 0)
+        found, side = [], self._side(k)
+        if part[0] < first:
+            found.append(softcapped(exact_scores(self.queries, self._decoded(k, side, (part[0], first))), self.softcap))
+        for tokens in _steps((k,), (first, part[1])):
+            found.append(self.backend.scores(self._job(self._coded(k, side, tokens), None, tokens, bounds)))
+        return np.concatenate(found, -1)
+
+    def _job(self, keys: CodedTokens, values: CodedTokens | None, tokens: Bounds, bounds: np.ndarray) -> AttentionJob:
+        return AttentionJob(keys, values, self.queries, tokens, bounds.clip(*tokens), self.softcap, self.check, self.damage)
+
+    def _decoded(self, stream: _Stream, side: _Side, tokens: Bounds) -> np.ndarray:
+        """Some tokens, exact and then coded ones, as vectors that are not rounded: [leading, n, head_dim]."""
+        h, (low, high) = stream.header, tokens
+        first = max(low, min(h.first_tokens, high))
+        stored = host.decode(stream.source, self.backend.name, None, (low, first), None, None)
+        exactly = self.exact_rows("exact tokens", stored, stream)
+        if first == high:
+            return exactly
+        coded = decoded_rows(self._coded(stream, side, (first, high)), (first, high), self.backend, self.damage)
+        return np.concatenate([exactly, coded], 1)
+
+    def _side(self, stream: _Stream) -> _Side:
+        """The offsets and the exact vectors of a stream; notes what of them is damaged."""
+        h = stream.header
+        offsets = centre.read_means(stream.source, h, (0, h.leading), self.damage)
+        rows, raw = exact.read_vectors(stream.source, h, self.damage) or (
+            np.zeros(0, np.int64),
+            np.zeros((0, h.vector_bytes), np.uint8),
+        )
+        leads, tokens = np.divmod(rows, max(h.coded_tokens, 1))
+        vectors = widen(raw.view(np.float32 if h.vector_bytes == 4 * h.head_dim else np.uint16), h.dtype)
+        return offsets, ExactRows(leads, tokens + h.first_tokens, vectors.reshape(-1, h.head_dim))
+
+    @staticmethod
+    def _coded(stream: _Stream, side: _Side, tokens: Bounds) -> CodedTokens:
+        h = stream.header
+        chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
+        payload = h.blocks.read(stream.source, chunks, (0, h.leading))
+        return CodedTokens(h, payload, chunks, side[0], side[1].within(tokens))
+
+
+def _steps(streams: Sequence[_Stream], tokens: Bounds) -> Iterator[Bounds]:
+    """Runs of coded tokens whose blocks are read at once: all of them, where reads are views."""
+    headers = [stream.header for stream in streams]
+    if tokens[0] >= tokens[1] or not headers[0].leading:
+        return
+    step = tokens[1] - tokens[0]
+    if not all(getattr(stream.source, "views", False) for stream in streams):
+        step = max(1, min(_READ_BYTES // (h.leading * h.row_bytes) // h.chunk_tokens * h.chunk_tokens for h in headers))
+    for low in range(tokens[0], tokens[1], step):
+        yield low, min(low + step, tokens[1])
+
+
+def _bounds(queries: int, heads: int, tokens: int, causal: bool, window: int | None) -> np.ndarray:
+    """The tokens that each row sees, first and last + 1: int64 [heads * queries, 2]; raises InvalidArgument.
+
+    ``heads``: of queries that share a head of keys.
+    """
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
+        raise InvalidArgument(f"window {window!r}: a whole number of at least 1 is expected, or None")
+    if not tokens:
+        raise InvalidArgument("there is no token to attend to: neither coded, first nor recent ones")
+    if queries > tokens and (causal or window):
+        raise InvalidArgument(f"{queries} queries stand at the end of {tokens} tokens; the first would see none")
+    own = tokens - queries + np.arange(queries)  # each query's own token
+    high = own + 1 if causal else np.full(queries, tokens)
+    low = np.maximum(own - int(window) + 1, 0) if window else np.zeros(queries, np.int64)
+    return np.tile(np.stack([low, high], 1), (heads, 1))
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidArgument(f"{name} {value!r} is no finite number")
+    return float(value)
