@@ -198,12 +198,12 @@ def add_exact(out: np.ndarray, weights: np.ndarray, seen: np.ndarray, value: np.
 
 
 # -- some tokens at a time ---------------------------------------------------------------------------------------
-_STEP = 1024  # tokens that are decoded at once: few enough that they stay in a core's own cache
+_RUN = 1024  # tokens that are worked on at once: few enough that they stay in a core's own cache
 
 
 def scores_by_decoding(job: AttentionJob, kernel: Backend) -> np.ndarray:
     """Scores of the job's tokens, whose keys a backend decodes some at a time: [leading, rows, tokens]."""
-    found = [exact_scores(job.queries, _vectors(job, job.keys, tokens, kernel)) for tokens in _steps(job)]
+    found = [exact_scores(job.queries, _vectors(job, job.keys, tokens, kernel)) for tokens in runs_of(job)]
     return softcapped(np.concatenate(found, -1), job.softcap)
 
 
@@ -211,16 +211,16 @@ def attend_by_decoding(job: AttentionJob, kernel: Backend) -> Partial:
     """Attention to the job's tokens, which a backend decodes some at a time."""
     assert job.values is not None
     parts = []
-    for tokens in _steps(job):
+    for tokens in runs_of(job):
         keys, values = (_vectors(job, coded, tokens, kernel) for coded in (job.keys, job.values))
         parts.append(exact_part(job.queries, keys, values, job.bounds - tokens[0], job.softcap))
     return merged(parts)
 
 
-def _steps(job: AttentionJob) -> Iterator[Bounds]:
+def runs_of(job: AttentionJob) -> Iterator[Bounds]:
     """Runs of the job's tokens that begin with a chunk of the keys, but for the first one."""
     h, (first, last) = job.keys.header, job.tokens
-    step = -(-_STEP // h.chunk_tokens) * h.chunk_tokens
+    step = -(-_RUN // h.chunk_tokens) * h.chunk_tokens
     low = first
     while low < last:
         high = min(last, low + step - (low - h.first_tokens) % h.chunk_tokens)

@@ -18,7 +18,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import blocks, records, sides, tables
+from pqcodec.kernels.cpu import attending, blocks, records, sides, tables
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
@@ -269,10 +269,14 @@ class Cpu:
 
     def scores(self, job: attention.AttentionJob) -> np.ndarray:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
+        if attending.covers(job):
+            return attending.quad_scores(job, partial(_run, advance=lambda done: None))
         return attention.scores_by_decoding(job, self)
 
     def attend(self, job: attention.AttentionJob) -> attention.Partial:
         """Attention to the tokens of a job, in float32."""
+        if attending.covers(job):
+            return attending.attend_to_quads(job, partial(_run, advance=lambda done: None))
         return attention.attend_by_decoding(job, self)
 
     @staticmethod

@@ -76,6 +76,17 @@ def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def spread(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """Eight times float32 array[index]."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        one = builder.load(_pointer(context, builder, signature.args[0], *args))
+        return splat(builder, one, vector_of("float"))
+
+    return FLOAT(array, types.int64), emit
+
+
+@intrinsic
 def side_by_side(typingctx, a, b):  # type: ignore[no-untyped-def]
     """Eight float lanes and eight more."""
     return WIDE(a, b), lambda context, builder, signature, args: builder.shuffle_vector(*args, numbered(*range(2 * LANES)))
@@ -294,15 +305,37 @@ def signed_shorts(typingctx, value, signs):  # type: ignore[no-untyped-def]
     result = types.UniTuple(SHORT, 2)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        few, many = ir.VectorType(I8, 4 * LANES), vector_of("short")
-        value, signs = (builder.bitcast(arg, few) for arg in args)
-        negative = builder.ashr(signs, ir.Constant(few, [7] * 4 * LANES))
-        value = builder.bitcast(builder.sub(builder.xor(value, negative), negative), many)
+        many = vector_of("short")
+        value = builder.bitcast(_signed_bytes(builder, *args), many)
         eight = ir.Constant(many, [8] * 2 * LANES)
         even, odd = builder.ashr(builder.shl(value, eight), eight), builder.ashr(value, eight)
         return context.make_tuple(builder, result, (even, odd))
 
     return result(INT, INT), emit
+
+
+@intrinsic
+def signed_floats(typingctx, value, signs):  # type: ignore[no-untyped-def]
+    """Bytes 0 to 3 of each lane as float lanes, negative where the highest bit of the byte of ``signs`` is set."""
+    result = types.UniTuple(FLOAT, 4)
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, whole = builder.bitcast(_signed_bytes(builder, *args), vector_of("int")), vector_of("int")
+        found = []
+        for above in (24, 16, 8, 0):
+            byte = builder.ashr(builder.shl(value, ir.Constant(whole, [above] * LANES)), ir.Constant(whole, [24] * LANES))
+            found.append(builder.sitofp(byte, vector_of("float")))
+        return context.make_tuple(builder, result, found)
+
+    return result(INT, INT), emit
+
+
+def _signed_bytes(builder: Any, value: Any, signs: Any) -> Any:
+    """Each byte of int lanes, negative where the highest bit of the byte of ``signs`` is set."""
+    few = ir.VectorType(I8, 4 * LANES)
+    value, signs = (builder.bitcast(each, few) for each in (value, signs))
+    negative = builder.ashr(signs, ir.Constant(few, [7] * 4 * LANES))
+    return builder.sub(builder.xor(value, negative), negative)
 
 
 @intrinsic
@@ -553,6 +586,24 @@ def largest_of_rows(typingctx, source):  # type: ignore[no-untyped-def]
         return rows[0]
 
     return INT(source), emit
+
+
+@intrinsic
+def sums_of_rows(typingctx, source, start):  # type: ignore[no-untyped-def]
+    """The sum of each of eight rows of eight float32, which follow one another from source[start] on: float lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        source, start = args
+        rows = []
+        for j in range(LANES):
+            at = builder.add(start, ir.Constant(I64, LANES * j))
+            rows.append(_load(builder, _pointer(context, builder, signature.args[0], source, at), vector_of("float"), 4))
+        rows = _transposed(builder, rows)
+        while len(rows) > 1:
+            rows = [builder.fadd(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        return rows[0]
+
+    return FLOAT(source, types.int64), emit
 
 
 def _summed(builder: Any, rows: list[Any], stages: int) -> list[Any]:

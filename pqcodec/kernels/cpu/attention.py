@@ -1,0 +1,472 @@
+"""Law: attention to blocks of quads, from their planes: scores and weighted values of four rows of queries at a time.
+
+A tile is eight tokens, held as in ``quads``: a lane is a token. Its points go from the table into sums, and no vector is ever
+put together. A run is the tiles that are unpacked before they are used. ``kernels.attention`` tells the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray
+
+from pqcodec.constants import CHECKSUM_BYTES, QUAD, QUADS_BASE_BYTES, QUADS_GROUP, QUADS_RADII, QUADS_RADIUS_STEPS
+from pqcodec.kernels.cpu.bits import checksum
+from pqcodec.kernels.cpu.lane_memory import (
+    gather_bytes_at,
+    gather_pair,
+    load,
+    pointer,
+    signed_floats,
+    spread,
+    store,
+    sums_of_rows,
+    word_at,
+    words_of_rows,
+)
+from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, fused, ints, magnitude, nearest, select, truncate
+from pqcodec.kernels.cpu.quads import quad_factors
+from pqcodec.kernels.cpu.records import (
+    F32,
+    I32,
+    I64,
+    QuadsDecoder,
+    QuadsExact,
+    QuadsQueries,
+    QuadsSums,
+    RopeTable,
+    inlined,
+    jit,
+    leaf,
+)
+
+ROWS = 4  # of queries that share a look-up
+RUN_TILES = 8
+RUN = RUN_TILES * LANES  # tokens
+_NOTHING = F32(-np.inf)
+_MOST = 120  # of an exponent of values: sums of 2^7 times as much, and their inverse, are in float32's range
+_LEAST_EXPONENT = F32(-87.0)  # e to it is just above the least number of full precision; what is less counts as 0
+_LOG2_E = F32(1 / math.log(2))
+_LN2_HIGH = F32(355 / 512)  # so few bits that a product with a whole number below 2^15 is exact
+_LN2_LOW = F32(math.log(2) - 355 / 512)
+
+
+# -- what tasks do -------------------------------------------------------------------------------------------------
+@jit
+def score_parts(parts, items, leading, order, quads, rope, queries, keys, check, damaged, most, start, found):
+    """Scores of parts of at most ``most`` tokens, before softcap: float32 found [leading, rows, tokens from ``start`` on].
+
+    ``items``: chunks of keys. ``keys``: of the checksum. Records come as plain tuples (``records.plain``).
+    """
+    quads, rope, queries = QuadsDecoder(*quads), RopeTable(*rope), QuadsQueries(*queries)
+    entries, signs, steps, cos, sin = scratch_of(order, rope)
+    first_factor, second_factor, dots = np.zeros(LANES, F32), np.zeros(LANES, F32), np.zeros(ROWS * LANES, F32)
+    padded, stride = queries.factors.size // leading, most + LANES
+    scores = np.zeros(widest_of(parts) * padded * stride, F32)
+    for n in range(parts.shape[0]):
+        tokens, first_key, last_key, _, _, _, _, _, _, first_lead, last_lead, _, first_token = parts[n]
+        score_items(
+            items[first_key:last_key], (first_lead, last_lead), leading, order, quads, rope, queries, keys, check, damaged,
+            scores, stride, entries, signs, steps, cos, sin, first_factor, second_factor, dots,
+        )  # fmt: skip
+        for lead in range(first_lead, last_lead):
+            for row in range(queries.rows):
+                at, place = ((lead - first_lead) * padded + row) * stride, first_token - start
+                found[lead, row, place : place + tokens] = scores[at : at + tokens]
+
+
+@jit
+def attend_parts(
+    parts, key_items, value_items, leading, key_order, value_order, of_keys, of_values, rope, queries, exact, keys, check,
+    key_damaged, value_damaged, sums, most,
+):  # fmt: skip
+    """Attention to some parts of at most ``most`` tokens, into ``sums``; records come as plain tuples (``records.plain``)."""
+    of_keys, of_values, rope = QuadsDecoder(*of_keys), QuadsDecoder(*of_values), RopeTable(*rope)
+    queries, exact, sums = QuadsQueries(*queries), QuadsExact(*exact), QuadsSums(*sums)
+    rows, padded = queries.rows, queries.factors.size // leading
+    entries, signs, steps, cos, sin = scratch_of(max(key_order, value_order), rope)
+    first_factor, second_factor, dots = np.zeros(LANES, F32), np.zeros(LANES, F32), np.zeros(ROWS * LANES, F32)
+    stride = most + LANES
+    weights, scaled = np.zeros(widest_of(parts) * padded * stride, F32), np.zeros(ROWS * RUN, F32)
+    lanes = np.zeros(padded * value_order * LANES, F32)
+    for n in range(parts.shape[0]):
+        (
+            tokens, first_key, last_key, first_value, last_value, first_exact_key, last_exact_key, first_exact_value,
+            last_exact_value, first_lead, last_lead, part, first_token,
+        ) = parts[n]  # fmt: skip
+        score_items(
+            key_items[first_key:last_key], (first_lead, last_lead), leading, key_order, of_keys, rope, queries, keys, check,
+            key_damaged, weights, stride, entries, signs, steps, cos, sin, first_factor, second_factor, dots,
+        )  # fmt: skip
+        for j in range(first_exact_key, last_exact_key):
+            lead = exact.keys[j, 0]
+            if first_lead <= lead < last_lead:
+                for row in range(rows):
+                    weights[((lead - first_lead) * padded + row) * stride + exact.keys[j, 1]] = exact.scores[j, row]
+        for lead in range(first_lead, last_lead):
+            for row in range(padded):
+                at = ((lead - first_lead) * padded + row) * stride
+                if row >= rows:
+                    weights[at : at + stride] = F32(0)
+                    continue
+                low = min(max(queries.bounds[row, 0] - first_token, 0), tokens)
+                high = min(max(queries.bounds[row, 1] - first_token, low), tokens)
+                weights[at : at + low] = _NOTHING
+                weights[at + high : at + stride] = _NOTHING
+                largest, total = weigh(weights, at, tokens, queries.softcap, dots)
+                weights[at + tokens : at + stride] = F32(0)  # tiles of values may end behind them
+                sums.maximum[part, lead, row] = largest
+                sums.total[part, lead, row] = total
+        for j in range(first_exact_value, last_exact_value):
+            lead = exact.values[j, 0]
+            if first_lead <= lead < last_lead:
+                for row in range(rows):
+                    at = ((lead - first_lead) * padded + row) * stride + exact.values[j, 1]
+                    exact.weights[j, row] = weights[at]
+                    weights[at] = F32(0)
+        for lead in range(first_lead, last_lead):
+            lanes[:] = F32(0)
+            exponent = largest_exponent(value_items[first_value:last_value], lead, of_values)
+            for i in range(first_value, last_value):
+                block_tokens, low, high, source, size, at, _, chunk = value_items[i]
+                payload = carray(pointer(source + lead * size), (size,), np.uint8)
+                if check:
+                    damaged = word_at(payload, size - CHECKSUM_BYTES) != checksum(payload, 0, size - CHECKSUM_BYTES, keys)
+                    value_damaged[chunk * leading + lead] |= damaged
+                for row in range(low, high, RUN):
+                    count = min(RUN, high - row)
+                    unpack(of_values, value_order, payload, row, count, block_tokens, steps, entries, signs)
+                    for group in range(padded // ROWS):
+                        place = ((lead - first_lead) * padded + group * ROWS) * stride + at + row - low
+                        scale_weights(
+                            of_values, payload, row, count, block_tokens, exponent, weights, place, stride, scaled,
+                            first_factor, second_factor,
+                        )  # fmt: skip
+                        add_points(
+                            of_values.points, entries, signs, value_order, (count + LANES - 1) // LANES, scaled, lanes,
+                            group * ROWS * value_order * LANES,
+                        )  # fmt: skip
+            sums.exponents[part, lead] = exponent
+            for row in range(rows):
+                for k in range(0, value_order, LANES):
+                    store(dots, 0, sums_of_rows(lanes, (row * value_order + k) * LANES))
+                    for l in range(LANES):
+                        sums.out[part, lead, row, k + l] = dots[l]
+
+
+@jit
+def widest_of(parts):
+    """Leading indices of a part, at the most."""
+    widest = 0
+    for n in range(parts.shape[0]):
+        widest = max(widest, parts[n, 10] - parts[n, 9])
+    return widest
+
+
+@jit
+def scratch_of(order, rope):
+    """Entries and signs of a run, steps of a tile, and cosines and sines of a run."""
+    pairs = rope.frequencies.size
+    entries, signs = np.zeros(RUN * order // QUAD, np.int32), np.zeros(RUN * (order // QUAD // QUADS_GROUP + 1), np.int32)
+    return entries, signs, np.zeros(2 * LANES, np.int32), np.zeros(pairs * RUN, F32), np.zeros(pairs * RUN, F32)
+
+
+# -- planes ----------------------------------------------------------------------------------------------------------
+@leaf
+def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
+    """Indices and signs of ``rows`` rows from ``row`` on, tile by tile: entries [tile, quad, lane], signs [tile, group, lane].
+
+    A sign word has the signs of coordinate e of a group's quad k at bit k + 8 QUADS_SIGN_PLACES[e]. ``steps`` is scratch.
+    """
+    bits, count = quads.bits, order // QUAD
+    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
+    each = 4 if bits <= 8 else 2  # fields that lie in 32 bits, wherever the first begins
+    mask = ints(I32((1 << bits) - 1))
+    for tile in range((rows + LANES - 1) // LANES):
+        last = rows - 1 - tile * LANES
+        for l in range(LANES):  # missing rows read the last one
+            steps[l] = I32(min(l, last) * quads.sign_bytes)
+            steps[LANES + l] = I32(min(l, last) * quads.index_bytes)
+        first_row = row + tile * LANES
+        at = tile * count * LANES
+        start = tokens * quads.sign_bytes + first_row * quads.index_bytes
+        for quad in range(0, count, each):
+            place = quad * bits
+            word = words_of_rows(payload, start + (place >> 3), steps, LANES) >> ints(I32(place & 7))
+            for i in range(each):
+                store(entries, at + (quad + i) * LANES, word & mask)
+                word = word >> ints(I32(bits))
+        at = tile * groups * LANES
+        start = first_row * quads.sign_bytes
+        for group in range(groups):
+            word = words_of_rows(payload, start + 4 * group, steps, 0)
+            if count - group * QUADS_GROUP < QUADS_GROUP:  # four bits of each coordinate, which become a byte
+                word = (word & ints(I32(0xFF)) | word << ints(I32(8))) & ints(I32(0x00FF00FF))
+                word = (word | word << ints(I32(4))) & ints(I32(0x0F0F0F0F))
+            store(signs, at + group * LANES, word)
+
+
+@inlined
+def coordinates(points, entries, at, sign, quad):
+    """The four coordinates of a tile's quad, float lanes; ``sign``: the word of its group."""
+    shifted = sign << ints(I32(QUADS_GROUP - 1 - quad % QUADS_GROUP))
+    a, c, b, d = signed_floats(gather_bytes_at(points, entries, at), shifted)  # in the order of QUADS_SIGN_PLACES
+    return a, b, c, d
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+@jit
+def score_items(
+    items, leads, leading, order, quads, rope, queries, keys, check, damaged, found, stride, entries, signs, steps, cos, sin,
+    first_factor, second_factor, dots,
+):  # fmt: skip
+    """Scores of chunks of keys: found [lead - leads[0], row, stride], flat; up to 7 numbers more than tokens are written.
+
+    Phases are computed once for all leading indices.
+    """
+    pairs, padded = rope.frequencies.size, queries.factors.size // leading
+    count = order // QUAD
+    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
+    for i in range(items.shape[0]):
+        tokens, low, high, source, size, at, position, chunk = items[i]
+        for row in range(low, high, RUN):
+            rows = min(RUN, high - row)
+            if pairs:
+                fill_phases_across(position + row, rows, rope, cos, sin, steps)
+            for lead in range(leads[0], leads[1]):
+                payload = carray(pointer(source + lead * size), (size,), np.uint8)
+                if check and row == low:
+                    wrong = word_at(payload, size - CHECKSUM_BYTES) != checksum(payload, 0, size - CHECKSUM_BYTES, keys)
+                    damaged[chunk * leading + lead] |= wrong
+                unpack(quads, order, payload, row, rows, tokens, steps, entries, signs)
+                for tile in range((rows + LANES - 1) // LANES):
+                    quad_factors(
+                        quads, payload, row + tile * LANES, min(LANES, rows - tile * LANES), tokens, first_factor, second_factor
+                    )
+                    for group in range(padded // ROWS):
+                        of_group = lead * padded // ROWS + group
+                        add_up_dots(
+                            quads.points, entries, tile * count * LANES, signs, tile * groups * LANES, count, queries.turned,
+                            of_group * order * ROWS, dots,
+                        )  # fmt: skip
+                        place = ((lead - leads[0]) * padded + group * ROWS) * stride + at + row - low + tile * LANES
+                        finish_scores(
+                            dots, queries, of_group * ROWS, first_factor, second_factor, pairs, cos, sin, tile * LANES,
+                            of_group * pairs * 2 * ROWS, found, place, stride,
+                        )  # fmt: skip
+
+
+@leaf
+def add_up_dots(points, entries, at, signs, signs_at, count, turned, turned_at, dots):
+    """Products of a tile's points with four rows of queries, into dots [4 lanes]."""
+    zero = floats(F32(0))
+    p, q, r, s = zero, zero, zero, zero
+    t, u, v, w = zero, zero, zero, zero
+    for quad in range(count):
+        sign = load(signs, signs_at + quad // QUADS_GROUP * LANES)
+        a, b, c, d = coordinates(points, entries, at + quad * LANES, sign, quad)
+        k = turned_at + quad * QUAD * ROWS
+        p, q = fused(a, spread(turned, k), p), fused(a, spread(turned, k + 1), q)
+        r, s = fused(a, spread(turned, k + 2), r), fused(a, spread(turned, k + 3), s)
+        t, u = fused(b, spread(turned, k + 4), t), fused(b, spread(turned, k + 5), u)
+        v, w = fused(b, spread(turned, k + 6), v), fused(b, spread(turned, k + 7), w)
+        p, q = fused(c, spread(turned, k + 8), p), fused(c, spread(turned, k + 9), q)
+        r, s = fused(c, spread(turned, k + 10), r), fused(c, spread(turned, k + 11), s)
+        t, u = fused(d, spread(turned, k + 12), t), fused(d, spread(turned, k + 13), u)
+        v, w = fused(d, spread(turned, k + 14), v), fused(d, spread(turned, k + 15), w)
+    store(dots, 0, p + t)
+    store(dots, LANES, q + u)
+    store(dots, 2 * LANES, r + v)
+    store(dots, 3 * LANES, s + w)
+
+
+@leaf
+def finish_scores(dots, queries, row, first_factor, second_factor, pairs, cos, sin, token, phases_at, found, place, stride):
+    """Scores of a tile and four rows of queries: their dots times all factors, and what the offsets add."""
+    zero = floats(F32(0))
+    p, q, r, s = zero, zero, zero, zero
+    for i in range(pairs):
+        x, y = load(cos, i * RUN + token), load(sin, i * RUN + token)
+        k = phases_at + i * 2 * ROWS
+        p, q = fused(x, spread(queries.phases, k), p), fused(x, spread(queries.phases, k + 1), q)
+        r, s = fused(x, spread(queries.phases, k + 2), r), fused(x, spread(queries.phases, k + 3), s)
+        p, q = fused(y, spread(queries.phases, k + 4), p), fused(y, spread(queries.phases, k + 5), q)
+        r, s = fused(y, spread(queries.phases, k + 6), r), fused(y, spread(queries.phases, k + 7), s)
+    first, second = load(first_factor, 0), load(second_factor, 0)
+    p = p + load(dots, 0) * first * spread(queries.factors, row) * second
+    q = q + load(dots, LANES) * first * spread(queries.factors, row + 1) * second
+    r = r + load(dots, 2 * LANES) * first * spread(queries.factors, row + 2) * second
+    s = s + load(dots, 3 * LANES) * first * spread(queries.factors, row + 3) * second
+    store(found, place, p + spread(queries.constants, row))
+    store(found, place + stride, q + spread(queries.constants, row + 1))
+    store(found, place + 2 * stride, r + spread(queries.constants, row + 2))
+    store(found, place + 3 * stride, s + spread(queries.constants, row + 3))
+
+
+@leaf
+def fill_phases_across(first, tokens, rope, cos, sin, steps):
+    """``offsets.fill_phases`` with a pair's tokens side by side: cos and sin [pair, RUN], up to 7 tokens more."""
+    tables = rope.phases
+    for l in range(LANES):
+        steps[l] = I32(l)
+    for i in range(rope.frequencies.size):
+        frequency = ints(I32(rope.frequencies[i]))
+        for t in range(0, tokens, LANES):
+            turn = (ints(I32(first + t)) + load(steps, 0)) * frequency
+            cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
+            cos_l, sin_l = gather_pair(tables, ((turn >> ints(I32(15))) & ints(I32(510))) | ints(I32(512)))
+            store(cos, i * RUN + t, cos_h * cos_l - sin_h * sin_l)
+            store(sin, i * RUN + t, sin_h * cos_l + cos_h * sin_l)
+
+
+# -- softmax -------------------------------------------------------------------------------------------------------------
+@leaf
+def weigh(weights, at, tokens, softcap, lanes):
+    """Turn scores at weights [at ...], padded with -inf, into exp(score - maximum); returns their maximum and their sum.
+
+    Where a score is NaN or inf, all of these are NaN but for what is not seen, whose score is -inf and weight 0.
+    """
+    zero, one, nothing = floats(F32(0)), floats(F32(1)), floats(_NOTHING)
+    most, bad = nothing, zero
+    for t in range(0, tokens, LANES):
+        score = load(weights, at + t)
+        if softcap > F32(0):
+            score = select(score > nothing, softcapped_lanes(score, softcap), select(score == score, nothing, score))
+            store(weights, at + t, score)
+        most = max(score, most)
+        bad = select(score == score, bad, one)
+    store(lanes, 0, most)
+    store(lanes, LANES, bad)
+    largest, wrong = _NOTHING, F32(0)
+    for l in range(LANES):
+        largest, wrong = max(largest, lanes[l]), wrong + lanes[LANES + l]
+    if wrong > F32(0) or largest == F32(np.inf):
+        largest = F32(np.nan)
+    if largest == _NOTHING:
+        for t in range(0, tokens, LANES):
+            store(weights, at + t, zero)
+        return largest, F32(0)
+    total = zero
+    for t in range(0, tokens, LANES):
+        score = load(weights, at + t)
+        weight = exponential(score - floats(largest))
+        if largest != largest:
+            weight = select(score == nothing, zero, floats(largest))
+        total = total + weight
+        store(weights, at + t, weight)
+    store(lanes, 0, total)
+    sum_of_lanes = F32(0)
+    for l in range(LANES):
+        sum_of_lanes += lanes[l]
+    return largest, sum_of_lanes
+
+
+@inlined
+def exponential(x):
+    """e to float lanes that are not above 0, within two units in the last place; 0 below -87.
+
+    e^x = 2^k e^r with k the nearest whole number to x / ln 2; e^r is its series up to r^7 / 7!.
+    """
+    least = floats(_LEAST_EXPONENT)
+    bounded = max(x, least)
+    k = nearest(bounded * floats(_LOG2_E))
+    r = fused(k, floats(-_LN2_HIGH), bounded)
+    r = fused(k, floats(-_LN2_LOW), r)
+    p = fused(r, floats(F32(1 / 5040)), floats(F32(1 / 720)))
+    p = fused(p, r, floats(F32(1 / 120)))
+    p = fused(p, r, floats(F32(1 / 24)))
+    p = fused(p, r, floats(F32(1 / 6)))
+    p = fused(p, r, floats(F32(1 / 2)))
+    p = fused(p, r, floats(F32(1)))
+    p = fused(p, r, floats(F32(1)))
+    power = as_float((truncate(k) + ints(I32(127))) << ints(I32(23)))
+    return select(x < least, floats(F32(0)), p * power)
+
+
+@inlined
+def softcapped_lanes(score, softcap):
+    """softcap tanh(score / softcap) of float lanes: tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)."""
+    one = floats(F32(1))
+    x = score / floats(softcap)
+    e = exponential(floats(F32(0)) - magnitude(x) - magnitude(x))
+    found = (one - e) / (one + e) * floats(softcap)
+    return as_float(as_bits(found) | (as_bits(x) & ints(I32(-0x80000000))))
+
+
+# -- weighted values -------------------------------------------------------------------------------------------------------
+@jit
+def largest_exponent(items, lead, quads):
+    """The exponent of the largest radius of a lead's blocks, which their rows are divided by before they are added up."""
+    most = I64(QUADS_RADII[0])
+    for i in range(items.shape[0]):
+        tokens, _, _, source, size, _, _, _ = items[i]
+        payload = carray(pointer(source + lead * size), (size,), np.uint8)
+        radii = tokens * (quads.sign_bytes + quads.index_bytes)
+        code = 0
+        for t in range(tokens):
+            code = max(code, I64(payload[radii + t]))
+        base = I64(payload[radii + tokens]) | I64(payload[radii + tokens + QUADS_BASE_BYTES - 1]) << 8
+        if code > 0:
+            most = max(most, base - ((base & 0x8000) << 1) + code - 1)
+    return min(max(most // QUADS_RADIUS_STEPS, -_MOST), _MOST)
+
+
+@leaf
+def scale_weights(
+    quads, payload, row, rows, tokens, exponent, weights, place, stride, scaled, first_factor, second_factor
+):  # fmt: skip
+    """Weights of a run and four rows of queries, times the factors of the values and 2^-exponent: scaled [4, RUN]."""
+    down = as_float(ints(I32(127 - exponent)) << ints(I32(23)))
+    for tile in range(0, rows, LANES):
+        quad_factors(quads, payload, row + tile, min(LANES, rows - tile), tokens, first_factor, second_factor)
+        first, second = load(first_factor, 0), load(second_factor, 0)
+        for r in range(ROWS):
+            store(scaled, r * RUN + tile, load(weights, place + r * stride + tile) * first * down * second)
+
+
+@leaf
+def add_points(points, entries, signs, order, tiles, scaled, lanes, start):
+    """Add a run's points times the weights of four rows of queries to lanes [start ...], [row, coordinate, lane].
+
+    Quad by quad, so that the sixteen sums of a quad stay in registers over all tiles.
+    """
+    count = order // QUAD
+    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
+    row = order * LANES
+    for quad in range(count):
+        k = start + quad * QUAD * LANES
+        a0, b0, c0, d0 = four_lanes(lanes, k)
+        a1, b1, c1, d1 = four_lanes(lanes, k + row)
+        a2, b2, c2, d2 = four_lanes(lanes, k + 2 * row)
+        a3, b3, c3, d3 = four_lanes(lanes, k + 3 * row)
+        for tile in range(tiles):
+            sign = load(signs, (tile * groups + quad // QUADS_GROUP) * LANES)
+            a, b, c, d = coordinates(points, entries, (tile * count + quad) * LANES, sign, quad)
+            weight = load(scaled, tile * LANES)
+            a0, b0, c0, d0 = fused(a, weight, a0), fused(b, weight, b0), fused(c, weight, c0), fused(d, weight, d0)
+            weight = load(scaled, RUN + tile * LANES)
+            a1, b1, c1, d1 = fused(a, weight, a1), fused(b, weight, b1), fused(c, weight, c1), fused(d, weight, d1)
+            weight = load(scaled, 2 * RUN + tile * LANES)
+            a2, b2, c2, d2 = fused(a, weight, a2), fused(b, weight, b2), fused(c, weight, c2), fused(d, weight, d2)
+            weight = load(scaled, 3 * RUN + tile * LANES)
+            a3, b3, c3, d3 = fused(a, weight, a3), fused(b, weight, b3), fused(c, weight, c3), fused(d, weight, d3)
+        store_four(lanes, k, a0, b0, c0, d0)
+        store_four(lanes, k + row, a1, b1, c1, d1)
+        store_four(lanes, k + 2 * row, a2, b2, c2, d2)
+        store_four(lanes, k + 3 * row, a3, b3, c3, d3)
+
+
+@inlined
+def four_lanes(lanes, k):
+    """Four coordinates' sums."""
+    return load(lanes, k), load(lanes, k + LANES), load(lanes, k + 2 * LANES), load(lanes, k + 3 * LANES)
+
+
+@inlined
+def store_four(lanes, k, a, b, c, d):
+    """Store four coordinates' sums."""
+    store(lanes, k, a)
+    store(lanes, k + LANES, b)
+    store(lanes, k + 2 * LANES, c)
+    store(lanes, k + 3 * LANES, d)
