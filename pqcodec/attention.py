@@ -126,7 +126,9 @@ def attend(
     bounds = _bounds(q.shape[-2], q.shape[-3] // max(asked.keys[0].header.shape[-3], 1), sum(counts), causal, window)
     if not asked.queries.size:
         return arrays.alike(q, np.zeros(asked.out_shape, np.float32))
-    found = [asked.attend_to_exact(before, bounds), asked.attend_to_exact(behind, bounds - sum(counts[:2]))]
+    found = [
+        asked.attend_to_exact(pair, bounds - at) for pair, at in ((before, 0), (behind, sum(counts[:2]))) if pair[0].shape[1]
+    ]
     at = counts[0]
     for (k, part), (v, _) in zip(asked.parts(asked.keys, wanted), asked.parts(asked.values, wanted), strict=True):
         found += asked.attend_to(k, v, part, bounds - at + part[0])

@@ -205,25 +205,26 @@ def test_vectors_with_nan_or_inf_do_what_they_do_in_softmax(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_of_every_size(backend: str) -> None:
+@pytest.mark.parametrize("preset", ["quad3", "pq3", "paper"])
+def test_scores_of_every_size(preset: str, backend: str) -> None:
     """One key far above all others, scores that differ in nothing, a single token, and numbers near the ends of float32."""
     keys, values = kv(1, 100, 64)
     for power in (-120, -60, -20, 20, 60, 100):
         big = keys * 2.0**power
-        (k, decoded_k), (v, decoded_v) = encoded(big, preset="quad3"), encoded(values, preset="quad3")
+        (k, decoded_k), (v, decoded_v) = encoded(big, preset=preset), encoded(values, preset=preset)
         for scale in (None, 1e-3 * 2.0**-power):
             q = normal(2, 1, 64)
             close(attention.attend(q, k, v, scale=scale, backend=backend), dense(q, decoded_k, decoded_v, scale=scale))
-        (v, decoded_v), q = encoded(values * 2.0**power, preset="quad3"), normal(2, 1, 64) * 2.0**-power
+        (v, decoded_v), q = encoded(values * 2.0**power, preset=preset), normal(2, 1, 64) * 2.0**-power
         close(attention.attend(q, k, v, backend=backend), dense(q, decoded_k, decoded_v))
     same = torch.ones(1, 100, 64)
-    (k, decoded_k), (v, decoded_v) = encoded(same, preset="quad3"), encoded(values, preset="quad3")
+    (k, decoded_k), (v, decoded_v) = encoded(same, preset=preset), encoded(values, preset=preset)
     close(attention.attend(same[:, :1], k, v, backend=backend), decoded_v.double().mean(1, keepdim=True))
-    (k, decoded_k), (v, decoded_v) = encoded(torch.zeros(1, 100, 64), preset="quad3"), encoded(torch.zeros(1, 100, 64))
+    (k, decoded_k), (v, decoded_v) = encoded(torch.zeros(1, 100, 64), preset=preset), encoded(torch.zeros(1, 100, 64))
     assert not attention.attend(same[:, :1], k, v, backend=backend).any()
-    k, v = (pqcodec.encode(x[:, :1], preset="quad3") for x in (keys, values))
+    k, v = (pqcodec.encode(x[:, :1], preset=preset) for x in (keys, values))
     close(attention.attend(normal(1, 1, 64), k, v, backend=backend), pqcodec.decode(v))
-    beyond = pqcodec.encode(torch.full((1, 10, 64), 3e38), preset="quad3")
+    beyond = pqcodec.encode(torch.full((1, 10, 64), 3e38), preset=preset)
     assert torch.isnan(attention.attend(normal(1, 1, 64).abs() * 1e30, beyond, beyond)).all()
 
 

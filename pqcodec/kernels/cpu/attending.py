@@ -1,4 +1,4 @@
-"""Law: attention to quads on the CPU: the work as records of its kernels, cut into parts that threads take in any order.
+"""Law: attention to codes on the CPU: the work as records of its kernels, cut into parts that threads take in any order.
 
 Parts depend on the streams alone and are merged in their order, so that a result does not depend on the number of threads.
 """
@@ -25,11 +25,11 @@ from pqcodec.kernels.attention import (
 )
 from pqcodec.kernels.cpu import attention, tables
 from pqcodec.kernels.cpu.records import (
-    QUADS_ITEM,
-    QUADS_PART,
-    QuadsExact,
-    QuadsQueries,
-    QuadsSums,
+    ATTENTION_ITEM,
+    PART,
+    ExactParts,
+    PartSums,
+    RowQueries,
     plain,
 )
 from pqcodec.stages import centre
@@ -47,19 +47,18 @@ Run = Callable[[list[Callable[[], int]]], None]
 
 
 def covers(job: AttentionJob) -> bool:
-    """Whether the kernels take such streams and so few rows of queries."""
+    """Whether the kernels take such values and so few rows of queries."""
     values = job.values
-    quads = all(coded.header.coding == c.CODING_QUADS for coded in job.coded)
-    return quads and job.queries.shape[1] <= _MOST_ROWS and (values is None or values.header.rope is None)
+    return job.queries.shape[1] <= _MOST_ROWS and (values is None or values.header.rope is None)
 
 
-def quad_scores(job: AttentionJob, run: Run) -> np.ndarray:
+def scores_of_codes(job: AttentionJob, run: Run) -> np.ndarray:
     """Scores of the job's tokens: float32 [leading, rows, tokens]."""
     (starts, most), h = _starts(job), job.keys.header
     found = np.empty((*job.queries.shape[:2], job.tokens[1] - job.tokens[0]), np.float32)
     items, ranges = _items(job.keys, job, starts)
     damaged = np.zeros((job.keys.chunks[1] - job.keys.chunks[0]) * h.leading, np.bool_)
-    arguments = (items, h.leading, h.order, _quads(h), tables.rope(h), _queries(job), _keys(job), job.check, damaged)
+    arguments = (items, h.leading, _decoders(h), tables.rope(h), _queries(job), _keys(job), job.check, damaged)
     parts = _parts(job, starts, ranges)
     _run_all(run, parts, lambda some: attention.score_parts(some, *arguments, most, job.tokens[0], found))
     _tell(job, job.keys, damaged)
@@ -69,7 +68,7 @@ def quad_scores(job: AttentionJob, run: Run) -> np.ndarray:
     return softcapped(found, job.softcap)
 
 
-def attend_to_quads(job: AttentionJob, run: Run) -> Partial:
+def attend_to_codes(job: AttentionJob, run: Run) -> Partial:
     """Attention to the job's tokens: float64 [leading, rows, head_dim]."""
     values = job.values
     assert values is not None
@@ -79,17 +78,17 @@ def attend_to_quads(job: AttentionJob, run: Run) -> Partial:
     rows = job.queries.shape[1]
     with np.errstate(over="ignore", invalid="ignore"):
         exactly = np.einsum("nrd,nd->nr", job.queries[exact_keys.leads], exact_keys.vectors).astype(np.float32)
-    exact = QuadsExact(
+    exact = ExactParts(
         _places(exact_keys, starts),
         exactly,
         _places(exact_values, starts),
         np.zeros((len(exact_values.leads), rows), np.float32),
     )
     shape = len(starts), k.leading, rows
-    sums = QuadsSums(np.empty((*shape, v.order), np.float32), np.empty(shape[:2], np.int64), *np.empty((2, *shape), np.float32))
+    sums = PartSums(np.empty((*shape, v.order), np.float32), np.empty(shape[:2], np.int64), *np.empty((2, *shape), np.float32))
     damaged = [np.zeros((coded.chunks[1] - coded.chunks[0]) * k.leading, np.bool_) for coded in job.coded]
     arguments = (
-        *(key_items, value_items, k.leading, k.order, v.order, _quads(k), _quads(v), tables.rope(k), _queries(job)),
+        *(key_items, value_items, k.leading, _decoders(k), _decoders(v), tables.rope(k), _queries(job)),
         *(plain(exact), _keys(job), job.check, *damaged, plain(sums), most),
     )
     parts = _parts(job, starts, of_keys, of_values, of_exact_keys, of_exact_values)
@@ -121,22 +120,22 @@ def _part_of(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _items(coded: CodedTokens, job: AttentionJob, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """QUADS_ITEMs of a stream, part by part, and the first one of each part: int64 [parts + 1]."""
+    """ATTENTION_ITEMs of a stream, part by part, and the first one of each part: int64 [parts + 1]."""
     h, (first, last) = coded.header, job.tokens
     chunks = np.arange(*coded.chunks)
     cuts = np.union1d(starts, np.clip(h.first_tokens + chunks * h.chunk_tokens, first, last - 1))
     part, chunk = _part_of(cuts, starts), (cuts - h.first_tokens) // h.chunk_tokens
     begin = h.first_tokens + chunk * h.chunk_tokens
     tokens = np.minimum(h.chunk_tokens, h.coded_tokens - chunk * h.chunk_tokens)
-    items = np.zeros((len(cuts), len(QUADS_ITEM)), np.int64)
-    items[:, QUADS_ITEM.tokens] = tokens
-    items[:, QUADS_ITEM.low] = cuts - begin
-    items[:, QUADS_ITEM.high] = np.append(cuts[1:], last) - begin
-    items[:, QUADS_ITEM.source] = address(coded.payload) + (chunk - coded.chunks[0]) * h.leading * h.blocks.chunk_bytes
-    items[:, QUADS_ITEM.size] = h.blocks.size_of(tokens)
-    items[:, QUADS_ITEM.at] = cuts - starts[part]
-    items[:, QUADS_ITEM.position] = begin + (h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0)
-    items[:, QUADS_ITEM.chunk] = chunk - coded.chunks[0]
+    items = np.zeros((len(cuts), len(ATTENTION_ITEM)), np.int64)
+    items[:, ATTENTION_ITEM.tokens] = tokens
+    items[:, ATTENTION_ITEM.low] = cuts - begin
+    items[:, ATTENTION_ITEM.high] = np.append(cuts[1:], last) - begin
+    items[:, ATTENTION_ITEM.source] = address(coded.payload) + (chunk - coded.chunks[0]) * h.leading * h.blocks.chunk_bytes
+    items[:, ATTENTION_ITEM.size] = h.blocks.size_of(tokens)
+    items[:, ATTENTION_ITEM.at] = cuts - starts[part]
+    items[:, ATTENTION_ITEM.position] = begin + (h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0)
+    items[:, ATTENTION_ITEM.chunk] = chunk - coded.chunks[0]
     return items, np.searchsorted(part, np.arange(len(starts) + 1))
 
 
@@ -154,22 +153,22 @@ def _places(exact: ExactRows, starts: np.ndarray) -> np.ndarray:
 
 
 def _parts(job: AttentionJob, starts: np.ndarray, *ranges: np.ndarray) -> np.ndarray:
-    """QUADS_PARTs; ``ranges``: the first key of each part, then value, exact key and exact value, as many as there are."""
+    """PARTs; ``ranges``: the first key of each part, then value, exact key and exact value, as many as there are."""
     leading, parts = job.keys.header.leading, len(starts)
     step = max(1, min(_LEADS, leading * parts // (2 * threads())))
     firsts = np.arange(0, leading, step)
-    found = np.zeros((parts, len(firsts), len(QUADS_PART)), np.int64)
-    found[..., QUADS_PART.tokens] = np.diff(starts, append=job.tokens[1])[:, None]
-    for first, of_parts in zip(range(QUADS_PART.first_key, QUADS_PART.first_lead, 2), ranges, strict=False):
+    found = np.zeros((parts, len(firsts), len(PART)), np.int64)
+    found[..., PART.tokens] = np.diff(starts, append=job.tokens[1])[:, None]
+    for first, of_parts in zip(range(PART.first_key, PART.first_lead, 2), ranges, strict=False):
         found[..., first], found[..., first + 1] = of_parts[:-1, None], of_parts[1:, None]
-    found[..., QUADS_PART.first_lead], found[..., QUADS_PART.last_lead] = firsts, np.minimum(firsts + step, leading)
-    found[..., QUADS_PART.part] = np.arange(parts)[:, None]
-    found[..., QUADS_PART.first_token] = starts[:, None]
-    return found.reshape(-1, len(QUADS_PART))
+    found[..., PART.first_lead], found[..., PART.last_lead] = firsts, np.minimum(firsts + step, leading)
+    found[..., PART.part] = np.arange(parts)[:, None]
+    found[..., PART.first_token] = starts[:, None]
+    return found.reshape(-1, len(PART))
 
 
 def _queries(job: AttentionJob) -> tuple:
-    """A QuadsQueries."""
+    """A RowQueries."""
     coded, q = job.keys, job.queries.astype(np.float64)
     h, plan = coded.header, plan_for(coded.header)
     missing = -q.shape[1] % attention.ROWS
@@ -187,7 +186,7 @@ def _queries(job: AttentionJob) -> tuple:
                 phases, still = np.stack([cos, sin], -1), h.rope.channels
             constants = (q[..., still:] * m[..., still:]).sum(-1)
         return plain(
-            QuadsQueries(
+            RowQueries(
                 job.queries.shape[1],
                 _grouped(turned * np.ldexp(1.0, -exponents)[..., None]),
                 np.ldexp(1.0, exponents).astype(np.float32).ravel(),
@@ -205,8 +204,12 @@ def _grouped(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(fours.swapaxes(-1, -2), np.float32).ravel()
 
 
-def _quads(h: Header) -> tuple:
-    return tables.quads_decoder(h.coding, h.head_dim, h.row_bits, plan_for(h).mantissas.tobytes())
+def _decoders(h: Header) -> tuple:
+    """A RowDecoders."""
+    mantissas = plan_for(h).mantissas
+    _, split = tables.of_plan("decode", h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds)
+    quads = tables.quads_decoder(h.coding, h.head_dim, h.row_bits, mantissas.tobytes())
+    return h.coding, h.order, h.row_bytes, quads, split, tables.paper_decoder(h, mantissas[0])
 
 
 def _keys(job: AttentionJob) -> np.ndarray:
@@ -223,7 +226,7 @@ def _tell(job: AttentionJob, coded: CodedTokens, damaged: np.ndarray) -> None:
 
 
 def _merged(
-    job: AttentionJob, values: CodedTokens, sums: QuadsSums, exact_values: ExactRows, exact: QuadsExact, starts: np.ndarray
+    job: AttentionJob, values: CodedTokens, sums: PartSums, exact_values: ExactRows, exact: ExactParts, starts: np.ndarray
 ) -> Partial:
     """The parts as one, rotated back, with what the values' offsets and exact vectors add."""
     h, plan = values.header, plan_for(values.header)

@@ -1,7 +1,8 @@
-"""Law: attention to blocks of quads, from their planes: scores and weighted values of four rows of queries at a time.
+"""Law: attention to blocks of codes: scores and weighted values, of four rows of queries for each look-up.
 
-A tile is eight tokens, held as in ``quads``: a lane is a token. Its points go from the table into sums, and no vector is ever
-put together. A run is the tiles that are unpacked before they are used. ``kernels.attention`` tells the formulas.
+A tile is eight tokens, held as in ``blocks``: a lane is a token. Coordinates of quads go from the table into sums, without a
+vector ever being put together; those of other codings are made for one tile and are not rotated back. A run is the tiles that
+are unpacked before they are used. ``kernels.attention`` tells the formulas.
 """
 
 from __future__ import annotations
@@ -11,8 +12,18 @@ import math
 import numpy as np
 from numba import carray
 
-from pqcodec.constants import CHECKSUM_BYTES, QUAD, QUADS_BASE_BYTES, QUADS_GROUP, QUADS_RADII, QUADS_RADIUS_STEPS
-from pqcodec.kernels.cpu.bits import checksum
+from pqcodec.constants import (
+    CHECKSUM_BYTES,
+    CODING_PAPER,
+    CODING_QUADS,
+    CODING_SPLIT,
+    QUAD,
+    QUADS_BASE_BYTES,
+    QUADS_GROUP,
+    QUADS_RADII,
+    QUADS_RADIUS_STEPS,
+)
+from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum
 from pqcodec.kernels.cpu.lane_memory import (
     gather_bytes_at,
     gather_pair,
@@ -26,20 +37,30 @@ from pqcodec.kernels.cpu.lane_memory import (
     words_of_rows,
 )
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, fused, ints, magnitude, nearest, select, truncate
+from pqcodec.kernels.cpu.paper import decode_paper
 from pqcodec.kernels.cpu.quads import quad_factors
 from pqcodec.kernels.cpu.records import (
     F32,
     I32,
     I64,
+    U64,
+    AttentionScratch,
+    DecoderQuads,
+    DecoderTree,
+    ExactParts,
+    PaperDecoder,
+    PartSums,
     QuadsDecoder,
-    QuadsExact,
-    QuadsQueries,
-    QuadsSums,
     RopeTable,
+    RowDecoders,
+    RowQueries,
+    SplitDecoder,
+    SplitDecoderWork,
     inlined,
     jit,
     leaf,
 )
+from pqcodec.kernels.cpu.split import decode_split, radius_factors
 
 ROWS = 4  # of queries that share a look-up
 RUN_TILES = 8
@@ -54,22 +75,21 @@ _LN2_LOW = F32(math.log(2) - 355 / 512)
 
 # -- what tasks do -------------------------------------------------------------------------------------------------
 @jit
-def score_parts(parts, items, leading, order, quads, rope, queries, keys, check, damaged, most, start, found):
+def score_parts(parts, items, leading, of_keys, rope, queries, keys, check, damaged, most, start, found):
     """Scores of parts of at most ``most`` tokens, before softcap: float32 found [leading, rows, tokens from ``start`` on].
 
     ``items``: chunks of keys. ``keys``: of the checksum. Records come as plain tuples (``records.plain``).
     """
-    quads, rope, queries = QuadsDecoder(*quads), RopeTable(*rope), QuadsQueries(*queries)
-    entries, signs, steps, cos, sin = scratch_of(order, rope)
-    first_factor, second_factor, dots = np.zeros(LANES, F32), np.zeros(LANES, F32), np.zeros(ROWS * LANES, F32)
+    of_keys, rope, queries = decoders_of(of_keys), RopeTable(*rope), RowQueries(*queries)
+    scratch = scratch_of(of_keys.order, of_keys.row_bytes, rope)
     padded, stride = queries.factors.size // leading, most + LANES
     scores = np.zeros(widest_of(parts) * padded * stride, F32)
     for n in range(parts.shape[0]):
         tokens, first_key, last_key, _, _, _, _, _, _, first_lead, last_lead, _, first_token = parts[n]
+        leads = first_lead, last_lead
         score_items(
-            items[first_key:last_key], (first_lead, last_lead), leading, order, quads, rope, queries, keys, check, damaged,
-            scores, stride, entries, signs, steps, cos, sin, first_factor, second_factor, dots,
-        )  # fmt: skip
+            items[first_key:last_key], leads, leading, of_keys, rope, queries, keys, check, damaged, scores, stride, scratch
+        )
         for lead in range(first_lead, last_lead):
             for row in range(queries.rows):
                 at, place = ((lead - first_lead) * padded + row) * stride, first_token - start
@@ -78,27 +98,25 @@ def score_parts(parts, items, leading, order, quads, rope, queries, keys, check,
 
 @jit
 def attend_parts(
-    parts, key_items, value_items, leading, key_order, value_order, of_keys, of_values, rope, queries, exact, keys, check,
-    key_damaged, value_damaged, sums, most,
+    parts, key_items, value_items, leading, of_keys, of_values, rope, queries, exact, keys, check, key_damaged, value_damaged,
+    sums, most,
 ):  # fmt: skip
     """Attention to some parts of at most ``most`` tokens, into ``sums``; records come as plain tuples (``records.plain``)."""
-    of_keys, of_values, rope = QuadsDecoder(*of_keys), QuadsDecoder(*of_values), RopeTable(*rope)
-    queries, exact, sums = QuadsQueries(*queries), QuadsExact(*exact), QuadsSums(*sums)
+    of_keys, of_values, rope = decoders_of(of_keys), decoders_of(of_values), RopeTable(*rope)
+    queries, exact, sums = RowQueries(*queries), ExactParts(*exact), PartSums(*sums)
     rows, padded = queries.rows, queries.factors.size // leading
-    entries, signs, steps, cos, sin = scratch_of(max(key_order, value_order), rope)
-    first_factor, second_factor, dots = np.zeros(LANES, F32), np.zeros(LANES, F32), np.zeros(ROWS * LANES, F32)
+    scratch = scratch_of(max(of_keys.order, of_values.order), max(of_keys.row_bytes, of_values.row_bytes), rope)
     stride = most + LANES
     weights, scaled = np.zeros(widest_of(parts) * padded * stride, F32), np.zeros(ROWS * RUN, F32)
-    lanes = np.zeros(padded * value_order * LANES, F32)
+    lanes = np.zeros(padded * of_values.order * LANES, F32)
     for n in range(parts.shape[0]):
         (
             tokens, first_key, last_key, first_value, last_value, first_exact_key, last_exact_key, first_exact_value,
             last_exact_value, first_lead, last_lead, part, first_token,
         ) = parts[n]  # fmt: skip
-        score_items(
-            key_items[first_key:last_key], (first_lead, last_lead), leading, key_order, of_keys, rope, queries, keys, check,
-            key_damaged, weights, stride, entries, signs, steps, cos, sin, first_factor, second_factor, dots,
-        )  # fmt: skip
+        leads = first_lead, last_lead
+        items = key_items[first_key:last_key]
+        score_items(items, leads, leading, of_keys, rope, queries, keys, check, key_damaged, weights, stride, scratch)
         for j in range(first_exact_key, last_exact_key):
             lead = exact.keys[j, 0]
             if first_lead <= lead < last_lead:
@@ -114,7 +132,7 @@ def attend_parts(
                 high = min(max(queries.bounds[row, 1] - first_token, low), tokens)
                 weights[at : at + low] = _NOTHING
                 weights[at + high : at + stride] = _NOTHING
-                largest, total = weigh(weights, at, tokens, queries.softcap, dots)
+                largest, total = weigh(weights, at, tokens, queries.softcap, scratch.dots)
                 weights[at + tokens : at + stride] = F32(0)  # tiles of values may end behind them
                 sums.maximum[part, lead, row] = largest
                 sums.total[part, lead, row] = total
@@ -125,34 +143,29 @@ def attend_parts(
                     at = ((lead - first_lead) * padded + row) * stride + exact.values[j, 1]
                     exact.weights[j, row] = weights[at]
                     weights[at] = F32(0)
+        items = value_items[first_value:last_value]
         for lead in range(first_lead, last_lead):
             lanes[:] = F32(0)
-            exponent = largest_exponent(value_items[first_value:last_value], lead, of_values)
-            for i in range(first_value, last_value):
-                block_tokens, low, high, source, size, at, _, chunk = value_items[i]
-                payload = carray(pointer(source + lead * size), (size,), np.uint8)
-                if check:
-                    damaged = word_at(payload, size - CHECKSUM_BYTES) != checksum(payload, 0, size - CHECKSUM_BYTES, keys)
-                    value_damaged[chunk * leading + lead] |= damaged
-                for row in range(low, high, RUN):
-                    count = min(RUN, high - row)
-                    unpack(of_values, value_order, payload, row, count, block_tokens, steps, entries, signs)
-                    for group in range(padded // ROWS):
-                        place = ((lead - first_lead) * padded + group * ROWS) * stride + at + row - low
-                        scale_weights(
-                            of_values, payload, row, count, block_tokens, exponent, weights, place, stride, scaled,
-                            first_factor, second_factor,
-                        )  # fmt: skip
-                        add_points(
-                            of_values.points, entries, signs, value_order, (count + LANES - 1) // LANES, scaled, lanes,
-                            group * ROWS * value_order * LANES,
-                        )  # fmt: skip
+            exponent = largest_exponent(items, lead, of_values)
+            start = (lead - first_lead) * padded * stride
+            add_items(
+                items, lead, leading, of_values, exponent, keys, check, value_damaged, weights, start, stride, padded // ROWS,
+                scaled, lanes, scratch,
+            )  # fmt: skip
             sums.exponents[part, lead] = exponent
             for row in range(rows):
-                for k in range(0, value_order, LANES):
-                    store(dots, 0, sums_of_rows(lanes, (row * value_order + k) * LANES))
+                for k in range(0, of_values.order, LANES):
+                    store(scratch.dots, 0, sums_of_rows(lanes, (row * of_values.order + k) * LANES))
                     for l in range(LANES):
-                        sums.out[part, lead, row, k + l] = dots[l]
+                        sums.out[part, lead, row, k + l] = scratch.dots[l]
+
+
+@jit
+def decoders_of(record):
+    """A plain tuple as RowDecoders."""
+    coding, order, row_bytes, quads, split, paper = record
+    tree = SplitDecoder(*split[:-2], DecoderTree(*split[-2]), DecoderQuads(*split[-1]))
+    return RowDecoders(coding, order, row_bytes, QuadsDecoder(*quads), tree, PaperDecoder(*paper))
 
 
 @jit
@@ -165,14 +178,168 @@ def widest_of(parts):
 
 
 @jit
-def scratch_of(order, rope):
-    """Entries and signs of a run, steps of a tile, and cosines and sines of a run."""
-    pairs = rope.frequencies.size
-    entries, signs = np.zeros(RUN * order // QUAD, np.int32), np.zeros(RUN * (order // QUAD // QUADS_GROUP + 1), np.int32)
-    return entries, signs, np.zeros(2 * LANES, np.int32), np.zeros(pairs * RUN, F32), np.zeros(pairs * RUN, F32)
+def scratch_of(order, row_bytes, rope):
+    """An AttentionScratch."""
+    quads, halves = order // QUAD * LANES, order // 2 * LANES
+    phases = rope.frequencies.size * RUN
+    return AttentionScratch(
+        np.zeros(RUN_TILES * quads, np.int32),
+        np.zeros(RUN_TILES * (quads // QUADS_GROUP + LANES), np.int32),
+        np.zeros(2 * LANES, np.int32),
+        np.zeros(phases, F32),
+        np.zeros(phases, F32),
+        np.zeros(LANES, F32),
+        np.zeros(LANES, F32),
+        np.zeros(ROWS * LANES, F32),
+        np.zeros(order * LANES, F32),
+        np.zeros(LANES * ((row_bytes >> 3) + 2), np.uint64),
+        SplitDecoderWork(
+            np.zeros(halves, np.int32),
+            np.zeros(halves, np.int32),
+            np.zeros(halves, F32),
+            np.zeros(quads, np.int32),
+            np.zeros(halves, np.int32),
+            np.zeros(order // 4 + 1, np.int32),
+        ),
+    )
 
 
-# -- planes ----------------------------------------------------------------------------------------------------------
+@jit
+def is_damaged(payload, keys):
+    """Whether a block's checksum does not hold."""
+    size = payload.size - CHECKSUM_BYTES
+    return word_at(payload, size) != checksum(payload, 0, size, keys)
+
+
+@jit
+def score_items(items, leads, leading, of_keys, rope, queries, keys, check, damaged, found, stride, scratch):
+    """Scores of chunks of keys: found [lead - leads[0], row, stride], flat; up to 7 numbers more than tokens are written.
+
+    Phases are computed once for all leading indices.
+    """
+    pairs, padded = rope.frequencies.size, queries.factors.size // leading
+    order, quads = of_keys.order, of_keys.quads
+    count = order // QUAD
+    entries_each, signs_each = count * LANES, (count + QUADS_GROUP - 1) // QUADS_GROUP * LANES  # of a tile
+    for i in range(items.shape[0]):
+        tokens, low, high, source, size, at, position, chunk = items[i]
+        for row in range(low, high, RUN):
+            rows = min(RUN, high - row)
+            if pairs:
+                fill_phases_across(position + row, rows, rope, scratch.cos, scratch.sin, scratch.steps)
+            for lead in range(leads[0], leads[1]):
+                payload = carray(pointer(source + lead * size), (size,), np.uint8)
+                if check and row == low:
+                    damaged[chunk * leading + lead] |= is_damaged(payload, keys)
+                if of_keys.coding == CODING_QUADS:
+                    unpack(quads, order, payload, row, rows, tokens, scratch.steps, scratch.entries, scratch.signs)
+                for tile in range((rows + LANES - 1) // LANES):
+                    first_row, some = row + tile * LANES, min(LANES, rows - tile * LANES)
+                    if of_keys.coding == CODING_QUADS:
+                        quad_factors(quads, payload, first_row, some, tokens, scratch.first, scratch.second)
+                    else:
+                        decode_tile(of_keys, payload, first_row, some, scratch)
+                    for group in range(padded // ROWS):
+                        of_group = lead * padded // ROWS + group
+                        at_turned = of_group * order * ROWS
+                        if of_keys.coding == CODING_QUADS:
+                            add_up_dots(
+                                quads.points, scratch.entries, tile * entries_each, scratch.signs, tile * signs_each, count,
+                                queries.turned, at_turned, scratch.dots,
+                            )  # fmt: skip
+                        else:
+                            add_up_tile(scratch.x, order, queries.turned, at_turned, scratch.dots)
+                        place = ((lead - leads[0]) * padded + group * ROWS) * stride + at + first_row - low
+                        finish_scores(
+                            scratch.dots, queries, of_group * ROWS, scratch.first, scratch.second, pairs, scratch.cos,
+                            scratch.sin, tile * LANES, of_group * pairs * 2 * ROWS, found, place, stride,
+                        )  # fmt: skip
+
+
+@jit
+def add_items(
+    items, lead, leading, of_values, exponent, keys, check, damaged, weights, start, stride, groups, scaled, lanes, scratch
+):  # fmt: skip
+    """Add the values of a lead's chunks, times their weights and 2^-exponent, to lanes [row, coordinate, lane], flat.
+
+    A row's weights begin at weights[start + row * stride].
+    """
+    order, quads = of_values.order, of_values.quads
+    for i in range(items.shape[0]):
+        tokens, low, high, source, size, at, _, chunk = items[i]
+        payload = carray(pointer(source + lead * size), (size,), np.uint8)
+        if check:
+            damaged[chunk * leading + lead] |= is_damaged(payload, keys)
+        for row in range(low, high, RUN):
+            rows, place = min(RUN, high - row), start + at + row - low
+            tiles = (rows + LANES - 1) // LANES
+            if of_values.coding == CODING_QUADS:
+                unpack(quads, order, payload, row, rows, tokens, scratch.steps, scratch.entries, scratch.signs)
+                for group in range(groups):
+                    for tile in range(tiles):
+                        some = min(LANES, rows - tile * LANES)
+                        quad_factors(quads, payload, row + tile * LANES, some, tokens, scratch.first, scratch.second)
+                        of_tile = place + group * ROWS * stride + tile * LANES
+                        scale_weights(weights, of_tile, stride, exponent, scratch.first, scratch.second, scaled, tile * LANES)
+                    at_lanes = group * ROWS * order * LANES
+                    add_points(quads.points, scratch.entries, scratch.signs, order, tiles, scaled, lanes, at_lanes)
+                continue
+            for tile in range(tiles):
+                decode_tile(of_values, payload, row + tile * LANES, min(LANES, rows - tile * LANES), scratch)
+                for group in range(groups):
+                    of_tile = place + group * ROWS * stride + tile * LANES
+                    scale_weights(weights, of_tile, stride, exponent, scratch.first, scratch.second, scaled, 0)
+                    add_tile(scratch.x, order, scaled, lanes, group * ROWS * order * LANES)
+
+
+# -- other codings than quads ----------------------------------------------------------------------------------------
+@jit
+def decode_tile(of, payload, row, rows, scratch):
+    """Coordinates and factors of ``rows`` rows of split or paper coding; lanes behind them are zero vectors."""
+    words, first, second = scratch.words, scratch.first, scratch.second
+    stride = (of.row_bytes >> 3) + 2
+    bytes_to_rows(payload, row * of.row_bytes, rows, of.row_bytes, words, stride)
+    if of.coding == CODING_SPLIT:
+        radius_factors(rows, of.split, words, stride, first, second)
+        decode_split(of.split, of.order, scratch.work, words, stride, scratch.x)
+    elif of.coding == CODING_PAPER:
+        decode_paper(rows, of.order, of.paper, words, stride, scratch.x, first, second)
+    for l in range(rows, LANES):
+        first[l] = F32(0)
+
+
+@leaf
+def add_up_tile(x, order, turned, turned_at, dots):
+    """Products of a tile's coordinates with four rows of queries, into dots [4 lanes]."""
+    zero = floats(F32(0))
+    p, q, r, s = zero, zero, zero, zero
+    t, u, v, w = zero, zero, zero, zero
+    for k in range(0, order, 2):
+        a, b, at = load(x, k * LANES), load(x, (k + 1) * LANES), turned_at + k * ROWS
+        p, q = fused(a, spread(turned, at), p), fused(a, spread(turned, at + 1), q)
+        r, s = fused(a, spread(turned, at + 2), r), fused(a, spread(turned, at + 3), s)
+        t, u = fused(b, spread(turned, at + 4), t), fused(b, spread(turned, at + 5), u)
+        v, w = fused(b, spread(turned, at + 6), v), fused(b, spread(turned, at + 7), w)
+    store(dots, 0, p + t)
+    store(dots, LANES, q + u)
+    store(dots, 2 * LANES, r + v)
+    store(dots, 3 * LANES, s + w)
+
+
+@leaf
+def add_tile(x, order, scaled, lanes, start):
+    """Add a tile's coordinates times the weights of four rows of queries to lanes [start ...], [row, coordinate, lane]."""
+    p, q, r, s = load(scaled, 0), load(scaled, RUN), load(scaled, 2 * RUN), load(scaled, 3 * RUN)
+    row = order * LANES
+    for k in range(0, row, LANES):
+        a, at = load(x, k), start + k
+        store(lanes, at, fused(a, p, load(lanes, at)))
+        store(lanes, at + row, fused(a, q, load(lanes, at + row)))
+        store(lanes, at + 2 * row, fused(a, r, load(lanes, at + 2 * row)))
+        store(lanes, at + 3 * row, fused(a, s, load(lanes, at + 3 * row)))
+
+
+# -- planes of quads ----------------------------------------------------------------------------------------------------------
 @leaf
 def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
     """Indices and signs of ``rows`` rows from ``row`` on, tile by tile: entries [tile, quad, lane], signs [tile, group, lane].
@@ -210,53 +377,12 @@ def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
 @inlined
 def coordinates(points, entries, at, sign, quad):
     """The four coordinates of a tile's quad, float lanes; ``sign``: the word of its group."""
-    shifted = sign << ints(I32(QUADS_GROUP - 1 - quad % QUADS_GROUP))
+    shifted = sign << ints(I32((QUADS_GROUP - 1) & ~quad))
     a, c, b, d = signed_floats(gather_bytes_at(points, entries, at), shifted)  # in the order of QUADS_SIGN_PLACES
     return a, b, c, d
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
-@jit
-def score_items(
-    items, leads, leading, order, quads, rope, queries, keys, check, damaged, found, stride, entries, signs, steps, cos, sin,
-    first_factor, second_factor, dots,
-):  # fmt: skip
-    """Scores of chunks of keys: found [lead - leads[0], row, stride], flat; up to 7 numbers more than tokens are written.
-
-    Phases are computed once for all leading indices.
-    """
-    pairs, padded = rope.frequencies.size, queries.factors.size // leading
-    count = order // QUAD
-    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
-    for i in range(items.shape[0]):
-        tokens, low, high, source, size, at, position, chunk = items[i]
-        for row in range(low, high, RUN):
-            rows = min(RUN, high - row)
-            if pairs:
-                fill_phases_across(position + row, rows, rope, cos, sin, steps)
-            for lead in range(leads[0], leads[1]):
-                payload = carray(pointer(source + lead * size), (size,), np.uint8)
-                if check and row == low:
-                    wrong = word_at(payload, size - CHECKSUM_BYTES) != checksum(payload, 0, size - CHECKSUM_BYTES, keys)
-                    damaged[chunk * leading + lead] |= wrong
-                unpack(quads, order, payload, row, rows, tokens, steps, entries, signs)
-                for tile in range((rows + LANES - 1) // LANES):
-                    quad_factors(
-                        quads, payload, row + tile * LANES, min(LANES, rows - tile * LANES), tokens, first_factor, second_factor
-                    )
-                    for group in range(padded // ROWS):
-                        of_group = lead * padded // ROWS + group
-                        add_up_dots(
-                            quads.points, entries, tile * count * LANES, signs, tile * groups * LANES, count, queries.turned,
-                            of_group * order * ROWS, dots,
-                        )  # fmt: skip
-                        place = ((lead - leads[0]) * padded + group * ROWS) * stride + at + row - low + tile * LANES
-                        finish_scores(
-                            dots, queries, of_group * ROWS, first_factor, second_factor, pairs, cos, sin, tile * LANES,
-                            of_group * pairs * 2 * ROWS, found, place, stride,
-                        )  # fmt: skip
-
-
 @leaf
 def add_up_dots(points, entries, at, signs, signs_at, count, turned, turned_at, dots):
     """Products of a tile's points with four rows of queries, into dots [4 lanes]."""
@@ -396,33 +522,38 @@ def softcapped_lanes(score, softcap):
 
 # -- weighted values -------------------------------------------------------------------------------------------------------
 @jit
-def largest_exponent(items, lead, quads):
+def largest_exponent(items, lead, of):
     """The exponent of the largest radius of a lead's blocks, which their rows are divided by before they are added up."""
+    if of.coding == CODING_PAPER:
+        return min(max(I64(of.paper.radius_exponent), -_MOST), _MOST)
     most = I64(QUADS_RADII[0])
     for i in range(items.shape[0]):
-        tokens, _, _, source, size, _, _, _ = items[i]
+        tokens, low, high, source, size, _, _, _ = items[i]
         payload = carray(pointer(source + lead * size), (size,), np.uint8)
-        radii = tokens * (quads.sign_bytes + quads.index_bytes)
-        code = 0
+        code = I64(0)
+        if of.coding == CODING_SPLIT:
+            for t in range(low, high):
+                code = max(code, I64(word_at(payload, t * of.row_bytes) & U64((1 << of.split.radius_bits) - 1)))
+            if code > 0:
+                largest = np.float64(of.split.radii[0, code]) * np.float64(of.split.radii[1, code])
+                most = max(most, I64(np.floor(np.log2(largest))))
+            continue
+        radii = tokens * (of.quads.sign_bytes + of.quads.index_bytes)
         for t in range(tokens):
             code = max(code, I64(payload[radii + t]))
         base = I64(payload[radii + tokens]) | I64(payload[radii + tokens + QUADS_BASE_BYTES - 1]) << 8
         if code > 0:
-            most = max(most, base - ((base & 0x8000) << 1) + code - 1)
-    return min(max(most // QUADS_RADIUS_STEPS, -_MOST), _MOST)
+            most = max(most, (base - ((base & 0x8000) << 1) + code - 1) // QUADS_RADIUS_STEPS)
+    return min(max(most, -_MOST), _MOST)
 
 
 @leaf
-def scale_weights(
-    quads, payload, row, rows, tokens, exponent, weights, place, stride, scaled, first_factor, second_factor
-):  # fmt: skip
-    """Weights of a run and four rows of queries, times the factors of the values and 2^-exponent: scaled [4, RUN]."""
+def scale_weights(weights, at, stride, exponent, first_factor, second_factor, scaled, place):
+    """Weights of a tile and four rows of queries, times the factors of the values and 2^-exponent, into scaled [4, RUN]."""
     down = as_float(ints(I32(127 - exponent)) << ints(I32(23)))
-    for tile in range(0, rows, LANES):
-        quad_factors(quads, payload, row + tile, min(LANES, rows - tile), tokens, first_factor, second_factor)
-        first, second = load(first_factor, 0), load(second_factor, 0)
-        for r in range(ROWS):
-            store(scaled, r * RUN + tile, load(weights, place + r * stride + tile) * first * down * second)
+    first, second = load(first_factor, 0), load(second_factor, 0)
+    for r in range(ROWS):
+        store(scaled, r * RUN + place, load(weights, at + r * stride) * first * down * second)
 
 
 @leaf

@@ -270,13 +270,13 @@ class Cpu:
     def scores(self, job: attention.AttentionJob) -> np.ndarray:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
         if attending.covers(job):
-            return attending.quad_scores(job, partial(_run, advance=lambda done: None))
+            return attending.scores_of_codes(job, partial(_run, advance=lambda done: None))
         return attention.scores_by_decoding(job, self)
 
     def attend(self, job: attention.AttentionJob) -> attention.Partial:
         """Attention to the tokens of a job, in float32."""
         if attending.covers(job):
-            return attending.attend_to_quads(job, partial(_run, advance=lambda done: None))
+            return attending.attend_to_codes(job, partial(_run, advance=lambda done: None))
         return attention.attend_by_decoding(job, self)
 
     @staticmethod

@@ -266,71 +266,6 @@ class QuadsEncoderWork(NamedTuple):
     radius: np.ndarray  # the same of those that were chosen
 
 
-class QuadsPart(NamedTuple):
-    """A run of tokens and some leading indices, which one task attends to: int64. As ``QUADS_PART``."""
-
-    tokens: int  # of the run
-    first_key: int  # items of keys: first, last + 1
-    last_key: int
-    first_value: int
-    last_value: int
-    first_exact_key: int  # exact vectors: first, last + 1
-    last_exact_key: int
-    first_exact_value: int
-    last_exact_value: int
-    first_lead: int
-    last_lead: int
-    part: int  # its number among the runs
-    first_token: int  # of the tensor
-
-
-class QuadsItem(NamedTuple):
-    """A chunk's rows among the tokens of a part, all leading indices: int64. As ``QUADS_ITEM``."""
-
-    tokens: int  # of a block
-    low: int  # rows low .. high - 1 are wanted
-    high: int
-    source: int  # address of the first leading index's block
-    size: int  # bytes of a block, its checksum included
-    at: int  # the place of row ``low`` among the part's tokens
-    position: int  # of row 0 under RoPE
-    chunk: int  # its number among those that are checked
-
-
-QUADS_PART = QuadsPart(*range(len(QuadsPart._fields)))
-QUADS_ITEM = QuadsItem(*range(len(QuadsItem._fields)))
-
-
-class QuadsQueries(NamedTuple):
-    """Rows of queries, four to a group, the last ones padded with zeros; all float32 but ``bounds``, and flat."""
-
-    rows: int
-    turned: np.ndarray  # [leading, groups, order, 4]: rotated, and divided by ``factors``
-    factors: np.ndarray  # [leading, 4 groups]: powers of two
-    constants: np.ndarray  # [leading, 4 groups]: what the offsets that do not turn add to each score
-    phases: np.ndarray  # [leading, groups, pairs, 2, 4]: what the cosine and the sine of each pair's angle are multiplied by
-    bounds: np.ndarray  # int64 [rows, 2]: the tokens that a row sees, first and last + 1
-    softcap: np.float32  # 0: none
-
-
-class QuadsExact(NamedTuple):
-    """Exact vectors of keys, then of values, part by part."""
-
-    keys: np.ndarray  # int64 [n, 2]: leading index, place among the part's tokens
-    scores: np.ndarray  # float32 [n, rows]
-    values: np.ndarray  # int64 [m, 2]
-    weights: np.ndarray  # float32 [m, rows], to be filled
-
-
-class QuadsSums(NamedTuple):
-    """What is filled, part by part."""
-
-    out: np.ndarray  # float32 [parts, leading, rows, order]: sums of weights times rotated values, times 2^-exponent
-    exponents: np.ndarray  # int64 [parts, leading]
-    maximum: np.ndarray  # float32 [parts, leading, rows]
-    total: np.ndarray
-
-
 # -- the paper coding ----------------------------------------------------------------------------------------------------
 class PaperEncoder(NamedTuple):
     """What encoding rows of the paper's coding takes."""
@@ -347,3 +282,96 @@ class PaperDecoder(NamedTuple):
     cos: np.ndarray  # float32 [3, 4]: of levels 2 to 4
     sin: np.ndarray
     circle: np.ndarray  # as ``SplitDecoder``'s
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------
+class AttentionPart(NamedTuple):
+    """A run of tokens and some leading indices, which one task attends to: int64. As ``PART``."""
+
+    tokens: int  # of the run
+    first_key: int  # items of keys: first, last + 1
+    last_key: int
+    first_value: int
+    last_value: int
+    first_exact_key: int  # exact vectors: first, last + 1
+    last_exact_key: int
+    first_exact_value: int
+    last_exact_value: int
+    first_lead: int
+    last_lead: int
+    part: int  # its number among the runs
+    first_token: int  # of the tensor
+
+
+class AttentionItem(NamedTuple):
+    """A chunk's rows among the tokens of a part, all leading indices: int64. As ``ATTENTION_ITEM``."""
+
+    tokens: int  # of a block
+    low: int  # rows low .. high - 1 are wanted
+    high: int
+    source: int  # address of the first leading index's block
+    size: int  # bytes of a block, its checksum included
+    at: int  # the place of row ``low`` among the part's tokens
+    position: int  # of row 0 under RoPE
+    chunk: int  # its number among those that are checked
+
+
+PART = AttentionPart(*range(len(AttentionPart._fields)))
+ATTENTION_ITEM = AttentionItem(*range(len(AttentionItem._fields)))
+
+
+class RowDecoders(NamedTuple):
+    """How rows of a stream become coordinates: what each coding takes, of which one is the stream's."""
+
+    coding: int
+    order: int
+    row_bytes: int
+    quads: QuadsDecoder
+    split: SplitDecoder
+    paper: PaperDecoder
+
+
+class RowQueries(NamedTuple):
+    """Rows of queries, four to a group, the last ones padded with zeros; all float32 but ``bounds``, and flat."""
+
+    rows: int
+    turned: np.ndarray  # [leading, groups, order, 4]: rotated, and divided by ``factors``
+    factors: np.ndarray  # [leading, 4 groups]: powers of two
+    constants: np.ndarray  # [leading, 4 groups]: what the offsets that do not turn add to each score
+    phases: np.ndarray  # [leading, groups, pairs, 2, 4]: what the cosine and the sine of each pair's angle are multiplied by
+    bounds: np.ndarray  # int64 [rows, 2]: the tokens that a row sees, first and last + 1
+    softcap: np.float32  # 0: none
+
+
+class AttentionScratch(NamedTuple):
+    """Scratch of a task."""
+
+    entries: np.ndarray  # int32 [tile, quad, lane]: indices of a run's quads
+    signs: np.ndarray  # int32 [tile, group, lane]: the words that hold their signs
+    steps: np.ndarray  # int32 [2 * lanes]
+    cos: np.ndarray  # float32 [pairs, RUN]: phases of a run
+    sin: np.ndarray
+    first: np.ndarray  # float32 [lanes]: the factors of a tile
+    second: np.ndarray
+    dots: np.ndarray  # float32 [4 * lanes]
+    x: np.ndarray  # float32 [order, lanes]: coordinates of a tile of another coding
+    words: np.ndarray  # uint64 [lanes * words]: its rows
+    work: SplitDecoderWork
+
+
+class ExactParts(NamedTuple):
+    """Exact vectors of keys, then of values, part by part."""
+
+    keys: np.ndarray  # int64 [n, 2]: leading index, place among the part's tokens
+    scores: np.ndarray  # float32 [n, rows]
+    values: np.ndarray  # int64 [m, 2]
+    weights: np.ndarray  # float32 [m, rows], to be filled
+
+
+class PartSums(NamedTuple):
+    """What is filled, part by part."""
+
+    out: np.ndarray  # float32 [parts, leading, rows, order]: sums of weights times rotated values, times 2^-exponent
+    exponents: np.ndarray  # int64 [parts, leading]
+    maximum: np.ndarray  # float32 [parts, leading, rows]
+    total: np.ndarray
