@@ -19,6 +19,7 @@ from pqcodec.errors import (
 )
 
 if TYPE_CHECKING:
+    from pqcodec.attend_batch import AttendBatch
     from pqcodec.batch import DecodeBatch, EncodeBatch
     from pqcodec.codec import decode, encode, encoded_size, inspect, verify
     from pqcodec.codings.presets import PRESETS
@@ -33,6 +34,7 @@ _LAZY = {
     "inspect": "codec",
     "verify": "codec",
     "encoded_size": "codec",
+    "AttendBatch": "attend_batch",
     "EncodeBatch": "batch",
     "DecodeBatch": "batch",
     "Damage": "stream.report",
@@ -43,6 +45,7 @@ _LAZY = {
 
 __all__ = [
     "PRESETS",
+    "AttendBatch",
     "BackendUnavailable",
     "CorruptStream",
     "Damage",

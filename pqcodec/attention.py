@@ -105,6 +105,8 @@ def attend(
     The queries stand at the end of all tokens. ``causal``: each sees the tokens up to its own; ``window``: of these the last so
     many. ``check``: whether the checksums of the blocks that are read are compared.
 
+    On a GPU, ``AttendBatch`` says what there is; it is made for one call here.
+
     The result has q's dtype and kind. Decoded numbers are not rounded to the streams' dtype in between. NaN and Inf in exact
     vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument, BackendUnavailable
     and what ``decode`` raises for a stream.
@@ -119,6 +121,8 @@ def attend(
     >>> bool(np.allclose(out, p @ v / p.sum(-1, keepdims=True), atol=1e-5))
     True
     """
+    if device_type(device_of(q)) != "cpu":
+        return _attend_on_device(q, keys, values, scale, softcap, causal, window, tokens, first, recent, check, backend)
     asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
     before, behind = asked.exact_pair("first", first), asked.exact_pair("recent", recent)
@@ -137,6 +141,52 @@ def attend(
     with np.errstate(invalid="ignore", divide="ignore"):
         out = merged(found).result()
     return arrays.alike(q, out.reshape(asked.out_shape).astype(np.float32))
+
+
+def _attend_on_device(
+    q: Any,
+    keys: Any,
+    values: Any,
+    scale: float | None,
+    softcap: float | None,
+    causal: bool,
+    window: int | None,
+    tokens: Bounds | None,
+    first: Pair | None,
+    recent: Pair | None,
+    check: bool,
+    backend: str,
+) -> Any:
+    """``attend`` on a GPU: what an ``AttendBatch`` of one sequence can do."""
+    from pqcodec.attend_batch import AttendBatch
+
+    left = {
+        "lists of streams": isinstance(keys, (list, tuple)) or isinstance(values, (list, tuple)),
+        "causal=False": not causal and q.shape[-2] > 1,
+        "tokens=": tokens is not None,
+        "first=": first is not None,
+    }
+    named = [name for name, there in left.items() if there]
+    if named or q.ndim < 3:
+        raise BackendUnavailable(
+            f"attention to codes on a GPU does not know {', '.join(named) or 'such queries'}; pass q.cpu()"
+        )
+    heads = math.prod(q.shape[:-2])
+    one = None
+    if recent is not None:
+        one = tuple(x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in recent)
+    batch = AttendBatch(
+        q.reshape(1, heads, *q.shape[-2:]).contiguous(),
+        [keys],
+        [values],
+        recent=one,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        check=check,
+        backend=backend,
+    )
+    return batch.run().reshape(q.shape)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------

@@ -1,0 +1,875 @@
+// Law: attention straight from quads (SPEC 8): softmax(q K^T) V over encoded keys and values, which are never decoded to memory.
+//
+// Keys are not rotated back: a query is rotated once, and the weighted sum of values is rotated back once (prepare, combine). A
+// row of K or V is a radius times points of the table with signs, so a quad is one look-up of four float16 numbers, which are an
+// operand of mma as they are.
+//
+// A thread block takes some chunks of one head of K and V (blockIdx.x of blockIdx.y); its warps take tiles of 32 tokens by
+// turns, each with a running maximum and sum of its own, and are merged at the end. One block more of every head takes the
+// exact tokens: the first ones that the stream holds, and the recent ones that are not encoded yet. combine merges the blocks'
+// partial results (flash decoding).
+//
+// mma's columns are the rows of queries: the query heads that share a head of K and V, times the queries, eight at a time. For
+// scores its rows are 16 tokens, and of 16 inputs (coordinates) a step, lane quarter t brings a quad of its own: quad
+// t * QUADS_K + step, of tokens g and g + 8. For the weighted sum its rows are coordinates: lane g brings two of a quad,
+// g * QUADS_V + step, of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+//
+// The mean that was taken from keys turns with RoPE: q times it is a sum of cosines over pairs of channels, a product of
+// coefficients, turned to the first token of a unit of 64, with a table of 64 tokens' turns (TURNS): mma again.
+//
+// The query is rotated where the tables are filled; the last block of a head that is done merges the partial results, and rotates
+// them back.
+//
+// Needs ORDER (64, 128 or 256, and head_dim), THREADS, RESIDENT (thread blocks of a multiprocessor), HALVES (of eight rows of
+// queries: 1 or 2), ROWS_USED (at most 8 * HALVES), QUERIES (of a head: causal among themselves), CHUNK (tokens of a block),
+// K_BITS and V_BITS (of a quad), K_BYTES and V_BYTES (of a row's indices), K_COPIES and V_COPIES (of a point, in shared memory),
+// the places in shared memory V_AT (0: values have the keys' table), TURNS_AT, COEFFICIENTS_AT, INPUTS_AT and WARPS_AT, and
+// BLOB_BYTES of the tables; K_MANTISSA and V_MANTISSA (log2 of the factor of radius 0), RADIUS_STEPS, PAIRS (that turn; 0:
+// none), INTERLEAVED, K_OFFSETS, V_OFFSETS, ALIGN and BESIDE (of a block's bytes), MOST_BLOCKS (of a head), FIELDS and the places
+// of a sequence's numbers (attention.py names them), Q_TYPE and TYPE (of queries and outputs, and of exact rows: FLOAT16,
+// BFLOAT16 or FLOAT32), CAP (of scores, where there is one).
+
+#include "numbers.cuh"
+
+#define ALL_LANES 0xffffffffu
+#define WARPS (THREADS / 32)
+#define ROWS (8 * HALVES)
+#define LANES (ROWS_USED <= 4 ? 16 : 32)  // whose columns are used: the others repeat them
+#define QUADS_K (ORDER / 16)  // of a lane, of a key
+#define QUADS_V (ORDER / 32)  // of a lane, of a value
+#define TILE 32               // tokens
+#define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned
+#define UNITS ((CHUNK + UNIT - 1) / UNIT)  // of a block
+#define PARTS (CHUNK > TILE ? 2 : 1)       // tiles of a unit
+#define NOTHING (-1e30f)      // a maximum of no scores
+#define ROOM 14               // log2 of the largest value's weight, so that small ones are far from float16's smallest
+#define STEPS (PAIRS / 8)     // of mma, over pairs of channels
+
+// -- where things are -----------------------------------------------------------------------------------------------
+INLINE int block_bytes(int tokens, int row_bytes) { return (tokens * row_bytes + BESIDE + ALIGN - 1) / ALIGN * ALIGN; }
+
+// The planes of a block of K or V.
+struct Planes {
+    const u32 *signs, *indices;
+    const u8* radii;
+};
+
+// ``payload``: the address of a stream's first block; ``heads``: of the stream, whose blocks of a chunk lie side by side.
+template <int INDEX_BYTES> INLINE Planes planes_of(i64 payload, int chunk, int tokens, int head, int heads) {
+    constexpr int ROW = ORDER / 8 + INDEX_BYTES + 1;
+    const i64 before = (i64)(chunk * heads) * block_bytes(CHUNK, ROW) + head * block_bytes(tokens, ROW);
+    const u8* block = reinterpret_cast<const u8*>(payload + before);
+    return {reinterpret_cast<const u32*>(block), reinterpret_cast<const u32*>(block + tokens * (ORDER / 8)),
+            block + tokens * (ORDER / 8 + INDEX_BYTES)};
+}
+
+template <bool FULL> INLINE int base_of(const Planes& planes, int tokens) {
+    if (FULL && CHUNK % 4 == 0) return (int)__ldg(reinterpret_cast<const short*>(planes.radii + tokens));
+    return (int)(short)(__ldg(planes.radii + tokens) | __ldg(planes.radii + tokens + 1) << 8);
+}
+
+// -- quads ----------------------------------------------------------------------------------------------------------
+// The indices of N quads that begin at quad ``first`` of a row: N * BITS bits of whole words.
+template <int BITS, int N> struct Indices {
+    static constexpr bool WHOLE = BITS * N % 32 == 0;  // then every row's begin at a word
+    static constexpr int LOADED = WHOLE ? BITS * N / 32 : (BITS * N + 31) / 32 + 1;
+    static constexpr int WORDS = (BITS * N + 31) / 32;
+    u32 words[LOADED];
+
+    template <int INDEX_BYTES> INLINE void load(const u32* indices, int row, int first) {
+        constexpr bool ALIGNED = WHOLE && INDEX_BYTES % 4 == 0;
+        const int bit = row * (8 * INDEX_BYTES) + first * BITS;
+        const u32* at = indices + (ALIGNED ? row * (INDEX_BYTES / 4) + first * BITS / 32 : bit >> 5);
+#pragma unroll
+        for (int i = 0; i < LOADED; i++) words[i] = __ldcs(at + i);
+        if (!WHOLE)
+#pragma unroll
+            for (int i = 0; i < LOADED - 1; i++) words[i] = __funnelshift_r(words[i], words[i + 1], bit);
+        if (!WHOLE && BITS * N % 32 == 0) words[LOADED - 1] = 0;
+    }
+
+    // The point of a quad, packed float16: coordinates 0 and 1 (see add_signs), 2 and 3. ``copy``: the place of the lane's own among COPIES.
+    template <int COPIES> INLINE uint2 point(const u8* table, u32 copy, int quad) const {
+        u32 at;
+        if (BITS == 8 && COPIES == 32) {
+            at = __byte_perm(words[quad / 4], copy, 0x7704 | (quad % 4) << 4);
+        } else {
+            const int bit = quad * BITS, word = bit / 32;
+            const u32 window = bit % 32 + BITS <= 32 ? words[word] >> bit % 32
+                                                     : __funnelshift_r(words[word], words[min(word + 1, LOADED - 1)], bit % 32);
+            at = (window & ((1u << BITS) - 1)) * (8 * COPIES) + copy;
+        }
+        return *reinterpret_cast<const uint2*>(table + at);
+    }
+};
+
+// Gives a point the signs of quad ``quad`` of eight. Coordinates 0 and 1 have their bytes exchanged in the table, so that one shift
+// brings all four signs to their places.
+INLINE void add_signs(uint2& point, u32 signs, int quad) {
+    const u32 shifted = signs << (7 - quad);
+    point.x ^= shifted & 0x00800080u;
+    point.y ^= shifted & 0x80008000u;
+}
+
+// -- mma ------------------------------------------------------------------------------------------------------------
+// sums [4] += rows [4] times matrix [2].
+INLINE void multiply(float* sums, u32 a0, u32 a1, u32 a2, u32 a3, uint2 matrix) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(matrix.x), "r"(matrix.y));
+}
+
+// Turns over a matrix of 8 x 8 packed numbers, of which a lane has two of row lane / 4.
+INLINE u32 turned_over(u32 packed) {
+    u32 found;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(packed));
+    return found;
+}
+
+INLINE float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+INLINE float capped(float score) {  // in units of log 2
+#ifdef CAP
+    return (CAP * 1.44269504f) * tanhf(score * (0.69314718f / CAP));
+#else
+    return score;
+#endif
+}
+
+// -- numbers of rows as tensors have them ---------------------------------------------------------------------------
+template <int KIND> INLINE float number_at(const void* at, i64 i) {
+    if (KIND == FLOAT32) return reinterpret_cast<const float*>(at)[i];
+    const u32 bits = reinterpret_cast<const u16*>(at)[i];
+    return KIND == FLOAT16 ? half_value(bits) : float_of(bits << 16);
+}
+
+template <int KIND> INLINE void put_number(void* at, i64 i, float x) {
+    if (KIND == FLOAT32) reinterpret_cast<float*>(at)[i] = x;
+    else reinterpret_cast<u16*>(at)[i] = (u16)(KIND == FLOAT16 ? pack_halves(x, 0.0f) : pack_brains(x, 0.0f));
+}
+
+// A channel's mean; ``at``: of the stream's exponent, and of the head's means.
+INLINE float mean_at(i64 exponent, i64 means, int channel) {
+    const float unit = power_of_two(*reinterpret_cast<const short*>(exponent));
+    return half_value(reinterpret_cast<const u16*>(means)[channel]) * unit;
+}
+
+INLINE float sum_of_warp(float x) {
+    for (int apart = 16; apart; apart >>= 1) x += __shfl_xor_sync(ALL_LANES, x, apart);
+    return x;
+}
+
+INLINE float most_of_warp(float x) {
+    for (int apart = 16; apart; apart >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, apart));
+    return x;
+}
+
+// -- the rotation (SPEC 5.3), of a row by a warp --------------------------------------------------------------------
+// R = H D P H E: a lane has MINE neighbours of a row. ``rotation``: E, D (1 or -1) and P (places), int [3][ORDER].
+#define MINE (ORDER / 32)
+
+INLINE void hadamard(float* row, int lane) {
+#pragma unroll
+    for (int apart = 1; apart < MINE; apart *= 2)
+#pragma unroll
+        for (int i = 0; i < MINE; i++)
+            if (!(i & apart)) {
+                const float first = row[i], second = row[i + apart];
+                row[i] = first + second, row[i + apart] = first - second;
+            }
+#pragma unroll
+    for (int apart = 1; apart < 32; apart *= 2)
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const float other = __shfl_xor_sync(ALL_LANES, row[i], apart);
+            row[i] = lane & apart ? other - row[i] : row[i] + other;
+        }
+}
+
+// R times a row; ``buffer`` [ORDER] in shared memory.
+INLINE void rotate(float* row, const int* __restrict__ rotation, float* buffer, int lane) {
+    const int* mine = rotation + lane * MINE;
+#pragma unroll
+    for (int i = 0; i < MINE; i++) row[i] *= (float)__ldg(mine + i);
+    hadamard(row, lane);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) buffer[lane * MINE + i] = row[i];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < MINE; i++) row[i] = buffer[__ldg(mine + 2 * ORDER + i)] * (float)__ldg(mine + ORDER + i);
+    __syncwarp();
+    hadamard(row, lane);
+}
+
+// R's transpose times a row.
+INLINE void rotate_back(float* row, const int* __restrict__ rotation, float* buffer, int lane) {
+    const int* mine = rotation + lane * MINE;
+    hadamard(row, lane);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) buffer[__ldg(mine + 2 * ORDER + i)] = row[i] * (float)__ldg(mine + ORDER + i);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < MINE; i++) row[i] = buffer[lane * MINE + i];
+    __syncwarp();
+    hadamard(row, lane);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) row[i] *= (float)__ldg(mine + i);
+}
+
+// What the keys' mean adds to scores under RoPE is found by mma, too: see add_means.
+#define MEANS (PAIRS && K_OFFSETS)
+
+// -- queries --------------------------------------------------------------------------------------------------------
+// Leaves the rows' queries in shared memory: rotated, as operands of mma of their largest number's size; what a score of such
+// numbers is multiplied with (about_rows.x); the coefficients of the keys' mean, likewise (.y); and what the mean adds to every
+// score (.z), as far as it does not turn. Scores are in units of log 2.
+INLINE void prepare_queries(const void* __restrict__ queries, const int* __restrict__ rotation, const i64* fields, int which,
+                            int head, float scale, u8* memory, float4* about_rows) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    float* means = reinterpret_cast<float*>(memory);
+#if K_OFFSETS
+    for (int i = threadIdx.x; i < ORDER; i += THREADS)
+        means[i] = mean_at(fields[K_EXPONENT], fields[K_MEANS] + (i64)head * (2 * ORDER + 4), i);
+    __syncthreads();
+#endif
+    u32* inputs = reinterpret_cast<u32*>(memory + INPUTS_AT);
+    float2* coefficients = reinterpret_cast<float2*>(memory + COEFFICIENTS_AT);
+#pragma unroll 1
+    for (int row = warp; row < ROWS; row += WARPS) {
+        float4 found = {0.0f, 0.0f, 0.0f, 0.0f};
+        const bool used = row < ROWS_USED;
+        float *own = means + (1 + 2 * warp) * ORDER, *buffer = own + ORDER, mine[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const i64 at = ((i64)which * ROWS_USED + row) * ORDER + lane * MINE + i;
+            mine[i] = used ? number_at<Q_TYPE>(queries, at) * scale : 0.0f;
+            own[lane * MINE + i] = mine[i];
+        }
+        rotate(mine, rotation, buffer, lane);
+        float most = 1e-30f;
+#pragma unroll
+        for (int i = 0; i < MINE; i++) most = fmaxf(most, fabsf(mine[i]));
+        most = most_of_warp(most);
+        found.x = most;
+#pragma unroll
+        for (int i = 0; i < MINE / 2; i++) {  // two coordinates
+            const int two = lane * (MINE / 2) + i, quad = two / 2;
+            const int place = (quad % QUADS_K * HALVES + row / 8) * LANES + row % 8 * 4 + quad / QUADS_K;
+            if (row % 8 * 4 < LANES) inputs[2 * place + two % 2] = pack_halves(mine[2 * i] / most, mine[2 * i + 1] / most);
+        }
+#if K_OFFSETS
+        float still = 0.0f;
+        for (int i = 2 * PAIRS + lane; i < ORDER; i += 32) still = fmaf(own[i], means[i], still);
+        found.z = sum_of_warp(still);
+#if PAIRS
+        float largest = 1e-30f;
+        float2 both[(PAIRS + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (PAIRS + 31) / 32; i++) {
+            const int pair = min(i * 32 + lane, PAIRS - 1);
+            const int first = INTERLEAVED ? 2 * pair : pair, second = INTERLEAVED ? 2 * pair + 1 : pair + PAIRS;
+            both[i].x = own[first] * means[first] + own[second] * means[second];
+            both[i].y = own[second] * means[first] - own[first] * means[second];
+            largest = fmaxf(largest, fmaxf(fabsf(both[i].x), fabsf(both[i].y)));
+        }
+        found.y = most_of_warp(largest);
+#pragma unroll
+        for (int i = 0; i < (PAIRS + 31) / 32; i++)
+            if (used && i * 32 + lane < PAIRS)
+                coefficients[row * PAIRS + i * 32 + lane] = make_float2(both[i].x / found.y, both[i].y / found.y);
+#endif
+#endif
+        if (lane == 0) about_rows[row] = found;
+    }
+    __syncthreads();
+}
+
+// -- results --------------------------------------------------------------------------------------------------------
+// Leaves a block's result in the partial results: the merged sums of its warps. ``sums`` [WARPS][COUNT] in shared memory, of
+// which ``place`` tells the row (ROWS_USED or more: of none) and the coordinate; ``most`` and ``total`` [WARPS][ROWS].
+template <int COUNT, typename Place>
+INLINE void merge_warps(const float* sums, const float* most, const float* total, Place place, float* out, float2* about) {
+    for (int i = threadIdx.x; i < COUNT; i += THREADS) {
+        int row, coordinate;
+        place(i, row, coordinate);
+        if (row >= ROWS_USED) continue;
+        float largest = NOTHING, sum = 0.0f, whole = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) largest = fmaxf(largest, most[warp * ROWS + row]);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) {
+            const float weight = exp2_of(most[warp * ROWS + row] - largest);
+            sum = fmaf(sums[warp * COUNT + i], weight, sum);
+            whole = fmaf(total[warp * ROWS + row], weight, whole);
+        }
+        __stcg(out + row * ORDER + coordinate, sum);
+        if (coordinate == 0) __stcg(about + row, make_float2(largest, whole));
+    }
+}
+
+// The last block of a head to come here merges all partial results of the head, rotates back what is rotated, and writes the
+// outputs. ``arrived`` counts a head's blocks, and ends as it began.
+INLINE void combine(const float* __restrict__ partial_sums, const float2* __restrict__ partial_about, int* __restrict__ arrived,
+                    const int* __restrict__ rotation, const i64* fields, int which, int head, u8* memory,
+                    void* __restrict__ out) {
+    __shared__ bool last;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, blocks = gridDim.x;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(arrived + which, 1) == blocks - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    if (threadIdx.x == 0) arrived[which] = 0;
+    constexpr int STRIDE = MOST_BLOCKS + 2;  // of weights: of each block; of all that is encoded, and of everything
+    constexpr int FOURS = ROWS_USED * ORDER / 4, AT_ONCE_SUMS = THREADS > FOURS ? THREADS / FOURS : 1;
+    float *weights = reinterpret_cast<float*>(memory), *parts = weights + (ROWS_USED * STRIDE + 3) / 4 * 4;
+    float* buffers = parts + AT_ONCE_SUMS * ROWS_USED * ORDER;
+    const float2* about = partial_about + (i64)which * blocks * ROWS_USED;
+    const float* sums = partial_sums + (i64)which * blocks * ROWS_USED * ORDER;
+    for (int row = warp; row < ROWS_USED; row += WARPS) {
+        float largest = NOTHING, coded = 0.0f, whole = 0.0f;
+        for (int i = lane; i < blocks; i += 32) largest = fmaxf(largest, __ldcg(about + i * ROWS_USED + row).x);
+        largest = most_of_warp(largest);
+        for (int i = lane; i < blocks; i += 32) {
+            const float2 its = __ldcg(about + i * ROWS_USED + row);
+            const float weight = its.y > 0.0f ? exp2_of(its.x - largest) : 0.0f;
+            weights[row * STRIDE + i] = weight;
+            whole = fmaf(its.y, weight, whole);
+            if (i < blocks - 1) coded = fmaf(its.y, weight, coded);
+        }
+        coded = sum_of_warp(coded), whole = sum_of_warp(whole);
+        if (lane == 0) weights[row * STRIDE + MOST_BLOCKS] = coded, weights[row * STRIDE + MOST_BLOCKS + 1] = whole;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < AT_ONCE_SUMS * FOURS; i += THREADS) {  // the sums of every AT_ONCE_SUMS-th block
+        const int four = i % FOURS;
+        const float* its = weights + four * 4 / ORDER * STRIDE;
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+        for (int block = i / FOURS; block < blocks - 1; block += AT_ONCE_SUMS) {
+            const float4 x = __ldcg(reinterpret_cast<const float4*>(sums + (i64)block * (ROWS_USED * ORDER)) + four);
+            const float weight = its[block];
+            sum.x = fmaf(x.x, weight, sum.x), sum.y = fmaf(x.y, weight, sum.y);
+            sum.z = fmaf(x.z, weight, sum.z), sum.w = fmaf(x.w, weight, sum.w);
+        }
+        reinterpret_cast<float4*>(parts)[i] = sum;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int row = warp; row < ROWS_USED; row += WARPS) {
+        const float* its = weights + row * STRIDE;
+        float mine[MINE];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            mine[i] = 0.0f;
+            for (int part = 0; part < AT_ONCE_SUMS; part++) mine[i] += parts[(part * ROWS_USED + row) * ORDER + lane * MINE + i];
+        }
+        rotate_back(mine, rotation, buffers + warp * ORDER, lane);
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            const int at = row * ORDER + lane * MINE + i;
+            float found = fmaf(__ldcg(sums + (i64)(blocks - 1) * (ROWS_USED * ORDER) + at), its[blocks - 1], mine[i]);
+#if V_OFFSETS
+            found += its[MOST_BLOCKS] * mean_at(fields[V_EXPONENT], fields[V_MEANS] + (i64)head * (2 * ORDER + 4), at % ORDER);
+#endif
+            put_number<Q_TYPE>(out, (i64)which * ROWS_USED * ORDER + at, found / its[MOST_BLOCKS + 1]);
+        }
+    }
+}
+
+// -- exact tokens ---------------------------------------------------------------------------------------------------
+// The scores and values of tokens that are not encoded, by a warp: token ``first`` and every WARPS-th behind it. A lane has
+// ORDER / 32 neighbouring channels. The query is not rotated, nor is the result.
+struct ExactRows {
+    const u8 *keys, *values;  // of the head's first token
+    i64 key_stride, value_stride;  // bytes of a token
+    int tokens;
+};
+
+#define AT_ONCE 4  // tokens
+
+INLINE void exact_numbers(const u8* row, int lane, float* numbers) {
+    constexpr int WORDS = MINE * (TYPE == FLOAT32 ? 4 : 2) / 4;
+    u32 words[WORDS];
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = reinterpret_cast<const u32*>(row)[lane * WORDS + i];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        if (TYPE == FLOAT32) numbers[i] = float_of(words[i % WORDS]);
+        else if (TYPE == FLOAT16) numbers[i] = half_value(words[i / 2 % WORDS] >> 16 * (i & 1));
+        else numbers[i] = float_of(i & 1 ? words[i / 2 % WORDS] & 0xffff0000u : words[i / 2 % WORDS] << 16);
+    }
+}
+
+// ``behind``: how many of the last tokens the first query does not see, the next one less of it.
+INLINE void add_exact(const ExactRows& rows, int behind, int warp, int lane, const float (*query)[MINE], float* most,
+                      float* total, float (*sums)[MINE]) {
+#pragma unroll 1
+    for (int first = warp; first < rows.tokens; first += WARPS * AT_ONCE) {
+        float keys[AT_ONCE][MINE], values[AT_ONCE][MINE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int token = min(first + i * WARPS, rows.tokens - 1);
+            exact_numbers(rows.keys + token * rows.key_stride, lane, keys[i]);
+            exact_numbers(rows.values + token * rows.value_stride, lane, values[i]);
+        }
+#pragma unroll
+        for (int row = 0; row < ROWS_USED; row++) {
+            float scores[AT_ONCE], larger = most[row];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                scores[i] = 0.0f;
+#pragma unroll
+                for (int k = 0; k < MINE; k++) scores[i] = fmaf(query[row][k], keys[i][k], scores[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int token = first + i * WARPS;
+                scores[i] = capped(sum_of_warp(scores[i]));
+                if (token >= rows.tokens - max(behind - row % QUERIES, 0)) scores[i] = NOTHING;
+                larger = fmaxf(larger, scores[i]);
+            }
+            const float factor = exp2_of(most[row] - larger);
+            most[row] = larger, total[row] *= factor;
+#pragma unroll
+            for (int k = 0; k < MINE; k++) sums[row][k] *= factor;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float weight = scores[i] > NOTHING ? exp2_of(scores[i] - larger) : 0.0f;
+                total[row] += weight;
+#pragma unroll
+                for (int k = 0; k < MINE; k++) sums[row][k] = fmaf(weight, values[i][k], sums[row][k]);
+            }
+        }
+    }
+}
+
+// -- encoded tokens -------------------------------------------------------------------------------------------------
+// A tile of a warp: so many tokens of a block from ``first`` on.
+struct Tile {
+    int block, first, tokens;  // of the block
+
+    INLINE bool counts(int least) const { return first < tokens && block * CHUNK + min(first + TILE, tokens) > least; }
+    INLINE bool whole(int least) const { return first + TILE <= tokens && block * CHUNK + first >= least; }
+};
+
+// A lane's part of a tile of keys: tokens g, g + 8 ...; and of a tile of values: tokens 2 t, 2 t + 1, 2 t + 8 ... Rows behind the
+// block's end repeat its last.
+struct Keys {
+    Indices<K_BITS, QUADS_K> indices[TILE / 8];
+    u32 signs[TILE / 8][(QUADS_K + 7) / 8];
+    int code, base;  // of the radius of token ``lane``, and of its block
+
+    template <bool FULL> INLINE void load(const Tile& tile, int tokens, i64 payload, int head, int heads, int lane) {
+        const Planes planes = planes_of<K_BYTES>(payload, tile.block, tokens, head, heads);
+        const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int j = 0; j < TILE / 8; j++) {
+            const int row = FULL ? tile.first + g + 8 * j : min(tile.first + g + 8 * j, tokens - 1);
+            indices[j].template load<K_BYTES>(planes.indices, row, t * QUADS_K);
+#pragma unroll
+            for (int i = 0; i < (QUADS_K + 7) / 8; i++)
+                signs[j][i] = __ldcs(planes.signs + row * (ORDER / 32) + (t * QUADS_K + 8 * i) / 8);
+        }
+        code = __ldg(planes.radii + (FULL ? tile.first + lane : min(tile.first + lane, tokens - 1)));
+        base = base_of<FULL>(planes, tokens);
+    }
+};
+
+// ``part``: of sixteen tokens.
+struct Values {
+    Indices<V_BITS, QUADS_V> indices[4];
+    u32 signs[4];
+
+    template <bool FULL> INLINE void load(const Tile& tile, int tokens, const Planes& planes, int part, int lane) {
+        const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = tile.first + 16 * part + 2 * t + i / 2 * 8 + i % 2, row = FULL ? token : min(token, tokens - 1);
+            indices[i].template load<V_BYTES>(planes.indices, row, g * QUADS_V);
+            signs[i] = __ldcs(planes.signs + row * (ORDER / 32) + g * QUADS_V / 8);
+        }
+    }
+};
+
+// Loads a tile of keys; of a block that is full, from places that are known when this is compiled.
+#define IS_FULL(tile) (CHUNK % TILE == 0 && (tile).tokens == CHUNK)
+INLINE void load_keys(Keys& keys, const Tile& tile, i64 payload, int head, int heads, int lane) {
+    if (IS_FULL(tile)) keys.template load<true>(tile, CHUNK, payload, head, heads, lane);
+    else keys.template load<false>(tile, tile.tokens, payload, head, heads, lane);
+}
+
+INLINE void load_values(Values& values, const Tile& tile, i64 payload, int head, int heads, int part, int lane) {
+    if (IS_FULL(tile))
+        values.template load<true>(tile, CHUNK, planes_of<V_BYTES>(payload, tile.block, CHUNK, head, heads), part, lane);
+    else
+        values.template load<false>(tile, tile.tokens, planes_of<V_BYTES>(payload, tile.block, tile.tokens, head, heads), part, lane);
+}
+
+// -- the keys' mean -------------------------------------------------------------------------------------------------
+// A row's sum of the coefficients' turns at a token is that at the unit's first token, and the product of the coefficients there
+// with (cos - 1, sin) of the turn from there on: float16 is enough for that, as most pairs turn little.
+#define STEP_WORDS (HALVES * LANES * 2 + 8)  // of operands
+
+// The shared memory of one warp: factors of a tile's rows, and the coefficients turned to the unit's first token, as operands.
+struct WarpMemory {
+    float factors[2][TILE];
+#if MEANS
+    float first[ROWS];  // what the mean adds to the scores of the unit's first token
+    u32 operands[STEPS * STEP_WORDS];
+#endif
+};
+
+#if MEANS
+// The place of a row's coefficients of a pair among a warp's operands.
+INLINE int operand_at(int row, int pair) {
+    return pair / 8 * STEP_WORDS + (row / 8 * LANES + row % 8 * 4 + pair % 4) * 2 + pair % 8 / 4;
+}
+
+// Turns the coefficients to a token at ``position``. Decoders turn by the 16 upper bits of a phase: half a step less, on
+// average. Each lane takes some pairs, of all rows.
+INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* about_rows, u32 position, const u32* frequencies,
+                              int lane) {
+    float sums[ROWS_USED];
+#pragma unroll
+    for (int row = 0; row < ROWS_USED; row++) sums[row] = 0.0f;
+#pragma unroll
+    for (int pair = lane; pair < PAIRS; pair += 32) {
+        const int phase = (int)(position * __ldg(frequencies + pair) - (1u << 15));
+        const float angle = (float)phase * 1.46291807927e-9f;  // 2 pi / 2^32
+        const float cosine = __cosf(angle), sine = __sinf(angle);
+#pragma unroll
+        for (int row = 0; row < ROWS_USED; row++) {
+            const float2 own = reinterpret_cast<const float2*>(memory + COEFFICIENTS_AT)[row * PAIRS + pair];
+            const float x = fmaf(own.x, cosine, own.y * sine), y = fmaf(own.y, cosine, -own.x * sine);
+            sums[row] += x;
+            mine.operands[operand_at(row, pair)] = pack_halves(x, y);
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS_USED; row++) {
+        const float sum = sum_of_warp(sums[row]);
+        if (lane == 0) mine.first[row] = fmaf(sum, about_rows[row].y, about_rows[row].z);
+    }
+}
+
+// What the mean adds to the scores of a tile, whose first token is the ``behind``-th of the unit, beside what it adds to the
+// unit's first: sums [TILE / 16][HALVES][4], in units of their row's coefficients.
+INLINE void add_means(const u8* memory, const WarpMemory& mine, int behind, int lane, float (*sums)[HALVES][4]) {
+    const uint4* turns = reinterpret_cast<const uint4*>(memory + TURNS_AT) + behind / 16 * (STEPS * 32) + lane;
+#pragma unroll
+    for (int i = 0; i < TILE / 16 * HALVES * 4; i++) sums[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        uint2 matrix[HALVES];
+#pragma unroll
+        for (int i = 0; i < HALVES; i++)
+            matrix[i] = *reinterpret_cast<const uint2*>(mine.operands + step * STEP_WORDS + (i * LANES + lane % LANES) * 2);
+#pragma unroll
+        for (int j = 0; j < TILE / 16; j++) {
+            const uint4 turn = turns[(j * STEPS + step) * 32];
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) multiply(sums[j][i], turn.x, turn.y, turn.z, turn.w, matrix[i]);
+        }
+    }
+}
+#endif
+
+// -- the kernel -----------------------------------------------------------------------------------------------------
+// Fills a table with COPIES of each of 2^BITS points side by side.
+template <int BITS, int COPIES> INLINE void fill_table(const uint2* __restrict__ points, u8* table, int warp, int lane) {
+    constexpr int ENTRY = 8 * COPIES;  // bytes
+#pragma unroll 1
+    for (int first = warp * 32; first < 1 << BITS; first += 32 * WARPS) {
+        const uint2 mine = __ldg(points + min(first + lane, (1 << BITS) - 1));
+#pragma unroll 4
+        for (int at = lane * 16; at < 32 * ENTRY; at += 512) {
+            const int entry = at / ENTRY;
+            const uint2 its = {__shfl_sync(ALL_LANES, mine.x, entry), __shfl_sync(ALL_LANES, mine.y, entry)};
+            if (first + entry < 1 << BITS)
+                *reinterpret_cast<uint4*>(table + first * ENTRY + at) = make_uint4(its.x, its.y, its.x, its.y);
+        }
+    }
+}
+
+// Partial results: ``sums`` [heads][blocks][ROWS_USED][ORDER], the last block's not rotated; ``about`` [heads][blocks]
+// [ROWS_USED]: the largest score, and the sum of weights.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
+    const i64* __restrict__ sequences, int heads, const uint4* __restrict__ blob, const u32* __restrict__ frequencies,
+    const int* __restrict__ rotation, const void* __restrict__ queries, float scale, float* __restrict__ partial_sums,
+    float2* __restrict__ partial_about, int* __restrict__ arrived, void* __restrict__ outputs) {
+    extern __shared__ uint4 shared[];
+    u8* memory = reinterpret_cast<u8*>(shared);
+    __shared__ float warp_most[WARPS * ROWS], warp_total[WARPS * ROWS];
+    __shared__ float4 about_rows[ROWS];  // as prepare leaves them
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const int which = blockIdx.y, head = which % heads, splits = gridDim.x - 1;
+    const i64* fields = sequences + (i64)(which / heads) * FIELDS;
+    const int split = (int)blockIdx.x - 1;  // the exact tokens begin first: their blocks take the least time
+    const i64 place = (i64)which * gridDim.x + (split < 0 ? splits : split);
+    float* out = partial_sums + place * (ROWS_USED * ORDER);
+    float2* about = partial_about + place * ROWS_USED;
+    float* scratch = reinterpret_cast<float*>(memory);  // once the tables are not needed any more
+
+    if (split < 0) {  // exact tokens
+        float query[ROWS_USED][MINE], sums[ROWS_USED][MINE], most[ROWS_USED], total[ROWS_USED];
+#pragma unroll
+        for (int row = 0; row < ROWS_USED; row++) {
+            most[row] = NOTHING, total[row] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < MINE; i++) {
+                query[row][i] = number_at<Q_TYPE>(queries, ((i64)which * ROWS_USED + row) * ORDER + lane * MINE + i) * scale;
+                sums[row][i] = 0.0f;
+            }
+        }
+        constexpr int ROW = ORDER * (TYPE == FLOAT32 ? 4 : 2);
+        const int exact = (int)fields[EXACT], recent = (int)fields[RECENT];
+        const ExactRows first = {reinterpret_cast<const u8*>(fields[K_EXACT] + (i64)head * (exact * ROW + 4)),
+                                 reinterpret_cast<const u8*>(fields[V_EXACT] + (i64)head * (exact * ROW + 4)), ROW, ROW, exact};
+        const ExactRows last = {reinterpret_cast<const u8*>(fields[K_RECENT] + head * fields[K_HEAD_STRIDE]),
+                                reinterpret_cast<const u8*>(fields[V_RECENT] + head * fields[V_HEAD_STRIDE]),
+                                fields[K_STRIDE], fields[V_STRIDE], recent};
+        add_exact(first, 0, warp, lane, query, most, total, sums);
+        add_exact(last, QUERIES - 1, warp, lane, query, most, total, sums);
+#pragma unroll
+        for (int row = 0; row < ROWS_USED; row++)
+            if (lane == 0) warp_most[warp * ROWS + row] = most[row], warp_total[warp * ROWS + row] = total[row];
+#pragma unroll
+        for (int row = 0; row < ROWS_USED; row++)
+#pragma unroll
+            for (int i = 0; i < MINE; i++) scratch[(warp * ROWS_USED + row) * ORDER + lane * MINE + i] = sums[row][i];
+        __syncthreads();
+        const auto place_of = [](int i, int& row, int& coordinate) { row = i / ORDER, coordinate = i % ORDER; };
+        merge_warps<ROWS_USED * ORDER>(scratch, warp_most, warp_total, place_of, out, about);
+        combine(partial_sums, partial_about, arrived, rotation, fields, which, head, memory, outputs);
+        return;
+    }
+
+    const int coded = (int)fields[CODED], least = (int)fields[LEAST];  // tokens before that one do not count
+    const int blocks = (coded + CHUNK - 1) / CHUNK;
+    const int first_unit = (int)((i64)blocks * split / splits) * UNITS + warp;
+    const int last_unit = (int)((i64)blocks * (split + 1) / splits) * UNITS;
+    const i64 k_payload = fields[K_PAYLOAD], v_payload = fields[V_PAYLOAD];
+    // Tile ``number`` of this warp; behind the last one, that one again.
+    const auto tile_at = [&](int number) {
+        const int unit = min(first_unit + number / PARTS * WARPS, last_unit - 1), block = unit / UNITS;
+        return Tile{block, unit % UNITS * UNIT + number % PARTS * TILE, min(coded - block * CHUNK, CHUNK)};
+    };
+    Keys keys;
+    Tile next;
+    if (first_unit < last_unit) {
+        next = tile_at(0);
+        load_keys(keys, next, k_payload, head, heads, lane);
+    }
+
+    prepare_queries(queries, rotation, fields, which, head, scale, memory, about_rows);
+    fill_table<K_BITS, K_COPIES>(reinterpret_cast<const uint2*>(blob), memory, warp, lane);
+#if V_AT
+    fill_table<V_BITS, V_COPIES>(reinterpret_cast<const uint2*>(blob) + (1 << K_BITS), memory + V_AT, warp, lane);
+#endif
+#pragma unroll 4
+    for (int i = TURNS_AT / 16 + threadIdx.x; i < BLOB_BYTES / 16; i += THREADS)
+        shared[i] = __ldg(blob + ((1 << K_BITS) + (V_AT ? 1 << V_BITS : 0)) / 2 + i - TURNS_AT / 16);
+    WarpMemory& mine = reinterpret_cast<WarpMemory*>(memory + WARPS_AT)[warp];
+    const uint2* inputs = reinterpret_cast<const uint2*>(memory + INPUTS_AT);  // [QUADS_K][HALVES][LANES]
+#if MEANS
+    for (int i = lane; i < STEPS * STEP_WORDS; i += 32) mine.operands[i] = 0;  // of rows that are not used
+    if (lane < ROWS) mine.first[lane] = 0.0f;
+#endif
+    __syncthreads();
+
+    const u32 k_copy = (lane & (K_COPIES - 1)) * 8, v_copy = (lane & (V_COPIES - 1)) * 8;
+#if MEANS
+    const u32 position = (u32)fields[POSITION];
+    int turned = -1;  // the unit to whose first token the coefficients are turned
+#endif
+
+    float sums[HALVES][2 * QUADS_V][4], most[HALVES][2], total[HALVES][2];  // of columns 2 t and 2 t + 1
+#pragma unroll
+    for (int i = 0; i < HALVES * 8 * QUADS_V; i++) sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * HALVES; i++) most[i / 2][i % 2] = NOTHING, total[i / 2][i % 2] = 0.0f;
+    int largest = -(1 << 20);  // radius of values so far, in steps: weights are in units of it
+
+#pragma unroll 1
+    for (int number = 0; first_unit + number / PARTS * WARPS < last_unit; number++) {
+        const Tile tile = next;
+        next = tile_at(number + 1);
+        if (!tile.counts(least)) {
+            load_keys(keys, next, k_payload, head, heads, lane);
+            continue;
+        }
+        mine.factors[0][lane] =
+            keys.code ? exp2_of((float)(keys.base + keys.code - 1) * (1.0f / RADIUS_STEPS) + K_MANTISSA) : 0.0f;
+#if MEANS
+        const int behind = number % PARTS * TILE;  // tokens of the unit before the tile
+        if (number / PARTS != turned) {
+            const u32 first = position + tile.block * CHUNK + tile.first - behind;
+            turn_coefficients(memory, mine, about_rows, first, frequencies, lane), turned = number / PARTS;
+        }
+#endif
+        __syncwarp();
+#if MEANS
+        float added[TILE / 16][HALVES][4];
+        add_means(memory, mine, behind, lane, added);
+#endif
+        Values values[2];
+        load_values(values[0], tile, v_payload, head, heads, 0, lane);
+        load_values(values[1], tile, v_payload, head, heads, 1, lane);
+        const u8* v_radii = planes_of<V_BYTES>(v_payload, tile.block, tile.tokens, head, heads).radii;
+        const int v_code = __ldg(v_radii + min(tile.first + lane, tile.tokens - 1));
+        const int v_base = (int)(short)(__ldg(v_radii + tile.tokens) | __ldg(v_radii + tile.tokens + 1) << 8);
+
+        float scores[TILE / 16][HALVES][4];  // of tokens g, twice, and g + 8
+#pragma unroll
+        for (int i = 0; i < TILE / 16 * HALVES * 4; i++) scores[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = 0.0f;
+#pragma unroll
+        for (int quad = 0; quad < QUADS_K; quad++) {
+            uint2 query[HALVES];
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) query[half] = inputs[(quad * HALVES + half) * LANES + lane % LANES];
+#pragma unroll
+            for (int j = 0; j < TILE / 16; j++) {
+                uint2 points[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const u32* signs = keys.signs[2 * j + i];
+                    points[i] = keys.indices[2 * j + i].template point<K_COPIES>(memory, k_copy, quad);
+                    add_signs(points[i], QUADS_K < 8 ? signs[0] >> t * QUADS_K % 8 : signs[quad / 8], quad % 8);
+                    points[i].x = __byte_perm(points[i].x, 0, 0x2301);
+                }
+#pragma unroll
+                for (int half = 0; half < HALVES; half++)
+                    multiply(scores[j][half], points[0].x, points[1].x, points[0].y, points[1].y, query[half]);
+            }
+        }
+        load_keys(keys, next, k_payload, head, heads, lane);
+#pragma unroll
+        for (int half = 0; half < HALVES; half++)
+#pragma unroll
+            for (int column = 0; column < 2; column++) {
+                const float4 row = about_rows[8 * half + 2 * t + column];
+#if MEANS
+                const float row_z = mine.first[8 * half + 2 * t + column];
+#endif
+#pragma unroll
+                for (int j = 0; j < TILE / 8; j++) {
+                    float& score = scores[j / 2][half][j % 2 * 2 + column];
+                    score *= mine.factors[0][8 * j + g];
+#if MEANS
+                    score = fmaf(score, row.x, fmaf(added[j / 2][half][j % 2 * 2 + column], row.y, row_z));
+#elif K_OFFSETS
+                    score = fmaf(score, row.x, row.z);
+#else
+                    score *= row.x;
+#endif
+                    score = capped(score);
+                }
+            }
+        if (!tile.whole(least))
+#pragma unroll
+            for (int i = 0; i < TILE / 16 * HALVES * 4; i++) {
+                const int token = tile.first + i / (4 * HALVES) * 16 + i % 4 / 2 * 8 + g;
+                if (token >= tile.tokens || tile.block * CHUNK + token < least)
+                    scores[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = NOTHING;
+            }
+        float now[HALVES][2];
+#pragma unroll
+        for (int i = 0; i < 2 * HALVES; i++) {
+            now[i / 2][i % 2] = most[i / 2][i % 2];
+#pragma unroll
+            for (int j = 0; j < TILE / 8; j++)
+                now[i / 2][i % 2] = fmaxf(now[i / 2][i % 2], scores[j / 2][i / 2][j % 2 * 2 + i % 2]);
+        }
+        const int top = v_base + 254;  // the block's largest radius is this one at most
+        bool changed = top > largest;
+        float shrunk[HALVES][2];
+#pragma unroll
+        for (int i = 0; i < 2 * HALVES; i++) {
+            float& its = now[i / 2][i % 2];
+#pragma unroll
+            for (int apart = 4; apart < 32; apart *= 2) its = fmaxf(its, __shfl_xor_sync(ALL_LANES, its, apart));
+            shrunk[i / 2][i % 2] = exp2_of(most[i / 2][i % 2] - its);
+            changed = changed || its != most[i / 2][i % 2];
+            most[i / 2][i % 2] = its, total[i / 2][i % 2] *= shrunk[i / 2][i % 2];
+        }
+        if (__any_sync(ALL_LANES, changed)) {
+            const float factor = top > largest ? exp2_of((float)(largest - top) * (1.0f / RADIUS_STEPS)) : 1.0f;
+            largest = max(largest, top);
+#pragma unroll
+            for (int i = 0; i < HALVES * 8 * QUADS_V; i++)
+                sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] *= shrunk[i / (8 * QUADS_V)][i % 2] * factor;
+        }
+        mine.factors[1][lane] =
+            v_code ? exp2_of((float)(v_base + v_code - 1 - largest) * (1.0f / RADIUS_STEPS) + ROOM) : 0.0f;
+        __syncwarp();
+        uint2 weights[TILE / 16][HALVES];  // as a matrix of tokens by rows of queries
+#pragma unroll
+        for (int j = 0; j < TILE / 8; j++) {
+            const float factor = mine.factors[1][8 * j + g];
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                const float a = exp2_of(scores[j / 2][half][j % 2 * 2] - most[half][0]);
+                const float b = exp2_of(scores[j / 2][half][j % 2 * 2 + 1] - most[half][1]);
+                total[half][0] += a, total[half][1] += b;
+                const u32 both = turned_over(pack_halves(a * factor, b * factor));
+                if (j % 2) weights[j / 2][half].y = both;
+                else weights[j / 2][half].x = both;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < TILE / 16; u++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (QUADS_V < 8) values[u].signs[i] >>= g * QUADS_V % 8;
+#pragma unroll
+            for (int quad = 0; quad < QUADS_V; quad++) {
+                uint2 points[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    points[i] = values[u].indices[i].template point<V_COPIES>(memory + V_AT, v_copy, quad);
+                    add_signs(points[i], values[u].signs[i], quad);
+                }
+                const u32 rows[2][4] = {
+                    {__byte_perm(points[0].x, points[1].x, 0x4501), __byte_perm(points[0].x, points[1].x, 0x6723),
+                     __byte_perm(points[2].x, points[3].x, 0x4501), __byte_perm(points[2].x, points[3].x, 0x6723)},
+                    {__byte_perm(points[0].y, points[1].y, 0x5410), __byte_perm(points[0].y, points[1].y, 0x7632),
+                     __byte_perm(points[2].y, points[3].y, 0x5410), __byte_perm(points[2].y, points[3].y, 0x7632)}};
+#pragma unroll
+                for (int half = 0; half < HALVES; half++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        multiply(sums[half][2 * quad + i], rows[i][0], rows[i][1], rows[i][2], rows[i][3], weights[u][half]);
+            }
+        }
+        __syncwarp();
+    }
+
+    const float of_values = largest > -(1 << 20) ? exp2_of((float)largest / RADIUS_STEPS + (V_MANTISSA - ROOM)) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2 * HALVES; i++) {
+        float& its = total[i / 2][i % 2];
+#pragma unroll
+        for (int apart = 4; apart < 32; apart *= 2) its += __shfl_xor_sync(ALL_LANES, its, apart);
+        const int row = 8 * (i / 2) + 2 * t + i % 2;
+        if (g == 0) warp_most[warp * ROWS + row] = most[i / 2][i % 2], warp_total[warp * ROWS + row] = its;
+    }
+    __syncthreads();
+    constexpr int COUNT = HALVES * 8 * QUADS_V * 32;  // of a warp's sums, as its lanes have them
+#pragma unroll
+    for (int i = 0; i < COUNT / 32; i++)
+        scratch[warp * COUNT + i * 32 + lane] = sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] * of_values;
+    __syncthreads();
+    const auto place_of = [](int at, int& row, int& coordinate) {
+        const int i = at / 32, its_g = at % 32 / 4, its_t = at % 4;
+        row = i / (8 * QUADS_V) * 8 + 2 * its_t + i % 2;
+        coordinate = (its_g * QUADS_V + i / 8 % QUADS_V) * 4 + i % 8 / 4 * 2 + i % 4 / 2;
+    };
+    merge_warps<COUNT>(scratch, warp_most, warp_total, place_of, out, about);
+    combine(partial_sums, partial_about, arrived, rotation, fields, which, head, memory, outputs);
+}
