@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -19,8 +20,9 @@ from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.transformers_cache import library
+from pqcodec.formats.offload import code_attention
 from pqcodec.formats.offload.first_tokens import FirstTokens
-from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
+from pqcodec.formats.offload.old_tokens import OldTokens, OnCPU, checked_place, old_tokens_in
 from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
 from pqcodec.formats.offload.workspace import Workspace
 from pqcodec.formats.plain import numbers as exact
@@ -30,7 +32,11 @@ from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
 
 library.check()
-from transformers import cache_utils  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, cache_utils, masking_utils  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+
+AttentionInterface.register(code_attention.NAME, partial(code_attention.attend_to_layer, sdpa_attention_forward))
+AttentionMaskInterface.register(code_attention.NAME, masking_utils.sdpa_mask)
 
 WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows
@@ -88,6 +94,9 @@ class EncodedCache(cache_utils.DynamicCache):
     attention mask [sequences, tokens]; the first ``exact_tokens`` behind the padding are exact then, and encoded without it.
     On a GPU, keys or values with NaN or Inf raise NonFiniteInput when they are encoded.
 
+    A model of ``attn_implementation="pqcodec"``, on the CPU, does not decode: it attends straight from codes
+    (``pqcodec.attention``), but where a mask or an option of the model needs tensors; so it does for padded sequences.
+
     The cache belongs to one text and to the model as it is while it reads that text; it does not notice a change of the model
     (a PrefixStore does). It can be copied and pickled. Raises InvalidArgument for models that cannot use such a cache, and
     ``generate`` raises it if the cache holds all tokens of the prompt already.
@@ -126,6 +135,10 @@ class EncodedCache(cache_utils.DynamicCache):
             (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
         )
         _check_model(config.get_text_config(decoder=True))
+        if _reads_codes(config) and not getattr(model, "_supports_sdpa", True):
+            raise InvalidArgument(
+                f"a {type(model).__name__} does not know 'sdpa', which 'pqcodec' falls back to: it takes 'eager'"
+            )
         super().__init__(config=config)
         self._workspaces: dict[Any, Workspace] = {}
         self._of_decoder, self._last = bool(getattr(config, "is_encoder_decoder", False)), -1
@@ -254,7 +267,9 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         assert self._tail is not None
         self._tail.check(key_states, value_states)
         with current(key_states.device):
-            return self._grown(key_states, value_states) if self._has_old else self._begun(key_states, value_states)
+            if not self._has_old:
+                return self._begun(key_states, value_states)
+            return self._kept_coded(key_states, value_states) or self._grown(key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Tokens in the layer, encoded ones and exact ones."""
@@ -375,6 +390,23 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             tail.replace(*(x[:, :, last:tokens] for x in whole), room=room)
         return whole[0].narrow(2, 0, tokens), whole[1].narrow(2, 0, tokens)
 
+    def _kept_coded(self, keys: Any, values: Any) -> tuple[Any, Any] | None:
+        """``update`` once tokens are encoded, for attention that reads codes; None where it has to read tensors."""
+        tail, old, sinks = self._tail, self._old, self._sinks
+        assert tail is not None
+        assert sinks is not None
+        if not _reads_codes(self._config) or not isinstance(old, OnCPU) or self._padded is not None:
+            return None
+        if tail.tokens + int(keys.shape[-2]) < self._options.room:
+            tail.append(keys, values)
+            return code_attention.coded_parts(old, sinks, tail.read())
+        keys, values = (torch.cat(pair, -2) for pair in zip(tail.read(), (keys, values), strict=True))
+        parts = code_attention.coded_parts(old, sinks, (keys, values))  # as it is before more is encoded
+        last = int(keys.shape[-2]) - self._options.window
+        self._encode(keys[:, :, :last], values[:, :, :last], self._kept_first + old.tokens)
+        tail.replace(keys[:, :, last:], values[:, :, last:], room=self._options.room)
+        return parts
+
     def _encode(self, keys: Any, values: Any, first: int) -> None:
         """Encode tokens [sequences, heads, n, head_dim], of which the first is token ``first``, behind those encoded before."""
         if self._old is None:
@@ -407,6 +439,11 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             keys, values = (selected(x, rows) for x in self._sinks)
             self._sinks = keys, values
             self._old.select(rows.tolist())
+
+
+def _reads_codes(config: Any) -> bool:
+    """Whether a model's attention reads codes: ``attn_implementation="pqcodec"``."""
+    return bool(config.get_text_config(decoder=True)._attn_implementation == code_attention.NAME)
 
 
 def _kept(x: Any, tokens: int) -> Any:

@@ -135,13 +135,15 @@ class OldTokens:
         how = self.options[role]
         return {"preset": how.preset, "center": how.center, "rope": how.rope, "seed": how.seed, "backend": self.backend}
 
-    def _targets(self, whole: Pair, begin: int) -> list[tuple[Any, Any, tuple[int, int] | None]]:
+    def _targets(
+        self, whole: Pair, begin: int, chunks: Sequence[Chunk] | None = None
+    ) -> list[tuple[Any, Any, tuple[int, int] | None]]:
         """(stream, the view that it is decoded into, its tokens that are wanted or None for all) of each stream.
 
-        The first old token goes to token ``begin`` of ``whole``.
+        The first old token goes to token ``begin`` of ``whole``. ``chunks``: others than those that are kept now.
         """
         found, at = [], begin
-        for chunk in self.chunks:
+        for chunk in self.chunks if chunks is None else chunks:
             part = None if chunk.tokens == chunk.stored else (0, chunk.tokens)
             for streams, out in zip((chunk.keys, chunk.values), whole, strict=True):
                 found += [(stream, out[row, :, at : at + chunk.tokens], part) for row, stream in enumerate(streams)]
@@ -166,10 +168,14 @@ class OnCPU(OldTokens):
 
     def decode(self, whole: Pair, before: Pair, behind: Pair) -> None:
         """Decode stream by stream, then copy the exact tokens; see ``OldTokens.decode``."""
-        for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
-            codec.decode(stream, out=out, tokens=part, backend=self.backend)
+        self.decode_chunks(self.chunks, whole, int(before[0].shape[-2]))
         for target, source in self._copies(whole, before, behind):
             target.copy_(source)
+
+    def decode_chunks(self, chunks: Sequence[Chunk], whole: Pair, begin: int) -> None:
+        """Decode some chunks into ``whole``, from token ``begin`` on."""
+        for stream, out, part in self._targets(whole, begin, chunks):
+            codec.decode(stream, out=out, tokens=part, backend=self.backend)
 
 
 class OnDevice(OldTokens):
