@@ -74,7 +74,7 @@ def scores(
     if recent is not None:
         found.append(softcapped(exact_scores(asked.queries, asked.exact_rows("recent", recent, asked.keys[0])), asked.softcap))
     asked.check_damage()
-    empty = np.zeros((*asked.queries.shape[:2], 0))
+    empty = np.zeros((*asked.queries.shape[:2], 0), asked.queries.dtype)
     whole = np.concatenate([empty, *found], -1)
     return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
 
@@ -207,7 +207,7 @@ def _streams(name: str, data: Any) -> list[_Stream]:
             raise BackendUnavailable(
                 f"{name}: the stream is on {device_of(one)}; attention from codes is done on the CPU: pass .cpu()"
             )
-        source = source_of(one.numpy() if is_torch(one) else one)
+        source = source_of(arrays.bytes_of(one) if is_torch(one) else one)
         found.append(_Stream(source, read_header(source)))
     shapes = {(*stream.header.shape[:-2], stream.header.head_dim) for stream in found}
     if len(found[0].header.shape) < 3 or len(shapes) > 1:

@@ -329,6 +329,8 @@ def test_wrong_arguments_are_named() -> None:
     refused("recent keys", q, k, v, recent=(keys[:1], values[:1]))
     refused("2 tokens of keys, 3 of values", q, k, v, first=(keys[:, :2], values[:, :3]))
     refused("bytes or a seekable", q, 5, v)
+    refused("a contiguous uint8 tensor", q, keys, v)
+    refused("a contiguous uint8 tensor", q, torch.zeros(500, dtype=torch.uint8)[::2], v)
     refused("a torch.Tensor or numpy.ndarray", [1.0], k, v)
     refused("dtype", q.double(), k, v)
     refused("'nothing' is unknown", q, k, v, error=BackendUnavailable, backend="nothing")

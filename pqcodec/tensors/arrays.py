@@ -120,6 +120,15 @@ def numbers_of(x: Any) -> np.ndarray:
     return widen(found.stored, found.dtype)
 
 
+def bytes_of(stream: Any) -> np.ndarray:
+    """The bytes of a stream in a torch tensor of the CPU: uint8 [bytes]; raises InvalidArgument for another kind of tensor."""
+    if str(stream.dtype) != "torch.uint8" or stream.ndim != 1 or not stream.is_contiguous():
+        raise InvalidArgument(
+            f"a stream in a tensor is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
+        )
+    return stream.numpy()  # type: ignore[no-any-return]
+
+
 def alike(x: Any, numbers: np.ndarray, keep_dtype: bool = True) -> Any:
     """``numbers`` as a tensor of the kind and dtype of ``x``, or of its kind alone; beyond a dtype's range: Inf."""
     if is_torch(x):

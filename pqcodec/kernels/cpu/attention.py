@@ -188,9 +188,9 @@ def scratch_of(order, row_bytes, rope):
         np.zeros(2 * LANES, np.int32),
         np.zeros(phases, F32),
         np.zeros(phases, F32),
-        np.zeros(LANES, F32),
-        np.zeros(LANES, F32),
-        np.zeros(ROWS * LANES, F32),
+        np.zeros(RUN, F32),
+        np.zeros(RUN, F32),
+        np.zeros(2 * ROWS * LANES, F32),
         np.zeros(order * LANES, F32),
         np.zeros(LANES * ((row_bytes >> 3) + 2), np.uint64),
         SplitDecoderWork(
@@ -231,29 +231,30 @@ def score_items(items, leads, leading, of_keys, rope, queries, keys, check, dama
                 payload = carray(pointer(source + lead * size), (size,), np.uint8)
                 if check and row == low:
                     damaged[chunk * leading + lead] |= is_damaged(payload, keys)
+                start = (lead - leads[0]) * padded * stride + at + row - low
                 if of_keys.coding == CODING_QUADS:
                     unpack(quads, order, payload, row, rows, tokens, scratch.steps, scratch.entries, scratch.signs)
-                for tile in range((rows + LANES - 1) // LANES):
-                    first_row, some = row + tile * LANES, min(LANES, rows - tile * LANES)
-                    if of_keys.coding == CODING_QUADS:
-                        quad_factors(quads, payload, first_row, some, tokens, scratch.first, scratch.second)
-                    else:
-                        decode_tile(of_keys, payload, first_row, some, scratch)
-                    for group in range(padded // ROWS):
-                        of_group = lead * padded // ROWS + group
-                        at_turned = of_group * order * ROWS
-                        if of_keys.coding == CODING_QUADS:
+                    fill_factors(quads, payload, row, rows, tokens, scratch.first, scratch.second)
+                    for tile in range(0, (rows + LANES - 1) // LANES, 2):
+                        for group in range(padded // ROWS):
+                            of_group = lead * padded // ROWS + group
                             add_up_dots(
                                 quads.points, scratch.entries, tile * entries_each, scratch.signs, tile * signs_each, count,
-                                queries.turned, at_turned, scratch.dots,
+                                queries.turned, of_group * order * ROWS, scratch.dots,
                             )  # fmt: skip
-                        else:
-                            add_up_tile(scratch.x, order, queries.turned, at_turned, scratch.dots)
-                        place = ((lead - leads[0]) * padded + group * ROWS) * stride + at + first_row - low
-                        finish_scores(
-                            scratch.dots, queries, of_group * ROWS, scratch.first, scratch.second, pairs, scratch.cos,
-                            scratch.sin, tile * LANES, of_group * pairs * 2 * ROWS, found, place, stride,
-                        )  # fmt: skip
+                            for t in range(min(2, (rows + LANES - 1) // LANES - tile)):
+                                finish_scores(
+                                    scratch, t * ROWS * LANES, queries, of_group, (tile + t) * LANES, (tile + t) * LANES, pairs,
+                                    found, start + group * ROWS * stride + (tile + t) * LANES, stride,
+                                )  # fmt: skip
+                    continue
+                for token in range(0, rows, LANES):
+                    decode_tile(of_keys, payload, row + token, min(LANES, rows - token), scratch)
+                    for group in range(padded // ROWS):
+                        of_group = lead * padded // ROWS + group
+                        add_up_tile(scratch.x, order, queries.turned, of_group * order * ROWS, scratch.dots)
+                        place = start + group * ROWS * stride + token
+                        finish_scores(scratch, 0, queries, of_group, 0, token, pairs, found, place, stride)
 
 
 @jit
@@ -275,12 +276,12 @@ def add_items(
             tiles = (rows + LANES - 1) // LANES
             if of_values.coding == CODING_QUADS:
                 unpack(quads, order, payload, row, rows, tokens, scratch.steps, scratch.entries, scratch.signs)
+                fill_factors(quads, payload, row, rows, tokens, scratch.first, scratch.second)
                 for group in range(groups):
-                    for tile in range(tiles):
-                        some = min(LANES, rows - tile * LANES)
-                        quad_factors(quads, payload, row + tile * LANES, some, tokens, scratch.first, scratch.second)
-                        of_tile = place + group * ROWS * stride + tile * LANES
-                        scale_weights(weights, of_tile, stride, exponent, scratch.first, scratch.second, scaled, tile * LANES)
+                    for tile in range(0, tiles * LANES, LANES):
+                        scale_weights(
+                            weights, place + group * ROWS * stride + tile, stride, exponent, scratch, tile, scaled, tile
+                        )
                     at_lanes = group * ROWS * order * LANES
                     add_points(quads.points, scratch.entries, scratch.signs, order, tiles, scaled, lanes, at_lanes)
                 continue
@@ -288,7 +289,7 @@ def add_items(
                 decode_tile(of_values, payload, row + tile * LANES, min(LANES, rows - tile * LANES), scratch)
                 for group in range(groups):
                     of_tile = place + group * ROWS * stride + tile * LANES
-                    scale_weights(weights, of_tile, stride, exponent, scratch.first, scratch.second, scaled, 0)
+                    scale_weights(weights, of_tile, stride, exponent, scratch, 0, scaled, 0)
                     add_tile(scratch.x, order, scaled, lanes, group * ROWS * order * LANES)
 
 
@@ -374,6 +375,14 @@ def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
             store(signs, at + group * LANES, word)
 
 
+@jit
+def fill_factors(quads, payload, row, rows, tokens, first, second):
+    """Factors A and B of ``rows`` rows from ``row`` on; of lanes behind them A is 0."""
+    for token in range(0, rows, LANES):
+        some = min(LANES, rows - token)
+        quad_factors(quads, payload, row + token, some, tokens, first[token : token + LANES], second[token : token + LANES])
+
+
 @inlined
 def coordinates(points, entries, at, sign, quad):
     """The four coordinates of a tile's quad, float lanes; ``sign``: the word of its group."""
@@ -385,45 +394,53 @@ def coordinates(points, entries, at, sign, quad):
 # -- scores ------------------------------------------------------------------------------------------------------------
 @leaf
 def add_up_dots(points, entries, at, signs, signs_at, count, turned, turned_at, dots):
-    """Products of a tile's points with four rows of queries, into dots [4 lanes]."""
+    """Products of two tiles' points with four rows of queries, into dots [2, 4, lanes]: a number of a query is loaded once."""
     zero = floats(F32(0))
     p, q, r, s = zero, zero, zero, zero
     t, u, v, w = zero, zero, zero, zero
+    signs_each, each = (count + QUADS_GROUP - 1) // QUADS_GROUP * LANES, count * LANES
     for quad in range(count):
-        sign = load(signs, signs_at + quad // QUADS_GROUP * LANES)
-        a, b, c, d = coordinates(points, entries, at + quad * LANES, sign, quad)
+        signs_of = signs_at + quad // QUADS_GROUP * LANES
+        a, b, c, d = coordinates(points, entries, at + quad * LANES, load(signs, signs_of), quad)
+        e, f, g, h = coordinates(points, entries, at + each + quad * LANES, load(signs, signs_of + signs_each), quad)
         k = turned_at + quad * QUAD * ROWS
-        p, q = fused(a, spread(turned, k), p), fused(a, spread(turned, k + 1), q)
-        r, s = fused(a, spread(turned, k + 2), r), fused(a, spread(turned, k + 3), s)
-        t, u = fused(b, spread(turned, k + 4), t), fused(b, spread(turned, k + 5), u)
-        v, w = fused(b, spread(turned, k + 6), v), fused(b, spread(turned, k + 7), w)
-        p, q = fused(c, spread(turned, k + 8), p), fused(c, spread(turned, k + 9), q)
-        r, s = fused(c, spread(turned, k + 10), r), fused(c, spread(turned, k + 11), s)
-        t, u = fused(d, spread(turned, k + 12), t), fused(d, spread(turned, k + 13), u)
-        v, w = fused(d, spread(turned, k + 14), v), fused(d, spread(turned, k + 15), w)
-    store(dots, 0, p + t)
-    store(dots, LANES, q + u)
-    store(dots, 2 * LANES, r + v)
-    store(dots, 3 * LANES, s + w)
+        p, q, t, u = products(turned, k, a, e, p, q, t, u)
+        r, s, v, w = products(turned, k + 2, a, e, r, s, v, w)
+        p, q, t, u = products(turned, k + 4, b, f, p, q, t, u)
+        r, s, v, w = products(turned, k + 6, b, f, r, s, v, w)
+        p, q, t, u = products(turned, k + 8, c, g, p, q, t, u)
+        r, s, v, w = products(turned, k + 10, c, g, r, s, v, w)
+        p, q, t, u = products(turned, k + 12, d, h, p, q, t, u)
+        r, s, v, w = products(turned, k + 14, d, h, r, s, v, w)
+    store_four(dots, 0, p, q, r, s)
+    store_four(dots, ROWS * LANES, t, u, v, w)
+
+
+@inlined
+def products(turned, k, a, e, p, q, t, u):
+    """Two rows' sums of two tiles after one more coordinate of each."""
+    x, y = spread(turned, k), spread(turned, k + 1)
+    return fused(a, x, p), fused(a, y, q), fused(e, x, t), fused(e, y, u)
 
 
 @leaf
-def finish_scores(dots, queries, row, first_factor, second_factor, pairs, cos, sin, token, phases_at, found, place, stride):
+def finish_scores(scratch, dots_at, queries, group, factors_at, token, pairs, found, place, stride):
     """Scores of a tile and four rows of queries: their dots times all factors, and what the offsets add."""
     zero = floats(F32(0))
     p, q, r, s = zero, zero, zero, zero
     for i in range(pairs):
-        x, y = load(cos, i * RUN + token), load(sin, i * RUN + token)
-        k = phases_at + i * 2 * ROWS
+        x, y = load(scratch.cos, i * RUN + token), load(scratch.sin, i * RUN + token)
+        k = (group * pairs + i) * 2 * ROWS
         p, q = fused(x, spread(queries.phases, k), p), fused(x, spread(queries.phases, k + 1), q)
         r, s = fused(x, spread(queries.phases, k + 2), r), fused(x, spread(queries.phases, k + 3), s)
         p, q = fused(y, spread(queries.phases, k + 4), p), fused(y, spread(queries.phases, k + 5), q)
         r, s = fused(y, spread(queries.phases, k + 6), r), fused(y, spread(queries.phases, k + 7), s)
-    first, second = load(first_factor, 0), load(second_factor, 0)
-    p = p + load(dots, 0) * first * spread(queries.factors, row) * second
-    q = q + load(dots, LANES) * first * spread(queries.factors, row + 1) * second
-    r = r + load(dots, 2 * LANES) * first * spread(queries.factors, row + 2) * second
-    s = s + load(dots, 3 * LANES) * first * spread(queries.factors, row + 3) * second
+    first, second, row = load(scratch.first, factors_at), load(scratch.second, factors_at), group * ROWS
+    a, b, c, d = four_lanes(scratch.dots, dots_at)
+    p = p + a * first * spread(queries.factors, row) * second
+    q = q + b * first * spread(queries.factors, row + 1) * second
+    r = r + c * first * spread(queries.factors, row + 2) * second
+    s = s + d * first * spread(queries.factors, row + 3) * second
     store(found, place, p + spread(queries.constants, row))
     store(found, place + stride, q + spread(queries.constants, row + 1))
     store(found, place + 2 * stride, r + spread(queries.constants, row + 2))
@@ -548,10 +565,10 @@ def largest_exponent(items, lead, of):
 
 
 @leaf
-def scale_weights(weights, at, stride, exponent, first_factor, second_factor, scaled, place):
+def scale_weights(weights, at, stride, exponent, scratch, factors_at, scaled, place):
     """Weights of a tile and four rows of queries, times the factors of the values and 2^-exponent, into scaled [4, RUN]."""
     down = as_float(ints(I32(127 - exponent)) << ints(I32(23)))
-    first, second = load(first_factor, 0), load(second_factor, 0)
+    first, second = load(scratch.first, factors_at), load(scratch.second, factors_at)
     for r in range(ROWS):
         store(scaled, r * RUN + place, load(weights, at + r * stride) * first * down * second)
 
