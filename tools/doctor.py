@@ -125,12 +125,13 @@ def warmup(
     ],
     device: Annotated[str, typer.Option(help="cpu, or a GPU as torch names it.")] = "cpu",
 ) -> None:
-    """Compile the kernels that encoding and decoding take, so that their first use does not wait: for images and start-up.
+    """Compile the kernels of encoding, decoding and attention, so that their first use does not wait: for images and start-up.
 
     They are kept on disk; ``pqcodec doctor`` says where.
     """
     import torch
 
+    from pqcodec import attention
     from pqcodec.errors import InvalidArgument
 
     try:
@@ -143,6 +144,10 @@ def warmup(
     with progress_bar("compile kernels", len(kinds)) as show:
         for done, (d, name, dtype, center) in enumerate(kinds):
             x = torch.ones((2, 80, d), dtype=getattr(torch, dtype), device=device)
-            pqcodec.decode(pqcodec.encode(x, preset=name, exact_tokens=1, **center), device=device)
+            data = pqcodec.encode(x, preset=name, exact_tokens=1, **center)
+            pqcodec.decode(data, device=device)
+            if device == "cpu":
+                attention.scores(data, x[:, :1])
+                attention.attend(x[:, :1], data, data)
             show(done + 1)
     print(f"{len(kinds)} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
