@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import needs_cuda
+from safetensors.torch import load_file
 
 import pqcodec
 from pqcodec import AttendBatch, Rope
@@ -15,6 +17,7 @@ from pqcodec.attention import attend
 
 pytestmark = needs_cuda
 CUDA = "cuda"
+FIXTURE = Path(__file__).parent / "data" / "smollm2_kv.safetensors"
 ROPE: dict[str, Any] = {"center": "rope", "rope": Rope(theta=10000.0)}
 # Of the largest number of a result: what queries, weights and turns lose as float16, and the rounding of the result.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}
@@ -133,6 +136,20 @@ def test_scores_far_apart_and_all_alike() -> None:
     case = Case()
     case.agrees(scale=50.0)
     case.agrees(scale=0.0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 15, 29])
+def test_a_real_models_keys_and_values_agree_with_the_cpu(layer: int) -> None:
+    """SmolLM2's, whose keys have outliers; the queries are its keys, which is harder than its queries, and random ones."""
+    tensors = load_file(FIXTURE)
+    k, v = (tensors[f"layers.{layer}.{name}"].float()[0] for name in ("key", "value"))
+    keys = pqcodec.encode(k, preset="quad3", center="rope", rope=Rope(theta=100000.0), exact_tokens=4, backend="reference")
+    values = pqcodec.encode(v, preset="quad3", exact_tokens=4, backend="reference")
+    torch.manual_seed(0)
+    for q in (k[:, -1:].repeat_interleave(3, 0), torch.randn(9, 1, 64) * k.abs().mean()):
+        wanted = attend(q, keys, values, backend="reference")
+        got = attend(q.to(CUDA), on_gpu(keys), on_gpu(values)).cpu()
+        assert (got - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 def test_sequences_of_other_lengths_lie_in_one_batch() -> None:
