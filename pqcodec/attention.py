@@ -121,7 +121,7 @@ def attend(
     >>> bool(np.allclose(out, p @ v / p.sum(-1, keepdims=True), atol=1e-5))
     True
     """
-    if device_type(device_of(q)) != "cpu":
+    if on_device(backend, device_type(device_of(q))):
         return _attend_on_device(q, keys, values, scale, softcap, causal, window, tokens, first, recent, check, backend)
     asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
@@ -162,7 +162,7 @@ def _attend_on_device(
 
     left = {
         "lists of streams": isinstance(keys, (list, tuple)) or isinstance(values, (list, tuple)),
-        "causal=False": not causal and q.shape[-2] > 1,
+        "causal=False for several queries": not causal and q.shape[-2] > 1,
         "tokens=": tokens is not None,
         "first=": first is not None,
     }
@@ -186,7 +186,7 @@ def _attend_on_device(
         check=check,
         backend=backend,
     )
-    return batch.run().reshape(q.shape)
+    return batch.run().reshape(*q.shape[:-1], -1)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------

@@ -203,15 +203,18 @@ def test_damage_is_told_and_no_number() -> None:
         ({"preset": "pq3"}, "quads"),
         ({"dim": 96}, "head_dim 96"),
         ({"group": 20, "heads": 1}, "more than 16"),
-        ({"queries": 3, "recent": 2}, "recent tokens"),
+        ({"queries": 3, "recent": 2}, "recent ones"),
+        ({"preset": "quad3", "values": "pq3"}, "quads"),
     ],
     ids=str,
 )
-def test_what_the_kernel_does_not_know_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+def test_what_no_kernel_reads_is_decoded(options: dict[str, Any], message: str) -> None:
     case = Case(**options)
-    recent = case.recent and tuple(x.to(CUDA) for x in case.recent)
-    with pytest.raises(pqcodec.BackendUnavailable, match=message):
-        attend(case.q.to(CUDA), on_gpu(case.keys), on_gpu(case.values), recent=recent)
+    case.agrees()
+    recent = case.recent and tuple(x[None].to(CUDA) for x in case.recent)
+    batch = AttendBatch(case.q[None].to(CUDA), [on_gpu(case.keys)], [on_gpu(case.values)], recent=recent)
+    assert not batch.from_codes
+    assert message in (batch.why or "")
 
 
 def test_wrong_arguments_are_named() -> None:
