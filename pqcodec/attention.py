@@ -177,8 +177,8 @@ def _attend_on_device(
         one = tuple(x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in recent)
     batch = AttendBatch(
         q.reshape(1, heads, *q.shape[-2:]).contiguous(),
-        [keys],
-        [values],
+        [_on_device_of(q, keys)],
+        [_on_device_of(q, values)],
         recent=one,
         scale=scale,
         softcap=softcap,
@@ -187,6 +187,17 @@ def _attend_on_device(
         backend=backend,
     )
     return batch.run().reshape(*q.shape[:-1], -1)
+
+
+def _on_device_of(q: Any, stream: Any) -> Any:
+    """A stream beside the queries: as it is, or moved there from host memory."""
+    if is_torch(stream):
+        return stream.to(q.device)
+    import torch
+
+    source = source_of(stream)
+    h = read_header(source)
+    return torch.from_numpy(np.array(source.read(0, h.stream_bytes))).to(q.device)
 
 
 # -- what is asked -------------------------------------------------------------------------------------------------
