@@ -88,18 +88,23 @@ template <int BITS, int N> struct Indices {
         if (!WHOLE && BITS * N % 32 == 0) words[LOADED - 1] = 0;
     }
 
-    // The point of a quad, packed float16: coordinates 0 and 1 (see add_signs), 2 and 3. ``copy``: the place of the lane's own among COPIES.
+    // The point of a quad, packed float16: coordinates 0 and 1 (see add_signs), 2 and 3. ``copy``: the byte at which the lane's own
+    // among COPIES of a point lies.
     template <int COPIES> INLINE uint2 point(const u8* table, u32 copy, int quad) const {
-        u32 at;
-        if (BITS == 8 && COPIES == 32) {
-            at = __byte_perm(words[quad / 4], copy, 0x7704 | (quad % 4) << 4);
-        } else {
-            const int bit = quad * BITS, word = bit / 32;
-            const u32 window = bit % 32 + BITS <= 32 ? words[word] >> bit % 32
-                                                     : __funnelshift_r(words[word], words[min(word + 1, LOADED - 1)], bit % 32);
-            at = (window & ((1u << BITS) - 1)) * (8 * COPIES) + copy;
+        return *reinterpret_cast<const uint2*>(table + place<COPIES>(copy, quad));
+    }
+
+    // The byte of the table at which it lies: the index times the bytes of all copies, plus ``copy``, which is less than these.
+    template <int COPIES> INLINE u32 place(u32 copy, int quad) const {
+        if (BITS == 8 && COPIES == 32) return __byte_perm(words[quad / 4], copy, 0x7704 | (quad % 4) << 4);
+        if (BITS == 4 && COPIES == 32) {  // each second index of a word, as a byte of its own
+            const u32 bytes = (quad % 2 ? words[quad / 8] >> 4 : words[quad / 8]) & 0x0f0f0f0fu;
+            return __byte_perm(bytes, copy, 0x7704 | (quad / 2 % 4) << 4);
         }
-        return *reinterpret_cast<const uint2*>(table + at);
+        const int bit = quad * BITS, word = bit / 32;
+        const u32 window = bit % 32 + BITS <= 32 ? words[word] >> bit % 32
+                                                 : __funnelshift_r(words[word], words[min(word + 1, LOADED - 1)], bit % 32);
+        return (window & ((1u << BITS) - 1)) * (8 * COPIES) + copy;
     }
 };
 
