@@ -189,6 +189,15 @@ def test_strided_recent_tokens_are_read_where_they_lie() -> None:
     assert (got - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
+def test_an_exact_token_that_is_not_finite_does_what_it_does_in_softmax() -> None:
+    case = Case()
+    recent = tuple(x.to(CUDA) for x in case.recent)
+    recent[0][0, 3, 5] = float("nan")
+    got = attend(case.q.to(CUDA), on_gpu(case.keys), on_gpu(case.values), recent=recent).cpu()
+    assert got[:4].isnan().all()  # the query heads of the first head of keys
+    assert got[4:].isfinite().all()
+
+
 def test_damage_is_told_and_no_number() -> None:
     case = Case(recent=0)
     data = bytearray(case.values)

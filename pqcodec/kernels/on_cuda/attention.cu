@@ -1,6 +1,6 @@
 // Law: attention straight from quads (SPEC 8): softmax(q K^T) V over encoded keys and values, which are never decoded to memory.
 //
-// Keys are not rotated back: a query is rotated once, and the weighted sum of values is rotated back once (prepare, combine). A
+// Keys are not rotated back: a query is rotated once, and the weighted sum of values is rotated back once. A
 // row of K or V is a radius times points of the table with signs, so a quad is one look-up of four float16 numbers, which are an
 // operand of mma as they are.
 //
@@ -445,7 +445,7 @@ INLINE void add_exact(const ExactRows& rows, int behind, int warp, int lane, con
             for (int k = 0; k < MINE; k++) sums[row][k] *= factor;
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const float weight = scores[i] > NOTHING ? exp2_of(scores[i] - larger) : 0.0f;
+                const float weight = scores[i] != NOTHING ? exp2_of(scores[i] - larger) : 0.0f;  // NaN stays NaN
                 total[row] += weight;
 #pragma unroll
                 for (int k = 0; k < MINE; k++) sums[row][k] = fmaf(weight, values[i][k], sums[row][k]);
