@@ -221,6 +221,6 @@ ZARR_TOKENS_PER_CHUNK = 4096  # of arrays that save_zarr writes, unless it is to
 
 # -- Chunks of serving engines (SPEC IV.6) -----------------------------------------------------------------------
 CHUNK_MAGIC = b"PQCH"
-CHUNK_VERSION = 1
+CHUNK_VERSION = 2
 CHUNK_NAME_BYTES = 20  # of the SHA-256 of an object's name
-CHUNK_STRUCT = struct.Struct("<4sIQQ20sI")  # magic, version, end of the keys' stream, size, name, checksum of all before
+CHUNK_STRUCT = struct.Struct("<4sIQI20sII")  # magic, version, size, streams, name, seal, checksum of all before

@@ -1,8 +1,10 @@
 """Law: a chunk of a serving engine's cache (keys and values of some tokens of all layers, one tensor) as bytes of a fixed size.
 
 How a chunk lies is said, or follows from its shape together with the size and number of its KV heads; what fits no layout is
-refused. Its bytes (SPEC IV.6) are a head, a stream of keys and one of values, both [layers, heads, tokens, head_dim]: they do
-not depend on the layout, and their number depends on shape, dtype and options only. The head names the object whose they are.
+refused. Its bytes (SPEC IV.6) are a head and streams, of keys and then of values [layers, heads, tokens, head_dim], each of
+one or several layers: they do not depend on the layout, and their number depends on shape, dtype and options only. So layers
+share a preset's bits (``policy.rates``), as a sample of the chunk's own tokens tells; what they leave is filled with zeros. The
+head names the object whose they are, and seals the streams: nothing of another chunk stands among them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,14 +23,16 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
 from pqcodec.formats.engines.model_config import config_rope, heads_of, read_config
+from pqcodec.formats.plain import numbers
 from pqcodec.formats.plain.documents import natural
-from pqcodec.formats.policy.recipe import EXACT_TOKENS
+from pqcodec.formats.policy import rates
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.header import DTYPE_NAMES
-from pqcodec.stream.source import source_of
+from pqcodec.stream.header import DTYPE_NAMES, Header, header_size
+from pqcodec.stream.seal import order_seal
+from pqcodec.stream.source import MemorySource
 
 # The dimensions behind "tokens" are one. LMCache has the first where it copies from the engine, the second where that sends.
 CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")
@@ -34,6 +40,9 @@ _ORDER = ("2", "layers", "heads", "tokens", "dim")
 _OPTIONS = ("preset", "model", "head_dim", "kv_heads", "rope", "layout", "exact_tokens")
 _ROPE = ("theta", "dim", "style", "frequencies")
 _WARM_TOKENS = 80
+_EXACT_TOKENS = 3  # of few chunks the first tokens are sinks; with three, one of 256 tokens has a fifth of its bytes at pq3
+_SAMPLE = 16  # tokens that tell how the layers of a chunk share its bits
+Run = tuple[slice, str]  # layers that follow each other, and the preset of their stream
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class ChunkCodec:
     preset: str = "pq4"
     rope: Rope | None = None
     layout: str | None = None
-    exact_tokens: int = EXACT_TOKENS
+    exact_tokens: int = _EXACT_TOKENS
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -67,7 +76,8 @@ class ChunkCodec:
                 raise InvalidArgument(f"{name} is {getattr(self, name)!r}; a whole number from 1 on is expected")
         if self.layout is not None and self.layout not in CHUNK_LAYOUTS:
             raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, CHUNK_LAYOUTS))}")
-        self.stream_bytes((1, self.kv_heads, 1, self.head_dim), "float16")
+        for options in self._options(self.preset):
+            options.header((1, self.kv_heads, 1, self.head_dim), c.DTYPE_FLOAT16)
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> ChunkCodec:
@@ -78,7 +88,7 @@ class ChunkCodec:
 
         >>> chunks = ChunkCodec.from_json({"preset": "pq3", "head_dim": 128, "kv_heads": 8, "rope": {"theta": 500000}})
         >>> chunks.rope.theta, chunks.size((1, 32, 256, 8 * 2 * 128), "bfloat16")
-        (500000, 6794740)
+        (500000, 6702640)
         """
         refuse_unknown("option", options, _OPTIONS)
         known = dict(options)
@@ -100,26 +110,48 @@ class ChunkCodec:
     # -- sizes -----------------------------------------------------------------------------------------------------
     def size(self, shape: Sequence[int], dtype: Any) -> int:
         """Bytes of every chunk of a shape and a dtype (torch's, or its name); raises InvalidArgument for what is no chunk."""
-        return self._ends(shape, dtype)[1]
-
-    def stream_bytes(self, shape: tuple[int, ...], dtype: str) -> list[int]:
-        """Bytes of the streams of keys and of values [layers, heads, tokens, head_dim]; raises InvalidArgument."""
-        code = {name: code for code, name in DTYPE_NAMES.items()}[dtype]
-        return [options.header(shape, code).stream_bytes for options in self._options()]
-
-    def _ends(self, shape: Sequence[int], dtype: Any) -> list[int]:
-        """Where the streams of keys and of values end in a chunk's bytes."""
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPE_NAMES.values():
             raise InvalidArgument(f"a chunk holds {name}; only {', '.join(DTYPE_NAMES.values())} can be encoded")
         sizes = self._sizes(shape)
-        keys, values = self.stream_bytes(tuple(sizes[each] for each in _ORDER[1:]), name)
-        return [c.CHUNK_STRUCT.size + keys, aligned(c.CHUNK_STRUCT.size + keys) + values]
+        lying = tuple(sizes[each] for each in _ORDER[1:])
+        if not rates.shares(self.preset, lying[0]):
+            return self._bytes([[(slice(0, lying[0]), self.preset)]] * 2, lying, name)
+        return self._bytes([[(slice(0, 1), self.preset)] * lying[0]] * 2, lying, name)
 
-    def _options(self) -> list[EncodeOptions]:
+    def _bytes(self, runs: Sequence[Sequence[Run]], lying: tuple[int, ...], dtype: str) -> int:
+        """Bytes of a head and of streams of runs of keys and of values; ``lying``: layers, heads, tokens, head_dim."""
+        code = {name: code for code, name in DTYPE_NAMES.items()}[dtype]
+
+        @lru_cache
+        def stream(role: int, layers: int, preset: str) -> int:
+            return aligned(self._options(preset)[role].header((layers, *lying[1:]), code).stream_bytes)
+
+        return c.CHUNK_STRUCT.size + sum(
+            stream(role, layers.stop - layers.start, preset) for role, each in enumerate(runs) for layers, preset in each
+        )
+
+    def _options(self, preset: str) -> tuple[EncodeOptions, EncodeOptions]:
         center = "rope" if self.rope else "mean"
-        keys = EncodeOptions(self.preset, center=center, rope=self.rope, exact_tokens=self.exact_tokens)
-        return [keys, EncodeOptions(self.preset, exact_tokens=self.exact_tokens)]
+        keys = EncodeOptions(preset, center=center, rope=self.rope, exact_tokens=self.exact_tokens)
+        return keys, EncodeOptions(preset, exact_tokens=self.exact_tokens)
+
+    def _runs(self, pair: Sequence[Any], size: int, dtype: str) -> list[list[Run]]:
+        """The runs of keys and of values: layers share the bits of the preset where their streams do not become more bytes."""
+        layers, _, tokens, _ = lying = tuple(pair[0].shape)
+        whole = [[(slice(0, layers), self.preset)]] * 2
+        if not rates.shares(self.preset, layers):
+            return whole
+        first = min(self.exact_tokens, max(tokens - 1, 0))
+        step = max((tokens - first) // _SAMPLE, 1)
+        keys, values = (numbers.on_cpu(x[:, :, first::step]) for x in pair)
+        energies = {
+            layer: (rates.energy_of(keys[layer], first, step, rope=self.rope), rates.energy_of(values[layer], first, step))
+            for layer in range(layers)
+        }
+        chosen = rates.share(self.preset, energies)
+        runs = [_runs_of([presets[role] for presets in chosen.values()]) for role in range(2)]
+        return runs if self._bytes(runs, lying, dtype) <= size else whole
 
     # -- layouts ---------------------------------------------------------------------------------------------------
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
@@ -149,12 +181,16 @@ class ChunkCodec:
     # -- bytes -----------------------------------------------------------------------------------------------------
     def encode(self, x: Any, name: bytes) -> np.ndarray:
         """A chunk as bytes, uint8 [size], for the object that ``name`` names. Raises InvalidArgument and NonFiniteInput."""
-        keys_end, end = self._ends(x.shape, x.dtype)
-        data = np.zeros(end, np.uint8)
-        places = ((c.CHUNK_STRUCT.size, keys_end), (aligned(keys_end), end))
-        for one, options, place in zip(self._pair(x), self._options(), places, strict=True):
-            data[slice(*place)] = np.frombuffer(codec.encode_by(options, one, self.backend)[1], np.uint8)
-        data[: c.CHUNK_STRUCT.size] = np.frombuffer(_head(keys_end, end, name), np.uint8)
+        size, pair = self.size(x.shape, x.dtype), self._pair(x)
+        data, at = np.zeros(size, np.uint8), c.CHUNK_STRUCT.size
+        seals = []
+        for role, runs in enumerate(self._runs(pair, size, str(x.dtype).removeprefix("torch."))):
+            for layers, preset in runs:
+                header, stream = codec.encode_by(self._options(preset)[role], pair[role][layers], self.backend)
+                data[at : at + len(stream)] = np.frombuffer(stream, np.uint8)
+                seals.append(order_seal(MemorySource(stream, header)))
+                at = aligned(at + len(stream))
+        data[: c.CHUNK_STRUCT.size] = np.frombuffer(_head(size, seals, name), np.uint8)
         return data
 
     def decode(self, data: np.ndarray, out: Any, name: bytes) -> None:
@@ -163,10 +199,29 @@ class ChunkCodec:
         Raises CorruptStream for bytes that are damaged, foreign or of another object, UnsupportedStream for a version that this
         release does not know, and InvalidArgument for those of another shape or dtype than ``out``'s, or of other options.
         """
-        keys_end, end = self._ends(out.shape, out.dtype)
-        _check_head(data, keys_end, end, name)
-        streams = [source_of(part) for part in (data[c.CHUNK_STRUCT.size : keys_end], data[aligned(keys_end) : end])]
-        codec.decode_together(streams, self._pair(out), [0, 0], self.backend)
+        size = self.size(out.shape, out.dtype)
+        count, seal = _checked_head(data, size, name)
+        streams, outs, at, filled = [], [], c.CHUNK_STRUCT.size, False
+        for x in self._pair(out):
+            layer = 0
+            while layer < len(x):
+                fixed = data[at : at + c.HEADER_STRUCT.size].tobytes()
+                h = Header.from_bytes(data[at : at + header_size(fixed)].tobytes())
+                if at + h.stream_bytes > size:
+                    raise CorruptStream(f"a chunk's stream at byte {at} has {h.stream_bytes} bytes, which go beyond its {size}")
+                if len(h.shape) != x.ndim or not 0 < h.shape[0] <= len(x) - layer:
+                    wanted = (len(x) - layer, *x.shape[1:])
+                    raise InvalidArgument(f"a chunk's stream at byte {at} has shape {h.shape}; at most {wanted} is expected")
+                streams.append(MemorySource(data[at : at + h.stream_bytes], h))
+                outs.append(x[layer : layer + h.shape[0]])
+                layer += h.shape[0]
+                end, at = at + h.stream_bytes, aligned(at + h.stream_bytes)
+                filled |= bool(data[end:at].any())
+        if filled or data[at:].any():
+            raise CorruptStream("between or behind a chunk's streams are bytes that are not 0")
+        if len(streams) != count or _seal([order_seal(stream) for stream in streams]) != seal:
+            raise CorruptStream("a chunk's streams are not those that were written together (its seal does not hold)")
+        codec.decode_together(streams, outs, [0] * count, self.backend)
 
     def warm(self) -> None:
         """Compile the kernels that chunks take, so that the first one does not wait: up to a minute where none are on disk."""
@@ -179,30 +234,50 @@ class ChunkCodec:
 
 
 # -- the head ------------------------------------------------------------------------------------------------------
-def _head(keys_end: int, end: int, name: bytes) -> bytes:
+def _head(size: int, seals: Sequence[int], name: bytes) -> bytes:
     digest = hashlib.sha256(name).digest()[: c.CHUNK_NAME_BYTES]
-    fields = (c.CHUNK_MAGIC, c.CHUNK_VERSION, keys_end, end, digest)
+    fields = (c.CHUNK_MAGIC, c.CHUNK_VERSION, size, len(seals), digest, _seal(seals))
     return c.CHUNK_STRUCT.pack(*fields, checksum(c.CHUNK_STRUCT.pack(*fields, 0)[: -c.CHECKSUM_BYTES]))
 
 
-def _check_head(data: np.ndarray, keys_end: int, end: int, name: bytes) -> None:
-    """Raises CorruptStream or UnsupportedStream unless ``data`` begins with the head of such a chunk and is as long."""
-    wanted, found = _head(keys_end, end, name), data[: c.CHUNK_STRUCT.size].tobytes()
-    if len(found) < len(wanted):
-        raise TruncatedStream(f"a chunk of {data.nbytes} bytes has no room for its head of {len(wanted)}")
-    magic, version, *ends, named, own = c.CHUNK_STRUCT.unpack(found)
+def _seal(seals: Sequence[int]) -> int:
+    """The checksum of the streams' order seals."""
+    return checksum(np.array(seals, "<u4").view(np.uint8))
+
+
+def _checked_head(data: np.ndarray, size: int, name: bytes) -> tuple[int, int]:
+    """The number of streams, and their seal; raises CorruptStream, UnsupportedStream or InvalidArgument for another head."""
+    found = data[: c.CHUNK_STRUCT.size].tobytes()
+    if len(found) < c.CHUNK_STRUCT.size:
+        raise TruncatedStream(f"a chunk of {data.nbytes} bytes has no room for its head of {c.CHUNK_STRUCT.size}")
+    magic, version, end, count, named, seal, own = c.CHUNK_STRUCT.unpack(found)
     if magic != c.CHUNK_MAGIC:
         raise CorruptStream(f"a chunk begins with {magic!r}, not {c.CHUNK_MAGIC!r}: pqcodec did not write it")
     if own != checksum(found[: -c.CHECKSUM_BYTES]):
         raise CorruptStream("the checksum of a chunk's head does not hold")
     if version != c.CHUNK_VERSION:
         raise UnsupportedStream(f"a chunk has version {version}, this release reads {c.CHUNK_VERSION}")
-    if ends != [keys_end, end]:
-        raise InvalidArgument(f"a chunk's streams end at bytes {ends}, not {[keys_end, end]}: it was encoded by other options")
-    if found != wanted:
+    if end != size:
+        raise InvalidArgument(f"a chunk has {end} bytes, not {size}: it was encoded by other options")
+    if named != hashlib.sha256(name).digest()[: c.CHUNK_NAME_BYTES]:
         raise CorruptStream(f"a chunk is of another object, whose name's digest is {named.hex()}")
-    if data.nbytes != end:
-        raise (TruncatedStream if data.nbytes < end else CorruptStream)(f"a chunk of {end} bytes has {data.nbytes}")
+    if data.nbytes != size:
+        raise (TruncatedStream if data.nbytes < size else CorruptStream)(f"a chunk of {size} bytes has {data.nbytes}")
+    return count, seal
+
+
+def _runs_of(presets: Sequence[str]) -> list[Run]:
+    """Neighbouring layers of one preset, together.
+
+    >>> _runs_of(["pq3", "pq3", "pq4"])
+    [(slice(0, 2, None), 'pq3'), (slice(2, 3, None), 'pq4')]
+    """
+    runs, first = [], 0
+    for preset, layers in groupby(presets):
+        last = first + len(list(layers))
+        runs.append((slice(first, last), preset))
+        first = last
+    return runs
 
 
 # -- options -------------------------------------------------------------------------------------------------------
