@@ -116,8 +116,8 @@ class _Cut:
 class Proxy:
     """Passes connections on to a server; ``cut`` breaks some of them. To be used through ``proxy``."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    def __init__(self, target: tuple[str, int], patience: float = PATIENCE) -> None:
+        self._target, self._patience = target, patience
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -162,15 +162,15 @@ class Proxy:
     def _pass_on(self, client: socket.socket) -> None:
         exchange = Exchange()
         self.exchanges.append(exchange)
-        with client, suppress(OSError), socket.create_connection(self._target, PATIENCE) as server:
+        with client, suppress(OSError), socket.create_connection(self._target, self._patience) as server:
             for end in (client, server):
-                end.settimeout(PATIENCE)
+                end.settimeout(self._patience)
             self._shuttle(exchange, client, server)
 
     def _shuttle(self, exchange: Exchange, client: socket.socket, server: socket.socket) -> None:
         plan: _Cut | None = None
         while not self._ends.is_set():
-            ready, _, _ = select.select([client, server], [], [], PATIENCE)
+            ready, _, _ = select.select([client, server], [], [], self._patience)
             for end in ready:
                 data = end.recv(1 << 16)
                 if not data:
@@ -207,9 +207,9 @@ class Proxy:
 
 
 @contextmanager
-def proxy(target: tuple[str, int]) -> Iterator[Proxy]:
-    """A proxy on loopback before a server."""
-    made = Proxy(target)
+def proxy(target: tuple[str, int], patience: float = PATIENCE) -> Iterator[Proxy]:
+    """A proxy on loopback before a server; ``patience``: seconds that a connection may be silent."""
+    made = Proxy(target, patience)
     thread = threading.Thread(target=made.serve, daemon=True)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import threading
 from typing import Any
@@ -177,6 +178,32 @@ def test_a_wrong_configuration_ends_the_start(tmp_path: Any, options: dict[str, 
     with pytest.raises(ValueError, match=words):
         create_serde_processor(SerdeConfig("pqcodec", options))
     adapter.close()
+
+
+def test_a_model_of_latent_attention_ends_the_start(tmp_path: Any) -> None:
+    adapter, config = made(tmp_path / "objects"), tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "deepseek_v3", "num_attention_heads": 8, "kv_lora_rank": 512}))
+    with pytest.raises(ValueError, match="its chunks hold no keys and values of heads"):
+        create_serde_processor(SerdeConfig("pqcodec", {"model": str(config)}))
+    adapter.close()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "words"),
+    [
+        ([SHAPES[0]], torch.float8_e4m3fn, "a chunk holds float8_e4m3fn; only float16, bfloat16, float32"),
+        ([SHAPES[0]], torch.uint8, "a chunk holds uint8; only"),
+        ([(1, 3, 20, 576)], torch.bfloat16, r"a chunk has shape \(1, 3, 20, 576\), which is not"),  # latents of MLA
+        ([SHAPES[0], SHAPES[1]], torch.bfloat16, "an object holds 2 tensors"),
+    ],
+    ids=["fp8", "packed", "latents", "several"],
+)
+def test_objects_that_hold_something_else_are_refused_by_name_before_they_are_stored(
+    chunks: ChunkCodec, shapes: list[tuple[int, ...]], dtype: torch.dtype, words: str
+) -> None:
+    layout = MemoryLayoutDesc([torch.Size(shape) for shape in shapes], [dtype] * len(shapes))
+    with pytest.raises(InvalidArgument, match=words):
+        plug_in.PQSerializer(chunks).estimate_serialized_size(layout)
 
 
 def test_an_adapter_without_a_type_is_refused(tmp_path: Any) -> None:

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pqcodec.formats.engines.chunks import ChunkCodec
-
 pytest.importorskip("lmcache.v1.distributed.serde")
-MANAGER = Path(__file__).with_name("lmcache_manager.py")
-SHAPE, COUNT = (1, 3, 128, 2 * 2 * 64), 5
-SERDE = {"type": "pqcodec", "head_dim": 64, "kv_heads": 2, "rope": {"theta": 10000}}
-CODEC = ChunkCodec.from_json({name: value for name, value in SERDE.items() if name != "type"})
-ENVIRONMENT = os.environ | {"LMCACHE_TRACK_USAGE": "false", "HF_HUB_OFFLINE": "1"}
+from lmcache_processes import CODEC, COUNT, ENVIRONMENT, SERDE, SHAPE, listens, manager, plug_in, server
 
 
 def adapter_of(folder: Path, **options: Any) -> str:
-    return json.dumps(
-        {
-            "type": "plugin",
-            "module_path": "pqcodec.formats.engines.lmcache",
-            "class_name": "PQCodecL2Adapter",
-            "adapter_params": {"type": "fs", "base_path": str(folder)},
-            "serde": {**SERDE, **options},
-        }
-    )
-
-
-def manager(verb: str, adapter: str, expected: int = 0) -> dict[str, Any]:
-    """What a process printed that stored or loaded, and ended."""
-    command = [sys.executable, str(MANAGER), verb, adapter, json.dumps(SHAPE), str(COUNT), str(expected)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return plug_in({"type": "fs", "base_path": str(folder)}, SERDE | options)
 
 
 def test_what_was_stored_is_found_after_a_restart_and_damage_is_a_miss_until_it_is_stored_anew(tmp_path: Path) -> None:
@@ -72,36 +45,6 @@ def test_what_another_preset_wrote_is_a_miss(tmp_path: Path) -> None:
 
 
 # -- the server ----------------------------------------------------------------------------------------------------
-@contextmanager
-def server(adapter: str, log: Path) -> Iterator[tuple[int, int]]:
-    """LMCache's server on loopback, ready: its port for engines and the one for HTTP."""
-    ports = free_port(), free_port()
-    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", "127.0.0.1", "--http-host", "127.0.0.1"]
-    command += ["--port", str(ports[0]), "--http-port", str(ports[1]), "--chunk-size", "128", "--l1-size-gb", "1"]
-    command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "auto", "--l2-adapter", adapter]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-    try:
-        end = time.monotonic() + 180
-        while not all(map(listens, ports)) and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.2)
-        yield ports
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
-
-
 def engine(ports: tuple[int, int], spec: str) -> str:
     """What LMCache's own client prints that stores and retrieves as an engine with such a cache does."""
     command = [
