@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,16 +353,20 @@ def test_another_rope_reads_what_one_wrote(encoded: np.ndarray) -> None:
     assert (a == b).all()
 
 
-def test_warm_compiles_what_chunks_take() -> None:
+@pytest.mark.parametrize("preset", ["pq3", "quad3"])
+def test_warm_compiles_what_chunks_take(preset: str) -> None:
+    """Also where a layer of quads gets a rate that only split coding has."""
     pytest.importorskip("numba")
-    from pqcodec.kernels.cpu import blocks, sides
-
-    chunks = codec_of(rope=pqcodec.Rope(), backend="cpu")
+    chunks = codec_of(rope=pqcodec.Rope(), preset=preset, backend="cpu")
     chunks.warm()
-    kernels = blocks.encode_stream_blocks, blocks.decode_stream_blocks, sides.sum_tokens
+    ours = [module for name, module in sys.modules.items() if name.startswith("pqcodec.kernels.cpu")]
+    kernels = [found for module in ours for found in vars(module).values() if hasattr(found, "nopython_signatures")]
     before = [len(kernel.signatures) for kernel in kernels]
+    assert sum(before) > 5
+    pair = gaussian(2, 8, HEADS, 128, DIM)
+    pair[0, 3] *= 1000
     for dtype in TORCH_DTYPES:
         for layout in CHUNK_LAYOUTS:
-            x = chunk_of(layout, gaussian(2, 4, HEADS, 128, DIM)).to(dtype)
+            x = chunk_of(layout, pair).to(dtype)
             chunks.decode(chunks.encode(x, NAME), x, NAME)
     assert [len(kernel.signatures) for kernel in kernels] == before

@@ -21,6 +21,7 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec import constants as c
+from pqcodec.codings.presets import PRESETS
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
 from pqcodec.formats.engines.model_config import config_rope, heads_of, read_config
 from pqcodec.formats.plain import numbers
@@ -227,10 +228,16 @@ class ChunkCodec:
         """Compile the kernels that chunks take, so that the first one does not wait: up to a minute where none are on disk."""
         import torch
 
-        chunks, tokens = replace(self, layout=None), self.exact_tokens + _WARM_TOKENS
-        for dtype in DTYPE_NAMES.values():
-            x = torch.ones(1, 1, tokens, self.kv_heads * 2 * self.head_dim, dtype=getattr(torch, dtype))
-            chunks.decode(chunks.encode(x, b""), x, b"")
+        tokens = self.exact_tokens + _WARM_TOKENS
+        for preset in {PRESETS[name].coding: name for name in (*self._shared_presets(), self.preset)}.values():
+            chunks = replace(self, layout=None, preset=preset)
+            for dtype in DTYPE_NAMES.values():
+                x = torch.ones(1, 1, tokens, self.kv_heads * 2 * self.head_dim, dtype=getattr(torch, dtype))
+                chunks.decode(chunks.encode(x, b""), x, b"")
+
+    def _shared_presets(self) -> Sequence[str]:
+        """The presets that layers may get where they share this one's bits."""
+        return rates.presets_beside(self.preset) if self.preset in rates.SHARED else ()
 
 
 # -- the head ------------------------------------------------------------------------------------------------------

@@ -152,6 +152,16 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
     return dict(zip(layers, zip(chosen[: len(layers)], chosen[len(layers) :], strict=True), strict=True))
 
 
+def presets_beside(preset: str) -> tuple[str, ...]:
+    """The presets that tensors may get which share a preset's bits, the lowest rate first.
+
+    >>> presets_beside("quad3")[-2:]
+    ('pq5', 'pq6')
+    """
+    names = _names(preset)
+    return tuple(names[rate] for rate in sorted(names))
+
+
 def _names(preset: str) -> dict[float, str]:
     """The presets that tensors may get, by their rates: those of the preset's coding; above quads' rates split's."""
     own = {other.rate: name for name, other in PRESETS.items() if other.coding == PRESETS[preset].coding}

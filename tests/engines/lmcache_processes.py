@@ -55,7 +55,7 @@ def server(
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600  # where kernels are compiled on a busy machine
         while not all(map(listens, ports)) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.2)
         yield ports
