@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 LMCACHE = lmcache==0.5.6
 
-.PHONY: demo test test-engines test-faults test-matrix kernels check bench fidelity golden wheel clean
+.PHONY: demo test test-engines test-faults test-matrix kernels check bench bench-lmcache fidelity golden wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,13 @@ test-engines: $(VENV)-lmcache/installed  ## LMCache itself, in an environment of
 
 test-faults: $(VENV)-lmcache/installed  ## 10,000 stores through LMCache, two thirds of them damaged: nothing wrong is found, nothing is lost
 	$(VENV)-lmcache/bin/python tests/engines/lmcache_faults.py --stores 10000 --seed 1
+
+$(VENV)-lmcache/bench-installed: $(VENV)-lmcache/installed
+	$(VENV)-lmcache/bin/pip install --quiet --editable '.[demo]' lmcache-turbo-quant-serde==0.1.0
+	touch $@
+
+bench-lmcache: $(VENV)-lmcache/bench-installed  ## LMCache with our serde and with its own: bytes, times, what a model loses
+	$(VENV)-lmcache/bin/python -m benchmarks.lmcache_serdes
 
 check: $(VENV)/installed  ## lint, format, types
 	$(BIN)/ruff check .

@@ -53,6 +53,11 @@ def accelerator() -> dict[str, Any]:
     }
 
 
+def versions(*packages: str) -> dict[str, str | None]:
+    """The versions of distributions that a benchmark compares, None for what is not installed."""
+    return {package: _version(package) for package in packages}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
