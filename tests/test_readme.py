@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import DEVICE, rel_mse
 
+from benchmarks.fleet import PAGE, with_tables
 from benchmarks.readme import ROOT, with_figures
 from pqcodec.formats import PrefixStore
 
@@ -18,6 +19,11 @@ from pqcodec.formats import PrefixStore
 def test_the_figures_are_those_of_the_result_files() -> None:
     readme = (ROOT / "README.md").read_text()
     assert with_figures(readme) == readme, "run python -m benchmarks.readme"
+
+
+def test_the_tables_for_fleets_are_those_of_the_sizes_and_the_result_files() -> None:
+    page = PAGE.read_text()
+    assert with_tables(page) == page, "run python -m benchmarks.fleet"
 
 
 def blocks() -> list[str]:
