@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 LMCACHE = lmcache==0.5.6
 
-.PHONY: demo test test-engines test-vllm test-faults test-matrix kernels check bench bench-lmcache fidelity golden wheel clean
+.PHONY: demo test test-engines test-vllm test-faults test-matrix kernels check docs bench bench-lmcache fidelity golden wheel dist clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +75,14 @@ check: $(VENV)/installed  ## lint, format, types
 	cp -r pqcodec build/types/ && cp -r formats tools build/types/pqcodec/
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p pqcodec
 
+$(VENV)-docs/installed: tools/docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --requirement tools/docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/installed  ## the site, in build/docs; it needs neither torch nor pqcodec installed, and fetches nothing
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict --config-file tools/docs/mkdocs.yml
+
 bench: $(VENV)/installed  ## the benchmarks that need no model and no GPU; tables, JSON and PNG under benchmarks/results
 	$(BIN)/python -m benchmarks.rate_distortion
 	$(BIN)/python -m benchmarks.cpu_speed
@@ -88,5 +96,11 @@ fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real mode
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
+dist: $(VENV)/installed  ## the wheel and the sdist of a release, and whether an index would take them
+	$(BIN)/pip install --quiet twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf build dist $(VENV) $(VENV)-lmcache $(VENV)-vllm
+	rm -rf build dist $(VENV) $(VENV)-lmcache $(VENV)-vllm $(VENV)-docs

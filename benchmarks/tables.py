@@ -1,0 +1,276 @@
+"""Law: the site's tables are drawn from benchmarks/results: ``python -m benchmarks.tables`` prints them as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.readme import MAIN_PIECE, MODELS, TEXTS, gpu_speeds, result
+
+Row = dict[str, Any]
+Cell = Callable[[Row], object]
+MARK = re.compile(r"^<!-- table: ([\w-]+) -->$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows out of one result file, or several of one kind, and a cell of each for every heading."""
+
+    files: Sequence[str]
+    rows: Callable[[Row], Sequence[Row]]
+    columns: dict[str, Cell]
+    chart: str = ""
+
+    def markdown(self) -> str:
+        """The table, its chart, and below it the machines, commands and files."""
+        found = {name: result(name) for name in self.files}
+        lines = [_line(self.columns), _line("---" if i == 0 else "---:" for i in range(len(self.columns)))]
+        lines += [_line(cell(row) for cell in self.columns.values()) for one in found.values() for row in self.rows(one)]
+        machines = dict.fromkeys(machine(one) for one in found.values())
+        below = [f"Machine: {'; '.join(machines)}.", "", "Command:" if len(found) == 1 else "Commands:", ""]
+        below += [f"- `{one['command']}`: `benchmarks/results/{name}.json`" for name, one in found.items()]
+        chart = [f"![{self.chart}](results/{self.chart}.png)", ""] if self.chart else []
+        return "\n".join([*lines, "", *chart, *below])
+
+
+def machine(found: Row) -> str:
+    """Where and when a file was measured; a GPU's name first."""
+    at = found.get("environment", {})
+    processor, cores = at.get("processor", found.get("machine")), at.get("cores", found.get("cores"))
+    gpu = found.get("accelerator") or (found["device"] if "NVIDIA" in found.get("device", "") else "")
+    day = f", {found['date']}" if "date" in found else ""
+    return f"{gpu + ', ' if gpu else ''}{processor}, {cores} cores{day}"
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
+
+
+def number(key: str, form: str = ".2f") -> Cell:
+    """A cell: what lies under a dotted key, in a format; empty where it was not measured."""
+
+    def cell(row: Row) -> str:
+        found: Any = row
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return "" if found is None else format(found, form)
+
+    return cell
+
+
+def text(key: str) -> Cell:
+    """A cell: what lies under a key, as it is."""
+    return lambda row: row.get(key, "")
+
+
+def _caches(found: Row) -> list[Row]:
+    """One row of a file of fidelity: each cache's divergence, and some over others'."""
+    kl = {row["name"]: row["kl"] for row in found["caches"]}
+    return [found | {"kl": kl, "over": {pair.replace(".", "_"): one["kl_ratio"] for pair, one in found["ratios"].items()}}]
+
+
+def _kl(cache: str) -> Cell:
+    return lambda row: format(row["kl"][cache], ".4f") if cache in row["kl"] else ""
+
+
+def _named_rows(found: Row) -> list[Row]:
+    return [{"name": name, **row} for name, row in found["rows"].items() if "missing" not in row]
+
+
+def _main_piece(found: Row) -> list[Row]:
+    """The row of a HostPool's own size of a piece, with the preset."""
+    return [{"preset": found["preset"], **row} for row in found["speed"] if row["piece_mib"] == MAIN_PIECE]
+
+
+def _microseconds(name: str) -> Cell:
+    return number(f"microseconds.{name}", ".0f")
+
+
+GPU_SPEEDS: dict[str, Cell] = {
+    "preset": text("preset"),
+    "encode, GB/s": number("encode_gb_s", ".0f"),
+    "decode, GB/s": number("decode_gb_s", ".0f"),
+    "encode, share of a device copy": number("encode_ratio"),
+    "decode, share of a device copy": number("decode_ratio"),
+}
+RELOADS: dict[str, Cell] = {
+    "tokens": number("tokens", ","),
+    "computing the prefix, s": number("prefill_s", ".3f"),
+    "loading it from a PrefixStore, s": number("store_load_s", ".3f"),
+    "times faster": number("prefill_over_store", ".1f"),
+    "time over raw safetensors": number("store_over_raw"),
+    "bytes over raw safetensors": number("bytes_over_raw"),
+}
+TABLES = {
+    "rate": Table(
+        ["rate_distortion"],
+        lambda found: found["gaussian"]["128"],
+        {
+            "preset": text("preset"),
+            "bits a coordinate": number("bits", "g"),
+            "relMSE": number("rel_mse", ".5f"),
+            "over Lloyd-Max and a norm of 16 bits, at equal bits": number("ratio"),
+        },
+        "rate_distortion",
+    ),
+    "fidelity": Table(
+        [f"fidelity.{file}.{name}" for file in MODELS.values() for name in TEXTS],
+        _caches,
+        {
+            "model": text("model"),
+            "text": lambda row: row["text"].removesuffix(".txt"),
+            **{cache: _kl(cache) for cache in ("pq2.5", "pq3", "pq4", "pq6")},
+            "pq3 over TurboQuant": number("over.pq3/turboquant3+cures"),
+            "pq4 over KIVI-4": number("over.pq4/kivi4"),
+            "pq2.5 over KIVI-2": number("over.pq2_5/kivi2"),
+        },
+    ),
+    "equal-bits": Table(
+        ["quads/equal_bits"],
+        lambda found: found["lines"],
+        {
+            "model": text("model"),
+            "text": lambda row: row["text"].removesuffix(".txt"),
+            "split coding": text("split"),
+            "effort of quads": text("effort"),
+            "bits a coordinate": number("bits"),
+            "KL of split coding": number("kl_split", ".4f"),
+            "KL of quads": number("kl_quads", ".4f"),
+            "quads over split": number("ratio"),
+        },
+    ),
+    "adversarial": Table(
+        ["adversarial"],
+        lambda found: [row for row in found["rows"] if row["head_dim"] == 128],
+        {
+            "preset": text("preset"),
+            "cases": number("cases", ","),
+            "relMSE of Gaussian vectors": number("nominal", ".5f"),
+            "worst case's mean over that": number("worst_mean"),
+        },
+    ),
+    "demo": Table(
+        ["demo"],
+        lambda found: found["presets"],
+        {
+            "preset": text("preset"),
+            "times smaller": number("ratio"),
+            "bits a coordinate": number("bits_per_coordinate"),
+            "next-token KL": number("kl", ".4f"),
+            "same first choice": number("top1", ".1%"),
+            "perplexity": number("ppl_change", "+.2%"),
+        },
+    ),
+    "cpu": Table(
+        ["cpu_speed"],
+        lambda found: [row for row in found["rows"] if row["threads"] == found["cores"] and not row["keys"]],
+        {
+            "preset": text("preset"),
+            "encode, GB/s": number("encode_gb_s"),
+            "decode, GB/s": number("decode_gb_s"),
+            "encode, share of np.copyto": number("encode_ratio"),
+            "decode, share of np.copyto": number("decode_ratio"),
+        },
+    ),
+    "gpu": Table(["gpu_speed"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS, "gpu_speed"),
+    "gpu-quads": Table(["quads/gpu_speed"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS),
+    "gpu-h200": Table(["quads/gpu_speed_h200"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS),
+    "attention-cpu": Table(
+        ["attention_cpu"],
+        lambda found: found["rows"],
+        {
+            "preset": text("preset"),
+            "tokens": number("tokens", ","),
+            "heads, of keys": lambda row: f"{row['q_heads']}, {row['kv_heads']}",
+            "queries": text("queries"),
+            "RoPE centred": lambda row: "yes" if row["rope"] else "no",
+            "from codes, ms": number("codes_ms", ".1f"),
+            "times faster than decoding first": number("speedup"),
+            "times as fast as exact float32 tensors": number("to_uncompressed"),
+        },
+    ),
+    "attention-gpu": Table(
+        ["attention_gpu"],
+        lambda found: found["rows"],
+        {
+            "preset": text("preset"),
+            "sequences": text("batch"),
+            "tokens": number("tokens", ","),
+            "from codes, µs": _microseconds("codes"),
+            "decoded first, µs": _microseconds("decode_first"),
+            "exact, flash, µs": _microseconds("flash"),
+            "exact, cuDNN, µs": _microseconds("cudnn"),
+            "times as fast as the best exact one": number("speedup"),
+        },
+    ),
+    "files": Table(
+        ["io_speed"],
+        lambda found: found["rows"],
+        {
+            "file": text("name"),
+            "MB": lambda row: f"{row['bytes'] / 1e6:.0f}",
+            "save, s": number("save"),
+            "load, cold, s": number("cold"),
+            "load, warm, s": number("warm"),
+            "load, cold, over raw": number("cold_ratio"),
+        },
+        "io_speed",
+    ),
+    "prefixes": Table(["ttft"], lambda found: found["rows"], RELOADS, "ttft"),
+    "prefixes-gpu": Table(["ttft_gpu"], lambda found: found["rows"], RELOADS, "ttft_gpu"),
+    "shared": Table(
+        ["shared_store"],
+        lambda found: found["rows"],
+        {
+            "tokens": number("tokens", ","),
+            "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+            "get, index and files in a folder, s": number("get_s.local", ".3f"),
+            "get, index in Redis, s": number("get_s.shared", ".3f"),
+            "get, all in Redis, s": number("get_s.redis", ".3f"),
+        },
+    ),
+    "offload": Table(
+        ["offload_speed", "quads/offload_speed"],
+        _main_piece,
+        {
+            "preset": text("preset"),
+            "out, GB/s of tensors": number("out.pool_gb_s", ".0f"),
+            "back, GB/s of tensors": number("back.pool_gb_s", ".0f"),
+            "out, over pinned copies": number("out.ratio", ".1f"),
+            "back, over pinned copies": number("back.ratio", ".1f"),
+        },
+        "offload_speed",
+    ),
+    "context": Table(
+        ["long_context"],
+        _named_rows,
+        {
+            "cache": text("name"),
+            "tokens/s": number("tokens_per_s", ".1f"),
+            "GPU memory at its peak, GB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
+            "longest context, tokens": number("longest.tokens", ","),
+        },
+        "long_context",
+    ),
+}
+
+
+def charts() -> list[str]:
+    """The names of the pictures that the tables show, without their extension."""
+    return [table.chart for table in TABLES.values() if table.chart]
+
+
+def with_tables(page: str) -> str:
+    """A page with a table after each mark ``<!-- table: NAME -->``; raises KeyError for a name that there is not."""
+    return MARK.sub(lambda found: TABLES[found[1]].markdown(), page)
+
+
+def main() -> None:
+    for name, table in TABLES.items():
+        print(f"## {name}\n\n{table.markdown()}\n")
+
+
+if __name__ == "__main__":
+    main()
