@@ -48,12 +48,20 @@ def read_many(source: Source, ranges: Sequence[Range]) -> list[np.ndarray]:
 
 
 class MemorySource:
-    """A bytes-like object; reads are views. ``header`` and ``seal``: of the stream that it is, where they are known."""
+    """A bytes-like object; reads are views. ``header`` and ``seal``: of the stream that it is, where they are known.
+
+    Raises InvalidArgument where its bytes do not lie side by side.
+    """
 
     views = True
 
-    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray, header: Any = None, seal: int | None = None) -> None:
-        self._data = np.frombuffer(data, np.uint8)
+    def __init__(self, data: Any, header: Any = None, seal: int | None = None) -> None:
+        try:
+            self._data = np.frombuffer(data, np.uint8)
+        except (BufferError, ValueError) as error:
+            raise InvalidArgument(
+                f"a {type(data).__name__} whose bytes do not lie side by side ({error}); pass a copy"
+            ) from None
         self.size = self._data.size
         self.header, self.seal = header, seal
 
@@ -191,7 +199,7 @@ def source_of(data: object) -> Source:
     """A Source of a bytes-like object or a seekable binary file; a Source is given back as it is."""
     if isinstance(data, (MemorySource, FileSource)):
         return data
-    if isinstance(data, (bytes, bytearray, memoryview, np.ndarray)):
+    if isinstance(data, (bytes, bytearray, memoryview, np.ndarray, mmap.mmap)):
         return MemorySource(data)
     if hasattr(data, "seek") and hasattr(data, "read"):
         return FileSource(data)  # type: ignore[arg-type]
