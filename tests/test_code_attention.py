@@ -122,6 +122,34 @@ def test_generation_and_padding(attended: list[int]) -> None:
         attended.clear()
 
 
+def test_queries_that_need_gradients_are_given_tensors(attended: list[int]) -> None:
+    """As where queries alone are trained, on keys that are kept."""
+    model, ids = tiny("llama"), prompt(1, 60).cpu()
+    gradients = []
+    for implementation in ("sdpa", "pqcodec"):
+        model.set_attn_implementation(implementation)
+        cache = EncodedCache(model, preset="quad3", **SMALL)
+        read_on(model, cache, ids, [40])
+        weights = model.requires_grad_(False).model.layers[-1].self_attn.q_proj.weight.requires_grad_(True)
+        with torch.enable_grad():
+            read_on(model, cache, ids, [2]).square().sum().backward()
+        gradients.append(weights.grad)
+        weights.grad = None
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_attends_from_codes(attended: list[int]) -> None:
+    model, ids = tiny("llama, one layer"), prompt(1, 60).cpu()
+    ways = caches(model, preset="quad3")
+    check(both_ways(model, ways, ids, [40]))
+    compiled = torch.compile(model, backend="eager")
+    model.set_attn_implementation("sdpa")
+    decoded = read_on(model, ways[0], ids, [1])
+    model.set_attn_implementation("pqcodec")
+    check((decoded, read_on(compiled, ways[1], ids, [1])))
+    assert attended == [1]
+
+
 def test_other_uses_of_codes_raise() -> None:
     model, ids = tiny("llama"), prompt(1, 60).cpu()
     model.set_attn_implementation("pqcodec")

@@ -2,7 +2,7 @@
 
 With ``attn_implementation="pqcodec"`` a layer on the CPU gives attention no tensors but a ``CodedPart`` of its keys and one of
 its values. They can be read by ``attend_to_layer`` alone: every other use of them raises. A mask, or an option of a model, that
-attention from codes does not know makes it decode, and do what the model does with ``sdpa``.
+attention from codes does not know, and queries that need gradients, make it decode, and do what the model does with ``sdpa``.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def coded_parts(old: OnCPU, first: Pair, last: Pair) -> tuple[CodedPart, CodedPa
     return CodedPart(layer, 0), CodedPart(layer, 1)
 
 
+@torch.compiler.disable  # codes are no tensors: a compiled model breaks its graph here, as at ``EncodedLayer.update``
 def attend_to_layer(
     otherwise: Callable[..., Any],
     module: Any,
@@ -113,7 +114,8 @@ def attend_to_layer(
         kwargs["softcap"] = softcap
     if isinstance(key, CodedPart):
         layer, rows = key.layer, query.shape[2] * (query.shape[1] // key.shape[1])
-        known = not dropout and not any(kwargs.get(name) is not None for name in _NEEDS_TENSORS)
+        known = not dropout and not (torch.is_grad_enabled() and query.requires_grad)
+        known = known and not any(kwargs.get(name) is not None for name in _NEEDS_TENSORS)
         if known and rows <= _MOST_ROWS and layer.streams_follow and _sees_all(attention_mask, query.shape[2], layer.tokens):
             return _from_codes(layer, query, scaling, softcap), None
         key, value = layer.decode()
