@@ -9,6 +9,7 @@ from typing import Any
 from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch
 from pqcodec.errors import InvalidArgument
+from pqcodec.kernels.attention import checked_number, checked_softcap, checked_window
 from pqcodec.placed import Placed, current, lying, one_device
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.stream.report import Damage, damage_error
@@ -38,6 +39,7 @@ class AttendBatch:
     """
 
     why: str | None  # no kernel reads these codes; None where one does
+    leading: tuple[int, ...]  # dimensions before the tokens of the first stream of keys
 
     def __init__(
         self,
@@ -54,6 +56,12 @@ class AttendBatch:
     ) -> None:
         import torch
 
+        if any(not isinstance(side, (list, tuple)) for side in (keys, values)):
+            raise InvalidArgument(
+                f"keys, values: a {type(keys).__name__}, a {type(values).__name__}; lists of streams are expected"
+            )
+        if recent is not None and (not isinstance(recent, (list, tuple)) or len(recent) != 2):
+            raise InvalidArgument(f"recent is a {type(recent).__name__}; a pair of tensors, keys and values, is expected")
         device = one_device([query, *keys, *values, *(recent or ())])
         device_backend(backend, device)  # before streams are read
         if not keys or len(keys) != len(values) or query.ndim != 4 or len(query) != len(keys):
@@ -67,15 +75,13 @@ class AttendBatch:
         if dtype is None:
             raise InvalidArgument(f"queries are {query.dtype}; float16, bfloat16 or float32 is expected")
         _check_shapes(query, headers, recent)
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        cap = 0.0 if softcap is None else float(softcap)
-        if not math.isfinite(scale) or not math.isfinite(cap) or (softcap is not None and cap <= 0):
-            raise InvalidArgument(
-                f"scale {scale}, softcap {softcap}: a finite number, and a positive one or None, are expected"
-            )
-        if window is not None and window < 1:
-            raise InvalidArgument(f"window {window}: a positive number of tokens is expected")
-        self._query = query
+        scale = query.shape[-1] ** -0.5 if scale is None else checked_number("scale", scale)
+        cap, window = checked_softcap(softcap), checked_window(window)
+        if window is not None:
+            window = min(window, 1 << 62)  # so that torch takes it
+        if recent is not None and not recent[0].shape[-2]:
+            recent = None
+        self._query, self.leading = query, tuple(headers[0][0].shape[:-2])
         self.out = torch.empty((*query.shape[:-1], headers[0][1].head_dim), dtype=query.dtype, device=device)
         least = [_least(window, k, recent) for k, _ in headers]
         self.why = _why_not(query, headers, recent, window, least, backend)
@@ -251,6 +257,18 @@ class _Decoding:
             finite = larger.masked_fill(larger == -math.inf, 0.0)  # of rows that have seen nothing yet
             weights, shrunk = torch.exp(scores - finite), torch.exp(most - finite)
             total = total * shrunk + weights.sum(-1, keepdim=True)
-            sums = sums * shrunk + weights @ values
+            sums = sums * shrunk + weights @ values.nan_to_num(0.0, 0.0, 0.0) + _nonfinite(seen, values)
             most = larger
         return out.copy_((sums / total).reshape(out.shape))
+
+
+def _nonfinite(seen: Any, values: Any) -> Any:
+    """What NaN and Inf in values add to the rows that see them, seen [..., rows, tokens]: [..., rows, head_dim].
+
+    For other rows, too, their product with a weight of 0 would be NaN.
+    """
+    import torch
+
+    rows, nothing = seen.float(), values.isnan()
+    up, down = (torch.where(rows @ (nothing | (values == end)).float() > 0, math.inf, 0.0) for end in (math.inf, -math.inf))
+    return up - down  # NaN where there are both

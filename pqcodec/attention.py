@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,9 @@ from pqcodec.kernels.attention import (
     CodedTokens,
     ExactRows,
     Partial,
+    checked_number,
+    checked_softcap,
+    checked_window,
     decoded_rows,
     exact_part,
     exact_scores,
@@ -76,7 +78,8 @@ def scores(
     asked.check_damage()
     empty = np.zeros((*asked.queries.shape[:2], 0), asked.queries.dtype)
     whole = np.concatenate([empty, *found], -1)
-    return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
+    with np.errstate(over="ignore"):  # beyond float32: Inf
+        return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
 
 
 def attend(
@@ -107,9 +110,9 @@ def attend(
 
     On a GPU, ``AttendBatch`` says what there is; it is made for one call here.
 
-    The result has q's dtype and kind. Decoded numbers are not rounded to the streams' dtype in between. NaN and Inf in exact
-    vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument, BackendUnavailable
-    and what ``decode`` raises for a stream.
+    The result has q's dtype and kind, and no gradient. Decoded numbers are not rounded to the streams' dtype in between. NaN
+    and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument,
+    BackendUnavailable and what ``decode`` raises for a stream.
 
     >>> import numpy as np, pqcodec
     >>> rng = np.random.default_rng(0)
@@ -138,9 +141,9 @@ def attend(
         found += asked.attend_to(k, v, part, bounds - at + part[0])
         at += part[1] - part[0]
     asked.check_damage()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        out = merged(found).result()
-    return arrays.alike(q, out.reshape(asked.out_shape).astype(np.float32))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        out = merged(found).result().astype(np.float32)
+    return arrays.alike(q, out.reshape(asked.out_shape))
 
 
 def _attend_on_device(
@@ -171,9 +174,18 @@ def _attend_on_device(
         raise BackendUnavailable(
             f"attention to codes on a GPU does not know {', '.join(named) or 'such queries'}; pass q.cpu()"
         )
+    for name, x in (("q", q), ("keys", keys), ("values", values)):
+        if not is_torch(x):
+            raise InvalidArgument(
+                f"{name}: a {type(x).__name__}; attention to codes on a GPU takes tensors of torch that lie there"
+            )
     heads = math.prod(q.shape[:-2])
     one = None
     if recent is not None:
+        if not isinstance(recent, (tuple, list)) or len(recent) != 2 or any(not is_torch(x) or x.ndim < 3 for x in recent):
+            raise InvalidArgument(
+                "recent: a pair of tensors of torch, keys and values [..., kv_heads, n, head_dim], is expected"
+            )
         one = tuple(x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in recent)
     batch = AttendBatch(
         q.reshape(1, heads, *q.shape[-2:]).contiguous(),
@@ -186,7 +198,13 @@ def _attend_on_device(
         check=check,
         backend=backend,
     )
-    return batch.run().reshape(*q.shape[:-1], -1)
+    shapes = [batch.leading, *(tuple(x.shape[:-2]) for x in recent or ())]
+    if any(shape[:-1] != tuple(q.shape[:-3]) or shape != shapes[0] for shape in shapes):
+        raise InvalidArgument(
+            f"q {tuple(q.shape)} does not go with {' and '.join(map(str, shapes))} heads of keys and recent tokens: "
+            f"they are expected alike but for the last number"
+        )
+    return batch.run().reshape(*q.shape[:-1], batch.out.shape[-1])
 
 
 def _on_device_of(q: Any, stream: Any) -> Any:
@@ -272,14 +290,14 @@ class _Asked:
             raise InvalidArgument(f"{len(keys)} streams of keys and {len(values)} of values; as many are expected")
         kernel = backend_of(backend, "cpu", *(stream.header for stream in [*keys, *(values or [])]))
         exactly = np.float64 if kernel.name == "reference" else np.float32
-        factor = h.head_dim**-0.5 if scale is None else _number("scale", scale)
-        queries = (numbers * exactly(factor)).astype(exactly).reshape(h.leading, -1, h.head_dim) if numbers.size else numbers
-        if not numbers.size:
-            queries = np.zeros((h.leading, 0, h.head_dim), exactly)
-        if softcap is not None and _number("softcap", softcap) <= 0:
-            raise InvalidArgument(f"softcap {softcap} is no positive number; pass None for none")
+        factor = h.head_dim**-0.5 if scale is None else checked_number("scale", scale)
+        queries = np.zeros((h.leading, 0, h.head_dim), exactly)
+        if numbers.size:
+            with np.errstate(over="ignore", invalid="ignore"):
+                queries = (numbers * np.float64(factor)).astype(exactly).reshape(h.leading, -1, h.head_dim)
+        cap = checked_softcap(softcap)
         out_shape = (*numbers.shape[:-1], (values or keys)[0].header.head_dim)
-        return cls(queries, keys, values or [], out_shape, float(softcap or 0), bool(check), kernel, [])
+        return cls(queries, keys, values or [], out_shape, cap, bool(check), kernel, [])
 
     @property
     def streamed(self) -> int:
@@ -395,7 +413,8 @@ def _steps(streams: Sequence[_Stream], tokens: Bounds) -> Iterator[Bounds]:
         return
     step = tokens[1] - tokens[0]
     if not all(getattr(stream.source, "views", False) for stream in streams):
-        step = max(1, min(_READ_BYTES // (h.leading * h.row_bytes) // h.chunk_tokens * h.chunk_tokens for h in headers))
+        chunks = [max(_READ_BYTES // (h.leading * h.row_bytes * h.chunk_tokens), 1) * h.chunk_tokens for h in headers]
+        step = min(chunks)  # never less than a chunk: it would be read again for every step
     for low in range(tokens[0], tokens[1], step):
         yield low, min(low + step, tokens[1])
 
@@ -405,19 +424,12 @@ def _bounds(queries: int, heads: int, tokens: int, causal: bool, window: int | N
 
     ``heads``: of queries that share a head of keys.
     """
-    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
-        raise InvalidArgument(f"window {window!r}: a whole number of at least 1 is expected, or None")
+    window = checked_window(window)
     if not tokens:
         raise InvalidArgument("there is no token to attend to: neither coded, first nor recent ones")
     if queries > tokens and (causal or window):
         raise InvalidArgument(f"{queries} queries stand at the end of {tokens} tokens; the first would see none")
     own = tokens - queries + np.arange(queries)  # each query's own token
     high = own + 1 if causal else np.full(queries, tokens)
-    low = np.maximum(own - int(window) + 1, 0) if window else np.zeros(queries, np.int64)
+    low = np.maximum(own - min(window, tokens) + 1, 0) if window else np.zeros(queries, np.int64)
     return np.tile(np.stack([low, high], 1), (heads, 1))
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise InvalidArgument(f"{name} {value!r} is no finite number")
-    return float(value)

@@ -83,6 +83,36 @@ def test_codings_and_exact_vectors_agree_with_the_cpu(preset: str, dtype: torch.
     assert error <= (2e-3 if dtype == torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_of_those_who_see_them(number: float) -> None:
+    """Also where a shorter sequence's room still holds them, and among recent tokens."""
+    sequences = [Sequence(tokens, 3, 2, "quad3", torch.float32) for tokens in (20, 7)]
+    values = gaussian(HEADS, 20, DIM, seed=21)
+    values[0, 5, 3] = number
+    sequences[0].values = pqcodec.encode(values, preset="quad2", backend="reference", nonfinite="exact")
+    sequences[1].recent[1][0, 2, 1] = number  # the first query does not see it
+    q, k, v = ([getattr(s, name) for s in sequences] for name in ("q", "keys", "values"))
+    recent = tuple(torch.stack([s.recent[i] for s in sequences]).to(DEVICE) for i in range(2))
+    for window in (None, 6):
+        batch = AttendBatch(
+            torch.stack(q).to(DEVICE),
+            [on_device(x) for x in k],
+            [on_device(x) for x in v],
+            recent=recent,
+            window=window,
+            backend="triton",
+        )
+        for got, one in zip(batch.run().cpu(), sequences, strict=True):
+            torch.testing.assert_close(got, one.wanted(window=window), atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_no_recent_token() -> None:
+    one = Sequence(12, 0, 1, "quad3", torch.float32)
+    recent = tuple(x.to(DEVICE) for x in one.recent)
+    got = attend(one.q.to(DEVICE), on_device(one.keys), on_device(one.values), recent=recent, backend="triton")
+    torch.testing.assert_close(got.cpu(), one.wanted(), atol=1e-5, rtol=1e-5)
+
+
 def test_damage_is_told_when_the_batch_is_made() -> None:
     one = Sequence(12, 0, 1, "quad3", torch.float32)
     damaged = bytearray(one.keys)
@@ -107,7 +137,13 @@ def test_wrong_arguments_are_named() -> None:
         ("20 queries stand", (q.repeat(1, 1, 20, 1), [k], [v]), {}),
         ("recent values", (q, [k], [v]), {"recent": pair}),
         ("window 0", (q, [k], [v]), {"window": 0}),
+        ("window 2.5", (q, [k], [v]), {"window": 2.5}),
+        ("window True", (q, [k], [v]), {"window": True}),
         ("softcap -1.0", (q, [k], [v]), {"softcap": -1.0}),
+        ("softcap 1e-50", (q, [k], [v]), {"softcap": 1e-50}),
+        ("scale '1'", (q, [k], [v]), {"scale": "1"}),
+        ("lists of streams", (q, k, v), {}),
+        ("a pair of tensors", (q, [k], [v]), {"recent": 5}),
         ("scale nan", (q, [k], [v]), {"scale": float("nan")}),
     ]
     for message, arguments, options in wrong:
@@ -125,3 +161,14 @@ def test_a_gpus_attention_says_what_it_leaves_to_the_cpu() -> None:
     one = Sequence(12, 0, 1, "quad3", torch.float32)
     with pytest.raises(pqcodec.BackendUnavailable, match="tokens="):
         attend(one.q.to(DEVICE), on_device(one.keys), on_device(one.values), tokens=(0, 5), backend="triton")
+
+
+def test_a_gpus_attention_takes_what_the_cpus_takes() -> None:
+    one = Sequence(12, 0, 1, "quad3", torch.float32)
+    q, k, v = one.q.to(DEVICE), on_device(one.keys), on_device(one.values)
+    with pytest.raises(pqcodec.InvalidArgument, match="tensors of torch"):
+        attend(one.q.numpy(), k, v, backend="triton")
+    with pytest.raises(pqcodec.InvalidArgument, match="does not go with"):
+        attend(q.reshape(2, 2, 1, DIM), k, v, backend="triton")
+    with pytest.raises(pqcodec.InvalidArgument, match="a pair of tensors"):
+        attend(q, k, v, recent=(q, None), backend="triton")

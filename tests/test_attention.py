@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,44 @@ def test_vectors_with_nan_or_inf_do_what_they_do_in_softmax(backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_softcap_bounds_what_is_infinite_and_changes_no_score_far_below_it(backend: str) -> None:
+    """Where 1 - exp(-2x) would lose all digits; -Inf becomes -softcap, and is no unseen token."""
+    keys, values = kv(1, 100, 64)
+    (k, decoded_k), (v, decoded_v) = encoded(keys, preset="quad3"), encoded(values, preset="quad3")
+    q = normal(2, 1, 64)
+    for softcap in (1e-30, 1e-3, 0.2, 1.0, 30.0, 1e4, 1e6, 1e20, 3e38):
+        found = attention.attend(q, k, v, softcap=softcap, backend=backend)
+        close(found, dense(q, decoded_k, decoded_v, softcap=softcap))
+    keys[0, 30, 5], keys[0, 60, 5] = np.inf, -np.inf
+    k = pqcodec.encode(keys, preset="quad3", nonfinite="exact")
+    found = attention.attend(q.abs(), k, v, softcap=0.5, backend=backend)
+    close(found, dense(q.abs(), pqcodec.decode(k), decoded_v, softcap=0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_part_whose_scores_are_all_minus_inf_has_no_weight(backend: str) -> None:
+    keys, values = kv(1, 20, 64)
+    (k, decoded_k), (v, decoded_v) = encoded(keys, preset="quad3"), encoded(values, preset="quad3")
+    nothing = torch.full((1, 2, 64), -np.inf)
+    q = normal(2, 1, 64).abs()
+    found = attention.attend(q, k, v, recent=(nothing, nothing.abs().clamp(max=1)), backend=backend)
+    close(found, dense(q, decoded_k, decoded_v))
+    assert torch.isnan(attention.attend(q, k, v, tokens=(0, 0), recent=(nothing, values[:, :2]), backend=backend)).all()
+
+
+def test_a_scale_of_every_size() -> None:
+    """Queries times a scale beyond float32 are in its range."""
+    keys, values = kv(1, 20, 64)
+    (k, decoded_k), (v, decoded_v) = encoded(keys), encoded(values)
+    q = normal(2, 1, 64)
+    for scale in (1e-45, 0.0, -0.1):
+        close(attention.attend(q, k, v, scale=scale), dense(q, decoded_k, decoded_v, scale=scale))
+    close(attention.attend(q * 1e-30, k, v, scale=1e29), dense(q, decoded_k, decoded_v, scale=0.1))
+    close(attention.attend(q * 1e-38, k, v, scale=1e39), dense(q * 1e-38, decoded_k, decoded_v, scale=1e39))
+    assert torch.equal(attention.attend(q, k, v, window=1 << 70), attention.attend(q, k, v))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("preset", ["quad3", "pq3", "paper"])
 def test_scores_of_every_size(preset: str, backend: str) -> None:
     """One key far above all others, scores that differ in nothing, a single token, and numbers near the ends of float32."""
@@ -255,6 +294,8 @@ def test_numpy_in_numpy_out_and_every_place(backend: str, tmp_path: Any) -> None
     (tmp_path / "v").write_bytes(v)
     with open(tmp_path / "k", "rb") as one, open(tmp_path / "v", "rb") as two:
         np.testing.assert_array_equal(found, attention.attend(q, one, two, backend=backend))
+    with open(tmp_path / "k", "rb") as one, mmap.mmap(one.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        np.testing.assert_array_equal(found, attention.attend(q, mapped, memoryview(v), backend=backend))
     turned = np.ascontiguousarray(q.swapaxes(0, 1)).swapaxes(0, 1)
     np.testing.assert_array_equal(found, attention.attend(turned, k, v, backend=backend))
 
@@ -268,6 +309,19 @@ def test_files_are_read_some_blocks_at_a_time(tmp_path: Any, monkeypatch: pytest
         close(attention.attend(q, file, v), dense(q, keys, values))
         file.seek(0)
         close(attention.scores(file, q), q.double() @ keys.double().mT / 8)
+
+
+def test_a_chunk_larger_than_a_read_is_read_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_READ_BYTES", 1 << 12)
+    (k, keys), (v, values) = (encoded(x, preset="quad3", chunk_tokens=256) for x in kv(2, 500, 64))
+    jobs = []
+    real = attention._Asked._job
+    monkeypatch.setattr(attention._Asked, "_job", lambda *arguments: jobs.append(1) or real(*arguments))
+    q = normal(2, 3, 64)
+    (tmp_path / "k").write_bytes(k)
+    with open(tmp_path / "k", "rb") as file:
+        close(attention.attend(q, file, v), dense(q, keys, values))
+    assert len(jobs) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,6 +379,11 @@ def test_wrong_arguments_are_named() -> None:
     refused("scale nan", q, k, v, scale=np.nan)
     refused("scale '1'", q, k, v, scale="1")
     refused("softcap 0", q, k, v, softcap=0)
+    for softcap in (1e-50, 1e39):  # float32 would make them 0 and Inf
+        refused("softcap .* outside", q, k, v, softcap=softcap)
+    refused("scale 1000", q, k, v, scale=10**400)
+    refused("do not lie side by side", q, memoryview(k + b" ")[::2], v)
+    refused("do not lie side by side", q, np.frombuffer(k, np.uint8)[::-1], v)
     refused("a pair of tensors", q, k, v, recent=keys)
     refused("recent keys", q, k, v, recent=(keys[:1], values[:1]))
     refused("2 tokens of keys, 3 of values", q, k, v, first=(keys[:, :2], values[:, :3]))
@@ -334,6 +393,7 @@ def test_wrong_arguments_are_named() -> None:
     refused("a torch.Tensor or numpy.ndarray", [1.0], k, v)
     refused("dtype", q.double(), k, v)
     refused("'nothing' is unknown", q, k, v, error=BackendUnavailable, backend="nothing")
+    refused("takes tensors of torch", q, k, v, backend="triton")
     refused("magic", q, b"no stream" * 20, v, error=CorruptStream)
     with pytest.raises(InvalidArgument, match="does not go with keys"):
         attention.scores(k, normal(4, 1, 32))

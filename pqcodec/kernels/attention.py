@@ -8,9 +8,12 @@ Source: arXiv 2502.02617, whose two kernels these sums are; the parts of a softm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.codings.registry import CODINGS
+from pqcodec.errors import InvalidArgument
 from pqcodec.kernels.job import Backend, DecodeJob
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum
@@ -151,10 +155,37 @@ class AttentionJob:
         return [self.keys] if self.values is None else [self.keys, self.values]
 
 
+# -- what may be asked -------------------------------------------------------------------------------------------
+def checked_window(window: Any) -> int | None:
+    """A window of at least one token, or None; raises InvalidArgument."""
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
+        raise InvalidArgument(f"window {window!r}: a whole number of at least 1 is expected, or None")
+    return None if window is None else int(window)
+
+
+def checked_softcap(softcap: Any) -> float:
+    """A softcap that float32 holds with all digits, 0 for None; raises InvalidArgument."""
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if softcap is not None and not least <= checked_number("softcap", softcap) <= most:
+        raise InvalidArgument(f"softcap {softcap} is outside {least:.3g} .. {most:.3g}; pass None for none")
+    return float(softcap or 0)
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A finite number; raises InvalidArgument."""
+    with suppress(OverflowError):  # of a whole number beyond float64
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    raise InvalidArgument(f"{name} {value!r} is no finite number")
+
+
 # -- the formulas ------------------------------------------------------------------------------------------------
 def softcapped(scores: np.ndarray, softcap: float) -> np.ndarray:
     """softcap tanh(scores / softcap), or the scores where there is none."""
-    return softcap * np.tanh(scores / softcap) if softcap else scores
+    if not softcap:
+        return scores
+    with np.errstate(over="ignore"):
+        return softcap * np.tanh(scores / softcap)
 
 
 def seen_by(bounds: np.ndarray, tokens: Bounds) -> np.ndarray:
@@ -167,8 +198,9 @@ def weights_of(scores: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.nda
     """exp(score - maximum) of what is seen, 0 of the rest, [..., rows, tokens]; and the maximum, [..., rows]."""
     scores = np.where(seen, scores, -np.inf)
     maximum = scores.max(-1, initial=-np.inf)
-    with np.errstate(invalid="ignore"):  # of inf - inf
-        return np.where(seen, np.exp(scores - maximum[..., None]), 0), maximum
+    some = seen & (scores > -np.inf) | np.isnan(scores)  # else all weights of a part whose scores are all -inf would be NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # of inf - inf
+        return np.where(some, np.exp(scores - maximum[..., None]), 0), maximum
 
 
 def exact_part(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, bounds: np.ndarray, softcap: float) -> Partial:
@@ -179,7 +211,8 @@ def exact_part(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, bounds
     seen = seen_by(bounds, (0, keys.shape[1]))
     weights, maximum = weights_of(softcapped(exact_scores(queries, keys), softcap), seen)
     finite = np.isfinite(values).all(-1)
-    out = weights @ np.where(finite[..., None], values, 0)
+    with np.errstate(over="ignore"):
+        out = weights @ np.where(finite[..., None], values, 0)
     for lead, token in np.argwhere(~finite):
         add_exact(out[lead], weights[lead, :, token], seen[:, token], values[lead, token])
     return Partial(out, maximum, weights.sum(-1))

@@ -68,6 +68,7 @@ RUN = RUN_TILES * LANES  # tokens
 _NOTHING = F32(-np.inf)
 _MOST = 120  # of an exponent of values: sums of 2^7 times as much, and their inverse, are in float32's range
 _LEAST_EXPONENT = F32(-87.0)  # e to it is just above the least number of full precision; what is less counts as 0
+_NEAR = F32(0.25)  # of 0: there the series of tanh is exact to float32
 _LOG2_E = F32(1 / math.log(2))
 _LN2_HIGH = F32(355 / 512)  # so few bits that a product with a whole number below 2^15 is exact
 _LN2_LOW = F32(math.log(2) - 355 / 512)
@@ -128,11 +129,12 @@ def attend_parts(
                 if row >= rows:
                     weights[at : at + stride] = F32(0)
                     continue
+                cap(weights, at, tokens, queries.softcap)
                 low = min(max(queries.bounds[row, 0] - first_token, 0), tokens)
                 high = min(max(queries.bounds[row, 1] - first_token, low), tokens)
                 weights[at : at + low] = _NOTHING
                 weights[at + high : at + stride] = _NOTHING
-                largest, total = weigh(weights, at, tokens, queries.softcap, scratch.dots)
+                largest, total = weigh(weights, at, tokens, scratch.dots)
                 weights[at + tokens : at + stride] = F32(0)  # tiles of values may end behind them
                 sums.maximum[part, lead, row] = largest
                 sums.total[part, lead, row] = total
@@ -465,7 +467,16 @@ def fill_phases_across(first, tokens, rope, cos, sin, steps):
 
 # -- softmax -------------------------------------------------------------------------------------------------------------
 @leaf
-def weigh(weights, at, tokens, softcap, lanes):
+def cap(weights, at, tokens, softcap):
+    """Turn scores at weights [at ...] into softcap tanh(score / softcap), also up to 7 behind them; 0 for no softcap."""
+    if softcap > F32(0):
+        for t in range(0, tokens, LANES):
+            score = load(weights, at + t)
+            store(weights, at + t, select(score == score, softcapped_lanes(score, softcap), score))
+
+
+@leaf
+def weigh(weights, at, tokens, lanes):
     """Turn scores at weights [at ...], padded with -inf, into exp(score - maximum); returns their maximum and their sum.
 
     Where a score is NaN or inf, all of these are NaN but for what is not seen, whose score is -inf and weight 0.
@@ -474,9 +485,6 @@ def weigh(weights, at, tokens, softcap, lanes):
     most, bad = nothing, zero
     for t in range(0, tokens, LANES):
         score = load(weights, at + t)
-        if softcap > F32(0):
-            score = select(score > nothing, softcapped_lanes(score, softcap), select(score == score, nothing, score))
-            store(weights, at + t, score)
         most = max(score, most)
         bad = select(score == score, bad, one)
     store(lanes, 0, most)
@@ -529,11 +537,19 @@ def exponential(x):
 
 @inlined
 def softcapped_lanes(score, softcap):
-    """softcap tanh(score / softcap) of float lanes: tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|)."""
-    one = floats(F32(1))
-    x = score / floats(softcap)
-    e = exponential(floats(F32(0)) - magnitude(x) - magnitude(x))
-    found = (one - e) / (one + e) * floats(softcap)
+    """softcap tanh(score / softcap) of float lanes: tanh |x| = (1 - e) / (1 + e) with e = exp(-2 |x|).
+
+    Near 0, where 1 - e would lose digits, it is its series up to x^9.
+    """
+    one, x = floats(F32(1)), score / floats(softcap)
+    size = magnitude(x)
+    e = exponential(floats(F32(0)) - size - size)
+    square = size * size
+    p = fused(square, floats(F32(62 / 2835)), floats(F32(-17 / 315)))
+    p = fused(p, square, floats(F32(2 / 15)))
+    p = fused(p, square, floats(F32(-1 / 3)))
+    near = fused(p * square, size, size)
+    found = select(size < floats(_NEAR), near, (one - e) / (one + e)) * floats(softcap)
     return as_float(as_bits(found) | (as_bits(x) & ints(I32(-0x80000000))))
 
 
