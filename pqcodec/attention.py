@@ -174,11 +174,8 @@ def _attend_on_device(
         raise BackendUnavailable(
             f"attention to codes on a GPU does not know {', '.join(named) or 'such queries'}; pass q.cpu()"
         )
-    for name, x in (("q", q), ("keys", keys), ("values", values)):
-        if not is_torch(x):
-            raise InvalidArgument(
-                f"{name}: a {type(x).__name__}; attention to codes on a GPU takes tensors of torch that lie there"
-            )
+    if not is_torch(q):
+        raise InvalidArgument(f"q: a {type(q).__name__}; attention to codes on a GPU takes tensors of torch that lie there")
     heads = math.prod(q.shape[:-2])
     one = None
     if recent is not None:

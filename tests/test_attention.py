@@ -393,7 +393,7 @@ def test_wrong_arguments_are_named() -> None:
     refused("a torch.Tensor or numpy.ndarray", [1.0], k, v)
     refused("dtype", q.double(), k, v)
     refused("'nothing' is unknown", q, k, v, error=BackendUnavailable, backend="nothing")
-    refused("takes tensors of torch", q, k, v, backend="triton")
+    refused("takes tensors of torch", q.numpy(), k, v, backend="triton")
     refused("magic", q, b"no stream" * 20, v, error=CorruptStream)
     with pytest.raises(InvalidArgument, match="does not go with keys"):
         attention.scores(k, normal(4, 1, 32))
