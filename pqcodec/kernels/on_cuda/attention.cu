@@ -131,6 +131,12 @@ INLINE u32 turned_over(u32 packed) {
     return found;
 }
 
+// Of a tile's tokens by rows of queries.
+INLINE void clear_tile(float (*sums)[HALVES][4]) {
+#pragma unroll
+    for (int i = 0; i < TILE / 16 * HALVES * 4; i++) sums[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = 0.0f;
+}
+
 INLINE float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -567,8 +573,7 @@ INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* 
 // unit's first: sums [TILE / 16][HALVES][4], in units of their row's coefficients.
 INLINE void add_means(const u8* memory, const WarpMemory& mine, int behind, int lane, float (*sums)[HALVES][4]) {
     const uint4* turns = reinterpret_cast<const uint4*>(memory + TURNS_AT) + behind / 16 * (STEPS * 32) + lane;
-#pragma unroll
-    for (int i = 0; i < TILE / 16 * HALVES * 4; i++) sums[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = 0.0f;
+    clear_tile(sums);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         uint2 matrix[HALVES];
@@ -726,13 +731,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         Values values[2];
         load_values(values[0], tile, v_payload, head, heads, 0, lane);
         load_values(values[1], tile, v_payload, head, heads, 1, lane);
-        const u8* v_radii = planes_of<V_BYTES>(v_payload, tile.block, tile.tokens, head, heads).radii;
-        const int v_code = __ldg(v_radii + min(tile.first + lane, tile.tokens - 1));
-        const int v_base = (int)(short)(__ldg(v_radii + tile.tokens) | __ldg(v_radii + tile.tokens + 1) << 8);
+        const Planes v = planes_of<V_BYTES>(v_payload, tile.block, tile.tokens, head, heads);
+        const int v_code = __ldg(v.radii + min(tile.first + lane, tile.tokens - 1)), v_base = base_of<false>(v, tile.tokens);
 
         float scores[TILE / 16][HALVES][4];  // of tokens g, twice, and g + 8
-#pragma unroll
-        for (int i = 0; i < TILE / 16 * HALVES * 4; i++) scores[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = 0.0f;
+        clear_tile(scores);
 #pragma unroll
         for (int quad = 0; quad < QUADS_K; quad++) {
             uint2 query[HALVES];
