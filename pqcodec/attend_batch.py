@@ -86,11 +86,12 @@ class AttendBatch:
         least = [_least(window, k, recent) for k, _ in headers]
         self.why = _why_not(query, headers, recent, window, least, backend)
         if self.why is None:
-            from pqcodec.kernels.on_cuda.attention import CudaAttention
+            from pqcodec.kernels.on_cuda.attention import CodedPair, CudaAttention, ExactFirst
 
             with current(device):
-                sides = [pair[0] for pair in placed], [pair[1] for pair in placed]
-                self._way: Any = CudaAttention(tuple(query.shape), dtype, *sides, recent, scale, cap, least)
+                streams = [CodedPair(*pair, first) for pair, first in zip(placed, least, strict=True)]
+                firsts = [ExactFirst.of(coded) for coded in streams]
+                self._way: Any = CudaAttention(tuple(query.shape), dtype, [[x] for x in streams], firsts, recent, scale, cap)
         else:
             self._way = _Decoding(tuple(query.shape), placed, backend, recent, scale, cap, window)
 

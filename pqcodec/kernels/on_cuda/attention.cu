@@ -4,15 +4,17 @@
 // row of K or V is a radius times points of the table with signs, so a quad is one look-up of four float16 numbers, which are an
 // operand of mma as they are.
 //
-// A thread block takes some chunks of one head of K and V (blockIdx.x of blockIdx.y); its warps take tiles of 32 tokens by
-// turns, each with a running maximum and sum of its own, and are merged at the end. One block more of every head takes the
-// exact tokens: the first ones that the stream holds, and the recent ones that are not encoded yet. combine merges the blocks'
-// partial results (flash decoding).
+// A thread block takes some chunks of one head of K and V, of one stream; its warps take tiles of 32 tokens by turns, each with a
+// running maximum and sum of its own, and are merged at the end. One block more of every head takes the exact tokens: the first
+// ones, and the recent ones that are not encoded yet; these blocks begin last, as they take the least time. combine merges the
+// blocks' partial results (flash decoding). What a block takes, of each head of a sequence, is told by a row of numbers.
 //
 // mma's columns are the rows of queries: the query heads that share a head of K and V, times the queries, eight at a time. For
 // scores its rows are 16 tokens, and of 16 inputs (coordinates) a step, lane quarter t brings a quad of its own: quad
 // t * QUADS_K + step, of tokens g and g + 8. For the weighted sum its rows are coordinates: lane g brings two of a quad,
-// g * QUADS_V + step, of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+// g * QUADS_V + step, of tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. Where half of the columns are spare (up to four rows of
+// queries), a point is an operand as it is: of two neighbouring coordinates in one register, columns 0 to 3 take the first one, by
+// weights (w, 0), and columns 4 to 7 the second one, by (0, w).
 //
 // The mean that was taken from keys turns with RoPE: q times it is a sum of cosines over pairs of channels, a product of
 // coefficients, turned to the first token of a unit of 64, with a table of 64 tokens' turns (TURNS): mma again.
@@ -26,7 +28,7 @@
 // the places in shared memory V_AT (0: values have the keys' table), TURNS_AT, COEFFICIENTS_AT, INPUTS_AT and WARPS_AT, and
 // BLOB_BYTES of the tables; K_MANTISSA and V_MANTISSA (log2 of the factor of radius 0), RADIUS_STEPS, PAIRS (that turn; 0:
 // none), INTERLEAVED, K_OFFSETS, V_OFFSETS, ALIGN and BESIDE (of a block's bytes), MOST_BLOCKS (of a head), FIELDS and the places
-// of a sequence's numbers (attention.py names them), Q_TYPE and TYPE (of queries and outputs, and of exact rows: FLOAT16,
+// of a thread block's numbers (attention.py names them), Q_TYPE and TYPE (of queries and outputs, and of exact rows: FLOAT16,
 // BFLOAT16 or FLOAT32), CAP (of scores, where there is one).
 
 #include "numbers.cuh"
@@ -34,13 +36,15 @@
 #define ALL_LANES 0xffffffffu
 #define WARPS (THREADS / 32)
 #define ROWS (8 * HALVES)
-#define LANES (ROWS_USED <= 4 ? 16 : 32)  // whose columns are used: the others repeat them
+#define SPARE (ROWS_USED <= 4)       // columns 4 to 7 are spare, and repeat the others
+#define LANES (SPARE ? 16 : 32)      // whose columns are used
 #define QUADS_K (ORDER / 16)  // of a lane, of a key
 #define QUADS_V (ORDER / 32)  // of a lane, of a value
 #define TILE 32               // tokens
 #define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned
 #define UNITS ((CHUNK + UNIT - 1) / UNIT)  // of a block
 #define PARTS (CHUNK > TILE ? 2 : 1)       // tiles of a unit
+#define QUERIES_KEPT (0 && SPARE && ORDER <= 128)  // in registers
 #define NOTHING (-1e30f)      // a maximum of no scores
 #define ROOM 14               // log2 of the largest value's weight, so that small ones are far from float16's smallest
 #define STEPS (PAIRS / 8)     // of mma, over pairs of channels
@@ -76,10 +80,12 @@ template <int BITS, int N> struct Indices {
     static constexpr int WORDS = (BITS * N + 31) / 32;
     u32 words[LOADED];
 
-    template <int INDEX_BYTES> INLINE void load(const u32* indices, int row, int first) {
+    // Of row ``row`` and so many ``behind`` it: a number that is known when this is compiled costs no address of its own.
+    template <int INDEX_BYTES> INLINE void load(const u32* indices, int row, int behind, int first) {
         constexpr bool ALIGNED = WHOLE && INDEX_BYTES % 4 == 0;
-        const int bit = row * (8 * INDEX_BYTES) + first * BITS;
-        const u32* at = indices + (ALIGNED ? row * (INDEX_BYTES / 4) + first * BITS / 32 : bit >> 5);
+        const int bit = (row + behind) * (8 * INDEX_BYTES) + first * BITS;
+        const u32* at = ALIGNED ? indices + (row * (INDEX_BYTES / 4) + first * BITS / 32) + behind * (INDEX_BYTES / 4)
+                                : indices + (bit >> 5);
 #pragma unroll
         for (int i = 0; i < LOADED; i++) words[i] = __ldcs(at + i);
         if (!WHOLE)
@@ -88,32 +94,30 @@ template <int BITS, int N> struct Indices {
         if (!WHOLE && BITS * N % 32 == 0) words[LOADED - 1] = 0;
     }
 
-    // The point of a quad, packed float16: coordinates 0 and 1 (see add_signs), 2 and 3. ``copy``: the byte at which the lane's own
-    // among COPIES of a point lies.
-    template <int COPIES> INLINE uint2 point(const u8* table, u32 copy, int quad) const {
-        return *reinterpret_cast<const uint2*>(table + place<COPIES>(copy, quad));
+    // The point of a quad, packed float16: coordinates 0 and 1, 2 and 3. ``table``: the address in shared memory of the lane's own
+    // among COPIES of point 0.
+    template <int COPIES> INLINE uint2 point(u32 table, int quad) const {
+        return *reinterpret_cast<const uint2*>(__cvta_shared_to_generic(place<COPIES>(table, quad)));
     }
 
-    // The byte of the table at which it lies: the index times the bytes of all copies, plus ``copy``, which is less than these.
-    template <int COPIES> INLINE u32 place(u32 copy, int quad) const {
-        if (BITS == 8 && COPIES == 32) return __byte_perm(words[quad / 4], copy, 0x7704 | (quad % 4) << 4);
-        if (BITS == 4 && COPIES == 32) {  // each second index of a word, as a byte of its own
+    // Its address: the index times the bytes of all copies, behind ``table``.
+    template <int COPIES> INLINE u32 place(u32 table, int quad) const {
+        if (BITS == 8 && COPIES == 16) return __dp4a(words[quad / 4], 128u << 8 * (quad % 4), table);
+        if (BITS == 4 && COPIES == 16) {  // each second index of a word, as a byte of its own
             const u32 bytes = (quad % 2 ? words[quad / 8] >> 4 : words[quad / 8]) & 0x0f0f0f0fu;
-            return __byte_perm(bytes, copy, 0x7704 | (quad / 2 % 4) << 4);
+            return __dp4a(bytes, 128u << 8 * (quad / 2 % 4), table);
         }
         const int bit = quad * BITS, word = bit / 32;
         const u32 window = bit % 32 + BITS <= 32 ? words[word] >> bit % 32
                                                  : __funnelshift_r(words[word], words[min(word + 1, LOADED - 1)], bit % 32);
-        return (window & ((1u << BITS) - 1)) * (8 * COPIES) + copy;
+        return (window & ((1u << BITS) - 1)) * (8 * COPIES) + table;
     }
 };
 
-// Gives a point the signs of quad ``quad`` of eight. Coordinates 0 and 1 have their bytes exchanged in the table, so that one shift
-// brings all four signs to their places.
+// Gives a point the signs of quad ``quad`` of eight.
 INLINE void add_signs(uint2& point, u32 signs, int quad) {
-    const u32 shifted = signs << (7 - quad);
-    point.x ^= shifted & 0x00800080u;
-    point.y ^= shifted & 0x80008000u;
+    point.x ^= signs << (15 - quad) & 0x80008000u;
+    point.y ^= signs << (7 - quad) & 0x80008000u;
 }
 
 // -- mma ------------------------------------------------------------------------------------------------------------
@@ -142,6 +146,9 @@ INLINE float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// The row of queries of a column.
+INLINE int row_of(int column) { return SPARE ? column % 4 : column; }
 
 INLINE float capped(float score) {  // in units of log 2
 #ifdef CAP
@@ -233,6 +240,7 @@ INLINE void rotate_back(float* row, const int* __restrict__ rotation, float* buf
 
 // What the keys' mean adds to scores under RoPE is found by mma, too: see add_means.
 #define MEANS (PAIRS && K_OFFSETS)
+#define BOTH (MEANS && SPARE && PARTS == 2)  // tiles of a unit at once
 
 // -- queries --------------------------------------------------------------------------------------------------------
 // Leaves the rows' queries in shared memory: rotated, as operands of mma of their largest number's size; what a score of such
@@ -325,10 +333,10 @@ INLINE void merge_warps(const float* sums, const float* most, const float* total
 // The last block of a head to come here merges all partial results of the head, rotates back what is rotated, and writes the
 // outputs. ``arrived`` counts a head's blocks, and ends as it began.
 INLINE void combine(const float* __restrict__ partial_sums, const float2* __restrict__ partial_about, int* __restrict__ arrived,
-                    const int* __restrict__ rotation, const i64* fields, int which, int head, u8* memory,
+                    const int* __restrict__ rotation, const i64* fields, int which, int head, int blocks, u8* memory,
                     void* __restrict__ out) {
     __shared__ bool last;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, blocks = gridDim.x;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) last = atomicAdd(arrived + which, 1) == blocks - 1;
@@ -401,6 +409,24 @@ struct ExactRows {
     i64 key_stride, value_stride;  // bytes of a token
     int tokens;
 };
+
+// Keys or values of tokens that are to be put behind others; strides in bytes.
+struct NewRows {
+    i64 rows, sequence, head, token;
+
+    INLINE const u8* of(int which, int head_number) const {
+        return reinterpret_cast<const u8*>(rows + which * sequence + head_number * head);
+    }
+};
+
+// Copies rows of ROW bytes, by a thread block.
+template <int ROW> INLINE void put_behind(const u8* from, i64 from_stride, const u8* to, i64 to_stride, int rows) {
+    for (int i = threadIdx.x; i < rows * (ROW / 4); i += THREADS) {
+        const int row = i / (ROW / 4), word = i % (ROW / 4);
+        u32* target = const_cast<u32*>(reinterpret_cast<const u32*>(to + row * to_stride)) + word;
+        *target = reinterpret_cast<const u32*>(from + row * from_stride)[word];
+    }
+}
 
 #define AT_ONCE 4  // tokens
 
@@ -481,11 +507,11 @@ struct Keys {
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
         for (int j = 0; j < TILE / 8; j++) {
-            const int row = FULL ? tile.first + g + 8 * j : min(tile.first + g + 8 * j, tokens - 1);
-            indices[j].template load<K_BYTES>(planes.indices, row, t * QUADS_K);
+            const int row = FULL ? tile.first + g : min(tile.first + g + 8 * j, tokens - 1), behind = FULL ? 8 * j : 0;
+            indices[j].template load<K_BYTES>(planes.indices, row, behind, t * QUADS_K);
+            const u32* its = planes.signs + (row * (ORDER / 32) + t * QUADS_K / 8);
 #pragma unroll
-            for (int i = 0; i < (QUADS_K + 7) / 8; i++)
-                signs[j][i] = __ldcs(planes.signs + row * (ORDER / 32) + (t * QUADS_K + 8 * i) / 8);
+            for (int i = 0; i < (QUADS_K + 7) / 8; i++) signs[j][i] = __ldcs(its + (behind * (ORDER / 32) + i));
         }
         code = __ldg(planes.radii + (FULL ? tile.first + lane : min(tile.first + lane, tokens - 1)));
         base = base_of<FULL>(planes, tokens);
@@ -501,9 +527,10 @@ struct Values {
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int token = tile.first + 16 * part + 2 * t + i / 2 * 8 + i % 2, row = FULL ? token : min(token, tokens - 1);
-            indices[i].template load<V_BYTES>(planes.indices, row, g * QUADS_V);
-            signs[i] = __ldcs(planes.signs + row * (ORDER / 32) + g * QUADS_V / 8);
+            const int token = tile.first + 16 * part + 2 * t, behind = i / 2 * 8 + i % 2;
+            const int row = FULL ? token : min(token + behind, tokens - 1), more = FULL ? behind : 0;
+            indices[i].template load<V_BYTES>(planes.indices, row, more, g * QUADS_V);
+            signs[i] = __ldcs(planes.signs + (row * (ORDER / 32) + g * QUADS_V / 8) + more * (ORDER / 32));
         }
     }
 };
@@ -523,54 +550,89 @@ INLINE void load_values(Values& values, const Tile& tile, i64 payload, int head,
 }
 
 // -- the keys' mean -------------------------------------------------------------------------------------------------
-// A row's sum of the coefficients' turns at a token is that at the unit's first token, and the product of the coefficients there
-// with (cos - 1, sin) of the turn from there on: float16 is enough for that, as most pairs turn little.
-#define STEP_WORDS (HALVES * LANES * 2 + 8)  // of operands
+// A row's sum of the coefficients' turns at a token is that at the first of some tokens, and the product of the coefficients there
+// with (cos - 1, sin) of the turn from there on: float16 is enough for that, as most pairs turn little. These tokens are a unit's;
+// where columns are spare (BOTH), they are a tile's: columns 0 to 3 are turned to the unit's first tile, and 4 to 7 to its second.
+#define STEP_WORDS (HALVES * (BOTH ? 32 : LANES) * 2 + 8)  // of operands
 
-// The shared memory of one warp: factors of a tile's rows, and the coefficients turned to the unit's first token, as operands.
+// The shared memory of one warp: factors of a tile's rows, and the turned coefficients, as operands.
 struct WarpMemory {
     float factors[2][TILE];
 #if MEANS
-    float first[ROWS];  // what the mean adds to the scores of the unit's first token
+    float first[ROWS];  // what the mean adds to the scores of the first token, by columns (BOTH: four of each tile)
     u32 operands[STEPS * STEP_WORDS];
+#if BOTH
+    float2 added[2][TILE / 8][16];  // what it adds to those of each tile beside that, as lanes need it
+#endif
 #endif
 };
 
 #if MEANS
-// The place of a row's coefficients of a pair among a warp's operands.
-INLINE int operand_at(int row, int pair) {
-    return pair / 8 * STEP_WORDS + (row / 8 * LANES + row % 8 * 4 + pair % 4) * 2 + pair % 8 / 4;
+// The place of a column's coefficients of a pair among a warp's operands.
+INLINE int operand_at(int column, int pair) {
+    return pair / 8 * STEP_WORDS + (column / 8 * LANES + column % 8 * 4 + pair % 4) * 2 + pair % 8 / 4;
 }
 
-// Turns the coefficients to a token at ``position``. Decoders turn by the 16 upper bits of a phase: half a step less, on
-// average. Each lane takes some pairs, of all rows.
+// The sums of eight numbers over a warp: lanes 4 i to 4 i + 3 get that of number i.
+INLINE float sums_of_warp(float* x, int lane) {
+#pragma unroll
+    for (int apart = 16, left = 4; left; apart /= 2, left /= 2)
+#pragma unroll
+        for (int i = 0; i < left; i++) {
+            const float kept = lane & apart ? x[i + left] : x[i], given = lane & apart ? x[i] : x[i + left];
+            x[i] = kept + __shfl_xor_sync(ALL_LANES, given, apart);
+        }
+    float sum = x[0];
+    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+    return sum + __shfl_xor_sync(ALL_LANES, sum, 1);
+}
+
+// Turns the coefficients to a token at ``position`` (and to that TILE behind it). Decoders turn by the 16 upper bits of a phase:
+// half a step less, on average. Each lane takes some pairs, of all rows.
 INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* about_rows, u32 position, const u32* frequencies,
                               int lane) {
-    float sums[ROWS_USED];
+    constexpr int TURNS = BOTH ? 2 : 1;
+    float sums[TURNS][ROWS];
 #pragma unroll
-    for (int row = 0; row < ROWS_USED; row++) sums[row] = 0.0f;
+    for (int i = 0; i < TURNS * ROWS; i++) sums[i / ROWS][i % ROWS] = 0.0f;
 #pragma unroll
     for (int pair = lane; pair < PAIRS; pair += 32) {
-        const int phase = (int)(position * __ldg(frequencies + pair) - (1u << 15));
-        const float angle = (float)phase * 1.46291807927e-9f;  // 2 pi / 2^32
-        const float cosine = __cosf(angle), sine = __sinf(angle);
+        const u32 frequency = __ldg(frequencies + pair);
+        float cosine[TURNS], sine[TURNS];
+#pragma unroll
+        for (int i = 0; i < TURNS; i++) {
+            const int phase = (int)((position + i * TILE) * frequency - (1u << 15));
+            const float angle = (float)phase * 1.46291807927e-9f;  // 2 pi / 2^32
+            cosine[i] = __cosf(angle), sine[i] = __sinf(angle);
+        }
 #pragma unroll
         for (int row = 0; row < ROWS_USED; row++) {
             const float2 own = reinterpret_cast<const float2*>(memory + COEFFICIENTS_AT)[row * PAIRS + pair];
-            const float x = fmaf(own.x, cosine, own.y * sine), y = fmaf(own.y, cosine, -own.x * sine);
-            sums[row] += x;
-            mine.operands[operand_at(row, pair)] = pack_halves(x, y);
+#pragma unroll
+            for (int i = 0; i < TURNS; i++) {
+                const float x = fmaf(own.x, cosine[i], own.y * sine[i]), y = fmaf(own.y, cosine[i], -own.x * sine[i]);
+                sums[i][row] += x;
+                mine.operands[operand_at(4 * i + row, pair)] = pack_halves(x, y);
+            }
         }
     }
+#if BOTH
+    float eight[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) eight[i] = sums[i / 4][i % 4];
+    const float sum = sums_of_warp(eight, lane);
+    if (lane % 4 == 0) mine.first[lane / 4] = fmaf(sum, about_rows[lane / 4 % 4].y, about_rows[lane / 4 % 4].z);
+#else
 #pragma unroll
     for (int row = 0; row < ROWS_USED; row++) {
-        const float sum = sum_of_warp(sums[row]);
+        const float sum = sum_of_warp(sums[0][row]);
         if (lane == 0) mine.first[row] = fmaf(sum, about_rows[row].y, about_rows[row].z);
     }
+#endif
 }
 
-// What the mean adds to the scores of a tile, whose first token is the ``behind``-th of the unit, beside what it adds to the
-// unit's first: sums [TILE / 16][HALVES][4], in units of their row's coefficients.
+// What the mean adds to the scores of a tile, whose first token is the ``behind``-th of those that the coefficients were turned for,
+// beside what it adds to the first of them: sums [TILE / 16][HALVES][4], in units of their row's coefficients.
 INLINE void add_means(const u8* memory, const WarpMemory& mine, int behind, int lane, float (*sums)[HALVES][4]) {
     const uint4* turns = reinterpret_cast<const uint4*>(memory + TURNS_AT) + behind / 16 * (STEPS * 32) + lane;
     clear_tile(sums);
@@ -579,7 +641,7 @@ INLINE void add_means(const u8* memory, const WarpMemory& mine, int behind, int 
         uint2 matrix[HALVES];
 #pragma unroll
         for (int i = 0; i < HALVES; i++)
-            matrix[i] = *reinterpret_cast<const uint2*>(mine.operands + step * STEP_WORDS + (i * LANES + lane % LANES) * 2);
+            matrix[i] = *reinterpret_cast<const uint2*>(mine.operands + step * STEP_WORDS + (i * LANES + (BOTH ? lane : lane % LANES)) * 2);
 #pragma unroll
         for (int j = 0; j < TILE / 16; j++) {
             const uint4 turn = turns[(j * STEPS + step) * 32];
@@ -609,24 +671,29 @@ template <int BITS, int COPIES> INLINE void fill_table(const uint2* __restrict__
 
 // Partial results: ``sums`` [heads][blocks][ROWS_USED][ORDER], the last block's not rotated; ``about`` [heads][blocks]
 // [ROWS_USED]: the largest score, and the sum of weights.
+// ``shares`` [sequences][blocks][FIELDS], ``blocks`` of each head; the last one takes the exact tokens. ``recent_at``: where the number of recent tokens is, or nowhere: then it is ``recent``. Of these the last ``appended`` lie at
+// ``k_new`` and ``v_new`` yet, and are put behind the others.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
-    const i64* __restrict__ sequences, int heads, const uint4* __restrict__ blob, const u32* __restrict__ frequencies,
+    const i64* __restrict__ shares, int heads, int blocks, const uint4* __restrict__ blob, const u32* __restrict__ frequencies,
     const int* __restrict__ rotation, const void* __restrict__ queries, float scale, float* __restrict__ partial_sums,
-    float2* __restrict__ partial_about, int* __restrict__ arrived, void* __restrict__ outputs) {
+    float2* __restrict__ partial_about, int* __restrict__ arrived, void* __restrict__ outputs, const int* __restrict__ recent_at,
+    int recent, int appended, NewRows k_new, NewRows v_new) {
     extern __shared__ uint4 shared[];
     u8* memory = reinterpret_cast<u8*>(shared);
     __shared__ float warp_most[WARPS * ROWS], warp_total[WARPS * ROWS];
     __shared__ float4 about_rows[ROWS];  // as prepare leaves them
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int which = blockIdx.y, head = which % heads, splits = gridDim.x - 1;
-    const i64* fields = sequences + (i64)(which / heads) * FIELDS;
-    const int split = (int)blockIdx.x - 1;  // the exact tokens begin first: their blocks take the least time
-    const i64 place = (i64)which * gridDim.x + (split < 0 ? splits : split);
+    const int encoded = gridDim.x / blocks * (blocks - 1);  // blocks of these come before the others
+    const bool is_exact = blockIdx.x >= encoded;
+    const int which = is_exact ? blockIdx.x - encoded : blockIdx.x / (blocks - 1), head = which % heads;
+    const int share = is_exact ? blocks - 1 : blockIdx.x % (blocks - 1);
+    const i64* fields = shares + ((i64)(which / heads) * blocks + share) * FIELDS;
+    const i64 place = (i64)which * blocks + share;
     float* out = partial_sums + place * (ROWS_USED * ORDER);
     float2* about = partial_about + place * ROWS_USED;
     float* scratch = reinterpret_cast<float*>(memory);  // once the tables are not needed any more
 
-    if (split < 0) {  // exact tokens
+    if (is_exact) {
         float query[ROWS_USED][MINE], sums[ROWS_USED][MINE], most[ROWS_USED], total[ROWS_USED];
 #pragma unroll
         for (int row = 0; row < ROWS_USED; row++) {
@@ -638,14 +705,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             }
         }
         constexpr int ROW = ORDER * (TYPE == FLOAT32 ? 4 : 2);
-        const int exact = (int)fields[EXACT], recent = (int)fields[RECENT];
-        const ExactRows first = {reinterpret_cast<const u8*>(fields[K_EXACT] + (i64)head * (exact * ROW + 4)),
-                                 reinterpret_cast<const u8*>(fields[V_EXACT] + (i64)head * (exact * ROW + 4)), ROW, ROW, exact};
+        const i64 before = head * fields[EXACT_HEAD_STRIDE];
+        const int kept = (recent_at ? *recent_at : recent) - appended;
+        const ExactRows first = {reinterpret_cast<const u8*>(fields[K_EXACT] + before),
+                                 reinterpret_cast<const u8*>(fields[V_EXACT] + before), ROW, ROW, (int)fields[EXACT]};
         const ExactRows last = {reinterpret_cast<const u8*>(fields[K_RECENT] + head * fields[K_HEAD_STRIDE]),
                                 reinterpret_cast<const u8*>(fields[V_RECENT] + head * fields[V_HEAD_STRIDE]),
-                                fields[K_STRIDE], fields[V_STRIDE], recent};
+                                fields[K_STRIDE], fields[V_STRIDE], kept};
+        const ExactRows added = {k_new.of(which / heads, head), v_new.of(which / heads, head), k_new.token, v_new.token, appended};
         add_exact(first, 0, warp, lane, query, most, total, sums);
-        add_exact(last, QUERIES - 1, warp, lane, query, most, total, sums);
+        add_exact(last, appended ? 0 : QUERIES - 1, warp, lane, query, most, total, sums);
+        add_exact(added, QUERIES - 1, warp, lane, query, most, total, sums);
+        put_behind<ROW>(added.keys, added.key_stride, last.keys + kept * last.key_stride, last.key_stride, appended);
+        put_behind<ROW>(added.values, added.value_stride, last.values + kept * last.value_stride, last.value_stride, appended);
 #pragma unroll
         for (int row = 0; row < ROWS_USED; row++)
             if (lane == 0) warp_most[warp * ROWS + row] = most[row], warp_total[warp * ROWS + row] = total[row];
@@ -656,14 +728,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         __syncthreads();
         const auto place_of = [](int i, int& row, int& coordinate) { row = i / ORDER, coordinate = i % ORDER; };
         merge_warps<ROWS_USED * ORDER>(scratch, warp_most, warp_total, place_of, out, about);
-        combine(partial_sums, partial_about, arrived, rotation, fields, which, head, memory, outputs);
+        combine(partial_sums, partial_about, arrived, rotation, fields, which, head, blocks, memory, outputs);
         return;
     }
 
     const int coded = (int)fields[CODED], least = (int)fields[LEAST];  // tokens before that one do not count
-    const int blocks = (coded + CHUNK - 1) / CHUNK;
-    const int first_unit = (int)((i64)blocks * split / splits) * UNITS + warp;
-    const int last_unit = (int)((i64)blocks * (split + 1) / splits) * UNITS;
+    const int first_unit = (int)fields[FIRST_CHUNK] * UNITS + warp, last_unit = (int)fields[LAST_CHUNK] * UNITS;
     const i64 k_payload = fields[K_PAYLOAD], v_payload = fields[V_PAYLOAD];
     // Tile ``number`` of this warp; behind the last one, that one again.
     const auto tile_at = [&](int number) {
@@ -693,15 +763,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
 #endif
     __syncthreads();
 
-    const u32 k_copy = (lane & (K_COPIES - 1)) * 8, v_copy = (lane & (V_COPIES - 1)) * 8;
+    const u32 tables = (u32)__cvta_generic_to_shared(memory);
+    const u32 k_table = tables + lane % K_COPIES * 8, v_table = tables + V_AT + lane % V_COPIES * 8;
 #if MEANS
     const u32 position = (u32)fields[POSITION];
     int turned = -1;  // the unit to whose first token the coefficients are turned
 #endif
 
-    float sums[HALVES][2 * QUADS_V][4], most[HALVES][2], total[HALVES][2];  // of columns 2 t and 2 t + 1
+    constexpr int FOURS = (SPARE ? 1 : 2) * QUADS_V;
+    uint2 kept[QUADS_K];
 #pragma unroll
-    for (int i = 0; i < HALVES * 8 * QUADS_V; i++) sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] = 0.0f;
+    for (int quad = 0; quad < QUADS_K; quad++)
+        if (QUERIES_KEPT) kept[quad] = inputs[quad * LANES + lane % LANES];
+    float sums[HALVES][FOURS][4], most[HALVES][2], total[HALVES][2];  // of columns 2 t and 2 t + 1
+#pragma unroll
+    for (int i = 0; i < HALVES * FOURS * 4; i++) sums[i / (4 * FOURS)][i / 4 % FOURS][i % 4] = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2 * HALVES; i++) most[i / 2][i % 2] = NOTHING, total[i / 2][i % 2] = 0.0f;
     int largest = -(1 << 20);  // radius of values so far, in steps: weights are in units of it
@@ -717,16 +793,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         mine.factors[0][lane] =
             keys.code ? exp2_of((float)(keys.base + keys.code - 1) * (1.0f / RADIUS_STEPS) + K_MANTISSA) : 0.0f;
 #if MEANS
-        const int behind = number % PARTS * TILE;  // tokens of the unit before the tile
-        if (number / PARTS != turned) {
-            const u32 first = position + tile.block * CHUNK + tile.first - behind;
+        const int part = number % PARTS;  // of the unit
+        const bool turns = number / PARTS != turned;
+        if (turns) {
+            const u32 first = position + tile.block * CHUNK + tile.first - part * TILE;
             turn_coefficients(memory, mine, about_rows, first, frequencies, lane), turned = number / PARTS;
         }
 #endif
         __syncwarp();
 #if MEANS
         float added[TILE / 16][HALVES][4];
-        add_means(memory, mine, behind, lane, added);
+#if BOTH
+        if (turns) {
+            add_means(memory, mine, 0, lane, added);
+#pragma unroll
+            for (int j = 0; j < TILE / 8; j++)
+                mine.added[t / 2][j][2 * g + t % 2] = {added[j / 2][0][j % 2 * 2], added[j / 2][0][j % 2 * 2 + 1]};
+            __syncwarp();
+        }
+#pragma unroll
+        for (int j = 0; j < TILE / 8; j++) {
+            const float2 its = mine.added[part][j][2 * g + t % 2];
+            added[j / 2][0][j % 2 * 2] = its.x, added[j / 2][0][j % 2 * 2 + 1] = its.y;
+        }
+#else
+        add_means(memory, mine, part * TILE, lane, added);
+#endif
 #endif
         Values values[2];
         load_values(values[0], tile, v_payload, head, heads, 0, lane);
@@ -740,16 +832,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         for (int quad = 0; quad < QUADS_K; quad++) {
             uint2 query[HALVES];
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) query[half] = inputs[(quad * HALVES + half) * LANES + lane % LANES];
+            for (int half = 0; half < HALVES; half++)
+                query[half] = QUERIES_KEPT ? kept[quad] : inputs[(quad * HALVES + half) * LANES + lane % LANES];
 #pragma unroll
             for (int j = 0; j < TILE / 16; j++) {
                 uint2 points[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const u32* signs = keys.signs[2 * j + i];
-                    points[i] = keys.indices[2 * j + i].template point<K_COPIES>(memory, k_copy, quad);
+                    points[i] = keys.indices[2 * j + i].template point<K_COPIES>(k_table, quad);
                     add_signs(points[i], QUADS_K < 8 ? signs[0] >> t * QUADS_K % 8 : signs[quad / 8], quad % 8);
-                    points[i].x = __byte_perm(points[i].x, 0, 0x2301);
                 }
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
@@ -761,9 +853,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         for (int half = 0; half < HALVES; half++)
 #pragma unroll
             for (int column = 0; column < 2; column++) {
-                const float4 row = about_rows[8 * half + 2 * t + column];
+                const float4 row = about_rows[row_of(8 * half + 2 * t + column)];
 #if MEANS
-                const float row_z = mine.first[8 * half + 2 * t + column];
+                const float row_z = mine.first[(BOTH ? 4 * part : 0) + row_of(8 * half + 2 * t + column)];
 #endif
 #pragma unroll
                 for (int j = 0; j < TILE / 8; j++) {
@@ -810,13 +902,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             const float factor = top > largest ? exp2_of((float)(largest - top) * (1.0f / RADIUS_STEPS)) : 1.0f;
             largest = max(largest, top);
 #pragma unroll
-            for (int i = 0; i < HALVES * 8 * QUADS_V; i++)
-                sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] *= shrunk[i / (8 * QUADS_V)][i % 2] * factor;
+            for (int i = 0; i < HALVES * FOURS * 4; i++)
+                sums[i / (4 * FOURS)][i / 4 % FOURS][i % 4] *= shrunk[i / (4 * FOURS)][i % 2] * factor;
         }
         mine.factors[1][lane] =
             v_code ? exp2_of((float)(v_base + v_code - 1 - largest) * (1.0f / RADIUS_STEPS) + ROOM) : 0.0f;
         __syncwarp();
-        uint2 weights[TILE / 16][HALVES];  // as a matrix of tokens by rows of queries
+        uint2 weights[TILE / 16][SPARE ? 2 : HALVES];  // as a matrix of tokens by rows of queries; of eight tokens each, if SPARE
 #pragma unroll
         for (int j = 0; j < TILE / 8; j++) {
             const float factor = mine.factors[1][8 * j + g];
@@ -826,8 +918,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
                 const float b = exp2_of(scores[j / 2][half][j % 2 * 2 + 1] - most[half][1]);
                 total[half][0] += a, total[half][1] += b;
                 const u32 both = turned_over(pack_halves(a * factor, b * factor));
+#if SPARE
+                weights[j / 2][j % 2] = {__byte_perm(both, 0, g < 4 ? 0x4410 : 0x1044), __byte_perm(both, 0, g < 4 ? 0x4432 : 0x3244)};
+#else
                 if (j % 2) weights[j / 2][half].y = both;
                 else weights[j / 2][half].x = both;
+#endif
             }
         }
 #pragma unroll
@@ -840,12 +936,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
                 uint2 points[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    points[i] = values[u].indices[i].template point<V_COPIES>(memory + V_AT, v_copy, quad);
+                    points[i] = values[u].indices[i].template point<V_COPIES>(v_table, quad);
                     add_signs(points[i], values[u].signs[i], quad);
                 }
+#if SPARE
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    multiply(sums[0][quad], points[2 * i].x, points[2 * i].y, points[2 * i + 1].x, points[2 * i + 1].y,
+                             weights[u][i]);
+#else
                 const u32 rows[2][4] = {
-                    {__byte_perm(points[0].x, points[1].x, 0x4501), __byte_perm(points[0].x, points[1].x, 0x6723),
-                     __byte_perm(points[2].x, points[3].x, 0x4501), __byte_perm(points[2].x, points[3].x, 0x6723)},
+                    {__byte_perm(points[0].x, points[1].x, 0x5410), __byte_perm(points[0].x, points[1].x, 0x7632),
+                     __byte_perm(points[2].x, points[3].x, 0x5410), __byte_perm(points[2].x, points[3].x, 0x7632)},
                     {__byte_perm(points[0].y, points[1].y, 0x5410), __byte_perm(points[0].y, points[1].y, 0x7632),
                      __byte_perm(points[2].y, points[3].y, 0x5410), __byte_perm(points[2].y, points[3].y, 0x7632)}};
 #pragma unroll
@@ -853,6 +955,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
 #pragma unroll
                     for (int i = 0; i < 2; i++)
                         multiply(sums[half][2 * quad + i], rows[i][0], rows[i][1], rows[i][2], rows[i][3], weights[u][half]);
+#endif
             }
         }
         __syncwarp();
@@ -868,16 +971,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         if (g == 0) warp_most[warp * ROWS + row] = most[i / 2][i % 2], warp_total[warp * ROWS + row] = its;
     }
     __syncthreads();
-    constexpr int COUNT = HALVES * 8 * QUADS_V * 32;  // of a warp's sums, as its lanes have them
+    constexpr int COUNT = HALVES * FOURS * 4 * 32;  // of a warp's sums, as its lanes have them
 #pragma unroll
     for (int i = 0; i < COUNT / 32; i++)
-        scratch[warp * COUNT + i * 32 + lane] = sums[i / (8 * QUADS_V)][i / 4 % (2 * QUADS_V)][i % 4] * of_values;
+        scratch[warp * COUNT + i * 32 + lane] = sums[i / (4 * FOURS)][i / 4 % FOURS][i % 4] * of_values;
     __syncthreads();
     const auto place_of = [](int at, int& row, int& coordinate) {
-        const int i = at / 32, its_g = at % 32 / 4, its_t = at % 4;
-        row = i / (8 * QUADS_V) * 8 + 2 * its_t + i % 2;
-        coordinate = (its_g * QUADS_V + i / 8 % QUADS_V) * 4 + i % 8 / 4 * 2 + i % 4 / 2;
+        const int i = at / 32, its_g = at % 32 / 4, column = at % 4 * 2 + i % 2;
+        row = SPARE ? column % 4 : i / (4 * FOURS) * 8 + column;
+        coordinate = SPARE ? (its_g * QUADS_V + i / 4) * 4 + i % 4 / 2 * 2 + column / 4
+                           : (its_g * QUADS_V + i / 8 % QUADS_V) * 4 + i % 8 / 4 * 2 + i % 4 / 2;
     };
     merge_warps<COUNT>(scratch, warp_most, warp_total, place_of, out, about);
-    combine(partial_sums, partial_about, arrived, rotation, fields, which, head, memory, outputs);
+    combine(partial_sums, partial_about, arrived, rotation, fields, which, head, blocks, memory, outputs);
 }

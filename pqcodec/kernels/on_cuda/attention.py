@@ -33,36 +33,67 @@ RESIDENT = {64: 2, 128: 2, 256: 2}  # thread blocks of a multiprocessor
 TILE = 32  # tokens of a warp
 UNIT = 64  # tokens of a warp with one turn of the coefficients of the keys' mean
 TABLE_BYTES = 64 << 10  # of both tables' copies together
+MOST_COPIES = 16  # of a point of 8 bytes: half a warp reads all banks of shared memory at once
 MOST_BLOCKS = 256  # of a head, the exact tokens' included
 LOG2_E = math.log2(math.e)
 SEQUENCE_TILES = 4  # of a thread block, at the least
 
 
-class SequenceRow(NamedTuple):
-    """A sequence as the kernels read it: int64. As ``FIELDS``, where each number stands in a row."""
+class Share(NamedTuple):
+    """What a thread block takes, of each head of a sequence, as the kernel reads it: int64. The last share is the exact tokens.
 
-    k_payload: int  # addresses of the first blocks
-    v_payload: int
-    coded: int  # coded tokens
-    least: int  # first coded token that counts
-    position: int  # of the first coded token under RoPE, modulo 2^32
-    k_exponent: int  # addresses of what the keys' means are multiplied with (a power of two), and of the means
-    k_means: int
-    v_exponent: int
-    v_means: int
-    exact: int  # exact first tokens, and the addresses of the first head's
-    k_exact: int
-    v_exact: int
-    recent: int  # tokens that are not encoded
-    k_recent: int
-    v_recent: int
-    k_head_stride: int  # bytes
-    v_head_stride: int
-    k_stride: int
-    v_stride: int
+    As ``FIELDS``, where each number stands.
+    """
+
+    k_payload: int = 0  # addresses of a stream's first blocks
+    v_payload: int = 0
+    coded: int = 0  # coded tokens of the stream
+    least: int = 0  # the first of them that counts
+    first_chunk: int = 0  # that are taken
+    last_chunk: int = 0
+    position: int = 0  # of the stream's first coded token under RoPE, modulo 2^32
+    k_exponent: int = 0  # addresses of what the keys' means are multiplied with (a power of two), and of the means
+    k_means: int = 0
+    v_exponent: int = 0
+    v_means: int = 0
+    exact: int = 0  # exact first tokens; the addresses of the first head's, and bytes from head to head
+    k_exact: int = 0
+    v_exact: int = 0
+    exact_head_stride: int = 0
+    k_recent: int = 0  # address of the first token that is not encoded, and bytes from head to head and from token to token
+    v_recent: int = 0
+    k_head_stride: int = 0
+    v_head_stride: int = 0
+    k_stride: int = 0
+    v_stride: int = 0
 
 
-FIELDS = SequenceRow(*range(len(SequenceRow._fields)))
+FIELDS = Share(*range(len(Share._fields)))
+
+
+class CodedPair(NamedTuple):
+    """Streams of keys and of values of the same tokens [kv_heads, tokens, head_dim]; ``least``: the first token that counts."""
+
+    keys: Placed
+    values: Placed
+    least: int = 0
+
+
+class ExactFirst(NamedTuple):
+    """Exact first tokens of a sequence: how many, addresses of the first head's keys and values, bytes from head to head."""
+
+    tokens: int
+    keys: int
+    values: int
+    head_stride: int
+
+    @classmethod
+    def of(cls, coded: CodedPair) -> ExactFirst:
+        """Those that the streams hold, or none if one behind them is the first that counts."""
+        h = coded.keys.header
+        at = h.places[sections.EXACT_TOKENS]
+        k, v = (placed.stream + placed.header.places[sections.EXACT_TOKENS].start for placed in coded[:2])
+        return cls(0 if coded.least else h.first_tokens, k, v, at.entry_bytes)
 
 
 @dataclass(frozen=True)
@@ -111,7 +142,8 @@ def attention_layout(kind: AttentionKind) -> Layout:
     v_at = k_bytes if len(tables) > 1 else 0
     turns_at = k_bytes + (len(tables[1]) * 8 * v_copies if len(tables) > 1 else 0)
     pairs = len(kind.keys.rope.frequencies) if kind.keys.rope else 0
-    turns = _turns(kind.keys.rope.frequencies) if kind.keys.rope else np.zeros(0, np.uint8)
+    both = _both(kind)
+    turns = _turns(kind.keys.rope.frequencies, TILE if both else UNIT) if kind.keys.rope else np.zeros(0, np.uint8)
     threads, order, rows, halves = THREADS[kind.keys.order], kind.keys.order, kind.rows, -(-kind.rows // 8)
     lanes = 16 if rows <= 4 else 32
     blob = np.concatenate([*(table.reshape(-1).view(np.uint8) for table in tables), turns])
@@ -119,7 +151,8 @@ def attention_layout(kind: AttentionKind) -> Layout:
     coefficients_at = max(blob_bytes, 4 * order * (1 + 2 * threads // 32))  # queries are prepared where tables will be
     inputs_at = coefficients_at + rows * pairs * 8
     warps_at = inputs_at + order // 16 * halves * lanes * 8
-    warp_bytes = 4 * (2 * TILE + (8 * halves + pairs // 8 * (halves * lanes * 2 + 8) if pairs else 0))
+    warp_bytes = 4 * (2 * TILE + (8 * halves + pairs // 8 * (halves * (32 if both else lanes) * 2 + 8) if pairs else 0))
+    warp_bytes += both * TILE * 32
     results = 4 * max(
         threads * order * halves // 4,
         threads // 32 * rows * order,
@@ -144,17 +177,20 @@ def _tables(kind: AttentionKind) -> tuple[list[np.ndarray], list[int]]:
     bits = [quads.table_of(plan_for(h)).bits for h in (kind.keys, kind.values)]
     kept = sorted(set(bits), key=bits.index)
     tables = [quads.points_of(each).points.astype("<f2").view(np.uint16) for each in kept]
-    for table in tables:
-        table[:, :2] = table[:, :2].byteswap()  # so that one shift brings four signs to their places
     room = TABLE_BYTES // len(kept)
-    return tables, [min(32, room // (8 << each)) for each in kept]
+    return tables, [min(MOST_COPIES, room // (8 << each)) for each in kept]
 
 
-def _turns(frequencies: Sequence[int]) -> np.ndarray:
-    """cos - 1 and sin of each pair, float16, at the tokens of a unit, as operands of mma: uint8 [bytes] of [tokens / 16, steps,
-    lanes, 2 pairs, 2 tokens, 2]."""
+def _both(kind: AttentionKind) -> bool:
+    """Whether the kernel finds what the keys' mean adds for two tiles at once (BOTH in ``attention.cu``)."""
+    return kind.keys.rope is not None and kind.keys.offsets and kind.rows <= 4 and kind.keys.chunk_tokens > TILE
+
+
+def _turns(frequencies: Sequence[int], tokens: int) -> np.ndarray:
+    """cos - 1 and sin of each pair, float16, at some tokens, as operands of mma: uint8 [bytes] of [tokens / 16, steps, lanes, 2
+    pairs, 2 tokens, 2]."""
     lane = np.arange(32)[:, None, None]
-    token = np.arange(UNIT // 16)[:, None, None, None, None] * 16 + (lane >> 2) + np.array([0, 8])
+    token = np.arange(tokens // 16)[:, None, None, None, None] * 16 + (lane >> 2) + np.array([0, 8])
     pair = np.arange(len(frequencies) // 8)[:, None, None, None] * 8 + (lane & 3) + np.array([0, 4])[:, None]
     phase = token * np.array(frequencies, np.int64)[pair] % (1 << c.PHASE_BITS)
     angle = 2 * np.pi * phase / (1 << c.PHASE_BITS)
@@ -233,98 +269,160 @@ def kernel(kind: AttentionKind, device: str) -> AttentionKernel:
 class CudaAttention:
     """Attention of the queries of some sequences to their encoded keys and values, prepared once.
 
-    ``query_shape``: [sequences, q_heads, queries, head_dim]; ``keys``, ``values``: each sequence's stream, of tensors of
-    [kv_heads, tokens, head_dim] in all, of one kind. ``recent``: exact keys and values behind them, [sequences, kv_heads, n,
-    head_dim]. ``scale`` of scores; ``cap``: their bound, 0 for none; ``least``: the first token of each stream that counts.
+    ``query_shape``: [sequences, q_heads, queries, head_dim]; ``sequences``: the streams of each, in order, all of one kind; of
+    a sequence of several, values are not centred. ``firsts``: of each sequence, in the tensors' dtype. ``recent``: memory of
+    exact keys and values behind the streams, [sequences, kv_heads, n, head_dim]. ``scale`` of scores; ``cap``: their bound, 0
+    for none.
     """
 
     def __init__(
         self,
         query_shape: tuple[int, ...],
         query_dtype: int,
-        keys: Sequence[Placed],
-        values: Sequence[Placed],
+        sequences: Sequence[Sequence[CodedPair]],
+        firsts: Sequence[ExactFirst],
         recent: tuple[Any, Any] | None,
         scale: float,
         cap: float,
-        least: Sequence[int],
     ) -> None:
         import torch
 
-        sequences, query_heads, queries, _ = query_shape
-        k, v, device = keys[0].header, values[0].header, keys[0].keeps.device
+        _, query_heads, queries, _ = query_shape
+        keys, values, _ = sequences[0][0]
+        k, v, device = keys.header, values.header, keys.keeps.device
         rows = query_heads // k.leading * queries
         self._kind = AttentionKind(header_of_kind(k), header_of_kind(v), rows, queries, query_dtype, cap)
         self._kernel = kernel(self._kind, str(device))
         self._device, self._heads, self._scale = device, k.leading, np.float32(scale * LOG2_E)
-        self._kept = [*(placed.keeps for placed in (*keys, *values)), *(recent or ())]
-        pairs = zip(keys, values, strict=True)
-        self._rows = torch.tensor([_row(pair, recent, n, least[n]) for n, pair in enumerate(pairs)], dtype=torch.int64).to(
-            device
-        )
-        self._whole = whole = sequences * k.leading
-        self._splits = _splits(whole, max(p.header.chunks for p in keys), k.chunk_tokens, _device(str(device))[2], k.order)
-        results = whole * (self._splits + 1) * rows
+        self._kept = [*(placed.keeps for streams in sequences for coded in streams for placed in coded[:2]), *(recent or ())]
+        whole = len(sequences) * k.leading
+        chunks = [[coded.keys.header.chunks for coded in streams] for streams in sequences]
+        splits = _splits(whole, chunks, k.chunk_tokens, _device(str(device))[2], k.order)
+        table = [
+            _shares(streams, divided(counts, splits), first, recent, n)
+            for n, (streams, counts, first) in enumerate(zip(sequences, chunks, firsts, strict=True))
+        ]
+        self._shares = torch.tensor(table, dtype=torch.int64).to(device)
+        self._blocks, self._grid = splits + 1, whole * (splits + 1)
+        self._room = recent[0].shape[-2] if recent else 0
+        results = whole * (splits + 1) * rows
         self._sums = torch.empty(results * k.order, dtype=torch.float32, device=device)
         self._about = torch.empty(results * 2, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(whole, dtype=torch.int32, device=device)
 
-    def run(self, query: Any, out: Any) -> Any:
-        """Fills ``out`` and returns it. Both are contiguous; on the current stream."""
+    def run(self, query: Any, out: Any, recent: Any = None, new: tuple[Any, Any] | None = None) -> Any:
+        """Fills ``out`` and returns it. Both are contiguous; on the current stream.
+
+        ``recent``: how many tokens of the recent memory count, from the first on, if not all; a tensor int32 [1] on the device
+        is read when the kernel runs. ``new``: keys and values of the last of these, [sequences, kv_heads, queries, head_dim] of
+        the memory's dtype, which are put there; see ``can_put``.
+        """
         import torch
 
-        found = self._kernel
+        found, count = self._kernel, self._room if recent is None else recent
+        at, count = (np.uint64(0), count) if isinstance(count, int) else (count, 0)
         values = [
-            *(self._rows, np.int32(self._heads), found.blob, found.frequencies, found.rotation, query, self._scale),
-            *(self._sums, self._about, self._arrived, out),
+            *(self._shares, np.int32(self._heads), np.int32(self._blocks), found.blob, found.frequencies, found.rotation),
+            *(query, self._scale, self._sums, self._about, self._arrived, out, at, np.int32(count)),
+            *(np.int32(new[0].shape[2] if new else 0), *(_new_rows(x) for x in new or (None, None))),
         ]
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        grid = (self._splits + 1, self._whole)
         with torch.cuda.device(self._device):
-            _launch(found.function, grid, found.layout.threads, found.layout.shared_bytes, stream, values)
+            _launch(found.function, self._grid, found.layout.threads, found.layout.shared_bytes, stream, values)
         return out
 
 
-def _launch(function: Any, grid: tuple[int, int], threads: int, shared: int, stream: int, arguments: Sequence[Any]) -> None:
-    values = [np.array(x.data_ptr() if hasattr(x, "data_ptr") else x, None if np.isscalar(x) else np.uint64) for x in arguments]
+def can_put(new: tuple[Any, Any]) -> bool:
+    """Whether the kernel can put keys and values as they lie into the recent memory."""
+    return all(
+        x.stride(-1) == 1 and not x.data_ptr() % 4 and not any(stride * x.element_size() % 4 for stride in x.stride()[:-1])
+        for x in new
+    )
+
+
+def _new_rows(x: Any) -> np.ndarray:
+    """NewRows of ``attention.cu``."""
+    strides = [] if x is None else [x.data_ptr(), *(x.stride(dim) * x.element_size() for dim in range(3))]
+    return np.array(strides or [0] * 4, np.int64)
+
+
+def _launch(function: Any, grid: int, threads: int, shared: int, stream: int, arguments: Sequence[Any]) -> None:
+    values = [np.array(x.data_ptr(), np.uint64) if hasattr(x, "data_ptr") else np.asarray(x) for x in arguments]
     pointers = np.array([value.ctypes.data for value in values], np.uint64)
-    returned(driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared, stream, pointers.ctypes.data, 0))
+    returned(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, pointers.ctypes.data, 0))
 
 
-def _splits(heads: int, chunks: int, chunk_tokens: int, multiprocessors: int, order: int) -> int:
-    """Thread blocks among which a head's chunks are divided, so that all multiprocessors are busy to the end."""
-    tiles = chunks * -(-chunk_tokens // TILE)
-    most = max(1, min(tiles // (SEQUENCE_TILES * THREADS[order] // 32), chunks, MOST_BLOCKS - 1))
+def _splits(heads: int, chunks: Sequence[Sequence[int]], chunk_tokens: int, multiprocessors: int, order: int) -> int:
+    """Thread blocks among which a head's chunks are divided, so that all multiprocessors are busy to the end.
+
+    ``chunks``: of each stream of each sequence.
+    """
+    longest = max(sum(each) for each in chunks)
+    tiles = longest * -(-chunk_tokens // TILE)
+    most = max(1, min(tiles // (SEQUENCE_TILES * THREADS[order] // 32), longest, MOST_BLOCKS - 1))
     at_once = multiprocessors * RESIDENT[order]
     wanted = at_once // heads if heads <= at_once else -(-4 * at_once // heads)
-    return max(1, min(most, wanted - 1 if wanted > 8 else wanted))  # a block of few tiles may wait for that of exact tokens
+    streams = max(sum(n > 0 for n in each) for each in chunks)
+    wanted -= wanted > 8  # a block of few tiles may wait for that of exact tokens
+    return max(1, streams, min(most, wanted))
 
 
-def _row(pair: tuple[Placed, Placed], recent: tuple[Any, Any] | None, n: int, least: int) -> SequenceRow:
-    """Sequence ``n`` as the kernel reads it."""
-    h = pair[0].header
-    (k, k_means, k_exact), (v, v_means, v_exact) = (
-        (placed.stream, placed.header.header_bytes, placed.header.places[sections.EXACT_TOKENS].start) for placed in pair
-    )
+def divided(chunks: Sequence[int], shares: int) -> list[tuple[int, int, int]]:
+    """The chunks of some streams, divided into ``shares``, of one stream each: (stream, its first chunk, its last chunk + 1).
+
+    The largest share is as small as can be. Shares that nothing is left for take chunks 0 to 0. Streams without chunks have no
+    share, and there are at least as many shares as others.
+
+    >>> divided([5, 1], 4)
+    [(0, 0, 1), (0, 1, 3), (0, 3, 5), (1, 0, 1)]
+    """
+    parts = [min(n, 1) for n in chunks]
+    for _ in range(shares - sum(parts)):
+        largest = max(range(len(chunks)), key=lambda i: chunks[i] / parts[i] if parts[i] else 0)
+        if parts[largest] >= chunks[largest]:
+            break
+        parts[largest] += 1
+    owned = enumerate(zip(chunks, parts, strict=True))
+    found = [(i, n * j // own, n * (j + 1) // own) for i, (n, own) in owned for j in range(own)]
+    return found + [(0, 0, 0)] * (shares - len(found))
+
+
+def _shares(
+    streams: Sequence[CodedPair],
+    shares: Sequence[tuple[int, int, int]],
+    first: ExactFirst,
+    recent: tuple[Any, Any] | None,
+    n: int,
+) -> list[Share]:
+    """The shares of sequence ``n``, that of the exact tokens behind the others."""
+    own = [_share(coded) for coded in streams]
     strides = [[x.stride(dim) * x.element_size() for x in recent] if recent else [0, 0] for dim in (1, 2)]
-    return SequenceRow(
-        k_payload=k + h.payload_start,
-        v_payload=v + pair[1].header.payload_start,
-        coded=h.coded_tokens,
-        least=max(least - h.first_tokens, 0),
-        position=((h.rope.first_position if h.rope else 0) + h.first_tokens) % (1 << c.PHASE_BITS),
-        k_exponent=k + c.OFFSET_EXPONENT_AT,
-        k_means=k + k_means,
-        v_exponent=v + c.OFFSET_EXPONENT_AT,
-        v_means=v + v_means,
-        exact=0 if least else h.first_tokens,
-        k_exact=k + k_exact,
-        v_exact=v + v_exact,
-        recent=recent[0].shape[-2] if recent else 0,
+    exact = own[0]._replace(
+        exact=first.tokens,
+        k_exact=first.keys,
+        v_exact=first.values,
+        exact_head_stride=first.head_stride,
         k_recent=recent[0][n].data_ptr() if recent else 0,
         v_recent=recent[1][n].data_ptr() if recent else 0,
         k_head_stride=strides[0][0],
         v_head_stride=strides[0][1],
         k_stride=strides[1][0],
         v_stride=strides[1][1],
+    )
+    return [*(own[i]._replace(first_chunk=begin, last_chunk=end) for i, begin, end in shares), exact]
+
+
+def _share(coded: CodedPair) -> Share:
+    """A stream as the kernel reads it, and none of its chunks."""
+    (k, h), (v, of_values) = ((placed.stream, placed.header) for placed in coded[:2])
+    return Share(
+        k_payload=k + h.payload_start,
+        v_payload=v + of_values.payload_start,
+        coded=h.coded_tokens,
+        least=max(coded.least - h.first_tokens, 0),
+        position=((h.rope.first_position if h.rope else 0) + h.first_tokens) % (1 << c.PHASE_BITS),
+        k_exponent=k + c.OFFSET_EXPONENT_AT,
+        k_means=k + h.header_bytes,
+        v_exponent=v + c.OFFSET_EXPONENT_AT,
+        v_means=v + of_values.header_bytes,
     )
