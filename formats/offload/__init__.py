@@ -1,7 +1,8 @@
 """Law: KV caches are kept encoded outside the tensors that attention reads, and decoded when attention needs them again.
 
 ``HostPool`` keeps blocks of tensors in host memory. ``encode_blocks`` and ``decode_blocks`` read and write the block tables of
-serving engines. ``EncodedCache`` is a cache for transformers, which is imported only when this name is first used.
+serving engines. ``EncodedCache`` is a cache for transformers, and ``CapturedSteps`` makes its steps CUDA graphs; transformers
+is imported only when one of these names is first used.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pqcodec.formats.offload.host_pool import Counters, Get, HostPool, Put, Usag
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice
 
 if TYPE_CHECKING:
+    from pqcodec.formats.offload.captured_steps import CapturedSteps
     from pqcodec.formats.offload.encoded_cache import EncodedCache
 
 __all__ = [
     "LAYOUTS",
     "ArenaFull",
+    "CapturedSteps",
     "Counters",
     "EncodedCache",
     "Get",
@@ -33,8 +36,10 @@ __all__ = [
     "scatter_blocks",
 ]
 
+_OF_TRANSFORMERS = {"CapturedSteps": "captured_steps", "EncodedCache": "encoded_cache"}  # modules that import it
+
 
 def __getattr__(name: str) -> Any:
-    if name != "EncodedCache":
+    if name not in _OF_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("pqcodec.formats.offload.encoded_cache"), name)
+    return getattr(import_module(f"pqcodec.formats.offload.{_OF_TRANSFORMERS[name]}"), name)

@@ -22,7 +22,7 @@ from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.transformers_cache import library
 from pqcodec.formats.offload import code_attention
 from pqcodec.formats.offload.first_tokens import FirstTokens
-from pqcodec.formats.offload.old_tokens import OldTokens, OnCPU, checked_place, old_tokens_in
+from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
 from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
 from pqcodec.formats.offload.workspace import Workspace
 from pqcodec.formats.plain import numbers as exact
@@ -94,8 +94,9 @@ class EncodedCache(cache_utils.DynamicCache):
     attention mask [sequences, tokens]; the first ``exact_tokens`` behind the padding are exact then, and encoded without it.
     On a GPU, keys or values with NaN or Inf raise NonFiniteInput when they are encoded.
 
-    A model of ``attn_implementation="pqcodec"``, on the CPU, does not decode: it attends straight from codes
-    (``pqcodec.attention``), but where a mask or an option of the model needs tensors; so it does for padded sequences.
+    A model of ``attn_implementation="pqcodec"`` does not decode on the CPU, nor on a GPU with ``place="device"`` and a preset
+    of quads: it attends straight from codes (``pqcodec.attention``), but where a mask or an option of the model needs tensors,
+    and but for padded sequences. On a GPU ``CapturedSteps`` makes its steps CUDA graphs.
 
     The cache belongs to one text and to the model as it is while it reads that text; it does not notice a change of the model
     (a PrefixStore does). It can be copied and pickled. Raises InvalidArgument for models that cannot use such a cache, and
@@ -332,6 +333,39 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return (self._tail.nbytes if self._tail else 0) + padded + sum(x.nbytes for x in self._sinks or ())
 
     @property
+    def reads_codes(self) -> bool:
+        """Whether attention reads codes: the layer gives it no tensors, but what stands for them."""
+        return _reads_codes(self._config) and code_attention.has_codes(self._old) and self._padded is None
+
+    # -- what a captured step needs (``captured_steps``) ------------------------------------------------------------
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace of the layer's device."""
+        assert self._tail is not None
+        return self._workspace(self._tail.memory[0])
+
+    @property
+    def memory_of_steps(self) -> list[Any]:
+        """Objects that stay the same as long as a step reads and writes the same memory, but for one more token each time."""
+        assert self._tail is not None
+        return [self._old and self._old.chunks, self._sinks, self._tail.memory]
+
+    @property
+    def tokens_in_tail(self) -> int:
+        """Exact last tokens."""
+        return self._tail.tokens if self._tail else 0
+
+    @property
+    def room_in_tail(self) -> bool:
+        """Whether one more token makes no others be encoded."""
+        return self.tokens_in_tail + 1 < self._options.room
+
+    def advance(self) -> None:
+        """Count a token that a captured step has put behind the others."""
+        assert self._tail is not None
+        self._tail.tokens += 1
+
+    @property
     def _has_old(self) -> bool:
         return self._encoded > 0
 
@@ -377,6 +411,7 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         tokens = end + tail.tokens + more
         if fits:
             tail.append(keys, values)
+        tail.settle()
         whole = old.workspace.scratch(tail.kind, max(tokens, end + tail.room))
         old.decode(whole, sinks, tail.memory)
         if self._padded is not None:
@@ -394,17 +429,17 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """``update`` once tokens are encoded, for attention that reads codes; None where it has to read tensors."""
         tail, old, sinks = self._tail, self._old, self._sinks
         assert tail is not None
+        assert old is not None
         assert sinks is not None
-        if not _reads_codes(self._config) or not isinstance(old, OnCPU) or self._padded is not None:
+        if not self.reads_codes:
             return None
-        if tail.tokens + int(keys.shape[-2]) < self._options.room:
-            tail.append(keys, values)
-            return code_attention.coded_parts(old, sinks, tail.read())
-        keys, values = (torch.cat(pair, -2) for pair in zip(tail.read(), (keys, values), strict=True))
-        parts = code_attention.coded_parts(old, sinks, (keys, values))  # as it is before more is encoded
-        last = int(keys.shape[-2]) - self._options.window
-        self._encode(keys[:, :, :last], values[:, :, :last], self._kept_first + old.tokens)
-        tail.replace(keys[:, :, last:], values[:, :, last:], room=self._options.room)
+        tail.append_later(keys, values, counted=old.workspace.step is None)
+        parts = code_attention.coded_parts(old, sinks, tail)  # as it is before more is encoded
+        if tail.tokens >= self._options.room:
+            kept, last = tail.read(), tail.tokens - self._options.window
+            self._encode(kept[0][:, :, :last], kept[1][:, :, :last], self._kept_first + old.tokens)
+            self._tail = Tail(keys, values)
+            self._tail.replace(kept[0][:, :, last:], kept[1][:, :, last:], room=self._options.room)
         return parts
 
     def _encode(self, keys: Any, values: Any, first: int) -> None:

@@ -199,7 +199,7 @@ class OnDevice(OldTokens):
         launch = prepared.launch(self.number, (whole, before, behind))
         if launch is None:
             data = {stream: stream.data for stream in self._streams()}
-            launch = self._launch(prepared, (whole, before, behind), self._batches(whole, before, data))
+            launch = self._launch(prepared, (whole, before, behind), self._batches(whole, int(before[0].shape[-2]), data))
         launch()
 
     def _streams(self) -> list[Stream]:
@@ -210,13 +210,20 @@ class OnDevice(OldTokens):
         prepared.keep_launch(self.number, parts, launch)
         return launch
 
-    def _batches(self, whole: Pair, before: Pair, data: Mapping[Stream, Any]) -> list[DecodeBatch]:
+    def decode_chunks(self, chunks: Sequence[Chunk], whole: Pair, begin: int) -> None:
+        """Decode some chunks into ``whole``, from token ``begin`` on; nothing is prepared for another time."""
+        data = {stream: stream.data for chunk in chunks for stream in (*chunk.keys, *chunk.values)}
+        _fill(self._batches(whole, begin, data, chunks), [])
+
+    def _batches(
+        self, whole: Pair, begin: int, data: Mapping[Stream, Any], chunks: Sequence[Chunk] | None = None
+    ) -> list[DecodeBatch]:
         """One batch for all streams that are decoded whole, and one for each length to which others are cut.
 
-        ``data``: the bytes of each stream on the device.
+        ``data``: the bytes of each stream on the device; ``begin``, ``chunks``: as in ``_targets``.
         """
         parts: dict[Any, list[tuple[Any, Any]]] = {}
-        for stream, out, part in self._targets(whole, int(before[0].shape[-2])):
+        for stream, out, part in self._targets(whole, begin, chunks):
             parts.setdefault(part, []).append((data[stream], out))
         return [
             DecodeBatch([s for s, _ in pairs], outs=[o for _, o in pairs], tokens=part, backend=self.backend)
@@ -279,7 +286,7 @@ class OnHost(OnDevice):
         batches = slot.decodings.batches(layout)
         if batches is None:
             data = {s: slot.buffer[s.slot_offset : s.slot_offset + len(s)] for s in self._streams()}
-            batches = self._batches(whole, before, data)
+            batches = self._batches(whole, int(before[0].shape[-2]), data)
             slot.decodings.keep_batches(layout, batches)
         return batches
 

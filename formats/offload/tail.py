@@ -14,10 +14,15 @@ _FIRST_ROOM = 64  # tokens that a tail has room for at first
 
 
 class Tail:
-    """The exact last tokens of a layer: the first ``tokens`` of ``memory``, a pair [sequences, heads, ``room``, head_dim]."""
+    """The exact last tokens of a layer: the first ``tokens`` of ``memory``, a pair [sequences, heads, ``room``, head_dim].
+
+    Of these, ``later`` are not there yet: keys and values that are copied when somebody wants to read the memory, unless a
+    kernel that read them has put them there.
+    """
 
     def __init__(self, keys: Any, values: Any) -> None:
         self.tokens = 0
+        self.later: tuple[Any, Any] | None = None
         self._use(room_for(keys, 0), room_for(values, 0))
 
     def _use(self, keys: Any, values: Any) -> None:
@@ -32,8 +37,17 @@ class Tail:
 
     def read(self) -> tuple[Any, Any]:
         """Views of the keys and values [sequences, heads, tokens, head_dim]."""
+        self.settle()
         keys, values = (x[:, :, : self.tokens] for x in self.memory)
         return keys, values
+
+    def settle(self) -> None:
+        """Copy what is ``later``, so that the memory holds all tokens."""
+        if self.later is not None:
+            more = int(self.later[0].shape[-2])
+            for room, x in zip(self.memory, self.later, strict=True):
+                room.narrow(2, self.tokens - more, more).copy_(x)
+            self.later = None
 
     def check(self, keys: Any, values: Any) -> None:
         """Raise InvalidArgument for new tokens of another batch, of other heads, or of a dtype that the tail's would round."""
@@ -58,12 +72,18 @@ class Tail:
 
     def append(self, keys: Any, values: Any) -> None:
         """Copy tokens behind the others; the memory stays the same while there is room."""
+        self.append_later(keys, values)
+        self.settle()
+
+    def append_later(self, keys: Any, values: Any, counted: bool = True) -> None:
+        """Take tokens that are copied later. Not ``counted``: those of a step that is captured, for which there is room."""
         more = int(keys.shape[-2])
         if not self.fits(keys):
             self._move(max(_FIRST_ROOM, (self.tokens + more) * 3 // 2))
-        for room, x in zip(self.memory, (keys, values), strict=True):
-            room.narrow(2, self.tokens, more).copy_(x)
-        self.tokens += more
+        if counted:
+            self.settle()
+            self.tokens += more
+        self.later = keys, values
 
     def _move(self, room: int) -> None:
         old = self.read()
@@ -73,17 +93,19 @@ class Tail:
 
     def replace(self, keys: Any, values: Any, *, room: int) -> None:
         """Hold other tokens instead, in memory for ``room`` of them; they must not be views of the tail's own memory."""
-        self.tokens = 0
+        self.tokens, self.later = 0, None
         if self.kind != PairKind.of(keys, values) or self.room != room:
             self._use(room_for(keys, room), room_for(values, room))
         self.append(keys, values)
 
     def cut(self, tokens: int) -> None:
         """Keep the first ``tokens``."""
+        self.settle()
         self.tokens = min(self.tokens, tokens)
 
     def select(self, rows: Any) -> None:
         """Make the batch one of sequences ``rows`` (int64 tensor) of it."""
+        self.settle()
         self._use(*(selected(x, rows) for x in self.memory))
 
 

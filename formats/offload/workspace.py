@@ -6,6 +6,8 @@ Layers know their workspace, and it does not know them, so that a cache that is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pqcodec.formats.offload.graphs import Pair, PreparedLaunches
@@ -29,6 +31,17 @@ class PairKind(NamedTuple):
         return cls((keys.dtype, values.dtype), *((x.shape[0], x.shape[1], x.shape[3]) for x in (keys, values)))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of one token that is captured in a CUDA graph: where it finds what changes from replay to replay.
+
+    ``tokens``: int32 [1], of every layer's tail, the step's own included. ``place``: int64 [1], of the step's own in the tail.
+    """
+
+    tokens: Any
+    place: Any
+
+
 class Workspace:
     """Scratch for one decoded layer, slots for encoded ones (``staging``), and launches that read streams kept on the device.
 
@@ -39,6 +52,8 @@ class Workspace:
         self.device = device
         self.staging = Staging(device)
         self.resident = PreparedLaunches()
+        self.step: Step | None = None  # the step that is captured now
+        self._attentions: dict[int, dict[Any, tuple[Any, Any]]] = {}  # of layers, by their number
         self._scratch: Any = None  # uint8 [bytes]
         self._pairs: dict[PairKind, Pair] = {}  # views of the scratch
 
@@ -84,8 +99,23 @@ class Workspace:
             )
         self._pairs[kind] = keys, values
 
+    def attention(self, layer: int, key: Any, kept: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
+        """What ``prepare`` made for attention to a layer; made anew for other ``kept`` objects, compared by identity.
+
+        ``layer``: the number of its OldTokens.
+        """
+        found = self._attentions.setdefault(layer, {}).get(key)
+        if found is None or any(one is not other for one, other in zip(found[0], kept, strict=True)):
+            found = self._attentions[layer][key] = kept, prepare()
+        return found[1]
+
+    def recent(self, tokens: int) -> Any:
+        """How many tokens of a tail count: ``tokens``, or what a step's memory says, where one is captured, at its replay."""
+        return tokens if self.step is None else self.step.tokens
+
     def forget(self, layer: int) -> None:
         """Let go of the launches of a layer whose streams have changed; ``layer``: the number of its OldTokens."""
+        self._attentions.pop(layer, None)
         for prepared in self._prepared():
             prepared.forget(layer)
 
