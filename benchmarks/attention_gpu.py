@@ -74,16 +74,20 @@ def copy_rate() -> float:
     return 2 * source.nbytes / microseconds({"copy": partial(target.copy_, source)})["copy"]
 
 
-def cache(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys with a mean that turns, and values: [batch, KV_HEADS, tokens, DIM]."""
-    level = 2 * torch.randn(KV_HEADS, 1, DIM, device=DEVICE)
-    angle = torch.arange(tokens, device=DEVICE).double()[:, None] * 1e4 ** (
-        -torch.arange(0, DIM, 2, device=DEVICE).double() / DIM
+def keys_with_mean(heads: int, tokens: int, dim: int, theta: float = 1e4) -> torch.Tensor:
+    """Random keys [heads, tokens, dim] whose mean turns as RoPE has it: float32."""
+    level = 2 * torch.randn(heads, 1, dim, device=DEVICE)
+    angle = torch.arange(tokens, device=DEVICE).double()[:, None] * theta ** (
+        -torch.arange(0, dim, 2, device=DEVICE).double() / dim
     )
     cos, sin = angle.cos().float(), angle.sin().float()
-    a, b = level[..., : DIM // 2], level[..., DIM // 2 :]
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    keys = torch.stack([(torch.randn(KV_HEADS, tokens, DIM, device=DEVICE) + turned).to(DTYPE) for _ in range(batch)])
+    a, b = level[..., : dim // 2], level[..., dim // 2 :]
+    return torch.randn(heads, tokens, dim, device=DEVICE) + torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def cache(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys with a mean that turns, and values: [batch, KV_HEADS, tokens, DIM]."""
+    keys = torch.stack([keys_with_mean(KV_HEADS, tokens, DIM).to(DTYPE) for _ in range(batch)])
     return keys, torch.randn(batch, KV_HEADS, tokens, DIM, device=DEVICE, dtype=DTYPE)
 
 
