@@ -205,6 +205,21 @@ TABLES = {
             "times as fast as the best exact one": number("speedup"),
         },
     ),
+    "generate-gpu": Table(
+        ["generate_gpu"],
+        lambda found: found["rows"],
+        {
+            "preset": text("preset"),
+            "sequences": text("batch"),
+            "tokens before": number("tokens", ","),
+            "a step from codes, ms": number("milliseconds.codes"),
+            "exact, flash, ms": number("milliseconds.flash"),
+            "exact, cuDNN, ms": number("milliseconds.cudnn"),
+            "times as fast as the best exact one": number("speedup"),
+            "from codes without graphs, ms": number("milliseconds.plain_codes"),
+            "a token of generate, ms": number("generate_ms_a_token"),
+        },
+    ),
     "files": Table(
         ["io_speed"],
         lambda found: found["rows"],

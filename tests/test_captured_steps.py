@@ -149,6 +149,26 @@ def test_a_text_is_the_same_and_others_uses_are_served() -> None:
 
 
 @needs_cuda
+def test_a_model_that_changes_is_not_replayed() -> None:
+    model, ids = tiny(), prompt(1, 200)
+    plain, captured = (EncodedCache(model, place="device", **SMALL) for _ in range(2))
+    wanted = [read_on(model, plain, ids, [100] + [1] * 5)]
+    with CapturedSteps(model, captured) as steps:
+        found = [read_on(model, captured, ids, [100] + [1] * 5)]
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+        wanted.append(read_on(model, plain, ids, [1] * 5))
+        before = steps.replays
+        found.append(read_on(model, captured, ids, [1] * 5))
+        assert before < steps.replays < before + 5
+        handle.remove()
+        model.model.embed_tokens.weight.data *= 1.5  # weights are read where they lie
+        wanted.append(read_on(model, plain, ids, [1] * 5))
+        found.append(read_on(model, captured, ids, [1] * 5))
+    for one, other in zip(found, wanted, strict=True):
+        assert error(one, other) <= 1e-5
+
+
+@needs_cuda
 def test_beams_are_served() -> None:
     model, ids = tiny(), prompt(1, 120)
     options: dict[str, Any] = {"max_new_tokens": 20, "num_beams": 3, "eos_token_id": None, "pad_token_id": 0}

@@ -142,7 +142,8 @@ def test_every_table_is_shown_with_its_machine_and_command() -> None:
 def test_what_is_public_is_in_the_reference() -> None:
     wanted = {f"pqcodec.{name}" for name in pqcodec.__all__ if not name.startswith("_")}
     wanted |= {f"pqcodec.formats.{name}" for name in pqcodec.formats.__all__}
-    wanted |= {f"pqcodec.formats.offload.{name}" for name in offload.__all__ if name not in ("HostPool", "EncodedCache")}
+    elsewhere = ("HostPool", "EncodedCache", "CapturedSteps")  # by the module that imports transformers, or with the formats
+    wanted |= {f"pqcodec.formats.offload.{name}" for name in offload.__all__ if name not in elsewhere}
     listed = set(re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE))
     assert not wanted - listed
 

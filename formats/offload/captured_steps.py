@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats.engines.model_identity.watch import Watch, configs_of, modules_of
 from pqcodec.formats.offload.encoded_cache import EncodedCache
 from pqcodec.formats.offload.workspace import Step
 
@@ -35,8 +36,9 @@ class CapturedSteps:
         with CapturedSteps(model, cache):
             model.generate(ids, past_key_values=cache, max_new_tokens=1000)
 
-    Within it, the model must stay as it is: weights are read where they lie, but code is not run. Raises InvalidArgument for a
-    cache or a model that never attends from codes on a GPU.
+    Weights are read where they lie, and may change there. A model whose modules, attributes, hooks or settings have changed
+    since a step was captured (another adapter, say) runs as it is, and is captured anew. Raises InvalidArgument for a cache
+    that no graph can stand for.
     """
 
     def __init__(self, model: Any, cache: EncodedCache) -> None:
@@ -80,14 +82,18 @@ class CapturedSteps:
         if self._captured is None or not self._captured.stands_for(kwargs):
             self._captured = None  # frees its memory
             try:
-                self._captured = _Captured(self._forward, self._layers, kwargs)
+                self._captured = _Captured(self._model, self._forward, self._layers, kwargs)
             except RuntimeError as error:
                 self._seen = []
                 self.why = f"it cannot be captured: {error}"
                 warnings.warn(f"a step of {type(self._model).__name__}: {self.why}", RuntimeWarning, stacklevel=4)
                 return self._forward(*args, **kwargs)
+        found = self._captured.replay(kwargs)
+        if found is None:
+            self._captured, self.why = None, "the model has changed: the next step is captured"
+            return self._forward(*args, **kwargs)
         self.replays += 1
-        return self._captured.replay(kwargs)
+        return found
 
     def _why_not(self, args: Any, kwargs: dict[str, Any]) -> str | None:
         """Why no graph can stand for a call; None where one can."""
@@ -115,10 +121,11 @@ class CapturedSteps:
 class _Captured:
     """A captured step: its graph, and the memory through which it is told of its token."""
 
-    def __init__(self, forward: Any, layers: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, forward: Any, layers: Any, kwargs: dict[str, Any]) -> None:
         self._layers, self._rest = layers, _rest(kwargs)
-        self._ids = torch.empty_like(kwargs["input_ids"])
-        sequences, device = len(self._ids), self._ids.device
+        modules = modules_of(model)
+        self._watch = Watch(modules, configs_of(modules))
+        (sequences, _), device = kwargs["input_ids"].shape, kwargs["input_ids"].device
         workspace = layers[0].workspace
         with torch.inference_mode(False):
             self._ids = torch.zeros((sequences, 1), dtype=kwargs["input_ids"].dtype, device=device)
@@ -151,9 +158,11 @@ class _Captured:
         self._step.place.fill_(layer.tokens_in_tail)
 
     def replay(self, kwargs: dict[str, Any]) -> Any:
-        """The output of a step."""
+        """The output of a step; None if the model is another one by now, and the step is to be done as if it was not begun."""
         self._tell(kwargs)
         self._graph.replay()
+        if not self._watch.holds():  # while the GPU works
+            return None
         for layer in self._layers:
             layer.advance()
         own = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self._out.items()}
