@@ -100,7 +100,7 @@ def energy_of(sample: Any, first: int, step: int, *, rope: Rope | None = None, c
         rows = widen(stored[lead : lead + at_once], seen.dtype).astype(np.float64)
         rows = np.where(np.isfinite(rows), rows, 0)
         if rope and centred:
-            rows = np.stack([centre.turn_back(one, cos, sin, field) for one in rows])
+            rows = centre.turn_back(rows, cos, sin, field)
         found.append(rows.var(-2).sum(-1) if centred else (rows**2).sum(-1))
     return float(np.concatenate(found).mean())
 

@@ -124,11 +124,12 @@ def turn(offset: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) 
 
 
 def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
-    """x [tokens, head_dim] with each pair turned back by its token's angle, float64."""
+    """x [..., tokens, head_dim] with each pair turned back by its token's angle, float64."""
     p, q = pairs(rope)
-    back = x.astype(np.float64)
-    back[:, p] = x[:, p] * cos.astype(np.float64) + x[:, q] * sin.astype(np.float64)
-    back[:, q] = x[:, q] * cos.astype(np.float64) - x[:, p] * sin.astype(np.float64)
+    back, cos, sin = x.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64)
+    first, second = x[..., p], x[..., q]
+    back[..., p] = first * cos + second * sin
+    back[..., q] = second * cos - first * sin
     return back
 
 
