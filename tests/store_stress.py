@@ -32,7 +32,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from pqcodec.formats.engines.model_identity import Identity
-from pqcodec.formats.store import PrefixStore
+from pqcodec.formats.store import PrefixStore, writing
 
 LAYERS, HEADS, HEAD_DIM = 2, 1, 16
 NUMBERS = LAYERS * 2 * HEADS * HEAD_DIM  # of one token
@@ -117,9 +117,12 @@ def opened(folder: Path, address: str, **options: Any) -> PrefixStore:
     return PrefixStore(folder, **options)
 
 
-def work(number: int, life: int, folder: Path, address: str, operations: int, seed: int, preset: str, done: mmap.mmap) -> None:
+def work(
+    number: int, life: int, folder: Path, address: str, operations: int, seed: int, preset: str, limited: bool, done: mmap.mmap
+) -> None:
     """Do operations until the worker's count is full; the log's lines are written as one each, behind what they tell of."""
     torch.set_num_threads(1)
+    writing.LEASE, writing.PATIENCE = 0.5, 0.05  # of the blocks that killed workers leave
     rng = random.Random(f"{seed} {number} {life}")
     log = os.open(f"{folder}.{number}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     warnings.simplefilter("error")
@@ -129,8 +132,9 @@ def work(number: int, life: int, folder: Path, address: str, operations: int, se
         ids, numbers = tokens_of(prompt), expected(prompt)
         if rng.random() < PUTS:
             try:
-                store.put(MODEL, ids, cache_of(numbers))
-                os.write(log, f"put {prompt}\n".encode())
+                stored = store.put(MODEL, ids, cache_of(numbers))
+                short = not limited and not stored.pending_tokens and stored.tokens < len(ids)
+                os.write(log, f"short {prompt} {stored}\n".encode() if short else f"put {prompt} {stored.tokens}\n".encode())
             except OSError as error:
                 if not address:  # there a server may be gone for a while
                     raise
@@ -192,7 +196,7 @@ def stress(
         warm.put(MODEL, tokens_of("0"), cache_of(expected("0")))  # what is loaded once is there in every worker
         warm.get(MODEL, tokens_of("0"))
     done = mmap.mmap(-1, 8 * processes)
-    options = (folder, address, operations, seed, preset, done)
+    options = (folder, address, operations, seed, preset, bool(limit), done)
     lives: Counter[int] = Counter(range(processes))
     alive = {start(number, 1, *options): number for number in range(processes)}
     kills = crashes = 0
@@ -240,8 +244,11 @@ def stress(
 def checked(folder: Path, address: str, preset: str, limit: int) -> dict[str, Any]:
     """What the logs and the store say in the end."""
     lines = [line.split(" ", 2) for log in folder.parent.glob(f"{folder.name}.*.log") for line in log.read_text().splitlines()]
-    put = {line[1] for line in lines if line[0] == "put"}
-    faults = [" ".join(line) for line in lines if line[0] == "wrong"]
+    put: dict[str, int] = {}  # the most tokens of each prompt that were said to be there
+    for line in lines:
+        if line[0] == "put":
+            put[line[1]] = max(int(line[2]), put.get(line[1], 0))
+    faults = [" ".join(line) for line in lines if line[0] in ("wrong", "short")]
     tally = Counter(line[0] for line in lines)
     found = sum(int(line[2]) > 0 for line in lines if line[0] == "got")
     problems = [
@@ -251,8 +258,8 @@ def checked(folder: Path, address: str, preset: str, limit: int) -> dict[str, An
     with opened(folder, address, preset=preset) as store:
         for prompt in sorted(put):
             cache, length = store.get(MODEL, tokens_of(prompt), leave=0)
-            if length < len(tokens_of(prompt)) and not limit:
-                lost.append(f"{prompt}: {length} of {len(tokens_of(prompt))} tokens")
+            if length < put[prompt] and not limit:
+                lost.append(f"{prompt}: {length} of {put[prompt]} tokens")
             if fault := wrong(cache, length, expected(prompt), preset == "exact"):
                 faults.append(f"{prompt}: {fault}")
         first, second = store.shelf.gc(grace=0), store.shelf.gc(grace=0)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import signal
+import sqlite3
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
+from pqcodec.formats.store import sqlite_index
 from pqcodec.formats.store.folder import new_block_file
 from pqcodec.formats.store.index import Index, Row
 from pqcodec.formats.store.redis_index import RedisIndex, is_address, server_and_store, without_password
@@ -134,6 +140,51 @@ def test_roots_quota_and_place(index: Index) -> None:
     assert index.data is None
     index.set_data("s3://bucket/é")
     assert index.data == "s3://bucket/é"
+
+
+def test_of_all_who_want_a_lease_one_has_it_until_it_ends(index: Index) -> None:
+    row, another = row_of(3), row_of(4)
+    mine = index.lease(row.name, 60)
+    assert mine
+    assert index.lease(row.name, 60) == ""
+    assert index.lease(another.name, 60)
+    index.release(row.name, "of another")
+    assert index.lease(row.name, 60) == ""
+    index.release(row.name, mine)
+    assert index.lease(row.name, 60)
+    assert index.add(row)
+    assert index.lease(row.name, 60) == ""  # it is there
+    assert index.remove(row)
+    assert index.lease(row.name, 0.02)  # the commit ended the lease before
+    time.sleep(0.05)
+    assert index.lease(row.name, 60)  # and whoever had the last one died
+
+
+def test_of_many_threads_one_has_the_lease(index: Index) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(1, 20):
+            name = row_of(number).name
+            assert sum(map(bool, pool.map(lambda _, name=name: index.lease(name, 60), range(8)))) == 1
+
+
+# -- SQLite alone ------------------------------------------------------------------------------------------------
+def test_an_index_of_version_1_is_completed(tmp_path: Path) -> None:
+    path, row = tmp_path / "index.sqlite", row_of(3)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(sqlite_index._SCHEMAS[1] + "INSERT INTO counters VALUES ('bytes', 0); PRAGMA user_version = 1;")
+    read = SQLiteIndex(path, denied=OSError(errno.EROFS, "read-only"))
+    assert read.all() == []
+    read.close()
+    index = SQLiteIndex(path)
+    assert not index.new
+    assert index.lease(row.name, 60)
+    assert index.add(row)
+    index.close()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (sqlite_index.VERSION,)
+        db.execute(f"PRAGMA user_version = {sqlite_index.VERSION + 1}")
+    with pytest.raises(UnsupportedStream, match="newer"):
+        SQLiteIndex(path)
 
 
 # -- Redis alone -------------------------------------------------------------------------------------------------

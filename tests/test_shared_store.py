@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from store_stress import MODEL, cache_of, expected, stress, tokens_of, wrong
 from typer.testing import CliRunner
 
 from pqcodec.errors import CorruptStream, InvalidArgument
-from pqcodec.formats.store import PrefixStore
+from pqcodec.formats.store import PrefixStore, blocks, writing
 from pqcodec.tools.cli import app
 from tests.servers import RedisServer, redis_server
 
@@ -79,6 +80,91 @@ def test_two_nodes_that_put_one_prefix_at_once_keep_it_once(address: str) -> Non
     assert sum(len(row.tokens) for row in rows) == len(ids)
     assert {file for file, _ in stores[0].shelf.files.all()} == {row.file for row in rows}
     assert stores[0].shelf.index.counters()["bytes"] == sum(row.size for row in rows)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_all_who_put_a_block_at_once_one_encodes_it(
+    address: str, tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, numbers, place = tokens_of("4.4.4"), expected("4.4.4"), address if shared else tmp_path / "local"
+    encoded: list[int] = []
+    write_block = blocks.write_block
+
+    def slowly(path: str, row: Any, *more: Any) -> int:
+        encoded.append(row.start)
+        time.sleep(0.02)
+        return write_block(path, row, *more)
+
+    monkeypatch.setattr(blocks, "write_block", slowly)
+    stores = [PrefixStore(place, preset="pq3") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        stored = [*pool.map(lambda store: store.put(MODEL, ids, cache_of(numbers)), stores)]
+    assert sorted(encoded) == list(range(0, len(ids), 256))
+    assert sum(one.new_tokens for one in stored) == len(ids)
+    assert all(one.pending_tokens or one.tokens == len(ids) for one in stored)
+    for store in stores:
+        cache, length = store.get(MODEL, ids, leave=0)
+        assert length == len(ids)
+        assert not wrong(cache, length, numbers, exact=False)
+        store.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_block_whose_writer_died_is_left_out_until_its_lease_ends(
+    address: str, tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    monkeypatch.setattr(writing, "PATIENCE", 0.05)
+    with PrefixStore(address if shared else tmp_path / "local", preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        row = store.shelf.index.all()[1]
+        store.shelf.drop(row)
+        assert store.shelf.index.lease(row.name, 0.5)  # of a node that is gone
+        start = time.monotonic()
+        stored = store.put(MODEL, ids, cache_of(numbers))
+        assert time.monotonic() - start < 0.4
+        assert (stored.tokens, stored.new_tokens, stored.pending_tokens) == (256, 0, 256)
+        assert store.put(MODEL, ids, cache_of(numbers), pin=True).tokens == len(ids)  # is never left to others
+        store.pin(MODEL, ids, pinned=False)
+        store.shelf.drop(store.shelf.index.find(row.name))
+        assert store.shelf.index.lease(row.name, 0.1)
+        time.sleep(0.15)
+        assert store.put(MODEL, ids, cache_of(numbers)).tokens == len(ids)
+
+
+def test_who_cannot_write_a_block_gives_its_lease_back(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with PrefixStore(address, preset="pq3") as store:
+        with monkeypatch.context() as fault:
+            fault.setattr(blocks, "write_block", full)
+            with pytest.raises(OSError, match="full"):
+                store.put(MODEL, ids, cache_of(numbers))
+        stored = store.put(MODEL, ids, cache_of(numbers))
+        assert (stored.tokens, stored.pending_tokens) == (len(ids), 0)
+
+
+@pytest.mark.parametrize("place", ["redis", "folder", "memory"])
+def test_what_a_node_wrote_that_died_before_its_commit_is_collected(address: str, tmp_path: Path, place: str) -> None:
+    data = {"redis": None, "folder": str(tmp_path / "files"), "memory": f"memory://{tmp_path.name}"}[place]
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with PrefixStore(address, data=data, preset="pq3") as store:
+        with pytest.MonkeyPatch.context() as fault:
+            fault.setattr(store.shelf.index, "add", dies)
+            with pytest.raises(SystemExit):
+                store.put(MODEL, ids, cache_of(numbers))
+        assert len([*store.shelf.files.all()]) == 1
+        assert store.get(MODEL, ids, leave=0).length == 0
+        assert store.shelf.gc()["orphans"] == 0  # it is young
+        assert store.shelf.gc(grace=0) == {"orphans": 1, "missing": 0, "evicted_bytes": 0}
+        assert not [*store.shelf.files.all()]
+
+
+def dies(*_: Any) -> bool:
+    raise SystemExit
 
 
 def test_a_quota_holds_for_all_nodes_and_pins_are_kept(address: str) -> None:

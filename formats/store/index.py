@@ -115,8 +115,18 @@ class Index(Protocol):
     def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
         """Record what a root stands for; a known one stays as it is."""
 
+    def lease(self, name: bytes, seconds: float) -> str:
+        """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there.
+
+        A block is encoded under its lease, so that one of those who put it at once does so. Whoever commits the
+        block ends its lease; ``release`` does so where it is not committed.
+        """
+
+    def release(self, name: bytes, lease: str) -> None:
+        """End a lease that ``lease`` gave; another's stays."""
+
     def add(self, row: Row) -> bool:
-        """Commit a block; False where a block of that name is committed already."""
+        """Commit a block, and end its lease; False where a block of that name is committed already."""
 
     def remove(self, row: Row, little: bool = False) -> bool:
         """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from numbers import Integral
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,14 +27,13 @@ from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.model_identity import Identity, tokenizer_digest
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store import blocks, generation, reuse
-from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.formats.store.writing import TAIL_PRESET, ChainWriter, PutWork, common_length
 from pqcodec.sizes import seconds_of, size_of
 from pqcodec.threads import threads
 
-TAIL_PRESET = "pq6"  # a tail is decoded and encoded again when it has grown, so its error should be negligible
 BLOCK_CHUNK = 64  # tokens of a chunk, which is under one checksum
 PENDING = 4  # puts that may wait in the background; further ones are skipped
 
@@ -54,18 +52,7 @@ class Stored:
     tokens: int  # of the prefix that are in the store now: as many as ``get`` would find
     new_tokens: int  # added by this put and still there
     new_bytes: int  # of their blocks
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A cache to be written, with its names and model."""
-
-    identity: Identity
-    chain: Chain
-    label: str
-    ids: np.ndarray
-    state: tc.CacheState
-    pin: bool
+    pending_tokens: int = 0  # of blocks that others were writing still; ``get`` finds them once they are done
 
 
 class PrefixStore:
@@ -136,6 +123,7 @@ class PrefixStore:
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
+        self._writer = ChainWriter(self.shelf, self._recipe, self._exact)
         for name, limit in limits.items():
             if limit is not None and self.shelf.denied is None:
                 self._index.set_limit(name, limit)
@@ -299,7 +287,7 @@ class PrefixStore:
         rows = [row for row in self._index.children(parent) if row.start == start]
         marks = chain.marks(parent, ids[start : start + BLOCK_TOKENS] if rows else [])
         for row in rows:
-            common = _common(row.tokens, marks)
+            common = common_length(row.tokens, marks)
             if row.name in unreadable or (row.stateful and (row.whole or common < len(row.tokens))):
                 continue
             if best is None or common > best[1]:
@@ -312,6 +300,7 @@ class PrefixStore:
     ) -> Stored | Future[Stored]:
         """Store the cache of ``tokens`` [n] or [1, n]; only blocks that are missing are encoded and written.
 
+        A block that another thread, process or node is writing is left to it (``Stored.pending_tokens``), unless it gives up.
         ``tokens`` may be longer than the cache, as after ``generate``, which does not feed its last token. (A purely recurrent
         cache does not know its length: pass exactly what it has seen.) ``extra``: see ``get``. ``pin``: never evict the prefix.
         ``wait=False``: return a Future at once and save in the background, from the tensors as they are now; beyond
@@ -354,7 +343,7 @@ class PrefixStore:
         for future in waiting:
             future.result()
 
-    def _saved(self, work: _Work) -> Stored:
+    def _saved(self, work: PutWork) -> Stored:
         """``_write`` in the background, where an error is also a warning, since the Future may never be read."""
         try:
             return self._write(work)
@@ -362,13 +351,13 @@ class PrefixStore:
             warnings.warn(f"a cache of {len(work.ids)} tokens could not be saved: {error}", RuntimeWarning, stacklevel=2)
             raise
 
-    def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> _Work:
+    def _work(self, model: Any, tokens: Any, cache: Any, extra: str, pin: bool) -> PutWork:
         identity, ids = self._identity(model), token_ids(tokens)
         behaviour = reuse.behaviour_of(model, identity, ids, extra)
         state, count = reuse.kept_state(cache, identity, self._preset, behaviour, len(ids))
         ids = ids[:count]
         label = str(getattr(identity.config, "model_type", "model"))
-        return _Work(identity, self._chain(identity, extra), label, ids, state, pin)
+        return PutWork(identity, self._chain(identity, extra), label, ids, state, pin)
 
     def _identity(self, model: Any) -> Identity:
         identity = Identity.of(model, full=self._full)
@@ -380,99 +369,11 @@ class PrefixStore:
         codec = {"preset": self._preset, "seed": self._recipe.seed, "block_tokens": BLOCK_TOKENS, "tail": TAIL_PRESET}
         return Chain(settings_of(identity, self._tokenizer, codec, extra), self._tenant)
 
-    def _write(self, work: _Work) -> Stored:
-        layers, chain, ids = work.state.parts[""], work.chain, work.ids
-        stateful = not all(layer.cuttable for layer in layers)
-        self._index.add_root(chain.root, work.label, chain.settings)
-        presets: blocks.BlockPresets | None = None
-        parent, available, taken = chain.root, self.shelf.available_bytes(), 0
-        last: Row | None = None
-        seen: list[Row] = []
-        written: list[Row] = []
-        for start in range(0, len(ids) + 1, BLOCK_TOKENS):
-            run = ids[start : start + BLOCK_TOKENS]
-            whole = len(run) == BLOCK_TOKENS
-            if not whole and not len(run) and not stateful:
-                break
-            name = chain.child(parent, run)
-            row = self._index.find(name)
-            marks = chain.marks(parent, run if row is None else [])
-            if row is None and not whole and not stateful:
-                row = self._covering(parent, marks)
-            if row is None:
-                presets = presets or self._presets_for(work, last)
-                row = Row(name, parent, chain.root, start, marks, whole, stateful, own.new_block_file(name), 0)
-                row, new = self._add(row, work, presets)
-                written += [row] if new else []
-            seen.append(row)
-            parent, last, taken = name, row, taken + row.size
-            to_come = (len(ids) // BLOCK_TOKENS - len(seen)) * row.size if whole else 0  # whole blocks are of one size
-            if available is not None and written and taken + to_come > available:
-                runs = (ids[at : at + BLOCK_TOKENS] for at in range(0, len(ids) + 1, BLOCK_TOKENS))
-                available = self.shelf.available_bytes(
-                    {*accumulate(runs, chain.child, initial=chain.root), *(row.name for row in seen)}
-                )
-                if available is not None and taken + to_come > available:
-                    return self._too_large(work, written, taken + to_come, available)
-        for row in written:
-            self._drop_what_grew_into(row)
-        self._index.touch(seen, hit=False, puts=1)
-        if work.pin and last is not None:
-            self._index.pin(last, True)
-        self.shelf.evict()
-        return self._stored(work, written)
-
-    def _too_large(self, work: _Work, written: Sequence[Row], size: int, available: int) -> Stored:
-        """Drop the new blocks of a prefix that exceeds the quota, with a warning; older blocks stay."""
-        for row in reversed(written):
-            self.shelf.drop(row)
-        text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self.shelf.place} "
-        warnings.warn(f"{text}leaves room for {max(available, 0)}", RuntimeWarning, stacklevel=4)
-        return self._stored(work, written)
-
-    def _stored(self, work: _Work, written: Sequence[Row]) -> Stored:
-        """The part of a prefix, and of the blocks ``written`` for it, that is in the store now."""
-        kept = [row for row in written if (now := self._index.find(row.name)) is not None and now.file == row.file]
+    def _write(self, work: PutWork) -> Stored:
+        done = self._writer.write(work)
+        kept = [row for row in done.new if (now := self._index.find(row.name)) is not None and now.file == row.file]
         found = sum(count for _, count in self._longest(work.chain, work.ids))
-        return Stored(found, sum(len(row.tokens) for row in kept), sum(row.size for row in kept))
-
-    def _add(self, row: Row, work: _Work, presets: blocks.BlockPresets) -> tuple[Row, bool]:
-        """Encode a block, write its file and commit it; returns its row, and whether this call added it."""
-        cut = [self._part(layer, row) for layer in work.state.parts[""]]
-        about = {"label": work.label, "settings": work.chain.settings, "marked": work.chain.keyed}
-        chosen = presets if row.whole or self._exact else presets.at(TAIL_PRESET)
-        with self._files.writing(row.file) as path:
-            row = replace(row, size=blocks.write_block(path, row, cut, chosen, work.identity.config, self._recipe, about))
-        return row, self.shelf.commit(row)
-
-    def _drop_what_grew_into(self, row: Row) -> None:
-        """Drop the tails whose tokens a new block includes; tails with state stay, since they are useful by themselves."""
-        for tail in [] if row.stateful else self._index.children(row.parent):
-            grown = _common(tail.tokens, row.tokens) == len(tail.tokens) and tail.name != row.name
-            if grown and not tail.whole and not tail.pinned:
-                self.shelf.drop(tail)
-
-    @staticmethod
-    def _part(layer: tc.LayerState, row: Row) -> tc.LayerState:
-        """A layer's part of a block: its tokens; of a layer that cannot be cut nothing, but in a tail all of its state."""
-        if layer.cuttable:
-            return layer.cut(row.start, row.end)
-        return layer.without_tensors() if row.whole else layer
-
-    def _covering(self, parent: bytes, marks: np.ndarray) -> Row | None:
-        """A child of ``parent`` whose tokens begin with a tail's ``marks``; None without one."""
-        rows = (row for row in self._index.children(parent) if _common(row.tokens, marks) == len(marks))
-        return next(rows, None)
-
-    def _presets_for(self, work: _Work, last: Row | None) -> blocks.BlockPresets:
-        """The presets for new blocks: those of the block before them, ``last``, or chosen anew."""
-        if last is not None and last.whole:
-            try:
-                with self._files.open(last.file) as file:
-                    return blocks.BlockPresets.in_file(blocks.block_metadata(file)["groups"])
-            except (CorruptStream, UnsupportedStream, OSError, KeyError, TypeError):
-                pass  # a damaged block is reported when it is read; choose anew
-        return blocks.BlockPresets.of(work.state, work.identity.config, None if self._exact else self._recipe)
+        return Stored(found, sum(len(row.tokens) for row in kept), sum(row.size for row in kept), done.pending_tokens)
 
     # -- pinning -------------------------------------------------------------------------------------------------
     def pin(self, model: Any, tokens: Any, *, extra: str = "", pinned: bool = True) -> int:
@@ -482,13 +383,6 @@ class PrefixStore:
         if found:
             self._index.pin(found[-1][0], pinned)
         return sum(count for _, count in found)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """The length of the common beginning of two runs of tokens."""
-    n = min(len(a), len(b))
-    other = np.nonzero(a[:n] != b[:n])[0]
-    return int(other[0]) if len(other) else n
 
 
 # -- forks, and the end of the interpreter -------------------------------------------------------------------------

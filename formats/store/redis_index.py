@@ -8,6 +8,7 @@ Keys begin with ``{pqcodec:STORE}:`` and lie in one slot of a cluster:
     leaves          sorted set: the blocks that may be evicted (without children, not pinned), by the time of their last use
     pinned          set
     roots           hash: JSON of label and settings, by name
+    lease:NAME      who encodes the block now; the server lets it run out
     counters        hash; data: the place of the files, if recorded
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,11 +43,15 @@ _PARAMETERS = re.compile(
 )
 _FIELDS = ("parent", "root", "start", "tokens", "whole", "stateful", "file", "size", "created", "used", "hits", "pinned")
 
-# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent, data.
+# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent, data, lease.
 # ARGV: name, parent, start, used, size, the place of the files or '', then the fields of the row.
 _ADD = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 7))
+if redis.call('EXISTS', KEYS[1]) == 1 then
+    redis.call('DEL', KEYS[9])
+    return 0
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 7))  -- first, since a server without memory refuses it then
+redis.call('DEL', KEYS[9])
 if ARGV[6] ~= '' then redis.call('SETNX', KEYS[8], ARGV[6]) end
 redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
 redis.call('SADD', KEYS[7], ARGV[1])
@@ -95,6 +101,15 @@ else
     if redis.call('SCARD', KEYS[2]) == 0 then redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[1], 'used'), ARGV[1]) end
 end
 return 1
+"""
+# KEYS: block, lease. ARGV: who wants it, milliseconds.
+_LEASE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+return redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0
+"""
+# KEYS: lease. ARGV: who has it.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """
 
 
@@ -163,6 +178,7 @@ class RedisIndex:
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
             self._add, self._remove, self._touch, self._pin = map(self.client.register_script, (_ADD, _REMOVE, _TOUCH, _PIN))
+            self._lease, self._release = map(self.client.register_script, (_LEASE, _RELEASE))
             with self.named():
                 version = self.client.get(self.key("version"))
         except (ValueError, TypeError, LookupError, AttributeError):  # an OSError is none of them; the text may hold a password
@@ -357,8 +373,20 @@ class RedisIndex:
         with self.named():
             self.client.hsetnx(self.key("roots"), name, json.dumps([label, settings], sort_keys=True))
 
+    def lease(self, name: bytes, seconds: float) -> str:
+        """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there."""
+        lease = secrets.token_hex(16)
+        with self.named():
+            taken = self._lease(keys=[self.key("block", name), self.key("lease", name)], args=[lease, int(1000 * seconds)])
+        return lease if taken else ""
+
+    def release(self, name: bytes, lease: str) -> None:
+        """End a lease that ``lease`` gave; another's stays."""
+        with self.named():
+            self._release(keys=[self.key("lease", name)], args=[lease])
+
     def add(self, row: Row) -> bool:
-        """Commit a block; False where a block of that name is committed already."""
+        """Commit a block, and end its lease; False where a block of that name is committed already."""
         now = repr(time.time())
         values = {
             **row.__dict__,
@@ -379,6 +407,7 @@ class RedisIndex:
             self.key("block", row.parent),
             self.key("children", row.parent),
             self.key("data"),
+            self.key("lease", row.name),
         ]
         with self.named():
             added = bool(self._add(keys=keys, args=[row.name, row.parent, row.start, now, row.size, self._data, *fields]))

@@ -198,7 +198,7 @@ class Shelf:
                 why = f"block {row.name.hex()[:16]} cannot be removed: {error}"
         if why:
             over_quota = f"is over its quota of {limit} bytes" if limit is not None else "holds blocks that are too old"
-            warnings.warn(f"{self.place} {over_quota}, and {why}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self.place} {over_quota}, and {why}", RuntimeWarning, stacklevel=5)
         return freed
 
     def _why_nothing_goes(self) -> str:

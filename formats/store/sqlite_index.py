@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -32,9 +33,10 @@ from pqcodec.formats.store.index import Row, problem_of, warn_of_row
 from pqcodec.formats.store.keys import is_keyed, unknown
 
 INDEX, LOCK = "index.sqlite", "lock"  # files of a store's folder
-VERSION = 1
+VERSION = 2
+MOST_LEASE = 3600.0  # seconds; a lease that ends later was given by a clock that was wrong
 CHECKED_BYTES = 64 << 20  # an index up to this size is checked completely when it is opened, which takes a fraction of a second
-_SCHEMA = """
+_SCHEMA_1 = """
 CREATE TABLE IF NOT EXISTS roots (name BLOB PRIMARY KEY, label TEXT NOT NULL, settings TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS blocks (
     name BLOB PRIMARY KEY, parent BLOB NOT NULL, root BLOB NOT NULL, start INTEGER NOT NULL, tokens BLOB NOT NULL,
@@ -50,6 +52,10 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON blocks BEGIN
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
     UPDATE counters SET value = value - old.size WHERE name = 'bytes'; END;
 """
+_SCHEMA_2 = """
+CREATE TABLE IF NOT EXISTS leases (name BLOB PRIMARY KEY, lease TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
+"""
+_SCHEMAS = {1: _SCHEMA_1, VERSION: _SCHEMA_1 + _SCHEMA_2}  # by the version of an index; an older one is completed
 _COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
 _COUNTED = "SELECT (SELECT value FROM counters WHERE name = 'bytes') IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)"
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
@@ -106,21 +112,21 @@ class SQLiteIndex:
     def _open(self) -> None:
         """Check the file, and create what is missing; a complete index is opened without a write."""
         version, objects = self._value("PRAGMA user_version"), set(self._select(_OBJECTS))
-        if version not in (0, VERSION):
+        if version != 0 and version not in _SCHEMAS:
             raise UnsupportedStream(f"{self._path}: an index of version {version}; install a newer pqcodec")
-        if not objects <= _expected_objects():  # before the check, which would evaluate a stranger's expressions
+        if not objects <= _expected_objects(VERSION):  # before the check, which would evaluate a stranger's expressions
             raise sqlite3.DatabaseError("it holds tables, views or triggers that no store makes")
         if self._path.stat().st_size <= CHECKED_BYTES and (found := self._value("PRAGMA quick_check(1)")) != "ok":
             raise sqlite3.DatabaseError(found)
-        whole = version == VERSION and objects == _expected_objects()
+        whole = version == VERSION and objects == _expected_objects(VERSION)
         if self._denied is not None:
-            if not whole:
+            if version == 0 or objects != _expected_objects(version):
                 raise sqlite3.DatabaseError("it lacks what a store writes there")
             return
         if not whole or not self._value(_COUNTED):
             with self._changing() as db:
                 self.new = version == 0
-                for statement in _statements(_SCHEMA):
+                for statement in _statements(_SCHEMAS[VERSION]):
                     db.execute(statement)
                 db.execute(_COUNT)
                 db.execute(f"PRAGMA user_version = {VERSION}")
@@ -273,12 +279,34 @@ class SQLiteIndex:
             text = json.dumps(settings, sort_keys=True)
             db.execute("INSERT OR IGNORE INTO roots VALUES (?, ?, ?)", (name, label, text))
 
+    def lease(self, name: bytes, seconds: float) -> str:
+        """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there.
+
+        Given without a record where others write all the time: to encode a block twice costs less than to wait for them.
+        """
+        self.check_writable()
+        lease, now = secrets.token_hex(16), time.time()
+        with suppress(OSError), self._changing(little=True) as db:
+            db.execute("DELETE FROM leases WHERE until < ? OR until > ?", (now, now + MOST_LEASE))  # dead, or by another clock
+            values = (name, lease, now + seconds, name)
+            taken = db.execute(
+                "INSERT OR IGNORE INTO leases SELECT ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM blocks WHERE name = ?)", values
+            )
+            return lease if taken.rowcount == 1 else ""
+        return lease
+
+    def release(self, name: bytes, lease: str) -> None:
+        """End a lease that ``lease`` gave; another's stays."""
+        with self._changing(little=True) as db:
+            db.execute("DELETE FROM leases WHERE name = ? AND lease = ?", (name, lease))
+
     def add(self, row: Row) -> bool:
-        """Commit a block; False where a block of that name is committed already."""
+        """Commit a block, and end its lease; False where a block of that name is committed already."""
         now = time.time()
         values = {**row.__dict__, "tokens": row.tokens.astype("<i8").tobytes(), "created": now, "used": now}
         with self._changing() as db:
             marks = ", ".join("?" * len(_COLUMNS))
+            db.execute("DELETE FROM leases WHERE name = ?", (row.name,))
             done = db.execute(
                 f"INSERT OR IGNORE INTO blocks ({', '.join(_COLUMNS)}) VALUES ({marks})", [values[key] for key in _COLUMNS]
             )
@@ -324,11 +352,11 @@ class SQLiteIndex:
             db.execute("INSERT OR REPLACE INTO places VALUES ('data', ?)", (data,))
 
 
-@lru_cache(maxsize=1)
-def _expected_objects() -> frozenset[tuple[Any, ...]]:
-    """The tables, indexes and triggers of an index of this version, as in sqlite_master."""
+@lru_cache
+def _expected_objects(version: int) -> frozenset[tuple[Any, ...]]:
+    """The tables, indexes and triggers of an index of a version, as in sqlite_master."""
     with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(_SCHEMA)
+        db.executescript(_SCHEMAS[version])
         return frozenset(db.execute(_OBJECTS))
 
 
