@@ -109,8 +109,16 @@ def test_random_actions_leave_what_a_model_expects(index: Index, seed: int) -> N
             index.pin(row, action == "pin")
             model.rows[row.name] = replace(row, pinned=action == "pin")
         else:
-            coldest = index.coldest()
-            assert (None if coldest is None else coldest.name) == next(iter(model.leaves()), None)
+            expected = next(iter(model.leaves()), None)
+            total = sum(row.size for row in model.rows.values())
+            index.set_limit("max_bytes", max(total - 1, 0))
+            gone = index.evict(most=1)
+            index.set_limit("max_bytes", None)
+            assert [block.name for block in gone] == [name for name in [expected] if name and total]
+            for block in gone:
+                assert (block.file, block.size) == (model.rows[block.name].file, model.rows[block.name].size)
+                del model.rows[block.name]
+                model.uses.remove(block.name)
         assert index.held() == model.held()
     assert index.counters().get("bytes", 0) == sum(row.size for row in model.rows.values())
     found = index.all()
@@ -140,6 +148,87 @@ def test_roots_quota_and_place(index: Index) -> None:
     assert index.data is None
     index.set_data("s3://bucket/é")
     assert index.data == "s3://bucket/é"
+
+
+def test_tenants_have_blocks_and_limits_of_their_own(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random actions of three tenants; what is evicted is what a few lines of Python choose."""
+    rng, clock = random.Random(5), [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    roots = {tenant: bytes([number]) * 32 for number, tenant in enumerate(("", "a" * 32, "b" * 32), 50)}
+    rows: dict[bytes, tuple[str, Row, float]] = {}
+    for tenant, root in roots.items():
+        index.add_root(root, "a model", {}, tenant)
+    index.add_root(roots["a" * 32], "a model", {}, "b" * 32)  # it has a tenant already
+    assert index.owners() == {root: tenant for tenant, root in roots.items() if tenant}
+    limits = {"max_bytes": 6000, f"max_bytes:{'a' * 32}": 1500, f"max_age:{'b' * 32}": 60, "max_bytes:": 2500, "max_age": 200}
+    for name, limit in limits.items():
+        kind, _, tenant = name.partition(":")
+        index.set_limit(kind, limit, tenant if ":" in name else None)
+    assert index.counters() == {"bytes": 0, **limits}
+
+    def coldest(tenant: str) -> tuple[bytes, float]:
+        parents = {row.parent for _, row, _ in rows.values()}
+        leaves = [(used, name) for name, (own, _, used) in rows.items() if own == tenant and name not in parents]
+        return min(leaves)[::-1] if leaves else (b"", clock[0])
+
+    def held(tenant: str) -> int:
+        return sum(row.size for own, row, _ in rows.values() if own == tenant)
+
+    def expected() -> set[bytes]:
+        before = set(rows)
+        for tenant in roots:
+            age = min(limits["max_age"], limits.get(f"max_age:{tenant}", 1000))
+            while coldest(tenant)[1] < clock[0] - age:
+                del rows[coldest(tenant)[0]]
+            while held(tenant) > limits.get(f"max_bytes:{tenant}", 1 << 30):
+                del rows[coldest(tenant)[0]]
+        while sum(row.size for _, row, _ in rows.values()) > limits["max_bytes"]:
+            del rows[coldest(max(roots, key=held))[0]]
+        return before - set(rows)
+
+    evicted = 0
+    for number in range(1, 300):
+        clock[0] += rng.expovariate(0.5)
+        tenant = rng.choice([*roots])
+        parents = [row for own, row, _ in rows.values() if own == tenant]
+        row = replace(row_of(number, rng.choice([*parents, None]), rng.randrange(1, 300)), root=roots[tenant])
+        row = replace(row, parent=roots[tenant]) if row.parent == ROOT else row
+        assert index.add(row)
+        rows[row.name] = tenant, row, clock[0]
+        if rng.random() < 0.5:
+            name, (own, used, _) = rng.choice([*rows.items()])
+            index.touch([used])
+            rows[name] = own, used, clock[0]
+        if rng.random() < 0.7:
+            gone = {block.name for block in index.evict()}
+            assert gone == expected()
+            evicted += len(gone)
+            assert dict.fromkeys(roots, 0) | index.tenant_bytes() == {tenant: held(tenant) for tenant in roots}
+            assert index.counters()["bytes"] == sum(map(held, roots))
+    assert evicted > 100
+    pinned = next(row for own, row, _ in rows.values() if own == "b" * 32)
+    index.pin(pinned, True)
+    assert pinned.name in index.held("b" * 32)
+    assert index.held("a" * 32) == {}
+    assert index.held() == index.held("b" * 32)
+
+
+def test_a_root_that_gets_a_tenant_brings_its_blocks(index: Index) -> None:
+    first, own = row_of(1, size=300), bytes([9]) * 32
+    first = replace(first, root=own, parent=own)
+    second = replace(row_of(2, first, 200), root=own)
+    other = row_of(3, size=50)
+    for row in (first, second, other):
+        assert index.add(row)
+    assert index.tenant_bytes() == {"": 550}
+    index.add_root(own, "a model", {}, "c" * 32)
+    assert index.tenant_bytes() == {"": 50, "c" * 32: 500}
+    index.set_limit("max_bytes", 400, "c" * 32)
+    assert [block.name for block in index.evict()] == [second.name]
+    assert index.tenant_bytes() == {"": 50, "c" * 32: 300}
+    index.set_limit("max_bytes", 0)
+    assert [block.name for block in index.evict()] == [first.name, other.name]  # of who holds most
+    assert index.tenant_bytes() == {"": 0, "c" * 32: 0}
 
 
 def test_of_all_who_want_a_lease_one_has_it_until_it_ends(index: Index) -> None:
@@ -172,13 +261,34 @@ def test_an_index_of_version_1_is_completed(tmp_path: Path) -> None:
     path, row = tmp_path / "index.sqlite", row_of(3)
     with closing(sqlite3.connect(path)) as db:
         db.executescript(sqlite_index._SCHEMAS[1] + "INSERT INTO counters VALUES ('bytes', 0); PRAGMA user_version = 1;")
+        values = (
+            bytes([9]) * 32,
+            ROOT,
+            ROOT,
+            0,
+            np.arange(256).tobytes(),
+            1,
+            0,
+            new_block_file(bytes([9]) * 32),
+            7,
+            1.0,
+            1.0,
+            0,
+            0,
+        )
+        db.execute(f"INSERT INTO blocks VALUES ({', '.join('?' * len(values))})", values)
+        db.commit()
     read = SQLiteIndex(path, denied=OSError(errno.EROFS, "read-only"))
-    assert read.all() == []
+    assert [row.size for row in read.all()] == [7]
+    assert (read.owners(), read.tenant_bytes()) == ({}, {"": 7})
     read.close()
     index = SQLiteIndex(path)
     assert not index.new
     assert index.lease(row.name, 60)
     assert index.add(row)
+    assert index.tenant_bytes() == {"": 100 + 7}
+    index.add_root(ROOT, "a model", {}, "d" * 32)
+    assert index.tenant_bytes() == {"": 0, "d" * 32: 100 + 7}
     index.close()
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (sqlite_index.VERSION,)
@@ -220,7 +330,6 @@ def test_bad_rows_are_dropped_and_bad_indexes_refused(server: RedisServer) -> No
         with pytest.warns(RuntimeWarning, match="no store writes"):
             assert index.find(row.name) is None
         assert index.find(row.name) is None
-        assert index.coldest() is None
         assert not index.children(ROOT)
     assert index.add(row)
     index.client.hdel(index.key("block", row.name), "tokens")
@@ -237,9 +346,29 @@ def test_bad_rows_are_dropped_and_bad_indexes_refused(server: RedisServer) -> No
         index.client.hset(index.key("roots"), ROOT, text)
         with pytest.raises(CorruptStream, match="no label"):
             index.roots()
-    index.client.set(index.key("version"), "2")
+    index.client.set(index.key("version"), "3")
     with pytest.raises(UnsupportedStream, match="newer"):
         RedisIndex(address)
+
+
+def test_an_index_of_version_1_in_redis_is_gone_on_with(server: RedisServer) -> None:
+    """Version 1 had neither tenants nor a tenant in a block's hash."""
+    address = f"{server.address}?store=older"
+    index, row = RedisIndex(address), row_of(7)
+    index.begun()
+    assert index.add(row)
+    index.client.hdel(index.key("block", row.name), "tenant")
+    index.client.set(index.key("version"), "1")
+    index.close()
+    index = RedisIndex(address)
+    assert not index.new
+    assert index.client.get(index.key("version")) == b"2"
+    assert index.tenant_bytes() == {"": 100}
+    index.add_root(ROOT, "a model", {}, "e" * 32)
+    assert index.tenant_bytes() == {"": 0, "e" * 32: 100}
+    assert index.remove(row)
+    assert index.tenant_bytes() == {"": 0, "e" * 32: 0}
+    index.close()
 
 
 def add_many(index: Index) -> None:

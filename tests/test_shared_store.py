@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.store import PrefixStore, blocks, writing
+from pqcodec.formats.store.keys import tenant_id_of
 from pqcodec.tools.cli import app
 from tests.servers import RedisServer, redis_server
 
@@ -176,6 +178,63 @@ def test_a_quota_holds_for_all_nodes_and_pins_are_kept(address: str) -> None:
             assert one.shelf.index.counters()["bytes"] <= 100_000
         assert one.get(MODEL, tokens_of("0"), leave=0).length == len(tokens_of("0"))
         assert two.shelf.index.counters()["evicted"] > 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_tenant_that_fills_the_store_loses_its_own(address: str, tmp_path: Path, shared: bool) -> None:
+    place, prompts = address if shared else tmp_path / "local", ("0", "1", "2.1", "3.2.1", "4.1.1", "5.0.0", "2.2.2")
+    with (
+        PrefixStore(place, preset="pq3", tenant="one", max_bytes="100KB", tenant_max_bytes="60KB") as one,
+        PrefixStore(place, preset="pq3", tenant="two") as two,
+        PrefixStore(place, preset="pq3") as nobody,
+    ):
+        index, mine = one.shelf.index, tenant_id_of("one")
+        assert (one.shelf.limit("max_bytes"), one.shelf.limit("max_bytes", mine)) == (100_000, 60_000)
+        for store in (two, nobody):
+            store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
+        for prompt in prompts:
+            one.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)))
+            assert index.tenant_bytes()[mine] <= 60_000
+        assert index.counters()["evicted"] > 0
+        assert one.get(MODEL, tokens_of(prompts[0]), leave=0).length < len(tokens_of(prompts[0]))
+        for prompt in prompts:  # without a quota of its own it is the store's that holds
+            two.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)))
+            assert index.counters()["bytes"] <= 100_000
+        held = index.tenant_bytes()
+        assert held[mine] > 30_000
+        assert nobody.get(MODEL, tokens_of("0"), leave=0).length == len(tokens_of("0"))  # who holds least loses nothing
+        found = CliRunner().invoke(app, ["store", "stats", str(place), "--json"])
+        told = {one["tenant"]: one for one in json.loads(found.output)["tenants"]}
+        assert {name: of["bytes"] for name, of in told.items()} == {name or "none": size for name, size in held.items()}
+        assert told[mine]["max_bytes"] == 60_000
+        assert mine[:8] in CliRunner().invoke(app, ["store", "stats", str(place)], env={"COLUMNS": "120"}).output
+        set_limit = ["store", "gc", str(place), "--tenant", mine[:8], "--max-bytes", "20KB"]
+        assert CliRunner().invoke(app, set_limit).exit_code == 0
+        assert index.tenant_bytes()[mine] <= 20_000
+        with pytest.warns(RuntimeWarning, match="a prefix of .* is left out"):
+            one.put(MODEL, tokens_of("4.4.4"), cache_of(expected("4.4.4")))
+    for wrong_id in ("zz", "f" * 31):
+        done = CliRunner().invoke(app, ["store", "gc", str(place), "--tenant", wrong_id, "--max-bytes", "1GB"])
+        assert (done.exit_code, "no tenant is called so" in done.output) == (2, True)
+    assert CliRunner().invoke(app, ["store", "gc", str(place), "--tenant", "f" * 32]).exit_code == 2  # without a limit
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_tenant_may_have_its_own_age(address: str, tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, place = [time.time()], address if shared else tmp_path / "local"
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    ids, cache = tokens_of("0"), cache_of(expected("0"))
+    with (
+        PrefixStore(place, preset="pq3", tenant="one", tenant_max_age="1h") as one,
+        PrefixStore(place, preset="pq3", tenant="two") as two,
+    ):
+        one.put(MODEL, ids, cache)
+        two.put(MODEL, ids, cache)
+        clock[0] += 4000
+        assert (one.get(MODEL, ids, leave=0).length, two.get(MODEL, ids, leave=0).length) == (0, len(ids))
+        assert two.shelf.gc()["evicted_bytes"] > 0
+        assert set(two.shelf.index.owners().values()) == {tenant_id_of("one"), tenant_id_of("two")}
+        assert {two.shelf.index.owners()[row.root] for row in two.shelf.index.all()} == {tenant_id_of("two")}
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -81,7 +81,7 @@ class Connections:
         if self._closed:
             raise InvalidArgument(f"{self._path.parent}: the store is closed; open it anew")
 
-    def select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def select(self, text: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a SELECT or PRAGMA with parameters ``values``."""
         with self._reader.lock:
             if not self._read_only:

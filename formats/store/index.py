@@ -43,6 +43,25 @@ class Row:
         return self.start + len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Evicted:
+    """A block that ``Index.evict`` has removed."""
+
+    name: bytes
+    file: str  # not checked: a stranger may have written the row
+    size: int  # negative: the row is one that no store writes
+    expired: bool  # too old; False: for a quota
+
+
+def limit_of(name: str, tenant: str | None) -> str:
+    """The counter of the limit "max_bytes" or "max_age" of a store or, by its id, of a tenant ("": of blocks without one).
+
+    >>> limit_of("max_age", None), limit_of("max_age", "0f3a")
+    ('max_age', 'max_age:0f3a')
+    """
+    return name if tenant is None else f"{name}:{tenant}"
+
+
 def problem_of(row: Row) -> str:
     """What in a row no store writes, in words, or an empty string."""
     if {type(name) for name in (row.name, row.parent, row.root)} != {bytes} or row.name == row.parent:
@@ -99,21 +118,27 @@ class Index(Protocol):
         """(label, settings) of each root by its name; raises CorruptStream."""
 
     def counters(self) -> dict[str, int]:
-        """The counters by name: "bytes" of all blocks, "max_bytes" and "max_age" if they are set, "gets", "hits", "puts" ..."""
+        """The counters by name: "bytes" of all blocks, limits (``limit_of``) if they are set, "gets", "hits", "puts" ..."""
 
     @property
     def data(self) -> str | None:
         """The folder or URL of the files, as it was recorded; None where they are the index's own."""
 
-    def coldest(self) -> Row | None:
-        """The least recently used block that is not pinned and has no child; None without one."""
+    def owners(self) -> dict[bytes, str]:
+        """The tenant's id (``Chain.tenant_id``) of each root that has one."""
 
-    def held(self) -> dict[bytes, int]:
-        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
+    def tenant_bytes(self) -> dict[str, int]:
+        """Bytes of the blocks of each tenant, by its id; "": of those without one."""
+
+    def held(self, tenant: str | None = None) -> dict[bytes, int]:
+        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors; ``tenant``: only its own."""
 
     # -- writing -------------------------------------------------------------------------------------------------
-    def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
-        """Record what a root stands for; a known one stays as it is."""
+    def add_root(self, name: bytes, label: str, settings: dict[str, Any], tenant: str = "") -> None:
+        """Record what a root stands for, and the id of the tenant whose blocks are below it; a known one stays as it is.
+
+        The first to name a tenant makes the root that tenant's, with the blocks that are below it by then.
+        """
 
     def lease(self, name: bytes, seconds: float) -> str:
         """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there.
@@ -134,6 +159,9 @@ class Index(Protocol):
         ``little``: wait little for others; a loss of power may undo it.
         """
 
+    def evict(self, most: int = 512) -> list[Evicted]:
+        """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""
+
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters.
 
@@ -143,8 +171,11 @@ class Index(Protocol):
     def pin(self, row: Row, pinned: bool) -> None:
         """Keep a block and its ancestors from eviction, or release them."""
 
-    def set_limit(self, name: str, limit: int | None) -> None:
-        """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
+    def set_limit(self, name: str, limit: int | None, tenant: str | None = None) -> None:
+        """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit.
+
+        ``tenant``: of that tenant's blocks, beside those of the store (``limit_of``).
+        """
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files."""

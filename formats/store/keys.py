@@ -18,6 +18,7 @@ from pqcodec.formats.engines.model_identity import Identity
 
 BLOCK_TOKENS = 256
 NAME_BYTES = 32
+TENANT_BYTES = 16
 MARK_BYTES = 8  # as many as a token id has
 PERSON = b"pqcodec-prefix"
 FORMAT = 1
@@ -50,8 +51,9 @@ class Chain:
     """
 
     def __init__(self, settings: Mapping[str, Any], tenant: str = "") -> None:
-        self._key = hashlib.blake2b(tenant.encode(), person=PERSON).digest() if tenant else b""
+        self._key = _key_of(tenant)
         self.keyed = bool(tenant)
+        self.tenant_id = tenant_id_of(tenant)
         self.settings = {"format": FORMAT, **settings}
         self.root = self._hash(json.dumps(self.settings, sort_keys=True).encode())
 
@@ -83,6 +85,21 @@ class Chain:
 
     def _hash(self, data: bytes) -> bytes:
         return hashlib.blake2b(data, digest_size=NAME_BYTES, key=self._key, person=PERSON).digest()
+
+
+def tenant_id_of(tenant: str) -> str:
+    """What an index calls a tenant by, 32 hexadecimal digits that do not tell the salt; "" without a salt.
+
+    >>> tenant_id_of("a"), tenant_id_of("")
+    ('8164a9df593b5bb16a4a76d49ef91724', '')
+    """
+    if not tenant:
+        return ""
+    return hashlib.blake2b(b"tenant", digest_size=TENANT_BYTES, key=_key_of(tenant), person=PERSON).hexdigest()
+
+
+def _key_of(tenant: str) -> bytes:
+    return hashlib.blake2b(tenant.encode(), person=PERSON).digest() if tenant else b""
 
 
 def is_keyed(root: bytes, settings: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from pqcodec.formats.engines.model_identity import Identity, tokenizer_digest
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store import blocks, generation, reuse
 from pqcodec.formats.store.index import Row
-from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, token_ids
+from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain, settings_of, tenant_id_of, token_ids
 from pqcodec.formats.store.shelf import Shelf
 from pqcodec.formats.store.writing import TAIL_PRESET, ChainWriter, PutWork, common_length
 from pqcodec.sizes import seconds_of, size_of
@@ -62,14 +62,16 @@ class PrefixStore:
     such as "20GB", beyond which the least recently used prefixes are dropped (None: the quota that the folder has); a prefix
     that exceeds it alone is not stored, with a warning, and nothing is dropped for it. ``max_age``: seconds, or such as "30d",
     after which what was not used is neither found nor kept (None: what the folder has). ``tenant``: a salt; a store opened with
-    another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tokenizer``: makes its
-    vocabulary part of a prefix's name. ``data``: a folder or URL (s3://...) for the files, to be passed whenever the store is
-    opened, and for this store alone, since ``Shelf.gc`` removes what it does not know there; the index stays in ``folder``, on
-    a local disk or at an address of Redis ("redis://host:6379/0?store=NAME", see ``RedisIndex``). ``nonfinite``: "error", or
-    "exact" to keep vectors with NaN or Inf as they are. ``shared``: other users may use the store, as far as the umask allows
-    (by default its files are 0600 and its folders 0700). ``identity``: how much of a model's weights every call checks,
-    "sampled" words or all ("full"); see ``Identity.of``. All else that a cache depends on is checked either way;
-    ``engines.model_identity`` lists what is not detected. ``shelf``: damage, quota and leftover files.
+    another one finds no prefix of this one's, and keyed hashes are stored in place of token ids. ``tenant_max_bytes`` and
+    ``tenant_max_age``: the same limits for this tenant's prefixes alone, beside those of the store; whoever is over a quota
+    loses prefixes of its own (``Shelf.evict``). ``tokenizer``: makes its vocabulary part of a prefix's name. ``data``: a folder
+    or URL (s3://...) for the files, to be passed whenever the store is opened, and for this store alone, since ``Shelf.gc``
+    removes what it does not know there; the index stays in ``folder``, on a local disk or at an address of Redis
+    ("redis://host:6379/0?store=NAME", see ``RedisIndex``). ``nonfinite``: "error", or "exact" to keep vectors with NaN or Inf
+    as they are. ``shared``: other users may use the store, as far as the umask allows (by default its files are 0600 and its
+    folders 0700). ``identity``: how much of a model's weights every call checks, "sampled" words or all ("full"); see
+    ``Identity.of``. All else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not
+    detected. ``shelf``: damage, quota and leftover files.
 
     A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
     its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
@@ -95,6 +97,8 @@ class PrefixStore:
         max_bytes: int | str | None = None,
         max_age: float | str | None = None,
         tenant: str = "",
+        tenant_max_bytes: int | str | None = None,
+        tenant_max_age: float | str | None = None,
         tokenizer: Any = None,
         data: str | os.PathLike[str] | None = None,
         seed: int = 0,
@@ -107,9 +111,16 @@ class PrefixStore:
             raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
         if not isinstance(tenant, str):
             raise InvalidArgument(f"tenant {tenant!r:.40}: a string is expected")
+        own = tenant_id_of(tenant)
         limits = {
-            "max_bytes": None if max_bytes is None else size_of(max_bytes, "max_bytes"),
-            "max_age": None if max_age is None else seconds_of(max_age, "max_age"),
+            (name, whose): (size_of if name == "max_bytes" else seconds_of)(given, argument)
+            for name, whose, argument, given in (
+                ("max_bytes", None, "max_bytes", max_bytes),
+                ("max_age", None, "max_age", max_age),
+                ("max_bytes", own, "tenant_max_bytes", tenant_max_bytes),
+                ("max_age", own, "tenant_max_age", tenant_max_age),
+            )
+            if given is not None
         }
         self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
         self._recipe = Recipe(
@@ -124,9 +135,8 @@ class PrefixStore:
         self.shelf = Shelf(folder, data, shared=shared)
         self._index, self._files = self.shelf.index, self.shelf.files
         self._writer = ChainWriter(self.shelf, self._recipe, self._exact)
-        for name, limit in limits.items():
-            if limit is not None and self.shelf.denied is None:
-                self._index.set_limit(name, limit)
+        for (name, whose), limit in limits.items() if self.shelf.denied is None else ():
+            self._index.set_limit(name, limit, whose)
         self._forget_saves()
         _open_stores.add(self)
 
@@ -200,7 +210,7 @@ class PrefixStore:
         unreadable: set[bytes] = set()
         while True:
             found = self._longest(chain, ids[: max(len(ids) - leave, 0)], unreadable)
-            if expired := self.shelf.expired([row for row, _ in found]):
+            if expired := self.shelf.expired([row for row, _ in found], chain.tenant_id):
                 unreadable |= expired
                 continue
             if one_left and sum(count for _, count in found) < len(ids) - 1:

@@ -1,11 +1,13 @@
-"""Law: the index of a store that many machines share, in Redis or Valkey; each change is one script, so it happens as a whole.
+"""Law: the index of a store that many machines share, in Redis or Valkey; each change is one of ``redis_scripts``.
 
 Keys begin with ``{pqcodec:STORE}:`` and lie in one slot of a cluster:
 
-    block:NAME      hash: the fields of a row (``index.Row``), times as decimal text, tokens as little-endian int64
+    block:NAME      hash: the fields of a row (``index.Row``), times as decimal text, tokens as little-endian int64; tenant
     children:NAME   set: the names of the blocks that follow a block or root
     all             sorted set: the names of all blocks, by start
     leaves          sorted set: the blocks that may be evicted (without children, not pinned), by the time of their last use
+    leaves:TENANT   those of a tenant, which are not in ``leaves``
+    owners, sums    hashes: the tenant of a root; the bytes of a tenant's blocks
     pinned          set
     roots           hash: JSON of label and settings, by name
     lease:NAME      who encodes the block now; the server lets it run out
@@ -28,9 +30,10 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
-from pqcodec.formats.store.index import Row, problem_of, warn_of_row
+from pqcodec.formats.store import redis_scripts as scripts
+from pqcodec.formats.store.index import Evicted, Row, limit_of, problem_of, warn_of_row
 
-VERSION = b"1"
+VERSION, OLDER = b"2", (b"1",)  # an older index is used as it is, and has no tenants
 SCHEMES = ("redis", "rediss", "unix")
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0  # that a server may take
 TRIES = 3  # of a command whose connection breaks
@@ -42,75 +45,6 @@ _PARAMETERS = re.compile(
     "db|username|password|client_name|protocol|health_check_interval|socket_(connect_timeout|timeout|keepalive)|ssl_[a-z_]+"
 )
 _FIELDS = ("parent", "root", "start", "tokens", "whole", "stateful", "file", "size", "created", "used", "hits", "pinned")
-
-# KEYS: block, children of the block, all, leaves, counters, block of the parent, children of the parent, data, lease.
-# ARGV: name, parent, start, used, size, the place of the files or '', then the fields of the row.
-_ADD = """
-if redis.call('EXISTS', KEYS[1]) == 1 then
-    redis.call('DEL', KEYS[9])
-    return 0
-end
-redis.call('HSET', KEYS[1], unpack(ARGV, 7))  -- first, since a server without memory refuses it then
-redis.call('DEL', KEYS[9])
-if ARGV[6] ~= '' then redis.call('SETNX', KEYS[8], ARGV[6]) end
-redis.call('ZADD', KEYS[3], ARGV[3], ARGV[1])
-redis.call('SADD', KEYS[7], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[2])
-if redis.call('SCARD', KEYS[2]) == 0 then redis.call('ZADD', KEYS[4], ARGV[4], ARGV[1]) end
-redis.call('HINCRBY', KEYS[5], 'bytes', ARGV[5])
-return 1
-"""
-# KEYS: block, all, leaves, pinned, counters, block of the parent, children of the parent. ARGV: name, parent, file ('' any).
-_REMOVE = """
-local file = redis.call('HGET', KEYS[1], 'file')
-if redis.call('EXISTS', KEYS[1]) == 0 or (ARGV[3] ~= '' and file ~= ARGV[3]) then return 0 end
-local size = redis.call('HGET', KEYS[1], 'size')
-redis.call('DEL', KEYS[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('SREM', KEYS[4], ARGV[1])
-redis.call('SREM', KEYS[7], ARGV[1])
-if size and string.match(size, '^%d+$') then redis.call('HINCRBY', KEYS[5], 'bytes', '-' .. size) end
-if redis.call('SCARD', KEYS[7]) == 0 and redis.call('HGET', KEYS[6], 'pinned') == '0' then
-    redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[6], 'used'), ARGV[2])
-end
-return 1
-"""
-# KEYS: counters, leaves, blocks ...; ARGV: time, hit, number of names, names ..., counters and what is added to them ...
-_TOUCH = """
-local names = tonumber(ARGV[3])
-for i = 1, names do
-    local key = KEYS[2 + i]
-    if redis.call('EXISTS', key) == 1 then
-        redis.call('HSET', key, 'used', ARGV[1])
-        redis.call('HINCRBY', key, 'hits', ARGV[2])
-        redis.call('ZADD', KEYS[2], 'XX', ARGV[1], ARGV[3 + i])
-    end
-end
-for i = 4 + names, #ARGV, 2 do redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1]) end
-"""
-# KEYS: block, children of the block, leaves, pinned. ARGV: name, 0 or 1.
-_PIN = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'pinned', ARGV[2])
-if ARGV[2] == '1' then
-    redis.call('SADD', KEYS[4], ARGV[1])
-    redis.call('ZREM', KEYS[3], ARGV[1])
-else
-    redis.call('SREM', KEYS[4], ARGV[1])
-    if redis.call('SCARD', KEYS[2]) == 0 then redis.call('ZADD', KEYS[3], redis.call('HGET', KEYS[1], 'used'), ARGV[1]) end
-end
-return 1
-"""
-# KEYS: block, lease. ARGV: who wants it, milliseconds.
-_LEASE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-return redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) and 1 or 0
-"""
-# KEYS: lease. ARGV: who has it.
-_RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
-"""
 
 
 def is_address(place: Any) -> bool:
@@ -177,8 +111,6 @@ class RedisIndex:
                 retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), TRIES),
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
-            self._add, self._remove, self._touch, self._pin = map(self.client.register_script, (_ADD, _REMOVE, _TOUCH, _PIN))
-            self._lease, self._release = map(self.client.register_script, (_LEASE, _RELEASE))
             with self.named():
                 version = self.client.get(self.key("version"))
         except (ValueError, TypeError, LookupError, AttributeError):  # an OSError is none of them; the text may hold a password
@@ -188,8 +120,11 @@ class RedisIndex:
             ) from None
         self._warn_of_eviction()
         self.new = version is None
-        if version not in (None, VERSION):
+        if version not in (None, VERSION, *OLDER):
             raise UnsupportedStream(f"{self.label}: an index of version {version!r:.20}; install a newer pqcodec")
+        if version in OLDER:
+            with suppress(OSError), self.named():  # who may only read it, reads it
+                self.client.set(self.key("version"), VERSION, xx=True)
 
     def _warn_of_eviction(self) -> None:
         """Warn where the server drops any keys when its memory is full, the quota and other parts of an index among them."""
@@ -212,6 +147,11 @@ class RedisIndex:
         """Whether the server has forgotten the index since it was opened."""
         with self.named():
             return not self.client.exists(self.key("version"))
+
+    def _run(self, script: str, *values: Any) -> Any:
+        """Run a script of ``redis_scripts`` with the arguments ``values``; returns what it returns."""
+        with self.named():
+            return self.client.register_script(script)(keys=[self._tag], args=values)
 
     def key(self, kind: str, name: bytes = b"") -> bytes:
         """The key of one kind, of a block or root if ``name`` is given."""
@@ -313,7 +253,7 @@ class RedisIndex:
         """Drop a row that no store has written, with a warning; its file is not touched."""
         dropped = False
         with suppress(OSError, CorruptStream):
-            dropped = self._removed(name, fields.get(b"parent", b""), b"")
+            dropped = bool(self._run(scripts.REMOVE, name, fields.get(b"parent", b""), b""))
         warn_of_row(self.label, problem, dropped)
 
     def roots(self) -> dict[bytes, tuple[str, dict[str, Any]]]:
@@ -346,44 +286,48 @@ class RedisIndex:
             found = self.client.get(self.key("data"))
         return None if found is None else found.decode(errors="replace")
 
-    def coldest(self) -> Row | None:
-        """The least recently used block that is not pinned and has no child; None without one."""
-        while True:
-            with self.named():
-                names = self.client.zrange(self.key("leaves"), 0, 0)
-            if not names or (rows := self._rows(names)):
-                return rows[0] if names else None
-            with self.named():
-                self.client.zrem(self.key("leaves"), *names)  # of a block that is gone
+    def owners(self) -> dict[bytes, str]:
+        """The tenant's id of each root that has one."""
+        with self.named():
+            found = self.client.hgetall(self.key("owners"))
+        return {root: tenant.decode(errors="replace") for root, tenant in found.items()}
 
-    def held(self) -> dict[bytes, int]:
-        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
+    def tenant_bytes(self) -> dict[str, int]:
+        """Bytes of the blocks of each tenant, by its id; "": of those without one."""
+        with self.named():
+            asked = self.client.pipeline(transaction=False)
+            listed, total = asked.hgetall(self.key("sums")).hget(self.key("counters"), "bytes").execute()
+        if not all(_NUMBER.fullmatch(value) for value in (*listed.values(), total or b"0")):
+            raise CorruptStream(f"{self.label}: the index is damaged: its sums are no numbers")
+        sums = {tenant.decode(errors="replace"): int(value) for tenant, value in listed.items()}
+        return {"": int(total or 0) - sum(sums.values()), **sums}
+
+    def held(self, tenant: str | None = None) -> dict[bytes, int]:
+        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors; ``tenant``: only its own."""
         with self.named():
             names = list(self.client.smembers(self.key("pinned")))
+        owners = {} if tenant is None or not names else self.owners()
         held: dict[bytes, int] = {}
         while names:
             rows = [row for row in self._rows(names) if row.name not in held]
+            rows = [row for row in rows if tenant in (None, owners.get(row.root, ""))]
             held |= {row.name: row.size for row in rows}
             names = list({row.parent for row in rows})
         return held
 
     # -- writing -------------------------------------------------------------------------------------------------
-    def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
-        """Record what a root stands for; a known one stays as it is."""
-        with self.named():
-            self.client.hsetnx(self.key("roots"), name, json.dumps([label, settings], sort_keys=True))
+    def add_root(self, name: bytes, label: str, settings: dict[str, Any], tenant: str = "") -> None:
+        """Record what a root stands for, and whose it is; a known one stays as it is."""
+        self._run(scripts.ADD_ROOT, name, json.dumps([label, settings], sort_keys=True), tenant)
 
     def lease(self, name: bytes, seconds: float) -> str:
         """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there."""
         lease = secrets.token_hex(16)
-        with self.named():
-            taken = self._lease(keys=[self.key("block", name), self.key("lease", name)], args=[lease, int(1000 * seconds)])
-        return lease if taken else ""
+        return lease if self._run(scripts.LEASE, name, lease, int(1000 * seconds)) else ""
 
     def release(self, name: bytes, lease: str) -> None:
         """End a lease that ``lease`` gave; another's stays."""
-        with self.named():
-            self._release(keys=[self.key("lease", name)], args=[lease])
+        self._run(scripts.RELEASE, name, lease)
 
     def add(self, row: Row) -> bool:
         """Commit a block, and end its lease; False where a block of that name is committed already."""
@@ -398,57 +342,39 @@ class RedisIndex:
             "used": now,
         }
         fields = [part for name in _FIELDS for part in (name, values[name])]
-        keys = [
-            self.key("block", row.name),
-            self.key("children", row.name),
-            self.key("all"),
-            self.key("leaves"),
-            self.key("counters"),
-            self.key("block", row.parent),
-            self.key("children", row.parent),
-            self.key("data"),
-            self.key("lease", row.name),
-        ]
-        with self.named():
-            added = bool(self._add(keys=keys, args=[row.name, row.parent, row.start, now, row.size, self._data, *fields]))
+        added = self._run(scripts.ADD, row.name, row.parent, row.root, row.start, now, row.size, self._data, *fields)
         if added and row.pinned:
             self.pin(row, True)
-        return added
+        return bool(added)
 
     def remove(self, row: Row, little: bool = False) -> bool:
         """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards."""
-        return self._removed(row.name, row.parent, row.file.encode())
+        return bool(self._run(scripts.REMOVE, row.name, row.parent, row.file))
 
-    def _removed(self, name: bytes, parent: bytes, file: bytes) -> bool:
-        keys = [
-            self.key("block", name),
-            self.key("all"),
-            self.key("leaves"),
-            self.key("pinned"),
-            self.key("counters"),
-            self.key("block", parent),
-            self.key("children", parent),
+    def evict(self, most: int = AT_ONCE) -> list[Evicted]:
+        """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""
+        found = self._run(scripts.EVICT, repr(time.time()), most)
+        each = (found[at : at + 4] for at in range(0, len(found), 4))
+        return [
+            Evicted(name, file.decode(errors="replace"), int(size) if _NUMBER.fullmatch(size) else -1, why == b"expired")
+            for name, file, size, why in each
         ]
-        with self.named():
-            return bool(self._remove(keys=keys, args=[name, parent, file]))
 
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters. Best effort."""
         self.check_open()
         names = [row.name for row in rows]
-        keys = [self.key("counters"), self.key("leaves"), *(self.key("block", name) for name in names)]
         added = [part for name, count in counts.items() for part in (name, int(count))]
-        with suppress(OSError, CorruptStream), self.named():
-            self._touch(keys=keys, args=[repr(time.time()), int(hit), len(names), *names, *added])
+        with suppress(OSError, CorruptStream):
+            self._run(scripts.TOUCH, repr(time.time()), int(hit), len(names), *names, *added)
 
     def pin(self, row: Row, pinned: bool) -> None:
         """Keep a block and its ancestors from eviction, or release them."""
-        keys = [self.key("block", row.name), self.key("children", row.name), self.key("leaves"), self.key("pinned")]
-        with self.named():
-            self._pin(keys=keys, args=[row.name, int(pinned)])
+        self._run(scripts.PIN, row.name, int(pinned))
 
-    def set_limit(self, name: str, limit: int | None) -> None:
+    def set_limit(self, name: str, limit: int | None, tenant: str | None = None) -> None:
         """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
+        name = limit_of(name, tenant)
         with self.named():
             if limit is None:
                 self.client.hdel(self.key("counters"), name)

@@ -21,7 +21,7 @@ from pqcodec.formats.store import folder as own
 from pqcodec.formats.store import redis_index, sqlite_index
 from pqcodec.formats.store.blocks import row_in
 from pqcodec.formats.store.files import GRACE, BlockFiles
-from pqcodec.formats.store.index import Index, Row
+from pqcodec.formats.store.index import Index, Row, limit_of, warn_of_row
 from pqcodec.formats.store.redis_files import RedisFiles
 from pqcodec.formats.store.redis_index import RedisIndex
 
@@ -146,60 +146,81 @@ class Shelf:
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
     # -- limits --------------------------------------------------------------------------------------------------
+    def limit(self, name: str, tenant: str | None = None) -> int | None:
+        """The limit "max_bytes", a quota, or "max_age", seconds that a block lives after its last use; None: there is none.
+
+        ``tenant``: that of a tenant by its id ("": of blocks without one), which holds beside that of the store.
+        """
+        return self.index.counters().get(limit_of(name, tenant))
+
     @property
     def max_bytes(self) -> int | None:
-        """The quota in bytes; None: no quota."""
-        return self.index.counters().get("max_bytes")
+        """The quota of the store in bytes; None: no quota."""
+        return self.limit("max_bytes")
 
     @property
     def max_age(self) -> int | None:
-        """Seconds that a block lives after it was used last; None: for ever."""
-        return self.index.counters().get("max_age")
+        """Seconds that a block of the store lives after it was used last; None: for ever."""
+        return self.limit("max_age")
 
-    def expired(self, rows: Sequence[Row]) -> set[bytes]:
-        """The names of those that have lived longer than ``max_age``: they are not found any more, and ``evict`` drops them.
+    def expired(self, rows: Sequence[Row], tenant: str = "") -> set[bytes]:
+        """The names of those, all of one tenant, that have lived too long: they are found no more, and ``evict`` drops them.
 
         Pinned blocks and their ancestors live for ever.
         """
-        limit = self.max_age if rows else None
-        old = set() if limit is None else {row.name for row in rows if row.used < time.time() - limit}
+        counters = self.index.counters() if rows else {}
+        limits = [counters[name] for name in ("max_age", limit_of("max_age", tenant)) if name in counters]
+        old = {row.name for row in rows if row.used < time.time() - min(limits)} if limits else set()
         return old - self.index.held().keys() if old else old
 
-    def available_bytes(self, names: Collection[bytes] = ()) -> int | None:
-        """Bytes available to a prefix: the quota less pinned blocks and their ancestors, except those in ``names``.
+    def available_bytes(self, names: Collection[bytes] = (), tenant: str = "") -> int | None:
+        """Bytes available to a prefix of a tenant: its quota and the store's, less pinned blocks and their ancestors.
 
-        None: no quota.
+        Those in ``names`` are not counted. None: no quota.
         """
-        limit = self.max_bytes
-        return None if limit is None else limit - sum(size for name, size in self.index.held().items() if name not in names)
+        counters, found = self.index.counters(), []
+        for whose in (None, tenant):
+            limit = counters.get(limit_of("max_bytes", whose))
+            if limit is not None:
+                held = self.index.held(whose)
+                found.append(limit - sum(size for name, size in held.items() if name not in names))
+        return min(found, default=None)
 
     def evict(self) -> int:
-        """Drop blocks, last blocks of prefixes first, until the quota holds and none is too old; returns the bytes freed.
+        """Drop what is too old and what is over a quota, last blocks of prefixes first; returns the bytes freed.
 
-        Least recently used blocks go first. Warns where the quota cannot be reached.
+        A tenant that is over its quota loses those of its blocks that were used longest ago. Where the store is over its own,
+        so does the tenant that holds most: no tenant loses a block to others while it holds less than they do. Blocks without
+        a tenant count as those of one. Warns where a quota cannot be reached.
         """
         freed, why = 0, ""
-        while not why:
-            counters = self.index.counters()
-            limit, age = counters.get("max_bytes"), counters.get("max_age")
-            over = limit is not None and counters.get("bytes", 0) > limit
-            row = self.index.coldest() if over or age is not None else None
-            if not over and (row is None or age is None or row.used >= time.time() - age):
-                break
-            if row is None:
-                why = self._why_nothing_goes()
-                break
-            try:
-                if self.index.remove(row):
-                    self.index.touch([], evicted=int(over), expired=int(not over))
-                    self.files.remove(row.file)
-                    freed += row.size
-            except OSError as error:
-                why = f"block {row.name.hex()[:16]} cannot be removed: {error}"
+        while not why and (gone := self.index.evict()):
+            old = sum(block.expired for block in gone)
+            self.index.touch([], evicted=len(gone) - old, expired=old)
+            for block in gone:
+                if block.size < 0 or not own.is_block_file(block.file, block.name):
+                    warn_of_row(self.place, f"its file is called {block.file!r:.100}, and has {block.size} bytes", True)
+                    continue
+                freed += block.size
+                try:
+                    self.files.remove(block.file)
+                except OSError as error:  # ``gc`` removes the file later
+                    why = f"the file of block {block.name.hex()[:16]} cannot be removed: {error}"
         if why:
-            over_quota = f"is over its quota of {limit} bytes" if limit is not None else "holds blocks that are too old"
-            warnings.warn(f"{self.place} {over_quota}, and {why}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"{self.place}: {why}", RuntimeWarning, stacklevel=5)
+        elif over := self._over():
+            warnings.warn(f"{self.place} is over {over}, and {self._why_nothing_goes()}", RuntimeWarning, stacklevel=5)
         return freed
+
+    def _over(self) -> str:
+        """The quota that the store is over, in words, or an empty string."""
+        counters = self.index.counters()
+        if counters.get("bytes", 0) > counters.get("max_bytes", counters.get("bytes", 0)):
+            return f"its quota of {counters['max_bytes']} bytes"
+        limited = {name.partition(":")[2]: limit for name, limit in counters.items() if name.startswith("max_bytes:")}
+        held = self.index.tenant_bytes() if limited else {}
+        over = [tenant for tenant, limit in limited.items() if held.get(tenant, 0) > limit]
+        return f"the quota of {limited[over[0]]} bytes of tenant {over[0] or 'none'}" if over else ""
 
     def _why_nothing_goes(self) -> str:
         """Why no block can be evicted, in words."""
@@ -207,7 +228,7 @@ class Shelf:
         free = [row for row in rows if row.name not in held]
         if rows and not free:
             return "all of it is pinned"
-        return f"none of its {len(free)} blocks that are not pinned ends a prefix, as no store writes it; move the index away"
+        return f"none of its {len(free)} blocks that are not pinned can go, as no store writes it; move the index away"
 
     # -- upkeep --------------------------------------------------------------------------------------------------
     def problems(self, row: Row, backend: str = "auto") -> list[str]:

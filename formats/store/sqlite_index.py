@@ -29,11 +29,12 @@ from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.places.atomic import make_folders
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.connections import Connections, errno_of
-from pqcodec.formats.store.index import Row, problem_of, warn_of_row
+from pqcodec.formats.store.index import Evicted, Row, limit_of, problem_of, warn_of_row
 from pqcodec.formats.store.keys import is_keyed, unknown
 
 INDEX, LOCK = "index.sqlite", "lock"  # files of a store's folder
 VERSION = 2
+AT_ONCE = 512  # rows that are evicted in one transaction
 MOST_LEASE = 3600.0  # seconds; a lease that ends later was given by a clock that was wrong
 CHECKED_BYTES = 64 << 20  # an index up to this size is checked completely when it is opened, which takes a fraction of a second
 _SCHEMA_1 = """
@@ -54,10 +55,24 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON blocks BEGIN
 """
 _SCHEMA_2 = """
 CREATE TABLE IF NOT EXISTS leases (name BLOB PRIMARY KEY, lease TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS owners (root BLOB PRIMARY KEY, tenant TEXT NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS owned AFTER INSERT ON blocks BEGIN
+    INSERT OR IGNORE INTO owners VALUES (new.root, '', 0);
+    UPDATE owners SET bytes = bytes + new.size WHERE root = new.root; END;
+CREATE TRIGGER IF NOT EXISTS disowned AFTER DELETE ON blocks BEGIN
+    UPDATE owners SET bytes = bytes - old.size WHERE root = old.root; END;
 """
 _SCHEMAS = {1: _SCHEMA_1, VERSION: _SCHEMA_1 + _SCHEMA_2}  # by the version of an index; an older one is completed
-_COUNT = "INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks"  # a sum could overflow
-_COUNTED = "SELECT (SELECT value FROM counters WHERE name = 'bytes') IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)"
+_COUNT = """
+INSERT OR REPLACE INTO counters SELECT 'bytes', CAST(TOTAL(size) AS INTEGER) FROM blocks;
+UPDATE owners SET bytes = 0;
+INSERT OR REPLACE INTO owners SELECT b.root, COALESCE((SELECT o.tenant FROM owners o WHERE o.root = b.root), ''),
+    CAST(TOTAL(b.size) AS INTEGER) FROM blocks b GROUP BY b.root;
+"""  # a sum could overflow
+_COUNTED = """SELECT c.value IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)
+    AND c.value IS (SELECT CAST(TOTAL(bytes) AS INTEGER) FROM owners) FROM counters c WHERE c.name = 'bytes'"""
+_LEAF = "pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name)"  # may be evicted
+_OWN = "b.root IN (SELECT root FROM owners WHERE tenant = :tenant)"
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can still be read
 _BESIDE = ("", "-wal", "-shm")  # suffixes of the files that SQLite writes to
@@ -112,6 +127,7 @@ class SQLiteIndex:
     def _open(self) -> None:
         """Check the file, and create what is missing; a complete index is opened without a write."""
         version, objects = self._value("PRAGMA user_version"), set(self._select(_OBJECTS))
+        self._has_owners = version == VERSION or self._denied is None
         if version != 0 and version not in _SCHEMAS:
             raise UnsupportedStream(f"{self._path}: an index of version {version}; install a newer pqcodec")
         if not objects <= _expected_objects(VERSION):  # before the check, which would evaluate a stranger's expressions
@@ -123,12 +139,11 @@ class SQLiteIndex:
             if version == 0 or objects != _expected_objects(version):
                 raise sqlite3.DatabaseError("it lacks what a store writes there")
             return
-        if not whole or not self._value(_COUNTED):
+        if not whole or self._select(_COUNTED) != [(1,)]:
             with self._changing() as db:
                 self.new = version == 0
-                for statement in _statements(_SCHEMAS[VERSION]):
+                for statement in _statements(_SCHEMAS[VERSION] + _COUNT):
                     db.execute(statement)
-                db.execute(_COUNT)
                 db.execute(f"PRAGMA user_version = {VERSION}")
         self._forget_ids()
 
@@ -196,7 +211,7 @@ class SQLiteIndex:
         """The path of the file that marks an index as damaged."""
         return path.with_name(path.name + ".damaged")
 
-    def _select(self, text: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _select(self, text: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._named():
             return self._connections.select(text, values)
 
@@ -214,7 +229,8 @@ class SQLiteIndex:
         dropped = False
         with suppress(OSError), self._changing(little=True) as db:
             db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
-            db.execute(_COUNT)  # its size may not have been a number
+            for statement in _statements(_COUNT):  # its size may not have been a number
+                db.execute(statement)
             dropped = True
         warn_of_row(self._path, problem, dropped)
 
@@ -256,28 +272,33 @@ class SQLiteIndex:
         """The folder or URL of the files; None where they are in ``blocks`` beside the index."""
         return next((str(value) for (value,) in self._select("SELECT value FROM places WHERE name = 'data'")), None)
 
-    def coldest(self) -> Row | None:
-        """The least recently used block that is not pinned and has no child; None without one."""
-        clause = "WHERE b.pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name) ORDER BY b.used LIMIT 1"
-        while names := self._select(f"SELECT b.name FROM blocks b {clause}"):
-            if rows := self._rows("WHERE b.name IS ?", names[0]):
-                return rows[0]
-            if self._select("SELECT 1 FROM blocks WHERE name IS ?", names[0]):  # a bad row, which could not be dropped
-                break
-        return None
+    def owners(self) -> dict[bytes, str]:
+        """The tenant's id of each root that has one."""
+        return dict(self._select("SELECT root, tenant FROM owners WHERE tenant != ''")) if self._has_owners else {}
 
-    def held(self) -> dict[bytes, int]:
-        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors."""
-        pinned = "SELECT name, parent, size FROM blocks WHERE pinned = 1"
+    def tenant_bytes(self) -> dict[str, int]:
+        """Bytes of the blocks of each tenant, by its id; "": of those without one."""
+        if not self._has_owners:
+            return {"": self.counters().get("bytes", 0)}
+        return {"": 0, **dict(self._select("SELECT tenant, SUM(bytes) FROM owners GROUP BY tenant"))}
+
+    def held(self, tenant: str | None = None) -> dict[bytes, int]:
+        """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors; ``tenant``: only its own."""
+        whose = "" if tenant is None else f"AND {_OWN}"
+        pinned = f"SELECT name, parent, size FROM blocks b WHERE pinned = 1 {whose}"
         above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"
-        return dict(self._select(f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"))
+        text = f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"
+        return dict(self._select(text, {} if tenant is None else {"tenant": tenant}))
 
     # -- writing -------------------------------------------------------------------------------------------------
-    def add_root(self, name: bytes, label: str, settings: dict[str, Any]) -> None:
-        """Record what a root stands for; a known one stays as it is."""
+    def add_root(self, name: bytes, label: str, settings: dict[str, Any], tenant: str = "") -> None:
+        """Record what a root stands for, and whose it is; a known one stays as it is."""
         with self._changing() as db:
             text = json.dumps(settings, sort_keys=True)
             db.execute("INSERT OR IGNORE INTO roots VALUES (?, ?, ?)", (name, label, text))
+            db.execute("INSERT OR IGNORE INTO owners VALUES (?, '', 0)", (name,))
+            if tenant:
+                db.execute("UPDATE owners SET tenant = ? WHERE root = ? AND tenant = ''", (tenant, name))
 
     def lease(self, name: bytes, seconds: float) -> str:
         """Take the lease of a block's name for ``seconds``; "" where another has it, or the block is there.
@@ -320,6 +341,48 @@ class SQLiteIndex:
         with self._changing(little) as db:
             return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
 
+    def evict(self, most: int = AT_ONCE) -> list[Evicted]:
+        """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""
+        limits, gone, now = self.counters(), [], time.time()
+        if not any(name.startswith(("max_age", "max_bytes")) for name in limits):
+            return []
+        with self._changing() as db:
+            held = {"": 0, **dict(db.execute("SELECT tenant, SUM(bytes) FROM owners GROUP BY tenant"))}
+            total, stuck = sum(held.values()), set()
+
+            def dropped(tenant: str | None, before: float | None = None) -> bool:
+                """Whether a block was there to drop: the least recently used one (of a tenant), last used before ``before``."""
+                nonlocal total
+                own = _LEAF if tenant is None else f"{_LEAF} AND {_OWN}"
+                text = f"SELECT b.name, b.root, b.file, b.size, b.used FROM blocks b WHERE {own} ORDER BY b.used LIMIT 1"
+                found = db.execute(text, {} if tenant is None else {"tenant": tenant}).fetchone()
+                if found is None or len(gone) >= most:
+                    return False
+                name, root, file, size, used = found
+                if before is not None and (type(used) is not float or used >= before):
+                    return False
+                size = size if type(size) is int else -1
+                db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
+                (owner,) = db.execute("SELECT tenant FROM owners WHERE root IS ?", (root,)).fetchone() or ("",)
+                held[owner], total = held[owner] - max(size, 0), total - max(size, 0)
+                gone.append(Evicted(name, file, size, before is not None))
+                return True
+
+            if (age := limits.get("max_age")) is not None:
+                while dropped(None, now - age):
+                    pass
+            for tenant in held:
+                age, quota = (limits.get(limit_of(name, tenant)) for name in ("max_age", "max_bytes"))
+                while age is not None and dropped(tenant, now - age):
+                    pass
+                while quota is not None and held[tenant] > quota and dropped(tenant):
+                    pass
+            while total > limits.get("max_bytes", total) and (left := held.keys() - stuck):
+                largest = max(sorted(left), key=lambda tenant: held[tenant])
+                if not dropped(largest):
+                    stuck.add(largest)
+        return gone
+
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters.
 
@@ -339,8 +402,9 @@ class SQLiteIndex:
         with self._changing() as db:
             db.execute("UPDATE blocks SET pinned = ? WHERE name = ?", (int(pinned), row.name))
 
-    def set_limit(self, name: str, limit: int | None) -> None:
+    def set_limit(self, name: str, limit: int | None, tenant: str | None = None) -> None:
         """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
+        name = limit_of(name, tenant)
         with self._changing() as db:
             db.execute("DELETE FROM counters WHERE name = ?", (name,))
             if limit is not None:

@@ -71,9 +71,9 @@ class ChainWriter:
         A prefix that exceeds the quota is left out, with a warning.
         """
         chain, ids, done = work.chain, work.ids, Written()
-        self._index.add_root(chain.root, work.label, chain.settings)
+        self._index.add_root(chain.root, work.label, chain.settings, chain.tenant_id)
         presets: blocks.BlockPresets | None = None
-        available, taken, last = self._shelf.available_bytes(), 0, None
+        available, taken, last = self._shelf.available_bytes(tenant=chain.tenant_id), 0, None
         for row in self._wanted(work):
             there = self._there(row)
             if there is None:
@@ -87,7 +87,7 @@ class ChainWriter:
             if available is not None and done.new and taken + to_come > available:
                 runs = (ids[at : at + BLOCK_TOKENS] for at in range(0, len(ids) + 1, BLOCK_TOKENS))
                 names = {*accumulate(runs, chain.child, initial=chain.root), *(row.name for row in done.seen)}
-                available = self._shelf.available_bytes(names)
+                available = self._shelf.available_bytes(names, chain.tenant_id)
                 if available is not None and taken + to_come > available:
                     self._leave_out(work, done, taken + to_come, available)
                     return done

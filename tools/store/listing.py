@@ -12,6 +12,7 @@ import typer
 from pqcodec.errors import PQError
 from pqcodec.tools.outcome import bytes_text, print_json, shown
 from pqcodec.tools.store.place import (
+    NO_TENANT,
     AsJson,
     Data,
     Folder,
@@ -140,9 +141,11 @@ def stats(folder: Folder, data: Data = None, as_json: AsJson = False) -> None:
             kinds.setdefault(models[row.root], []).append(row)
         of_prefixes = [models[prefix.end.root] for prefix in prefixes(rows)]
         each = [_totals(shelf, kind, of, of_prefixes.count(kind)) for kind, of in kinds.items()]
+        tenants = _tenants(shelf, rows, counters)
     totals: dict[str, Any] = {key: sum(one[key] for one in each) for key in ("prefixes", "blocks", "tokens", "bytes")}
     plain = [one["plain_bytes"] for one in each]
     totals |= {"folder": folder, "plain_bytes": None if None in plain else sum(plain), "max_bytes": counters.get("max_bytes")}
+    totals |= {"max_age": counters.get("max_age"), "tenants": tenants}
     totals |= {"counters": {name: counters.get(name, 0) for name in _COUNTERS}}
     totals |= {"models": sorted(each, key=lambda one: -one["bytes"])}
     if as_json:
@@ -168,6 +171,28 @@ def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int
         "bits_per_coordinate": _bits(shelf, rows),
         "hits": sum(row.hits for row in rows if not row.start),  # every get uses one first block
     }
+
+
+def _tenants(shelf: Shelf, rows: Sequence[Row], counters: dict[str, int]) -> list[dict[str, Any]]:
+    """What each tenant holds, by its id ("none": blocks without one), and its limits; most bytes first."""
+    from pqcodec.formats.store.index import limit_of
+
+    owners = shelf.index.owners()
+    limited = {name.partition(":")[2] for name in counters if name.startswith(("max_bytes:", "max_age:"))}
+    found: dict[str, dict[str, Any]] = {
+        tenant: {
+            "tenant": tenant or NO_TENANT,
+            "blocks": 0,
+            "bytes": 0,
+            **{name: counters.get(limit_of(name, tenant)) for name in ("max_bytes", "max_age")},
+        }
+        for tenant in sorted({"", *owners.values(), *limited})
+    }
+    for row in rows:
+        own = found[owners.get(row.root, "")]
+        own["blocks"], own["bytes"] = own["blocks"] + 1, own["bytes"] + row.size
+    there = [one for tenant, one in found.items() if one["blocks"] or tenant in limited]
+    return sorted(there, key=lambda one: -one["bytes"])
 
 
 def _plain_bytes(shelf: Shelf, rows: Sequence[Row]) -> int | None:
@@ -220,6 +245,9 @@ def _draw(totals: dict[str, Any]) -> None:
         of = f"{bytes_text(size)} of {bytes_text(quota)}, {_share(size, quota)}"
         bar = ProgressBar(total=max(quota, 1), completed=size, width=30)
         print_table(out, ("", "", ""), [["quota", bar, of]], ("",))
+    if any(one["tenant"] != NO_TENANT or one["max_bytes"] or one["max_age"] for one in totals["tenants"]):
+        rows = [_tenant_cells(one) for one in totals["tenants"]]
+        print_table(out, ("tenant", "blocks", "bytes", "quota", "lives"), rows, ("tenant",))
     each = totals["models"]
     if not each:
         return
@@ -232,6 +260,12 @@ def _draw(totals: dict[str, Any]) -> None:
         rows.append([*about, bytes_text(one["bytes"]), bars["bytes"], str(one["hits"]), bars["hits"]])
     columns = ("model", "preset", "bits", *(("prefixes", "tokens") if wide else ()), "bytes", "", "hits", "")
     print_table(out, columns, rows, ("model", "preset", ""))
+
+
+def _tenant_cells(one: dict[str, Any]) -> list[str]:
+    quota = "-" if one["max_bytes"] is None else bytes_text(one["max_bytes"])
+    lives = "-" if one["max_age"] is None else f"{one['max_age'] / 3600:,.1f} h"
+    return [one["tenant"], str(one["blocks"]), bytes_text(one["bytes"]), quota, lives]
 
 
 def _share(part: int, whole: int) -> str:

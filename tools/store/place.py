@@ -29,6 +29,7 @@ Data = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Models = dict[bytes, tuple[str, str]]  # label and preset of each root
 SHORT = 12  # hexadecimal digits of a name in tables
+NO_TENANT = "none"  # blocks that were put without a salt
 LEAST = 6  # digits that a user has to give
 
 
@@ -111,6 +112,19 @@ def models_of(shelf: Shelf) -> Models:
         codec = settings.get("codec")
         found[root] = (label, str(codec.get("preset", "?")) if isinstance(codec, dict) else "?")
     return found
+
+
+def tenant_of(shelf: Shelf, text: str) -> str:
+    """The id of a tenant of a store that begins with ``text``, or a whole one; "" for "none". Raises InvalidArgument."""
+    if text == NO_TENANT:
+        return ""
+    found = {tenant for tenant in shelf.index.owners().values() if tenant.startswith(text.lower())}
+    if len(found) == 1:
+        return found.pop()
+    if re.fullmatch("[0-9a-f]{32}", text.lower()):  # who has no block yet
+        return text.lower()
+    what = f"{len(found)} tenants are called so" if found else "no tenant is called so"
+    raise InvalidArgument(f"--tenant {text}: {what}; give the id that stats tells, all of its 32 digits if it is new, or none")
 
 
 # -- names -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pqcodec.tools.encode import Jobs
 from pqcodec.tools.jobs import Show, run
 from pqcodec.tools.outcome import DAMAGED, bytes_text, print_json, shown
 from pqcodec.tools.store.listing import block_as_dict
-from pqcodec.tools.store.place import AsJson, Data, Folder, check_place, models_of, named, opened, short
+from pqcodec.tools.store.place import AsJson, Data, Folder, check_place, models_of, named, opened, short, tenant_of
 
 if TYPE_CHECKING:
     from pqcodec.formats.store.index import Row
@@ -33,24 +33,32 @@ def gc(
         str | None,
         typer.Option(metavar="TIME", help="How long what is not used lives from now on, such as 30d; none: for ever."),
     ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Whose limits these are, as stats tells; none: those of blocks without a tenant."),
+    ] = None,
     data: Data = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove leftovers, what is over the quota, and what was not used for longer than the store keeps it.
 
     Leftovers are files without a block, as killed writers leave them (young ones may be being written and stay), and blocks
-    without a file. The quota drops the prefixes that were used longest ago.
+    without a file. The quota drops the prefixes that were used longest ago, of the tenant that holds most; that of a tenant
+    drops its own.
     """
+    if tenant is not None and max_bytes is None and max_age is None:
+        raise InvalidArgument("--tenant: says whose --max-bytes or --max-age it is; give one of them")
     if not grace >= 0:
         raise InvalidArgument(f"--older-than {grace:g}: a number of seconds is expected, 0 or more")
     quota = None if max_bytes in (None, "none") else size_of(str(max_bytes), "--max-bytes")
     age = None if max_age in (None, "none") else seconds_of(str(max_age), "--max-age")
     with opened(folder, data) as shelf:
         check_place(shelf)
+        whose = None if tenant is None else tenant_of(shelf, tenant)
         if max_bytes is not None:
-            shelf.index.set_limit("max_bytes", quota)
+            shelf.index.set_limit("max_bytes", quota, whose)
         if max_age is not None:
-            shelf.index.set_limit("max_age", age)
+            shelf.index.set_limit("max_age", age, whose)
         done = shelf.gc(grace)
         now = {"bytes": shelf.index.counters()["bytes"], "max_bytes": shelf.max_bytes, "max_age": shelf.max_age}
     if as_json:
