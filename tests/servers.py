@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -34,10 +35,13 @@ def s3_server() -> Iterator[tuple[str, int]]:
 
 
 class RedisServer:
-    """A Redis server of its own on loopback, which keeps what it was told: ``address`` is that of a store in it."""
+    """A Redis server of its own on loopback, which keeps what it was told: ``address`` is that of a store in it.
 
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
+    ``tls``: files of a certificate and its key; then it speaks nothing else.
+    """
+
+    def __init__(self, folder: str, tls: tuple[str, str] | None = None) -> None:
+        self._folder, self._tls = folder, tls
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -46,21 +50,42 @@ class RedisServer:
 
     @property
     def address(self) -> str:
-        return f"redis://127.0.0.1:{self._port}/0"
+        return f"redis{'s' if self._tls else ''}://127.0.0.1:{self._port}/0"
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Host and port."""
+        return "127.0.0.1", self._port
 
     def start(self) -> None:
-        options = ["--bind", "127.0.0.1", "--port", str(self._port), "--dir", self._folder, "--save", ""]
+        options = ["--bind", "127.0.0.1", "--dir", self._folder, "--save", ""]
+        if self._tls:
+            files = ["--tls-cert-file", self._tls[0], "--tls-key-file", self._tls[1], "--tls-auth-clients", "no"]
+            options += ["--port", "0", "--tls-port", str(self._port), *files]
+        else:
+            options += ["--port", str(self._port)]
         self._process = subprocess.Popen(
             ["redis-server", *options, "--appendonly", "yes", "--appendfsync", "always"], stdout=subprocess.DEVNULL
         )
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as asked:
+            with suppress(OSError), self._connected() as asked:
                 asked.sendall(b"PING\r\n")
                 if asked.recv(16).startswith(b"+PONG"):
                     return
             time.sleep(0.02)
         raise TimeoutError("redis-server does not answer")
+
+    def _connected(self) -> socket.socket:
+        asked = socket.create_connection(self.place, timeout=1.0)
+        if not self._tls:
+            return asked
+        return ssl.create_default_context(cafile=self._tls[0]).wrap_socket(asked, server_hostname="127.0.0.1")
+
+    def send(self, what: int) -> None:
+        """Send the server a signal."""
+        assert self._process is not None
+        self._process.send_signal(what)
 
     def kill_and_start(self, pause: float = 0.3) -> None:
         self.stop(signal.SIGKILL)

@@ -139,6 +139,7 @@ def work(
                 if not address:  # there a server may be gone for a while
                     raise
                 os.write(log, f"gone {prompt} {error!r:.200}\n".encode())
+                time.sleep(0.1)
         else:
             if rng.random() < 0.3:  # goes on otherwise
                 cut = rng.randrange(len(ids))
@@ -150,6 +151,7 @@ def work(
                 if not address or "nothing is found" not in str(warning):
                     raise
                 os.write(log, f"gone {prompt} {warning!r:.200}\n".encode())
+                time.sleep(0.1)
                 continue
             fault = wrong(cache, length, numbers, preset == "exact")
             os.write(log, f"wrong {prompt} {fault}\n".encode() if fault else f"got {prompt} {length}\n".encode())

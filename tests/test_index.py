@@ -388,6 +388,7 @@ def test_a_server_that_is_gone_is_an_error_and_one_that_returns_has_all(tmp_path
             index.find(row.name)
         index.touch([row])  # best effort
         server.start()
+        time.sleep(0.4)  # for which it is not asked
         assert index.find(row.name) is not None
         assert not index.add(row)
         index.client.config_set("maxmemory", "1mb")

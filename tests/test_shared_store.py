@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -316,7 +317,79 @@ def test_a_server_that_is_gone_finds_nothing_and_says_so(tmp_path: Path) -> None
         with pytest.raises(OSError, match=r"127\.0\.0\.1"):
             store.put(MODEL, tokens_of("0"), cache_of(expected("0")))
         server.start()
+        time.sleep(0.4)  # for which it is not asked
         assert store.get(MODEL, ids, leave=0).length == len(ids)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["gone", "hung"])
+def test_a_server_that_does_not_answer_costs_one_time_out(tmp_path: Path, how: signal.Signals) -> None:
+    ids, numbers = tokens_of(PROMPT), expected(PROMPT)
+    with redis_server(str(tmp_path)) as server:
+        address = f"{server.address}?socket_timeout=0.3&socket_connect_timeout=0.3"
+        with PrefixStore(address, preset="pq3") as store:
+            store.put(MODEL, ids, cache_of(numbers))
+            (server.stop if how == signal.SIGKILL else server.send)(how)
+            with pytest.warns(RuntimeWarning, match="nothing is found"):
+                assert store.get(MODEL, ids, leave=0).length == 0
+            start, calls = time.monotonic(), 0
+            while time.monotonic() < start + 0.2:
+                with pytest.warns(RuntimeWarning, match="it did not answer, and is asked again in"):
+                    assert store.get(MODEL, ids, leave=0).length == 0
+                with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+                    store.put(MODEL, ids, cache_of(numbers))
+                calls += 1
+            assert calls >= 5  # of some milliseconds each
+            if how == signal.SIGKILL:
+                server.start()
+            else:
+                server.send(signal.SIGCONT)
+            time.sleep(0.6)
+            assert store.get(MODEL, ids, leave=0).length == len(ids)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_store_that_is_opened_to_be_read_is_not_changed(address: str, tmp_path: Path, shared: bool) -> None:
+    ids, numbers, place = tokens_of(PROMPT), expected(PROMPT), address if shared else tmp_path / "local"
+    with PrefixStore(place, preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        before = [(row.name, row.used, row.hits) for row in store.shelf.index.all()]
+        with PrefixStore(place, preset="pq3", read_only=True, max_bytes=1) as reader:
+            assert reader.get(MODEL, ids, leave=0).length == len(ids)
+            row = reader.shelf.index.all()[0]
+            for change in (
+                lambda: reader.put(MODEL, tokens_of("0"), cache_of(expected("0"))),
+                lambda: reader.pin(MODEL, ids),
+                lambda: reader.shelf.gc(0),
+                lambda: reader.shelf.drop(row),
+                lambda: reader.shelf.index.set_limit("max_bytes", 1),
+                lambda: reader.shelf.index.set_data("elsewhere"),
+            ):
+                with pytest.raises(OSError, match="the store can be read, but not changed") as found:
+                    change()
+                assert found.value.errno == errno.EROFS
+        assert [(row.name, row.used, row.hits) for row in store.shelf.index.all()] == before
+        assert store.shelf.max_bytes is None
+
+
+def test_tls_by_address(tmp_path: Path) -> None:
+    ids, numbers, key, certificate = tokens_of(PROMPT), expected(PROMPT), tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    name = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None or subprocess.run([*make, *name], capture_output=True).returncode:
+        pytest.skip("there is no openssl here that makes certificates")
+    try:
+        server = RedisServer(str(tmp_path), tls=(str(certificate), str(key)))
+    except TimeoutError:
+        pytest.skip("this redis-server has no TLS")
+    try:
+        with PrefixStore(f"{server.address}?ssl_ca_certs={certificate}", preset="pq3") as store:
+            store.put(MODEL, ids, cache_of(numbers))
+            assert store.get(MODEL, ids, leave=0).length == len(ids)
+        for address in (server.address, server.address.replace("rediss", "redis")):  # an unknown certificate, and no TLS
+            with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+                PrefixStore(address)
+    finally:
+        server.stop()
 
 
 def test_places_that_are_none(address: str, tmp_path: Path) -> None:

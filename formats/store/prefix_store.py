@@ -73,8 +73,8 @@ class PrefixStore:
     ``Identity.of``. All else that a cache depends on is checked either way; ``engines.model_identity`` lists what is not
     detected. ``shelf``: damage, quota and leftover files.
 
-    A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError. After a fork the child has a store of
-    its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
+    A folder that cannot be written can be read: ``get`` works, ``put`` raises OSError; so it is with ``read_only``. After a
+    fork the child has a store of its own; saves in progress remain the parent's. Raises InvalidArgument, and as ``Shelf`` does.
 
     >>> import tempfile, torch
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -105,6 +105,7 @@ class PrefixStore:
         nonfinite: str = "error",
         backend: str = "auto",
         shared: bool = False,
+        read_only: bool = False,
         identity: str = "sampled",
     ) -> None:
         if identity not in ("sampled", "full"):
@@ -132,7 +133,7 @@ class PrefixStore:
             backend=backend,
         )
         self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
-        self.shelf = Shelf(folder, data, shared=shared)
+        self.shelf = Shelf(folder, data, shared=shared, read_only=read_only)
         self._index, self._files = self.shelf.index, self.shelf.files
         self._writer = ChainWriter(self.shelf, self._recipe, self._exact)
         for (name, whose), limit in limits.items() if self.shelf.denied is None else ():

@@ -31,12 +31,13 @@ import numpy as np
 
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.store import redis_scripts as scripts
+from pqcodec.formats.store.breaker import CircuitBreaker
 from pqcodec.formats.store.index import Evicted, Row, limit_of, problem_of, warn_of_row
 
 VERSION, OLDER = b"2", (b"1",)  # an older index is used as it is, and has no tenants
 SCHEMES = ("redis", "rediss", "unix")
-CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0  # that a server may take
-TRIES = 3  # of a command whose connection breaks
+CONNECT_SECONDS, ANSWER_SECONDS = 0.5, 2.0  # that a server may take, unless its address says otherwise
+RETRIES = 1  # of a command whose connection breaks
 AT_ONCE = 512  # rows that are asked for together
 _STORE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NUMBER = re.compile(rb"-?[0-9]{1,18}")
@@ -85,12 +86,14 @@ def without_password(address: str) -> str:
 class RedisIndex:
     """The index in a server; safe for threads, processes and forks. ``Index`` says what each method does.
 
-    ``address``: redis://host:port/database?store=NAME, also rediss:// and unix:// (``server_and_store``). What the server holds
-    is trusted as little as a stranger's file. Raises InvalidArgument, OSError, and UnsupportedStream for an index of a newer
-    version.
+    ``address``: redis://host:port/database?store=NAME, also rediss:// (TLS) and unix:// (``server_and_store``); its
+    "socket_connect_timeout" and "socket_timeout" are seconds that the server may take. One that took longer, or was gone, is
+    not asked again for a while (``breaker``): calls raise OSError at once. ``read_only``: methods that change the index raise
+    OSError. What the server holds is trusted as little as a stranger's file. Raises InvalidArgument, OSError, and
+    UnsupportedStream for an index of a newer version.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, read_only: bool = False) -> None:
         try:
             import redis
             from redis.backoff import ExponentialBackoff
@@ -101,14 +104,15 @@ class RedisIndex:
             ) from missing
         server, store = server_and_store(address)
         self.label, self._tag = without_password(address), f"{{pqcodec:{store}}}:".encode()
-        self._closed = False
+        self._closed, self._read_only = False, read_only
+        self._breaker = CircuitBreaker()
         self._data = ""  # the place of the files, once it is recorded
         try:
             self.client: Any = redis.Redis.from_url(
                 server,
                 socket_connect_timeout=CONNECT_SECONDS,
                 socket_timeout=ANSWER_SECONDS,
-                retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), TRIES),
+                retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), RETRIES),
                 retry_on_error=[redis.ConnectionError, redis.TimeoutError],
             )
             with self.named():
@@ -122,7 +126,7 @@ class RedisIndex:
         self.new = version is None
         if version not in (None, VERSION, *OLDER):
             raise UnsupportedStream(f"{self.label}: an index of version {version!r:.20}; install a newer pqcodec")
-        if version in OLDER:
+        if version in OLDER and not read_only:
             with suppress(OSError), self.named():  # who may only read it, reads it
                 self.client.set(self.key("version"), VERSION, xx=True)
 
@@ -150,6 +154,7 @@ class RedisIndex:
 
     def _run(self, script: str, *values: Any) -> Any:
         """Run a script of ``redis_scripts`` with the arguments ``values``; returns what it returns."""
+        self.check_writable()
         with self.named():
             return self.client.register_script(script)(keys=[self._tag], args=values)
 
@@ -168,8 +173,10 @@ class RedisIndex:
             raise InvalidArgument(f"{self.label}: the store is closed; open it anew")
 
     def check_writable(self) -> None:
-        """Raises InvalidArgument after ``close``."""
+        """Raises OSError where the index is only to be read, and InvalidArgument after ``close``."""
         self.check_open()
+        if self._read_only:
+            raise OSError(errno.EROFS, "the store can be read, but not changed (it was opened so)", self.label)
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -177,8 +184,11 @@ class RedisIndex:
         import redis
 
         self.check_open()
+        if pause := self._breaker.remaining():
+            raise OSError(errno.ECONNREFUSED, f"it did not answer, and is asked again in {pause:.1f} s", self.label)
         try:
             yield
+            self._breaker.answered()
         except (redis.OutOfMemoryError, redis.ReadOnlyError) as error:
             full = isinstance(error, redis.OutOfMemoryError)
             raise OSError(errno.ENOSPC if full else errno.EROFS, str(error), self.label) from error
@@ -188,8 +198,10 @@ class RedisIndex:
         except redis.exceptions.NoPermissionError as error:
             raise OSError(errno.EACCES, str(error), self.label) from error
         except redis.TimeoutError as error:
+            self._breaker.failed()
             raise OSError(errno.ETIMEDOUT, str(error), self.label) from error
         except redis.ConnectionError as error:
+            self._breaker.failed()
             raise OSError(errno.ECONNREFUSED, str(error), self.label) from error
         except redis.RedisError as error:
             text = str(error)
@@ -243,11 +255,13 @@ class RedisIndex:
         """Drop what is under the key of a row and is of another type, with a warning; raises any other error."""
         if "WRONGTYPE" not in str(error):
             raise error
+        dropped = False
         with suppress(OSError, CorruptStream), self.named():
+            self.check_writable()
             self.client.delete(self.key("block", name))
             self.client.zrem(self.key("all"), name)
-            self.client.zrem(self.key("leaves"), name)
-        warn_of_row(self.label, "its key is of another type", True)
+            dropped = True
+        warn_of_row(self.label, "its key is of another type", dropped)
 
     def _forget(self, name: bytes, fields: Mapping[bytes, bytes], problem: str) -> None:
         """Drop a row that no store has written, with a warning; its file is not touched."""
@@ -375,6 +389,7 @@ class RedisIndex:
     def set_limit(self, name: str, limit: int | None, tenant: str | None = None) -> None:
         """Set "max_bytes", the quota, or "max_age", seconds that an unused block lives, as a counter; None: no limit."""
         name = limit_of(name, tenant)
+        self.check_writable()
         with self.named():
             if limit is None:
                 self.client.hdel(self.key("counters"), name)
@@ -383,6 +398,7 @@ class RedisIndex:
 
     def set_data(self, data: str) -> None:
         """Record the folder or URL of the files, unless another is recorded; ``add`` does so again if the server forgot it."""
+        self.check_writable()
         self._data = data
         with self.named():
             self.client.set(self.key("data"), data, nx=True)

@@ -6,6 +6,7 @@ file means that another process has just dropped the block.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import warnings
@@ -32,24 +33,29 @@ class Shelf:
     """The blocks of a store in a folder, or in Redis for many machines (an address as ``RedisIndex`` takes it).
 
     ``data``: the folder or URL of their files, to be passed whenever the store is opened; without, they are in the folder
-    "blocks", or values of Redis. ``shared``: other users may use the store, as far as the umask allows; otherwise new files
-    are private. A missing or damaged index is rebuilt from the files. Where the folder cannot be written (a read-only mount,
-    another user's, a full disk), it can be read, and methods that change it raise OSError. Raises InvalidArgument for another
-    URL as the folder, for links in it, and where the index records another place of the files than ``data``; OSError; and
-    UnsupportedStream for an index of a newer version.
+    "blocks", or values of Redis. ``shared``: other users may use the store, as far as the umask allows; otherwise new files are
+    private. ``read_only``: it is only read, as where the folder cannot be written. A missing or damaged index is rebuilt from
+    the files. Where the folder cannot be written (a read-only mount, another user's, a full disk), it can be read, and methods
+    that change it raise OSError. Raises InvalidArgument for another URL as the folder, for links in it, and where the index
+    records another place of the files than ``data``; OSError; and UnsupportedStream for an index of a newer version.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None, *, shared: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        data: str | os.PathLike[str] | None = None,
+        *,
+        shared: bool = False,
+        read_only: bool = False,
     ) -> None:
         remote.check_path(folder, "folder")
         if data is not None:
             remote.check_path(data, "data")
         self.place: str  # in messages
-        self.denied: OSError | None = None  # why the store can only be read
+        self.denied = OSError(errno.EROFS, "it was opened so") if read_only else None  # why it is only read
         self.index: Index
         if redis_index.is_address(folder):
-            self.index, damage = RedisIndex(os.fspath(folder)), ""
+            self.index, damage = RedisIndex(os.fspath(folder), read_only), ""
             self.place = self.index.label
             beside = "Redis itself"
         else:
@@ -58,7 +64,7 @@ class Shelf:
             )
             self.folder, self.place = Path(folder), os.fspath(folder)
             own.check_folder(self.folder)
-            self.index, damage, self.denied = sqlite_index.open_in(self.folder, shared)
+            self.index, damage, self.denied = sqlite_index.open_in(self.folder, shared, self.denied)
             beside = str(self.folder / BLOCKS)
         try:
             place = self._data_place(data, beside)
@@ -66,7 +72,7 @@ class Shelf:
         except BaseException:
             self.index.close()
             raise
-        if self.index.new:
+        if self.index.new and self.denied is None:
             self._refill(damage)
 
     def _files_of(self, data: str | None, shared: bool) -> BlockFiles | RedisFiles:

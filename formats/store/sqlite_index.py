@@ -435,16 +435,16 @@ def _statements(script: str) -> list[str]:
 
 
 # -- in a folder -------------------------------------------------------------------------------------------------
-def open_in(folder: Path, shared: bool) -> tuple[SQLiteIndex, str, OSError | None]:
+def open_in(folder: Path, shared: bool, denied: OSError | None = None) -> tuple[SQLiteIndex, str, OSError | None]:
     """The index in a store's folder, what is wrong with the one that it replaces ("" without), and why it can only be read.
 
     A missing folder or index is made, a damaged index is set aside and made anew. Where the folder cannot be written (a
-    read-only mount, another user's, a full disk), the index is opened for reading. Raises OSError, CorruptStream and
-    InvalidArgument.
+    read-only mount, another user's, a full disk), or ``denied`` says why it is not to be, the index is opened for reading.
+    Raises OSError, CorruptStream and InvalidArgument.
     """
     path = folder / INDEX
     paths = (folder, folder / LOCK, *(path.with_name(INDEX + ending) for ending in _BESIDE))
-    denied = next(filter(None, map(own.denied, paths)), None)
+    denied = denied or next(filter(None, map(own.denied, paths)), None)
     if denied is None:
         try:
             make_folders(folder, own.SHARED if shared else own.PRIVATE)
