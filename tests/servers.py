@@ -139,10 +139,14 @@ class _Cut:
 
 
 class Proxy:
-    """Passes connections on to a server; ``cut`` breaks some of them. To be used through ``proxy``."""
+    """Passes connections on to a server; ``cut`` breaks some of them. To be used through ``proxy``.
 
-    def __init__(self, target: tuple[str, int], patience: float = PATIENCE) -> None:
-        self._target, self._patience = target, patience
+    ``speed``: bytes a second of all connections together, in either direction; None: as fast as they come.
+    """
+
+    def __init__(self, target: tuple[str, int], patience: float = PATIENCE, speed: float | None = None) -> None:
+        self._target, self._patience, self._speed = target, patience, speed
+        self._free = 0.0  # time at which the line has passed on what it has
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -208,6 +212,7 @@ class Proxy:
                 cuts = plan is not None and plan.side == side and passed + len(data) >= plan.after
                 if plan and cuts:
                     data = data[: plan.after - passed]
+                self._take_time(len(data))
                 other.sendall(data)
                 if side == "request":
                     exchange.sent += len(data)
@@ -221,6 +226,19 @@ class Proxy:
             if not ready:
                 return
 
+    def _take_time(self, count: int) -> None:
+        """Wait until a line of this speed has passed on ``count`` more bytes."""
+        if self._speed is not None:
+            with self._lock:
+                self._free = max(self._free, time.monotonic()) + count / self._speed
+                wait = max(0.0, self._free - time.monotonic())
+            time.sleep(wait)
+
+    @property
+    def passed(self) -> int:
+        """Bytes that have gone through all connections, in both directions."""
+        return sum(exchange.sent + exchange.received for exchange in self.exchanges)
+
     def _planned(self, data: bytes) -> _Cut | None:
         """The cut for a connection whose request begins with these bytes."""
         line = data.split(b"\r\n", 1)[0].decode("latin-1")
@@ -232,9 +250,9 @@ class Proxy:
 
 
 @contextmanager
-def proxy(target: tuple[str, int], patience: float = PATIENCE) -> Iterator[Proxy]:
+def proxy(target: tuple[str, int], patience: float = PATIENCE, speed: float | None = None) -> Iterator[Proxy]:
     """A proxy on loopback before a server; ``patience``: seconds that a connection may be silent."""
-    made = Proxy(target, patience)
+    made = Proxy(target, patience, speed)
     thread = threading.Thread(target=made.serve, daemon=True)
     thread.start()
     try:

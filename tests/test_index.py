@@ -297,6 +297,24 @@ def test_an_index_of_version_1_is_completed(tmp_path: Path) -> None:
         SQLiteIndex(path)
 
 
+@pytest.mark.parametrize(("tenant", "size"), [(b"\x00\xff", "many"), ("\x1b[31m", -5), ("a" * 32, 1 << 62), ("", 2.5)])
+def test_owners_that_no_store_writes_cost_no_block_its_end(tmp_path: Path, tenant: object, size: object) -> None:
+    path, rows = tmp_path / "index.sqlite", [row_of(number) for number in (1, 2, 3)]
+    index = SQLiteIndex(path)
+    for row in rows:
+        assert index.add(row)
+    index.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE owners SET tenant = ?, bytes = ?", (tenant, size))
+        db.commit()
+    index = SQLiteIndex(path)
+    assert index.owners() == ({ROOT: tenant} if tenant == "a" * 32 else {})
+    assert sum(index.tenant_bytes().values()) == 300
+    index.set_limit("max_bytes", 100)
+    assert [block.name for block in index.evict()] == [row.name for row in rows[:2]]
+    index.close()
+
+
 # -- Redis alone -------------------------------------------------------------------------------------------------
 def test_addresses() -> None:
     assert is_address("redis://a")

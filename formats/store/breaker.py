@@ -8,7 +8,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds
 
 
 class CircuitBreaker:
-    """When to ask a server again; safe for threads, without a lock that a fork could keep. Each failure in a row doubles the pause, and an answer ends it.
+    """When to ask a server again: each failure in a row doubles the pause, and an answer ends it.
+
+    Safe for threads, without a lock that a fork could keep.
 
     >>> breaker = CircuitBreaker()
     >>> breaker.failed()

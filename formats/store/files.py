@@ -1,4 +1,7 @@
-"""Law: the files of blocks, below a local folder or a URL; each write has a name of its own."""
+"""Law: what a store needs of a place for its blocks' files, and such a place: a local folder or a URL.
+
+Each write has a name of its own, and what is written is there whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from pqcodec.errors import CorruptStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile
@@ -21,11 +25,40 @@ GRACE = 3600.0  # seconds for which a file without a row may still be in the mid
 AT_ONCE = 8  # objects that are fetched at the same time
 
 
+class Files(Protocol):
+    """A place for the files of blocks; safe for threads, processes and forks.
+
+    Every method raises CorruptStream for a name that no store gives to a file, and OSError.
+    """
+
+    location: str  # in messages
+
+    def writing(self, file: str) -> AbstractContextManager[str]:
+        """A context with the path or URL to write a block's file to, by which it is there when the context has ended."""
+
+    def open(self, file: str) -> PQKVFile:
+        """An open block's file; raises FileNotFoundError, and as ``PQKVFile`` does."""
+
+    def opening(self, files: Sequence[str]) -> AbstractContextManager[Callable[[str], PQKVFile]]:
+        """A function that opens each of ``files``, in order; they may be fetched ahead."""
+
+    def remove(self, file: str) -> None:
+        """Remove a block's file if it exists."""
+
+    def check_there(self) -> None:
+        """Raises OSError where the place itself is missing, which is not taken for the loss of all files."""
+
+    def all(self) -> Iterator[tuple[str, float]]:
+        """(file, seconds since it was written) of every block's file, also partial ones; 0 s where the age is unknown."""
+
+    def complete(self) -> Iterator[str]:
+        """Every complete block's file."""
+
+
 class BlockFiles:
     """The block files below ``location``, a local folder or a URL; other files there are never touched.
 
-    ``shared``: other users may read and write, as far as the umask allows. Every method raises CorruptStream for a name that
-    no store gives to a file, and OSError.
+    ``shared``: other users may read and write, as far as the umask allows. ``Files`` says what each method does.
     """
 
     def __init__(self, location: str | os.PathLike[str], shared: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,11 @@ def tenant_id_of(tenant: str) -> str:
     if not tenant:
         return ""
     return hashlib.blake2b(b"tenant", digest_size=TENANT_BYTES, key=_key_of(tenant), person=PERSON).hexdigest()
+
+
+def is_tenant_id(text: object) -> bool:
+    """Whether ``text`` is of the form of a tenant's id."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
 def _key_of(tenant: str) -> bytes:

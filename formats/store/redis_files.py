@@ -17,7 +17,7 @@ from pqcodec.formats.store.redis_index import RedisIndex
 class RedisFiles:
     """The block files beside an index in Redis, under the keys ``file:NAME``, with the time of each in ``files``.
 
-    Every method is as that of ``BlockFiles``.
+    ``Files`` says what each method does.
     """
 
     def __init__(self, index: RedisIndex) -> None:
@@ -56,6 +56,9 @@ class RedisFiles:
             done.delete(self._key(file))
             done.zrem(self._index.key("files"), file)
             done.execute()
+
+    def check_there(self) -> None:
+        """The server is there, if it is asked."""
 
     def all(self) -> Iterator[tuple[str, float]]:
         """(file, seconds since it was written) of every block's file."""

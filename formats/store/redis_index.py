@@ -33,6 +33,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.store import redis_scripts as scripts
 from pqcodec.formats.store.breaker import CircuitBreaker
 from pqcodec.formats.store.index import Evicted, Row, limit_of, problem_of, warn_of_row
+from pqcodec.formats.store.keys import is_tenant_id
 
 VERSION, OLDER = b"2", (b"1",)  # an older index is used as it is, and has no tenants
 SCHEMES = ("redis", "rediss", "unix")
@@ -304,7 +305,8 @@ class RedisIndex:
         """The tenant's id of each root that has one."""
         with self.named():
             found = self.client.hgetall(self.key("owners"))
-        return {root: tenant.decode(errors="replace") for root, tenant in found.items()}
+        named = {root: tenant.decode(errors="replace") for root, tenant in found.items()}
+        return {root: tenant for root, tenant in named.items() if is_tenant_id(tenant)}
 
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each tenant, by its id; "": of those without one."""

@@ -21,7 +21,7 @@ from pqcodec.formats.places import remote
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store import redis_index, sqlite_index
 from pqcodec.formats.store.blocks import row_in
-from pqcodec.formats.store.files import GRACE, BlockFiles
+from pqcodec.formats.store.files import GRACE, BlockFiles, Files
 from pqcodec.formats.store.index import Index, Row, limit_of, warn_of_row
 from pqcodec.formats.store.redis_files import RedisFiles
 from pqcodec.formats.store.redis_index import RedisIndex
@@ -75,7 +75,7 @@ class Shelf:
         if self.index.new and self.denied is None:
             self._refill(damage)
 
-    def _files_of(self, data: str | None, shared: bool) -> BlockFiles | RedisFiles:
+    def _files_of(self, data: str | None, shared: bool) -> Files:
         """The files at ``data``, or the index's own."""
         if data is not None:
             return BlockFiles(data, shared)
@@ -262,7 +262,7 @@ class Shelf:
         if isinstance(self.index, RedisIndex) and self.index.is_lost():
             self._refill("")
         before = self.index.all()
-        if before and isinstance(self.files, BlockFiles):
+        if before:
             self.files.check_there()
         there = dict(self.files.all())
         owned = {row.file for row in self.index.all()}  # read after the files: blocks may be committed meanwhile

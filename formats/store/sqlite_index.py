@@ -28,9 +28,10 @@ except ImportError:  # not POSIX
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.places.atomic import make_folders
 from pqcodec.formats.store import folder as own
+from pqcodec.formats.store import sqlite_eviction as eviction
 from pqcodec.formats.store.connections import Connections, errno_of
 from pqcodec.formats.store.index import Evicted, Row, limit_of, problem_of, warn_of_row
-from pqcodec.formats.store.keys import is_keyed, unknown
+from pqcodec.formats.store.keys import is_keyed, is_tenant_id, unknown
 
 INDEX, LOCK = "index.sqlite", "lock"  # files of a store's folder
 VERSION = 2
@@ -71,8 +72,6 @@ INSERT OR REPLACE INTO owners SELECT b.root, COALESCE((SELECT o.tenant FROM owne
 """  # a sum could overflow
 _COUNTED = """SELECT c.value IS (SELECT CAST(TOTAL(size) AS INTEGER) FROM blocks)
     AND c.value IS (SELECT CAST(TOTAL(bytes) AS INTEGER) FROM owners) FROM counters c WHERE c.name = 'bytes'"""
-_LEAF = "pinned = 0 AND NOT EXISTS (SELECT 1 FROM blocks c WHERE c.parent = b.name)"  # may be evicted
-_OWN = "b.root IN (SELECT root FROM owners WHERE tenant = :tenant)"
 _OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_master"
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO}  # a store can still be read
 _BESIDE = ("", "-wal", "-shm")  # suffixes of the files that SQLite writes to
@@ -274,17 +273,18 @@ class SQLiteIndex:
 
     def owners(self) -> dict[bytes, str]:
         """The tenant's id of each root that has one."""
-        return dict(self._select("SELECT root, tenant FROM owners WHERE tenant != ''")) if self._has_owners else {}
+        found = self._select("SELECT root, tenant FROM owners WHERE tenant != ''") if self._has_owners else []
+        return {root: tenant for root, tenant in found if is_tenant_id(tenant)}
 
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes of the blocks of each tenant, by its id; "": of those without one."""
         if not self._has_owners:
             return {"": self.counters().get("bytes", 0)}
-        return {"": 0, **dict(self._select("SELECT tenant, SUM(bytes) FROM owners GROUP BY tenant"))}
+        return {"": 0, **dict(self._select(eviction.TENANT_BYTES))}
 
     def held(self, tenant: str | None = None) -> dict[bytes, int]:
         """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors; ``tenant``: only its own."""
-        whose = "" if tenant is None else f"AND {_OWN}"
+        whose = "" if tenant is None else f"AND {eviction.OWN}"
         pinned = f"SELECT name, parent, size FROM blocks b WHERE pinned = 1 {whose}"
         above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"
         text = f"WITH RECURSIVE held AS ({pinned} UNION {above}) SELECT name, size FROM held WHERE size > 0"
@@ -343,45 +343,11 @@ class SQLiteIndex:
 
     def evict(self, most: int = AT_ONCE) -> list[Evicted]:
         """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""
-        limits, gone, now = self.counters(), [], time.time()
+        limits, now = self.counters(), time.time()
         if not any(name.startswith(("max_age", "max_bytes")) for name in limits):
             return []
         with self._changing() as db:
-            held = {"": 0, **dict(db.execute("SELECT tenant, SUM(bytes) FROM owners GROUP BY tenant"))}
-            total, stuck = sum(held.values()), set()
-
-            def dropped(tenant: str | None, before: float | None = None) -> bool:
-                """Whether a block was there to drop: the least recently used one (of a tenant), last used before ``before``."""
-                nonlocal total
-                own = _LEAF if tenant is None else f"{_LEAF} AND {_OWN}"
-                text = f"SELECT b.name, b.root, b.file, b.size, b.used FROM blocks b WHERE {own} ORDER BY b.used LIMIT 1"
-                found = db.execute(text, {} if tenant is None else {"tenant": tenant}).fetchone()
-                if found is None or len(gone) >= most:
-                    return False
-                name, root, file, size, used = found
-                if before is not None and (type(used) is not float or used >= before):
-                    return False
-                size = size if type(size) is int else -1
-                db.execute("DELETE FROM blocks WHERE name IS ?", (name,))
-                (owner,) = db.execute("SELECT tenant FROM owners WHERE root IS ?", (root,)).fetchone() or ("",)
-                held[owner], total = held[owner] - max(size, 0), total - max(size, 0)
-                gone.append(Evicted(name, file, size, before is not None))
-                return True
-
-            if (age := limits.get("max_age")) is not None:
-                while dropped(None, now - age):
-                    pass
-            for tenant in held:
-                age, quota = (limits.get(limit_of(name, tenant)) for name in ("max_age", "max_bytes"))
-                while age is not None and dropped(tenant, now - age):
-                    pass
-                while quota is not None and held[tenant] > quota and dropped(tenant):
-                    pass
-            while total > limits.get("max_bytes", total) and (left := held.keys() - stuck):
-                largest = max(sorted(left), key=lambda tenant: held[tenant])
-                if not dropped(largest):
-                    stuck.add(largest)
-        return gone
+            return eviction.evicted(db, limits, now, most)
 
     def touch(self, rows: Sequence[Row], hit: bool = True, **counts: int) -> None:
         """Set the blocks' time of use to now, and their hits one up if ``hit``; add ``counts`` to the counters.

@@ -176,9 +176,11 @@ def _totals(shelf: Shelf, kind: tuple[str, str], rows: Sequence[Row], count: int
 def _tenants(shelf: Shelf, rows: Sequence[Row], counters: dict[str, int]) -> list[dict[str, Any]]:
     """What each tenant holds, by its id ("none": blocks without one), and its limits; most bytes first."""
     from pqcodec.formats.store.index import limit_of
+    from pqcodec.formats.store.keys import is_tenant_id
 
     owners = shelf.index.owners()
     limited = {name.partition(":")[2] for name in counters if name.startswith(("max_bytes:", "max_age:"))}
+    limited = {tenant for tenant in limited if not tenant or is_tenant_id(tenant)}
     found: dict[str, dict[str, Any]] = {
         tenant: {
             "tenant": tenant or NO_TENANT,
@@ -246,8 +248,8 @@ def _draw(totals: dict[str, Any]) -> None:
         bar = ProgressBar(total=max(quota, 1), completed=size, width=30)
         print_table(out, ("", "", ""), [["quota", bar, of]], ("",))
     if any(one["tenant"] != NO_TENANT or one["max_bytes"] or one["max_age"] for one in totals["tenants"]):
-        rows = [_tenant_cells(one) for one in totals["tenants"]]
-        print_table(out, ("tenant", "blocks", "bytes", "quota", "lives"), rows, ("tenant",))
+        of_tenants = [_tenant_cells(one) for one in totals["tenants"]]
+        print_table(out, ("tenant", "blocks", "bytes", "quota", "lives"), of_tenants, ("tenant",))
     each = totals["models"]
     if not each:
         return

@@ -116,12 +116,14 @@ def models_of(shelf: Shelf) -> Models:
 
 def tenant_of(shelf: Shelf, text: str) -> str:
     """The id of a tenant of a store that begins with ``text``, or a whole one; "" for "none". Raises InvalidArgument."""
+    from pqcodec.formats.store.keys import is_tenant_id
+
     if text == NO_TENANT:
         return ""
-    found = {tenant for tenant in shelf.index.owners().values() if tenant.startswith(text.lower())}
+    found = {tenant for tenant in shelf.index.owners().values() if len(text) >= LEAST and tenant.startswith(text.lower())}
     if len(found) == 1:
         return found.pop()
-    if re.fullmatch("[0-9a-f]{32}", text.lower()):  # who has no block yet
+    if is_tenant_id(text.lower()):  # who has no block yet
         return text.lower()
     what = f"{len(found)} tenants are called so" if found else "no tenant is called so"
     raise InvalidArgument(f"--tenant {text}: {what}; give the id that stats tells, all of its 32 digits if it is new, or none")
