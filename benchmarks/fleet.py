@@ -1,7 +1,7 @@
 """Law: what a fleet has to know before it buys storage: tokens a gigabyte, and the link from which on loading is quicker.
 
-``python -m benchmarks.fleet`` computes the sizes of LMCache's objects, quotes the times in ``results/ttft*.json``, writes
-results/fleet.json, and writes the tables of formats/FLEETS.md anew.
+``python -m benchmarks.fleet`` computes the sizes of LMCache's objects, quotes the times in ``results/ttft*.json`` and what
+``benchmarks.two_nodes`` found, writes results/fleet.json, and writes the tables of formats/FLEETS.md anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pqcodec import Rope
 from pqcodec.formats.engines.chunks import ChunkCodec
 
 PAGE = ROOT / "formats" / "FLEETS.md"
-MARKS = "<!-- sizes -->\n", "<!-- end of sizes -->", "<!-- links -->\n", "<!-- end of links -->"
+TABLES = ("sizes", "links", "nodes")  # of the page, each between a mark of its name and one of its end
 CHUNK = 256  # tokens of an object, LMCache's default
 GB = 10**9
 PRESETS = ("pq4", "quad3", "pq3", "pq2.5")
@@ -110,10 +110,26 @@ def link_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def node_table(found: dict[str, Any]) -> str:
+    """Markdown of what ``benchmarks.two_nodes`` found: a line for each prefix and way to its first token."""
+    lines = [
+        f"| prefix of {found['model']} that another node has put | MB on the wire | seconds to the first token |",
+        "|---|---:|---:|",
+    ]
+    ways = {"store": f"a PrefixStore, {found['preset']}", "raw": "16-bit safetensors", "compute": "computed again"}
+    for row in found["rows"]:
+        for way, name in ways.items():
+            sizes = f"{row['wire_bytes'][way] / 1e6:.1f}" if way != "compute" else "-"
+            lines.append(f"| {row['tokens']:,} tokens: {name} | {sizes} | {row['first_token_s'][way]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def with_tables(page: str) -> str:
     """The page with what stands between its marks made anew."""
-    for table, first, last in ((size_table(sizes()), *MARKS[:2]), (link_table(links()), *MARKS[2:])):
-        page = re.sub(f"({first}).*?({last})", lambda m, table=table: m[1] + table + m[2], page, flags=re.DOTALL)
+    tables = size_table(sizes()), link_table(links()), node_table(result("two_nodes"))
+    for name, table in zip(TABLES, tables, strict=True):
+        marks = f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        page = re.sub(marks, lambda m, table=table: m[1] + table + m[2], page, flags=re.DOTALL)
     return page
 
 
@@ -121,6 +137,7 @@ def main() -> None:
     PAGE.write_text(with_tables(PAGE.read_text()))
     print(size_table(sizes()))
     print(link_table(links()))
+    print(node_table(result("two_nodes")))
     results_file.write("fleet", "python -m benchmarks.fleet", {"chunk_tokens": CHUNK, "sizes": sizes(), "links": links()})
 
 

@@ -246,6 +246,18 @@ TABLES = {
             "get, all in Redis, s": number("get_s.redis", ".3f"),
         },
     ),
+    "shared-clients": Table(
+        ["shared_store"],
+        lambda found: found["clients"],
+        {
+            "clients at once": number("clients", ""),
+            "place": lambda row: {"shared": "index in Redis, blocks in a folder", "redis": "all in Redis"}[row["place"]],
+            "get from the store, s": number("store.median_s", ".3f"),
+            "get raw safetensors, s": number("raw.median_s", ".3f"),
+            "store, GB/s of 16-bit cache": number("store.cache_gb_per_s"),
+            "raw, GB/s of 16-bit cache": number("raw.cache_gb_per_s"),
+        },
+    ),
     "offload": Table(
         ["offload_speed", "quads/offload_speed"],
         _main_piece,
