@@ -13,4 +13,13 @@ ORDER = [  # of the core's modules and folders, from the ground up: what is on a
     "codec",
 ]
 
-FORMATS_ORDER = ["places", "plain", "containers", "policy", "cache", "engines", "store offload"]  # of folders; likewise
+FORMATS_ORDER = [  # of folders, and of a module that stands elsewhere than its folder; likewise
+    "places",
+    "plain",
+    "containers",
+    "policy",
+    "cache",
+    "engines",
+    "store offload",
+    "engines.vllm",  # a plug-in that is on top of a store
+]

@@ -93,7 +93,7 @@ class ChunkCodec:
         """
         refuse_unknown("option", options, _OPTIONS)
         known = dict(options)
-        rope = _rope(known.pop("rope")) if "rope" in known else None
+        rope = given_rope(known.pop("rope")) if "rope" in known else None
         if "model" in known:
             config = read_config(known.pop("model"))
             if not {"head_dim", "kv_heads"} <= known.keys():
@@ -295,8 +295,11 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) ->
             raise InvalidArgument(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
 
 
-def _rope(given: Any) -> Rope | None:
-    """The RoPE that a configuration gives; raises InvalidArgument."""
+def given_rope(given: Any) -> Rope | None:
+    """The RoPE that a configuration in JSON gives: "none", or an object of theta, dim, style, frequencies.
+
+    Raises InvalidArgument.
+    """
     if given == "none":
         return None
     if not isinstance(given, Mapping):

@@ -7,7 +7,7 @@ instead of two short ones a layer. They decode straight into the memory of the c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -28,6 +28,7 @@ from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
+from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES, read_header
 from pqcodec.stream.source import MemorySource, Source
 from pqcodec.tensors import arrays
@@ -103,14 +104,15 @@ def write_block(
     row: Row,
     layers: Sequence[tc.LayerState],
     presets: BlockPresets,
-    config: Any,
+    rope_of: Callable[[int, int, str | None], Rope | None],
     recipe: Recipe,
     about: dict[str, Any],
 ) -> int:
     """Write a block's file and return its size in bytes.
 
-    ``row``: the block's row, still without a size; ``layers``: each layer's part of the block; ``about``: ``label`` and
-    ``settings`` of its root, and ``marked``, whether its tokens are a tenant's marks. Raises OSError, or as ``Recipe.pieces``.
+    ``row``: the block's row, still without a size; ``layers``: each layer's part of the block; ``rope_of``: the RoPE of a
+    layer's keys, from its number, head_dim and a pairing of channels; ``about``: ``label`` and ``settings`` of its root, and
+    ``marked``, whether its tokens are a tenant's marks. Raises OSError, or as ``Recipe.pieces``.
     """
     import torch
 
@@ -122,7 +124,7 @@ def write_block(
         if group.preset == EXACT:
             pieces.append(_exact(name, stacked, None, tc.ROLES[group.path]))
             continue
-        rope = tc.rope_of(config, group.layers[0], int(stacked.shape[-1]), group.pairing)
+        rope = rope_of(group.layers[0], int(stacked.shape[-1]), group.pairing)
         first = of[0].tokens - of[0].kept if group.state else row.start
         tensor = TensorRole(tc.ROLES[group.path], None, rope, first)
         cooked = replace(recipe, preset=group.preset, share_bits=False)
@@ -196,6 +198,14 @@ def tokens_of(metadata: Mapping[str, Any], stored: Any) -> np.ndarray:
     return unknown(tokens) if hidden else tokens
 
 
+def check_same_block(file: PQKVFile, metadata: Mapping[str, Any], row: Row) -> None:
+    """Raises CorruptStream where a file with such metadata holds another block than that of ``row``; KeyError, ValueError."""
+    told = tuple(metadata[key] for key in ("name", "parent", "start", "whole", "stateful"))
+    same = told == (row.name.hex(), row.parent.hex(), row.start, row.whole, row.stateful)
+    if not same or not np.array_equal(tokens_of(metadata, file.decode(TOKENS)), row.tokens):
+        raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What was decoded from a block beside the tensors in the stacks; tensors by (layer, path)."""
@@ -229,7 +239,7 @@ class Assembly:
     def lay_out(self, file: PQKVFile, row: Row) -> None:
         """Allocate the stacks for all blocks, from the metadata of the first one; raises CorruptStream."""
         try:
-            for name, group in _groups_in(block_metadata(file)).items():
+            for name, group in groups_in(block_metadata(file)).items():
                 entry = file.entry(name)
                 if group.state:
                     continue
@@ -254,10 +264,7 @@ class Assembly:
         """Decode the first ``count`` tokens of a block into the stacks; raises CorruptStream, also for another block's file."""
         metadata = block_metadata(file)
         try:
-            told = tuple(metadata[key] for key in ("name", "parent", "start", "whole", "stateful"))
-            same = told == (row.name.hex(), row.parent.hex(), row.start, row.whole, row.stateful)
-            if not same or not np.array_equal(tokens_of(metadata, file.decode(TOKENS)), row.tokens):
-                raise CorruptStream(f"{file.label}: is another block than {row.name.hex()[:16]} at token {row.start}")
+            check_same_block(file, metadata, row)
             return self._decoded(file, metadata, row, count)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise CorruptStream(f"{file.label}: its metadata does not describe a block ({error!r})") from error
@@ -266,7 +273,7 @@ class Assembly:
         kinds = [tc.LayerState(kind["class"], {}, kind["fields"]) for kind in metadata["kinds"]]
         tc.check_layers(kinds, [kind["tensors"] for kind in metadata["kinds"]])
         layers = [kinds[number] for number in metadata["layers"]]
-        groups = _groups_in(metadata)
+        groups = groups_in(metadata)
         if any(group.state == layers[layer].cuttable for group in groups.values() for layer in group.layers):
             raise ValueError("a group's state is not that of its layers")
         found = Decoded(count, layers, {}, {})
@@ -348,7 +355,7 @@ class Assembly:
         return tc.CacheState("DynamicCache", {"": layers})
 
 
-def _groups_in(metadata: Mapping[str, Any]) -> dict[str, LayerGroup]:
+def groups_in(metadata: Mapping[str, Any]) -> dict[str, LayerGroup]:
     """The groups in a block's metadata by the names of their tensors; raises KeyError, TypeError or ValueError."""
     found = {
         g["name"]: LayerGroup(g["path"], g["preset"], g["pairing"], tuple(g["layers"]), g["state"]) for g in metadata["groups"]

@@ -171,7 +171,8 @@ class ChainWriter:
         about = {"label": work.label, "settings": work.chain.settings, "marked": work.chain.keyed}
         chosen = presets if row.whole or self._exact else presets.at(TAIL_PRESET)
         with self._files.writing(row.file) as path:
-            row = replace(row, size=blocks.write_block(path, row, cut, chosen, work.identity.config, self._recipe, about))
+            rope_of = partial(tc.rope_of, work.identity.config)
+            row = replace(row, size=blocks.write_block(path, row, cut, chosen, rope_of, self._recipe, about))
         return row, self._shelf.commit(row)
 
     def _drop_what_grew_into(self, row: Row) -> None:

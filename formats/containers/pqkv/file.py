@@ -340,6 +340,10 @@ class PQKVFile(TensorFile):
         """The tensors' names, in writing order."""
         return tuple(self._tensors)
 
+    def all_bytes(self) -> bytes:
+        """All bytes of the file, read now."""
+        return bytes(self._source.read(0, self._source.size))
+
     def sha256(self) -> str:
         """The SHA-256 of all bytes, in hexadecimal; raises InvalidArgument for a URL, whose next read may return others."""
         if isinstance(self._source, remote.RemoteSource):
