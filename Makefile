@@ -61,8 +61,8 @@ $(VENV)-vllm/installed: pyproject.toml tests/engines/vllm.txt tests/engines/lmca
 	$(VENV)-vllm/bin/python -c "from benchmarks import model; model.load_smollm2(model.cache_dir())"
 	touch $@
 
-test-vllm: $(VENV)-vllm/installed  ## vLLM on this machine's CPU, LMCache and Redis or S3: a writer, a reader, and what breaks between them
-	$(VENV)-vllm/bin/pytest -q tests/engines/test_vllm.py
+test-vllm: $(VENV)-vllm/installed  ## vLLM on this machine's CPU, with LMCache and without, and Redis or S3: a writer, a reader, and what breaks
+	$(VENV)-vllm/bin/pytest -q tests/engines/test_vllm.py tests/engines/test_vllm_store.py
 
 $(VENV)-lmcache/bench-installed: $(VENV)-lmcache/installed
 	$(VENV)-lmcache/bin/pip install --quiet --editable '.[demo]' lmcache-turbo-quant-serde==0.1.0

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from conftest import DEVICE
 
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 PLUG_IN = "pqcodec.formats.engines.vllm"
@@ -189,7 +190,9 @@ class Engine:
         names = self.caches.kv_cache_groups[0].layer_names
         size = self.block // self.split
         self.layers = {name: Layer(self.arranged) for name in names}
-        self.kv = {name: torch.zeros(BLOCKS * self.split, HEADS, size, 2 * DIM, dtype=torch.bfloat16) for name in names}
+        self.kv = {
+            name: torch.zeros(BLOCKS * self.split, HEADS, size, 2 * DIM, dtype=torch.bfloat16, device=DEVICE) for name in names
+        }
         self.config.compilation_config.static_forward_context.update(self.layers)
         make = self.module.PQCodecConnector
         self.scheduler, self.worker = (make(self.config, role, self.caches) for role in KVConnectorRole)
@@ -230,8 +233,8 @@ class Engine:
         tokens = torch.arange(first, last)
         slots = torch.tensor(self.tables[request.request_id])[tokens // self.block] * self.block + tokens % self.block
         for number, (name, layer) in enumerate(self.layers.items()):
-            keys, values = (x[first:last] for x in numbers_of(request.all_token_ids, number))
-            layer.do_kv_cache_update(layer, keys, values, self.kv[name], slots)
+            keys, values = (x[first:last].to(DEVICE) for x in numbers_of(request.all_token_ids, number))
+            layer.do_kv_cache_update(layer, keys, values, self.kv[name], slots.to(DEVICE))
 
     def serve(self, request: Request, chunk: int = 1 << 20) -> int:
         """All steps of a request's prompt, then its end; returns how many of its tokens were loaded."""
@@ -251,7 +254,7 @@ class Engine:
         slots = torch.tensor(self.tables[request.request_id])[positions // self.block] * self.block + positions % self.block
         wrong = norm = 0.0
         for number, name in enumerate(self.layers):
-            for at, x in zip(self.arranged(self.kv[name]), numbers_of(request.all_token_ids, number), strict=True):
+            for at, x in zip(self.arranged(self.kv[name].cpu()), numbers_of(request.all_token_ids, number), strict=True):
                 truth = x[:tokens].double()
                 wrong += float((at[slots // size, :, slots % size].double() - truth).square().sum())
                 norm += float(truth.square().sum())

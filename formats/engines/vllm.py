@@ -30,6 +30,7 @@ from pqcodec.formats.engines.vllm_settings import identity_of, shape_of
 from pqcodec.formats.store.engine_store import EngineStore, HeldBlock, NewBlock, engine_settings
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 
+_KNOWN = "0.32."  # how the releases of vLLM begin whose caches and scheduler this module knows
 _OPTIONS = ("store", "data", "preset", "max_bytes", "max_age", "tenant", "shared", "rope", "weights")
 _STORE = ("data", "preset", "max_bytes", "max_age", "shared")
 _PENDING_BYTES = 1 << 30  # of copied blocks that wait to be written; further ones are not stored
@@ -254,6 +255,8 @@ class PQCodecConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if not vllm.__version__.startswith(_KNOWN):
+            raise InvalidArgument(f"vLLM is {vllm.__version__}; pqcodec's connector knows {_KNOWN}x")
         transfer = vllm_config.kv_transfer_config
         options = dict(transfer.kv_connector_extra_config)
         refuse_unknown("kv_connector_extra_config's member", options, _OPTIONS)

@@ -114,7 +114,7 @@ def config_of(model: Any) -> dict[str, Any]:
     """The object in the config.json of a model's folder, whole; what vLLM parsed, where the model is no folder."""
     path = Path(str(model.model), "config.json")
     try:
-        config = json.loads(path.read_bytes()) if path.exists() else model.hf_config.to_dict()
+        config = json.loads(path.read_bytes()) if path.exists() else {**model.hf_config.to_dict(), "_name_or_path": ""}
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path}: cannot be read: {error}") from None
     if not isinstance(config, dict):

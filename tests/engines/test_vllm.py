@@ -8,12 +8,10 @@ writer said, which had to compute it.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +23,17 @@ pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm instal
 pytest.importorskip("lmcache.v1.distributed.serde")
 from lmcache_processes import ENVIRONMENT, plug_in, server
 from places import PLACES, FolderPlace, Place, place
+from vllm_processes import HERE as VLLM
+from vllm_processes import PATIENCE, Answers, VLLMProcess, prompts_of, vllm_process, weights_folder
 
-from benchmarks import model as lm
 from pqcodec.formats.engines.chunks import ChunkCodec
 
-NODE = Path(__file__).with_name("vllm_node.py")
-TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "prose.txt"
 PROMPTS, LENGTH, CHUNK = 2, 600, 256
 HITS = LENGTH // CHUNK * CHUNK  # tokens of a prompt that are stored
 OBJECTS = PROMPTS * HITS // CHUNK
 SHAPE = (1, 30, CHUNK, 3 * 2 * 64)
 NAIVE = 2 * torch.Size(SHAPE).numel()  # bytes of an object without a serde
-PATIENCE = 120  # seconds
-HERE = ENVIRONMENT | {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "LMCACHE_MP_TRANSFER_MODE": "lmcache_driven",
-    "NUMBA_CACHE_DIR": str(Path(sys.prefix) / "numba"),  # vLLM's numba is another one, which does not share a cache
-}
-Answers = list[dict[str, Any]]
+HERE = ENVIRONMENT | VLLM | {"LMCACHE_MP_TRANSFER_MODE": "lmcache_driven"}
 FAULTS = (
     lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
     lambda data: data[: len(data) // 2].ljust(len(data), b"\0"),
@@ -60,21 +46,13 @@ FAULTS = (
 class Node:
     """A node of ``vllm_node.py``, and the port for HTTP of the LMCache server that it has to itself."""
 
-    process: subprocess.Popen[str]
+    vllm: VLLMProcess
     http: int
 
-    def answers(self, prompts: list[list[int]] | None = None) -> Answers:
-        """What it says of prompts, once what LMCache's server holds in memory is forgotten; None: wait until it is ready."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        if prompts is not None:
-            self.forget()
-            self.process.stdin.write(json.dumps(prompts) + "\n")
-            self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answers "):
-                return json.loads(line.removeprefix("answers "))
-        raise AssertionError(f"the node ended: {self.process.wait()}; its log is beside the objects")
+    def answers(self, prompts: list[list[int]]) -> Answers:
+        """What it says of prompts, once what LMCache's server holds in memory is forgotten."""
+        self.forget()
+        return self.vllm.answers(prompts)
 
     def forget(self) -> None:
         asked = urllib.request.Request(
@@ -89,48 +67,26 @@ class Node:
 @contextmanager
 def node(adapter: str, folder: Path, logs: Path) -> Iterator[Node]:
     """An LMCache server with an adapter, and an engine in front of it, both new."""
-    (library,) = (Path(sys.prefix) / "lib").glob("libiomp5.so")
-    with (
-        server(adapter, logs / "lmcache.log", CHUNK, HERE) as (port, http),
-        (logs / "vllm.log").open("w") as log,
-        subprocess.Popen(
-            [sys.executable, str(NODE), str(folder), str(port)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=HERE | {"LD_PRELOAD": str(library)},
-        ) as process,
-    ):
-        assert process.stdin is not None
+    with server(adapter, logs / "lmcache.log", CHUNK, HERE) as (port, http):
+        pid = 0
         try:
-            made = Node(process, http)
-            made.answers()
-            yield made
+            with vllm_process(folder, str(port), logs, HERE) as made:
+                pid = made.process.pid
+                yield Node(made, http)
         finally:
-            process.stdin.close()  # so that it ends by itself: a gigabyte of shared memory would stay behind
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
-            process.kill()
-            for left in Path("/dev/shm").glob(f"lmcache_kv_{process.pid}_*"):
+            for left in Path("/dev/shm").glob(f"lmcache_kv_{pid}_*"):
                 left.unlink()
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    found = sorted(lm.cache_dir().glob(f"{Path(lm.GGUF).stem}-*"))
-    if not found:
-        pytest.skip("SmolLM2's weights are not there; make test-vllm makes them")
-    return found[0]
+    return weights_folder()
 
 
 @pytest.fixture(scope="module")
 def prompts(folder: Path) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(encoding="utf-8"))["input_ids"]
-    return [ids[first : first + LENGTH] for first in range(0, PROMPTS * LENGTH, LENGTH)]
+    return prompts_of(folder, PROMPTS, LENGTH)
 
 
 @pytest.fixture(scope="module")

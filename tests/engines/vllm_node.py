@@ -1,8 +1,9 @@
-"""A node of a fleet: vLLM on this machine's CPU, with the weights in a folder, in front of an LMCache server or of none.
+"""A node of a fleet: vLLM on this machine's CPU, with the weights in a folder, in front of LMCache, of a store or of neither.
 
-``python vllm_node.py MODEL PORT`` (0: no server) answers every line of JSON on stdin, a list of prompts (lists of token ids),
-by a line "answers " and JSON: for each prompt its ``tokens``, the likeliest next ones, and how many tokens of the prompt were
-``cached``, which means that LMCache had them: vLLM's own prefix cache is off.
+``python vllm_node.py MODEL WHERE``: WHERE is the port of an LMCache server (0: none), or the JSON of pqcodec's connector. Every
+line of JSON on stdin, a list of prompts (lists of token ids, or objects of ``prompt_token_ids`` and ``cache_salt``), is
+answered by a line "answers " and JSON: for each prompt its ``tokens``, the likeliest next ones, the first one's ``logprobs`` by
+token, and how many tokens of the prompt were ``cached``, which means outside of vLLM: its own prefix cache is off.
 """
 
 from __future__ import annotations
@@ -19,23 +20,35 @@ ANSWERS = "answers "
 TOKENS = 16
 
 
-def connector(port: int) -> KVTransferConfig:
+def connector(where: Any) -> KVTransferConfig | None:
+    if isinstance(where, dict):
+        return KVTransferConfig(
+            kv_connector="PQCodecConnector",
+            kv_role="kv_both",
+            kv_connector_module_path="pqcodec.formats.engines.vllm",
+            kv_connector_extra_config=where,
+        )
+    if not where:
+        return None
     return KVTransferConfig(
         kv_connector="LMCacheMPConnector",
         kv_role="kv_both",
         kv_connector_module_path="lmcache.integration.vllm.lmcache_mp_connector",
-        kv_connector_extra_config={"lmcache.mp.host": "127.0.0.1", "lmcache.mp.port": port},
+        kv_connector_extra_config={"lmcache.mp.host": "127.0.0.1", "lmcache.mp.port": where},
     )
 
 
-def answers(model: LLM, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def answers(model: LLM, prompts: list[Any]) -> list[dict[str, Any]]:
     told = []
     for prompt in prompts:
-        chosen = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS)
+        asked = prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
+        chosen = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, logprobs=5)
         start = time.perf_counter()
-        (answer,) = model.generate([{"prompt_token_ids": prompt}], chosen, use_tqdm=False)
+        (answer,) = model.generate([asked], chosen, use_tqdm=False)
         spent = time.perf_counter() - start
-        told.append({"tokens": list(answer.outputs[0].token_ids), "cached": answer.num_cached_tokens, "seconds": spent})
+        (said,) = answer.outputs
+        first = {token: found.logprob for token, found in said.logprobs[0].items()}
+        told.append({"tokens": list(said.token_ids), "cached": answer.num_cached_tokens, "seconds": spent, "logprobs": first})
     return told
 
 
@@ -53,7 +66,7 @@ def hide_llvmlite() -> None:
     ffi._lib_wrapper.__getattr__ = only_functions
 
 
-def main(folder: str, port: str) -> None:
+def main(folder: str, where: str) -> None:
     hide_llvmlite()
     model = LLM(
         folder,
@@ -62,7 +75,7 @@ def main(folder: str, port: str) -> None:
         max_model_len=2048,
         max_num_seqs=1,
         enable_prefix_caching=False,
-        kv_transfer_config=connector(int(port)) if int(port) else None,
+        kv_transfer_config=connector(json.loads(where)),
     )
     print(ANSWERS + json.dumps([]), flush=True)
     for line in sys.stdin:
