@@ -22,7 +22,7 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
-from pqcodec.errors import CorruptStream, InvalidArgument, PQError
+from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.engines.chunks import given_rope, refuse_unknown
 from pqcodec.formats.engines.model_config import config_rope
 from pqcodec.formats.engines.paged_layers import PagedLayers
@@ -231,7 +231,7 @@ class Working:
             self._store.write(new, [keys for keys, _ in pairs], [values for _, values in pairs])
         except (OSError, CorruptStream) as error:
             self._store.fail("stored", error)
-        except PQError as error:
+        except Exception as error:  # nobody reads the future's
             text = f"a block of a prompt (tokens {new.row.start} to {new.row.end - 1}) cannot be stored: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         finally:
