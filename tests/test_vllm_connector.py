@@ -300,6 +300,15 @@ def test_numbers_that_are_none_are_not_stored(engine: Any, tmp_path: Path, monke
     assert rows_of(tmp_path) == []
 
 
+def test_what_would_wait_too_long_is_left_out(
+    engine: Any, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PENDING_BYTES", 1000)
+    with engine() as first, pytest.warns(RuntimeWarning, match="left out"):
+        first.serve(Request("a", IDS))
+    assert rows_of(tmp_path) == []
+
+
 def test_a_quota_holds(engine: Any, tmp_path: Path) -> None:
     with engine() as first:
         first.serve(Request("a", IDS))
@@ -338,6 +347,12 @@ def test_a_quota_holds(engine: Any, tmp_path: Path) -> None:
 )
 def test_what_is_not_known_to_be_right_ends_the_start(engine: Any, given: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidArgument, match=words), engine(**given):
+        pass
+
+
+def test_another_release_of_vllm_is_refused(engine: Any, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.vllm, "__version__", "0.33.1")
+    with pytest.raises(InvalidArgument, match=r"vLLM is 0.33.1"), engine():
         pass
 
 
