@@ -21,7 +21,7 @@ COUNTS = (1, 2, 3, 4, 8)
 SHARES = (0.5, 0.8, 0.95, 0.99)  # of the energy, in the dominating channels
 AMPLITUDES = ("equal", "signs", "gaussian")
 SEEDS = range(8)
-PRESETS = tuple(name for name in pqcodec.PRESETS if name != "paper")  # `paper` keeps the paper's own rotation
+PRESETS = tuple(name for name, preset in pqcodec.PRESETS.items() if preset.own)  # others keep their own rotation, or have none
 
 
 @dataclass(frozen=True)

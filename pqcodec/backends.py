@@ -84,9 +84,12 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
         if all(map(found.covers, headers)):
             return found
     codings = ", ".join(sorted({DECLARED[header.coding].name for header in headers}))
-    raise BackendUnavailable(
-        f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {codings}); choose from {sorted(BACKENDS)}"
-    )
+    advice = f"choose from {sorted(BACKENDS)}"
+    if tried[0] in ON_DEVICE:
+        advice = (
+            f"backends {' and '.join(map(repr, AUTO['cpu']))} do: encode x.cpu(), decode without device= and from host memory"
+        )
+    raise BackendUnavailable(f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {codings}); {advice}")
 
 
 def kernel_folder() -> str | None:

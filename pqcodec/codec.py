@@ -35,6 +35,7 @@ def encode(
     nonfinite: str = "error",
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     effort: str = "fast",
+    pairing: str | None = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -43,9 +44,12 @@ def encode(
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE,
     described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``exact_vectors``: further vectors
     that are kept so, as pairs (leading index, token). ``nonfinite``: "error", or "exact" to keep vectors that hold NaN or
-    Inf as they are. ``chunk_tokens``: tokens under one checksum. ``effort``: "fast", or "best" for a smaller error from a
-    longer search (presets of quads; the others have no search, and a decoder sees no difference). A tensor of a GPU is
-    encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
+    Inf as they are. ``chunk_tokens``: tokens under one checksum; whole groups where tokens share fields (wu44: multiples of
+    128). ``effort``: "fast", or "best" for a smaller error from a longer search (presets of quads, and of pair polar, whose
+    range of angles then begins behind the largest gap; the others have no search, and a decoder sees no difference).
+    ``pairing``: the channels that pair polar codes together, "half" (i and i + head_dim/2) or "interleaved" (2i and 2i+1);
+    None is ``rope``'s, else "half". A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too),
+    and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -57,7 +61,7 @@ def encode(
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
     True
     """
-    options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort)
+    options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing)
     return encode_by(options, x, backend, progress)[1]
 
 
@@ -169,7 +173,7 @@ def inspect_header(h: Header) -> StreamInfo:
     """What a header says of its stream."""
     return StreamInfo(
         version=c.STREAM_VERSION,
-        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order),
+        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine),
         coding=DECLARED[h.coding].name,
         dtype=DTYPE_NAMES[h.dtype],
         shape=h.shape,

@@ -15,11 +15,15 @@ STREAM_VERSION = 1
 HEADER_STRUCT = struct.Struct("<4sBBBBIHBBIIIIQhhB3s")
 OFFSET_EXPONENT_AT, RADIUS_EXPONENT_AT = 40, 42  # their bytes in the header
 ROPE_STRUCT = struct.Struct("<QHB5s")  # first_position, rotated channels, pairing, reserved
+AFFINE_STRUCT = struct.Struct("<IIBBBB4s")  # tokens, channels, fields, place, pairing, angle_bits, reserved
+MAX_HEADER_BYTES = 2180
 CHECKSUM_BYTES = 4
 
 CODING_SPLIT = 1  # budget-splitting tree, fixed rate (SPEC 6)
 CODING_PAPER = 2  # arXiv 2502.02617: 16-coordinate blocks of 62 bits (SPEC 7)
 CODING_QUADS = 3  # four coordinates by one look-up, fixed rate (SPEC 8)
+CODING_PAIRS = 4  # arXiv 2502.00527: radius and angle of each pair of channels (SPEC 14)
+CODING_SCALAR = 5  # each number by a table of levels (SPEC 15)
 
 DTYPE_FLOAT16, DTYPE_BFLOAT16, DTYPE_FLOAT32 = 1, 2, 3
 ITEM_BYTES = {DTYPE_FLOAT16: 2, DTYPE_BFLOAT16: 2, DTYPE_FLOAT32: 4}
@@ -29,7 +33,8 @@ FLAG_OFFSETS = 1  # a mean is stored per leading index
 FLAG_ROPE = 2  # ... and turns with the position
 FLAG_NUMPY = 4  # the encoder was given a numpy array
 FLAG_TWO_ROUNDS = 8  # the rotation has two rounds; split coding only
-KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS
+FLAG_AFFINE = 16  # groups of numbers share fields (SPEC 13)
+KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS | FLAG_AFFINE
 LINEAR_NONE = 0  # the linear stage before the rotation: none; other values are reserved
 CODEBOOK_CLOSED_FORM = 0  # cells and centroids of SPEC 6 and 7; other values are reserved
 
@@ -176,6 +181,33 @@ PHASE_BITS = 32  # a RoPE frequency is in turns per token, times 2^32
 PHASE_TABLE_BITS = 8  # cos and sin from two tables of 256
 OFFSET_EXPONENTS = (-112, 111)  # powers of two that scale the stored float16 offsets
 RADIUS_EXPONENTS = (-125, 117)  # ... and the paper coding's float16 radii
+
+# -- Affine fields (SPEC 13) -------------------------------------------------------------------------------------
+AFFINE_ALL_TOKENS = 0  # reserved, where the number of a group's tokens stands: all of the tensor
+AFFINE_SCALE, AFFINE_SCALE_ZERO, AFFINE_POLAR = 1, 2, 3  # what a group has
+AFFINE_FIELD_BYTES = {AFFINE_SCALE: 2, AFFINE_SCALE_ZERO: 4, AFFINE_POLAR: 8}
+AFFINE_IN_BLOCKS = 0  # where fields stand; others are reserved for a section of the stream and for shared tables
+AFFINE_EXPONENT_BYTES = 2  # of a block: the power of two that all its float16 fields are multiplied by
+AFFINE_EXPONENTS = (-126, 127)
+AFFINE_USUAL = (2.0**-4, 2.0**14)  # largest magnitudes of a block for which encoders choose the exponent 0
+AFFINE_USUAL_BITS = 14  # ... and below 2^14 is what they bring others to
+
+# -- Pair polar and scalar coding (SPEC 14, 15) ------------------------------------------------------------------
+PAIR_CHANNELS = 2
+PAIR_BITS = range(1, 9)  # of a radius, and of an angle
+TURN = 1 << 16  # units of an angle in a turn
+TURN_POLYNOMIAL = (  # of encoders: the angle in turns of a slope 0 .. 1, over the slope, in powers of its square; good to 2e-8
+    -0.00074305835,
+    0.00384616852,
+    -0.00944856755,
+    0.0157660429,
+    -0.0223080879,
+    0.0317820252,
+    -0.0530494615,
+    0.159154927,
+)
+TURN_TINY = 1e-37  # keeps a quotient of two zeros finite
+SCALAR_BITS = range(1, 9)
 
 # -- Container (SPEC Part II) ------------------------------------------------------------------------------------
 FILE_MAGIC = b"\x89PQF"

@@ -10,9 +10,8 @@ from typing import Any
 from pqcodec import constants as c
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import PAIRINGS, Rope
 from pqcodec.stream.header import Header
-from pqcodec.stream.orders import order_for
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 
@@ -42,9 +41,12 @@ class EncodeOptions:
     exact_vectors: Any = field(default=(), compare=False)  # pairs (leading index, token)
     nonfinite: str = "error"
     effort: str = "fast"
+    pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
+        if self.pairing is not None and self.pairing not in PAIRINGS:
+            raise InvalidArgument(f"pairing {self.pairing!r} is unknown; choose from {sorted(PAIRINGS)}")
         if self.center not in CENTERS:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
         if (self.center == "rope") != (self.rope is not None):
@@ -62,22 +64,29 @@ class EncodeOptions:
     def header(self, shape: tuple[int, ...], dtype: int, numpy: bool = False) -> Header:
         """The header of a tensor of that shape and stored dtype, without what depends on its numbers.
 
-        Raises InvalidArgument.
+        Where tokens share fields, a chunk is as many whole groups as hold ``chunk_tokens``. Raises InvalidArgument.
         """
         preset = preset_of(self.preset)
+        affine, chunk_tokens = preset.affine, self.chunk_tokens
+        if affine:
+            chunk_tokens = -(-chunk_tokens // affine.tokens) * affine.tokens
+            if affine.fields == c.AFFINE_POLAR:
+                style = self.pairing or (self.rope.style if self.rope else "half")
+                affine = replace(affine, pairing=PAIRINGS[style])
         return Header(
             coding=preset.coding,
             dtype=dtype,
             shape=shape,
-            row_bits=preset.row_bits(order_for(shape[-1])),
+            row_bits=preset.row_bits(preset.order(shape[-1])),
             radius_bits=preset.radius_bits,
             seed=self.seed,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             exact_tokens=self.exact_tokens,
             offsets=self.center is not None,
             rope=self.rope.field(shape[-1]) if self.rope else None,
             numpy=numpy,
             rounds=preset.rounds,
+            affine=affine,
         )
 
 

@@ -269,6 +269,80 @@ def quad_rows(block: bytes, rows: int, order: int, row_bits: int) -> list[tuple[
     return found
 
 
+# -- 13 to 15: affine fields, pair polar, scalar -------------------------------------------------------------------
+def half(bits: int) -> F:
+    """An f16 field."""
+    value = float(np.array([bits], "<u2").view("<f2")[0])
+    return F(0) if math.isnan(value) else F(min(max(value, -65504.0), 65504.0))
+
+
+def phase_cosines(p: int) -> tuple[F, F]:
+    """cos_t and sin_t of the phase p of 9.2."""
+    h, l = divmod(p, 256)
+    a, b, c, d = map(F, (exact_cos(h / 256), exact_cos(h / 256 - 0.25), exact_cos(l / 65536), exact_cos(l / 65536 - 0.25)))
+    return a * c - b * d, b * c + a * d
+
+
+def affine_groups(data: bytes) -> tuple[int, int, int]:
+    """Tokens of a group, bytes of the fields of all groups of the same tokens, and N."""
+    head_dim = struct.unpack_from("<Q", data, 40 + 8 * data[7])[0]
+    tokens, channels, fields = struct.unpack_from("<IIB", data, 48 + 8 * data[7])
+    order = -(-head_dim // 16) * 16
+    return tokens, -(-order // channels) * {1: 2, 2: 4, 3: 8}[fields], order
+
+
+def block_bytes(data: bytes, rows: int) -> int:
+    """Bytes of a block of so many rows, its checksum included (3.2, 8.1, 13.2)."""
+    size = rows * -(-struct.unpack_from("<I", data, 16)[0] // 8)
+    if data[5] == 3:
+        return -(-(size + 6) // 16) * 16
+    if data[5] < 4:
+        return size + 4
+    tokens, fields, _ = affine_groups(data)
+    return size + -(-rows // tokens) * fields + 6
+
+
+def affine_rows(data: bytes, block: bytes, rows: int) -> list[tuple[list[F], F, F]]:
+    """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read."""
+    at = 48 + 8 * data[7]
+    (head_dim,), (row_bits,) = struct.unpack_from("<Q", data, at - 8), struct.unpack_from("<I", data, 16)
+    _, channels, kind, _, pairing, angle_bits = struct.unpack_from("<IIBBBB", data, at)
+    tokens, size, order = affine_groups(data)
+    exponent = min(max(int.from_bytes(block[-2:], "little", signed=True), -126), 127)
+    found = []
+    for i in range(rows):
+        row = int.from_bytes(block[i * row_bits // 8 : (i + 1) * row_bits // 8], "little")
+        start = rows * row_bits // 8 + i // tokens * size
+        fields = struct.unpack_from(f"<{size // 2}H", block, start)
+        groups = -(-order // channels)
+        if data[5] == 4:
+            numbers = pair_row(row, fields, groups, head_dim, order, data[14], angle_bits, pairing)
+        else:
+            b = row_bits // order
+            numbers = []
+            for k in range(order):
+                d, code = half(fields[k // channels]), field(row, b * k, b)
+                s = F(code) * d + half(fields[groups + k // channels]) if kind == 2 else F(code - 2 ** (b - 1)) * d
+                numbers.append(s)
+        found.append((numbers, F(2.0**exponent), F(1)))
+    return found
+
+
+def pair_row(
+    row: int, fields: tuple[int, ...], groups: int, head_dim: int, order: int, r: int, t: int, pairing: int
+) -> list[F]:
+    """The numbers s of a row of pair polar coding."""
+    numbers, pairs = [F(0)] * (order + 1), -(-head_dim // 2)
+    for i in range(pairs):
+        k, code = field(row, (r + t) * i, t), field(row, (r + t) * i + t, r)
+        a, b = half(fields[i]), half(fields[groups + i])
+        rho = F(code + 0.5) * b + a
+        cos, sin = phase_cosines((fields[2 * groups + i] + (2 * k + 1) * fields[3 * groups + i] // 2) % 2**16)
+        p, q = (i, i + pairs) if pairing == 1 else (2 * i, 2 * i + 1)
+        numbers[p], numbers[q] = rho * cos, rho * sin
+    return numbers[:order]
+
+
 # -- 9: offsets ----------------------------------------------------------------------------------------------------
 def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[int, ...]) -> np.ndarray:
     out = offset.copy()
@@ -302,7 +376,7 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
 def sections(data: bytes) -> Iterator[tuple[int, int]]:
     """The header and the blocks of a stream in their order (3.2): how many of a size, and their bytes with checksums."""
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
-    row_bits, chunk, exact, exceptions = struct.unpack_from("<IIII", data, 16)
+    _, chunk, exact, exceptions = struct.unpack_from("<IIII", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens, leading = shape[-1], shape[-2] if ndim > 1 else 1, math.prod(shape[:-2])
     vector = head_dim * (4 if dtype == 3 else 2)
@@ -316,9 +390,8 @@ def sections(data: bytes) -> Iterator[tuple[int, int]]:
         yield 1, exceptions * (8 + vector) + 4
     whole, rest = divmod(tokens - kept, chunk)
     for chunks, count in ((whole, chunk), (1, rest)):
-        rows = count * -(-row_bits // 8)
         if count:
-            yield chunks * leading, -(-(rows + 6) // 16) * 16 if data[5] == 3 else rows + 4
+            yield chunks * leading, block_bytes(data, count)
 
 
 def blocks(data: bytes) -> list[int]:
@@ -342,11 +415,20 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3) or dtype not in (1, 2, 3) or flags > 15 or linear or any(data[44:48]):
+    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 31 or linear or any(data[44:48]):
+        return "unsupported"
+    if (coding > 3) != (flags >= 16):
         return "unsupported"
     end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
+    affine = end if coding > 3 else 0
+    end += 16 if affine else 0
     if len(body) < end + (16 if rope else 0):
         return "corrupt"
+    group, channels_of, kind, place, pairs, angle_bits = (
+        struct.unpack_from("<IIBBBB", body, affine) if affine else (1, 1, 1, 0, 0, 0)
+    )
+    if not group or not channels_of or kind not in (1, 2, 3) or place or pairs > 2 or (affine and any(body[end - 4 : end])):
+        return "unsupported"
     shape = struct.unpack_from(f"<{ndim}Q", body, 48)
     position, channels, pairing = struct.unpack_from("<QHB", body, end) if rope else (0, 2, 1)
     if rope and any(body[end + 11 : end + 16]):
@@ -354,22 +436,26 @@ def refusal(data: bytes) -> str:
     if not 1 <= ndim <= 8 or not 1 <= shape[-1] <= 1024 or math.prod(max(n, 1) for n in shape) > 2**48:
         return "corrupt"
     tokens, order = shape[-2] if ndim > 1 else 1, next(n for n in ORDERS if n >= shape[-1])
+    wide = -(-shape[-1] // 16) * 16
+    of_pairs = kind == 3 and channels_of == 2 and pairs in (1, 2) and 1 <= angle_bits <= 8 and 1 <= radius_bits <= 8
     rows = {
         1: radius_bits in range(11, 16) and order <= row_bits <= radius_bits + 7 * order,
         2: radius_bits == 16 and row_bits == 62 * (order // 16),
         3: radius_bits == 8 and row_bits in [8 + order + b * (order // 4) for b in range(4, 11)],
+        4: of_pairs and row_bits == (radius_bits + angle_bits) * wide // 2,
+        5: kind < 3 and not pairs and not angle_bits and not radius_bits and row_bits in [b * wide for b in range(1, 9)],
     }
     ranges = [
         tokens <= 2**32,
         rows[coding],
-        1 <= chunk <= 4096,
+        1 <= chunk <= 4096 and group <= 4096 and 1 <= channels_of <= 1024 and chunk % group == 0,
         exceptions <= math.prod(shape[:-2]) * (tokens - min(exact, tokens)),
         -112 <= exponents[0] <= 111,
         -125 <= exponents[1] <= 117,
         not rope or flags & 1,
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
-        not flags & 8 if coding == 2 else flags & 8 or coding == 1,
-        size == 52 + 8 * ndim + (16 + 2 * channels if rope else 0),
+        not flags & 8 if coding in (2, 4, 5) else flags & 8 or coding == 1,
+        size == 52 + 8 * ndim + (16 if affine else 0) + (16 + 2 * channels if rope else 0),
     ]
     if not all(ranges):
         return "corrupt"
@@ -417,8 +503,9 @@ def decode(data: bytes) -> np.ndarray:
     leading = math.prod(shape[:-2])
     first_position, pairing, frequencies = 0, 1, ()
     if flags & 2:
-        first_position, channels, pairing = struct.unpack_from("<QHB", data, 48 + 8 * ndim)
-        frequencies = struct.unpack_from(f"<{channels // 2}I", data, 48 + 8 * ndim + 16)
+        behind = 48 + 8 * ndim + (flags & 16)
+        first_position, channels, pairing = struct.unpack_from("<QHB", data, behind)
+        frequencies = struct.unpack_from(f"<{channels // 2}I", data, behind + 16)
     order = next(n for n in ORDERS if n >= head_dim)
     kind = np.dtype("<u4" if dtype == 3 else "<u2")
     kept, row_bytes = min(exact, tokens), -(-row_bits // 8)
@@ -443,18 +530,22 @@ def decode(data: bytes) -> np.ndarray:
     for first in range(0, coded if leading else 0, chunk):
         for lead in range(leading):
             count = min(chunk, coded - first)
-            rows = take(count * row_bytes if coding != 3 else -(-(count * row_bytes + 6) // 16) * 16 - 4)
+            rows = take(block_bytes(data, count) - 4)
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
+            of_groups = affine_rows(data, rows, count) if coding > 3 else []
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
-                if of_quads:
+                if of_groups:
+                    numbers, a, b = of_groups[i]
+                elif of_quads:
                     integers, a, b = of_quads[i]
                 elif coding == 1:
                     integers, a, b = split_row(row, order, row_bits, radius_bits, two_rounds)
                 else:
                     integers, a, b = paper_row(row, order, radius_exponent)
                 with np.errstate(over="ignore"):
-                    y = turned_back(integers, seed, two_rounds)[:head_dim].astype(np.float32) * a * b + F(0)
+                    s = np.array(numbers) if of_groups else turned_back(integers, seed, two_rounds).astype(np.float32)
+                    y = s[:head_dim] * a * b + F(0)
                     if flags & 1:
                         token = kept + first + i
                         offset = offsets[lead]

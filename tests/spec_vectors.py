@@ -116,6 +116,42 @@ def rope_trace(data: bytes) -> list[str]:
     return lines
 
 
+# -- 14.1 and 15.1: streams with affine fields -------------------------------------------------------------------
+AFFINE_NUMBERS = np.array([[3, -1, 2, 0.5, -4, 1], [2.5, -1.5, 2, 1, -3, 0], [3.5, -1, 1, 0.75, -4, 2]], np.float32)
+AFFINE_NOTES = [*FIXED, (16, "shape"), (16, "affine fields"), (4, "checksum")]
+PAIR_NOTES = [
+    *AFFINE_NOTES,
+    (24, "rows"),
+    (16, "starts of radii"),
+    (16, "steps of radii"),
+    (16, "starts of angles"),
+    (16, "steps of angles"),
+    (6, "exponent, checksum"),
+]
+SCALAR_NOTES = [*AFFINE_NOTES, (24, "rows"), (12, "scale and zero of each token"), (6, "exponent, checksum")]
+
+
+def affine_stream(preset: str) -> bytes:
+    """Three vectors of six numbers."""
+    return pqcodec.encode(AFFINE_NUMBERS, preset=preset, seed=0, **REFERENCE)
+
+
+def pair_trace(data: bytes) -> list[str]:
+    """Codes, radius and phase of every pair of a stream of pair polar coding of three tokens, and its two numbers."""
+    block, lines = data[84:-4], ["    token pair  c  k rho              p cos_t              sin_t               numbers"]
+    fields = struct.unpack_from("<32H", block, 24)
+    for token, (numbers, _, _) in enumerate(second.affine_rows(data, block, 3)):
+        row = int.from_bytes(block[8 * token : 8 * token + 8], "little")
+        for i in range(3):
+            k, code = second.field(row, 8 * i, 4), second.field(row, 8 * i + 4, 4)
+            rho = np.float32(code + 0.5) * second.half(fields[8 + i]) + second.half(fields[i])
+            p = (fields[16 + i] + (2 * k + 1) * fields[24 + i] // 2) % 2**16
+            cos, sin = (float(x) for x in second.phase_cosines(p))
+            read = f"{token:>5} {i:>4} {code:>2} {k:>2} {float(rho):<13.9g} {p:>5}"
+            lines.append(f"    {read} {cos:<19.9g} {sin:<19.9g} {numbers[i]:.9g}, {numbers[i + 3]:.9g}")
+    return lines
+
+
 # -- II.7: a file that has grown ---------------------------------------------------------------------------------
 def grown_file(folder: Path) -> bytes:
     """A file of one coded tensor of one token, to which a second token and an exact tensor were appended."""

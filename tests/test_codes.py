@@ -15,9 +15,10 @@ from fuzz.shapes import seal_stream
 import pqcodec
 from pqcodec import constants as c
 from pqcodec.codings import angles, quads
+from pqcodec.codings.declared import Affine
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header, RopeField
-from pqcodec.stream.orders import order_for
+from pqcodec.stream.orders import order_for, whole_groups
 from pqcodec.stream.sections import EXACT_VECTORS, OFFSETS
 
 HEAD_DIMS = (1, 2, 15, 16, 36, 48, 80, 100, 112, 144)
@@ -26,9 +27,14 @@ HEAD_DIMS = (1, 2, 15, 16, 36, 48, 80, 100, 112, 144)
 def any_header(coding: int, rng: np.random.Generator) -> Header:
     """A header of any fields, for a few vectors."""
     dim = int(rng.choice(HEAD_DIMS))
-    order = order_for(dim)
-    radius = {c.CODING_SPLIT: int(rng.integers(11, 16)), c.CODING_PAPER: c.PAPER_RADIUS_BITS, c.CODING_QUADS: 8}[coding]
+    order, affine = order_for(dim), any_affine(coding, rng)
+    whole, bits = whole_groups(dim), int(rng.integers(1, 9))
+    radius = {c.CODING_SPLIT: int(rng.integers(11, 16)), c.CODING_PAPER: c.PAPER_RADIUS_BITS, c.CODING_QUADS: 8}.get(coding, 0)
+    if affine and coding == c.CODING_PAIRS:
+        radius = bits
     row_bits = {
+        c.CODING_PAIRS: (bits + affine.angle_bits) * whole // 2 if affine else 0,
+        c.CODING_SCALAR: bits * whole,
         c.CODING_SPLIT: int(rng.choice([order, radius + 7 * order, rng.integers(order, radius + 7 * order + 1)])),
         c.CODING_PAPER: 62 * order // 16,
         c.CODING_QUADS: 8 + order + int(rng.integers(4, 11)) * order // 4,
@@ -47,7 +53,7 @@ def any_header(coding: int, rng: np.random.Generator) -> Header:
         row_bits,
         radius,
         seed=int(rng.integers(0, 1 << 64, dtype=np.uint64)),
-        chunk_tokens=int(rng.choice([1, 2, 4096])),
+        chunk_tokens=int(rng.choice([1, 2, 4096 if affine is None else 64])) * (affine.tokens if affine else 1),
         exact_tokens=exact,
         exceptions=int(rng.integers(0, 3)) if exact < 5 else 0,
         offsets=rope is not None or bool(rng.random() < 0.5),
@@ -55,8 +61,19 @@ def any_header(coding: int, rng: np.random.Generator) -> Header:
         radius_exponent=int(rng.choice([0, -125, 117])) if coding == c.CODING_PAPER else 0,
         rope=rope,
         numpy=True,
-        rounds={c.CODING_SPLIT: int(rng.integers(1, 3)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}[coding],
+        rounds={c.CODING_SPLIT: int(rng.integers(1, 3)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding, 0),
+        affine=affine,
     )
+
+
+def any_affine(coding: int, rng: np.random.Generator) -> Affine | None:
+    """Affine fields of any granularity, where the coding has them."""
+    tokens = 1 if rng.random() < 0.5 else int(rng.integers(1, 5))
+    if coding == c.CODING_PAIRS:
+        return Affine(tokens, 2, c.AFFINE_POLAR, int(rng.integers(1, 3)), int(rng.integers(1, 9)))
+    if coding == c.CODING_SCALAR:
+        return Affine(tokens, int(rng.choice([1, 3, 8, 32, 1024])), int(rng.integers(1, 3)))
+    return None
 
 
 def any_stream(coding: int, rng: np.random.Generator) -> bytes:
@@ -74,10 +91,13 @@ def any_stream(coding: int, rng: np.random.Generator) -> bytes:
         if coding == c.CODING_QUADS and rng.random() < 0.7:  # any other base is beyond the radii that there are
             base = h.blocks.place(chunk, lead) + h.blocks.tokens(chunk) * h.row_bytes
             struct.pack_into("<h", data, base, rng.integers(-300, 100))
+        if h.affine and rng.random() < 0.7:  # any other exponent is beyond those that there are
+            end = h.blocks.place(chunk, lead) + h.blocks.size(chunk) - c.CHECKSUM_BYTES
+            struct.pack_into("<h", data, end - c.AFFINE_EXPONENT_BYTES, rng.integers(-150, 150))
     return seal_stream(bytes(data))
 
 
-@pytest.mark.parametrize("coding", [c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS])
+@pytest.mark.parametrize("coding", [c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR])
 def test_streams_that_no_encoder_writes_decode_as_the_specification_says(coding: int) -> None:
     rng = np.random.default_rng(coding)
     for number in range(60):

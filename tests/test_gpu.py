@@ -39,6 +39,7 @@ from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
 from pqcodec.stream.source import MemorySource
 
 CUDA_ENCODERS = range(32, 257, 32)  # head_dims whose quads the CUDA backend encodes
+ON_GPU = [name for name, preset in PRESETS.items() if preset.affine is None]  # what the GPU backends cover
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 
 
@@ -107,10 +108,10 @@ def ties_allowed(head_dim: int, preset: str, rows: int, backend: str = "") -> fl
 def cases() -> Iterator[tuple[int, str, tuple[torch.dtype, ...]]]:
     """(head_dim, preset, dtypes): everything on a GPU; in the interpreter presets and dtypes take turns but at head_dim 16."""
     if GPU:
-        yield from ((head_dim, preset, TORCH_DTYPES) for head_dim in HEAD_DIMS for preset in pqcodec.PRESETS)
+        yield from ((head_dim, preset, TORCH_DTYPES) for head_dim in HEAD_DIMS for preset in ON_GPU)
         return
     for i, head_dim in enumerate((1, 7, 16, 48, 64, 100, 128)):
-        for j, preset in enumerate(pqcodec.PRESETS):
+        for j, preset in enumerate(ON_GPU):
             if head_dim in (64, 100) and j % 2 != i % 2:
                 continue
             yield head_dim, preset, TORCH_DTYPES if head_dim == 16 else (TORCH_DTYPES[(i + j) % 3],)
@@ -216,7 +217,7 @@ def test_a_mean_that_no_offset_reaches_is_stored_as_the_largest(gpu_backend: str
 def test_any_payload_bits_decode_alike(gpu_backend: str) -> None:
     """Codes that no encoder writes: every field decodes to something, and to the same on a GPU."""
     rng = np.random.default_rng(5)
-    for preset in pqcodec.PRESETS if GPU else ("pq2", "pq6", "paper"):
+    for preset in ON_GPU if GPU else ("pq2", "pq6", "paper"):
         data = bytearray(pqcodec.encode(gaussian(20, 64), preset=preset, backend="cpu"))
         h = Header.from_bytes(bytes(data))
         start, size = h.blocks.place(0, 0), h.blocks.size(0) - 4
@@ -818,7 +819,7 @@ def test_tensors_of_more_than_2_to_the_31_elements(gpu_backend: str) -> None:
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_the_gpu_backends_agree_with_one_another(head_dim: int, dtype: torch.dtype) -> None:
     x = gaussian(16, 1000, head_dim, dtype=dtype).to(DEVICE)
-    for preset in pqcodec.PRESETS:
+    for preset in ON_GPU:
         for options in ({}, {"center": "rope", "rope": Rope(theta=1e4, style="interleaved")}):
             one, two = (pqcodec.encode(x, preset=preset, backend=name, **options) for name in ("triton", "cuda"))
             assert len(one) == len(two)
@@ -829,7 +830,7 @@ def test_the_gpu_backends_agree_with_one_another(head_dim: int, dtype: torch.dty
 
 
 @needs_gpu
-@pytest.mark.parametrize("preset", pqcodec.PRESETS)
+@pytest.mark.parametrize("preset", ON_GPU)
 def test_ties_are_rare(preset: str, gpu_backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = 1 << 18
     x = gaussian(1, rows, 128, seed=1, dtype=torch.float16)
@@ -838,6 +839,19 @@ def test_ties_are_rare(preset: str, gpu_backend: str, capsys: pytest.CaptureFixt
         billion = differing / x.numel() * 1e9
         print(f"\n{gpu_backend} {preset}: ties in {differing} of {rows} rows, {billion:.0f} a billion numbers")
     assert differing <= WORST_TIES * rows
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ON_GPU])
+def test_codings_of_the_host_are_refused_by_the_backends_that_have_them(preset: str, gpu_backend: str) -> None:
+    x = gaussian(2, 3, 16)
+    words = "does not code such streams .*backends 'cpu' and 'reference' do: encode x.cpu"
+    with pytest.raises(BackendUnavailable, match=words):
+        pqcodec.encode(x.to(DEVICE), preset=preset, backend=gpu_backend)
+    data = pqcodec.encode(x, preset=preset, backend="cpu")
+    with pytest.raises(BackendUnavailable, match=words):
+        pqcodec.decode(data, device=DEVICE, backend=gpu_backend)
+    with pytest.raises(BackendUnavailable, match=words):
+        pqcodec.verify(data, backend=gpu_backend)
 
 
 @needs_gpu

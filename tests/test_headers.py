@@ -40,6 +40,9 @@ def forged(kind: str, edits: Edits, *, sealed: bool = True) -> bytes:
 
 VERSION, CODING, NDIM, SIZE, FLAGS, ROW_BITS = (4, "B", 9), (5, "B", 9), (7, "B", 0), 8, 12, (16, "I", 1)
 RESERVED, PAIRING = (ROPE + 11, "B", 1), (ROPE + 10, "B", 3)
+AFFINE = 48 + 3 * 8  # where their part of the header begins
+RESERVED_FIELDS = ((0, "I", 0), (4, "I", 0), (8, "B", 0), (8, "B", 4), (9, "B", 1), (10, "B", 3), (12, "I", 1), (15, "B", 1))
+OTHER_FIELDS = ((0, "I", 4097), (0, "I", 100), (4, "I", 1), (4, "I", 64), (8, "B", 1), (8, "B", 2), (10, "B", 0), (11, "B", 0))
 FIRST_WRONG = [  # by step: what is wrong there, and after it
     (1, forged("pq3", [(0, "B", 0), VERSION])[:20], CorruptStream),
     (1, b"\x89P?", CorruptStream),
@@ -55,10 +58,22 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (7, forged("pq3", [(6, "B", 0), ROW_BITS]), UnsupportedStream),
     (7, forged("pq3", [(FLAGS, "H", 24), ROW_BITS]), UnsupportedStream),
     *[(7, forged("pq3", [(at, "B", 1), ROW_BITS]), UnsupportedStream) for at in (15, 44, 45, 46, 47)],
+    (7, forged("pq3", [(FLAGS, "H", 32), ROW_BITS]), UnsupportedStream),
+    *[(7, forged(kind, [(FLAGS, "H", 4)]), UnsupportedStream) for kind in ("wu44", "int4")],
+    *[(7, forged(kind, [CODING]), UnsupportedStream) for kind in ("wu44", "int4")],
     (8, forged("pq3", [(7, "B", 9)]), CorruptStream),
+    (8, forged("wu44", [(7, "B", 5)]), CorruptStream),
     (8, forged("pq3", [(FLAGS, "H", 11)]), CorruptStream),
     (9, forged("rope", [RESERVED, PAIRING, ROW_BITS, (ROPE + 8, "H", 66)]), UnsupportedStream),
     (9, forged("rope", [(ROPE + 8, "H", 66)]), CorruptStream),
+    *[(9, forged("wu44", [(AFFINE + at, form, n), ROW_BITS]), UnsupportedStream) for at, form, n in RESERVED_FIELDS],
+    *[(10, forged("wu44", [(AFFINE + at, form, n)]), CorruptStream) for at, form, n in OTHER_FIELDS],
+    *[(10, forged("int4", [(AFFINE + at, "B", n)]), CorruptStream) for at, n in ((8, 3), (10, 1), (11, 4))],
+    *[(10, forged("int4", [(AFFINE + at, "I", n)]), CorruptStream) for at, n in ((0, 4097), (4, 1025))],
+    *[(10, forged("wu44", [(14, "B", n)]), CorruptStream) for n in (0, 3, 9)],
+    *[(10, forged("int4", [(16, "I", n)]), CorruptStream) for n in (0, 64 * 9, 100)],
+    (10, forged("wu44", [(20, "I", 192)]), CorruptStream),
+    *[(10, forged(kind, [(FLAGS, "H", 28)]), CorruptStream) for kind in ("wu44", "int4")],
     (10, forged("pq3", [NDIM]), CorruptStream),
     (10, forged("pq3", [(64, "Q", 0)]), CorruptStream),
     (10, forged("pq3", [(64, "Q", 1025)]), CorruptStream),
@@ -135,7 +150,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
 
 
-@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope"])
+@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4"])
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
     kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
     size = struct.unpack_from("<I", stream(kind), 8)[0]

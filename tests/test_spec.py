@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import struct
 from collections.abc import Iterator
 from decimal import Decimal, localcontext
 from itertools import product
@@ -198,6 +199,29 @@ def test_the_worked_example_of_offsets_holds() -> None:
     first, exact, last = pqcodec.decode(stream).tolist()
     assert exact == [math.inf, 1, 1, 1]
     assert f"and the numbers are {tuple(first)}, the exact vector, and {tuple(last)}.\n" in SPEC
+
+
+def test_the_worked_example_of_pair_polar_coding_holds() -> None:
+    lines, trace = example("### 14.1 Example")
+    stream = vectors.affine_stream("wu44")
+    assert (lines, trace) == ("\n".join(vectors.hex_lines(stream, vectors.PAIR_NOTES)), "\n".join(vectors.pair_trace(stream)))
+    assert second_decoder.decode(stream).view(np.float32).tolist() == pqcodec.decode(stream).tolist()
+
+
+def test_the_worked_example_of_scalar_coding_holds() -> None:
+    (lines,) = example("### 15.1 Example")
+    stream = vectors.affine_stream("int4")
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.SCALAR_NOTES))
+    numbers = pqcodec.decode(stream)
+    assert second_decoder.decode(stream).view(np.float32).tolist() == numbers.tolist()
+    fields = struct.unpack_from("<6H", stream, 108)
+    for token, row in enumerate(numbers.tolist()):
+        scale, zero = map(second_decoder.half, fields[2 * token : 2 * token + 2])
+        code = ", ".join(
+            str(second_decoder.field(int.from_bytes(stream[84 + 8 * token :][:8], "little"), 4 * i, 4)) for i in range(6)
+        )
+        told = ", ".join(f"{x:.9g}" for x in row)
+        assert f"- Token {token}: scale {scale:.9g}, zero {zero:.9g}, codes {code}: {told}.\n" in SPEC
 
 
 def test_the_file_of_the_specification_is_what_writers_write(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def all_caches() -> dict[str, Cache]:
 
     ``quad3+best`` is quad3 with the best effort.
     """
-    presets = [name for name in pqcodec.PRESETS if name != "paper"]
+    presets = [name for name, preset in pqcodec.PRESETS.items() if preset.own]
     searched = [name for name, preset in pqcodec.PRESETS.items() if preset.coding == c.CODING_QUADS]
     whole = [*map(_of_peer, peers(NO_ROPE).values()), *map(_of_preset, presets)]
     whole += [_of_preset(name, "best") for name in searched]

@@ -78,7 +78,7 @@ def plot(title: str, rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
     for row in (row for row in rows if row["bits"] < WIDEST):
-        ours = row["name"] in pqcodec.PRESETS and row["name"] != "paper"
+        ours = row["name"] in pqcodec.PRESETS and pqcodec.PRESETS[row["name"]].own
         error = (row["kl_standard_error"] ** 2 + row["kl_seed_error"] ** 2) ** 0.5
         colour = "tab:blue" if ours else "tab:gray"
         left.errorbar(row["bits"], row["kl"], error, fmt="o" if ours else "s", color=colour)

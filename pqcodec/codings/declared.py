@@ -9,6 +9,37 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pqcodec import constants as c
+from pqcodec.stream.orders import order_for, whole_groups
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The fields that a group of numbers of a block shares (SPEC 13): of ``tokens`` times ``channels``."""
+
+    tokens: int
+    channels: int
+    fields: int  # which ones: AFFINE_SCALE, AFFINE_SCALE_ZERO or AFFINE_POLAR
+    pairing: int = 0  # of the channels of pair polar: ROPE_HALF or ROPE_INTERLEAVED
+    angle_bits: int = 0  # of pair polar
+
+    @property
+    def rate(self) -> float:
+        """Bits a coordinate that the fields take in whole groups."""
+        return 8 * c.AFFINE_FIELD_BYTES[self.fields] / (self.tokens * self.channels)
+
+    def groups(self, order: int) -> int:
+        """Groups side by side along the channels."""
+        return -(-order // self.channels)
+
+    def bytes_of(self, order: int) -> int:
+        """Bytes of the fields of all groups of the same tokens."""
+        return self.groups(order) * c.AFFINE_FIELD_BYTES[self.fields]
+
+    def problem(self) -> str:
+        """What no coding takes, or an empty string."""
+        if not 1 <= self.tokens <= c.MAX_CHUNK_TOKENS or not 1 <= self.channels <= c.MAX_HEAD_DIM:
+            return f"groups of {self.tokens} tokens and {self.channels} channels are not possible"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +54,14 @@ class Declared:
     # A block is its rows, ``beside`` bytes and zeros up to a multiple of ``align``; it ends with the checksum of all that
     beside: int = c.CHECKSUM_BYTES
     align: int = 1
+    order: Callable[[int], int] = order_for  # head_dim -> coordinates of a row
+    # (order, row_bits, radius_bits, affine) -> what is wrong with affine fields, or ""; None: the coding has none
+    affine_problem: Callable[[int, int, int, Affine], str] | None = None
+
+    @property
+    def shares_fields(self) -> bool:
+        """Whether groups of its numbers share affine fields."""
+        return self.affine_problem is not None
 
 
 def _split_problem(order: int, row_bits: int, radius_bits: int) -> str:
@@ -71,4 +110,53 @@ QUADS = Declared(
     align=c.QUADS_BLOCK_ALIGN,
 )
 
-DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS)}
+
+def _pairs_problem(order: int, row_bits: int, radius_bits: int, affine: Affine) -> str:
+    bits = (radius_bits, affine.angle_bits)
+    if any(n not in c.PAIR_BITS for n in bits) or row_bits != sum(bits) * order // c.PAIR_CHANNELS:
+        return f"rows of {row_bits} bits with radii of {bits[0]} and angles of {bits[1]} are not possible at order {order}"
+    if affine.fields != c.AFFINE_POLAR or affine.channels != c.PAIR_CHANNELS:
+        return f"pair polar has the fields {c.AFFINE_POLAR} of groups of 2 channels, not {affine.fields} of {affine.channels}"
+    if affine.pairing not in (c.ROPE_HALF, c.ROPE_INTERLEAVED):
+        return f"pairing {affine.pairing} of pair polar is unknown"
+    return ""
+
+
+def _scalar_problem(order: int, row_bits: int, radius_bits: int, affine: Affine) -> str:
+    bits, rest = divmod(row_bits, order)
+    if rest or bits not in c.SCALAR_BITS or radius_bits:
+        return f"rows of {row_bits} bits with a radius of {radius_bits} are not possible in scalar coding at order {order}"
+    if affine.fields not in (c.AFFINE_SCALE, c.AFFINE_SCALE_ZERO) or affine.pairing or affine.angle_bits:
+        return f"scalar coding has a scale, or a scale and a zero, not the fields {affine.fields}, no pairs and no angles"
+    return ""
+
+
+def _no_problem(order: int, row_bits: int, radius_bits: int) -> str:
+    return ""
+
+
+_AFFINE_BESIDE = c.AFFINE_EXPONENT_BYTES + c.CHECKSUM_BYTES
+
+PAIRS = Declared(
+    c.CODING_PAIRS,
+    "pair polar",
+    (0,),
+    lambda order, quarter_bits: order * quarter_bits // 4,
+    _no_problem,
+    beside=_AFFINE_BESIDE,
+    order=whole_groups,
+    affine_problem=_pairs_problem,
+)
+
+SCALAR = Declared(
+    c.CODING_SCALAR,
+    "scalar",
+    (0,),
+    lambda order, quarter_bits: order * quarter_bits // 4,
+    _no_problem,
+    beside=_AFFINE_BESIDE,
+    order=whole_groups,
+    affine_problem=_scalar_problem,
+)
+
+DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR)}

@@ -12,10 +12,10 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings import angles
-from pqcodec.codings.declared import quads_index_bits
+from pqcodec.codings.declared import DECLARED, Affine, quads_index_bits
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
-from pqcodec.stream.orders import base_of, order_for
+from pqcodec.stream.orders import base_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Plan:
     circle_cos: np.ndarray  # float32 [2048]
     circle_sin: np.ndarray  # float32 [2048]
     mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (grid sqrt(order)^rounds)
+    affine: Affine | None = None
 
     @property
     def energy_scale(self) -> int:
@@ -69,10 +70,12 @@ class Plan:
 
     @cached_property
     def matrix(self) -> np.ndarray:
-        """H D, or H D P H E with two rounds (SPEC 5): whole numbers, float64 [order, order].
+        """H D, or H D P H E with two rounds (SPEC 5), or without a rotation 1: whole numbers, float64 [order, order].
 
         Times a vector it is the rotated vector, sqrt(energy_scale) times as long; its transpose is the way back.
         """
+        if not self.rounds:
+            return np.eye(self.order)
         h = rotation.hadamard(self.order).astype(np.float64)
         last = h * self.signs
         return last if self.rounds == 1 else last @ (h * self.first_signs)[self.permutation]
@@ -90,12 +93,13 @@ class Plan:
 
 def plan_for(header: Header) -> Plan:
     """The plan of a stream; cached, since a cache of many layers has few kinds of streams."""
-    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed, header.rounds)
+    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed, header.rounds, header.affine)
 
 
 @lru_cache(maxsize=64)
-def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int) -> Plan:
-    order = order_for(head_dim)
+def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int, affine: Affine | None) -> Plan:
+    order = DECLARED[coding].order(head_dim)
+    rotated = order if rounds else c.GROUP  # without a rotation nothing uses its tables
     steps, grid = 1, float(c.GRID)
     if coding == c.CODING_SPLIT:
         steps = c.RADIUS_STEPS_PER_OCTAVE[radius_bits]
@@ -117,11 +121,12 @@ def _plan(coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int
         rounds=rounds,
         signs=rotation.signs(seed, order).astype(np.float32),
         first_signs=rotation.signs(seed, order, first_round=True).astype(np.float32)[first],
-        permutation=rotation.permutation(order)[first],
-        base=rotation.base_matrix(base_of(order)),
-        tree=angles.tree(order),
+        permutation=rotation.permutation(rotated)[first],
+        base=rotation.base_matrix(base_of(rotated)),
+        tree=angles.tree(rotated),
         quads=angles.quad_table(),
         circle_cos=cos,
         circle_sin=sin,
         mantissas=mantissas.astype(np.float32),
+        affine=affine,
     )

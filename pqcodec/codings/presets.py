@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED
+from pqcodec.codings.declared import DECLARED, Affine
 from pqcodec.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
 class Preset:
-    """``quarter_bits``: four times the bits per coordinate of the rotation's order (an order is a multiple of 16)."""
+    """``quarter_bits``: four times the bits per coordinate of a row's order (a multiple of 16), affine fields left out."""
 
     name: str
     coding: int
     quarter_bits: int
     radius_bits: int
+    affine: Affine | None = None  # what groups share; of pair polar its pairing is the caller's
 
     @property
     def rounds(self) -> int:
@@ -26,8 +27,17 @@ class Preset:
 
     @property
     def rate(self) -> float:
-        """Bits per coordinate that the name tells."""
-        return self.quarter_bits / 4
+        """Bits per coordinate: what the name tells, and the affine fields of whole groups."""
+        return self.quarter_bits / 4 + (self.affine.rate if self.affine else 0)
+
+    @property
+    def own(self) -> bool:
+        """Whether the coding is this project's; the others are published systems, there to be compared with."""
+        return self.coding in (c.CODING_SPLIT, c.CODING_QUADS)
+
+    def order(self, head_dim: int) -> int:
+        """Coordinates of a row of a vector of ``head_dim`` numbers."""
+        return DECLARED[self.coding].order(head_dim)
 
     def row_bits(self, order: int) -> int:
         """Bits of one coded vector of ``order`` coordinates.
@@ -36,6 +46,17 @@ class Preset:
         (384, 392, 496)
         """
         return DECLARED[self.coding].row_bits(order, self.quarter_bits)
+
+
+def _pairs(name: str, radius_bits: int, angle_bits: int, tokens: int = 128) -> Preset:
+    """Pair polar: so many bits of a radius and of an angle, and the range of both in groups of ``tokens``."""
+    affine = Affine(tokens, c.PAIR_CHANNELS, c.AFFINE_POLAR, angle_bits=angle_bits)
+    return Preset(name, c.CODING_PAIRS, 2 * (radius_bits + angle_bits), radius_bits, affine)
+
+
+def _scalar(name: str, bits: int, tokens: int, channels: int, fields: int = c.AFFINE_SCALE_ZERO) -> Preset:
+    """Numbers of so many bits, with a scale, or a scale and a zero, for every group of ``tokens`` times ``channels``."""
+    return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, fields))
 
 
 PRESETS: dict[str, Preset] = {
@@ -56,6 +77,16 @@ PRESETS: dict[str, Preset] = {
         Preset("quad3.25", c.CODING_QUADS, 13, c.QUADS_RADIUS_BITS),
         Preset("quad3.5", c.CODING_QUADS, 14, c.QUADS_RADIUS_BITS),
         Preset("paper", c.CODING_PAPER, 0, c.PAPER_RADIUS_BITS),
+        _pairs("wu44", 4, 4),
+        _pairs("wu33", 3, 3),
+        _pairs("wu35", 3, 5),
+        _pairs("wu24", 2, 4),
+        _scalar("kivi2-key", 2, 32, 1),
+        _scalar("kivi4-key", 4, 32, 1),
+        _scalar("int2", 2, 1, 32),
+        _scalar("int4", 4, 1, 32),
+        _scalar("q4_0", 4, 1, 32, c.AFFINE_SCALE),
+        _scalar("q8_0", 8, 1, 32, c.AFFINE_SCALE),
     )
 }
 
@@ -68,7 +99,7 @@ def preset(name: str) -> Preset:
 
 
 @lru_cache(maxsize=256)
-def preset_name(coding: int, row_bits: int, radius_bits: int, order: int) -> str | None:
+def preset_name(coding: int, row_bits: int, radius_bits: int, order: int, affine: Affine | None = None) -> str | None:
     """The preset that writes such rows, or None."""
-    rows = (coding, row_bits, radius_bits)
-    return next((p.name for p in PRESETS.values() if (p.coding, p.row_bits(order), p.radius_bits) == rows), None)
+    rows = (coding, row_bits, radius_bits, replace(affine, pairing=0) if affine else None)
+    return next((p.name for p in PRESETS.values() if (p.coding, p.row_bits(order), p.radius_bits, p.affine) == rows), None)

@@ -23,7 +23,9 @@ from pqcodec.tensors.rows import Values
 
 # -- rotation (SPEC 5) -------------------------------------------------------------------------------------------
 def rotate(x: np.ndarray, plan: Plan) -> np.ndarray:
-    """x float64 [n, order] -> H D x, or with two rounds H D P H E x; sqrt(energy_scale) times as long."""
+    """x float64 [n, order] -> H D x, or with two rounds H D P H E x; sqrt(energy_scale) times as long. No round: x itself."""
+    if not plan.rounds:
+        return x
     matrix = rotation.hadamard(plan.order).T.astype(np.float64)
     if plan.rounds == 2:
         x = ((x * plan.first_signs) @ matrix)[:, plan.permutation]
@@ -31,7 +33,10 @@ def rotate(x: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 def rotate_back(v: np.ndarray, plan: Plan) -> np.ndarray:
-    """v int64 [n, order] -> D H^T v, or with two rounds E H^T P^T D H^T v; all integers."""
+    """v [n, order] -> D H^T v, or with two rounds E H^T P^T D H^T v; all integers, but for v that was not rotated."""
+    if not plan.rounds:
+        return v
+    v = v.astype(np.int64)
     matrix = rotation.hadamard(plan.order).astype(np.int64)
     s = v @ matrix * plan.signs.astype(np.int64)
     if plan.rounds == 1:
@@ -43,7 +48,10 @@ def rotate_back(v: np.ndarray, plan: Plan) -> np.ndarray:
 
 # -- blocks ------------------------------------------------------------------------------------------------------
 def encode_block(x: np.ndarray, plan: Plan, radius_exponent: int, effort: str) -> np.ndarray:
-    """Centred vectors float32 [tokens, head_dim] -> bytes of their block, without its checksum."""
+    """Centred vectors float32 [tokens, head_dim] -> bytes of their block, without its checksum.
+
+    Vectors that are not finite are zeros; for codings whose vectors share fields, which these must not widen, they are NaN.
+    """
     padded = np.zeros((len(x), plan.order))
     padded[:, : plan.head_dim] = x
     v = rotate(padded, plan) / np.sqrt(plan.energy_scale)
@@ -53,7 +61,7 @@ def encode_block(x: np.ndarray, plan: Plan, radius_exponent: int, effort: str) -
 def decode_block(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, radius_exponent: int) -> np.ndarray:
     """Bytes of a block of ``tokens`` vectors -> those of ``rows``, float32 [n, head_dim], before the offset is added."""
     units, first, second = CODINGS[plan.coding].decode(body, tokens, rows, plan, radius_exponent)
-    sums = rotate_back(units.astype(np.int64), plan)
+    sums = rotate_back(units, plan)
     with np.errstate(over="ignore"):  # beyond float32: infinite here, the largest finite value in ``narrow``
         return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None] + np.float32(0)  # never -0
 
@@ -89,7 +97,7 @@ class Reference:
                 x = widen(job.values.rows(lead, first, tokens), h.dtype)
                 finite = np.isfinite(x).all(1)
                 job.bad[lead, chunk * h.chunk_tokens :][:tokens] = ~finite
-                x[~finite] = 0
+                x[~finite] = np.nan if h.affine else 0
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):
                         x[finite] -= self._offset(job.offsets[lead], h, first, tokens)[finite]

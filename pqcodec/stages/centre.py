@@ -101,7 +101,12 @@ def phases(rope: RopeField, first_token: int, tokens: int, step: int = 1) -> tup
     position = np.uint64(first) + np.arange(tokens, dtype=np.uint64) * np.uint64(step)
     turns = position[:, None] * np.array(rope.frequencies, np.uint64)[None, :]
     phase = (turns >> np.uint64(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)) & np.uint64(0xFFFF)
-    coarse, fine = (phase >> np.uint64(c.PHASE_TABLE_BITS)).astype(np.intp), (phase & np.uint64(0xFF)).astype(np.intp)
+    return phase_cosines(phase.astype(np.intp))
+
+
+def phase_cosines(phase: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin of phases in turns / 2^16, whole numbers: float32 of the same shape (SPEC 9.2)."""
+    coarse, fine = phase >> c.PHASE_TABLE_BITS, phase & (1 << c.PHASE_TABLE_BITS) - 1
     cos_h, sin_h, cos_l, sin_l = phase_tables()
     cos = cos_h[coarse] * cos_l[fine] - sin_h[coarse] * sin_l[fine]
     sin = sin_h[coarse] * cos_l[fine] + cos_h[coarse] * sin_l[fine]

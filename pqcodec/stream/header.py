@@ -13,12 +13,11 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED
+from pqcodec.codings.declared import DECLARED, Affine
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.index import Blocks, blocks_of
-from pqcodec.stream.orders import order_for
 from pqcodec.stream.source import Extent, MemorySource, Source
 
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
@@ -57,7 +56,8 @@ class Header:
     radius_exponent: int = 0
     rope: RopeField | None = None
     numpy: bool = False
-    rounds: int = 1  # of the rotation (SPEC 5.3); new streams of split coding have two
+    rounds: int = 1  # of the rotation (SPEC 5.3); new streams of split coding have two, those of some codings none
+    affine: Affine | None = None  # what groups of numbers share
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -82,8 +82,8 @@ class Header:
 
     @cached_property
     def order(self) -> int:
-        """Coordinates of the rotated vector, head_dim or more (SPEC 5.2)."""
-        return order_for(self.head_dim)
+        """Coordinates of a row, head_dim or more (SPEC 5.2, 13.1)."""
+        return DECLARED[self.coding].order(self.head_dim)
 
     @cached_property
     def coded_tokens(self) -> int:
@@ -104,7 +104,7 @@ class Header:
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
-        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds)
+        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -112,7 +112,8 @@ class Header:
     def header_bytes(self) -> int:
         """Size of the header, its checksum included."""
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
-        return c.HEADER_STRUCT.size + 8 * len(self.shape) + rope + c.CHECKSUM_BYTES
+        affine = c.AFFINE_STRUCT.size if self.affine else 0
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + rope + c.CHECKSUM_BYTES
 
     @cached_property
     def row_bytes(self) -> int:
@@ -147,14 +148,18 @@ class Header:
 
     @property
     def bits_per_coordinate(self) -> float:
-        """Bits of a coded vector over its head_dim; headers, offsets and exact tokens are not counted."""
-        return 8 * self.row_bytes / self.head_dim
+        """Bits of a coded vector, and of what whole groups share, over its head_dim.
+
+        Headers, offsets and exact tokens are not counted.
+        """
+        shared = self.affine.bytes_of(self.order) / self.affine.tokens if self.affine else 0
+        return 8 * (self.row_bytes + shared) / self.head_dim
 
     # -- bytes ---------------------------------------------------------------------------------------------------
     def to_bytes(self) -> bytes:
         """The header as it stands in the stream (SPEC 3.1), with its checksum."""
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
-        flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2)
+        flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine)
         fixed = c.HEADER_STRUCT.pack(
             c.STREAM_MAGIC,
             c.STREAM_VERSION,
@@ -176,6 +181,10 @@ class Header:
             bytes(3),
         )
         body = fixed + struct.pack(f"<{len(self.shape)}Q", *self.shape)
+        if self.affine:
+            one = self.affine
+            numbers = (one.tokens, one.channels, one.fields, c.AFFINE_IN_BLOCKS, one.pairing, one.angle_bits)
+            body += c.AFFINE_STRUCT.pack(*numbers, bytes(4))
         if self.rope:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
@@ -209,9 +218,8 @@ def header_size(data: bytes | memoryview) -> int:
     if version != c.STREAM_VERSION:
         raise UnsupportedStream(f"stream version {version}; this release reads {c.STREAM_VERSION}: install a newer pqcodec")
     smallest = c.HEADER_STRUCT.size + 8 + c.CHECKSUM_BYTES
-    largest = c.HEADER_STRUCT.size + 8 * c.MAX_NDIM + c.ROPE_STRUCT.size + 2 * c.MAX_HEAD_DIM + c.CHECKSUM_BYTES
-    if not smallest <= size <= largest:
-        raise CorruptStream(f"header: size {size} is outside {smallest} .. {largest}")
+    if not smallest <= size <= c.MAX_HEADER_BYTES:
+        raise CorruptStream(f"header: size {size} is outside {smallest} .. {c.MAX_HEADER_BYTES}")
     return int(size)
 
 
@@ -253,7 +261,8 @@ def _parse(body: bytes) -> Header:
     unknown = {
         "coding": coding not in DECLARED,
         "dtype": dtype not in DTYPE_NAMES,
-        "flags": flags & ~c.KNOWN_FLAGS,
+        "flags": flags & ~c.KNOWN_FLAGS
+        or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields),
         "linear": linear != c.LINEAR_NONE,
         "codebook": codebook != c.CODEBOOK_CLOSED_FORM,
         "reserved": any(reserved),
@@ -262,9 +271,15 @@ def _parse(body: bytes) -> Header:
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = None
+    rope = affine = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
+        fields = (c.AFFINE_STRUCT.size if flags & c.FLAG_AFFINE else 0), (c.ROPE_STRUCT.size if flags & c.FLAG_ROPE else 0)
+        if len(body) < end + sum(fields):
+            raise CorruptStream(f"header: size {size} announced, which is too small for what its flags announce")
+        if flags & c.FLAG_AFFINE:
+            affine = _affine(body, end)
+            end += c.AFFINE_STRUCT.size
         if flags & c.FLAG_ROPE:
             first, channels, pairing, rope_reserved = c.ROPE_STRUCT.unpack_from(body, end)
             if any(rope_reserved):
@@ -286,13 +301,31 @@ def _parse(body: bytes) -> Header:
             radius_exponent=radius_exponent,
             rope=rope,
             numpy=bool(flags & c.FLAG_NUMPY),
-            rounds=2 if flags & c.FLAG_TWO_ROUNDS else 1,
+            rounds=2 if flags & c.FLAG_TWO_ROUNDS else min(DECLARED[coding].rounds[0], 1),
+            affine=affine,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
     if header.header_bytes != size or (rope and rope.channels != channels):
         raise CorruptStream(f"header: size {size} announced, its fields take {header.header_bytes}")
     return header
+
+
+def _affine(body: bytes, at: int) -> Affine:
+    """The affine fields from their bytes; raises UnsupportedStream and struct.error."""
+    tokens, channels, fields, place, pairing, angle_bits, reserved = c.AFFINE_STRUCT.unpack_from(body, at)
+    unknown = {
+        "groups of all tokens": tokens == c.AFFINE_ALL_TOKENS,
+        "groups of all channels": channels == 0,
+        "fields": fields not in c.AFFINE_FIELD_BYTES,
+        "place of fields": place != c.AFFINE_IN_BLOCKS,
+        "pairing": pairing and pairing not in PAIRING_NAMES,
+        "reserved bytes": any(reserved),
+    }
+    if any(unknown.values()):
+        names = ", ".join(name for name, bad in unknown.items() if bad)
+        raise UnsupportedStream(f"header: affine {names} are such as this release does not know: install a newer pqcodec")
+    return Affine(tokens, channels, fields, pairing, angle_bits)
 
 
 def _problem(h: Header) -> str:
@@ -304,7 +337,7 @@ def _problem(h: Header) -> str:
     if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
     coding = DECLARED[h.coding]
-    problem = coding.problem(h.order, h.row_bits, h.radius_bits)
+    problem = coding.problem(h.order, h.row_bits, h.radius_bits) or _affine_problem(h)
     if problem:
         return problem
     if h.rounds not in coding.rounds:
@@ -323,9 +356,22 @@ def _problem(h: Header) -> str:
     ):
         if not low <= value <= high:
             return f"{name} exponent {value} is outside {low} .. {high}"
+    if h.header_bytes > c.MAX_HEADER_BYTES:
+        return f"a header of {h.header_bytes} bytes: {c.MAX_HEADER_BYTES} are the most; give the tensor fewer dimensions"
     if h.rope is None:
         return ""
     return _rope_problem(h.rope, h)
+
+
+def _affine_problem(h: Header) -> str:
+    coding = DECLARED[h.coding]
+    if coding.affine_problem is None or h.affine is None:
+        there = "with" if h.affine else "without"
+        return f"{coding.name} coding {there} affine fields" if coding.shares_fields != bool(h.affine) else ""
+    problem = h.affine.problem() or coding.affine_problem(h.order, h.row_bits, h.radius_bits, h.affine)
+    if not problem and h.chunk_tokens % h.affine.tokens:
+        return f"chunk_tokens {h.chunk_tokens} is no multiple of the {h.affine.tokens} tokens of a group"
+    return problem
 
 
 def _rope_problem(rope: RopeField, h: Header) -> str:

@@ -35,6 +35,8 @@ class Blocks(NamedTuple):
     row_bytes: int
     beside: int  # bytes of a block that are no rows, its checksum among them
     align: int  # a block's size is a multiple
+    group_tokens: int = 1  # tokens of a group that shares fields
+    group_bytes: int = 0  # of the fields of the groups of the same tokens; 0: there are none
 
     def tokens(self, chunk: int) -> int:
         """Coded tokens of each block of a chunk: the last one's may be fewer."""
@@ -46,7 +48,8 @@ class Blocks(NamedTuple):
 
     def size_of(self, tokens: Any) -> Any:
         """Bytes of a block of so many tokens (a number, or numbers of numpy), its checksum included."""
-        return -(-(tokens * self.row_bytes + self.beside) // self.align) * self.align
+        fields = -(-tokens // self.group_tokens) * self.group_bytes
+        return -(-(tokens * self.row_bytes + fields + self.beside) // self.align) * self.align
 
     @property
     def chunk_bytes(self) -> int:
@@ -100,9 +103,9 @@ class Blocks(NamedTuple):
 def blocks_of(h: Header) -> Blocks:
     """The blocks of a stream."""
     coding = DECLARED[h.coding]
-    return Blocks(
-        h.payload_start, h.chunks, h.leading, h.coded_tokens, h.chunk_tokens, h.row_bytes, coding.beside, coding.align
-    )
+    groups = (h.affine.tokens, h.affine.bytes_of(h.order)) if h.affine else (1, 0)
+    sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)
+    return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, *sizes, *groups)
 
 
 def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqcodec.constants import HADAMARD_BASES, MAX_HEAD_DIM, ROTATION_ORDERS
+from pqcodec.constants import GROUP, HADAMARD_BASES, MAX_HEAD_DIM, ROTATION_ORDERS
 from pqcodec.errors import InvalidArgument
 
 
@@ -15,6 +15,15 @@ def order_for(head_dim: int) -> int:
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise InvalidArgument(f"head_dim {head_dim} is outside 1 .. {MAX_HEAD_DIM}; reshape the last dimension")
     return next(order for order in ROTATION_ORDERS if order >= head_dim)
+
+
+def whole_groups(head_dim: int) -> int:
+    """The smallest multiple of 16 that is not below head_dim: coordinates of rows that are not rotated (SPEC 13.1).
+
+    >>> [whole_groups(d) for d in (1, 64, 100)]
+    [16, 64, 112]
+    """
+    return -(-head_dim // GROUP) * GROUP
 
 
 def base_of(order: int) -> int:

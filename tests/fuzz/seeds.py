@@ -50,6 +50,8 @@ def _stream_seeds() -> dict[str, bytes]:
         "quads-mean.pqs": coded(gaussian(3, 5, 64), "quad3", center="mean", exact_tokens=1, effort="best"),
         "rope-interleaved.pqs": coded(gaussian(2, 4, 32), "pq3", center="rope", rope=turned),
         "split-576.pqs": coded(gaussian(2, 576), "pq5"),
+        "pairs-20.pqs": coded(gaussian(2, 5, 20), "wu33", center="mean", exact_tokens=1),
+        "scalar-20.pqs": coded(gaussian(2, 5, 20), "int4", nonfinite="exact"),
         "vector.pqs": coded(gaussian(128), "pq3.5"),
         "zeros.pqs": coded(np.zeros((1, 1, 1, 1, 1, 1, 2, 16), np.float16)),
     }

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import Affine
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.sections import EXACT_VECTORS
 
@@ -78,7 +79,7 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
     from pqcodec.stream.header import Header, RopeField
-    from pqcodec.stream.orders import order_for
+    from pqcodec.stream.orders import order_for, whole_groups
 
     h, refused = attempt(Header.from_bytes, data)
     if refused:
@@ -89,7 +90,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     dim, order = shape[-1], order_for(shape[-1])
     radius = rng.randrange(11, 16)
     row_bits = rng.choice((order, 2 * order, rng.randrange(order, radius + 7 * order + 1), radius + 7 * order))
-    coding = {"coding": c.CODING_SPLIT, "row_bits": row_bits, "radius_bits": radius, "radius_exponent": 0}
+    coding: dict[str, Any] = {"coding": c.CODING_SPLIT, "row_bits": row_bits, "radius_bits": radius, "radius_exponent": 0}
     if rng.random() < 0.25:
         paper = {"row_bits": c.PAPER_BLOCK_BITS * order // c.PAPER_BLOCK, "radius_bits": c.PAPER_RADIUS_BITS}
         coding = {"coding": c.CODING_PAPER, "radius_exponent": rng.choice((0, 1, -125, 117, rng.randrange(-125, 118))), **paper}
@@ -97,7 +98,9 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         bits = rng.randrange(4, 11)
         quads = {"row_bits": c.QUADS_RADIUS_BITS + order + bits * order // 4, "radius_bits": c.QUADS_RADIUS_BITS}
         coding = {"coding": c.CODING_QUADS, "radius_exponent": 0, **quads}
-    rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}[coding["coding"]]
+    elif rng.random() < 0.4:
+        coding = _affine_coding(rng, whole_groups(dim))
+    rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding["coding"], 0)
     offsets = rng.random() < 0.4
     pairs = min(rng.randrange(1, max(2, dim // 2 + 1)), 40)
     frequencies = tuple(rng.choice((0, 1, rng.randrange(1 << 32), (1 << 32) - 1)) for _ in range(pairs))
@@ -115,6 +118,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "rope": rope if offsets and dim > 1 and rng.random() < 0.5 else None,
         "numpy": rng.random() < 0.5,
         "rounds": rounds,
+        "affine": None,
         **coding,
     }
     for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exceptions", "numpy"):
@@ -133,6 +137,18 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
             at = new.places[EXACT_VECTORS].start - new.header_bytes + i * (8 + new.vector_bytes)
             body[at : at + 8] = row.to_bytes(8, "little")
     return new.to_bytes() + bytes(body)
+
+
+def _affine_coding(rng: random.Random, order: int) -> dict[str, Any]:
+    """Fields of a header whose rows share affine fields; its chunks are of another number of tokens."""
+    tokens, bits, angle_bits = rng.choice((1, 2, 5)), rng.randrange(1, 9), rng.randrange(1, 9)
+    if rng.random() < 0.5:
+        affine = Affine(tokens, c.PAIR_CHANNELS, c.AFFINE_POLAR, rng.choice((1, 2)), angle_bits)
+        rows = {"coding": c.CODING_PAIRS, "row_bits": (bits + angle_bits) * order // 2, "radius_bits": bits}
+    else:
+        affine = Affine(tokens, rng.choice((1, 3, 32, 1024)), rng.choice((1, 2)))
+        rows = {"coding": c.CODING_SCALAR, "row_bits": bits * order, "radius_bits": 0}
+    return {**rows, "radius_exponent": 0, "affine": affine, "chunk_tokens": tokens * rng.choice((1, 2, 64))}
 
 
 def _frames(data: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -18,7 +18,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import attending, blocks, records, sides, tables
+from pqcodec.kernels.cpu import affine_blocks, attending, blocks, records, sides, tables
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
@@ -30,7 +30,7 @@ from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of rows in one task: few enough to report progress, enough that a task's own cost does not show
 _ONE_THREAD_BYTES = 1 << 16  # of rows, up to which one thread does all
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS)
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR)
 # Larger outputs use non-temporal stores: ordinary ones would first read each line. Smaller ones stay in a core's own cache.
 _CACHED_BYTES = 1 << 20
 
@@ -123,8 +123,18 @@ def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarr
 def _geometry(job: DecodeJob) -> tuple[int, ...]:
     """The arguments of ``_places`` for a job."""
     h = job.header
-    sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes, h.blocks.beside, h.blocks.align)
-    return *sizes, job.first_chunk, job.last_chunk, job.last_lead - job.first_lead, job.first_token, job.last_token
+    blocks = h.blocks
+    sizes = (h.first_tokens, h.coded_tokens, h.chunk_tokens, h.row_bytes, blocks.beside, blocks.align)
+    return (
+        *sizes,
+        blocks.group_tokens,
+        blocks.group_bytes,
+        job.first_chunk,
+        job.last_chunk,
+        job.last_lead - job.first_lead,
+        job.first_token,
+        job.last_token,
+    )
 
 
 def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
@@ -166,6 +176,8 @@ def _places(
     row_bytes: int,
     beside: int,
     align: int,
+    group_tokens: int,
+    group_bytes: int,
     low: int,
     high: int,
     leads: int,
@@ -183,7 +195,7 @@ def _places(
     items[..., ITEM.tokens] = tokens[:, None]
     items[..., ITEM.low] = first[:, None]
     items[..., ITEM.high] = np.maximum(first, np.minimum(last_token - start, tokens))[:, None]
-    size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align).size_of
+    size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align, group_tokens, group_bytes).size_of
     items[..., ITEM.source] = ((chunks - low) * leads * size(chunk))[:, None] + np.arange(leads) * size(tokens)[:, None]
     items[..., ITEM.position] = start[:, None]
     return start, items
@@ -228,21 +240,25 @@ class Cpu:
     def encode(self, job: EncodeJob) -> None:
         """Encode every block of a job, as many threads at a time as there are cores."""
         h = job.header
-        arguments = (
-            _kind(h, h.chunk_tokens),
-            _source(h, job.values),
-            -_offset_rows(job.offsets, h.order),
-            tables.rope(h),
-            *_of_plan("encode", h),
-            tables.paper_encoder(h),
-            tables.quads_encoder(h.coding, h.head_dim, h.row_bits, job.effort),
-            _keys(h, min(h.chunk_tokens, h.coded_tokens)),
-            job.bad.reshape(-1),
-            job.payload,
-        )
+        numbers = (_source(h, job.values), -_offset_rows(job.offsets, h.order), tables.rope(h))
+        out = (_keys(h, min(h.chunk_tokens, h.coded_tokens)), job.bad.reshape(-1), job.payload)
+        code: Any = blocks.encode_stream_blocks
+        arguments: tuple
+        if h.affine:
+            code = affine_blocks.encode_affine_blocks
+            arguments = (_kind(h, h.chunk_tokens), tables.groups(h, job.effort), *numbers, *out)
+        else:
+            arguments = (
+                _kind(h, h.chunk_tokens),
+                *numbers,
+                *_of_plan("encode", h),
+                tables.paper_encoder(h),
+                tables.quads_encoder(h.coding, h.head_dim, h.row_bits, job.effort),
+                *out,
+            )
 
         def task(first: int, last: int) -> int:
-            blocks.encode_stream_blocks(first, last, *arguments)
+            code(first, last, *arguments)
             return last - first
 
         pieces = _pieces(h.chunks * h.leading, h.chunk_tokens * h.vector_bytes)
@@ -285,18 +301,25 @@ class Cpu:
         h = job.header
         most = int(items[:, ITEM.tokens].max(initial=0))
         like = np.zeros(1, np.float32 if h.dtype == c.DTYPE_FLOAT32 else np.uint16)
-        arguments = (
-            _kind(h, most),
-            tuple(records.Output(like, np.float32(c.LARGEST_FINITE[h.dtype]), job.out is not None, past)),
-            tables.rope(h),
-            *_of_plan("decode", h),
-            tables.paper_decoder(h, plan_for(h).mantissas[0]),
-            tables.quads_decoder(h.coding, h.head_dim, h.row_bits, plan_for(h).mantissas.tobytes()),
-            _keys(h, most),
-        )
+        output = tuple(records.Output(like, np.float32(c.LARGEST_FINITE[h.dtype]), job.out is not None, past))
+        decode: Any = blocks.decode_stream_blocks
+        arguments: tuple
+        if h.affine:
+            decode = affine_blocks.decode_affine_blocks
+            arguments = (_kind(h, most), tables.groups(h), output, tables.rope(h), _keys(h, most))
+        else:
+            arguments = (
+                _kind(h, most),
+                output,
+                tables.rope(h),
+                *_of_plan("decode", h),
+                tables.paper_decoder(h, plan_for(h).mantissas[0]),
+                tables.quads_decoder(h.coding, h.head_dim, h.row_bits, plan_for(h).mantissas.tobytes()),
+                _keys(h, most),
+            )
 
         def task(first: int, last: int) -> int:
-            blocks.decode_stream_blocks(items[first:last], *arguments, damaged[first:last])
+            decode(items[first:last], *arguments, damaged[first:last])
             return last - first
 
         return [partial(task, *piece) for piece in _pieces(len(items), h.chunk_tokens * h.vector_bytes)]

@@ -215,6 +215,18 @@ def nearest(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def root(typingctx, value):  # type: ignore[no-untyped-def]
+    """Square roots of float lanes."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vector = vector_of("float")
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector]), "llvm.sqrt.v8f32")
+        return builder.call(function, args)
+
+    return FLOAT(FLOAT), emit
+
+
+@intrinsic
 def fused(typingctx, a, b, c):  # type: ignore[no-untyped-def]
     """a * b + c of float or wide lanes, rounded once where the CPU can: for encoders only, whose choices are free."""
     if not (isinstance(a, LanesType) and a.kind in _FLOATS):

@@ -284,6 +284,38 @@ class PaperDecoder(NamedTuple):
     circle: np.ndarray  # as ``SplitDecoder``'s
 
 
+# -- codings whose rows share affine fields ------------------------------------------------------------------------------
+class Groups(NamedTuple):
+    """Groups that share fields, and how their coding takes them."""
+
+    tokens: int
+    channels: int
+    field_bytes: int  # of the groups of the same tokens
+    bits: int  # of a number; of pair polar of a radius
+    angle_bits: int
+    half: int  # pairs that stand for channels of a vector
+    interleaved: bool
+    zeros: bool  # whether numbers have a zero beside their scale
+    shortest: bool  # whether the encoder looks for the shortest arc
+
+
+class GroupWork(NamedTuple):
+    """Fields of a group of tokens as numbers, and scratch."""
+
+    start: np.ndarray  # float32 [order]: where radii begin; of scalar coding zeros
+    step: np.ndarray  # float32 [order]: of radii; of scalar coding scales
+    first: np.ndarray  # float32 [order]: where angles begin; of scalar coding the least numbers
+    span: np.ndarray  # float32 [order]: of angles; of scalar coding the largest numbers
+    cos: np.ndarray  # float32 [2^angle_bits * pairs]: of each angle of each pair
+    sin: np.ndarray
+    one: np.ndarray  # float32 [lanes]
+    other: np.ndarray
+    places: np.ndarray  # int32 [order]: 0, 1, 2 ...
+    shorts: np.ndarray  # uint16 [2 * order + lanes]: fields as they stand
+    steps: np.ndarray  # int32 [lanes]: ``affine_fields.fill_steps``
+    shifts: np.ndarray  # int32 [lanes]
+
+
 # -- attention -----------------------------------------------------------------------------------------------------------
 class AttentionPart(NamedTuple):
     """A run of tokens and some leading indices, which one task attends to: int64. As ``PART``."""

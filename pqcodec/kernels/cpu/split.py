@@ -16,6 +16,7 @@ from pqcodec.constants import (
     PHASE_SHIFT,
     QUAD,
     RADIUS_BIAS,
+    TURN_POLYNOMIAL,
 )
 from pqcodec.kernels.cpu.lane_memory import (
     gather,
@@ -247,14 +248,14 @@ def turns_of(x, y):
     a, b = magnitude(x), magnitude(y)
     q = min(a, b) / (max(a, b) + floats(TINY))
     z = q * q
-    t = floats(F32(-0.00074305835))
-    t = t * z + floats(F32(0.00384616852))
-    t = t * z + floats(F32(-0.00944856755))
-    t = t * z + floats(F32(0.0157660429))
-    t = t * z + floats(F32(-0.0223080879))
-    t = t * z + floats(F32(0.0317820252))
-    t = t * z + floats(F32(-0.0530494615))
-    t = t * z + floats(F32(0.159154927))
+    t = floats(F32(TURN_POLYNOMIAL[0]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[1]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[2]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[3]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[4]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[5]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[6]))
+    t = t * z + floats(F32(TURN_POLYNOMIAL[7]))
     t = t * q
     t = select(b > a, floats(F32(0.25)) - t, t)
     t = select(x < floats(F32(0)), floats(F32(0.5)) - t, t)

@@ -54,6 +54,25 @@ def _no_rope() -> tuple:
     return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs()))
 
 
+def groups(h: Header, effort: str = "fast") -> tuple:
+    """A Groups of a stream whose rows share affine fields."""
+    affine = h.affine
+    assert affine is not None
+    return tuple(
+        r.Groups(
+            tokens=affine.tokens,
+            channels=affine.channels,
+            field_bytes=affine.bytes_of(h.order),
+            bits=h.radius_bits or h.row_bits // h.order,
+            angle_bits=affine.angle_bits,
+            half=-(-h.head_dim // c.PAIR_CHANNELS),
+            interleaved=affine.pairing == c.ROPE_INTERLEAVED,
+            zeros=affine.fields == c.AFFINE_SCALE_ZERO,
+            shortest=effort == "best",
+        )
+    )
+
+
 # -- the split coding --------------------------------------------------------------------------------------------------
 def _split_encoder(plan: Plan) -> r.SplitEncoder:
     steps = plan.radius_steps if plan.coding == c.CODING_SPLIT else 1
