@@ -18,6 +18,7 @@ from fuzz.shapes import seal_stream
 
 import pqcodec
 from pqcodec import constants as c
+from pqcodec.codings.declared import Affine
 from pqcodec.stream.header import Header, RopeField
 from pqcodec.stream.orders import order_for
 from pqcodec.stream.sections import EXACT_VECTORS, OFFSETS
@@ -26,6 +27,7 @@ F16, BF16, F32 = c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32
 # Binary16: infinity, 1 and a subnormal number, with either sign; NaN, the largest, the smallest.
 PAPER_RADII = (0x7C00, 0xBC00, 0x0001, 0xFE01, 0x7BFF, 0x8003, 0xFC00, 0x3C00)
 BASES = (-32768, 32767, -1240, 1063, 0, 900, -1100, 120)  # of quads, in steps; the range of r is -1240 .. 1063
+EXPONENTS = (0, -32768, 32767, -126, 127, -20, 100, 3)  # of affine fields; their range is -126 .. 127
 OCTAVES = (16, -20, 127, 0, -140, 128)  # ends of f16, f32 and bf16
 
 
@@ -51,6 +53,17 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-quads-112-fp32", of_quads(F32, (8, 112), 8, chunk_tokens=1)
     yield "v1-any-quads-320-fp32", of_quads(F32, (2, 2, 320), 5, exact_tokens=1, exceptions=1, chunk_tokens=3)
     yield "v1-any-quads-1024-fp32", smallest_quads()
+    polar = {"channels": c.PAIR_CHANNELS, "fields": c.AFFINE_POLAR}
+    pairs = Affine(3, **polar, pairing=c.ROPE_HALF, angle_bits=4)
+    yield "v1-any-pairs-20-fp16", of_affine(F16, (3, 7, 20), 32 * 8 // 2, 4, pairs, chunk_tokens=6)
+    pairs = Affine(1, **polar, pairing=c.ROPE_INTERLEAVED, angle_bits=8)
+    yield "v1-any-pairs-35-fp32", of_affine(F32, (2, 6, 35), 48 * 16 // 2, 8, pairs, chunk_tokens=2)
+    pairs = Affine(4096, **polar, pairing=c.ROPE_HALF, angle_bits=1)
+    yield "v1-any-pairs-15-bf16", of_affine(BF16, (4, 3, 15), 16, 1, pairs, chunk_tokens=4096, exact_tokens=1, exceptions=1)
+    yield "v1-any-scalar-100-fp32", of_affine(F32, (4, 5, 100), 8 * 112, 0, Affine(1, 32, c.AFFINE_SCALE), chunk_tokens=2)
+    numbers = Affine(2, 1, c.AFFINE_SCALE_ZERO)
+    yield "v1-any-scalar-16-fp16", of_affine(F16, (4, 5, 16), 16, 0, numbers, offsets=True, offset_exponent=-3, chunk_tokens=4)
+    yield "v1-any-scalar-48-bf16", of_affine(BF16, (4, 5, 48), 3 * 48, 0, Affine(5, 1024, c.AFFINE_SCALE_ZERO), chunk_tokens=10)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 
@@ -96,6 +109,20 @@ def of_quads(dtype: int, shape: tuple[int, ...], bits: int, **fields: Any) -> by
         at = rows * (order // 8 + -(-bits * order // 32))
         block[at : at + rows] = bytes(next(codes) for _ in range(rows))
         struct.pack_into("<h", block, at + rows, next(bases))
+
+    return forged(header, edited)
+
+
+def of_affine(dtype: int, shape: tuple[int, ...], row_bits: int, radius_bits: int, affine: Affine, **fields: Any) -> bytes:
+    """Blocks of random codes and fields, some of which are no numbers, each with another exponent."""
+    coding = c.CODING_PAIRS if affine.fields == c.AFFINE_POLAR else c.CODING_SCALAR
+    header, exponents = Header(coding, dtype, shape, row_bits, radius_bits, rounds=0, affine=affine, **fields), cycle(EXPONENTS)
+    halves = cycle((0x7C00, 0x3C00, 0xFC00, 0xFE01, 0xBC00, 0x0001, 0x7BFF))
+
+    def edited(block: bytearray, rows: int) -> None:
+        for at in range(rows * header.row_bytes, len(block) - 2, 10):  # every fifth field
+            struct.pack_into("<H", block, at, next(halves))
+        struct.pack_into("<h", block, len(block) - 2, next(exponents))
 
     return forged(header, edited)
 

@@ -35,7 +35,8 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
 
     of_quads = [preset for preset in pqcodec.PRESETS if preset.startswith("quad")]
-    others = [preset for preset in pqcodec.PRESETS if preset not in of_quads]
+    sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine]
+    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing)]
     for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
@@ -82,6 +83,23 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-quad3-64-exact-vectors", odd, {"preset": "quad3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
     yield "v1-quad3.5-64-extremes", extreme, {"preset": "quad3.5", "chunk_tokens": 3}
     yield "v1-quad3-64-empty", gaussian(3, 0, 64), {"preset": "quad3", "center": "mean"}
+    for preset in sharing:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset, "effort": "best"}
+    for head_dim in (1, 7, 100, 128, 1024):
+        yield f"v1-wu44-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "wu44"}
+        yield f"v1-int4-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "int4"}
+    turned = {"preset": "wu33", "pairing": "interleaved", "chunk_tokens": 256}
+    yield "v1-wu33-20-groups", gaussian(2, 150, 20) + 1, turned
+    yield "v1-kivi2-key-20-groups", gaussian(2, 150, 20) + 1, {"preset": "kivi2-key", "chunk_tokens": 64}
+    options = {"preset": "wu35", "center": "rope", "rope": rope, "exact_tokens": 4}
+    yield "v1-wu35-64-rope-half", gaussian(2, 9, 64, dtype=torch.bfloat16) + 3, options
+    yield "v1-wu44-64-exact-vectors", odd, {"preset": "wu44", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    yield "v1-q4_0-64-exact-vectors", odd, {"preset": "q4_0", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    for preset in ("wu44", "int4"):
+        yield f"v1-{preset}-64-extremes", extreme, {"preset": preset}
+    yield "v1-wu44-64-least", extreme[:3] / 1e3, {"preset": "wu44"}
+    yield "v1-wu44-64-constant", torch.full((130, 64), 3.0).half(), {"preset": "wu44", "chunk_tokens": 256}
+    yield "v1-wu44-64-empty", gaussian(3, 0, 64), {"preset": "wu44", "center": "mean"}
 
 
 def born() -> Iterator[tuple[str, bytes]]:
