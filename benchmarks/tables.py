@@ -115,6 +115,21 @@ TABLES = {
         },
         "rate_distortion",
     ),
+    "neighbours": Table(
+        ["neighbours"],
+        lambda found: found["rows"],
+        {
+            "preset": lambda row: row["preset"] + (", best effort" if row["effort"] == "best" else ""),
+            "bits a coordinate": number("bits", "g"),
+            "Gaussian": number("gaussian", ".4f"),
+            "its algorithm alone": number("gaussian_known", ".4f"),
+            "keys": number("key", ".4f"),
+            "its algorithm alone, keys": number("key_known", ".4f"),
+            "values": number("value", ".4f"),
+            "encoding over pq3": number("encode_over_pq3", ".1f"),
+            "decoding over pq3": number("decode_over_pq3", ".1f"),
+        },
+    ),
     "fidelity": Table(
         [f"fidelity.{file}.{name}" for file in MODELS.values() for name in TEXTS],
         _caches,

@@ -16,7 +16,7 @@ from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
+from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors import arrays
@@ -189,6 +189,8 @@ def inspect_header(h: Header) -> StreamInfo:
         side_bytes=h.payload_start - h.header_bytes,
         payload_bytes=h.stream_bytes - h.payload_start,
         tensor_bytes=math.prod(h.shape) * c.ITEM_BYTES[h.dtype],
+        group=(h.affine.tokens, h.affine.channels) if h.affine else None,
+        pairing=PAIRING_NAMES.get(h.affine.pairing) if h.affine else None,
     )
 
 

@@ -45,8 +45,6 @@ class EncodeOptions:
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
-        if self.pairing is not None and self.pairing not in PAIRINGS:
-            raise InvalidArgument(f"pairing {self.pairing!r} is unknown; choose from {sorted(PAIRINGS)}")
         if self.center not in CENTERS:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
         if (self.center == "rope") != (self.rope is not None):
@@ -54,6 +52,7 @@ class EncodeOptions:
         check_numbers(seed=self.seed, exact_tokens=self.exact_tokens, chunk_tokens=self.chunk_tokens)
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
+        checked_pairing(self.pairing)
         if self.rope is not None:
             if not isinstance(self.rope, Rope):
                 raise InvalidArgument(f"rope is a {type(self.rope).__name__}; a pqcodec.Rope is expected")
@@ -110,6 +109,12 @@ def checked_effort(effort: str) -> None:
     """Raises InvalidArgument where there is no such effort."""
     if effort not in EFFORTS:
         raise InvalidArgument(f"effort {effort!r} is unknown; choose {' or '.join(map(repr, EFFORTS))}")
+
+
+def checked_pairing(pairing: str | None) -> None:
+    """Raises InvalidArgument where channels are not paired so."""
+    if pairing is not None and pairing not in PAIRINGS:
+        raise InvalidArgument(f"pairing {pairing!r} is unknown; choose {' or '.join(map(repr, PAIRINGS))}")
 
 
 def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:

@@ -85,7 +85,13 @@ def encode(
     nonfinite: Annotated[
         str, typer.Option(help="Vectors with NaN or Inf: error, or exact to keep them as they are.")
     ] = "error",
-    effort: Annotated[str, typer.Option(help="Of the search in quad presets: fast, or best for a smaller error.")] = "fast",
+    effort: Annotated[
+        str, typer.Option(help="Of the search in presets of quads and pairs: fast, or best for a smaller error.")
+    ] = "fast",
+    pairing: Annotated[
+        str | None,
+        typer.Option(help="Channels that wu presets pair: half or interleaved (default: as --rope-style, else half)."),
+    ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
     note: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata that the file carries; may be repeated.")
@@ -118,6 +124,7 @@ def encode(
         share_bits=not flat,
         nonfinite=nonfinite,
         effort=effort,
+        pairing=pairing,
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
         measured="all" if check else "sample",
         backend=backend,

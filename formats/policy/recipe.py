@@ -23,7 +23,7 @@ from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
-from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_nonfinite
+from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_nonfinite, checked_pairing
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
@@ -90,7 +90,8 @@ class Recipe:
     ``center``: what is subtracted from keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
-    ``effort``: of the encoder's search. ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
+    ``effort``: of the encoder's search. ``pairing``: as in ``pqcodec.encode``. ``measured``: the error is measured on a
+    "sample", on "all" numbers, or "none".
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -112,11 +113,13 @@ class Recipe:
     stream_tokens: int | None = None
     measured: str = "sample"
     backend: str = "auto"
+    pairing: str | None = None
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
         checked_effort(self.effort)
         checked_nonfinite(self.nonfinite)
+        checked_pairing(self.pairing)
         check_numbers(seed=self.seed, chunk_tokens=self.chunk_tokens)
         if self.exact_tokens is not None:
             check_numbers(exact_tokens=self.exact_tokens)
@@ -144,6 +147,8 @@ class Recipe:
             options |= {"center": "rope", "rope": rope}
         elif tensor.role == "key" and self.center:
             options |= {"center": "mean"}
+        if self.pairing:
+            options |= {"pairing": self.pairing}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "effort", "chunk_tokens", "backend")}
 
     def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:

@@ -36,6 +36,8 @@ class StreamInfo:
     side_bytes: int  # offsets, exact tokens and exact vectors
     payload_bytes: int
     tensor_bytes: int
+    group: tuple[int, int] | None = None  # tokens and channels that share affine fields
+    pairing: str | None = None  # of the channels of pair polar coding
 
     @property
     def ratio(self) -> float:

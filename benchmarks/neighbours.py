@@ -1,0 +1,100 @@
+"""Codings of other systems beside ours: ``python -m benchmarks.neighbours``.
+
+Bits are those of rows and of the fields that they share; headers and checksums are left out. Gaussian vectors of 128 numbers;
+keys and values of SmolLM2, 256 tokens of layers 0, 1, 15 and 29, not centred. Speeds are those of the CPU over pq3's, measured
+in turns. ``KNOWN`` is what the system's algorithm, in plain numpy and without a stream, makes of such vectors.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+import pqcodec
+from benchmarks import results_file
+from pqcodec.stream.header import Header
+
+FIXTURE = Path(__file__).parent.parent / "tests" / "data" / "smollm2_kv.safetensors"
+SHAPE, TOKENS, TURNS = (4, 8, 2048, 128), 256, 7
+BESIDE = ("pq2", "pq3", "pq4", "quad3")
+KNOWN: dict[str, tuple[float, float | None]] = {  # relMSE of Gaussian vectors, and of keys
+    "wu44": (0.0145, 0.0060),
+    "wu33": (0.0577, 0.0242),
+    "wu35": (0.0100, None),
+    "wu24": (0.0396, 0.0172),
+    "int2": (0.155, None),
+}
+KNOWN_BEST = {"wu44": 0.0047, "wu33": 0.0185}  # of keys, with the range behind the largest gap
+
+
+def rel_mse(x: np.ndarray, options: dict[str, Any]) -> float:
+    """Squared error over squared norm of a tensor, coded and decoded."""
+    y = pqcodec.decode(pqcodec.encode(x, **options))
+    return float(((x.astype(np.float64) - y) ** 2).sum() / (x.astype(np.float64) ** 2).sum())
+
+
+def row_of(preset: str, effort: str, gaussian: np.ndarray, model: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    """Bits and errors of a preset."""
+    options = {"preset": preset, "effort": effort}
+    known = KNOWN.get(preset, (None, None)) if effort == "fast" else (None, KNOWN_BEST.get(preset))
+    return {
+        "preset": preset,
+        "effort": effort,
+        "bits": Header.from_bytes(pqcodec.encode(gaussian[:1], **options)).bits_per_coordinate,
+        "gaussian": rel_mse(gaussian, options),
+        "gaussian_known": known[0],
+        "key": float(np.mean([rel_mse(x, options) for x in model["key"]])),
+        "key_known": known[1],
+        "value": float(np.mean([rel_mse(x, options) for x in model["value"]])),
+    }
+
+
+def speeds(rows: list[dict[str, Any]]) -> None:
+    """Add to each row the median speeds of encoding and decoding over pq3's, all presets in turns."""
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float16)
+    out = np.empty_like(x)
+    found: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(rows))}
+    for _ in range(TURNS):
+        for i, row in enumerate(rows):
+            start = time.perf_counter()
+            data = pqcodec.encode(x, preset=row["preset"], effort=row["effort"])
+            between = time.perf_counter()
+            pqcodec.decode(data, out=out)
+            found[i].append((between - start, time.perf_counter() - between))
+    seconds = {i: [median(times) for times in zip(*turns, strict=True)] for i, turns in found.items()}
+    base = next(seconds[i] for i, row in enumerate(rows) if (row["preset"], row["effort"]) == ("pq3", "fast"))
+    for i, row in enumerate(rows):
+        row |= {f"{verb}_over_pq3": base[n] / seconds[i][n] for n, verb in enumerate(("encode", "decode"))}
+
+
+def main() -> None:
+    gaussian = np.random.default_rng(0).standard_normal((4, 2048, 128)).astype(np.float32)
+    tensors = load_file(FIXTURE)
+    model = {
+        role: [np.ascontiguousarray(x[0, :, :TOKENS]) for name, x in tensors.items() if name.endswith(role)]
+        for role in ("key", "value")
+    }
+    sharing = [name for name, preset in pqcodec.PRESETS.items() if preset.affine]
+    chosen = [*((name, "fast") for name in (*BESIDE, *sharing)), *((name, "best") for name in sharing if name.startswith("wu"))]
+    rows = [row_of(preset, effort, gaussian, model) for preset, effort in chosen]
+    speeds(rows)
+    shown = Table(title=f"relMSE, and speeds of {SHAPE} fp16 over pq3's (median of {TURNS} turns)")
+    columns = ("bits", "gaussian", "gaussian_known", "key", "key_known", "value", "encode_over_pq3", "decode_over_pq3")
+    for heading in ("preset", *columns):
+        shown.add_column(heading, justify="left" if heading == "preset" else "right")
+    for row in rows:
+        name = row["preset"] + (", best" if row["effort"] == "best" else "")
+        shown.add_row(name, *("" if row[key] is None else f"{row[key]:.4g}" for key in columns))
+    Console().print(shown)
+    print(f"wrote {results_file.write('neighbours', 'python -m benchmarks.neighbours', {'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main()
