@@ -270,3 +270,17 @@ def test_attention_is_that_to_decoded_keys_and_values(backend: str, preset: str)
     torch.testing.assert_close(scores(k, q[None], backend=backend)[0].double(), expected, rtol=1e-4, atol=1e-5)
     out = attend(q[None], k, v, backend=backend)[0].double()
     torch.testing.assert_close(out, expected.softmax(-1) @ two, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_tell_damage_and_take_ranges() -> None:
+    keys, q = gaussian(2, 300, 32), gaussian(2, 40, 32, seed=2)  # more queries than kernels of rotated codings take at once
+    data = bytearray(pqcodec.encode(keys[None], preset="wu44", exact_tokens=2, backend="cpu"))
+    decoded = pqcodec.decode(bytes(data), backend="cpu").double()[0]
+    found = scores(bytes(data), q[None], tokens=(100, 290), backend="cpu")[0].double()
+    torch.testing.assert_close(found, q.double() @ decoded[:, 100:290].mT / 32**0.5, rtol=1e-4, atol=1e-5)
+    h = Header.from_bytes(bytes(data))
+    data[h.blocks.place(1, 1) + 5] ^= 1
+    with pytest.raises(CorruptStream, match=r"payload, leading index 1, tokens 130 \.\. 257"):
+        scores(bytes(data), q[None], backend="cpu")
+    scores(bytes(data), q[None], check=False, backend="cpu")
+    scores(bytes(data), q[None], tokens=(0, 130), backend="cpu")

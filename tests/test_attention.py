@@ -18,7 +18,10 @@ from pqcodec.stream.header import read_header
 from pqcodec.stream.source import source_of
 
 FIXTURE = "tests/data/smollm2_kv.safetensors"
-PRESETS = ("quad2", "quad2.25", "quad2.5", "quad2.75", "quad3", "quad3.25", "quad3.5", "pq2", "pq3", "pq6", "paper")
+PRESETS = (
+    *("quad2", "quad2.25", "quad2.5", "quad2.75", "quad3", "quad3.25", "quad3.5", "pq2", "pq3", "pq6", "paper"),
+    *("wu44", "wu33", "kivi2-key", "int4", "q8_0"),
+)
 STAGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "mean": {"center": "mean"},
@@ -90,7 +93,7 @@ def test_every_preset(preset: str, head_dim: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("preset", ["quad3", "pq3"])
+@pytest.mark.parametrize("preset", ["quad3", "pq3", "wu44", "int4"])
 def test_every_stage_of_keys_and_of_values(preset: str, stage: str, backend: str) -> None:
     keys, values = kv(2, 150, 64)
     for of_keys, of_values in ((STAGES[stage], {}), ({"center": "mean"}, STAGES[stage])):
@@ -102,7 +105,7 @@ def test_every_stage_of_keys_and_of_values(preset: str, stage: str, backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preset", ["quad2.75", "paper"])
+@pytest.mark.parametrize("preset", ["quad2.75", "paper", "wu33", "kivi4-key"])
 @pytest.mark.parametrize("head_dim", [16, 40, 80, 96, 100, 160, 256, 576])
 def test_every_order_of_the_rotation(head_dim: int, preset: str, backend: str) -> None:
     keys, values = kv(2, 70, head_dim)

@@ -121,10 +121,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
             fill_phases(position, tokens, 1, rope, cos, sin)
             have_position = position
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
-        exponent = I64(payload[size - 2]) | I64(payload[size - 1]) << 8
-        exponent -= (exponent & 0x8000) << 1
-        scale = power_of_two(min(max(exponent, _LEAST_EXPONENT), _MOST_EXPONENT))
-        have_group = I64(-1)
+        scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
             for r in range(rows):
@@ -152,6 +149,14 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
 def affine_size(tokens, kind, groups):
     """Bytes of a block of so many tokens, its checksum included."""
     return tokens * kind.row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes + kind.beside
+
+
+@jit
+def block_scale(payload, size):
+    """What the coordinates of a block of ``size`` bytes, its checksum not counted, are multiplied by."""
+    exponent = I64(payload[size - 2]) | I64(payload[size - 1]) << 8
+    exponent -= (exponent & 0x8000) << 1
+    return power_of_two(min(max(exponent, _LEAST_EXPONENT), _MOST_EXPONENT))
 
 
 @jit

@@ -18,7 +18,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import affine_blocks, attending, blocks, records, sides, tables
+from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, sides, tables
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
@@ -287,6 +287,9 @@ class Cpu:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
         if attending.covers(job):
             return attending.scores_of_codes(job, partial(_run, advance=lambda done: None))
+        if job.keys.header.affine:
+            kind = _kind(job.keys.header, job.keys.header.chunk_tokens)
+            return affine_scores.scores_of_groups(job, kind, partial(_run, advance=lambda done: None))
         return attention.scores_by_decoding(job, self)
 
     def attend(self, job: attention.AttentionJob) -> attention.Partial:
