@@ -5,6 +5,7 @@ Figures are those of arXiv 2502.00527's algorithm in plain numpy, measured befor
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, bits, gaussian, rel_mse
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import pqcodec
 from pqcodec import CorruptStream, InvalidArgument, PQError, Rope, TruncatedStream
@@ -22,6 +24,7 @@ from pqcodec.codings import pairs, scalar
 from pqcodec.codings.declared import Affine
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
+from pqcodec.tools.cli import app
 
 SHARING = [name for name, preset in pqcodec.PRESETS.items() if preset.affine]
 FIXTURE = Path(__file__).parent / "data" / "smollm2_kv.safetensors"
@@ -105,7 +108,7 @@ def test_the_error_of_radii_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize("levels", LLOYD_MAX)
 def test_a_uniform_grid_is_no_better_than_the_best_levels(levels: int) -> None:
-    """And at most 40 % worse than these where its range is the best one for so many levels; here it is all numbers' range."""
+    """Its range is that of all numbers, so the error is a twelfth of a squared step: that of Lloyd-Max levels is below."""
     affine = Affine(4096, 1024, c.AFFINE_SCALE_ZERO)
     plan = plan_of(c.CODING_SCALAR, levels * 16, 0, affine, 16)
     x = np.random.default_rng(0).standard_normal((4096, 16))
@@ -257,6 +260,22 @@ def test_every_flipped_bit_is_found(stream: bytes) -> None:
             pqcodec.decode(bytes(damaged), backend="cpu")
         if bit >= 8 * Header.from_bytes(stream).header_bytes:
             assert caught.type is CorruptStream
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+def test_the_command_line_takes_pairs_and_tells_groups(tmp_path: Path) -> None:
+    save_file({"layers.0.key": gaussian(1, 2, 150, 16).half()}, tmp_path / "kv.safetensors")
+    options = ["--preset", "wu33", "--center", "none", "--effort", "best", "--pairing"]
+    file = str(tmp_path / "kv.pqkv")
+    one = CliRunner().invoke(app, ["encode", str(tmp_path / "kv.safetensors"), file, *options, "interleaved"])
+    assert one.exit_code == 0, one.stderr
+    (tensor,) = json.loads(CliRunner().invoke(app, ["inspect", file, "--json"]).stdout)["tensors"]
+    found = tensor["stream"]
+    assert (found["preset"], found["coding"], found["group"]) == ("wu33", "pair polar", [128, 2])
+    assert (found["pairing"], found["chunk_tokens"]) == ("interleaved", 128)
+    other = CliRunner().invoke(app, ["encode", str(tmp_path / "kv.safetensors"), file, "--force", *options, "both"])
+    assert other.exit_code == 2
+    assert "pairing 'both' is unknown" in other.stderr
 
 
 # -- attention -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Preset:
 
     @property
     def rate(self) -> float:
-        """Bits per coordinate: what the name tells, and the affine fields of whole groups."""
+        """Bits per coordinate of rows, and of the affine fields of whole groups; of others' rows what the name tells."""
         return self.quarter_bits / 4 + (self.affine.rate if self.affine else 0)
 
     @property

@@ -82,7 +82,7 @@ class Header:
 
     @cached_property
     def order(self) -> int:
-        """Coordinates of a row, head_dim or more (SPEC 5.2, 13.1)."""
+        """Coordinates of a row, head_dim or more (SPEC 5.2, 13.2)."""
         return DECLARED[self.coding].order(self.head_dim)
 
     @cached_property

@@ -18,7 +18,7 @@ def order_for(head_dim: int) -> int:
 
 
 def whole_groups(head_dim: int) -> int:
-    """The smallest multiple of 16 that is not below head_dim: coordinates of rows that are not rotated (SPEC 13.1).
+    """The smallest multiple of 16 that is not below head_dim: coordinates of rows that are not rotated (SPEC 13.2).
 
     >>> [whole_groups(d) for d in (1, 64, 100)]
     [16, 64, 112]
