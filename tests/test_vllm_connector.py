@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_vllm import ARRANGEMENTS, BLOCK, Engine, Layer, Request, config_of, plug_in
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.formats.engines.paged_layers import CacheShape
 from pqcodec.formats.engines.vllm_settings import identity_of
 from pqcodec.formats.store import engine_store
+from pqcodec.formats.store.keys import Chain
 from pqcodec.formats.store.shelf import Shelf
 
 IDS = [17 + 31 * n % 901 for n in range(600)]
@@ -129,6 +132,23 @@ def test_chunks_of_a_prompt_are_stored_once(engine: Any, tmp_path: Path, monkeyp
     with engine() as third:
         assert third.serve(request := Request("c", IDS + IDS)) == 1024
         assert third.error(request, 1200) == 0
+
+
+def test_a_block_that_another_node_encodes_is_left_to_it(tmp_path: Path) -> None:
+    shape, chain, ids = CacheShape(2, 1, 64, "float16"), Chain({"model": "tiny"}, "a salt"), np.arange(300)
+    x = list(torch.randn(2, 1, 256, 64).half())
+    nodes = [engine_store.EngineStore(tmp_path / "store", shape) for _ in range(2)]
+    (new,) = nodes[0].missing(chain, ids)
+    lease = nodes[1].shelf.index.lease(new.row.name, 30.0)
+    assert lease
+    assert nodes[0].write(new, x, x) == 0
+    nodes[1].shelf.index.release(new.row.name, lease)
+    with pytest.raises(NonFiniteInput):
+        nodes[0].write(new, [torch.full_like(each, float("nan")) for each in x], x)
+    assert nodes[1].write(new, x, x) > 0  # the lease of the one that failed has ended
+    assert list(nodes[0].shelf.index.tenant_bytes()) == [chain.tenant_id]
+    for node in nodes:
+        node.close()
 
 
 def test_a_request_that_waits_or_comes_back_asks_again(engine: Any) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +28,9 @@ from pqcodec.formats.store import blocks
 from pqcodec.formats.store import folder as own
 from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
-from pqcodec.formats.store.prefix_store import BLOCK_CHUNK, TAIL_PRESET
+from pqcodec.formats.store.prefix_store import BLOCK_CHUNK
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.formats.store.writing import LEASE, TAIL_PRESET
 from pqcodec.sizes import seconds_of, size_of
 from pqcodec.stages.centre import Rope
 
@@ -47,10 +49,11 @@ class HeldBlock:
 
 @dataclass(frozen=True)
 class NewBlock:
-    """A block that is not stored yet: its row, still without a size, and what its root stands for."""
+    """A block that is not stored yet: its row, still without a size, what its root stands for, and the id of its tenant."""
 
     row: Row
     settings: dict[str, Any]
+    tenant: str
     marked: bool  # the row's tokens are a tenant's marks
 
 
@@ -228,7 +231,7 @@ class EngineStore:
                 if start + BLOCK_TOKENS > first and self._index.find(name) is None:
                     marks = chain.marks(parent, run)
                     row = Row(name, parent, chain.root, start, marks, True, False, own.new_block_file(name), 0)
-                    found.append(NewBlock(row, chain.settings, chain.keyed))
+                    found.append(NewBlock(row, chain.settings, chain.tenant_id, chain.keyed))
                 parent = name
         except (OSError, CorruptStream) as error:
             self.fail("stored", error)
@@ -238,7 +241,8 @@ class EngineStore:
     def write(self, new: NewBlock, keys: Sequence[Any], values: Sequence[Any]) -> int:
         """Encode a block, write its file and commit it; the file's bytes, or 0 where it, or not yet its parent, is stored.
 
-        ``keys``, ``values``: of each layer, tensors [kv_heads, 256, head_dim]. Raises OSError, CorruptStream for a damaged
+        So it is, too, where another node encodes the block now. ``keys``, ``values``: of each layer, tensors [kv_heads, 256,
+        head_dim]. Raises OSError, CorruptStream for a damaged
         index, and NonFiniteInput.
         """
         row = new.row
@@ -246,12 +250,21 @@ class EngineStore:
             return 0
         layers = [tc.LayerState(_LAYER, {"keys": k[None], "values": v[None]}, {}) for k, v in zip(keys, values, strict=True)]
         about = {"label": self._label, "settings": new.settings, "marked": new.marked}
-        self._index.add_root(row.root, self._label, new.settings)
-        with self._files.writing(row.file) as path:
-            size = blocks.write_block(path, row, layers, self._presets(layers, row.start), self._rope_of, self._recipe, about)
-        row = replace(row, size=size)
-        if not self.shelf.commit(row):
+        self._index.add_root(row.root, self._label, new.settings, new.tenant)
+        lease = self._index.lease(row.name, LEASE)
+        if not lease:
             return 0
+        try:
+            presets = self._presets(layers, row.start)
+            with self._files.writing(row.file) as path:
+                size = blocks.write_block(path, row, layers, presets, self._rope_of, self._recipe, about)
+            row = replace(row, size=size)
+            if not self.shelf.commit(row):
+                return 0
+        except BaseException:
+            with suppress(OSError, CorruptStream):
+                self._index.release(row.name, lease)
+            raise
         self._index.touch([row], hit=False, puts=1)
         self.shelf.evict()
         return size
