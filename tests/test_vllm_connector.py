@@ -146,7 +146,7 @@ def test_a_block_that_another_node_encodes_is_left_to_it(tmp_path: Path) -> None
     with pytest.raises(NonFiniteInput):
         nodes[0].write(new, [torch.full_like(each, float("nan")) for each in x], x)
     assert nodes[1].write(new, x, x) > 0  # the lease of the one that failed has ended
-    assert list(nodes[0].shelf.index.tenant_bytes()) == [chain.tenant_id]
+    assert nodes[0].shelf.index.tenant_bytes()[chain.tenant_id] > 0
     for node in nodes:
         node.close()
 
