@@ -1,4 +1,4 @@
-"""Law: the README's figures are those of benchmarks/results: ``python -m benchmarks.readme`` writes its table anew."""
+"""Law: figures in texts are those of benchmarks/results: ``python -m benchmarks.readme`` writes them anew."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b", "Gemma 3 270M": "gemma3-270m"}
 TEXTS = ("linux", "devil", "chat", "policy")
+SHOWN = ("pq2", "pq2.5", "pq3", "pq4", "pq6", "quad2", "quad3", "paper")  # in the README
 MAIN_PIECE = 128  # MiB a step of a HostPool, its default
 MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
 
@@ -19,46 +20,49 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def figures() -> str:
-    """The table and the lines below it; a GPU's figures once they were measured."""
-    rate, speed, files, *ttft = (result(name) for name in ("rate_distortion", "cpu_speed", "io_speed", "ttft", "ttft_gpu"))
-    gpu = result("gpu_speed") if (ROOT / "benchmarks" / "results" / "gpu_speed.json").exists() else None
+def table() -> str:
+    """The README's table: the presets between which people choose."""
+    rate, speed, gpu, quads = (result(name) for name in ("rate_distortion", "cpu_speed", "gpu_speed", "quads/gpu_speed"))
     gaussian = {row["preset"]: row for row in rate["gaussian"]["128"]}
-    speeds = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
-    fidelity = {model: [result(f"fidelity.{file}.{text}") for text in TEXTS] for model, file in MODELS.items()}
+    on_cpu = {row["preset"]: row for row in speed["rows"] if row["threads"] == speed["cores"] and not row["keys"]}
+    on_gpu = gpu_speeds(quads) | gpu_speeds(gpu)
+    fidelity = _fidelity()
     lines = [
-        "| preset | bits/coord | relMSE, Gaussian | against Lloyd-Max + f16 norm, equal bits | "
-        f"next-token KL: {', '.join(fidelity)} | encode, decode against np.copyto |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| preset | bits/coordinate | smaller than fp16 | relMSE | next-token KL | CPU, GB/s | GPU, GB/s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, row in gaussian.items():
-        kl = ", ".join(f"{one['kl']:.4f}" for found in fidelity.values() if (one := _found(found[0], name)))
-        cpu = _ratios(speeds.get(name))
-        lines.append(f"| {name} | {row['bits']:g} | {row['rel_mse']:.5f} | {row['ratio']:.2f}x | {kl} | {cpu} |")
+    for name in SHOWN:
+        row = gaussian[name]
+        kl = [found["kl"] for texts in fidelity.values() if (found := _found(texts[0], name))]
+        cells = f"{row['bits']:g}", f"{16 / row['bits']:.1f}x", f"{row['rel_mse']:.4f}", f"{fmean(kl):.4f}" if kl else ""
+        lines.append(f"| {' | '.join((name, *cells, _speeds(on_cpu.get(name), '.1f'), _speeds(on_gpu.get(name), '.0f')))} |")
     one = next(iter(fidelity.values()))[0]
-    scored = one.get("windows", 1) * one["scored"]
-    below = [
-        f"head_dim 128, radius included; KL in nats over {scored} tokens of Linux documentation after a prefix of "
-        f"{one['prefix']:,}, mean of {one['seeds']} seeds. Machine: {speed['machine']}, {speed['cores']} cores, np.copyto "
-        f"{speeds['pq3']['copyto_gb_s']:.1f} GB/s of fp16."
-    ]
-    if gpu:
-        on_gpu = gpu_speeds(result("quads/gpu_speed")) | gpu_speeds(gpu)
-        cells = [f"encode, decode on {gpu['accelerator']}, share of a device copy", "---:"]
-        cells += [_ratios(on_gpu.get(name)) for name in gaussian]
-        lines = [line + (f"{cell}|" if cell == "---:" else f" {cell} |") for line, cell in zip(lines, cells, strict=True)]
-        row = on_gpu["pq3"]
-        below.append(
-            f"GPU: {gpu['accelerator']}, bf16: a device copy reads and writes {row['copy_tb_s']:.2f} TB/s in all, "
-            f"pq3 encodes {row['encode_gb_s']:.0f} and decodes {row['decode_gb_s']:.0f} GB/s of input."
-        )
+    below = (
+        "head_dim 128, radius included. relMSE of Gaussian vectors; KL in nats over Linux documentation behind an encoded "
+        f"prefix of {one['prefix']:,} tokens, mean of {', '.join(fidelity)}; encode, decode of fp16 on {speed['cores']} cores "
+        f"({speed['machine']}), of bf16 on an {gpu['accelerator']}."
+    )
+    return "\n".join([*lines, "", below, ""])
+
+
+def words() -> str:
+    """What the site says in words: of files, peers, prefixes, offload and quads."""
+    files, *ttft = (result(name) for name in ("io_speed", "ttft", "ttft_gpu"))
     offload, context = result("offload_speed"), result("long_context")
     quads = result("quads/equal_bits"), result("quads/gpu_speed"), result("quads/ttft")
-    below += [file_speeds(files), against_peers(fidelity), *map(reloading, ttft), offloading(offload, context)]
-    below.append(of_quads(*quads))
-    measured = (rate, speed, gpu, one, files, *ttft, offload, context, *quads)
-    commands = ", ".join(f"`{found['command']}`" for found in measured if found)
-    return "\n".join([*lines, "", *below, f"Commands: {commands}; files: `benchmarks/results/`.", ""])
+    told = [
+        file_speeds(files),
+        against_peers(_fidelity()),
+        *map(reloading, ttft),
+        offloading(offload, context),
+        of_quads(*quads),
+    ]
+    return "\n".join([*(f"- {line}" for line in told), ""])
+
+
+def _fidelity() -> dict[str, list[dict[str, Any]]]:
+    """What each model says behind an encoded prefix, text by text."""
+    return {model: [result(f"fidelity.{file}.{text}") for text in TEXTS] for model, file in MODELS.items()}
 
 
 def file_speeds(files: dict[str, Any]) -> str:
@@ -159,18 +163,25 @@ def gpu_speeds(gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["preset"]: row for row in gpu["rows"] if wanted.items() <= row.items()}
 
 
-def _ratios(row: dict[str, Any] | None) -> str:
-    return f"{row['encode_ratio']:.2f}, {row['decode_ratio']:.2f}" if row else ""
+def _speeds(row: dict[str, Any] | None, form: str) -> str:
+    return f"{row['encode_gb_s']:{form}}, {row['decode_gb_s']:{form}}" if row else ""
 
 
-def with_figures(readme: str) -> str:
-    """The README with the table between its marks made anew."""
-    return re.sub(f"({MARKS[0]}).*?({MARKS[1]})", lambda m: m[1] + figures() + m[2], readme, flags=re.DOTALL)
+def _between_marks(page: str, text: str) -> str:
+    return re.sub(f"({MARKS[0]}).*?({MARKS[1]})", lambda m: m[1] + text + m[2], page, flags=re.DOTALL)
+
+
+def with_figures(name: str) -> str:
+    """A page of ``PAGES`` with what stands between its marks made anew."""
+    return _between_marks((ROOT / name).read_text(), PAGES[name]())
+
+
+PAGES = {"README.md": table, "tools/docs/pages/benchmarks.md": words}
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(with_figures(path.read_text()))
+    for name in PAGES:
+        (ROOT / name).write_text(with_figures(name))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import pqcodec
 import pqcodec.formats
 from benchmarks.tables import MARK, TABLES, with_tables
 from pqcodec.formats import offload
+from tools.docs import command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "tools" / "docs"
@@ -132,7 +133,8 @@ def test_the_menu_lists_every_page() -> None:
 def test_every_table_is_shown_with_its_machine_and_command() -> None:
     page = (DOCS / "pages" / "benchmarks.md").read_text()
     assert sorted(MARK.findall(page)) == sorted(TABLES)
-    prose = re.sub(r"head_dim 128|fp16|bf16|float32", "", MARK.sub("", page))
+    typed = re.sub("<!-- figures.*end of figures -->", "", page, flags=re.DOTALL)  # test_readme compares what is between
+    prose = re.sub(r"head_dim 128|fp16|bf16|float32", "", MARK.sub("", typed))
     assert not re.search(r"\d", prose), "figures come from files"
     found = with_tables(page)
     assert found.count("\nMachine: ") == len(TABLES)
@@ -146,6 +148,10 @@ def test_what_is_public_is_in_the_reference() -> None:
     wanted |= {f"pqcodec.formats.offload.{name}" for name in offload.__all__ if name not in elsewhere}
     listed = set(re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE))
     assert not wanted - listed
+
+
+def test_the_page_of_the_command_line_is_what_verbs_say() -> None:
+    assert command_line.PAGE.read_text() == command_line.page(), "run python -m tools.docs.command_line"
 
 
 def test_verbs_on_pages_are_verbs_of_the_command_line() -> None:
