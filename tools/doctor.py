@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from multiprocessing import get_context
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +33,9 @@ PACKAGES = {  # and the extra that brings it, if it is not always there
 TIMED_BYTES = 1 << 24
 ROUNDS = 3
 DTYPES = ("float16", "bfloat16", "float32")
-PER_CODING = ("pq3", "quad3", "paper")  # presets: a kernel of the CPU serves all of a coding
+CENTRED = (None, "mean", "rope")
+STAGES = ("encode", "decode", "attend")  # of which each has kernels of its own
+PER_CODING = ("pq3", "wu44", "quad3", "paper", "int4")  # presets: a kernel of the CPU serves all of a coding
 
 
 def doctor(
@@ -131,23 +137,40 @@ def warmup(
     """
     import torch
 
-    from pqcodec import attention
+    from pqcodec.codings.presets import preset as preset_of
     from pqcodec.errors import InvalidArgument
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgument(f"device {device!r} is not there: {str(error).splitlines()[0]}; choose 'cpu' or 'cuda'") from None
-    centred: tuple[dict[str, Any], ...] = ({}, {"center": "mean"}, {"center": "rope", "rope": pqcodec.Rope()})
-    kinds = [(d, name, dtype, center) for d in head_dim for name in preset for dtype in DTYPES for center in centred]
+    for name in preset:
+        preset_of(name)
+    kinds = len(head_dim) * len(preset) * len(DTYPES) * len(CENTRED)
+    tasks = [(stage, name, head_dim, device) for name in preset for stage in (STAGES if device == "cpu" else STAGES[:2])]
     start = time.perf_counter()
-    with progress_bar("compile kernels", len(kinds)) as show:
-        for done, (d, name, dtype, center) in enumerate(kinds):
-            x = torch.ones((2, 80, d), dtype=getattr(torch, dtype), device=device)
-            data = pqcodec.encode(x, preset=name, exact_tokens=1, **center)
-            pqcodec.decode(data, device=device)
-            if device == "cpu":
-                attention.scores(data, x[:, :1])
-                attention.attend(x[:, :1], data, data)
+    # Two processes for a CPU, since one compiles one kernel at a time.
+    workers = min(2, os.cpu_count() or 1) if device == "cpu" else 1
+    with progress_bar("compile kernels", len(tasks)) as show, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for done, each in enumerate(as_completed([pool.submit(_compile, *task) for task in tasks])):
+            each.result()
             show(done + 1)
-    print(f"{len(kinds)} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(f"{kinds} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def _compile(stage: str, preset: str, head_dims: Sequence[int], device: str) -> None:
+    """Run a stage for a preset, on tensors of every dtype and centred in every way."""
+    import torch
+
+    from pqcodec import attention
+
+    backend = "auto" if stage == "encode" or device != "cpu" else "reference"
+    for head_dim, dtype, center in product(head_dims, DTYPES, CENTRED):
+        rope = pqcodec.Rope() if center == "rope" else None
+        x = torch.ones((2, 80, head_dim), dtype=getattr(torch, dtype), device=device)
+        data: Any = pqcodec.encode(x, preset=preset, exact_tokens=1, center=center, rope=rope, backend=backend)
+        if stage == "decode":
+            pqcodec.decode(data, device=device)
+        elif stage == "attend":
+            attention.scores(data, x[:, :1])
+            attention.attend(x[:, :1], data, data)
