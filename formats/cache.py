@@ -71,7 +71,15 @@ def save_cache(
         nonfinite=nonfinite,
         backend=backend,
     )
+    _refuse_other_kinds(path)
     write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
+
+
+def _refuse_other_kinds(path: PathOrFile) -> None:
+    """Raises InvalidArgument for the name of a container that is not a .pqkv file."""
+    for ending in (".safetensors", ".zarr"):
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).lower().endswith(ending):
+            raise InvalidArgument(f"{path}: save_cache writes a .pqkv file; call save_{ending[1:]} for a {ending}")
 
 
 def append_cache(

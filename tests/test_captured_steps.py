@@ -182,6 +182,8 @@ def test_caches_that_no_graph_can_stand_for_are_refused() -> None:
     model = tiny(device="cpu")
     with pytest.raises(InvalidArgument, match="place='device'"):
         CapturedSteps(model, EncodedCache(model, **SMALL))
+    with pytest.raises(InvalidArgument, match="DynamicCache; an EncodedCache is expected"):
+        CapturedSteps(model, transformers.DynamicCache())  # type: ignore[arg-type]
     windows = tiny(device="cpu", kind="Mistral", sliding_window=16)
     with pytest.raises(InvalidArgument, match="sliding windows"):
         CapturedSteps(windows, EncodedCache(windows, place="device", **SMALL))
@@ -194,7 +196,7 @@ def test_on_a_cpu_steps_run_as_ever() -> None:
     with CapturedSteps(model, cache) as steps:
         found = read_on(model, cache, ids, [100, 1, 1])
         assert not steps.replays
-        assert "no step of one token on a GPU" in (steps.why or "")
+        assert "a step of one token on a GPU is expected" in (steps.why or "")
     assert torch.equal(found, read_on(model, plain, ids, [100, 1, 1]))
 
 

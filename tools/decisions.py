@@ -159,7 +159,9 @@ class Decisions:
             lines.append(f"{len(self.dropped)} left out (--drop): {some(self.dropped)}")
         others = [one.name for one in self.coded if one.tensor.role == "other"]
         if others:
-            lines.append(f"neither keys nor values by name, encoded as they are: {some(others)}; see --keys and --values")
+            lines.append(
+                f"neither keys nor values by name, encoded, not centred: {some(others)}; see --keys, --values and --exclude"
+            )
         return [*lines, *self.doubts()]
 
     def doubts(self) -> list[str]:

@@ -47,7 +47,11 @@ def encode(
     target: Target,
     to: To = None,
     preset: Annotated[
-        str, typer.Option(help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; or paper.", autocompletion=presets)
+        str,
+        typer.Option(
+            help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; of other systems paper, wu44, int4, kivi4-key ...",
+            autocompletion=presets,
+        ),
     ] = "pq3",
     seed: Annotated[int, typer.Option(help="Seed of the random rotation.")] = 0,
     center: Annotated[

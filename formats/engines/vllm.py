@@ -262,8 +262,8 @@ class PQCodecConnector(KVConnectorBase_V1):  # type: ignore[misc]
         refuse_unknown("kv_connector_extra_config's member", options, _OPTIONS)
         if not isinstance(options.get("store"), str):
             raise InvalidArgument(f"store is {options.get('store')!r}; a folder, or an address of Redis, is expected")
-        if not isinstance(options.get("tenant", ""), str):
-            raise InvalidArgument("tenant: a string is expected")
+        if "tenant" in options and (not isinstance(options["tenant"], str) or not options["tenant"]):
+            raise InvalidArgument("tenant: a string is expected, a long random one; without it nobody is kept apart")
         self._shape, self._block, self._names = shape_of(vllm_config, kv_cache_config)
         text = vllm_config.model_config.hf_text_config.to_dict()
         rope = given_rope(options["rope"]) if "rope" in options else config_rope(text, self._shape.head_dim)

@@ -34,14 +34,16 @@ class CapturedSteps:
     ::
 
         with CapturedSteps(model, cache):
-            model.generate(ids, past_key_values=cache, max_new_tokens=1000)
+            model.generate(ids, cache=cache, max_new_tokens=1000)
 
-    Weights are read where they lie, and may change there. A model whose modules, attributes, hooks or settings have changed
-    since a step was captured (another adapter, say) runs as it is, and is captured anew. Raises InvalidArgument for a cache
-    that no graph can stand for.
+    On a CPU nothing is captured. Weights are read where they lie, and may change there. A model whose modules, attributes,
+    hooks or settings have changed since a step was captured (another adapter, say) runs as it is, and is captured anew. Raises
+    InvalidArgument for a cache that no graph can stand for.
     """
 
     def __init__(self, model: Any, cache: EncodedCache) -> None:
+        if not isinstance(cache, EncodedCache):
+            raise InvalidArgument(f"cache is a {type(cache).__name__}; an EncodedCache is expected, behind the model")
         layers = cache.encoded_layers
         if len(layers) != len(cache.layers):
             raise InvalidArgument(
@@ -106,7 +108,7 @@ class CapturedSteps:
         if args or not given <= _KNOWN or cache is not self._cache or ids is None:
             return f"a step is called with input_ids, the cache and no others but {', '.join(sorted(_KNOWN))}"
         if not ids.is_cuda or ids.ndim != 2 or ids.shape[1] != 1:
-            return f"{tuple(ids.shape)} tokens on {ids.device} are no step of one token on a GPU"
+            return f"a step of one token on a GPU is expected, these are {tuple(ids.shape)} tokens on {ids.device}"
         if torch.is_grad_enabled():
             return "gradients are enabled"
         if any(not layer.reads_codes for layer in self._layers):

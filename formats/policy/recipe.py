@@ -45,6 +45,8 @@ def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[st
     """
     try:
         given = [(key, value) for key, value in layers]
+        if slices := [layer for layer, pair in enumerate(layers) if not isinstance(pair, (tuple, list))]:
+            raise TypeError(f"layer {slices[0]} is a {type(layers[slices[0]]).__name__}")
     except (TypeError, ValueError) as error:
         words = "a list of (key, value) of each layer is expected; transformers_cache.save takes a Cache"
         raise InvalidArgument(f"layers is a {type(layers).__name__}: {words} ({error})") from None

@@ -96,7 +96,7 @@ class PrefixStore:
         preset: str = "pq3",
         max_bytes: int | str | None = None,
         max_age: float | str | None = None,
-        tenant: str = "",
+        tenant: str | None = None,
         tenant_max_bytes: int | str | None = None,
         tenant_max_age: float | str | None = None,
         tokenizer: Any = None,
@@ -110,9 +110,11 @@ class PrefixStore:
     ) -> None:
         if identity not in ("sampled", "full"):
             raise InvalidArgument(f"identity {identity!r}: 'sampled' or 'full' is expected")
-        if not isinstance(tenant, str):
-            raise InvalidArgument(f"tenant {tenant!r:.40}: a string is expected")
-        own = tenant_id_of(tenant)
+        if tenant is not None and (not isinstance(tenant, str) or not tenant):
+            raise InvalidArgument(f"tenant {tenant!r:.40}: a string is expected, a long random one; None keeps nobody apart")
+        if tenant is None and (tenant_max_bytes, tenant_max_age) != (None, None):
+            raise InvalidArgument("tenant_max_bytes and tenant_max_age are limits of a tenant, and tenant is not given")
+        own = tenant_id_of(tenant or "")
         limits = {
             (name, whose): (size_of if name == "max_bytes" else seconds_of)(given, argument)
             for name, whose, argument, given in (
@@ -132,7 +134,7 @@ class PrefixStore:
             chunk_tokens=BLOCK_CHUNK,
             backend=backend,
         )
-        self._tenant, self._tokenizer = tenant, "" if tokenizer is None else tokenizer_digest(tokenizer)
+        self._tenant, self._tokenizer = tenant or "", "" if tokenizer is None else tokenizer_digest(tokenizer)
         self.shelf = Shelf(folder, data, shared=shared, read_only=read_only)
         self._index, self._files = self.shelf.index, self.shelf.files
         self._writer = ChainWriter(self.shelf, self._recipe, self._exact)
