@@ -303,3 +303,10 @@ def test_scores_tell_damage_and_take_ranges() -> None:
         scores(bytes(data), q[None], backend="cpu")
     scores(bytes(data), q[None], check=False, backend="cpu")
     scores(bytes(data), q[None], tokens=(0, 130), backend="cpu")
+
+
+@pytest.mark.parametrize("preset", ["int2", "int4", "wu44", "q4_0"])
+def test_zeros_of_both_signs_are_encoded_alike_by_all(preset: str) -> None:
+    """Which of +0 and -0 is the least of a group depends on the order in which they are compared."""
+    x = torch.zeros(1, 130, 64) * torch.randn(130, 64, generator=torch.Generator().manual_seed(0)).sign()
+    assert pqcodec.encode(x, preset=preset, backend="cpu") == pqcodec.encode(x, preset=preset, backend="reference")

@@ -95,6 +95,25 @@ def test_what_is_done_to_a_cache_on_the_way(attended: list[int]) -> None:
     assert attended
 
 
+def test_a_copy_follows_the_model_to_another_attention() -> None:
+    model, ids = tiny("llama"), prompt(2, 80).cpu()
+    model.set_attn_implementation("pqcodec")
+    cache = EncodedCache(model, **SMALL)
+    read_on(model, cache, ids, [40, 1])
+    copied = copy.deepcopy(cache)
+    model.set_attn_implementation("sdpa")
+    for pieces in ([1], [3]):
+        assert torch.equal(read_on(model, cache, ids, pieces), read_on(model, copied, ids, pieces))
+    with pytest.raises(InvalidArgument, match="of encoded keys or values"):
+        code_attention.CodedPart(code_attention.LayerTokens([], (torch.zeros(1, 1, 0, 64),) * 2, 0), 0)[:, :1]
+
+
+def test_a_selection_of_nothing_is_nothing() -> None:
+    cache = EncodedCache(tiny("llama"), **SMALL)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.get_seq_length() == 0
+
+
 def test_chunks_that_are_cut_and_appended_to_are_decoded(attended: list[int]) -> None:
     """A chunk that was cut and has others behind it is no run of its streams' tokens."""
     model, ids = tiny("llama"), prompt(1, 90).cpu()

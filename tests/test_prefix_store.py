@@ -28,7 +28,7 @@ from pqcodec.formats.store.transfer import write_prefix
 from pqcodec.stream.header import read_header
 
 transformers = pytest.importorskip("transformers")
-from store_stress import stress  # noqa: E402
+from store_stress import MODEL, cache_of, numbers_of, stress  # noqa: E402
 from test_transformers_cache import cached, check_same, layers, prompt, read, tiny  # noqa: E402
 
 BLOCK = 256
@@ -230,6 +230,55 @@ def test_the_quota_drops_what_was_used_longest_ago_ends_first(tmp_path: Path) ->
         assert store.shelf.index.counters()["bytes"] <= 3 * size - 1
         assert found()[4] == 300
         check_whole(store)
+
+
+def test_blocks_that_another_uses_meanwhile_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix that turns out to exceed the quota takes back its blocks, but not those that another put has found."""
+    ids = np.arange(4 * 256 + 200) % 97
+    numbers = numbers_of(ids)
+    with PrefixStore(tmp_path / "sizes", preset="pq3") as store:
+        store.put(MODEL, ids, cache_of(numbers))
+        sizes = [row.size for row in store.shelf.index.all()]
+    write, said = blocks.write_block, []
+    for pin in (True, False):
+        said.clear()
+        with (
+            PrefixStore(tmp_path / f"{pin}", preset="pq3", max_bytes=sum(sizes[:-1]) + sizes[-1] // 2) as one,
+            PrefixStore(tmp_path / f"{pin}", preset="pq3") as other,
+        ):
+
+            def written(path: Any, row: Any, *more: Any, other: Any = other, pin: bool = pin) -> int:
+                if not row.whole and not said:
+                    said.append(True)
+                    other.put(MODEL, ids[:1024], cache_of(numbers[:1024]), pin=pin)
+                return write(path, row, *more)
+
+            monkeypatch.setattr(blocks, "write_block", written)
+            with pytest.warns(RuntimeWarning, match="left out"):
+                one.put(MODEL, ids, cache_of(numbers))
+            monkeypatch.undo()
+            assert other.get(MODEL, ids[:1024], leave=0).length == 1024
+            assert len(other.shelf.index.held()) == (4 if pin else 0)
+
+
+def test_a_tail_that_grew_before_it_was_pinned_is_pinned_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.arange(600) % 97
+    numbers = numbers_of(ids)
+    with PrefixStore(tmp_path, preset="pq3") as one, PrefixStore(tmp_path, preset="pq3") as other:
+        touch, grown = one.shelf.index.touch, []
+
+        def touched(*arguments: Any, **options: Any) -> None:
+            if not grown:
+                grown.append(other.put(MODEL, ids, cache_of(numbers)))
+            touch(*arguments, **options)
+
+        monkeypatch.setattr(one.shelf.index, "touch", touched)
+        one.put(MODEL, ids[:300], cache_of(numbers[:300]), pin=True)
+        assert len(one.shelf.index.held()) == 2
+        one.shelf.index.set_limit("max_bytes", 0)
+        with pytest.warns(RuntimeWarning):
+            one.shelf.evict()
+        assert one.get(MODEL, ids[:300], leave=0).length == 300
 
 
 def test_what_is_pinned_stays(tmp_path: Path) -> None:

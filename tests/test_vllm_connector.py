@@ -147,8 +147,20 @@ def test_a_block_that_another_node_encodes_is_left_to_it(tmp_path: Path) -> None
         nodes[0].write(new, [torch.full_like(each, float("nan")) for each in x], x)
     assert nodes[1].write(new, x, x) > 0  # the lease of the one that failed has ended
     assert nodes[0].shelf.index.tenant_bytes()[chain.tenant_id] > 0
+    nodes[0].shelf.index.set_limit("max_age", 0, "")
+    assert nodes[1].find(chain, ids)[0] == 256  # the limit of blocks without a tenant is not its own
+    nodes[0].shelf.index.set_limit("max_age", 0, chain.tenant_id)
+    assert nodes[1].find(chain, ids)[0] == 0
     for node in nodes:
         node.close()
+
+
+def test_a_block_larger_than_the_quota_is_not_said_to_be_stored(tmp_path: Path) -> None:
+    store = engine_store.EngineStore(tmp_path / "store", CacheShape(2, 1, 64, "float16"), max_bytes=1000)
+    x, chain = list(torch.randn(2, 1, 256, 64).half()), Chain({"model": "tiny"})
+    (new,) = store.missing(chain, np.arange(300))
+    assert store.write(new, x, x) == 0
+    store.close()
 
 
 def test_a_request_that_waits_or_comes_back_asks_again(engine: Any) -> None:

@@ -150,6 +150,9 @@ class CodedPart:
     def __getattr__(self, name: str) -> Any:
         raise InvalidArgument(f".{name} of encoded keys or values: {_ADVICE}")
 
+    def __getitem__(self, key: Any) -> Any:  # not looked up by __getattr__
+        raise InvalidArgument(f"a part of encoded keys or values: {_ADVICE}")
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Raise InvalidArgument: torch cannot compute with codes."""

@@ -8,6 +8,7 @@ window or a recurrence, and layers whose keys other layers read, stay transforme
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +234,13 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._padded: FirstTokens | None = None
         self._encodes = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncodedLayer:
+        """A copy for the same model, whose config says whether attention reads codes, also once that changes."""
+        new = type(self).__new__(type(self))
+        memo |= {id(self): new, id(self._config): self._config}
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     @property
     def keys(self) -> Any:
         """Raises InvalidArgument: a model that reads keys here, and not from ``update``, would miss the encoded ones."""
@@ -301,7 +309,8 @@ class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences ``indices``, numbers or a mask."""
-        self._select(torch.arange(self._sequences)[indices.cpu()])
+        if self._tail is not None:
+            self._select(torch.arange(self._sequences)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens; raises ValueError for a positive number."""

@@ -137,7 +137,7 @@ class EngineStore:
             return 0, []
         try:
             rows = self._rows(chain, ids)
-            expired = self.shelf.expired(rows)
+            expired = self.shelf.expired(rows, chain.tenant_id)
             rows = rows[: next((number for number, row in enumerate(rows) if row.name in expired), len(rows))]
             known = [row for row in rows if row.end <= first]
             held = self._held(rows[len(known) :])
@@ -267,7 +267,7 @@ class EngineStore:
             raise
         self._index.touch([row], hit=False, puts=1)
         self.shelf.evict()
-        return size
+        return size if self._index.find(row.name) is not None else 0  # of a block that is larger than the quota
 
     def _rope_of(self, _layer: int, _head_dim: int, pairing: str | None) -> Rope | None:
         return self._rope if pairing else None

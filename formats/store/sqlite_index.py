@@ -284,6 +284,8 @@ class SQLiteIndex:
 
     def held(self, tenant: str | None = None) -> dict[bytes, int]:
         """Bytes, by name, of the blocks that are never evicted: pinned ones and their ancestors; ``tenant``: only its own."""
+        if not self._has_owners:
+            tenant = None
         whose = "" if tenant is None else f"AND {eviction.OWN}"
         pinned = f"SELECT name, parent, size FROM blocks b WHERE pinned = 1 {whose}"
         above = "SELECT b.name, b.parent, b.size FROM blocks b JOIN held ON b.name = held.parent"

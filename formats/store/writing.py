@@ -98,9 +98,18 @@ class ChainWriter:
             self._drop_what_grew_into(row)
         self._index.touch(done.seen, hit=False, puts=1)
         if work.pin and last is not None:
-            self._index.pin(last, True)
+            self._pin(last)
         self._shelf.evict()
         return done
+
+    def _pin(self, row: Row) -> None:
+        """Pin a block, or what its tokens grew into meanwhile."""
+        while True:
+            self._index.pin(row, True)
+            there = self._there(row)
+            if there is None or there.name == row.name:
+                return
+            row = there
 
     def _wanted(self, work: PutWork) -> Iterator[Row]:
         """The rows of a prefix, with new files, as if none of its blocks were there."""
@@ -159,8 +168,12 @@ class ChainWriter:
                 time.sleep(PAUSE)
 
     def _leave_out(self, work: PutWork, done: Written, size: int, available: int) -> None:
-        """Drop the new blocks of a prefix that exceeds the quota, with a warning; older blocks stay."""
+        """Drop the new blocks of a prefix that exceeds the quota, with a warning; those that others use by now stay."""
+        held = self._index.held()
         for row in reversed(done.new):
+            now = self._index.find(row.name)
+            if row.name in held or (now is not None and now.used > now.created):
+                break  # and with it what is before it
             self._shelf.drop(row)
         text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self._shelf.place} "
         warnings.warn(f"{text}leaves room for {max(available, 0)}", RuntimeWarning, stacklevel=5)

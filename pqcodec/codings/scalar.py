@@ -24,7 +24,7 @@ def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str) -> np.ndarray:
         low, high = _ranges(x[finite][:, : plan.head_dim], plan)
         fields, zero, shift = [], np.zeros(len(low), np.float32), 0
         if zeros:
-            zero_bytes, zero = affine.half_fields(low)
+            zero_bytes, zero = affine.half_fields(low + np.float32(0))  # never -0, which least numbers of two orders may be
             fields = [zero_bytes]
             step = np.maximum(high - zero, np.float32(0)) / np.float32(most)
         else:  # the number of the largest magnitude is the first level, as in q4_0

@@ -118,7 +118,7 @@ def fill_steps_and_zeros(kind, groups, count, work, fields):
         none = low > high
         low, high = select(none, floats(F32(0)), low), select(none, floats(F32(0)), high)
         if groups.zeros:
-            zero = as_halves(low, work.shorts, kind.order + g)
+            zero = as_halves(low + floats(F32(0)), work.shorts, kind.order + g)
             step = max(high - zero, floats(F32(0))) / levels
             store(work.span, g, zero)
         else:  # the number of the largest magnitude is the first level
