@@ -153,10 +153,11 @@ class Index(Protocol):
     def add(self, row: Row) -> bool:
         """Commit a block, and end its lease; False where a block of that name is committed already."""
 
-    def remove(self, row: Row, little: bool = False) -> bool:
+    def remove(self, row: Row, little: bool = False, unused: bool = False) -> bool:
         """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.
 
-        ``little``: wait little for others; a loss of power may undo it.
+        ``little``: wait little for others; a loss of power may undo it. ``unused``: only if it is not pinned, no block follows
+        it, and it was not used since it was added.
         """
 
     def evict(self, most: int = 512) -> list[Evicted]:

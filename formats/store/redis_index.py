@@ -363,9 +363,12 @@ class RedisIndex:
             self.pin(row, True)
         return bool(added)
 
-    def remove(self, row: Row, little: bool = False) -> bool:
-        """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards."""
-        return bool(self._run(scripts.REMOVE, row.name, row.parent, row.file))
+    def remove(self, row: Row, little: bool = False, unused: bool = False) -> bool:
+        """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.
+
+        ``unused``: only if it is not pinned, no block follows it, and it was not used since it was added.
+        """
+        return bool(self._run(scripts.REMOVE, row.name, row.parent, row.file, int(unused)))
 
     def evict(self, most: int = AT_ONCE) -> list[Evicted]:
         """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""

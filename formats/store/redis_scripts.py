@@ -79,11 +79,15 @@ return 1
 """
 )
 
-# ARGV: name, parent, file ('' any).
+# ARGV: name, parent, file ('' any), 1 if only an unused block is removed.
 REMOVE = (
     _COMMON
     + """
 if not there(ARGV[1]) or (ARGV[3] ~= '' and field(ARGV[1], 'file') ~= ARGV[3]) then return 0 end
+if ARGV[4] == '1' then
+    local used = field(ARGV[1], 'pinned') ~= '0' or field(ARGV[1], 'used') ~= field(ARGV[1], 'created')
+    if used or redis.call('SCARD', at('children', ARGV[1])) > 0 then return 0 end
+end
 forget(ARGV[1], ARGV[2])
 return 1
 """

@@ -121,12 +121,12 @@ class Shelf:
             self.files.remove(row.file)
         return False
 
-    def drop(self, row: Row) -> bool:
+    def drop(self, row: Row, unused: bool = False) -> bool:
         """Remove a block and its file; False where another process has done so.
 
-        Blocks that follow it cannot be found until it is stored again.
+        Blocks that follow it cannot be found until it is stored again. ``unused``: as in ``Index.remove``.
         """
-        done = self.index.remove(row)
+        done = self.index.remove(row, unused=unused)
         if done:
             self.files.remove(row.file)
         return done

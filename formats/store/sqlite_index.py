@@ -335,13 +335,17 @@ class SQLiteIndex:
             )
             return done.rowcount == 1
 
-    def remove(self, row: Row, little: bool = False) -> bool:
+    def remove(self, row: Row, little: bool = False, unused: bool = False) -> bool:
         """Remove a block's row if it still names the same file; False otherwise. The caller removes the file afterwards.
 
-        ``little``: as in ``Connections.changing``.
+        ``little``: as in ``Connections.changing``. ``unused``: only if it is not pinned, no block follows it, and it was not
+        used since it was added.
         """
+        text = "DELETE FROM blocks WHERE name = ? AND file = ?"
+        if unused:
+            text += " AND pinned = 0 AND used = created AND name NOT IN (SELECT parent FROM blocks)"
         with self._changing(little) as db:
-            return db.execute("DELETE FROM blocks WHERE name = ? AND file = ?", (row.name, row.file)).rowcount == 1
+            return db.execute(text, (row.name, row.file)).rowcount == 1
 
     def evict(self, most: int = AT_ONCE) -> list[Evicted]:
         """Remove the rows that ``Shelf.evict`` says, ``most`` at once; the caller removes the files afterwards."""

@@ -169,12 +169,8 @@ class ChainWriter:
 
     def _leave_out(self, work: PutWork, done: Written, size: int, available: int) -> None:
         """Drop the new blocks of a prefix that exceeds the quota, with a warning; those that others use by now stay."""
-        held = self._index.held()
         for row in reversed(done.new):
-            now = self._index.find(row.name)
-            if row.name in held or (now is not None and now.used > now.created):
-                break  # and with it what is before it
-            self._shelf.drop(row)
+            self._shelf.drop(row, unused=True)
         text = f"a prefix of {len(work.ids)} tokens is left out: it takes {size} bytes, and the quota of {self._shelf.place} "
         warnings.warn(f"{text}leaves room for {max(available, 0)}", RuntimeWarning, stacklevel=5)
 
