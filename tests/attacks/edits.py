@@ -220,7 +220,7 @@ EDITS: dict[str, Callable[[random.Random, Any], None]] = {
 def tried(seed: object, place: Path) -> str:
     """One to three edits of a new store, and all commands behind them; returns which edits. Raises AssertionError."""
     rng = random.Random(f"edit {seed}")
-    ground = Ground(place, tenant=rng.choice(["", "salt"]))
+    ground = Ground(place, tenant=rng.choice([None, "salt"]))
     names = [rng.choice(list(EDITS)) for _ in range(rng.choice([1, 1, 2, 3]))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -67,7 +67,7 @@ def with_ids(folder: Path, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None
             return write(*arguments[:-1], about)
 
         patch.setattr(blocks, "write_block", old_write)
-        with PrefixStore(folder, preset="exact", tenant=tenant) as store:
+        with PrefixStore(folder, preset="exact", tenant=tenant or None) as store:
             for prompt in PROMPTS:
                 store.put(MODEL, tokens_of(prompt), cache_of(expected(prompt)))
     with closing(sqlite3.connect(folder / "index.sqlite", isolation_level=None)) as db:
@@ -78,7 +78,7 @@ def with_ids(folder: Path, tenant: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_a_store_of_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tenant: str, index: str) -> None:
     """Whole blocks are found; the index forgets the ids of tenants, and with them the beginnings of tails."""
-    ground = Ground(tmp_path / "new", tenant=tenant)
+    ground = Ground(tmp_path / "new", tenant=tenant or None)
     total = ground.get()
     shutil.rmtree(ground.folder)
     with_ids(ground.folder, tenant, monkeypatch)
