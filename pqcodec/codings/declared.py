@@ -135,28 +135,21 @@ def _no_problem(order: int, row_bits: int, radius_bits: int) -> str:
     return ""
 
 
-_AFFINE_BESIDE = c.AFFINE_EXPONENT_BYTES + c.CHECKSUM_BYTES
+def _sharing_fields(code: int, name: str, problem: Callable[[int, int, int, Affine], str]) -> Declared:
+    """A coding whose rows are not rotated and share affine fields."""
+    return Declared(
+        code,
+        name,
+        (0,),
+        lambda order, quarter_bits: order * quarter_bits // 4,
+        _no_problem,
+        beside=c.AFFINE_EXPONENT_BYTES + c.CHECKSUM_BYTES,
+        order=whole_groups,
+        affine_problem=problem,
+    )
 
-PAIRS = Declared(
-    c.CODING_PAIRS,
-    "pair polar",
-    (0,),
-    lambda order, quarter_bits: order * quarter_bits // 4,
-    _no_problem,
-    beside=_AFFINE_BESIDE,
-    order=whole_groups,
-    affine_problem=_pairs_problem,
-)
 
-SCALAR = Declared(
-    c.CODING_SCALAR,
-    "scalar",
-    (0,),
-    lambda order, quarter_bits: order * quarter_bits // 4,
-    _no_problem,
-    beside=_AFFINE_BESIDE,
-    order=whole_groups,
-    affine_problem=_scalar_problem,
-)
+PAIRS = _sharing_fields(c.CODING_PAIRS, "pair polar", _pairs_problem)
+SCALAR = _sharing_fields(c.CODING_SCALAR, "scalar", _scalar_problem)
 
 DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR)}

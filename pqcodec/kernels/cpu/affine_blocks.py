@@ -22,7 +22,7 @@ from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
-from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit
+from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit, leaf
 from pqcodec.kernels.cpu.scalar import decode_scalar_row, encode_scalars, fill_scalars
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
@@ -103,8 +103,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
     Records come as plain tuples (``records.plain``).
     """
     kind, groups, output, rope = Kind(*kind), Groups(*groups), Output(*output), RopeTable(*rope)
-    order, row_bytes = kind.order, kind.row_bytes
-    pairs = rope.frequencies.size
+    order, pairs = kind.order, rope.frequencies.size
     tile, short = np.zeros(LANES * order + LANES, np.float32), np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     work = work_of(kind, groups)
@@ -124,18 +123,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            for r in range(rows):
-                group = (row + r) // groups.tokens
-                at = tokens * row_bytes + group * groups.field_bytes
-                if kind.coding == CODING_PAIRS:
-                    if group != have_group:
-                        fill_pairs(payload, at, order, groups, rope.phases, work)
-                    decode_pairs_row(payload, (row + r) * row_bytes, order, groups, scale, work, tile, r * order)
-                else:
-                    if group != have_group:
-                        fill_scalars(payload, at, kind, groups, work)
-                    decode_scalar_row(payload, (row + r) * row_bytes, order, groups, scale, work, tile, r * order)
-                have_group = group
+            have_group = decode_rows(payload, tokens, row, rows, kind, groups, rope.phases, scale, have_group, work, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
@@ -143,6 +131,28 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
     if past:
         fence()
+
+
+@leaf
+def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_group, work, tile):
+    """Decode rows of a block of ``tokens``, from row ``first`` on, into a tile, row by row.
+
+    ``have_group``: the group whose fields ``work`` holds. Returns the one that it holds then.
+    """
+    order, row_bytes = kind.order, kind.row_bytes
+    for r in range(rows):
+        row_at, group = (first + r) * row_bytes, (first + r) // groups.tokens
+        fields_at = tokens * row_bytes + group * groups.field_bytes
+        if kind.coding == CODING_PAIRS:
+            if group != have_group:
+                fill_pairs(payload, fields_at, order, groups, phases, work)
+            decode_pairs_row(payload, row_at, order, groups, scale, work, tile, r * order)
+        else:
+            if group != have_group:
+                fill_scalars(payload, fields_at, kind, groups, work)
+            decode_scalar_row(payload, row_at, order, groups, scale, work, tile, r * order)
+        have_group = group
+    return have_group
 
 
 @inlined

@@ -13,17 +13,15 @@ import numpy as np
 from numba import carray
 
 from pqcodec import constants as c
-from pqcodec.constants import CHECKSUM_BYTES, CODING_PAIRS
+from pqcodec.constants import CHECKSUM_BYTES
 from pqcodec.kernels.attention import AttentionJob, block_damage, exact_scores, softcapped
 from pqcodec.kernels.cpu import tables
-from pqcodec.kernels.cpu.affine_blocks import affine_size, block_scale, work_of
+from pqcodec.kernels.cpu.affine_blocks import affine_size, block_scale, decode_rows, work_of
 from pqcodec.kernels.cpu.bits import checksum
 from pqcodec.kernels.cpu.lane_memory import load, pointer, store, sums_of_rows, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats, fused
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
-from pqcodec.kernels.cpu.pairs import decode_pairs_row, fill_pairs
 from pqcodec.kernels.cpu.records import F32, I64, Groups, Kind, RopeTable, jit
-from pqcodec.kernels.cpu.scalar import decode_scalar_row, fill_scalars
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.tensors.rows import address
 from pqcodec.threads import threads
@@ -84,7 +82,7 @@ def score_groups(items, kind, groups, offsets, rope, queries, query_rows, width,
     Records come as plain tuples.
     """
     kind, groups, rope = Kind(*kind), Groups(*groups), RopeTable(*rope)
-    order, row_bytes, pairs = kind.order, kind.row_bytes, rope.frequencies.size
+    order, pairs = kind.order, rope.frequencies.size
     tile, sums = np.zeros(LANES * order + LANES, np.float32), np.zeros(LANES * LANES, np.float32)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     work, result = work_of(kind, groups), np.zeros(LANES, np.float32)
@@ -101,18 +99,8 @@ def score_groups(items, kind, groups, offsets, rope, queries, query_rows, width,
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
+            have_group = decode_rows(payload, tokens, row, rows, kind, groups, rope.phases, scale, have_group, work, tile)
             for r in range(rows):
-                group = (row + r) // groups.tokens
-                fields_at = tokens * row_bytes + group * groups.field_bytes
-                if kind.coding == CODING_PAIRS:
-                    if group != have_group:
-                        fill_pairs(payload, fields_at, order, groups, rope.phases, work)
-                    decode_pairs_row(payload, (row + r) * row_bytes, order, groups, scale, work, tile, r * order)
-                else:
-                    if group != have_group:
-                        fill_scalars(payload, fields_at, kind, groups, work)
-                    decode_scalar_row(payload, (row + r) * row_bytes, order, groups, scale, work, tile, r * order)
-                have_group = group
                 for k in range(kind.head_dim, width):
                     tile[r * order + k] = F32(0)
             if offsets.size:
