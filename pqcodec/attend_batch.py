@@ -166,7 +166,7 @@ def _why_not(
     """Why no kernel attends to these codes; None where one does."""
     if device_backend(backend, query.device).name != "cuda":
         return "only backend 'cuda' reads codes"
-    from pqcodec.kernels.on_cuda.attention import why_not
+    from pqcodec.kernels.on_cuda.attention import is_readable, why_not
 
     queries, new = query.shape[2], recent[0].shape[-2] if recent else 0
     rows = query.shape[1] // headers[0][0].leading * queries
@@ -178,7 +178,7 @@ def _why_not(
     if queries > 1 and new < queries:
         return "the queries' own tokens are not all among the recent ones"
     for x in recent or ():
-        if x.stride(-1) != 1 or any(stride * x.element_size() % 4 for stride in x.stride()[:-1]) or x.data_ptr() % 4:
+        if not is_readable(x):
             return f"recent tokens have strides {x.stride()}"
     return None
 

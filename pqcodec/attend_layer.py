@@ -74,10 +74,10 @@ class AttendLayer:
         """
         import torch
 
-        from pqcodec.kernels.on_cuda.attention import can_put
+        from pqcodec.kernels.on_cuda.attention import is_readable
 
         query = query.contiguous()
-        if new is not None and not can_put(new):
+        if new is not None and not all(map(is_readable, new)):
             new = new[0].contiguous(), new[1].contiguous()
         with current(query.device):
             return self._way.run(query, torch.empty_like(query), recent, new)

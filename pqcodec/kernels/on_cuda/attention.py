@@ -315,7 +315,7 @@ class CudaAttention:
 
         ``recent``: how many tokens of the recent memory count, from the first on, if not all; a tensor int32 [1] on the device
         is read when the kernel runs. ``new``: keys and values of the last of these, [sequences, kv_heads, queries, head_dim] of
-        the memory's dtype, which are put there; see ``can_put``.
+        the memory's dtype, which are put there; ``is_readable`` must hold for them.
         """
         import torch
 
@@ -332,12 +332,9 @@ class CudaAttention:
         return out
 
 
-def can_put(new: tuple[Any, Any]) -> bool:
-    """Whether the kernel can put keys and values as they lie into the recent memory."""
-    return all(
-        x.stride(-1) == 1 and not x.data_ptr() % 4 and not any(stride * x.element_size() % 4 for stride in x.stride()[:-1])
-        for x in new
-    )
+def is_readable(x: Any) -> bool:
+    """Whether the kernel can read exact keys or values [..., head_dim] as they lie."""
+    return x.stride(-1) == 1 and not x.data_ptr() % 4 and not any(s * x.element_size() % 4 for s in x.stride()[:-1])
 
 
 def _new_rows(x: Any) -> np.ndarray:
