@@ -11,7 +11,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from pqcodec.formats.store.index import Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 from pqcodec.formats.store.prefix_store import BLOCK_CHUNK
 from pqcodec.formats.store.shelf import Shelf
-from pqcodec.formats.store.writing import LEASE, TAIL_PRESET
+from pqcodec.formats.store.writing import LEASE, TAIL_PRESET, released_by_errors
 from pqcodec.sizes import seconds_of, size_of
 from pqcodec.stages.centre import Rope
 
@@ -254,17 +253,13 @@ class EngineStore:
         lease = self._index.lease(row.name, LEASE)
         if not lease:
             return 0
-        try:
+        with released_by_errors(self._index, row.name, lease):
             presets = self._presets(layers, row.start)
             with self._files.writing(row.file) as path:
                 size = blocks.write_block(path, row, layers, presets, self._rope_of, self._recipe, about)
             row = replace(row, size=size)
             if not self.shelf.commit(row):
                 return 0
-        except BaseException:
-            with suppress(OSError, CorruptStream):
-                self._index.release(row.name, lease)
-            raise
         self._index.touch([row], hit=False, puts=1)
         self.shelf.evict()
         return size if self._index.find(row.name) is not None else 0  # of a block that is larger than the quota

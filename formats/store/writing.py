@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -23,7 +23,7 @@ from pqcodec.formats.engines.model_identity import Identity
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store import blocks
 from pqcodec.formats.store import folder as own
-from pqcodec.formats.store.index import Row
+from pqcodec.formats.store.index import Index, Row
 from pqcodec.formats.store.keys import BLOCK_TOKENS, Chain
 from pqcodec.formats.store.shelf import Shelf
 
@@ -57,6 +57,17 @@ class Written:
     def pending_tokens(self) -> int:
         """Tokens of the blocks that were left to others."""
         return sum(len(row.tokens) for row in self.left)
+
+
+@contextmanager
+def released_by_errors(index: Index, name: bytes, lease: str) -> Iterator[None]:
+    """Release the lease of a block that an error keeps from being committed."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, CorruptStream):
+            index.release(name, lease)
+        raise
 
 
 class ChainWriter:
@@ -145,12 +156,8 @@ class ChainWriter:
             if not work.pin:
                 done.left.append(row)
                 return None
-        try:
+        with released_by_errors(self._index, row.name, lease):
             row, new = self._encoded(row, work, presets)
-        except BaseException:
-            with suppress(OSError, CorruptStream):
-                self._index.release(row.name, lease)
-            raise
         done.new += [row] if new else []
         return row
 
