@@ -82,6 +82,9 @@ class CapturedSteps:
             self.why = "the memory of the cache has changed: the next step is captured"
             return self._forward(*args, **kwargs)
         if self._captured is None or not self._captured.stands_for(kwargs):
+            if not all(layer.reads_codes for layer in self._layers):  # but where a step was broken off
+                self.why = "some layers have encoded nothing yet"
+                return self._forward(*args, **kwargs)
             self._captured = None  # frees its memory
             try:
                 self._captured = _Captured(self._model, self._forward, self._layers, kwargs)
@@ -111,7 +114,7 @@ class CapturedSteps:
             return f"a step of one token on a GPU is expected, these are {tuple(ids.shape)} tokens on {ids.device}"
         if torch.is_grad_enabled():
             return "gradients are enabled"
-        if any(not layer.reads_codes for layer in self._layers):
+        if not self._layers[0].reads_codes:  # as all do: they have one config, and encode in the same steps
             return "nothing is encoded yet, or attention does not read codes"
         if any(not layer.room_in_tail for layer in self._layers):
             return "tokens are encoded in this step"

@@ -22,6 +22,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.transformers_cache import library
 from pqcodec.formats.offload import code_attention
+from pqcodec.formats.offload.encodable import check_encodable, lending_layers
 from pqcodec.formats.offload.first_tokens import FirstTokens
 from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tokens_in
 from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
@@ -41,7 +42,6 @@ AttentionMaskInterface.register(code_attention.NAME, masking_utils.sdpa_mask)
 
 WINDOW = 128  # last tokens that are exact, at least
 CHUNK = 512  # tokens that are encoded at once while a text grows
-_OWN_CACHES = {"minimax": "MiniMaxCache"}  # model types that take one class of cache only
 _TWO_CACHES = "EncoderDecoderCache(EncodedCache(model), DynamicCache())"
 
 
@@ -136,7 +136,7 @@ class EncodedCache(cache_utils.DynamicCache):
         self.options = Options(
             (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
         )
-        _check_model(config.get_text_config(decoder=True))
+        check_encodable(config.get_text_config(decoder=True))
         if _reads_codes(config) and not getattr(model, "_supports_sdpa", True):
             raise InvalidArgument(
                 f"a {type(model).__name__} does not know 'sdpa', which 'pqcodec' falls back to: it takes 'eager'"
@@ -146,7 +146,7 @@ class EncodedCache(cache_utils.DynamicCache):
         self._of_decoder, self._last = bool(getattr(config, "is_encoder_decoder", False)), -1
         if self._of_decoder and len(self.layers) < 2:
             raise InvalidArgument("an encoder-decoder of one layer has no EncodedCache; take a DynamicCache")
-        lenders = _lenders(config.get_text_config(decoder=True))
+        lenders = lending_layers(config.get_text_config(decoder=True))
         self.layers = [
             EncodedLayer(self.options, config, index, self._workspaces)
             if type(layer) is cache_utils.DynamicLayer and index not in lenders
@@ -193,27 +193,6 @@ class EncodedCache(cache_utils.DynamicCache):
         exact_bytes += sum(x.nbytes for layer in others for x in vars(layer).values() if isinstance(x, torch.Tensor))
         encoded = sum(layer.encoded_bytes for layer in layers)
         return Memory(encoded, exact_bytes, sum(space.nbytes for space in self._workspaces.values()))
-
-
-def _check_model(config: Any) -> None:
-    """Raise InvalidArgument for a model that reads keys past ``update``, or that takes only a class of cache of its own."""
-    kind = str(getattr(config, "model_type", type(config).__name__))
-    if kind in _OWN_CACHES:
-        raise InvalidArgument(f"a {kind} takes a {_OWN_CACHES[kind]} alone, not an EncodedCache: call generate without a cache")
-    if getattr(config, "cross_attention_layers", None):
-        raise InvalidArgument(
-            f"a {kind} looks for its images' keys in the cache itself, where an EncodedCache has none: take a DynamicCache"
-        )
-
-
-def _lenders(config: Any) -> set[int]:
-    """Layers whose keys and values later layers read again, when the scratch holds others already."""
-    modes = getattr(config, "kv_sharing_modes", None)
-    if modes is not None:
-        return {index for index, mode in enumerate(modes) if mode == "store"}
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
-    return set({kind: index for index, kind in enumerate(kinds[: len(kinds) - shared])}.values()) if shared else set()
 
 
 class EncodedLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
