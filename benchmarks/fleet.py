@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import results_file
-from benchmarks.readme import ROOT, result
+from benchmarks.readme import ROOT, between_marks, result
 from pqcodec import Rope
 from pqcodec.formats.engines.chunks import ChunkCodec
 
@@ -128,8 +127,7 @@ def with_tables(page: str) -> str:
     """The page with what stands between its marks made anew."""
     tables = size_table(sizes()), link_table(links()), node_table(result("two_nodes"))
     for name, table in zip(TABLES, tables, strict=True):
-        marks = f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        page = re.sub(marks, lambda m, table=table: m[1] + table + m[2], page, flags=re.DOTALL)
+        page = between_marks(page, name, table)
     return page
 
 

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, cache_utils, masking_utils
 
 from benchmarks import results_file
-from benchmarks.attention_gpu import KERNELS, keys_with_mean
+from benchmarks.attention_gpu import KERNELS, captured, keys_with_mean
 from pqcodec.formats.offload import CapturedSteps, EncodedCache
 
 COMMAND = "python -m benchmarks.generate_gpu"
@@ -109,12 +109,7 @@ def exact_step(model: Any, cache: FixedCache, ids: torch.Tensor) -> Callable[[],
     def step() -> Any:
         return model(input_ids=ids, position_ids=positions, cache=cache, logits_to_keep=1).logits
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(step)
 
 
 def measure(model: Any, batch: int, tokens: int, console: Console) -> dict[str, Any]:

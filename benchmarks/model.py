@@ -237,6 +237,19 @@ def cache_from(model: Any, layers: Layers) -> Any:
     return cache
 
 
+def cache_of_blocks(model: Any, blocks: Sequence[dict[str, torch.Tensor]]) -> Any:
+    """A DynamicCache out of ``named_tensors`` of consecutive tokens."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        names = (f"layers.{index}.{role}" for role in ROLES)
+        key, value = (torch.cat([block[name] for block in blocks], -2).to(model.dtype) for name in names)
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value  # not by update(), which would copy them once more
+    return cache
+
+
 def named_tensors(layers: Layers, indices: Iterable[int]) -> dict[str, torch.Tensor]:
     """float16 tensors ``layers.{i}.key`` and ``layers.{i}.value`` [1, Hkv, T, D] of some layers, for a file.
 

@@ -13,7 +13,6 @@ MODELS = {"SmolLM2": "smollm2", "Qwen2.5-Coder 0.5B": "qwen2.5-coder-0.5b", "Gem
 TEXTS = ("linux", "devil", "chat", "policy")
 SHOWN = ("pq2", "pq2.5", "pq3", "pq4", "pq6", "quad2", "quad3", "paper")  # in the README
 MAIN_PIECE = 128  # MiB a step of a HostPool, its default
-MARKS = "<!-- figures -->\n", "<!-- end of figures -->"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -167,13 +166,15 @@ def _speeds(row: dict[str, Any] | None, form: str) -> str:
     return f"{row['encode_gb_s']:{form}}, {row['decode_gb_s']:{form}}" if row else ""
 
 
-def _between_marks(page: str, text: str) -> str:
-    return re.sub(f"({MARKS[0]}).*?({MARKS[1]})", lambda m: m[1] + text + m[2], page, flags=re.DOTALL)
+def between_marks(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between its marks ``<!-- name -->`` and ``<!-- end of name -->``."""
+    marks = f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+    return re.sub(marks, lambda m: m[1] + text + m[2], page, flags=re.DOTALL)
 
 
 def with_figures(name: str) -> str:
     """A page of ``PAGES`` with what stands between its marks made anew."""
-    return _between_marks((ROOT / name).read_text(), PAGES[name]())
+    return between_marks((ROOT / name).read_text(), "figures", PAGES[name]())
 
 
 PAGES = {"README.md": table, "tools/docs/pages/benchmarks.md": words}

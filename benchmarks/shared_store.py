@@ -129,19 +129,12 @@ class BothWays:
     def _assembled(self, client: Any) -> Any:
         """The cache out of raw tensors, fetched from the server at once, or one file after the other."""
         from safetensors.torch import load, load_file
-        from transformers import DynamicCache
 
         if client is None:
             blocks = [load_file(self._raw(at)) for at in self._starts]
         else:
             blocks = [load(data) for data in client.mget(map(self._key, self._starts))]
-        cache = DynamicCache(config=self._model.config)
-        for index, layer in enumerate(cache.layers):
-            names = (f"layers.{index}.{role}" for role in lm.ROLES)
-            key, value = (torch.cat([block[name] for block in blocks], -2).to(self._model.dtype) for name in names)
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
-        return cache
+        return lm.cache_of_blocks(self._model, blocks)
 
     def _client(self) -> Any:
         import redis

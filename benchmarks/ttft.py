@@ -75,14 +75,7 @@ def measure(model: Any, ids: torch.Tensor, folder: Path, rounds: int, preset: st
         return cache
 
     def load_raw() -> Any:
-        blocks = [load_file(file, device=str(model.device)) for file in files]
-        cache = DynamicCache(config=model.config)
-        for index, layer in enumerate(cache.layers):
-            names = (f"layers.{index}.{role}" for role in lm.ROLES)
-            key, value = (torch.cat([block[name] for block in blocks], -2).to(model.dtype) for name in names)
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value  # not by update(), which would copy them once more
-        return cache
+        return lm.cache_of_blocks(model, [load_file(file, device=str(model.device)) for file in files])
 
     prefills = [seconds(prefill)[0]]
     spent, cache = seconds(prefill)

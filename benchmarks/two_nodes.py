@@ -79,17 +79,10 @@ class Node:
     def raw(self, tokens: int) -> Any:
         """The cache out of the raw tensors, as many objects at once as the store fetches."""
         from safetensors.torch import load
-        from transformers import DynamicCache
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             blocks = [*pool.map(lambda place: load(remote.read_all(place[1]).tobytes()), raw_places(tokens))]
-        cache = DynamicCache(config=self._model.config)
-        for index, layer in enumerate(cache.layers):
-            names = (f"layers.{index}.{role}" for role in lm.ROLES)
-            key, value = (torch.cat([block[name] for block in blocks], -2).to(self._model.dtype) for name in names)
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
-        return cache
+        return lm.cache_of_blocks(self._model, blocks)
 
     def compute(self, tokens: int) -> Any:
         """The cache by prefilling."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import needs_cuda
+from test_encoded_cache import prompt, read_on
 
 from pqcodec import attend_layer
 from pqcodec.errors import InvalidArgument
@@ -55,18 +56,6 @@ def tiny(dtype: torch.dtype = torch.float32, device: str = "cuda", kind: str = "
     }
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **more}, attn_implementation="pqcodec")
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval().to(device, dtype)
-
-
-def prompt(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(1)).cuda()
-
-
-def read_on(model: Any, cache: Any, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
-    start, found = cache.get_seq_length(), []
-    for size in pieces:
-        found.append(model(input_ids=ids[:, start : start + size], cache=cache).logits)
-        start += size
-    return torch.cat(found, 1)
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -191,14 +180,10 @@ def test_caches_that_no_graph_can_stand_for_are_refused() -> None:
 
 def test_on_a_cpu_steps_run_as_ever() -> None:
     model = tiny(device="cpu")
-    cache, ids = EncodedCache(model, place="device", **SMALL), prompt_on_cpu()
+    cache, ids = EncodedCache(model, place="device", **SMALL), prompt(1, 110).cpu()
     plain = EncodedCache(model, place="device", **SMALL)
     with CapturedSteps(model, cache) as steps:
         found = read_on(model, cache, ids, [100, 1, 1])
         assert not steps.replays
         assert "a step of one token on a GPU is expected" in (steps.why or "")
     assert torch.equal(found, read_on(model, plain, ids, [100, 1, 1]))
-
-
-def prompt_on_cpu() -> torch.Tensor:
-    return torch.randint(3, 100, (1, 110), generator=torch.Generator().manual_seed(1))
