@@ -38,7 +38,7 @@ from pqcodec.stream.header import Header
 from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
 from pqcodec.stream.source import MemorySource
 
-CUDA_ENCODERS = range(32, 257, 32)  # head_dims whose quads the CUDA backend encodes
+CUDA_ENCODERS = (*range(32, 257, 32), 320, 384, 448, 512, 576)  # head_dims whose quads the CUDA backend encodes
 ON_GPU = [name for name, preset in PRESETS.items() if preset.affine is None]  # what the GPU backends cover
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 

@@ -1,7 +1,7 @@
 """Law: the CUDA backend launches ``blocks.cu`` or ``quads.cu`` for groups that it ``takes``; every other group is Triton's.
 
-NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and of quads any multiple of 32 up to 256; rows whose
-addresses are multiples of 16 bytes; quads to encode in blocks of up to 512 tokens. ``takes`` is the whole rule, but for
+NVIDIA GPUs of compute capability 8.0 and more; head_dim 64, 128 or 256, and of quads those of ``quads.py``, up to 576; rows
+whose addresses are multiples of 16 bytes; quads to encode in blocks of up to 512 tokens. ``takes`` is the whole rule, but for
 one thing that only the device knows: where ``kernel_layout`` finds no room in its shared memory, Triton's kernels code the
 group as well. A kernel is compiled once a process for each kind of stream.
 """
@@ -18,8 +18,14 @@ from cuda.bindings import driver
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.compiled import Layout, compiled, definitions, layout, returned
-from pqcodec.kernels.on_cuda.quads import ORDERS as QUADS_ORDERS
-from pqcodec.kernels.on_cuda.quads import index_bytes, quads_definitions, quads_layout
+from pqcodec.kernels.on_cuda.quads import (
+    BEST_ORDERS,
+    DECODED_ORDERS,
+    ENCODED_ORDERS,
+    index_bytes,
+    quads_definitions,
+    quads_layout,
+)
 from pqcodec.kernels.on_cuda.tables import ORDERS, matrix_fits
 from pqcodec.kernels.on_triton.backend import Triton
 from pqcodec.kernels.spans import Group
@@ -39,7 +45,7 @@ def takes(verb: str, group: Group) -> bool:
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        h.head_dim in (QUADS_ORDERS if of_quads else ORDERS)
+        h.head_dim in (_quads_orders(verb, group.effort) if of_quads else ORDERS)
         and (h.chunk_tokens <= MOST_TOKENS or not of_quads or verb == "decode")
         and (h.rounds == 1 or matrix_fits(h.order, h.seed))
         and group.blocks < 1 << 31
@@ -48,6 +54,12 @@ def takes(verb: str, group: Group) -> bool:
         and all(abs(s.stride) * item * h.chunk_tokens < 1 << 31 for s in group.spans)
         and all(s.payload % 4 == 0 and s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
     )
+
+
+def _quads_orders(verb: str, effort: str) -> tuple[int, ...]:
+    if verb == "decode":
+        return DECODED_ORDERS
+    return ENCODED_ORDERS if effort == "fast" else BEST_ORDERS
 
 
 def header_of_kind(h: Header) -> Header:
@@ -199,9 +211,11 @@ class Cuda:
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
         threads = kernel.layout.threads
         warps = threads // 32
-        grid = min(_device(str(group.device))[2], -(-group.blocks // min(warps, SPREAD)))
+        parts = kernel.layout.parts
+        grid = min(_device(str(group.device))[2] // parts, -(-group.blocks // min(warps, SPREAD)))
         if group.brief:  # each warp codes one block, so that this launch's blocks end soon
             grid = max(grid, -(-group.blocks // warps))
+        grid *= parts
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
             returned(

@@ -1,4 +1,4 @@
-// Law: the CUDA kernels for orders 64, 128 and 256 (of quads, for multiples of 32 up to 256), compiled at run time for one
+// Law: the CUDA kernels for orders 64, 128 and 256 (of quads, for multiples of 32 up to 576), compiled at run time for one
 // kind of stream; each section is a .cuh file.
 //
 // A warp codes one block (a chunk of tokens of one leading index), a tile of eight rows at a time. It shares nothing with other
@@ -25,7 +25,7 @@
 //     payload                   coded rows between the stream and shared memory
 //
 // The macros come from compiled.py. Needs DECODER or ENCODER, ROUNDS, ROWS (of a tile), THREADS, what the other files need, and
-// the sizes of shared memory: BLOB_BYTES of tables (the table NAME begins at byte NAME_AT), SIGNS_BYTES of the rotation and,
+// the sizes of shared memory: BLOB_BYTES of tables (the table NAME begins at byte NAME_AT), ROTATION_BYTES of the rotation and,
 // for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block; its block's means from MEANS_AT
 // on; and from ROWS_AT on decoded rows (with BULK) or the next tile's rows (with FETCHED).
 
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     extern __shared__ uint4 memory[];
     const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
     u8* tables = reinterpret_cast<u8*>(memory);
-    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + ROTATION_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
 #if BULK
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     extern __shared__ uint4 memory[];
     const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
     u8* tables = reinterpret_cast<u8*>(memory);
-    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + SIGNS_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + ROTATION_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
     uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
@@ -184,13 +184,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         fetch_rows(block, 0, lane, fetched);
         if (lane == 0) *upcoming = block;
     }
-#if WARPGROUPS
+#if IN_STEP
     else {  // an idle warp takes any block
         const Block block = find_block(spans, firsts, starts, search, 0);
         if (lane == 0) *upcoming = block;
     }
 #endif
     copy_tables(blob, memory);
+#if STREAMED
+    Panels panels(tables, reinterpret_cast<const u8*>(blob) + MATRIX_AT);
+#elif WIDE
+    Panels panels(tables);
+#endif
 #if ROUNDS == 1
     if (threadIdx.x < 32) prepare_signs(tables, lane);
 #endif
@@ -205,18 +210,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         keep_means(block, lane, means);
 #endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
-#if WARPGROUPS
-            more = votes_of_four(false, !IS_IDLE(index, blocks) && first_row + ROWS < block.tokens) >> 3;
+#if IN_STEP
+            more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
 #endif
             const int row = first_row + tile_row;
+            rows_are_fetched();
+#if !WIDE
             const i64 from = row_address(block, row) + first_channel(quarter, 0) * ITEM;
             float quads[QUADS][4];
             int exponent = 0;  // the row was multiplied with 2^exponent
-            rows_are_fetched();
+#endif
 #if WIDE
             u32 wide[2][PIECES][4];
             float owns[2];
+            int exponents[2] = {0, 0};
             load_two_rows(tables, block, means, row, lane, wide, owns);
+            // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
+            const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
+            if (!__all_sync(ALL_LANES, even))
+                load_two_rows_carefully(tables, block, means, row, lane, bad, wide, owns, exponents);
             clear_stage(stage, lane);
             __syncwarp();
 #elif PLAIN
@@ -243,23 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                 if (lane == 0) *upcoming = next;
             }
 #if WIDE
-            encode_two_rows(tables, stage, tile_row, quarter, wide, owns);
-            __syncwarp();
-            const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
-            if (!__all_sync(ALL_LANES, even)) {
-                clear_stage(stage, lane);
-                __syncwarp();
-                const i64 behind = row_address(block, row + 8) + first_channel(quarter, 0) * ITEM;
-#pragma unroll 1
-                for (int part = 0; part < 2; part++) {
-                    rotate_carefully<false, true>(tables, block, means, part ? behind : from, fetched, row + 8 * part, lane,
-                                                  bad, exponent, quads);
-                    Energies energies;
-                    find_energies(quads, energies);
-                    encode_row(tables, block, stage, tile_row + 8 * part, quarter, quads, energies,
-                               energies.of<ORDER / 4>(0), exponent);
-                }
-            }
+            encode_two_rows(tables, stage, tile_row, quarter, wide, owns, exponents, panels);
 #else
             Energies energies;
             find_energies(quads, energies);
@@ -286,5 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         bad = __reduce_add_sync(ALL_LANES, bad);
         if (lane == 0 && !IS_IDLE(index, blocks)) flags[index] = bad;
     }
+#if WIDE
+    panels.finish();
+#endif
 }
 #endif

@@ -14,8 +14,8 @@
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
 // where the coding leaves them as it pleases. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
 //
-//     encode_two_rows(tables, stage, tile_row, quarter, stored, own)
-//         A lane's channels of both rows as they are multiplied, and their energies -> the bits of both.
+//     encode_two_rows(tables, stage, tile_row, quarter, stored, own, exponents, panels)
+//         A lane's channels of both rows as they are multiplied, times 2^exponent each, and their energies -> the bits of both.
 //
 // A new coding is a file here, a branch below, its macro in compiled.py and its tables in tables.py.
 //

@@ -23,6 +23,7 @@ from pqcodec.kernels.on_cuda.tables import (
     in_bytes,
     kept_rows,
     row_starts,
+    streamed,
     table_bits,
     tables_for,
 )
@@ -45,6 +46,8 @@ THREADS = {
     ("decode", 128): 640,
     ("decode", 256): 384,
 }
+STREAMED_THREADS = 256  # of orders whose matrix is streamed
+SLOTS = 3  # of panels of such a matrix in shared memory
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
@@ -65,6 +68,7 @@ class Layout:
     blob: np.ndarray
     places: dict[str, int]
     shared_bytes: int
+    parts: int = 1  # thread blocks among which each row is divided
 
 
 def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448, effort: str = "fast") -> Layout | None:
@@ -80,19 +84,26 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
         blob, places = tables_for(verb, h, bits, keys, copies)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
-        threads = special.get((verb, h.order), THREADS[verb, h.order])
+        threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
         for whole in (False,) if wide or (decode and major < 9) else (True, False):
             row_bytes = (h.vector_bytes + 64 if decode else h.vector_bytes) * whole
             memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
-            size = blob.size + _signs_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
+            tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
+            size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
-                return Layout(threads, bits, whole, h.rounds == 2 and major == 9, blob, places | memory, size)
+                places = places | memory | {"BLOB_BYTES": tables_bytes}
+                return Layout(threads, bits, whole, h.rounds == 2 and major == 9, blob, places, size)
     return None
 
 
-def _signs_bytes(verb: str, h: Header) -> int:
-    """Bytes of the operands of one round of rotation: 16 a lane of float16 and, when encoding, 16 more of bfloat16."""
-    return 0 if h.rounds == 2 else 512 if verb == "decode" else 1024
+def _rotation_bytes(verb: str, h: Header) -> int:
+    """Bytes of the operands of one round of rotation: 16 a lane of float16 and, when encoding, 16 more of bfloat16.
+
+    Of two rounds: of panels of a matrix that is streamed, each of 32 columns of 16-bit numbers.
+    """
+    if h.rounds == 2:
+        return SLOTS * 32 * 2 * h.order if streamed(verb, h) else 0
+    return 512 if verb == "decode" else 1024
 
 
 def _stride_words(h: Header) -> int:
@@ -242,6 +253,8 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "BYTES": int(in_bytes(verb, h)),
         "BRAIN": int(in_brains(h)),
         "WARPGROUPS": int(layout.warpgroups),
+        "STREAMED": int(streamed(verb, h)),
+        "SLOTS": SLOTS,
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "ROWS": tile_rows(verb, h, effort),
         "WIDE": int(tile_rows(verb, h, effort) > ROWS),
@@ -251,7 +264,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
-        "SIGNS_BYTES": _signs_bytes(verb, h),
+        "ROTATION_BYTES": _rotation_bytes(verb, h),
         **layout.places,
         **(encoder_definitions(h, effort) if of_quads else {}),
     }

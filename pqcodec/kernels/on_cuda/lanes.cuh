@@ -21,10 +21,10 @@ constexpr __device__ int words_of(int rows) { return rows * ROW_BYTES / 4; }
 INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter * 8; }
 INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
 
-// Copies a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
-INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {
+// Copies bytes of a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
+template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {
 #pragma unroll 8
-    for (int i = threadIdx.x; i < BLOB_BYTES / 16; i += THREADS) memory[i] = __ldg(blob + i);
+    for (int i = threadIdx.x; i < BYTES_COPIED / 16; i += THREADS) memory[i] = __ldg(blob + i);
 }
 
 // The largest of the four lanes' numbers of a row, for each of them.

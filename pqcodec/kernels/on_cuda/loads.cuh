@@ -67,15 +67,16 @@ INLINE float value_of(const u32* stored, int i) {
 #endif
 }
 
+INLINE float in_range(float x) { return fminf(fmaxf(x, -LARGEST_32), LARGEST_32); }
+
 #if WIDE
-// A lane's channels of row ``row`` of a block, and of the eighth behind it: less their offsets and, unless they are multiplied
-// as they are stored, rounded to bfloat16: rows [2][PIECES][4]. ``owns``: their energies, as those of rotated coordinates.
-INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, int row, int lane,
-                          u32 (*rows)[PIECES][4], float* owns) {
+// Each piece of a lane's channels of row ``row`` of a block, and of the eighth behind it: ``use`` takes which of both rows it is,
+// the piece, its channels as they are stored, and less their offsets.
+template <int UNROLLED_PIECES = PIECES, typename Use>
+INLINE void each_piece(const u8* tables, const Block& block, const float* means, int row, int lane, Use use) {
     const int quarter = lane & 3;
-    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
     Turns turns[2];
-#pragma unroll
+#pragma unroll UNROLLED_PIECES
     for (int i = 0; i < PIECES; i++) {
         const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those with the same turns one after the other
         const int first = first_channel(quarter, piece);
@@ -108,16 +109,72 @@ INLINE void load_two_rows(const u8* tables, const Block& block, const float* mea
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] -= own[k];
 #endif
-#pragma unroll
-            for (int k = 0; k < 8; k += 2) {
-                even[part] = fmaf(numbers[k], numbers[k], even[part]);
-                odd[part] = fmaf(numbers[k + 1], numbers[k + 1], odd[part]);
-                rows[part][piece][k / 2] = PLAIN ? stored[k / 2] : pack_brains(numbers[k], numbers[k + 1]);
-            }
+            use(part, piece, stored, numbers);
         }
     }
+}
+
+// The energy of a row's channels, as that of its rotated coordinates.
+struct Energy {
+    float even = 0.0f, odd = 0.0f;
+
+    INLINE void add(const float* numbers) {
 #pragma unroll
-    for (int part = 0; part < 2; part++) owns[part] = (even[part] + odd[part]) * ((float)ORDER * ORDER);
+        for (int k = 0; k < 8; k += 2) {
+            even = fmaf(numbers[k], numbers[k], even);
+            odd = fmaf(numbers[k + 1], numbers[k + 1], odd);
+        }
+    }
+
+    INLINE float rotated() const { return (even + odd) * ((float)ORDER * ORDER); }
+};
+
+// Both rows' channels as they are multiplied, rows [2][PIECES][4]: as they are stored or, less their offsets, rounded to
+// bfloat16. ``owns``: their energies, as those of rotated coordinates.
+INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, int row, int lane,
+                          u32 (*rows)[PIECES][4], float* owns) {
+    Energy energies[2];
+    each_piece(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, const float* numbers) {
+        energies[part].add(numbers);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            rows[part][piece][k] = PLAIN ? stored[k] : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
+    });
+    owns[0] = energies[0].rotated(), owns[1] = energies[1].rotated();
+}
+
+// The same for rows of any size: they are multiplied with 2^exponent each, which brings the largest number between 2^13 and
+// 2^14. Wrong rows are zeros, and ``bad`` counts them.
+INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
+                                    u32 (*rows)[PIECES][4], float* owns, int* exponents) {
+    u32 stored_most[2] = {0, 0}, most[2] = {0, 0};  // the largest magnitudes, as bits
+    each_piece<1>(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, const float* numbers) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            stored_most[part] = max(stored_most[part], bits_of(value_of(stored, k)) & MAGNITUDE);
+            most[part] = max(most[part], bits_of(in_range(numbers[k])) & MAGNITUDE);
+        }
+    });
+    bool wrong[2];
+    float scale[2];
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        wrong[part] = largest_of_row(stored_most[part]) >= INFINITY_BITS;
+        bad += wrong[part] && row + 8 * part < block.tokens && (lane & 3) == 0;
+        const int octave = (int)(largest_of_row(most[part]) >> MANTISSA_BITS) - BIAS;
+        exponents[part] = wrong[part] ? 0 : min(13 - octave, 127);
+        scale[part] = power_of_two(exponents[part]);
+    }
+    Energy energies[2];
+    each_piece(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, float* numbers) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) numbers[k] = wrong[part] ? 0.0f : in_range(numbers[k]) * scale[part];
+        energies[part].add(numbers);
+#pragma unroll
+        for (int k = 0; k < 4; k++) rows[part][piece][k] = pack_entries(numbers[2 * k], numbers[2 * k + 1]);
+        asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
+    });
+    owns[0] = energies[0].rotated(), owns[1] = energies[1].rotated();
 }
 #endif
 
@@ -191,7 +248,7 @@ INLINE void careful_row(const u8* tables, const Block& block, const float* means
         of_row.of_piece(tables, means, position, quarter, piece, offsets);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            numbers[piece][i] = fminf(fmaxf(numbers[piece][i] - offsets[i], -LARGEST_32), LARGEST_32);
+            numbers[piece][i] = in_range(numbers[piece][i] - offsets[i]);
             most = max(most, bits_of(numbers[piece][i]) & MAGNITUDE);
         }
     }

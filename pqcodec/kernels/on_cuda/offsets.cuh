@@ -7,14 +7,14 @@
 // Every operation rounds by itself, for decoders' results depend on it.
 //
 // Needs OFFSETS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how
-// channels are paired), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn,
+// channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn,
 // and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank).
 #pragma once
 
 #include "block_place.cuh"
 #include "lanes.cuh"
 
-#if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % 32 == 0
+#if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % 32 == 0 && !(PARTS > 1)
 #define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
 #else
 #define APART 0

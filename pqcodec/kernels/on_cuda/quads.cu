@@ -1,4 +1,4 @@
-// Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 256.
+// Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 576.
 //
 // A warp decodes one block (a chunk of tokens of one leading index), a tile of sixteen rows at a time, and shares nothing with
 // other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4 and l / 4 + 8 of the tile. A quad is one
@@ -7,9 +7,10 @@
 // float32. The next tile's words are on their way while this one is decoded.
 //
 // The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Of a step of 32 inputs, a group of eight
-// quads, quarter q brings quads 2 q and 2 q + 1.
+// quads, quarter q brings quads 2 q and 2 q + 1. A matrix for which shared memory has no room is divided by its columns: PARTS
+// neighbouring thread blocks decode the same rows, each some pieces of them, and the first one's checksum counts.
 //
-// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
+// Needs PARTS, INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
 // bank), LEAST, MOST and LOG2_STEPS of radii, LARGEST_SUM (that the rotation makes), the sizes of shared memory (BLOB_BYTES,
 // and WARP_BYTES of each warp, of which STAGE_BYTES are a tile's), the tables MATRIX, POINTS and MANTISSAS, and what the other
 // files need.
@@ -24,6 +25,8 @@
 #include "stores.cuh"
 
 #define GROUPS (ORDER / 32)                   // of eight quads, of a row
+#define OWN_PIECES ((PIECES + PARTS - 1) / PARTS)  // of a thread block
+#define PART_BYTES (OWN_PIECES * 4 * BRICKS * BRICK_BYTES)
 #define SIGN_WORDS (ROWS * ORDER / 32)        // of a tile
 #define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
 #define SIGN_FETCHES ((SIGN_WORDS + 31) / 32)
@@ -222,14 +225,16 @@ INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const 
     }
 }
 
+// ``matrix``: the address of the first piece's strips, if they were there; ``part``: of the pieces.
 template <bool ORDINARY>
 INLINE void decode_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows,
-                        int quarter) {
+                        int quarter, int part) {
+    const int last = PARTS > 1 ? min((part + 1) * OWN_PIECES, PIECES) : PIECES;
 #pragma unroll 1
     for (int piece = 0; piece < APART; piece++)
         finish_rows<ORDINARY, 2>(tables, matrix, operands, block, rows, quarter, piece);
 #pragma unroll 1
-    for (int piece = 2 * APART; piece < PIECES; piece++)
+    for (int piece = 2 * APART + part * OWN_PIECES; piece < last; piece++)
         finish_rows<ORDINARY, 1>(tables, matrix, operands, block, rows, quarter, piece);
 }
 
@@ -246,7 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
     Fetched fetched;
     int base = 0;
-    u32 stored = 0, index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    const u32 part = blockIdx.x % PARTS, step = gridDim.x / PARTS;  // from one of a warp's blocks to the next
+    u32 stored = 0, index = (threadIdx.x >> 5) * step + blockIdx.x / PARTS;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
         fetch_tile(fetched, block, 0, lane);
@@ -254,11 +260,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         stored = __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1);
         if (lane == 0) *upcoming = block;
     }
-    copy_tables(blob, memory);
+    copy_tables<MATRIX_AT>(blob, memory);  // the matrix comes last
+    copy_tables<PART_BYTES>(blob + (MATRIX_AT + part * PART_BYTES) / 16, memory + MATRIX_AT / 16);
     __syncthreads();
-    const u32 matrix = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + lane * 16;
+    const u32 matrix = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + lane * 16 - part * PART_BYTES;
 
-    for (; index < blocks; index += gridDim.x * WARPS) {
+    for (; index < blocks; index += step * WARPS) {
         const Block block = *upcoming;
         const int words = block_bytes(block.tokens) / 4 - 1, block_base = base;
         const u32 checksum = stored;
@@ -281,8 +288,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 fetch_tile(fetched, block, first_row + ROWS, lane);
             } else {
                 sum_rest(tables, keys, block, lane, words, sum);
-                if (index + gridDim.x * WARPS < blocks) {
-                    const Block next = find_block(spans, firsts, starts, search, index + gridDim.x * WARPS);
+                if (index + step * WARPS < blocks) {
+                    const Block next = find_block(spans, firsts, starts, search, index + step * WARPS);
                     fetch_tile(fetched, next, 0, lane);
                     base = base_of(next);
                     stored = __ldcs(next.payload + block_bytes(next.tokens) / 4 - 1);
@@ -308,11 +315,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #if OFFSETS
             rows.position = position + rows.first;
 #endif
-            if (__all_sync(ALL_LANES, ordinary)) decode_rows<true>(tables, matrix, operands, block, rows, quarter);
-            else decode_rows<false>(tables, matrix, operands, block, rows, quarter);
+            if (__all_sync(ALL_LANES, ordinary)) decode_rows<true>(tables, matrix, operands, block, rows, quarter, part);
+            else decode_rows<false>(tables, matrix, operands, block, rows, quarter, part);
         }
         const u32 good = reduced(sum, 4 * words);
-        if (lane == 0) flags[index] = good != checksum;
+        if (lane == 0 && part == 0) flags[index] = good != checksum;
         __syncwarp();
     }
 }

@@ -16,12 +16,16 @@ from pqcodec.kernels.on_cuda.compiled import Layout, common_definitions, phase_c
 from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
 from pqcodec.stream.header import Header
 
-ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)
+BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with every effort
+ENCODED_ORDERS = (*BEST_ORDERS, 320, 384, 448, 512, 576)  # with effort "fast"
+DECODED_ORDERS = (*ENCODED_ORDERS, 288)
 ROWS = 16  # of a tile
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
 THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 256: 384}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
+LARGE_THREADS = 256  # of the orders beyond
+MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 
 
 def index_bytes(h: Header) -> int:
@@ -34,28 +38,32 @@ def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
 
     ``few``: there are few blocks, so that large tables do not pay.
     """
-    threads = (ROPE_THREADS if h.rope else THREADS)[h.order]
+    threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, LARGE_THREADS)
     memory = warp_memory("decode", h, _stage_bytes(h))
     all_copies = FEW_COPIES if few else COPIES
-    for keys, phases, copies in product((True, False), phase_copies(h, few), all_copies):
-        blob, places = _tables(h, keys, copies, phases)
-        size = blob.size + threads // 32 * memory["WARP_BYTES"]
+    for parts, keys, phases, copies in product(range(1, MOST_PARTS + 1), (True, False), phase_copies(h, few), all_copies):
+        blob, places = _tables(h, keys, copies, phases, parts)
+        shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
+        size = shared + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
-            return Layout(threads, 0, False, False, blob, places | memory, size)
+            return Layout(threads, 0, False, False, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
     return None
 
 
-def _tables(h: Header, keys: bool, copies: int, phases: int) -> tuple[np.ndarray, dict[str, int]]:
-    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have."""
+def _tables(h: Header, keys: bool, copies: int, phases: int, parts: int) -> tuple[np.ndarray, dict[str, int]]:
+    """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have.
+
+    The matrix comes last, in ``parts`` of the same size.
+    """
     plan = plan_for(h)
     points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # a byte for each coordinate, where its sign is
     own = {
         "POINTS": np.repeat(np.ascontiguousarray(points).view(np.uint32), copies, 1),
         "MANTISSAS": plan.mantissas,
-        "MATRIX": _matrix(h),
     }
-    words = h.blocks.chunk_bytes // 4
-    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0, phases)})
+    words, matrix = h.blocks.chunk_bytes // 4, _matrix(h)
+    matrix = np.pad(matrix, [(0, -len(matrix) % (4 * parts)), *[(0, 0)] * 3])  # strips: four are a piece
+    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0, phases), "MATRIX": matrix})
     return blob, {**places, "COPIES": copies, "PHASE_COPIES": phases}
 
 
@@ -78,6 +86,7 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
     least, most = c.QUADS_RADII
     return {
         **common_definitions(verb, h, layout.threads, layout.blob.size),
+        "PARTS": layout.parts,
         "INDEX_BITS": quads.table_of(plan_for(h)).bits,
         "INDEX_BYTES": index_bytes(h),
         "LEAST": f"({least})",

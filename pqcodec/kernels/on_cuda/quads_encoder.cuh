@@ -210,50 +210,57 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-// Two rows' bits, in a stage that held zeros. ``stored`` [2][PIECES][4]: a lane's channels as they are multiplied.
+#define UNROLLED (STREAMED ? 2 : PANELS)  // panels: an even number of them, if they are streamed
+
+// Two rows' bits, in a stage that held zeros. ``stored`` [2][PIECES][4]: a lane's channels as they are multiplied, times
+// 2^exponent each; ``own``: their energies.
 INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, u32 (*stored)[PIECES][4],
-                            const float* own) {
+                            const float* own, const int* exponents, Panels& panels) {
     float scale[2];
     u32 operands[2 * PIECES][4], apart[2][4];
     u64 codes[2];
 #pragma unroll
     for (int part = 0; part < 2; part++) {
-        const u32 radius = radius_of_row(own[part], 0);
-        scale[part] = scale_of(radius, 0);
+        const u32 radius = radius_of_row(own[part], exponents[part]);
+        scale[part] = scale_of(radius, exponents[part]);
         if (quarter == 0) stage[tile_row + 8 * part] = radius;
 #pragma unroll
         for (int i = 0; i < 4 * PIECES; i++) operands[i / 2][i % 2 * 2 + part] = stored[part][i / 4][i % 4];
     }
     Sum both_sums[2][STRIPS][4];
-    begin_together<false>(tables, 0, operands, both_sums[0]);
+    begin_together<false>(panels.first(), operands, both_sums[0]);
+#pragma unroll 1
+    for (int first = 0; first < PANELS; first += UNROLLED)
 #pragma unroll
-    for (int panel = 0; panel < PANELS; panel++) {
-        Sum(*sums)[4] = both_sums[panel % 2];
-        if (panel + 1 < PANELS) {  // on its way while this one's quads are coded
-            begin_together<false>(tables, panel + 1, operands, both_sums[(panel + 1) % 2]);
-            wait_together<false, 1>(sums);
-        } else {
-            wait_together<false, 0>(sums);
+        for (int i = 0; i < UNROLLED; i++) {
+            const int panel = first + i;
+            Sum(*sums)[4] = both_sums[i % 2];
+            const u32 next = panels.next(panel);
+            if (panel + 1 < PANELS) {  // on its way while this one's quads are coded
+                begin_together<false>(next, operands, both_sums[(i + 1) % 2]);
+                wait_together<false, 1>(sums);
+            } else {
+                wait_together<false, 0>(sums);
+            }
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                float quads[2][4];
+                u32 numbers[2];
+                if (panel % 4 == 0)
+#pragma unroll
+                    for (int k = 0; k < 4; k++) apart[part][k] = 0;
+#pragma unroll
+                for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[k / 2][2 * part + k % 2];
+                add_signs(quads[0], apart[part]), add_signs(quads[1], apart[part]);
+                two_points(tables, quads[0], quads[1], scale[part], numbers);
+                const u64 both = numbers[0] | (u64)numbers[1] << INDEX_BITS;
+                codes[part] = i % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
+                if (i % 2) put_numbers<4>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel - 2);
+                else if (panel == PANELS - 1) put_numbers<2>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel);
+                const int quad = quarter * QUADS + panel / 4 * 8;
+                if (panel % 4 == 3) put_signs<8>(apart[part], stage, tile_row + 8 * part, quad);
+                else if (panel == PANELS - 1) put_signs<QUADS % 8>(apart[part], stage, tile_row + 8 * part, quad);
+            }
         }
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            float quads[2][4];
-            u32 numbers[2];
-            if (panel * 2 % 8 == 0)
-#pragma unroll
-                for (int i = 0; i < 4; i++) apart[part][i] = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) quads[i / 4][i % 4] = sums[i / 2][2 * part + i % 2];
-            add_signs(quads[0], apart[part]), add_signs(quads[1], apart[part]);
-            two_points(tables, quads[0], quads[1], scale[part], numbers);
-            const u64 both = numbers[0] | (u64)numbers[1] << INDEX_BITS;
-            codes[part] = panel % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
-            if (panel % 2) put_numbers<4>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel - 2);
-            else if (panel == PANELS - 1) put_numbers<2>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel);
-            const int quad = quarter * QUADS + panel / 4 * 8;
-            if (panel % 4 == 3) put_signs<8>(apart[part], stage, tile_row + 8 * part, quad);
-            else if (panel == PANELS - 1) put_signs<QUADS % 8>(apart[part], stage, tile_row + 8 * part, quad);
-        }
-    }
 }
 #endif

@@ -20,7 +20,7 @@
 //     a lane, the strip       OUT_HIGH, OUT_LOW                            added by Signs.operands
 //     the step, the strip     all others                                   counted_bits
 //
-// Needs DECODER or ENCODER, ORDER, LOG2_ORDER, DTYPE, BLOB_BYTES, SIGNS_BYTES, and the tables SIGNS (D's signs as packed 16-bit
+// Needs DECODER or ENCODER, ORDER, LOG2_ORDER, DTYPE, BLOB_BYTES, ROTATION_BYTES, and the tables SIGNS (D's signs as packed 16-bit
 // numbers) and SIGNS_32 (as the top bits of words).
 #pragma once
 
@@ -103,14 +103,14 @@ struct Signs {
 INLINE u32 counted_bits(u32 input, u32 output) { return input & output & ~(1u << IN); }
 
 INLINE Signs signs_of(const u8* tables, int lane, bool brain) {
-    return reinterpret_cast<const Signs*>(tables + BLOB_BYTES + (brain ? SIGNS_BYTES / 2 : 0))[lane];
+    return reinterpret_cast<const Signs*>(tables + BLOB_BYTES + (brain ? ROTATION_BYTES / 2 : 0))[lane];
 }
 
 // Writes a lane's Signs behind the tables: of float16 and, when encoding, of bfloat16.
 INLINE void prepare_signs(u8* tables, int lane) {
     reinterpret_cast<Signs*>(tables + BLOB_BYTES)[lane].prepare(lane, HALF_ONES);
 #ifdef ENCODER
-    reinterpret_cast<Signs*>(tables + BLOB_BYTES + SIGNS_BYTES / 2)[lane].prepare(lane, BRAIN_ONES);
+    reinterpret_cast<Signs*>(tables + BLOB_BYTES + ROTATION_BYTES / 2)[lane].prepare(lane, BRAIN_ONES);
 #endif
 }
 

@@ -13,7 +13,8 @@
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
 //
 // Needs BYTES, BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
-// ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
+// ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory has no room for it,
+// but for SLOTS panels, three).
 #pragma once
 
 #include "lanes.cuh"
@@ -45,8 +46,10 @@ typedef float Sum;
 // Below, ``sums`` [strips][4] are of two columns each: two of the first part, two of the second. ``parts`` [..][4] are mma's
 // operands of four registers: {first part, second part} of one brick's inputs, and of the next one's.
 
+#define PANEL_BYTES (STRIPS * BRICKS * BRICK_BYTES)
+
 INLINE u32 panel_address(const u8* tables, int panel) {
-    return (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + panel * (STRIPS * BRICKS * BRICK_BYTES);
+    return (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + panel * PANEL_BYTES;
 }
 
 // -- by one warp ----------------------------------------------------------------------------------------------------
@@ -63,10 +66,10 @@ INLINE void load_bricks(u32 address, u32* bricks) {
                  : "r"(address));
 }
 
-// A panel's sums. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of brick 0, second part of brick 1, first
+// The sums of a panel, of which ``panel`` is the address. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of brick 0, second part of brick 1, first
 // of 2, second of 3}; the sums of first parts are the first STRIPS, those of second parts the others.
-template <bool TWICE> INLINE void multiply(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
-    const u32 address = panel_address(tables, panel) + (threadIdx.x & 31) * 16;
+template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    const u32 address = panel + (threadIdx.x & 31) * 16;
 #pragma unroll
     for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)
         sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = 0;
@@ -112,17 +115,15 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, 
 }
 
 // Begins what ``multiply`` does; the sums may not be touched before they are waited for.
-template <bool TWICE> INLINE void begin_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
-    const u32 matrix = panel_address(tables, 0) / 16;
-    const int first = panel * STRIPS * BRICKS;
+template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
 #pragma unroll
     for (int i = 0; i < BRICKS / (TWICE ? 4 : 2); i++)  // operands are in their registers before the fence
         asm volatile("" : : "r"(parts[i][0]), "r"(parts[i][1]), "r"(parts[i][2]), "r"(parts[i][3]));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int brick = 0; brick < BRICKS; brick += TWICE ? 4 : 2) {
-        wgmma_step(sums, parts[brick / (TWICE ? 4 : 2)], matrix, first + brick, TWICE ? 2 : 1, brick);
-        if (TWICE) wgmma_step(sums + STRIPS, parts[brick / 4], matrix, first + brick + 1, 2, brick);
+        wgmma_step(sums, parts[brick / (TWICE ? 4 : 2)], panel / 16, brick, TWICE ? 2 : 1, brick);
+        if (TWICE) wgmma_step(sums + STRIPS, parts[brick / 4], panel / 16, brick + 1, 2, brick);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -135,15 +136,15 @@ template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {
         asm volatile("" : FOUR(sums[strip]));
 }
 #else
-template <bool TWICE> INLINE void begin_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
-    multiply<TWICE>(tables, panel, parts, sums);
+template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    multiply<TWICE>(panel, parts, sums);
 }
 template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {}
 #endif
 
 // What ``multiply`` finds.
-template <bool TWICE> INLINE void multiply_together(const u8* tables, int panel, const u32 (*parts)[4], Sum (*sums)[4]) {
-    begin_together<TWICE>(tables, panel, parts, sums);
+template <bool TWICE> INLINE void multiply_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+    begin_together<TWICE>(panel, parts, sums);
     wait_together<TWICE, 0>(sums);
 }
 
@@ -156,7 +157,7 @@ struct BackRotation {
 
     // A lane's eight channels of a piece. ``quads`` [QUADS][2]: its coordinates, as low and high bytes.
     INLINE void eight_channels(const u8* tables, u32 (*quads)[2], int quarter, int piece, float* numbers) {
-        if (piece % 2 == 0) multiply_together<false>(tables, piece / 2, reinterpret_cast<u32 (*)[4]>(quads), sums);
+        if (piece % 2 == 0) multiply_together<false>(panel_address(tables, piece / 2), reinterpret_cast<u32 (*)[4]>(quads), sums);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const Sum* both = sums[piece % 2 * 4 + i / 2];
@@ -167,13 +168,70 @@ struct BackRotation {
 #endif
 
 #ifdef ENCODER
+// -- the matrix's panels, one after the other -----------------------------------------------------------------------
+#if STREAMED
+// Shared memory has no room for the matrix: it holds one panel that is multiplied with, one that will be, and one that is on
+// its way. All warps go from panel to panel in step, and from the last one to the first.
+struct Panels {
+    const u8* matrix;  // in the device's memory
+    u32 slots;         // the address of the first
+    int slot;          // of the panel that is multiplied with
+
+    INLINE Panels(const u8* tables, const u8* matrix)
+        : matrix(matrix), slots((u32)__cvta_generic_to_shared(tables + BLOB_BYTES)), slot(0) {
+        send_for(0, 0), send_for(1, 1);
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    }
+
+    INLINE void send_for(int panel, int to) {
+#pragma unroll
+        for (int i = 0; i < PANEL_BYTES / 16; i += THREADS) {
+            const int place = i + threadIdx.x;
+            if (PANEL_BYTES / 16 % THREADS == 0 || place < PANEL_BYTES / 16)
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slots + to * PANEL_BYTES + place * 16),
+                             "l"(matrix + panel * PANEL_BYTES + place * 16)
+                             : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    INLINE int behind(int way) const { return slot + way < SLOTS ? slot + way : slot + way - SLOTS; }
+
+    // The address of the first panel; it has come.
+    INLINE u32 first() const { return slots + slot * PANEL_BYTES; }
+
+    // The address of the panel behind ``panel``, which is multiplied with, or was; the one behind that is sent for.
+    INLINE u32 next(int panel) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+#if WARPGROUPS
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma sees it
+#endif
+        __syncthreads();
+        send_for(panel + 2 < PANELS ? panel + 2 : panel + 2 - PANELS, behind(2));
+        slot = behind(1);
+        return slots + slot * PANEL_BYTES;
+    }
+
+    INLINE void finish() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+};
+#else
+struct Panels {
+    u32 matrix;
+
+    INLINE Panels(const u8* tables) : matrix(panel_address(tables, 0)) {}
+    INLINE u32 first() const { return matrix; }
+    INLINE u32 next(int panel) { return matrix + (panel + 1) * PANEL_BYTES; }
+    INLINE void finish() {}
+};
+#endif
+
 // -- encoding: coordinates, ORDER times too long; with BYTES half of that -------------------------------------------
 template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*parts)[4], float (*quads)[4]) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++) {
         Sum sums[(TWICE ? 2 : 1) * STRIPS][4];
-        if (TOGETHER) multiply_together<TWICE>(tables, panel, parts, sums);
-        else multiply<TWICE>(tables, panel, parts, sums);
+        if (TOGETHER) multiply_together<TWICE>(panel_address(tables, panel), parts, sums);
+        else multiply<TWICE>(panel_address(tables, panel), parts, sums);
 #pragma unroll
         for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll

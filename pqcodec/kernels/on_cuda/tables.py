@@ -58,16 +58,21 @@ def blob_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
 
 def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[str, np.ndarray]:
     """Of every coding of ``blocks.cu``: the rotation's matrix or signs, and what ``shared_tables`` gives."""
-    if plan.rounds == 2:
-        arrays = {"MATRIX": _matrix(verb, h)}
-    else:
+    matrix = {"MATRIX": _matrix(verb, h)} if plan.rounds == 2 else {}
+    arrays = {}
+    if not matrix:
         signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
         one = (0x3C00 if h.dtype == c.DTYPE_FLOAT16 else 0x3F80) * 0x10001
         arrays = {"SIGNS": (signs[0::2] >> 16 | signs[1::2]) ^ one, "SIGNS_32": signs}
     words = -(-h.chunk_tokens // ROWS) * ROWS * plan.row_bytes // 4
     if h.coding == c.CODING_QUADS:
         words = h.blocks.chunk_bytes // 4
-    return {**arrays, **shared_tables(h, words if keys else 0, copies)}
+    return {**arrays, **shared_tables(h, words if keys else 0, copies), **matrix}
+
+
+def streamed(verb: str, h: Header) -> bool:
+    """Whether the matrix of two rounds, which comes last, is too large for shared memory, and is brought a panel at a time."""
+    return verb == "encode" and h.rounds == 2 and h.order > max(ORDERS)
 
 
 def shared_tables(h: Header, words: int, copies: int) -> dict[str, np.ndarray]:

@@ -1,20 +1,24 @@
-// Law: how a warp goes through its blocks and their rows: alone or, with WARPGROUPS, together with three others.
+// Law: how a warp goes through its blocks and their rows: alone, in step with three others (WARPGROUPS), or with all of its
+// thread block (STREAMED).
 //
 // wgmma multiplies for four warps at once (a warpgroup), so all four must arrive at it, as long as one of them has a block and
-// in it rows. A warp that has none is idle: it codes rows that nobody wants, and writes nothing.
+// in it rows; and all warps wait for each panel of a matrix that is streamed. A warp that has none is idle: it codes rows that
+// nobody wants, and writes nothing.
 //
-// Needs WARPGROUPS.
+// Needs WARPGROUPS, STREAMED.
 #pragma once
 
 #include "numbers.cuh"
 
-#if WARPGROUPS
-// Whether a warp goes on with block ``index``: whether the first warp of the four has a block.
-#define WORK_LEFT(index, blocks) ((index) - (threadIdx.x >> 5 & 3) * gridDim.x < (blocks))
+#define IN_STEP (WARPGROUPS || STREAMED)
+
+#if IN_STEP
+// Whether a warp goes on with block ``index``: whether the first warp of those in step has a block.
+#define WORK_LEFT(index, blocks) ((index) - (threadIdx.x >> 5 & (STREAMED ? 31 : 3)) * gridDim.x < (blocks))
 
 #define IS_IDLE(index, blocks) ((index) >= (blocks))
 
-// Whether a warp goes on with the tile of rows from ``first_row`` on; ``more``: whether one of the four has rows there.
+// Whether a warp goes on with the tile of rows from ``first_row`` on; ``more``: whether one of those in step has rows there.
 INLINE bool rows_left(int first_row, int tokens, int more) { return more; }
 
 // Whether a warp's own block has no rows left, while it goes on for the others.
@@ -22,9 +26,13 @@ INLINE bool is_past(int first_row, int tokens) { return first_row >= tokens; }
 
 // A barrier of all threads, after which wgmma sees what each of them wrote into shared memory.
 INLINE void tables_are_written() {
+#if WARPGROUPS
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
     __syncthreads();
 }
+
+#if WARPGROUPS
 
 // How many of the four warps say yes to the first question, plus 8 for each that says yes to the second. Lane 0 answers the
 // first; eight lanes answer the second.
@@ -36,6 +44,16 @@ INLINE u32 votes_of_four(bool first, bool second) {
                  : "r"(1 + (threadIdx.x >> 7)), "r"(yes)  // a barrier of each warpgroup's own
                  : "memory");
     return votes;
+}
+#endif
+
+// Whether one of the warps in step says yes.
+INLINE int any_in_step(bool yes) {
+#if STREAMED
+    return __syncthreads_or(yes);
+#else
+    return votes_of_four(false, yes) >> 3;
+#endif
 }
 #else
 #define WORK_LEFT(index, blocks) ((index) < (blocks))
