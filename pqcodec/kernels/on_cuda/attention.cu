@@ -41,12 +41,13 @@
 #define QUADS_K (ORDER / 16)  // of a lane, of a key
 #define QUADS_V (ORDER / 32)  // of a lane, of a value
 #define TILE 32               // tokens
-#define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned
+#define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned; BOTH: of two, 128
 #define UNITS ((CHUNK + UNIT - 1) / UNIT)  // of a block
-#define PARTS (CHUNK > TILE ? 2 : 1)       // tiles of a unit
+#define PARTS (BOTH ? 4 : CHUNK > TILE ? 2 : 1)  // tiles of a unit
 #define QUERIES_KEPT (0 && SPARE && ORDER <= 128)  // in registers
 #define NOTHING (-1e30f)      // a maximum of no scores
-#define ROOM 14               // log2 of the largest value's weight, so that small ones are far from float16's smallest
+#define ROOM 14               // log2 of a value's weight whose score is the maximum, so that small ones are far from float16's smallest
+#define SLACK 1.0f            // a running maximum is one that scores exceed by so much at most: float16 has room for weights of 2^15
 #define STEPS (PAIRS / 8)     // of mma, over pairs of channels
 
 // -- where things are -----------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ INLINE void rotate_back(float* row, const int* __restrict__ rotation, float* buf
 
 // What the keys' mean adds to scores under RoPE is found by mma, too: see add_means.
 #define MEANS (PAIRS && K_OFFSETS)
-#define BOTH (MEANS && SPARE && PARTS == 2)  // tiles of a unit at once
+#define BOTH (MEANS && SPARE && CHUNK % TILE == 0)  // halves of a unit at once
 
 // -- queries --------------------------------------------------------------------------------------------------------
 // Leaves the rows' queries in shared memory: rotated, as operands of mma of their largest number's size; what a score of such
@@ -552,17 +553,18 @@ INLINE void load_values(Values& values, const Tile& tile, i64 payload, int head,
 // -- the keys' mean -------------------------------------------------------------------------------------------------
 // A row's sum of the coefficients' turns at a token is that at the first of some tokens, and the product of the coefficients there
 // with (cos - 1, sin) of the turn from there on: float16 is enough for that, as most pairs turn little. These tokens are a unit's;
-// where columns are spare (BOTH), they are a tile's: columns 0 to 3 are turned to the unit's first tile, and 4 to 7 to its second.
+// where columns are spare (BOTH), a unit is four tiles, which may lie in several blocks: columns 0 to 3 are turned to the first of
+// them, and 4 to 7 to the third.
 #define STEP_WORDS (HALVES * (BOTH ? 32 : LANES) * 2 + 8)  // of operands
 
 // The shared memory of one warp: factors of a tile's rows, and the turned coefficients, as operands.
 struct WarpMemory {
     float factors[2][TILE];
 #if MEANS
-    float first[ROWS];  // what the mean adds to the scores of the first token, by columns (BOTH: four of each tile)
+    float first[ROWS];  // what the mean adds to the scores of the first token, by columns (BOTH: four of each half)
     u32 operands[STEPS * STEP_WORDS];
 #if BOTH
-    float2 added[2][TILE / 8][16];  // what it adds to those of each tile beside that, as lanes need it
+    float2 added[PARTS][TILE / 8][16];  // what it adds to those of each tile beside that, as lanes need it
 #endif
 #endif
 };
@@ -587,7 +589,7 @@ INLINE float sums_of_warp(float* x, int lane) {
     return sum + __shfl_xor_sync(ALL_LANES, sum, 1);
 }
 
-// Turns the coefficients to a token at ``position`` (and to that TILE behind it). Decoders turn by the 16 upper bits of a phase:
+// Turns the coefficients to a token at ``position`` (and to that UNIT behind it). Decoders turn by the 16 upper bits of a phase:
 // half a step less, on average. Each lane takes some pairs, of all rows.
 INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* about_rows, u32 position, const u32* frequencies,
                               int lane) {
@@ -601,7 +603,7 @@ INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* 
         float cosine[TURNS], sine[TURNS];
 #pragma unroll
         for (int i = 0; i < TURNS; i++) {
-            const int phase = (int)((position + i * TILE) * frequency - (1u << 15));
+            const int phase = (int)((position + i * UNIT) * frequency - (1u << 15));
             const float angle = (float)phase * 1.46291807927e-9f;  // 2 pi / 2^32
             cosine[i] = __cosf(angle), sine[i] = __sinf(angle);
         }
@@ -733,16 +735,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     }
 
     const int coded = (int)fields[CODED], least = (int)fields[LEAST];  // tokens before that one do not count
-    const int first_unit = (int)fields[FIRST_CHUNK] * UNITS + warp, last_unit = (int)fields[LAST_CHUNK] * UNITS;
     const i64 k_payload = fields[K_PAYLOAD], v_payload = fields[V_PAYLOAD];
     // Tile ``number`` of this warp; behind the last one, that one again.
+#if BOTH
+    constexpr int TILES = CHUNK / TILE;  // of a block
+    const int first_tile = (int)fields[FIRST_CHUNK] * TILES, last_tile = (int)fields[LAST_CHUNK] * TILES;
+    const auto place_of_tile = [&](int number) {
+        return first_tile + (number / PARTS * WARPS + warp) * PARTS + number % PARTS;
+    };
+    const auto is_there = [&](int number) { return place_of_tile(number) < last_tile; };
+    const auto tile_at = [&](int number) {
+        const int tile = min(place_of_tile(number), last_tile - 1), block = tile / TILES;
+        return Tile{block, tile % TILES * TILE, min(coded - block * CHUNK, CHUNK)};
+    };
+#else
+    const int first_unit = (int)fields[FIRST_CHUNK] * UNITS + warp, last_unit = (int)fields[LAST_CHUNK] * UNITS;
+    const auto is_there = [&](int number) { return first_unit + number / PARTS * WARPS < last_unit; };
     const auto tile_at = [&](int number) {
         const int unit = min(first_unit + number / PARTS * WARPS, last_unit - 1), block = unit / UNITS;
         return Tile{block, unit % UNITS * UNIT + number % PARTS * TILE, min(coded - block * CHUNK, CHUNK)};
     };
+#endif
     Keys keys;
     Tile next;
-    if (first_unit < last_unit) {
+    if (is_there(0)) {
         next = tile_at(0);
         load_keys(keys, next, k_payload, head, heads, lane);
     }
@@ -783,7 +799,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     int largest = -(1 << 20);  // radius of values so far, in steps: weights are in units of it
 
 #pragma unroll 1
-    for (int number = 0; first_unit + number / PARTS * WARPS < last_unit; number++) {
+    for (int number = 0; is_there(number); number++) {
         const Tile tile = next;
         next = tile_at(number + 1);
         if (!tile.counts(least)) {
@@ -805,10 +821,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         float added[TILE / 16][HALVES][4];
 #if BOTH
         if (turns) {
-            add_means(memory, mine, 0, lane, added);
 #pragma unroll
-            for (int j = 0; j < TILE / 8; j++)
-                mine.added[t / 2][j][2 * g + t % 2] = {added[j / 2][0][j % 2 * 2], added[j / 2][0][j % 2 * 2 + 1]};
+            for (int i = 0; i < 2; i++) {
+                add_means(memory, mine, i * TILE, lane, added);
+#pragma unroll
+                for (int j = 0; j < TILE / 8; j++)
+                    mine.added[t / 2 * 2 + i][j][2 * g + t % 2] = {added[j / 2][0][j % 2 * 2], added[j / 2][0][j % 2 * 2 + 1]};
+            }
             __syncwarp();
         }
 #pragma unroll
@@ -855,7 +874,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             for (int column = 0; column < 2; column++) {
                 const float4 row = about_rows[row_of(8 * half + 2 * t + column)];
 #if MEANS
-                const float row_z = mine.first[(BOTH ? 4 * part : 0) + row_of(8 * half + 2 * t + column)];
+                const float row_z = mine.first[(BOTH ? part / 2 * 4 : 0) + row_of(8 * half + 2 * t + column)];
 #endif
 #pragma unroll
                 for (int j = 0; j < TILE / 8; j++) {
@@ -878,32 +897,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
                 if (token >= tile.tokens || tile.block * CHUNK + token < least)
                     scores[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = NOTHING;
             }
-        float now[HALVES][2];
-#pragma unroll
-        for (int i = 0; i < 2 * HALVES; i++) {
-            now[i / 2][i % 2] = most[i / 2][i % 2];
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++)
-                now[i / 2][i % 2] = fmaxf(now[i / 2][i % 2], scores[j / 2][i / 2][j % 2 * 2 + i % 2]);
-        }
+        float now[HALVES][2];  // the largest scores of this lane's tokens
         const int top = v_base + 254;  // the block's largest radius is this one at most
         bool changed = top > largest;
-        float shrunk[HALVES][2];
 #pragma unroll
         for (int i = 0; i < 2 * HALVES; i++) {
             float& its = now[i / 2][i % 2];
+            its = scores[0][i / 2][i % 2];
 #pragma unroll
-            for (int apart = 4; apart < 32; apart *= 2) its = fmaxf(its, __shfl_xor_sync(ALL_LANES, its, apart));
-            shrunk[i / 2][i % 2] = exp2_of(most[i / 2][i % 2] - its);
-            changed = changed || its != most[i / 2][i % 2];
-            most[i / 2][i % 2] = its, total[i / 2][i % 2] *= shrunk[i / 2][i % 2];
+            for (int j = 1; j < TILE / 8; j++) its = fmaxf(its, scores[j / 2][i / 2][j % 2 * 2 + i % 2]);
+            changed = changed || its > most[i / 2][i % 2] + SLACK;
         }
         if (__any_sync(ALL_LANES, changed)) {
             const float factor = top > largest ? exp2_of((float)(largest - top) * (1.0f / RADIUS_STEPS)) : 1.0f;
             largest = max(largest, top);
 #pragma unroll
-            for (int i = 0; i < HALVES * FOURS * 4; i++)
-                sums[i / (4 * FOURS)][i / 4 % FOURS][i % 4] *= shrunk[i / (4 * FOURS)][i % 2] * factor;
+            for (int i = 0; i < 2 * HALVES; i++) {
+                float its = fmaxf(now[i / 2][i % 2], most[i / 2][i % 2]);
+#pragma unroll
+                for (int apart = 4; apart < 32; apart *= 2) its = fmaxf(its, __shfl_xor_sync(ALL_LANES, its, apart));
+                const float shrunk = exp2_of(most[i / 2][i % 2] - its);
+                most[i / 2][i % 2] = its, total[i / 2][i % 2] *= shrunk;
+#pragma unroll
+                for (int k = 0; k < FOURS * 2; k++) sums[i / 2][k / 2][k % 2 * 2 + i % 2] *= shrunk * factor;
+            }
         }
         mine.factors[1][lane] =
             v_code ? exp2_of((float)(v_base + v_code - 1 - largest) * (1.0f / RADIUS_STEPS) + ROOM) : 0.0f;

@@ -143,7 +143,7 @@ def attention_layout(kind: AttentionKind) -> Layout:
     turns_at = k_bytes + (len(tables[1]) * 8 * v_copies if len(tables) > 1 else 0)
     pairs = len(kind.keys.rope.frequencies) if kind.keys.rope else 0
     both = _both(kind)
-    turns = _turns(kind.keys.rope.frequencies, TILE if both else UNIT) if kind.keys.rope else np.zeros(0, np.uint8)
+    turns = _turns(kind.keys.rope.frequencies, UNIT) if kind.keys.rope else np.zeros(0, np.uint8)
     threads, order, rows, halves = THREADS[kind.keys.order], kind.keys.order, kind.rows, -(-kind.rows // 8)
     lanes = 16 if rows <= 4 else 32
     blob = np.concatenate([*(table.reshape(-1).view(np.uint8) for table in tables), turns])
@@ -152,7 +152,7 @@ def attention_layout(kind: AttentionKind) -> Layout:
     inputs_at = coefficients_at + rows * pairs * 8
     warps_at = inputs_at + order // 16 * halves * lanes * 8
     warp_bytes = 4 * (2 * TILE + (8 * halves + pairs // 8 * (halves * (32 if both else lanes) * 2 + 8) if pairs else 0))
-    warp_bytes += both * TILE * 32
+    warp_bytes += both * UNIT * 32
     results = 4 * max(
         threads * order * halves // 4,
         threads // 32 * rows * order,
@@ -182,8 +182,8 @@ def _tables(kind: AttentionKind) -> tuple[list[np.ndarray], list[int]]:
 
 
 def _both(kind: AttentionKind) -> bool:
-    """Whether the kernel finds what the keys' mean adds for two tiles at once (BOTH in ``attention.cu``)."""
-    return kind.keys.rope is not None and kind.keys.offsets and kind.rows <= 4 and kind.keys.chunk_tokens > TILE
+    """Whether the kernel finds what the keys' mean adds for two halves of a unit at once (BOTH in ``attention.cu``)."""
+    return kind.keys.rope is not None and kind.keys.offsets and kind.rows <= 4 and kind.keys.chunk_tokens % TILE == 0
 
 
 def _turns(frequencies: Sequence[int], tokens: int) -> np.ndarray:
