@@ -519,35 +519,30 @@ struct Keys {
     }
 };
 
-// ``part``: of sixteen tokens.
 struct Values {
-    Indices<V_BITS, QUADS_V> indices[4];
-    u32 signs[4];
+    Indices<V_BITS, QUADS_V> indices[TILE / 4];
+    u32 signs[TILE / 4];
+    int code, base;
 
-    template <bool FULL> INLINE void load(const Tile& tile, int tokens, const Planes& planes, int part, int lane) {
+    template <bool FULL> INLINE void load(const Tile& tile, int tokens, i64 payload, int head, int heads, int lane) {
+        const Planes planes = planes_of<V_BYTES>(payload, tile.block, tokens, head, heads);
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int token = tile.first + 16 * part + 2 * t, behind = i / 2 * 8 + i % 2;
+        for (int i = 0; i < TILE / 4; i++) {
+            const int token = tile.first + 2 * t, behind = i / 2 * 8 + i % 2;
             const int row = FULL ? token : min(token + behind, tokens - 1), more = FULL ? behind : 0;
             indices[i].template load<V_BYTES>(planes.indices, row, more, g * QUADS_V);
             signs[i] = __ldcs(planes.signs + (row * (ORDER / 32) + g * QUADS_V / 8) + more * (ORDER / 32));
         }
+        code = __ldg(planes.radii + (FULL ? tile.first + lane : min(tile.first + lane, tokens - 1)));
+        base = base_of<FULL>(planes, tokens);
     }
 };
 
-// Loads a tile of keys; of a block that is full, from places that are known when this is compiled.
-#define IS_FULL(tile) (CHUNK % TILE == 0 && (tile).tokens == CHUNK)
-INLINE void load_keys(Keys& keys, const Tile& tile, i64 payload, int head, int heads, int lane) {
-    if (IS_FULL(tile)) keys.template load<true>(tile, CHUNK, payload, head, heads, lane);
-    else keys.template load<false>(tile, tile.tokens, payload, head, heads, lane);
-}
-
-INLINE void load_values(Values& values, const Tile& tile, i64 payload, int head, int heads, int part, int lane) {
-    if (IS_FULL(tile))
-        values.template load<true>(tile, CHUNK, planes_of<V_BYTES>(payload, tile.block, CHUNK, head, heads), part, lane);
-    else
-        values.template load<false>(tile, tile.tokens, planes_of<V_BYTES>(payload, tile.block, tile.tokens, head, heads), part, lane);
+// Loads a tile of keys or values; of a block that is full, from places that are known when this is compiled.
+template <typename Side> INLINE void load_tile(Side& side, const Tile& tile, i64 payload, int head, int heads, int lane) {
+    if (CHUNK % TILE == 0 && tile.tokens == CHUNK) side.template load<true>(tile, CHUNK, payload, head, heads, lane);
+    else side.template load<false>(tile, tile.tokens, payload, head, heads, lane);
 }
 
 // -- the keys' mean -------------------------------------------------------------------------------------------------
@@ -561,7 +556,7 @@ INLINE void load_values(Values& values, const Tile& tile, i64 payload, int head,
 struct WarpMemory {
     float factors[2][TILE];
 #if MEANS
-    float first[ROWS];  // what the mean adds to the scores of the first token, by columns (BOTH: four of each half)
+    float4 first[ROWS];  // as about_rows, .z at the first token, by columns (BOTH: four of each half)
     u32 operands[STEPS * STEP_WORDS];
 #if BOTH
     float2 added[PARTS][TILE / 8][16];  // what it adds to those of each tile beside that, as lanes need it
@@ -623,12 +618,14 @@ INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* 
 #pragma unroll
     for (int i = 0; i < 8; i++) eight[i] = sums[i / 4][i % 4];
     const float sum = sums_of_warp(eight, lane);
-    if (lane % 4 == 0) mine.first[lane / 4] = fmaf(sum, about_rows[lane / 4 % 4].y, about_rows[lane / 4 % 4].z);
+    const float4 its = about_rows[lane / 4 % 4];
+    if (lane % 4 == 0) mine.first[lane / 4] = {its.x, its.y, fmaf(sum, its.y, its.z), 0.0f};
 #else
 #pragma unroll
     for (int row = 0; row < ROWS_USED; row++) {
         const float sum = sum_of_warp(sums[0][row]);
-        if (lane == 0) mine.first[row] = fmaf(sum, about_rows[row].y, about_rows[row].z);
+        const float4 its = about_rows[row];
+        if (lane == 0) mine.first[row] = {its.x, its.y, fmaf(sum, its.y, its.z), 0.0f};
     }
 #endif
 }
@@ -685,10 +682,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     __shared__ float warp_most[WARPS * ROWS], warp_total[WARPS * ROWS];
     __shared__ float4 about_rows[ROWS];  // as prepare leaves them
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int encoded = gridDim.x / blocks * (blocks - 1);  // blocks of these come before the others
-    const bool is_exact = blockIdx.x >= encoded;
-    const int which = is_exact ? blockIdx.x - encoded : blockIdx.x / (blocks - 1), head = which % heads;
-    const int share = is_exact ? blocks - 1 : blockIdx.x % (blocks - 1);
+    const int whole = gridDim.x / blocks;  // heads of all sequences: all begin with their first share, and end with the last
+    const int which = blockIdx.x % whole, head = which % heads, share = blockIdx.x / whole;
+    const bool is_exact = share == blocks - 1;
     const i64* fields = shares + ((i64)(which / heads) * blocks + share) * FIELDS;
     const i64 place = (i64)which * blocks + share;
     float* out = partial_sums + place * (ROWS_USED * ORDER);
@@ -760,7 +756,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     Tile next;
     if (is_there(0)) {
         next = tile_at(0);
-        load_keys(keys, next, k_payload, head, heads, lane);
+        load_tile(keys, next, k_payload, head, heads, lane);
     }
 
     prepare_queries(queries, rotation, fields, which, head, scale, memory, about_rows);
@@ -775,7 +771,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     const uint2* inputs = reinterpret_cast<const uint2*>(memory + INPUTS_AT);  // [QUADS_K][HALVES][LANES]
 #if MEANS
     for (int i = lane; i < STEPS * STEP_WORDS; i += 32) mine.operands[i] = 0;  // of rows that are not used
-    if (lane < ROWS) mine.first[lane] = 0.0f;
+    if (lane < ROWS) mine.first[lane] = {0.0f, 0.0f, 0.0f, 0.0f};
 #endif
     __syncthreads();
 
@@ -803,7 +799,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         const Tile tile = next;
         next = tile_at(number + 1);
         if (!tile.counts(least)) {
-            load_keys(keys, next, k_payload, head, heads, lane);
+            load_tile(keys, next, k_payload, head, heads, lane);
             continue;
         }
         mine.factors[0][lane] =
@@ -839,11 +835,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         add_means(memory, mine, part * TILE, lane, added);
 #endif
 #endif
-        Values values[2];
-        load_values(values[0], tile, v_payload, head, heads, 0, lane);
-        load_values(values[1], tile, v_payload, head, heads, 1, lane);
-        const Planes v = planes_of<V_BYTES>(v_payload, tile.block, tile.tokens, head, heads);
-        const int v_code = __ldg(v.radii + min(tile.first + lane, tile.tokens - 1)), v_base = base_of<false>(v, tile.tokens);
+        Values values;
+        load_tile(values, tile, v_payload, head, heads, lane);
 
         float scores[TILE / 16][HALVES][4];  // of tokens g, twice, and g + 8
         clear_tile(scores);
@@ -867,21 +860,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
                     multiply(scores[j][half], points[0].x, points[1].x, points[0].y, points[1].y, query[half]);
             }
         }
-        load_keys(keys, next, k_payload, head, heads, lane);
+        load_tile(keys, next, k_payload, head, heads, lane);
 #pragma unroll
         for (int half = 0; half < HALVES; half++)
 #pragma unroll
             for (int column = 0; column < 2; column++) {
-                const float4 row = about_rows[row_of(8 * half + 2 * t + column)];
+                const int its = row_of(8 * half + 2 * t + column);
 #if MEANS
-                const float row_z = mine.first[(BOTH ? part / 2 * 4 : 0) + row_of(8 * half + 2 * t + column)];
+                const float4 row = mine.first[(BOTH ? part / 2 * 4 : 0) + its];
+#else
+                const float4 row = about_rows[its];
 #endif
 #pragma unroll
                 for (int j = 0; j < TILE / 8; j++) {
                     float& score = scores[j / 2][half][j % 2 * 2 + column];
                     score *= mine.factors[0][8 * j + g];
 #if MEANS
-                    score = fmaf(score, row.x, fmaf(added[j / 2][half][j % 2 * 2 + column], row.y, row_z));
+                    score = fmaf(score, row.x, fmaf(added[j / 2][half][j % 2 * 2 + column], row.y, row.z));
 #elif K_OFFSETS
                     score = fmaf(score, row.x, row.z);
 #else
@@ -898,7 +893,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
                     scores[i / (4 * HALVES)][i / 4 % HALVES][i % 4] = NOTHING;
             }
         float now[HALVES][2];  // the largest scores of this lane's tokens
-        const int top = v_base + 254;  // the block's largest radius is this one at most
+        const int top = values.base + 254;  // the block's largest radius is this one at most
         bool changed = top > largest;
 #pragma unroll
         for (int i = 0; i < 2 * HALVES; i++) {
@@ -923,7 +918,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             }
         }
         mine.factors[1][lane] =
-            v_code ? exp2_of((float)(v_base + v_code - 1 - largest) * (1.0f / RADIUS_STEPS) + ROOM) : 0.0f;
+            values.code ? exp2_of((float)(values.base + values.code - 1 - largest) * (1.0f / RADIUS_STEPS) + ROOM) : 0.0f;
         __syncwarp();
         uint2 weights[TILE / 16][SPARE ? 2 : HALVES];  // as a matrix of tokens by rows of queries; of eight tokens each, if SPARE
 #pragma unroll
@@ -947,14 +942,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         for (int u = 0; u < TILE / 16; u++) {
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (QUADS_V < 8) values[u].signs[i] >>= g * QUADS_V % 8;
+                if (QUADS_V < 8) values.signs[4 * u + i] >>= g * QUADS_V % 8;
 #pragma unroll
             for (int quad = 0; quad < QUADS_V; quad++) {
                 uint2 points[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    points[i] = values[u].indices[i].template point<V_COPIES>(v_table, quad);
-                    add_signs(points[i], values[u].signs[i], quad);
+                    points[i] = values.indices[4 * u + i].template point<V_COPIES>(v_table, quad);
+                    add_signs(points[i], values.signs[4 * u + i], quad);
                 }
 #if SPARE
 #pragma unroll

@@ -37,6 +37,7 @@ MOST_COPIES = 16  # of a point of 8 bytes: half a warp reads all banks of shared
 MOST_BLOCKS = 256  # of a head, the exact tokens' included
 LOG2_E = math.log2(math.e)
 SEQUENCE_TILES = 4  # of a thread block, at the least
+BEGINNING = 1100  # encoded tokens that take as long as a thread block's beginning, and one of exact tokens
 
 
 class Share(NamedTuple):
@@ -151,7 +152,7 @@ def attention_layout(kind: AttentionKind) -> Layout:
     coefficients_at = max(blob_bytes, 4 * order * (1 + 2 * threads // 32))  # queries are prepared where tables will be
     inputs_at = coefficients_at + rows * pairs * 8
     warps_at = inputs_at + order // 16 * halves * lanes * 8
-    warp_bytes = 4 * (2 * TILE + (8 * halves + pairs // 8 * (halves * (32 if both else lanes) * 2 + 8) if pairs else 0))
+    warp_bytes = 4 * (2 * TILE + (32 * halves + pairs // 8 * (halves * (32 if both else lanes) * 2 + 8) if pairs else 0))
     warp_bytes += both * UNIT * 32
     results = 4 * max(
         threads * order * halves // 4,
@@ -297,9 +298,12 @@ class CudaAttention:
         self._kept = [*(placed.keeps for streams in sequences for coded in streams for placed in coded[:2]), *(recent or ())]
         whole = len(sequences) * k.leading
         chunks = [[coded.keys.header.chunks for coded in streams] for streams in sequences]
-        splits = _splits(whole, chunks, k.chunk_tokens, _device(str(device))[2], k.order)
+        at_once = _device(str(device))[2] * RESIDENT[k.order]
+        splits = _splits(whole, chunks, k.chunk_tokens, at_once, k.order)
+        part = small_part(max(map(sum, chunks)), splits, whole, at_once, k.chunk_tokens)
+        splits += part > 0
         table = [
-            _shares(streams, divided(counts, splits), first, recent, n)
+            _shares(streams, divided(counts, splits, part), first, recent, n)
             for n, (streams, counts, first) in enumerate(zip(sequences, chunks, firsts, strict=True))
         ]
         self._shares = torch.tensor(table, dtype=torch.int64).to(device)
@@ -349,30 +353,54 @@ def _launch(function: Any, grid: int, threads: int, shared: int, stream: int, ar
     returned(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, pointers.ctypes.data, 0))
 
 
-def _splits(heads: int, chunks: Sequence[Sequence[int]], chunk_tokens: int, multiprocessors: int, order: int) -> int:
+def _splits(heads: int, chunks: Sequence[Sequence[int]], chunk_tokens: int, at_once: int, order: int) -> int:
     """Thread blocks among which a head's chunks are divided, so that all multiprocessors are busy to the end.
 
-    ``chunks``: of each stream of each sequence.
+    ``chunks``: of each stream of each sequence; ``at_once``: thread blocks that the device runs at a time.
     """
     longest = max(sum(each) for each in chunks)
     tiles = longest * -(-chunk_tokens // TILE)
     most = max(1, min(tiles // (SEQUENCE_TILES * THREADS[order] // 32), longest, MOST_BLOCKS - 1))
-    at_once = multiprocessors * RESIDENT[order]
     wanted = at_once // heads if heads <= at_once else -(-4 * at_once // heads)
     streams = max(sum(n > 0 for n in each) for each in chunks)
     wanted -= wanted > 8  # a block of few tiles may wait for that of exact tokens
     return max(1, streams, min(most, wanted))
 
 
-def divided(chunks: Sequence[int], shares: int) -> list[tuple[int, int, int]]:
+def small_part(chunks: int, splits: int, heads: int, at_once: int, chunk_tokens: int) -> float:
+    """The part of a head's chunks that one thread block more takes, where ``splits`` of each of ``heads`` leave room for few.
+
+    These small blocks run one after the other beside the others, each with that of exact tokens, and end when they do. 0 where
+    they would hold too little.
+
+    >>> round(small_part(2048, 4, 64, 264, 64), 3)  # 64 more in the room of 8
+    0.022
+    """
+    room = at_once - heads * splits
+    if room <= 0 or not chunks or splits + 2 > MOST_BLOCKS:
+        return 0.0
+    rounds = -(-heads // room)
+    part = (chunks / splits - rounds * BEGINNING / chunk_tokens) / (rounds + 1 / splits) / chunks
+    return part if part * chunks * chunk_tokens > BEGINNING / 2 else 0.0
+
+
+def divided(chunks: Sequence[int], shares: int, small: float = 0.0) -> list[tuple[int, int, int]]:
     """The chunks of some streams, divided into ``shares``, of one stream each: (stream, its first chunk, its last chunk + 1).
 
     The largest share is as small as can be. Shares that nothing is left for take chunks 0 to 0. Streams without chunks have no
-    share, and there are at least as many shares as others.
+    share, and there are at least as many shares as others. ``small``: the part of all chunks that the last share takes, of the
+    longest stream's.
 
     >>> divided([5, 1], 4)
     [(0, 0, 1), (0, 1, 3), (0, 3, 5), (1, 0, 1)]
+    >>> divided([10], 3, 0.1)
+    [(0, 0, 4), (0, 4, 9), (0, 9, 10)]
     """
+    longest = max(range(len(chunks)), key=chunks.__getitem__)
+    last = min(int(small * sum(chunks)), chunks[longest] - 1)
+    if last > 0:
+        left = [n - last * (i == longest) for i, n in enumerate(chunks)]
+        return [*divided(left, shares - 1), (longest, left[longest], chunks[longest])]
     parts = [min(n, 1) for n in chunks]
     for _ in range(shares - sum(parts)):
         largest = max(range(len(chunks)), key=lambda i: chunks[i] / parts[i] if parts[i] else 0)
