@@ -9,7 +9,7 @@ ORDER = [  # of the core's modules and folders, from the ground up: what is on a
     "kernels",
     "backends words",
     "batch host",
-    "device attend_batch attend_layer attention",
+    "device attend_batch attend_layer attend_pages attention",
     "codec",
 ]
 

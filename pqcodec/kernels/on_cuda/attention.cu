@@ -30,6 +30,9 @@
 // none), INTERLEAVED, K_OFFSETS, V_OFFSETS, ALIGN and BESIDE (of a block's bytes), MOST_BLOCKS (of a head), FIELDS and the places
 // of a thread block's numbers (attention.py names them), Q_TYPE and TYPE (of queries and outputs, and of exact rows: FLOAT16,
 // BFLOAT16 or FLOAT32), CAP (of scores, where there is one).
+//
+// With PAGED a stream's chunks are pages of a pool, and exact last tokens are in blocks of a serving engine's cache: see Tile
+// and RawBlocks.
 
 #include "numbers.cuh"
 
@@ -59,7 +62,8 @@ struct Planes {
     const u8* radii;
 };
 
-// ``payload``: the address of a stream's first block; ``heads``: of the stream, whose blocks of a chunk lie side by side.
+// ``payload``: the address of a stream's first block; ``heads``: of the stream, whose blocks of a chunk lie side by side. With
+// PAGED they are those of a pool's first page, and a page.
 template <int INDEX_BYTES> INLINE Planes planes_of(i64 payload, int chunk, int tokens, int head, int heads) {
     constexpr int ROW = ORDER / 8 + INDEX_BYTES + 1;
     const i64 before = (i64)(chunk * heads) * block_bytes(CHUNK, ROW) + head * block_bytes(tokens, ROW);
@@ -405,10 +409,30 @@ INLINE void combine(const float* __restrict__ partial_sums, const float2* __rest
 // -- exact tokens ---------------------------------------------------------------------------------------------------
 // The scores and values of tokens that are not encoded, by a warp: token ``first`` and every WARPS-th behind it. A lane has
 // ORDER / 32 neighbouring channels. The query is not rotated, nor is the result.
+#ifdef PAGED
+// Where exact tokens are in the blocks of a serving engine's cache, whose table is read when the kernel runs. A number in it that is
+// no block of the cache gives NaN, not a read of other memory.
+struct RawBlocks {
+    const int* table;     // of the sequence; nothing: rows lie one behind the other
+    i64 key, value;       // bytes from block to block
+    int first, size;      // token of the sequence that row 0 is; tokens of a block
+    int columns, blocks;  // of the table, and of the cache
+
+    INLINE const u8* find(int row, const u8* rows, i64 stride, i64 block_stride) const {
+        if (!table) return rows + row * stride;
+        const int token = first + row, column = token / size, block = column < columns ? table[column] : -1;
+        return block >= 0 && block < blocks ? rows + block * block_stride + token % size * stride : nullptr;
+    }
+};
+#endif
+
 struct ExactRows {
     const u8 *keys, *values;  // of the head's first token
     i64 key_stride, value_stride;  // bytes of a token
     int tokens;
+#ifdef PAGED
+    RawBlocks raw;
+#endif
 };
 
 // Keys or values of tokens that are to be put behind others; strides in bytes.
@@ -434,6 +458,13 @@ template <int ROW> INLINE void put_behind(const u8* from, i64 from_stride, const
 INLINE void exact_numbers(const u8* row, int lane, float* numbers) {
     constexpr int WORDS = MINE * (TYPE == FLOAT32 ? 4 : 2) / 4;
     u32 words[WORDS];
+#ifdef PAGED
+    if (!row) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) numbers[i] = float_of(0x7fc00000u);  // NaN
+        return;
+    }
+#endif
 #pragma unroll
     for (int i = 0; i < WORDS; i++) words[i] = reinterpret_cast<const u32*>(row)[lane * WORDS + i];
 #pragma unroll
@@ -453,8 +484,13 @@ INLINE void add_exact(const ExactRows& rows, int behind, int warp, int lane, con
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const int token = min(first + i * WARPS, rows.tokens - 1);
+#ifdef PAGED
+            exact_numbers(rows.raw.find(token, rows.keys, rows.key_stride, rows.raw.key), lane, keys[i]);
+            exact_numbers(rows.raw.find(token, rows.values, rows.value_stride, rows.raw.value), lane, values[i]);
+#else
             exact_numbers(rows.keys + token * rows.key_stride, lane, keys[i]);
             exact_numbers(rows.values + token * rows.value_stride, lane, values[i]);
+#endif
         }
 #pragma unroll
         for (int row = 0; row < ROWS_USED; row++) {
@@ -491,6 +527,13 @@ INLINE void add_exact(const ExactRows& rows, int behind, int warp, int lane, con
 // A tile of a warp: so many tokens of a block from ``first`` on.
 struct Tile {
     int block, first, tokens;  // of the block
+#ifdef PAGED
+    int page;  // where the block is
+
+    INLINE int place() const { return page; }
+#else
+    INLINE int place() const { return block; }
+#endif
 
     INLINE bool counts(int least) const { return first < tokens && block * CHUNK + min(first + TILE, tokens) > least; }
     INLINE bool whole(int least) const { return first + TILE <= tokens && block * CHUNK + first >= least; }
@@ -504,7 +547,7 @@ struct Keys {
     int code, base;  // of the radius of token ``lane``, and of its block
 
     template <bool FULL> INLINE void load(const Tile& tile, int tokens, i64 payload, int head, int heads, int lane) {
-        const Planes planes = planes_of<K_BYTES>(payload, tile.block, tokens, head, heads);
+        const Planes planes = planes_of<K_BYTES>(payload, tile.place(), tokens, head, heads);
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
         for (int j = 0; j < TILE / 8; j++) {
@@ -525,7 +568,7 @@ struct Values {
     int code, base;
 
     template <bool FULL> INLINE void load(const Tile& tile, int tokens, i64 payload, int head, int heads, int lane) {
-        const Planes planes = planes_of<V_BYTES>(payload, tile.block, tokens, head, heads);
+        const Planes planes = planes_of<V_BYTES>(payload, tile.place(), tokens, head, heads);
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
         for (int i = 0; i < TILE / 4; i++) {
@@ -670,8 +713,9 @@ template <int BITS, int COPIES> INLINE void fill_table(const uint2* __restrict__
 
 // Partial results: ``sums`` [heads][blocks][ROWS_USED][ORDER], the last block's not rotated; ``about`` [heads][blocks]
 // [ROWS_USED]: the largest score, and the sum of weights.
-// ``shares`` [sequences][blocks][FIELDS], ``blocks`` of each head; the last one takes the exact tokens. ``recent_at``: where the number of recent tokens is, or nowhere: then it is ``recent``. Of these the last ``appended`` lie at
-// ``k_new`` and ``v_new`` yet, and are put behind the others.
+// ``shares`` [sequences][blocks][FIELDS], ``blocks`` of each head; the last one takes the exact tokens. ``recent_at``: where the
+// number of recent tokens is, or nowhere: then it is ``recent``; with PAGED the numbers of all tokens of each sequence are there. Of
+// the recent ones the last ``appended`` lie at ``k_new`` and ``v_new`` yet, and are put behind the others.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     const i64* __restrict__ shares, int heads, int blocks, const uint4* __restrict__ blob, const u32* __restrict__ frequencies,
     const int* __restrict__ rotation, const void* __restrict__ queries, float scale, float* __restrict__ partial_sums,
@@ -704,12 +748,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
         }
         constexpr int ROW = ORDER * (TYPE == FLOAT32 ? 4 : 2);
         const i64 before = head * fields[EXACT_HEAD_STRIDE];
+#ifdef PAGED
+        const int kept = max(recent_at[which / heads] - (int)fields[RAW_FIRST], 0);
+        const RawBlocks raw = {reinterpret_cast<const int*>(fields[RAW_TABLE]), fields[K_RAW_BLOCK], fields[V_RAW_BLOCK],
+                               (int)fields[RAW_FIRST], (int)fields[RAW_BLOCK], (int)fields[RAW_COLUMNS], (int)fields[RAW_BLOCKS]};
+#else
         const int kept = (recent_at ? *recent_at : recent) - appended;
+#endif
         const ExactRows first = {reinterpret_cast<const u8*>(fields[K_EXACT] + before),
                                  reinterpret_cast<const u8*>(fields[V_EXACT] + before), ROW, ROW, (int)fields[EXACT]};
         const ExactRows last = {reinterpret_cast<const u8*>(fields[K_RECENT] + head * fields[K_HEAD_STRIDE]),
                                 reinterpret_cast<const u8*>(fields[V_RECENT] + head * fields[V_HEAD_STRIDE]),
-                                fields[K_STRIDE], fields[V_STRIDE], kept};
+                                fields[K_STRIDE], fields[V_STRIDE], kept
+#ifdef PAGED
+                                , raw
+#endif
+        };
         const ExactRows added = {k_new.of(which / heads, head), v_new.of(which / heads, head), k_new.token, v_new.token, appended};
         add_exact(first, 0, warp, lane, query, most, total, sums);
         add_exact(last, appended ? 0 : QUERIES - 1, warp, lane, query, most, total, sums);
@@ -732,6 +786,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
 
     const int coded = (int)fields[CODED], least = (int)fields[LEAST];  // tokens before that one do not count
     const i64 k_payload = fields[K_PAYLOAD], v_payload = fields[V_PAYLOAD];
+#ifdef PAGED
+    const int* pages = reinterpret_cast<const int*>(fields[PAGES]);  // of the stream's chunks
+#endif
+    const auto tile_of = [&](int block, int first) {
+        return Tile{block, first, min(coded - block * CHUNK, CHUNK)
+#ifdef PAGED
+                    , __ldg(pages + block)
+#endif
+        };
+    };
     // Tile ``number`` of this warp; behind the last one, that one again.
 #if BOTH
     constexpr int TILES = CHUNK / TILE;  // of a block
@@ -742,14 +806,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
     const auto is_there = [&](int number) { return place_of_tile(number) < last_tile; };
     const auto tile_at = [&](int number) {
         const int tile = min(place_of_tile(number), last_tile - 1), block = tile / TILES;
-        return Tile{block, tile % TILES * TILE, min(coded - block * CHUNK, CHUNK)};
+        return tile_of(block, tile % TILES * TILE);
     };
 #else
     const int first_unit = (int)fields[FIRST_CHUNK] * UNITS + warp, last_unit = (int)fields[LAST_CHUNK] * UNITS;
     const auto is_there = [&](int number) { return first_unit + number / PARTS * WARPS < last_unit; };
     const auto tile_at = [&](int number) {
         const int unit = min(first_unit + number / PARTS * WARPS, last_unit - 1), block = unit / UNITS;
-        return Tile{block, unit % UNITS * UNIT + number % PARTS * TILE, min(coded - block * CHUNK, CHUNK)};
+        return tile_of(block, unit % UNITS * UNIT + number % PARTS * TILE);
     };
 #endif
     Keys keys;

@@ -72,6 +72,22 @@ class Share(NamedTuple):
 FIELDS = Share(*range(len(Share._fields)))
 
 
+class PagedShare(NamedTuple):
+    """What stands behind a ``Share`` where streams lie in pages: int64. As ``PAGED_FIELDS``, where each number stands."""
+
+    pages: int = 0  # address of the numbers, int32, of the pages of the stream's chunks
+    raw_first: int = 0  # the first token of the sequence that is not encoded; the recent ones are those from it on
+    raw_table: int = 0  # address of the numbers, int32, of the sequence's blocks in the engine's cache
+    raw_columns: int = 0  # of these numbers
+    raw_blocks: int = 0  # of the cache
+    raw_block: int = 1  # tokens of a block
+    k_raw_block: int = 0  # bytes from block to block; ``k_recent`` is the address of the first one
+    v_raw_block: int = 0
+
+
+PAGED_FIELDS = PagedShare(*range(len(FIELDS), len(FIELDS) + len(PagedShare._fields)))
+
+
 class CodedPair(NamedTuple):
     """Streams of keys and of values of the same tokens [kv_heads, tokens, head_dim]; ``least``: the first token that counts."""
 
@@ -107,6 +123,7 @@ class AttentionKind:
     queries: int
     query_dtype: int
     cap: float = 0.0  # of scores; 0: none
+    paged: bool = False  # streams lie in pages, recent tokens in an engine's blocks
 
 
 def why_not(keys: Header, values: Header, rows: int) -> str | None:
@@ -229,8 +246,9 @@ def attention_definitions(kind: AttentionKind, found: Layout) -> dict[str, Any]:
         "FLOAT32": c.DTYPE_FLOAT32,
         "Q_TYPE": kind.query_dtype,
         "TYPE": k.dtype,
-        "FIELDS": len(FIELDS),
+        "FIELDS": len(FIELDS) + kind.paged * len(PAGED_FIELDS),
         **{name.upper(): place for name, place in FIELDS._asdict().items()},
+        **({"PAGED": 1} | {name.upper(): place for name, place in PAGED_FIELDS._asdict().items()} if kind.paged else {}),
         **({"CAP": f"{kind.cap!r}f"} if kind.cap else {}),
         **found.places,
     }
@@ -292,9 +310,7 @@ class CudaAttention:
         keys, values, _ = sequences[0][0]
         k, v, device = keys.header, values.header, keys.keeps.device
         rows = query_heads // k.leading * queries
-        self._kind = AttentionKind(header_of_kind(k), header_of_kind(v), rows, queries, query_dtype, cap)
-        self._kernel = kernel(self._kind, str(device))
-        self._device, self._heads, self._scale = device, k.leading, np.float32(scale * LOG2_E)
+        kind = AttentionKind(header_of_kind(k), header_of_kind(v), rows, queries, query_dtype, cap)
         self._kept = [*(placed.keeps for streams in sequences for coded in streams for placed in coded[:2]), *(recent or ())]
         whole = len(sequences) * k.leading
         chunks = [[coded.keys.header.chunks for coded in streams] for streams in sequences]
@@ -307,10 +323,18 @@ class CudaAttention:
             for n, (streams, counts, first) in enumerate(zip(sequences, chunks, firsts, strict=True))
         ]
         self._shares = torch.tensor(table, dtype=torch.int64).to(device)
-        self._blocks, self._grid = splits + 1, whole * (splits + 1)
         self._room = recent[0].shape[-2] if recent else 0
-        results = whole * (splits + 1) * rows
-        self._sums = torch.empty(results * k.order, dtype=torch.float32, device=device)
+        self._prepare(kind, device, k.leading, whole, splits, scale)
+
+    def _prepare(self, kind: AttentionKind, device: Any, heads: int, whole: int, splits: int, scale: float) -> None:
+        """The kernel, and memory for the partial results of ``whole`` heads of all sequences in ``splits`` shares each."""
+        import torch
+
+        self._kernel = kernel(kind, str(device))
+        self._device, self._heads, self._scale = device, heads, np.float32(scale * LOG2_E)
+        self._blocks, self._grid = splits + 1, whole * (splits + 1)
+        results = whole * (splits + 1) * kind.rows
+        self._sums = torch.empty(results * kind.keys.order, dtype=torch.float32, device=device)
         self._about = torch.empty(results * 2, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(whole, dtype=torch.int32, device=device)
 
