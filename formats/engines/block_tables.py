@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import codec
+from pqcodec import constants as c
 from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
 from pqcodec.errors import InvalidArgument, NonFiniteInput
@@ -44,6 +45,7 @@ def encode_blocks(
     center: str | None = None,
     rope: Rope | None = None,
     exact_tokens: int = 0,
+    chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     backend: str = "auto",
 ) -> tuple[Any, Any]:
     """Streams of keys and of values [heads, tokens, dim] of a sequence's tokens from ``first_token`` on.
@@ -64,10 +66,9 @@ def encode_blocks(
         rope = replace(rope, first_position=rope.first_position + first_token)
     centers = (center or ("rope" if rope is not None else None), None)
     presets = (preset, preset) if isinstance(preset, str) else preset
-    options: list[dict[str, Any]] = [
-        {"center": one, "rope": rope if one == "rope" else None, "exact_tokens": exact_tokens} for one in centers
-    ]
-    wanted = [(x, {"preset": name, "backend": backend, **each}) for x, name, each in zip(pair, presets, options, strict=True)]
+    options: list[dict[str, Any]] = [{"center": one, "rope": rope if one == "rope" else None} for one in centers]
+    same = {"exact_tokens": exact_tokens, "chunk_tokens": chunk_tokens, "backend": backend}
+    wanted = [(x, {"preset": name, **same, **each}) for x, name, each in zip(pair, presets, options, strict=True)]
     try:
         if not on_device(backend, pair[0].device.type):
             keys, values = (codec.encode(x, **each) for x, each in wanted)
@@ -102,7 +103,7 @@ def decode_blocks(
     >>> decode_blocks(streams, empty, layout, [1, 0], backend="reference"), empty[0, :, :, 0, 0].count_nonzero(-1).tolist()
     (20, [4, 16, 0, 0, 0, 0, 0, 0, 0, 0])
     """
-    caches = _caches(kv_cache, layout)
+    caches = views_of(kv_cache, layout)
     if len(streams) != len(caches):
         raise InvalidArgument(f"{len(streams)} streams are given; two are expected, of keys and of values")
     found = [codec.inspect(DeviceSource(stream) if is_torch(stream) else stream) for stream in streams]
@@ -117,7 +118,7 @@ def decode_blocks(
         raise InvalidArgument(
             f"the keys' stream holds {tokens} tokens, the values' {found[1].shape[1]}; pass two that belong together"
         )
-    slots = _slots_of(caches[0], block_table, tokens, first_token, once=True)
+    slots = slots_of(caches[0], block_table, tokens, first_token, once=True)
     device = caches[0].device
     pair = [codec.decode(stream, device=device, backend=backend) for stream in streams]
     _scatter(caches, slots, pair)
@@ -133,8 +134,8 @@ def gather_blocks(kv_cache: Any, layout: str, block_table: Any, tokens: int, *, 
     >>> keys.shape, keys[0, 14:18, 0].tolist()
     (torch.Size([4, 20, 64]), [7.0, 7.0, 3.0, 3.0])
     """
-    caches = _caches(kv_cache, layout)
-    blocks, rows = _slots_of(caches[0], block_table, tokens, first_token, once=False)
+    caches = views_of(kv_cache, layout)
+    blocks, rows = slots_of(caches[0], block_table, tokens, first_token, once=False)
     begins = np.flatnonzero((rows == 0) | (np.arange(tokens) == 0))  # the first token in each block
     keys, values = (_gather(cache, blocks[begins], first_token % cache.shape[1], tokens) for cache in caches)
     return keys, values
@@ -149,7 +150,7 @@ def scatter_blocks(pair: Sequence[Any], kv_cache: Any, layout: str, block_table:
     >>> cache[0, :, :, 0, 0].count_nonzero(-1).tolist()
     [0, 0, 0, 4, 0, 0, 0, 16, 0, 0]
     """
-    caches = _caches(kv_cache, layout)
+    caches = views_of(kv_cache, layout)
     if len(pair) != len(caches):
         raise InvalidArgument(f"{len(pair)} tensors are given; two are expected, keys and values")
     for name, x, cache in zip(("keys", "values"), pair, caches, strict=True):
@@ -160,12 +161,12 @@ def scatter_blocks(pair: Sequence[Any], kv_cache: Any, layout: str, block_table:
             )
     if pair[0].shape[1] != pair[1].shape[1]:
         raise InvalidArgument(f"keys hold {pair[0].shape[1]} tokens, values {pair[1].shape[1]}; pass two that belong together")
-    _scatter(caches, _slots_of(caches[0], block_table, pair[0].shape[1], first_token, once=True), pair)
+    _scatter(caches, slots_of(caches[0], block_table, pair[0].shape[1], first_token, once=True), pair)
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
-def _caches(kv_cache: Any, layout: str) -> list[Any]:
-    """Keys and values as views [blocks, block, heads, dim]; raises InvalidArgument."""
+def views_of(kv_cache: Any, layout: str) -> list[Any]:
+    """Keys and values of an engine's cache as views [blocks, block, heads, dim]; raises InvalidArgument."""
     if layout not in LAYOUTS:
         raise InvalidArgument(f"layout {layout!r} is unknown; choose from {', '.join(map(repr, LAYOUTS))}")
     names = layout.split(",")
@@ -190,7 +191,7 @@ def _caches(kv_cache: Any, layout: str) -> list[Any]:
     return caches
 
 
-def _slots_of(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
+def slots_of(cache: Any, block_table: Any, tokens: int, first_token: int, once: bool) -> tuple[np.ndarray, np.ndarray]:
     """Block and slot of each token, int64 [tokens] each; ``once``: refuse a table that names a block twice.
 
     Raises InvalidArgument.

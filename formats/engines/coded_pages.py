@@ -1,0 +1,440 @@
+"""Law: one layer's encoded keys and values in pages of a pool, as serving engines keep them, and attention to these.
+
+A page holds the coded rows of ``block`` tokens of all heads. What was encoded together is a segment; sequences are lists of
+segments, which they may share, and tokens behind them that the engine still has in its own cache. Pages are checked when they
+are put; a segment whose pages were put again since is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pqcodec import attention, codec
+from pqcodec.attend_pages import AttendPages
+from pqcodec.backends import on_device
+from pqcodec.errors import BackendUnavailable, InvalidArgument
+from pqcodec.formats.engines.block_tables import encode_blocks, gather_blocks, slots_of, views_of
+from pqcodec.options import EncodeOptions, each
+from pqcodec.placed import DeviceSource, device_named
+from pqcodec.stages.centre import Rope
+from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
+from pqcodec.stream.pages import PagedStream, checked_pages, page_bytes
+from pqcodec.stream.report import Damage, damage_error
+from pqcodec.stream.source import source_of
+from pqcodec.tensors import arrays
+from pqcodec.tensors.numbers import device_of, is_torch
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tokens that were encoded together, and the pages of a pool that they are in. ``CodedPages.put`` makes it."""
+
+    keys: PagedStream
+    values: PagedStream
+    pool: CodedPages
+    versions: np.ndarray  # of its pages, int64 [pages]: how often each had been put
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence that it stands for, exact ones included."""
+        return self.keys.header.tokens
+
+    @property
+    def pages(self) -> list[int]:
+        """Its pages, in the order of their tokens."""
+        return [int(page) for page in self.keys.pages]
+
+    @property
+    def pair(self) -> tuple[PagedStream, PagedStream]:
+        """Keys and values."""
+        return self.keys, self.values
+
+
+Sequences = Sequence[Sequence[Segment]]  # the segments of each sequence, in the order of their tokens
+
+
+@dataclass(frozen=True, eq=False)
+class RawTokens:
+    """Where a serving engine keeps the tokens that are not encoded.
+
+    ``kv_cache``: one tensor, or a pair of keys and values, of a ``layout`` in LAYOUTS. ``block_tables``: block numbers of each
+    sequence, lists or a tensor [sequences, n]: token t of sequence s is in block ``block_tables[s][t // block]``; numbers of
+    blocks whose tokens are all encoded are not looked at. ``lengths`` [sequences]: all tokens of each, encoded ones included.
+    """
+
+    kv_cache: Any
+    layout: str
+    block_tables: Any
+    lengths: Any
+
+
+class CodedPages:
+    """A pool of ``pages`` pages of one layer's keys and values, each of ``block`` tokens of ``kv_heads`` heads.
+
+    ``dtype``: of the tensors that are encoded, torch's or its name. ``preset``: one for keys and values, or a pair. ``center``:
+    of the keys; ``rope``, which implies center="rope": its first position is that of a sequence's token 0. Pages are on
+    ``device``: ``keys`` and ``values`` are uint8 tensors [pages, page_bytes] there. On NVIDIA GPUs ``attend`` and ``prepare``
+    read quads of head_dim 64, 128 or 256; blocks of 32 tokens and more fill the kernel's tiles. Raises InvalidArgument.
+
+    >>> import torch
+    >>> cache, layout = torch.randn(2, 9, 16, 2, 64), "2,blocks,block,heads,dim"
+    >>> pool = CodedPages(8, 16, 2, 64, dtype="float32", backend="reference")
+    >>> prompt = pool.put_blocks(cache, layout, [7, 3], 32, pages=[5, 0])
+    >>> q = torch.randn(1, 4, 1, 64)
+    >>> pool.attend(q, [[prompt]], RawTokens(cache, layout, [[7, 3, 1]], [40])).shape  # the last 8 tokens are in block 1
+    torch.Size([1, 4, 1, 64])
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        block: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: Any = "float16",
+        preset: str | tuple[str, str] = "quad3",
+        center: str | None = None,
+        rope: Rope | None = None,
+        device: Any = "cpu",
+        backend: str = "auto",
+    ) -> None:
+        import torch
+
+        for name, value in (("pages", pages), ("block", block), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidArgument(f"{name} is {value!r}; a whole number from 1 on is expected")
+        code = {name: code for code, name in DTYPE_NAMES.items()}.get(str(dtype).removeprefix("torch."))
+        if code is None:
+            raise InvalidArgument(f"dtype {dtype} is unknown; choose from {', '.join(DTYPE_NAMES.values())}")
+        self.block, self._backend, self.device = block, backend, device_named(device)
+        self._center, self._rope = center or ("rope" if rope is not None else None), rope
+        self._presets = tuple(each("preset", preset, 2, str))
+        options = (
+            EncodeOptions(self._presets[0], center=self._center, rope=rope, chunk_tokens=block),
+            EncodeOptions(self._presets[1], chunk_tokens=block),
+        )
+        nothing = torch.zeros(kv_heads, 0, head_dim, dtype=getattr(torch, DTYPE_NAMES[code]))
+        empty = [codec.encode_by(one, nothing, "reference")[1] for one in options]
+        self._like = tuple(read_header(source_of(data)) for data in empty)
+        for name, h in zip(self._presets, self._like, strict=True):
+            if h.chunk_tokens != block:
+                raise InvalidArgument(f"preset {name!r} codes {h.chunk_tokens} tokens together, a page holds {block}")
+        if pages * kv_heads >= 1 << 31:
+            raise InvalidArgument(f"{pages} pages of {kv_heads} heads; their product must be below 2^31")
+        self.keys, self.values = (
+            torch.zeros((pages, page_bytes(h)), dtype=torch.uint8, device=self.device) for h in self._like
+        )
+        self._versions = np.zeros(pages, np.int64)
+        self._empty = self._put(empty, [], check=False)
+
+    # -- into pages ------------------------------------------------------------------------------------------------
+    def put_blocks(
+        self,
+        kv_cache: Any,
+        layout: str,
+        block_table: Any,
+        tokens: int,
+        pages: Any,
+        *,
+        first_token: int = 0,
+        exact_tokens: int = 0,
+    ) -> Segment:
+        """Encode tokens of a sequence from ``first_token`` on out of the engine's blocks into pages: a segment.
+
+        ``kv_cache``, ``layout``, ``block_table``: those of ``encode_blocks``. ``exact_tokens``: the first of these tokens that
+        stay exact, beside the pages. ``pages``: numbers of as many as the other tokens take, ``block`` each; what was in them
+        is overwritten, after everything is checked. Raises InvalidArgument and NonFiniteInput.
+        """
+        streams = encode_blocks(
+            kv_cache,
+            layout,
+            block_table,
+            tokens,
+            first_token=first_token,
+            preset=self._presets,  # type: ignore[arg-type]
+            center=self._center,
+            rope=self._rope,
+            exact_tokens=exact_tokens,
+            chunk_tokens=self.block,
+            backend=self._backend,
+        )
+        return self._put(streams, pages, check=False)
+
+    def put(self, streams: Sequence[Any], pages: Any) -> Segment:
+        """Put streams of keys and of values [kv_heads, tokens, head_dim] into pages: a segment.
+
+        Streams are bytes, files, or uint8 tensors, with chunks of ``block`` tokens. All their checksums are compared, and
+        nothing is written if one does not hold. Raises InvalidArgument, and what ``decode`` raises for a stream.
+        """
+        return self._put(streams, pages, check=True)
+
+    def _put(self, streams: Sequence[Any], pages: Any, check: bool) -> Segment:
+        import torch
+
+        if not isinstance(streams, (list, tuple)) or len(streams) != 2:
+            raise InvalidArgument(f"streams is a {type(streams).__name__}; a pair of streams, keys and values, is expected")
+        pair = [_bytes_of(stream, self.device) for stream in streams]
+        headers = [read_header(DeviceSource(x)) for x in pair]
+        self._check_headers(headers)
+        numbers = checked_pages("pages", pages, len(self._versions))
+        if len(numbers) != headers[0].chunks:
+            raise InvalidArgument(
+                f"{headers[0].coded_tokens} encoded tokens take {headers[0].chunks} pages of {self.block}; "
+                f"{len(numbers)} are named"
+            )
+        if check:
+            damage = [found for x in pair for found in codec.verify(x if x.is_cuda else x.numpy(), backend=self._backend)]
+            if damage:
+                raise damage_error(damage)
+        index = torch.from_numpy(numbers).to(self.device)
+        for pool, x, h in zip((self.keys, self.values), pair, headers, strict=True):
+            payload = x[h.payload_start :]
+            room = torch.zeros(len(numbers) * pool.shape[1], dtype=torch.uint8, device=self.device)
+            room[: len(payload)] = payload
+            pool[index] = room.view(len(numbers), pool.shape[1])
+        self._versions[numbers] += 1
+        keys, values = (PagedStream(h, x[: h.payload_start].clone(), numbers) for x, h in zip(pair, headers, strict=True))
+        return Segment(keys, values, self, self._versions[numbers])
+
+    def _check_headers(self, headers: Sequence[Header]) -> None:
+        """Raises InvalidArgument for streams that are not of this pool's kind, or do not belong together."""
+        for name, h, like in zip(("keys", "values"), headers, self._like, strict=True):
+            heads, _, dim = like.shape
+            if len(h.shape) != 3 or (h.shape[0], h.shape[2], h.dtype) != (heads, dim, like.dtype):
+                raise InvalidArgument(
+                    f"the stream of {name} holds {DTYPE_NAMES[h.dtype]} {h.shape}, "
+                    f"the pool {DTYPE_NAMES[like.dtype]} ({heads}, tokens, {dim})"
+                )
+            if h.chunk_tokens != self.block:
+                raise InvalidArgument(f"the stream of {name} has chunks of {h.chunk_tokens} tokens, a page holds {self.block}")
+            if h.kind != like.kind:
+                raise InvalidArgument(f"the stream of {name} was encoded by other options than the pool's")
+            if h.exceptions:
+                raise InvalidArgument(f"the stream of {name} holds {h.exceptions} exact vectors; pages have no room for them")
+        k, v = headers
+        if (k.tokens, k.first_tokens) != (v.tokens, v.first_tokens):
+            raise InvalidArgument(
+                f"keys hold {k.tokens} tokens, {k.first_tokens} of them exact, values {v.tokens} and {v.first_tokens}; "
+                f"pass two that belong together"
+            )
+
+    # -- out of pages ----------------------------------------------------------------------------------------------
+    def get(self, segment: Segment) -> tuple[Any, Any]:
+        """The streams of keys and of values that were put, bit for bit: bytes, or uint8 tensors on a GPU.
+
+        Raises InvalidArgument for a segment of another pool, or whose pages were put again.
+        """
+        self._check_segment("the segment", segment)
+        found = [stream.gathered(pool) for stream, pool in zip(segment.pair, (self.keys, self.values), strict=True)]
+        keys, values = (x if x.is_cuda else x.numpy().tobytes() for x in found)
+        return keys, values
+
+    def verify(self, segment: Segment) -> list[Damage]:
+        """Compare the checksums of a segment's pages again: what does not hold, of keys and then of values."""
+        return [found for stream in self.get(segment) for found in codec.verify(stream, backend=self._backend)]
+
+    def _check_segment(self, name: str, segment: Segment) -> None:
+        if not isinstance(segment, Segment):
+            raise InvalidArgument(f"{name} is a {type(segment).__name__}; a Segment that put() returned is expected")
+        if segment.pool is not self:
+            raise InvalidArgument(f"{name} is of another pool; pools of several layers do not share segments")
+        new = segment.keys.pages[self._versions[segment.keys.pages] != segment.versions]
+        if new.size:
+            raise InvalidArgument(
+                f"{name}: page {new[0]} was put again since, and holds other tokens; its sequence ended there"
+            )
+
+    # -- attention -------------------------------------------------------------------------------------------------
+    def attend(
+        self,
+        q: Any,
+        sequences: Sequences,
+        raw: RawTokens | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        check: bool = False,
+    ) -> Any:
+        """Attention of q [sequences, q_heads, queries, head_dim] to each sequence's segments and raw tokens, a tensor like q.
+
+        The queries stand at the end of the tokens, and each sees those up to its own; ``window``: of these the last so many (on
+        the CPU). ``scale``, ``softcap``: as in ``pqcodec.attention.attend``. ``check``: whether checksums are compared again.
+        On the CPU pages are gathered some at a time, and codes are not decoded where ``attend`` reads them. On a GPU it is one
+        launch; ``prepare`` it where it is made again and again. Raises InvalidArgument, BackendUnavailable and CorruptStream.
+        """
+        import torch
+
+        if not is_torch(q) or q.ndim != 4 or q.device != self.device:
+            found = f"{q.dtype} {tuple(q.shape)} on {q.device}" if is_torch(q) else type(q).__name__
+            raise InvalidArgument(f"q: {found}; a tensor [sequences, q_heads, queries, head_dim] on {self.device} is expected")
+        lists, lengths = self._checked(sequences, raw, len(q), q.shape[2])
+        if on_device(self._backend, self.device.type):
+            if window is not None:
+                raise BackendUnavailable(
+                    "attention to pages on a GPU knows no window; leave it out, or keep the pool on the CPU"
+                )
+            if check:
+                damage = [
+                    found for segment in {id(s): s for some in lists for s in some}.values() for found in self.verify(segment)
+                ]
+                if damage:
+                    raise damage_error(damage)
+            if raw is not None:
+                view = views_of(raw.kv_cache, raw.layout)[0]
+                for table, segments, length in zip(raw.block_tables, lists, lengths, strict=True):
+                    coded = sum(segment.tokens for segment in segments)
+                    slots_of(view, table, length - coded, coded, once=False)
+            return PreparedPages(self, q, sequences, _on_device(raw, self.device), scale=scale, softcap=softcap).run()
+        results = []
+        for n, (segments, length) in enumerate(zip(lists, lengths, strict=True)):
+            coded = sum(segment.tokens for segment in segments)
+            recent = None
+            if raw is not None and length > coded:
+                table = raw.block_tables[n]
+                recent = gather_blocks(raw.kv_cache, raw.layout, table, length - coded, first_token=coded)
+            sources = [[s.keys.source(self.keys) for s in segments], [s.values.source(self.values) for s in segments]]
+            options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "check": check}
+            results.append(attention.attend(q[n], *sources, recent=recent, backend=self._backend, **options))
+        return torch.stack(results)
+
+    def prepare(
+        self,
+        q: Any,
+        sequences: Sequences,
+        raw: RawTokens | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        room: tuple[int, int] = (0, 0),
+    ) -> PreparedPages:
+        """``attend`` on a GPU, prepared once and then run without a wait, also in a CUDA graph; see ``PreparedPages``.
+
+        ``raw``: its block tables int32 [sequences, n] and lengths int32 [sequences] are tensors on the GPU. ``room``: pages and
+        segments of a sequence that there may be later. Raises InvalidArgument and BackendUnavailable.
+        """
+        if not on_device(self._backend, self.device.type):
+            raise BackendUnavailable(f"pages on {self.device} are attended to without preparation; call attend()")
+        return PreparedPages(self, q, sequences, raw, scale=scale, softcap=softcap, room=room)
+
+    def _checked(
+        self, sequences: Sequences, raw: RawTokens | None, count: int, queries: int
+    ) -> tuple[list[list[Segment]], list[int]]:
+        """The segments of each sequence, one at least, and its number of tokens; raises InvalidArgument."""
+        lists = self._segments(sequences)
+        coded = [sum(segment.tokens for segment in each) for each in lists]
+        lengths = coded if raw is None else _numbers("lengths", raw.lengths)
+        if not len(lists) == len(lengths) == count:
+            raise InvalidArgument(f"{count} sequences of queries, {len(lists)} of segments, {len(lengths)} lengths")
+        if raw is not None:
+            if len(raw.block_tables) != count:
+                raise InvalidArgument(f"{count} sequences of queries, {len(raw.block_tables)} block tables")
+            self._check_cache(raw)
+        for n, (length, there) in enumerate(zip(lengths, coded, strict=True)):
+            if length < max(there, queries):
+                raise InvalidArgument(
+                    f"sequence {n} has {length} tokens; {there} are in its segments, and there are {queries} queries"
+                )
+        return lists, lengths
+
+    def _segments(self, sequences: Sequences) -> list[list[Segment]]:
+        """Each sequence's segments; an empty one where there are none."""
+        lists = [list(each) or [self._empty] for each in sequences]
+        for n, segments in enumerate(lists):
+            for segment in segments:
+                self._check_segment(f"sequence {n}", segment)
+        return lists
+
+    def _check_cache(self, raw: RawTokens) -> None:
+        """Raises InvalidArgument where the engine's cache is not of the pool's heads, head_dim, dtype and device."""
+        heads, _, dim = self._like[0].shape
+        for name, x in zip(("keys", "values"), views_of(raw.kv_cache, raw.layout), strict=True):
+            found = (x.shape[2], x.shape[3], str(x.dtype).removeprefix("torch."), x.device)
+            wanted = (heads, dim, DTYPE_NAMES[self._like[0].dtype], self.device)
+            if found != wanted:
+                raise InvalidArgument(f"the engine's {name} have heads, head_dim, dtype and device {found}, the pool {wanted}")
+
+
+class PreparedPages:
+    """Attention of a batch of sequences to pages on a GPU, prepared by ``CodedPages.prepare``.
+
+    ``run`` fills ``out``, and can be captured in a CUDA graph. Without a new capture, the next replay sees: numbers in the
+    engine's cache, its block tables and lengths, in the memory where they were when this was prepared; and other segments,
+    after ``place``. A new capture is needed for another number of sequences or queries, or where ``room`` is too small.
+    """
+
+    def __init__(self, pool: CodedPages, q: Any, sequences: Sequences, raw: RawTokens | None, **options: Any) -> None:
+        import torch
+
+        if not is_torch(q) or q.ndim != 4 or q.device != pool.device:
+            raise InvalidArgument(f"q: a tensor [sequences, q_heads, queries, head_dim] on {pool.device} is expected")
+        lists, lengths = pool._checked(sequences, raw, len(q), q.shape[2])
+        self._pool, views = pool, None
+        counts = torch.tensor(lengths, dtype=torch.int32, device=pool.device)
+        if raw is not None:
+            for name, x, ndim in (("block_tables", raw.block_tables, 2), ("lengths", raw.lengths, 1)):
+                if not is_torch(x) or (x.dtype, x.ndim, x.device) != (torch.int32, ndim, pool.device) or x.stride(-1) != 1:
+                    shape = "[sequences, n]" if ndim == 2 else "[sequences]"
+                    raise InvalidArgument(
+                        f"{name}: a tensor int32 {shape} on {pool.device} is expected, which is read at every run"
+                    )
+            views, counts = (*views_of(raw.kv_cache, raw.layout), raw.block_tables), raw.lengths
+        short = [n for n, some in enumerate(lists) if lengths[n] - sum(s.tokens for s in some) < q.shape[2] and q.shape[2] > 1]
+        if short:
+            raise BackendUnavailable(f"sequence {short[0]}: on a GPU the tokens of several queries are not encoded yet")
+        pairs = [[segment.pair for segment in some] for some in lists]
+        self._way = AttendPages(q, pairs, (pool.keys, pool.values), views, counts, backend=pool._backend, **options)
+
+    @property
+    def out(self) -> Any:
+        """What ``run`` fills: like the queries."""
+        return self._way.out
+
+    def run(self, q: Any = None) -> Any:
+        """Attend with the queries that were prepared, or with others like them; returns ``out``. Waits for nothing."""
+        return self._way.run(q)
+
+    def place(self, sequences: Sequences) -> None:
+        """Attend to these segments from now on; raises InvalidArgument where there is no room for them."""
+        self._way.place([[segment.pair for segment in some] for some in self._pool._segments(sequences)])
+
+
+def _numbers(name: str, given: Any) -> list[int]:
+    """Whole numbers from 0 on; raises InvalidArgument."""
+    found = np.asarray(given.cpu() if is_torch(given) else given)
+    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0)):
+        raise InvalidArgument(f"{name} is {found.dtype} {found.shape}; whole numbers [sequences] from 0 on are expected")
+    return [int(n) for n in found]
+
+
+def _on_device(raw: RawTokens | None, device: Any) -> RawTokens | None:
+    """Block tables and lengths as a kernel reads them; rows of other lengths are filled with -1."""
+    import torch
+
+    if raw is None:
+        return None
+    rows = [torch.as_tensor(row, dtype=torch.int32).reshape(-1).to(device) for row in raw.block_tables]
+    tables = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    return RawTokens(raw.kv_cache, raw.layout, tables, torch.as_tensor(raw.lengths, dtype=torch.int32).to(device))
+
+
+def _bytes_of(stream: Any, device: Any) -> Any:
+    """A stream as a uint8 tensor [bytes] on a device; raises InvalidArgument, and what reading a header raises."""
+    import torch
+
+    if is_torch(stream):
+        if device_of(stream) == "cpu":
+            arrays.bytes_of(stream)  # raises for another kind of tensor
+        if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
+            raise InvalidArgument(
+                f"a stream is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
+            )
+        return stream.to(device)
+    source = source_of(stream)
+    size = read_header(source).stream_bytes
+    return torch.from_numpy(np.array(source.read(0, size))).to(device)

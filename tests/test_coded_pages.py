@@ -1,0 +1,325 @@
+"""Encoded pages: attention to them is attention to what they decode to, wherever they lie, and what is wrong is named."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bits, gaussian
+
+import pqcodec
+from pqcodec import Rope
+from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument
+from pqcodec.formats.engines.coded_pages import CodedPages, RawTokens, Segment
+from pqcodec.formats.offload import LAYOUTS, gather_blocks
+
+BLOCKS, HEADS, GROUP, DIM = 14, 2, 2, 64
+ROPE = Rope(theta=1e4)
+FUSED = LAYOUTS[0]
+
+
+def cache_of(layout: str, block: int, dtype: torch.dtype = torch.float32, blocks: int = BLOCKS) -> Any:
+    """An engine's cache of a layout, full of tokens."""
+    sizes = {"2": 2, "blocks": blocks, "block": block, "heads": HEADS, "dim": DIM}
+    shape = [sizes[name] for name in layout.split(",")]
+    made = [gaussian(*shape, seed=i, dtype=dtype) for i in range(2)]
+    return made[0] if "2" in layout.split(",") else tuple(made)
+
+
+def pool_of(block: int, backend: str = "cpu", **options: Any) -> CodedPages:
+    return CodedPages(16, block, HEADS, DIM, **{"dtype": "float32", "rope": ROPE, "backend": backend, **options})
+
+
+def queries(sequences: int, count: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return gaussian(sequences, HEADS * GROUP, count, DIM, seed=7, dtype=dtype)
+
+
+def softmax(q: torch.Tensor, pairs: list[Any], window: int | None = None, softcap: float | None = None) -> torch.Tensor:
+    """Attention in float32 to keys and values [heads, n, dim] that follow each other, as the formula has it."""
+    keys, values = (torch.cat([pair[i].float() for pair in pairs], 1).repeat_interleave(GROUP, 0) for i in (0, 1))
+    scores = q.float() @ keys.mT * DIM**-0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    token, own = torch.arange(keys.shape[1]), keys.shape[1] - q.shape[1] + torch.arange(q.shape[1])[:, None]
+    seen = token <= own
+    if window:
+        seen &= token > own - window
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+
+
+def decoded(pool: CodedPages, segment: Segment) -> list[torch.Tensor]:
+    return [pqcodec.decode(stream) for stream in pool.get(segment)]
+
+
+def check(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-3) -> None:
+    error = float((found.float() - wanted).abs().max() / wanted.abs().max())
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_is_that_to_what_pages_decode_to(layout: str, block: int) -> None:
+    """Three sequences of other lengths, the first two with one prefix, pages in any order, the third without a page."""
+    pool, cache = pool_of(block), cache_of(layout, block)
+    tables = [[7, 3, 11, 0], [7, 3, 2, 9], [5, 6]]
+    lengths = [3 * block + 5, 2 * block + 1, block + 9]
+    prefix = pool.put_blocks(cache, layout, tables[0], 2 * block, [13, 4])
+    more = pool.put_blocks(cache, layout, tables[0], block, [6], first_token=2 * block)
+    q = queries(3)
+    found = pool.attend(q, [[prefix, more], [prefix], []], RawTokens(cache, layout, tables, lengths))
+    raw = [
+        gather_blocks(cache, layout, tables[n], lengths[n] - at, first_token=at)
+        for n, at in enumerate((3 * block, 2 * block, 0))
+    ]
+    coded = [[decoded(pool, prefix), decoded(pool, more)], [decoded(pool, prefix)], []]
+    assert found.shape == q.shape
+    for n in range(3):
+        check(found[n], softmax(q[n], [*coded[n], raw[n]]))
+
+
+def test_pages_hold_more_tokens_than_blocks_and_begin_anywhere() -> None:
+    """Pages of 64 tokens of blocks of 16, behind four exact tokens; what is raw begins within a block."""
+    pool, cache = pool_of(64), cache_of(FUSED, 16)
+    table = [3, 1, 13, 0, 5, 6, 12, 8, 2]
+    segment = pool.put_blocks(cache, FUSED, table, 4 + 128, [9, 2], exact_tokens=4)
+    assert (segment.tokens, segment.pages) == (132, [9, 2])
+    found = pool.attend(queries(1, 3), [[segment]], RawTokens(cache, FUSED, torch.tensor([table]), torch.tensor([140])))
+    raw = gather_blocks(cache, FUSED, table, 8, first_token=132)
+    check(found[0], softmax(queries(1, 3)[0], [decoded(pool, segment), raw]))
+    first = [x[:, :4] for x in gather_blocks(cache, FUSED, table, 4)]
+    assert all((bits(a[:, :4]) == bits(b)).all() for a, b in zip(decoded(pool, segment), first, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"window": 20}, {"window": 1}, {"softcap": 2.0}, {"window": 70, "softcap": 0.5}], ids=str)
+def test_windows_and_softcaps_count_all_tokens(options: dict[str, Any]) -> None:
+    pool, cache = pool_of(32), cache_of(FUSED, 32)
+    segment = pool.put_blocks(cache, FUSED, [4, 2], 64, [0, 1])
+    q = queries(1, 2)
+    found = pool.attend(q, [[segment]], RawTokens(cache, FUSED, [[4, 2, 9]], [70]), **options)
+    raw = gather_blocks(cache, FUSED, [4, 2, 9], 6, first_token=64)
+    check(found[0], softmax(q[0], [decoded(pool, segment), raw], **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", ["quad2", ("pq4", "quad2.5"), "pq3"], ids=str)
+def test_presets_and_dtypes_agree_between_backends(preset: Any, dtype: torch.dtype) -> None:
+    cache, q = cache_of(FUSED, 16, dtype), queries(1)
+    results = []
+    for backend in ("reference", "cpu"):
+        pool = pool_of(16, backend, preset=preset, dtype=dtype)
+        segment = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
+        results.append(pool.attend(q, [[segment]]))
+        wanted = softmax(q[0], [decoded(pool, segment)])
+        check(results[-1][0], wanted, 1e-3 if dtype == torch.float16 else 8e-3)  # decoded numbers are rounded to the dtype
+    check(*results)
+
+
+def test_streams_come_back_bit_for_bit() -> None:
+    """Also with a last page that is not full, and out of pages that are in another order than before."""
+    pool = pool_of(16)
+    x = gaussian(2, HEADS, 57, DIM)
+    options = {"chunk_tokens": 16, "exact_tokens": 3}
+    streams = [
+        pqcodec.encode(x[0], preset="quad3", center="rope", rope=Rope(first_position=80), **options),
+        pqcodec.encode(x[1], preset="quad3", **options),
+    ]
+    segment = pool.put(streams, [5, 12, 0, 7])
+    assert pool.get(segment) == tuple(streams)
+    again = pool.put(pool.get(segment), torch.tensor([1, 2, 8, 3]))
+    assert pool.get(again) == tuple(streams)
+    found = pool.attend(queries(1), [[again]])
+    check(found[0], softmax(queries(1)[0], [decoded(pool, segment)]))
+
+
+def test_a_segment_whose_pages_were_put_again_is_refused() -> None:
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    old = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
+    kept = pool.put_blocks(cache, FUSED, [4], 16, [7])
+    new = pool.put_blocks(cache, FUSED, [5, 6], 32, [0, 2])  # page 0 was freed
+    for call in (pool.get, pool.verify, lambda segment: pool.attend(queries(1), [[segment]])):
+        with pytest.raises(InvalidArgument, match="page 0 was put again"):
+            call(old)
+    found = pool.attend(queries(2), [[kept, new], [new]])
+    check(found[0], softmax(queries(2)[0], [decoded(pool, kept), decoded(pool, new)]))
+
+
+def test_damage_is_named_and_nothing_is_written() -> None:
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    good = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
+    streams = pool.get(good)
+    for side, at in ((0, -9), (1, -9), (0, 300)):  # rows, and an offset
+        damaged = list(streams)
+        data = bytearray(streams[side])
+        data[at] ^= 4
+        damaged[side] = bytes(data)
+        with pytest.raises(CorruptStream):
+            pool.put(damaged, [3, 0])
+    assert pool.get(good) == streams  # not overwritten, and not refused
+    pool.values[0, 100] ^= 1
+    assert [str(found) for found in pool.verify(good)] == ["payload, leading index 0, tokens 16 .. 31"]
+    with pytest.raises(CorruptStream, match="tokens 16"):
+        pool.attend(queries(1), [[good]], check=True)
+    with pytest.raises(CorruptStream):
+        pool.put([streams[0][:-1], streams[1]], [3, 0])
+
+
+def test_wrong_pages_are_refused() -> None:
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    for pages, words in (
+        ([3], "take 2 pages of 16; 1 are named"),
+        ([3, 16], "page 16, the pool has pages 0 .. 15"),
+        ([-1, 3], "names page -1"),
+        ([3, 3], "page 3 twice"),
+        ([0.5, 1.0], "a list of page numbers"),
+        ([[0, 1]], "a list of page numbers"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            pool.put_blocks(cache, FUSED, [1, 2], 32, pages)
+    assert not pool.keys.any()
+
+
+def test_streams_of_another_pool_or_kind_are_refused() -> None:
+    pool = pool_of(16)
+    x = gaussian(HEADS, 32, DIM)
+    keys = pqcodec.encode(x, preset="quad3", center="rope", rope=ROPE, chunk_tokens=16)
+    values = pqcodec.encode(x, preset="quad3", chunk_tokens=16)
+    bad = torch.full((HEADS, 32, DIM), torch.nan)
+    for streams, words in (
+        ((keys,), "a pair of streams"),
+        (keys, "a pair of streams"),
+        ((keys, keys), "values was encoded by other options"),
+        ((keys, pqcodec.encode(x, preset="quad3")), "values has chunks of 64 tokens"),
+        ((keys, pqcodec.encode(x.half(), preset="quad3", chunk_tokens=16)), "holds float16"),
+        ((keys, pqcodec.encode(x[:1], preset="quad3", chunk_tokens=16)), "values holds float32"),
+        ((keys, pqcodec.encode(x[:, :31], preset="quad3", chunk_tokens=16)), "values 31 and 0"),
+        ((keys, pqcodec.encode(bad, preset="quad3", chunk_tokens=16, nonfinite="exact")), "64 exact vectors"),
+        ((torch.zeros(4, 4, dtype=torch.uint8), values), "contiguous uint8 tensor"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            pool.put(streams, [0, 1])
+    segment = pool.put((keys, values), [0, 1])
+    with pytest.raises(InvalidArgument, match="of another pool"):
+        pool_of(16).attend(queries(1), [[segment]])
+    with pytest.raises(InvalidArgument, match="is a int"):
+        pool.attend(queries(1), [[5]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pages": 0}, "pages is 0"),
+        ({"block": 2.5}, "block is 2.5"),
+        ({"dtype": "int8"}, "dtype int8"),
+        ({"preset": ("quad3",)}, "1 are given for 2"),
+        ({"preset": "kivi2-key"}, "codes .* tokens together"),
+        ({"center": "median"}, "center 'median'"),
+        ({"pages": 1 << 31}, "below 2.31"),
+    ],
+    ids=str,
+)
+def test_pools_that_cannot_be_are_refused(change: dict[str, Any], words: str) -> None:
+    options: dict[str, Any] = {"pages": 4, "block": 24, "kv_heads": HEADS, "head_dim": DIM, **change}
+    with pytest.raises(InvalidArgument, match=words):
+        CodedPages(options.pop("pages"), options.pop("block"), options.pop("kv_heads"), options.pop("head_dim"), **options)
+
+
+def test_queries_and_caches_that_do_not_fit_are_refused() -> None:
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    segment = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
+    raw = RawTokens(cache, FUSED, [[1, 2, 4]], [40])
+    wrong: list[tuple[str, Any, Any, Any]] = [
+        ("q: torch.float32", queries(1)[0], [[segment]], raw),
+        ("q: ndarray", queries(1).numpy(), [[segment]], raw),
+        ("2 sequences of queries", queries(2), [[segment]], raw),
+        ("2 of segments", queries(1), [[segment], []], raw),
+        ("31 tokens; 32 are in its segments", queries(1), [[segment]], RawTokens(cache, FUSED, [[1, 2]], [31])),
+        ("50 queries", queries(1, 50), [[segment]], raw),
+        ("lengths is float64", queries(1), [[segment]], RawTokens(cache, FUSED, [[1, 2]], [31.5])),
+        ("2 block tables", queries(1), [[segment]], RawTokens(cache, FUSED, [[1, 2], [3]], [40])),
+        ("block_table names 2", queries(1), [[segment]], RawTokens(cache, FUSED, [[1, 2]], [40])),
+        ("names block 99", queries(1), [[segment]], RawTokens(cache, FUSED, [[1, 2, 99]], [40])),
+        ("heads, head_dim, dtype", queries(1), [[segment]], RawTokens(cache.half(), FUSED, [[1, 2, 4]], [40])),
+        ("layout 'NHD'", queries(1), [[segment]], RawTokens(cache, "NHD", [[1, 2, 4]], [40])),
+        ("0 tokens; 0 are in its segments", queries(1), [[]], None),
+    ]
+    for words, q, sequences, tokens in wrong:
+        with pytest.raises(InvalidArgument, match=words):
+            pool.attend(q, sequences, tokens)
+    table = [-1, -1, 4]  # blocks whose tokens are encoded may be free already
+    check(
+        pool.attend(queries(1), [[segment]], RawTokens(cache, FUSED, [table], [40])),
+        pool.attend(queries(1), [[segment]], raw),
+    )
+    with pytest.raises(BackendUnavailable, match=r"call attend\(\)"):
+        pool.prepare(queries(1), [[segment]], raw)
+
+
+# -- what the CUDA kernel is told ------------------------------------------------------------------------------------
+def bytes_at(address: int, count: int) -> bytes:
+    return ctypes.string_at(address, count)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kernels_tables_lead_to_every_byte(layout: str) -> None:
+    """Addresses that ``attention.cu`` would compute, followed in host memory: blocks, means, exact tokens and raw ones."""
+    pytest.importorskip("cuda.bindings")
+    from pqcodec.formats.engines.block_tables import views_of
+    from pqcodec.kernels.on_cuda.attention import FIELDS, PAGED_FIELDS
+    from pqcodec.kernels.on_cuda.paged_attention import RawBlocks, paged_shares
+
+    pool, cache = pool_of(32), cache_of(layout, 16)
+    tables = torch.tensor([[7, 3, 11, 0, 5, 6, 2], [7, 3, 11, 0, 9, 13, 1], [8, 4, 12, 10, 1, 1, 1]], dtype=torch.int32)
+    prefix = pool.put_blocks(cache, layout, tables[0], 4 + 64, [13, 4], exact_tokens=4)
+    more = pool.put_blocks(cache, layout, tables[0], 32, [6], first_token=68)
+    sequences, lengths = [[prefix, more], [prefix], [pool._empty]], [104, 80, 5]
+    raw = RawBlocks.of(*views_of(cache, layout), tables)
+    room, splits = 5, 4
+    numbers = np.zeros((3, room), np.int32)
+    pools = pool.keys.data_ptr(), pool.values.data_ptr()
+    pairs = [[segment.pair for segment in some] for some in sequences]
+    rows, numbers[:] = paged_shares(pairs, pools, numbers.ctypes.data, room, raw, splits)
+    assert rows.shape == (3, splits + 1, len(FIELDS) + len(PAGED_FIELDS))
+    for n, segments in enumerate(sequences):
+        streams = [pool.get(segment) for segment in segments]
+        taken = []
+        for row in rows[n, :-1]:
+            for chunk in range(row[FIELDS.first_chunk], row[FIELDS.last_chunk]):
+                page = ctypes.c_int32.from_address(int(row[PAGED_FIELDS.pages]) + 4 * chunk).value
+                number = next(i for i, s in enumerate(segments) if page in s.pages)
+                assert segments[number].pages[chunk] == page
+                taken.append((number, chunk))
+                h = segments[number].keys.header
+                assert row[FIELDS.position] == h.rope.first_position + h.first_tokens
+                assert row[FIELDS.coded] == h.coded_tokens
+                for side, base in enumerate((FIELDS.k_payload, FIELDS.v_payload)):
+                    h, data = segments[number].pair[side].header, streams[number][side]
+                    for head in range(HEADS):
+                        size = h.blocks.size(chunk)
+                        at = int(row[base]) + page * HEADS * h.blocks.chunk_bytes + head * size
+                        place = h.blocks.place(chunk, head)
+                        assert bytes_at(at, size) == data[place : place + size]
+                keys = streams[number][0]
+                head = segments[number].keys.header
+                assert bytes_at(int(row[FIELDS.k_means]), 2 * DIM) == keys[head.header_bytes : head.header_bytes + 2 * DIM]
+                assert bytes_at(int(row[FIELDS.k_exponent]), 2) == keys[40:42]
+        assert taken == [(i, chunk) for i, s in enumerate(segments) for chunk in range(len(s.pages))]
+        last = rows[n, -1]
+        assert last[PAGED_FIELDS.raw_first] == sum(s.tokens for s in segments)
+        assert last[FIELDS.exact] == segments[0].keys.header.first_tokens
+        for side, (base, exact) in enumerate(((FIELDS.k_recent, FIELDS.k_exact), (FIELDS.v_recent, FIELDS.v_exact))):
+            block_stride = (PAGED_FIELDS.k_raw_block, PAGED_FIELDS.v_raw_block)[side]
+            token_stride, head_stride = ((FIELDS.k_stride, FIELDS.k_head_stride), (FIELDS.v_stride, FIELDS.v_head_stride))[side]
+            whole = gather_blocks(cache, layout, tables[n], lengths[n])[side].numpy()
+            for head in range(HEADS):
+                for token in range(int(last[PAGED_FIELDS.raw_first]), lengths[n]):
+                    column, slot = divmod(token, int(last[PAGED_FIELDS.raw_block]))
+                    block = ctypes.c_int32.from_address(int(last[PAGED_FIELDS.raw_table]) + 4 * column).value
+                    at = int(last[base]) + head * int(last[head_stride]) + block * int(last[block_stride])
+                    assert bytes_at(at + slot * int(last[token_stride]), 4 * DIM) == whole[head, token].tobytes()
+                for token in range(int(last[FIELDS.exact])):
+                    at = int(last[exact]) + head * int(last[FIELDS.exact_head_stride]) + token * 4 * DIM
+                    assert bytes_at(at, 4 * DIM) == whole[head, token].tobytes()
+        assert (last[PAGED_FIELDS.raw_columns], last[PAGED_FIELDS.raw_blocks]) == (7, BLOCKS)
