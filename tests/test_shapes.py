@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,14 @@ SOME: list[Shape] = [
     ("cuda", "pq3", "bfloat16", 128, "half"),
     ("cuda", "pq4", "float16", 64, None),
     ("cuda", "paper", "float32", 256, None),
+    ("cuda", "quad3", "bfloat16", 576, None),
 ]
 # Bytes of stack that kernels still take, by columns of the tile, at the most. Triton: wide rows do not fit in 255 registers.
 # CUDA: a few registers of many kinds, which is cheaper than fewer warps; the encoder's most are of rows with extreme numbers.
 SPILLS = {
     ("triton", "encode_stream_blocks"): {128: 48, 256: 24, 512: 800, 1024: 3000},
     ("triton", "decode_stream_blocks"): {512: 320, 1024: 2600},
-    ("cuda", "encode_stream_blocks"): {64: 8, 128: 120, 256: 168},
+    ("cuda", "encode_stream_blocks"): {64: 8, 128: 120, 256: 168, 1024: 112},
     ("cuda", "decode_stream_blocks"): {64: 8, 128: 40},
 }
 
@@ -61,3 +63,24 @@ def test_no_launch_shape_spills_but_those_that_are_counted(backend: str) -> None
         (*shape, kernel, needs["stack"]) for shape, kernel, needs in found if needs["stack"] > spill_allowed(shape, kernel)
     ]
     assert spilled == []
+
+
+@NEEDS_BINDINGS
+@pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["8.9", "8.0", "9.0"])  # by compute capability
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_finds_room_in_the_shared_memory_of_every_device(head_dim: int, limit: int) -> None:
+    from pqcodec import Rope
+    from pqcodec.kernels.on_cuda.attention import RESIDENT, AttentionKind, attention_layout
+    from pqcodec.options import EncodeOptions
+
+    shape, rope = (8, 1024, head_dim), Rope(theta=10000.0)
+    for chunk, rows, names in product(
+        (24, 32, 64, 100), (1, 4, 8, 16), (("quad2", "quad2"), ("quad3", "quad2.5"), ("quad3.5",) * 2)
+    ):
+        keys = EncodeOptions(names[0], center="rope", rope=rope, chunk_tokens=chunk).header(shape, 2)
+        values = EncodeOptions(names[1], chunk_tokens=chunk).header(shape, 2)
+        found = attention_layout(AttentionKind(keys, values, rows, 1, 2), limit)
+        if (limit, head_dim, rows) != (101376, 256, 16):  # where it does not fit, the kernel refuses by name
+            assert found.shared_bytes <= limit, (chunk, rows, names)
+        if names[0] == "quad3" and limit > 101376 and rows <= 4:
+            assert RESIDENT[head_dim] * (found.shared_bytes + 1024) <= limit + 1024

@@ -25,7 +25,7 @@
 // Needs ORDER (64, 128 or 256, and head_dim), THREADS, RESIDENT (thread blocks of a multiprocessor), HALVES (of eight rows of
 // queries: 1 or 2), ROWS_USED (at most 8 * HALVES), QUERIES (of a head: causal among themselves), CHUNK (tokens of a block),
 // K_BITS and V_BITS (of a quad), K_BYTES and V_BYTES (of a row's indices), K_COPIES and V_COPIES (of a point, in shared memory),
-// the places in shared memory V_AT (0: values have the keys' table), TURNS_AT, COEFFICIENTS_AT, INPUTS_AT and WARPS_AT, and
+// HALF (tokens, of BOTH), the places in shared memory V_AT (0: values have the keys' table), TURNS_AT, COEFFICIENTS_AT, INPUTS_AT and WARPS_AT, and
 // BLOB_BYTES of the tables; K_MANTISSA and V_MANTISSA (log2 of the factor of radius 0), RADIUS_STEPS, PAIRS (that turn; 0:
 // none), INTERLEAVED, K_OFFSETS, V_OFFSETS, ALIGN and BESIDE (of a block's bytes), MOST_BLOCKS (of a head), FIELDS and the places
 // of a thread block's numbers (attention.py names them), Q_TYPE and TYPE (of queries and outputs, and of exact rows: FLOAT16,
@@ -44,9 +44,10 @@
 #define QUADS_K (ORDER / 16)  // of a lane, of a key
 #define QUADS_V (ORDER / 32)  // of a lane, of a value
 #define TILE 32               // tokens
-#define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned; BOTH: of two, 128
+#define UNIT 64               // tokens, to whose first one the coefficients of the keys' mean are turned; BOTH: 2 HALF
 #define UNITS ((CHUNK + UNIT - 1) / UNIT)  // of a block
-#define PARTS (BOTH ? 4 : CHUNK > TILE ? 2 : 1)  // tiles of a unit
+#define HALF_TILES (HALF / TILE)
+#define PARTS (BOTH ? 2 * HALF_TILES : CHUNK > TILE ? 2 : 1)  // tiles of a unit
 #define QUERIES_KEPT (0 && SPARE && ORDER <= 128)  // in registers
 #define NOTHING (-1e30f)      // a maximum of no scores
 #define ROOM 14               // log2 of a value's weight whose score is the maximum, so that small ones are far from float16's smallest
@@ -591,8 +592,8 @@ template <typename Side> INLINE void load_tile(Side& side, const Tile& tile, i64
 // -- the keys' mean -------------------------------------------------------------------------------------------------
 // A row's sum of the coefficients' turns at a token is that at the first of some tokens, and the product of the coefficients there
 // with (cos - 1, sin) of the turn from there on: float16 is enough for that, as most pairs turn little. These tokens are a unit's;
-// where columns are spare (BOTH), a unit is four tiles, which may lie in several blocks: columns 0 to 3 are turned to the first of
-// them, and 4 to 7 to the third.
+// where columns are spare (BOTH), a unit has two halves, which may lie in several blocks: columns 0 to 3 are turned to the first
+// token of the first one, and 4 to 7 to that of the second.
 #define STEP_WORDS (HALVES * (BOTH ? 32 : LANES) * 2 + 8)  // of operands
 
 // The shared memory of one warp: factors of a tile's rows, and the turned coefficients, as operands.
@@ -627,7 +628,7 @@ INLINE float sums_of_warp(float* x, int lane) {
     return sum + __shfl_xor_sync(ALL_LANES, sum, 1);
 }
 
-// Turns the coefficients to a token at ``position`` (and to that UNIT behind it). Decoders turn by the 16 upper bits of a phase:
+// Turns the coefficients to a token at ``position`` (and to that HALF behind it). Decoders turn by the 16 upper bits of a phase:
 // half a step less, on average. Each lane takes some pairs, of all rows.
 INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* about_rows, u32 position, const u32* frequencies,
                               int lane) {
@@ -641,7 +642,7 @@ INLINE void turn_coefficients(const u8* memory, WarpMemory& mine, const float4* 
         float cosine[TURNS], sine[TURNS];
 #pragma unroll
         for (int i = 0; i < TURNS; i++) {
-            const int phase = (int)((position + i * UNIT) * frequency - (1u << 15));
+            const int phase = (int)((position + i * HALF) * frequency - (1u << 15));
             const float angle = (float)phase * 1.46291807927e-9f;  // 2 pi / 2^32
             cosine[i] = __cosf(angle), sine[i] = __sinf(angle);
         }
@@ -882,11 +883,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
 #if BOTH
         if (turns) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < HALF_TILES; i++) {
                 add_means(memory, mine, i * TILE, lane, added);
 #pragma unroll
                 for (int j = 0; j < TILE / 8; j++)
-                    mine.added[t / 2 * 2 + i][j][2 * g + t % 2] = {added[j / 2][0][j % 2 * 2], added[j / 2][0][j % 2 * 2 + 1]};
+                    mine.added[t / 2 * HALF_TILES + i][j][2 * g + t % 2] = {added[j / 2][0][j % 2 * 2], added[j / 2][0][j % 2 * 2 + 1]};
             }
             __syncwarp();
         }
@@ -931,7 +932,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) attend(
             for (int column = 0; column < 2; column++) {
                 const int its = row_of(8 * half + 2 * t + column);
 #if MEANS
-                const float4 row = mine.first[(BOTH ? part / 2 * 4 : 0) + its];
+                const float4 row = mine.first[(BOTH ? part / HALF_TILES * 4 : 0) + its];
 #else
                 const float4 row = about_rows[its];
 #endif

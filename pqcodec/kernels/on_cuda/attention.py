@@ -18,6 +18,7 @@ from cuda.bindings import driver
 from pqcodec import constants as c
 from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
+from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.backend import _device, header_of_kind
 from pqcodec.kernels.on_cuda.compiled import Layout, compiled, returned
 from pqcodec.kernels.on_cuda.quads import index_bytes
@@ -33,7 +34,7 @@ RESIDENT = {64: 2, 128: 2, 256: 2}  # thread blocks of a multiprocessor
 TILE = 32  # tokens of a warp
 UNIT = 64  # tokens of a warp with one turn of the coefficients of the keys' mean
 TABLE_BYTES = 64 << 10  # of both tables' copies together
-MOST_COPIES = 16  # of a point of 8 bytes: half a warp reads all banks of shared memory at once
+_RESERVED = 1024  # bytes of shared memory that the device takes for each thread block
 MOST_BLOCKS = 256  # of a head, the exact tokens' included
 LOG2_E = math.log2(math.e)
 SEQUENCE_TILES = 4  # of a thread block, at the least
@@ -152,16 +153,29 @@ def why_not(keys: Header, values: Header, rows: int) -> str | None:
     return None
 
 
-def attention_layout(kind: AttentionKind) -> Layout:
-    """Tables of points (of values too, if theirs are others), turns of a tile's tokens, coefficients, what each warp needs."""
-    tables, copies = _tables(kind)
+def attention_layout(kind: AttentionKind, limit: int = 232448) -> Layout:
+    """The quickest layout of which a multiprocessor runs RESIDENT thread blocks, or else the first that fits, or is smallest.
+
+    ``limit``: bytes of shared memory of a multiprocessor.
+    """
+    found = [_layout(kind, most, half) for most in (16, 8, 4) for half in (UNIT, TILE)]
+    room = [limit // count - _RESERVED * (count - 1) for count in (RESIDENT[kind.keys.order], 1)]
+    return next((each for bytes_ in room for each in found if each.shared_bytes <= bytes_), found[-1])
+
+
+def _layout(kind: AttentionKind, most: int, half: int) -> Layout:
+    """Tables of points (of values too, if theirs are others), turns of tokens, coefficients, what each warp needs.
+
+    ``most``: copies of a point; ``half``: HALF of ``attention.cu``, if it is BOTH.
+    """
+    tables, copies = _tables(kind, most)
     k_copies, v_copies = copies[0], copies[-1]
     k_bytes = len(tables[0]) * 8 * k_copies
     v_at = k_bytes if len(tables) > 1 else 0
     turns_at = k_bytes + (len(tables[1]) * 8 * v_copies if len(tables) > 1 else 0)
     pairs = len(kind.keys.rope.frequencies) if kind.keys.rope else 0
     both = _both(kind)
-    turns = _turns(kind.keys.rope.frequencies, UNIT) if kind.keys.rope else np.zeros(0, np.uint8)
+    turns = _turns(kind.keys.rope.frequencies, half if both else UNIT) if kind.keys.rope else np.zeros(0, np.uint8)
     threads, order, rows, halves = THREADS[kind.keys.order], kind.keys.order, kind.rows, -(-kind.rows // 8)
     lanes = 16 if rows <= 4 else 32
     blob = np.concatenate([*(table.reshape(-1).view(np.uint8) for table in tables), turns])
@@ -170,7 +184,7 @@ def attention_layout(kind: AttentionKind) -> Layout:
     inputs_at = coefficients_at + rows * pairs * 8
     warps_at = inputs_at + order // 16 * halves * lanes * 8
     warp_bytes = 4 * (2 * TILE + (32 * halves + pairs // 8 * (halves * (32 if both else lanes) * 2 + 8) if pairs else 0))
-    warp_bytes += both * UNIT * 32
+    warp_bytes += both * half * 32
     results = 4 * max(
         threads * order * halves // 4,
         threads // 32 * rows * order,
@@ -178,6 +192,7 @@ def attention_layout(kind: AttentionKind) -> Layout:
     )
     size = max(warps_at + threads // 32 * warp_bytes, results)
     places = {
+        "HALF": half,
         "K_COPIES": k_copies,
         "V_COPIES": v_copies,
         "V_AT": v_at,
@@ -190,13 +205,13 @@ def attention_layout(kind: AttentionKind) -> Layout:
     return Layout(threads, 0, False, False, blob, places, size)
 
 
-def _tables(kind: AttentionKind) -> tuple[list[np.ndarray], list[int]]:
+def _tables(kind: AttentionKind, most: int) -> tuple[list[np.ndarray], list[int]]:
     """Points as float16 [2^bits, 4] of keys, and of values if they have others; and how many copies of each there are."""
     bits = [quads.table_of(plan_for(h)).bits for h in (kind.keys, kind.values)]
     kept = sorted(set(bits), key=bits.index)
     tables = [quads.points_of(each).points.astype("<f2").view(np.uint16) for each in kept]
     room = TABLE_BYTES // len(kept)
-    return tables, [min(MOST_COPIES, room // (8 << each)) for each in kept]
+    return tables, [min(most, room // (8 << each)) for each in kept]
 
 
 def _both(kind: AttentionKind) -> bool:
@@ -267,11 +282,16 @@ class AttentionKernel:
 
 @lru_cache(maxsize=32)
 def kernel(kind: AttentionKind, device: str) -> AttentionKernel:
-    """The kernel for a kind, compiled once a process."""
+    """The kernel for a kind, compiled once a process; raises BackendUnavailable where shared memory has no room for it."""
     import torch
 
-    _, architecture, _, _ = _device(device)
-    found = attention_layout(kind)
+    _, architecture, _, limit = _device(device)
+    found = attention_layout(kind, limit)
+    if found.shared_bytes > limit:
+        raise BackendUnavailable(
+            f"attention to these codes takes {found.shared_bytes} bytes of shared memory, this GPU has {limit}; "
+            f"choose backend 'triton'"
+        )
     code = compiled("attention.cu", attention_definitions(kind, found), architecture)
     with torch.cuda.device(device):
         module = returned(driver.cuModuleLoadData(code))
