@@ -13,7 +13,6 @@ import random
 import struct
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from pathlib import Path
 import torch
 from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
 from lmcache.v1.distributed.config import add_storage_manager_args, parse_args_to_config
-from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.storage_manager import StorageManager
+from lmcache_manager import Stored
 from lmcache_processes import plug_in
 
 from pqcodec import constants as c
@@ -82,22 +81,6 @@ FAULTS: dict[str, Callable[[bytes, bytes, random.Random], bytes | None]] = {
 
 
 # -- LMCache -------------------------------------------------------------------------------------------------------
-class Told(L2AdapterListener):
-    """Knows when as many objects as are expected are stored."""
-
-    def expect(self, count: int) -> None:
-        self.missing, self.all = count, threading.Event()
-
-    def on_l2_keys_stored(self, keys: list[ObjectKey], sizes: list[int]) -> None:
-        self.missing -= len(keys)
-        if self.missing <= 0:
-            self.all.set()
-
-    def on_l2_keys_accessed(self, keys: list[ObjectKey]) -> None: ...
-
-    def on_l2_keys_deleted(self, keys: list[ObjectKey]) -> None: ...
-
-
 class Storage:
     """A storage manager over a folder."""
 
@@ -107,7 +90,7 @@ class Storage:
         adapter = plug_in({"type": "fs", "base_path": str(folder)}, {"type": "pqcodec", **OPTIONS})
         given = ["--l1-size-gb", "0.25", "--eviction-policy", "LRU", "--l2-adapter", adapter]
         self._manager = StorageManager(parse_args_to_config(parser.parse_args(given)))
-        self._folder, self._told = folder, Told()
+        self._folder, self._told = folder, Stored()
         self._manager.register_l2_listener(self._told)
 
     def file(self, key: ObjectKey) -> Path:

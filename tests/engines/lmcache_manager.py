@@ -22,10 +22,13 @@ PATIENCE = 60  # seconds
 
 
 class Stored(L2AdapterListener):
-    """Waits until an adapter has stored as many objects as are expected."""
+    """Knows when an adapter has stored as many objects as are expected."""
 
-    def __init__(self, expected: int) -> None:
-        self.missing, self.all = expected, threading.Event()
+    def __init__(self, expected: int = 0) -> None:
+        self.expect(expected)
+
+    def expect(self, count: int) -> None:
+        self.missing, self.all = count, threading.Event()
 
     def on_l2_keys_stored(self, keys: list[ObjectKey], sizes: list[int]) -> None:
         self.missing -= len(keys)
