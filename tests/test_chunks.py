@@ -16,7 +16,7 @@ import pqcodec
 from pqcodec import constants as c
 from pqcodec.codings.presets import PRESETS
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput, TruncatedStream, UnsupportedStream
-from pqcodec.formats.engines.chunks import CHUNK_LAYOUTS, ChunkCodec
+from pqcodec.formats.engines.chunks import CHUNK_LAYOUTS, LATENT_LAYOUTS, ChunkCodec
 from pqcodec.stages.centre import phases, turn
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
@@ -216,6 +216,13 @@ def test_numbers_that_are_not_finite_are_not_encoded() -> None:
         ({"head_dim": 64, "kv_heads": 8, "rope": {"frequencies": 1.0}}, "rope"),
         ({"head_dim": 64, "kv_heads": 8, "rope": {"theta": 1e4, "dim": 128}}, "rope turns 128 channels"),
         ({"head_dim": 64, "kv_heads": 8, "rope": {"theta": 1e4, "style": "neox"}}, "rope.style 'neox'"),
+        ({"head_dim": 64, "kv_heads": 1, "latent_dim": -1}, "latent_dim is -1; a whole number is expected"),
+        ({"head_dim": 64, "kv_heads": 8, "latent_dim": 512}, "kv_heads is 8; latent attention has one rotary key"),
+        (
+            {"head_dim": 64, "kv_heads": 1, "latent_dim": 512, "layout": APART},
+            "layout '2,layers.* choose from '1,layers,tokens,dim'",
+        ),
+        ({"head_dim": 64, "kv_heads": 1, "layout": LATENT_LAYOUTS[0]}, "layout '1,layers,tokens,dim' is unknown"),
         ({"model": "/nowhere"}, "the path of a model's config.json"),
         ({"model": 5}, "model"),
     ],
@@ -234,6 +241,66 @@ def test_a_model_says_what_is_not_given(tmp_path: Path) -> None:
     assert chunks.rope.field(128) == pqcodec.Rope(1e6).field(128)
     rank = ChunkCodec.from_json({"model": str(tmp_path), "kv_heads": 2, "rope": "none"})
     assert (rank.kv_heads, rank.rope) == (2, None)
+
+
+# -- latent attention ------------------------------------------------------------------------------------------------
+LATENT, ROTARY = 48, 16
+LATENTS = gaussian(LAYERS, TOKENS, LATENT + ROTARY).half() + 1
+MLA: dict[str, Any] = {"head_dim": ROTARY, "kv_heads": 1, "latent_dim": LATENT}
+
+
+@pytest.mark.parametrize("layout", LATENT_LAYOUTS)
+def test_latents_and_rotary_keys_come_back_to_their_places(layout: str, backend: str) -> None:
+    x = LATENTS[None] if layout.startswith("1") else LATENTS
+    rope = pqcodec.Rope(theta=100.0, style="interleaved")
+    for chosen in (None, layout):
+        chunks = codec_of(**MLA, layout=chosen, preset="pq3", rope=rope, exact_tokens=2, backend=backend)
+        data, y = chunks.encode(x, NAME), torch.full_like(x, torch.nan)
+        assert data.nbytes == chunks.size(x.shape, x.dtype)
+        chunks.decode(data, y, NAME)
+        assert rel_mse(x, y) < 0.05
+    options = {"preset": "pq3", "exact_tokens": 2, "backend": backend}
+    rotary = pqcodec.encode(LATENTS[:, None, :, LATENT:], center="rope", rope=rope, **options)
+    latents = pqcodec.encode(LATENTS[:, None, :, :LATENT], center="mean", **options)
+    assert data.tobytes()[48:] == rotary + bytes(-len(rotary) % 16) + latents + bytes(-len(latents) % 16)
+
+
+@pytest.mark.parametrize("shape", [(1, LAYERS, TOKENS, LATENT), (2, LAYERS, TOKENS, 64), (1, LAYERS, TOKENS, 80), (LAYERS, 64)])
+def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidArgument, match="with a latent of 48 numbers and a rotary key of 16"):
+        codec_of(**MLA).size(shape, "float16")
+
+
+def test_a_model_says_that_its_attention_is_latent(tmp_path: Path) -> None:
+    config = {
+        "model_type": "deepseek_v3",
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "rope_theta": 10000,
+        "max_position_embeddings": 163840,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    chunks = ChunkCodec.from_json({"model": str(tmp_path)})
+    assert (chunks.latent_dim, chunks.head_dim, chunks.kv_heads) == (512, 64, 1)
+    assert chunks.rope is not None
+    assert (chunks.rope.style, len(chunks.rope.frequencies or ())) == ("interleaved", 32)
+    shape = (1, 61, 256, 576)
+    assert chunks.size(shape, "bfloat16") < 0.3 * 2 * np.prod(shape)
+    with pytest.raises(InvalidArgument, match="which is not"):  # the model knows better than who forgets its latents
+        ChunkCodec.from_json({"model": str(tmp_path), "head_dim": 576, "kv_heads": 1}).size(shape, "bfloat16")
+    del config["qk_rope_head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArgument, match="kv_lora_rank 512 and qk_rope_head_dim None"):
+        ChunkCodec.from_json({"model": str(tmp_path)})
 
 
 # -- what is refused when it comes -----------------------------------------------------------------------------------

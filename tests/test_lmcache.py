@@ -180,10 +180,30 @@ def test_a_wrong_configuration_ends_the_start(tmp_path: Any, options: dict[str, 
     adapter.close()
 
 
-def test_a_model_of_latent_attention_ends_the_start(tmp_path: Any) -> None:
+def test_latents_go_through_memory_objects(tmp_path: Any) -> None:
+    adapter, config = made(tmp_path / "objects"), tmp_path / "config.json"
+    said = {"model_type": "deepseek_v3", "num_attention_heads": 8, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    config.write_text(json.dumps(said | {"rope_theta": 10000}))
+    serde = create_serde_processor(SerdeConfig("pqcodec", {"model": str(config)}))
+    x = gaussian(1, 3, 20, 576).bfloat16()  # KV_MLA_FMT
+    chunks = ChunkCodec.from_json({"model": str(config)})
+    size = plug_in.PQSerializer(chunks).estimate_serialized_size(MemoryLayoutDesc([x.shape], [x.dtype]))
+    buffer, back = memory_of(torch.zeros(size, dtype=torch.uint8)), memory_of(torch.zeros_like(x))
+    for submit, source, target, descriptor, query in (
+        (serde.submit_serialize, x, buffer, serde.get_serialize_event_fd, serde.query_serialize_result),
+        (serde.submit_deserialize, buffer, back, serde.get_deserialize_event_fd, serde.query_deserialize_result),
+    ):
+        task = submit([memory_of(source) if source is x else source], [target], [KEY])
+        assert finished(serde, descriptor(), query, task)
+    assert rel_mse(x, back.tensor) < 0.01
+    serde.close()
+    adapter.close()
+
+
+def test_a_model_that_tells_too_little_ends_the_start(tmp_path: Any) -> None:
     adapter, config = made(tmp_path / "objects"), tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "deepseek_v3", "num_attention_heads": 8, "kv_lora_rank": 512}))
-    with pytest.raises(ValueError, match="its chunks hold no keys and values of heads"):
+    with pytest.raises(ValueError, match="kv_lora_rank 512 and qk_rope_head_dim None"):
         create_serde_processor(SerdeConfig("pqcodec", {"model": str(config)}))
     adapter.close()
 

@@ -1,10 +1,11 @@
-"""Law: a chunk of a serving engine's cache (keys and values of some tokens of all layers, one tensor) as bytes of a fixed size.
+"""Law: a chunk of a serving engine's cache (what all layers keep of some tokens, one tensor) as bytes of a fixed size.
 
 How a chunk lies is said, or follows from its shape together with the size and number of its KV heads; what fits no layout is
 refused. Its bytes (SPEC IV.6) are a head and streams, of keys and then of values [layers, heads, tokens, head_dim], each of
 one or several layers: they do not depend on the layout, and their number depends on shape, dtype and options only. So layers
 share a preset's bits (``policy.rates``), as a sample of the chunk's own tokens tells; what they leave is filled with zeros. The
-head names the object whose they are, and seals the streams: nothing of another chunk stands among them.
+head names the object whose they are, and seals the streams: nothing of another chunk stands among them. A chunk of latent
+attention holds a latent and a rotary key of each token, which take the places of values and keys.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.codings.presets import PRESETS
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
-from pqcodec.formats.engines.model_config import config_rope, heads_of, read_config
+from pqcodec.formats.engines.model_config import config_rope, heads_of, latent_of, read_config
 from pqcodec.formats.plain import numbers
 from pqcodec.formats.plain.documents import natural
 from pqcodec.formats.policy import rates
@@ -37,8 +38,9 @@ from pqcodec.stream.source import MemorySource
 
 # The dimensions behind "tokens" are one. LMCache has the first where it copies from the engine, the second where that sends.
 CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")
+LATENT_LAYOUTS = ("1,layers,tokens,dim", "layers,tokens,dim")  # of latent attention
 _ORDER = ("2", "layers", "heads", "tokens", "dim")
-_OPTIONS = ("preset", "model", "head_dim", "kv_heads", "rope", "layout", "exact_tokens")
+_OPTIONS = ("preset", "model", "head_dim", "kv_heads", "latent_dim", "rope", "layout", "exact_tokens")
 _ROPE = ("theta", "dim", "style", "frequencies")
 _WARM_TOKENS = 80
 _EXACT_TOKENS = 3  # of few chunks the first tokens are sinks; with three, one of 256 tokens has a fifth of its bytes at pq3
@@ -53,6 +55,10 @@ class ChunkCodec:
     ``kv_heads``: of one rank. ``layout``: one of CHUNK_LAYOUTS (None: the one that a chunk's shape fits). ``rope``: of the
     keys, which are centred under it as if the chunk began at position 0 (another position only turns the mean); None: they
     are centred plainly. ``exact_tokens``: first tokens of each chunk that stay exact.
+
+    ``latent_dim``: numbers of a token's latent (kv_lora_rank) in a model of latent attention, 0 for others. Then each token has
+    the latent, which is centred, and behind it one rotary key of ``head_dim`` numbers; ``kv_heads`` is 1, and the layout one of
+    LATENT_LAYOUTS.
 
     >>> import torch
     >>> chunks = ChunkCodec(head_dim=64, kv_heads=2, rope=Rope(), backend="reference")
@@ -70,22 +76,33 @@ class ChunkCodec:
     layout: str | None = None
     exact_tokens: int = _EXACT_TOKENS
     backend: str = "auto"
+    latent_dim: int = 0
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "kv_heads"):
             if not natural(getattr(self, name)) or not getattr(self, name):
                 raise InvalidArgument(f"{name} is {getattr(self, name)!r}; a whole number from 1 on is expected")
-        if self.layout is not None and self.layout not in CHUNK_LAYOUTS:
-            raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, CHUNK_LAYOUTS))}")
-        for options in self._options(self.preset):
-            options.header((1, self.kv_heads, 1, self.head_dim), c.DTYPE_FLOAT16)
+        if not natural(self.latent_dim):
+            raise InvalidArgument(f"latent_dim is {self.latent_dim!r}; a whole number is expected, 0 without latent attention")
+        if self.latent_dim and self.kv_heads != 1:
+            raise InvalidArgument(f"kv_heads is {self.kv_heads}; latent attention has one rotary key of a token: 1 is expected")
+        layouts = LATENT_LAYOUTS if self.latent_dim else CHUNK_LAYOUTS
+        if self.layout is not None and self.layout not in layouts:
+            raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, layouts))}")
+        for options, dim in zip(self._options(self.preset), self._dims, strict=True):
+            options.header((1, self.kv_heads, 1, dim), c.DTYPE_FLOAT16)
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        """Numbers of a row of keys and of values, or of a rotary key and of a latent."""
+        return self.head_dim, self.latent_dim or self.head_dim
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> ChunkCodec:
         """A codec of the options of a configuration in JSON; raises InvalidArgument for what is missing, unknown or ambiguous.
 
-        ``model``: the path of its config.json, or of the folder of it, which says head_dim, kv_heads and rope where these are
-        not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``.
+        ``model``: the path of its config.json, or of the folder of it, which says head_dim, kv_heads, latent_dim and rope where
+        these are not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``.
 
         >>> chunks = ChunkCodec.from_json({"preset": "pq3", "head_dim": 128, "kv_heads": 8, "rope": {"theta": 500000}})
         >>> chunks.rope.theta, chunks.size((1, 32, 256, 8 * 2 * 128), "bfloat16")
@@ -96,7 +113,10 @@ class ChunkCodec:
         rope = given_rope(known.pop("rope")) if "rope" in known else None
         if "model" in known:
             config = read_config(known.pop("model"))
-            if not {"head_dim", "kv_heads"} <= known.keys():
+            latent = latent_of(config)
+            if latent is not None:
+                known = dict(zip(("head_dim", "kv_heads", "latent_dim"), latent, strict=True)) | known
+            elif not {"head_dim", "kv_heads"} <= known.keys():
                 known = dict(zip(("head_dim", "kv_heads"), heads_of(config), strict=True)) | known
             if "rope" not in options:
                 rope = config_rope(config, known["head_dim"])
@@ -115,18 +135,23 @@ class ChunkCodec:
         if name not in DTYPE_NAMES.values():
             raise InvalidArgument(f"a chunk holds {name}; only {', '.join(DTYPE_NAMES.values())} can be encoded")
         sizes = self._sizes(shape)
-        lying = tuple(sizes[each] for each in _ORDER[1:])
-        if not rates.shares(self.preset, lying[0]):
-            return self._bytes([[(slice(0, lying[0]), self.preset)]] * 2, lying, name)
-        return self._bytes([[(slice(0, 1), self.preset)] * lying[0]] * 2, lying, name)
+        layers, tokens = sizes["layers"], sizes["tokens"]
+        if not self._shares(layers):
+            return self._bytes([[(slice(0, layers), self.preset)]] * 2, tokens, name)
+        return self._bytes([[(slice(0, 1), self.preset)] * layers] * 2, tokens, name)
 
-    def _bytes(self, runs: Sequence[Sequence[Run]], lying: tuple[int, ...], dtype: str) -> int:
-        """Bytes of a head and of streams of runs of keys and of values; ``lying``: layers, heads, tokens, head_dim."""
+    def _shares(self, layers: int) -> bool:
+        """Whether layers share the preset's bits: there is no rule for those of latents."""
+        return not self.latent_dim and rates.shares(self.preset, layers)
+
+    def _bytes(self, runs: Sequence[Sequence[Run]], tokens: int, dtype: str) -> int:
+        """Bytes of a head and of streams of runs of keys and of values."""
         code = {name: code for code, name in DTYPE_NAMES.items()}[dtype]
 
         @lru_cache
         def stream(role: int, layers: int, preset: str) -> int:
-            return aligned(self._options(preset)[role].header((layers, *lying[1:]), code).stream_bytes)
+            shape = (layers, self.kv_heads, tokens, self._dims[role])
+            return aligned(self._options(preset)[role].header(shape, code).stream_bytes)
 
         return c.CHUNK_STRUCT.size + sum(
             stream(role, layers.stop - layers.start, preset) for role, each in enumerate(runs) for layers, preset in each
@@ -135,13 +160,13 @@ class ChunkCodec:
     def _options(self, preset: str) -> tuple[EncodeOptions, EncodeOptions]:
         center = "rope" if self.rope else "mean"
         keys = EncodeOptions(preset, center=center, rope=self.rope, exact_tokens=self.exact_tokens)
-        return keys, EncodeOptions(preset, exact_tokens=self.exact_tokens)
+        return keys, EncodeOptions(preset, center="mean" if self.latent_dim else None, exact_tokens=self.exact_tokens)
 
     def _runs(self, pair: Sequence[Any], size: int, dtype: str) -> list[list[Run]]:
         """The runs of keys and of values: layers share the bits of the preset where their streams do not become more bytes."""
-        layers, _, tokens, _ = lying = tuple(pair[0].shape)
+        layers, _, tokens, _ = pair[0].shape
         whole = [[(slice(0, layers), self.preset)]] * 2
-        if not rates.shares(self.preset, layers):
+        if not self._shares(layers):
             return whole
         first = min(self.exact_tokens, max(tokens - 1, 0))
         step = max((tokens - first) // _SAMPLE, 1)
@@ -152,14 +177,14 @@ class ChunkCodec:
         }
         chosen = rates.share(self.preset, energies)
         runs = [_runs_of([presets[role] for presets in chosen.values()]) for role in range(2)]
-        return runs if self._bytes(runs, lying, dtype) <= size else whole
+        return runs if self._bytes(runs, tokens, dtype) <= size else whole
 
     # -- layouts ---------------------------------------------------------------------------------------------------
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """The size of each dimension of a chunk by its name, in the order in which they lie."""
         found = tuple(map(int, shape))
-        known = {"1": 1, "2": 2, "heads": self.kv_heads, "dim": self.head_dim}
-        layouts = (self.layout,) if self.layout else CHUNK_LAYOUTS
+        known = {"1": 1, "2": 2, "heads": self.kv_heads, "dim": self.latent_dim + self.head_dim}
+        layouts = (self.layout,) if self.layout else LATENT_LAYOUTS if self.latent_dim else CHUNK_LAYOUTS
         for layout in layouts:
             names = layout.split(",")
             behind = names[names.index("tokens") + 1 :]
@@ -167,15 +192,23 @@ class ChunkCodec:
             sizes = dict(zip(lying, found, strict=False)) | {name: known[name] for name in behind}
             if found == (*(known.get(name, sizes.get(name)) for name in lying), math.prod(sizes[name] for name in behind)):
                 return sizes
+        if self.latent_dim:
+            raise InvalidArgument(
+                f"a chunk has shape {found}, which is not {' or '.join(map(repr, layouts))} with a latent of {self.latent_dim} "
+                f"numbers and a rotary key of {self.head_dim}; give the model's latent_dim and head_dim"
+            )
         raise InvalidArgument(
             f"a chunk has shape {found}, which is not {' or '.join(map(repr, layouts))} with {self.kv_heads} heads of "
             f"{self.head_dim}; give the model's head_dim, and as kv_heads those of one rank (its number over the ranks)"
         )
 
     def _pair(self, x: Any) -> tuple[Any, Any]:
-        """The keys and the values of a chunk as views [layers, heads, tokens, head_dim]."""
+        """The keys and the values of a chunk, or its rotary keys and latents, as views [layers, heads, tokens, numbers]."""
         sizes = self._sizes(x.shape)
         sizes.pop("1", None)
+        if self.latent_dim:
+            rows = x.view(tuple(sizes.values()))[:, None]
+            return rows[..., self.latent_dim :], rows[..., : self.latent_dim]
         keys, values = x.view(tuple(sizes.values())).permute([list(sizes).index(name) for name in _ORDER])
         return keys, values
 
@@ -232,7 +265,8 @@ class ChunkCodec:
         for preset in {PRESETS[name].coding: name for name in (*self._shared_presets(), self.preset)}.values():
             chunks = replace(self, layout=None, preset=preset)
             for dtype in DTYPE_NAMES.values():
-                x = torch.ones(1, 1, tokens, self.kv_heads * 2 * self.head_dim, dtype=getattr(torch, dtype))
+                numbers_of_token = self.kv_heads * (self.head_dim + self._dims[1])
+                x = torch.ones(1, 1, tokens, numbers_of_token, dtype=getattr(torch, dtype))
                 chunks.decode(chunks.encode(x, b""), x, b"")
 
     def _shared_presets(self) -> Sequence[str]:

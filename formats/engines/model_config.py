@@ -17,7 +17,7 @@ from pqcodec.formats.plain.documents import natural
 from pqcodec.stages.centre import Rope
 
 _HALF = "gemma gemma2 gpt_oss granite llama mistral mixtral olmo olmo2 phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss starcoder2"
-_INTERLEAVED = "cohere glm glm4"
+_INTERLEAVED = "cohere deepseek_v2 deepseek_v3 glm glm4"
 _STYLES = {name: "half" for name in _HALF.split()} | {name: "interleaved" for name in _INTERLEAVED.split()}
 _SAY = "say what RoPE it has, as 'rope' (an object of theta, dim, style, frequencies; or \"none\")"
 
@@ -43,7 +43,7 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int]:
     (64, 3)
     """
     if config.get("kv_lora_rank"):
-        raise InvalidArgument("the model has latent attention (kv_lora_rank): its chunks hold no keys and values of heads")
+        raise InvalidArgument("the model has latent attention (kv_lora_rank): its cache holds no keys and values of heads")
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim")
@@ -52,6 +52,24 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int]:
     if not (natural(head_dim) and natural(kv_heads) and head_dim and kv_heads):
         raise InvalidArgument("config.json does not say head_dim and num_key_value_heads; give 'head_dim' and 'kv_heads'")
     return head_dim, kv_heads
+
+
+def latent_of(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Numbers of a token's rotary key, how many it has (1), and numbers of its latent, if the model has latent attention.
+
+    Raises InvalidArgument.
+
+    >>> latent_of({"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    (64, 1, 512)
+    """
+    rank, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if not rank:
+        return None
+    if not (natural(rank) and natural(rotary) and rotary):
+        raise InvalidArgument(
+            f"config.json says kv_lora_rank {rank!r} and qk_rope_head_dim {rotary!r}; two whole numbers are expected"
+        )
+    return rotary, 1, rank
 
 
 def config_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
