@@ -35,8 +35,12 @@ HOMES = {  # third-party modules that are imported in one place only
 }
 
 
+GALLERY = ROOT / "tools" / "docs" / "gallery"  # programs of users, not modules of ours
+
+
 def sources() -> list[Path]:
-    return [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+    found = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+    return [path for path in found if path.parent != GALLERY]
 
 
 def imports(path: Path) -> set[str]:

@@ -17,6 +17,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 from benchmarks.tables import charts, with_tables
+from tools.docs.scripts import pictures, with_scripts
 
 ROOT = Path(__file__).parents[2]
 CODE = ROOT / "build" / "docs-code"
@@ -63,16 +64,18 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The charts, from where benchmarks write them."""
+    """The charts, from where benchmarks write them, and the pictures of the gallery's scripts."""
     for name in charts():
         path = ROOT / "benchmarks" / "results" / f"{name}.png"
         files.append(File.generated(config, f"results/{name}.png", abs_src_path=str(path)))
+    for path in pictures():
+        files.append(File.generated(config, f"gallery/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """The tables of results, in the place of their marks."""
-    return with_tables(markdown)
+    """The tables of results, and the gallery's scripts, in the place of their marks."""
+    return with_scripts(with_tables(markdown))
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
