@@ -99,11 +99,14 @@ fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real mode
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
-dist: $(VENV)/installed  ## the wheel and the sdist of a release, and whether an index would take them
+dist: $(VENV)/installed  ## the wheel and the sdist of a release: an index would take them, and both work in an empty folder
 	$(BIN)/pip install --quiet twine
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
+	for made in dist/*; do rm -rf build/installed && \
+		$(BIN)/pip install --quiet --no-deps --target build/installed "$$made" && \
+		(cd build/installed && PYTHONPATH=. $(abspath $(BIN))/python -m pqcodec.tools.cli doctor) || exit 1; done
 
 clean:
 	rm -rf build dist $(VENV) $(VENV)-lmcache $(VENV)-vllm $(VENV)-docs
