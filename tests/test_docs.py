@@ -171,7 +171,9 @@ def test_verbs_on_pages_are_verbs_of_the_command_line() -> None:
     assert len(shown) > 5
 
 
-def test_the_citation_has_the_release() -> None:
-    said = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert said is not None
-    assert ast.literal_eval(said[1]) == pqcodec.__version__
+def test_the_citation_and_the_changes_have_the_release() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    said = {key: ast.literal_eval(value) for key, value in re.findall(r'^([\w-]+): (".+")$', citation, re.MULTILINE)}
+    assert said["version"] == pqcodec.__version__
+    sections = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sections[:2] == ["Unreleased", f"{said['version']} ({said['date-released']})"]
