@@ -137,7 +137,8 @@ def load_cache(
 ) -> list[tuple[Any, Any]]:
     """The (key, value) tensors of each layer of a file; ``tokens`` = (first, last + 1) reads only these tokens.
 
-    Raises InvalidArgument where a layer has not exactly one key and one value, and as ``pqcodec.decode`` does.
+    Raises InvalidArgument where a layer has not exactly one key and one value, or no tensor is of a layer, and as
+    ``pqcodec.decode`` does.
 
     >>> import io, numpy as np
     >>> file = io.BytesIO()
@@ -161,8 +162,12 @@ def layer_pairs(
         if entry.layer is not None and entry.role != "other":
             found.setdefault((entry.layer, entry.role), []).append(name)
     layers = 1 + max((layer for layer, _ in found), default=-1)
-    if len(found) != 2 * layers or any(len(names) > 1 for names in found.values()):
-        raise InvalidArgument(f"{file.label}: one key and one value of each layer from 0 on are expected; open it by itself")
+    if len(found) != 2 * layers or any(len(names) > 1 for names in found.values()) or (file.names and not found):
+        some = ", ".join(map(repr, file.names[:4])) + (" ..." if len(file.names) > 4 else "")
+        raise InvalidArgument(
+            f"{file.label}: one key and one value of each layer from 0 on are expected, it holds {some}; "
+            "pqcodec.formats.containers.open_encoded(path) decodes any tensor by its name"
+        )
     load = {"tokens": tokens, "device": device, "backend": backend}
 
     def tensor(layer: int, role: str) -> Any:

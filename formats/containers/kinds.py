@@ -17,6 +17,7 @@ from pqcodec.formats.containers.reader import Progress, TensorFile
 from pqcodec.formats.containers.writer import Piece, pieces_of
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain.files import file_kind, kind_of_bytes
+from pqcodec.stream.magic import FIRST_BYTES
 
 EXTENSIONS = {".pqkv": "pqkv", ".safetensors": "safetensors", ".zarr": "zarr"}
 KINDS = tuple(EXTENSIONS.values())
@@ -90,7 +91,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         if _extension(path) == ".zarr":
             return "zarr"
         source = remote.RemoteSource(str(path))
-        return kind_of_bytes(str(path), source.read(0, min(9, source.size)).tobytes())
+        return kind_of_bytes(str(path), source.read(0, min(FIRST_BYTES, source.size)).tobytes())
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, _ZARR_MARK)):
             return "zarr"

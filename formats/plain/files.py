@@ -30,6 +30,7 @@ from pqcodec.formats.plain.documents import json_bytes, json_value
 from pqcodec.formats.plain.in_memory import CuttableTensors, Tensors
 from pqcodec.formats.plain.npy import NpyHeader, read_npy_header
 from pqcodec.formats.plain.numbers import SAFETENSORS_CODES, SAFETENSORS_DTYPES, TORCH_ONLY
+from pqcodec.stream.magic import FIRST_BYTES, check_no_folder, kind_by_magic, whose, whose_file
 from pqcodec.stream.source import check_regular
 
 _NO_SAFETENSORS = "is no safetensors file that holds together"
@@ -64,17 +65,15 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     Raises InvalidArgument or OSError.
     """
     check_regular(path)
+    check_no_folder(path)
     with open(path, "rb") as file:
-        return kind_of_bytes(path, file.read(9))
+        return kind_of_bytes(path, file.read(FIRST_BYTES))
 
 
 def kind_of_bytes(path: str | os.PathLike[str], first: bytes) -> str:
-    """``file_kind`` of a file that begins with ``first`` (9 bytes); raises InvalidArgument."""
-    magics = {c.FILE_MAGIC: "pqkv", c.STREAM_MAGIC: "stream", b"PK\x03\x04": "npz", b"PK\x05\x06": "npz", b"\x93NUM": "npy"}
-    if first[:4] in magics:
-        return magics[first[:4]]
-    if first[8:] == b"{":
-        return "safetensors"
+    """``file_kind`` of a file that begins with ``first`` (``FIRST_BYTES``); raises InvalidArgument."""
+    if kind := kind_by_magic(first):
+        return kind
     extension = Path(path).suffix.lower().removeprefix(".")
     if extension in ("pqkv", "safetensors"):
         return extension  # its reader reports the damage
@@ -134,8 +133,12 @@ def safetensors_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], in
     """
     if remote.is_url(path):
         return _remote_header(str(path))
-    with _library_errors(path, _NO_SAFETENSORS, CorruptStream), _safe_open(path):
-        pass
+    check_no_folder(path)
+    try:
+        with _library_errors(path, _NO_SAFETENSORS, CorruptStream), _safe_open(path):
+            pass
+    except CorruptStream as error:
+        raise CorruptStream(f"{error}{whose_file(path, 'safetensors')}") from error
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return json_value(file.read(size), f"{path}: header"), 8 + size
@@ -157,7 +160,8 @@ def _remote_header(url: str) -> tuple[dict[str, Any], int]:
     first = source.read(0, min(source.size, 8)).tobytes()
     size = int.from_bytes(first, "little")
     if len(first) < 8 or size > min(source.size - 8, _MOST_HEADER_BYTES):
-        raise CorruptStream(f"{url}: {_NO_SAFETENSORS}: a header of {size} bytes in a file of {source.size}")
+        told = whose(source.read(0, min(source.size, FIRST_BYTES)).tobytes(), "safetensors")
+        raise CorruptStream(f"{url}: {_NO_SAFETENSORS}: a header of {size} bytes in a file of {source.size}{told}")
     raw = source.read(8, size).tobytes()
     with tempfile.NamedTemporaryFile(prefix="pqcodec-") as copy:
         copy.write(first + raw)

@@ -18,6 +18,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, Unsu
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.index import Blocks, blocks_of
+from pqcodec.stream.magic import FIRST_BYTES, whose
 from pqcodec.stream.source import Extent, MemorySource, Source
 
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
@@ -211,7 +212,8 @@ def header_size(data: bytes | memoryview) -> int:
     """Bytes of the header that begins ``data``, from its fixed part; checks magic and version."""
     magic = bytes(data[: len(c.STREAM_MAGIC)])
     if magic != c.STREAM_MAGIC[: len(magic)]:
-        raise CorruptStream(f"magic is {magic!r}, a pqcodec stream begins with {c.STREAM_MAGIC!r}; is this the right file?")
+        told = whose(bytes(data[:FIRST_BYTES]))
+        raise CorruptStream(f"magic is {magic!r}, a pqcodec stream begins with {c.STREAM_MAGIC!r}{told}")
     if len(data) < c.HEADER_STRUCT.size:
         raise TruncatedStream(f"header: {c.HEADER_STRUCT.size} bytes expected, only {len(data)} there; the stream is cut off")
     version, size = data[4], struct.unpack_from("<I", data, 8)[0]

@@ -205,4 +205,7 @@ def source_of(data: object) -> Source:
         return FileSource(data)  # type: ignore[arg-type]
     if hasattr(data, "size") and hasattr(data, "read"):
         return data  # type: ignore[return-value]
-    raise InvalidArgument(f"bytes or a seekable binary file are expected, not {type(data).__name__}")
+    advice = ""
+    if isinstance(data, (str, os.PathLike)):
+        advice = "; of a path pass open(path, 'rb'), and a file of many tensors to pqcodec.formats.load_cache"
+    raise InvalidArgument(f"bytes or a seekable binary file are expected, not {type(data).__name__}{advice}")

@@ -44,6 +44,7 @@ from pqcodec.formats.plain.documents import (
     shape_problem,
     tensor_problem,
 )
+from pqcodec.stream.magic import check_no_folder
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import Extent, FileSource, MappedSource, MemorySource, Source, fetched
@@ -298,6 +299,7 @@ class PQKVFile(TensorFile):
             self._label, self._source = str(source), remote.RemoteSource(str(source))
         elif isinstance(source, (str, os.PathLike)):
             self._label = self._path = os.fspath(source)
+            check_no_folder(source)
             self._source = self._stack.enter_context(MappedSource(source))
         elif hasattr(source, "seek") and hasattr(source, "read"):
             self._label = str(getattr(source, "name", "<file>"))

@@ -15,6 +15,7 @@ from pqcodec.formats.containers.pqkv.frames import KINDS, Frame, frame_of, seale
 from pqcodec.formats.containers.reader import named
 from pqcodec.formats.plain.documents import checksum_bytes, json_value, natural
 from pqcodec.stream.checksum import checksum
+from pqcodec.stream.magic import whose
 from pqcodec.stream.source import Source, owned
 
 _SEARCHED_BYTES = 16 << 20  # after the last commit, read at once
@@ -96,7 +97,7 @@ class Log:
         if magic == c.STREAM_MAGIC:
             raise InvalidArgument("is a single stream, not a .pqkv file; use pqcodec.decode")
         if magic != c.FILE_MAGIC[: len(magic)]:
-            raise CorruptStream(f"magic is {magic!r}, a .pqkv file begins with {c.FILE_MAGIC!r}; is this the right file?")
+            raise CorruptStream(f"magic is {magic!r}, a .pqkv file begins with {c.FILE_MAGIC!r}{whose(head)}")
         if len(head) < c.FILE_HEAD_STRUCT.size:
             raise TruncatedStream(f"{len(head)} bytes, a head takes {c.FILE_HEAD_STRUCT.size}; the file is cut off")
         _, version, reserved, _ = c.FILE_HEAD_STRUCT.unpack(head)

@@ -23,6 +23,7 @@ from pqcodec.formats.containers.reader import Check, Entry, StreamPart, TensorFi
 from pqcodec.formats.containers.zarr.objects import DOCUMENT, document, get, lost, object_source, store_of, total_bytes
 from pqcodec.formats.containers.zarr.writer import CRC_BYTES, SAFE, document_seal, shard_index, with_crc
 from pqcodec.formats.plain.documents import checksum_bytes, natural
+from pqcodec.stream.magic import whose_file
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Extent, Source, owned
 
@@ -81,13 +82,19 @@ class ZarrCache(TensorFile):
         if root is None and isinstance(self._store, LocalStore) and not self._store.root.exists():
             raise FileNotFoundError(2, "no such folder", str(self._store.root))
         if root is None or root.get("format") != c.ZARR_FORMAT:
-            raise InvalidArgument("holds no cache of save_zarr; write it again with save_zarr(..., overwrite=True)")
+            raise InvalidArgument(f"holds no cache of save_zarr{self._advice()}")
         values = self._attributes(f"{c.ZARR_COMPLETE}/{DOCUMENT}")
         if values is None:
             raise InvalidArgument(
                 "holds a cache that was not written to its end; write it again with save_zarr(..., overwrite=True)"
             )
         return values
+
+    def _advice(self) -> str:
+        """The end of the message about a place that is no cache in zarr: what else it is, or what to do."""
+        if isinstance(self._store, LocalStore) and not self._store.root.is_dir():
+            return whose_file(self._store.root)
+        return "; write it again with save_zarr(..., overwrite=True)"
 
     def _attributes(self, key: str) -> dict[str, Any] | None:
         parsed = document(self._store, key)

@@ -198,7 +198,8 @@ def load(
             device = identity.target(device)
         metadata = file.metadata.get(KEY)
         if not isinstance(metadata, dict):
-            raise InvalidArgument(f"{file.label}: holds no cache of transformers; use load_cache for plain keys and values")
+            readers = "load_cache, load_safetensors or load_zarr"
+            raise InvalidArgument(f"{file.label}: holds no cache of transformers; use {readers} for plain keys and values")
         if not is_format(metadata.get("format"), *FORMATS):
             raise UnsupportedStream(f"{file.label}: format {metadata.get('format')!r} of {KEY}; install a newer pqcodec")
         _check_held(metadata, model, file.label)
