@@ -21,18 +21,18 @@ from pqcodec.stages.centre import Rope
 from pqcodec.tensors import arrays
 
 
-def recipe_of(rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:
+def recipe_of(preset: str | Sequence[str], rope: Rope | None, center_keys: bool, **options: Any) -> Recipe:
     """The recipe for the options of ``save_cache``; raises InvalidArgument."""
     if rope is not None and not center_keys:
         raise InvalidArgument("rope is used to centre keys: leave it out, or pass center_keys=True")
-    return Recipe(rope=rope, center="auto" if center_keys else None, **options)
+    return Recipe.of(preset, rope=rope, center="auto" if center_keys else None, **options)
 
 
 def save_cache(
     path: PathOrFile,
     layers: Sequence[tuple[Any, Any]],
     *,
-    preset: str = "pq3",
+    preset: str | Sequence[str] = "pq3",
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
@@ -47,8 +47,9 @@ def save_cache(
 ) -> None:
     """Write (key, value) tensors [..., tokens, head_dim] of each layer as layers.{i}.key and layers.{i}.value.
 
-    ``rope``: the keys' position embedding, where they are cached after it (as transformers does); without it, the plain mean is
-    subtracted. ``share_bits``: give keys of high energy more bits than values, the preset being the mean (``policy.rates``).
+    ``preset``: one for both, or a pair, for keys and for values, whose bits are then not shared. ``rope``: the keys' position
+    embedding, where they are cached after it (as transformers does); without it, the plain mean is subtracted. ``share_bits``:
+    give keys of high energy more bits than values, the preset being the mean (``policy.rates``).
     ``effort``, ``nonfinite``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is read.
     ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
@@ -60,9 +61,9 @@ def save_cache(
     [(1, 2, 4, 64)]
     """
     recipe = recipe_of(
+        preset,
         rope,
         center_keys,
-        preset=preset,
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,
@@ -181,7 +182,7 @@ def save_safetensors(
     path: str | os.PathLike[str],
     cache: Sequence[tuple[Any, Any]] | Mapping[str, Any],
     *,
-    preset: str = "pq3",
+    preset: str | Sequence[str] = "pq3",
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
@@ -210,9 +211,9 @@ def save_safetensors(
     (('layers.0.key', 'layers.0.value'), {'model': 'tiny'}, (1, 2, 4, 64))
     """
     recipe = recipe_of(
+        preset,
         rope,
         center_keys,
-        preset=preset,
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,
@@ -277,7 +278,7 @@ def save_zarr(
     store: Any,
     layers: Sequence[tuple[Any, Any]],
     *,
-    preset: str = "pq3",
+    preset: str | Sequence[str] = "pq3",
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
@@ -312,9 +313,9 @@ def save_zarr(
     if tokens_per_chunk is not None and tokens_per_chunk < 1:
         raise InvalidArgument(f"tokens_per_chunk {tokens_per_chunk}: at least 1 is expected, or None for one chunk a tensor")
     recipe = recipe_of(
+        preset,
         rope,
         center_keys,
-        preset=preset,
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=share_bits,

@@ -10,7 +10,7 @@ from typing import Any
 from pqcodec import constants as c
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
-from pqcodec.stages.centre import PAIRINGS, Rope
+from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
 from pqcodec.stream.header import Header
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
@@ -54,9 +54,7 @@ class EncodeOptions:
         checked_effort(self.effort)
         checked_pairing(self.pairing)
         if self.rope is not None:
-            if not isinstance(self.rope, Rope):
-                raise InvalidArgument(f"rope is a {type(self.rope).__name__}; a pqcodec.Rope is expected")
-            self.rope.check()
+            check_rope(self.rope)
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
                 object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 

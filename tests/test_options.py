@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import pqcodec
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.cache import save_cache, save_safetensors, save_zarr
+from pqcodec.formats.containers import open_encoded
+from pqcodec.formats.policy import rates
+from pqcodec.formats.policy.names import TensorRole
+from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.shelf import Shelf
 from pqcodec.stages.centre import Rope
 
@@ -53,6 +58,40 @@ def test_whole_numbers_of_numpy_are_numbers() -> None:
     stream = pqcodec.encode(LAYERS[0][0], backend="reference", **options)
     info = pqcodec.inspect(stream)
     assert (info.seed, info.exact_tokens, info.chunk_tokens) == (1 << 63, 2, 8)
+
+
+@pytest.mark.parametrize("write", [save_cache, save_safetensors, save_zarr], ids=lambda write: write.__name__)
+def test_a_pair_of_presets_is_of_keys_and_of_values(write: Callable[..., Any], tmp_path: Path) -> None:
+    if write is save_zarr:
+        pytest.importorskip("zarr")
+    layers = rates.FEWEST_LAYERS * LAYERS  # enough that one preset's bits would be shared
+    write(tmp_path / "kv.zarr" if write is save_zarr else tmp_path / "kv", layers, preset=("pq4", "pq3"), backend="reference")
+    (path,) = tmp_path.iterdir()
+    with open_encoded(path) as file:
+        found = {(file.entry(name).role, file.inspect(name).preset) for name in file.names}
+    assert found == {("key", "pq4"), ("value", "pq3")}
+
+
+def test_a_pair_of_presets_of_a_cache_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from pqcodec.formats.engines import transformers_cache
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    config = transformers.LlamaConfig(**sizes)
+    cache = transformers.DynamicCache(config=config)
+    cache.update(*torch.ones(2, 1, 2, 40, 16), 0)
+    transformers_cache.save(cache, tmp_path / "kv.pqkv", config, preset=("pq4", "pq3"), backend="reference")
+    with open_encoded(tmp_path / "kv.pqkv") as file:
+        assert [file.inspect(name).preset for name in file.names] == ["pq4", "pq3"]
+        assert file.metadata[transformers_cache.files.PRESETS] == "pq3 and pq4"
+
+
+def test_one_preset_still_shares_its_bits(tmp_path: Path) -> None:
+    assert Recipe.of("pq3").share_bits
+    assert not Recipe.of(("pq3", "pq3")).share_bits
+    assert Recipe.of(["pq4", "pq3"]).stream_bytes(TensorRole("value"), (2, 8, 64), "float16") < Recipe.of("pq4").stream_bytes(
+        TensorRole("value"), (2, 8, 64), "float16"
+    )
 
 
 @pytest.mark.parametrize("options", [{"seed": -1}, {"exact_tokens": -1}, {"window": 0}, {"chunk": "512"}], ids=str)

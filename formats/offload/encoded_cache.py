@@ -28,7 +28,7 @@ from pqcodec.formats.offload.old_tokens import OldTokens, checked_place, old_tok
 from pqcodec.formats.offload.tail import ROLES, Tail, room_for, selected
 from pqcodec.formats.offload.workspace import Workspace
 from pqcodec.formats.plain import numbers as exact
-from pqcodec.formats.policy.recipe import EXACT_TOKENS, why_exact
+from pqcodec.formats.policy.recipe import EXACT_TOKENS, preset_pair, why_exact
 from pqcodec.options import EncodeOptions, check_numbers
 from pqcodec.placed import current
 from pqcodec.stages.centre import Rope
@@ -130,12 +130,7 @@ class EncodedCache(cache_utils.DynamicCache):
         config = getattr(model, "config", model)
         if not hasattr(config, "get_text_config"):
             raise InvalidArgument(f"a transformers model or its config is expected, not {type(model).__name__}")
-        presets = tuple(preset) if isinstance(preset, (list, tuple)) else (preset, preset)
-        if len(presets) != 2:
-            raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
-        self.options = Options(
-            (presets[0], presets[1]), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding)
-        )
+        self.options = Options(preset_pair(preset), place, window, chunk, exact_tokens, seed, backend, tc.padding_of(padding))
         check_encodable(config.get_text_config(decoder=True))
         if _reads_codes(config) and not getattr(model, "_supports_sdpa", True):
             raise InvalidArgument(

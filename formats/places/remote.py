@@ -64,9 +64,18 @@ def is_url(place: Any) -> bool:
 
 
 def check_path(place: Any, name: str) -> None:
-    """Raises InvalidArgument where an argument called ``name`` is neither a path nor a URL."""
+    """Raises InvalidArgument where an argument called ``name`` is neither a path nor a URL, is empty, or begins with ~/.
+
+    A folder called ~ would else be made in the current one.
+    """
     if not isinstance(place, (str, os.PathLike)):
         raise InvalidArgument(f"{name} is a {type(place).__name__}; a path or URL is expected")
+    text = os.fsdecode(place)
+    if not text:
+        raise InvalidArgument(f"{name} is empty; a path or URL is expected, and '.' for the current folder")
+    if text.split("/")[0] == "~":
+        advice = f"pass os.path.expanduser({text!r}), or './{text}' for a folder of that name"
+        raise InvalidArgument(f"{name} {text}: only a shell makes your home folder of ~; {advice}")
 
 
 def check_local(place: str | os.PathLike[str], what: str) -> None:
@@ -308,7 +317,11 @@ def downloaded(url: str) -> Iterator[Path]:
 
 # -- writing -----------------------------------------------------------------------------------------------------
 def placing(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """A local path to write to; its content replaces a path or URL when the block succeeds (``replacing``, ``uploading``)."""
+    """A local path to write to; its content replaces a path or URL when the block succeeds (``replacing``, ``uploading``).
+
+    Raises InvalidArgument as ``check_path`` does.
+    """
+    check_path(path, "path")
     return uploading(str(path)) if is_url(path) else replacing(path)
 
 

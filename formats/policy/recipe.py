@@ -24,7 +24,7 @@ from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
 from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_nonfinite, checked_pairing
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import Rope, check_rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
 
@@ -52,7 +52,31 @@ def layers_by_name(layers: Sequence[tuple[Any, Any]]) -> tuple[InMemory, dict[st
         raise InvalidArgument(f"layers is a {type(layers).__name__}: {words} ({error})") from None
     pairs = [(layer, role, x) for layer, pair in enumerate(given) for role, x in zip(c.ROLES[:2], pair, strict=True)]
     tensors = InMemory({f"layers.{layer}.{role}": x for layer, role, x in pairs})
+    for layer, pair in enumerate(given):
+        _check_layer(layer, *(tuple(x.shape) for x in pair))
     return tensors, {f"layers.{layer}.{role}": TensorRole(role, layer) for layer, role, _ in pairs}
+
+
+def _check_layer(layer: int, key: tuple[int, ...], value: tuple[int, ...]) -> None:
+    """Raises InvalidArgument where keys and values of these shapes are not of the same sequences, heads and tokens."""
+    if min(len(key), len(value)) < 2:
+        raise InvalidArgument(f"layer {layer}: keys {key} and values {value}; [..., tokens, head_dim] is expected of both")
+    if key[:-1] != value[:-1]:
+        raise InvalidArgument(
+            f"layer {layer}: keys {key} and values {value} are not of the same heads and tokens; only head_dim may differ"
+        )
+
+
+def preset_pair(preset: str | Sequence[str]) -> tuple[str, str]:
+    """The presets of keys and of values, given one for both or a pair; raises InvalidArgument for another number of them.
+
+    >>> preset_pair("pq3"), preset_pair(("pq4", "pq3"))
+    (('pq3', 'pq3'), ('pq4', 'pq3'))
+    """
+    presets = tuple(preset) if isinstance(preset, (list, tuple)) else (preset, preset)
+    if len(presets) != 2:
+        raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
+    return presets[0], presets[1]
 
 
 @dataclass(frozen=True)
@@ -89,7 +113,8 @@ class Callbacks:
 class Recipe:
     """Options of encoding a cache; the defaults are those of ``save_cache``. Raises InvalidArgument.
 
-    ``center``: what is subtracted from keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
+    ``value_preset``: of values, where it is not that of keys; bits are then not shared. ``center``: what is subtracted from
+    keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
     ``effort``: of the encoder's search. ``pairing``: as in ``pqcodec.encode``. ``measured``: the error is measured on a
@@ -116,9 +141,13 @@ class Recipe:
     measured: str = "sample"
     backend: str = "auto"
     pairing: str | None = None
+    value_preset: str | None = None
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
+        if self.value_preset is not None:
+            preset_of(self.value_preset)
+            object.__setattr__(self, "share_bits", False)
         checked_effort(self.effort)
         checked_nonfinite(self.nonfinite)
         checked_pairing(self.pairing)
@@ -126,7 +155,7 @@ class Recipe:
         if self.exact_tokens is not None:
             check_numbers(exact_tokens=self.exact_tokens)
         if self.rope is not None:
-            self.rope.check()
+            check_rope(self.rope)
         if self.center == AUTO:
             object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
         if self.center not in (None, "mean", "rope"):
@@ -137,6 +166,12 @@ class Recipe:
             raise InvalidArgument(f"measured {self.measured!r} is unknown; choose 'sample', 'all' or 'none'")
         if self.stream_tokens is not None and self.stream_tokens < 1:
             raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
+
+    @classmethod
+    def of(cls, preset: str | Sequence[str], **options: Any) -> Recipe:
+        """The recipe of one preset for keys and values, or of a pair of them; ``options``: the other fields."""
+        keys, values = preset_pair(preset)
+        return cls(keys, **options, value_preset=None if isinstance(preset, str) else values)
 
     # -- options of one tensor -----------------------------------------------------------------------------------
     def options(self, tensor: TensorRole, first_token: int = 0) -> dict[str, Any]:
@@ -176,11 +211,16 @@ class Recipe:
     def stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None) -> int:
         """Bytes of a finite tensor's stream at a preset (None: the recipe's own); raises as ``held_bytes`` does."""
         options = {key: value for key, value in self.options(tensor).items() if key in _SIZED}
-        return codec.encoded_size(shape, dtype, preset=preset or self.preset, **options)
+        return codec.encoded_size(shape, dtype, preset=preset or self._preset_of(tensor), **options)
+
+    def _preset_of(self, tensor: TensorRole) -> str:
+        """The preset of a tensor where no bits are shared."""
+        return self.value_preset or self.preset if tensor.role == "value" else self.preset
 
     def most_stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
         """``stream_bytes`` at the largest preset that the tensor may get."""
-        presets = {self.preset, _HIGHEST if self.share_bits else self.preset}
+        own = self._preset_of(tensor)
+        presets = {own, _HIGHEST if self.share_bits else own}
         return max(self.stream_bytes(tensor, shape, dtype, preset) for preset in presets)
 
     def _exact_tokens(self, tensor: TensorRole) -> int:
@@ -200,7 +240,7 @@ class Recipe:
         Of a tensor that shares bits, a sample of tokens is read (``rates.token_sample``); of others, nothing. ``described``:
         shape and dtype of each tensor, if the caller has them.
         """
-        flat = dict.fromkeys(coded, self.preset)
+        flat = {name: self._preset_of(roles[name]) for name in coded}
         if not self.share_bits or self.center is None:
             return flat
         found: dict[tuple[int, str], list[str]] = {}

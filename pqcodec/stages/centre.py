@@ -72,6 +72,13 @@ class Rope:
         return RopeField(self.first_position, PAIRINGS[self.style], turns)
 
 
+def check_rope(rope: object) -> None:
+    """Raises InvalidArgument for an argument ``rope`` that is no ``Rope``, or one that no tensor can have."""
+    if not isinstance(rope, Rope):
+        raise InvalidArgument(f"rope is a {type(rope).__name__}; a pqcodec.Rope is expected, such as Rope(theta=500000.0)")
+    rope.check()
+
+
 def _frequencies(theta: float, dim: int) -> list[float]:
     return [theta ** (-2 * i / dim) for i in range(dim // 2)]
 

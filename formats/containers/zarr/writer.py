@@ -88,6 +88,7 @@ def write_pieces(
     check_pieces(pieces)
     meta = metadata_bytes(metadata, c.MAX_META_BYTES).decode()
     if isinstance(target, (str, os.PathLike)) and not remote.is_url(target):
+        remote.check_path(target, "store")
         if not overwrite and os.path.exists(target):
             raise InvalidArgument(f"{os.fspath(target)}: exists; pass overwrite=True to replace it, or choose another place")
         with replacing_folder(target, DOCUMENT) as folder, _settled():

@@ -43,10 +43,10 @@ def check_begun(cache: Any, identity: Identity, preset: str) -> None:
         )
 
 
-def presets_of(cache: Any, preset: str = EXACT) -> str:
-    """The presets, joined by " and ", whose errors a cache has once it is saved with ``preset``; "" for exact numbers."""
+def presets_of(cache: Any, *presets: str) -> str:
+    """The presets, joined by " and ", whose errors a cache has once it is saved with ``presets``; "" for exact numbers."""
     _, before = _note(cache)
-    return " and ".join(sorted({*before.split(" and "), preset} - {"", EXACT}))
+    return " and ".join(sorted({*before.split(" and "), *presets} - {"", EXACT}))
 
 
 def _note(cache: Any) -> tuple[bytes | None, str]:

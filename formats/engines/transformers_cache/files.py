@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument, UnsupportedStream
@@ -32,7 +32,7 @@ from pqcodec.formats.engines.transformers_cache.state import (
 from pqcodec.formats.plain.documents import is_format
 from pqcodec.formats.plain.in_memory import InMemory
 from pqcodec.formats.policy.names import TensorRole
-from pqcodec.formats.policy.recipe import Recipe, why_exact
+from pqcodec.formats.policy.recipe import Recipe, preset_pair, why_exact
 
 FORMATS = (1, 2)
 WITH_MODULE_STATE = 2  # the format of a cache with ``module_state``
@@ -69,7 +69,7 @@ def save(
     path: str | os.PathLike[str],
     model: Any,
     *,
-    preset: str = "pq3",
+    preset: str | Sequence[str] = "pq3",
     seed: int = 0,
     nonfinite: str = "error",
     backend: str = "auto",
@@ -82,8 +82,9 @@ def save(
 
     ``model``: the model of the cache, whose identity the file records, or its config. Keys are centred under the model's RoPE;
     the first tokens, and all state that is neither key nor value, are exact; with ``preset="exact"`` everything is.
-    ``nonfinite``: as in ``pqcodec.encode``. ``padding``: the tokens of left padding of each sequence, or the attention mask
-    [sequences, tokens]; the first tokens are then counted after it. ``progress`` is called with (tensors done, tensors in all).
+    ``preset``: one for both, or a pair, for keys and for values. ``nonfinite``: as in ``pqcodec.encode``. ``padding``: the
+    tokens of left padding of each sequence, or the attention mask [sequences, tokens]; the first tokens are then counted after
+    it. ``progress`` is called with (tensors done, tensors in all).
     State in the model's modules (``module_state``: M-RoPE's ``rope_deltas``) is saved too: save a cache before the model reads
     another text. A cache that came from a store or a file keeps a record of the presets whose errors it has. Raises
     InvalidArgument for a cache that cannot be represented, or one of a store or a file whose model has changed since, and as
@@ -105,9 +106,9 @@ def save(
     state = state_of(cache, identity.config)
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
-    recipe = None if preset == EXACT else Recipe(preset=preset, seed=seed, nonfinite=nonfinite, backend=backend)
+    recipe = None if preset == EXACT else Recipe.of(preset, seed=seed, nonfinite=nonfinite, backend=backend)
     all_metadata = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
-    if lost := presets_of(cache, preset):
+    if lost := presets_of(cache, *preset_pair(preset)):
         all_metadata[PRESETS] = lost
     pieces = cache_pieces(state, identity.config, recipe, padded) + _exact_pieces(held)
     return containers.write(path, pieces, all_metadata, to=containers.container_of(path, to), progress=progress)
