@@ -94,9 +94,9 @@ def append_cache(
 ) -> None:
     """Append new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
 
-    Each tensor is coded as its first tokens were; ``rope``, ``nonfinite``: as in ``save_cache``. Older tokens are neither read
-    nor rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
-    ``save_cache`` does.
+    Each tensor is coded as its first tokens were, keys under the RoPE that the file holds; ``rope`` may name it again, and
+    another one is refused. ``nonfinite``: as in ``save_cache``. Older tokens are neither read nor rewritten. New tokens get a
+    mean of their own: append 64 or more at once to keep its cost small. Raises as ``save_cache`` does.
 
     >>> import tempfile, numpy as np
     >>> layers = [(np.ones((1, 2, 80, 64), np.float16), np.ones((1, 2, 80, 64), np.float16))]
@@ -106,18 +106,18 @@ def append_cache(
     ...     [key.shape for key, value in load_cache(folder + "/chat.pqkv", backend="reference")]
     [(1, 2, 160, 64)]
     """
+    tensors, _ = layers_by_name(layers)
+    names = [(name, tensors.read(name)) for name in tensors.names]
     with PQKVAppender(path) as writer, PQKVFile(path) as there:
-        names = [
-            (f"layers.{i}.{role}", x) for i, pair in enumerate(layers) for role, x in zip(("key", "value"), pair, strict=True)
-        ]
         if set(there.names) != {name for name, _ in names}:
             raise InvalidArgument(
                 f"{os.fspath(path)}: {len(layers)} layers are given, the file holds {', '.join(there.names[:4])} ..."
             )
+        found = {name: there.inspect(name) for name, _ in names}
+        if rope is not None and all(info.centered != "rope" for info in found.values()):
+            raise InvalidArgument(f"{os.fspath(path)}: holds no keys that are centred under RoPE; leave rope out")
         for done, (name, tensor) in enumerate(names, 1):
-            info = there.inspect(name)
-            if info.centered == "rope" and rope is None:
-                raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} is centred under RoPE; pass the rope of save_cache")
+            info = found[name]
             writer.extend(
                 name,
                 tensor,

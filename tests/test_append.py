@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pqcodec
 from pqcodec.codings.presets import Preset
 from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream
 from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
+from pqcodec.stream.header import read_header
 
 REFERENCE = {"backend": "reference"}
 KILLS = int(os.environ.get("PQCODEC_KILLS", "200"))
@@ -98,21 +100,49 @@ def test_a_cache_grows(tmp_path: Path) -> None:
     path, rope = tmp_path / "a.pqkv", pqcodec.Rope(theta=100.0)
     cache = [(torch.randn(1, 2, 90, 64), torch.randn(1, 2, 90, 64)) for _ in range(2)]
     save_cache(path, [(k[:, :, :50], v[:, :, :50]) for k, v in cache], preset="pq6", rope=rope)
-    append_cache(path, [(k[:, :, 50:], v[:, :, 50:]) for k, v in cache], rope=rope)
+    append_cache(path, [(k[:, :, 50:70], v[:, :, 50:70]) for k, v in cache], rope=rope)
+    append_cache(path, [(k[:, :, 70:], v[:, :, 70:]) for k, v in cache])  # the file holds the rope
     for pair, found in zip(cache, load_cache(path), strict=True):
         for x, y in zip(pair, found, strict=True):
             assert float(((x - y) ** 2).mean()) < 0.001
     with PQKVFile(path) as file:
-        one, two = (
-            pqcodec.inspect(file.stream("layers.0.key", part).read(0, file.stream("layers.0.key", part).size).tobytes())
-            for part in (0, 1)
-        )
-        assert (one.centered, two.centered, one.preset) == ("rope", "rope", two.preset)
-    with pytest.raises(InvalidArgument, match="pass the rope"):
-        append_cache(path, cache)
+        headers = [read_header(file.stream("layers.0.key", part)) for part in range(3)]
+        ropes = [header.rope for header in headers]
+        assert ropes == [replace(rope, first_position=first).field(64) for first in (0, 50, 70)]
+        assert len({header.row_bytes for header in headers}) == 1
     with pytest.raises(InvalidArgument, match="1 layers are given"):
         append_cache(path, cache[:1], rope=rope)
     assert load_cache(path)[0][0].shape[2] == 90
+
+
+def test_another_rope_than_the_files_is_refused(tmp_path: Path) -> None:
+    layers, rope = [(tensor(2, 30, 64), tensor(2, 30, 64))], pqcodec.Rope(theta=100.0)
+    path, plain = tmp_path / "a.pqkv", tmp_path / "b.pqkv"
+    save_cache(path, layers, rope=rope, backend="reference")
+    save_cache(plain, layers, backend="reference")
+    size = path.stat().st_size
+    for other in (pqcodec.Rope(theta=101.0), pqcodec.Rope(theta=100.0, style="interleaved"), replace(rope, first_position=30)):
+        with pytest.raises(InvalidArgument, match=r"'layers.0.key': rope is not that of .* leave rope out"):
+            append_cache(path, layers, rope=other, backend="reference")
+    with pytest.raises(InvalidArgument, match="rope is a float"):
+        append_cache(path, layers, rope=100.0, backend="reference")
+    with pytest.raises(InvalidArgument, match="no keys that are centred under RoPE; leave rope out"):
+        append_cache(plain, layers, rope=rope, backend="reference")
+    with pytest.raises(InvalidArgument, match="not of the same heads and tokens"):
+        append_cache(plain, [(layers[0][0], layers[0][1][:, :5])], backend="reference")
+    assert path.stat().st_size == size
+
+
+def test_a_tensor_that_was_added_before_goes_on_under_its_rope(tmp_path: Path) -> None:
+    x, rope = tensor(2, 30, 64), pqcodec.Rope(theta=100.0)
+    save_cache(tmp_path / "a.pqkv", [], backend="reference")
+    with PQKVAppender(tmp_path / "a.pqkv") as writer:
+        writer.add("k", x, center="rope", rope=rope, **REFERENCE)
+        writer.extend("k", x, center="rope", **REFERENCE)
+        with pytest.raises(InvalidArgument, match="leave rope out"):
+            writer.extend("k", x, center="rope", rope=pqcodec.Rope(theta=5.0), **REFERENCE)
+    with PQKVFile(tmp_path / "a.pqkv") as file:
+        assert read_header(file.stream("k", 1)).rope == replace(rope, first_position=30).field(64)
 
 
 def test_every_prefix_opens_at_its_last_commit(tmp_path: Path) -> None:

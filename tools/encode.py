@@ -58,7 +58,12 @@ def encode(
         str,
         typer.Option(help="What is subtracted from keys: auto (rope if --rope-theta is given, else mean), none, mean or rope."),
     ] = "auto",
-    rope_theta: Annotated[float | None, typer.Option(help="Base of RoPE's frequencies, such as 10000.")] = None,
+    rope_theta: Annotated[
+        float | None,
+        typer.Option(
+            help="Base of RoPE's frequencies, as the model's config has it; a wrong one is no error, and keys lose more."
+        ),
+    ] = None,
     rope_dim: Annotated[int | None, typer.Option(help="Channels that RoPE turns (default: all).")] = None,
     rope_style: Annotated[str | None, typer.Option(help="Channels that RoPE pairs: half (default) or interleaved.")] = None,
     rope_first: Annotated[int | None, typer.Option(help="Position of the first token (default 0).")] = None,

@@ -35,6 +35,9 @@ class Rope:
     "interleaved" pairs 2i and 2i+1; ``first_position``: position of token 0; ``frequencies``: radians a token for each
     pair, where they are scaled (YaRN, Llama 3, linear ...), instead of theta.
 
+    A wrong rope is no error, since no numbers tell the right one: streams decode, and keys err about as much as with the plain
+    mean, many times as much as under their own rope. Take it from the model's config.
+
     >>> Rope(theta=10000.0).field(64).channels
     64
     """
@@ -70,6 +73,18 @@ class Rope:
         radians = self.frequencies if self.frequencies is not None else _frequencies(self.theta, dim)
         turns = tuple(round(f / (2 * math.pi) * (1 << c.PHASE_BITS)) % (1 << c.PHASE_BITS) for f in radians)
         return RopeField(self.first_position, PAIRINGS[self.style], turns)
+
+
+def rope_from_field(field: RopeField) -> Rope:
+    """The ``Rope`` whose field is this one, by its frequencies.
+
+    >>> field = Rope(theta=500000.0, style="interleaved", first_position=7).field(64)
+    >>> rope_from_field(field).field(64) == field
+    True
+    """
+    style = next(style for style, pairing in PAIRINGS.items() if pairing == field.pairing)
+    radians = tuple(2 * math.pi * turns / (1 << c.PHASE_BITS) for turns in field.frequencies)
+    return Rope(style=style, first_position=field.first_position, frequencies=radians)
 
 
 def check_rope(rope: object) -> None:

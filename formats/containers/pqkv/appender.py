@@ -15,8 +15,10 @@ from pqcodec.formats.containers.pqkv.file import Body, PQKVFile, PQKVWriter
 from pqcodec.formats.containers.pqkv.frames import head
 from pqcodec.formats.containers.reader import Entry, named
 from pqcodec.formats.places import remote
+from pqcodec.stages.centre import Rope, check_rope, rope_from_field
+from pqcodec.stream.header import RopeField, read_header
 from pqcodec.stream.report import StreamInfo
-from pqcodec.stream.source import MemorySource
+from pqcodec.stream.source import MemorySource, Source
 
 
 class PQKVAppender(PQKVWriter):
@@ -42,6 +44,7 @@ class PQKVAppender(PQKVWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._entries: dict[str, Entry] = {}
+        self._ropes: dict[str, RopeField | None] = {}  # of the tensors' first streams, where they were asked for
 
     def __enter__(self) -> PQKVAppender:
         path = os.fspath(self._target)  # type: ignore[arg-type]
@@ -50,10 +53,10 @@ class PQKVAppender(PQKVWriter):
         with ExitStack() as stack:
             self._file = stack.enter_context(open(path, "r+b", buffering=0))
             _lock(self._file, path)
-            with PQKVFile(path) as there:
-                self._entries = {name: there.entry(name) for name in there.names}
-                self._names = set(there.names)
-                self.bytes_written = self._previous = there.committed_bytes
+            self._there = there = stack.enter_context(PQKVFile(path))
+            self._entries = {name: there.entry(name) for name in there.names}
+            self._names = set(there.names)
+            self.bytes_written = self._previous = there.committed_bytes
             self._file.truncate(self.bytes_written)
             if there.version == c.FILE_VERSION:
                 self._file.seek(0)
@@ -74,18 +77,19 @@ class PQKVAppender(PQKVWriter):
     def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
         """Add tokens to a coded tensor of the file: ``tensor`` [..., new tokens, head_dim], all else as in the file.
 
-        ``encode_options`` are those of ``pqcodec.encode``; ``rope``: as for the tensor's first tokens, since its first position
-        is moved on here. Returns the header fields of the new stream. Raises InvalidArgument, and as ``pqcodec.encode`` does.
+        ``encode_options`` are those of ``pqcodec.encode``. ``rope``, with ``center="rope"``: that of the tensor's first tokens,
+        since its first position is moved on here (None: the one that the file holds). Returns the header fields of the new
+        stream. Raises InvalidArgument, also for another rope than the file's, and as ``pqcodec.encode`` does.
         """
         entry = self._entries.get(name)
         if entry is None or not entry.coded:
             some = "kept exactly" if entry else "not in the file"
             raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
         there = entry.tokens
-        rope = encode_options.get("rope")
-        if rope is not None:
-            encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
         with named(f"tensor {name!r}"):
+            rope = self._rope(name, entry, encode_options.get("rope"), encode_options.get("center"))
+            if rope is not None:
+                encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
             stream = MemorySource(codec.encode(tensor, **encode_options))
             info = codec.inspect(stream)
             if not entry.continued_by(info.shape, info.dtype):
@@ -95,6 +99,25 @@ class PQKVAppender(PQKVWriter):
         self._stream(name, entry.layer, entry.role, info, stream, there, None)
         self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + stream.size)
         return info
+
+    def _rope(self, name: str, entry: Entry, given: Rope | None, center: str | None) -> Rope | None:
+        """The rope of a tensor's first tokens: as it is given, or out of the file; raises InvalidArgument where they differ."""
+        if given is None and center != "rope":
+            return None
+        if name not in self._ropes:
+            self._ropes[name] = read_header(self._there.stream(name)).rope
+        own = self._ropes[name]
+        if own is None or given is None:
+            return given if own is None else rope_from_field(own)
+        check_rope(given)
+        if given.field(entry.shape[-1]) != own:
+            raise InvalidArgument("rope is not that of the tensor's first tokens, which the file holds; leave rope out")
+        return given
+
+    def _stream(self, name: str, layer: int | None, role: str, info: StreamInfo, stream: Source, *more: Any) -> None:
+        if name not in self._entries:
+            self._ropes[name] = read_header(stream).rope
+        super()._stream(name, layer, role, info, stream, *more)
 
     def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: Body) -> None:
         super()._tensor(kind, name, layer, role, meta, body)

@@ -39,7 +39,7 @@ from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import replacing_folder
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import checksum_bytes, json_value, metadata_bytes
-from pqcodec.stages.centre import PAIRINGS, Rope
+from pqcodec.stages.centre import rope_from_field
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.seal import with_seal
 
@@ -217,11 +217,7 @@ def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
 def _codec_of(h: Header) -> PQCodec:
     """The codec, for the array's document, whose options are those of the stream's header."""
     info = codec.inspect_header(h)
-    rope = None
-    if h.rope is not None:
-        style = next(style for style, pairing in PAIRINGS.items() if pairing == h.rope.pairing)
-        turns = tuple(2 * math.pi * f / (1 << c.PHASE_BITS) for f in h.rope.frequencies)
-        rope = Rope(style=style, first_position=h.rope.first_position, frequencies=turns)
+    rope = None if h.rope is None else rope_from_field(h.rope)
     return PQCodec(info.preset or "pq3", h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
 
 
