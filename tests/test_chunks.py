@@ -241,6 +241,13 @@ def test_a_model_says_what_is_not_given(tmp_path: Path) -> None:
     assert chunks.rope.field(128) == pqcodec.Rope(1e6).field(128)
     rank = ChunkCodec.from_json({"model": str(tmp_path), "kv_heads": 2, "rope": "none"})
     assert (rank.kv_heads, rank.rope) == (2, None)
+    again = ChunkCodec.from_json({"model": str(tmp_path), "rope": {"theta": 1e6}})
+    assert again.rope == pqcodec.Rope(1e6)
+    for wrong in ({"theta": 1e4}, {"theta": 1e6, "style": "interleaved"}, {"theta": 1e6, "dim": 64}):
+        with pytest.raises(InvalidArgument, match=r"'rope' is not that of the model's config.json"):
+            ChunkCodec.from_json({"model": str(tmp_path), "rope": wrong})
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
+    assert ChunkCodec.from_json({"model": str(tmp_path), "rope": {"theta": 1e4}}).rope == pqcodec.Rope(1e4)
 
 
 # -- latent attention ------------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ class ChunkCodec:
         """A codec of the options of a configuration in JSON; raises InvalidArgument for what is missing, unknown or ambiguous.
 
         ``model``: the path of its config.json, or of the folder of it, which says head_dim, kv_heads, latent_dim and rope where
-        these are not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``.
+        these are not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``; one
+        that contradicts the model's config.json is refused.
 
         >>> chunks = ChunkCodec.from_json({"preset": "pq3", "head_dim": 128, "kv_heads": 8, "rope": {"theta": 500000}})
         >>> chunks.rope.theta, chunks.size((1, 32, 256, 8 * 2 * 128), "bfloat16")
@@ -120,6 +121,8 @@ class ChunkCodec:
                 known = dict(zip(("head_dim", "kv_heads"), heads_of(config), strict=True)) | known
             if "rope" not in options:
                 rope = config_rope(config, known["head_dim"])
+            elif rope is not None:
+                _check_rope_of_model(rope, config, known["head_dim"])
         missing = " and ".join(name for name in ("head_dim", "kv_heads") if name not in known)
         if missing:
             raise InvalidArgument(
@@ -327,6 +330,19 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Sequence[str]) ->
     for name in given:
         if name not in known:
             raise InvalidArgument(f"{what} {name!r} is unknown; choose from {', '.join(known)}")
+
+
+def _check_rope_of_model(rope: Rope, config: Mapping[str, Any], head_dim: int) -> None:
+    """Raises InvalidArgument where the model's config tells of another RoPE; one that tells of none contradicts nothing."""
+    try:
+        own = config_rope(config, head_dim)
+    except InvalidArgument:
+        return
+    if rope.field(head_dim) != own.field(head_dim):
+        raise InvalidArgument(
+            "'rope' is not that of the model's config.json, under which its keys have several times less error; leave 'rope' "
+            "out, or 'model' if the config is another model's"
+        )
 
 
 def given_rope(given: Any) -> Rope | None:
