@@ -357,6 +357,27 @@ def test_a_newer_version_is_3(coded: Path) -> None:
     assert "install a newer pqcodec" in run("verify", coded, code=3).stderr
 
 
+def test_a_damaged_stream_is_not_converted(coded: Path, tmp_path: Path) -> None:
+    damaged(coded, "layers.0.key")
+    told = run("convert", coded, tmp_path / "b.safetensors", code=1).stderr
+    assert "'layers.0.key': checksum does not hold: payload, leading index 1" in told
+    assert not (tmp_path / "b.safetensors").exists()
+    run("convert", coded, tmp_path / "b.safetensors", "--no-check")
+    assert "layers.0.key: damaged" in run("verify", tmp_path / "b.safetensors", code=1).stdout
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode", "convert"])
+def test_a_folder_that_is_not_there_is_named(verb: str, coded: Path, tmp_path: Path) -> None:
+    for folder in ("none", "none/", "none/x/"):
+        for target in ("out", "out/"):
+            told = run(
+                verb, f"{tmp_path}/{folder}", f"{tmp_path}/{target}", *(["--to", "zarr"] if verb == "convert" else []), code=4
+            )
+            assert told.stderr == f"pqcodec: {tmp_path}/{folder}: No such file or directory\n"
+    assert f"{coded}/: Not a directory" in run(verb, f"{coded}/", tmp_path / "out.pqkv", code=4).stderr
+    assert f"{tmp_path}/none/: No such file" in run("verify", f"{tmp_path}/none/", code=4).stderr
+
+
 def test_files_that_are_not_there_are_4(cache: Path, tmp_path: Path) -> None:
     assert "none.npz" in run("encode", tmp_path / "none.npz", tmp_path / "o.pqkv", code=4).stderr
     run("encode", tmp_path / "none", tmp_path / "o.pqkv", code=4)

@@ -142,9 +142,12 @@ def test_damage_goes_along_and_stays_visible(many: Path, tmp_path: Path) -> None
     data = bytearray(many.read_bytes())
     data[entry.body_start + entry.body_bytes - 9] ^= 1
     (tmp_path / "a.pqkv").write_bytes(data)
-    convert(tmp_path / "a.pqkv", tmp_path / "a.zarr")
-    convert(tmp_path / "a.zarr", tmp_path / "b.safetensors")
+    convert(tmp_path / "a.pqkv", tmp_path / "a.zarr", check=False)
+    convert(tmp_path / "a.zarr", tmp_path / "b.safetensors", check=False)
     for path in ("a.pqkv", "a.zarr", "b.safetensors"):
+        with pytest.raises(CorruptStream, match=r"tensor 'layers\.0\.value': checksum does not hold: payload, leading index"):
+            convert(tmp_path / path, tmp_path / "c.pqkv")
+        assert not (tmp_path / "c.pqkv").exists()
         with open_encoded(tmp_path / path) as file:
             assert [name for name, _ in file.verify(**REFERENCE)] == ["layers.0.value"]
             with pytest.raises(CorruptStream, match=r"'layers\.0\.value'"):

@@ -35,12 +35,15 @@ def convert(
     keep_going: KeepGoing = False,
     dry_run: DryRun = False,
     memory: Memory = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Copy damaged streams as they are; else the first one ends the work.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
     """Move encoded files into another container, without decoding.
 
-    Streams stay as they are, byte for byte; names, layers, roles and metadata go along.
+    Streams stay as they are, byte for byte; names, layers, roles and metadata go along. Every checksum is checked on the way.
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
@@ -58,14 +61,16 @@ def convert(
             before = os.path.getsize(path) if os.path.isfile(path) else None
             entries = [file.entry(name) for name in file.names]
             for entry in entries:
-                needed = _held_bytes(entry, kinds[task.target])
+                fetched = entry.coded and not no_check and not getattr(file.stream(entry.name), "views", False)
+                needed = _held_bytes(entry, kinds[task.target], fetched)
                 limit.check(path, entry.name, needed, "or convert fewer files at once (--jobs)")
             if dry_run:
                 return _forecast(task.target, entries)
             out: Any = sys.stdout.buffer if task.target == STANDARD else task.target
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
             with written_like(task.source, task.target, folder=listed.many):
-                size = containers.write(out, pieces_of(file), file.metadata or None, to=kinds[task.target], progress=progress)
+                pieces = pieces_of(file, not no_check)
+                size = containers.write(out, pieces, file.metadata or None, to=kinds[task.target], progress=progress)
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
     listed = listed.checked(lambda source: containers.open_encoded(source).close(), keep_going)
@@ -82,10 +87,10 @@ def _forecast(target: str, entries: list[Entry]) -> Forecast:
     return Forecast(target, len(entries), exact, *sizes)
 
 
-def _held_bytes(entry: Entry, kind: str) -> int:
-    """The most bytes of memory for a tensor: for a coded one part of a stream, or in zarr whole objects."""
+def _held_bytes(entry: Entry, kind: str, fetched: bool) -> int:
+    """The most bytes of memory for a tensor: of a coded one its streams, where checking fetches them, and zarr's copies."""
     if entry.coded:
-        return 2 * entry.body_bytes if kind == "zarr" else 0
+        return (fetched + 2 * (kind == "zarr")) * entry.body_bytes
     return entry.tensor_bytes * (4 if kind == "zarr" else 1)  # zarr makes copies to append a checksum
 
 

@@ -109,6 +109,9 @@ def _may_be_many(source: str) -> bool:
 
 def _found(source: str, extensions: tuple[str, ...]) -> list[Input]:
     """The files of one argument; raises InvalidArgument or OSError."""
+    if source.endswith("/") and not _is_url(source) and not os.path.isdir(source):
+        code = errno.ENOTDIR if os.path.exists(source.rstrip("/")) else errno.ENOENT
+        raise OSError(code, os.strerror(code), source)
     if not _may_be_many(source):
         return [Input(source, PurePosixPath(source).name if _is_url(source) else os.path.basename(source))]
     if _is_url(source):

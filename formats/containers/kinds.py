@@ -125,12 +125,13 @@ def convert(
     target: str | os.PathLike[str] | BinaryIO,
     *,
     to: str | None = None,
+    check: bool = True,
     progress: Progress | None = None,
 ) -> int:
     """Write the tensors of an encoded file into another container and return its size in bytes; nothing is decoded.
 
-    Damage inside a stream is copied too and stays detectable. Raises InvalidArgument for tensors that the container cannot
-    hold, and as reading and writing do.
+    ``check``: refuse a stream with damage, by CorruptStream; with ``check=False`` it is copied too and stays detectable.
+    Raises InvalidArgument for tensors that the container cannot hold, and as reading and writing do.
 
     >>> import tempfile, numpy as np
     >>> piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))
@@ -143,7 +144,7 @@ def convert(
     """
     kind = container_of(target, to) if isinstance(target, (str, os.PathLike)) else to or "pqkv"
     with open_encoded(source) as file:
-        return write(target, pieces_of(file), file.metadata or None, to=kind, progress=progress)
+        return write(target, pieces_of(file, check), file.metadata or None, to=kind, progress=progress)
 
 
 def container_module(name: str) -> Any:

@@ -20,7 +20,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, PQError, UnsupportedS
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.stream.header import DTYPE_NAMES, read_header
 from pqcodec.stream.index import checked_range
-from pqcodec.stream.report import Damage, StreamInfo
+from pqcodec.stream.report import Damage, StreamInfo, damage_error
 from pqcodec.stream.seal import order_problem
 from pqcodec.stream.source import Source, reading_ahead
 from pqcodec.tensors import arrays
@@ -94,6 +94,15 @@ class StreamPart:
         if whole and (problem := order_problem(source)):
             raise CorruptStream(problem)
         return decoded
+
+    def sound(self, backend: str = "auto") -> Source:
+        """The stream, whole and with every byte checked; raises CorruptStream where a checksum or the order seal fails."""
+        source = self.open(True)
+        if damage := codec.verify(source, backend=backend):
+            raise damage_error(damage)
+        if problem := order_problem(source):
+            raise CorruptStream(problem)
+        return source
 
     def damage(self, backend: str, progress: codec.Progress) -> list[Damage | str]:
         """The damage that ``codec.verify`` finds; if there is none, a problem of the order seal, if there is one."""
@@ -204,16 +213,17 @@ class TensorFile(ABC):
         """Free what is cached of a tensor's streams (headers) for the next decode."""
         self._parts.pop(name, None)
 
-    def stream(self, name: str, part: int = 0) -> Source:
+    def stream(self, name: str, part: int = 0, *, check: bool = False) -> Source:
         """The stream of a coded tensor, or one part of a tensor of several, as a ``Source``.
 
-        Raises InvalidArgument for an exact tensor or a missing part, and CorruptStream.
+        ``check``: read it at once, and check every byte. Raises InvalidArgument for an exact tensor or a missing part, and
+        CorruptStream.
         """
         parts = self._streams(name)
         with self._named(name):
             if not 0 <= part < len(parts):
                 raise InvalidArgument(f"has no part {part}, there are {len(parts)}")
-            return parts[part].open(False)
+            return parts[part].sound() if check else parts[part].open(False)
 
     def inspect(self, name: str) -> StreamInfo:
         """The header fields of a coded tensor, its parts' sizes added up; reads only the headers."""

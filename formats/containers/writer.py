@@ -70,14 +70,18 @@ def check_pieces(pieces: Sequence[Piece]) -> None:
         seen.add(piece.name)
 
 
-def pieces_of(file: TensorFile) -> list[Piece]:
-    """The tensors of an open file as pieces that copy them: streams byte for byte, exact tensors bit for bit."""
-    return [_moved(file, file.entry(name)) for name in file.names]
+def pieces_of(file: TensorFile, check: bool = False) -> list[Piece]:
+    """The tensors of an open file as pieces that copy them: streams byte for byte, exact tensors bit for bit.
+
+    ``check``: the body of a coded tensor raises CorruptStream where its streams are damaged, as that of an exact one always
+    does; the streams of one tensor are then in memory at once, unless the file is mapped.
+    """
+    return [_moved(file, file.entry(name), check) for name in file.names]
 
 
-def _moved(file: TensorFile, entry: Entry) -> Piece:
+def _moved(file: TensorFile, entry: Entry, check: bool) -> Piece:
     def streams() -> Coded:
-        return Coded([file.stream(entry.name, part) for part in range(entry.parts)], entry.rel_mse)
+        return Coded([file.stream(entry.name, part, check=check) for part in range(entry.parts)], entry.rel_mse)
 
     body: Callable[[], Any] = streams if entry.coded else lambda: file.decode(entry.name)
     about = (entry.layer, entry.role, entry.shape, entry.dtype, entry.layout)
