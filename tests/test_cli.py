@@ -284,7 +284,7 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 
 
 def test_verify_names_what_is_damaged(coded: Path) -> None:
-    assert told("verify", coded, *REFERENCE) == {"file": str(coded), "ok": True, "damage": []}
+    assert told("verify", coded, *REFERENCE) == {"file": str(coded), "ok": True, "damage": [], "unsealed": []}
     damaged(coded, "layers.1.value")
     place = {"name": "layers.1.value", "part": "payload", "leading": 1, "tokens": [4, 20]}
     assert told("verify", coded, *REFERENCE, code=1)["damage"] == [place]
@@ -499,7 +499,8 @@ def test_every_container_by_its_extension(cache: Path, tmp_path: Path, tensors: 
     outcome = told("encode", cache, path, *REFERENCE)
     size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     assert outcome["file_bytes"] == size
-    assert "all sound" in run("verify", path, *REFERENCE).stdout
+    assert run("verify", path, *REFERENCE).stdout.endswith("all sound\n")
+    assert told("verify", path, *REFERENCE)["unsealed"] == []
     assert told("inspect", path)["metadata"]["safetensors"] == METADATA
     run("decode", path, tmp_path / "out.safetensors", *REFERENCE)
     found = load_file(tmp_path / "out.safetensors")
@@ -507,6 +508,19 @@ def test_every_container_by_its_extension(cache: Path, tmp_path: Path, tensors: 
     assert "--force" in run("encode", cache, path, *REFERENCE, code=2).stderr
     run("encode", cache, path, "--force", *REFERENCE)
     assert "all sound" in run("verify", path, *REFERENCE).stdout
+
+
+def test_verify_says_that_a_single_stream_has_no_order_seal(tmp_path: Path) -> None:
+    path = tmp_path / "s.pqs"
+    data = pqcodec.encode(
+        np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float16), preset="pq2", backend="reference"
+    )
+    block = pqcodec.inspect(data).payload_bytes // 2
+    path.write_bytes(data[: -2 * block] + data[-block:] + data[-2 * block : -block])  # the two blocks change places
+    assert "all sound but for the order of blocks, which no seal tells" in run("verify", path, *REFERENCE).stdout
+    assert told("verify", path, *REFERENCE)["unsealed"] == ["s"]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert "1 damaged places" in run("verify", path, *REFERENCE, code=1).stdout
 
 
 def test_to_overrides_the_extension(cache: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_stream_by_itself_does_not_know_its_order() -> None:
     block = second_decoder.blocks(data)[-1]
     swapped = data[: -2 * block] + data[-block:] + data[-2 * block : -block]
     assert swapped != data
-    assert pqcodec.verify(swapped, backend="cpu") == []
+    assert pqcodec.verify(swapped, backend="cpu") == []  # as its docstring says
     assert order_seal(MemorySource(swapped)) != order_seal(MemorySource(data))
 
 

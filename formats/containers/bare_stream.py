@@ -41,6 +41,9 @@ class SingleStream(TensorFile):
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         return [StreamPart(entry.tokens, lambda whole: self._part)]
 
+    def _has_order_seal(self, entry: Entry) -> bool:
+        return False
+
     def _read_exact(self, entry: Entry) -> Any:
         raise AssertionError("a stream is coded")
 

@@ -260,6 +260,9 @@ class SafetensorsCache(TensorFile):
         fields = self._tensors[entry.name]
         return listing.parts_of(entry, fields, listing.streams_in(self._body(entry.name), fields))
 
+    def _has_order_seal(self, entry: Entry) -> bool:
+        return "order" in self._tensors[entry.name]
+
     def _read_exact(self, entry: Entry) -> Any:
         body = self._body(entry.name)
         raw = owned(body, 0, body.size)

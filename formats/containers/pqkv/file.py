@@ -441,6 +441,9 @@ class PQKVFile(TensorFile):
         source = Extent(self._source, item.body_start, item.body_bytes, entry.seal)
         return StreamPart(entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry))
 
+    def _has_order_seal(self, entry: Entry) -> bool:
+        return all(self._frame_entry(item).seal is not None for item in self._tensors[entry.name])
+
     def _read_exact(self, entry: Entry) -> Any:
         return self._log.sealed_part(entry.body_start, entry.body_bytes, entry.seal)
 

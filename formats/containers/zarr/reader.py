@@ -134,6 +134,9 @@ class ZarrCache(TensorFile):
     def _object(self, fields: listing.Fields, number: int, size: int) -> Source:
         return object_source(self._store, _key(fields, number), size)
 
+    def _has_order_seal(self, entry: Entry) -> bool:
+        return "order" in self._tensors[entry.name]
+
     def _read_exact(self, entry: Entry) -> Any:
         fields = self._tensors[entry.name]
         size = _exact_bytes(fields)
