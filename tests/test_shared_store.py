@@ -189,7 +189,8 @@ def test_a_tenant_that_fills_the_store_loses_its_own(address: str, tmp_path: Pat
         PrefixStore(place, preset="pq3", tenant="two") as two,
         PrefixStore(place, preset="pq3") as nobody,
     ):
-        index, mine = one.shelf.index, tenant_id_of("one")
+        index, mine = one.shelf.index, one.tenant_id
+        assert (mine, nobody.tenant_id) == (tenant_id_of("one"), "")
         assert (one.shelf.limit("max_bytes"), one.shelf.limit("max_bytes", mine)) == (100_000, 60_000)
         for store in (two, nobody):
             store.put(MODEL, tokens_of("0"), cache_of(expected("0")))

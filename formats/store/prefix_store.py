@@ -143,6 +143,14 @@ class PrefixStore:
         self._forget_saves()
         _open_stores.add(self)
 
+    @property
+    def tenant_id(self) -> str:
+        """The id of this store's tenant in its index, which does not tell the salt; "" without a tenant.
+
+        ``pqcodec store stats`` shows what it holds, ``gc --tenant ID`` sets its limits.
+        """
+        return tenant_id_of(self._tenant)
+
     def _forget_saves(self) -> None:
         self._saver: ThreadPoolExecutor | None = None
         self._waiting: set[Future[Stored]] = set()
