@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from test_cli import REFERENCE, coded, command, made, run, tensors  # noqa: F401
 import pqcodec
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import PQKVFile, PQKVWriter
-from pqcodec.tools import progress
+from pqcodec.kernels.cpu.disk_cache import COMPILING
 
 
 # -- completion --------------------------------------------------------------------------------------------------
@@ -74,20 +73,11 @@ def test_an_error_that_no_tensor_can_have_is_not_written(rel_mse: float, tmp_pat
 
 
 # -- the line before a long first wait -----------------------------------------------------------------------------
-def test_a_compilation_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    run("--version")
-    assert capsys.readouterr().err == ""
-    handler = progress._Once()
-    for kernel in ("encode", "decode"):
-        handler.handle(logging.LogRecord("kernels", logging.INFO, "", 0, "compiling %s", (kernel,), None))
-    assert capsys.readouterr().err.splitlines() == [progress._COMPILING]
-
-
 def test_what_is_compiled_already_is_not_told(coded: Path, tmp_path: Path) -> None:  # noqa: F811
     for name in ("a.npz", "b.npz"):
         told = command("decode", coded, tmp_path / name).stderr.decode()
-    assert progress._COMPILING not in told
+    assert COMPILING not in told
     assert (
-        progress._COMPILING
+        COMPILING
         not in command("verify", coded, *REFERENCE, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}).stderr.decode()
     )

@@ -132,7 +132,12 @@ def test_what_is_compiled_is_logged_and_what_is_kept_is_not(copy: Path) -> None:
     logged = "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s')"
     code = f"{logged}; from pqcodec.kernels.cpu import small; small.outer(3)"
     heard = [run(f"import sys; sys.stderr = sys.stdout; {code}", copy).splitlines() for _ in range(2)]
-    assert heard == [["compiling outer", "compiling inner"], []]
+    assert heard == [[disk_cache.COMPILING, "compiling outer", "compiling inner"], []]
+
+
+def test_a_program_that_logs_nothing_is_told_once_that_it_waits(copy: Path) -> None:
+    code = "import sys; sys.stderr = sys.stdout; from pqcodec.kernels.cpu import small; small.outer(3); small.outer(3.5)"
+    assert [run(code, copy).splitlines() for _ in range(2)] == [[disk_cache.COMPILING], []]
 
 
 def test_an_edited_constant_is_compiled_anew(copy: Path) -> None:

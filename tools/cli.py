@@ -13,7 +13,6 @@ import pqcodec
 from pqcodec.tools import convert, decode, doctor, encode, inspect, store, verify
 from pqcodec.tools.files import TwoEnded
 from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, reported
-from pqcodec.tools.progress import tell_of_compiling
 
 app = typer.Typer(
     name="pqcodec",
@@ -51,7 +50,6 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
 ) -> None:
     """Compress KV-cache tensors to polar-angle streams and back."""
-    tell_of_compiling()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -151,11 +152,19 @@ def warmup(
     start = time.perf_counter()
     # Two processes for a CPU, since one compiles one kernel at a time.
     workers = min(2, os.cpu_count() or 1) if device == "cpu" else 1
-    with progress_bar("compile kernels", len(tasks)) as show, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with (
+        progress_bar("compile kernels", len(tasks)) as show,
+        ProcessPoolExecutor(workers, get_context("spawn"), _quiet) as pool,
+    ):
         for done, each in enumerate(as_completed([pool.submit(_compile, *task) for task in tasks])):
             each.result()
             show(done + 1)
     print(f"{kinds} kinds of streams are compiled, after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def _quiet() -> None:
+    """In a process that compiles: say nothing of it, for the progress does."""
+    logging.getLogger("pqcodec").setLevel(logging.ERROR)
 
 
 def _compile(stage: str, preset: str, head_dims: Sequence[int], device: str) -> None:

@@ -1,16 +1,10 @@
-"""Law: progress on stderr, only where that is a terminal (rich is loaded only then); and one line about a long first wait."""
+"""Law: progress on stderr, only where that is a terminal (rich is loaded only then)."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-
-from pqcodec.tools.outcome import say
-
-_COMPILING = "compiling kernels for this machine, once (20 to 50 s); `pqcodec warmup` does it ahead"
 
 
 @contextmanager
@@ -48,22 +42,3 @@ def _spinner(title: str) -> Iterator[None]:
 
     with Console(stderr=True).status(title):
         yield
-
-
-@cache
-def tell_of_compiling() -> None:
-    """From now on, say once on stderr that kernels are compiled, when the first that the disk does not hold is."""
-    logger = logging.getLogger("pqcodec.kernels.cpu.disk_cache")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_Once())
-
-
-class _Once(logging.Handler):
-    """Says ``_COMPILING`` at the first record."""
-
-    said = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not self.said:
-            self.said = True
-            say(_COMPILING)

@@ -9,10 +9,11 @@ whose path others could turn elsewhere. The folders tried, in this order:
 - ``pqcodec/numba`` in XDG_CACHE_HOME, or in ~/.cache;
 - ``pqcodec-<user id>`` in the folder for temporary files.
 
-Where none serves, kernels are compiled in every process, and one warning says so. The name of a kept file holds a hash of
-every source of pqcodec that reaches its kernel: after an edit of any of them, other files are looked for. Files of former
-sources stay until somebody deletes them; they may be deleted at any time. The module's logger says, at level
-INFO, which kernel no file holds, so that it is compiled now.
+Where none serves, kernels are compiled in every process, and one warning says so. Where one serves that does not hold a kernel
+yet, a line of the module's logger says once a process that the wait is for compiling, at level WARNING, which Python shows on
+stderr; at level INFO it names each kernel. The name of a kept file holds a hash of every source of pqcodec that reaches its
+kernel: after an edit of any of them, other files are looked for. Files of former sources stay until somebody deletes them; they
+may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from numba.core.sigutils import normalize_signature
 _IMPORTED = re.compile(r"^\s*(?:from|import)\s+(pqcodec\.[\w.]+)", re.MULTILINE)
 _LOG = logging.getLogger(__name__)
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+COMPILING = "pqcodec: compiling kernels for this machine, once (20 to 50 s); `pqcodec warmup` does it ahead"
 _IN_EVERY_PROCESS = "Kernels are compiled in every process, which takes about 20 s"
 
 
@@ -148,6 +150,12 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
+@lru_cache
+def _tell_of_compiling() -> None:
+    """Say once that this process waits for the compiler, so that a first use does not seem to hang."""
+    _LOG.warning(COMPILING)
+
+
 # -- the sources -------------------------------------------------------------------------------------------------
 def sources(module: str) -> dict[str, str]:
     """The text of a module, of the modules of pqcodec that it imports, of those that they import ...: by name.
@@ -237,6 +245,7 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         found = self._unless_disk_fails(self._load, sig, target_context)
         if found is None:
+            _tell_of_compiling()
             _LOG.info("compiling %s", self._py_func.__qualname__)
         return found
 
