@@ -97,7 +97,8 @@ class EncodedCache(cache_utils.DynamicCache):
 
     A model of ``attn_implementation="pqcodec"`` does not decode on the CPU, nor on a GPU with ``place="device"`` and a preset
     of quads: it attends straight from codes (``pqcodec.attention``), but where a mask or an option of the model needs tensors,
-    and but for padded sequences. On a GPU ``CapturedSteps`` makes its steps CUDA graphs.
+    and but for padded sequences. Importing this class makes that name known to transformers, which refuses it before. On a GPU
+    ``CapturedSteps`` makes its steps CUDA graphs.
 
     The cache belongs to one text and to the model as it is while it reads that text; it does not notice a change of the model
     (a PrefixStore does). It can be copied and pickled. Raises InvalidArgument for models that cannot use such a cache, and
