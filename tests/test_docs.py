@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import re
@@ -19,42 +20,24 @@ import pytest
 import servers
 import torch
 from conftest import needs_gpu
-from test_readme import tiny_model
+from pages import BLOCK, blocks, run
 
 import pqcodec
 import pqcodec.formats
 from benchmarks.tables import MARK, TABLES, with_tables
 from pqcodec.formats import offload
+from pqcodec.formats.engines.chunks import ChunkCodec
 from tools.docs import command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "tools" / "docs"
 PAGES = sorted((DOCS / "pages").rglob("*.md"))
-BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)]*)?\)")
 REFERENCE = "\n".join(page.read_text() for page in (DOCS / "pages" / "reference").glob("*.md"))
 
 
 def name_of(page: Path) -> str:
     return str(page.relative_to(DOCS / "pages"))
-
-
-def run(page: Path, *needs: str, **replaced: str) -> dict[str, Any]:
-    """The names that a page's blocks leave, run one after the other in the current folder.
-
-    Blocks that need something run only if it is named. ``replaced``: addresses on the page, by the first part, and those of
-    servers that are there.
-    """
-    names: dict[str, Any] = {}
-    blocks = [code for need, code in BLOCK.findall(page.read_text()) if not need or need in needs]
-    if any("model" in code for code in blocks):
-        torch.manual_seed(0)
-        names = {"model": tiny_model(), "input_ids": torch.randint(3, 100, (1, 300))}
-    for code in blocks:
-        for scheme, address in replaced.items():
-            code = re.sub(rf"{scheme}://localhost:\d+/0", address, code)
-        exec(compile(code, name_of(page), "exec"), names)
-    return names
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +48,12 @@ def _nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=name_of)
-def test_its_python_runs(page: Path) -> None:
+def test_its_blocks_run(page: Path) -> None:
     run(page)
 
 
 def test_start_takes_twelve_lines() -> None:
-    first = BLOCK.findall((DOCS / "pages" / "index.md").read_text())[0][1]
+    first = blocks(DOCS / "pages" / "index.md", "python")[0]
     assert len([line for line in first.splitlines() if line]) <= 12
 
 
@@ -112,7 +95,7 @@ def test_s3_and_redis_run(tmp_path: Path) -> None:
     if shutil.which("redis-server") is None:
         pytest.skip("there is no redis-server here: apt install redis-server")
     with servers.redis_server(str(tmp_path)) as server:
-        names = run(DOCS / "pages" / "how-to" / "remote.md", "s3", "redis", redis=server.address)
+        names = run(DOCS / "pages" / "how-to" / "remote.md", "s3", "redis", replaced={"redis": server.address})
     assert names["out"].shape[1] > 300
 
 
@@ -158,7 +141,7 @@ def test_verbs_on_pages_are_verbs_of_the_command_line() -> None:
     shown = {
         verb
         for page in PAGES
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+        for block in blocks(page, "sh")
         for verb in re.findall(r"^pqcodec ((?:store )?[a-z]+)", block, re.MULTILINE)
     }
     from typer.main import get_command
@@ -169,6 +152,14 @@ def test_verbs_on_pages_are_verbs_of_the_command_line() -> None:
     known = set(command.commands) | {f"store {name}" for name in command.commands["store"].commands}
     assert shown <= known
     assert len(shown) > 5
+
+
+def test_the_options_of_lmcache_are_known() -> None:
+    (text,) = re.findall(r"--l2-adapter '(.*?)'", (DOCS / "pages" / "how-to" / "lmcache.md").read_text(), re.DOTALL)
+    options = json.loads(text)["serde"]
+    assert options.pop("type") == "pqcodec"
+    assert options.pop("model")
+    assert ChunkCodec.from_json(options | {"head_dim": 128, "kv_heads": 8, "rope": "none"}).preset == options["preset"]
 
 
 def test_the_citation_and_the_changes_have_the_release() -> None:

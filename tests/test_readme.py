@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICE, rel_mse
+from pages import blocks, run, tiny_model
 
 from benchmarks.fleet import PAGE, with_tables
 from benchmarks.readme import PAGES, ROOT, with_figures
@@ -31,32 +31,15 @@ def test_the_tables_for_fleets_are_those_of_the_sizes_and_the_result_files() -> 
     assert with_tables(page) == page, "run python -m benchmarks.fleet"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_its_twelve_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines for transformers twice, as by two programs."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(blocks()[0], names)
+    model = tiny_model().to(DEVICE)
+    names = run(ROOT / "README.md", model=model, input_ids=torch.randint(3, 100, (1, 1000)).to(DEVICE))
     assert rel_mse(torch.from_numpy(names["x"]), torch.from_numpy(names["y"])) < 0.05
     assert names["part"].shape == (8, 256, 128)
     assert len(names["layers"]) == 2
-
-
-def tiny_model() -> Any:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 100}
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
-
-
-def test_its_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = tiny_model().to(DEVICE)
-    names: dict[str, Any] = {"model": model, "input_ids": torch.randint(3, 100, (1, 1000)).to(DEVICE)}
-    for _ in range(2):
-        exec(blocks()[1], names)
+    exec(blocks(ROOT / "README.md", "python")[1], names)
     assert names["out"].shape[1] > 1000
     with PrefixStore("prefixes") as store:
         assert store.get(model, names["input_ids"]).length == 999
