@@ -21,7 +21,7 @@ from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 
 if TYPE_CHECKING:
-    from pqcodec.formats.containers.reader import Entry
+    from pqcodec.formats.containers.reader import Entry, TensorFile
 
 
 def convert(
@@ -60,8 +60,8 @@ def convert(
         with input_file(task.source) as path, containers.open_encoded(path) as file:
             before = os.path.getsize(path) if os.path.isfile(path) else None
             entries = [file.entry(name) for name in file.names]
+            fetched = not no_check and not _mapped(file, entries)
             for entry in entries:
-                fetched = entry.coded and not no_check and not getattr(file.stream(entry.name), "views", False)
                 needed = _held_bytes(entry, kinds[task.target], fetched)
                 limit.check(path, entry.name, needed, "or convert fewer files at once (--jobs)")
             if dry_run:
@@ -85,6 +85,12 @@ def _forecast(target: str, entries: list[Entry]) -> Forecast:
     exact = sum(not entry.coded for entry in entries)
     sizes = (sum(entry.tensor_bytes for entry in entries), sum(entry.body_bytes for entry in entries))
     return Forecast(target, len(entries), exact, *sizes)
+
+
+def _mapped(file: TensorFile, entries: list[Entry]) -> bool:
+    """Whether streams of a file are read without a copy in memory."""
+    first = next((entry.name for entry in entries if entry.coded), None)
+    return first is None or bool(getattr(file.stream(first), "views", False))
 
 
 def _held_bytes(entry: Entry, kind: str, fetched: bool) -> int:
