@@ -102,8 +102,8 @@ class ChunkCodec:
         """A codec of the options of a configuration in JSON; raises InvalidArgument for what is missing, unknown or ambiguous.
 
         ``model``: the path of its config.json, or of the folder of it, which says head_dim, kv_heads, latent_dim and rope where
-        these are not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``; one
-        that contradicts the model's config.json is refused.
+        these are not there. ``rope``: "none", or an object of theta, dim, style and frequencies as those of ``pqcodec.Rope``;
+        one that contradicts the model's config.json is refused.
 
         >>> chunks = ChunkCodec.from_json({"preset": "pq3", "head_dim": 128, "kv_heads": 8, "rope": {"theta": 500000}})
         >>> chunks.rope.theta, chunks.size((1, 32, 256, 8 * 2 * 128), "bfloat16")
