@@ -12,22 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import find_span, get_field, put_field, word_sum
+from pqcodec.kernels.on_triton.bits import block_bytes, find_span, get_field, put_field, word_sum
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     FAR,
     LARGEST,
     OF_QUADS,
     QUADS,
-    RADIUS_SHIFT,
-    RADIUS_SPLIT,
-    SECOND_FACTOR,
     SPAN,
     SPLIT,
     load_rows,
     power_of_two,
-    scaled,
     store_rows,
+    two_factors,
 )
 from pqcodec.kernels.on_triton.offsets import offset_rows
 from pqcodec.kernels.on_triton.paper import decode_paper, encode_paper
@@ -48,8 +45,7 @@ def block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH: t
     chunk = tl.load(span + SPAN.value.first_chunk) + local // leads
     lead = tl.load(span + SPAN.value.first_lead) + local % leads
     tokens = tl.minimum(tl.load(span + SPAN.value.coded) - chunk * CHUNK, CHUNK)
-    size = (tokens * ROW_BYTES + BESIDE + ALIGN - 1) // ALIGN * ALIGN
-    whole = (CHUNK * ROW_BYTES + BESIDE + ALIGN - 1) // ALIGN * ALIGN
+    size, whole = block_bytes(tokens, ROW_BYTES, BESIDE, ALIGN), block_bytes(CHUNK, ROW_BYTES, BESIDE, ALIGN)
     start = tl.load(span + SPAN.value.payload) + chunk * tl.load(span + SPAN.value.leading) * whole + lead * size
     skew = (start & 3).to(tl.int32)
     words, covered = (start - skew).to(tl.pointer_type(tl.uint32)), (size - CHECKSUM_BYTES).to(tl.int32)
@@ -405,9 +401,7 @@ def decode_stream_blocks(
                 ROWS,
             )
             nothing = row < 0
-        small = exponent < RADIUS_SPLIT
-        first_factor = tl.where(nothing, 0.0, scaled(mantissa, exponent + tl.where(small, RADIUS_SHIFT, 0)))
-        second_factor = tl.where(small, SECOND_FACTOR, 1.0)
+        first_factor, second_factor = two_factors(mantissa, exponent, nothing)
         y = acc * first_factor[:, None] * second_factor[:, None] + 0.0
         token = begin + row
         if OFFSETS:

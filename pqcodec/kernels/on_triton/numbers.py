@@ -123,6 +123,14 @@ def scaled(mantissa, exponent):
 
 
 @triton.jit
+def two_factors(mantissa, exponent, nothing):
+    """The two float32 factors of rows, whose product may be too small for one normal number (SPEC 6.5)."""
+    small = exponent < RADIUS_SPLIT
+    first = tl.where(nothing, 0.0, scaled(mantissa, exponent + tl.where(small, RADIUS_SHIFT, 0)))
+    return first, tl.where(small, SECOND_FACTOR, 1.0)
+
+
+@triton.jit
 def halves(x):
     """The even and the odd columns of [R, 2n], each [R, n]; [R] where n is 1."""
     return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))

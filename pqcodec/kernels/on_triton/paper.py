@@ -57,6 +57,12 @@ def paper_coordinates(words, bit, radius, mask, paper, circle):
 
 
 @triton.jit
+def paper_power(largest):
+    """Exponent of the power of two above a row's largest radius: the row's grid."""
+    return tl.where(largest > 0, (largest.to(tl.int32, bitcast=True) >> 23) - 126, 0)
+
+
+@triton.jit
 def decode_paper(
     words,
     bit0,
@@ -77,8 +83,7 @@ def decode_paper(
     largest = tl.zeros([ROWS], tl.float32)
     for group in range(ORDER // GROUP):
         largest = tl.maximum(largest, paper_radius(words, bit0 + group * PAPER_BITS, mask))
-    bits = largest.to(tl.int32, bitcast=True)
-    power = tl.where(largest > 0, (bits >> 23) - 126, 0)  # of two, above the largest radius: the row's grid
+    power = paper_power(largest)
     for group in range(ORDER // GROUP):
         bit = bit0 + group * PAPER_BITS
         radius = paper_radius(words, bit, mask) * power_of_two(11 - power)

@@ -24,11 +24,58 @@ def sign_place(group, ORDER: tl.constexpr):
 
 
 @triton.jit
-def planes(skew, row, tokens, ORDER: tl.constexpr, BITS: tl.constexpr):
-    """Bits at which rows begin in a block's planes of signs and of indices, and its radii as a whole."""
+def planes(first, row, tokens, ORDER: tl.constexpr, BITS: tl.constexpr):
+    """Bits at which rows begin in a block's planes of signs and of indices, and its radii as a whole; ``first``: its own."""
     INDEX_BITS: tl.constexpr = (ORDER // 4 * BITS + 7) // 8 * 8
-    first = skew * 8
     return first + row * ORDER, first + tokens * ORDER + row * INDEX_BITS, first + tokens * (ORDER + INDEX_BITS)
+
+
+@triton.jit
+def quad_units(words, signs, indices, quad, mask, points, ORDER: tl.constexpr, BITS: tl.constexpr):
+    """Coordinates of some quads [1, Q] of rows whose signs and indices begin at bits [R]: units float16 [R, 4 Q].
+
+    A point is two words of two float16 numbers. The signs of two groups lie in 32 bits: a quad's four bits are ``together``
+    apart, those of its coordinates 0, 2, 1 and 3.
+    """
+    field = indices[:, None] + quad * BITS
+    code = get_field(words, field, tl.full(field.shape, BITS, tl.int32), mask[:, None] & (quad >= 0))
+    point = points.to(tl.pointer_type(tl.uint32)) + 2 * code
+    group = quad // 4
+    first = group // 2 * 2  # the first of the two groups whose signs lie together
+    both = (first + 1) * GROUP < ORDER
+    together = tl.where(both, 8, 4)
+    place = signs[:, None] + first * GROUP
+    shift = (place & 31).to(tl.uint32)
+    at = words + (place >> 5)
+    low = tl.load(at, mask=mask[:, None] & (quad >= 0), other=0)
+    high = tl.load(at + 1, mask=mask[:, None] & ((place & 31) + 4 * together > 32), other=0)
+    negative = (low >> shift) | ((high << 1) << (31 - shift))
+    negative = negative >> ((group - first) * 4 + quad % 4).to(tl.uint32)
+    apart = together.to(tl.uint32)
+    p = tl.load(point) ^ ((negative & 1) << 15) ^ (((negative >> (2 * apart)) & 1) << 31)
+    q = tl.load(point + 1) ^ (((negative >> apart) & 1) << 15) ^ (((negative >> (3 * apart)) & 1) << 31)
+    v = tl.join(tl.join(half_of(p), half_of(q)), tl.join(half_of(p >> 16), half_of(q >> 16)))
+    return tl.reshape(v, [v.shape[0], 4 * v.shape[1]])
+
+
+@triton.jit
+def half_of(word):
+    """The float16 number in a word's lower half."""
+    return (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def quad_radius(words, radii, row, tokens, mask, mantissas):
+    """Exponent and mantissa of the factor of rows of blocks, and where it is 0; ``radii``: the bits of the blocks' radii."""
+    eight = tl.full(row.shape, 8, tl.int32)
+    code = get_field(words, radii + row * 8, eight, mask)
+    at = radii + tokens * 8 + row * 0
+    base = get_field(words, at, eight, mask) | get_field(words, at + 8, eight, mask) << 8
+    base -= (base & 0x8000) << 1
+    radius = tl.minimum(tl.maximum(base + code - 1, QUADS.value.least), QUADS.value.most)
+    step = radius & (QUADS.value.steps - 1)
+    exponent = (radius - step - QUADS.value.least) // QUADS.value.steps + QUADS.value.least // QUADS.value.steps
+    return exponent, tl.load(mantissas + step), code == 0
 
 
 @triton.jit
@@ -49,25 +96,13 @@ def decode_quad_rows(
     ROWS: tl.constexpr,
 ):
     """Rows of a block -> acc [R, COLUMNS] rotated back, each row's exponent and mantissa, and whether it is the zero vector."""
-    signs, indices, radii = planes(skew, row, tokens, ORDER, BITS)
-    quad = tl.arange(0, 4)[None, :]
-    coordinate = tl.arange(0, 4)[None, None, :]
-    one, eight = tl.full([ROWS, GROUP], 1, tl.int32), tl.full([ROWS], 8, tl.int32)
+    signs, indices, radii = planes(skew * 8, row, tokens, ORDER, BITS)
     for group in range(ORDER // GROUP):
-        field = indices[:, None] + (group * 4 + quad) * BITS
-        code = get_field(words, field, tl.full(field.shape, BITS, tl.int32), mask[:, None] & (quad >= 0))
-        v = tl.reshape(tl.load(points + code[:, :, None] * 4 + coordinate), [ROWS, GROUP])
-        place = signs[:, None] + sign_place(group, ORDER)
-        negative = get_field(words, place, one, mask[:, None] & (place >= 0))
-        acc = rotated_back(tl.where(negative > 0, -v, v), rotation, group, columns, acc, COLUMNS)
-    code = get_field(words, radii + row * 8, eight, mask)
-    at = radii + tokens * 8 + row * 0
-    base = get_field(words, at, eight, mask) | get_field(words, at + 8, eight, mask) << 8
-    base -= (base & 0x8000) << 1
-    radius = tl.minimum(tl.maximum(base + code - 1, QUADS.value.least), QUADS.value.most)
-    step = radius & (QUADS.value.steps - 1)
-    exponent = (radius - step - QUADS.value.least) // QUADS.value.steps + QUADS.value.least // QUADS.value.steps
-    return acc, exponent, tl.load(mantissas + step), code == 0
+        quad = group * 4 + tl.arange(0, 4)[None, :]
+        v = quad_units(words, signs, indices, quad, mask, points, ORDER, BITS)
+        acc = rotated_back(v, rotation, group, columns, acc, COLUMNS)
+    exponent, mantissa, nothing = quad_radius(words, radii, row, tokens, mask, mantissas)
+    return acc, exponent, mantissa, nothing
 
 
 @triton.jit
@@ -169,7 +204,7 @@ def encode_quad_rows(
             radius = tl.where(error < least, tried, radius)
             least = tl.minimum(error, least)
     radius = tl.where(own > 0, radius, 0)
-    signs, indices, radii = planes(skew, row, tokens, ORDER, BITS)
+    signs, indices, radii = planes(skew * 8, row, tokens, ORDER, BITS)
     scale = scale_of(tl.maximum(radius, 1), exponent, aim, ORDER)
     quad = tl.arange(0, 4)[None, :]
     for group in range(ORDER // GROUP):

@@ -112,6 +112,68 @@ def decode_quads(words, bit, budget, radius, mask, quad_ints, quad_floats, recor
 
 
 @triton.jit
+def split_units(
+    words,
+    bit,
+    group,
+    mask,
+    path,
+    node_cos,
+    node_sin,
+    node_shift,
+    quad_ints,
+    quad_floats,
+    records,
+    record_floats,
+    circle,
+    ROOT_BUDGET: tl.constexpr,
+    LEVELS: tl.constexpr,
+    KIND_16: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A group's coordinates in rows whose angles begin at ``bit`` [R]: whole numbers of the grid, float32 [R, 16].
+
+    ``group``: one number, or one for each row [R].
+    """
+    budget = tl.full([ROWS], ROOT_BUDGET, tl.int32)
+    radius = tl.full([ROWS], GRID, tl.float32)
+    for level in range(LEVELS):
+        node = path + (group * LEVELS + level) * len(NODE.value)
+        right = tl.load(node + NODE.value.right) > 0
+        width = width_of(budget, tl.load(node + NODE.value.width_factor), tl.load(node + NODE.value.least_width))
+        one = tl.full([ROWS], 1, tl.int32) << width
+        at = tl.load(node + NODE.value.kind) * CODES + one + get_field(words, bit, width, mask)
+        rest = budget - width
+        portion = (rest * tl.load(node + NODE.value.share_factor)) >> SHARE_SHIFT
+        moved = tl.load(node_shift + at)
+        share = share_of(rest, portion, moved, tl.load(node + NODE.value.cap_a), tl.load(node + NODE.value.cap_b))
+        radius *= tl.load(tl.where(right, node_sin, node_cos) + at)
+        budget = tl.where(right, rest - share, share)
+        bit += width + tl.where(right, share, 0)
+    entry = KIND_16 * CODES
+    bit, budget, radius = decode_node(
+        words, bit, budget, radius, mask, entry, WIDTH_OF_16, 8 * CAP, node_cos, node_sin, node_shift
+    )
+    mask8 = mask[:, None] & (tl.arange(0, 2) >= 0)[None, :]
+    bit, budget, radius = decode_node(
+        words, bit, budget, radius, mask8, entry + CODES, WIDTH_OF_8, 4 * CAP, node_cos, node_sin, node_shift
+    )
+    bit, budget = tl.reshape(bit, [ROWS, 4]), tl.reshape(budget, [ROWS, 4])
+    radius = tl.reshape(radius, [ROWS, 4])
+    mask4 = mask[:, None] & (tl.arange(0, 4) >= 0)[None, :]
+    return decode_quads(words, bit, budget, radius, mask4, quad_ints, quad_floats, records, record_floats, circle)
+
+
+@triton.jit
+def split_radius(words, bit, mask, mantissas, RADIUS_BITS: tl.constexpr, RADIUS_STEPS: tl.constexpr):
+    """Exponent and mantissa of the factor of rows whose radii begin at ``bit`` [R], and where it is 0."""
+    code = get_field(words, bit, tl.full(bit.shape, RADIUS_BITS, tl.int32), mask)
+    step = tl.maximum(code, 1) - 1
+    octave = step // RADIUS_STEPS
+    return octave - RADIUS_BIAS, tl.load(mantissas + step - octave * RADIUS_STEPS), code == 0
+
+
+@triton.jit
 def decode_split(
     words,
     bit0,
@@ -139,42 +201,29 @@ def decode_split(
     ROWS: tl.constexpr,
 ):
     """Rows from ``bit0`` on -> acc [R, COLUMNS] rotated back; exponent and mantissa of each row's factor, and where it is 0."""
-    code = get_field(words, bit0, tl.full([ROWS], RADIUS_BITS, tl.int32), mask)
-    step = tl.maximum(code, 1) - 1
-    octave = step // RADIUS_STEPS
-    exponent = octave - RADIUS_BIAS
-    mantissa = tl.load(mantissas + step - octave * RADIUS_STEPS)
+    exponent, mantissa, nothing = split_radius(words, bit0, mask, mantissas, RADIUS_BITS, RADIUS_STEPS)
     for group in range(ORDER // GROUP):
-        bit = bit0 + RADIUS_BITS
-        budget = tl.full([ROWS], ROOT_BUDGET, tl.int32)
-        radius = tl.full([ROWS], GRID, tl.float32)
-        for level in range(LEVELS):
-            node = path + (group * LEVELS + level) * len(NODE.value)
-            right = tl.load(node + NODE.value.right) > 0
-            width = width_of(budget, tl.load(node + NODE.value.width_factor), tl.load(node + NODE.value.least_width))
-            one = tl.full([ROWS], 1, tl.int32) << width
-            at = tl.load(node + NODE.value.kind) * CODES + one + get_field(words, bit, width, mask)
-            rest = budget - width
-            portion = (rest * tl.load(node + NODE.value.share_factor)) >> SHARE_SHIFT
-            moved = tl.load(node_shift + at)
-            share = share_of(rest, portion, moved, tl.load(node + NODE.value.cap_a), tl.load(node + NODE.value.cap_b))
-            radius *= tl.load(tl.where(right, node_sin, node_cos) + at)
-            budget = tl.where(right, rest - share, share)
-            bit += width + tl.where(right, share, 0)
-        entry = KIND_16 * CODES
-        bit, budget, radius = decode_node(
-            words, bit, budget, radius, mask, entry, WIDTH_OF_16, 8 * CAP, node_cos, node_sin, node_shift
+        v = split_units(
+            words,
+            bit0 + RADIUS_BITS,
+            group,
+            mask,
+            path,
+            node_cos,
+            node_sin,
+            node_shift,
+            quad_ints,
+            quad_floats,
+            records,
+            record_floats,
+            circle,
+            ROOT_BUDGET,
+            LEVELS,
+            KIND_16,
+            ROWS,
         )
-        mask8 = mask[:, None] & (tl.arange(0, 2) >= 0)[None, :]
-        bit, budget, radius = decode_node(
-            words, bit, budget, radius, mask8, entry + CODES, WIDTH_OF_8, 4 * CAP, node_cos, node_sin, node_shift
-        )
-        bit, budget = tl.reshape(bit, [ROWS, 4]), tl.reshape(budget, [ROWS, 4])
-        radius = tl.reshape(radius, [ROWS, 4])
-        mask4 = mask[:, None] & (tl.arange(0, 4) >= 0)[None, :]
-        v = decode_quads(words, bit, budget, radius, mask4, quad_ints, quad_floats, records, record_floats, circle)
         acc = rotated_back(v, rotation, group, columns, acc, COLUMNS)
-    return acc, exponent, mantissa, code == 0
+    return acc, exponent, mantissa, nothing
 
 
 @triton.jit
