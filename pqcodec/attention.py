@@ -6,7 +6,6 @@ adds as exact tokens, are parts of the same softmax.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +69,11 @@ def scores(
     >>> found.shape, bool(np.allclose(found, q @ decoded.swapaxes(1, 2) / 8, atol=1e-5))
     ((4, 1, 100), True)
     """
+    if on_device(backend, device_type(device_of(q))):
+        from pqcodec import attend_device
+
+        asked_for = {"scale": scale, "softcap": softcap, "tokens": tokens, "recent": recent, "check": check, "backend": backend}
+        return attend_device.scores_on_device(keys, q, **asked_for)
     asked = _Asked.of(q, _streams("keys", keys), None, scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
     found = [asked.scores_of(stream, part) for stream, part in asked.parts(asked.keys, wanted)]
@@ -108,7 +112,8 @@ def attend(
     The queries stand at the end of all tokens. ``causal``: each sees the tokens up to its own; ``window``: of these the last so
     many. ``check``: whether the checksums of the blocks that are read are compared.
 
-    On a GPU, ``AttendBatch`` says what there is; it is made for one call here.
+    Where the queries are on a GPU, so is the work: an ``AttendBatch`` is made for one call. Streams in host memory are moved
+    there, and exact tokens have the streams' dtypes.
 
     The result has q's dtype and kind, and no gradient. Decoded numbers are not rounded to the streams' dtype in between. NaN
     and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument,
@@ -125,7 +130,11 @@ def attend(
     True
     """
     if on_device(backend, device_type(device_of(q))):
-        return _attend_on_device(q, keys, values, scale, softcap, causal, window, tokens, first, recent, check, backend)
+        from pqcodec import attend_device
+
+        exact = {"first": first, "recent": recent}
+        options = {"softcap": softcap, "causal": causal, "window": window, "tokens": tokens, "check": check, "backend": backend}
+        return attend_device.attend_on_device(q, keys, values, exact, scale=scale, **options)
     asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
     before, behind = asked.exact_pair("first", first), asked.exact_pair("recent", recent)
@@ -146,75 +155,6 @@ def attend(
     return arrays.alike(q, out.reshape(asked.out_shape))
 
 
-def _attend_on_device(
-    q: Any,
-    keys: Any,
-    values: Any,
-    scale: float | None,
-    softcap: float | None,
-    causal: bool,
-    window: int | None,
-    tokens: Bounds | None,
-    first: Pair | None,
-    recent: Pair | None,
-    check: bool,
-    backend: str,
-) -> Any:
-    """``attend`` on a GPU: what an ``AttendBatch`` of one sequence can do."""
-    from pqcodec.attend_batch import AttendBatch
-
-    left = {
-        "lists of streams": isinstance(keys, (list, tuple)) or isinstance(values, (list, tuple)),
-        "causal=False for several queries": not causal and q.shape[-2] > 1,
-        "tokens=": tokens is not None,
-        "first=": first is not None,
-    }
-    named = [name for name, there in left.items() if there]
-    if named or q.ndim < 3:
-        raise BackendUnavailable(
-            f"attention to codes on a GPU does not know {', '.join(named) or 'such queries'}; pass q.cpu()"
-        )
-    if not is_torch(q):
-        raise InvalidArgument(f"q: a {type(q).__name__}; attention to codes on a GPU takes tensors of torch that lie there")
-    heads = math.prod(q.shape[:-2])
-    one = None
-    if recent is not None:
-        if not isinstance(recent, (tuple, list)) or len(recent) != 2 or any(not is_torch(x) or x.ndim < 3 for x in recent):
-            raise InvalidArgument(
-                "recent: a pair of tensors of torch, keys and values [..., kv_heads, n, head_dim], is expected"
-            )
-        one = tuple(x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:]) for x in recent)
-    batch = AttendBatch(
-        q.reshape(1, heads, *q.shape[-2:]).contiguous(),
-        [_on_device_of(q, keys)],
-        [_on_device_of(q, values)],
-        recent=one,
-        scale=scale,
-        softcap=softcap,
-        window=window,
-        check=check,
-        backend=backend,
-    )
-    shapes = [batch.leading, *(tuple(x.shape[:-2]) for x in recent or ())]
-    if any(shape[:-1] != tuple(q.shape[:-3]) or shape != shapes[0] for shape in shapes):
-        raise InvalidArgument(
-            f"q {tuple(q.shape)} does not go with {' and '.join(map(str, shapes))} heads of keys and recent tokens: "
-            f"they are expected alike but for the last number"
-        )
-    return batch.run().reshape(*q.shape[:-1], batch.out.shape[-1])
-
-
-def _on_device_of(q: Any, stream: Any) -> Any:
-    """A stream beside the queries: as it is, or moved there from host memory."""
-    if is_torch(stream):
-        return stream.to(q.device)
-    import torch
-
-    source = source_of(stream)
-    h = read_header(source)
-    return torch.from_numpy(np.array(source.read(0, h.stream_bytes))).to(q.device)
-
-
 # -- what is asked -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Stream:
@@ -231,7 +171,7 @@ def _streams(name: str, data: Any) -> list[_Stream]:
     for one in many:
         if device_type(device_of(one)) != "cpu":
             raise BackendUnavailable(
-                f"{name}: the stream is on {device_of(one)}; attention from codes is done on the CPU: pass .cpu()"
+                f"{name}: a stream is on {device_of(one)}, the queries are in host memory: pass .cpu(), or move the queries"
             )
         source = source_of(arrays.bytes_of(one) if is_torch(one) else one)
         found.append(_Stream(source, read_header(source)))
@@ -269,10 +209,6 @@ class _Asked:
         backend: str,
     ) -> _Asked:
         """Raises InvalidArgument where something does not go together, and BackendUnavailable."""
-        if on_device(backend, device_type(device_of(q))):
-            raise BackendUnavailable(
-                f"queries on {device_of(q)}, backend {backend!r}: attention from codes is done on the CPU; pass q.cpu()"
-            )
         numbers, h = arrays.numbers_of(q), keys[0].header
         if numbers.ndim < 3 or numbers.shape[:-3] != h.shape[:-3] or numbers.shape[-1] != h.head_dim:
             raise InvalidArgument(

@@ -63,10 +63,11 @@ def on_device(backend: str, device: str = "cpu") -> bool:
 def _cuda_is_there() -> bool:
     import torch
 
-    return torch.version.hip is None and _installed("cuda.bindings")
+    return torch.version.hip is None and installed("cuda.bindings")
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # not even its parent is there

@@ -9,7 +9,7 @@ ORDER = [  # of the core's modules and folders, from the ground up: what is on a
     "kernels",
     "backends words",
     "batch host",
-    "device attend_batch attend_layer attend_pages attention",
+    "device attend_parts attend_decoded attend_batch attend_layer attend_pages attend_device attention",
     "codec",
 ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import needs_cuda
+from conftest import HAS_TRITON, needs_cuda
 from safetensors.torch import load_file
 
 import pqcodec
@@ -72,9 +72,8 @@ class Case:
 
     def agrees(self, **options: Any) -> None:
         """On the GPU the same as on the CPU, and twice the same bits."""
-        wanted = attend(
-            self.q.float(), self.keys, self.values, recent=self.recent_in(torch.float32), backend="reference", **options
-        )
+        asked = options | {"backend": "reference"}
+        wanted = attend(self.q.float(), self.keys, self.values, recent=self.recent_in(torch.float32), **asked)
         recent = self.recent and tuple(x.to(CUDA) for x in self.recent)
         got = [
             attend(self.q.to(CUDA), on_gpu(self.keys), on_gpu(self.values), recent=recent, **options).cpu() for _ in range(2)
@@ -217,11 +216,14 @@ def test_damage_is_told_and_no_number() -> None:
     ],
     ids=str,
 )
-def test_what_no_kernel_reads_is_decoded(options: dict[str, Any], message: str) -> None:
+def test_what_this_kernel_does_not_read_is_read_by_tritons_or_decoded(options: dict[str, Any], message: str) -> None:
     case = Case(**options)
     case.agrees()
+    case.agrees(backend="cuda")
     recent = case.recent and tuple(x[None].to(CUDA) for x in case.recent)
-    batch = AttendBatch(case.q[None].to(CUDA), [on_gpu(case.keys)], [on_gpu(case.values)], recent=recent)
+    arguments = case.q[None].to(CUDA), [on_gpu(case.keys)], [on_gpu(case.values)]
+    assert AttendBatch(*arguments, recent=recent).reader == ("triton" if HAS_TRITON else None)
+    batch = AttendBatch(*arguments, recent=recent, backend="cuda")
     assert not batch.from_codes
     assert message in (batch.why or "")
 

@@ -644,7 +644,7 @@ def test_auto_is_a_rule_of_the_device_and_of_what_is_installed(monkeypatch: pyte
         monkeypatch.setattr(backends, "find_spec", lambda name, found=found: found)
         assert backends.names("auto", "cuda")[0] == backend
     monkeypatch.setattr(backends, "find_spec", util.find_spec)
-    assert [backends._installed(name) for name in ("importlib.util", "no_such_package.part")] == [True, False]
+    assert [backends.installed(name) for name in ("importlib.util", "no_such_package.part")] == [True, False]
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", "6.4")  # ROCm's GPUs are called cuda, too
     assert backends.names("auto", "cuda")[0] == "triton"

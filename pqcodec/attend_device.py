@@ -1,0 +1,136 @@
+"""Law: attention and scores where queries are on a GPU, for one call; ``attention`` has the same on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pqcodec.attend_batch import AttendBatch, check_exact, placed_streams
+from pqcodec.attend_decoded import Decoding
+from pqcodec.attend_parts import AttendedTokens, Pair, coded_and_exact, why_not_triton
+from pqcodec.backends import device_backend
+from pqcodec.errors import InvalidArgument
+from pqcodec.kernels.attention import checked_number, checked_softcap
+from pqcodec.placed import current, one_device
+from pqcodec.stream.header import read_header
+from pqcodec.stream.index import Bounds
+from pqcodec.stream.source import source_of
+from pqcodec.tensors.numbers import is_torch
+
+
+def attend_on_device(q: Any, keys: Any, values: Any, exact: dict[str, Pair | None], **options: Any) -> Any:
+    """``attention.attend`` of queries on a GPU: by an ``AttendBatch`` of one sequence, whose ``options`` these are.
+
+    ``exact``: "first" and "recent".
+    """
+    _check_queries(q)
+    pairs = {name: None if pair is None else _pair(name, pair) for name, pair in exact.items()}
+    batch = AttendBatch(
+        _of_one_sequence("q", q).contiguous(),
+        [_streams_beside(q, keys)],
+        [_streams_beside(q, values)],
+        first=pairs["first"],
+        recent=pairs["recent"],
+        **options,
+    )
+    _check_leading(q, batch.leading, [x for pair in exact.values() for x in pair or ()])
+    return batch.run().reshape(*q.shape[:-1], batch.out.shape[-1])
+
+
+def scores_on_device(
+    keys: Any,
+    q: Any,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    tokens: Bounds | None,
+    recent: Any,
+    check: bool,
+    backend: str,
+) -> Any:
+    """``attention.scores`` of queries on a GPU."""
+    import torch
+
+    _check_queries(q)
+    query = _of_one_sequence("q", q).contiguous()
+    streams = _streams_beside(q, keys)
+    exact = [] if recent is None else [_of_one_sequence("recent", recent)]
+    device = one_device([query, *streams, *exact])
+    device_backend(backend, device)  # before streams are read
+    sequences = placed_streams([[streams]], device, backend, check)
+    h = sequences[0][0][0].header
+    heads, queries, head_dim = query.shape[1:]
+    if not h.leading or not heads or heads % h.leading or head_dim != h.head_dim or not queries:
+        raise InvalidArgument(
+            f"q {tuple(q.shape)} does not go with keys {h.shape}: [..., q_heads, queries, head_dim] is expected"
+        )
+    check_exact("recent", exact, 1, sequences[0][0])
+    _check_leading(q, tuple(h.shape[:-2]), [] if recent is None else [recent])
+    scale = head_dim**-0.5 if scale is None else checked_number("scale", scale)
+    attended = AttendedTokens.of(sequences, tokens, [], exact if exact and exact[0].shape[2] else [])
+    out = torch.empty((*query.shape[:-1], attended.totals[0]), dtype=torch.float32, device=device)
+    if not out.numel():
+        return out.reshape(*q.shape[:-1], -1)
+    cap, shape = checked_softcap(softcap), tuple(query.shape)
+    with current(device):
+        if why_not_triton(attended.headers, backend, device) is None:
+            from pqcodec.kernels.on_triton.attending import TritonAttention
+
+            parts = coded_and_exact(attended, backend)
+            way: Any = TritonAttention(shape, attended.totals, h.leading, (head_dim,), *parts, device, scale, cap)
+        else:
+            way = Decoding(shape, h.leading, attended, backend, device, scale, cap)
+        return way.score(query, out).reshape(*q.shape[:-1], -1)
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+def _check_queries(q: Any) -> None:
+    if not is_torch(q) or q.ndim < 3:
+        raise InvalidArgument(
+            f"q: a {type(q).__name__} {tuple(q.shape)}; attention to codes on a GPU takes tensors of torch that lie there, "
+            "[..., q_heads, queries, head_dim]"
+        )
+
+
+def _pair(name: str, pair: Any) -> Pair:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InvalidArgument(f"{name} is a {type(pair).__name__}; a pair of tensors, keys and values, is expected")
+    return _of_one_sequence(name, pair[0]), _of_one_sequence(name, pair[1])
+
+
+def _of_one_sequence(name: str, x: Any) -> Any:
+    """[..., heads, n, head_dim] as [1, heads, n, head_dim]; raises InvalidArgument."""
+    if not is_torch(x) or x.ndim < 3:
+        raise InvalidArgument(f"{name}: a pair of tensors of torch, [..., kv_heads, n, head_dim], is expected")
+    return x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+def _streams_beside(q: Any, streams: Any) -> list[Any]:
+    """One stream, or each of a list, beside the queries: as it is, or moved there from host memory."""
+    many = list(streams) if isinstance(streams, (list, tuple)) else [streams]
+    if not many:
+        raise InvalidArgument("an empty list of streams; at least one is expected")
+    return [_beside(q, stream) for stream in many]
+
+
+def _beside(q: Any, stream: Any) -> Any:
+    if is_torch(stream):
+        return stream.to(q.device)
+    import torch
+
+    source = source_of(stream)
+    h = read_header(source)
+    return torch.from_numpy(np.array(source.read(0, h.stream_bytes))).to(q.device)
+
+
+def _check_leading(q: Any, leading: tuple[int, ...], exact: Sequence[Any]) -> None:
+    """Raises InvalidArgument where the dimensions before tokens differ but for the heads of queries."""
+    shapes = [leading, *(tuple(x.shape[:-2]) for x in exact)]
+    if any(shape[:-1] != tuple(q.shape[:-3]) or shape != shapes[0] for shape in shapes):
+        raise InvalidArgument(
+            f"q {tuple(q.shape)} does not go with {' and '.join(map(str, shapes))} heads of keys and exact tokens: "
+            f"they are expected alike but for the last number"
+        )
