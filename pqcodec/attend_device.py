@@ -72,9 +72,9 @@ def scores_on_device(
     scale = head_dim**-0.5 if scale is None else checked_number("scale", scale)
     attended = AttendedTokens.of(sequences, tokens, [], exact if exact and exact[0].shape[2] else [])
     out = torch.empty((*query.shape[:-1], attended.totals[0]), dtype=torch.float32, device=device)
+    cap, shape, found = checked_softcap(softcap), tuple(query.shape), (*q.shape[:-1], attended.totals[0])
     if not out.numel():
-        return out.reshape(*q.shape[:-1], -1)
-    cap, shape = checked_softcap(softcap), tuple(query.shape)
+        return out.reshape(found)
     with current(device):
         if why_not_triton(attended.headers, backend, device) is None:
             from pqcodec.kernels.on_triton.attending import TritonAttention
@@ -83,7 +83,7 @@ def scores_on_device(
             way: Any = TritonAttention(shape, attended.totals, h.leading, (head_dim,), *parts, device, scale, cap)
         else:
             way = Decoding(shape, h.leading, attended, backend, device, scale, cap)
-        return way.score(query, out).reshape(*q.shape[:-1], -1)
+        return way.score(query, out).reshape(found)
 
 
 # -- what is asked -----------------------------------------------------------------------------------------------------

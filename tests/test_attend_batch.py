@@ -62,6 +62,7 @@ class Sequence:
         ("read", 0, 1, {}),
         ("read", 3, 1, {"window": 5}),
         ("read", 3, 5, {"window": 13}),
+        ("read", 6, 2, {"window": 3}),
         ("read", 3, 5, {"softcap": 1.5, "causal": False}),
         ("read", 4, 2, {"scale": 2.0, "window": 2}),
         ("decoded", 0, 1, {}),
@@ -213,6 +214,8 @@ def test_scores_agree_with_the_cpu(reader: str | None, arguments: dict[str, Any]
     got = scores(list(map(on_device, keys)), q.to(DEVICE), recent=recent.to(DEVICE), backend="triton", **arguments)
     torch.testing.assert_close(got.cpu(), wanted, atol=1e-5, rtol=1e-5)
     assert got.dtype == torch.float32
+    nothing = scores(on_device(keys[0]), q.to(DEVICE), tokens=(5, 5), backend="triton")
+    assert nothing.shape == (*q.shape[:-1], 0)
 
 
 def test_a_batch_of_several_kinds_agrees_with_the_cpu(reader: str | None) -> None:

@@ -122,6 +122,7 @@ class TritonAttention:
         self._tile = TILES[widest]
         self._block_rows = min(MOST_ROWS[widest], max(16, 1 << (self._rows - 1).bit_length()))
         self._grid = (leading, -(-self._rows // self._block_rows))
+        coded = [part._replace(tokens=self._seen(part.sequence, part.position, part.tokens)) for part in coded]
         self._kept = [coded, exact]
         share = self._share_tokens(coded)
         self._slots: list[int] = []  # the sequence of each share
@@ -129,6 +130,11 @@ class TritonAttention:
         self._exact = list(self._exact_groups(exact, share))
         if len(head_dims) > 1:
             self._place_partials()
+
+    def _seen(self, sequence: int, position: int, tokens: Bounds) -> Bounds:
+        """Those of some tokens in a row that the window of a query reaches; ``position``: of token 0 in the sequence."""
+        least = self._totals[sequence] - self._queries - self._window + 1 - position if self._window else 0
+        return min(max(tokens[0], least), tokens[1]), tokens[1]
 
     # -- shares ----------------------------------------------------------------------------------------------------
     def _share_tokens(self, coded: Sequence[CodedSegment]) -> int:
@@ -167,6 +173,8 @@ class TritonAttention:
                 for part in members
                 for tokens in _cut(part.tokens, share)
             ]
+            if not rows:
+                continue
             yield _Coded(
                 self._put(rows),
                 len(rows),
@@ -197,9 +205,15 @@ class TritonAttention:
                     )
                 )
                 for part in members
-                for tokens in _cut((0, part.keys.shape[1]), share)
+                for tokens in _cut(self._wanted(part), share)
             ]
-            yield _Exact(self._put(rows), len(rows), dtypes)
+            if rows:
+                yield _Exact(self._put(rows), len(rows), dtypes)
+
+    def _wanted(self, part: ExactSegment) -> Bounds:
+        """The exact tokens of a part that a query may see."""
+        tokens = (0, part.keys.shape[1])
+        return self._seen(part.sequence, part.position, tokens) if part.places is None else tokens
 
     def _place_partials(self) -> None:
         """Number the slots sequence by sequence, and allocate the partial results."""
