@@ -20,7 +20,7 @@ from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.kernels.spans import Group, Span
 from pqcodec.options import EncodeOptions, each
 from pqcodec.placed import Placed, aligned, current, lying, one_device
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import Halves, Rope, check_means, offset_entries
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.stream.index import checked_range, result_shape
 from pqcodec.stream.report import Damage, damage_error
@@ -57,7 +57,7 @@ class EncodeBatch(_Batch):
     ``streams``: uint8 tensors on the device, one a tensor, complete after ``run``. ``preset`` and ``rope`` are one for all
     tensors or one each; the other options are those of ``encode``. Vectors with NaN or Inf are coded as zeros and make
     ``check`` raise. The paper's preset looks at the numbers once, when the batch is made, to bring its radii into float16's
-    range.
+    range. ``means``: what is subtracted from tensors that are centred, instead of their own means (``centre.stored_means``).
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class EncodeBatch(_Batch):
         exact_tokens: int = 0,
         chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
         effort: str = "fast",
+        means: Halves | None = None,
         backend: str = "auto",
     ) -> None:
         rows = [arrays.device_rows(x) for x in tensors]
@@ -81,28 +82,41 @@ class EncodeBatch(_Batch):
             for name, turn in zip(presets, ropes, strict=True)
         ]
         headers = [one.header(r.shape, r.dtype) for one, r in zip(options, rows, strict=True)]
-        self._prepare(rows, headers, backend, effort)
+        self._prepare(rows, headers, backend, effort, means)
 
     @classmethod
-    def of_rows(cls, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast") -> Self:
+    def of_rows(
+        cls, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast", means: Halves | None = None
+    ) -> Self:
         """A batch of tensors whose headers are there."""
         batch = cls.__new__(cls)
-        batch._prepare(rows, headers, backend, effort)
+        batch._prepare(rows, headers, backend, effort, means)
         return batch
 
-    def _prepare(self, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast") -> None:
+    def _prepare(
+        self, rows: list[DeviceRows], headers: list[Header], backend: str, effort: str = "fast", means: Halves | None = None
+    ) -> None:
         import torch
 
         self._device = device = one_device([r.tensor for r in rows])
         self._kernel = device_backend(backend, device, *headers)
         self._rows = rows
         headers = [_with_exponent(h, r.tensor) for r, h in zip(rows, headers, strict=True)]
+        if means is not None:
+            for h in headers:
+                check_means(means, h)
+            headers = [replace(h, offset_exponent=means[1]) for h in headers]
         places = np.cumsum([0, *(aligned(h.stream_bytes) for h in headers)])
         arena = torch.empty(int(places[-1]), dtype=torch.uint8, device=device)
         self.streams = [arena[int(p) : int(p) + h.stream_bytes] for p, h in zip(places, headers, strict=False)]
         self.headers = headers
         for stream, header in zip(self.streams, headers, strict=True):
             stream[: header.header_bytes] = torch.frombuffer(bytearray(header.to_bytes()), dtype=torch.uint8).to(device)
+        self._centred: list[tuple[Any, Any]] = []  # beginnings of streams, and what they are if means are given
+        if means is not None:
+            for stream, header in zip(self.streams, headers, strict=True):
+                given = torch.frombuffer(bytearray(header.to_bytes() + offset_entries(means[0])), dtype=torch.uint8)
+                self._centred.append((stream[: given.numel()], given.to(device)))
         self.groups = _groups(
             (
                 Span(
@@ -128,6 +142,9 @@ class EncodeBatch(_Batch):
         with current(self._device):
             for group in self.groups:
                 self._kernel.write_sides(group)
+            for beginning, given in self._centred:
+                beginning.copy_(given)
+            for group in self.groups:
                 self._kernel.encode(group)
         return self.streams
 

@@ -15,7 +15,7 @@ from pqcodec.codings.declared import DECLARED
 from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
@@ -65,8 +65,16 @@ def encode(
     return encode_by(options, x, backend, progress)[1]
 
 
-def encode_by(options: EncodeOptions, x: Any, backend: str = "auto", progress: Progress | None = None) -> tuple[Header, bytes]:
+def encode_by(
+    options: EncodeOptions,
+    x: Any,
+    backend: str = "auto",
+    progress: Progress | None = None,
+    means: Halves | None = None,
+) -> tuple[Header, bytes]:
     """``encode`` with its options in one object: the stream, and its header, which so need not be read out of it.
+
+    ``means``: what is subtracted from a tensor that is centred, instead of its own mean (``centre.stored_means``).
 
     >>> import numpy as np
     >>> header, data = encode_by(EncodeOptions("pq2"), np.ones((2, 10, 64), np.float16), backend="reference")
@@ -77,8 +85,8 @@ def encode_by(options: EncodeOptions, x: Any, backend: str = "auto", progress: P
     if on_device(backend, view.device):
         from pqcodec import device
 
-        return device.encode(x, options, backend, progress)
-    return host.encode(view, options, backend, progress)
+        return device.encode(x, options, backend, progress, means)
+    return host.encode(view, options, backend, progress, means)
 
 
 def encoded_size(

@@ -15,6 +15,7 @@ from pqcodec.errors import NonFiniteInput
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
 from pqcodec.stages import exact
+from pqcodec.stages.centre import Halves
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.index import result_shape
@@ -25,7 +26,9 @@ from pqcodec.tensors.arrays import device_rows
 from pqcodec.tensors.numbers import device_of, is_torch
 
 
-def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | None) -> tuple[Header, bytes]:
+def encode(
+    x: Any, options: EncodeOptions, backend: str, progress: Progress | None, means: Halves | None = None
+) -> tuple[Header, bytes]:
     """``codec.encode_by`` of a tensor of a device; the stream comes to the host."""
     import torch
 
@@ -38,7 +41,7 @@ def encode(x: Any, options: EncodeOptions, backend: str, progress: Progress | No
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():
         kept = np.union1d(kept, torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy())
-    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], backend, options.effort)
+    batch = EncodeBatch.of_rows([rows], [replace(header, exceptions=len(kept))], backend, options.effort, means)
     data = bytearray(batch.run()[0].cpu().numpy().tobytes())
     header = batch.headers[0]
     if header.exceptions:

@@ -29,13 +29,21 @@ _SCAN_ROWS = 1 << 12
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
-def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Progress | None) -> tuple[Header, bytes]:
+def encode(
+    view: arrays.View,
+    options: EncodeOptions,
+    backend: str,
+    progress: Progress | None,
+    means: centre.Halves | None = None,
+) -> tuple[Header, bytes]:
     """``codec.encode_by`` of a tensor in host memory."""
     header = options.header(view.shape, view.dtype, view.numpy)
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
     values = view.values()
+    if means is not None:
+        centre.check_means(means, header)
     rows = exact.coded_rows(header, options.exact_vectors)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
@@ -46,7 +54,7 @@ def encode(view: arrays.View, options: EncodeOptions, backend: str, progress: Pr
         header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
     halves, offsets = np.zeros((header.leading, 0), np.float16), None
     if header.offsets:
-        halves, exponent = centre.to_halves(kernel.means(values, header))
+        halves, exponent = means or centre.to_halves(kernel.means(values, header))
         header = replace(header, offset_exponent=exponent)
         offsets = centre.from_halves(halves, exponent)
     stream = io.BytesIO()  # its buffer becomes the result without a copy

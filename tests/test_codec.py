@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TORCH_DTYPES, bits, gaussian, rel_mse
+from conftest import BACKENDS, DEVICE, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pqcodec
-from pqcodec import InvalidArgument, NonFiniteInput, Rope
+from pqcodec import InvalidArgument, NonFiniteInput, Rope, codec
 from pqcodec.codings.look_ups import rotation_matrix
-from pqcodec.stages import rotation
+from pqcodec.options import EncodeOptions
+from pqcodec.stages import centre, rotation
+from pqcodec.stream.source import source_of
 
 # relMSE that a preset keeps on Gaussian vectors of head_dim 16 and up: about 1.3 times what is measured at 64
 WORST_ERROR = {
@@ -285,6 +287,38 @@ def test_rope_centring_finds_a_bias_that_turns(style: str, dim: int | None, back
     noise = gaussian(2, 300, 64)
     assert float(((x - by_rope) ** 2).sum()) < 1.2 * WORST_ERROR["pq3"] * float((noise**2).sum())
     assert rel_mse(x, by_rope) < rel_mse(x, by_mean) / 20
+
+
+@pytest.mark.parametrize("way", [*BACKENDS, pytest.param("triton", marks=needs_triton)])
+def test_a_stream_takes_the_means_of_another(way: str) -> None:
+    """What goes on where another stream ends is centred as that one is: the two are one stream."""
+    x = gaussian(2, 96, 64) + gaussian(2, 1, 64, seed=1)
+    options = {"preset": "quad3", "center": "mean", "chunk_tokens": 32}
+    first = pqcodec.encode(x[:, :64], backend="reference", **options)
+    header = codec.read_header(source_of(first))
+    means = centre.stored_means(source_of(first), header)
+    assert means is not None
+    if way == "triton":
+        batch = pqcodec.EncodeBatch([x[:, 64:].to(DEVICE)], means=means, backend=way, **options)
+        stream = batch.run()[0].cpu().numpy().tobytes()
+    else:
+        stream = codec.encode_by(EncodeOptions(**options), x[:, 64:], way, means=means)[1]
+    assert (codec.means(stream) == codec.means(first)).all()
+    assert pqcodec.verify(stream) == []
+    rest = codec.read_header(source_of(stream)).payload_start
+    whole = header.with_tokens(96).to_bytes() + first[header.header_bytes :] + stream[rest:]
+    pieces = [pqcodec.decode(data) for data in (first, stream)]
+    assert (bits(pqcodec.decode(whole)) == bits(torch.cat(pieces, 1))).all()
+    assert rel_mse(x, torch.cat(pieces, 1)) < 0.03
+    wrong: list[tuple[str, Any, str | None]] = [
+        ("not centred", means, None),
+        ("float16 .1, 64. times", (means[0][:1], means[1]), "mean"),
+        ("means are float32", (means[0].astype(np.float32), means[1]), "mean"),
+        ("times 2.500", (means[0], 500), "mean"),
+    ]
+    for words, bad, center in wrong:
+        with pytest.raises(InvalidArgument, match=words):
+            codec.encode_by(EncodeOptions(center=center), x.to(DEVICE) if way == "triton" else x, way, means=bad)
 
 
 def test_rope_frequencies_may_be_given(backend: str) -> None:

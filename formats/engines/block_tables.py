@@ -18,8 +18,10 @@ from pqcodec import constants as c
 from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
 from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.options import EncodeOptions
 from pqcodec.placed import DeviceSource
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import Halves, Rope
+from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import is_torch
 
 LAYOUTS = (
@@ -46,12 +48,14 @@ def encode_blocks(
     rope: Rope | None = None,
     exact_tokens: int = 0,
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
+    means: Halves | None = None,
     backend: str = "auto",
 ) -> tuple[Any, Any]:
     """Streams of keys and of values [heads, tokens, dim] of a sequence's tokens from ``first_token`` on.
 
     ``kv_cache``: one tensor, or a pair of keys and values, of a ``layout`` in LAYOUTS. ``center``: of the keys. ``rope``, which
-    implies center="rope": its first position is that of the sequence's token 0. ``preset``: one for both, or (keys, values).
+    implies center="rope": its first position is that of the sequence's token 0. ``means``: what is subtracted from the keys
+    instead of their own mean (``centre.stored_means``). ``preset``: one for both, or (keys, values).
     Streams are bytes for a cache on the CPU, uint8 tensors on the GPU for one there. Raises InvalidArgument and
     NonFiniteInput.
 
@@ -66,14 +70,22 @@ def encode_blocks(
         rope = replace(rope, first_position=rope.first_position + first_token)
     centers = (center or ("rope" if rope is not None else None), None)
     presets = (preset, preset) if isinstance(preset, str) else preset
-    options: list[dict[str, Any]] = [{"center": one, "rope": rope if one == "rope" else None} for one in centers]
-    same = {"exact_tokens": exact_tokens, "chunk_tokens": chunk_tokens, "backend": backend}
-    wanted = [(x, {"preset": name, **same, **each}) for x, name, each in zip(pair, presets, options, strict=True)]
+    same: dict[str, Any] = {"exact_tokens": exact_tokens, "chunk_tokens": chunk_tokens}
+    options = [
+        EncodeOptions(name, center=one, rope=rope if one == "rope" else None, **same)
+        for name, one in zip(presets, centers, strict=True)
+    ]
+    wanted = list(zip(pair, options, (means, None), strict=True))
     try:
         if not on_device(backend, pair[0].device.type):
-            keys, values = (codec.encode(x, **each) for x, each in wanted)
+            keys, values = (codec.encode_by(each, x, backend, means=taken)[1] for x, each, taken in wanted)
             return keys, values
-        batches = [EncodeBatch([x], **each) for x, each in wanted]
+        rows = [arrays.device_rows(x) for x in pair]
+        headers = [each.header(r.shape, r.dtype) for each, r in zip(options, rows, strict=True)]
+        batches = [
+            EncodeBatch.of_rows([r], [h], backend, means=taken)
+            for r, h, taken in zip(rows, headers, (means, None), strict=True)
+        ]
         streams = [batch.run()[0] for batch in batches]
         for batch in batches:
             batch.check()

@@ -20,9 +20,10 @@ from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.stages.circle import full_circle
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header, RopeField
-from pqcodec.stream.report import Damage
+from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import Source
 
+Halves = tuple[np.ndarray, int]  # offsets as streams store them: float16 [leading, head_dim], and their exponent
 PAIRINGS = {"half": c.ROPE_HALF, "interleaved": c.ROPE_INTERLEAVED}
 
 
@@ -160,7 +161,7 @@ def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) 
     return back
 
 
-def to_halves(means: np.ndarray) -> tuple[np.ndarray, int]:
+def to_halves(means: np.ndarray) -> Halves:
     """Means float64 [leading, head_dim] -> (float16 [leading, head_dim], exponent): offset = half * 2^exponent."""
     largest = float(np.abs(means).max(initial=0.0))
     if largest == 0 or 2.0**-4 <= largest < 2.0**15:
@@ -177,6 +178,35 @@ def from_halves(halves: np.ndarray, exponent: int | np.ndarray) -> np.ndarray:
 
 
 # -- in streams --------------------------------------------------------------------------------------------------
+def stored_means(source: Source, h: Header) -> Halves | None:
+    """The offsets of a stream as they are stored; None where it has none. Raises CorruptStream where one is damaged."""
+    if not h.offsets:
+        return None
+    damage: list[Damage] = []
+    raw = sections.read_entries(source, h, sections.OFFSETS, (0, h.leading), damage)[1]
+    if damage:
+        raise damage_error(damage)
+    return raw.view("<f2").reshape(h.leading, h.head_dim), h.offset_exponent
+
+
+def check_means(means: Halves, h: Header) -> None:
+    """Raises InvalidArgument for offsets, as they are stored, that a stream of such a header cannot have."""
+    halves, exponent = means
+    least, most = c.OFFSET_EXPONENTS
+    if not h.offsets:
+        raise InvalidArgument("means are given for a tensor that is not centred; choose center='mean' or 'rope'")
+    if halves.shape != (h.leading, h.head_dim) or halves.dtype != np.float16 or not least <= exponent <= most:
+        raise InvalidArgument(
+            f"means are {halves.dtype} {halves.shape} times 2^{exponent}; float16 {(h.leading, h.head_dim)} and an exponent of "
+            f"{least} .. {most} are expected"
+        )
+
+
+def offset_entries(halves: np.ndarray) -> bytes:
+    """The section of offsets, float16 [leading, head_dim], as a stream has it."""
+    return b"".join(sections.with_checksum(half.astype("<f2").tobytes()) for half in halves)
+
+
 def read_means(source: Source, h: Header, leads: tuple[int, int], damage: list[Damage]) -> np.ndarray | None:
     """The offsets of some leading indices: float32 [leading, head_dim], zeros for all others and for damaged ones.
 
