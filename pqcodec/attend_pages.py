@@ -5,7 +5,7 @@ Prepared once for a number of sequences and a room of pages; what the sequences 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pqcodec.backends import device_backend
@@ -66,33 +66,36 @@ class AttendPages:
             raise BackendUnavailable(f"no kernel attends to these pages on a GPU: {reason}")
         pages, segments = _size(sequences)
         self._query, self._lengths, self._room = query, lengths, (max(room[0], pages), max(room[1], segments))
-        self._check(sequences)
+        self._check(dict(enumerate(sequences)))
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
         from pqcodec.kernels.on_cuda.paged_attention import CudaPagedAttention
 
         with current(query.device):
             self._way = CudaPagedAttention(tuple(query.shape), dtype, sequences, pools, raw, self._room, scale, cap)
 
-    def _check(self, sequences: Sequence[Segments]) -> None:
+    def _check(self, sequences: Mapping[int, Segments]) -> None:
         """Raises InvalidArgument for sequences that there is no room for, or that the kernel cannot read."""
         from pqcodec.kernels.on_cuda.paged_attention import MOST_SEGMENTS
 
-        pages, segments = _size(sequences)
-        if len(sequences) != len(self._query) or pages > self._room[0] or segments > self._room[1]:
+        pages, segments = _size(list(sequences.values()))
+        unknown = [n for n in sequences if not 0 <= n < len(self._query)]
+        if unknown:
+            raise InvalidArgument(f"sequence {unknown[0]} is not there: 0 .. {len(self._query) - 1} were prepared")
+        if pages > self._room[0] or segments > self._room[1]:
             raise InvalidArgument(
-                f"{len(sequences)} sequences of up to {pages} pages in {segments} segments; there is room for "
-                f"{len(self._query)} of {self._room[0]} in {self._room[1]}: prepare anew, with more room"
+                f"a sequence has {pages} pages, or {segments} segments; there is room for {self._room[0]} in {self._room[1]}: "
+                f"prepare anew, with more room"
             )
         if segments > MOST_SEGMENTS:
             raise InvalidArgument(f"{segments} segments of a sequence are more than {MOST_SEGMENTS}; put more pages at once")
-        for number, each in enumerate(sequences):
+        for number, each in sequences.items():
             if any(keys.header.first_tokens for keys, _ in each[1:]):
                 raise InvalidArgument(f"sequence {number}: only its first segment may have exact tokens on a GPU")
 
-    def place(self, sequences: Sequence[Segments]) -> None:
-        """Attend to these segments from the next run on, and in graphs that are captured already; on the current stream.
+    def place(self, sequences: Mapping[int, Segments]) -> None:
+        """Let these sequences, by their numbers, have other segments from the next run on, also in graphs that are captured.
 
-        Raises InvalidArgument where there is no room for them.
+        On the current stream. Raises InvalidArgument where there is no room for them.
         """
         self._check(sequences)
         with current(self._query.device):
@@ -113,7 +116,7 @@ class AttendPages:
 def _size(sequences: Sequence[Segments]) -> tuple[int, int]:
     """The most pages of a sequence, and its most segments that have some."""
     counts = [[keys.header.chunks for keys, _ in segments] for segments in sequences]
-    return max(map(sum, counts)), max(sum(n > 0 for n in each) for each in counts)
+    return max(map(sum, counts), default=0), max((sum(n > 0 for n in each) for each in counts), default=0)
 
 
 def why_no_pages(query: Any, keys: Header, values: Header, raw: tuple[Any, Any, Any] | None, backend: str) -> str | None:

@@ -11,10 +11,9 @@ import torch
 from conftest import bits, gaussian
 
 import pqcodec
-from pqcodec import Rope
+from pqcodec import Rope, codec
 from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument
-from pqcodec.formats.engines.coded_pages import CodedPages, RawTokens, Segment
-from pqcodec.formats.offload import LAYOUTS, gather_blocks
+from pqcodec.formats.offload import LAYOUTS, CodedPages, RawTokens, Segment, gather_blocks
 
 BLOCKS, HEADS, GROUP, DIM = 14, 2, 2, 64
 ROPE = Rope(theta=1e4)
@@ -134,6 +133,57 @@ def test_streams_come_back_bit_for_bit() -> None:
     check(found[0], softmax(queries(1)[0], [decoded(pool, segment)]))
 
 
+@pytest.mark.parametrize("rope", [ROPE, Rope(first_position=5), None], ids=str)
+def test_a_segment_that_goes_on_is_one_stream(rope: Rope | None, backend: str) -> None:
+    """Its new tokens are centred by the mean that it has, and its first ones are shared with a segment of their own."""
+    pool, cache = pool_of(16, backend, rope=rope), cache_of(FUSED, 16)
+    table = [7, 3, 11, 0, 9]
+    begun = pool.put_blocks(cache, FUSED, table, 3 + 16, [5], exact_tokens=3)
+    grown = pool.put_blocks(cache, FUSED, table, 32, [2, 9], first_token=19, after=begun)
+    other = pool.put_blocks(cache, FUSED, table[::-1], 16, [1], first_token=19, after=begun)
+    assert (grown.tokens, grown.pages, other.pages, begun.pages) == (51, [5, 2, 9], [5, 1], [5])
+    whole, before = decoded(pool, grown), decoded(pool, begun)
+    exact = gather_blocks(cache, FUSED, table, 51)
+    for x, y, z in zip(whole, before, exact, strict=True):
+        assert (bits(x[:, :19]) == bits(y)).all()
+        assert float((x - z).norm() / z.norm()) < 0.3
+    for stream, first in zip(pool.get(grown), pool.get(begun), strict=True):
+        assert pqcodec.verify(stream) == []
+        means = codec.means(stream)
+        assert means is None or (means == codec.means(first)).all()
+    raw = RawTokens(cache, FUSED, [table, table[::-1]], [60, 40])
+    found = pool.attend(queries(2), [[grown], [other]], raw)
+    check(found[0], softmax(queries(2)[0], [whole, gather_blocks(cache, FUSED, table, 9, first_token=51)]))
+    check(found[1], softmax(queries(2)[1], [decoded(pool, other), gather_blocks(cache, FUSED, table[::-1], 5, first_token=35)]))
+    shared = grown.first(35)
+    assert shared.pages == [5, 2]
+    assert all((bits(x) == bits(y[:, :35])).all() for x, y in zip(decoded(pool, shared), whole, strict=True))
+    assert pool.get(grown.first(51)) == pool.get(grown)
+    assert decoded(pool, grown.first(3))[0].shape == (HEADS, 3, DIM)
+
+
+def test_segments_that_cannot_go_on_are_refused() -> None:
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    segment = pool.put_blocks(cache, FUSED, [7, 3], 32, [5, 6])
+    part = pool.put_blocks(cache, FUSED, [7, 3], 20, [8, 9])
+    few = pool.put_blocks(cache, FUSED, [7], 3, [], exact_tokens=4)
+    wanted: dict[str, Any] = {"block_table": [7, 3, 1], "tokens": 16, "pages": [4], "first_token": 32, "after": segment}
+    for change, words in (
+        ({"exact_tokens": 2}, "exact_tokens is 2"),
+        ({"after": part, "first_token": 20}, "20 encoded tokens"),
+        ({"after": few, "first_token": 3}, "3 of 4 exact ones"),
+        ({"pages": [6]}, "page 6, which holds tokens of the segment"),
+        ({"first_token": 16}, "ends at position 32, token 16 is at 16"),
+        ({"after": 3}, "after is a int"),
+        ({"pages": [4, 2]}, "take 1 pages of 16; 2 are named"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            pool.put_blocks(cache, FUSED, **{**wanted, **change})
+    for tokens in (-16, 8, 33, 48):
+        with pytest.raises(InvalidArgument, match="whole pages of 16"):
+            segment.first(tokens)
+
+
 def test_a_segment_whose_pages_were_put_again_is_refused() -> None:
     pool, cache = pool_of(16), cache_of(FUSED, 16)
     old = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
@@ -142,6 +192,9 @@ def test_a_segment_whose_pages_were_put_again_is_refused() -> None:
     for call in (pool.get, pool.verify, lambda segment: pool.attend(queries(1), [[segment]])):
         with pytest.raises(InvalidArgument, match="page 0 was put again"):
             call(old)
+        with pytest.raises(InvalidArgument, match="page 0 was put again"):
+            call(old.first(32))
+    assert pool.get(old.first(16))  # page 3 holds what it held
     found = pool.attend(queries(2), [[kept, new], [new]])
     check(found[0], softmax(queries(2)[0], [decoded(pool, kept), decoded(pool, new)]))
 
@@ -279,8 +332,10 @@ def test_a_kernels_tables_lead_to_every_byte(layout: str) -> None:
     room, splits = 5, 4
     numbers = np.zeros((3, room), np.int32)
     pools = pool.keys.data_ptr(), pool.values.data_ptr()
-    pairs = [[segment.pair for segment in some] for some in sequences]
+    pairs = {n: [segment.pair for segment in some] for n, some in enumerate(sequences)}
     rows, numbers[:] = paged_shares(pairs, pools, numbers.ctypes.data, room, raw, splits)
+    some = paged_shares({2: pairs[2], 0: pairs[0]}, pools, numbers.ctypes.data, room, raw, splits)
+    assert all((x == y[[2, 0]]).all() for x, y in zip(some, (rows, numbers), strict=True))
     assert rows.shape == (3, splits + 1, len(FIELDS) + len(PAGED_FIELDS))
     for n, segments in enumerate(sequences):
         streams = [pool.get(segment) for segment in segments]

@@ -12,8 +12,7 @@ from test_attention_gpu import with_turning_mean
 import pqcodec
 from pqcodec import Rope
 from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument
-from pqcodec.formats.engines.coded_pages import CodedPages, RawTokens, Segment
-from pqcodec.formats.offload import LAYOUTS, gather_blocks, scatter_blocks
+from pqcodec.formats.offload import LAYOUTS, CodedPages, RawTokens, Segment, gather_blocks, scatter_blocks
 
 pytestmark = needs_cuda
 CUDA = torch.device("cuda", 0)
@@ -66,10 +65,10 @@ class Engine:
         self.sequences = [[self.put(n, 0, tokens, exact)] if tokens else [] for n, tokens in enumerate(coded)]
         self.q = torch.randn(len(coded), heads * group, queries, dim).to(dtype).to(CUDA)
 
-    def put(self, n: int, first: int, tokens: int, exact: int = 0) -> Segment:
+    def put(self, n: int, first: int, tokens: int, exact: int = 0, after: Segment | None = None) -> Segment:
         pages = [self.numbers.pop() for _ in range((tokens - exact) // self.pool.block)]
         where = self.cache, self.layout, self.tables[n], tokens, pages
-        return self.pool.put_blocks(*where, first_token=first, exact_tokens=exact)
+        return self.pool.put_blocks(*where, first_token=first, exact_tokens=exact, after=after)
 
     def raw(self) -> RawTokens:
         """Tables and lengths as an engine has them: on the GPU, int32."""
@@ -160,6 +159,23 @@ def test_sequences_share_a_prefix_and_go_on_in_segments_of_their_own() -> None:
     engine.attend()
 
 
+def test_a_segment_goes_on_as_one_stream() -> None:
+    """Its new tokens are centred by the mean that it has; another sequence shares its first pages."""
+    engine = Engine(coded=(132, 68), raw=(130, 70), exact=4)
+    begun = engine.sequences[0][0]
+    before = engine.pool.get(begun)
+    grown = engine.put(0, 132, 64, after=begun)
+    assert (grown.tokens, grown.pages[:2]) == (196, begun.pages)
+    streams = engine.pool.get(grown)
+    for stream, first in zip(streams, before, strict=True):
+        data = stream.cpu().numpy().tobytes()
+        assert pqcodec.verify(data) == []
+        assert torch.equal(pqcodec.decode(data)[:, :132], pqcodec.decode(first.cpu().numpy().tobytes()))
+    engine.tables[1][:8] = engine.tables[0][:8]
+    engine.sequences = [[grown], [grown.first(68)]]
+    engine.attend()
+
+
 def test_pages_alone_need_no_cache() -> None:
     engine = Engine(coded=(128, 64), raw=(0, 0))
     engine.agrees(engine.pool.attend(engine.q, engine.sequences))
@@ -197,12 +213,15 @@ def test_a_captured_graph_sees_new_tokens_tables_and_pages() -> None:
     raw.block_tables[1, len(engine.tables[1]) - 3] = new
     check("a block that moved")
     engine.sequences[0] = [*engine.sequences[0], engine.put(0, 256, 64)]
-    prepared.place(engine.sequences)
+    prepared.place({0: engine.sequences[0]})
     check("a page more")
+    engine.sequences[1] = [engine.put(1, 64, 64, after=engine.sequences[1][0])]
+    prepared.place({1: engine.sequences[1]})
+    check("a segment that went on")
     engine.sequences[1], engine.tables[1], engine.lengths[1] = engine.sequences[0], engine.tables[0], engine.lengths[0]
     raw.block_tables[1] = raw.block_tables[0]
     raw.lengths[1] = raw.lengths[0]
-    prepared.place(engine.sequences)
+    prepared.place(dict(enumerate(engine.sequences)))
     check("another sequence in the place of one that ended")
     engine.q.neg_()
     check("other queries")
@@ -278,7 +297,9 @@ def test_what_does_not_fit_is_refused() -> None:
             engine.pool.prepare(engine.q, engine.sequences, wrong)
     prepared = engine.pool.prepare(engine.q, engine.sequences, raw)
     with pytest.raises(InvalidArgument, match="prepare anew, with more room"):
-        prepared.place([[*engine.sequences[0], engine.sequences[1][0]], [], []])
+        prepared.place({2: [*engine.sequences[0], engine.sequences[1][0]]})
+    with pytest.raises(InvalidArgument, match="sequence 3 is not there"):
+        prepared.place({3: []})
     with pytest.raises(InvalidArgument, match="were prepared"):
         prepared.run(engine.q[:1])
     late = Engine(coded=(132, 0), raw=(70, 300), exact=4)

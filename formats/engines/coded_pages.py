@@ -7,8 +7,7 @@ are put; a segment whose pages were put again since is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,58 +17,16 @@ from pqcodec.attend_pages import AttendPages
 from pqcodec.backends import on_device
 from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.formats.engines.block_tables import encode_blocks, gather_blocks, slots_of, views_of
+from pqcodec.formats.engines.page_segments import RawTokens, Segment, Sequences, on_gpu, whole_numbers
 from pqcodec.options import EncodeOptions, each
 from pqcodec.placed import DeviceSource, device_named
-from pqcodec.stages.centre import Rope
+from pqcodec.stages.centre import Rope, stored_means
 from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
 from pqcodec.stream.pages import PagedStream, checked_pages, page_bytes
 from pqcodec.stream.report import Damage, damage_error
-from pqcodec.stream.source import source_of
+from pqcodec.stream.source import MemorySource, source_of
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of, is_torch
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Tokens that were encoded together, and the pages of a pool that they are in. ``CodedPages.put`` makes it."""
-
-    keys: PagedStream
-    values: PagedStream
-    pool: CodedPages
-    versions: np.ndarray  # of its pages, int64 [pages]: how often each had been put
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a sequence that it stands for, exact ones included."""
-        return self.keys.header.tokens
-
-    @property
-    def pages(self) -> list[int]:
-        """Its pages, in the order of their tokens."""
-        return [int(page) for page in self.keys.pages]
-
-    @property
-    def pair(self) -> tuple[PagedStream, PagedStream]:
-        """Keys and values."""
-        return self.keys, self.values
-
-
-Sequences = Sequence[Sequence[Segment]]  # the segments of each sequence, in the order of their tokens
-
-
-@dataclass(frozen=True, eq=False)
-class RawTokens:
-    """Where a serving engine keeps the tokens that are not encoded.
-
-    ``kv_cache``: one tensor, or a pair of keys and values, of a ``layout`` in LAYOUTS. ``block_tables``: block numbers of each
-    sequence, lists or a tensor [sequences, n]: token t of sequence s is in block ``block_tables[s][t // block]``; numbers of
-    blocks whose tokens are all encoded are not looked at. ``lengths`` [sequences]: all tokens of each, encoded ones included.
-    """
-
-    kv_cache: Any
-    layout: str
-    block_tables: Any
-    lengths: Any
 
 
 class CodedPages:
@@ -143,13 +100,21 @@ class CodedPages:
         *,
         first_token: int = 0,
         exact_tokens: int = 0,
+        after: Segment | None = None,
     ) -> Segment:
         """Encode tokens of a sequence from ``first_token`` on out of the engine's blocks into pages: a segment.
 
         ``kv_cache``, ``layout``, ``block_table``: those of ``encode_blocks``. ``exact_tokens``: the first of these tokens that
         stay exact, beside the pages. ``pages``: numbers of as many as the other tokens take, ``block`` each; what was in them
-        is overwritten, after everything is checked. Raises InvalidArgument and NonFiniteInput.
+        is overwritten, after everything is checked. ``after``: a segment that these tokens go on: what comes back is that one
+        and they, centred by its mean. So a sequence that grows page by page is one segment. Raises InvalidArgument and
+        NonFiniteInput.
         """
+        numbers, means = checked_pages("pages", pages, len(self._versions)), None
+        if after is not None:
+            self._check_growth(after, numbers, first_token, exact_tokens)
+            header, front = after.keys.header, after.keys.front.cpu().numpy()
+            means = stored_means(MemorySource(front, header), header)
         streams = encode_blocks(
             kv_cache,
             layout,
@@ -161,9 +126,31 @@ class CodedPages:
             rope=self._rope,
             exact_tokens=exact_tokens,
             chunk_tokens=self.block,
+            means=means,
             backend=self._backend,
         )
-        return self._put(streams, pages, check=False)
+        new = self._put(streams, numbers, check=False)
+        if after is None:
+            return new
+        pages = np.concatenate([after.keys.pages, numbers])
+        return after._resized(after.tokens + new.tokens, pages, np.concatenate([after.versions, new.versions]))
+
+    def _check_growth(self, segment: Segment, pages: np.ndarray, first_token: int, exact_tokens: int) -> None:
+        """Raises InvalidArgument where a segment cannot go on in these pages with a token of its sequence."""
+        self._check_segment("after", segment)
+        h = segment.keys.header
+        if exact_tokens or h.coded_tokens % self.block or h.first_tokens < h.exact_tokens:
+            raise InvalidArgument(
+                f"after: a segment goes on with encoded tokens behind whole pages of {self.block}; it has {h.coded_tokens} "
+                f"encoded tokens, {h.first_tokens} of {h.exact_tokens} exact ones, and exact_tokens is {exact_tokens}"
+            )
+        both = np.intersect1d(pages, segment.keys.pages)
+        if both.size:
+            raise InvalidArgument(f"pages names page {both[0]}, which holds tokens of the segment that goes on")
+        if h.rope is not None and self._rope is not None:
+            position, wanted = h.rope.first_position + h.tokens, self._rope.first_position + first_token
+            if position != wanted:
+                raise InvalidArgument(f"after: the segment ends at position {position}, token {first_token} is at {wanted}")
 
     def put(self, streams: Sequence[Any], pages: Any) -> Segment:
         """Put streams of keys and of values [kv_heads, tokens, head_dim] into pages: a segment.
@@ -290,7 +277,7 @@ class CodedPages:
                 for table, segments, length in zip(raw.block_tables, lists, lengths, strict=True):
                     coded = sum(segment.tokens for segment in segments)
                     slots_of(view, table, length - coded, coded, once=False)
-            return PreparedPages(self, q, sequences, _on_device(raw, self.device), scale=scale, softcap=softcap).run()
+            return PreparedPages(self, q, sequences, on_gpu(raw, self.device), scale=scale, softcap=softcap).run()
         results = []
         for n, (segments, length) in enumerate(zip(lists, lengths, strict=True)):
             coded = sum(segment.tokens for segment in segments)
@@ -326,9 +313,9 @@ class CodedPages:
         self, sequences: Sequences, raw: RawTokens | None, count: int, queries: int
     ) -> tuple[list[list[Segment]], list[int]]:
         """The segments of each sequence, one at least, and its number of tokens; raises InvalidArgument."""
-        lists = self._segments(sequences)
+        lists = self._segments(dict(enumerate(sequences)))
         coded = [sum(segment.tokens for segment in each) for each in lists]
-        lengths = coded if raw is None else _numbers("lengths", raw.lengths)
+        lengths = coded if raw is None else whole_numbers("lengths", raw.lengths)
         if not len(lists) == len(lengths) == count:
             raise InvalidArgument(f"{count} sequences of queries, {len(lists)} of segments, {len(lengths)} lengths")
         if raw is not None:
@@ -342,13 +329,12 @@ class CodedPages:
                 )
         return lists, lengths
 
-    def _segments(self, sequences: Sequences) -> list[list[Segment]]:
-        """Each sequence's segments; an empty one where there are none."""
-        lists = [list(each) or [self._empty] for each in sequences]
-        for n, segments in enumerate(lists):
+    def _segments(self, sequences: Mapping[int, Sequence[Segment]]) -> list[list[Segment]]:
+        """Each sequence's segments; an empty one where there are none. Raises InvalidArgument."""
+        for n, segments in sequences.items():
             for segment in segments:
                 self._check_segment(f"sequence {n}", segment)
-        return lists
+        return [list(segments) or [self._empty] for segments in sequences.values()]
 
     def _check_cache(self, raw: RawTokens) -> None:
         """Raises InvalidArgument where the engine's cache is not of the pool's heads, head_dim, dtype and device."""
@@ -399,28 +385,13 @@ class PreparedPages:
         """Attend with the queries that were prepared, or with others like them; returns ``out``. Waits for nothing."""
         return self._way.run(q)
 
-    def place(self, sequences: Sequences) -> None:
-        """Attend to these segments from now on; raises InvalidArgument where there is no room for them."""
-        self._way.place([[segment.pair for segment in some] for some in self._pool._segments(sequences)])
+    def place(self, sequences: Mapping[int, Sequence[Segment]]) -> None:
+        """Give some sequences, by their numbers in the batch, these segments from now on; the others keep theirs.
 
-
-def _numbers(name: str, given: Any) -> list[int]:
-    """Whole numbers from 0 on; raises InvalidArgument."""
-    found = np.asarray(given.cpu() if is_torch(given) else given)
-    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0)):
-        raise InvalidArgument(f"{name} is {found.dtype} {found.shape}; whole numbers [sequences] from 0 on are expected")
-    return [int(n) for n in found]
-
-
-def _on_device(raw: RawTokens | None, device: Any) -> RawTokens | None:
-    """Block tables and lengths as a kernel reads them; rows of other lengths are filled with -1."""
-    import torch
-
-    if raw is None:
-        return None
-    rows = [torch.as_tensor(row, dtype=torch.int32).reshape(-1).to(device) for row in raw.block_tables]
-    tables = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    return RawTokens(raw.kv_cache, raw.layout, tables, torch.as_tensor(raw.lengths, dtype=torch.int32).to(device))
+        Raises InvalidArgument where there is no room for them.
+        """
+        lists = self._pool._segments(sequences)
+        self._way.place({n: [segment.pair for segment in some] for n, some in zip(sequences, lists, strict=True)})
 
 
 def _bytes_of(stream: Any, device: Any) -> Any:

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pqcodec.formats.engines.block_tables import LAYOUTS, decode_blocks, encode_blocks, gather_blocks, scatter_blocks
-from pqcodec.formats.engines.coded_pages import CodedPages, PreparedPages, RawTokens, Segment
+from pqcodec.formats.engines.coded_pages import CodedPages, PreparedPages
+from pqcodec.formats.engines.page_segments import RawTokens, Segment
 from pqcodec.formats.offload.host_pool import Counters, Get, HostPool, Put, Usage
 from pqcodec.formats.offload.pinned import ArenaFull, PinnedArena, PinnedSlice
 

@@ -49,6 +49,14 @@ class PagedStream:
     front: Any  # uint8 [payload_start], on the pool's device
     pages: np.ndarray  # int64 [chunks]
 
+    def resized(self, tokens: int, pages: np.ndarray) -> PagedStream:
+        """The stream of so many tokens that are in these pages, with the same offsets and exact tokens."""
+        import torch
+
+        h = self.header.with_tokens(tokens)
+        header = torch.frombuffer(bytearray(h.to_bytes()), dtype=torch.uint8).to(self.front.device)
+        return PagedStream(h, torch.cat([header, self.front[h.header_bytes :]]), pages)
+
     def gathered(self, pool: Any) -> Any:
         """The stream as it was, uint8 [stream_bytes], out of a pool, uint8 [pages, page_bytes] of torch: a copy."""
         import torch

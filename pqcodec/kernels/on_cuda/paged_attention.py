@@ -7,7 +7,7 @@ kernel runs. So a captured CUDA graph sees all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,26 +71,26 @@ def _strides(x: Any) -> tuple[int, int, int]:
 
 
 def paged_shares(
-    sequences: Sequence[Segments], pools: tuple[int, int], tables: int, room: int, raw: RawBlocks | None, splits: int
+    sequences: Mapping[int, Segments], pools: tuple[int, int], tables: int, room: int, raw: RawBlocks | None, splits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each thread block takes, int64 [sequences, splits + 1, fields]; and the pages that it finds in ``tables``.
+    """What thread blocks take of some sequences, by their numbers: int64 [n, splits + 1, fields]; and pages, int32 [n, room].
 
-    ``pools``: addresses of the first pages of keys and of values. ``tables``: address at which the second result, int32
-    [sequences, room], will be. Of each sequence at least one segment is there, which may have no pages.
+    ``pools``: addresses of the first pages of keys and of values. ``tables``: address of the pages of sequence 0, where those
+    of all are, int32 [sequences, room]. Of each sequence at least one segment is there, which may have no pages.
     """
     rows = np.zeros((len(sequences), splits + 1, len(FIELDS) + len(PAGED_FIELDS)), np.int64)
     pages = np.zeros((len(sequences), room), np.int32)
-    for n, segments in enumerate(sequences):
+    for i, (n, segments) in enumerate(sequences.items()):
         pairs = [CodedPair(_placed(keys), _placed(values)) for keys, values in segments]
         counts = [keys.header.chunks for keys, _ in segments]
         at = np.cumsum([0, *counts])
-        pages[n, : at[-1]] = np.concatenate([keys.pages for keys, _ in segments])
+        pages[i, : at[-1]] = np.concatenate([keys.pages for keys, _ in segments])
         own = [_share(pair)._replace(k_payload=pools[0], v_payload=pools[1]) for pair in pairs]
-        for i, (number, begin, end) in enumerate(divided(counts, splits)):
+        for split, (number, begin, end) in enumerate(divided(counts, splits)):
             share = own[number]._replace(first_chunk=begin, last_chunk=end)
-            rows[n, i] = (*share, *PagedShare(pages=tables + 4 * (n * room + int(at[number]))))
+            rows[i, split] = (*share, *PagedShare(pages=tables + 4 * (n * room + int(at[number]))))
         coded = sum(keys.header.tokens for keys, _ in segments)
-        rows[n, -1] = _exact_share(own[0], ExactFirst.of(pairs[0]), coded, raw, n)
+        rows[i, -1] = _exact_share(own[0], ExactFirst.of(pairs[0]), coded, raw, n)
     return rows, pages
 
 
@@ -158,15 +158,17 @@ class CudaPagedAttention(CudaAttention):
         self._pages = torch.zeros((count, self._pages_room), dtype=torch.int32, device=device)
         kind = AttentionKind(header_of_kind(k), header_of_kind(v), rows, queries, query_dtype, cap, paged=True)
         self._prepare(kind, device, k.leading, count * k.leading, self._splits, scale)
-        self.place(sequences)
+        self._fronts: dict[int, list[Any]] = {}
+        self.place(dict(enumerate(sequences)))
 
-    def place(self, sequences: Sequence[Segments]) -> None:
-        """Let launches from now on, also those of captured graphs, read these pages; on the current stream."""
+    def place(self, sequences: Mapping[int, Segments]) -> None:
+        """Let launches from now on, and graphs that are captured, read other pages of some sequences; on the current stream."""
         import torch
 
         raw = RawBlocks.of(*self._raw) if self._raw else None
         pools = self._pools[0].data_ptr(), self._pools[1].data_ptr()
         found = paged_shares(sequences, pools, self._pages.data_ptr(), self._pages_room, raw, self._splits)
+        index = torch.tensor(list(sequences), dtype=torch.int64, device=self._device)
         for kept, new in zip((self._shares, self._pages), found, strict=True):
-            kept.copy_(torch.from_numpy(new))
-        self._kept = [stream.front for segments in sequences for pair in segments for stream in pair]
+            kept[index] = torch.from_numpy(new).to(self._device)
+        self._fronts |= {n: [stream.front for pair in segments for stream in pair] for n, segments in sequences.items()}
