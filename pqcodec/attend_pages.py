@@ -66,17 +66,19 @@ class AttendPages:
             raise BackendUnavailable(f"no kernel attends to these pages on a GPU: {reason}")
         pages, segments = _size(sequences)
         self._query, self._lengths, self._room = query, lengths, (max(room[0], pages), max(room[1], segments))
+        from pqcodec.kernels.on_cuda.paged_attention import MOST_SEGMENTS, CudaPagedAttention
+
+        if self._room[1] > MOST_SEGMENTS:
+            raise InvalidArgument(
+                f"{self._room[1]} segments of a sequence are more than {MOST_SEGMENTS}; let one go on instead"
+            )
         self._check(dict(enumerate(sequences)))
         self.out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        from pqcodec.kernels.on_cuda.paged_attention import CudaPagedAttention
-
         with current(query.device):
             self._way = CudaPagedAttention(tuple(query.shape), dtype, sequences, pools, raw, self._room, scale, cap)
 
     def _check(self, sequences: Mapping[int, Segments]) -> None:
         """Raises InvalidArgument for sequences that there is no room for, or that the kernel cannot read."""
-        from pqcodec.kernels.on_cuda.paged_attention import MOST_SEGMENTS
-
         pages, segments = _size(list(sequences.values()))
         unknown = [n for n in sequences if not 0 <= n < len(self._query)]
         if unknown:
@@ -86,8 +88,6 @@ class AttendPages:
                 f"a sequence has {pages} pages, or {segments} segments; there is room for {self._room[0]} in {self._room[1]}: "
                 f"prepare anew, with more room"
             )
-        if segments > MOST_SEGMENTS:
-            raise InvalidArgument(f"{segments} segments of a sequence are more than {MOST_SEGMENTS}; put more pages at once")
         for number, each in sequences.items():
             if any(keys.header.first_tokens for keys, _ in each[1:]):
                 raise InvalidArgument(f"sequence {number}: only its first segment may have exact tokens on a GPU")

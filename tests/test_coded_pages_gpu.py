@@ -295,6 +295,10 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(InvalidArgument, match="a tensor int32"):
             engine.pool.prepare(engine.q, engine.sequences, wrong)
+    with pytest.raises(InvalidArgument, match="256 segments of a sequence are more than 255"):
+        engine.pool.prepare(engine.q, engine.sequences, raw, room=(300, 256))
+    with pytest.raises(InvalidArgument, match="codes in host memory"):
+        CodedPages(4, 64, 2, 128, device=CUDA, backend="cpu")
     prepared = engine.pool.prepare(engine.q, engine.sequences, raw)
     with pytest.raises(InvalidArgument, match="prepare anew, with more room"):
         prepared.place({2: [*engine.sequences[0], engine.sequences[1][0]]})

@@ -25,8 +25,7 @@ from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
 from pqcodec.stream.pages import PagedStream, checked_pages, page_bytes
 from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import MemorySource, source_of
-from pqcodec.tensors import arrays
-from pqcodec.tensors.numbers import device_of, is_torch
+from pqcodec.tensors.numbers import is_torch
 
 
 class CodedPages:
@@ -69,6 +68,8 @@ class CodedPages:
         if code is None:
             raise InvalidArgument(f"dtype {dtype} is unknown; choose from {', '.join(DTYPE_NAMES.values())}")
         self.block, self._backend, self.device = block, backend, device_named(device)
+        if self.device.type != "cpu" and not on_device(backend, self.device.type):
+            raise InvalidArgument(f"backend {backend!r} codes in host memory, the pool is on {self.device}; keep it on the CPU")
         self._center, self._rope = center or ("rope" if rope is not None else None), rope
         self._presets = tuple(each("preset", preset, 2, str))
         options = (
@@ -175,7 +176,7 @@ class CodedPages:
                 f"{len(numbers)} are named"
             )
         if check:
-            damage = [found for x in pair for found in codec.verify(x if x.is_cuda else x.numpy(), backend=self._backend)]
+            damage = [found for x in pair for found in codec.verify(_as_stream(x), backend=self._backend)]
             if damage:
                 raise damage_error(damage)
         index = torch.from_numpy(numbers).to(self.device)
@@ -218,7 +219,7 @@ class CodedPages:
         """
         self._check_segment("the segment", segment)
         found = [stream.gathered(pool) for stream, pool in zip(segment.pair, (self.keys, self.values), strict=True)]
-        keys, values = (x if x.is_cuda else x.numpy().tobytes() for x in found)
+        keys, values = map(_as_stream, found)
         return keys, values
 
     def verify(self, segment: Segment) -> list[Damage]:
@@ -394,13 +395,16 @@ class PreparedPages:
         self._way.place({n: [segment.pair for segment in some] for n, some in zip(sequences, lists, strict=True)})
 
 
+def _as_stream(x: Any) -> Any:
+    """A stream uint8 [bytes] as ``encode_blocks`` gives it: bytes in host memory, a tensor elsewhere."""
+    return x.numpy().tobytes() if x.device.type == "cpu" else x
+
+
 def _bytes_of(stream: Any, device: Any) -> Any:
     """A stream as a uint8 tensor [bytes] on a device; raises InvalidArgument, and what reading a header raises."""
     import torch
 
     if is_torch(stream):
-        if device_of(stream) == "cpu":
-            arrays.bytes_of(stream)  # raises for another kind of tensor
         if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
             raise InvalidArgument(
                 f"a stream is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
