@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, gaussian
+from conftest import DEVICE, bits, gaussian, needs_triton
 
 import pqcodec
 from pqcodec import Rope, codec
@@ -310,9 +310,63 @@ def test_queries_and_caches_that_do_not_fit_are_refused() -> None:
         pool.prepare(queries(1), [[segment]], raw)
 
 
+@needs_triton
+def test_a_device_without_the_kernel_says_so() -> None:
+    """Pages are encoded, checked and read back by Triton's kernels; attention is refused, and what no kernel could take."""
+    cache = cache_of(FUSED, 16).to(DEVICE)
+    pool = pool_of(16, "triton", device=DEVICE)
+    segment = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
+    streams = pool.get(segment)
+    assert pool.verify(segment) == []
+    assert [pqcodec.decode(x, backend="triton").shape for x in streams] == [(HEADS, 32, DIM)] * 2
+    grown = pool.put_blocks(cache, FUSED, [1, 2, 5], 16, [7], first_token=32, after=segment)
+    before, after = (pqcodec.decode(pool.get(each)[0], backend="triton") for each in (segment, grown))
+    assert torch.equal(after[:, :32], before)
+    q, tables, lengths = queries(1).to(DEVICE), torch.zeros((1, 3), dtype=torch.int32, device=DEVICE), [40]
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(BackendUnavailable, match="only backend 'cuda' reads codes"):
+        pool.attend(q, [[segment]], RawTokens(cache, FUSED, tables, counts))
+    with pytest.raises(BackendUnavailable, match="no window"):
+        pool.attend(q, [[segment]], RawTokens(cache, FUSED, tables, counts), window=3)
+    with pytest.raises(BackendUnavailable, match="several queries are not encoded"):
+        pool.prepare(queries(1, 9).to(DEVICE), [[segment]], RawTokens(cache, FUSED, tables, counts))
+    for raw, words in (
+        (RawTokens(cache, FUSED, tables.long(), counts), "block_tables: a tensor int32"),
+        (RawTokens(cache, FUSED, tables, lengths), "lengths: a tensor int32"),
+        (RawTokens(cache, FUSED, tables[0], counts), "3 block tables"),
+    ):
+        with pytest.raises(InvalidArgument, match=words):
+            pool.prepare(q, [[segment]], raw)
+    for wrong in (q[..., :32], q.double(), q[:, :3]):
+        with pytest.raises(InvalidArgument, match="do not go with keys"):
+            pool.prepare(wrong, [[segment]])
+
+
 # -- what the CUDA kernel is told ------------------------------------------------------------------------------------
 def bytes_at(address: int, count: int) -> bytes:
     return ctypes.string_at(address, count)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_kernel_of_pages_compiles_and_keeps_its_loop_in_registers(architecture: int) -> None:
+    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("triton")
+    from launch_shapes import local_bytes
+
+    from pqcodec.kernels.on_cuda.attention import AttentionKind, attention_definitions, attention_layout
+    from pqcodec.kernels.on_cuda.backend import header_of_kind
+    from pqcodec.kernels.on_cuda.compiled import compiled
+
+    pool = CodedPages(1, 64, HEADS, 128, rope=ROPE)
+    kind = AttentionKind(*map(header_of_kind, pool._like), rows=4, queries=1, query_dtype=pool._like[0].dtype, paged=True)
+    layout = attention_layout(kind)
+    try:
+        code = compiled("attention.cu", attention_definitions(kind, layout), f"sm_{architecture}")
+    except BackendUnavailable as missing:
+        if "NVRTC" not in str(missing):
+            raise
+        pytest.skip(f"no NVRTC here: {missing}")
+    assert local_bytes(code)["attend"]["stack"] <= 64  # a few addresses, which a tile loads again
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
