@@ -167,13 +167,15 @@ def test_segments_that_cannot_go_on_are_refused() -> None:
     segment = pool.put_blocks(cache, FUSED, [7, 3], 32, [5, 6])
     part = pool.put_blocks(cache, FUSED, [7, 3], 20, [8, 9])
     few = pool.put_blocks(cache, FUSED, [7], 3, [], exact_tokens=4)
+    unknown = pool.put(pool.get(segment), [10, 11])
     wanted: dict[str, Any] = {"block_table": [7, 3, 1], "tokens": 16, "pages": [4], "first_token": 32, "after": segment}
     for change, words in (
         ({"exact_tokens": 2}, "exact_tokens is 2"),
         ({"after": part, "first_token": 20}, "20 encoded tokens"),
         ({"after": few, "first_token": 3}, "3 of 4 exact ones"),
         ({"pages": [6]}, "page 6, which holds tokens of the segment"),
-        ({"first_token": 16}, "ends at position 32, token 16 is at 16"),
+        ({"first_token": 16}, "ends before token 32, not 16"),
+        ({"after": unknown, "first_token": 16}, "ends at position 32, token 16 is at 16"),
         ({"after": 3}, "after is a int"),
         ({"pages": [4, 2]}, "take 1 pages of 16; 2 are named"),
     ):
@@ -184,19 +186,33 @@ def test_segments_that_cannot_go_on_are_refused() -> None:
             segment.first(tokens)
 
 
+def test_segments_stand_where_their_tokens_are() -> None:
+    """Else what is behind them would be read from the wrong blocks."""
+    pool, cache = pool_of(16), cache_of(FUSED, 16)
+    first = pool.put_blocks(cache, FUSED, [7, 3], 16, [5])
+    second = pool.put_blocks(cache, FUSED, [7, 3], 16, [6], first_token=16)
+    for segments, words in (([second], "token 16, 0 is the next"), ([first, first], "token 0, 16 is the next")):
+        with pytest.raises(InvalidArgument, match=words):
+            pool.attend(queries(1), [segments])
+    again = [pool.put(pool.get(second), [8], first_token=16), pool.put(pool.get(second), [9])]
+    wanted = pool.attend(queries(1), [[first, second]])
+    for segment in again:  # where it is not told, the caller knows
+        assert torch.equal(pool.attend(queries(1), [[first, segment]]), wanted)
+
+
 def test_a_segment_whose_pages_were_put_again_is_refused() -> None:
     pool, cache = pool_of(16), cache_of(FUSED, 16)
     old = pool.put_blocks(cache, FUSED, [1, 2], 32, [3, 0])
     kept = pool.put_blocks(cache, FUSED, [4], 16, [7])
-    new = pool.put_blocks(cache, FUSED, [5, 6], 32, [0, 2])  # page 0 was freed
+    new = pool.put_blocks(cache, FUSED, [4, 5, 6], 32, [0, 2], first_token=16)  # page 0 was freed
     for call in (pool.get, pool.verify, lambda segment: pool.attend(queries(1), [[segment]])):
         with pytest.raises(InvalidArgument, match="page 0 was put again"):
             call(old)
         with pytest.raises(InvalidArgument, match="page 0 was put again"):
             call(old.first(32))
     assert pool.get(old.first(16))  # page 3 holds what it held
-    found = pool.attend(queries(2), [[kept, new], [new]])
-    check(found[0], softmax(queries(2)[0], [decoded(pool, kept), decoded(pool, new)]))
+    found = pool.attend(queries(1), [[kept, new]])
+    check(found[0], softmax(queries(1)[0], [decoded(pool, kept), decoded(pool, new)]))
 
 
 def test_damage_is_named_and_nothing_is_written() -> None:

@@ -284,7 +284,7 @@ def test_what_no_kernel_reads_is_refused(options: dict[str, Any], words: str) ->
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    engine = Engine()
+    engine = Engine(raw=(70, 70, 40))
     raw = engine.raw()
     with pytest.raises(BackendUnavailable, match="no window"):
         engine.pool.attend(engine.q, engine.sequences, raw, window=50)
@@ -300,13 +300,15 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="codes in host memory"):
         CodedPages(4, 64, 2, 128, device=CUDA, backend="cpu")
     prepared = engine.pool.prepare(engine.q, engine.sequences, raw)
+    more = engine.put(0, 256, 64)
     with pytest.raises(InvalidArgument, match="prepare anew, with more room"):
-        prepared.place({2: [*engine.sequences[0], engine.sequences[1][0]]})
+        prepared.place({0: [*engine.sequences[0], more]})
     with pytest.raises(InvalidArgument, match="sequence 3 is not there"):
         prepared.place({3: []})
     with pytest.raises(InvalidArgument, match="were prepared"):
         prepared.run(engine.q[:1])
     late = Engine(coded=(132, 0), raw=(70, 300), exact=4)
-    late.sequences[1] = [late.sequences[0][0], late.sequences[0][0]]
+    first, numbers = late.sequences[0][0], [late.numbers.pop() for _ in range(2)]
+    late.sequences[1] = [first, late.pool.put(late.pool.get(first), numbers)]
     with pytest.raises(InvalidArgument, match="only its first segment may have exact tokens"):
         late.pool.attend(late.q, late.sequences, late.raw())

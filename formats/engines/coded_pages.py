@@ -88,7 +88,7 @@ class CodedPages:
             torch.zeros((pages, page_bytes(h)), dtype=torch.uint8, device=self.device) for h in self._like
         )
         self._versions = np.zeros(pages, np.int64)
-        self._empty = self._put(empty, [], check=False)
+        self._empty = self._put(empty, [], None, check=False)
 
     # -- into pages ------------------------------------------------------------------------------------------------
     def put_blocks(
@@ -130,7 +130,7 @@ class CodedPages:
             means=means,
             backend=self._backend,
         )
-        new = self._put(streams, numbers, check=False)
+        new = self._put(streams, numbers, first_token, check=False)
         if after is None:
             return new
         pages = np.concatenate([after.keys.pages, numbers])
@@ -148,20 +148,23 @@ class CodedPages:
         both = np.intersect1d(pages, segment.keys.pages)
         if both.size:
             raise InvalidArgument(f"pages names page {both[0]}, which holds tokens of the segment that goes on")
+        if segment.first_token is not None and segment.first_token + h.tokens != first_token:
+            raise InvalidArgument(f"after: the segment ends before token {segment.first_token + h.tokens}, not {first_token}")
         if h.rope is not None and self._rope is not None:
             position, wanted = h.rope.first_position + h.tokens, self._rope.first_position + first_token
             if position != wanted:
                 raise InvalidArgument(f"after: the segment ends at position {position}, token {first_token} is at {wanted}")
 
-    def put(self, streams: Sequence[Any], pages: Any) -> Segment:
+    def put(self, streams: Sequence[Any], pages: Any, *, first_token: int | None = None) -> Segment:
         """Put streams of keys and of values [kv_heads, tokens, head_dim] into pages: a segment.
 
         Streams are bytes, files, or uint8 tensors, with chunks of ``block`` tokens. All their checksums are compared, and
-        nothing is written if one does not hold. Raises InvalidArgument, and what ``decode`` raises for a stream.
+        nothing is written if one does not hold. ``first_token``: of a sequence, that their first one is; where it is told, the
+        segment is refused in another place. Raises InvalidArgument, and what ``decode`` raises for a stream.
         """
-        return self._put(streams, pages, check=True)
+        return self._put(streams, pages, first_token, check=True)
 
-    def _put(self, streams: Sequence[Any], pages: Any, check: bool) -> Segment:
+    def _put(self, streams: Sequence[Any], pages: Any, first_token: int | None, check: bool) -> Segment:
         import torch
 
         if not isinstance(streams, (list, tuple)) or len(streams) != 2:
@@ -187,7 +190,7 @@ class CodedPages:
             pool[index] = room.view(len(numbers), pool.shape[1])
         self._versions[numbers] += 1
         keys, values = (PagedStream(h, x[: h.payload_start].clone(), numbers) for x, h in zip(pair, headers, strict=True))
-        return Segment(keys, values, self, self._versions[numbers])
+        return Segment(keys, values, self, self._versions[numbers], first_token)
 
     def _check_headers(self, headers: Sequence[Header]) -> None:
         """Raises InvalidArgument for streams that are not of this pool's kind, or do not belong together."""
@@ -333,8 +336,12 @@ class CodedPages:
     def _segments(self, sequences: Mapping[int, Sequence[Segment]]) -> list[list[Segment]]:
         """Each sequence's segments; an empty one where there are none. Raises InvalidArgument."""
         for n, segments in sequences.items():
+            at = 0
             for segment in segments:
                 self._check_segment(f"sequence {n}", segment)
+                if segment.first_token not in (None, at):
+                    raise InvalidArgument(f"sequence {n}: a segment begins with token {segment.first_token}, {at} is the next")
+                at += segment.tokens
         return [list(segments) or [self._empty] for segments in sequences.values()]
 
     def _check_cache(self, raw: RawTokens) -> None:

@@ -24,6 +24,7 @@ class Segment:
     values: PagedStream
     pool: CodedPages
     versions: np.ndarray  # of its pages, int64 [pages]: how often each had been put
+    first_token: int | None  # which token of a sequence its first one is; None: its streams do not tell
 
     @property
     def tokens(self) -> int:
@@ -49,7 +50,8 @@ class Segment:
 
     def _resized(self, tokens: int, pages: np.ndarray, versions: np.ndarray) -> Segment:
         """So many tokens that are in these pages, with the same means and exact tokens."""
-        return Segment(self.keys.resized(tokens, pages), self.values.resized(tokens, pages), self.pool, versions)
+        keys, values = self.keys.resized(tokens, pages), self.values.resized(tokens, pages)
+        return Segment(keys, values, self.pool, versions, self.first_token)
 
     @property
     def pair(self) -> tuple[PagedStream, PagedStream]:
