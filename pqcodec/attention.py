@@ -285,39 +285,47 @@ class _Asked:
         if not len(seen):
             return
         low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
-        first = min(max(k.header.first_tokens, v.header.first_tokens, low), high)
+        first, last = _coded_part((k, v), (low, high))
         of_keys, of_values = self._side(k), self._side(v)
-        if low < first:  # exact in one of them at least
-            pair = self._decoded(k, of_keys, (low, first)), self._decoded(v, of_values, (low, first))
-            yield self.attend_to_exact(pair, bounds - low)
-        for tokens in _steps((k, v), (first, high)):
+        for tokens in ((low, first), (last, high)):  # exact in one of them at least
+            if tokens[0] < tokens[1]:
+                pair = self._decoded(k, of_keys, tokens), self._decoded(v, of_values, tokens)
+                yield self.attend_to_exact(pair, bounds - tokens[0])
+        for tokens in _steps((k, v), (first, last)):
             keys, values = self._coded(k, of_keys, tokens), self._coded(v, of_values, tokens)
             yield self.backend.attend(self._job(keys, values, tokens, bounds))
 
     def scores_of(self, k: _Stream, part: Bounds) -> np.ndarray:
         """Scores of some tokens of a stream: [leading, rows, tokens]."""
-        first = min(max(k.header.first_tokens, part[0]), part[1])
-        bounds = np.repeat([part], self.queries.shape[1], 0)
-        found, side = [], self._side(k)
-        if part[0] < first:
-            found.append(softcapped(exact_scores(self.queries, self._decoded(k, side, (part[0], first))), self.softcap))
-        for tokens in _steps((k,), (first, part[1])):
-            found.append(self.backend.scores(self._job(self._coded(k, side, tokens), None, tokens, bounds)))
-        return np.concatenate(found, -1)
+        first, last = _coded_part((k,), part)
+        bounds, side = np.repeat([part], self.queries.shape[1], 0), self._side(k)
+        coded = [
+            self.backend.scores(self._job(self._coded(k, side, tokens), None, tokens, bounds))
+            for tokens in _steps((k,), (first, last))
+        ]
+        before, behind = (
+            [softcapped(exact_scores(self.queries, x), self.softcap) for x in self._exact_part(k, tokens)]
+            for tokens in ((part[0], first), (last, part[1]))
+        )
+        return np.concatenate([*before, *coded, *behind], -1)
 
     def _job(self, keys: CodedTokens, values: CodedTokens | None, tokens: Bounds, bounds: np.ndarray) -> AttentionJob:
         return AttentionJob(keys, values, self.queries, tokens, bounds.clip(*tokens), self.softcap, self.check, self.damage)
 
     def _decoded(self, stream: _Stream, side: _Side, tokens: Bounds) -> np.ndarray:
-        """Some tokens, exact and then coded ones, as vectors that are not rounded: [leading, n, head_dim]."""
-        h, (low, high) = stream.header, tokens
-        first = max(low, min(h.first_tokens, high))
-        stored = host.decode(stream.source, self.backend.name, None, (low, first), None, None)
-        exactly = self.exact_rows("exact tokens", stored, stream)
-        if first == high:
-            return exactly
-        coded = decoded_rows(self._coded(stream, side, (first, high)), (first, high), self.backend, self.damage)
-        return np.concatenate([exactly, coded], 1)
+        """Some tokens, exact and coded ones, as vectors that are not rounded: [leading, n, head_dim]."""
+        first, last = _coded_part((stream,), tokens)
+        found = self._exact_part(stream, (tokens[0], first))
+        if first < last:
+            found.append(decoded_rows(self._coded(stream, side, (first, last)), (first, last), self.backend, self.damage))
+        return np.concatenate([*found, *self._exact_part(stream, (last, tokens[1]))], 1)
+
+    def _exact_part(self, stream: _Stream, tokens: Bounds) -> list[np.ndarray]:
+        """Exact tokens of a stream, [leading, n, head_dim], in a list; nothing where there are none."""
+        if tokens[0] == tokens[1]:
+            return []
+        stored = host.decode(stream.source, self.backend.name, None, tokens, None, None)
+        return [self.exact_rows("exact tokens", stored, stream)]
 
     def _side(self, stream: _Stream) -> _Side:
         """The offsets and the exact vectors of a stream; notes what of them is damaged."""
@@ -337,6 +345,13 @@ class _Asked:
         chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
         payload = h.blocks.read(stream.source, chunks, (0, h.leading))
         return CodedTokens(h, payload, chunks, side[0], side[1].within(tokens))
+
+
+def _coded_part(streams: Sequence[_Stream], tokens: Bounds) -> Bounds:
+    """The part of some tokens that is coded in all streams: behind exact first tokens, before exact last ones."""
+    low, high = tokens
+    first = min(max(low, *(stream.header.first_tokens for stream in streams)), high)
+    return first, max(min(high, *(stream.header.last_start for stream in streams)), first)
 
 
 def _steps(streams: Sequence[_Stream], tokens: Bounds) -> Iterator[Bounds]:

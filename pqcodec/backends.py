@@ -84,13 +84,18 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
         found = _loaded(each)
         if all(map(found.covers, headers)):
             return found
-    codings = ", ".join(sorted({DECLARED[header.coding].name for header in headers}))
+    kinds = ", ".join(sorted({_kind(header) for header in headers}))
     advice = f"choose from {sorted(BACKENDS)}"
     if tried[0] in ON_DEVICE:
         advice = (
             f"backends {' and '.join(map(repr, AUTO['cpu']))} do: encode x.cpu(), decode without device= and from host memory"
         )
-    raise BackendUnavailable(f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {codings}); {advice}")
+    raise BackendUnavailable(f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {kinds}); {advice}")
+
+
+def _kind(h: Header) -> str:
+    """What a backend may not cover of a stream: its coding, and the stages that not all backends have."""
+    return DECLARED[h.coding].name + (" with exact last tokens" if h.last_tokens else "")
 
 
 def kernel_folder() -> str | None:

@@ -36,20 +36,21 @@ def encode(
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     effort: str = "fast",
     pairing: str | None = None,
+    exact_last: int = 0,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
     """Encode a tensor [..., tokens, head_dim] of float16, bfloat16 or float32 (torch or numpy) into one stream.
 
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE,
-    described by ``rope``). ``exact_tokens``: first tokens kept in the tensor's own dtype. ``exact_vectors``: further vectors
-    that are kept so, as pairs (leading index, token). ``nonfinite``: "error", or "exact" to keep vectors that hold NaN or
-    Inf as they are. ``chunk_tokens``: tokens under one checksum; whole groups where tokens share fields (wu44: multiples of
-    128). ``effort``: "fast", or "best" for a smaller error from a longer search (presets of quads, and of pair polar, whose
-    range of angles then begins behind the largest gap; the others have no search, and a decoder sees no difference).
-    ``pairing``: the channels that pair polar codes together, "half" (i and i + head_dim/2) or "interleaved" (2i and 2i+1);
-    None is ``rope``'s, else "half". A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too),
-    and ``progress`` is told only at the end.
+    described by ``rope``). ``exact_tokens``, ``exact_last``: first and last tokens kept in the tensor's own dtype (the last not
+    by backends of GPUs). ``exact_vectors``: further vectors that are kept so, as pairs (leading index, token). ``nonfinite``:
+    "error", or "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum; whole
+    groups where tokens share fields (wu44: multiples of 128). ``effort``: "fast", or "best" for a smaller error from a longer
+    search (presets of quads, and of pair polar, whose range of angles then begins behind the largest gap; the others have no
+    search, and a decoder sees no difference). ``pairing``: the channels that pair polar codes together, "half" (i and
+    i + head_dim/2) or "interleaved" (2i and 2i+1); None is ``rope``'s, else "half". A tensor of a GPU is encoded there
+    (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -61,7 +62,9 @@ def encode(
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
     True
     """
-    options = EncodeOptions(preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing)
+    options = EncodeOptions(
+        preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing, exact_last
+    )
     return encode_by(options, x, backend, progress)[1]
 
 
@@ -98,6 +101,7 @@ def encoded_size(
     rope: Rope | None = None,
     exact_tokens: int = 0,
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
+    exact_last: int = 0,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -107,7 +111,8 @@ def encoded_size(
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     if dtype not in codes:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(codes)}")
-    return EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens).header(tuple(shape), codes[dtype]).stream_bytes
+    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_last=exact_last)
+    return options.header(tuple(shape), codes[dtype]).stream_bytes
 
 
 def decode(
@@ -189,6 +194,7 @@ def inspect_header(h: Header) -> StreamInfo:
         rounds=h.rounds,
         centered=("rope" if h.rope else "mean") if h.offsets else None,
         exact_tokens=h.exact_tokens,
+        exact_last=h.exact_last,
         exact_vectors=h.exceptions,
         chunk_tokens=h.chunk_tokens,
         order=h.order,

@@ -11,8 +11,8 @@ import struct
 STREAM_MAGIC = b"\x89PQS"
 STREAM_VERSION = 1
 # magic, version, coding, dtype, ndim, header_bytes, flags, radius_bits, linear, row_bits, chunk_tokens, exact_tokens,
-# exceptions, seed, offset_exponent, radius_exponent, codebook, reserved (of these the first byte is for a trellis)
-HEADER_STRUCT = struct.Struct("<4sBBBBIHBBIIIIQhhB3s")
+# exceptions, seed, offset_exponent, radius_exponent, codebook, states (for a trellis), exact_last
+HEADER_STRUCT = struct.Struct("<4sBBBBIHBBIIIIQhhBBH")
 OFFSET_EXPONENT_AT, RADIUS_EXPONENT_AT = 40, 42  # their bytes in the header
 ROPE_STRUCT = struct.Struct("<QHB5s")  # first_position, rotated channels, pairing, reserved
 AFFINE_STRUCT = struct.Struct("<IIBBBB4s")  # tokens, channels, fields, place, pairing, angle_bits, reserved
@@ -37,6 +37,7 @@ FLAG_AFFINE = 16  # groups of numbers share fields (SPEC 13)
 KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS | FLAG_AFFINE
 LINEAR_NONE = 0  # the linear stage before the rotation: none; other values are reserved
 CODEBOOK_CLOSED_FORM = 0  # cells and centroids of SPEC 6 and 7; other values are reserved
+STATES_NONE = 0  # no trellis; other values are reserved
 
 # -- Caps (SPEC 3.3) ---------------------------------------------------------------------------------------------
 MAX_NDIM = 8
@@ -44,6 +45,7 @@ MAX_HEAD_DIM = 1024
 MAX_ELEMENTS = 1 << 48
 MAX_CHUNK_TOKENS = 4096
 MAX_TOKENS = 1 << 32
+MAX_EXACT_LAST = (1 << 16) - 1
 DEFAULT_CHUNK_TOKENS = 64
 
 # -- PRNG and checksum (SPEC 4) ----------------------------------------------------------------------------------

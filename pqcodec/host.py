@@ -237,7 +237,7 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     damage += [found for job in jobs for found in _damage_of(job)]
     for source, h, job in zip(sources, headers, jobs, strict=True):
         # Last, because the first write to a fresh page blocks while the system zeroes it.
-        if h.first_tokens or h.exceptions:
+        if h.first_tokens or h.last_tokens or h.exceptions:
             whole = (0, h.tokens), (0, h.leading)
             _place(source, h, job.out, *whole, damage, over_rows=False)
             _place(source, h, job.out, *whole, damage, over_rows=True)

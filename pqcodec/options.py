@@ -21,6 +21,7 @@ EFFORTS = tuple(c.QUADS_EFFORTS)
 _RANGES = {  # of whole numbers: least, most, and both in words
     "seed": (0, (1 << 64) - 1, "0 .. 2^64 - 1"),
     "exact_tokens": (0, (1 << 32) - 1, "0 .. 2^32 - 1"),
+    "exact_last": (0, c.MAX_EXACT_LAST, f"0 .. {c.MAX_EXACT_LAST}"),
     "chunk_tokens": (1, c.MAX_CHUNK_TOKENS, f"1 .. {c.MAX_CHUNK_TOKENS}"),
 }
 
@@ -42,6 +43,7 @@ class EncodeOptions:
     nonfinite: str = "error"
     effort: str = "fast"
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
+    exact_last: int = 0
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -49,7 +51,8 @@ class EncodeOptions:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
         if (self.center == "rope") != (self.rope is not None):
             raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
-        check_numbers(seed=self.seed, exact_tokens=self.exact_tokens, chunk_tokens=self.chunk_tokens)
+        check_numbers(seed=self.seed, chunk_tokens=self.chunk_tokens)
+        check_numbers(exact_tokens=self.exact_tokens, exact_last=self.exact_last)
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
         checked_pairing(self.pairing)
@@ -84,11 +87,12 @@ class EncodeOptions:
             numpy=numpy,
             rounds=preset.rounds,
             affine=affine,
+            exact_last=self.exact_last,
         )
 
 
 def check_numbers(**values: int) -> None:
-    """Raises InvalidArgument for a seed, exact_tokens or chunk_tokens that is no whole number, or outside of its range."""
+    """Raises InvalidArgument for a seed, a number of exact tokens or chunk_tokens that is no whole number in its range."""
     for name, value in values.items():
         least, most, words = _RANGES[name]
         if not isinstance(value, Integral) or isinstance(value, bool):

@@ -64,6 +64,8 @@ def streams() -> Iterator[tuple[str, bytes]]:
     numbers = Affine(2, 1, c.AFFINE_SCALE_ZERO)
     yield "v1-any-scalar-16-fp16", of_affine(F16, (4, 5, 16), 16, 0, numbers, offsets=True, offset_exponent=-3, chunk_tokens=4)
     yield "v1-any-scalar-48-bf16", of_affine(BF16, (4, 5, 48), 3 * 48, 0, Affine(5, 1024, c.AFFINE_SCALE_ZERO), chunk_tokens=10)
+    ends: dict[str, Any] = {"exact_tokens": 1, "exact_last": 2, "exceptions": 1, "chunk_tokens": 2}
+    yield "v1-any-split-36-exact-last", of_split(BF16, (2, 6, 36), 36 * 2, 11, **ends)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 

@@ -100,6 +100,11 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-wu44-64-least", extreme[:3] / 1e3, {"preset": "wu44"}
     yield "v1-wu44-64-constant", torch.full((130, 64), 3.0).half(), {"preset": "wu44", "chunk_tokens": 256}
     yield "v1-wu44-64-empty", gaussian(3, 0, 64), {"preset": "wu44", "center": "mean"}
+    options = {"center": "rope", "rope": rope, "exact_tokens": 2, "exact_last": 3, "nonfinite": "exact", "chunk_tokens": 2}
+    ends = gaussian(2, 10, 64) + 3
+    ends[0, 4, 1], ends[1, 9, 0] = float("inf"), float("nan")
+    yield "v1-quad2.5-64-exact-last", ends, {"preset": "quad2.5", **options}
+    yield "v1-int4-20-exact-last", gaussian(2, 3, 20), {"preset": "int4", "exact_tokens": 1, "exact_last": 9}
 
 
 def born() -> Iterator[tuple[str, bytes]]:

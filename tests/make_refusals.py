@@ -47,6 +47,7 @@ QUADS = pqcodec.encode(np.ones((1, 12), np.float16), preset="quad2", seed=0, **R
 ROPE = spec_vectors.rope_stream()  # of 9.4: header to 92, offsets to 104, one exact vector to 124, one block
 NOTHING = pqcodec.encode(np.ones((0, 4), np.float16), preset="pq2", center="mean", seed=0, **REFERENCE)
 EXACT = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_tokens=1, seed=0, **REFERENCE)
+LAST = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_last=1, seed=0, **REFERENCE)
 TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinite="exact", seed=0, **REFERENCE)
 OF_ROPE = 64  # where its part of ROPE's header begins
 
@@ -86,7 +87,6 @@ def of_streams() -> Iterator[Case]:
         ("7-linear", UNSUPPORTED, forged(PLAIN, (15, "B", 1))),
         ("7-codebook", UNSUPPORTED, forged(PLAIN, (44, "B", 1))),
         ("7-states", UNSUPPORTED, forged(PLAIN, (45, "B", 1))),
-        ("7-reserved", UNSUPPORTED, forged(PLAIN, (47, "B", 1))),
         ("8-shape", CORRUPT, forged(PLAIN, (7, "B", 4))),
         ("8-rope", CORRUPT, forged(PLAIN, (12, "H", 15))),
         ("9-reserved", UNSUPPORTED, forged(ROPE, (OF_ROPE + 15, "B", 1))),
@@ -126,6 +126,7 @@ def of_streams() -> Iterator[Case]:
         ("13-checksum-of-offsets", CORRUPT, other(ROPE, 92, b"\0")),
         ("13-checksum-of-offsets-alone", CORRUPT, other(NOTHING, 68, b"\1")),
         ("13-checksum-of-exact-tokens", CORRUPT, other(EXACT, 68, b"\1")),
+        ("13-checksum-of-exact-last-tokens", CORRUPT, other(LAST, 68, b"\1")),
         ("13-checksum-of-exact-vectors", CORRUPT, other(ROPE, 112, b"\1")),
         ("13-checksum-of-a-block", CORRUPT, other(PLAIN, 68, b"\0")),
         ("13-offset-infinite", CORRUPT, other(ROPE, 92, b"\0\x7c", slice(92, 104))),
@@ -136,6 +137,7 @@ def of_streams() -> Iterator[Case]:
         yield f"3.3-{name}", error, data
     for name, data in (("split", PLAIN), ("paper", PAPER), ("quads", QUADS), ("rope", ROPE), ("no-tokens", NOTHING)):
         yield f"3.3-0-{name}", SOUND, data
+    yield "3.3-0-exact-last-beyond", SOUND, forged(LAST, (46, "H", 65535), (48, "Q", 1))[:-8]
     yield "3.3-0-passed-over", SOUND, forged(PLAIN, (6, "B", 2), (40, "h", -112), (42, "h", 117))
 
 

@@ -373,22 +373,32 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
 
 
+def ends(data: bytes) -> tuple[int, int]:
+    """E and X of 3.1: exact tokens at both ends."""
+    (exact,), (last,) = struct.unpack_from("<I", data, 24), struct.unpack_from("<H", data, 46)
+    tokens = struct.unpack_from("<Q", data, 48 + 8 * data[7] - 16)[0] if data[7] > 1 else 1
+    first = min(exact, tokens)
+    return first, min(last, tokens - first)
+
+
 def sections(data: bytes) -> Iterator[tuple[int, int]]:
     """The header and the blocks of a stream in their order (3.2): how many of a size, and their bytes with checksums."""
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
-    _, chunk, exact, exceptions = struct.unpack_from("<IIII", data, 16)
+    _, chunk, _, exceptions = struct.unpack_from("<IIII", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens, leading = shape[-1], shape[-2] if ndim > 1 else 1, math.prod(shape[:-2])
     vector = head_dim * (4 if dtype == 3 else 2)
-    kept = min(exact, tokens)
+    kept, last = ends(data)
     yield 1, size
     if flags & 1:
         yield leading, 2 * head_dim + 4
     if kept:
         yield leading, kept * vector + 4
+    if last:
+        yield leading, last * vector + 4
     if exceptions:
         yield 1, exceptions * (8 + vector) + 4
-    whole, rest = divmod(tokens - kept, chunk)
+    whole, rest = divmod(tokens - kept - last, chunk)
     for chunks, count in ((whole, chunk), (1, rest)):
         if count:
             yield chunks * leading, block_bytes(data, count)
@@ -406,7 +416,7 @@ def refusal(data: bytes) -> str:
     if len(data) < 48:
         return "truncated"
     version, coding, dtype, ndim, size, flags, radius_bits, linear = struct.unpack_from("<BBBBIHBB", data, 4)
-    row_bits, chunk, exact, exceptions, _, *exponents = struct.unpack_from("<IIIIQhh", data, 16)
+    row_bits, chunk, _, exceptions, _, *exponents = struct.unpack_from("<IIIIQhh", data, 16)
     if version != 1:
         return "unsupported"
     if not 60 <= size <= 2180:
@@ -415,7 +425,7 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 31 or linear or any(data[44:48]):
+    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 31 or linear or any(data[44:46]):
         return "unsupported"
     if (coding > 3) != (flags >= 16):
         return "unsupported"
@@ -449,7 +459,7 @@ def refusal(data: bytes) -> str:
         tokens <= 2**32,
         rows[coding],
         1 <= chunk <= 4096 and group <= 4096 and 1 <= channels_of <= 1024 and chunk % group == 0,
-        exceptions <= math.prod(shape[:-2]) * (tokens - min(exact, tokens)),
+        exceptions <= math.prod(shape[:-2]) * (tokens - sum(ends(data))),
         -112 <= exponents[0] <= 111,
         -125 <= exponents[1] <= 117,
         not rope or flags & 1,
@@ -466,21 +476,22 @@ def refusal(data: bytes) -> str:
 def damage(data: bytes) -> str:
     """What is wrong in the sections of a stream whose header holds (3.3, step 13), or nothing."""
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
-    _, _, exact, exceptions = struct.unpack_from("<IIII", data, 16)
+    (exceptions,) = struct.unpack_from("<I", data, 28)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     tokens, leading, vector = shape[-2] if ndim > 1 else 1, math.prod(shape[:-2]), shape[-1] * (4 if dtype == 3 else 2)
-    ends = [0, *itertools.accumulate(blocks(data))]
-    if not all(holds(data[start:end]) for start, end in itertools.pairwise(ends)):
+    cuts = [0, *itertools.accumulate(blocks(data))]
+    if not all(holds(data[start:end]) for start, end in itertools.pairwise(cuts)):
         return "a checksum does not hold"
     at = size
     for _ in range(leading if flags & 1 else 0):
         if not np.isfinite(np.frombuffer(data, "<f2", shape[-1], at)).all():
             return "an offset is not finite"
         at += 2 * shape[-1] + 4
-    kept = min(exact, tokens)
-    at += leading * (kept * vector + 4) if kept else 0
+    kept, last = ends(data)
+    for count in (kept, last):
+        at += leading * (count * vector + 4) if count else 0
     rows = [struct.unpack_from("<Q", data, at + i * (8 + vector))[0] for i in range(exceptions)]
-    if rows != sorted(set(rows)) or any(row >= leading * (tokens - kept) for row in rows):
+    if rows != sorted(set(rows)) or any(row >= leading * (tokens - kept - last) for row in rows):
         return "rows of exact vectors do not ascend, or are not there"
     return ""
 
@@ -497,7 +508,7 @@ def decode(data: bytes) -> np.ndarray:
     if error := damage(data):
         raise ValueError(error)
     coding, dtype, ndim, size, flags, radius_bits, _ = struct.unpack_from("<BBBIHBB", data, 5)
-    row_bits, chunk, exact, exceptions, seed, offset_exponent, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
+    row_bits, chunk, _, exceptions, seed, offset_exponent, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens = shape[-1], shape[-2] if ndim > 1 else 1
     leading = math.prod(shape[:-2])
@@ -508,8 +519,8 @@ def decode(data: bytes) -> np.ndarray:
         frequencies = struct.unpack_from(f"<{channels // 2}I", data, behind + 16)
     order = next(n for n in ORDERS if n >= head_dim)
     kind = np.dtype("<u4" if dtype == 3 else "<u2")
-    kept, row_bytes = min(exact, tokens), -(-row_bits // 8)
-    coded = tokens - kept
+    (kept, last), row_bytes = ends(data), -(-row_bits // 8)
+    coded = tokens - kept - last
     out = np.zeros((leading, tokens, head_dim), kind)
     at = size
 
@@ -522,9 +533,10 @@ def decode(data: bytes) -> np.ndarray:
     if flags & 1:
         for lead in range(leading):
             offsets[lead] = np.ldexp(np.frombuffer(take(2 * head_dim), "<f2").astype(np.float64), offset_exponent)
-    if kept:
-        for lead in range(leading):
-            out[lead, :kept] = np.frombuffer(take(kept * head_dim * kind.itemsize), kind).reshape(kept, head_dim)
+    for first, count in ((0, kept), (tokens - last, last)):
+        for lead in range(leading if count else 0):
+            exactly = np.frombuffer(take(count * head_dim * kind.itemsize), kind)
+            out[lead, first : first + count] = exactly.reshape(count, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
     two_rounds = bool(flags & 8)
     for first in range(0, coded if leading else 0, chunk):

@@ -116,7 +116,7 @@ def test_foreign_bytes_are_refused() -> None:
         (40, struct.pack("<h", 30000), CorruptStream),  # offset_exponent
         (42, struct.pack("<h", -30000), CorruptStream),  # radius_exponent
         (44, b"\x05", UnsupportedStream),  # codebook
-        (47, b"\x01", UnsupportedStream),  # reserved
+        (45, b"\x01", UnsupportedStream),  # states
         (48 + 16, struct.pack("<Q", 0), CorruptStream),  # head_dim
         (48 + 16, struct.pack("<Q", 1 << 40), CorruptStream),
         (48 + 8, struct.pack("<Q", 1 << 62), CorruptStream),  # tokens

@@ -1,6 +1,7 @@
-"""Law: vectors that are kept in the tensor's own dtype (SPEC 3.2): the first tokens, and single vectors by their places.
+"""Law: vectors that are kept in the tensor's own dtype (SPEC 3.2): the first and the last tokens, and single vectors by place.
 
-Exact first tokens are not coded at all; an exact vector is coded too (as zeros where it is not finite) and laid over its row.
+Exact first and last tokens are not coded at all; an exact vector is coded too (as zeros where it is not finite) and laid over
+its row.
 """
 
 from __future__ import annotations
@@ -19,28 +20,52 @@ from pqcodec.stream.source import Source
 from pqcodec.tensors.rows import Values
 
 
-# -- first tokens ------------------------------------------------------------------------------------------------
-def token_bodies(h: Header, values: Values) -> Iterator[bytes]:
+# -- first and last tokens ---------------------------------------------------------------------------------------
+def first_bodies(h: Header, values: Values) -> Iterator[bytes]:
     """The exact first tokens of each leading index, as the stream keeps them."""
     return (values.rows(lead, 0, h.first_tokens).tobytes() for lead in range(h.leading))
 
 
-def place_tokens(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
+def last_bodies(h: Header, values: Values) -> Iterator[bytes]:
+    """The exact last tokens of each leading index, as the stream keeps them."""
+    return (values.rows(lead, h.last_start, h.last_tokens).tobytes() for lead in range(h.leading))
+
+
+def place_first(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
     """Copy exact first tokens to where they belong in ``out`` [leads, tokens, head_dim]; None: only check them."""
-    if tokens[0] >= h.first_tokens:
+    _place(source, h, sections.EXACT_TOKENS, (0, h.first_tokens), out, tokens, leads, damage)
+
+
+def place_last(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
+    """The same of exact last tokens."""
+    _place(source, h, sections.EXACT_LAST, (h.last_start, h.tokens), out, tokens, leads, damage)
+
+
+def _place(
+    source: Source,
+    h: Header,
+    section: sections.SideSection,
+    there: Bounds,
+    out: Values | None,
+    tokens: Bounds,
+    leads: Bounds,
+    damage: list[Damage],
+) -> None:
+    """Copy the tokens ``there``, which a section keeps, to where they belong among ``tokens``."""
+    low, high = max(tokens[0], there[0]), min(tokens[1], there[1])
+    if low >= high:
         return
-    sound, raw = sections.read_entries(source, h, sections.EXACT_TOKENS, leads, damage)
+    sound, raw = sections.read_entries(source, h, section, leads, damage)
     if out is None:
         return
-    last = min(tokens[1], h.first_tokens)
-    exact = raw.view(out.flat.dtype).reshape(-1, h.first_tokens, h.head_dim)[:, tokens[0] : last]
+    exact = raw.view(out.flat.dtype).reshape(-1, there[1] - there[0], h.head_dim)[:, low - there[0] : high - there[0]]
     for lead, rows in zip(sound, exact, strict=True):
-        out.rows(lead - leads[0], 0, last - tokens[0])[:] = rows
+        out.rows(lead - leads[0], low - tokens[0], high - low)[:] = rows
 
 
 # -- single vectors ----------------------------------------------------------------------------------------------
 def coded_rows(h: Header, vectors: Any) -> np.ndarray:
-    """The rows of vectors that are kept exact beside the first tokens, given as pairs (leading index, token): int64 [n].
+    """The rows of vectors that are kept exact beside first and last tokens, given as pairs (leading index, token): int64 [n].
 
     A row is leading index times coded tokens plus coded token; rows ascend. Raises InvalidArgument.
     """
@@ -50,7 +75,7 @@ def coded_rows(h: Header, vectors: Any) -> np.ndarray:
     pairs = pairs.reshape(-1, 2)
     if ((pairs < 0) | (pairs >= (h.leading, h.tokens))).any():
         raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
-    pairs = pairs[pairs[:, 1] >= h.first_tokens]
+    pairs = pairs[(pairs[:, 1] >= h.first_tokens) & (pairs[:, 1] < h.last_start)]
     return np.unique(pairs[:, 0] * h.coded_tokens + pairs[:, 1] - h.first_tokens)
 
 

@@ -43,7 +43,8 @@ class Stage:
 
 STAGES = (
     Stage(sections.OFFSETS, lambda h, kept: (half.astype("<f2").tobytes() for half in kept.halves)),
-    Stage(sections.EXACT_TOKENS, lambda h, kept: exact.token_bodies(h, kept.values), exact.place_tokens),
+    Stage(sections.EXACT_TOKENS, lambda h, kept: exact.first_bodies(h, kept.values), exact.place_first),
+    Stage(sections.EXACT_LAST, lambda h, kept: exact.last_bodies(h, kept.values), exact.place_last),
     Stage(
         sections.EXACT_VECTORS,
         lambda h, kept: (exact.vectors_body(kept.rows, exact.vectors_of(h, kept.values, kept.rows)),),

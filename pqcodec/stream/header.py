@@ -59,6 +59,7 @@ class Header:
     numpy: bool = False
     rounds: int = 1  # of the rotation (SPEC 5.3); new streams of split coding have two, those of some codings none
     affine: Affine | None = None  # what groups of numbers share
+    exact_last: int = 0
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -88,13 +89,23 @@ class Header:
 
     @cached_property
     def coded_tokens(self) -> int:
-        """Tokens that are coded: all but the exact ones at the beginning."""
-        return self.tokens - self.first_tokens
+        """Tokens that are coded: all but the exact ones at the beginning and at the end."""
+        return self.tokens - self.first_tokens - self.last_tokens
 
     @cached_property
     def first_tokens(self) -> int:
-        """Exact tokens that the tensor really has."""
+        """Exact first tokens that the tensor really has."""
         return min(self.exact_tokens, self.tokens)
+
+    @cached_property
+    def last_tokens(self) -> int:
+        """Exact last tokens that the tensor really has: none that is a first one."""
+        return min(self.exact_last, self.tokens - self.first_tokens)
+
+    @cached_property
+    def last_start(self) -> int:
+        """The token that exact last ones begin with, one behind the last coded one."""
+        return self.tokens - self.last_tokens
 
     @cached_property
     def chunks(self) -> int:
@@ -179,7 +190,8 @@ class Header:
             self.offset_exponent,
             self.radius_exponent,
             c.CODEBOOK_CLOSED_FORM,
-            bytes(3),
+            c.STATES_NONE,
+            self.exact_last,
         )
         body = fixed + struct.pack(f"<{len(self.shape)}Q", *self.shape)
         if self.affine:
@@ -259,7 +271,7 @@ def _parse(body: bytes) -> Header:
     """Header from its checked bytes (without the checksum)."""
     fields = c.HEADER_STRUCT.unpack_from(body)
     _, _, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk_tokens = fields[:11]
-    exact_tokens, exceptions, seed, offset_exponent, radius_exponent, codebook, reserved = fields[11:]
+    exact_tokens, exceptions, seed, offset_exponent, radius_exponent, codebook, states, exact_last = fields[11:]
     unknown = {
         "coding": coding not in DECLARED,
         "dtype": dtype not in DTYPE_NAMES,
@@ -267,7 +279,7 @@ def _parse(body: bytes) -> Header:
         or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields),
         "linear": linear != c.LINEAR_NONE,
         "codebook": codebook != c.CODEBOOK_CLOSED_FORM,
-        "reserved": any(reserved),
+        "states": states != c.STATES_NONE,
     }
     if any(unknown.values()):
         names = ", ".join(name for name, bad in unknown.items() if bad)
@@ -305,6 +317,7 @@ def _parse(body: bytes) -> Header:
             numpy=bool(flags & c.FLAG_NUMPY),
             rounds=2 if flags & c.FLAG_TWO_ROUNDS else min(DECLARED[coding].rounds[0], 1),
             affine=affine,
+            exact_last=exact_last,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
@@ -348,6 +361,8 @@ def _problem(h: Header) -> str:
         return f"chunk_tokens {h.chunk_tokens} is outside 1 .. {c.MAX_CHUNK_TOKENS}"
     if not 0 <= h.exact_tokens < 1 << 32:
         return f"exact_tokens {h.exact_tokens} is outside 0 .. 2^32 - 1"
+    if not 0 <= h.exact_last <= c.MAX_EXACT_LAST:
+        return f"exact_last {h.exact_last} is outside 0 .. {c.MAX_EXACT_LAST}"
     if not 0 <= h.exceptions <= min(h.leading * h.coded_tokens, (1 << 32) - 1):
         return f"{h.exceptions} exact vectors of {h.leading * h.coded_tokens} coded ones"
     if not 0 <= h.seed < 1 << 64:

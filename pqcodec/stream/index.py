@@ -75,9 +75,10 @@ class Blocks(NamedTuple):
         return chunk * self.chunk_tokens
 
     def of_tokens(self, first: int, last: int) -> tuple[int, int]:
-        """Chunks that hold the coded tokens first .. last - 1 (below 0: none of them): first chunk, last + 1."""
-        low = max(first, 0) // self.chunk_tokens
-        return low, max(low, -(-max(last, 0) // self.chunk_tokens))
+        """Chunks that hold the coded tokens first .. last - 1, where there are such: first chunk, last + 1."""
+        first, last = (min(max(token, 0), self.coded_tokens) for token in (first, last))
+        low = first // self.chunk_tokens
+        return low, -(-last // self.chunk_tokens) if first < last else low
 
     def groups(self, chunks: tuple[int, int], leads: int) -> Iterator[tuple[int, int]]:
         """Ranges of chunks whose blocks of so many leading indices are read at once."""

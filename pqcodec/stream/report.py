@@ -28,12 +28,13 @@ class StreamInfo:
     rounds: int  # of the rotation
     centered: str | None
     exact_tokens: int
+    exact_last: int
     exact_vectors: int
     chunk_tokens: int
     order: int
     stream_bytes: int
     header_bytes: int
-    side_bytes: int  # offsets, exact tokens and exact vectors
+    side_bytes: int  # offsets, exact first and last tokens, exact vectors
     payload_bytes: int
     tensor_bytes: int
     group: tuple[int, int] | None = None  # tokens and channels that share affine fields
@@ -58,7 +59,7 @@ class Damage:
     payload, leading index 3, tokens 64 .. 127
     """
 
-    part: str  # "offset", "exact tokens", "exact vectors" or "payload"
+    part: str  # "offset", "exact tokens", "exact last tokens", "exact vectors" or "payload"
     leading: int | None
     tokens: tuple[int, int] | None
 

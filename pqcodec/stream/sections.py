@@ -42,8 +42,15 @@ EXACT_TOKENS = SideSection(
     lambda h: h.first_tokens * h.vector_bytes,
     lambda h: (0, h.first_tokens),
 )
+EXACT_LAST = SideSection(
+    "exact last tokens",
+    lambda h: h.last_tokens,
+    True,
+    lambda h: h.last_tokens * h.vector_bytes,
+    lambda h: (h.last_start, h.tokens),
+)
 EXACT_VECTORS = SideSection("exact vectors", lambda h: h.exceptions, False, lambda h: h.exceptions * (8 + h.vector_bytes))
-SIDE_SECTIONS = (OFFSETS, EXACT_TOKENS, EXACT_VECTORS)  # in the order in which they stand
+SIDE_SECTIONS = (OFFSETS, EXACT_TOKENS, EXACT_LAST, EXACT_VECTORS)  # in the order in which they stand
 
 
 class Place(NamedTuple):

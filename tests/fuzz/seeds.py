@@ -42,6 +42,7 @@ def _stream_seeds() -> dict[str, bytes]:
         "bfloat16-mean.pqs": coded(torch.from_numpy(gaussian(2, 5, 20)).bfloat16(), "pq6", center="mean"),
         "blocks-of-one-token.pqs": coded(gaussian(1, 7, 16), "pq2.5", chunk_tokens=1, seed=2**64 - 1),
         "empty-mean.pqs": coded(np.zeros((2, 0, 16), np.float16), center="mean"),
+        "exact-last.pqs": coded(gaussian(2, 7, 16), center="mean", exact_tokens=1, exact_last=2, chunk_tokens=3),
         "exact-throughout.pqs": coded(gaussian(2, 3, 8), exact_tokens=9),
         "head-dim-1.pqs": coded(gaussian(3, 1, dtype=np.float32), "pq4"),
         "no-leading-index.pqs": coded(np.zeros((0, 4, 16), np.float32)),

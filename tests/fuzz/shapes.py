@@ -36,7 +36,7 @@ FIELDS = (
     (32, 8),
     (40, 2),
 )
-FIELDS = (*FIELDS, (42, 2), (45, 1), *((at, 8) for at in (48, 56, 64, 72)))
+FIELDS = (*FIELDS, (42, 2), (45, 1), (46, 2), *((at, 8) for at in (48, 56, 64, 72)))
 
 
 def seal_stream(data: bytes, resize: bool = True) -> bytes:
@@ -112,6 +112,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "seed": rng.choice((0, h.seed, rng.randrange(1 << 64))),
         "chunk_tokens": rng.choice((1, 2, 5, 64, 4096)),
         "exact_tokens": rng.choice((0, 0, 1, 4, (1 << 32) - 1)),
+        "exact_last": rng.choice((0, 0, 1, 3, (1 << 16) - 1)),
         "exceptions": rng.choice((0, 0, 1, 2, 5)),
         "offsets": offsets,
         "offset_exponent": rng.choice((0, -112, 111)),
@@ -121,7 +122,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "affine": None,
         **coding,
     }
-    for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exceptions", "numpy"):
+    for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exact_last", "exceptions", "numpy"):
         if rng.random() < 0.5:
             del fields[key]
     new, refused = attempt(replace, h, **fields)
