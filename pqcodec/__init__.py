@@ -21,7 +21,7 @@ from pqcodec.errors import (
 if TYPE_CHECKING:
     from pqcodec.attend_batch import AttendBatch
     from pqcodec.batch import DecodeBatch, EncodeBatch
-    from pqcodec.codec import decode, encode, encoded_size, inspect, verify
+    from pqcodec.codec import decode, decode_kept, encode, encoded_size, inspect, verify
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.report import Damage, StreamInfo
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "encode": "codec",
     "decode": "codec",
+    "decode_kept": "codec",
     "inspect": "codec",
     "verify": "codec",
     "encoded_size": "codec",
@@ -60,6 +61,7 @@ __all__ = [
     "UnsupportedStream",
     "__version__",
     "decode",
+    "decode_kept",
     "encode",
     "encoded_size",
     "inspect",

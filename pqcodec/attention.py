@@ -30,7 +30,7 @@ from pqcodec.kernels.attention import (
     merged,
     softcapped,
 )
-from pqcodec.stages import centre, exact
+from pqcodec.stages import centre, exact, keep
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.index import Bounds, checked_range
 from pqcodec.stream.report import Damage, damage_error
@@ -40,7 +40,8 @@ from pqcodec.tensors.numbers import device_of, device_type, is_torch, widen
 
 _READ_BYTES = 16 << 20  # of blocks that are read at once from a source whose reads are copies
 Pair = tuple[Any, Any]  # keys and values
-_Side = tuple[np.ndarray | None, ExactRows]  # offsets float32 [leading, head_dim], and the exact vectors of a stream
+# Of a stream: offsets float32 [leading, head_dim], exact vectors, and where RoPE turns kept tokens (``CodedTokens.positions``)
+_Side = tuple[np.ndarray | None, ExactRows, np.ndarray | None]
 
 
 # -- the verbs -----------------------------------------------------------------------------------------------------
@@ -58,7 +59,8 @@ def scores(
     """Scores of queries q [..., q_heads, queries, head_dim] with encoded keys: float32 [..., q_heads, queries, tokens].
 
     ``keys``: a stream of a tensor [..., kv_heads, tokens, head_dim], or a list of streams that follow each other along the
-    tokens. ``recent``: exact keys behind them. No token is masked. Other arguments, and the errors, are those of ``attend``.
+    tokens. ``recent``: exact keys behind them. No token is masked; one that a stream of kept tokens lacks has -inf. Other
+    arguments, and the errors, are those of ``attend``.
 
     >>> import numpy as np, pqcodec
     >>> rng = np.random.default_rng(0)
@@ -76,7 +78,8 @@ def scores(
         return attend_device.scores_on_device(keys, q, **asked_for)
     asked = _Asked.of(q, _streams("keys", keys), None, scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
-    found = [asked.scores_of(stream, part) for stream, part in asked.parts(asked.keys, wanted)]
+    _check_kept(asked, tokens is not None, False)
+    found = [asked.in_place(stream, asked.scores_of(stream, part)) for stream, part in asked.parts(asked.keys, wanted)]
     if recent is not None:
         found.append(softcapped(exact_scores(asked.queries, asked.exact_rows("recent", recent, asked.keys[0])), asked.softcap))
     asked.check_damage()
@@ -110,7 +113,9 @@ def attend(
 
     ``scale``: of scores, head_dim^-0.5 if None; ``softcap``: bound of scores, which become softcap tanh(score / softcap).
     The queries stand at the end of all tokens. ``causal``: each sees the tokens up to its own; ``window``: of these the last so
-    many. ``check``: whether the checksums of the blocks that are read are compared.
+    many. Streams of kept tokens (``encode(keep=)``) must keep the same of keys and of values, are seen by every query, and do
+    not go with ``tokens``, ``window`` or causal queries that are not among the ``recent`` tokens, but for one.
+    ``check``: whether the checksums of the blocks that are read are compared.
 
     Where the queries are on a GPU, so is the work: an ``AttendBatch`` is made for one call. Streams in host memory are moved
     there, and exact tokens have the streams' dtypes.
@@ -138,6 +143,8 @@ def attend(
     asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
     wanted = checked_range("tokens", tokens, asked.streamed)
     before, behind = asked.exact_pair("first", first), asked.exact_pair("recent", recent)
+    late = q.shape[-2] > behind[0].shape[1] + 1
+    _check_kept(asked, tokens is not None or window is not None, causal and late)
     counts = before[0].shape[1], wanted[1] - wanted[0], behind[0].shape[1]
     bounds = _bounds(q.shape[-2], q.shape[-3] // max(asked.keys[0].header.shape[-3], 1), sum(counts), causal, window)
     if not asked.queries.size:
@@ -309,6 +316,16 @@ class _Asked:
         )
         return np.concatenate([*before, *coded, *behind], -1)
 
+    def in_place(self, stream: _Stream, scores: np.ndarray) -> np.ndarray:
+        """Scores of a stream's tokens, [leading, rows, tokens], where these stand in the tensor; -inf of tokens it lacks."""
+        h = stream.header
+        if h.keep is None:
+            return scores
+        positions = host.read_positions(stream.source, h, (0, h.leading))
+        found = np.full((*scores.shape[:2], h.keep.tokens), -np.inf, scores.dtype)
+        np.put_along_axis(found, np.broadcast_to(positions[:, None], scores.shape).astype(np.intp), scores, -1)
+        return found
+
     def _job(self, keys: CodedTokens, values: CodedTokens | None, tokens: Bounds, bounds: np.ndarray) -> AttentionJob:
         return AttentionJob(keys, values, self.queries, tokens, bounds.clip(*tokens), self.softcap, self.check, self.damage)
 
@@ -337,14 +354,35 @@ class _Asked:
         )
         leads, tokens = np.divmod(rows, max(h.coded_tokens, 1))
         vectors = widen(raw.view(np.float32 if h.vector_bytes == 4 * h.head_dim else np.uint16), h.dtype)
-        return offsets, ExactRows(leads, tokens + h.first_tokens, vectors.reshape(-1, h.head_dim))
+        positions = host.turning(h, keep.read(stream.source, h, (0, h.leading), self.damage))
+        return offsets, ExactRows(leads, tokens + h.first_tokens, vectors.reshape(-1, h.head_dim)), positions
 
     @staticmethod
     def _coded(stream: _Stream, side: _Side, tokens: Bounds) -> CodedTokens:
         h = stream.header
         chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
         payload = h.blocks.read(stream.source, chunks, (0, h.leading))
-        return CodedTokens(h, payload, chunks, side[0], side[1].within(tokens))
+        return CodedTokens(h, payload, chunks, side[0], side[1].within(tokens), side[2])
+
+
+def _check_kept(asked: _Asked, ranges: bool, late: bool) -> None:
+    """Raises InvalidArgument where streams of kept tokens do not go with each other, or with what is asked of them.
+
+    ``ranges``: whether some of the tokens are asked for; ``late``: whether a query stands among a stream's tokens.
+    """
+    if not any(stream.header.keep for stream in [*asked.keys, *asked.values]):
+        return
+    if ranges or late:
+        what = "tokens= and window= count" if ranges else "causal queries, more than recent tokens and one, stand among"
+        raise InvalidArgument(f"{what} tokens of which a stream holds only some; decode it, with fill=value or by decode_kept")
+    for k, v in zip(asked.keys, asked.values, strict=False):
+        lists = [host.read_positions(s.source, s.header, (0, s.header.leading)) for s in (k, v) if s.header.keep]
+        if (
+            len(lists) == 1
+            or k.header.whole_shape[:-1] != v.header.whole_shape[:-1]
+            or (lists and (lists[0] != lists[1]).any())
+        ):
+            raise InvalidArgument("keys and values keep other tokens; encode both with the same keep")
 
 
 def _coded_part(streams: Sequence[_Stream], tokens: Bounds) -> Bounds:

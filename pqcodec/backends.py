@@ -95,7 +95,9 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
 
 def _kind(h: Header) -> str:
     """What a backend may not cover of a stream: its coding, and the stages that not all backends have."""
-    return DECLARED[h.coding].name + (" with exact last tokens" if h.last_tokens else "")
+    stages = {"a keep list": h.keep, "exact last tokens": h.last_tokens}
+    there = " and ".join(name for name, there in stages.items() if there)
+    return DECLARED[h.coding].name + (f" with {there}" if there else "")
 
 
 def kernel_folder() -> str | None:

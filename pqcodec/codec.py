@@ -17,6 +17,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
+from pqcodec.stream.index import checked_range
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors import arrays
@@ -37,6 +38,7 @@ def encode(
     effort: str = "fast",
     pairing: str | None = None,
     exact_last: int = 0,
+    keep: Any = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -49,8 +51,10 @@ def encode(
     groups where tokens share fields (wu44: multiples of 128). ``effort``: "fast", or "best" for a smaller error from a longer
     search (presets of quads, and of pair polar, whose range of angles then begins behind the largest gap; the others have no
     search, and a decoder sees no difference). ``pairing``: the channels that pair polar codes together, "half" (i and
-    i + head_dim/2) or "interleaved" (2i and 2i+1); None is ``rope``'s, else "half". A tensor of a GPU is encoded there
-    (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
+    i + head_dim/2) or "interleaved" (2i and 2i+1); None is ``rope``'s, else "half". ``keep``: ascending positions [n] of the
+    tokens that the stream holds, or [..., n] where leading indices keep others; what is said of tokens, but for
+    ``exact_vectors``, is then said of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse. A tensor
+    of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -63,7 +67,7 @@ def encode(
     True
     """
     options = EncodeOptions(
-        preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing, exact_last
+        preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing, exact_last, keep
     )
     return encode_by(options, x, backend, progress)[1]
 
@@ -102,6 +106,7 @@ def encoded_size(
     exact_tokens: int = 0,
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     exact_last: int = 0,
+    keep: Any = None,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -111,7 +116,7 @@ def encoded_size(
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     if dtype not in codes:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(codes)}")
-    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_last=exact_last)
+    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_last=exact_last, keep=keep)
     return options.header(tuple(shape), codes[dtype]).stream_bytes
 
 
@@ -123,6 +128,7 @@ def decode(
     tokens: tuple[int, int] | None = None,
     leading: tuple[int, int] | None = None,
     out: Any = None,
+    fill: Any = None,
     progress: Progress | None = None,
 ) -> Any:
     """Decode a stream (bytes-like, or a seekable binary file) into a tensor of the shape, dtype and kind that was encoded.
@@ -131,6 +137,8 @@ def decode(
     head_dim]. ``leading`` = (first, last + 1) does the same for the flattened leading dimensions: [n, tokens, head_dim].
     ``device``: a torch device for the result; on a GPU the stream is decoded there. ``out``: a tensor of the result's shape and
     dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
+    ``fill``: of a stream that kept only some tokens (``encode(keep=)``), what stands where none was kept; without it such a
+    stream is refused, and ``decode_kept`` gives its rows.
     Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
 
     >>> import numpy as np
@@ -147,8 +155,42 @@ def decode(
         from pqcodec import device as on_gpu
 
         return on_gpu.decode(data, where, backend, out, tokens, leading, progress)
-    result = host.decode(source_of(data), backend, out, tokens, leading, progress)
+    source = source_of(data)
+    h = read_header(source)
+    if h.keep is None:
+        result = host.decode(source, backend, out, tokens, leading, progress)
+    elif fill is None:
+        raise InvalidArgument(f"the stream holds {h.tokens} of {h.keep.tokens} tokens: {host.KEPT}")
+    else:
+        result = host.decode_filled(source, backend, out, tokens, leading, progress, fill)
     return result if device is None or out is not None else arrays.to_device(result, device)
+
+
+def decode_kept(data: Any, *, leading: tuple[int, int] | None = None, backend: str = "auto") -> tuple[Any, Any]:
+    """The rows that a stream holds, and the positions that they had in the tensor: ([..., n, head_dim], int64 [n] or [..., n]).
+
+    Positions are [n] where all leading indices kept the same tokens; of a stream without a keep list they are 0 .. tokens - 1.
+    ``leading`` as in ``decode``: [leads, n, head_dim], and positions [leads, n] of lists that differ. Both are of the kind that
+    was encoded. Raises as ``decode`` does.
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
+    >>> data = encode(x, keep=[0, 1, 98, 99], exact_tokens=4, backend="reference")
+    >>> rows, positions = decode_kept(data, backend="reference")
+    >>> positions.tolist(), bool((rows == x[:, positions]).all())
+    ([0, 1, 98, 99], True)
+    >>> decode(data, fill=0, backend="reference").shape
+    (2, 100, 64)
+    """
+    source = source_of(data)
+    h = read_header(source)
+    rows = host.decode(source, backend, None, None, leading, None)
+    positions = np.arange(h.tokens)
+    if h.keep is not None:
+        leads = checked_range("leading", leading, h.leading)
+        lists = host.read_positions(source, h, leads).astype(np.int64)
+        positions = lists[slice(*leads)].reshape(*rows.shape[:-1]) if h.keep.each else lists[0]
+    return rows, arrays.alike(rows, positions, keep_dtype=False)
 
 
 def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
@@ -202,9 +244,10 @@ def inspect_header(h: Header) -> StreamInfo:
         header_bytes=h.header_bytes,
         side_bytes=h.payload_start - h.header_bytes,
         payload_bytes=h.stream_bytes - h.payload_start,
-        tensor_bytes=math.prod(h.shape) * c.ITEM_BYTES[h.dtype],
+        tensor_bytes=math.prod(h.whole_shape) * c.ITEM_BYTES[h.dtype],
         group=(h.affine.tokens, h.affine.channels) if h.affine else None,
         pairing=PAIRING_NAMES.get(h.affine.pairing) if h.affine else None,
+        kept_of=h.keep.tokens if h.keep else None,
     )
 
 

@@ -37,6 +37,7 @@ def encode(
     x = x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
     rows = device_rows(x)
     header = options.header(rows.shape, rows.dtype, numpy)
+    device_backend(backend, x.device, header)
     kept = exact.coded_rows(header, options.exact_vectors)
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():
@@ -82,6 +83,7 @@ def decode(
     else:
         placed = moved(source_of(data), device, tokens, leading, damage)
     header = placed.header
+    device_backend(backend, device, header)
     in_place = out is not None and arrays.fits(out, result_shape(header, tokens, leading), header.dtype) and is_torch(out)
     batch = DecodeBatch.of_placed([placed], device, backend, [out] if in_place else None, tokens, leading)
     result = batch.run()[0]

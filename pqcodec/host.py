@@ -12,13 +12,13 @@ import numpy as np
 from pqcodec.backends import backend as backend_of
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob
+from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob, places_of
 from pqcodec.options import EncodeOptions, Progress
-from pqcodec.stages import centre, exact
+from pqcodec.stages import centre, exact, keep
 from pqcodec.stages.registry import STAGES, Kept
 from pqcodec.stream import sections
 from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
-from pqcodec.stream.index import checked_range, result_shape
+from pqcodec.stream.index import Bounds, checked_range, result_shape
 from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import Source
 from pqcodec.tensors import arrays
@@ -26,6 +26,7 @@ from pqcodec.tensors.numbers import widen
 from pqcodec.tensors.rows import Values, values_of
 
 _SCAN_ROWS = 1 << 12
+KEPT = "decode it with fill=value to the whole shape, or with decode_kept to the kept rows and their positions"
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -41,10 +42,13 @@ def encode(
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
-    values = view.values()
+    positions, values, vectors = None, view.values(), options.exact_vectors
+    if options.keep is not None:
+        positions = keep.positions_of(options.keep, view.shape)
+        values, vectors = keep.gathered(view.stored, positions), keep.coded_pairs(positions, vectors)
     if means is not None:
         centre.check_means(means, header)
-    rows = exact.coded_rows(header, options.exact_vectors)
+    rows = exact.coded_rows(header, vectors)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
     if len(rows):
@@ -54,12 +58,12 @@ def encode(
         header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
     halves, offsets = np.zeros((header.leading, 0), np.float16), None
     if header.offsets:
-        halves, exponent = means or centre.to_halves(kernel.means(values, header))
+        halves, exponent = means or centre.to_halves(kernel.means(values, header, turning(header, positions)))
         header = replace(header, offset_exponent=exponent)
         offsets = centre.from_halves(halves, exponent)
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
-    kept = Kept(values, halves, rows)
+    kept = Kept(values, halves, rows, np.zeros((0, 0), np.uint32) if positions is None else positions)
     for stage in STAGES:
         if stage.section.there(header):
             sections.write_entries(stream, stage.bodies(header, kept))
@@ -68,10 +72,11 @@ def encode(
         stream.write(b"\0")
     bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
     payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
-    kernel.encode(EncodeJob(header, values, offsets, payload, bad, options.effort, _counter(header, progress)))
+    counter = _counter(header, progress)
+    kernel.encode(EncodeJob(header, values, offsets, payload, bad, options.effort, counter, turning(header, positions)))
     del payload  # the stream gives its buffer away uncopied only when nobody else holds it
     if options.nonfinite == "error" and bad.any():
-        raise NonFiniteInput(_name_place(values, header, bad))
+        raise NonFiniteInput(_name_place(values, header, bad, positions))
     return header, stream.getvalue()
 
 
@@ -107,12 +112,18 @@ def _largest(values: Values, h: Header) -> float:
     return max((float(np.where(np.isfinite(x), x, 0).max()) for _, _, x in _magnitudes(values, h) if x.size), default=0.0)
 
 
-def _name_place(values: Values, h: Header, bad: np.ndarray) -> str:
+def turning(h: Header, positions: np.ndarray | None) -> np.ndarray | None:
+    """The positions of kept tokens where a job needs them: under RoPE."""
+    return positions if h.rope else None
+
+
+def _name_place(values: Values, h: Header, bad: np.ndarray, positions: np.ndarray | None) -> str:
     lead, token = (int(i) for i in np.argwhere(bad)[0])
     row = widen(values.rows(lead, h.first_tokens + token, 1), h.dtype)[0]
     channel = int(np.nonzero(~np.isfinite(row))[0][0])
     leading = [int(i) for i in np.unravel_index(lead, h.shape[:-2])] if len(h.shape) > 2 else []
-    place = [*leading, h.first_tokens + token, channel][-len(h.shape) :]
+    (place_of_token,) = places_of(positions, lead, np.array([h.first_tokens + token]))
+    place = [*leading, int(place_of_token), channel][-len(h.shape) :]
     count = int(bad.sum())
     return f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf)"
 
@@ -126,7 +137,7 @@ def decode(
     leading: tuple[int, int] | None,
     progress: Progress | None,
 ) -> Any:
-    """``codec.decode`` into host memory: a new tensor, or ``out``."""
+    """``codec.decode`` into host memory: a new tensor, or ``out``; with a keep list the rows that are kept."""
     header = read_header(source)
     kernel = backend_of(backend, "cpu", header)
     wanted, leads = checked_range("tokens", tokens, header.tokens), checked_range("leading", leading, header.leading)
@@ -138,6 +149,46 @@ def decode(
         if damage:
             raise damage_error(damage)
     return result if out is None or in_place else arrays.copied(out, result)
+
+
+def decode_filled(
+    source: Source,
+    backend: str,
+    out: Any,
+    tokens: Bounds | None,
+    leading: Bounds | None,
+    progress: Progress | None,
+    fill: Any,
+) -> Any:
+    """``decode`` of a stream with a keep list into the shape of the whole tensor, with ``fill`` where no token was kept."""
+    header = read_header(source)
+    whole = replace(header, shape=header.whole_shape, keep=None)
+    value = keep.stored_fill(fill, header.dtype)
+    wanted, leads = checked_range("tokens", tokens, whole.tokens), checked_range("leading", leading, header.leading)
+    shape = result_shape(whole, tokens, leading)
+    in_place = out is not None and arrays.fits(out, shape, header.dtype)
+    result, stored = arrays.seen(out) if in_place else arrays.empty(shape, header.dtype, header.numpy)
+    positions = read_positions(source, header, leads)
+    first, last = keep.within(positions, leads, wanted)
+    low, high = int(first.min(initial=header.tokens)), int(last.max(initial=0))
+    stored[...] = value
+    if low < high or (wanted, leads) == ((0, whole.tokens), (0, header.leading)):
+        rows = arrays.view(decode(source, backend, None, (min(low, high), high), leads, progress)).stored
+        for n, place in enumerate(np.ndindex(shape[:-2])):
+            kept = slice(first[n], last[n])
+            at = positions[(leads[0] + n) % len(positions), kept].astype(np.intp) - wanted[0]
+            stored[place][at] = rows[n, first[n] - low : last[n] - low]
+    return result if out is None or in_place else arrays.copied(out, result)
+
+
+def read_positions(source: Source, h: Header, leads: Bounds) -> np.ndarray:
+    """The positions of a stream's kept tokens: uint32 [1 or leading, n]; of other leading indices than ``leads`` zeros."""
+    damage: list[Damage] = []
+    positions = keep.read(source, h, leads, damage)
+    if damage:
+        raise damage_error(damage)
+    assert positions is not None
+    return positions
 
 
 def verify(source: Source, backend: str, progress: Progress | None) -> list[Damage]:
@@ -168,9 +219,10 @@ def _decode_into(
     """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
     damage: list[Damage] = []
     advance = _counter(h, progress)
+    positions = turning(h, keep.read(source, h, leads, damage))
     offsets = centre.read_means(source, h, leads, damage)
     _place(source, h, out, tokens, leads, damage, over_rows=False)
-    for job in _jobs(source, h, out, tokens, leads, offsets):
+    for job in _jobs(source, h, out, tokens, leads, offsets, positions):
         kernel.decode([job], advance)
         damage += _damage_of(job)
     _place(source, h, out, tokens, leads, damage, over_rows=True)
@@ -195,14 +247,20 @@ def _place(
 
 
 def _jobs(
-    source: Source, h: Header, out: Values | None, tokens: tuple[int, int], leads: tuple[int, int], offsets: np.ndarray | None
+    source: Source,
+    h: Header,
+    out: Values | None,
+    tokens: Bounds,
+    leads: Bounds,
+    offsets: np.ndarray | None,
+    positions: np.ndarray | None,
 ) -> Iterator[DecodeJob]:
     """The blocks that hold some tokens of some leading indices, so many at once as are read at once."""
     chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
     for low, high in h.blocks.groups(chunks, leads[1] - leads[0]):
         damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
         payload = h.blocks.read(source, (low, high), leads)
-        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged)
+        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, positions)
 
 
 def _damage_of(job: DecodeJob) -> list[Damage]:
@@ -219,6 +277,8 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     """``codec.decode_together`` into host memory."""
     damage: list[Damage] = []
     headers = [read_header(source) for source in sources]
+    if any(h.keep for h in headers):
+        raise InvalidArgument(f"a stream with a keep list is none that goes into tensors together with others: {KEPT}")
     kernel = backend_of(backend, "cpu", *headers)
     offsets = centre.read_means_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}

@@ -11,6 +11,7 @@ from pqcodec import constants as c
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
+from pqcodec.stages.keep import header_of
 from pqcodec.stream.header import Header
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
@@ -44,6 +45,7 @@ class EncodeOptions:
     effort: str = "fast"
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
     exact_last: int = 0
+    keep: Any = field(default=None, compare=False)  # positions [n] or [..., n] of the tokens that are kept; None: all
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -73,7 +75,7 @@ class EncodeOptions:
             if affine.fields == c.AFFINE_POLAR:
                 style = self.pairing or (self.rope.style if self.rope else "half")
                 affine = replace(affine, pairing=PAIRINGS[style])
-        return Header(
+        header = Header(
             coding=preset.coding,
             dtype=dtype,
             shape=shape,
@@ -89,6 +91,7 @@ class EncodeOptions:
             affine=affine,
             exact_last=self.exact_last,
         )
+        return header if self.keep is None else header_of(header, self.keep)
 
 
 def check_numbers(**values: int) -> None:

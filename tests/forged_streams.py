@@ -19,9 +19,9 @@ from fuzz.shapes import seal_stream
 import pqcodec
 from pqcodec import constants as c
 from pqcodec.codings.declared import Affine
-from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.header import Header, KeepField, RopeField
 from pqcodec.stream.orders import order_for
-from pqcodec.stream.sections import EXACT_VECTORS, OFFSETS
+from pqcodec.stream.sections import EXACT_VECTORS, KEEP, OFFSETS
 
 F16, BF16, F32 = c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32
 # Binary16: infinity, 1 and a subnormal number, with either sign; NaN, the largest, the smallest.
@@ -66,6 +66,9 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-scalar-48-bf16", of_affine(BF16, (4, 5, 48), 3 * 48, 0, Affine(5, 1024, c.AFFINE_SCALE_ZERO), chunk_tokens=10)
     ends: dict[str, Any] = {"exact_tokens": 1, "exact_last": 2, "exceptions": 1, "chunk_tokens": 2}
     yield "v1-any-split-36-exact-last", of_split(BF16, (2, 6, 36), 36 * 2, 11, **ends)
+    rope = RopeField((1 << 63) - 1, c.ROPE_HALF, tuple(k * 0x9E3779B9 % 2**32 for k in range(8)))
+    kept: dict[str, Any] = {"keep": KeepField(2**32, True), "exact_tokens": 1, "exceptions": 1, "chunk_tokens": 2}
+    yield "v1-any-split-16-keep", of_split(F32, (2, 6, 16), 48, 12, offsets=True, rope=rope, **kept)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 
@@ -159,6 +162,10 @@ def forged(header: Header, edited: Any) -> bytes:
         at = place.start + entry * place.entry_bytes
         offsets = np.frombuffer(data, "<u2", header.head_dim, at)
         offsets &= np.where(offsets & 0x7C00 == 0x7C00, 0xBFFF, 0xFFFF).astype(np.uint16)  # finite
+    place = header.places[KEEP]
+    for entry in range(place.entries):  # positions with two zeros between them, and the last one of the tensor
+        least = [3 * i + entry for i in range(header.tokens - 1)]
+        struct.pack_into(f"<{header.tokens}I", data, place.start + entry * place.entry_bytes, *least, header.keep.tokens - 1)
     last = header.leading * header.coded_tokens
     for i, row in enumerate(sorted(rng.sample(range(last), header.exceptions)) if header.exceptions else ()):
         struct.pack_into("<Q", data, header.places[EXACT_VECTORS].start + i * (8 + header.vector_bytes), row)

@@ -27,6 +27,13 @@ def stored(x: torch.Tensor) -> np.ndarray:
     return x.view(torch.int16).numpy().view(np.uint16) if x.element_size() == 2 else x.numpy().view(np.uint32)
 
 
+def decoded(data: bytes, backend: str) -> Any:
+    """The tensor of a stream, or the rows that it keeps of one."""
+    if pqcodec.inspect(data).kept_of is None:
+        return pqcodec.decode(data, backend=backend)
+    return pqcodec.decode_kept(data, backend=backend)[0]
+
+
 def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     """Every preset, dtype, kind of order and section at least once."""
     rng = np.random.default_rng(2502)
@@ -105,6 +112,15 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     ends[0, 4, 1], ends[1, 9, 0] = float("inf"), float("nan")
     yield "v1-quad2.5-64-exact-last", ends, {"preset": "quad2.5", **options}
     yield "v1-int4-20-exact-last", gaussian(2, 3, 20), {"preset": "int4", "exact_tokens": 1, "exact_last": 9}
+    few = [[0, 1, 250, 251, 499], [7, 8, 90, 400, 401]]
+    options = {"center": "rope", "rope": rope, "exact_tokens": 1, "exact_last": 1, "chunk_tokens": 2}
+    yield "v1-pq3-64-keep-each", gaussian(2, 500, 64) + 3, {"keep": few, **options}
+    turned = Rope(theta=1e6, dim=16, style="interleaved", first_position=2**32 - 5)
+    many = [0, *range(2, 21)]
+    options = {"center": "rope", "rope": turned, "chunk_tokens": 128, "keep": many}
+    yield "v1-wu44-32-keep-bitmap", gaussian(2, 21, 32, dtype=torch.bfloat16) + 3, {"preset": "wu44", **options}
+    yield "v1-quad3-64-keep-mean", gaussian(2, 9, 64) + 3, {"preset": "quad3", "center": "mean", "keep": [[3, 8], [0, 4]]}
+    yield "v1-pq2-64-keep-nothing", gaussian(2, 9, 64), {"preset": "pq2", "center": "mean", "keep": []}
 
 
 def born() -> Iterator[tuple[str, bytes]]:
@@ -121,7 +137,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, data in born():
         (FOLDER / f"{name}.pqs").write_bytes(data)
-        np.save(FOLDER / f"{name}.npy", stored(pqcodec.decode(data, backend="reference")))
+        np.save(FOLDER / f"{name}.npy", stored(torch.as_tensor(decoded(data, "reference"))))
         print(f"{name}: {len(data)} bytes")
     HASHES.write_text("".join(f"{line}\n" for line in golden_lines(FOLDER)))
 

@@ -46,10 +46,14 @@ PAPER = pqcodec.encode(np.ones((1, 16), np.float16), preset="paper", seed=0, **R
 QUADS = pqcodec.encode(np.ones((1, 12), np.float16), preset="quad2", seed=0, **REFERENCE)
 ROPE = spec_vectors.rope_stream()  # of 9.4: header to 92, offsets to 104, one exact vector to 124, one block
 NOTHING = pqcodec.encode(np.ones((0, 4), np.float16), preset="pq2", center="mean", seed=0, **REFERENCE)
+FEW = pqcodec.encode(np.ones((2, 99, 4), np.float16), preset="pq2", keep=[[0, 98], [1, 2]], seed=0, **REFERENCE)
+MANY = pqcodec.encode(np.ones((9, 4), np.float16), preset="pq2", keep=[0, 8], seed=0, **REFERENCE)
+OF_KEEP = 64  # where its part of MANY's header begins: to 84, a list to 90
 EXACT = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_tokens=1, seed=0, **REFERENCE)
 LAST = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_last=1, seed=0, **REFERENCE)
 TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinite="exact", seed=0, **REFERENCE)
 OF_ROPE = 64  # where its part of ROPE's header begins
+ONE_DIMENSION = sealed(struct.pack("<7sBI", PLAIN[:7], 1, 76) + struct.pack("<H", 76) + PLAIN[14:48] + MANY[56:80]) + PLAIN[68:]
 
 
 def forged(data: bytes, *edits: tuple[int, str, int]) -> bytes:
@@ -89,7 +93,10 @@ def of_streams() -> Iterator[Case]:
         ("7-states", UNSUPPORTED, forged(PLAIN, (45, "B", 1))),
         ("8-shape", CORRUPT, forged(PLAIN, (7, "B", 4))),
         ("8-rope", CORRUPT, forged(PLAIN, (12, "H", 15))),
+        ("8-keep", CORRUPT, forged(PLAIN, (12, "H", 76))),
         ("9-reserved", UNSUPPORTED, forged(ROPE, (OF_ROPE + 15, "B", 1))),
+        ("9-keep-lists", UNSUPPORTED, forged(MANY, (OF_KEEP + 8, "B", 3))),
+        ("9-keep-reserved", UNSUPPORTED, forged(MANY, (OF_KEEP + 15, "B", 1))),
         ("9-frequencies", CORRUPT, forged(ROPE, (OF_ROPE + 8, "H", 6))),
         ("10-ndim-0", CORRUPT, forged(PLAIN, (7, "B", 0))),
         ("10-head_dim-0", CORRUPT, forged(PLAIN, (56, "Q", 0))),
@@ -105,6 +112,10 @@ def of_streams() -> Iterator[Case]:
         ("10-row_bits-quads-3-bits", CORRUPT, forged(QUADS, (16, "I", 36))),
         ("10-row_bits-quads-11-bits", CORRUPT, forged(QUADS, (16, "I", 68))),
         ("10-row_bits-quads-uneven", CORRUPT, forged(QUADS, (16, "I", 41))),
+        ("10-kept-of-fewer", CORRUPT, forged(MANY, (OF_KEEP, "Q", 1))),
+        ("10-kept-of-too-many", CORRUPT, forged(MANY, (OF_KEEP, "Q", (1 << 32) + 1))),
+        ("10-kept-of-too-many-numbers", CORRUPT, forged(FEW, (48, "Q", 1 << 20), (OF_KEEP + 8, "Q", 1 << 32))),
+        ("10-keep-of-one-dimension", CORRUPT, ONE_DIMENSION),
         ("10-chunk_tokens-0", CORRUPT, forged(PLAIN, (20, "I", 0))),
         ("10-chunk_tokens-4097", CORRUPT, forged(PLAIN, (20, "I", 4097))),
         ("10-exceptions", CORRUPT, forged(PLAIN, (28, "I", 2))),
@@ -129,6 +140,12 @@ def of_streams() -> Iterator[Case]:
         ("13-checksum-of-exact-last-tokens", CORRUPT, other(LAST, 68, b"\1")),
         ("13-checksum-of-exact-vectors", CORRUPT, other(ROPE, 112, b"\1")),
         ("13-checksum-of-a-block", CORRUPT, other(PLAIN, 68, b"\0")),
+        ("13-checksum-of-keep-list", CORRUPT, other(MANY, 84, b"\3")),
+        ("13-keep-list-of-more", CORRUPT, other(MANY, 84, b"\3\1", slice(84, 90))),
+        ("13-keep-list-beyond", CORRUPT, other(MANY, 84, b"\1\2", slice(84, 90))),
+        ("13-keep-list-twice", CORRUPT, other(FEW, 92, bytes(8), slice(92, 104))),
+        ("13-keep-list-descends", CORRUPT, other(FEW, 92, b"\5\0\0\0\4", slice(92, 104))),
+        ("13-keep-list-of-numbers-beyond", CORRUPT, other(FEW, 96, b"\x63", slice(92, 104))),
         ("13-offset-infinite", CORRUPT, other(ROPE, 92, b"\0\x7c", slice(92, 104))),
         ("13-row-beyond", CORRUPT, other(ROPE, 104, b"\3", slice(104, 124))),
         ("13-row-twice", CORRUPT, other(TWO, 84, b"\0", slice(68, 104))),
@@ -136,6 +153,8 @@ def of_streams() -> Iterator[Case]:
     ]:
         yield f"3.3-{name}", error, data
     for name, data in (("split", PLAIN), ("paper", PAPER), ("quads", QUADS), ("rope", ROPE), ("no-tokens", NOTHING)):
+        yield f"3.3-0-{name}", SOUND, data
+    for name, data in (("keep-few", FEW), ("keep-many", MANY)):
         yield f"3.3-0-{name}", SOUND, data
     yield "3.3-0-exact-last-beyond", SOUND, forged(LAST, (46, "H", 65535), (48, "Q", 1))[:-8]
     yield "3.3-0-passed-over", SOUND, forged(PLAIN, (6, "B", 2), (40, "h", -112), (42, "h", 117))

@@ -373,6 +373,34 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
 
 
+def behind_shape(data: bytes) -> tuple[int, int]:
+    """Where the header has the 16 bytes of 17.1, and those of RoPE."""
+    at = 48 + 8 * data[7] + (data[12] & 16)
+    return at, at + (16 if data[12] & 64 else 0)
+
+
+def keep_lists(data: bytes) -> tuple[int, int, int, int]:
+    """n, T, the number of lists of kept tokens, 0 if there are none, and the bytes of each without its checksum (17)."""
+    ndim, at = data[7], behind_shape(data)[0]
+    if not data[12] & 64:
+        return 0, 0, 0, 0
+    shape, (tokens, each) = struct.unpack_from(f"<{ndim}Q", data, 48), struct.unpack_from("<QB", data, at)
+    size = min(4 * shape[-2], -(-tokens // 8))
+    return shape[-2], tokens, (math.prod(shape[:-2]) if each == 2 else 1) if shape[-2] else 0, size
+
+
+def positions(data: bytes) -> list[list[int]]:
+    """The positions of the kept tokens, of each list; some of a list that is none."""
+    n, _, lists, size = keep_lists(data)
+    (at,) = struct.unpack_from("<I", data, 8)
+    found = []
+    for i in range(lists):
+        body = data[at + i * (size + 4) : at + i * (size + 4) + size]
+        bits = int.from_bytes(body, "little")
+        found.append([t for t in range(8 * size) if bits >> t & 1] if size < 4 * n else list(struct.unpack(f"<{n}I", body)))
+    return found
+
+
 def ends(data: bytes) -> tuple[int, int]:
     """E and X of 3.1: exact tokens at both ends."""
     (exact,), (last,) = struct.unpack_from("<I", data, 24), struct.unpack_from("<H", data, 46)
@@ -390,6 +418,9 @@ def sections(data: bytes) -> Iterator[tuple[int, int]]:
     vector = head_dim * (4 if dtype == 3 else 2)
     kept, last = ends(data)
     yield 1, size
+    _, _, lists, list_bytes = keep_lists(data)
+    if lists:
+        yield lists, list_bytes + 4
     if flags & 1:
         yield leading, 2 * head_dim + 4
     if kept:
@@ -425,19 +456,31 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 31 or linear or any(data[44:46]):
+    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags & ~95 or linear or any(data[44:46]):
         return "unsupported"
-    if (coding > 3) != (flags >= 16):
+    if (coding > 3) != bool(flags & 16):
         return "unsupported"
     end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
     affine = end if coding > 3 else 0
     end += 16 if affine else 0
+    keep = end if flags & 64 else 0
+    end += 16 if keep else 0
     if len(body) < end + (16 if rope else 0):
         return "corrupt"
     group, channels_of, kind, place, pairs, angle_bits = (
         struct.unpack_from("<IIBBBB", body, affine) if affine else (1, 1, 1, 0, 0, 0)
     )
-    if not group or not channels_of or kind not in (1, 2, 3) or place or pairs > 2 or (affine and any(body[end - 4 : end])):
+    if (
+        not group
+        or not channels_of
+        or kind not in (1, 2, 3)
+        or place
+        or pairs > 2
+        or (affine and any(body[affine + 12 : affine + 16]))
+    ):
+        return "unsupported"
+    whole, lists = struct.unpack_from("<QB", body, keep) if keep else (0, 1)
+    if lists not in (1, 2) or (keep and any(body[keep + 9 : keep + 16])):
         return "unsupported"
     shape = struct.unpack_from(f"<{ndim}Q", body, 48)
     position, channels, pairing = struct.unpack_from("<QHB", body, end) if rope else (0, 2, 1)
@@ -463,9 +506,11 @@ def refusal(data: bytes) -> str:
         -112 <= exponents[0] <= 111,
         -125 <= exponents[1] <= 117,
         not rope or flags & 1,
+        not keep or ndim > 1,
+        not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
         not flags & 8 if coding in (2, 4, 5) else flags & 8 or coding == 1,
-        size == 52 + 8 * ndim + (16 if affine else 0) + (16 + 2 * channels if rope else 0),
+        size == 52 + 8 * ndim + (16 if affine else 0) + (16 if keep else 0) + (16 + 2 * channels if rope else 0),
     ]
     if not all(ranges):
         return "corrupt"
@@ -482,7 +527,11 @@ def damage(data: bytes) -> str:
     cuts = [0, *itertools.accumulate(blocks(data))]
     if not all(holds(data[start:end]) for start, end in itertools.pairwise(cuts)):
         return "a checksum does not hold"
-    at = size
+    n, whole, lists, list_bytes = keep_lists(data)
+    for kept in positions(data):
+        if len(kept) != n or kept != sorted(set(kept)) or not all(t < whole for t in kept):
+            return "a keep list is none"
+    at = size + lists * (list_bytes + 4)
     for _ in range(leading if flags & 1 else 0):
         if not np.isfinite(np.frombuffer(data, "<f2", shape[-1], at)).all():
             return "an offset is not finite"
@@ -502,7 +551,7 @@ def order_seal(data: bytes) -> int:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The tensor of a stream as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
+    """The tensor of a stream, of its kept tokens, as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
     if error := refusal(data):
         raise ValueError(f"the stream is {error}")
     if error := damage(data):
@@ -514,7 +563,7 @@ def decode(data: bytes) -> np.ndarray:
     leading = math.prod(shape[:-2])
     first_position, pairing, frequencies = 0, 1, ()
     if flags & 2:
-        behind = 48 + 8 * ndim + (flags & 16)
+        behind = behind_shape(data)[1]
         first_position, channels, pairing = struct.unpack_from("<QHB", data, behind)
         frequencies = struct.unpack_from(f"<{channels // 2}I", data, behind + 16)
     order = next(n for n in ORDERS if n >= head_dim)
@@ -522,7 +571,8 @@ def decode(data: bytes) -> np.ndarray:
     (kept, last), row_bytes = ends(data), -(-row_bits // 8)
     coded = tokens - kept - last
     out = np.zeros((leading, tokens, head_dim), kind)
-    at = size
+    kept_at = positions(data)
+    at = size + sum(count * each for count, each in list(sections(data))[1:2] if kept_at)
 
     def take(count: int) -> bytes:
         nonlocal at
@@ -561,6 +611,7 @@ def decode(data: bytes) -> np.ndarray:
                     if flags & 1:
                         token = kept + first + i
                         offset = offsets[lead]
+                        token = kept_at[lead % len(kept_at)][token] if kept_at else token
                         y = y + (turned(offset, first_position + token, pairing, frequencies) if flags & 2 else offset)
                 out[lead, kept + first + i] = narrow(y, dtype)
     for place in range(0, len(records), 8 + head_dim * kind.itemsize):

@@ -16,7 +16,7 @@ from pqcodec.formats import PQKVAppender, PQKVWriter
 
 ALTERNATING = np.array([(-1) ** i * (i + 1) for i in range(12)], np.float32)
 REFERENCE = {"backend": "reference"}
-FIXED = [(16, "magic .. radius_bits, linear"), (16, "row_bits .. exceptions"), (16, "seed .. reserved")]
+FIXED = [(16, "magic .. radius_bits, linear"), (16, "row_bits .. exceptions"), (16, "seed .. exact_last")]
 SPLIT_NOTES = [*FIXED, (16, "shape"), (4, "checksum"), (8, "the block")]
 ROPE_NOTES = [
     *FIXED,
@@ -113,6 +113,40 @@ def rope_trace(data: bytes) -> list[str]:
             unit[i] = 1
             cos, sin = (float(x) for x in second.turned(unit, first_position + token, pairing, frequencies)[[i, i + 2]])
             lines.append(f"    {token:>5} {i:>4} {phase:>5} {cos:<19.9g} {sin:<19.9g} {turned[i]:.9g}, {turned[i + 2]:.9g}")
+    return lines
+
+
+# -- 17.3: a stream of kept tokens -------------------------------------------------------------------------------
+KEEP_NOTES = [
+    *FIXED,
+    (16, "shape"),
+    (16, "tokens, lists, reserved"),
+    (16, "first_position, channels, pairing, reserved"),
+    (12, "frequencies, checksum"),
+    (5, "tokens 0, 3 and 4, checksum"),
+    (12, "offsets, checksum"),
+    (22, "the block"),
+]
+
+
+def keep_stream() -> bytes:
+    """Three of five vectors of four float16 numbers."""
+    x = np.array([[3, -1, 2, 0.5], [9, 9, 9, 9], [9, 9, 9, 9], [2.5, 1, 1, 1], [-2, 2.5, 1, 3]], np.float16)
+    rope = pqcodec.Rope(theta=100.0, first_position=70000)
+    return pqcodec.encode(x, preset="pq3", center="rope", rope=rope, keep=[0, 3, 4], seed=0, **REFERENCE)
+
+
+def keep_trace(data: bytes) -> list[str]:
+    """Of each kept token its position, the phase of each pair, and the offsets that are added."""
+    first_position, channels, pairing = struct.unpack_from("<QHB", data, 80)
+    frequencies = struct.unpack_from(f"<{channels // 2}I", data, 96)
+    offset = np.frombuffer(data, "<f2", 4, 113).astype(np.float32)
+    lines = ["    row token position phases       offsets"]
+    for row, token in enumerate(second.positions(data)[0]):
+        position = first_position + token
+        turned = ", ".join(f"{x:.9g}" for x in second.turned(offset, position, pairing, frequencies))
+        phases = ", ".join(f"{position * frequency // 2**16 % 2**16:>5}" for frequency in frequencies)
+        lines.append(f"    {row:>3} {token:>5} {position:>8} {phases}  {turned}")
     return lines
 
 

@@ -23,9 +23,12 @@ Edits = list[tuple[int, str, int]]  # (byte, type, value)
 
 @cache
 def stream(kind: str) -> bytes:
-    """A small stream [2, 3, 64] of a preset, or of pq3 with RoPE."""
-    options = {"preset": "pq3", "center": "rope", "rope": Rope()} if kind == "rope" else {"preset": kind}
-    return pqcodec.encode(np.ones((2, 3, 64), np.float32), **options, **REFERENCE)
+    """A small stream [2, 3, 64] of a preset, or of pq3 with RoPE or kept tokens."""
+    turned = {"center": "rope", "rope": Rope()}
+    options = {"rope": turned, "keep": {"keep": [0, 2]}, "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned}}
+    return pqcodec.encode(
+        np.ones((2, 3, 64), np.float32), **{"preset": "pq3", **options.get(kind, {"preset": kind})}, **REFERENCE
+    )
 
 
 def forged(kind: str, edits: Edits, *, sealed: bool = True) -> bytes:
@@ -41,6 +44,7 @@ def forged(kind: str, edits: Edits, *, sealed: bool = True) -> bytes:
 VERSION, CODING, NDIM, SIZE, FLAGS, ROW_BITS = (4, "B", 9), (5, "B", 9), (7, "B", 0), 8, 12, (16, "I", 1)
 RESERVED, PAIRING = (ROPE + 11, "B", 1), (ROPE + 10, "B", 3)
 AFFINE = 48 + 3 * 8  # where their part of the header begins
+KEEP = 48 + 3 * 8  # likewise, of pq3
 RESERVED_FIELDS = ((0, "I", 0), (4, "I", 0), (8, "B", 0), (8, "B", 4), (9, "B", 1), (10, "B", 3), (12, "I", 1), (15, "B", 1))
 OTHER_FIELDS = ((0, "I", 4097), (0, "I", 100), (4, "I", 1), (4, "I", 64), (8, "B", 1), (8, "B", 2), (10, "B", 0), (11, "B", 0))
 FIRST_WRONG = [  # by step: what is wrong there, and after it
@@ -64,6 +68,12 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (8, forged("pq3", [(7, "B", 9)]), CorruptStream),
     (8, forged("wu44", [(7, "B", 5)]), CorruptStream),
     (8, forged("pq3", [(FLAGS, "H", 11)]), CorruptStream),
+    (8, forged("pq3", [(FLAGS, "H", 76)]), CorruptStream),
+    *[(9, forged("keep", [(KEEP + at, "B", n), ROW_BITS]), UnsupportedStream) for at, n in ((8, 0), (8, 3), (9, 1), (15, 1))],
+    *[(10, forged("keep", [(KEEP, "Q", n)]), CorruptStream) for n in (1, (1 << 32) + 1, 1 << 63)],
+    (10, forged("keep", [(48, "Q", 1 << 11), (KEEP, "Q", 1 << 32)]), CorruptStream),
+    (12, forged("keep", [(KEEP, "Q", 33)]), TruncatedStream),
+    (12, forged("keep", [(KEEP + 8, "B", 2)]), TruncatedStream),
     (9, forged("rope", [RESERVED, PAIRING, ROW_BITS, (ROPE + 8, "H", 66)]), UnsupportedStream),
     (9, forged("rope", [(ROPE + 8, "H", 66)]), CorruptStream),
     *[(9, forged("wu44", [(AFFINE + at, form, n), ROW_BITS]), UnsupportedStream) for at, form, n in RESERVED_FIELDS],
@@ -106,7 +116,7 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     ("data", "error"), [case[1:] for case in FIRST_WRONG], ids=[f"{n}, step {case[0]}" for n, case in enumerate(FIRST_WRONG)]
 )
 def test_the_first_thing_that_is_wrong_makes_the_error(data: bytes, error: type[PQError]) -> None:
-    for read in (pqcodec.decode, pqcodec.verify):
+    for read in (pqcodec.decode, pqcodec.decode_kept, pqcodec.verify):
         with pytest.raises(PQError) as caught:
             read(data, **REFERENCE)
         assert caught.type is error, caught.value
@@ -150,7 +160,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
 
 
-@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4"])
+@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "keep", "keep each"])
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
     kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
     size = struct.unpack_from("<I", stream(kind), 8)[0]

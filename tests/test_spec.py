@@ -208,6 +208,15 @@ def test_the_worked_example_of_pair_polar_coding_holds() -> None:
     assert second_decoder.decode(stream).view(np.float32).tolist() == pqcodec.decode(stream).tolist()
 
 
+def test_the_worked_example_of_kept_tokens_holds() -> None:
+    lines, trace = example("### 17.3 Example")
+    stream = vectors.keep_stream()
+    assert (lines, trace) == ("\n".join(vectors.hex_lines(stream, vectors.KEEP_NOTES)), "\n".join(vectors.keep_trace(stream)))
+    rows, positions = pqcodec.decode_kept(stream)
+    assert positions.tolist() == second_decoder.positions(stream)[0] == [0, 3, 4]
+    assert second_decoder.decode(stream).view(np.float16).tolist() == rows.tolist()
+
+
 def test_the_worked_example_of_scalar_coding_holds() -> None:
     (lines,) = example("### 15.1 Example")
     stream = vectors.affine_stream("int4")

@@ -84,13 +84,13 @@ class StreamPart:
     tokens: int
     open: Callable[[bool], Source]  # argument: whether all of the stream is wanted; it is then read at once
 
-    def decode(self, whole: bool, **options: Any) -> Any:
+    def decode(self, whole: bool, verb: Callable[..., Any] = codec.decode, **options: Any) -> Any:
         """The decoded tensor; ``whole``: all of the stream is read, and its order seal checked too.
 
-        ``options`` and errors are those of ``codec.decode``; raises CorruptStream where the order seal does not hold.
+        ``options``, result and errors are those of ``verb``; raises CorruptStream where the order seal does not hold.
         """
         source = self.open(whole)
-        decoded = codec.decode(source, **options)
+        decoded = verb(source, **options)
         if whole and (problem := order_problem(source)):
             raise CorruptStream(problem)
         return decoded
@@ -247,6 +247,7 @@ class TensorFile(ABC):
         device: Any = None,
         backend: str = "auto",
         out: Any = None,
+        fill: Any = None,
         progress: codec.Progress | None = None,
     ) -> Any:
         """The tensor ``name``; arguments, result and errors as of ``pqcodec.decode``.
@@ -256,7 +257,7 @@ class TensorFile(ABC):
         entry = self.entry(name)
         with self._named(name):
             if entry.coded:
-                options = {"device": device, "backend": backend, "leading": leading, "progress": progress}
+                options = {"device": device, "backend": backend, "leading": leading, "fill": fill, "progress": progress}
                 parts = self._streams(name)
                 if len(parts) == 1:
                     return parts[0].decode(tokens is None and leading is None, tokens=tokens, out=out, **options)
@@ -270,6 +271,18 @@ class TensorFile(ABC):
             if out is not None:
                 return arrays.copied(out, x)
             return x if device is None else arrays.to_device(x, device)
+
+    def decode_kept(self, name: str, *, leading: tuple[int, int] | None = None, backend: str = "auto") -> tuple[Any, Any]:
+        """The rows that are there of a coded tensor, and their positions; arguments, result and errors as of the core's verb.
+
+        Raises InvalidArgument where the tensor is kept exactly, or has grown: then all of its tokens are there.
+        """
+        entry = self.entry(name)
+        with self._named(name):
+            parts = self._streams(name) if entry.coded else []
+            if len(parts) != 1:
+                raise InvalidArgument("is not one stream, which alone may hold some of a tensor's tokens; use decode()")
+            return parts[0].decode(leading is None, codec.decode_kept, leading=leading, backend=backend)  # type: ignore[no-any-return]
 
     def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Findings:
         """Check every byte and return the damage as (tensor or None, what); an empty list means that the file is sound.

@@ -320,9 +320,15 @@ class Assembly:
         stack, room = self._stacks.get((group.path, group.layers), (None, None))
         if room is not None and tokens is None and self._waiting is not None:
             stream = file.bare_stream(name)
-            if stream is not None and arrays.holds(room, (header := read_header(stream)).shape, header.dtype, row.start):
+            if (
+                stream is not None
+                and arrays.holds(room, (header := read_header(stream)).shape, header.dtype, row.start)
+                and header.keep is None
+            ):
                 self._waiting.append((MemorySource(stream.read(0, stream.size), header), stack, row.start))  # outlives the file
                 return
+        if file.entry(name).coded and file.inspect(name).kept_of is not None:
+            raise CorruptStream(f"{file.label}: {name} holds only some tokens, and blocks hold all of theirs")
         if stack is not None and is_torch(stack):
             file.decode(name, tokens=tokens, backend=self._backend, out=stack[..., span, :])
             return

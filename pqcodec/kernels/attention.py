@@ -22,7 +22,7 @@ from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument
-from pqcodec.kernels.job import Backend, DecodeJob
+from pqcodec.kernels.job import Backend, DecodeJob, places_of
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
@@ -106,6 +106,7 @@ class CodedTokens:
     chunks: Bounds
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     exact: ExactRows  # those of the job's tokens
+    positions: np.ndarray | None = None  # as in a ``DecodeJob``
 
     def within(self, tokens: Bounds) -> CodedTokens:
         """The blocks that hold some of these tokens of the tensor."""
@@ -275,7 +276,7 @@ def decoded_rows(coded: CodedTokens, tokens: Bounds, kernel: Backend, damage: li
     out = np.empty((h.leading, tokens[1] - tokens[0], h.head_dim), np.float32)
     damaged = np.zeros((coded.chunks[1] - coded.chunks[0], h.leading), np.bool_)
     places = coded.chunks[0], coded.chunks[1], 0, h.leading
-    kernel.decode([DecodeJob(h, coded.payload, *places, *tokens, coded.offsets, values_of(out), damaged)])
+    kernel.decode([DecodeJob(h, coded.payload, *places, *tokens, coded.offsets, values_of(out), damaged, coded.positions)])
     damage += [block_damage(h, coded.chunks[0] + int(chunk), int(lead)) for chunk, lead in np.argwhere(damaged)]
     exact = coded.exact.within(tokens)
     out[exact.leads, exact.tokens - tokens[0]] = exact.vectors
@@ -345,8 +346,6 @@ def block_damage(h: Header, chunk: int, lead: int) -> Damage:
 def offsets_of_rows(coded: CodedTokens, chunk: int, lead: int, rows: Bounds) -> np.ndarray:
     """The offsets of some rows of a block, float64 [n, head_dim]."""
     assert coded.offsets is not None
-    h, offset, (low, high) = coded.header, coded.offsets[lead], rows
-    if h.rope is None:
-        return np.repeat(offset[None].astype(np.float64), high - low, 0)
-    phases = centre.phases(h.rope, h.first_tokens + h.blocks.first_token(chunk) + low, high - low)
-    return centre.turn(offset, *phases, h.rope).astype(np.float64)
+    tokens = coded.header.first_tokens + coded.header.blocks.first_token(chunk) + np.arange(*rows)
+    places = places_of(coded.positions, lead, tokens)
+    return centre.offset_at(coded.header.rope, coded.offsets[lead], places).astype(np.float64)

@@ -29,6 +29,11 @@ def sampled(values: Values, h: Header) -> tuple[Values, int, int]:
     return replace(coded, stride=step * values.stride), -(-h.coded_tokens // step), step
 
 
+def places_of(positions: np.ndarray | None, lead: int, tokens: np.ndarray) -> np.ndarray:
+    """Where some tokens of a leading index stand for RoPE: whole numbers [n]. ``positions``: as in a ``DecodeJob``."""
+    return tokens if positions is None else positions[lead % len(positions), tokens]
+
+
 @dataclass(frozen=True)
 class EncodeJob:
     """Encode every block of a stream."""
@@ -40,6 +45,7 @@ class EncodeJob:
     bad: np.ndarray  # bool [leading, coded tokens], to be filled: vectors with NaN or Inf, coded as zeros
     effort: str = "fast"  # of the search for the best code, where the coding has one: an ``EncodeOptions.effort``
     advance: Callable[[int], None] = nobody  # called with the number of blocks just done
+    positions: np.ndarray | None = None  # uint32 [1 or leading, tokens]: those of kept tokens, which RoPE asks for
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class DecodeJob:
     offsets: np.ndarray | None  # float32 [leading, head_dim]
     out: Values | None  # [last_lead - first_lead, last_token - first_token, head_dim]
     damaged: np.ndarray  # bool [chunks, leads], to be filled
+    positions: np.ndarray | None = None  # uint32 [1 or leading, tokens]: those of kept tokens, which RoPE asks for
 
     def block(self, chunk: int, lead: int) -> np.ndarray:
         """Bytes of a block with its checksum."""
@@ -95,8 +102,11 @@ class Backend(Protocol):
         """Whether it codes streams of such a header."""
         ...
 
-    def means(self, values: Values, header: Header) -> np.ndarray:
-        """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
+    def means(self, values: Values, header: Header, positions: np.ndarray | None = None) -> np.ndarray:
+        """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim].
+
+        ``positions`` as in an ``EncodeJob``.
+        """
         ...
 
     def encode(self, job: EncodeJob) -> None:

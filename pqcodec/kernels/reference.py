@@ -13,7 +13,7 @@ from pqcodec import constants as c
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.codings.registry import CODINGS
 from pqcodec.kernels import attention
-from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, places_of, sampled
 from pqcodec.stages import centre, rotation
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
@@ -76,12 +76,14 @@ class Reference:
         """Whether this backend codes streams of such a header."""
         return header.coding in CODINGS
 
-    def means(self, values: Values, header: Header) -> np.ndarray:
+    def means(self, values: Values, header: Header, positions: np.ndarray | None = None) -> np.ndarray:
         """Means of the ``sampled`` tokens: float64 [leading, head_dim]; see ``kernels.job.Backend``."""
         picked, count, step = sampled(values, header)
-        turns = centre.phases(header.rope, header.first_tokens, count, step) if header.rope else None
+        tokens, turns = header.first_tokens + step * np.arange(count), None
         total = np.zeros((header.leading, header.head_dim))
         for lead in range(header.leading if count else 0):
+            if header.rope and (positions is not None or not lead):
+                turns = centre.phases_at(header.rope, places_of(positions, lead, tokens))
             x = widen(picked.rows(lead, 0, count), header.dtype)
             x[~np.isfinite(x).all(1)] = 0
             back = centre.turn_back(x, *turns, header.rope) if turns and header.rope else x.astype(np.float64)
@@ -100,7 +102,7 @@ class Reference:
                 x[~finite] = np.nan if h.affine else 0
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):
-                        x[finite] -= self._offset(job.offsets[lead], h, first, tokens)[finite]
+                        x[finite] -= self._offset(job, lead, first, tokens)[finite]
                     x = np.clip(x, -c.LARGEST_FINITE[c.DTYPE_FLOAT32], c.LARGEST_FINITE[c.DTYPE_FLOAT32])
                 body = encode_block(x, plan, h.radius_exponent, job.effort)
                 start = h.blocks.place(chunk, lead) - h.payload_start
@@ -130,7 +132,7 @@ class Reference:
                 first = h.first_tokens + chunk * h.chunk_tokens + low
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):
-                        x = x + self._offset(job.offsets[lead], h, first, high - low)
+                        x = x + self._offset(job, lead, first, high - low)
                 job.out.rows(lead - job.first_lead, first - job.first_token, high - low)[:] = narrow(x, h.dtype)
             advance(job.last_lead - job.first_lead)
 
@@ -143,8 +145,8 @@ class Reference:
         return attention.attend_to_coded(job)
 
     @staticmethod
-    def _offset(offset: np.ndarray, h: Header, first: int, tokens: int) -> np.ndarray:
-        """The offset at tokens first .. first+tokens-1: float32 [tokens or 1, head_dim]."""
-        if h.rope is None:
-            return np.repeat(offset[None, :], tokens, axis=0)
-        return centre.turn(offset, *centre.phases(h.rope, first, tokens), h.rope)
+    def _offset(job: EncodeJob | DecodeJob, lead: int, first: int, tokens: int) -> np.ndarray:
+        """The offset at tokens first .. first+tokens-1: float32 [tokens, head_dim]."""
+        assert job.offsets is not None
+        places = places_of(job.positions, lead, first + np.arange(tokens))
+        return centre.offset_at(job.header.rope, job.offsets[lead], places)

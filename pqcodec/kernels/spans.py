@@ -90,7 +90,7 @@ class Span:
             stride=self.stride,
             starts=starts_at,
             position=h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0,
-            offsets_at=h.header_bytes,
+            offsets_at=h.places[sections.OFFSETS].start,
             exact_at=h.places[sections.EXACT_TOKENS].start,
         )
 
@@ -132,7 +132,7 @@ class Group:
     def _words(h: Header) -> int:
         """32-bit words of the longest run of bytes that one checksum covers."""
         block = h.blocks.size_of(min(h.chunk_tokens, max(h.coded_tokens, 1)))
-        sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads)
+        sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads(h))
         return -(-max(block, h.header_bytes, *sides) // 4)
 
     def _firsts(self, counts: list[int]) -> np.ndarray:

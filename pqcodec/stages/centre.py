@@ -120,8 +120,12 @@ def phase_pairs() -> np.ndarray:
 
 def phases(rope: RopeField, first_token: int, tokens: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """cos, sin of every ``step``-th token and each channel pair: float32 [tokens, channels / 2] each (SPEC 9.2)."""
-    first = rope.first_position % (1 << c.PHASE_BITS) + first_token
-    position = np.uint64(first) + np.arange(tokens, dtype=np.uint64) * np.uint64(step)
+    return phases_at(rope, np.uint64(first_token) + np.arange(tokens, dtype=np.uint64) * np.uint64(step))
+
+
+def phases_at(rope: RopeField, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of any tokens, whole numbers [tokens]."""
+    position = np.uint64(rope.first_position % (1 << c.PHASE_BITS)) + tokens.astype(np.uint64)
     turns = position[:, None] * np.array(rope.frequencies, np.uint64)[None, :]
     phase = (turns >> np.uint64(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)) & np.uint64(0xFFFF)
     return phase_cosines(phase.astype(np.intp))
@@ -149,6 +153,13 @@ def turn(offset: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) 
     turned[:, p] = offset[p] * cos - offset[q] * sin
     turned[:, q] = offset[p] * sin + offset[q] * cos
     return turned
+
+
+def offset_at(rope: RopeField | None, offset: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """An offset [head_dim] at some tokens, whole numbers [n]: float32 [n, head_dim]."""
+    if rope is None:
+        return np.repeat(offset[None], len(tokens), 0)
+    return turn(offset, *phases_at(rope, tokens), rope)
 
 
 def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pqcodec.stages import exact
+from pqcodec.stages import exact, keep
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
 from pqcodec.stream.report import Damage
@@ -26,9 +26,10 @@ Place = Callable[[Source, Header, Values | None, tuple[int, int], tuple[int, int
 class Kept:
     """What an encoder on the host keeps beside the coded rows."""
 
-    values: Values  # the tensor
+    values: Values  # the tensor, or what is kept of it
     halves: np.ndarray  # float16 [leading, head_dim]: stored offsets, or [leading, 0]
     rows: np.ndarray  # int64 [n]: rows of exact vectors
+    positions: np.ndarray  # uint32 [1 or leading, n]: keep lists, or [0, 0]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class Stage:
 
     section: SideSection
     bodies: Callable[[Header, Kept], Iterable[bytes]]  # one an entry
-    place: Place | None = None  # check the section, and copy it into the result; None: the kernels add it
+    place: Place | None = None  # check the section, and copy it into the result; None: kernels need it
     over_rows: bool = False  # whether ``place`` overwrites what rows decode to, and so comes after them
 
 
 STAGES = (
+    Stage(sections.KEEP, lambda h, kept: keep.bodies(h, kept.positions)),
     Stage(sections.OFFSETS, lambda h, kept: (half.astype("<f2").tobytes() for half in kept.halves)),
     Stage(sections.EXACT_TOKENS, lambda h, kept: exact.first_bodies(h, kept.values), exact.place_first),
     Stage(sections.EXACT_LAST, lambda h, kept: exact.last_bodies(h, kept.values), exact.place_last),

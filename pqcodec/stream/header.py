@@ -40,6 +40,14 @@ class RopeField:
 
 
 @dataclass(frozen=True)
+class KeepField:
+    """What a stream of kept tokens says of the tensor that they are of (SPEC 17)."""
+
+    tokens: int  # of the whole tensor
+    each: bool  # whether each leading index keeps tokens of its own
+
+
+@dataclass(frozen=True)
 class Header:
     """Everything a decoder must know about a tensor [..., tokens, head_dim]."""
 
@@ -60,6 +68,7 @@ class Header:
     rounds: int = 1  # of the rotation (SPEC 5.3); new streams of split coding have two, those of some codings none
     affine: Affine | None = None  # what groups of numbers share
     exact_last: int = 0
+    keep: KeepField | None = None  # with it ``shape`` is that of the kept tokens
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -76,6 +85,11 @@ class Header:
     def tokens(self) -> int:
         """The dimension before the last; 1 for a tensor of one dimension."""
         return self.shape[-2] if len(self.shape) > 1 else 1
+
+    @cached_property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that was encoded: ``shape``, or with a keep list that with all tokens."""
+        return (*self.shape[:-2], self.keep.tokens, self.head_dim) if self.keep else self.shape
 
     @cached_property
     def leading(self) -> int:
@@ -125,7 +139,13 @@ class Header:
         """Size of the header, its checksum included."""
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         affine = c.AFFINE_STRUCT.size if self.affine else 0
-        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + rope + c.CHECKSUM_BYTES
+        keep = c.KEEP_STRUCT.size if self.keep else 0
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + keep + rope + c.CHECKSUM_BYTES
+
+    @cached_property
+    def keep_bitmap(self) -> bool:
+        """Whether keep lists are bitmaps of all tokens, which then are smaller than 4 bytes a kept one."""
+        return self.keep is not None and -(-self.keep.tokens // 8) < 4 * self.tokens
 
     @cached_property
     def row_bytes(self) -> int:
@@ -171,7 +191,7 @@ class Header:
     def to_bytes(self) -> bytes:
         """The header as it stands in the stream (SPEC 3.1), with its checksum."""
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
-        flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine)
+        flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine) | c.FLAG_KEEP * bool(self.keep)
         fixed = c.HEADER_STRUCT.pack(
             c.STREAM_MAGIC,
             c.STREAM_VERSION,
@@ -198,6 +218,8 @@ class Header:
             one = self.affine
             numbers = (one.tokens, one.channels, one.fields, c.AFFINE_IN_BLOCKS, one.pairing, one.angle_bits)
             body += c.AFFINE_STRUCT.pack(*numbers, bytes(4))
+        if self.keep:
+            body += c.KEEP_STRUCT.pack(self.keep.tokens, c.KEEP_EACH if self.keep.each else c.KEEP_SHARED, bytes(7))
         if self.rope:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
@@ -216,7 +238,7 @@ class Header:
         return _checked(bytes(data[:size]))
 
     def with_tokens(self, tokens: int) -> Header:
-        """The same header for another number of tokens."""
+        """The same header for another number of tokens; with a keep list of kept ones."""
         return replace(self, shape=(*self.shape[:-2], tokens, self.shape[-1]))
 
 
@@ -285,15 +307,18 @@ def _parse(body: bytes) -> Header:
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = None
+    rope = affine = keep = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
-        fields = (c.AFFINE_STRUCT.size if flags & c.FLAG_AFFINE else 0), (c.ROPE_STRUCT.size if flags & c.FLAG_ROPE else 0)
-        if len(body) < end + sum(fields):
+        parts = {c.FLAG_AFFINE: c.AFFINE_STRUCT, c.FLAG_KEEP: c.KEEP_STRUCT, c.FLAG_ROPE: c.ROPE_STRUCT}
+        if len(body) < end + sum(part.size for flag, part in parts.items() if flags & flag):
             raise CorruptStream(f"header: size {size} announced, which is too small for what its flags announce")
         if flags & c.FLAG_AFFINE:
             affine = _affine(body, end)
             end += c.AFFINE_STRUCT.size
+        if flags & c.FLAG_KEEP:
+            keep = _keep(body, end)
+            end += c.KEEP_STRUCT.size
         if flags & c.FLAG_ROPE:
             first, channels, pairing, rope_reserved = c.ROPE_STRUCT.unpack_from(body, end)
             if any(rope_reserved):
@@ -318,6 +343,7 @@ def _parse(body: bytes) -> Header:
             rounds=2 if flags & c.FLAG_TWO_ROUNDS else min(DECLARED[coding].rounds[0], 1),
             affine=affine,
             exact_last=exact_last,
+            keep=keep,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
@@ -343,6 +369,14 @@ def _affine(body: bytes, at: int) -> Affine:
     return Affine(tokens, channels, fields, pairing, angle_bits)
 
 
+def _keep(body: bytes, at: int) -> KeepField:
+    """The keep list's field from its bytes; raises UnsupportedStream and struct.error."""
+    tokens, lists, reserved = c.KEEP_STRUCT.unpack_from(body, at)
+    if lists not in (c.KEEP_SHARED, c.KEEP_EACH) or any(reserved):
+        raise UnsupportedStream("header: the keep list is such as this release does not know: install a newer pqcodec")
+    return KeepField(tokens, lists == c.KEEP_EACH)
+
+
 def _problem(h: Header) -> str:
     """What is wrong with a header, or an empty string."""
     if not 1 <= len(h.shape) <= c.MAX_NDIM:
@@ -352,7 +386,7 @@ def _problem(h: Header) -> str:
     if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
     coding = DECLARED[h.coding]
-    problem = coding.problem(h.order, h.row_bits, h.radius_bits) or _affine_problem(h)
+    problem = _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits) or _affine_problem(h)
     if problem:
         return problem
     if h.rounds not in coding.rounds:
@@ -378,6 +412,16 @@ def _problem(h: Header) -> str:
     if h.rope is None:
         return ""
     return _rope_problem(h.rope, h)
+
+
+def _keep_problem(h: Header) -> str:
+    if h.keep is None:
+        return ""
+    if len(h.shape) < 2 or not h.tokens <= h.keep.tokens <= c.MAX_TOKENS:
+        return f"a keep list of {h.keep.tokens} tokens does not go with the kept ones, shape {h.shape}"
+    if math.prod(max(n, 1) for n in h.whole_shape) > c.MAX_ELEMENTS:
+        return f"shape {h.whole_shape} with the tokens that were not kept is beyond the cap of {c.MAX_ELEMENTS} elements"
+    return ""
 
 
 def _affine_problem(h: Header) -> str:

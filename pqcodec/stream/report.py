@@ -23,7 +23,7 @@ class StreamInfo:
     preset: str | None
     coding: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # with a keep list that of the kept tokens
     seed: int
     rounds: int  # of the rotation
     centered: str | None
@@ -34,20 +34,21 @@ class StreamInfo:
     order: int
     stream_bytes: int
     header_bytes: int
-    side_bytes: int  # offsets, exact first and last tokens, exact vectors
+    side_bytes: int  # keep lists, offsets, exact first and last tokens, exact vectors
     payload_bytes: int
     tensor_bytes: int
     group: tuple[int, int] | None = None  # tokens and channels that share affine fields
     pairing: str | None = None  # of the channels of pair polar coding
+    kept_of: int | None = None  # tokens of the tensor of which ``shape`` holds some; None: it holds all
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the stream is than the tensor."""
+        """How many times smaller the stream is than the tensor, tokens that were not kept included."""
         return self.tensor_bytes / self.stream_bytes
 
     @property
     def bits_per_coordinate(self) -> float:
-        """All bytes of the stream over all coordinates of the tensor."""
+        """All bytes of the stream over all coordinates of ``shape``."""
         return 8 * self.stream_bytes / max(math.prod(self.shape), 1)
 
 
@@ -59,7 +60,7 @@ class Damage:
     payload, leading index 3, tokens 64 .. 127
     """
 
-    part: str  # "offset", "exact tokens", "exact last tokens", "exact vectors" or "payload"
+    part: str  # "keep list", "offset", "exact tokens", "exact last tokens", "exact vectors" or "payload"
     leading: int | None
     tokens: tuple[int, int] | None
 

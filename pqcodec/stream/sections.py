@@ -29,28 +29,40 @@ class SideSection:
 
     name: str
     there: Callable[[Header], Any]  # whether a stream has it
-    of_leads: bool  # an entry each leading index, or one in all
+    of_leads: Callable[[Header], bool]  # an entry each leading index, or one in all
     body_bytes: Callable[[Header], int]  # of an entry, without its checksum
     tokens: Callable[[Header], tuple[int, int] | None] = lambda h: None  # that a damaged entry concerns; None: all
 
 
-OFFSETS = SideSection("offset", lambda h: h.offsets, True, lambda h: 2 * h.head_dim)
+def _each(h: Header) -> bool:
+    return True
+
+
+KEEP = SideSection(
+    "keep list",
+    lambda h: h.keep and h.tokens,
+    lambda h: h.keep is not None and h.keep.each,
+    lambda h: -(-h.whole_shape[-2] // 8) if h.keep_bitmap else 4 * h.tokens,
+)
+OFFSETS = SideSection("offset", lambda h: h.offsets, _each, lambda h: 2 * h.head_dim)
 EXACT_TOKENS = SideSection(
     "exact tokens",
     lambda h: h.first_tokens,
-    True,
+    _each,
     lambda h: h.first_tokens * h.vector_bytes,
     lambda h: (0, h.first_tokens),
 )
 EXACT_LAST = SideSection(
     "exact last tokens",
     lambda h: h.last_tokens,
-    True,
+    _each,
     lambda h: h.last_tokens * h.vector_bytes,
     lambda h: (h.last_start, h.tokens),
 )
-EXACT_VECTORS = SideSection("exact vectors", lambda h: h.exceptions, False, lambda h: h.exceptions * (8 + h.vector_bytes))
-SIDE_SECTIONS = (OFFSETS, EXACT_TOKENS, EXACT_LAST, EXACT_VECTORS)  # in the order in which they stand
+EXACT_VECTORS = SideSection(
+    "exact vectors", lambda h: h.exceptions, lambda h: False, lambda h: h.exceptions * (8 + h.vector_bytes)
+)
+SIDE_SECTIONS = (KEEP, OFFSETS, EXACT_TOKENS, EXACT_LAST, EXACT_VECTORS)  # in the order in which they stand
 
 
 class Place(NamedTuple):
@@ -71,7 +83,7 @@ def places(h: Header) -> dict[SideSection, Place]:
     found, start = {}, h.header_bytes
     for section in SIDE_SECTIONS:
         if section.there(h):
-            found[section] = Place(start, h.leading if section.of_leads else 1, section.body_bytes(h) + c.CHECKSUM_BYTES)
+            found[section] = Place(start, h.leading if section.of_leads(h) else 1, section.body_bytes(h) + c.CHECKSUM_BYTES)
         else:
             found[section] = Place(start, 0, 0)
         start = found[section].end
@@ -105,7 +117,7 @@ def read_entries(
     bodies, sound = without_checksums(data)
     if sound.all():
         return np.arange(*entries), bodies
-    leads = [int(first + n) if section.of_leads else None for n in np.flatnonzero(~sound)]
+    leads = [int(first + n) if section.of_leads(h) else None for n in np.flatnonzero(~sound)]
     damage += [Damage(section.name, lead, section.tokens(h)) for lead in leads]
     return first + np.flatnonzero(sound), bodies[sound]
 

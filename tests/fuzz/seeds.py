@@ -45,6 +45,8 @@ def _stream_seeds() -> dict[str, bytes]:
         "exact-last.pqs": coded(gaussian(2, 7, 16), center="mean", exact_tokens=1, exact_last=2, chunk_tokens=3),
         "exact-throughout.pqs": coded(gaussian(2, 3, 8), exact_tokens=9),
         "head-dim-1.pqs": coded(gaussian(3, 1, dtype=np.float32), "pq4"),
+        "keep-bitmap.pqs": coded(gaussian(2, 40, 16), keep=[list(range(0, 40, 2)), list(range(20))], **everywhere),
+        "keep-few.pqs": coded(gaussian(2, 99, 20), "wu33", center="mean", keep=[1, 98]),
         "no-leading-index.pqs": coded(np.zeros((0, 4, 16), np.float32)),
         "paper-100.pqs": coded(1e-30 * gaussian(2, 100, dtype=np.float32), "paper", center="mean"),
         "quads-36.pqs": coded(gaussian(2, 7, 36), "quad2.25", chunk_tokens=3),

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from pqcodec import constants as c
 from pqcodec.codings.declared import Affine
+from pqcodec.stages.keep import bodies as keep_bodies
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.sections import EXACT_VECTORS
+from pqcodec.stream.sections import EXACT_VECTORS, KEEP
 
 from .base import MAX_BYTES, attempt
 from .mutations import _odd_number, json_edit, json_text, number, scramble
@@ -78,7 +81,7 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
-    from pqcodec.stream.header import Header, RopeField
+    from pqcodec.stream.header import Header, KeepField, RopeField
     from pqcodec.stream.orders import order_for, whole_groups
 
     h, refused = attempt(Header.from_bytes, data)
@@ -106,7 +109,11 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     frequencies = tuple(rng.choice((0, 1, rng.randrange(1 << 32), (1 << 32) - 1)) for _ in range(pairs))
     position = rng.choice((0, 1, rng.randrange(1 << 63), (1 << 63) - 1))
     rope = RopeField(position, rng.choice((c.ROPE_HALF, c.ROPE_INTERLEAVED)), frequencies)
+    keep = (
+        KeepField(shape[-2] + rng.choice((0, 1, 9, 700)), rng.random() < 0.5) if len(shape) > 1 and rng.random() < 0.3 else None
+    )
     fields = {
+        "keep": keep,
         "shape": shape,
         "dtype": rng.choice((c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32)),
         "seed": rng.choice((0, h.seed, rng.randrange(1 << 64))),
@@ -137,6 +144,14 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         for i, row in enumerate(rows):
             at = new.places[EXACT_VECTORS].start - new.header_bytes + i * (8 + new.vector_bytes)
             body[at : at + 8] = row.to_bytes(8, "little")
+    if new.keep and new.stream_bytes < MAX_BYTES and rng.random() < 0.8:
+        body = body.ljust(new.stream_bytes - new.header_bytes, b"\x3c")
+        place = new.places[KEEP]
+        for entry in range(place.entries):
+            chosen = np.array(sorted(rng.sample(range(new.keep.tokens), new.tokens)), np.uint32)
+            (listed,) = keep_bodies(new, chosen[None])
+            at = place.start - new.header_bytes + entry * place.entry_bytes
+            body[at : at + len(listed)] = listed
     return new.to_bytes() + bytes(body)
 
 

@@ -92,6 +92,8 @@ class PQKVAppender(PQKVWriter):
                 encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
             stream = MemorySource(codec.encode(tensor, **encode_options))
             info = codec.inspect(stream)
+            if info.kept_of is not None:
+                raise InvalidArgument("a stream of kept tokens is a tensor of its own; use add()")
             if not entry.continued_by(info.shape, info.dtype):
                 raise InvalidArgument(
                     f"{info.dtype} {info.shape} does not continue {entry.dtype} {entry.shape}: only tokens may differ"

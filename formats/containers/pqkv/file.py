@@ -136,6 +136,10 @@ class PQKVWriter:
         first = Entry(name, True, layer, role, infos[0].shape, infos[0].dtype, LAYOUT, 0, 0)
         tokens = 0
         for number, (info, stream) in enumerate(zip(infos, coded.streams, strict=True)):
+            if len(infos) > 1 and info.kept_of is not None:
+                raise InvalidArgument(
+                    f"tensor {name!r}: a stream of kept tokens is a tensor of its own, and no part of another"
+                )
             if number and not first.continued_by(info.shape, info.dtype):
                 raise InvalidArgument(
                     f"tensor {name!r}: {info.dtype} {info.shape} does not continue {first.dtype} {first.shape}"

@@ -49,16 +49,17 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
     polar = np.zeros((2, min(groups.tokens, most) * (order // 2 if kind.coding == CODING_PAIRS else 0)), np.float32)
     halves = groups.field_bytes // 2
     fields = np.zeros((most + groups.tokens - 1) // groups.tokens * halves + LANES, np.uint16)
-    have_chunk = -1
+    have_position = I64(-1)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
         tokens = min(chunk_tokens, coded - first)
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
         block_out = chunk * leading * affine_size(chunk_tokens, kind, groups) + lead * (size + CHECKSUM_BYTES)
-        if pairs and chunk != have_chunk:
-            fill_phases(rope.first_position + first_tokens + first, tokens, 1, rope, cos, sin)
-            have_chunk = chunk
+        position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
+        if pairs and position != have_position:
+            fill_phases(position, tokens, 1, rope, cos, sin)
+            have_position = position
         bad_at, top = lead * coded + first, I32(0)
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)

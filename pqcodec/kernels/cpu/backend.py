@@ -155,7 +155,11 @@ def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: 
     if offsets[0].size:
         leads = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
         items[..., ITEM.offset] = leads * offsets[0].strides[0] + column(map(address, offsets))
-    if jobs[0].header.rope:
+    positions = jobs[0].positions
+    if positions is not None:  # all jobs have the same
+        per_lead = positions.shape[1] if len(positions) > 1 else 0
+        items[..., ITEM.position] += (np.arange(places.shape[1]) + column(job.first_lead for job in jobs)) * per_lead
+    elif jobs[0].header.rope:
         items[..., ITEM.position] += column(
             job.header.rope.first_position % (1 << c.PHASE_BITS) for job in jobs if job.header.rope
         )
@@ -223,12 +227,12 @@ class Cpu:
         """Whether this backend codes streams of such a header."""
         return header.coding in _CODINGS
 
-    def means(self, values: Values, header: Header) -> np.ndarray:
+    def means(self, values: Values, header: Header, positions: np.ndarray | None = None) -> np.ndarray:
         """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
         h = header
         picked, count, step = sampled(values, h)
         total = np.zeros((h.leading, h.order))
-        arguments = (count, step, _kind(h, h.chunk_tokens), _source(h, picked), tables.rope(h), total)
+        arguments = (count, step, _kind(h, h.chunk_tokens), _source(h, picked), tables.rope(h, positions), total)
 
         def task(first: int, last: int) -> int:
             sides.sum_tokens(first, last, *arguments)
@@ -240,7 +244,7 @@ class Cpu:
     def encode(self, job: EncodeJob) -> None:
         """Encode every block of a job, as many threads at a time as there are cores."""
         h = job.header
-        numbers = (_source(h, job.values), -_offset_rows(job.offsets, h.order), tables.rope(h))
+        numbers = (_source(h, job.values), -_offset_rows(job.offsets, h.order), tables.rope(h, job.positions))
         out = (_keys(h, min(h.chunk_tokens, h.coded_tokens)), job.bad.reshape(-1), job.payload)
         code: Any = blocks.encode_stream_blocks
         arguments: tuple
@@ -268,7 +272,7 @@ class Cpu:
         """Check every block of the jobs (into ``job.damaged``), and decode where a job has ``out``."""
         kinds: dict[Any, list[DecodeJob]] = {}
         for job in jobs:
-            kinds.setdefault((job.header.kind, job.out is not None), []).append(job)
+            kinds.setdefault((job.header.kind, job.out is not None, id(job.positions)), []).append(job)
         offsets = [[_offset_rows(job.offsets, job.header.order) for job in alike] for alike in kinds.values()]
         tasks, found = [], []
         large = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES
@@ -287,7 +291,7 @@ class Cpu:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
         if attending.covers(job):
             return attending.scores_of_codes(job, partial(_run, advance=lambda done: None))
-        if job.keys.header.affine:
+        if job.keys.header.affine and job.keys.positions is None:
             kind = _kind(job.keys.header, job.keys.header.chunk_tokens)
             return affine_scores.scores_of_groups(job, kind, partial(_run, advance=lambda done: None))
         return attention.scores_by_decoding(job, self)
@@ -309,12 +313,12 @@ class Cpu:
         arguments: tuple
         if h.affine:
             decode = affine_blocks.decode_affine_blocks
-            arguments = (_kind(h, most), tables.groups(h), output, tables.rope(h), _keys(h, most))
+            arguments = (_kind(h, most), tables.groups(h), output, tables.rope(h, job.positions), _keys(h, most))
         else:
             arguments = (
                 _kind(h, most),
                 output,
-                tables.rope(h),
+                tables.rope(h, job.positions),
                 *_of_plan("decode", h),
                 tables.paper_decoder(h, plan_for(h).mantissas[0]),
                 tables.quads_decoder(h.coding, h.head_dim, h.row_bits, plan_for(h).mantissas.tobytes()),

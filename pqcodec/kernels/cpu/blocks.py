@@ -112,16 +112,17 @@ def encode_stream_blocks(
     )
     words = np.zeros(LANES * stride, np.uint64)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
-    have_chunk = -1
+    have_position = I64(-1)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
         tokens = min(chunk_tokens, coded - first)
         size = block_size(tokens, kind) - CHECKSUM_BYTES
         block_out = chunk * leading * block_size(chunk_tokens, kind) + lead * (size + CHECKSUM_BYTES)
-        if pairs and chunk != have_chunk:
-            fill_phases(rope.first_position + first_tokens + first, tokens, 1, rope, cos, sin)
-            have_chunk = chunk
+        position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
+        if pairs and position != have_position:
+            fill_phases(position, tokens, 1, rope, cos, sin)
+            have_position = position
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
             start = starts[lead] + (first_tokens + first + row) * token_stride

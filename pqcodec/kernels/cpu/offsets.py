@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
 from pqcodec.kernels.cpu.lanes import LANES, ints
-from pqcodec.kernels.cpu.records import I32, U64, leaf
+from pqcodec.kernels.cpu.records import I32, I64, U64, leaf
 
 
 @leaf
 def fill_phases(first, tokens, step, rope, cos, sin):
     """cos and sin of each token and pair, float32 [tokens * pairs]; every product and sum rounds (SPEC 9.2).
 
-    Token t is at position first + t * step.
+    Token t is at position first + t * step, or at the one that is listed there.
     """
-    frequencies, tables = rope.frequencies, rope.phases
+    frequencies, tables, listed = rope.frequencies, rope.phases, rope.listed.size > 0
     pairs = frequencies.size
     whole = pairs - pairs % LANES
     for t in range(tokens):
-        position, at = I32(first + t * step), t * pairs
+        place, at = I64(first + t * step), t * pairs
+        if listed:
+            place = I64(rope.listed[place])
+        position = I32(place)
         for i in range(0, whole, LANES):
             turn = ints(position) * load(frequencies, i)
             cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
@@ -25,7 +28,7 @@ def fill_phases(first, tokens, step, rope, cos, sin):
             store(cos, at + i, cos_h * cos_l - sin_h * sin_l)
             store(sin, at + i, sin_h * cos_l + cos_h * sin_l)
         for i in range(whole, pairs):
-            turn = U64(first + t * step) * U64(frequencies[i])
+            turn = U64(place) * U64(frequencies[i])
             h, l = ((turn >> U64(24)) & U64(255)) * U64(2), ((turn >> U64(16)) & U64(255)) * U64(2) + U64(512)
             cos[at + i] = tables[h] * tables[l] - tables[h + U64(1)] * tables[l + U64(1)]
             sin[at + i] = tables[h + U64(1)] * tables[l] + tables[h] * tables[l + U64(1)]

@@ -74,7 +74,7 @@ class Item(NamedTuple):
     target: int  # address of row 0 in the result
     offset: int  # address of its offset, float32 [order]; 0: none
     stride: int  # elements from one row of the result to the next
-    position: int  # of row 0 under RoPE
+    position: int  # of row 0 under RoPE, or its place in ``RopeTable.listed``
 
 
 ITEM = Item(*range(len(Item._fields)))
@@ -87,8 +87,10 @@ class RopeTable(NamedTuple):
     frequencies: np.ndarray  # uint32 [pairs]; none without RoPE
     pair_p: int
     step: int
-    first_position: int  # of the tensor's first token
+    first_position: int  # of the tensor's first token; 0 with a list of positions
     phases: np.ndarray  # float32 [1024]: cos and sin side by side of the coarse turns, then of the fine ones
+    listed: np.ndarray  # uint32: the positions of kept tokens, all lists one behind the other; none: a token is its position
+    list_tokens: int  # from one leading index's list to the next, 0 where they share one
 
 
 class Rotation(NamedTuple):

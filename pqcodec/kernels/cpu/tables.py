@@ -39,19 +39,24 @@ def paper_decoder(h: Header, mantissa: np.float32) -> tuple:
     return r.plain(r.PaperDecoder(h.radius_exponent, mantissa, cos, sin, _circle()))
 
 
-def rope(h: Header) -> tuple:
-    """A RopeTable; without RoPE it has no pairs."""
+def rope(h: Header, positions: np.ndarray | None = None) -> tuple:
+    """A RopeTable; without RoPE it has no pairs. ``positions``: as in a ``DecodeJob``."""
     if h.rope is None:
         return _no_rope()
     pairs = len(h.rope.frequencies)
     half = h.rope.pairing == c.ROPE_HALF
     frequencies, first = np.array(h.rope.frequencies, np.uint32), h.rope.first_position % (1 << c.PHASE_BITS)
-    return r.plain(r.RopeTable(frequencies, 1 if half else 2, pairs if half else 1, first, centre.phase_pairs()))
+    listed, list_tokens = np.zeros(0, np.uint32), 0
+    if positions is not None:
+        listed, list_tokens = (positions.ravel() + np.uint32(first)), positions.shape[1] if len(positions) > 1 else 0
+        first = 0
+    pair = (1, pairs) if half else (2, 1)
+    return r.plain(r.RopeTable(frequencies, *pair, first, centre.phase_pairs(), listed, list_tokens))
 
 
 @lru_cache(maxsize=1)
 def _no_rope() -> tuple:
-    return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs()))
+    return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs(), np.zeros(0, np.uint32), 0))
 
 
 def groups(h: Header, effort: str = "fast") -> tuple:

@@ -40,7 +40,7 @@ class Triton:
 
     def covers(self, header: Header) -> bool:
         """Whether this backend codes streams of such a header."""
-        return header.coding in _CODINGS and not header.last_tokens
+        return header.coding in _CODINGS and not header.last_tokens and not header.keep
 
     def check_device(self, device: Any) -> None:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
