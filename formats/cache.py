@@ -10,7 +10,7 @@ from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.containers import kinds, safetensors
 from pqcodec.formats.containers.pqkv.appender import PQKVAppender
-from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, write_pieces
+from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, PQKVWriter, write_pieces
 from pqcodec.formats.containers.reader import LAYOUT, Progress, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.files import holds_streams, open_tensors
@@ -41,6 +41,7 @@ def save_cache(
     effort: str = "fast",
     chunk_tokens: int = CHUNK_TOKENS,
     nonfinite: str = "error",
+    keep: Sequence[Any] | None = None,
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -51,6 +52,8 @@ def save_cache(
     embedding, where they are cached after it (as transformers does); without it, the plain mean is subtracted. ``share_bits``:
     give keys of high energy more bits than values, the preset being the mean (``policy.rates``).
     ``effort``, ``nonfinite``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is read.
+    ``keep``: of each layer the positions of the tokens that are kept, as in ``pqcodec.encode``. ``load_cache`` then refuses the
+    file, since a model counts a cache's tokens to know where it stands; ``PQKVFile.decode_kept`` reads it.
     ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
@@ -73,7 +76,33 @@ def save_cache(
         backend=backend,
     )
     _refuse_other_kinds(path)
-    write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
+    if keep is None:
+        write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
+    else:
+        _write_kept(path, recipe, layers, keep, metadata, progress)
+
+
+def _write_kept(
+    path: PathOrFile,
+    recipe: Recipe,
+    layers: Sequence[tuple[Any, Any]],
+    keep: Sequence[Any],
+    metadata: dict[str, Any] | None,
+    progress: Progress | None,
+) -> None:
+    """``save_cache`` of some tokens of each layer."""
+    if len(keep) != len(layers):
+        raise InvalidArgument(f"keep: positions of {len(keep)} layers are given for {len(layers)}; one each is expected")
+    tensors, roles = layers_by_name(layers)
+    presets = recipe.presets(tensors, roles, tensors.names)
+    with PQKVWriter(path, metadata) as writer:
+        for layer, (pair, positions) in enumerate(zip(layers, keep, strict=True)):
+            for number, (role, x) in enumerate(zip(c.ROLES[:2], pair, strict=True), 1):
+                name = f"layers.{layer}.{role}"
+                options = {"preset": presets[name], "keep": positions, **recipe.options(roles[name])}
+                writer.add(name, x, layer=layer, role=role, **options)
+                if progress:
+                    progress(2 * layer + number, 2 * len(layers))
 
 
 def _refuse_other_kinds(path: PathOrFile) -> None:
@@ -118,6 +147,8 @@ def append_cache(
             raise InvalidArgument(f"{os.fspath(path)}: holds no keys that are centred under RoPE; leave rope out")
         for done, (name, tensor) in enumerate(names, 1):
             info = found[name]
+            if info.kept_of is not None:
+                raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} holds only some of its tokens, and does not grow")
             writer.extend(
                 name,
                 tensor,

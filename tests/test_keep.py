@@ -16,7 +16,7 @@ import pqcodec
 from pqcodec import BackendUnavailable, CorruptStream, InvalidArgument, NonFiniteInput, PQError, Rope, TruncatedStream
 from pqcodec.attention import attend, scores
 from pqcodec.codec import decode_together
-from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter
+from pqcodec.formats import PQKVAppender, PQKVFile, PQKVWriter, append_cache, load_cache, save_cache
 from pqcodec.options import EncodeOptions
 from pqcodec.stages import centre
 from pqcodec.stream.header import Header
@@ -357,6 +357,28 @@ def test_a_file_holds_them(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="kept tokens"):
             appender.extend("k", x, keep=[1], backend="cpu")
         appender.add("v", x, layer=0, role="value", keep=[1], backend="cpu")
+
+
+def test_a_cache_is_saved_with_its_positions_and_loaded_only_by_them(tmp_path: Path) -> None:
+    path, keep = tmp_path / "kv.pqkv", [lists(2, 20, 90), [0, 1, 88, 89]]
+    layers = [(gaussian(1, 2, 90, 64, seed=i) + 2, gaussian(1, 2, 90, 64, seed=9 + i)) for i in range(2)]
+    told: list[tuple[int, int]] = []
+    save_cache(path, layers, rope=ROPE, keep=[keep[0][None], keep[1]], backend="cpu", progress=lambda *x: told.append(x))
+    assert told == [(n, 4) for n in range(1, 5)]
+    with PQKVFile(path) as file:
+        for number, layer in enumerate(layers):
+            for role, x in zip(("key", "value"), layer, strict=True):
+                rows, positions = file.decode_kept(f"layers.{number}.{role}")
+                wanted = np.resize(keep[number], (2, rows.shape[-2]))
+                np.testing.assert_array_equal(np.broadcast_to(positions, rows.shape[:-1])[0], wanted)
+                assert rel_mse(kept_of(x[0], wanted), rows[0]) < 0.05
+                info = file.inspect(f"layers.{number}.{role}")
+                assert (info.kept_of, info.exact_tokens, info.centered) == (90, 4, "rope" if role == "key" else None)
+    for work in (lambda: load_cache(path), lambda: append_cache(path, layers, rope=ROPE)):
+        with pytest.raises(InvalidArgument, match=r"layers\.0\.key.*tokens"):
+            work()
+    with pytest.raises(InvalidArgument, match="positions of 1 layers are given for 2"):
+        save_cache(path, layers, keep=keep[:1])
 
 
 def test_a_writer_to_memory_has_the_same_bytes() -> None:
