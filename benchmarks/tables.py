@@ -130,6 +130,19 @@ TABLES = {
             "decoding over pq3": number("decode_over_pq3", ".1f"),
         },
     ),
+    "kept": Table(
+        ["kept_tokens"],
+        lambda found: found["rows"],
+        {
+            "float16 tokens": number("budget", "g"),
+            "bits": number("bits", "g"),
+            "tokens kept": number("tokens", "g"),
+            "error, plain": number("plain", ".3f"),
+            "known": number("known", ".3f"),
+            "error, first tokens exact": number("cured", ".3f"),
+            "bytes over the budget's": number("size"),
+        },
+    ),
     "fidelity": Table(
         [f"fidelity.{file}.{name}" for file in MODELS.values() for name in TEXTS],
         _caches,

@@ -11,6 +11,7 @@ from conftest import gaussian
 
 import pqcodec
 from pqcodec import InvalidArgument
+from pqcodec.attention import attend
 from pqcodec.select import h2o, pyramid_budgets, received_attention, snapkv, streaming_llm
 
 
@@ -135,6 +136,26 @@ def test_everything_is_kept_where_that_is_not_more() -> None:
 def test_what_does_not_go_together_is_refused(work: Any, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         work(gaussian(4, 4, 16), gaussian(2, 30, 16))
+
+
+def test_more_tokens_of_fewer_bits_err_less_until_bits_are_too_few() -> None:
+    """The order of arXiv 2412.12706 at one budget, 64 tokens of 16 bits: 4 bits x 256 before 16 x 64, and 2 x 512 last."""
+    rng = np.random.default_rng(0)
+    keys, values = (rng.standard_normal((2, 1024, 64)).astype(np.float32) for _ in range(2))
+    alike = rng.standard_normal((4, 1, 64)) + 0.6 * rng.standard_normal((4, 48, 64))  # what is asked is asked again
+    asked, later = np.split((3 * alike).astype(np.float32), [32], 1)
+    scores = (later @ keys.repeat(2, 0).swapaxes(1, 2) / 8).astype(np.float64)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    exactly = weights @ values.repeat(2, 0) / weights.sum(-1, keepdims=True)
+    errors = []
+    for preset, n in ((None, 64), ("pq4", 256), ("pq2", 512)):
+        positions = snapkv(asked, keys, n, pool=1)
+        options: dict[str, Any] = {"preset": preset} if preset else {"exact_tokens": n}
+        streams = [pqcodec.encode(x, keep=positions, backend="cpu", **options) for x in (keys, values)]
+        out = attend(later, *streams, causal=False, backend="cpu")
+        errors.append(((out - exactly) ** 2).sum() / (exactly**2).sum())
+    exact, four, two = errors
+    assert four < 0.06 < 0.25 < exact < 0.35 < two
 
 
 def test_positions_go_into_a_stream_as_they_are() -> None:
