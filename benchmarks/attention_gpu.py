@@ -1,10 +1,10 @@
 """Law: attention to codes on a GPU beside exact attention: ``python -m benchmarks.attention_gpu``.
 
 One query token of a model with 32 heads of queries and 8 of keys, head_dim 128, bfloat16, against a long cache: an
-``AttendBatch`` of quads (keys centred under RoPE, 4 exact first tokens, 128 recent ones), torch's attention by each of its
-kernels that takes grouped heads, decoding into memory that is there already and attending to that, and the time in which a copy
-moves the bytes that each must read. All are captured in CUDA graphs and measured turn by turn with a cold L2 cache. Writes
-results/attention_gpu.json.
+``AttendBatch`` of quads (keys centred under RoPE, 4 exact first tokens, 128 recent ones) by the CUDA kernel and by Triton's,
+torch's attention by each of its kernels that takes grouped heads, decoding into memory that is there already and attending to
+that, and the time in which a copy moves the bytes that each must read. All are captured in CUDA graphs and measured turn by
+turn with a cold L2 cache. Writes results/attention_gpu.json.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def measure(batch: int, tokens: int, rate: float, console: Console) -> list[dict
             decode.run()
             exact_attention(query, keys, values, SDPBackend.FLASH_ATTENTION)
 
+        by_triton = AttendBatch(query, k, v, recent=recent, backend="triton", check=False)
         works = {**exact, "codes": captured(attend.run), "decode_first": captured(decode_first)}
+        works["codes_by_triton"] = captured(by_triton.run)
         times = microseconds(works)
         best = min(exact, key=times.__getitem__)
         coded, plain = sum(x.nbytes for x in (*k, *v)), keys.nbytes + values.nbytes
@@ -137,9 +139,10 @@ def measure(batch: int, tokens: int, rate: float, console: Console) -> list[dict
         row |= {"to_decoding": times["decode_first"] / times["codes"], "share_of_limit": coded / rate / times["codes"]}
         rows.append(row)
         console.print(
-            f"{batch} x {tokens}, {preset}: {times['codes']:.1f} us, exact {times[best]:.1f} us, {row['speedup']:.2f} x"
+            f"{batch} x {tokens}, {preset}: {times['codes']:.1f} us, exact {times[best]:.1f} us, {row['speedup']:.2f} x; "
+            f"by Triton {times['codes_by_triton']:.1f} us"
         )
-        del attend, decode, works
+        del attend, by_triton, decode, works
     torch.cuda.empty_cache()
     return rows
 
