@@ -80,7 +80,7 @@ class Engine:
     def wanted(self, n: int, scale: float | None = None, softcap: float | None = None) -> torch.Tensor:
         """Attention of a sequence in float32 to what its pages decode to and to its raw tokens."""
         segments = self.sequences[n]
-        parts = [[pqcodec.decode(stream.cpu()) for stream in self.pool.get(segment)] for segment in segments]
+        parts = [[pqcodec.decode(stream.cpu().numpy().tobytes()) for stream in self.pool.get(segment)] for segment in segments]
         coded = sum(segment.tokens for segment in segments)
         found = gather_blocks(self.cache, self.layout, self.tables[n], self.lengths[n] - coded, first_token=coded)
         pairs = [*parts, [x.cpu() for x in found]]
