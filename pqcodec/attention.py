@@ -341,7 +341,7 @@ class _Asked:
         """Exact tokens of a stream, [leading, n, head_dim], in a list; nothing where there are none."""
         if tokens[0] == tokens[1]:
             return []
-        stored = host.decode(stream.source, self.backend.name, None, tokens, None, None)
+        stored, _ = host.decode_kept(stream.source, self.backend.name, tokens)
         return [self.exact_rows("exact tokens", stored, stream)]
 
     def _side(self, stream: _Stream) -> _Side:

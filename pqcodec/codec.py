@@ -17,7 +17,6 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
-from pqcodec.stream.index import checked_range
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors import arrays
@@ -138,7 +137,8 @@ def decode(
     ``device``: a torch device for the result; on a GPU the stream is decoded there. ``out``: a tensor of the result's shape and
     dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
     ``fill``: of a stream that kept only some tokens (``encode(keep=)``), what stands where none was kept; without it such a
-    stream is refused, and ``decode_kept`` gives its rows.
+    stream is refused, and ``decode_kept`` gives its rows. The result is then as large as the whole tensor, however small a
+    stranger's stream is: ``inspect`` tells ``tensor_bytes``.
     Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
 
     >>> import numpy as np
@@ -155,14 +155,7 @@ def decode(
         from pqcodec import device as on_gpu
 
         return on_gpu.decode(data, where, backend, out, tokens, leading, progress)
-    source = source_of(data)
-    h = read_header(source)
-    if h.keep is None:
-        result = host.decode(source, backend, out, tokens, leading, progress)
-    elif fill is None:
-        raise InvalidArgument(f"the stream holds {h.tokens} of {h.keep.tokens} tokens: {host.KEPT}")
-    else:
-        result = host.decode_filled(source, backend, out, tokens, leading, progress, fill)
+    result = host.decode(source_of(data), backend, out, tokens, leading, progress, fill)
     return result if device is None or out is not None else arrays.to_device(result, device)
 
 
@@ -182,14 +175,7 @@ def decode_kept(data: Any, *, leading: tuple[int, int] | None = None, backend: s
     >>> decode(data, fill=0, backend="reference").shape
     (2, 100, 64)
     """
-    source = source_of(data)
-    h = read_header(source)
-    rows = host.decode(source, backend, None, None, leading, None)
-    positions = np.arange(h.tokens)
-    if h.keep is not None:
-        leads = checked_range("leading", leading, h.leading)
-        lists = host.read_positions(source, h, leads).astype(np.int64)
-        positions = lists[slice(*leads)].reshape(*rows.shape[:-1]) if h.keep.each else lists[0]
+    rows, positions = host.decode_kept(source_of(data), backend, leading=leading)
     return rows, arrays.alike(rows, positions, keep_dtype=False)
 
 

@@ -26,7 +26,7 @@ from pqcodec.tensors.numbers import widen
 from pqcodec.tensors.rows import Values, values_of
 
 _SCAN_ROWS = 1 << 12
-KEPT = "decode it with fill=value to the whole shape, or with decode_kept to the kept rows and their positions"
+_KEPT = "decode it with fill=value to the whole shape, or with decode_kept to the kept rows and their positions"
 
 
 # -- encode ------------------------------------------------------------------------------------------------------
@@ -42,8 +42,10 @@ def encode(
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
-    positions, values, vectors = None, view.values(), options.exact_vectors
-    if options.keep is not None:
+    positions, vectors = None, exact.pairs_of(options.exact_vectors)
+    if options.keep is None:
+        values = view.values()
+    else:
         positions = keep.positions_of(options.keep, view.shape)
         values, vectors = keep.gathered(view.stored, positions), keep.coded_pairs(positions, vectors)
     if means is not None:
@@ -136,9 +138,40 @@ def decode(
     tokens: tuple[int, int] | None,
     leading: tuple[int, int] | None,
     progress: Progress | None,
+    fill: Any = None,
 ) -> Any:
-    """``codec.decode`` into host memory: a new tensor, or ``out``; with a keep list the rows that are kept."""
+    """``codec.decode`` into host memory: a new tensor, or ``out``."""
     header = read_header(source)
+    if header.keep is None:
+        return _decode_rows(source, header, backend, out, tokens, leading, progress)
+    if fill is None:
+        raise InvalidArgument(f"the stream holds {header.tokens} of {header.keep.tokens} tokens: {_KEPT}")
+    return _decode_filled(source, header, backend, out, tokens, leading, progress, fill)
+
+
+def decode_kept(
+    source: Source, backend: str, tokens: Bounds | None = None, leading: Bounds | None = None
+) -> tuple[Any, np.ndarray]:
+    """``codec.decode_kept`` into host memory, of some of the kept tokens: rows, and positions int64 [n] or [..., n]."""
+    h = read_header(source)
+    rows = _decode_rows(source, h, backend, None, tokens, leading, None)
+    wanted, leads = checked_range("tokens", tokens, h.tokens), checked_range("leading", leading, h.leading)
+    if h.keep is None:
+        return rows, np.arange(*wanted)
+    positions = read_positions(source, h, leads)[:, slice(*wanted)].astype(np.int64)
+    return rows, positions[slice(*leads)].reshape(*rows.shape[:-1]) if h.keep.each else positions[0]
+
+
+def _decode_rows(
+    source: Source,
+    header: Header,
+    backend: str,
+    out: Any,
+    tokens: Bounds | None,
+    leading: Bounds | None,
+    progress: Progress | None,
+) -> Any:
+    """The rows that a stream holds: those of all tokens, or of kept ones."""
     kernel = backend_of(backend, "cpu", header)
     wanted, leads = checked_range("tokens", tokens, header.tokens), checked_range("leading", leading, header.leading)
     shape = result_shape(header, tokens, leading)
@@ -151,8 +184,9 @@ def decode(
     return result if out is None or in_place else arrays.copied(out, result)
 
 
-def decode_filled(
+def _decode_filled(
     source: Source,
+    header: Header,
     backend: str,
     out: Any,
     tokens: Bounds | None,
@@ -160,8 +194,7 @@ def decode_filled(
     progress: Progress | None,
     fill: Any,
 ) -> Any:
-    """``decode`` of a stream with a keep list into the shape of the whole tensor, with ``fill`` where no token was kept."""
-    header = read_header(source)
+    """A tensor of all tokens, those that were kept and ``fill`` in the place of the others."""
     whole = replace(header, shape=header.whole_shape, keep=None)
     value = keep.stored_fill(fill, header.dtype)
     wanted, leads = checked_range("tokens", tokens, whole.tokens), checked_range("leading", leading, header.leading)
@@ -173,7 +206,8 @@ def decode_filled(
     low, high = int(first.min(initial=header.tokens)), int(last.max(initial=0))
     stored[...] = value
     if low < high or (wanted, leads) == ((0, whole.tokens), (0, header.leading)):
-        rows = arrays.view(decode(source, backend, None, (min(low, high), high), leads, progress)).stored
+        some = (min(low, high), high)
+        rows = arrays.view(_decode_rows(source, header, backend, None, some, leads, progress)).stored
         for n, place in enumerate(np.ndindex(shape[:-2])):
             kept = slice(first[n], last[n])
             at = positions[(leads[0] + n) % len(positions), kept].astype(np.intp) - wanted[0]
@@ -278,7 +312,7 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     damage: list[Damage] = []
     headers = [read_header(source) for source in sources]
     if any(h.keep for h in headers):
-        raise InvalidArgument(f"a stream with a keep list is none that goes into tensors together with others: {KEPT}")
+        raise InvalidArgument(f"a stream with a keep list is none that goes into tensors together with others: {_KEPT}")
     kernel = backend_of(backend, "cpu", *headers)
     offsets = centre.read_means_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}

@@ -229,6 +229,8 @@ def test_places_are_those_of_the_tensor(backend: str) -> None:
     for wrong in ((0, 1), (1, 8), (5, 0), (-1, 1)):
         with pytest.raises(InvalidArgument, match="exact vector"):
             pqcodec.encode(x, keep=keep, exact_vectors=[wrong], backend=backend)
+    with pytest.raises(InvalidArgument, match="pairs"):
+        pqcodec.encode(x, keep=keep, exact_vectors=[1, 2, 3], backend=backend)
 
 
 def test_inspect_tells_and_counts_the_lists() -> None:

@@ -64,15 +64,20 @@ def _place(
 
 
 # -- single vectors ----------------------------------------------------------------------------------------------
+def pairs_of(vectors: Any) -> np.ndarray:
+    """Pairs (leading index, token) as they are asked for: int64 [n, 2]; raises InvalidArgument for what is none."""
+    pairs = np.asarray(vectors, np.int64)
+    if pairs.size % 2 or not pairs.ndim:
+        raise InvalidArgument(f"exact_vectors {pairs.shape}: pairs (leading index, token) are expected, integers [n, 2]")
+    return pairs.reshape(-1, 2)
+
+
 def coded_rows(h: Header, vectors: Any) -> np.ndarray:
     """The rows of vectors that are kept exact beside first and last tokens, given as pairs (leading index, token): int64 [n].
 
     A row is leading index times coded tokens plus coded token; rows ascend. Raises InvalidArgument.
     """
-    pairs = np.asarray(vectors, np.int64)
-    if pairs.size % 2 or not pairs.ndim:
-        raise InvalidArgument(f"exact_vectors {pairs.shape}: pairs (leading index, token) are expected, integers [n, 2]")
-    pairs = pairs.reshape(-1, 2)
+    pairs = pairs_of(vectors)
     if ((pairs < 0) | (pairs >= (h.leading, h.tokens))).any():
         raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
     pairs = pairs[(pairs[:, 1] >= h.first_tokens) & (pairs[:, 1] < h.last_start)]

@@ -58,12 +58,11 @@ def header_of(whole: Header, keep: Any) -> Header:
     return replace(whole, shape=(*whole.shape[:-2], n, whole.head_dim), keep=field)
 
 
-def coded_pairs(positions: np.ndarray, vectors: Any) -> np.ndarray:
-    """Pairs (leading index, token of the tensor) as pairs (leading index, kept token): int64 [n, 2].
+def coded_pairs(positions: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Pairs (leading index, token of the tensor), int64 [n, 2], as pairs (leading index, kept token): int64 [n, 2].
 
     Raises InvalidArgument where a token is not kept.
     """
-    pairs = np.asarray(vectors, np.int64).reshape(-1, 2)
     found = []
     for lead, token in pairs:
         kept = positions[lead % len(positions)] if lead >= 0 else positions[0, :0]
