@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 import pqcodec
 from benchmarks import results_file
+from pqcodec.stages import centre
 from pqcodec.stream.header import Header
 
 FIXTURE = Path(__file__).parent.parent / "tests" / "data" / "smollm2_kv.safetensors"
@@ -30,6 +31,23 @@ KNOWN: dict[str, tuple[float, float | None]] = {  # relMSE of Gaussian vectors, 
     "wu35": (0.0100, None),
     "wu24": (0.0396, 0.0172),
     "int2": (0.155, None),
+    "nuq4-key": (0.0101, None),
+    "nuq3-key": (0.0366, None),
+    "nuq2-key": (0.124, None),
+    "kvquant4-key": (0.0068, None),
+    "kvquant3-key": (0.0263, None),
+    "kvquant2-key": (0.0966, None),
+}
+ROPE = pqcodec.Rope(theta=100_000.0)  # of SmolLM2
+KVQUANT: dict[
+    str, tuple[float, float]
+] = {  # relMSE of all 324 tokens: keys before RoPE, first token exact; values, heads joined
+    "nuq4": (0.0017, 0.0171),
+    "nuq3": (0.0070, 0.0622),
+    "nuq2": (0.0257, 0.234),
+    "kvquant4": (0.0014, 0.0081),
+    "kvquant3": (0.0056, 0.0335),
+    "kvquant2": (0.0211, 0.125),
 }
 KNOWN_BEST = {"wu44": 0.0047, "wu33": 0.0185}  # of keys, with the range behind the largest gap
 
@@ -54,6 +72,47 @@ def row_of(preset: str, effort: str, gaussian: np.ndarray, model: dict[str, list
         "key_known": known[1],
         "value": float(np.mean([rel_mse(x, options) for x in model["value"]])),
     }
+
+
+def unturned(keys: np.ndarray) -> np.ndarray:
+    """Keys [heads, tokens, head_dim] as they were before RoPE, float32."""
+    field = ROPE.field(keys.shape[-1])
+    cos, sin = centre.phases(field, 0, keys.shape[-2])
+    return np.stack([centre.turn_back(head, cos, sin, field) for head in keys]).astype(np.float32)
+
+
+def joined(values: np.ndarray) -> np.ndarray:
+    """Values [heads, tokens, head_dim] with all heads of a token side by side."""
+    return np.ascontiguousarray(values.swapaxes(0, 1).reshape(values.shape[1], -1))
+
+
+def kvquant_rows(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """KVQuant as it is, on tensors that were brought into its form, and as streams have it: keys after RoPE, single heads."""
+    keys, values = (
+        [x[0].astype(np.float32) for name, x in tensors.items() if name.endswith(role)] for role in ("key", "value")
+    )
+    before, together = [unturned(x) for x in keys], [joined(x) for x in values]
+    found = []
+    for name, known in KVQUANT.items():
+        of_keys, first = {"preset": f"{name}-key", "exact_tokens": 1}, {"center": "rope", "rope": ROPE}
+        found.append(
+            {
+                "preset": name,
+                "keys_before_rope": _mean_rel_mse(before, of_keys),
+                "keys_known": known[0],
+                "keys_after_rope": _mean_rel_mse(keys, of_keys | first),
+                "values_of_all_heads": _mean_rel_mse(together, {"preset": name}),
+                "values_known": known[1],
+                "values_of_one_head": _mean_rel_mse(values, {"preset": name}),
+                "key_bits": float(np.mean([8 * len(pqcodec.encode(x, **of_keys)) / x.size for x in before])),
+                "value_bits": float(np.mean([8 * len(pqcodec.encode(x, preset=name)) / x.size for x in together])),
+            }
+        )
+    return found
+
+
+def _mean_rel_mse(tensors: list[np.ndarray], options: dict[str, Any]) -> float:
+    return float(np.mean([rel_mse(x, options) for x in tensors]))
 
 
 def speeds(rows: list[dict[str, Any]]) -> None:
@@ -93,7 +152,11 @@ def main() -> None:
         name = row["preset"] + (", best" if row["effort"] == "best" else "")
         shown.add_row(name, *("" if row[key] is None else f"{row[key]:.4g}" for key in columns))
     Console().print(shown)
-    print(f"wrote {results_file.write('neighbours', 'python -m benchmarks.neighbours', {'rows': rows})}")
+    of_kvquant = kvquant_rows(tensors)
+    for each in of_kvquant:
+        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in each.items()))
+    found = {"rows": rows, "kvquant": of_kvquant}
+    print(f"wrote {results_file.write('neighbours', 'python -m benchmarks.neighbours', found)}")
 
 
 if __name__ == "__main__":

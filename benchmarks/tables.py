@@ -143,6 +143,21 @@ TABLES = {
             "bytes over the budget's": number("size"),
         },
     ),
+    "kvquant": Table(
+        ["neighbours"],
+        lambda found: found["kvquant"],
+        {
+            "preset": text("preset"),
+            "bits, keys": number("key_bits", ".2f"),
+            "keys before RoPE": number("keys_before_rope", ".4f"),
+            "KVQuant alone": number("keys_known", ".4f"),
+            "keys after RoPE, centred before": number("keys_after_rope", ".4f"),
+            "bits, values": number("value_bits", ".2f"),
+            "values, heads joined": number("values_of_all_heads", ".4f"),
+            "KVQuant alone, values": number("values_known", ".4f"),
+            "values, single heads": number("values_of_one_head", ".4f"),
+        },
+    ),
     "fidelity": Table(
         [f"fidelity.{file}.{name}" for file in MODELS.values() for name in TEXTS],
         _caches,

@@ -12,6 +12,7 @@ from pqcodec.errors import (
     BackendUnavailable,
     CorruptStream,
     InvalidArgument,
+    MissingTable,
     NonFiniteInput,
     PQError,
     TruncatedStream,
@@ -21,10 +22,11 @@ from pqcodec.errors import (
 if TYPE_CHECKING:
     from pqcodec.attend_batch import AttendBatch
     from pqcodec.batch import DecodeBatch, EncodeBatch
-    from pqcodec.codec import decode, decode_kept, encode, encoded_size, inspect, verify
+    from pqcodec.codec import decode, decode_kept, encode, encoded_size, given_tables, inspect, verify
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.report import Damage, StreamInfo
+    from pqcodec.stream.tables import SharedTable
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ _LAZY = {
     "Damage": "stream.report",
     "StreamInfo": "stream.report",
     "Rope": "stages.centre",
+    "SharedTable": "stream.tables",
+    "given_tables": "codec",
     "PRESETS": "codings.presets",
 }
 
@@ -53,9 +57,11 @@ __all__ = [
     "DecodeBatch",
     "EncodeBatch",
     "InvalidArgument",
+    "MissingTable",
     "NonFiniteInput",
     "PQError",
     "Rope",
+    "SharedTable",
     "StreamInfo",
     "TruncatedStream",
     "UnsupportedStream",
@@ -64,6 +70,7 @@ __all__ = [
     "decode_kept",
     "encode",
     "encoded_size",
+    "given_tables",
     "inspect",
     "verify",
 ]

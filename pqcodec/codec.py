@@ -11,7 +11,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec import host
 from pqcodec.backends import on_device
-from pqcodec.codings.declared import DECLARED
+from pqcodec.codings.declared import DECLARED, half_numbers
 from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
@@ -19,6 +19,7 @@ from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
+from pqcodec.stream.tables import tables_by_name, with_tables
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of, device_type
 
@@ -38,6 +39,7 @@ def encode(
     pairing: str | None = None,
     exact_last: int = 0,
     keep: Any = None,
+    levels: Any = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -52,8 +54,10 @@ def encode(
     search, and a decoder sees no difference). ``pairing``: the channels that pair polar codes together, "half" (i and
     i + head_dim/2) or "interleaved" (2i and 2i+1); None is ``rope``'s, else "half". ``keep``: ascending positions [n] of the
     tokens that the stream holds, or [..., n] where leading indices keep others; what is said of tokens, but for
-    ``exact_vectors``, is then said of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse. A tensor
-    of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
+    ``exact_vectors``, is then said of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse.
+    ``levels``: for presets of levels (nuq4) 2^bits ascending numbers, as places -1 .. 1 in the range of a group, or a
+    ``SharedTable`` of them, which the stream names and does not hold; None fits them to the tensor. A tensor of a GPU is
+    encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -65,9 +69,8 @@ def encode(
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
     True
     """
-    options = EncodeOptions(
-        preset, seed, center, rope, exact_tokens, chunk_tokens, exact_vectors, nonfinite, effort, pairing, exact_last, keep
-    )
+    kept = (exact_tokens, chunk_tokens, exact_vectors, nonfinite)
+    options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, exact_last, keep, levels)
     return encode_by(options, x, backend, progress)[1]
 
 
@@ -106,6 +109,7 @@ def encoded_size(
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     exact_last: int = 0,
     keep: Any = None,
+    levels: Any = None,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -115,7 +119,8 @@ def encoded_size(
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     if dtype not in codes:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(codes)}")
-    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_last=exact_last, keep=keep)
+    kept = {"exact_last": exact_last, "keep": keep, "levels": levels}
+    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **kept)
     return options.header(tuple(shape), codes[dtype]).stream_bytes
 
 
@@ -128,6 +133,7 @@ def decode(
     leading: tuple[int, int] | None = None,
     out: Any = None,
     fill: Any = None,
+    tables: Any = (),
     progress: Progress | None = None,
 ) -> Any:
     """Decode a stream (bytes-like, or a seekable binary file) into a tensor of the shape, dtype and kind that was encoded.
@@ -138,8 +144,9 @@ def decode(
     dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
     ``fill``: of a stream that kept only some tokens (``encode(keep=)``), what stands where none was kept; without it such a
     stream is refused, and ``decode_kept`` gives its rows. The result is then as large as the whole tensor, however small a
-    stranger's stream is: ``inspect`` tells ``tensor_bytes``.
-    Raises InvalidArgument, TruncatedStream, CorruptStream or UnsupportedStream.
+    stranger's stream is: ``inspect`` tells ``tensor_bytes``. ``tables``: SharedTables, among which that which the stream may
+    name has to be.
+    Raises InvalidArgument, TruncatedStream, CorruptStream, UnsupportedStream or MissingTable.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
@@ -149,6 +156,8 @@ def decode(
     >>> part.shape, bool((part == whole[1:, 30:40]).all())
     ((1, 10, 64), True)
     """
+    if tables:
+        data = given_tables(data, tables)
     where = device_of(out) if out is not None else device
     at = device_type(where if where is not None else device_of(data))
     if on_device(backend, at):
@@ -177,6 +186,19 @@ def decode_kept(data: Any, *, leading: tuple[int, int] | None = None, backend: s
     """
     rows, positions = host.decode_kept(source_of(data), backend, leading=leading)
     return rows, arrays.alike(rows, positions, keep_dtype=False)
+
+
+def given_tables(data: Any, tables: Any) -> Source:
+    """A stream with the shared tables that it may name, for every function that takes streams; raises as ``decode`` does.
+
+    >>> import numpy as np
+    >>> from pqcodec.stream.tables import SharedTable
+    >>> table = SharedTable((-1, -0.3, 0.3, 1))
+    >>> data = encode(np.ones((4, 64), np.float16), preset="nuq2", levels=table, backend="reference")
+    >>> inspect(data).table == table.name, inspect(data).levels, len(inspect(given_tables(data, [table])).levels)
+    (True, None, 4)
+    """
+    return with_tables(source_of(data), tables_by_name(tables))
 
 
 def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
@@ -214,7 +236,7 @@ def inspect_header(h: Header) -> StreamInfo:
     """What a header says of its stream."""
     return StreamInfo(
         version=c.STREAM_VERSION,
-        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine),
+        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine, h.codebook is not None),
         coding=DECLARED[h.coding].name,
         dtype=DTYPE_NAMES[h.dtype],
         shape=h.shape,
@@ -234,6 +256,9 @@ def inspect_header(h: Header) -> StreamInfo:
         group=(h.affine.tokens, h.affine.channels) if h.affine else None,
         pairing=PAIRING_NAMES.get(h.affine.pairing) if h.affine else None,
         kept_of=h.keep.tokens if h.keep else None,
+        outliers=h.affine.outliers if h.affine else 0,
+        levels=half_numbers(h.codebook.levels) if h.codebook and h.codebook.levels else None,
+        table=h.codebook.name.hex() or None if h.codebook else None,
     )
 
 

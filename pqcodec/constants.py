@@ -15,7 +15,7 @@ STREAM_VERSION = 1
 HEADER_STRUCT = struct.Struct("<4sBBBBIHBBIIIIQhhBBH")
 OFFSET_EXPONENT_AT, RADIUS_EXPONENT_AT = 40, 42  # their bytes in the header
 ROPE_STRUCT = struct.Struct("<QHB5s")  # first_position, rotated channels, pairing, reserved
-AFFINE_STRUCT = struct.Struct("<IIBBBB4s")  # tokens, channels, fields, place, pairing, angle_bits, reserved
+AFFINE_STRUCT = struct.Struct("<IIBBBBH2s")  # tokens, channels, fields, place, pairing, angle_bits, outliers, reserved
 KEEP_STRUCT = struct.Struct("<QB7s")  # tokens of the whole tensor, lists, reserved
 MAX_HEADER_BYTES = 2180
 CHECKSUM_BYTES = 4
@@ -35,12 +35,20 @@ FLAG_ROPE = 2  # ... and turns with the position
 FLAG_NUMPY = 4  # the encoder was given a numpy array
 FLAG_TWO_ROUNDS = 8  # the rotation has two rounds; split coding only
 FLAG_AFFINE = 16  # groups of numbers share fields (SPEC 13)
+FLAG_OUTLIERS = 32  # blocks of scalar coding keep single numbers apart (SPEC 16.4)
 FLAG_KEEP = 64  # the stream holds only some tokens, which it lists (SPEC 17)
-KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS | FLAG_AFFINE | FLAG_KEEP
+KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS | FLAG_AFFINE | FLAG_OUTLIERS | FLAG_KEEP
 KEEP_SHARED, KEEP_EACH = 1, 2  # one list for all leading indices, or one for each; other values are reserved
 LINEAR_NONE = 0  # the linear stage before the rotation: none; other values are reserved
-CODEBOOK_CLOSED_FORM = 0  # cells and centroids of SPEC 6 and 7; other values are reserved
 STATES_NONE = 0  # no trellis; other values are reserved
+CODEBOOK_CLOSED_FORM, CODEBOOK_CARRIED, CODEBOOK_NAMED = 0, 1, 2  # of SPEC 6, 7 and 15; levels in the header; of a shared table
+LEVEL_BYTES = 2  # of a level: float16
+TABLE_NAME_BYTES = 32  # of a shared table's name: its SHA-256
+TABLE_MAGIC = b"\x89PQT"  # of a shared table (SPEC 16.3)
+TABLE_VERSION = 1
+TABLE_LEVELS = 1  # kinds of tables: levels; others are reserved
+TABLE_STRUCT = struct.Struct("<4sBB2sI")  # magic, version, kind, reserved, numbers that follow
+MAX_TABLE_BYTES = TABLE_STRUCT.size + (LEVEL_BYTES << 8)
 
 # -- Caps (SPEC 3.3) ---------------------------------------------------------------------------------------------
 MAX_NDIM = 8
@@ -194,6 +202,8 @@ AFFINE_FIELD_BYTES = {AFFINE_SCALE: 2, AFFINE_SCALE_ZERO: 4, AFFINE_POLAR: 8}
 AFFINE_IN_BLOCKS = 0  # where fields stand; others are reserved for a section of the stream and for shared tables
 AFFINE_EXPONENT_BYTES = 2  # of a block: the power of two that all its float16 fields are multiplied by
 AFFINE_EXPONENTS = (-126, 127)
+OUTLIER_COUNT_BYTES, OUTLIER_BYTES = 4, 4  # of a segment's count; of an outlier: its place, and float16
+OUTLIER_SEGMENT = 1 << 16  # numbers of a block among which a place is told
 AFFINE_USUAL = (2.0**-4, 2.0**14)  # largest magnitudes of a block for which encoders choose the exponent 0
 AFFINE_USUAL_BITS = 14  # ... and below 2^14 is what they bring others to
 
@@ -213,6 +223,8 @@ TURN_POLYNOMIAL = (  # of encoders: the angle in turns of a slope 0 .. 1, over t
 )
 TURN_TINY = 1e-37  # keeps a quotient of two zeros finite
 SCALAR_BITS = range(1, 9)
+KVQUANT_SPARSE = 0.01  # of a group's numbers that presets of KVQuant keep apart, half at each end
+NUQ_TOKENS = 2048  # of a channel, which share scale and zero in presets for keys
 
 # -- Container (SPEC Part II) ------------------------------------------------------------------------------------
 FILE_MAGIC = b"\x89PQF"
@@ -223,7 +235,7 @@ FRAME_STRUCT = struct.Struct("<4sB3sIQI")  # magic, kind, reserved, meta_bytes, 
 FRAME_CHECKED = FRAME_STRUCT.size - CHECKSUM_BYTES  # bytes of a frame header that its checksum covers, before the meta
 FOOTER_MAGIC = b"PQFE"
 FOOTER_STRUCT = struct.Struct("<4sQQI")  # magic, offset of the index frame, file size, checksum of the bytes before it
-FRAME_CODED, FRAME_EXACT, FRAME_METADATA, FRAME_INDEX = 1, 2, 3, 4
+FRAME_CODED, FRAME_EXACT, FRAME_METADATA, FRAME_INDEX, FRAME_TABLE = 1, 2, 3, 4, 6  # 5 is none: refusals.txt has it
 ROLES = ("key", "value", "other")
 MAX_META_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20

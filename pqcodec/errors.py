@@ -7,6 +7,7 @@
     ``CorruptStream``        the bytes are not what an encoder wrote
         ``TruncatedStream``  the bytes end too early
     ``UnsupportedStream``    the bytes may be right, but this release cannot read them
+        ``MissingTable``     the stream names a shared table that is not here
 """
 
 from __future__ import annotations
@@ -82,3 +83,7 @@ class TruncatedStream(CorruptStream):
 
 class UnsupportedStream(PQError):
     """A newer version or an option that this release does not know."""
+
+
+class MissingTable(UnsupportedStream):
+    """A stream names a table that many streams share, and the table is not here; the message has its name."""

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from pqcodec.backends import backend as backend_of
+from pqcodec.codings import levels
+from pqcodec.codings.declared import Codebook
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob, places_of
@@ -63,6 +65,8 @@ def encode(
         halves, exponent = means or centre.to_halves(kernel.means(values, header, turning(header, positions)))
         header = replace(header, offset_exponent=exponent)
         offsets = centre.from_halves(halves, exponent)
+    if header.codebook and options.levels is None:
+        header = replace(header, codebook=Codebook(levels.levels_of(values, header, offsets)))
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
     kept = Kept(values, halves, rows, np.zeros((0, 0), np.uint32) if positions is None else positions)
@@ -142,6 +146,7 @@ def decode(
 ) -> Any:
     """``codec.decode`` into host memory: a new tensor, or ``out``."""
     header = read_header(source)
+    header.check_tables()
     if header.keep is None:
         return _decode_rows(source, header, backend, out, tokens, leading, progress)
     if fill is None:
@@ -313,6 +318,8 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     headers = [read_header(source) for source in sources]
     if any(h.keep for h in headers):
         raise InvalidArgument(f"a stream with a keep list is none that goes into tensors together with others: {_KEPT}")
+    for header in headers:
+        header.check_tables()
     kernel = backend_of(backend, "cpu", *headers)
     offsets = centre.read_means_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}

@@ -8,11 +8,13 @@ from numbers import Integral
 from typing import Any
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import Codebook, half_bits
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
 from pqcodec.stages.keep import header_of
 from pqcodec.stream.header import Header
+from pqcodec.stream.tables import SharedTable
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 
@@ -46,6 +48,7 @@ class EncodeOptions:
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
     exact_last: int = 0
     keep: Any = field(default=None, compare=False)  # positions [n] or [..., n] of the tokens that are kept; None: all
+    levels: Any = None  # of codes, for presets that bring them: numbers or a SharedTable; None: fitted to the tensor
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -58,6 +61,8 @@ class EncodeOptions:
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
         checked_pairing(self.pairing)
+        if self.levels is not None:
+            object.__setattr__(self, "levels", checked_levels(self.levels, self.preset))
         if self.rope is not None:
             check_rope(self.rope)
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
@@ -75,6 +80,13 @@ class EncodeOptions:
             if affine.fields == c.AFFINE_POLAR:
                 style = self.pairing or (self.rope.style if self.rope else "half")
                 affine = replace(affine, pairing=PAIRINGS[style])
+        if affine and preset.sparse:
+            numbers = affine.tokens * min(affine.channels, shape[-1])
+            affine = replace(affine, outliers=max(round(preset.sparse / 2 * numbers), min(numbers // 2, 1)))
+        codebook = None
+        if preset.by_levels:  # without given ones zeros, which take as many bytes as those that will be fitted
+            count = 1 << preset.quarter_bits // 4
+            codebook = self.levels or Codebook((0,) * count)
         header = Header(
             coding=preset.coding,
             dtype=dtype,
@@ -90,6 +102,7 @@ class EncodeOptions:
             rounds=preset.rounds,
             affine=affine,
             exact_last=self.exact_last,
+            codebook=codebook,
         )
         return header if self.keep is None else header_of(header, self.keep)
 
@@ -120,6 +133,24 @@ def checked_pairing(pairing: str | None) -> None:
     """Raises InvalidArgument where channels are not paired so."""
     if pairing is not None and pairing not in PAIRINGS:
         raise InvalidArgument(f"pairing {pairing!r} is unknown; choose {' or '.join(map(repr, PAIRINGS))}")
+
+
+def checked_levels(levels: Any, preset: str) -> Codebook:
+    """The codebook of given levels, or of a SharedTable; raises InvalidArgument for what are none of the preset's codes."""
+    if not preset_of(preset).by_levels:
+        raise InvalidArgument(f"levels are given, but preset {preset!r} takes none; choose one of nuq, or leave them out")
+    if isinstance(levels, Codebook):
+        found = levels
+    elif isinstance(levels, SharedTable):
+        found = levels.codebook
+    else:
+        try:
+            found = Codebook(half_bits([float(level) for level in levels]))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidArgument(f"levels {levels!r:.60}: numbers within float16 are expected ({error})") from None
+    if problem := found.problem(preset_of(preset).quarter_bits // 4):
+        raise InvalidArgument(f"levels: {problem}")
+    return found
 
 
 def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:

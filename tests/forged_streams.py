@@ -18,7 +18,7 @@ from fuzz.shapes import seal_stream
 
 import pqcodec
 from pqcodec import constants as c
-from pqcodec.codings.declared import Affine
+from pqcodec.codings.declared import Affine, Codebook, half_bits, half_numbers
 from pqcodec.stream.header import Header, KeepField, RopeField
 from pqcodec.stream.orders import order_for
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, OFFSETS
@@ -69,6 +69,21 @@ def streams() -> Iterator[tuple[str, bytes]]:
     rope = RopeField((1 << 63) - 1, c.ROPE_HALF, tuple(k * 0x9E3779B9 % 2**32 for k in range(8)))
     kept: dict[str, Any] = {"keep": KeepField(2**32, True), "exact_tokens": 1, "exceptions": 1, "chunk_tokens": 2}
     yield "v1-any-split-16-keep", of_split(F32, (2, 6, 16), 48, 12, offsets=True, rope=rope, **kept)
+    numbers, eight = Affine(2, 3, c.AFFINE_SCALE_ZERO), half_bits([(i - 100) * 2.0 ** (i % 9 - 4) for i in range(256)])
+    levels = Codebook(tuple(sorted(eight, key=lambda bits: half_numbers((bits,)))))
+    yield "v1-any-levels-35-fp32", of_affine(F32, (2, 5, 35), 8 * 48, 0, numbers, codebook=levels, chunk_tokens=4)
+    levels = Codebook((0xFBFF, 0x8000, 0, 0x0001))  # -65504, -0, 0, 2^-24
+    options = {"codebook": levels, "offsets": True, "offset_exponent": -3, "chunk_tokens": 3}
+    yield "v1-any-levels-20-fp16", of_affine(F16, (3, 4, 20), 2 * 32, 0, Affine(1, 1024, c.AFFINE_SCALE), **options)
+    one = Codebook((0xC000, 0x3C00))
+    yield (
+        "v1-any-levels-16-bf16",
+        of_affine(BF16, (4, 6, 16), 16, 0, Affine(3, 1, c.AFFINE_SCALE_ZERO), codebook=one, chunk_tokens=3),
+    )
+    apart = Affine(2, 4, c.AFFINE_SCALE_ZERO, outliers=3)
+    yield "v1-any-outliers-20-fp16", of_affine(F16, (3, 7, 20), 3 * 32, 0, apart, chunk_tokens=4)
+    apart = Affine(1, 1024, c.AFFINE_SCALE_ZERO, outliers=8)
+    yield "v1-any-outliers-16-bf16", of_affine(BF16, (2, 9, 16), 16, 0, apart, codebook=one, chunk_tokens=5, exact_tokens=1)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 
@@ -124,12 +139,34 @@ def of_affine(dtype: int, shape: tuple[int, ...], row_bits: int, radius_bits: in
     header, exponents = Header(coding, dtype, shape, row_bits, radius_bits, rounds=0, affine=affine, **fields), cycle(EXPONENTS)
     halves = cycle((0x7C00, 0x3C00, 0xFC00, 0xFE01, 0xBC00, 0x0001, 0x7BFF))
 
+    random_places = iter(range(1 << 30))
+
     def edited(block: bytearray, rows: int) -> None:
         for at in range(rows * header.row_bytes, len(block) - 2, 10):  # every fifth field
             struct.pack_into("<H", block, at, next(halves))
+        if affine.outliers:
+            with_outliers(header, block, rows, next(random_places))
         struct.pack_into("<h", block, len(block) - 2, next(exponents))
 
     return forged(header, edited)
+
+
+def with_outliers(header: Header, block: bytearray, rows: int, number: int) -> None:
+    """Give a block counts that end within its room, or not, and places of which most ascend."""
+    assert header.affine
+    rng = random.Random(number)
+    room = 2 * header.affine.groups(header.order) * (rows * header.affine.outliers // header.affine.tokens)
+    segments = -(-rows * header.head_dim // c.OUTLIER_SEGMENT)
+    at = len(block) - 2 - 4 * room - 4 * segments
+    for segment in range(segments):
+        count = room // segments if number % 3 else rng.choice((0, room, (1 << 32) - 1))
+        struct.pack_into("<I", block, at + 4 * segment, count)
+        here = min(rows * header.head_dim - segment * c.OUTLIER_SEGMENT, c.OUTLIER_SEGMENT)
+        first = segment * (room // segments)
+        places = sorted(rng.randrange(here) for _ in range(room // segments))
+        for i, place in enumerate(places):
+            told = place if rng.random() < 0.9 else rng.randrange(1 << 16)
+            struct.pack_into("<H", block, at + 4 * segments + 2 * (first + i), told)
 
 
 def smallest_quads() -> bytes:

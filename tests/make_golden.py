@@ -19,6 +19,7 @@ import pqcodec
 from pqcodec import Rope
 
 FOLDER = Path(__file__).parent / "data" / "golden"
+TABLE = pqcodec.SharedTable((-1, -0.3, 0.3, 1))  # of a stream that names one; its bytes are v1-table-2.pqt
 HASHES = Path(__file__).parents[1] / "formats" / "golden.txt"  # of all of them
 
 
@@ -27,10 +28,10 @@ def stored(x: torch.Tensor) -> np.ndarray:
     return x.view(torch.int16).numpy().view(np.uint16) if x.element_size() == 2 else x.numpy().view(np.uint32)
 
 
-def decoded(data: bytes, backend: str) -> Any:
+def decoded(data: bytes, backend: str, tables: Any = ()) -> Any:
     """The tensor of a stream, or the rows that it keeps of one."""
     if pqcodec.inspect(data).kept_of is None:
-        return pqcodec.decode(data, backend=backend)
+        return pqcodec.decode(data, tables=tables, backend=backend)
     return pqcodec.decode_kept(data, backend=backend)[0]
 
 
@@ -42,8 +43,10 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
 
     of_quads = [preset for preset in pqcodec.PRESETS if preset.startswith("quad")]
-    sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine]
-    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing)]
+    sparse = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].sparse]
+    by_levels = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_levels and preset not in sparse]
+    sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine and preset not in (*by_levels, *sparse)]
+    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse)]
     for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
@@ -107,6 +110,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-wu44-64-least", extreme[:3] / 1e3, {"preset": "wu44"}
     yield "v1-wu44-64-constant", torch.full((130, 64), 3.0).half(), {"preset": "wu44", "chunk_tokens": 256}
     yield "v1-wu44-64-empty", gaussian(3, 0, 64), {"preset": "wu44", "center": "mean"}
+    state = rng.bit_generator.state  # groups of cases that were added side by side draw the same numbers
     options = {"center": "rope", "rope": rope, "exact_tokens": 2, "exact_last": 3, "nonfinite": "exact", "chunk_tokens": 2}
     ends = gaussian(2, 10, 64) + 3
     ends[0, 4, 1], ends[1, 9, 0] = float("inf"), float("nan")
@@ -121,6 +125,28 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-wu44-32-keep-bitmap", gaussian(2, 21, 32, dtype=torch.bfloat16) + 3, {"preset": "wu44", **options}
     yield "v1-quad3-64-keep-mean", gaussian(2, 9, 64) + 3, {"preset": "quad3", "center": "mean", "keep": [[3, 8], [0, 4]]}
     yield "v1-pq2-64-keep-nothing", gaussian(2, 9, 64), {"preset": "pq2", "center": "mean", "keep": []}
+    rng.bit_generator.state = state
+    for preset in by_levels:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
+    for head_dim in (1, 7, 100, 128, 1024):
+        yield f"v1-nuq3-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), {"preset": "nuq3"}
+    yield "v1-nuq2-48-given-bf16", gaussian(2, 5, 48, dtype=torch.bfloat16), {"preset": "nuq2", "levels": (-1, -0.3, 0.3, 1)}
+    options = {"preset": "nuq4-key", "center": "rope", "rope": rope, "exact_tokens": 4}
+    yield "v1-nuq4-key-64-rope-half", gaussian(2, 40, 64) + 3, options
+    yield "v1-nuq3-64-exact-vectors", odd, {"preset": "nuq3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    yield "v1-nuq4-64-extremes", extreme, {"preset": "nuq4"}
+    yield "v1-nuq2-key-64-empty", gaussian(3, 0, 64), {"preset": "nuq2-key", "center": "mean"}
+    yield "v1-nuq2-64-table-fp16", gaussian(2, 5, 64), {"preset": "nuq2", "levels": TABLE}
+    for preset in sparse:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 300, 64) ** 3, {"preset": preset}
+    for head_dim in (1, 2, 7, 100, 300, 1024):
+        yield f"v1-kvquant3-{head_dim}-fp32", gaussian(3, head_dim, dtype=torch.float32), {"preset": "kvquant3"}
+    options = {"preset": "kvquant4-key", "center": "rope", "rope": rope, "exact_tokens": 4}
+    yield "v1-kvquant4-key-64-rope-half", gaussian(2, 250, 64, dtype=torch.bfloat16) + 3, options
+    yield "v1-kvquant2-key-60-segments", gaussian(1, 1300, 60), {"preset": "kvquant2-key"}
+    yield "v1-kvquant3-64-exact-vectors", odd, {"preset": "kvquant3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    yield "v1-kvquant4-64-extremes", extreme, {"preset": "kvquant4"}
+    yield "v1-kvquant2-key-64-empty", gaussian(3, 0, 64), {"preset": "kvquant2-key", "center": "mean"}
 
 
 def born() -> Iterator[tuple[str, bytes]]:
@@ -135,9 +161,11 @@ def born() -> Iterator[tuple[str, bytes]]:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
+    if not (FOLDER / "v1-table-2.pqt").exists():
+        (FOLDER / "v1-table-2.pqt").write_bytes(TABLE.to_bytes())
     for name, data in born():
         (FOLDER / f"{name}.pqs").write_bytes(data)
-        np.save(FOLDER / f"{name}.npy", stored(torch.as_tensor(decoded(data, "reference"))))
+        np.save(FOLDER / f"{name}.npy", stored(torch.as_tensor(decoded(data, "reference", TABLE))))
         print(f"{name}: {len(data)} bytes")
     HASHES.write_text("".join(f"{line}\n" for line in golden_lines(FOLDER)))
 

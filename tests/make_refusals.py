@@ -6,6 +6,7 @@ of a stream where the name begins with 3.3, else of a .pqkv file. Lines that are
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -52,6 +53,9 @@ OF_KEEP = 64  # where its part of MANY's header begins: to 84, a list to 90
 EXACT = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_tokens=1, seed=0, **REFERENCE)
 LAST = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_last=1, seed=0, **REFERENCE)
 TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinite="exact", seed=0, **REFERENCE)
+LEVELS = spec_vectors.level_stream()  # of 16.4
+OUTLIERS = spec_vectors.level_stream("kvquant2")
+OF_LEVELS = 80  # where its levels begin
 OF_ROPE = 64  # where its part of ROPE's header begins
 ONE_DIMENSION = sealed(struct.pack("<7sBI", PLAIN[:7], 1, 76) + struct.pack("<H", 76) + PLAIN[14:48] + MANY[56:80]) + PLAIN[68:]
 
@@ -152,6 +156,25 @@ def of_streams() -> Iterator[Case]:
         ("13-rows-descend", CORRUPT, other(other(TWO, 68, b"\1"), 84, b"\0", slice(68, 104))),
     ]:
         yield f"3.3-{name}", error, data
+    for name, error, data in [
+        ("7-codebook-3", UNSUPPORTED, forged(LEVELS, (44, "B", 3))),
+        ("7-codebook-of-even-levels", UNSUPPORTED, forged(QUADS, (44, "B", 1))),
+        ("10-levels-descend", CORRUPT, forged(LEVELS, (OF_LEVELS, "H", 0x4000))),
+        ("10-level-infinite", CORRUPT, forged(LEVELS, (OF_LEVELS + 6, "H", 0x7C00))),
+        ("11-name-of-8-bytes", CORRUPT, forged(LEVELS, (44, "B", 2))),
+        ("11-levels-unsaid", CORRUPT, forged(LEVELS, (44, "B", 0))),
+    ]:
+        yield f"3.3-{name}", error, data
+    for name, error, data in [
+        ("7-outliers-of-quads", UNSUPPORTED, forged(QUADS, (12, "H", 44))),
+        ("9-outliers-unsaid", UNSUPPORTED, forged(OUTLIERS, (12, "H", 20))),
+        ("10-outliers-none", CORRUPT, forged(OUTLIERS, (76, "H", 0))),
+        ("10-outliers-too-many", CORRUPT, forged(OUTLIERS, (76, "H", 4))),
+        ("12-outliers-more", TRUNCATED, forged(OUTLIERS, (76, "H", 2))),
+    ]:
+        yield f"3.3-{name}", error, data
+    yield "3.3-0-levels", SOUND, LEVELS
+    yield "3.3-0-outliers", SOUND, OUTLIERS
     for name, data in (("split", PLAIN), ("paper", PAPER), ("quads", QUADS), ("rope", ROPE), ("no-tokens", NOTHING)):
         yield f"3.3-0-{name}", SOUND, data
     for name, data in (("keep-few", FEW), ("keep-many", MANY)):
@@ -280,6 +303,24 @@ def of_frames() -> Iterator[Case]:
         ("5-sizes", CORRUPT, told(X, meta_bytes=listed(X)["meta_bytes"] + 1, body_bytes=listed(X)["body_bytes"] - 1)),
     ]:
         yield f"II.5-frame-{name}", error, data
+    for name, error, data in [
+        ("frame-6-checksum", CORRUPT, tabled(TABLE + bytes(4))),
+        ("frame-6-another-name", CORRUPT, tabled(sealed(TABLE), table="00")),
+        ("frame-6-too-large", CORRUPT, tabled(sealed(TABLE + bytes(600)))),
+        ("tensor-3-table-missing", UNSUPPORTED, tabled(sealed(b"\x89PQT\1\1\0\0\2\0\0\0\0\0\0\x3c"))),
+        ("sound-table", SOUND, tabled(sealed(TABLE))),
+    ]:
+        yield f"II.5-{name}", error, data
+
+
+TABLE = spec_vectors.TABLE.to_bytes()
+
+
+def tabled(body: bytes, **changes: Any) -> bytes:
+    """A file of the frame of a shared table, and of a tensor that names TABLE."""
+    meta = {"table": hashlib.sha256(body[:-4]).hexdigest()} | changes
+    stream = pqcodec.encode(np.ones((1, 4), np.float16), preset="nuq2", levels=spec_vectors.TABLE, seed=0, **REFERENCE)
+    return assemble(frame(6, json.dumps(meta).encode(), body), coded(stream))
 
 
 def in_index(kind: int, of: bytes) -> bytes:

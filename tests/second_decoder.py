@@ -5,11 +5,12 @@ It shares no code with pqcodec, favours the specification's own words over speed
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def quad_rows(block: bytes, rows: int, order: int, row_bits: int) -> list[tuple[
     return found
 
 
-# -- 13 to 15: affine fields, pair polar, scalar -------------------------------------------------------------------
+# -- 13 to 16: affine fields, pair polar, scalar, levels -----------------------------------------------------------
 def half(bits: int) -> F:
     """An f16 field."""
     value = float(np.array([bits], "<u2").view("<f2")[0])
@@ -299,10 +300,37 @@ def block_bytes(data: bytes, rows: int) -> int:
     if data[5] < 4:
         return size + 4
     tokens, fields, _ = affine_groups(data)
-    return size + -(-rows // tokens) * fields + 6
+    segments, room = outlier_room(data, rows)
+    return size + -(-rows // tokens) * fields + 4 * segments + 4 * room + 6
 
 
-def affine_rows(data: bytes, block: bytes, rows: int) -> list[tuple[list[F], F, F]]:
+def outlier_room(data: bytes, rows: int) -> tuple[int, int]:
+    """Q and M of 16.4; 0 without flag 32."""
+    if not data[12] & 32:
+        return 0, 0
+    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    tokens, channels, _, _, _, _, outliers = struct.unpack_from("<IIBBBBH", data, 48 + 8 * data[7])
+    return -(-rows * head_dim // 65536), 2 * -(-(-(-head_dim // 16) * 16) // channels) * (rows * outliers // tokens)
+
+
+def place_outliers(data: bytes, block: bytes, rows: int, found: list[list[F]]) -> None:
+    """Put what a block without its checksum keeps apart into the numbers s of its rows."""
+    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    segments, room = outlier_room(data, rows)
+    at = len(block) - 2 - 4 * room
+    places, values = struct.unpack_from(f"<{room}H", block, at), struct.unpack_from(f"<{room}H", block, at + 2 * room)
+    record = 0
+    for segment, count in enumerate(struct.unpack_from(f"<{segments}I", block, at - 4 * segments)):
+        last = -1
+        for i in range(record, min(record + count, room)):
+            row, channel = divmod(65536 * segment + places[i], head_dim)
+            if places[i] > last and row < rows:
+                found[row][channel] = half(values[i])
+            last = max(last, places[i])
+        record += count
+
+
+def affine_rows(data: bytes, block: bytes, rows: int, tables: Sequence[bytes] = ()) -> list[tuple[list[F], F, F]]:
     """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read."""
     at = 48 + 8 * data[7]
     (head_dim,), (row_bits,) = struct.unpack_from("<Q", data, at - 8), struct.unpack_from("<I", data, 16)
@@ -319,13 +347,48 @@ def affine_rows(data: bytes, block: bytes, rows: int) -> list[tuple[list[F], F, 
             numbers = pair_row(row, fields, groups, head_dim, order, data[14], angle_bits, pairing)
         else:
             b = row_bits // order
-            numbers = []
+            numbers, levels = [], levels_of(data, b, tables)
             for k in range(order):
                 d, code = half(fields[k // channels]), field(row, b * k, b)
-                s = F(code) * d + half(fields[groups + k // channels]) if kind == 2 else F(code - 2 ** (b - 1)) * d
-                numbers.append(s)
+                level = levels[code] if levels else F(code if kind == 2 else code - 2 ** (b - 1))
+                numbers.append(level * d + half(fields[groups + k // channels]) if kind == 2 else level * d)
         found.append((numbers, F(2.0**exponent), F(1)))
+    if data[12] & 32:
+        place_outliers(data, block, rows, [numbers for numbers, _, _ in found])
     return found
+
+
+def levels_of(data: bytes, b: int, tables: Sequence[bytes]) -> list[F]:
+    """The levels that a header brings or names (16.1), or none."""
+    size = struct.unpack_from("<I", data, 8)[0]
+    if data[44] == 2:
+        table = next(table for table in tables if hashlib.sha256(table).digest() == data[size - 36 : size - 4])
+        return [half(bits) for bits in struct.unpack_from(f"<{2**b}H", table, 12)]
+    return [half(bits) for bits in struct.unpack_from(f"<{2**b}H", data, size - 4 - 2 ** (b + 1))] if data[44] == 1 else []
+
+
+def missing(data: bytes, tables: Sequence[bytes]) -> str:
+    """The error of a stream that names a shared table, where these are there (16.1, 16.3); "" for none."""
+    size = struct.unpack_from("<I", data, 8)[0]
+    found = [table for table in tables if data[44] == 2 and hashlib.sha256(table).digest() == data[size - 36 : size - 4]]
+    if data[44] == 2 and not found:
+        return "unsupported"
+    order = -(-struct.unpack_from("<Q", data, 40 + 8 * data[7])[0] // 16) * 16
+    return (
+        "corrupt"
+        if any(len(table) != 12 + 2 ** (struct.unpack_from("<I", data, 16)[0] // order + 1) for table in found)
+        else ""
+    )
+
+
+def table_refusal(name: str, table: bytes) -> str:
+    """The error of a shared table that is held under a name (16.3); "" for none."""
+    if hashlib.sha256(table).hexdigest() != name or table[:4] != b"\x89PQT" or not 12 <= len(table) <= 524:
+        return "corrupt"
+    version, kind, reserved, count = struct.unpack_from("<BBHI", table, 4)
+    if version != 1 or kind != 1 or reserved:
+        return "unsupported"
+    return "" if len(table) == 12 + 2 * count and count in [2**b for b in range(1, 9)] and ascending(table[12:]) else "corrupt"
 
 
 def pair_row(
@@ -456,9 +519,9 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags & ~95 or linear or any(data[44:46]):
+    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 127 or linear or data[44] > 2 or data[45]:
         return "unsupported"
-    if (coding > 3) != bool(flags & 16):
+    if (coding > 3) != bool(flags & 16) or ((data[44] or flags & 32) and coding != 5):
         return "unsupported"
     end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
     affine = end if coding > 3 else 0
@@ -470,14 +533,8 @@ def refusal(data: bytes) -> str:
     group, channels_of, kind, place, pairs, angle_bits = (
         struct.unpack_from("<IIBBBB", body, affine) if affine else (1, 1, 1, 0, 0, 0)
     )
-    if (
-        not group
-        or not channels_of
-        or kind not in (1, 2, 3)
-        or place
-        or pairs > 2
-        or (affine and any(body[affine + 12 : affine + 16]))
-    ):
+    spare = body[affine + 14 : affine + 16] if flags & 32 else body[affine + 12 : affine + 16]
+    if not group or not channels_of or kind not in (1, 2, 3) or place or pairs > 2 or (affine and any(spare)):
         return "unsupported"
     whole, lists = struct.unpack_from("<QB", body, keep) if keep else (0, 1)
     if lists not in (1, 2) or (keep and any(body[keep + 9 : keep + 16])):
@@ -490,6 +547,7 @@ def refusal(data: bytes) -> str:
         return "corrupt"
     tokens, order = shape[-2] if ndim > 1 else 1, next(n for n in ORDERS if n >= shape[-1])
     wide = -(-shape[-1] // 16) * 16
+    bits = min(row_bits // wide, 8)
     of_pairs = kind == 3 and channels_of == 2 and pairs in (1, 2) and 1 <= angle_bits <= 8 and 1 <= radius_bits <= 8
     rows = {
         1: radius_bits in range(11, 16) and order <= row_bits <= radius_bits + 7 * order,
@@ -510,12 +568,27 @@ def refusal(data: bytes) -> str:
         not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
         not flags & 8 if coding in (2, 4, 5) else flags & 8 or coding == 1,
-        size == 52 + 8 * ndim + (16 if affine else 0) + (16 if keep else 0) + (16 + 2 * channels if rope else 0),
+        size
+        == 52
+        + 8 * ndim
+        + (16 if affine else 0)
+        + (16 if keep else 0)
+        + (16 + 2 * channels if rope else 0)
+        + (0, 2 ** (bits + 1), 32)[data[44]],
+        not flags & 32
+        or 1 <= int.from_bytes(body[affine + 12 : affine + 14], "little") <= group * min(channels_of, shape[-1]) / 2,
+        data[44] != 1 or ascending(data[size - 4 - 2 ** (bits + 1) : size - 4]),
     ]
     if not all(ranges):
         return "corrupt"
     there = sum(count * size for count, size in sections(data))
     return "truncated" if len(data) < there else "corrupt" if len(data) > there else ""
+
+
+def ascending(levels: bytes) -> bool:
+    """Whether levels are finite, and none is below the one before it."""
+    found = [float(x) for x in np.frombuffer(levels[: len(levels) // 2 * 2], "<f2")]
+    return all(map(math.isfinite, found)) and found == sorted(found)
 
 
 def damage(data: bytes) -> str:
@@ -550,10 +623,12 @@ def order_seal(data: bytes) -> int:
     return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(blocks(data))))
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
     """The tensor of a stream, of its kept tokens, as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
     if error := refusal(data):
         raise ValueError(f"the stream is {error}")
+    if error := missing(data, tables):
+        raise ValueError(f"its shared table is {error}")
     if error := damage(data):
         raise ValueError(error)
     coding, dtype, ndim, size, flags, radius_bits, _ = struct.unpack_from("<BBBIHBB", data, 5)
@@ -594,7 +669,7 @@ def decode(data: bytes) -> np.ndarray:
             count = min(chunk, coded - first)
             rows = take(block_bytes(data, count) - 4)
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
-            of_groups = affine_rows(data, rows, count) if coding > 3 else []
+            of_groups = affine_rows(data, rows, count, tables) if coding > 3 else []
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
                 if of_groups:

@@ -33,8 +33,10 @@ def refusal(data: bytes) -> str:
         for frame in frames:
             if frame["kind"] == 3:
                 at(data, frame["offset"], end_of(frame), frame)
-        for name in dict.fromkeys(frame["name"] for frame in frames if frame["kind"] != 3):
-            tensor(data, [frame for frame in frames if frame["name"] == name])
+        for name in dict.fromkeys(frame["name"] for frame in frames if frame["kind"] not in (3, 6)):
+            tensor(
+                data, [frame for frame in frames if frame["name"] == name], [frame for frame in frames if frame["kind"] == 6]
+            )
     except Refused as error:
         return str(error)
     return ""
@@ -56,7 +58,7 @@ def opened(data: bytes) -> list[dict[str, Any]]:
         frames = listed + frames
     for n, frame in enumerate(frames):
         for other in frames[:n]:
-            if frame["name"] == other["name"]:
+            if frame["name"] == other["name"] and 6 not in (frame["kind"], other["kind"]):
                 expect(version == 2 and frame["kind"] == other["kind"] == 1)
                 expect((frame["layer"], frame["role"]) == (other["layer"], other["role"]))
     return frames
@@ -89,10 +91,10 @@ def index(data: bytes, end: int, version: int) -> tuple[list[dict[str, Any]], in
     expect(isinstance(listed, list))
     for item in listed:
         expect(isinstance(item, dict) and set(KEYS) <= set(item))
-        expect(type(item["kind"]) is int and 1 <= item["kind"] <= 4, "unsupported")
+        expect(type(item["kind"]) is int and item["kind"] in (1, 2, 3, 4, 6), "unsupported")
         expect(all(natural(item[key]) for key in ("offset", "meta_bytes", "body_bytes")))
         expect(item["kind"] != 4)
-        if item["kind"] == 3:
+        if item["kind"] in (3, 6):
             expect(item["name"] is item["layer"] is item["role"] is None)
         else:
             expect(isinstance(item["name"], str) and item["name"] and not re.search("[\ud800-\udfff]", item["name"]))
@@ -126,7 +128,7 @@ def walk(data: bytes, version: int) -> int:
 
 def begins_a_frame(data: bytes, place: int) -> bool:
     rest = data[place:]
-    if not any(f"PQFR{chr(kind)}\0\0\0".encode().startswith(rest[:8]) for kind in (1, 2, 3, 4)):
+    if not any(f"PQFR{chr(kind)}\0\0\0".encode().startswith(rest[:8]) for kind in (1, 2, 3, 4, 6)):
         return False
     if len(rest) < 24:
         return True
@@ -149,7 +151,7 @@ def at(data: bytes, place: int, end: int, listed: dict[str, Any] | None = None) 
     raw = data[place + 24 : place + 24 + meta_bytes]
     expect(stored == second.checksum(data[place : place + 20] + raw))
     expect(place + 24 + meta_bytes + body_bytes <= end)
-    expect(1 <= kind <= 4 and not any(reserved), "unsupported")
+    expect(kind in (1, 2, 3, 4, 6) and not any(reserved), "unsupported")
     meta = document(raw)
     expect(isinstance(meta, dict) and not (kind == 3 and body_bytes))
     name, layer, role = (meta.get(key) if kind < 3 else None for key in ("name", "layer", "role"))
@@ -184,7 +186,7 @@ class Part:
         return self.shape[-2] if len(self.shape) > 1 else 1
 
 
-def tensor(data: bytes, frames: list[dict[str, Any]]) -> None:
+def tensor(data: bytes, frames: list[dict[str, Any]], tables: list[dict[str, Any]]) -> None:
     parts, tokens = list[Part](), 0
     for frame in frames:
         part = Part(at(data, frame["offset"], end_of(frame), frame))
@@ -200,10 +202,21 @@ def tensor(data: bytes, frames: list[dict[str, Any]]) -> None:
     if frames[0]["kind"] == 1:
         expect(sum(math.prod(part.shape) for part in parts) <= 8 * sum(frame["body_bytes"] for frame in frames))
     for part in parts:
-        body(data, part)
+        body(data, part, tables)
 
 
-def body(data: bytes, part: Part) -> None:
+def table(data: bytes, listed: dict[str, Any]) -> bytes:
+    """The shared table of a frame."""
+    frame = at(data, listed["offset"], end_of(listed), listed)
+    raw = data[end_of(frame) - frame["body_bytes"] : end_of(frame)]
+    expect(4 <= len(raw) <= 528 and second.holds(raw))
+    name = frame["meta"].get("table")
+    error = second.table_refusal(name, raw[:-4])
+    expect(not error, error)
+    return raw[:-4]
+
+
+def body(data: bytes, part: Part, tables: list[dict[str, Any]]) -> None:
     end = end_of(part.frame)
     raw, seal = data[end - part.frame["body_bytes"] : end], part.frame["meta"].get("seal")
     if part.frame["kind"] == 2:
@@ -213,6 +226,9 @@ def body(data: bytes, part: Part) -> None:
     expect(not error, error)
     dtype, ndim = {1: "float16", 2: "bfloat16", 3: "float32"}[raw[6]], raw[7]
     expect((list(struct.unpack_from(f"<{ndim}Q", raw, 48)), dtype) == (part.shape, part.dtype))
+    if raw[44] == 2:
+        error = second.missing(raw, [table(data, frame) for frame in tables])
+        expect(not error, error)
     expect(not second.damage(raw) and seal in (None, struct.pack("<I", second.order_seal(raw)).hex()))
 
 

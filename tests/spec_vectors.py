@@ -150,7 +150,7 @@ def keep_trace(data: bytes) -> list[str]:
     return lines
 
 
-# -- 14.1 and 15.1: streams with affine fields -------------------------------------------------------------------
+# -- 14.1, 15.1 and 16.5: streams with affine fields -------------------------------------------------------------------
 AFFINE_NUMBERS = np.array([[3, -1, 2, 0.5, -4, 1], [2.5, -1.5, 2, 1, -3, 0], [3.5, -1, 1, 0.75, -4, 2]], np.float32)
 AFFINE_NOTES = [*FIXED, (16, "shape"), (16, "affine fields"), (4, "checksum")]
 PAIR_NOTES = [
@@ -168,6 +168,45 @@ SCALAR_NOTES = [*AFFINE_NOTES, (24, "rows"), (12, "scale and zero of each token"
 def affine_stream(preset: str) -> bytes:
     """Three vectors of six numbers."""
     return pqcodec.encode(AFFINE_NUMBERS, preset=preset, seed=0, **REFERENCE)
+
+
+LEVELS = (-1.0, -0.25, 0.25, 1.0)
+TABLE = pqcodec.SharedTable(LEVELS)
+LEVEL_NOTES = [
+    *AFFINE_NOTES[:-1],
+    (12, "levels, checksum"),
+    (12, "rows"),
+    (12, "scale and zero of each token"),
+    (6, "exponent, checksum"),
+]
+
+
+OUTLIER_NOTES = [
+    *LEVEL_NOTES[:-1],
+    (4, "counts of outliers"),
+    (12, "their places"),
+    (12, "their values"),
+    LEVEL_NOTES[-1],
+]
+
+
+def level_stream(preset: str = "nuq2") -> bytes:
+    """The same vectors, by levels that the stream carries."""
+    return pqcodec.encode(AFFINE_NUMBERS, preset=preset, levels=LEVELS, seed=0, **REFERENCE)
+
+
+def level_trace(data: bytes) -> list[str]:
+    """A line a token of such a stream of three: scale and zero, codes, and numbers."""
+    lines, numbers = [], second.decode(data).view(np.float32)
+    fields = struct.unpack_from("<6H", data, 104)
+    for token, row in enumerate(numbers.tolist()):
+        scale, zero = map(second.half, fields[2 * token : 2 * token + 2])
+        codes = int.from_bytes(data[92 + 4 * token :][:4], "little")
+        code = ", ".join(str(second.field(codes, 2 * i, 2)) for i in range(6))
+        lines.append(
+            f"- Token {token}: scale {scale:.9g}, zero {zero:.9g}, codes {code}: {', '.join(f'{x:.9g}' for x in row)}."
+        )
+    return lines
 
 
 def pair_trace(data: bytes) -> list[str]:

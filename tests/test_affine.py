@@ -202,7 +202,8 @@ def test_the_shortest_arc_is_never_longer() -> None:
 
 # -- chunks and groups ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("preset", "asked", "given"), [("wu44", 24, 128), ("wu33", 129, 256), ("kivi2-key", 64, 64), ("int4", 7, 7)]
+    ("preset", "asked", "given"),
+    [("wu44", 24, 128), ("wu33", 129, 256), ("kivi2-key", 64, 64), ("int4", 7, 7), ("nuq2-key", 64, 2048), ("nuq2", 7, 7)],
 )
 def test_chunks_are_whole_groups(preset: str, asked: int, given: int) -> None:
     x = gaussian(1, 300, 16)
@@ -237,7 +238,7 @@ def test_a_header_has_no_more_bytes_than_there_may_be() -> None:
 
 
 # -- damage --------------------------------------------------------------------------------------------------------
-@pytest.fixture(params=["wu33", "kivi2-key", "int4"])
+@pytest.fixture(params=["wu33", "kivi2-key", "int4", "nuq3", "kvquant2"])
 def stream(request: pytest.FixtureRequest) -> bytes:
     """A stream with every section, of two blocks a leading index where groups are small."""
     x = gaussian(2, 40, 16, seed=3)
@@ -280,7 +281,7 @@ def test_the_command_line_takes_pairs_and_tells_groups(tmp_path: Path) -> None:
 
 # -- attention -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preset", ["wu44", "kivi4-key", "int4"])
+@pytest.mark.parametrize("preset", ["wu44", "kivi4-key", "int4", "nuq4"])
 def test_attention_is_that_to_decoded_keys_and_values(backend: str, preset: str) -> None:
     keys, values, q = gaussian(2, 200, 32), gaussian(2, 200, 32, seed=1), gaussian(4, 1, 32, seed=2)
     k, v = (pqcodec.encode(x[None], preset=preset, center="mean", backend="cpu") for x in (keys, values))

@@ -49,6 +49,18 @@ WORST_ERROR = {
     "int4": 0.0075,
     "q4_0": 0.0085,
     "q8_0": 4e-5,
+    "nuq4-key": 0.0082,
+    "nuq3-key": 0.033,
+    "nuq2-key": 0.128,
+    "nuq4": 0.0075,
+    "nuq3": 0.032,
+    "nuq2": 0.125,
+    "kvquant4-key": 0.0082,
+    "kvquant3-key": 0.033,
+    "kvquant2-key": 0.128,
+    "kvquant4": 0.0053,
+    "kvquant3": 0.022,
+    "kvquant2": 0.088,
 }
 
 

@@ -15,7 +15,7 @@ from fuzz.shapes import seal_stream
 import pqcodec
 from pqcodec import constants as c
 from pqcodec.codings import angles, quads
-from pqcodec.codings.declared import Affine
+from pqcodec.codings.declared import Affine, Codebook
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header, RopeField
 from pqcodec.stream.orders import order_for, whole_groups
@@ -27,7 +27,7 @@ HEAD_DIMS = (1, 2, 15, 16, 36, 48, 80, 100, 112, 144)
 def any_header(coding: int, rng: np.random.Generator) -> Header:
     """A header of any fields, for a few vectors."""
     dim = int(rng.choice(HEAD_DIMS))
-    order, affine = order_for(dim), any_affine(coding, rng)
+    order, affine = order_for(dim), any_affine(coding, dim, rng)
     whole, bits = whole_groups(dim), int(rng.integers(1, 9))
     radius = {c.CODING_SPLIT: int(rng.integers(11, 16)), c.CODING_PAPER: c.PAPER_RADIUS_BITS, c.CODING_QUADS: 8}.get(coding, 0)
     if affine and coding == c.CODING_PAIRS:
@@ -63,16 +63,25 @@ def any_header(coding: int, rng: np.random.Generator) -> Header:
         numpy=True,
         rounds={c.CODING_SPLIT: int(rng.integers(1, 3)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding, 0),
         affine=affine,
+        codebook=any_levels(bits, rng) if coding == c.CODING_SCALAR and rng.random() < 0.5 else None,
     )
 
 
-def any_affine(coding: int, rng: np.random.Generator) -> Affine | None:
+def any_levels(bits: int, rng: np.random.Generator) -> Codebook:
+    """Levels of any finite float16, ascending."""
+    halves = np.sort(np.ldexp(rng.uniform(-1, 1, 1 << bits), rng.integers(-24, 16, 1 << bits)).astype("<f2"))
+    return Codebook(tuple(halves.view("<u2").tolist()))
+
+
+def any_affine(coding: int, dim: int, rng: np.random.Generator) -> Affine | None:
     """Affine fields of any granularity, where the coding has them."""
     tokens = 1 if rng.random() < 0.5 else int(rng.integers(1, 5))
     if coding == c.CODING_PAIRS:
         return Affine(tokens, 2, c.AFFINE_POLAR, int(rng.integers(1, 3)), int(rng.integers(1, 9)))
     if coding == c.CODING_SCALAR:
-        return Affine(tokens, int(rng.choice([1, 3, 8, 32, 1024])), int(rng.integers(1, 3)))
+        channels = int(rng.choice([1, 3, 8, 32, 1024]))
+        outliers = int(rng.integers(0, tokens * min(channels, dim) // 2 + 1)) if rng.random() < 0.5 else 0
+        return Affine(tokens, channels, int(rng.integers(1, 3)), outliers=outliers)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import struct
@@ -20,7 +21,7 @@ from test_pqkv import ITEM, REFUSED, REFUSED_TENSORS, assemble, exact_frame, fra
 
 import pqcodec
 from pqcodec.errors import CorruptStream, PQError, TruncatedStream, UnsupportedStream
-from pqcodec.formats import PQKVFile
+from pqcodec.formats import PQKVFile, PQKVWriter
 
 REFERENCE = {"backend": "reference"}
 Kind = type[PQError]
@@ -39,6 +40,15 @@ def written() -> bytes:
     coded = {"name": "k", "layer": 3, "role": "key", "shape": [1, 16], "dtype": "float32", "layout": "..., tokens, head_dim"}
     stream = pqcodec.encode(np.ones((1, 16), np.float32), preset="quad2", **REFERENCE)
     return assemble(frame(3, b'{"m":1}'), exact_frame(), frame(1, json.dumps(coded).encode(), stream))
+
+
+@cache
+def tabled() -> bytes:
+    """A file of a shared table and a tensor that names it."""
+    table, file = pqcodec.SharedTable((-1, -0.25, 0.25, 1)), io.BytesIO()
+    with PQKVWriter(file) as writer:
+        writer.add("k", np.ones((1, 16), np.float32), preset="nuq2", levels=table, **REFERENCE)
+    return file.getvalue()
 
 
 def error_of(data: bytes) -> str:
@@ -163,7 +173,7 @@ def test_parts_may_have_no_tokens(streams: tuple[bytes, ...]) -> None:
     assert PQKVFile(data).decode("k").shape == (streams.count(ONE), 16)
 
 
-@pytest.mark.parametrize("sound", [grown, written])
+@pytest.mark.parametrize("sound", [grown, written, tabled])
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(sound: Callable[[], bytes]) -> None:
     """As it is, and under checksums that hold again."""
     data, seal = sound(), TARGETS["pqkv"].seal

@@ -18,6 +18,7 @@ from pqcodec.stream.source import MemorySource
 
 SPEC = Path(__file__).parents[1] / "formats" / "SPEC.md"
 STREAMS = sorted(FOLDER.glob("*.pqs"))
+TABLES = [path.read_bytes() for path in sorted(FOLDER.glob("*.pqt"))]  # shared ones, which streams may name
 
 
 def test_no_golden_stream_is_missing() -> None:
@@ -27,7 +28,8 @@ def test_no_golden_stream_is_missing() -> None:
 @pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_golden_streams_decode_to_their_numbers(path: Path, backend: str) -> None:
-    found = decoded(path.read_bytes(), backend)
+    tables = [pqcodec.SharedTable.from_bytes(raw) for raw in TABLES]
+    found = decoded(path.read_bytes(), backend, tables)
     np.testing.assert_array_equal(bits(found), np.load(path.with_suffix(".npy"), allow_pickle=False))
 
 
@@ -39,7 +41,7 @@ def test_golden_streams_are_sound(path: Path) -> None:
 @pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
 def test_a_decoder_written_from_the_specification_agrees(path: Path) -> None:
     np.testing.assert_array_equal(
-        second_decoder.decode(path.read_bytes()), np.load(path.with_suffix(".npy"), allow_pickle=False)
+        second_decoder.decode(path.read_bytes(), TABLES), np.load(path.with_suffix(".npy"), allow_pickle=False)
     )
 
 

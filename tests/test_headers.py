@@ -45,6 +45,7 @@ VERSION, CODING, NDIM, SIZE, FLAGS, ROW_BITS = (4, "B", 9), (5, "B", 9), (7, "B"
 RESERVED, PAIRING = (ROPE + 11, "B", 1), (ROPE + 10, "B", 3)
 AFFINE = 48 + 3 * 8  # where their part of the header begins
 KEEP = 48 + 3 * 8  # likewise, of pq3
+LEVELS = AFFINE + 16
 RESERVED_FIELDS = ((0, "I", 0), (4, "I", 0), (8, "B", 0), (8, "B", 4), (9, "B", 1), (10, "B", 3), (12, "I", 1), (15, "B", 1))
 OTHER_FIELDS = ((0, "I", 4097), (0, "I", 100), (4, "I", 1), (4, "I", 64), (8, "B", 1), (8, "B", 2), (10, "B", 0), (11, "B", 0))
 FIRST_WRONG = [  # by step: what is wrong there, and after it
@@ -65,6 +66,9 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (7, forged("pq3", [(FLAGS, "H", 32), ROW_BITS]), UnsupportedStream),
     *[(7, forged(kind, [(FLAGS, "H", 4)]), UnsupportedStream) for kind in ("wu44", "int4")],
     *[(7, forged(kind, [CODING]), UnsupportedStream) for kind in ("wu44", "int4")],
+    *[(7, forged(kind, [(44, "B", n), ROW_BITS]), UnsupportedStream) for kind in ("wu44", "nuq2") for n in (3, 255)],
+    (7, forged("wu44", [(44, "B", 1)]), UnsupportedStream),
+    *[(7, forged(kind, [(FLAGS, "H", 52), ROW_BITS]), UnsupportedStream) for kind in ("wu44", "pq3")],
     (8, forged("pq3", [(7, "B", 9)]), CorruptStream),
     (8, forged("wu44", [(7, "B", 5)]), CorruptStream),
     (8, forged("pq3", [(FLAGS, "H", 11)]), CorruptStream),
@@ -83,6 +87,14 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     *[(10, forged("wu44", [(14, "B", n)]), CorruptStream) for n in (0, 3, 9)],
     *[(10, forged("int4", [(16, "I", n)]), CorruptStream) for n in (0, 64 * 9, 100)],
     (10, forged("wu44", [(20, "I", 192)]), CorruptStream),
+    *[(9, forged(kind, [(AFFINE + at, "B", 1)]), UnsupportedStream) for kind, at in (("int4", 12), ("kvquant2", 14))],
+    (9, forged("kvquant2", [(FLAGS, "H", 20)]), UnsupportedStream),
+    *[(10, forged("kvquant2", [(AFFINE + 12, "H", n)]), CorruptStream) for n in (0, 33, 65535)],
+    (12, forged("kvquant2", [(AFFINE + 12, "H", 2)]), TruncatedStream),
+    *[(10, forged("nuq2", [(LEVELS + 2 * at, "H", n)]), CorruptStream) for at, n in ((0, 0x7C00), (3, 0x7E00), (3, 0xFC00))],
+    *[(10, forged("nuq2", [(LEVELS + 2 * at, "H", n)]), CorruptStream) for at, n in ((0, 0x4000), (2, 0xC400))],
+    *[(10, forged("nuq2", [(16, "I", n)]), CorruptStream) for n in (64, 192, 512)],
+    *[(11, forged(kind, [(44, "B", n)]), CorruptStream) for kind, n in (("nuq2", 0), ("nuq2", 2), ("int4", 1), ("int4", 2))],
     *[(10, forged(kind, [(FLAGS, "H", 28)]), CorruptStream) for kind in ("wu44", "int4")],
     (10, forged("pq3", [NDIM]), CorruptStream),
     (10, forged("pq3", [(64, "Q", 0)]), CorruptStream),
@@ -160,7 +172,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
 
 
-@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "keep", "keep each"])
+@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "nuq2", "kvquant2", "keep", "keep each"])
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
     kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
     size = struct.unpack_from("<I", stream(kind), 8)[0]

@@ -233,6 +233,15 @@ def test_the_worked_example_of_scalar_coding_holds() -> None:
         assert f"- Token {token}: scale {scale:.9g}, zero {zero:.9g}, codes {code}: {told}.\n" in SPEC
 
 
+def test_the_worked_examples_of_levels_and_outliers_hold() -> None:
+    found = example("### 16.5 Examples")
+    for lines, preset, notes in zip(found, ("nuq2", "kvquant2"), (vectors.LEVEL_NOTES, vectors.OUTLIER_NOTES), strict=True):
+        stream = vectors.level_stream(preset)
+        assert lines == "\n".join(vectors.hex_lines(stream, notes))
+        assert second_decoder.decode(stream).view(np.float32).tolist() == pqcodec.decode(stream).tolist()
+        assert "".join(f"{line}\n" for line in vectors.level_trace(stream)) in SPEC
+
+
 def test_the_file_of_the_specification_is_what_writers_write(tmp_path: Path) -> None:
     (lines,) = example("## II.7 Example")
     data = vectors.grown_file(tmp_path)

@@ -101,6 +101,10 @@ def encode(
         str | None,
         typer.Option(help="Channels that wu presets pair: half or interleaved (default: as --rope-style, else half)."),
     ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A shared table of levels for nuq presets (default: levels fitted to each tensor)."),
+    ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
     note: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Metadata that the file carries; may be repeated.")
@@ -137,6 +141,7 @@ def encode(
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
         measured="all" if check else "sample",
         backend=backend,
+        levels=_table(table),
     )
     choice = Choice.of(include, exclude, drop, layout)
     listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
@@ -161,6 +166,20 @@ def encode(
     if not listed.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
     report(found, (Forecast if dry_run else _Outcome).COLUMNS, listed.many, as_json)
+
+
+def _table(path: str | None) -> Any:
+    """The shared table in a file; raises InvalidArgument, OSError, CorruptStream or UnsupportedStream."""
+    if path is None:
+        return None
+    from pqcodec import constants as c
+    from pqcodec.formats.containers.reader import named
+    from pqcodec.stream.source import check_regular
+    from pqcodec.stream.tables import SharedTable
+
+    check_regular(path)
+    with open(path, "rb") as file, named(path):
+        return SharedTable.from_bytes(file.read(c.MAX_TABLE_BYTES + 1))
 
 
 def container(target: str, to: str | None) -> str:

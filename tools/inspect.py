@@ -36,6 +36,7 @@ def inspect(
         with input_file(item.path) as path, open_encoded(path) as file:
             tensor_list = [_tensor_fields(file, name) for name in file.names]
             whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensor_list}
+            whole["tables"] = [{"name": table.name, "levels": table.levels} for table in file.tables.values()]
         return _Outcome(whole, tensors)
 
     listed = inputs(sources, ENCODED)
@@ -109,6 +110,8 @@ class _Outcome:
         for key, value in whole["metadata"].items():
             text = value if isinstance(value, str) and value.isprintable() else ascii(value)
             out.print(Text(f"{shown(key)}: {shortened(text, _METADATA_WIDTH)}"))
+        for table in whole["tables"]:
+            out.print(Text(f"shared table {table['name']}: {len(table['levels'])} levels"))
         layers = [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]
         if layers and table_width(_LAYER_COLUMNS, layers) <= out.width:
             print_table(out, _LAYER_COLUMNS, layers, _LEFT)

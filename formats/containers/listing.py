@@ -7,7 +7,8 @@ An order seal (SPEC 4.3) ties all checksums of a stream to their positions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from pqcodec.formats.plain.documents import (
     tensor_problem,
 )
 from pqcodec.stream.source import Extent, Source, fetched, read_many
+from pqcodec.stream.tables import Tables, table_called
 
 KEYS = tuple(c.LISTING_PREFIX + key for key in ("format", "version", "tensors", "metadata", "checksum"))
+TABLES = c.LISTING_PREFIX + "tables"  # a sixth string, of shared tables
 Fields = dict[str, Any]  # the object that describes one tensor in the listing
 _SEAL = 2 * c.CHECKSUM_BYTES  # hexadecimal digits of a stream's seal
 
@@ -65,10 +68,11 @@ def _tokens(stream: Source) -> int:
     return shape[-2] if len(shape) > 1 else 1
 
 
-def sealed_listing(tensors: Sequence[Fields], metadata: str, elsewhere: Any) -> dict[str, str]:
-    """The five strings by key. ``metadata``: JSON; ``elsewhere``: the container's own description, which the checksum covers.
+def sealed_listing(tensors: Sequence[Fields], metadata: str, elsewhere: Any, tables: Tables) -> dict[str, str]:
+    """The five strings by key, and one of the shared ``tables`` where there are any.
 
-    Raises InvalidArgument where the list is too long.
+    ``metadata``: JSON; ``elsewhere``: the container's own description, which the checksum covers. Raises InvalidArgument where
+    the list is too long.
     """
     values = [
         c.LISTING_FORMAT,
@@ -76,7 +80,9 @@ def sealed_listing(tensors: Sequence[Fields], metadata: str, elsewhere: Any) -> 
         json_bytes(tensors, "the list of tensors", c.MAX_INDEX_BYTES).decode(),
         metadata,
     ]
-    return dict(zip(KEYS, [*values, _checksum(values, elsewhere)], strict=True))
+    found = dict(zip(KEYS, [*values, _checksum(values, elsewhere)], strict=True))
+    texts = {table.name: table.to_bytes().hex() for table in tables.values()}
+    return found | ({TABLES: json_bytes(texts, "the shared tables", c.MAX_INDEX_BYTES).decode()} if texts else {})
 
 
 def _checksum(values: Sequence[str], elsewhere: Any) -> str:
@@ -106,6 +112,21 @@ def read_listing(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fields
         if problem := _problem(fields):
             raise CorruptStream(f"pqcodec_tensors: tensor {number}: {problem}")
     return found, listed
+
+
+def read_tables(values: Mapping[str, Any]) -> Tables:
+    """The shared tables that a container carries, by the bytes of their names; raises CorruptStream or UnsupportedStream."""
+    text = values.get(TABLES, "{}")
+    given = json_value(text.encode("utf-8", "surrogatepass"), TABLES) if isinstance(text, str) else None
+    if not isinstance(given, dict):
+        raise CorruptStream(f"{TABLES}: a JSON object is expected")
+    found = {}
+    for name, raw in given.items():
+        if not isinstance(raw, str) or len(raw) > 2 * c.MAX_TABLE_BYTES or not re.fullmatch("(?:[0-9a-f]{2})*", raw):
+            raise CorruptStream(f"{TABLES}: {name:.80} is not at most {c.MAX_TABLE_BYTES} bytes as hexadecimal digits")
+        table = table_called(name, bytes.fromhex(raw))
+        found[table.digest] = table
+    return found
 
 
 def check_listing(values: Mapping[str, Any], elsewhere: Any) -> None:
@@ -178,26 +199,29 @@ def streams_in(body: Source, fields: Fields) -> list[Extent]:
     return [Extent(body, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def parts_of(entry: Entry, fields: Fields, streams: Sequence[Extent]) -> list[StreamPart]:
-    """The parts of a coded tensor, from its streams; the seal of each is checked when it is first opened."""
+def parts_of(entry: Entry, fields: Fields, streams: Sequence[Extent], tables: Callable[[], Tables]) -> list[StreamPart]:
+    """The parts of a coded tensor, from its streams; the seal of each is checked when it is first opened.
+
+    ``tables``: the file's, asked for where a stream names one.
+    """
     sizes = fields.get("streams", [[0, entry.tokens]])
     seals, orders = (_each(fields[key]) if key in fields else [] for key in ("seal", "order"))
     for stream, order in zip(streams, orders, strict=False):
         stream.seal = checksum_of_text(order)
-    return [_part(entry, tokens, stream, seal) for (_, tokens), stream, seal in zip(sizes, streams, seals, strict=True)]
+    each = zip(sizes, streams, seals, strict=True)
+    return [_part(entry, tokens, stream, seal, tables) for (_, tokens), stream, seal in each]
 
 
 def _each(seals: str) -> list[str]:
     return [seals[at : at + _SEAL] for at in range(0, len(seals), _SEAL)]
 
 
-def _part(entry: Entry, tokens: int, stream: Extent, seal: str) -> StreamPart:
+def _part(entry: Entry, tokens: int, stream: Extent, seal: str, tables: Callable[[], Tables]) -> StreamPart:
     looked_at = False
 
     def opened(whole: bool) -> Source:
         nonlocal looked_at
-        source = fetched(stream) if whole else stream
-        stream_of(source, entry, None if entry.parts == 1 else tokens)
+        source = stream_of(fetched(stream) if whole else stream, entry, tables, None if entry.parts == 1 else tokens)
         if not looked_at and _seal(source) != seal:
             raise CorruptStream("is not the stream that was written under this name (its seal does not hold)")
         looked_at = True

@@ -23,6 +23,7 @@ from pqcodec.stream.index import checked_range
 from pqcodec.stream.report import Damage, StreamInfo, damage_error
 from pqcodec.stream.seal import order_problem
 from pqcodec.stream.source import Source, reading_ahead
+from pqcodec.stream.tables import Tables, with_tables
 from pqcodec.tensors import arrays
 
 LAYOUT, NO_LAYOUT = "..., tokens, head_dim", "..."
@@ -177,6 +178,11 @@ class TensorFile(ABC):
     @abstractmethod
     def metadata(self) -> dict[str, Any]:
         """The ``metadata`` that the writer was given; empty without any."""
+
+    @property
+    def tables(self) -> Tables:
+        """The shared tables that the file carries (SPEC 16.3), by the bytes of their names; raises CorruptStream."""
+        return {}
 
     @abstractmethod
     def _read_entry(self, name: str) -> Entry:
@@ -385,11 +391,14 @@ def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> 
     return result
 
 
-def stream_of(source: Source, entry: Entry, tokens: int | None = None) -> Source:
-    """``source``, whose header has the entry's shape (with ``tokens`` tokens, if given) and dtype; raises CorruptStream."""
+def stream_of(source: Source, entry: Entry, tables: Callable[[], Tables], tokens: int | None = None) -> Source:
+    """``source``, whose header has the entry's shape (with ``tokens`` tokens, if given) and dtype; raises CorruptStream.
+
+    ``tables``: those of the file, asked for where the stream names one, and then given to it.
+    """
     header = read_header(source)
     shape = entry.shape if tokens is None else (*entry.shape[:-2], tokens, entry.shape[-1])
     if (header.shape, DTYPE_NAMES[header.dtype]) != (shape, entry.dtype):
         found = f"{header.shape} of {DTYPE_NAMES[header.dtype]}"
         raise CorruptStream(f"the file says {shape} of {entry.dtype}, the stream {found}")
-    return source
+    return with_tables(source, tables()) if header.codebook and header.codebook.name else source

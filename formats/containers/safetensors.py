@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.reader import Check, Entry, Progress, StreamPart, TensorFile, named
-from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, read_in_pieces
+from pqcodec.formats.containers.writer import Coded, Piece, carried, check_pieces, read_in_pieces
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import checksum_bytes, json_bytes, metadata_bytes, shape_problem
@@ -31,6 +32,7 @@ from pqcodec.formats.plain.numbers import SAFETENSORS_CODES, SAFETENSORS_DTYPES
 from pqcodec.stream.report import Damage
 from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import Extent, FileSource, Source, owned
+from pqcodec.stream.tables import Tables, tables_by_name
 
 _CODED = "U8"
 _ALIGNMENT = 16
@@ -118,6 +120,8 @@ def _width(piece: Piece) -> int:
 def _written(file: BinaryIO, piece: Piece, offset: int) -> _HeaderEntry:
     if piece.coded:
         body: Coded = piece.body()
+        if unknown := [table.name for table in carried(body.streams) if table not in piece.tables]:
+            raise InvalidArgument(f"its streams have the shared table {unknown[0]}, which its piece did not announce")
         streams, orders = zip(*map(with_seal, body.streams), strict=True)
         size = sum(stream.size for stream in streams)
         for stream in streams:
@@ -135,11 +139,16 @@ def _written(file: BinaryIO, piece: Piece, offset: int) -> _HeaderEntry:
 def _header(pieces: Sequence[Piece], found: dict[str, _HeaderEntry], meta: str) -> bytes:
     """The header as JSON, of tensors that are written and placeholders."""
     listed = [listing.listing_fields(piece, found[piece.name].seal, **found[piece.name].more) for piece in pieces]
-    values = listing.sealed_listing(listed, meta, _said((name, one.code, one.shape) for name, one in found.items()))
+    said = _said((name, one.code, one.shape) for name, one in found.items())
+    values = listing.sealed_listing(listed, meta, said, _announced(pieces))
     header: dict[str, Any] = {"__metadata__": values}
     for name, one in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
         header[name] = {"dtype": one.code, "shape": one.shape, "data_offsets": [one.start, one.end]}
     return json_bytes(header, "the header", c.MAX_INDEX_BYTES)
+
+
+def _announced(pieces: Sequence[Piece]) -> Tables:
+    return tables_by_name(table for piece in pieces for table in piece.tables)
 
 
 def _said(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> list[Any]:
@@ -179,6 +188,7 @@ class SafetensorsCache(TensorFile):
             self.close()
             raise
         self._tensors = {fields["name"]: fields for fields in listed}
+        self._values = values
 
     @property
     def size(self) -> int:
@@ -194,6 +204,12 @@ class SafetensorsCache(TensorFile):
     def metadata(self) -> dict[str, Any]:
         """The writer's ``metadata``; empty without any."""
         return self._metadata
+
+    @cached_property
+    def tables(self) -> Tables:  # type: ignore[override]
+        """The shared tables that the file carries, by the bytes of their names; raises CorruptStream or UnsupportedStream."""
+        with named(self._label):
+            return listing.read_tables(self._values)
 
     def keys(self) -> tuple[str, ...]:
         """``names``, under the name of the method of ``safetensors.safe_open``."""
@@ -258,7 +274,7 @@ class SafetensorsCache(TensorFile):
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         fields = self._tensors[entry.name]
-        return listing.parts_of(entry, fields, listing.streams_in(self._body(entry.name), fields))
+        return listing.parts_of(entry, fields, listing.streams_in(self._body(entry.name), fields), lambda: self.tables)
 
     def _has_order_seal(self, entry: Entry) -> bool:
         return "order" in self._tensors[entry.name]

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pqcodec import codec
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.containers.reader import Entry, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import tensor_problem
+from pqcodec.stream.header import read_header
 from pqcodec.stream.source import MemorySource, Source
+from pqcodec.stream.tables import SharedTable, table_in, tables_by_name, with_tables
 
 COPY_BYTES = 16 << 20  # of a stream that are copied at once
 
@@ -51,6 +54,7 @@ class Piece:
     layout: str
     body: Callable[[], Any]
     parts: int = 1  # streams of a coded tensor
+    tables: tuple[SharedTable, ...] = ()  # that its streams may name
 
     def plain(self) -> Any:
         """The body of an exact tensor; raises InvalidArgument where its shape or dtype is not the piece's."""
@@ -85,7 +89,19 @@ def _moved(file: TensorFile, entry: Entry, check: bool) -> Piece:
 
     body: Callable[[], Any] = streams if entry.coded else lambda: file.decode(entry.name)
     about = (entry.layer, entry.role, entry.shape, entry.dtype, entry.layout)
-    return Piece(entry.name, entry.coded, *about, body, entry.parts)
+    return Piece(entry.name, entry.coded, *about, body, entry.parts, tuple(file.tables.values()) if entry.coded else ())
+
+
+def encoded_source(tensor: Any, options: Mapping[str, Any]) -> Source:
+    """The stream of a tensor by the options of ``pqcodec.encode``, with the shared table that these name; raises as it does."""
+    stream, levels = MemorySource(codec.encode(tensor, **options)), options.get("levels")
+    return with_tables(stream, tables_by_name(levels)) if isinstance(levels, SharedTable) else stream
+
+
+def carried(streams: Sequence[Source]) -> list[SharedTable]:
+    """The shared tables that streams have with them, which the container that holds them has to carry."""
+    found = (table_in(read_header(stream)) for stream in streams)
+    return [table for table in found if table is not None]
 
 
 def read_in_pieces(source: Source) -> Iterator[memoryview]:

@@ -23,15 +23,22 @@ from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
 from pqcodec.formats.policy.names import TensorRole
-from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_nonfinite, checked_pairing
+from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_levels, checked_nonfinite, checked_pairing
 from pqcodec.stages.centre import Rope, check_rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
+from pqcodec.stream.tables import SharedTable
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
 AUTO = "auto"
-_SIZED = ("center", "rope", "exact_tokens", "chunk_tokens")  # options that a stream's size depends on
+_SIZED = (
+    "center",
+    "rope",
+    "exact_tokens",
+    "chunk_tokens",
+    "levels",
+)  # options that a stream's size depends on; levels where it brings them
 _HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shared
 
 
@@ -117,8 +124,8 @@ class Recipe:
     keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
-    ``effort``: of the encoder's search. ``pairing``: as in ``pqcodec.encode``. ``measured``: the error is measured on a
-    "sample", on "all" numbers, or "none".
+    ``effort``: of the encoder's search. ``pairing``, ``levels``: as in ``pqcodec.encode``. ``measured``: the error is measured
+    on a "sample", on "all" numbers, or "none".
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -142,12 +149,15 @@ class Recipe:
     backend: str = "auto"
     pairing: str | None = None
     value_preset: str | None = None
+    levels: Any = None
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
         if self.value_preset is not None:
             preset_of(self.value_preset)
             object.__setattr__(self, "share_bits", False)
+        if self.levels is not None:
+            checked_levels(self.levels, self.preset)
         checked_effort(self.effort)
         checked_nonfinite(self.nonfinite)
         checked_pairing(self.pairing)
@@ -186,6 +196,8 @@ class Recipe:
             options |= {"center": "mean"}
         if self.pairing:
             options |= {"pairing": self.pairing}
+        if self.levels is not None:
+            options |= {"levels": self.levels}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "effort", "chunk_tokens", "backend")}
 
     def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
@@ -210,8 +222,10 @@ class Recipe:
 
     def stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None) -> int:
         """Bytes of a finite tensor's stream at a preset (None: the recipe's own); raises as ``held_bytes`` does."""
-        options = {key: value for key, value in self.options(tensor).items() if key in _SIZED}
-        return codec.encoded_size(shape, dtype, preset=preset or self._preset_of(tensor), **options)
+        preset = preset or self._preset_of(tensor)
+        sized = _SIZED if preset_of(preset).by_levels else _SIZED[:-1]
+        options = {key: value for key, value in self.options(tensor).items() if key in sized}
+        return codec.encoded_size(shape, dtype, preset=preset, **options)
 
     def _preset_of(self, tensor: TensorRole) -> str:
         """The preset of a tensor where no bits are shared."""
@@ -325,7 +339,8 @@ class Recipe:
         def body() -> Coded:
             return self._encoded(tensors.read(name), name, tensor, preset, starts, callbacks)
 
-        return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts))
+        tables = (self.levels,) if isinstance(self.levels, SharedTable) else ()
+        return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts), tables)
 
     def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, callbacks: Callbacks) -> Coded:
         streams, error, seconds = [], Error(), 0.0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.codings import outliers
 from pqcodec.codings.plan import Plan
 
 
@@ -24,21 +25,25 @@ def groups_of(tokens: int, plan: Plan) -> Iterator[slice]:
 
 
 def encode_groups(
-    v: np.ndarray, plan: Plan, encode_group: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    v: np.ndarray,
+    plan: Plan,
+    encode_group: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """Vectors [n, order] of one block, NaN where they are not finite -> its bytes without the checksum.
 
     ``encode_group``: vectors float32 of one group over 2^exponent, and which are finite -> their codes [n, k], of equal widths,
-    and the bytes of their fields.
+    the bytes of their fields, and which of their numbers are kept apart, bool [n, order].
     """
     finite = np.isfinite(v).all(1)
     exponent = block_exponent(float(np.abs(v[finite]).max(initial=0)))
     x = np.ldexp(np.where(finite[:, None], v, 0).astype(np.float32), -exponent)
     found = [encode_group(x[rows], finite[rows]) for rows in groups_of(len(v), plan)]
-    codes = np.concatenate([codes for codes, _ in found])
+    codes = np.concatenate([codes for codes, *_ in found])
     width = 8 * plan.row_bytes // codes.shape[1]
     bits = (codes[..., None] >> np.arange(width) & 1).astype(np.uint8).reshape(len(v), -1)
-    parts = [np.packbits(bits, axis=1, bitorder="little").ravel(), *(fields for _, fields in found)]
+    parts = [np.packbits(bits, axis=1, bitorder="little").ravel(), *(fields for _, fields, _ in found)]
+    if plan.affine is not None and plan.affine.outliers:
+        parts.append(outliers.packed(x, np.concatenate([apart for *_, apart in found]), plan))
     return np.concatenate([*parts, np.array([exponent], "<i2").view(np.uint8)])
 
 
@@ -72,10 +77,17 @@ def decode_groups(
         wanted = codes[max(group.start, low) : min(group.stop, high)]
         if len(wanted):
             found.append(decode_group(wanted, body[at + number * size :][:size]))
+    numbers = np.concatenate(found)
+    if plan.affine.outliers:
+        kept = body[at + -(-tokens // plan.affine.tokens) * size : -c.AFFINE_EXPONENT_BYTES]
+        places, bits = outliers.unpacked(kept, tokens, plan)
+        inside = (places >= low * plan.head_dim) & (places < high * plan.head_dim)
+        row, channel = np.divmod(places[inside] - low * plan.head_dim, plan.head_dim)
+        numbers[row, channel] = halves_of(bits[inside].view(np.uint8))
     exponent = int(body[-c.AFFINE_EXPONENT_BYTES :].view("<i2")[0])
     exponent = min(max(exponent, c.AFFINE_EXPONENTS[0]), c.AFFINE_EXPONENTS[1])
     factor = np.full(high - low, 2.0**exponent, np.float32)
-    return np.concatenate(found), factor, np.ones(high - low, np.float32)
+    return numbers, factor, np.ones(high - low, np.float32)
 
 
 # -- fields --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ How rows are coded is the coding's own module's business (``codings.registry`` h
 
 from __future__ import annotations
 
+import itertools
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,11 +24,13 @@ class Affine:
     fields: int  # which ones: AFFINE_SCALE, AFFINE_SCALE_ZERO or AFFINE_POLAR
     pairing: int = 0  # of the channels of pair polar: ROPE_HALF or ROPE_INTERLEAVED
     angle_bits: int = 0  # of pair polar
+    outliers: int = 0  # numbers at each end of a whole group's range for which a block has room apart (SPEC 16.4)
 
     @property
     def rate(self) -> float:
-        """Bits a coordinate that the fields take in whole groups."""
-        return 8 * c.AFFINE_FIELD_BYTES[self.fields] / (self.tokens * self.channels)
+        """Bits a coordinate that fields and outliers take in whole groups."""
+        size = c.AFFINE_FIELD_BYTES[self.fields] + 2 * c.OUTLIER_BYTES * self.outliers
+        return 8 * size / (self.tokens * self.channels)
 
     def groups(self, order: int) -> int:
         """Groups side by side along the channels."""
@@ -39,7 +44,45 @@ class Affine:
         """What no coding takes, or an empty string."""
         if not 1 <= self.tokens <= c.MAX_CHUNK_TOKENS or not 1 <= self.channels <= c.MAX_HEAD_DIM:
             return f"groups of {self.tokens} tokens and {self.channels} channels are not possible"
+        if not 0 <= 2 * self.outliers <= self.tokens * self.channels or self.outliers >= 1 << 16:
+            return f"{self.outliers} outliers at each end of {self.tokens} x {self.channels} numbers are not possible"
         return ""
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels that a header brings for its coding (SPEC 16): its own, or those of a table that many streams share."""
+
+    levels: tuple[int, ...] | None  # bits of float16, ascending; None: those of a shared table that is not here
+    name: bytes = b""  # SHA-256 of the shared table; empty: the levels stand in the header
+
+    @property
+    def header_bytes(self) -> int:
+        """What it takes in a header."""
+        return len(self.name) or c.LEVEL_BYTES * len(self.levels or ())
+
+    def problem(self, bits: int) -> str:
+        """What is wrong with it where codes have so many bits, or an empty string."""
+        if self.name and len(self.name) != c.TABLE_NAME_BYTES:
+            return f"the name of a shared table has {len(self.name)} bytes, not {c.TABLE_NAME_BYTES}"
+        if self.levels is None:
+            return "" if self.name else "levels are neither there nor named"
+        if len(self.levels) != 1 << bits:
+            return f"{len(self.levels)} levels for codes of {bits} bits, which choose among {1 << bits}"
+        numbers = half_numbers(self.levels)
+        if not all(map(math.isfinite, numbers)) or any(a > b for a, b in itertools.pairwise(numbers)):
+            return "levels are not finite, or do not ascend"
+        return ""
+
+
+def half_numbers(bits: tuple[int, ...]) -> tuple[float, ...]:
+    """The numbers that bits of float16 stand for."""
+    return struct.unpack(f"<{len(bits)}e", struct.pack(f"<{len(bits)}H", *bits))
+
+
+def half_bits(numbers: list[float]) -> tuple[int, ...]:
+    """Numbers rounded to float16, as bits; raises OverflowError beyond its range."""
+    return struct.unpack(f"<{len(numbers)}H", struct.pack(f"<{len(numbers)}e", *numbers))
 
 
 @dataclass(frozen=True)
@@ -57,6 +100,7 @@ class Declared:
     order: Callable[[int], int] = order_for  # head_dim -> coordinates of a row
     # (order, row_bits, radius_bits, affine) -> what is wrong with affine fields, or ""; None: the coding has none
     affine_problem: Callable[[int, int, int, Affine], str] | None = None
+    takes_levels: bool = False  # whether its codes may be those of a ``Codebook``
 
     @property
     def shares_fields(self) -> bool:
@@ -117,6 +161,8 @@ def _pairs_problem(order: int, row_bits: int, radius_bits: int, affine: Affine) 
         return f"rows of {row_bits} bits with radii of {bits[0]} and angles of {bits[1]} are not possible at order {order}"
     if affine.fields != c.AFFINE_POLAR or affine.channels != c.PAIR_CHANNELS:
         return f"pair polar has the fields {c.AFFINE_POLAR} of groups of 2 channels, not {affine.fields} of {affine.channels}"
+    if affine.outliers:
+        return "pair polar keeps no outliers"
     if affine.pairing not in (c.ROPE_HALF, c.ROPE_INTERLEAVED):
         return f"pairing {affine.pairing} of pair polar is unknown"
     return ""
@@ -135,7 +181,9 @@ def _no_problem(order: int, row_bits: int, radius_bits: int) -> str:
     return ""
 
 
-def _sharing_fields(code: int, name: str, problem: Callable[[int, int, int, Affine], str]) -> Declared:
+def _sharing_fields(
+    code: int, name: str, problem: Callable[[int, int, int, Affine], str], takes_levels: bool = False
+) -> Declared:
     """A coding whose rows are not rotated and share affine fields."""
     return Declared(
         code,
@@ -146,10 +194,11 @@ def _sharing_fields(code: int, name: str, problem: Callable[[int, int, int, Affi
         beside=c.AFFINE_EXPONENT_BYTES + c.CHECKSUM_BYTES,
         order=whole_groups,
         affine_problem=problem,
+        takes_levels=takes_levels,
     )
 
 
 PAIRS = _sharing_fields(c.CODING_PAIRS, "pair polar", _pairs_problem)
-SCALAR = _sharing_fields(c.CODING_SCALAR, "scalar", _scalar_problem)
+SCALAR = _sharing_fields(c.CODING_SCALAR, "scalar", _scalar_problem, takes_levels=True)
 
 DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR)}

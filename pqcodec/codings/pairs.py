@@ -31,7 +31,7 @@ def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str) -> np.ndarray:
     p, q = channels(plan)
     radius_bits, angle_bits = plan.radius_bits, plan.affine.angle_bits
 
-    def encode_group(x: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_group(x: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         a, b = x[:, p], x[:, q]
         radius, units = np.sqrt(a * a + b * b), turns(a, b) * np.float32(c.TURN)
         units = np.where(units >= c.TURN, np.float32(0), units)
@@ -45,7 +45,8 @@ def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str) -> np.ndarray:
         codes = affine.cells(radius - least[1], step[1], 1 << radius_bits) << angle_bits
         codes |= affine.cells(ahead, wide.astype(np.float32), 1 << angle_bits)
         codes[~finite] = 0
-        return codes, np.concatenate([least[0], step[0], *(x.astype("<u2").view(np.uint8) for x in (first, wide))])
+        apart = np.zeros(x.shape, np.bool_)
+        return codes, np.concatenate([least[0], step[0], *(each.astype("<u2").view(np.uint8) for each in (first, wide))]), apart
 
     return affine.encode_groups(v, plan, encode_group)
 

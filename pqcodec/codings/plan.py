@@ -5,7 +5,7 @@ Every array is read-only and shared by all streams of the same rotation order, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -39,6 +39,7 @@ class Plan:
     circle_sin: np.ndarray  # float32 [2048]
     mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (grid sqrt(order)^rounds)
     affine: Affine | None = None
+    levels: np.ndarray | None = None  # float32 [2^bits of a code], where a codebook brings them
 
     @property
     def energy_scale(self) -> int:
@@ -92,8 +93,10 @@ class Plan:
 
 
 def plan_for(header: Header) -> Plan:
-    """The plan of a stream; cached, since a cache of many layers has few kinds of streams."""
-    return _plan(header.coding, header.head_dim, header.row_bits, header.radius_bits, header.seed, header.rounds, header.affine)
+    """The plan of a stream; cached, since a cache of many layers has few kinds of streams. Raises MissingTable."""
+    h = header
+    plan = _plan(h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine)
+    return replace(plan, levels=np.array(h.levels, np.float32)) if h.codebook else plan
 
 
 @lru_cache(maxsize=64)

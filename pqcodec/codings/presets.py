@@ -19,6 +19,8 @@ class Preset:
     quarter_bits: int
     radius_bits: int
     affine: Affine | None = None  # what groups share; of pair polar its pairing is the caller's
+    by_levels: bool = False  # whether streams bring the levels of their codes
+    sparse: float = 0  # share of a group's numbers that is kept apart
 
     @property
     def rounds(self) -> int:
@@ -59,6 +61,11 @@ def _scalar(name: str, bits: int, tokens: int, channels: int, fields: int = c.AF
     return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, fields))
 
 
+def _levels(name: str, bits: int, tokens: int, channels: int, sparse: float = 0) -> Preset:
+    """The same by the 2^bits levels that a stream brings."""
+    return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, c.AFFINE_SCALE_ZERO), True, sparse)
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -87,6 +94,18 @@ PRESETS: dict[str, Preset] = {
         _scalar("int4", 4, 1, 32),
         _scalar("q4_0", 4, 1, 32, c.AFFINE_SCALE),
         _scalar("q8_0", 8, 1, 32, c.AFFINE_SCALE),
+        _levels("nuq4-key", 4, c.NUQ_TOKENS, 1),
+        _levels("nuq3-key", 3, c.NUQ_TOKENS, 1),
+        _levels("nuq2-key", 2, c.NUQ_TOKENS, 1),
+        _levels("nuq4", 4, 1, c.MAX_HEAD_DIM),
+        _levels("nuq3", 3, 1, c.MAX_HEAD_DIM),
+        _levels("nuq2", 2, 1, c.MAX_HEAD_DIM),
+        _levels("kvquant4-key", 4, c.NUQ_TOKENS, 1, c.KVQUANT_SPARSE),
+        _levels("kvquant3-key", 3, c.NUQ_TOKENS, 1, c.KVQUANT_SPARSE),
+        _levels("kvquant2-key", 2, c.NUQ_TOKENS, 1, c.KVQUANT_SPARSE),
+        _levels("kvquant4", 4, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
+        _levels("kvquant3", 3, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
+        _levels("kvquant2", 2, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
     )
 }
 
@@ -99,7 +118,11 @@ def preset(name: str) -> Preset:
 
 
 @lru_cache(maxsize=256)
-def preset_name(coding: int, row_bits: int, radius_bits: int, order: int, affine: Affine | None = None) -> str | None:
-    """The preset that writes such rows, or None."""
-    rows = (coding, row_bits, radius_bits, replace(affine, pairing=0) if affine else None)
-    return next((p.name for p in PRESETS.values() if (p.coding, p.row_bits(order), p.radius_bits, p.affine) == rows), None)
+def preset_name(
+    coding: int, row_bits: int, radius_bits: int, order: int, affine: Affine | None = None, by_levels: bool = False
+) -> str | None:
+    """The preset that writes such rows, or None; how many outliers they have does not count, but whether they do."""
+    alone = replace(affine, pairing=0, outliers=0) if affine else None
+    wanted = (coding, row_bits, radius_bits, alone, by_levels, bool(affine and affine.outliers))
+    rows = ((p, (p.coding, p.row_bits(order), p.radius_bits, p.affine, p.by_levels, p.sparse > 0)) for p in PRESETS.values())
+    return next((p.name for p, row in rows if row == wanted), None)

@@ -117,7 +117,8 @@ class Reference:
             self._decode(job, advance)
 
     def _decode(self, job: DecodeJob, advance: Callable[[int], None]) -> None:
-        h, plan = job.header, plan_for(job.header)
+        h = job.header
+        plan = None if job.out is None else plan_for(h)
         for chunk in range(job.first_chunk, job.last_chunk):
             for lead in range(job.first_lead, job.last_lead):
                 block = job.block(chunk, lead)
@@ -125,7 +126,7 @@ class Reference:
                 job.damaged[chunk - job.first_chunk, lead - job.first_lead] = (
                     checksum(body) != block[-c.CHECKSUM_BYTES :].view("<u4")[0]
                 )
-                if job.out is None:
+                if job.out is None or plan is None:
                     continue
                 low, high = job.rows_of(chunk)
                 x = decode_block(body, h.blocks.tokens(chunk), (low, high), plan, h.radius_exponent)

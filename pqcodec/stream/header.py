@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED, Affine
-from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
+from pqcodec.codings.declared import DECLARED, Affine, Codebook, half_numbers
+from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.index import Blocks, blocks_of
@@ -69,6 +69,7 @@ class Header:
     affine: Affine | None = None  # what groups of numbers share
     exact_last: int = 0
     keep: KeepField | None = None  # with it ``shape`` is that of the kept tokens
+    codebook: Codebook | None = None  # levels of the codes; None: those that the specification has
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -130,7 +131,7 @@ class Header:
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
-        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine)
+        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ class Header:
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         affine = c.AFFINE_STRUCT.size if self.affine else 0
         keep = c.KEEP_STRUCT.size if self.keep else 0
-        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + keep + rope + c.CHECKSUM_BYTES
+        codebook = self.codebook.header_bytes if self.codebook else 0
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + keep + rope + codebook + c.CHECKSUM_BYTES
 
     @cached_property
     def keep_bitmap(self) -> bool:
@@ -156,6 +158,19 @@ class Header:
     def vector_bytes(self) -> int:
         """Size of a vector in the tensor's own dtype."""
         return self.head_dim * c.ITEM_BYTES[self.dtype]
+
+    # -- levels --------------------------------------------------------------------------------------------------
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of the codes that a codebook brings; () without one. Raises as ``check_tables`` does."""
+        self.check_tables()
+        return half_numbers(self.codebook.levels or ()) if self.codebook else ()
+
+    def check_tables(self) -> None:
+        """Raises MissingTable where the stream names a shared table that is not here."""
+        if self.codebook is not None and self.codebook.levels is None:
+            name = self.codebook.name.hex()
+            raise MissingTable(f"the stream needs the shared table {name}, which is not here; pass it in tables=[...]")
 
     # -- places --------------------------------------------------------------------------------------------------
     @cached_property
@@ -184,7 +199,10 @@ class Header:
 
         Headers, offsets and exact tokens are not counted.
         """
-        shared = self.affine.bytes_of(self.order) / self.affine.tokens if self.affine else 0
+        shared = 0.0
+        if self.affine:
+            ends = 2 * self.affine.groups(self.order) * self.affine.outliers
+            shared = (self.affine.bytes_of(self.order) + c.OUTLIER_BYTES * ends) / self.affine.tokens
         return 8 * (self.row_bytes + shared) / self.head_dim
 
     # -- bytes ---------------------------------------------------------------------------------------------------
@@ -192,6 +210,7 @@ class Header:
         """The header as it stands in the stream (SPEC 3.1), with its checksum."""
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
         flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine) | c.FLAG_KEEP * bool(self.keep)
+        flags |= c.FLAG_OUTLIERS * bool(self.affine and self.affine.outliers)
         fixed = c.HEADER_STRUCT.pack(
             c.STREAM_MAGIC,
             c.STREAM_VERSION,
@@ -209,7 +228,7 @@ class Header:
             self.seed,
             self.offset_exponent,
             self.radius_exponent,
-            c.CODEBOOK_CLOSED_FORM,
+            (c.CODEBOOK_NAMED if self.codebook.name else c.CODEBOOK_CARRIED) if self.codebook else c.CODEBOOK_CLOSED_FORM,
             c.STATES_NONE,
             self.exact_last,
         )
@@ -217,13 +236,16 @@ class Header:
         if self.affine:
             one = self.affine
             numbers = (one.tokens, one.channels, one.fields, c.AFFINE_IN_BLOCKS, one.pairing, one.angle_bits)
-            body += c.AFFINE_STRUCT.pack(*numbers, bytes(4))
+            body += c.AFFINE_STRUCT.pack(*numbers, one.outliers, bytes(2))
         if self.keep:
             body += c.KEEP_STRUCT.pack(self.keep.tokens, c.KEEP_EACH if self.keep.each else c.KEEP_SHARED, bytes(7))
         if self.rope:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
             body += struct.pack(f"<{len(rope.frequencies)}I", *rope.frequencies)
+        if self.codebook:
+            levels = self.codebook.levels or ()
+            body += self.codebook.name or struct.pack(f"<{len(levels)}H", *levels)
         return body + struct.pack("<I", checksum(body))
 
     @classmethod
@@ -298,23 +320,25 @@ def _parse(body: bytes) -> Header:
         "coding": coding not in DECLARED,
         "dtype": dtype not in DTYPE_NAMES,
         "flags": flags & ~c.KNOWN_FLAGS
-        or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields),
+        or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields)
+        or (flags & c.FLAG_OUTLIERS and not DECLARED[coding].takes_levels),
         "linear": linear != c.LINEAR_NONE,
-        "codebook": codebook != c.CODEBOOK_CLOSED_FORM,
+        "codebook": codebook not in (c.CODEBOOK_CLOSED_FORM, c.CODEBOOK_CARRIED, c.CODEBOOK_NAMED)
+        or (codebook != c.CODEBOOK_CLOSED_FORM and not (coding in DECLARED and DECLARED[coding].takes_levels)),
         "states": states != c.STATES_NONE,
     }
     if any(unknown.values()):
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = keep = None
+    rope = affine = keep = levels = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
         parts = {c.FLAG_AFFINE: c.AFFINE_STRUCT, c.FLAG_KEEP: c.KEEP_STRUCT, c.FLAG_ROPE: c.ROPE_STRUCT}
         if len(body) < end + sum(part.size for flag, part in parts.items() if flags & flag):
             raise CorruptStream(f"header: size {size} announced, which is too small for what its flags announce")
         if flags & c.FLAG_AFFINE:
-            affine = _affine(body, end)
+            affine = _affine(body, end, bool(flags & c.FLAG_OUTLIERS))
             end += c.AFFINE_STRUCT.size
         if flags & c.FLAG_KEEP:
             keep = _keep(body, end)
@@ -325,6 +349,11 @@ def _parse(body: bytes) -> Header:
                 raise UnsupportedStream("header: reserved RoPE bytes are not zero: install a newer pqcodec")
             frequencies = struct.unpack_from(f"<{channels // 2}I", body, end + c.ROPE_STRUCT.size)
             rope = RopeField(first, pairing, frequencies)
+            end += c.ROPE_STRUCT.size + 4 * len(frequencies)
+        if codebook:
+            levels = _codebook(codebook, body[end:])
+        if affine and not affine.outliers and flags & c.FLAG_OUTLIERS:
+            raise CorruptStream("header: outliers are kept apart, and blocks have room for none")
         header = Header(
             coding=coding,
             dtype=dtype,
@@ -344,6 +373,7 @@ def _parse(body: bytes) -> Header:
             affine=affine,
             exact_last=exact_last,
             keep=keep,
+            codebook=levels,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
@@ -352,21 +382,28 @@ def _parse(body: bytes) -> Header:
     return header
 
 
-def _affine(body: bytes, at: int) -> Affine:
-    """The affine fields from their bytes; raises UnsupportedStream and struct.error."""
-    tokens, channels, fields, place, pairing, angle_bits, reserved = c.AFFINE_STRUCT.unpack_from(body, at)
+def _affine(body: bytes, at: int, kept: bool) -> Affine:
+    """The affine fields from their bytes; ``kept``: whether outliers are. Raises UnsupportedStream and struct.error."""
+    tokens, channels, fields, place, pairing, angle_bits, outliers, reserved = c.AFFINE_STRUCT.unpack_from(body, at)
     unknown = {
         "groups of all tokens": tokens == c.AFFINE_ALL_TOKENS,
         "groups of all channels": channels == 0,
         "fields": fields not in c.AFFINE_FIELD_BYTES,
         "place of fields": place != c.AFFINE_IN_BLOCKS,
         "pairing": pairing and pairing not in PAIRING_NAMES,
-        "reserved bytes": any(reserved),
+        "reserved bytes": any(reserved) or (outliers and not kept),
     }
     if any(unknown.values()):
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: affine {names} are such as this release does not know: install a newer pqcodec")
-    return Affine(tokens, channels, fields, pairing, angle_bits)
+    return Affine(tokens, channels, fields, pairing, angle_bits, outliers)
+
+
+def _codebook(kind: int, raw: bytes) -> Codebook:
+    """The codebook from all bytes between what is before it and the header's checksum."""
+    if kind == c.CODEBOOK_NAMED:
+        return Codebook(None, raw)
+    return Codebook(struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2]))
 
 
 def _keep(body: bytes, at: int) -> KeepField:
@@ -386,7 +423,8 @@ def _problem(h: Header) -> str:
     if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
     coding = DECLARED[h.coding]
-    problem = _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits) or _affine_problem(h)
+    problem = _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits)
+    problem = problem or _affine_problem(h) or _codebook_problem(h)
     if problem:
         return problem
     if h.rounds not in coding.rounds:
@@ -424,15 +462,33 @@ def _keep_problem(h: Header) -> str:
     return ""
 
 
+def _codebook_problem(h: Header) -> str:
+    if h.codebook is None:
+        return ""
+    if not DECLARED[h.coding].takes_levels:
+        return f"{DECLARED[h.coding].name} coding with levels"
+    return h.codebook.problem(h.row_bits // h.order)
+
+
 def _affine_problem(h: Header) -> str:
     coding = DECLARED[h.coding]
     if coding.affine_problem is None or h.affine is None:
         there = "with" if h.affine else "without"
         return f"{coding.name} coding {there} affine fields" if coding.shares_fields != bool(h.affine) else ""
-    problem = h.affine.problem() or coding.affine_problem(h.order, h.row_bits, h.radius_bits, h.affine)
+    problem = (
+        h.affine.problem()
+        or _outlier_problem(h, h.affine)
+        or coding.affine_problem(h.order, h.row_bits, h.radius_bits, h.affine)
+    )
     if not problem and h.chunk_tokens % h.affine.tokens:
         return f"chunk_tokens {h.chunk_tokens} is no multiple of the {h.affine.tokens} tokens of a group"
     return problem
+
+
+def _outlier_problem(h: Header, affine: Affine) -> str:
+    if 2 * affine.outliers > affine.tokens * min(affine.channels, h.head_dim):
+        return f"{affine.outliers} outliers at each end of groups of a vector of {h.head_dim} numbers are not possible"
+    return ""
 
 
 def _rope_problem(rope: RopeField, h: Header) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import InvalidArgument
 from pqcodec.stream.source import Range, Source, read_many
@@ -37,6 +38,9 @@ class Blocks(NamedTuple):
     align: int  # a block's size is a multiple
     group_tokens: int = 1  # tokens of a group that shares fields
     group_bytes: int = 0  # of the fields of the groups of the same tokens; 0: there are none
+    outliers: int = 0  # for which there is room at each end of a whole group's range
+    ends: int = 0  # of the groups of the same tokens
+    head_dim: int = 0  # numbers of a row among which outliers are
 
     def tokens(self, chunk: int) -> int:
         """Coded tokens of each block of a chunk: the last one's may be fewer."""
@@ -49,6 +53,9 @@ class Blocks(NamedTuple):
     def size_of(self, tokens: Any) -> Any:
         """Bytes of a block of so many tokens (a number, or numbers of numpy), its checksum included."""
         fields = -(-tokens // self.group_tokens) * self.group_bytes
+        if self.outliers:
+            fields += c.OUTLIER_BYTES * self.ends * (tokens * self.outliers // self.group_tokens)
+            fields += c.OUTLIER_COUNT_BYTES * -(-tokens * self.head_dim // c.OUTLIER_SEGMENT)
         return -(-(tokens * self.row_bytes + fields + self.beside) // self.align) * self.align
 
     @property
@@ -104,7 +111,10 @@ class Blocks(NamedTuple):
 def blocks_of(h: Header) -> Blocks:
     """The blocks of a stream."""
     coding = DECLARED[h.coding]
-    groups = (h.affine.tokens, h.affine.bytes_of(h.order)) if h.affine else (1, 0)
+    groups: tuple[int, ...] = ()
+    if h.affine:
+        ends = 2 * h.affine.groups(h.order)
+        groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.head_dim)
     sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)
     return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, *sizes, *groups)
 

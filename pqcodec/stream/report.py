@@ -40,6 +40,9 @@ class StreamInfo:
     group: tuple[int, int] | None = None  # tokens and channels that share affine fields
     pairing: str | None = None  # of the channels of pair polar coding
     kept_of: int | None = None  # tokens of the tensor of which ``shape`` holds some; None: it holds all
+    outliers: int = 0  # numbers at each end of a whole group's range that are kept apart
+    levels: tuple[float, ...] | None = None  # of the codes, where the stream brings them or its shared table is here
+    table: str | None = None  # SHA-256 of the shared table that holds the levels, as hexadecimal digits
 
     @property
     def ratio(self) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pqcodec.errors import CorruptStream, InvalidArgument, PQError, TruncatedStream, UnsupportedStream
+from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, PQError, TruncatedStream, UnsupportedStream
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -26,6 +26,7 @@ ERRORS = {  # the specification's words for them; of a single stream in the plac
     InvalidArgument: "corrupt",
     TruncatedStream: "truncated",
     UnsupportedStream: "unsupported",
+    MissingTable: "unsupported",
 }
 sys.path.append(str(HERE.parent))  # where second_decoder and second_reader lie
 

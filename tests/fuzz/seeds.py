@@ -55,6 +55,8 @@ def _stream_seeds() -> dict[str, bytes]:
         "split-576.pqs": coded(gaussian(2, 576), "pq5"),
         "pairs-20.pqs": coded(gaussian(2, 5, 20), "wu33", center="mean", exact_tokens=1),
         "scalar-20.pqs": coded(gaussian(2, 5, 20), "int4", nonfinite="exact"),
+        "levels-20.pqs": coded(gaussian(2, 5, 20), "nuq2", levels=(-1, -0.25, 0.25, 1)),
+        "outliers-20.pqs": coded(gaussian(2, 5, 20), "kvquant2", levels=(-1, -0.25, 0.25, 1)),
         "vector.pqs": coded(gaussian(128), "pq3.5"),
         "zeros.pqs": coded(np.zeros((1, 1, 1, 1, 1, 1, 2, 16), np.float16)),
     }
@@ -63,6 +65,7 @@ def _stream_seeds() -> dict[str, bytes]:
 def _pqkv_seeds() -> dict[str, bytes]:
     import torch
 
+    from pqcodec import SharedTable
     from pqcodec.formats import PQKVWriter
 
     def written(metadata: Any = None, tensors: Any = (), exact: Any = ()) -> bytes:
@@ -86,6 +89,7 @@ def _pqkv_seeds() -> dict[str, bytes]:
         "sealed.pqkv": whole,  # with seals, which the seeds of before lack
         "torn.pqkv": whole[: ends[1] + 40],
         "two-coded.pqkv": written({}, two),
+        "tables.pqkv": written({}, 2 * [(gaussian(2, 6, 16), {"preset": "nuq2", "levels": SharedTable((-1, -0.25, 0.25, 1))})]),
     }
 
 

@@ -14,11 +14,12 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers.pqkv.file import Body, PQKVFile, PQKVWriter
 from pqcodec.formats.containers.pqkv.frames import head
 from pqcodec.formats.containers.reader import Entry, named
+from pqcodec.formats.containers.writer import encoded_source
 from pqcodec.formats.places import remote
 from pqcodec.stages.centre import Rope, check_rope, rope_from_field
 from pqcodec.stream.header import RopeField, read_header
 from pqcodec.stream.report import StreamInfo
-from pqcodec.stream.source import MemorySource, Source
+from pqcodec.stream.source import Source
 
 
 class PQKVAppender(PQKVWriter):
@@ -56,6 +57,7 @@ class PQKVAppender(PQKVWriter):
             self._there = there = stack.enter_context(PQKVFile(path))
             self._entries = {name: there.entry(name) for name in there.names}
             self._names = set(there.names)
+            self._tables = {table.name for table in there.tables.values()}
             self.bytes_written = self._previous = there.committed_bytes
             self._file.truncate(self.bytes_written)
             if there.version == c.FILE_VERSION:
@@ -90,7 +92,7 @@ class PQKVAppender(PQKVWriter):
             rope = self._rope(name, entry, encode_options.get("rope"), encode_options.get("center"))
             if rope is not None:
                 encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
-            stream = MemorySource(codec.encode(tensor, **encode_options))
+            stream = encoded_source(tensor, encode_options)
             info = codec.inspect(stream)
             if info.kept_of is not None:
                 raise InvalidArgument("a stream of kept tokens is a tensor of its own; use add()")

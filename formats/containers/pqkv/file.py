@@ -31,7 +31,7 @@ from pqcodec.formats.containers.reader import (
     named,
     stream_of,
 )
-from pqcodec.formats.containers.writer import Coded, Piece, check_pieces, read_in_pieces, rel_mse_of
+from pqcodec.formats.containers.writer import Coded, Piece, carried, check_pieces, encoded_source, read_in_pieces, rel_mse_of
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import (
@@ -48,6 +48,7 @@ from pqcodec.stream.magic import check_no_folder
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.seal import with_seal
 from pqcodec.stream.source import Extent, FileSource, MappedSource, MemorySource, Source, fetched
+from pqcodec.stream.tables import SharedTable, Tables, tables_by_name
 
 PathOrFile = str | os.PathLike[str] | BinaryIO
 Body = list[Any]  # bytes-like objects and Sources, written one after the other
@@ -85,6 +86,7 @@ class PQKVWriter:
         self._failed = False
         self._items: list[Frame] = []
         self._names: set[str] = set()
+        self._tables: set[str] = set()  # names of the shared tables that the file carries
         self.bytes_written = 0  # of the whole file, so far
 
     def __enter__(self) -> PQKVWriter:
@@ -114,8 +116,8 @@ class PQKVWriter:
         """
         self._check(name, layer, role)
         with named(f"tensor {name!r}"):
-            stream = codec.encode(tensor, **encode_options)
-        return self.add_stream(name, stream, layer=layer, role=role)
+            stream = encoded_source(tensor, encode_options)
+        return self.add_streams(name, Coded([stream]), layer=layer, role=role)
 
     def add_stream(
         self, name: str, stream: bytes, *, layer: int | None = None, role: str = "other", rel_mse: float | None = None
@@ -169,11 +171,20 @@ class PQKVWriter:
         first_token: int | None,
         rel_mse: float | None,
     ) -> None:
+        for table in carried([stream]):
+            self._carry(table)
         stream, seal = with_seal(stream)
         meta: dict[str, Any] = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "seal": checksum_text(seal)}
         meta |= {} if first_token is None else {"first_token": first_token}
         meta |= {} if rel_mse is None else {"rel_mse": rel_mse}
         self._tensor(c.FRAME_CODED, name, layer, role, meta, [stream])
+
+    def _carry(self, table: SharedTable) -> None:
+        """Write a shared table, unless the file has it."""
+        if table.name not in self._tables:
+            raw, meta = table.to_bytes(), json_bytes({"table": table.name}, "a shared table", c.MAX_META_BYTES)
+            self._frame(c.FRAME_TABLE, meta, [raw, checksum_bytes(raw)])
+            self._tables.add(table.name)
 
     def _check(self, name: str, layer: int | None, role: str) -> None:
         if self._file is None:
@@ -368,13 +379,19 @@ class PQKVFile(TensorFile):
         with named(f"{self._label}: file metadata"):
             return {} if item is None else self._log.meta(item)
 
+    @cached_property
+    def tables(self) -> Tables:  # type: ignore[override]
+        """The shared tables that the file carries, by the bytes of their names; raises CorruptStream or UnsupportedStream."""
+        with named(self._label):
+            return tables_by_name(self._log.table(item) for item in self._log.items if item.kind == c.FRAME_TABLE)
+
     def bare_stream(self, name: str) -> Source | None:
         """The stream of a tensor, located by the index alone; its frame's checksum is checked, its meta is not parsed.
 
-        None for an unknown or exact tensor, or one of several parts. Raises CorruptStream.
+        None for an unknown or exact tensor, one of several parts, and in a file with shared tables. Raises CorruptStream.
         """
         items = self._tensors.get(name, [])
-        if len(items) != 1 or items[0].kind != c.FRAME_CODED:
+        if len(items) != 1 or items[0].kind != c.FRAME_CODED or self._log.has_tables:
             return None
         with named(self._label):
             self._log.check(items[0])
@@ -443,7 +460,9 @@ class PQKVFile(TensorFile):
 
     def _part(self, item: Frame, entry: Entry) -> StreamPart:
         source = Extent(self._source, item.body_start, item.body_bytes, entry.seal)
-        return StreamPart(entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry))
+        return StreamPart(
+            entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry, lambda: self.tables)
+        )
 
     def _has_order_seal(self, entry: Entry) -> bool:
         return all(self._frame_entry(item).seal is not None for item in self._tensors[entry.name])
@@ -465,6 +484,8 @@ class PQKVFile(TensorFile):
         def found(backend: str, progress: codec.Progress) -> Sequence[Damage | str]:
             if item.kind == c.FRAME_METADATA:
                 self._log.meta(item)
+            elif item.kind == c.FRAME_TABLE:
+                self._log.table(item)
             elif item.kind == c.FRAME_CODED:
                 return self._part(item, self._frame_entry(item)).damage(backend, progress)
             else:

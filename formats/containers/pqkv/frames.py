@@ -8,7 +8,8 @@ from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats.plain.documents import checksum_bytes, natural, tensor_problem
 
-KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX)
+KINDS = (c.FRAME_CODED, c.FRAME_EXACT, c.FRAME_METADATA, c.FRAME_INDEX, c.FRAME_TABLE)
+NAMELESS = {c.FRAME_METADATA: "file metadata", c.FRAME_TABLE: "shared tables"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def frame_of(number: int, fields: object) -> Frame:
         raise UnsupportedStream(f"index: frame {number} is of kind {item.kind!r:.50}: install a newer pqcodec")
     if not natural(item.offset) or not natural(item.meta_bytes) or not natural(item.body_bytes):
         raise CorruptStream(f"index: frame {number}: offset and sizes are not numbers from 0")
-    if item.kind == c.FRAME_METADATA:
+    if item.kind in NAMELESS:
         described = (item.name, item.layer, item.role) != (None, None, None)
-        problem = "file metadata have no name, layer or role" if described else ""
+        problem = f"{NAMELESS[item.kind]} have no name, layer or role" if described else ""
     elif item.kind == c.FRAME_INDEX:
         problem = "an index lists no index"
     else:

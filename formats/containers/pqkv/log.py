@@ -17,6 +17,7 @@ from pqcodec.formats.plain.documents import checksum_bytes, json_value, natural
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.magic import whose
 from pqcodec.stream.source import Source, owned
+from pqcodec.stream.tables import SharedTable, table_called
 
 _SEARCHED_BYTES = 16 << 20  # after the last commit, read at once
 
@@ -51,6 +52,8 @@ class Log:
         items = [item for run in reversed(runs) for item in run]
         seen: dict[str | None, Frame] = {}
         for item in items:
+            if item.kind == c.FRAME_TABLE:
+                continue
             before = seen.get(item.name)
             continues = grown and before is not None and before.kind == item.kind == c.FRAME_CODED
             if before is not None and not (continues and (before.layer, before.role) == (item.layer, item.role)):
@@ -245,6 +248,21 @@ class Log:
         if found != item or type(found.layer) is not type(item.layer):
             raise CorruptStream(f"frame at byte {item.offset}: the index says {item}, the frame {found}")
         return meta
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether the file carries shared tables."""
+        return any(item.kind == c.FRAME_TABLE for item in self.items)
+
+    def table(self, item: Frame) -> SharedTable:
+        """The shared table of a frame; raises CorruptStream or UnsupportedStream."""
+        name = self.meta(item).get("table")
+        if item.body_bytes > c.MAX_TABLE_BYTES + c.CHECKSUM_BYTES:
+            raise CorruptStream(
+                f"frame at byte {item.offset}: a shared table of {item.body_bytes} bytes; {c.MAX_TABLE_BYTES} are the most"
+            )
+        with named(f"frame at byte {item.offset}"):
+            return table_called(str(name), self.body(item).tobytes())
 
     def body(self, item: Frame) -> np.ndarray:
         """The body of a frame, uint8, checked and without its checksum."""

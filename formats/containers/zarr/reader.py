@@ -26,6 +26,7 @@ from pqcodec.formats.plain.documents import checksum_bytes, natural
 from pqcodec.stream.magic import whose_file
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Extent, Source, owned
+from pqcodec.stream.tables import Tables
 
 MOST_IN_SHARD = 1 << 20  # chunks of zarr
 
@@ -60,6 +61,13 @@ class ZarrCache(TensorFile):
             if len(self._tensors) != len(listed):
                 raise CorruptStream(f"{c.ZARR_COMPLETE}: a name stands twice")
             listing.check_listing(values, None)
+        self._values = values
+
+    @cached_property
+    def tables(self) -> Tables:  # type: ignore[override]
+        """The shared tables that the store carries, by the bytes of their names; raises CorruptStream or UnsupportedStream."""
+        with named(self._label):
+            return listing.read_tables(self._values)
 
     @cached_property
     def size(self) -> int:
@@ -120,7 +128,9 @@ class ZarrCache(TensorFile):
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         fields = self._tensors[entry.name]
-        return listing.parts_of(entry, fields, [stream for found in self._objects(fields) for stream in found])
+        return listing.parts_of(
+            entry, fields, [stream for found in self._objects(fields) for stream in found], lambda: self.tables
+        )
 
     def _objects(self, fields: listing.Fields) -> Iterator[list[Extent]]:
         """The streams of each object of a coded tensor."""

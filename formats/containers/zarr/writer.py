@@ -32,7 +32,7 @@ from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.reader import LAYOUT, Progress, named
-from pqcodec.formats.containers.writer import Coded, Piece, check_pieces
+from pqcodec.formats.containers.writer import Coded, Piece, carried, check_pieces
 from pqcodec.formats.containers.zarr.codec import PQCodec
 from pqcodec.formats.containers.zarr.objects import DOCUMENT, get, put, store_of, total_bytes
 from pqcodec.formats.places import remote
@@ -42,6 +42,7 @@ from pqcodec.formats.plain.documents import checksum_bytes, json_value, metadata
 from pqcodec.stages.centre import rope_from_field
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.seal import with_seal
+from pqcodec.stream.tables import SharedTable, tables_by_name
 
 # dtypes that zarr lacks, and the unsigned integers that hold their bits
 _STORED_AS = {name: f"uint{8 * size}" for name, size in c.EXACT_ITEM_BYTES.items() if name not in exact.NUMPY_DTYPES}
@@ -126,16 +127,17 @@ def _write(
             writer.add(piece, paths[piece.name], per_shard)
         if progress:
             progress(done, len(pieces))
-    root.create_group(c.ZARR_COMPLETE, attributes=dict(listing.sealed_listing(writer.listed, meta, None)))
+    root.create_group(c.ZARR_COMPLETE, attributes=dict(listing.sealed_listing(writer.listed, meta, None, writer.tables)))
     return total_bytes(store)
 
 
 class _Writer:
-    """Writes tensors as arrays and collects their fields for the listing (``listed``)."""
+    """Writes tensors as arrays and collects their fields and shared tables for the listing (``listed``, ``tables``)."""
 
     def __init__(self, store: Store, root: zarr.Group) -> None:
         self._store, self._root = store, root
         self.listed: list[listing.Fields] = []
+        self.tables: dict[bytes, SharedTable] = {}
 
     def add(self, piece: Piece, path: str, per_shard: int | None) -> None:
         """Write one tensor as the array at ``path``."""
@@ -146,6 +148,7 @@ class _Writer:
     def _coded(self, piece: Piece, path: str, body: Coded, per_shard: int | None) -> listing.Fields:
         whole, orders = zip(*map(with_seal, body.streams), strict=True)
         headers = [read_header(stream) for stream in whole]
+        self.tables.update(tables_by_name(carried(whole)))
         h = headers[0]
         shape, chunks = piece.shape, list(piece.shape)
         shards_too = per_shard if math.prod(shape) else None  # zarr has no chunks of an empty array, and no shards

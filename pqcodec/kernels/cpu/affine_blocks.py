@@ -21,6 +21,7 @@ from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.outliers import find_ends, gather_outliers, outlier_bytes, outliers_of, place_outliers, put_outliers
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit, leaf
 from pqcodec.kernels.cpu.scalar import decode_scalar_row, encode_scalars, fill_scalars
@@ -79,7 +80,7 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
             for r in range(LANES):
                 top = max(top, largest[r])
         exponent = exponent_of(top)
-        scale = power_of_two(-exponent)
+        scale, kept = power_of_two(-exponent), 0
         for group in range((tokens + groups.tokens - 1) // groups.tokens):
             row = group * groups.tokens
             rows = min(groups.tokens, tokens - row)
@@ -88,9 +89,15 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
             if kind.coding == CODING_PAIRS:
                 encode_pairs(there, rows, order, groups, scale, flags, polar, work, payload, at, row_bytes, its)
             else:
+                if groups.outliers:
+                    find_ends(there, rows, kind, groups, scale, flags, work.places, work.apart)
+                    kept = gather_outliers(there, rows, row, kind, scale, flags, kept, work.apart)
                 encode_scalars(there, rows, kind, groups, scale, flags, work, payload, at, row_bytes, its)
         at = block_out + tokens * row_bytes
-        put_shorts(fields, (size - AFFINE_EXPONENT_BYTES - tokens * row_bytes) // 2, payload, at)
+        put_shorts(fields, (tokens + groups.tokens - 1) // groups.tokens * halves, payload, at)
+        if groups.outliers:
+            at += (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes
+            put_outliers(tokens, kind, groups, kept, work.apart, payload, at)
         put_last(exponent, payload, block_out + size - AFFINE_EXPONENT_BYTES)
         total = checksum(payload, block_out, size, keys)
         for j in range(CHECKSUM_BYTES):
@@ -140,7 +147,7 @@ def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_
 
     ``have_group``: the group whose fields ``work`` holds. Returns the one that it holds then.
     """
-    order, row_bytes = kind.order, kind.row_bytes
+    order, row_bytes, begin = kind.order, kind.row_bytes, have_group < 0
     for r in range(rows):
         row_at, group = (first + r) * row_bytes, (first + r) // groups.tokens
         fields_at = tokens * row_bytes + group * groups.field_bytes
@@ -153,13 +160,17 @@ def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_
                 fill_scalars(payload, fields_at, kind, groups, work)
             decode_scalar_row(payload, row_at, order, groups, scale, work, tile, r * order)
         have_group = group
+    if groups.outliers:
+        apart_at = tokens * row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes
+        place_outliers(payload, apart_at, tokens, first, rows, kind, groups, scale, begin, work.apart, tile)
     return have_group
 
 
 @inlined
 def affine_size(tokens, kind, groups):
     """Bytes of a block of so many tokens, its checksum included."""
-    return tokens * kind.row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes + kind.beside
+    size = tokens * kind.row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes + kind.beside
+    return size + outlier_bytes(tokens, kind, groups) if groups.outliers else size
 
 
 @jit
@@ -188,6 +199,7 @@ def work_of(kind, groups):
         shorts=np.zeros(2 * order + LANES, np.uint16),
         steps=np.zeros(LANES, np.int32),
         shifts=np.zeros(LANES, np.int32),
+        apart=outliers_of(kind, groups),
     )
     fill_steps(groups.bits + groups.angle_bits, work.steps, work.shifts)
     return work

@@ -129,6 +129,9 @@ def _geometry(job: DecodeJob) -> tuple[int, ...]:
         *sizes,
         blocks.group_tokens,
         blocks.group_bytes,
+        blocks.outliers,
+        blocks.ends,
+        blocks.head_dim,
         job.first_chunk,
         job.last_chunk,
         job.last_lead - job.first_lead,
@@ -182,6 +185,9 @@ def _places(
     align: int,
     group_tokens: int,
     group_bytes: int,
+    outliers: int,
+    ends: int,
+    head_dim: int,
     low: int,
     high: int,
     leads: int,
@@ -199,7 +205,8 @@ def _places(
     items[..., ITEM.tokens] = tokens[:, None]
     items[..., ITEM.low] = first[:, None]
     items[..., ITEM.high] = np.maximum(first, np.minimum(last_token - start, tokens))[:, None]
-    size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align, group_tokens, group_bytes).size_of
+    apart = (outliers, ends, head_dim)
+    size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align, group_tokens, group_bytes, *apart).size_of
     items[..., ITEM.source] = ((chunks - low) * leads * size(chunk))[:, None] + np.arange(leads) * size(tokens)[:, None]
     items[..., ITEM.position] = start[:, None]
     return start, items
@@ -313,7 +320,8 @@ class Cpu:
         arguments: tuple
         if h.affine:
             decode = affine_blocks.decode_affine_blocks
-            arguments = (_kind(h, most), tables.groups(h), output, tables.rope(h, job.positions), _keys(h, most))
+            groups = tables.groups(h, look_up=job.out is not None)
+            arguments = (_kind(h, most), groups, output, tables.rope(h, job.positions), _keys(h, most))
         else:
             arguments = (
                 _kind(h, most),

@@ -299,6 +299,25 @@ class Groups(NamedTuple):
     interleaved: bool
     zeros: bool  # whether numbers have a zero beside their scale
     shortest: bool  # whether the encoder looks for the shortest arc
+    levels: np.ndarray  # float32 [2^bits]: those of a codebook; [0] without one
+    bounds: np.ndarray  # float32 [2^bits - 1]: the middles between them
+    outliers: int  # at each end of the range of a whole group; 0: none are kept
+    ends: int  # of the groups of the same tokens
+
+
+class Outliers(NamedTuple):
+    """Single numbers of a block that are kept apart, and scratch; all [0] where there are none."""
+
+    low: np.ndarray  # float32 [order]: the range of each channel's group, without its outliers
+    high: np.ndarray
+    least: np.ndarray  # float32 [(order + 1) * (outliers + 1)]: the smallest numbers of each group, or of eight lanes of it
+    most: np.ndarray  # the largest ones
+    places: np.ndarray  # uint16 [room]
+    values: np.ndarray  # uint16 [room + lanes]: bits of float16
+    counts: np.ndarray  # int64 [segments]
+    shorts: np.ndarray  # uint16 [lanes]
+    one: np.ndarray  # float32 [lanes]
+    state: np.ndarray  # int64 [4]: how far a block's records are read
 
 
 class GroupWork(NamedTuple):
@@ -316,6 +335,7 @@ class GroupWork(NamedTuple):
     shorts: np.ndarray  # uint16 [2 * order + lanes]: fields as they stand
     steps: np.ndarray  # int32 [lanes]: ``affine_fields.fill_steps``
     shifts: np.ndarray  # int32 [lanes]
+    apart: Outliers
 
 
 # -- attention -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Law: scalar coding (SPEC 15): eight numbers of a row at a time, each group's scale and zero once for every channel.
+"""Law: scalar coding (SPEC 15, 16): eight numbers of a row at a time, each group's scale and zero once for every channel.
 
 Encoders do the float32 operations of ``codings.scalar`` in the same order, and so write the same bytes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.kernels.cpu.affine_fields import as_halves, codes_at, halves_at, put_codes, shorts_of
-from pqcodec.kernels.cpu.lane_memory import load, store
+from pqcodec.kernels.cpu.lane_memory import gather, load, spread, store
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, nearest, select, to_float, truncate
 from pqcodec.kernels.cpu.records import F32, I32, jit, leaf
 
@@ -48,6 +48,12 @@ def spread_fields(group, order, groups, step, zero, work):
 def decode_scalar_row(payload, at, order, groups, scale, work, tile, base):
     """Coordinates of the row at payload [at ...], times ``scale``, into tile [base ...]."""
     mask, shift = ints(I32((1 << groups.bits) - 1)), floats(F32(0 if groups.zeros else 1 << groups.bits >> 1))
+    if groups.levels.size:
+        for k in range(0, order, LANES):
+            code = codes_at(payload, at + (k >> 3) * groups.bits, work.steps, work.shifts) & mask
+            x = gather(groups.levels, code) * load(work.step, k) + load(work.start, k)
+            store(tile, base + k, x * floats(scale) + floats(F32(0)))
+        return
     for k in range(0, order, LANES):
         code = codes_at(payload, at + (k >> 3) * groups.bits, work.steps, work.shifts) & mask
         x = (to_float(code) - shift) * load(work.step, k) + load(work.start, k)
@@ -64,7 +70,9 @@ def encode_scalars(x, rows, kind, groups, scale, bad, work, payload, at, row_byt
     order = kind.order
     for k in range(0, order, LANES):
         least, most = floats(_NONE), floats(-_NONE)
-        for row in range(rows):
+        if groups.outliers:
+            least, most = load(work.apart.low, k), load(work.apart.high, k)
+        for row in range(0 if groups.outliers else rows):
             if not bad[row]:
                 number = load(x, row * order + k) * floats(scale)
                 least, most = min(least, number), max(most, number)
@@ -81,10 +89,24 @@ def encode_scalars(x, rows, kind, groups, scale, bad, work, payload, at, row_byt
                 none = step == floats(F32(0))
                 there = load(work.places, k) < ints(I32(kind.head_dim))
                 number = load(x, row * order + k) * floats(scale) - load(work.start, k)
-                place = nearest(number / select(none, floats(F32(1)), step)) + shift
-                place = select(there, min(max(place, floats(F32(0))), last), floats(F32(0)))
-                code = select(none, code, truncate(place))
+                place = number / select(none, floats(F32(1)), step)
+                if groups.levels.size:
+                    found = nearest_level(place, groups)
+                    code = select(none, code, select(there, found, code))
+                else:
+                    place = nearest(place) + shift
+                    place = select(there, min(max(place, floats(F32(0))), last), floats(F32(0)))
+                    code = select(none, code, truncate(place))
             put_codes(code, groups.bits, work.places, payload, at + row * row_bytes + (k >> 3) * groups.bits)
+
+
+@leaf
+def nearest_level(place, groups):
+    """The levels nearest to numbers in the range of their group, int lanes: how many bounds are below each."""
+    code = ints(I32(0))
+    for j in range(groups.bounds.size):
+        code = code + select(place > spread(groups.bounds, j), ints(I32(1)), ints(I32(0)))
+    return code
 
 
 @leaf
@@ -117,7 +139,13 @@ def fill_steps_and_zeros(kind, groups, count, work, fields):
         low, high = load(work.first, g), load(work.span, g)
         none = low > high
         low, high = select(none, floats(F32(0)), low), select(none, floats(F32(0)), high)
-        if groups.zeros:
+        if groups.levels.size:
+            zero = floats(F32(0))
+            if groups.zeros:
+                zero = as_halves((low + high) * floats(F32(0.5)) + floats(F32(0)), work.shorts, kind.order + g)
+            step = max(high - zero, zero - low)
+            store(work.span, g, zero)
+        elif groups.zeros:
             zero = as_halves(low + floats(F32(0)), work.shorts, kind.order + g)
             step = max(high - zero, floats(F32(0))) / levels
             store(work.span, g, zero)

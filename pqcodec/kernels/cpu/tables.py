@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings import angles, look_ups, quads
+from pqcodec.codings import angles, levels, look_ups, quads
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.cpu import records as r
@@ -59,10 +59,14 @@ def _no_rope() -> tuple:
     return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs(), np.zeros(0, np.uint32), 0))
 
 
-def groups(h: Header, effort: str = "fast") -> tuple:
-    """A Groups of a stream whose rows share affine fields."""
+def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:
+    """A Groups of a stream whose rows share affine fields; ``look_up``: whether numbers are wanted, and not only checksums.
+
+    Raises MissingTable.
+    """
     affine = h.affine
     assert affine is not None
+    found = np.array(h.levels if look_up else (), np.float32)
     return tuple(
         r.Groups(
             tokens=affine.tokens,
@@ -74,6 +78,10 @@ def groups(h: Header, effort: str = "fast") -> tuple:
             interleaved=affine.pairing == c.ROPE_INTERLEAVED,
             zeros=affine.fields == c.AFFINE_SCALE_ZERO,
             shortest=effort == "best",
+            levels=found,
+            bounds=levels.bounds(found),
+            outliers=affine.outliers,
+            ends=2 * affine.groups(h.order),
         )
     )
 
