@@ -31,7 +31,7 @@ def _triton_for(device: str) -> bool:
     if find_spec("triton") is None:
         return False
     if device == "cpu":
-        from pqcodec.kernels.on_triton.backend import interpreted
+        from pqcodec.kernels.on_triton.numbers import interpreted
 
         return interpreted()
     return device in ("cuda", "xpu")

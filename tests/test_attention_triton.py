@@ -121,6 +121,24 @@ def test_long_vectors_are_decoded() -> None:
     assert error_of(batch.run()[0], softmax_of(q, decoded(keys), decoded(values))) <= TOLERANCE
 
 
+@pytest.mark.parametrize("interprets", [False, True])
+def test_fields_of_what_a_kernel_is_compiled_for_are_constants(interprets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Triton from 3.2 on minds where they stand; a compiled kernel is found again by their record alone."""
+    import triton.language as tl
+
+    from pqcodec.kernels.on_triton.numbers import Constants, Quads
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interprets else "0")
+    record = Quads(1, 2, 3, 4, 5)
+    one, same, other = Constants(record), Constants(Quads(*record)), Constants(record._replace(codes=6))
+    assert {type(getattr(one.value, name)) for name in record._fields} == {int if interprets else tl.constexpr}
+    assert one.steps == 3
+    assert one == same
+    assert hash(one) == hash(same)
+    assert repr(one) == repr(same) == repr(record)
+    assert one != other
+
+
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
 def gpu_batch(
     backend: str = "triton", dtype: torch.dtype = torch.bfloat16

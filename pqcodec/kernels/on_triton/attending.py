@@ -16,6 +16,7 @@ from pqcodec import constants as c
 from pqcodec.kernels.device_tables import Tables, tables_on
 from pqcodec.kernels.on_triton import attention
 from pqcodec.kernels.on_triton.backend import Triton
+from pqcodec.kernels.on_triton.numbers import Constants
 from pqcodec.kernels.on_triton.shares import (
     CodedShare,
     ExactRowsShare,
@@ -75,7 +76,7 @@ class _Coded:
 
     shares: Any  # int64 [shares, CODED_FIELDS], on the device
     count: int
-    sides: tuple[SideShape, ...]  # of keys, and of values
+    sides: tuple[Constants, ...]  # SideShape of keys, and of values
     tables: Any  # int64 [2, SideTables]
     keeps: list[Tables]
     skips: bool
@@ -178,7 +179,7 @@ class TritonAttention:
             yield _Coded(
                 self._put(rows),
                 len(rows),
-                tuple(_side_shape(h, t) for h, t in zip(headers, tables, strict=True)),
+                tuple(Constants(_side_shape(h, t)) for h, t in zip(headers, tables, strict=True)),
                 self._put([_side_tables(h, t) for h, t in zip(headers, tables, strict=True)]),
                 tables,
                 any(part.skipped is not None for part in members),

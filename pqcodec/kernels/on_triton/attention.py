@@ -124,14 +124,20 @@ def weigh(scores, most, total):
 
 
 @triton.jit
+def ones_where(x):
+    """float16 of booleans. Triton 3.2 dies (SIGFPE) where it compiles ``tl.dot`` of booleans that ``to`` converts."""
+    return tl.where(x, 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
 def wild_sums(seen, v):
     """What NaN and Inf in values [TILE, n] add to the rows that see them, seen [R, TILE]: 0 where there are none.
 
     For other rows, too, their product with a weight of 0 would be NaN.
     """
-    rows = seen.to(tl.float16)
-    up = tl.dot(rows, ((v == float("inf")) | (v != v)).to(tl.float16))
-    down = tl.dot(rows, ((v == float("-inf")) | (v != v)).to(tl.float16))
+    rows = ones_where(seen)
+    up = tl.dot(rows, ones_where((v == float("inf")) | (v != v)))
+    down = tl.dot(rows, ones_where((v == float("-inf")) | (v != v)))
     return tl.where(up > 0, float("inf"), 0.0) - tl.where(down > 0, float("inf"), 0.0)  # NaN where there are both
 
 

@@ -6,13 +6,13 @@ Triton's interpreter (TRITON_INTERPRET=1), on tensors of the CPU.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.job import MEAN_TOKENS
 from pqcodec.kernels.on_triton import blocks, sides
+from pqcodec.kernels.on_triton.numbers import interpreted
 from pqcodec.kernels.spans import MEAN_PARTS, Group
 from pqcodec.stream.header import Header
 
@@ -26,11 +26,6 @@ ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
 _CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS)
 _UNITS = 2  # bytes of a unit in which ``sides`` copies
-
-
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
 class Triton:

@@ -6,7 +6,8 @@ once for each module that names it, so indices that belong together are one cons
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple, Self
 
 import triton
 import triton.language as tl
@@ -15,6 +16,39 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.kernels import device_tables as tables
 from pqcodec.kernels import spans as s
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+class Constants:
+    """A named tuple of whole numbers, whose fields are ``tl.constexpr`` where Triton compiles: ``SIDE.value.columns``.
+
+    A field of any other record is an int there, which is fine as an argument and beside a tensor. But Triton 3.6 takes no int
+    in a list that it hands to a function, as in ``tl.zeros([ROWS, n])``, and 3.2 none before a ``tl.constexpr``: ``n - 1``.
+    """
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+        field = int if interpreted() else tl.constexpr  # Python, which interprets, cannot shift by a constexpr
+        vars(self).update({name: field(number) for name, number in record._asdict().items()})
+
+    @property
+    def value(self) -> Self:
+        """Itself: Triton wraps an argument where it compiles, and does not where it interprets."""
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._record == other._record
+
+    def __hash__(self) -> int:
+        return hash(self._record)
+
+    def __repr__(self) -> str:  # Triton names what it has compiled by it
+        return repr(self._record)
+
 
 # Stored numbers
 FLOAT16 = tl.constexpr(c.DTYPE_FLOAT16)
@@ -60,7 +94,7 @@ NODE = tl.constexpr(tables.NODE)
 QUAD_ROW = tl.constexpr(tables.QUAD_ROW)
 RECORD = tl.constexpr(tables.RECORD)
 RECORD_FLOAT = tl.constexpr(tables.RECORD_FLOAT)
-PAPER = tl.constexpr(tables.PAPER)
+PAPER = tl.constexpr(Constants(tables.PAPER))
 SPAN = tl.constexpr(s.SPAN)  # kernels/spans.py
 
 
@@ -74,7 +108,7 @@ class Quads(NamedTuple):
     codes: int  # of a radius in a block, zero vector left out, less one
 
 
-QUADS = tl.constexpr(Quads(*c.QUADS_RADII, c.QUADS_RADIUS_STEPS, 12, (1 << c.QUADS_RADIUS_BITS) - 2))
+QUADS = tl.constexpr(Constants(Quads(*c.QUADS_RADII, c.QUADS_RADIUS_STEPS, 12, (1 << c.QUADS_RADIUS_BITS) - 2)))
 
 # A byte of the stream
 EXPONENT_AT = tl.constexpr(c.OFFSET_EXPONENT_AT)

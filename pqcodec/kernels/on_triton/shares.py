@@ -8,8 +8,7 @@ angle. ``kernels.attention`` tells the formulas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,8 +22,7 @@ from pqcodec.kernels.on_triton.split import split_radius, split_units
 
 
 # -- what a launch is told -------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class SideShape:
+class SideShape(NamedTuple):
     """What the kernels are compiled for of keys, or of values: of the header, and of its ``device_tables.Tables``."""
 
     coding: int
@@ -45,11 +43,6 @@ class SideShape:
     pairs: int  # of channels that turn; 0: none
     pair_columns: int  # their number, rounded up to a power of two, 8 at the least
     interleaved: bool
-
-    @property
-    def value(self) -> Self:
-        """Itself: Triton wraps it where it compiles, and does not where it interprets."""
-        return self
 
 
 class SideTables(NamedTuple):
