@@ -423,7 +423,7 @@ def promise(path: Path, name: str) -> None:
         values, said = whole["attributes"], None
         listed = json.loads(values["pqcodec_tensors"])
         next(fields for fields in listed if fields["name"] == name)["shape"] = shape
-        whole["attributes"] = listing.sealed_listing(listed, values["pqcodec_metadata"], said)
+        whole["attributes"] = listing.sealed_listing(listed, values["pqcodec_metadata"], said, {})
         document.write_text(json.dumps(whole))
         return
     data = path.read_bytes()
@@ -434,7 +434,7 @@ def promise(path: Path, name: str) -> None:
     fields = next(fields for fields in listed if fields["name"] == name)
     (fields if fields["coded"] else header[name])["shape"] = shape
     elsewhere = sorted([name, item["dtype"], item["shape"]] for name, item in header.items())
-    values = listing.sealed_listing(listed, values["pqcodec_metadata"], elsewhere)
+    values = listing.sealed_listing(listed, values["pqcodec_metadata"], elsewhere, {})
     text = json.dumps({"__metadata__": values, **header}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 

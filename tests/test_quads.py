@@ -120,7 +120,7 @@ def test_what_is_refused() -> None:
     reserved = bytearray(header.to_bytes())
     reserved[45] = 3  # states of a trellis
     reserved[-4:] = checksum(bytes(reserved[:-4])).to_bytes(4, "little")
-    with pytest.raises(UnsupportedStream, match="reserved"):
+    with pytest.raises(UnsupportedStream, match="states"):
         Header.from_bytes(bytes(reserved))
 
 

@@ -395,8 +395,11 @@ def test_damage_goes_along_and_stays_visible(tmp_path: Path, small: Path) -> Non
         entry = file.entry("layers.0.key")
     data[entry.body_start + entry.body_bytes - 9] ^= 1
     (tmp_path / "a.safetensors").write_bytes(data)
-    convert(tmp_path / "a.safetensors", tmp_path / "a.pqkv")
-    convert(tmp_path / "a.pqkv", tmp_path / "b.safetensors")
+    with pytest.raises(CorruptStream, match=r"layers\.0\.key"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.pqkv")
+    assert not (tmp_path / "a.pqkv").exists()
+    convert(tmp_path / "a.safetensors", tmp_path / "a.pqkv", check=False)
+    convert(tmp_path / "a.pqkv", tmp_path / "b.safetensors", check=False)
     assert (tmp_path / "b.safetensors").read_bytes() == bytes(data)
     with PQKVFile(tmp_path / "a.pqkv") as one, SafetensorsCache(tmp_path / "b.safetensors") as other:
         assert one.verify(**REFERENCE) == other.verify(**REFERENCE) != []

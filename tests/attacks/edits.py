@@ -206,7 +206,7 @@ def resealed(values: dict[str, str], elsewhere: Any, rng: random.Random, ground:
     """A listing with a change in it, and mostly with the checksum that belongs to it."""
     tensors = edited(json.loads(values[listing.KEYS[2]]), rng, ground)
     try:
-        made = listing.sealed_listing(tensors, values[listing.KEYS[3]], elsewhere)
+        made = listing.sealed_listing(tensors, values[listing.KEYS[3]], elsewhere, {})
     except (PQError, UnicodeError):
         return values
     return {**made, listing.KEYS[4]: "00000000"} if rng.random() < 0.1 else made
