@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pqcodec.backends import installed, names
+from pqcodec.backends import installed
 from pqcodec.batch import DecodeBatch
 from pqcodec.placed import Placed
 from pqcodec.stream.header import DTYPE_NAMES, Header
@@ -95,7 +95,7 @@ def _parts(streams: Sequence[Streams], wanted: Bounds | None, at: int) -> Iterat
 # -- as Triton's kernels take them -------------------------------------------------------------------------------------
 def why_not_triton(headers: Sequence[Header], backend: str, device: Any) -> str | None:
     """Why Triton's kernels do not read the codes of streams of such headers; None where they do."""
-    if "triton" not in names(backend, device.type):
+    if backend != "triton":
         return f"backend {backend!r} is asked for, not 'triton'"
     if not installed("triton"):
         return "triton is not installed"

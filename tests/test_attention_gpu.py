@@ -222,8 +222,10 @@ def test_what_this_kernel_does_not_read_is_read_by_tritons_or_decoded(options: d
     case.agrees(backend="cuda")
     recent = case.recent and tuple(x[None].to(CUDA) for x in case.recent)
     arguments = case.q[None].to(CUDA), [on_gpu(case.keys)], [on_gpu(case.values)]
-    assert AttendBatch(*arguments, recent=recent).reader == ("triton" if HAS_TRITON else None)
-    batch = AttendBatch(*arguments, recent=recent, backend="cuda")
+    if HAS_TRITON:
+        case.agrees(backend="triton")
+        assert AttendBatch(*arguments, recent=recent, backend="triton").reader == "triton"
+    batch = AttendBatch(*arguments, recent=recent)
     assert not batch.from_codes
     assert message in (batch.why or "")
 
