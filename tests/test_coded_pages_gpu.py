@@ -61,7 +61,7 @@ class Engine:
             scatter_blocks(pair, self.cache, layout, self.tables[n])
         pages = sum((n - exact) // page for n in coded if n) + 3
         self.numbers = torch.randperm(pages).tolist()
-        self.pool = CodedPages(pages, page, heads, dim, dtype=dtype, device=CUDA, **options)
+        self.pool = CodedPages(pages, page, heads, dim, dtype=dtype, device=CUDA, backend="cuda", **options)
         self.sequences = [[self.put(n, 0, tokens, exact)] if tokens else [] for n, tokens in enumerate(coded)]
         self.q = torch.randn(len(coded), heads * group, queries, dim).to(dtype).to(CUDA)
 
@@ -299,6 +299,8 @@ def test_what_does_not_fit_is_refused() -> None:
         engine.pool.prepare(engine.q, engine.sequences, raw, room=(300, 256))
     with pytest.raises(InvalidArgument, match="codes in host memory"):
         CodedPages(4, 64, 2, 128, device=CUDA, backend="cpu")
+    with pytest.raises(BackendUnavailable, match="ask for it by backend='cuda'"):
+        CodedPages(4, 64, 2, 128, device=CUDA)
     prepared = engine.pool.prepare(engine.q, engine.sequences, raw)
     more = engine.put(0, 256, 64)
     with pytest.raises(InvalidArgument, match="prepare anew, with more room"):
