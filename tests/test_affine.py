@@ -6,6 +6,7 @@ Figures are those of arXiv 2502.00527's algorithm in plain numpy, measured befor
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, bits, gaussian, rel_mse
+from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import pqcodec
-from pqcodec import CorruptStream, InvalidArgument, PQError, Rope, TruncatedStream
+from pqcodec import CorruptStream, InvalidArgument, Rope
 from pqcodec import constants as c
 from pqcodec.attention import attend, scores
 from pqcodec.codings import pairs, scalar
@@ -248,19 +250,11 @@ def stream(request: pytest.FixtureRequest) -> bytes:
 
 
 def test_every_proper_prefix_is_truncated(stream: bytes) -> None:
-    for size in range(len(stream)):
-        with pytest.raises(TruncatedStream):
-            pqcodec.decode(stream[:size], backend="cpu")
+    every_proper_prefix_is_truncated(stream, partial(pqcodec.decode, backend="cpu"))
 
 
 def test_every_flipped_bit_is_found(stream: bytes) -> None:
-    for bit in range(8 * len(stream)):
-        damaged = bytearray(stream)
-        damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(PQError) as caught:
-            pqcodec.decode(bytes(damaged), backend="cpu")
-        if bit >= 8 * Header.from_bytes(stream).header_bytes:
-            assert caught.type is CorruptStream
+    every_flipped_bit_is_found(stream, partial(pqcodec.decode, backend="cpu"))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

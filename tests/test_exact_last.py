@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import second_decoder
 import torch
 from conftest import BACKENDS, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
+from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
 
 import pqcodec
-from pqcodec import BackendUnavailable, CorruptStream, InvalidArgument, PQError, Rope, TruncatedStream
+from pqcodec import BackendUnavailable, CorruptStream, InvalidArgument, Rope
 from pqcodec.attention import attend, scores
 from pqcodec.codec import decode_together
 from pqcodec.stream.header import Header
@@ -126,17 +128,11 @@ def stream() -> bytes:
 
 
 def test_every_proper_prefix_is_truncated(stream: bytes) -> None:
-    for size in range(len(stream)):
-        with pytest.raises(TruncatedStream):
-            pqcodec.decode(stream[:size], backend="cpu")
+    every_proper_prefix_is_truncated(stream, partial(pqcodec.decode, backend="cpu"))
 
 
 def test_every_flipped_bit_is_found(stream: bytes) -> None:
-    for bit in range(8 * len(stream)):
-        damaged = bytearray(stream)
-        damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(PQError):
-            pqcodec.decode(bytes(damaged), backend="cpu")
+    every_flipped_bit_is_found(stream, partial(pqcodec.decode, backend="cpu"))
 
 
 def test_damage_is_named_and_touches_no_other_tokens(stream: bytes) -> None:
