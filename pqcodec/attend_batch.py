@@ -12,7 +12,7 @@ from pqcodec.batch import DecodeBatch
 from pqcodec.errors import InvalidArgument
 from pqcodec.kernels.attention import checked_number, checked_softcap, checked_window
 from pqcodec.placed import Placed, current, lying, one_device
-from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.header import DTYPE_NAMES, Header, dtype_code
 from pqcodec.stream.index import Bounds
 from pqcodec.stream.report import Damage, damage_error
 
@@ -85,7 +85,7 @@ class AttendBatch:
                 f"queries {tuple(query.shape)}, {len(keys)} sequences of {counts[0]} streams of keys and {len(values)} of "
                 f"{counts[1]} of values; [sequences, q_heads, queries, head_dim] and as many streams of each are expected"
             )
-        dtype = next((code for code, name in DTYPE_NAMES.items() if query.dtype == getattr(torch, name)), None)
+        dtype = dtype_code(query.dtype)
         if dtype is None:
             raise InvalidArgument(f"queries are {query.dtype}; float16, bfloat16 or float32 is expected")
         sequences = placed_streams(sides, device, backend, check)
@@ -100,7 +100,7 @@ class AttendBatch:
         self._query, self._attended, self.leading = query, attended, tuple(k.shape[:-2])
         self.out = torch.empty((*query.shape[:-1], v.head_dim), dtype=query.dtype, device=device)
         why_cuda = _why_not_cuda(query, sequences, attended, window, causal, backend)
-        why_triton = why_not_triton(attended.headers, backend, device)
+        why_triton = why_not_triton(attended.headers, backend)
         self.why = f"{why_cuda}; {why_triton}" if why_cuda and why_triton else None
         self.reader = None if self.why else "triton" if why_cuda else "cuda"
         shape = tuple(query.shape)

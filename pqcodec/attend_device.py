@@ -6,18 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from pqcodec.attend_batch import AttendBatch, check_exact, placed_streams
 from pqcodec.attend_decoded import Decoding
 from pqcodec.attend_parts import AttendedTokens, Pair, coded_and_exact, why_not_triton
 from pqcodec.backends import device_backend
 from pqcodec.errors import InvalidArgument
 from pqcodec.kernels.attention import checked_number, checked_softcap
-from pqcodec.placed import current, one_device
-from pqcodec.stream.header import read_header
+from pqcodec.placed import current, one_device, stream_on
 from pqcodec.stream.index import Bounds
-from pqcodec.stream.source import source_of
 from pqcodec.tensors.numbers import is_torch
 
 
@@ -76,7 +72,7 @@ def scores_on_device(
     if not out.numel():
         return out.reshape(found)
     with current(device):
-        if why_not_triton(attended.headers, backend, device) is None:
+        if why_not_triton(attended.headers, backend) is None:
             from pqcodec.kernels.on_triton.attending import TritonAttention
 
             parts = coded_and_exact(attended, backend)
@@ -113,17 +109,7 @@ def _streams_beside(q: Any, streams: Any) -> list[Any]:
     many = list(streams) if isinstance(streams, (list, tuple)) else [streams]
     if not many:
         raise InvalidArgument("an empty list of streams; at least one is expected")
-    return [_beside(q, stream) for stream in many]
-
-
-def _beside(q: Any, stream: Any) -> Any:
-    if is_torch(stream):
-        return stream.to(q.device)
-    import torch
-
-    source = source_of(stream)
-    h = read_header(source)
-    return torch.from_numpy(np.array(source.read(0, h.stream_bytes))).to(q.device)
+    return [stream_on(stream, q.device) for stream in many]
 
 
 def _check_leading(q: Any, leading: tuple[int, ...], exact: Sequence[Any]) -> None:

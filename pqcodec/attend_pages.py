@@ -12,7 +12,7 @@ from pqcodec.backends import device_backend
 from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.kernels.attention import checked_number, checked_softcap
 from pqcodec.placed import current
-from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.header import Header, dtype_code
 from pqcodec.stream.pages import PagedStream
 
 Segments = Sequence[tuple[PagedStream, PagedStream]]  # keys and values of a sequence, in order; at least one pair
@@ -51,7 +51,7 @@ class AttendPages:
         import torch
 
         k, v = (stream.header for stream in sequences[0][0])
-        dtype = next((code for code, name in DTYPE_NAMES.items() if query.dtype == getattr(torch, name)), None)
+        dtype = dtype_code(query.dtype)
         if query.ndim != 4 or dtype is None or query.shape[1] % k.leading or query.shape[3] != k.head_dim or not query.numel():
             raise InvalidArgument(
                 f"queries {query.dtype} {tuple(query.shape)} do not go with keys {k.shape}: [sequences, a multiple of "

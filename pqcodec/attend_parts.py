@@ -12,7 +12,7 @@ from pqcodec.backends import installed
 from pqcodec.batch import DecodeBatch
 from pqcodec.placed import Placed
 from pqcodec.stream.header import DTYPE_NAMES, Header
-from pqcodec.stream.index import Bounds, checked_range
+from pqcodec.stream.index import Bounds, checked_range, stream_parts
 
 if TYPE_CHECKING:
     from pqcodec.kernels.on_triton.attending import CodedSegment, ExactSegment
@@ -84,16 +84,12 @@ def _parts(streams: Sequence[Streams], wanted: Bounds | None, at: int) -> Iterat
     """The streams that hold some of the wanted tokens, the first of which stands at position ``at``."""
     counts = [each[0].header.tokens for each in streams]
     first, last = checked_range("tokens", wanted, sum(counts))
-    begin = 0
-    for each, count in zip(streams, counts, strict=True):
-        low, high = max(first - begin, 0), min(last - begin, count)
-        if low < high:
-            yield WantedTokens(each, (low, high), at + begin - first)
-        begin += count
+    for number, tokens, before in stream_parts(counts, (first, last)):
+        yield WantedTokens(streams[number], tokens, at + before - first)
 
 
 # -- as Triton's kernels take them -------------------------------------------------------------------------------------
-def why_not_triton(headers: Sequence[Header], backend: str, device: Any) -> str | None:
+def why_not_triton(headers: Sequence[Header], backend: str) -> str | None:
     """Why Triton's kernels do not read the codes of streams of such headers; None where they do."""
     if backend != "triton":
         return f"backend {backend!r} is asked for, not 'triton'"

@@ -32,7 +32,7 @@ from pqcodec.kernels.attention import (
 )
 from pqcodec.stages import centre, exact, keep
 from pqcodec.stream.header import Header, read_header
-from pqcodec.stream.index import Bounds, checked_range
+from pqcodec.stream.index import Bounds, checked_range, stream_parts
 from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors import arrays
@@ -247,13 +247,8 @@ class _Asked:
     @staticmethod
     def parts(streams: Sequence[_Stream], wanted: Bounds) -> Iterator[tuple[_Stream, Bounds]]:
         """The streams that hold some of the wanted tokens, and which of their own these are."""
-        at = 0
-        for stream in streams:
-            count = stream.header.tokens
-            low, high = max(wanted[0] - at, 0), min(wanted[1] - at, count)
-            if low < high:
-                yield stream, (low, high)
-            at += count
+        for number, part, _ in stream_parts([stream.header.tokens for stream in streams], wanted):
+            yield streams[number], part
 
     def check_damage(self) -> None:
         """Raises CorruptStream if anything that was read is damaged."""

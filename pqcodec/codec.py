@@ -16,7 +16,8 @@ from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.stages.centre import Halves, Rope
-from pqcodec.stream.header import DTYPE_NAMES, PAIRING_NAMES, Header, read_header
+from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, read_header
+from pqcodec.stream.header_ranges import PAIRING_NAMES
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.stream.tables import tables_by_name, with_tables
@@ -116,12 +117,11 @@ def encoded_size(
     >>> encoded_size((32, 8, 4096, 128), preset="pq3") / (32 * 8 * 4096 * 128 * 2)
     0.187...
     """
-    codes = {name: code for code, name in DTYPE_NAMES.items()}
-    if dtype not in codes:
-        raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(codes)}")
+    if dtype not in DTYPE_CODES:
+        raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPE_CODES)}")
     kept = {"exact_last": exact_last, "keep": keep, "levels": levels}
     options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **kept)
-    return options.header(tuple(shape), codes[dtype]).stream_bytes
+    return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes
 
 
 def decode(

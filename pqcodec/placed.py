@@ -15,7 +15,7 @@ from pqcodec.stream import sections
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.index import Bounds, checked_range
 from pqcodec.stream.report import Damage
-from pqcodec.stream.source import Source
+from pqcodec.stream.source import Source, source_of
 from pqcodec.tensors.numbers import is_torch
 
 ALIGNMENT = 16  # bytes; each of several streams in one tensor begins at a multiple
@@ -122,6 +122,16 @@ def _wanted(h: Header, tokens: Bounds | None, leading: Bounds | None) -> tuple[B
     first, last = checked_range("tokens", tokens, h.tokens)
     chunks = h.blocks.of_tokens(first - h.first_tokens, last - h.first_tokens)
     return chunks if chunks[0] < chunks[1] else (0, 0), checked_range("leading", leading, h.leading)
+
+
+def stream_on(stream: Any, device: Any) -> Any:
+    """A stream as a uint8 tensor on a device: one of torch's moved there, or read; raises as reading a header does."""
+    import torch
+
+    if is_torch(stream):
+        return stream.to(device)
+    source = source_of(stream)
+    return torch.from_numpy(np.array(source.read(0, read_header(source).stream_bytes))).to(device)
 
 
 def moved(source: Source, device: Any, tokens: Bounds | None, leading: Bounds | None, damage: list[Damage]) -> Placed:

@@ -32,7 +32,7 @@ from pqcodec.options import EncodeOptions
 from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.header import DTYPE_NAMES, Header, header_size
+from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, header_size
 from pqcodec.stream.seal import order_seal
 from pqcodec.stream.source import MemorySource
 
@@ -149,7 +149,7 @@ class ChunkCodec:
 
     def _bytes(self, runs: Sequence[Sequence[Run]], tokens: int, dtype: str) -> int:
         """Bytes of a head and of streams of runs of keys and of values."""
-        code = {name: code for code, name in DTYPE_NAMES.items()}[dtype]
+        code = DTYPE_CODES[dtype]
 
         @lru_cache
         def stream(role: int, layers: int, preset: str) -> int:

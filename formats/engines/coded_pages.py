@@ -17,11 +17,11 @@ from pqcodec.attend_pages import AttendPages
 from pqcodec.backends import on_device
 from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.formats.engines.block_tables import encode_blocks, gather_blocks, slots_of, views_of
-from pqcodec.formats.engines.page_segments import RawTokens, Segment, Sequences, on_gpu, whole_numbers
+from pqcodec.formats.engines.page_segments import RawTokens, Segment, Sequences, on_gpu, segment_tokens, whole_numbers
 from pqcodec.options import EncodeOptions, each
-from pqcodec.placed import DeviceSource, device_named
+from pqcodec.placed import DeviceSource, device_named, stream_on
 from pqcodec.stages.centre import Rope, stored_means
-from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
+from pqcodec.stream.header import DTYPE_NAMES, Header, dtype_code, read_header
 from pqcodec.stream.pages import PagedStream, checked_pages, page_bytes
 from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import MemorySource, source_of
@@ -65,7 +65,7 @@ class CodedPages:
         for name, value in (("pages", pages), ("block", block), ("kv_heads", kv_heads), ("head_dim", head_dim)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidArgument(f"{name} is {value!r}; a whole number from 1 on is expected")
-        code = {name: code for code, name in DTYPE_NAMES.items()}.get(str(dtype).removeprefix("torch."))
+        code = dtype_code(dtype)
         if code is None:
             raise InvalidArgument(f"dtype {dtype} is unknown; choose from {', '.join(DTYPE_NAMES.values())}")
         self.block, self._backend, self.device = block, backend, device_named(device)
@@ -266,10 +266,7 @@ class CodedPages:
         """
         import torch
 
-        if not is_torch(q) or q.ndim != 4 or q.device != self.device:
-            found = f"{q.dtype} {tuple(q.shape)} on {q.device}" if is_torch(q) else type(q).__name__
-            raise InvalidArgument(f"q: {found}; a tensor [sequences, q_heads, queries, head_dim] on {self.device} is expected")
-        lists, lengths = self._checked(sequences, raw, len(q), q.shape[2])
+        lists, lengths = self._checked(q, sequences, raw)
         if on_device(self._backend, self.device.type):
             if window is not None:
                 raise BackendUnavailable(
@@ -284,12 +281,12 @@ class CodedPages:
             if raw is not None:
                 view = views_of(raw.kv_cache, raw.layout)[0]
                 for table, segments, length in zip(raw.block_tables, lists, lengths, strict=True):
-                    coded = sum(segment.tokens for segment in segments)
+                    coded = segment_tokens(segments)
                     slots_of(view, table, length - coded, coded, once=False)
             return PreparedPages(self, q, sequences, on_gpu(raw, self.device), scale=scale, softcap=softcap).run()
         results = []
         for n, (segments, length) in enumerate(zip(lists, lengths, strict=True)):
-            coded = sum(segment.tokens for segment in segments)
+            coded = segment_tokens(segments)
             recent = None
             if raw is not None and length > coded:
                 table = raw.block_tables[n]
@@ -318,12 +315,14 @@ class CodedPages:
             raise BackendUnavailable(f"pages on {self.device} are attended to without preparation; call attend()")
         return PreparedPages(self, q, sequences, raw, scale=scale, softcap=softcap, room=room)
 
-    def _checked(
-        self, sequences: Sequences, raw: RawTokens | None, count: int, queries: int
-    ) -> tuple[list[list[Segment]], list[int]]:
+    def _checked(self, q: Any, sequences: Sequences, raw: RawTokens | None) -> tuple[list[list[Segment]], list[int]]:
         """The segments of each sequence, one at least, and its number of tokens; raises InvalidArgument."""
+        if not is_torch(q) or q.ndim != 4 or q.device != self.device:
+            found = f"{q.dtype} {tuple(q.shape)} on {q.device}" if is_torch(q) else type(q).__name__
+            raise InvalidArgument(f"q: {found}; a tensor [sequences, q_heads, queries, head_dim] on {self.device} is expected")
+        count, queries = len(q), q.shape[2]
         lists = self._segments(dict(enumerate(sequences)))
-        coded = [sum(segment.tokens for segment in each) for each in lists]
+        coded = [segment_tokens(each) for each in lists]
         lengths = coded if raw is None else whole_numbers("lengths", raw.lengths)
         if not len(lists) == len(lengths) == count:
             raise InvalidArgument(f"{count} sequences of queries, {len(lists)} of segments, {len(lengths)} lengths")
@@ -370,9 +369,7 @@ class PreparedPages:
     def __init__(self, pool: CodedPages, q: Any, sequences: Sequences, raw: RawTokens | None, **options: Any) -> None:
         import torch
 
-        if not is_torch(q) or q.ndim != 4 or q.device != pool.device:
-            raise InvalidArgument(f"q: a tensor [sequences, q_heads, queries, head_dim] on {pool.device} is expected")
-        lists, lengths = pool._checked(sequences, raw, len(q), q.shape[2])
+        lists, lengths = pool._checked(q, sequences, raw)
         self._pool, views = pool, None
         counts = torch.tensor(lengths, dtype=torch.int32, device=pool.device)
         if raw is not None:
@@ -383,7 +380,7 @@ class PreparedPages:
                         f"{name}: a tensor int32 {shape} on {pool.device} is expected, which is read at every run"
                     )
             views, counts = (*views_of(raw.kv_cache, raw.layout), raw.block_tables), raw.lengths
-        short = [n for n, some in enumerate(lists) if lengths[n] - sum(s.tokens for s in some) < q.shape[2] and q.shape[2] > 1]
+        short = [n for n, some in enumerate(lists) if lengths[n] - segment_tokens(some) < q.shape[2] and q.shape[2] > 1]
         if short:
             raise BackendUnavailable(f"sequence {short[0]}: on a GPU the tokens of several queries are not encoded yet")
         pairs = [[segment.pair for segment in some] for some in lists]
@@ -416,12 +413,8 @@ def _bytes_of(stream: Any, device: Any) -> Any:
     """A stream as a uint8 tensor [bytes] on a device; raises InvalidArgument, and what reading a header raises."""
     import torch
 
-    if is_torch(stream):
-        if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
-            raise InvalidArgument(
-                f"a stream is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
-            )
-        return stream.to(device)
-    source = source_of(stream)
-    size = read_header(source).stream_bytes
-    return torch.from_numpy(np.array(source.read(0, size))).to(device)
+    if is_torch(stream) and (stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous()):
+        raise InvalidArgument(
+            f"a stream is a contiguous uint8 tensor [bytes]; this one is {stream.dtype} {tuple(stream.shape)}"
+        )
+    return stream_on(stream, device)

@@ -59,6 +59,11 @@ class Segment:
         return self.keys, self.values
 
 
+def segment_tokens(segments: Sequence[Segment]) -> int:
+    """Tokens of all of some segments."""
+    return sum(segment.tokens for segment in segments)
+
+
 Sequences = Sequence[Sequence[Segment]]  # the segments of each sequence, in the order of their tokens
 
 

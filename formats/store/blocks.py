@@ -29,7 +29,7 @@ from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.index import Row, problem_of
 from pqcodec.formats.store.keys import is_keyed, unknown
 from pqcodec.stages.centre import Rope
-from pqcodec.stream.header import DTYPE_NAMES, read_header
+from pqcodec.stream.header import DTYPE_CODES, read_header
 from pqcodec.stream.source import MemorySource, Source
 from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_type, is_torch
@@ -39,7 +39,6 @@ FORMAT = 1
 TOKENS = "tokens"  # name of the exact tensor of token ids, or of a tenant's marks (``keys.Chain.marks``)
 PART_BYTES = 1 << 24  # of a stack, allocated at once: malloc reuses freed memory up to this size, without new zeroed pages
 EXACT = "exact"  # the preset of a store that keeps all numbers as they are
-DTYPES = {name: code for code, name in DTYPE_NAMES.items()}
 Choice = tuple[str, str | None]  # preset and RoPE pairing
 
 
@@ -301,12 +300,12 @@ class Assembly:
         import torch
 
         kind = getattr(torch, dtype)
-        if self._on_device or dtype not in DTYPES or device_type(self._device or "cpu") != "cpu":
+        if self._on_device or dtype not in DTYPE_CODES or device_type(self._device or "cpu") != "cpu":
             return torch.empty(shape, dtype=kind, device=self._device)
         layers = shape[0]
         step = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * kind.itemsize))
         sizes = [min(step, layers - at) for at in range(0, layers, step)]
-        return [arrays.empty((size, *shape[1:]), DTYPES[dtype], numpy=False)[0] for size in sizes]
+        return [arrays.empty((size, *shape[1:]), DTYPE_CODES[dtype], numpy=False)[0] for size in sizes]
 
     def _each(self, group: LayerGroup, stacked: Any) -> dict[tuple[int, str], Any]:
         """The tensor of each layer in a group's stack, by (layer, path)."""

@@ -17,12 +17,22 @@ from pqcodec.codings.declared import DECLARED, Affine, Codebook, half_numbers
 from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
+from pqcodec.stream.header_ranges import PAIRING_NAMES, header_problem
 from pqcodec.stream.index import Blocks, blocks_of
 from pqcodec.stream.magic import FIRST_BYTES, whose
 from pqcodec.stream.source import Extent, MemorySource, Source
 
 DTYPE_NAMES = {c.DTYPE_FLOAT16: "float16", c.DTYPE_BFLOAT16: "bfloat16", c.DTYPE_FLOAT32: "float32"}
-PAIRING_NAMES = {c.ROPE_HALF: "half", c.ROPE_INTERLEAVED: "interleaved"}
+DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+
+
+def dtype_code(dtype: Any) -> int | None:
+    """The code of a dtype, torch's or its name; None of one that streams do not have.
+
+    >>> dtype_code("bfloat16"), dtype_code("int8")
+    (2, None)
+    """
+    return DTYPE_CODES.get(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Header:
     codebook: Codebook | None = None  # levels of the codes; None: those that the specification has
 
     def __post_init__(self) -> None:
-        problem = _problem(self)
+        problem = header_problem(self)
         if problem:
             raise InvalidArgument(problem)
 
@@ -412,92 +422,3 @@ def _keep(body: bytes, at: int) -> KeepField:
     if lists not in (c.KEEP_SHARED, c.KEEP_EACH) or any(reserved):
         raise UnsupportedStream("header: the keep list is such as this release does not know: install a newer pqcodec")
     return KeepField(tokens, lists == c.KEEP_EACH)
-
-
-def _problem(h: Header) -> str:
-    """What is wrong with a header, or an empty string."""
-    if not 1 <= len(h.shape) <= c.MAX_NDIM:
-        return f"{len(h.shape)} dimensions; 1 .. {c.MAX_NDIM} are supported"
-    if not 1 <= h.shape[-1] <= c.MAX_HEAD_DIM:
-        return f"head_dim {h.shape[-1]} is outside 1 .. {c.MAX_HEAD_DIM}; reshape the last dimension"
-    if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
-        return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
-    coding = DECLARED[h.coding]
-    problem = _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits)
-    problem = problem or _affine_problem(h) or _codebook_problem(h)
-    if problem:
-        return problem
-    if h.rounds not in coding.rounds:
-        return f"{h.rounds} rounds of rotation: the {coding.name} coding has {' or '.join(map(str, coding.rounds))}"
-    if not 1 <= h.chunk_tokens <= c.MAX_CHUNK_TOKENS:
-        return f"chunk_tokens {h.chunk_tokens} is outside 1 .. {c.MAX_CHUNK_TOKENS}"
-    if not 0 <= h.exact_tokens < 1 << 32:
-        return f"exact_tokens {h.exact_tokens} is outside 0 .. 2^32 - 1"
-    if not 0 <= h.exact_last <= c.MAX_EXACT_LAST:
-        return f"exact_last {h.exact_last} is outside 0 .. {c.MAX_EXACT_LAST}"
-    if not 0 <= h.exceptions <= min(h.leading * h.coded_tokens, (1 << 32) - 1):
-        return f"{h.exceptions} exact vectors of {h.leading * h.coded_tokens} coded ones"
-    if not 0 <= h.seed < 1 << 64:
-        return f"seed {h.seed} is outside 0 .. 2^64 - 1"
-    for name, value, (low, high) in (
-        ("offset", h.offset_exponent, c.OFFSET_EXPONENTS),
-        ("radius", h.radius_exponent, c.RADIUS_EXPONENTS),
-    ):
-        if not low <= value <= high:
-            return f"{name} exponent {value} is outside {low} .. {high}"
-    if h.header_bytes > c.MAX_HEADER_BYTES:
-        return f"a header of {h.header_bytes} bytes: {c.MAX_HEADER_BYTES} are the most; give the tensor fewer dimensions"
-    if h.rope is None:
-        return ""
-    return _rope_problem(h.rope, h)
-
-
-def _keep_problem(h: Header) -> str:
-    if h.keep is None:
-        return ""
-    if len(h.shape) < 2 or not h.tokens <= h.keep.tokens <= c.MAX_TOKENS:
-        return f"a keep list of {h.keep.tokens} tokens does not go with the kept ones, shape {h.shape}"
-    if math.prod(max(n, 1) for n in h.whole_shape) > c.MAX_ELEMENTS:
-        return f"shape {h.whole_shape} with the tokens that were not kept is beyond the cap of {c.MAX_ELEMENTS} elements"
-    return ""
-
-
-def _codebook_problem(h: Header) -> str:
-    if h.codebook is None:
-        return ""
-    if not DECLARED[h.coding].takes_levels:
-        return f"{DECLARED[h.coding].name} coding with levels"
-    return h.codebook.problem(h.row_bits // h.order)
-
-
-def _affine_problem(h: Header) -> str:
-    coding = DECLARED[h.coding]
-    if coding.affine_problem is None or h.affine is None:
-        there = "with" if h.affine else "without"
-        return f"{coding.name} coding {there} affine fields" if coding.shares_fields != bool(h.affine) else ""
-    problem = (
-        h.affine.problem()
-        or _outlier_problem(h, h.affine)
-        or coding.affine_problem(h.order, h.row_bits, h.radius_bits, h.affine)
-    )
-    if not problem and h.chunk_tokens % h.affine.tokens:
-        return f"chunk_tokens {h.chunk_tokens} is no multiple of the {h.affine.tokens} tokens of a group"
-    return problem
-
-
-def _outlier_problem(h: Header, affine: Affine) -> str:
-    if 2 * affine.outliers > affine.tokens * min(affine.channels, h.head_dim):
-        return f"{affine.outliers} outliers at each end of groups of a vector of {h.head_dim} numbers are not possible"
-    return ""
-
-
-def _rope_problem(rope: RopeField, h: Header) -> str:
-    if not h.offsets:
-        return "RoPE is described, but no offsets are stored"
-    if rope.pairing not in PAIRING_NAMES:
-        return f"RoPE pairing {rope.pairing} is unknown; {PAIRING_NAMES} are known"
-    if not 2 <= rope.channels <= h.head_dim:
-        return f"RoPE turns {rope.channels} channels of {h.head_dim}"
-    if not 0 <= rope.first_position < 1 << 63 or not all(0 <= f < 1 << 32 for f in rope.frequencies):
-        return "RoPE: first_position or a frequency is outside its range"
-    return ""

@@ -7,7 +7,7 @@ the stream, in ``blocks_of``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,6 +117,20 @@ def blocks_of(h: Header) -> Blocks:
         groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.head_dim)
     sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)
     return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, *sizes, *groups)
+
+
+def stream_parts(counts: Sequence[int], wanted: Bounds) -> Iterator[tuple[int, Bounds, int]]:
+    """Streams of so many tokens follow each other: which of them hold wanted ones, their own tokens, and those before them.
+
+    >>> list(stream_parts([5, 3, 4], (4, 9)))
+    [(0, (4, 5), 0), (1, (0, 3), 5), (2, (0, 1), 8)]
+    """
+    before = 0
+    for number, count in enumerate(counts):
+        low, high = max(wanted[0] - before, 0), min(wanted[1] - before, count)
+        if low < high:
+            yield number, (low, high), before
+        before += count
 
 
 def checked_range(name: str, wanted: tuple[int, int] | None, count: int) -> tuple[int, int]:

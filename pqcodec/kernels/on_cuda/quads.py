@@ -40,9 +40,9 @@ def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
     """
     threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, LARGE_THREADS)
     memory = warp_memory("decode", h, _stage_bytes(h))
-    all_copies = FEW_COPIES if few else COPIES
+    all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
     for parts, keys, phases, copies in product(range(1, MOST_PARTS + 1), (True, False), phase_copies(h, few), all_copies):
-        blob, places = _tables(h, keys, copies, phases, parts)
+        blob, places = _tables(h, matrix, keys, copies, phases, parts)
         shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
         size = shared + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
@@ -50,7 +50,9 @@ def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
     return None
 
 
-def _tables(h: Header, keys: bool, copies: int, phases: int, parts: int) -> tuple[np.ndarray, dict[str, int]]:
+def _tables(
+    h: Header, matrix: np.ndarray, keys: bool, copies: int, phases: int, parts: int
+) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have.
 
     The matrix comes last, in ``parts`` of the same size.
@@ -61,7 +63,7 @@ def _tables(h: Header, keys: bool, copies: int, phases: int, parts: int) -> tupl
         "POINTS": np.repeat(np.ascontiguousarray(points).view(np.uint32), copies, 1),
         "MANTISSAS": plan.mantissas,
     }
-    words, matrix = h.blocks.chunk_bytes // 4, _matrix(h)
+    words = h.blocks.chunk_bytes // 4
     matrix = np.pad(matrix, [(0, -len(matrix) % (4 * parts)), *[(0, 0)] * 3])  # strips: four are a piece
     blob, places = blob_of({**own, **shared_tables(h, words if keys else 0, phases), "MATRIX": matrix})
     return blob, {**places, "COPIES": copies, "PHASE_COPIES": phases}

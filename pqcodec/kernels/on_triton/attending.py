@@ -26,7 +26,7 @@ from pqcodec.kernels.on_triton.shares import (
     SideTables,
 )
 from pqcodec.placed import Placed
-from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.header import Header, dtype_code
 from pqcodec.stream.index import Bounds
 
 MOST_HEAD_DIM = 256  # a tile of longer vectors does not fit in registers
@@ -88,7 +88,7 @@ class _Exact:
 
     shares: Any
     count: int
-    dtypes: tuple[int, ...]
+    dtypes: tuple[int | None, ...]
 
 
 class TritonAttention:
@@ -187,9 +187,9 @@ class TritonAttention:
 
     def _exact_groups(self, parts: Sequence[ExactSegment], share: int) -> Iterator[_Exact]:
         """Shares by dtypes."""
-        kinds: dict[tuple[int, ...], list[ExactSegment]] = {}
+        kinds: dict[tuple[int | None, ...], list[ExactSegment]] = {}
         for part in parts:
-            kinds.setdefault(tuple(_dtype_of(x) for x in part[1:3] if x is not None), []).append(part)
+            kinds.setdefault(tuple(dtype_code(x.dtype) for x in part[1:3] if x is not None), []).append(part)
         for dtypes, members in kinds.items():
             rows = [
                 _flat(
@@ -284,7 +284,7 @@ class TritonAttention:
             *sizes,
             HEAD_DIM=self._dims[1],
             COLUMNS=self._columns[1],
-            OF_BFLOAT16=_dtype_of(out) == c.DTYPE_BFLOAT16,
+            OF_BFLOAT16=dtype_code(out.dtype) == c.DTYPE_BFLOAT16,
             ROWS=MERGE_ROWS,
             num_warps=WARPS,
         )
@@ -337,11 +337,6 @@ def _cut(tokens: Bounds, share: int) -> Iterator[Bounds]:
 def _flat(row: Any) -> list[int]:
     """A row of numbers, and of rows of numbers."""
     return [number for field in row for number in (field if isinstance(field, tuple) else (field,))]
-
-
-def _dtype_of(x: Any) -> int:
-    """The number of a tensor's dtype, as a header has it."""
-    return next(code for code, name in DTYPE_NAMES.items() if str(x.dtype) == f"torch.{name}")
 
 
 def _rows_share(x: Any) -> ExactRowsShare:
