@@ -143,6 +143,14 @@ def wild_sums(seen, v):
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 @triton.jit
+def program_rows(leads, rows, sequence, ROWS: tl.constexpr):
+    """The head of a program, its rows, which of these there are, and each row's place among those of all sequences."""
+    lead = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    return lead, row, row < rows, (sequence * leads + lead) * rows + row
+
+
+@triton.jit
 def attend_to_codes(
     shares,
     key_tables,
@@ -170,11 +178,8 @@ def attend_to_codes(
     score and sum of weights. ``window``: 0 for none.
     """
     share = shares + tl.program_id(0) * CODED_FIELDS
-    lead = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
+    lead, row, mask, place = program_rows(leads, rows, tl.load(share + CODED.value.sequence), ROWS)
     keys, values = share + CODED.value.keys, share + CODED.value.values
-    place = (tl.load(share + CODED.value.sequence) * leads + lead) * rows + row
     low, high = bounds_of_rows(tl.load(share + CODED.value.total), row, queries, window, CAUSAL)
     coarse, fine, exponent = rotated_queries(query, place, mask, scale, key_tables, KEYS, ROWS)
     still, m_coarse, m_fine, m_exponent = mean_products(query, place, mask, scale, keys, lead, KEYS, ROWS)
@@ -256,10 +261,7 @@ def attend_to_exact(
 ):
     """Attention of ROWS rows of a head to a share of exact tokens: a partial result, as ``attend_to_codes`` leaves it."""
     share = shares + tl.program_id(0) * EXACT_FIELDS
-    lead = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    place = (tl.load(share + EXACT.value.sequence) * leads + lead) * rows + row
+    lead, row, mask, place = program_rows(leads, rows, tl.load(share + EXACT.value.sequence), ROWS)
     low, high = bounds_of_rows(tl.load(share + EXACT.value.total), row, queries, window, CAUSAL)
     q = load_queries(query, place, mask, tl.arange(0, KEY_COLUMNS), scale, KEY_DIM)
     most = tl.full([ROWS], float("-inf"), tl.float32)
@@ -350,11 +352,8 @@ def score_codes(
 ):
     """Scores of ROWS rows of a head with a share of coded tokens, into out float32 [sequences, leads, rows, total]."""
     share = shares + tl.program_id(0) * CODED_FIELDS
-    lead = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
+    lead, _row, mask, place = program_rows(leads, rows, tl.load(share + CODED.value.sequence), ROWS)
     keys = share + CODED.value.keys
-    place = (tl.load(share + CODED.value.sequence) * leads + lead) * rows + row
     coarse, fine, exponent = rotated_queries(query, place, mask, scale, key_tables, KEYS, ROWS)
     still, m_coarse, m_fine, m_exponent = mean_products(query, place, mask, scale, keys, lead, KEYS, ROWS)
     last = tl.load(share + CODED.value.last)
@@ -391,10 +390,7 @@ def score_exact(
 ):
     """Scores of ROWS rows of a head with a share of exact tokens, as ``score_codes`` leaves them."""
     share = shares + tl.program_id(0) * EXACT_FIELDS
-    lead = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    place = (tl.load(share + EXACT.value.sequence) * leads + lead) * rows + row
+    lead, _row, mask, place = program_rows(leads, rows, tl.load(share + EXACT.value.sequence), ROWS)
     q = load_queries(query, place, mask, tl.arange(0, COLUMNS), scale, HEAD_DIM)
     last = tl.load(share + EXACT.value.last)
     for first in range(tl.load(share + EXACT.value.first), last, TILE):
