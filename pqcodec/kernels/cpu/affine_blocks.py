@@ -81,7 +81,7 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
                 top = max(top, largest[r])
         exponent = exponent_of(top)
         scale, kept = power_of_two(-exponent), 0
-        for group in range((tokens + groups.tokens - 1) // groups.tokens):
+        for group in range(group_count(tokens, groups)):
             row = group * groups.tokens
             rows = min(groups.tokens, tokens - row)
             there, its = x[row * order :], fields[group * halves :]
@@ -94,9 +94,9 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
                     kept = gather_outliers(there, rows, row, kind, scale, flags, kept, work.apart)
                 encode_scalars(there, rows, kind, groups, scale, flags, work, payload, at, row_bytes, its)
         at = block_out + tokens * row_bytes
-        put_shorts(fields, (tokens + groups.tokens - 1) // groups.tokens * halves, payload, at)
+        put_shorts(fields, group_count(tokens, groups) * halves, payload, at)
         if groups.outliers:
-            at += (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes
+            at += group_count(tokens, groups) * groups.field_bytes
             put_outliers(tokens, kind, groups, kept, work.apart, payload, at)
         put_last(exponent, payload, block_out + size - AFFINE_EXPONENT_BYTES)
         total = checksum(payload, block_out, size, keys)
@@ -141,6 +141,12 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
         fence()
 
 
+@inlined
+def group_count(tokens, groups):
+    """Groups of a block of so many tokens, the last of which may have fewer."""
+    return (tokens + groups.tokens - 1) // groups.tokens
+
+
 @leaf
 def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_group, work, tile):
     """Decode rows of a block of ``tokens``, from row ``first`` on, into a tile, row by row.
@@ -161,7 +167,7 @@ def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_
             decode_scalar_row(payload, row_at, order, groups, scale, work, tile, r * order)
         have_group = group
     if groups.outliers:
-        apart_at = tokens * row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes
+        apart_at = tokens * row_bytes + group_count(tokens, groups) * groups.field_bytes
         place_outliers(payload, apart_at, tokens, first, rows, kind, groups, scale, begin, work.apart, tile)
     return have_group
 
@@ -169,7 +175,7 @@ def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_
 @inlined
 def affine_size(tokens, kind, groups):
     """Bytes of a block of so many tokens, its checksum included."""
-    size = tokens * kind.row_bytes + (tokens + groups.tokens - 1) // groups.tokens * groups.field_bytes + kind.beside
+    size = tokens * kind.row_bytes + group_count(tokens, groups) * groups.field_bytes + kind.beside
     return size + outlier_bytes(tokens, kind, groups) if groups.outliers else size
 
 

@@ -69,6 +69,9 @@ INLINE float value_of(const u32* stored, int i) {
 
 INLINE float in_range(float x) { return fminf(fmaxf(x, -LARGEST_32), LARGEST_32); }
 
+// The exponent of the power of two that brings a row's largest magnitude, as bits, between 2^13 and 2^14.
+INLINE int exponent_for(u32 most, bool wrong) { return wrong ? 0 : min(13 - ((int)(most >> MANTISSA_BITS) - BIAS), 127); }
+
 #if WIDE
 // Each piece of a lane's channels of row ``row`` of a block, and of the eighth behind it: ``use`` takes which of both rows it is,
 // the piece, its channels as they are stored, and less their offsets.
@@ -161,8 +164,7 @@ INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const 
     for (int part = 0; part < 2; part++) {
         wrong[part] = largest_of_row(stored_most[part]) >= INFINITY_BITS;
         bad += wrong[part] && row + 8 * part < block.tokens && (lane & 3) == 0;
-        const int octave = (int)(largest_of_row(most[part]) >> MANTISSA_BITS) - BIAS;
-        exponents[part] = wrong[part] ? 0 : min(13 - octave, 127);
+        exponents[part] = exponent_for(largest_of_row(most[part]), wrong[part]);
         scale[part] = power_of_two(exponents[part]);
     }
     Energy energies[2];
@@ -254,7 +256,7 @@ INLINE void careful_row(const u8* tables, const Block& block, const float* means
     }
     most = largest_of_row(most);
 #endif
-    exponent = wrong ? 0 : min(13 - ((int)(most >> MANTISSA_BITS) - BIAS), 127);
+    exponent = exponent_for(most, wrong);
     scale = power_of_two(exponent);
 }
 
