@@ -35,10 +35,10 @@ class AttendBatch:
 
     - "cuda": one launch, on NVIDIA GPUs, of quads of one kind of head_dim 64, 128 or 256, at most 16 rows (q_heads / kv_heads
       times queries) and, with a window, one query and one stream. Its result differs from attention to decoded numbers by a
-      thousandth of the largest number, unless keys are many times smaller than their mean.
-    - "triton": where backend="triton" is asked for. A launch for each kind of streams, one for exact tokens and one that
-      merges, on any GPU, of every coding that a GPU has, of head_dim up to 256; compiled at the first run. A result is as good
-      as one in float32.
+      thousandth of the largest number, by more where ``scale`` or keys many times smaller than their mean spread scores.
+    - "triton": where backend="triton" is asked for, as decoding is faster on an H200. A launch for each kind of streams, one
+      for exact tokens and one that merges, on any GPU, of every coding that a GPU has, of head_dim up to 256; compiled at the
+      first run. A result is as good as one in float32.
 
     All else is decoded, 4,096 tokens at a time; ``why`` tells why.
 

@@ -20,7 +20,7 @@ from pqcodec.attention import attend, scores
 pytestmark = needs_triton
 FIXTURE = Path(__file__).parent / "data" / "smollm2_kv.safetensors"
 PRESETS = ["pq2", "pq4", "paper", "quad2.25", "quad3"]
-TOLERANCE = 2e-5  # of the largest number: that of sums in float32, and of scores of some tens
+TOLERANCE = 5e-5  # of the largest number: that of sums in float32, and of scores of some tens
 TOKENS, HEADS = (1000, 4) if GPU else (40, 1)
 OPTIONS: dict[str, Any] = {"backend": "cpu", "exact_tokens": 2, "chunk_tokens": 24}
 

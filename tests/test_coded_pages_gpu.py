@@ -61,7 +61,7 @@ class Engine:
             scatter_blocks(pair, self.cache, layout, self.tables[n])
         pages = sum((n - exact) // page for n in coded if n) + 3
         self.numbers = torch.randperm(pages).tolist()
-        self.pool = CodedPages(pages, page, heads, dim, dtype=dtype, device=CUDA, backend="cuda", **options)
+        self.pool = CodedPages(pages, page, heads, dim, dtype=dtype, device=CUDA, **options)
         self.sequences = [[self.put(n, 0, tokens, exact)] if tokens else [] for n, tokens in enumerate(coded)]
         self.q = torch.randn(len(coded), heads * group, queries, dim).to(dtype).to(CUDA)
 
@@ -97,7 +97,7 @@ class Engine:
             wanted = self.wanted(n, **options)
             error = float((got.float() - wanted).abs().max() / wanted.abs().max())
             told = f"sequence {n} of {self.lengths[n]} tokens, {sum(s.tokens for s in self.sequences[n])} encoded: {error:.2e}"
-            assert error <= TOLERANCE[self.dtype], told
+            assert error <= TOLERANCE[self.dtype] * max((options.get("scale") or 0) * self.dim**0.5, 1), told
 
     def attend(self, **options: Any) -> None:
         """Twice the same bits, and those that decoding leads to."""
@@ -299,8 +299,6 @@ def test_what_does_not_fit_is_refused() -> None:
         engine.pool.prepare(engine.q, engine.sequences, raw, room=(300, 256))
     with pytest.raises(InvalidArgument, match="codes in host memory"):
         CodedPages(4, 64, 2, 128, device=CUDA, backend="cpu")
-    with pytest.raises(BackendUnavailable, match="ask for it by backend='cuda'"):
-        CodedPages(4, 64, 2, 128, device=CUDA)
     prepared = engine.pool.prepare(engine.q, engine.sequences, raw)
     more = engine.put(0, 256, 64)
     with pytest.raises(InvalidArgument, match="prepare anew, with more room"):

@@ -33,9 +33,8 @@ class CodedPages:
 
     ``dtype``: of the tensors that are encoded, torch's or its name. ``preset``: one for keys and values, or a pair. ``center``:
     of the keys; ``rope``, which implies center="rope": its first position is that of a sequence's token 0. Pages are on
-    ``device``: ``keys`` and ``values`` are uint8 tensors [pages, page_bytes] there. On NVIDIA GPUs, which want backend="cuda",
-    ``attend`` and ``prepare`` read quads of head_dim 64, 128 or 256; blocks of 32 tokens and more fill the kernel's tiles.
-    Raises InvalidArgument and BackendUnavailable.
+    ``device``: ``keys`` and ``values`` are uint8 tensors [pages, page_bytes] there. On NVIDIA GPUs ``attend`` and ``prepare``
+    read quads of head_dim 64, 128 or 256; blocks of 32 tokens and more fill the kernel's tiles. Raises InvalidArgument.
 
     >>> import torch
     >>> cache, layout = torch.randn(2, 9, 16, 2, 64), "2,blocks,block,heads,dim"
@@ -71,10 +70,6 @@ class CodedPages:
         self.block, self._backend, self.device = block, backend, device_named(device)
         if self.device.type != "cpu" and not on_device(backend, self.device.type):
             raise InvalidArgument(f"backend {backend!r} codes in host memory, the pool is on {self.device}; keep it on the CPU")
-        if self.device.type != "cpu" and backend == "auto":
-            raise BackendUnavailable(
-                "no GPU has run attention to pages yet: ask for it by backend='cuda', and hold it to the CPU's"
-            )
         self._center, self._rope = center or ("rope" if rope is not None else None), rope
         self._presets = tuple(each("preset", preset, 2, str))
         options = (
