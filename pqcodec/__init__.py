@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.report import Damage, StreamInfo
-    from pqcodec.stream.tables import SharedTable
+    from pqcodec.stream.tables import LevelTable, SharedTable, VectorTable
+    from pqcodec.training import train_vq
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,10 @@ _LAZY = {
     "Damage": "stream.report",
     "StreamInfo": "stream.report",
     "Rope": "stages.centre",
+    "LevelTable": "stream.tables",
     "SharedTable": "stream.tables",
+    "VectorTable": "stream.tables",
+    "train_vq": "training",
     "given_tables": "codec",
     "PRESETS": "codings.presets",
 }
@@ -57,6 +61,7 @@ __all__ = [
     "DecodeBatch",
     "EncodeBatch",
     "InvalidArgument",
+    "LevelTable",
     "MissingTable",
     "NonFiniteInput",
     "PQError",
@@ -65,6 +70,7 @@ __all__ = [
     "StreamInfo",
     "TruncatedStream",
     "UnsupportedStream",
+    "VectorTable",
     "__version__",
     "decode",
     "decode_kept",
@@ -72,6 +78,7 @@ __all__ = [
     "encoded_size",
     "given_tables",
     "inspect",
+    "train_vq",
     "verify",
 ]
 

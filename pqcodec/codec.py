@@ -11,7 +11,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec import host
 from pqcodec.backends import on_device
-from pqcodec.codings.declared import DECLARED, half_numbers
+from pqcodec.codings.declared import DECLARED, Codebook, half_numbers
 from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress
@@ -41,6 +41,7 @@ def encode(
     exact_last: int = 0,
     keep: Any = None,
     levels: Any = None,
+    codebooks: Any = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -57,7 +58,8 @@ def encode(
     tokens that the stream holds, or [..., n] where leading indices keep others; what is said of tokens, but for
     ``exact_vectors``, is then said of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse.
     ``levels``: for presets of levels (nuq4) 2^bits ascending numbers, as places -1 .. 1 in the range of a group, or a
-    ``SharedTable`` of them, which the stream names and does not hold; None fits them to the tensor. A tensor of a GPU is
+    ``LevelTable`` of them, which the stream names and does not hold; None fits them to the tensor. ``codebooks``: for presets
+    of residual VQ (rvq8) a ``VectorTable``, which the stream names likewise. A tensor of a GPU is
     encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
@@ -71,7 +73,7 @@ def encode(
     True
     """
     kept = (exact_tokens, chunk_tokens, exact_vectors, nonfinite)
-    options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, exact_last, keep, levels)
+    options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, exact_last, keep, levels, codebooks)
     return encode_by(options, x, backend, progress)[1]
 
 
@@ -111,6 +113,7 @@ def encoded_size(
     exact_last: int = 0,
     keep: Any = None,
     levels: Any = None,
+    codebooks: Any = None,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -119,7 +122,7 @@ def encoded_size(
     """
     if dtype not in DTYPE_CODES:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPE_CODES)}")
-    kept = {"exact_last": exact_last, "keep": keep, "levels": levels}
+    kept = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
     options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **kept)
     return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes
 
@@ -192,8 +195,8 @@ def given_tables(data: Any, tables: Any) -> Source:
     """A stream with the shared tables that it may name, for every function that takes streams; raises as ``decode`` does.
 
     >>> import numpy as np
-    >>> from pqcodec.stream.tables import SharedTable
-    >>> table = SharedTable((-1, -0.3, 0.3, 1))
+    >>> from pqcodec.stream.tables import LevelTable
+    >>> table = LevelTable((-1, -0.3, 0.3, 1))
     >>> data = encode(np.ones((4, 64), np.float16), preset="nuq2", levels=table, backend="reference")
     >>> inspect(data).table == table.name, inspect(data).levels, len(inspect(given_tables(data, [table])).levels)
     (True, None, 4)
@@ -236,7 +239,7 @@ def inspect_header(h: Header) -> StreamInfo:
     """What a header says of its stream."""
     return StreamInfo(
         version=c.STREAM_VERSION,
-        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine, h.codebook is not None),
+        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine, isinstance(h.codebook, Codebook)),
         coding=DECLARED[h.coding].name,
         dtype=DTYPE_NAMES[h.dtype],
         shape=h.shape,
@@ -257,7 +260,7 @@ def inspect_header(h: Header) -> StreamInfo:
         pairing=PAIRING_NAMES.get(h.affine.pairing) if h.affine else None,
         kept_of=h.keep.tokens if h.keep else None,
         outliers=h.affine.outliers if h.affine else 0,
-        levels=half_numbers(h.codebook.levels) if h.codebook and h.codebook.levels else None,
+        levels=half_numbers(h.codebook.levels) if isinstance(h.codebook, Codebook) and h.codebook.levels else None,
         table=h.codebook.name.hex() or None if h.codebook else None,
     )
 

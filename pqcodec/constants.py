@@ -25,6 +25,7 @@ CODING_PAPER = 2  # arXiv 2502.02617: 16-coordinate blocks of 62 bits (SPEC 7)
 CODING_QUADS = 3  # four coordinates by one look-up, fixed rate (SPEC 8)
 CODING_PAIRS = 4  # arXiv 2502.00527: radius and angle of each pair of channels (SPEC 14)
 CODING_SCALAR = 5  # each number by a table of levels (SPEC 15)
+CODING_RESIDUAL = 6  # arXiv 2410.15704: groups of channels as sums of vectors out of codebooks (SPEC 20)
 
 DTYPE_FLOAT16, DTYPE_BFLOAT16, DTYPE_FLOAT32 = 1, 2, 3
 ITEM_BYTES = {DTYPE_FLOAT16: 2, DTYPE_BFLOAT16: 2, DTYPE_FLOAT32: 4}
@@ -46,9 +47,10 @@ LEVEL_BYTES = 2  # of a level: float16
 TABLE_NAME_BYTES = 32  # of a shared table's name: its SHA-256
 TABLE_MAGIC = b"\x89PQT"  # of a shared table (SPEC 16.3)
 TABLE_VERSION = 1
-TABLE_LEVELS = 1  # kinds of tables: levels; others are reserved
+TABLE_LEVELS, TABLE_VECTORS = 1, 2  # kinds of tables: levels; codebooks of vectors (SPEC 20.2); others are reserved
 TABLE_STRUCT = struct.Struct("<4sBB2sI")  # magic, version, kind, reserved, numbers that follow
-MAX_TABLE_BYTES = TABLE_STRUCT.size + (LEVEL_BYTES << 8)
+VECTORS_STRUCT = struct.Struct("<BBHHH")  # behind it: stages, bits of an index, channels of a group, head_dim, reserved
+MAX_TABLE_BYTES = 4_196_372  # of any kind: codebooks of 8 stages, 4,096 entries, groups of 64 channels, head_dim 1024
 
 # -- Caps (SPEC 3.3) ---------------------------------------------------------------------------------------------
 MAX_NDIM = 8
@@ -206,6 +208,12 @@ OUTLIER_COUNT_BYTES, OUTLIER_BYTES = 4, 4  # of a segment's count; of an outlier
 OUTLIER_SEGMENT = 1 << 16  # numbers of a block among which a place is told
 AFFINE_USUAL = (2.0**-4, 2.0**14)  # largest magnitudes of a block for which encoders choose the exponent 0
 AFFINE_USUAL_BITS = 14  # ... and below 2^14 is what they bring others to
+
+# -- Residual VQ (SPEC 20) ---------------------------------------------------------------------------------------
+RESIDUAL_SCALE_BITS = 16  # of a row: float16
+RESIDUAL_STAGES = range(1, 9)
+RESIDUAL_INDEX_BITS = range(4, 13)
+RESIDUAL_GROUPS = (8, 16, 32, 64)  # channels
 
 # -- Pair polar and scalar coding (SPEC 14, 15) ------------------------------------------------------------------
 PAIR_CHANNELS = 2

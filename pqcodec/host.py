@@ -65,7 +65,7 @@ def encode(
         halves, exponent = means or centre.to_halves(kernel.means(values, header, turning(header, positions)))
         header = replace(header, offset_exponent=exponent)
         offsets = centre.from_halves(halves, exponent)
-    if header.codebook and options.levels is None:
+    if isinstance(header.codebook, Codebook) and options.levels is None:
         header = replace(header, codebook=Codebook(levels.levels_of(values, header, offsets)))
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())

@@ -10,11 +10,12 @@ from typing import Any
 from pqcodec import constants as c
 from pqcodec.codings.declared import Codebook, half_bits
 from pqcodec.codings.presets import preset as preset_of
+from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.errors import InvalidArgument
 from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
 from pqcodec.stages.keep import header_of
 from pqcodec.stream.header import Header
-from pqcodec.stream.tables import SharedTable
+from pqcodec.stream.tables import LevelTable, VectorTable
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 
@@ -48,7 +49,8 @@ class EncodeOptions:
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
     exact_last: int = 0
     keep: Any = field(default=None, compare=False)  # positions [n] or [..., n] of the tokens that are kept; None: all
-    levels: Any = None  # of codes, for presets that bring them: numbers or a SharedTable; None: fitted to the tensor
+    levels: Any = None  # of codes, for presets that bring them: numbers or a LevelTable; None: fitted to the tensor
+    codebooks: Any = None  # for presets of residual VQ, which need it: a VectorTable
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -63,6 +65,8 @@ class EncodeOptions:
         checked_pairing(self.pairing)
         if self.levels is not None:
             object.__setattr__(self, "levels", checked_levels(self.levels, self.preset))
+        if self.codebooks is not None or preset_of(self.preset).by_vectors:
+            object.__setattr__(self, "codebooks", checked_codebooks(self.codebooks, self.preset))
         if self.rope is not None:
             check_rope(self.rope)
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
@@ -83,15 +87,17 @@ class EncodeOptions:
         if affine and preset.sparse:
             numbers = affine.tokens * min(affine.channels, shape[-1])
             affine = replace(affine, outliers=max(round(preset.sparse / 2 * numbers), min(numbers // 2, 1)))
-        codebook = None
-        if preset.by_levels:  # without given ones zeros, which take as many bytes as those that will be fitted
+        codebook, row_bits = None, preset.row_bits(preset.order(shape[-1]))
+        if preset.by_vectors:
+            codebook, row_bits = self.codebooks, self.codebooks.vectors.row_bits(preset.radius_bits)
+        elif preset.by_levels:  # without given ones zeros, which take as many bytes as those that will be fitted
             count = 1 << preset.quarter_bits // 4
             codebook = self.levels or Codebook((0,) * count)
         header = Header(
             coding=preset.coding,
             dtype=dtype,
             shape=shape,
-            row_bits=preset.row_bits(preset.order(shape[-1])),
+            row_bits=row_bits,
             radius_bits=preset.radius_bits,
             seed=self.seed,
             chunk_tokens=chunk_tokens,
@@ -136,12 +142,12 @@ def checked_pairing(pairing: str | None) -> None:
 
 
 def checked_levels(levels: Any, preset: str) -> Codebook:
-    """The codebook of given levels, or of a SharedTable; raises InvalidArgument for what are none of the preset's codes."""
+    """The codebook of given levels, or of a LevelTable; raises InvalidArgument for what are none of the preset's codes."""
     if not preset_of(preset).by_levels:
         raise InvalidArgument(f"levels are given, but preset {preset!r} takes none; choose one of nuq, or leave them out")
     if isinstance(levels, Codebook):
         found = levels
-    elif isinstance(levels, SharedTable):
+    elif isinstance(levels, LevelTable):
         found = levels.codebook
     else:
         try:
@@ -150,6 +156,22 @@ def checked_levels(levels: Any, preset: str) -> Codebook:
             raise InvalidArgument(f"levels {levels!r:.60}: numbers within float16 are expected ({error})") from None
     if problem := found.problem(preset_of(preset).quarter_bits // 4):
         raise InvalidArgument(f"levels: {problem}")
+    return found
+
+
+def checked_codebooks(codebooks: Any, preset: str) -> VectorCodebook:
+    """The codebook of a VectorTable; raises InvalidArgument where the preset takes none, or needs one or more stages."""
+    stages = preset_of(preset).radius_bits
+    if not preset_of(preset).by_vectors:
+        raise InvalidArgument(f"codebooks are given, but preset {preset!r} takes none; choose one of rvq, or leave them out")
+    found = codebooks.codebook if isinstance(codebooks, VectorTable) else codebooks
+    if not isinstance(found, VectorCodebook) or found.vectors is None:
+        told = "none are given" if codebooks is None else f"a {type(codebooks).__name__} is given"
+        raise InvalidArgument(f"preset {preset!r} needs codebooks=VectorTable(...), as train_vq makes one; {told}")
+    if found.vectors.stages < stages:
+        raise InvalidArgument(
+            f"preset {preset!r}: the codebooks have {found.vectors.stages} stages; choose fewer, or train more"
+        )
     return found
 
 

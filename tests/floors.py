@@ -8,7 +8,7 @@ ORDER = [  # of the core's modules and folders, from the ground up: what is on a
     "options placed select",
     "kernels",
     "backends words",
-    "batch host",
+    "batch host training",
     "device attend_parts attend_decoded attend_batch attend_layer attend_pages attend_device attention",
     "codec",
 ]

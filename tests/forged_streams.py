@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from fuzz.shapes import seal_stream
+from spec_vectors import BOOKS
 
 import pqcodec
 from pqcodec import constants as c
 from pqcodec.codings.declared import Affine, Codebook, half_bits, half_numbers
+from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.stream.header import Header, KeepField, RopeField
 from pqcodec.stream.orders import order_for
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, OFFSETS
@@ -84,6 +86,8 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-outliers-20-fp16", of_affine(F16, (3, 7, 20), 3 * 32, 0, apart, chunk_tokens=4)
     apart = Affine(1, 1024, c.AFFINE_SCALE_ZERO, outliers=8)
     yield "v1-any-outliers-16-bf16", of_affine(BF16, (2, 9, 16), 16, 0, apart, codebook=one, chunk_tokens=5, exact_tokens=1)
+    yield "v1-any-residual-16-fp32", of_residual(F32, (2, 7, 16), 2, radius_exponent=117, chunk_tokens=3)
+    yield "v1-any-residual-16-bf16", of_residual(BF16, (3, 5, 16), 1, radius_exponent=-125, exact_tokens=1, exceptions=1)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 
@@ -149,6 +153,16 @@ def of_affine(dtype: int, shape: tuple[int, ...], row_bits: int, radius_bits: in
         struct.pack_into("<h", block, len(block) - 2, next(exponents))
 
     return forged(header, edited)
+
+
+def of_residual(dtype: int, shape: tuple[int, ...], stages: int, **fields: Any) -> bytes:
+    """Rows of random indices; most of the scales are at an end of float16, or are no number."""
+    row_bits, codebook = BOOKS.vectors.row_bits(stages), VectorCodebook(BOOKS.digest)
+    header, scales = (
+        Header(c.CODING_RESIDUAL, dtype, shape, row_bits, stages, rounds=0, codebook=codebook, **fields),
+        cycle(PAPER_RADII),
+    )
+    return forged(header, lambda block, rows: of_rows(header, block, lambda row: row >> 16 << 16 | next(scales)))
 
 
 def with_outliers(header: Header, block: bytearray, rows: int, number: int) -> None:

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from forged_streams import streams
-from spec_vectors import golden_lines
+from spec_vectors import BOOKS, golden_lines
 
 import pqcodec
 from pqcodec import Rope
 
 FOLDER = Path(__file__).parent / "data" / "golden"
-TABLE = pqcodec.SharedTable((-1, -0.3, 0.3, 1))  # of a stream that names one; its bytes are v1-table-2.pqt
+TABLE = pqcodec.LevelTable((-1, -0.3, 0.3, 1))  # of a stream that names one; its bytes are v1-table-2.pqt
+WIDE = pqcodec.VectorTable(  # likewise v1-table-rvq-64.pqt; that of 16 channels is the specification's
+    np.random.default_rng(20).standard_normal((4, 32, 32)) * 0.8 ** np.arange(4)[:, None, None], np.arange(64)
+)
+TABLES = {"v1-table-2": TABLE, "v1-table-rvq-16": BOOKS, "v1-table-rvq-64": WIDE}
 HASHES = Path(__file__).parents[1] / "formats" / "golden.txt"  # of all of them
 
 
@@ -32,7 +36,7 @@ def decoded(data: bytes, backend: str, tables: Any = ()) -> Any:
     """The tensor of a stream, or the rows that it keeps of one."""
     if pqcodec.inspect(data).kept_of is None:
         return pqcodec.decode(data, tables=tables, backend=backend)
-    return pqcodec.decode_kept(data, backend=backend)[0]
+    return pqcodec.decode_kept(pqcodec.given_tables(data, tables), backend=backend)[0]
 
 
 def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
@@ -46,7 +50,8 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     sparse = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].sparse]
     by_levels = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_levels and preset not in sparse]
     sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine and preset not in (*by_levels, *sparse)]
-    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse)]
+    of_books = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_vectors]
+    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse, *of_books)]
     for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
@@ -147,6 +152,28 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-kvquant3-64-exact-vectors", odd, {"preset": "kvquant3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
     yield "v1-kvquant4-64-extremes", extreme, {"preset": "kvquant4"}
     yield "v1-kvquant2-key-64-empty", gaussian(3, 0, 64), {"preset": "kvquant2-key", "center": "mean"}
+    yield from residual_cases(rope, odd, extreme)
+
+
+def residual_cases(rope: Rope, odd: torch.Tensor, extreme: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """Those of residual VQ, whose numbers do not depend on the cases before."""
+    rng = np.random.default_rng(2410)
+
+    def gaussian(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
+
+    small, wide = {"codebooks": BOOKS}, {"codebooks": WIDE}
+    yield "v1-rvq1-16-fp32", gaussian(2, 5, 16, dtype=torch.float32), {"preset": "rvq1", **small}
+    yield "v1-rvq2-16-fp16", gaussian(2, 5, 16), {"preset": "rvq2", "chunk_tokens": 2, **small}
+    yield "v1-rvq3-64-bf16", gaussian(2, 5, 64, dtype=torch.bfloat16), {"preset": "rvq3", **wide}
+    options = {"preset": "rvq4", "center": "rope", "rope": rope, "exact_tokens": 2, "exact_last": 1, "chunk_tokens": 4, **wide}
+    yield "v1-rvq4-64-rope-half", gaussian(2, 9, 64) + 3, options
+    options = {"preset": "rvq4", "nonfinite": "exact", "center": "mean", **wide}
+    yield "v1-rvq4-64-exact-vectors", odd, options
+    yield "v1-rvq4-64-extremes", extreme, {"preset": "rvq4", **wide}
+    yield "v1-rvq4-64-least", extreme[:3] / 1e3, {"preset": "rvq4", **wide}
+    yield "v1-rvq2-16-keep", gaussian(2, 9, 16), {"preset": "rvq2", "keep": [[0, 4], [3, 8]], **small}
+    yield "v1-rvq2-16-empty", gaussian(3, 0, 16), {"preset": "rvq2", "center": "mean", **small}
 
 
 def born() -> Iterator[tuple[str, bytes]]:
@@ -161,11 +188,12 @@ def born() -> Iterator[tuple[str, bytes]]:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    if not (FOLDER / "v1-table-2.pqt").exists():
-        (FOLDER / "v1-table-2.pqt").write_bytes(TABLE.to_bytes())
+    for name, table in TABLES.items():
+        if not (FOLDER / f"{name}.pqt").exists():
+            (FOLDER / f"{name}.pqt").write_bytes(table.to_bytes())
     for name, data in born():
         (FOLDER / f"{name}.pqs").write_bytes(data)
-        np.save(FOLDER / f"{name}.npy", stored(torch.as_tensor(decoded(data, "reference", TABLE))))
+        np.save(FOLDER / f"{name}.npy", stored(torch.as_tensor(decoded(data, "reference", TABLES))))
         print(f"{name}: {len(data)} bytes")
     HASHES.write_text("".join(f"{line}\n" for line in golden_lines(FOLDER)))
 

@@ -56,6 +56,7 @@ TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinit
 LEVELS = spec_vectors.level_stream()  # of 16.4
 OUTLIERS = spec_vectors.level_stream("kvquant2")
 OF_LEVELS = 80  # where its levels begin
+RESIDUAL = spec_vectors.residual_stream()  # of 20.4
 OF_ROPE = 64  # where its part of ROPE's header begins
 ONE_DIMENSION = sealed(struct.pack("<7sBI", PLAIN[:7], 1, 76) + struct.pack("<H", 76) + PLAIN[14:48] + MANY[56:80]) + PLAIN[68:]
 
@@ -171,6 +172,21 @@ def of_streams() -> Iterator[Case]:
         ("10-outliers-none", CORRUPT, forged(OUTLIERS, (76, "H", 0))),
         ("10-outliers-too-many", CORRUPT, forged(OUTLIERS, (76, "H", 4))),
         ("12-outliers-more", TRUNCATED, forged(OUTLIERS, (76, "H", 2))),
+    ]:
+        yield f"3.3-{name}", error, data
+    for name, error, data in [
+        ("7-codebooks-none", UNSUPPORTED, forged(RESIDUAL, (44, "B", 0), (16, "I", 1))),
+        ("7-codebooks-carried", UNSUPPORTED, forged(RESIDUAL, (44, "B", 1), (16, "I", 1))),
+        ("7-affine-fields-of-residual", UNSUPPORTED, forged(RESIDUAL, (12, "H", 20), (16, "I", 1))),
+        ("10-stages-0", CORRUPT, forged(RESIDUAL, (14, "B", 0))),
+        ("10-stages-9", CORRUPT, forged(RESIDUAL, (14, "B", 9), (16, "I", 16 + 9 * 8))),
+        ("10-row_bits-residual-of-3-bits", CORRUPT, forged(RESIDUAL, (16, "I", 16 + 2 * 3))),
+        ("10-row_bits-residual-of-13-bits", CORRUPT, forged(RESIDUAL, (16, "I", 16 + 2 * 26))),
+        ("10-row_bits-residual-uneven", CORRUPT, forged(RESIDUAL, (16, "I", 33))),
+        ("10-residual-head_dim-20", CORRUPT, forged(RESIDUAL, (56, "Q", 20))),
+        ("10-residual-of-two-rounds", CORRUPT, forged(RESIDUAL, (12, "H", 12))),
+        ("11-name-cut", CORRUPT, sealed(struct.pack("<8sI", RESIDUAL[:8], 99) + RESIDUAL[12:95]) + RESIDUAL[100:]),
+        ("12-residual-cut", TRUNCATED, RESIDUAL[:-1]),
     ]:
         yield f"3.3-{name}", error, data
     yield "3.3-0-levels", SOUND, LEVELS
@@ -309,11 +325,17 @@ def of_frames() -> Iterator[Case]:
         ("frame-6-too-large", CORRUPT, tabled(sealed(TABLE + bytes(600)))),
         ("tensor-3-table-missing", UNSUPPORTED, tabled(sealed(b"\x89PQT\1\1\0\0\2\0\0\0\0\0\0\x3c"))),
         ("sound-table", SOUND, tabled(sealed(TABLE))),
+        ("frame-6-kind", UNSUPPORTED, tabled(sealed(TABLE[:5] + b"\xff" + TABLE[6:]))),
+        ("frame-6-levels-too-large", CORRUPT, tabled(sealed(struct.pack("<6sHI", TABLE[:6], 0, 512) + bytes(1024)))),
+        ("frame-6-vectors-cut", CORRUPT, tabled(sealed(BOOKS[:-2]))),
+        ("frame-6-vectors-reserved", UNSUPPORTED, tabled(sealed(BOOKS[:18] + b"\1" + BOOKS[19:]))),
+        ("frame-6-vectors-channel-twice", CORRUPT, tabled(sealed(BOOKS[:20] + b"\1" + BOOKS[21:]))),
+        ("frame-6-vectors-infinite", CORRUPT, tabled(sealed(BOOKS[:-2] + b"\0\x7c"))),
     ]:
         yield f"II.5-{name}", error, data
 
 
-TABLE = spec_vectors.TABLE.to_bytes()
+TABLE, BOOKS = spec_vectors.TABLE.to_bytes(), spec_vectors.BOOKS.to_bytes()
 
 
 def tabled(body: bytes, **changes: Any) -> bytes:

@@ -270,7 +270,7 @@ def quad_rows(block: bytes, rows: int, order: int, row_bits: int) -> list[tuple[
     return found
 
 
-# -- 13 to 16: affine fields, pair polar, scalar, levels -----------------------------------------------------------
+# -- 13 to 16 and 20: affine fields, pair polar, scalar, levels, residual VQ ----------------------------------------
 def half(bits: int) -> F:
     """An f16 field."""
     value = float(np.array([bits], "<u2").view("<f2")[0])
@@ -297,7 +297,7 @@ def block_bytes(data: bytes, rows: int) -> int:
     size = rows * -(-struct.unpack_from("<I", data, 16)[0] // 8)
     if data[5] == 3:
         return -(-(size + 6) // 16) * 16
-    if data[5] < 4:
+    if data[5] < 4 or data[5] == 6:
         return size + 4
     tokens, fields, _ = affine_groups(data)
     segments, room = outlier_room(data, rows)
@@ -367,28 +367,75 @@ def levels_of(data: bytes, b: int, tables: Sequence[bytes]) -> list[F]:
     return [half(bits) for bits in struct.unpack_from(f"<{2**b}H", data, size - 4 - 2 ** (b + 1))] if data[44] == 1 else []
 
 
-def missing(data: bytes, tables: Sequence[bytes]) -> str:
-    """The error of a stream that names a shared table, where these are there (16.1, 16.3); "" for none."""
+def table_of(data: bytes, tables: Sequence[bytes]) -> bytes | None:
+    """The shared table that a stream names, where it is there."""
     size = struct.unpack_from("<I", data, 8)[0]
-    found = [table for table in tables if data[44] == 2 and hashlib.sha256(table).digest() == data[size - 36 : size - 4]]
-    if data[44] == 2 and not found:
+    return next((table for table in tables if hashlib.sha256(table).digest() == data[size - 36 : size - 4]), None)
+
+
+def missing(data: bytes, tables: Sequence[bytes]) -> str:
+    """The error of a stream that names a shared table, where these are there (16.1, 16.3, 20.1); "" for none."""
+    if data[44] != 2:
+        return ""
+    (table, (row_bits,)) = table_of(data, tables), struct.unpack_from("<I", data, 16)
+    if table is None:
         return "unsupported"
-    order = -(-struct.unpack_from("<Q", data, 40 + 8 * data[7])[0] // 16) * 16
-    return (
-        "corrupt"
-        if any(len(table) != 12 + 2 ** (struct.unpack_from("<I", data, 16)[0] // order + 1) for table in found)
-        else ""
-    )
+    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    if data[5] == 5:
+        return "" if table[5] == 1 and len(table) == 12 + 2 ** (row_bits // (-(-head_dim // 16) * 16) + 1) else "corrupt"
+    if table[5] != 2:
+        return "corrupt"
+    stages, b, w, dims = struct.unpack_from("<BBHH", table, 12)
+    fits = dims == head_dim and stages >= data[14] and row_bits == 16 + data[14] * (head_dim // w) * b
+    return "" if fits else "corrupt"
 
 
 def table_refusal(name: str, table: bytes) -> str:
     """The error of a shared table that is held under a name (16.3); "" for none."""
-    if hashlib.sha256(table).hexdigest() != name or table[:4] != b"\x89PQT" or not 12 <= len(table) <= 524:
+    if hashlib.sha256(table).hexdigest() != name or table[:4] != b"\x89PQT" or not 12 <= len(table) <= 4196372:
         return "corrupt"
     version, kind, reserved, count = struct.unpack_from("<BBHI", table, 4)
-    if version != 1 or kind != 1 or reserved:
+    if version != 1 or kind not in (1, 2) or reserved:
         return "unsupported"
+    if kind == 2:
+        return vectors_refusal(table, count)
     return "" if len(table) == 12 + 2 * count and count in [2**b for b in range(1, 9)] and ascending(table[12:]) else "corrupt"
+
+
+def vectors_refusal(table: bytes, count: int) -> str:
+    """The error of a table of kind 2 (20.2); "" for none."""
+    if len(table) < 20:
+        return "corrupt"
+    stages, b, w, head_dim, reserved = struct.unpack_from("<BBHHH", table, 12)
+    if reserved:
+        return "unsupported"
+    sizes = 1 <= stages <= 8 and 4 <= b <= 12 and w in (8, 16, 32, 64) and 1 <= head_dim <= 1024 and head_dim % w == 0
+    if not sizes or count != stages * 2**b * w or len(table) != 20 + 2 * head_dim + 2 * count:
+        return "corrupt"
+    channels = struct.unpack_from(f"<{head_dim}H", table, 20)
+    finite = np.isfinite(np.frombuffer(table, "<f2", count, 20 + 2 * head_dim)).all()
+    return "" if finite and sorted(channels) == list(range(head_dim)) else "corrupt"
+
+
+def residual_rows(data: bytes, block: bytes, rows: int, table: bytes) -> list[tuple[list[F], F, F]]:
+    """The numbers s, A and B of each row of a block of residual VQ without its checksum (20)."""
+    _, b, w, head_dim = struct.unpack_from("<BBHH", table, 12)
+    (row_bits,), (exponent,), stages = struct.unpack_from("<I", data, 16), struct.unpack_from("<h", data, 42), data[14]
+    channels = struct.unpack_from(f"<{head_dim}H", table, 20)
+    entries = np.frombuffer(table, "<f2", offset=20 + 2 * head_dim).astype(F).reshape(-1, 2**b, w)
+    found, size = [], -(-row_bits // 8)
+    for i in range(rows):
+        row = int.from_bytes(block[i * size : (i + 1) * size], "little")
+        numbers = [F(0)] * head_dim
+        for g in range(head_dim // w):
+            chosen = [entries[k, field(row, 16 + b * (stages * g + k), b)] for k in range(stages)]
+            for j in range(w):
+                t = chosen[0][j]
+                for entry in chosen[1:]:
+                    t = t + entry[j]
+                numbers[channels[w * g + j]] = t
+        found.append((numbers, half(field(row, 0, 16)), F(2.0**exponent)))
+    return found
 
 
 def pair_row(
@@ -519,12 +566,14 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5) or dtype not in (1, 2, 3) or flags > 127 or linear or data[44] > 2 or data[45]:
+    if coding not in (1, 2, 3, 4, 5, 6) or dtype not in (1, 2, 3) or flags > 127 or linear or data[44] > 2 or data[45]:
         return "unsupported"
-    if (coding > 3) != bool(flags & 16) or ((data[44] or flags & 32) and coding != 5):
+    if (coding in (4, 5)) != bool(flags & 16) or (flags & 32 and coding != 5):
+        return "unsupported"
+    if data[44] not in {5: (0, 1, 2), 6: (2,)}.get(coding, (0,)):
         return "unsupported"
     end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
-    affine = end if coding > 3 else 0
+    affine = end if coding in (4, 5) else 0
     end += 16 if affine else 0
     keep = end if flags & 64 else 0
     end += 16 if keep else 0
@@ -555,6 +604,9 @@ def refusal(data: bytes) -> str:
         3: radius_bits == 8 and row_bits in [8 + order + b * (order // 4) for b in range(4, 11)],
         4: of_pairs and row_bits == (radius_bits + angle_bits) * wide // 2,
         5: kind < 3 and not pairs and not angle_bits and not radius_bits and row_bits in [b * wide for b in range(1, 9)],
+        6: 1 <= radius_bits <= 8
+        and row_bits
+        in [16 + radius_bits * (shape[-1] // w) * b for w in (8, 16, 32, 64) if shape[-1] % w == 0 for b in range(4, 13)],
     }
     ranges = [
         tokens <= 2**32,
@@ -567,7 +619,7 @@ def refusal(data: bytes) -> str:
         not keep or ndim > 1,
         not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
-        not flags & 8 if coding in (2, 4, 5) else flags & 8 or coding == 1,
+        not flags & 8 if coding in (2, 4, 5, 6) else flags & 8 or coding == 1,
         size
         == 52
         + 8 * ndim
@@ -669,7 +721,11 @@ def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
             count = min(chunk, coded - first)
             rows = take(block_bytes(data, count) - 4)
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
-            of_groups = affine_rows(data, rows, count, tables) if coding > 3 else []
+            of_groups = affine_rows(data, rows, count, tables) if coding in (4, 5) else []
+            if coding == 6:
+                table = table_of(data, tables)
+                assert table
+                of_groups = residual_rows(data, rows, count, table)
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
                 if of_groups:

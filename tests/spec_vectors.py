@@ -171,7 +171,7 @@ def affine_stream(preset: str) -> bytes:
 
 
 LEVELS = (-1.0, -0.25, 0.25, 1.0)
-TABLE = pqcodec.SharedTable(LEVELS)
+TABLE = pqcodec.LevelTable(LEVELS)
 LEVEL_NOTES = [
     *AFFINE_NOTES[:-1],
     (12, "levels, checksum"),
@@ -222,6 +222,32 @@ def pair_trace(data: bytes) -> list[str]:
             cos, sin = (float(x) for x in second.phase_cosines(p))
             read = f"{token:>5} {i:>4} {code:>2} {k:>2} {float(rho):<13.9g} {p:>5}"
             lines.append(f"    {read} {cos:<19.9g} {sin:<19.9g} {numbers[i]:.9g}, {numbers[i + 3]:.9g}")
+    return lines
+
+
+# -- 20.4: a stream of residual VQ -----------------------------------------------------------------------------------
+_i, _j = np.arange(16)[:, None], np.arange(8)
+BOOKS = pqcodec.VectorTable(  # 2 stages of 16 entries, 2 strided groups of 8 channels
+    np.stack([((5 * _i + 3 * _j + 7 * k) % 16 - 7.5) / 2 ** (k + 2) for k in range(2)]),
+    np.arange(16).reshape(8, 2).T.ravel(),
+)
+RESIDUAL_NOTES = [*FIXED, (16, "shape"), (32, "name of the table"), (4, "checksum"), (8, "rows"), (4, "checksum of the block")]
+
+
+def residual_stream() -> bytes:
+    """Two vectors of sixteen float32 numbers."""
+    x = np.array([[(-1) ** i * (i % 5 + 1) for i in range(16)], [2 - i / 4 for i in range(16)]], np.float32)
+    return pqcodec.encode(x, preset="rvq2", codebooks=BOOKS, **REFERENCE)
+
+
+def residual_trace(data: bytes) -> list[str]:
+    """A line a row of such a stream of two: scale, indices, and numbers."""
+    lines, numbers = [], second.decode(data, [BOOKS.to_bytes()]).view(np.float32)
+    for token, row in enumerate(numbers.tolist()):
+        bits = int.from_bytes(data[100 + 4 * token :][:4], "little")
+        indices = " and ".join(f"{second.field(bits, 16 + 8 * g, 4)}, {second.field(bits, 20 + 8 * g, 4)}" for g in range(2))
+        told = ", ".join(f"{x:.9g}" for x in row)
+        lines.append(f"- Row {token}: scale {second.half(bits & 0xFFFF):.9g}, indices {indices}: {told}.")
     return lines
 
 

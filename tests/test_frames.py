@@ -45,7 +45,7 @@ def written() -> bytes:
 @cache
 def tabled() -> bytes:
     """A file of a shared table and a tensor that names it."""
-    table, file = pqcodec.SharedTable((-1, -0.25, 0.25, 1)), io.BytesIO()
+    table, file = pqcodec.LevelTable((-1, -0.25, 0.25, 1)), io.BytesIO()
     with PQKVWriter(file) as writer:
         writer.add("k", np.ones((1, 16), np.float32), preset="nuq2", levels=table, **REFERENCE)
     return file.getvalue()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton
+from conftest import ALONE, DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton
 from test_backends import HEAD_DIMS, WORST_TIES
 
 import pqcodec
@@ -39,7 +39,7 @@ from pqcodec.stream.sections import EXACT_TOKENS, EXACT_VECTORS, OFFSETS
 from pqcodec.stream.source import MemorySource
 
 CUDA_ENCODERS = (*range(32, 257, 32), 320, 384, 448, 512, 576)  # head_dims whose quads the CUDA backend encodes
-ON_GPU = [name for name, preset in PRESETS.items() if preset.affine is None]  # what the GPU backends cover
+ON_GPU = [name for name, preset in PRESETS.items() if preset.rounds]  # what the GPU backends cover
 TOKENS = 75 if GPU else 6  # the interpreter takes its time for every block
 
 
@@ -841,7 +841,7 @@ def test_ties_are_rare(preset: str, gpu_backend: str, capsys: pytest.CaptureFixt
     assert differing <= WORST_TIES * rows
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ON_GPU])
+@pytest.mark.parametrize("preset", [name for name in ALONE if name not in ON_GPU])
 def test_codings_of_the_host_are_refused_by_the_backends_that_have_them(preset: str, gpu_backend: str) -> None:
     x = gaussian(2, 3, 16)
     words = "does not code such streams .*backends 'cpu' and 'reference' do: encode x.cpu"

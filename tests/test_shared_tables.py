@@ -18,7 +18,7 @@ from test_pqkv import assemble, frame, sealed
 from typer.testing import CliRunner
 
 import pqcodec
-from pqcodec import CorruptStream, InvalidArgument, MissingTable, PQError, SharedTable, UnsupportedStream
+from pqcodec import CorruptStream, InvalidArgument, LevelTable, MissingTable, PQError, SharedTable, UnsupportedStream
 from pqcodec.attention import scores
 from pqcodec.codec import decode_together
 from pqcodec.formats import PQKVFile, PQKVWriter
@@ -28,7 +28,7 @@ from pqcodec.formats.containers.pqkv.appender import PQKVAppender
 from pqcodec.formats.policy.recipe import Recipe, layers_by_name
 from pqcodec.tools.cli import app
 
-TABLE, OTHER = SharedTable((-1, -0.25, 0.25, 1)), SharedTable((-1, 1))
+TABLE, OTHER = LevelTable((-1, -0.25, 0.25, 1)), LevelTable((-1, 1))
 RAW = TABLE.to_bytes()
 X = np.random.default_rng(0).standard_normal((2, 40, 16)).astype(np.float16)
 NAMED = {"preset": "nuq2", "levels": TABLE, "backend": "cpu"}
@@ -43,7 +43,7 @@ def test_a_name_is_the_hash_of_the_bytes() -> None:
     assert TABLE.name == hashlib.sha256(RAW).hexdigest()
     assert SharedTable.from_bytes(RAW) == TABLE
     for bits in range(1, 9):
-        table = SharedTable(tuple(np.linspace(-1, 1, 1 << bits)))
+        table = LevelTable(tuple(np.linspace(-1, 1, 1 << bits)))
         assert SharedTable.from_bytes(table.to_bytes()) == table
         assert second_decoder.table_refusal(table.name, table.to_bytes()) == ""
 
@@ -61,7 +61,7 @@ def test_a_name_is_the_hash_of_the_bytes() -> None:
 )
 def test_levels_that_are_no_table_are_refused(levels: Any, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
-        SharedTable(levels)
+        LevelTable(levels)
 
 
 FORGED = [  # bytes that are no table, and the error
@@ -71,7 +71,8 @@ FORGED = [  # bytes that are no table, and the error
     (RAW[:-1], CorruptStream),
     (RAW + b"\0", CorruptStream),
     (RAW[:4] + b"\2" + RAW[5:], UnsupportedStream),
-    (RAW[:5] + b"\2" + RAW[6:], UnsupportedStream),
+    (RAW[:5] + b"\xff" + RAW[6:], UnsupportedStream),
+    (RAW[:5] + b"\2" + RAW[6:], CorruptStream),
     (RAW[:7] + b"\1" + RAW[8:], UnsupportedStream),
     (RAW[:8] + struct.pack("<I", 1 << 31) + RAW[12:], CorruptStream),
     (RAW[:8] + struct.pack("<I", 3) + RAW[12:18], CorruptStream),
@@ -197,7 +198,7 @@ def test_a_recipe_takes_a_table(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_file_that_grows_has_each_table_once(tmp_path: Path) -> None:
-    path, more = written(tmp_path / "a.pqkv"), SharedTable((-1, -0.5, 0.5, 1))
+    path, more = written(tmp_path / "a.pqkv"), LevelTable((-1, -0.5, 0.5, 1))
     with PQKVAppender(path) as writer:
         writer.extend("layers.0.key", X, **NAMED)
         writer.add("new", X, **NAMED | {"levels": more})
@@ -224,7 +225,7 @@ def tabled(name: str, raw: bytes, *, checked: bool = True, **meta: Any) -> bytes
         (tabled(TABLE.name, RAW, checked=False), CorruptStream, "checksum does not hold"),
         (tabled(TABLE.name.upper(), RAW), CorruptStream, "are not those of that name"),
         (tabled(TABLE.name, RAW, table=None), CorruptStream, "are not those of that name"),
-        (tabled(TABLE.name, bytes(1 << 20)), CorruptStream, "a shared table of 1048580 bytes; 524 are the most"),
+        (tabled(TABLE.name, bytes(4196376)), CorruptStream, "a shared table of 4196380 bytes; 4196372 are the most"),
         *[(tabled(hashlib.sha256(raw).hexdigest(), raw), error, "shared table") for raw, error in FORGED],
     ],
 )
@@ -250,7 +251,7 @@ def test_tables_of_a_listing_are_not_believed(tmp_path: Path) -> None:
         ("{", CorruptStream),
         (json.dumps({TABLE.name: 3}), CorruptStream),
         (json.dumps({TABLE.name: "0g"}), CorruptStream),
-        (json.dumps({TABLE.name: "00" * 600}), CorruptStream),
+        (json.dumps({TABLE.name: "00" * 4196373}), CorruptStream),
         (json.dumps({TABLE.name: OTHER.to_bytes().hex()}), CorruptStream),
         (json.dumps({OTHER.name: OTHER.to_bytes().hex()}), MissingTable),
         ("{}", MissingTable),
@@ -267,7 +268,7 @@ def test_tables_of_a_listing_are_not_believed(tmp_path: Path) -> None:
 def test_the_command_line_takes_and_lists_tables(tmp_path: Path) -> None:
     save_file({"layers.0.key": X, "layers.0.value": X}, tmp_path / "kv.safetensors")
     (tmp_path / "levels.pqt").write_bytes(RAW)
-    (tmp_path / "long.pqt").write_bytes(RAW + bytes(1 << 20))
+    (tmp_path / "long.pqt").write_bytes(RAW + bytes(1 << 23))
     source, target = str(tmp_path / "kv.safetensors"), str(tmp_path / "kv.pqkv")
     one = CliRunner().invoke(app, ["encode", source, target, "--preset", "nuq2", "--table", str(tmp_path / "levels.pqt")])
     assert one.exit_code == 0, one.stderr

@@ -242,6 +242,16 @@ def test_the_worked_examples_of_levels_and_outliers_hold() -> None:
         assert "".join(f"{line}\n" for line in vectors.level_trace(stream)) in SPEC
 
 
+def test_the_worked_example_of_residual_vq_holds() -> None:
+    (lines,) = example("### 20.4 Example")
+    stream = vectors.residual_stream()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.RESIDUAL_NOTES))
+    assert f"its name is {vectors.BOOKS.name}" in " ".join(SPEC.split())
+    assert "".join(f"{line}\n" for line in vectors.residual_trace(stream)) in SPEC
+    decoded = second_decoder.decode(stream, [vectors.BOOKS.to_bytes()]).view(np.float32)
+    assert decoded.tolist() == pqcodec.decode(stream, tables=vectors.BOOKS).tolist()
+
+
 def test_the_file_of_the_specification_is_what_writers_write(tmp_path: Path) -> None:
     (lines,) = example("## II.7 Example")
     data = vectors.grown_file(tmp_path)

@@ -57,6 +57,11 @@ class Codebook:
     name: bytes = b""  # SHA-256 of the shared table; empty: the levels stand in the header
 
     @property
+    def here(self) -> bool:
+        """Whether the levels are: where they stand in the header, or the shared table was given."""
+        return self.levels is not None
+
+    @property
     def header_bytes(self) -> int:
         """What it takes in a header."""
         return len(self.name) or c.LEVEL_BYTES * len(self.levels or ())
@@ -92,7 +97,7 @@ class Declared:
     code: int
     name: str
     rounds: tuple[int, ...]  # of the rotation that streams may have; new streams have the last
-    row_bits: Callable[[int, int], int]  # (order, four times a preset's bits per coordinate) -> bits of a row
+    row_bits: Callable[[int, int], int]  # (order, four times a preset's bits per coordinate) -> bits of a row; 0: not told so
     problem: Callable[[int, int, int], str]  # (order, row_bits, radius_bits) -> what is wrong with them, or ""
     # A block is its rows, ``beside`` bytes and zeros up to a multiple of ``align``; it ends with the checksum of all that
     beside: int = c.CHECKSUM_BYTES
@@ -101,6 +106,7 @@ class Declared:
     # (order, row_bits, radius_bits, affine) -> what is wrong with affine fields, or ""; None: the coding has none
     affine_problem: Callable[[int, int, int, Affine], str] | None = None
     takes_levels: bool = False  # whether its codes may be those of a ``Codebook``
+    by_vectors: bool = False  # whether its codes are those of a ``VectorCodebook``
 
     @property
     def shares_fields(self) -> bool:
@@ -201,4 +207,23 @@ def _sharing_fields(
 PAIRS = _sharing_fields(c.CODING_PAIRS, "pair polar", _pairs_problem)
 SCALAR = _sharing_fields(c.CODING_SCALAR, "scalar", _scalar_problem, takes_levels=True)
 
-DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR)}
+
+def _residual_problem(head_dim: int, row_bits: int, stages: int) -> str:
+    bits, rest = divmod(row_bits - c.RESIDUAL_SCALE_BITS, max(stages, 1))  # of a stage
+    cuts = [head_dim // width for width in c.RESIDUAL_GROUPS if head_dim % width == 0]
+    if stages in c.RESIDUAL_STAGES and not rest and any(bits in [n * b for b in c.RESIDUAL_INDEX_BITS] for n in cuts):
+        return ""
+    return f"rows of {row_bits} bits of {stages} stages are not possible in residual VQ at head_dim {head_dim}"
+
+
+RESIDUAL = Declared(
+    c.CODING_RESIDUAL,
+    "residual VQ",
+    (0,),
+    lambda head_dim, quarter_bits: 0,  # codebooks tell it
+    _residual_problem,
+    order=lambda head_dim: head_dim,
+    by_vectors=True,
+)
+
+DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR, RESIDUAL)}

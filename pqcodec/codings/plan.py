@@ -13,6 +13,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.codings.declared import DECLARED, Affine, quads_index_bits
+from pqcodec.codings.vectors import Vectors
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
 from pqcodec.stream.orders import base_of
@@ -40,6 +41,7 @@ class Plan:
     mantissas: np.ndarray  # float32 [steps per octave]: 2^(j/steps) / (grid sqrt(order)^rounds)
     affine: Affine | None = None
     levels: np.ndarray | None = None  # float32 [2^bits of a code], where a codebook brings them
+    vectors: Vectors | None = None  # of residual VQ, whose stages are ``radius_bits``
 
     @property
     def energy_scale(self) -> int:
@@ -96,7 +98,9 @@ def plan_for(header: Header) -> Plan:
     """The plan of a stream; cached, since a cache of many layers has few kinds of streams. Raises MissingTable."""
     h = header
     plan = _plan(h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine)
-    return replace(plan, levels=np.array(h.levels, np.float32)) if h.codebook else plan
+    if not h.codebook:
+        return plan
+    return replace(plan, levels=np.array(h.levels, np.float32) if h.levels else None, vectors=h.vectors)
 
 
 @lru_cache(maxsize=64)

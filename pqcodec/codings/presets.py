@@ -9,6 +9,8 @@ from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED, Affine
 from pqcodec.errors import InvalidArgument
 
+_USUAL_BITS, _USUAL_GROUP = 11, 32  # of an index and channels of a group, in the paper's codebooks
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -17,10 +19,15 @@ class Preset:
     name: str
     coding: int
     quarter_bits: int
-    radius_bits: int
+    radius_bits: int  # of residual VQ its stages
     affine: Affine | None = None  # what groups share; of pair polar its pairing is the caller's
     by_levels: bool = False  # whether streams bring the levels of their codes
     sparse: float = 0  # share of a group's numbers that is kept apart
+
+    @property
+    def by_vectors(self) -> bool:
+        """Whether its rows are those that given codebooks make: of 2,048 entries of 32 channels where ``rate`` is asked."""
+        return DECLARED[self.coding].by_vectors
 
     @property
     def rounds(self) -> int:
@@ -29,7 +36,12 @@ class Preset:
 
     @property
     def rate(self) -> float:
-        """Bits per coordinate of rows, and of the affine fields of whole groups; of others' rows what the name tells."""
+        """Bits per coordinate of rows, and of the affine fields of whole groups; of others' rows what the name tells.
+
+        Scales of residual VQ are left out.
+        """
+        if self.by_vectors:
+            return _USUAL_BITS * self.radius_bits / _USUAL_GROUP
         return self.quarter_bits / 4 + (self.affine.rate if self.affine else 0)
 
     @property
@@ -42,7 +54,7 @@ class Preset:
         return DECLARED[self.coding].order(head_dim)
 
     def row_bits(self, order: int) -> int:
-        """Bits of one coded vector of ``order`` coordinates.
+        """Bits of one coded vector of ``order`` coordinates; 0 where given codebooks tell it.
 
         >>> PRESETS["pq3"].row_bits(128), PRESETS["quad3"].row_bits(128), PRESETS["paper"].row_bits(128)
         (384, 392, 496)
@@ -59,6 +71,11 @@ def _pairs(name: str, radius_bits: int, angle_bits: int, tokens: int = 128) -> P
 def _scalar(name: str, bits: int, tokens: int, channels: int, fields: int = c.AFFINE_SCALE_ZERO) -> Preset:
     """Numbers of so many bits, with a scale, or a scale and a zero, for every group of ``tokens`` times ``channels``."""
     return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, fields))
+
+
+def _residual(stages: int) -> Preset:
+    """Residual VQ by the first stages of given codebooks."""
+    return Preset(f"rvq{stages}", c.CODING_RESIDUAL, 0, stages)
 
 
 def _levels(name: str, bits: int, tokens: int, channels: int, sparse: float = 0) -> Preset:
@@ -106,6 +123,7 @@ PRESETS: dict[str, Preset] = {
         _levels("kvquant4", 4, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         _levels("kvquant3", 3, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         _levels("kvquant2", 2, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
+        *map(_residual, c.RESIDUAL_STAGES),
     )
 }
 
@@ -123,6 +141,7 @@ def preset_name(
 ) -> str | None:
     """The preset that writes such rows, or None; how many outliers they have does not count, but whether they do."""
     alone = replace(affine, pairing=0, outliers=0) if affine else None
+    row_bits = 0 if DECLARED[coding].by_vectors else row_bits
     wanted = (coding, row_bits, radius_bits, alone, by_levels, bool(affine and affine.outliers))
     rows = ((p, (p.coding, p.row_bits(order), p.radius_bits, p.affine, p.by_levels, p.sparse > 0)) for p in PRESETS.values())
     return next((p.name for p, row in rows if row == wanted), None)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pqcodec.codings import pairs, paper, quads, scalar, split
+from pqcodec.codings import pairs, paper, quads, residual, scalar, split
 from pqcodec.codings.bits import block_of_rows, rows_of_block
-from pqcodec.codings.declared import PAIRS, PAPER, QUADS, SCALAR, SPLIT, Declared
+from pqcodec.codings.declared import PAIRS, PAPER, QUADS, RESIDUAL, SCALAR, SPLIT, Declared
 from pqcodec.codings.plan import Plan
 
 
@@ -36,5 +36,6 @@ CODINGS = {
         Coding(QUADS, quads.encode, quads.decode),
         Coding(PAIRS, pairs.encode, pairs.decode),
         Coding(SCALAR, scalar.encode, scalar.decode),
+        Coding(RESIDUAL, residual.encode, residual.decode, paper.radius_exponent),
     )
 }

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.codings import residual
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.codings.registry import CODINGS
+from pqcodec.codings.vectors import Book
 from pqcodec.kernels import attention
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, places_of, sampled
 from pqcodec.stages import centre, rotation
@@ -19,6 +21,8 @@ from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.tensors.numbers import narrow, widen
 from pqcodec.tensors.rows import Values
+
+Encode = Callable[[np.ndarray, Plan, int, str], np.ndarray]  # as ``Coding.encode``
 
 
 # -- rotation (SPEC 5) -------------------------------------------------------------------------------------------
@@ -47,15 +51,16 @@ def rotate_back(v: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------
-def encode_block(x: np.ndarray, plan: Plan, radius_exponent: int, effort: str) -> np.ndarray:
+def encode_block(x: np.ndarray, plan: Plan, radius_exponent: int, effort: str, code: Encode | None = None) -> np.ndarray:
     """Centred vectors float32 [tokens, head_dim] -> bytes of their block, without its checksum.
 
     Vectors that are not finite are zeros; for codings whose vectors share fields, which these must not widen, they are NaN.
+    ``code``: in the place of the coding's own function.
     """
     padded = np.zeros((len(x), plan.order))
     padded[:, : plan.head_dim] = x
     v = rotate(padded, plan) / np.sqrt(plan.energy_scale)
-    return CODINGS[plan.coding].encode(v, plan, radius_exponent, effort)
+    return (code or CODINGS[plan.coding].encode)(v, plan, radius_exponent, effort)
 
 
 def decode_block(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, radius_exponent: int) -> np.ndarray:
@@ -64,6 +69,32 @@ def decode_block(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Pla
     sums = rotate_back(units, plan)
     with np.errstate(over="ignore"):  # beyond float32: infinite here, the largest finite value in ``narrow``
         return sums[:, : plan.head_dim].astype(np.float32) * first[:, None] * second[:, None] + np.float32(0)  # never -0
+
+
+def encode_job_block(job: EncodeJob, plan: Plan, chunk: int, lead: int, code: Encode | None = None) -> None:
+    """Fill in one block of a job, and mark its vectors that are not finite; ``code`` as in ``encode_block``."""
+    h = job.header
+    first, tokens = h.first_tokens + chunk * h.chunk_tokens, h.blocks.tokens(chunk)
+    x = widen(job.values.rows(lead, first, tokens), h.dtype)
+    finite = np.isfinite(x).all(1)
+    job.bad[lead, chunk * h.chunk_tokens :][:tokens] = ~finite
+    x[~finite] = np.nan if h.affine else 0
+    if job.offsets is not None:
+        with np.errstate(over="ignore"):
+            x[finite] -= _offset(job, lead, first, tokens)[finite]
+        x = np.clip(x, -c.LARGEST_FINITE[c.DTYPE_FLOAT32], c.LARGEST_FINITE[c.DTYPE_FLOAT32])
+    body = encode_block(x, plan, h.radius_exponent, job.effort, code)
+    start = h.blocks.place(chunk, lead) - h.payload_start
+    job.payload[start : start + body.size] = body
+    word = np.array([checksum(body)], "<u4").view(np.uint8)
+    job.payload[start + body.size : start + body.size + c.CHECKSUM_BYTES] = word
+
+
+def _offset(job: EncodeJob | DecodeJob, lead: int, first: int, tokens: int) -> np.ndarray:
+    """The offset at tokens first .. first+tokens-1: float32 [tokens, head_dim]."""
+    assert job.offsets is not None
+    places = places_of(job.positions, lead, first + np.arange(tokens))
+    return centre.offset_at(job.header.rope, job.offsets[lead], places)
 
 
 # -- the backend -------------------------------------------------------------------------------------------------
@@ -94,21 +125,8 @@ class Reference:
         """Encode block by block."""
         h, plan = job.header, plan_for(job.header)
         for chunk in range(h.chunks):
-            first, tokens = h.first_tokens + chunk * h.chunk_tokens, h.blocks.tokens(chunk)
             for lead in range(h.leading):
-                x = widen(job.values.rows(lead, first, tokens), h.dtype)
-                finite = np.isfinite(x).all(1)
-                job.bad[lead, chunk * h.chunk_tokens :][:tokens] = ~finite
-                x[~finite] = np.nan if h.affine else 0
-                if job.offsets is not None:
-                    with np.errstate(over="ignore"):
-                        x[finite] -= self._offset(job, lead, first, tokens)[finite]
-                    x = np.clip(x, -c.LARGEST_FINITE[c.DTYPE_FLOAT32], c.LARGEST_FINITE[c.DTYPE_FLOAT32])
-                body = encode_block(x, plan, h.radius_exponent, job.effort)
-                start = h.blocks.place(chunk, lead) - h.payload_start
-                job.payload[start : start + body.size] = body
-                word = np.array([checksum(body)], "<u4").view(np.uint8)
-                job.payload[start + body.size : start + body.size + c.CHECKSUM_BYTES] = word
+                encode_job_block(job, plan, chunk, lead)
             job.advance(h.leading)
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
@@ -133,7 +151,7 @@ class Reference:
                 first = h.first_tokens + chunk * h.chunk_tokens + low
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):
-                        x = x + self._offset(job, lead, first, high - low)
+                        x = x + _offset(job, lead, first, high - low)
                 job.out.rows(lead - job.first_lead, first - job.first_token, high - low)[:] = narrow(x, h.dtype)
             advance(job.last_lead - job.first_lead)
 
@@ -145,9 +163,6 @@ class Reference:
         """Attention to the tokens of a job, in float64."""
         return attention.attend_to_coded(job)
 
-    @staticmethod
-    def _offset(job: EncodeJob | DecodeJob, lead: int, first: int, tokens: int) -> np.ndarray:
-        """The offset at tokens first .. first+tokens-1: float32 [tokens, head_dim]."""
-        assert job.offsets is not None
-        places = places_of(job.positions, lead, first + np.arange(tokens))
-        return centre.offset_at(job.header.rope, job.offsets[lead], places)
+    def nearest(self, x: np.ndarray, book: Book) -> np.ndarray:
+        """The entry of a codebook nearest to each of x float32 [n, channels of a group]: int64 [n]."""
+        return residual.nearest(x, book)

@@ -13,7 +13,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED, Affine, Codebook, half_numbers
+from pqcodec.codings.declared import DECLARED, Affine, Codebook, Declared, half_numbers
+from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
@@ -65,7 +66,7 @@ class Header:
     dtype: int
     shape: tuple[int, ...]
     row_bits: int  # bits of one coded vector
-    radius_bits: int
+    radius_bits: int  # of residual VQ its stages
     seed: int = 0
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS
     exact_tokens: int = 0
@@ -79,7 +80,7 @@ class Header:
     affine: Affine | None = None  # what groups of numbers share
     exact_last: int = 0
     keep: KeepField | None = None  # with it ``shape`` is that of the kept tokens
-    codebook: Codebook | None = None  # levels of the codes; None: those that the specification has
+    codebook: Codebook | VectorCodebook | None = None  # what codes choose among; None: what the specification has
 
     def __post_init__(self) -> None:
         problem = header_problem(self)
@@ -169,16 +170,22 @@ class Header:
         """Size of a vector in the tensor's own dtype."""
         return self.head_dim * c.ITEM_BYTES[self.dtype]
 
-    # -- levels --------------------------------------------------------------------------------------------------
+    # -- codebooks -----------------------------------------------------------------------------------------------
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """The levels of the codes that a codebook brings; () without one. Raises as ``check_tables`` does."""
         self.check_tables()
-        return half_numbers(self.codebook.levels or ()) if self.codebook else ()
+        return half_numbers(self.codebook.levels or ()) if isinstance(self.codebook, Codebook) else ()
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """The codebooks of residual VQ; None of other codings. Raises as ``check_tables`` does."""
+        self.check_tables()
+        return self.codebook.vectors if isinstance(self.codebook, VectorCodebook) else None
 
     def check_tables(self) -> None:
         """Raises MissingTable where the stream names a shared table that is not here."""
-        if self.codebook is not None and self.codebook.levels is None:
+        if self.codebook is not None and not self.codebook.here:
             name = self.codebook.name.hex()
             raise MissingTable(f"the stream needs the shared table {name}, which is not here; pass it in tables=[...]")
 
@@ -253,9 +260,11 @@ class Header:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
             body += struct.pack(f"<{len(rope.frequencies)}I", *rope.frequencies)
-        if self.codebook:
+        if self.codebook and self.codebook.name:
+            body += self.codebook.name
+        elif isinstance(self.codebook, Codebook):
             levels = self.codebook.levels or ()
-            body += self.codebook.name or struct.pack(f"<{len(levels)}H", *levels)
+            body += struct.pack(f"<{len(levels)}H", *levels)
         return body + struct.pack("<I", checksum(body))
 
     @classmethod
@@ -333,8 +342,7 @@ def _parse(body: bytes) -> Header:
         or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields)
         or (flags & c.FLAG_OUTLIERS and not DECLARED[coding].takes_levels),
         "linear": linear != c.LINEAR_NONE,
-        "codebook": codebook not in (c.CODEBOOK_CLOSED_FORM, c.CODEBOOK_CARRIED, c.CODEBOOK_NAMED)
-        or (codebook != c.CODEBOOK_CLOSED_FORM and not (coding in DECLARED and DECLARED[coding].takes_levels)),
+        "codebook": coding in DECLARED and codebook not in _codebooks(DECLARED[coding]),
         "states": states != c.STATES_NONE,
     }
     if any(unknown.values()):
@@ -361,7 +369,7 @@ def _parse(body: bytes) -> Header:
             rope = RopeField(first, pairing, frequencies)
             end += c.ROPE_STRUCT.size + 4 * len(frequencies)
         if codebook:
-            levels = _codebook(codebook, body[end:])
+            levels = _codebook(codebook, body[end:], DECLARED[coding].by_vectors)
         if affine and not affine.outliers and flags & c.FLAG_OUTLIERS:
             raise CorruptStream("header: outliers are kept apart, and blocks have room for none")
         header = Header(
@@ -409,8 +417,17 @@ def _affine(body: bytes, at: int, kept: bool) -> Affine:
     return Affine(tokens, channels, fields, pairing, angle_bits, outliers)
 
 
-def _codebook(kind: int, raw: bytes) -> Codebook:
+def _codebooks(coding: Declared) -> tuple[int, ...]:
+    """What a header's codebook may be for a coding."""
+    if coding.by_vectors:
+        return (c.CODEBOOK_NAMED,)
+    return (c.CODEBOOK_CLOSED_FORM, *((c.CODEBOOK_CARRIED, c.CODEBOOK_NAMED) if coding.takes_levels else ()))
+
+
+def _codebook(kind: int, raw: bytes, by_vectors: bool) -> Codebook | VectorCodebook:
     """The codebook from all bytes between what is before it and the header's checksum."""
+    if by_vectors:
+        return VectorCodebook(raw)
     if kind == c.CODEBOOK_NAMED:
         return Codebook(None, raw)
     return Codebook(struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2]))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED, Affine
+from pqcodec.codings.vectors import VectorCodebook
 
 if TYPE_CHECKING:
     from pqcodec.stream.header import Header, RopeField
@@ -63,11 +64,13 @@ def _keep_problem(h: Header) -> str:
 
 
 def _codebook_problem(h: Header) -> str:
+    coding = DECLARED[h.coding]
     if h.codebook is None:
-        return ""
-    if not DECLARED[h.coding].takes_levels:
-        return f"{DECLARED[h.coding].name} coding with levels"
-    return h.codebook.problem(h.row_bits // h.order)
+        return f"{coding.name} without codebooks" if coding.by_vectors else ""
+    if isinstance(h.codebook, VectorCodebook):
+        there = "" if coding.by_vectors else f"{coding.name} coding with codebooks of vectors"
+        return there or h.codebook.problem(h.head_dim, h.row_bits, h.radius_bits)
+    return h.codebook.problem(h.row_bits // h.order) if coding.takes_levels else f"{coding.name} coding with levels"
 
 
 def _affine_problem(h: Header) -> str:

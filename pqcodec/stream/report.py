@@ -42,7 +42,7 @@ class StreamInfo:
     kept_of: int | None = None  # tokens of the tensor of which ``shape`` holds some; None: it holds all
     outliers: int = 0  # numbers at each end of a whole group's range that are kept apart
     levels: tuple[float, ...] | None = None  # of the codes, where the stream brings them or its shared table is here
-    table: str | None = None  # SHA-256 of the shared table that holds the levels, as hexadecimal digits
+    table: str | None = None  # SHA-256 of the shared table that holds levels or codebooks, as hexadecimal digits
 
     @property
     def ratio(self) -> float:

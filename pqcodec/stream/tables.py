@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import Codebook, half_bits, half_numbers
+from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.source import Extent, Source
@@ -16,18 +21,94 @@ from pqcodec.stream.source import Extent, Source
 Tables = Mapping[bytes, "SharedTable"]  # by their names
 
 
-@dataclass(frozen=True)
 class SharedTable:
+    """A table that many streams share, named by the SHA-256 of its bytes. ``LevelTable`` and ``VectorTable`` are its kinds."""
+
+    kind: ClassVar[int]  # its byte in the table
+    option: ClassVar[str]  # of ``encode``, which takes it
+    most_bytes: ClassVar[int]
+
+    def _body(self) -> tuple[int, bytes]:
+        """How many float16 numbers it has, and its bytes behind the fixed part."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_body(cls, count: int, body: bytes) -> SharedTable:
+        """The table of such bytes; raises InvalidArgument or struct.error."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_codebook(cls, codebook: Any) -> SharedTable | None:
+        """The table whose content a header's codebook has, if it is of this kind and its table is here."""
+        raise NotImplementedError
+
+    @property
+    def codebook(self) -> Any:
+        """What the header of a stream that uses it has."""
+        raise NotImplementedError
+
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        raise NotImplementedError
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        count, body = self._body()
+        return c.TABLE_STRUCT.pack(c.TABLE_MAGIC, c.TABLE_VERSION, self.kind, bytes(2), count) + body
+
+    def to_bytes(self) -> bytes:
+        """The table as it is carried, and as its name is taken of it."""
+        return self._bytes
+
+    @staticmethod
+    def from_bytes(data: bytes) -> SharedTable:
+        """The table that these bytes are, of any kind; raises CorruptStream or UnsupportedStream."""
+        if data[: len(c.TABLE_MAGIC)] != c.TABLE_MAGIC or not c.TABLE_STRUCT.size <= len(data) <= c.MAX_TABLE_BYTES:
+            raise CorruptStream(f"{len(data)} bytes that begin with {data[:4]!r} are no shared table")
+        _, version, kind, reserved, count = c.TABLE_STRUCT.unpack_from(data)
+        if version != c.TABLE_VERSION or kind not in KINDS or any(reserved):
+            raise UnsupportedStream(f"shared table of version {version}, kind {kind}: install a newer pqcodec")
+        if len(data) > KINDS[kind].most_bytes:
+            raise CorruptStream(f"shared table of kind {kind}: {len(data)} bytes; {KINDS[kind].most_bytes} are the most")
+        try:
+            return KINDS[kind]._from_body(count, data[c.TABLE_STRUCT.size :])
+        except (InvalidArgument, struct.error) as error:
+            raise CorruptStream(f"shared table: {error}") from None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """The SHA-256 of its bytes: its name, as streams have it."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+    @property
+    def name(self) -> str:
+        """The same as 64 hexadecimal digits."""
+        return self.digest.hex()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedTable) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelTable(SharedTable):
     """The levels of scalar coding (SPEC 16) that many streams share: 2, 4, 8 ... or 256 numbers of float16, ascending.
 
     ``levels``: numbers, rounded to float16. Raises InvalidArgument.
 
-    >>> table = SharedTable((-1, -0.3, 0.3, 1))
+    >>> table = LevelTable((-1, -0.3, 0.3, 1))
     >>> table.name[:16], len(table.to_bytes()), SharedTable.from_bytes(table.to_bytes()) == table
     ('15499e80bf331af6', 20, True)
     """
 
     levels: tuple[float, ...]
+
+    kind = c.TABLE_LEVELS
+    option = "levels"
+    most_bytes = c.TABLE_STRUCT.size + (c.LEVEL_BYTES << c.SCALAR_BITS[-1])
 
     def __post_init__(self) -> None:
         try:
@@ -40,44 +121,107 @@ class SharedTable:
             raise InvalidArgument(problem)
         object.__setattr__(self, "levels", half_numbers(bits))
 
-    def to_bytes(self) -> bytes:
-        """The table as it is carried, and as its name is taken of it."""
-        bits = half_bits(list(self.levels))
-        fixed = c.TABLE_STRUCT.pack(c.TABLE_MAGIC, c.TABLE_VERSION, c.TABLE_LEVELS, bytes(2), len(bits))
-        return fixed + b"".join(each.to_bytes(c.LEVEL_BYTES, "little") for each in bits)
+    def _body(self) -> tuple[int, bytes]:
+        return len(self.levels), struct.pack(f"<{len(self.levels)}e", *self.levels)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> SharedTable:
-        """The table that these bytes are; raises CorruptStream or UnsupportedStream."""
-        if data[: len(c.TABLE_MAGIC)] != c.TABLE_MAGIC or not c.TABLE_STRUCT.size <= len(data) <= c.MAX_TABLE_BYTES:
-            raise CorruptStream(f"{len(data)} bytes that begin with {data[:4]!r} are no shared table")
-        _, version, kind, reserved, count = c.TABLE_STRUCT.unpack_from(data)
-        if version != c.TABLE_VERSION or kind != c.TABLE_LEVELS or any(reserved):
-            raise UnsupportedStream(f"shared table of version {version}, kind {kind}: install a newer pqcodec")
-        if len(data) != c.TABLE_STRUCT.size + c.LEVEL_BYTES * count:
-            raise CorruptStream(f"shared table: {len(data)} bytes, {count} numbers are announced")
-        numbers = data[c.TABLE_STRUCT.size :]
-        try:
-            return cls(half_numbers(tuple(numbers[at] | numbers[at + 1] << 8 for at in range(0, len(numbers), 2))))
-        except InvalidArgument as error:
-            raise CorruptStream(f"shared table: {error}") from None
+    def _from_body(cls, count: int, body: bytes) -> LevelTable:
+        return cls(struct.unpack(f"<{count}e", body))
 
-    @property
-    def digest(self) -> bytes:
-        """The SHA-256 of its bytes: its name, as streams have it."""
-        return hashlib.sha256(self.to_bytes()).digest()
-
-    @property
-    def name(self) -> str:
-        """The same as 64 hexadecimal digits."""
-        return self.digest.hex()
+    @classmethod
+    def of_codebook(cls, codebook: Any) -> LevelTable | None:
+        """The table whose levels a header's codebook has."""
+        there = isinstance(codebook, Codebook) and codebook.name and codebook.levels
+        return cls(half_numbers(codebook.levels)) if there else None
 
     @property
     def codebook(self) -> Codebook:
         """What the header of a stream that uses it has."""
         return Codebook(half_bits(list(self.levels)), self.digest)
 
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        return f"{len(self.levels)} levels"
 
+
+@dataclass(frozen=True, eq=False)
+class VectorTable(SharedTable):
+    """The codebooks of residual VQ (SPEC 20) that many streams share; ``pqcodec.train_vq`` makes them. Raises InvalidArgument.
+
+    ``entries``: [stages, 2^bits, channels of a group], rounded to float16: 1 .. 8 stages, 16 .. 4096 entries, groups of 8, 16,
+    32 or 64 channels. ``channels``: [head_dim], the channels of group 0, then those of group 1, and so on. Up to 4 MiB.
+
+    >>> table = VectorTable(np.zeros((2, 16, 8)), np.arange(24).reshape(8, 3).T.ravel())
+    >>> table.content, table.vectors.channels[:8].tolist()
+    ('2 codebooks of 16 entries, 3 groups of 8 channels', [0, 3, 6, 9, 12, 15, 18, 21])
+    >>> len(table.to_bytes()), SharedTable.from_bytes(table.to_bytes()) == table
+    (580, True)
+    """
+
+    entries: Any
+    channels: Any
+
+    kind = c.TABLE_VECTORS
+    option = "codebooks"
+    most_bytes = c.MAX_TABLE_BYTES
+
+    def __post_init__(self) -> None:
+        try:
+            with np.errstate(over="ignore"):
+                entries = np.asarray(self.entries).astype(np.float16)
+            channels = np.asarray(self.channels)
+            if channels.dtype.kind not in "iu" or not channels.size or channels.min() < 0 or channels.max() >= c.MAX_HEAD_DIM:
+                raise ValueError(f"channels of {channels.dtype} {channels.shape}")
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"codebooks: arrays of numbers, and channels 0 .. 1023, are expected ({error})") from None
+        vectors = Vectors(entries, channels.astype(np.uint16))
+        for name in ("entries", "channels"):
+            object.__setattr__(self, name, getattr(vectors, name))
+        object.__setattr__(self, "_vectors", vectors)
+
+    @property
+    def vectors(self) -> Vectors:
+        """The codebooks as kernels take them."""
+        return self._vectors  # type: ignore[attr-defined,no-any-return]
+
+    def _body(self) -> tuple[int, bytes]:
+        vectors = self.vectors
+        stages, _, width = vectors.entries.shape
+        fixed = c.VECTORS_STRUCT.pack(stages, vectors.index_bits, width, vectors.head_dim, 0)
+        return vectors.entries.size, fixed + vectors.channels.astype("<u2").tobytes() + vectors.entries.astype("<f2").tobytes()
+
+    @classmethod
+    def _from_body(cls, count: int, body: bytes) -> VectorTable:
+        stages, bits, width, head_dim, reserved = c.VECTORS_STRUCT.unpack_from(body)
+        if reserved:
+            raise UnsupportedStream("shared table: reserved bytes of its codebooks are not 0: install a newer pqcodec")
+        at = c.VECTORS_STRUCT.size + 2 * head_dim
+        if bits not in c.RESIDUAL_INDEX_BITS or count != stages * width << bits or len(body) != at + 2 * count:
+            announced = f"{count} numbers, {stages} stages, {bits} bits, {width} channels, head_dim {head_dim}"
+            raise InvalidArgument(f"{len(body)} bytes do not go with what is announced: {announced}")
+        channels = np.frombuffer(body, "<u2", head_dim, c.VECTORS_STRUCT.size)
+        return cls(np.frombuffer(body, "<f2", count, at).reshape(stages, 1 << bits, width), channels)
+
+    @classmethod
+    def of_codebook(cls, codebook: Any) -> VectorTable | None:
+        """The table whose entries a header's codebook has."""
+        there = isinstance(codebook, VectorCodebook) and codebook.vectors
+        return cls(there.entries, there.channels) if there else None
+
+    @property
+    def codebook(self) -> VectorCodebook:
+        """What the header of a stream that uses it has."""
+        return VectorCodebook(self.digest, self.vectors)
+
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        stages, count, width = self.entries.shape
+        return f"{stages} codebooks of {count} entries, {self.vectors.groups} groups of {width} channels"
+
+
+KINDS: dict[int, type[SharedTable]] = {table.kind: table for table in (LevelTable, VectorTable)}
 _COUNTS = tuple(1 << bits for bits in c.SCALAR_BITS)
 
 
@@ -100,11 +244,11 @@ def tables_by_name(given: Any) -> Tables:
 
 
 def resolved(h: Header, tables: Tables) -> Header:
-    """The header with the levels of the table that it names, where that is among ``tables``.
+    """The header with the content of the table that it names, where that is among ``tables``.
 
-    Raises CorruptStream where the table has another number of levels than codes choose among.
+    Raises CorruptStream where the table is not such as codes choose among: of another kind, or another shape.
     """
-    if h.codebook is None or h.codebook.levels is not None or h.codebook.name not in tables:
+    if h.codebook is None or h.codebook.here or h.codebook.name not in tables:
         return h
     try:
         return replace(h, codebook=tables[h.codebook.name].codebook)
@@ -113,9 +257,9 @@ def resolved(h: Header, tables: Tables) -> Header:
 
 
 def table_in(h: Header) -> SharedTable | None:
-    """The shared table whose levels a header has; None where it names none, or one that is not here."""
-    codebook = h.codebook
-    return SharedTable(half_numbers(codebook.levels)) if codebook and codebook.name and codebook.levels else None
+    """The shared table whose content a header has; None where it names none, or one that is not here."""
+    found = (kind.of_codebook(h.codebook) for kind in KINDS.values())
+    return next((table for table in found if table is not None), None)
 
 
 def with_tables(source: Source, tables: Tables) -> Source:

@@ -26,6 +26,7 @@ def seeds(name: str) -> dict[str, bytes]:
 
 def _stream_seeds() -> dict[str, bytes]:
     import torch
+    from spec_vectors import BOOKS
 
     import pqcodec
     from pqcodec import Rope
@@ -57,6 +58,7 @@ def _stream_seeds() -> dict[str, bytes]:
         "scalar-20.pqs": coded(gaussian(2, 5, 20), "int4", nonfinite="exact"),
         "levels-20.pqs": coded(gaussian(2, 5, 20), "nuq2", levels=(-1, -0.25, 0.25, 1)),
         "outliers-20.pqs": coded(gaussian(2, 5, 20), "kvquant2", levels=(-1, -0.25, 0.25, 1)),
+        "residual-16.pqs": coded(gaussian(2, 5, 16), "rvq2", codebooks=BOOKS),
         "vector.pqs": coded(gaussian(128), "pq3.5"),
         "zeros.pqs": coded(np.zeros((1, 1, 1, 1, 1, 1, 2, 16), np.float16)),
     }
@@ -64,8 +66,9 @@ def _stream_seeds() -> dict[str, bytes]:
 
 def _pqkv_seeds() -> dict[str, bytes]:
     import torch
+    from spec_vectors import BOOKS
 
-    from pqcodec import SharedTable
+    from pqcodec import LevelTable
     from pqcodec.formats import PQKVWriter
 
     def written(metadata: Any = None, tensors: Any = (), exact: Any = ()) -> bytes:
@@ -89,7 +92,8 @@ def _pqkv_seeds() -> dict[str, bytes]:
         "sealed.pqkv": whole,  # with seals, which the seeds of before lack
         "torn.pqkv": whole[: ends[1] + 40],
         "two-coded.pqkv": written({}, two),
-        "tables.pqkv": written({}, 2 * [(gaussian(2, 6, 16), {"preset": "nuq2", "levels": SharedTable((-1, -0.25, 0.25, 1))})]),
+        "tables.pqkv": written({}, 2 * [(gaussian(2, 6, 16), {"preset": "nuq2", "levels": LevelTable((-1, -0.25, 0.25, 1))})]),
+        "vectors.pqkv": written({}, [(gaussian(2, 6, 16), {"preset": "rvq2", "codebooks": BOOKS})]),
     }
 
 

@@ -49,7 +49,7 @@ Run = Callable[[list[Callable[[], int]]], None]
 def covers(job: AttentionJob) -> bool:
     """Whether the kernels take such values and so few rows of queries."""
     values = job.values
-    if any(coded.header.affine or coded.positions is not None for coded in job.coded):
+    if any(not coded.header.rounds or coded.positions is not None for coded in job.coded):
         return False
     return job.queries.shape[1] <= _MOST_ROWS and (values is None or values.header.rope is None)
 

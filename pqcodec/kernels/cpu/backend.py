@@ -17,11 +17,14 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
+from pqcodec.codings.residual import encode as encode_residual
+from pqcodec.codings.vectors import Book
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, sides, tables
+from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, residual, sides, tables
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
+from pqcodec.kernels.reference import encode_job_block
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
 from pqcodec.stream.index import Blocks
@@ -30,9 +33,10 @@ from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of rows in one task: few enough to report progress, enough that a task's own cost does not show
 _ONE_THREAD_BYTES = 1 << 16  # of rows, up to which one thread does all
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR)
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR, c.CODING_RESIDUAL)
 # Larger outputs use non-temporal stores: ordinary ones would first read each line. Smaller ones stay in a core's own cache.
 _CACHED_BYTES = 1 << 20
+_SEARCHED = 1 << 12  # vectors whose nearest entries one task finds
 
 
 def _run(tasks: list[Callable[[], int]], advance: Callable[[int], None]) -> None:
@@ -225,6 +229,17 @@ def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
     return ((first, min(first + step, items)) for first in range(0, items, step))
 
 
+def _residual_encoders(job: EncodeJob) -> list[Callable[[], int]]:
+    """Tasks that encode a block each by residual VQ: nearly all of their time is the search, the only part that is compiled."""
+    plan, code = plan_for(job.header), partial(encode_residual, search=residual.nearest_entries)
+
+    def task(chunk: int, lead: int) -> int:
+        encode_job_block(job, plan, chunk, lead, code)
+        return 1
+
+    return [partial(task, chunk, lead) for chunk in range(job.header.chunks) for lead in range(job.header.leading)]
+
+
 class Cpu:
     """All cores of the CPU, in tiles of eight vectors."""
 
@@ -251,6 +266,8 @@ class Cpu:
     def encode(self, job: EncodeJob) -> None:
         """Encode every block of a job, as many threads at a time as there are cores."""
         h = job.header
+        if h.coding == c.CODING_RESIDUAL:
+            return _run(_residual_encoders(job), job.advance)
         numbers = (_source(h, job.values), -_offset_rows(job.offsets, h.order), tables.rope(h, job.positions))
         out = (_keys(h, min(h.chunk_tokens, h.coded_tokens)), job.bad.reshape(-1), job.payload)
         code: Any = blocks.encode_stream_blocks
@@ -273,7 +290,18 @@ class Cpu:
             return last - first
 
         pieces = _pieces(h.chunks * h.leading, h.chunk_tokens * h.vector_bytes)
-        _run([partial(task, *piece) for piece in pieces], job.advance)
+        return _run([partial(task, *piece) for piece in pieces], job.advance)
+
+    def nearest(self, x: np.ndarray, book: Book) -> np.ndarray:
+        """The entry of a codebook nearest to each of x float32 [n, channels of a group]: int64 [n]."""
+        found = np.empty(len(x), np.int64)
+
+        def task(first: int) -> int:
+            found[first : first + _SEARCHED] = residual.nearest_entries(x[first : first + _SEARCHED], book)
+            return 0
+
+        _run([partial(task, first) for first in range(0, len(x), _SEARCHED)], lambda done: None)
+        return found
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
         """Check every block of the jobs (into ``job.damaged``), and decode where a job has ``out``."""
@@ -322,6 +350,10 @@ class Cpu:
             decode = affine_blocks.decode_affine_blocks
             groups = tables.groups(h, look_up=job.out is not None)
             arguments = (_kind(h, most), groups, output, tables.rope(h, job.positions), _keys(h, most))
+        elif h.coding == c.CODING_RESIDUAL:
+            decode = residual.decode_residual_blocks
+            books = residual.books_of(h, job.out is not None)
+            arguments = (_kind(h, most), books, output, tables.rope(h, job.positions), _keys(h, most))
         else:
             arguments = (
                 _kind(h, most),

@@ -338,6 +338,18 @@ class GroupWork(NamedTuple):
     apart: Outliers
 
 
+# -- residual VQ ---------------------------------------------------------------------------------------------------------
+class ResidualBooks(NamedTuple):
+    """What decoding rows of residual VQ takes."""
+
+    stages: int
+    index_bits: int
+    width: int  # channels of a group
+    scale: np.float32  # a power of two: that of all rows
+    channels: np.ndarray  # int64 [order]: of the first group, then of the second, and so on
+    entries: np.ndarray  # float32 [table's stages * 2^index_bits * width]
+
+
 # -- attention -----------------------------------------------------------------------------------------------------------
 class AttentionPart(NamedTuple):
     """A run of tokens and some leading indices, which one task attends to: int64. As ``PART``."""
