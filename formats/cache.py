@@ -42,6 +42,7 @@ def save_cache(
     chunk_tokens: int = CHUNK_TOKENS,
     nonfinite: str = "error",
     keep: Sequence[Any] | None = None,
+    codebooks: Any = None,
     backend: str = "auto",
     metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -54,6 +55,7 @@ def save_cache(
     ``effort``, ``nonfinite``: as in ``pqcodec.encode``. ``chunk_tokens``: tokens under one checksum, the least that is read.
     ``keep``: of each layer the positions of the tokens that are kept, as in ``pqcodec.encode``. ``load_cache`` then refuses the
     file, since a model counts a cache's tokens to know where it stands; ``PQKVFile.decode_kept`` reads it.
+    ``codebooks``: for presets of residual VQ a VectorTable, or a mapping of (role, layer) to one each; the file carries them.
     ``progress`` is called with (tensors done, tensors in all). Raises as ``pqcodec.encode`` does.
 
     >>> import io, numpy as np
@@ -74,6 +76,7 @@ def save_cache(
         chunk_tokens=chunk_tokens,
         nonfinite=nonfinite,
         backend=backend,
+        codebooks=codebooks,
     )
     _refuse_other_kinds(path)
     if keep is None:
@@ -149,6 +152,7 @@ def append_cache(
             info = found[name]
             if info.kept_of is not None:
                 raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} holds only some of its tokens, and does not grow")
+            table = there.tables.get(bytes.fromhex(info.table or ""))
             writer.extend(
                 name,
                 tensor,
@@ -159,6 +163,7 @@ def append_cache(
                 chunk_tokens=info.chunk_tokens,
                 nonfinite=nonfinite,
                 backend=backend,
+                **({table.option: table} if table else {}),
             )
             if progress:
                 progress(done, len(names))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Recipe
 
-_Sizes = Callable[[str, tuple[int, ...], str], tuple[int, int]]
+_Sizes = Callable[["TensorRole", tuple[int, ...], str], tuple[int, int]]
 GROWN = "a stream would not be smaller; is the order of its dimensions another? see --layout"
 _NAME_WIDTH = 60  # characters of a name in notes
 _FEW_TOKENS = 8  # times as many indices in another dimension as tokens: these are probably another dimension
@@ -103,9 +103,12 @@ class Decisions:
         from pqcodec.formats.policy.names import TensorRole, role_of
 
         @cache  # thousands of tensors have few shapes
-        def sizes(role: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-            tensor = TensorRole(role)
+        def cached(tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
             return recipe.stream_bytes(tensor, shape, dtype), recipe.most_stream_bytes(tensor, shape, dtype)
+
+        def sizes(tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+            layer = tensor.layer if recipe.codebooks is not None else None  # all that sizes depend on a layer by
+            return cached(TensorRole(tensor.role, layer), shape, dtype)
 
         choice.check(path, reader.names)
         if regexes == (None, None):
@@ -199,7 +202,7 @@ def _decided(
     stream = 0
     if exact is None:
         with named(f"{path}: tensor {name!r}"):
-            stream, most = sizes(tensor.role, shape, dtype)
+            stream, most = sizes(tensor, shape, dtype)
         if most >= size:
             exact, stream = GROWN, 0
     return Decided(name, tensor, shape, dtype, exact, layout, size, stream)

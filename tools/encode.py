@@ -18,6 +18,7 @@ from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text, say
 from pqcodec.tools.progress import load_kernels
+from pqcodec.tools.shared_tables import table_options
 
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
@@ -49,7 +50,7 @@ def encode(
     preset: Annotated[
         str,
         typer.Option(
-            help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; of other systems paper, wu44, int4, kivi4-key ...",
+            help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; of other systems paper, wu44, int4, rvq8 ...",
             autocompletion=presets,
         ),
     ] = "pq3",
@@ -103,7 +104,10 @@ def encode(
     ] = None,
     table: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A shared table of levels for nuq presets (default: levels fitted to each tensor)."),
+        typer.Option(
+            metavar="PATH",
+            help="A shared table: levels for nuq (default: fitted), codebooks for rvq; or train-vq's folder.",
+        ),
     ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
     note: Annotated[
@@ -141,7 +145,7 @@ def encode(
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
         measured="all" if check else "sample",
         backend=backend,
-        levels=_table(table),
+        **table_options(table),
     )
     choice = Choice.of(include, exclude, drop, layout)
     listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
@@ -166,20 +170,6 @@ def encode(
     if not listed.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)
     report(found, (Forecast if dry_run else _Outcome).COLUMNS, listed.many, as_json)
-
-
-def _table(path: str | None) -> Any:
-    """The shared table in a file; raises InvalidArgument, OSError, CorruptStream or UnsupportedStream."""
-    if path is None:
-        return None
-    from pqcodec import constants as c
-    from pqcodec.formats.containers.reader import named
-    from pqcodec.stream.source import check_regular
-    from pqcodec.stream.tables import SharedTable
-
-    check_regular(path)
-    with open(path, "rb") as file, named(path):
-        return SharedTable.from_bytes(file.read(c.MAX_TABLE_BYTES + 1))
 
 
 def container(target: str, to: str | None) -> str:

@@ -15,6 +15,7 @@ from pqcodec.tools.tables import console, print_table, shortened, table_width
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
+    from pqcodec.stream.tables import SharedTable
 
 PAIR = ("key", "value")
 _METADATA_WIDTH = 400  # characters of a value; --json has all of it
@@ -36,7 +37,7 @@ def inspect(
         with input_file(item.path) as path, open_encoded(path) as file:
             tensor_list = [_tensor_fields(file, name) for name in file.names]
             whole = {"file": item.path, "file_bytes": file.size, "metadata": file.metadata, "tensors": tensor_list}
-            whole["tables"] = [{"name": table.name, "levels": table.levels} for table in file.tables.values()]
+            whole["tables"] = [_table_fields(table) for table in file.tables.values()]
         return _Outcome(whole, tensors)
 
     listed = inputs(sources, ENCODED)
@@ -44,6 +45,13 @@ def inspect(
     if not listed.many and not as_json:
         found[0].outcome.print()
     report(found, _Outcome.COLUMNS, listed.many, as_json)
+
+
+def _table_fields(table: SharedTable) -> dict[str, Any]:
+    from pqcodec.stream.tables import LevelTable
+
+    levels = {"levels": table.levels} if isinstance(table, LevelTable) else {}
+    return {"name": table.name, "content": table.content, **levels}
 
 
 def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:
@@ -111,7 +119,10 @@ class _Outcome:
             text = value if isinstance(value, str) and value.isprintable() else ascii(value)
             out.print(Text(f"{shown(key)}: {shortened(text, _METADATA_WIDTH)}"))
         for table in whole["tables"]:
-            out.print(Text(f"shared table {table['name']}: {len(table['levels'])} levels"))
+            out.print(Text(f"shared table {table['name']}: {table['content']}"))
+        needed = {t["stream"]["table"]: None for t in self._tensors if t["coded"] and t["stream"]["table"]}
+        for name in needed.keys() - {table["name"] for table in whole["tables"]}:
+            out.print(Text(f"shared table {name}: is needed, and not here"))
         layers = [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]
         if layers and table_width(_LAYER_COLUMNS, layers) <= out.width:
             print_table(out, _LAYER_COLUMNS, layers, _LEFT)

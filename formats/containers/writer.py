@@ -94,8 +94,12 @@ def _moved(file: TensorFile, entry: Entry, check: bool) -> Piece:
 
 def encoded_source(tensor: Any, options: Mapping[str, Any]) -> Source:
     """The stream of a tensor by the options of ``pqcodec.encode``, with the shared table that these name; raises as it does."""
-    stream, levels = MemorySource(codec.encode(tensor, **options)), options.get("levels")
-    return with_tables(stream, tables_by_name(levels)) if isinstance(levels, SharedTable) else stream
+    return with_tables(MemorySource(codec.encode(tensor, **options)), tables_by_name(tables_in_options(options)))
+
+
+def tables_in_options(options: Mapping[str, Any]) -> tuple[SharedTable, ...]:
+    """The shared tables among options of ``pqcodec.encode``."""
+    return tuple(table for table in options.values() if isinstance(table, SharedTable))
 
 
 def carried(streams: Sequence[Source]) -> list[SharedTable]:

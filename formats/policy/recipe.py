@@ -17,7 +17,7 @@ from pqcodec import constants as c
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers.reader import LAYOUT, NO_LAYOUT, named
-from pqcodec.formats.containers.writer import Coded, Piece
+from pqcodec.formats.containers.writer import Coded, Piece, tables_in_options
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
@@ -27,18 +27,11 @@ from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checke
 from pqcodec.stages.centre import Rope, check_rope
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
-from pqcodec.stream.tables import SharedTable
 
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
 AUTO = "auto"
-_SIZED = (
-    "center",
-    "rope",
-    "exact_tokens",
-    "chunk_tokens",
-    "levels",
-)  # options that a stream's size depends on; levels where it brings them
+_SIZED = ("center", "rope", "exact_tokens", "chunk_tokens")  # options that every stream's size depends on
 _HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shared
 
 
@@ -124,8 +117,9 @@ class Recipe:
     keys, "auto" ("rope" if a ``rope`` is given, else "mean"), None, "mean" or "rope".
     ``exact_tokens``: None is 4 for keys and values, 0 for others. ``share_bits``: give keys of high energy more bits than
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
-    ``effort``: of the encoder's search. ``pairing``, ``levels``: as in ``pqcodec.encode``. ``measured``: the error is measured
-    on a "sample", on "all" numbers, or "none".
+    ``effort``: of the encoder's search. ``pairing``, ``levels``: as in ``pqcodec.encode``. ``codebooks``: for presets of
+    residual VQ a VectorTable, or a mapping of (role, layer) to one each, (role, None) for all other layers; "auto" then centres
+    nothing, as codebooks learn means. ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -150,6 +144,7 @@ class Recipe:
     pairing: str | None = None
     value_preset: str | None = None
     levels: Any = None
+    codebooks: Any = None
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -158,6 +153,11 @@ class Recipe:
             object.__setattr__(self, "share_bits", False)
         if self.levels is not None:
             checked_levels(self.levels, self.preset)
+        by_vectors = any(preset_of(preset).by_vectors for preset in (self.preset, self.value_preset or self.preset))
+        if by_vectors and self.codebooks is None:
+            raise InvalidArgument("presets of residual VQ need codebooks=, as train_vq and `pqcodec train-vq` make them")
+        if self.center == AUTO and by_vectors:
+            object.__setattr__(self, "center", None)
         checked_effort(self.effort)
         checked_nonfinite(self.nonfinite)
         checked_pairing(self.pairing)
@@ -198,7 +198,20 @@ class Recipe:
             options |= {"pairing": self.pairing}
         if self.levels is not None:
             options |= {"levels": self.levels}
+        if preset_of(self._preset_of(tensor)).by_vectors:
+            options |= {"codebooks": self._codebooks_of(tensor)}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "effort", "chunk_tokens", "backend")}
+
+    def _codebooks_of(self, tensor: TensorRole) -> Any:
+        """The VectorTable of a tensor; raises InvalidArgument where there is none."""
+        if not isinstance(self.codebooks, Mapping):
+            return self.codebooks
+        found = self.codebooks.get((tensor.role, tensor.layer), self.codebooks.get((tensor.role, None)))
+        if found is None:
+            raise InvalidArgument(
+                f"there are no codebooks for {tensor.role} {tensor.layer}; train them, or leave the tensor out"
+            )
+        return found
 
     def exact_vectors(self, tensor: TensorRole, shape: tuple[int, ...], first_token: int = 0) -> np.ndarray:
         """int64 [n, 2]: (leading index, token) of first tokens after padding; ``shape``: [sequences, ..., tokens, head_dim]."""
@@ -223,7 +236,8 @@ class Recipe:
     def stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None) -> int:
         """Bytes of a finite tensor's stream at a preset (None: the recipe's own); raises as ``held_bytes`` does."""
         preset = preset or self._preset_of(tensor)
-        sized = _SIZED if preset_of(preset).by_levels else _SIZED[:-1]
+        chosen = preset_of(preset)
+        sized = (*_SIZED, *(["levels"] if chosen.by_levels else []), *(["codebooks"] if chosen.by_vectors else []))
         options = {key: value for key, value in self.options(tensor).items() if key in sized}
         return codec.encoded_size(shape, dtype, preset=preset, **options)
 
@@ -339,7 +353,7 @@ class Recipe:
         def body() -> Coded:
             return self._encoded(tensors.read(name), name, tensor, preset, starts, callbacks)
 
-        tables = (self.levels,) if isinstance(self.levels, SharedTable) else ()
+        tables = tables_in_options(self.options(tensor))
         return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts), tables)
 
     def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, callbacks: Callbacks) -> Coded:

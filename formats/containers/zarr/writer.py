@@ -29,6 +29,7 @@ from zarr.storage import LocalStore
 
 from pqcodec import __version__, codec
 from pqcodec import constants as c
+from pqcodec.codings.presets import PRESETS
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.reader import LAYOUT, Progress, named
@@ -218,10 +219,14 @@ def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
 
 
 def _codec_of(h: Header) -> PQCodec:
-    """The codec, for the array's document, whose options are those of the stream's header."""
+    """The codec, for the array's document, whose options are those of the stream's header.
+
+    New chunks get pq3 where those that are there have a preset that zarr's codec cannot write: none, or one by codebooks.
+    """
     info = codec.inspect_header(h)
     rope = None if h.rope is None else rope_from_field(h.rope)
-    return PQCodec(info.preset or "pq3", h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
+    preset = info.preset if info.preset and not PRESETS[info.preset].by_vectors else "pq3"
+    return PQCodec(preset, h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
 
 
 def shard_index(sizes: Sequence[int], per_shard: int) -> bytes:
