@@ -263,6 +263,17 @@ TABLES = {
             "a token of generate, ms": number("generate_ms_a_token"),
         },
     ),
+    "vq": Table(
+        ["vq"],
+        lambda found: found["rows"],
+        {
+            "vectors": text("tensor"),
+            "preset": text("preset"),
+            "bits a coordinate": number("bits", ".3f"),
+            "relMSE": number("rel_mse", ".4f"),
+            "known": number("known", ".4f"),
+        },
+    ),
     "files": Table(
         ["io_speed"],
         lambda found: found["rows"],
