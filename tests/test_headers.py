@@ -17,6 +17,7 @@ from pqcodec.errors import PQError
 from pqcodec.stream.checksum import checksum
 
 REFERENCE = {"backend": "reference"}
+BOOKS = pqcodec.VectorTable(np.zeros((2, 16, 8)), np.arange(64))
 ROPE = 48 + 3 * 8  # where its part of the header begins
 Edits = list[tuple[int, str, int]]  # (byte, type, value)
 
@@ -25,7 +26,12 @@ Edits = list[tuple[int, str, int]]  # (byte, type, value)
 def stream(kind: str) -> bytes:
     """A small stream [2, 3, 64] of a preset, or of pq3 with RoPE or kept tokens."""
     turned = {"center": "rope", "rope": Rope()}
-    options = {"rope": turned, "keep": {"keep": [0, 2]}, "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned}}
+    options = {
+        "rvq2": {"preset": "rvq2", "codebooks": BOOKS},
+        "rope": turned,
+        "keep": {"keep": [0, 2]},
+        "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned},
+    }
     return pqcodec.encode(
         np.ones((2, 3, 64), np.float32), **{"preset": "pq3", **options.get(kind, {"preset": kind})}, **REFERENCE
     )
@@ -172,7 +178,9 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
     assert pqcodec.decode(bytes(data), backend=backend).tolist() == usual
 
 
-@pytest.mark.parametrize("kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "nuq2", "kvquant2", "keep", "keep each"])
+@pytest.mark.parametrize(
+    "kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "nuq2", "kvquant2", "rvq2", "keep", "keep each"]
+)
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
     kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}
     size = struct.unpack_from("<I", stream(kind), 8)[0]
