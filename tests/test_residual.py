@@ -87,7 +87,7 @@ def test_backends_write_and_read_the_same_bits(shape: tuple[int, int, int, int],
 
 
 def test_the_first_of_equally_near_entries_is_taken() -> None:
-    from pqcodec.kernels.cpu.residual import nearest_entries
+    from pqcodec.kernels.cpu.residual import entries_by_lanes
 
     rng = np.random.default_rng(0)
     entries = rng.integers(-2, 3, (64, 8)).astype(np.float32)
@@ -95,7 +95,7 @@ def test_the_first_of_equally_near_entries_is_taken() -> None:
     for count in (1, 5, 70):
         x = entries[rng.integers(0, 64, count)] + rng.integers(-1, 2, (count, 8)).astype(np.float32)
         distances = ((x[:, None] - entries) ** 2).sum(2)  # whole numbers
-        for search in (residual.nearest, nearest_entries):
+        for search in (residual.nearest_entries, entries_by_lanes):
             np.testing.assert_array_equal(search(x, Book(entries)), distances.argmin(1))
 
 

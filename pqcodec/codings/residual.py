@@ -20,7 +20,7 @@ _SCALE_BYTES = c.RESIDUAL_SCALE_BITS // 8
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------
-def nearest(x: np.ndarray, book: Book) -> np.ndarray:
+def nearest_entries(x: np.ndarray, book: Book) -> np.ndarray:
     """The entry nearest to each of x float32 [n, channels]: int64 [n]; of those equally near the first.
 
     It is the one of the least |entry|^2 / 2 - <x, entry>, which is computed in float32, from the first channel to the last.
@@ -31,7 +31,7 @@ def nearest(x: np.ndarray, book: Book) -> np.ndarray:
     return score.argmin(1)
 
 
-def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str, search: Search = nearest) -> np.ndarray:
+def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str, search: Search = nearest_entries) -> np.ndarray:
     """Vectors [n, head_dim] of one block -> its bytes without the checksum; ``exponent``: of scales; ``effort`` is not used."""
     assert plan.vectors is not None
     scales, grouped = scaled_groups(np.ldexp(v, -exponent).astype(np.float32), plan.vectors.channels, plan.vectors.groups)

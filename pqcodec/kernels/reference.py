@@ -165,4 +165,4 @@ class Reference:
 
     def nearest(self, x: np.ndarray, book: Book) -> np.ndarray:
         """The entry of a codebook nearest to each of x float32 [n, channels of a group]: int64 [n]."""
-        return residual.nearest(x, book)
+        return residual.nearest_entries(x, book)

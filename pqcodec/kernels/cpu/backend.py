@@ -231,7 +231,7 @@ def _pieces(items: int, bytes_each: int) -> Iterable[tuple[int, int]]:
 
 def _residual_encoders(job: EncodeJob) -> list[Callable[[], int]]:
     """Tasks that encode a block each by residual VQ: nearly all of their time is the search, the only part that is compiled."""
-    plan, code = plan_for(job.header), partial(encode_residual, search=residual.nearest_entries)
+    plan, code = plan_for(job.header), partial(encode_residual, search=residual.entries_by_lanes)
 
     def task(chunk: int, lead: int) -> int:
         encode_job_block(job, plan, chunk, lead, code)
@@ -297,7 +297,7 @@ class Cpu:
         found = np.empty(len(x), np.int64)
 
         def task(first: int) -> int:
-            found[first : first + _SEARCHED] = residual.nearest_entries(x[first : first + _SEARCHED], book)
+            found[first : first + _SEARCHED] = residual.entries_by_lanes(x[first : first + _SEARCHED], book)
             return 0
 
         _run([partial(task, first) for first in range(0, len(x), _SEARCHED)], lambda done: None)

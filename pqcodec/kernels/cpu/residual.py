@@ -25,8 +25,8 @@ _FAR = np.float32(np.inf)
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------
-def nearest_entries(x: np.ndarray, book: Book) -> np.ndarray:
-    """The entry nearest to each of x float32 [n, channels of a group]: int64 [n], as ``codings.residual.nearest``."""
+def entries_by_lanes(x: np.ndarray, book: Book) -> np.ndarray:
+    """The entry nearest to each of x float32 [n, channels of a group]: int64 [n], as ``codings.residual.nearest_entries``."""
     missing = -len(x) % _AT_ONCE
     padded = np.concatenate([x, np.zeros((missing, x.shape[1]), np.float32)]) if missing else np.ascontiguousarray(x)
     found = np.empty(len(padded), np.int64)
