@@ -125,8 +125,9 @@ def test_no_two_public_classes_have_one_name() -> None:
 SAME_VERBS = [  # (names, None: any; modules and folders, in each of which such a name may occur once)
     (  # the public verbs: where the tensor is, how it is coded, what files and the command line call so
         {"encode", "decode", "decode_kept", "decode_together", "inspect", "verify", "means", "convert", "train_vq"},
-        "pqcodec/codec.py pqcodec/training.py pqcodec/host.py pqcodec/device.py pqcodec/codings/split.py pqcodec/codings/paper.py "
-        "pqcodec/codings/quads.py pqcodec/codings/pairs.py pqcodec/codings/scalar.py pqcodec/codings/residual.py "
+        "pqcodec/codec.py pqcodec/training.py pqcodec/host.py pqcodec/device.py "
+        "pqcodec/codings/split.py pqcodec/codings/paper.py pqcodec/codings/quads.py "
+        "pqcodec/codings/pairs.py pqcodec/codings/scalar.py pqcodec/codings/residual.py "
         "formats/containers/kinds.py tools/ tools/store/",
     ),
     (  # kernel families, with the definition of what they compute

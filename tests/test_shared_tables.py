@@ -72,7 +72,7 @@ FORGED = [  # bytes that are no table, and the error
     (RAW + b"\0", CorruptStream),
     (RAW[:4] + b"\2" + RAW[5:], UnsupportedStream),
     (RAW[:5] + b"\xff" + RAW[6:], UnsupportedStream),
-    (RAW[:5] + b"\2" + RAW[6:], CorruptStream),
+    (RAW[:5] + b"\2" + RAW[6:], UnsupportedStream),  # its first two levels are reserved bytes there
     (RAW[:7] + b"\1" + RAW[8:], UnsupportedStream),
     (RAW[:8] + struct.pack("<I", 1 << 31) + RAW[12:], CorruptStream),
     (RAW[:8] + struct.pack("<I", 3) + RAW[12:18], CorruptStream),
