@@ -42,6 +42,8 @@ class SpanRow(NamedTuple):
     position: int  # of token 0 under RoPE, modulo 2^32
     offsets_at: int  # byte of the stream at which the offsets begin
     exact_at: int  # ... and the exact tokens
+    whole_bytes: int  # of a block of a whole chunk
+    last_bytes: int  # ... and of the last chunk, which may have fewer tokens
 
 
 SPAN = SpanRow(*range(len(SpanRow._fields)))
@@ -92,6 +94,8 @@ class Span:
             position=h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0,
             offsets_at=h.places[sections.OFFSETS].start,
             exact_at=h.places[sections.EXACT_TOKENS].start,
+            whole_bytes=h.blocks.chunk_bytes,
+            last_bytes=h.blocks.size(h.chunks - 1) if h.chunks else 0,
         )
 
 

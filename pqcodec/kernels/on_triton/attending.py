@@ -346,7 +346,9 @@ def _rows_share(x: Any) -> ExactRowsShare:
 def _side_share(placed: Placed) -> SideShare:
     h = placed.header
     turn = h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0
-    return SideShare(placed.stream, placed.stream + h.payload_start, h.coded_tokens, h.first_tokens, h.header_bytes, turn)
+    sizes = h.blocks.chunk_bytes, h.blocks.size(h.chunks - 1)
+    starts = placed.stream, placed.stream + h.payload_start
+    return SideShare(*starts, h.coded_tokens, h.first_tokens, h.header_bytes, turn, *sizes)
 
 
 def _tables(h: Header, device: Any) -> Tables:
@@ -367,8 +369,6 @@ def _side_shape(h: Header, tables: Tables) -> SideShape:
         order=tables.order,
         columns=tables.columns,
         row_bytes=tables.row_bytes,
-        beside=h.blocks.beside,
-        align=h.blocks.align,
         chunk=h.chunk_tokens,
         root_budget=tables.root_budget,
         radius_bits=tables.radius_bits,

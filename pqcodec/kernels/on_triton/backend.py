@@ -62,9 +62,6 @@ class Triton:
         blocks.clear_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
-            tables.row_bytes,
-            h.blocks.beside,
-            h.blocks.align,
             h.chunk_tokens,
             TILE=4 * SUM_TILE,
             SEARCH=group.search,
@@ -212,8 +209,6 @@ class Triton:
             "ORDER": tables.order,
             "COLUMNS": tables.columns,
             "ROW_BYTES": tables.row_bytes,
-            "BESIDE": h.blocks.beside,
-            "ALIGN": h.blocks.align,
             "QUAD_BITS": tables.quad_bits,
             "ROOT_BUDGET": tables.root_budget,
             "RADIUS_BITS": tables.radius_bits,

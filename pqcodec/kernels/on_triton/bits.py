@@ -22,12 +22,6 @@ def find_span(firsts, index, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def block_bytes(tokens, row_bytes, beside, align):
-    """Bytes of a block of so many tokens, its checksum included."""
-    return (tokens * row_bytes + beside + align - 1) // align * align
-
-
-@triton.jit
 def get_field(words, bit, width, mask):
     """Fields of ``width`` <= 28 bits that begin at ``bit``, int32. Only words that a field touches are read."""
     shift = (bit & 31).to(tl.uint32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import block_bytes, find_span, get_field, put_field, word_sum
+from pqcodec.kernels.on_triton.bits import find_span, get_field, put_field, word_sum
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     FAR,
@@ -34,7 +34,7 @@ from pqcodec.kernels.on_triton.split import decode_split, encode_split
 
 
 @triton.jit
-def block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH: tl.constexpr):
+def block_place(spans, firsts, index, CHUNK, SEARCH: tl.constexpr):
     """Block ``index``: its span, chunk, lead and tokens, the aligned word it begins in, at which byte (0 .. 3) of that, and how
     many bytes its checksum covers.
     """
@@ -45,7 +45,8 @@ def block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH: t
     chunk = tl.load(span + SPAN.value.first_chunk) + local // leads
     lead = tl.load(span + SPAN.value.first_lead) + local % leads
     tokens = tl.minimum(tl.load(span + SPAN.value.coded) - chunk * CHUNK, CHUNK)
-    size, whole = block_bytes(tokens, ROW_BYTES, BESIDE, ALIGN), block_bytes(CHUNK, ROW_BYTES, BESIDE, ALIGN)
+    whole = tl.load(span + SPAN.value.whole_bytes)
+    size = tl.where(tokens < CHUNK, tl.load(span + SPAN.value.last_bytes), whole)
     start = tl.load(span + SPAN.value.payload) + chunk * tl.load(span + SPAN.value.leading) * whole + lead * size
     skew = (start & 3).to(tl.int32)
     words, covered = (start - skew).to(tl.pointer_type(tl.uint32)), (size - CHECKSUM_BYTES).to(tl.int32)
@@ -53,10 +54,10 @@ def block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH: t
 
 
 @triton.jit
-def clear_blocks(spans, firsts, row_bytes, beside, align, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.constexpr):
+def clear_blocks(spans, firsts, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.constexpr):
     """Write zeros over one block and its checksum."""
     _span, _chunk, _lead, _tokens, words, skew, covered = block_place(
-        spans, firsts, tl.program_id(0).to(tl.int64), row_bytes, beside, align, chunk_tokens, SEARCH
+        spans, firsts, tl.program_id(0).to(tl.int64), chunk_tokens, SEARCH
     )
     start = words.to(tl.pointer_type(tl.uint8)) + skew
     count = covered + CHECKSUM_BYTES
@@ -133,8 +134,6 @@ def encode_stream_blocks(
     ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    BESIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
     ROOT_BUDGET: tl.constexpr,
     RADIUS_BITS: tl.constexpr,
     RADIUS_STEPS: tl.constexpr,
@@ -156,7 +155,7 @@ def encode_stream_blocks(
 ):
     """Encode one block into bytes that hold zeros. Vectors with NaN or Inf are coded as zeros; flags [block] counts them."""
     index = tl.program_id(0).to(tl.int64)
-    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH)
+    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, CHUNK, SEARCH)
     begin = tl.load(span + SPAN.value.exact) + chunk * CHUNK
     start = tl.load(starts + tl.load(span + SPAN.value.starts) + lead)
     stride = tl.load(span + SPAN.value.stride)
@@ -302,8 +301,6 @@ def decode_stream_blocks(
     ORDER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    BESIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
     ROOT_BUDGET: tl.constexpr,
     RADIUS_BITS: tl.constexpr,
     RADIUS_STEPS: tl.constexpr,
@@ -319,7 +316,7 @@ def decode_stream_blocks(
 ):
     """Check one block (flags [block] becomes 1 where it is damaged), and decode those of its tokens that its span wants."""
     index = tl.program_id(0).to(tl.int64)
-    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, ROW_BYTES, BESIDE, ALIGN, CHUNK, SEARCH)
+    span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, CHUNK, SEARCH)
     end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
     always = end >= 0
     stored = (get_field(words, end, tl.full([1], 16, tl.int32), always)).to(tl.uint32)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import block_bytes
 from pqcodec.kernels.on_triton.numbers import GROUP, OF_QUADS, PAPER_BITS, SPLIT, load_rows, power_of_two, two_factors
 from pqcodec.kernels.on_triton.offsets import load_offset, phase_parts
 from pqcodec.kernels.on_triton.paper import paper_coordinates, paper_power, paper_radius
@@ -30,8 +29,6 @@ class SideShape(NamedTuple):
     order: int
     columns: int
     row_bytes: int
-    beside: int
-    align: int
     chunk: int
     root_budget: int
     radius_bits: int
@@ -75,6 +72,8 @@ class SideShare(NamedTuple):
     exact: int = 0  # exact tokens before them
     offsets_at: int = 0  # byte of the stream at which the offsets begin
     turn: int = 0  # position of the stream's first token under RoPE, modulo 2^32
+    whole_bytes: int = 0  # of a block of a whole chunk
+    last_bytes: int = 0  # ... and of the last chunk
 
 
 class CodedShare(NamedTuple):
@@ -189,8 +188,8 @@ def tile_units(side, tables, lead, leads, token, mask, SIDE: tl.constexpr, TILE:
     chunk = token // SIDE.value.chunk
     row = token - chunk * SIDE.value.chunk
     tokens = tl.minimum(tl.load(side + OF_SIDE.value.coded) - chunk * SIDE.value.chunk, SIDE.value.chunk)
-    size = block_bytes(tokens, SIDE.value.row_bytes, SIDE.value.beside, SIDE.value.align)
-    whole = block_bytes(SIDE.value.chunk, SIDE.value.row_bytes, SIDE.value.beside, SIDE.value.align)
+    whole = tl.load(side + OF_SIDE.value.whole_bytes)
+    size = tl.where(tokens < SIDE.value.chunk, tl.load(side + OF_SIDE.value.last_bytes), whole)
     block = 8 * (skew + chunk * leads * whole + lead * size)
     groups = tl.arange(0, GROUPS)[None, :] + tl.zeros([TILE, 1], tl.int32)
     group = tl.reshape(tl.minimum(groups, USED - 1), [ROWS])
