@@ -15,8 +15,10 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.backends import device_backend
+from pqcodec.codings.declared import Codebook
+from pqcodec.codings.levels import levels_of
 from pqcodec.codings.registry import CODINGS
-from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
 from pqcodec.kernels.spans import Group, Span
 from pqcodec.options import EncodeOptions, each
 from pqcodec.placed import Placed, aligned, current, lying, one_device
@@ -82,6 +84,7 @@ class EncodeBatch(_Batch):
             for name, turn in zip(presets, ropes, strict=True)
         ]
         headers = [one.header(r.shape, r.dtype) for one, r in zip(options, rows, strict=True)]
+        headers = [with_levels(h, r) for h, r in zip(headers, rows, strict=True)]
         self._prepare(rows, headers, backend, effort, means)
 
     @classmethod
@@ -100,6 +103,11 @@ class EncodeBatch(_Batch):
 
         self._device = device = one_device([r.tensor for r in rows])
         self._kernel = device_backend(backend, device, *headers)
+        if any(h.affine and h.affine.outliers for h in headers):
+            raise BackendUnavailable(
+                f"backend {self._kernel.name!r} decodes numbers that are kept apart (presets of kvquant), and does not find them: "
+                "encode x.cpu() by backend 'cpu'"
+            )
         self._rows = rows
         headers = [_with_exponent(h, r.tensor) for r, h in zip(rows, headers, strict=True)]
         if means is not None:
@@ -167,6 +175,21 @@ def _with_exponent(h: Header, x: Any) -> Header:
     coded = torch.atleast_2d(x)[..., h.first_tokens :, :]
     largest = float(torch.where(torch.isfinite(coded), coded, 0).abs().max()) if coded.numel() else 0.0
     return replace(h, radius_exponent=wanted(largest, h.order))
+
+
+def with_levels(h: Header, rows: DeviceRows) -> Header:
+    """A header with levels that are fitted to some runs of tokens, which are copied from the device, where it brings its own.
+
+    Raises BackendUnavailable where a mean is subtracted, which only the device will know.
+    """
+    if h.codebook is None:
+        return h
+    if h.offsets:
+        raise BackendUnavailable(
+            "levels are not fitted on a GPU to numbers whose mean is subtracted: pass levels=, leave out center=, "
+            "or encode x.cpu() by backend 'cpu'"
+        )
+    return replace(h, codebook=Codebook(levels_of(rows, h, None)))
 
 
 def _name_place(x: Any, h: Header, count: int) -> str:

@@ -14,7 +14,7 @@ from pqcodec.stages import centre
 from pqcodec.stream.header import Header
 from pqcodec.stream.prng import splitmix64
 from pqcodec.tensors.numbers import widen
-from pqcodec.tensors.rows import Values
+from pqcodec.tensors.rows import DeviceRows, Values
 
 _SAMPLE = 1 << 15  # numbers that levels are fitted to, about
 _FEWEST = 8  # runs of tokens among them, where there are so many
@@ -29,7 +29,7 @@ def bounds(levels: np.ndarray) -> np.ndarray:
     return (levels[1:] + levels[:-1]) * np.float32(0.5)
 
 
-def levels_of(values: Values, h: Header, offsets: np.ndarray | None) -> tuple[int, ...]:
+def levels_of(values: Values | DeviceRows, h: Header, offsets: np.ndarray | None) -> tuple[int, ...]:
     """The levels for a tensor [leading, tokens, head_dim], fitted to an even selection of its groups of numbers.
 
     Which ones depends on the header's seed. ``offsets``: float32 [leading, head_dim], or None. A number weighs as much as the
@@ -51,7 +51,7 @@ def levels_of(values: Values, h: Header, offsets: np.ndarray | None) -> tuple[in
 
 
 def _centred(
-    values: Values, h: Header, offsets: np.ndarray | None, lead: int, first: int, tokens: int, step: int
+    values: Values | DeviceRows, h: Header, offsets: np.ndarray | None, lead: int, first: int, tokens: int, step: int
 ) -> np.ndarray:
     """Every ``step``-th channel of coded tokens, float64 [n, channels], less offsets; without vectors that are not finite."""
     first += h.first_tokens

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings import angles, quads
+from pqcodec.codings import angles, pairs, quads
 from pqcodec.codings import look_ups as t
+from pqcodec.codings.declared import Affine
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stages import centre
 from pqcodec.stream.header import Header, RopeField
@@ -92,7 +93,7 @@ class Tables:
     points: Any  # float16 [points, 4]
     representatives: Any  # float32 [r, 5]: each with minus half its squared norm
     numbers: Any  # int32 [r, 256]: of the points, by representative and places
-    rotation: Any  # float16 [order, columns]: R
+    rotation: Any  # float16 [order, columns]: R, or without a rotation where channels stand
     partner: Any  # int32 [columns]: the other channel of a RoPE pair
     pair: Any  # int32 [columns]: number of the pair; -1 where a channel does not turn
     sign: Any  # float32 [columns]: -1 for the pair's first channel
@@ -102,7 +103,15 @@ class Tables:
 
 @lru_cache(maxsize=64)
 def tables_on(
-    device: str, coding: int, head_dim: int, row_bits: int, radius_bits: int, seed: int, rounds: int, rope: RopeField | None
+    device: str,
+    coding: int,
+    head_dim: int,
+    row_bits: int,
+    radius_bits: int,
+    seed: int,
+    rounds: int,
+    affine: Affine | None,
+    rope: RopeField | None,
 ) -> Tables:
     """The tables of a kind of streams, on a device."""
     import torch
@@ -111,12 +120,15 @@ def tables_on(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     shape = (1, head_dim)
-    plan = plan_for(Header(coding, c.DTYPE_FLOAT32, shape, row_bits, radius_bits, seed, rounds=rounds))
+    chunk_tokens = affine.tokens if affine else c.DEFAULT_CHUNK_TOKENS
+    h = Header(coding, c.DTYPE_FLOAT32, shape, row_bits, radius_bits, seed, chunk_tokens, rounds=rounds, affine=affine)
+    plan = plan_for(h)
     order, columns = plan.order, 1 << (plan.order - 1).bit_length()
-    nodes, leaves, path = t.node_arrays(order), plan.quads, t.paths(order)
+    treed = order if rounds else c.GROUP  # without a rotation there is no tree
+    nodes, leaves, path = t.node_arrays(treed), plan.quads, t.paths(treed)
     kinds = [(table.m_a, table.m_b) for table in plan.tree.tables]
     rotation = np.zeros((order, columns), np.float16)
-    rotation[:, :order] = t.rotation_matrix(order, seed, rounds)
+    rotation[:, :order] = t.rotation_matrix(order, seed, rounds) if rounds else _places(plan)
     circle_steps = [angles.circle_step(n) for n in (leaves.n_a, leaves.n_b)]
     paper = t.paper_levels()
 
@@ -154,6 +166,13 @@ def tables_on(
         **{name: put(array) for name, array in _rope_columns(rope, columns).items()},
         phases=put(centre.phase_tables().copy()),
     )
+
+
+def _places(plan: Plan) -> np.ndarray:
+    """What stands for a rotation where there is none: the two channels of a pair side by side, float16 [order, order]."""
+    if plan.coding != c.CODING_PAIRS:
+        return np.eye(plan.order, dtype=np.float16)
+    return np.eye(plan.order, dtype=np.float16)[np.stack(pairs.channels(plan), 1).ravel()]
 
 
 def _quads(plan: Plan) -> dict[str, Any]:

@@ -127,10 +127,12 @@ class Group:
         words = max(self._words(span.header) for span in spans)
         self.keys = self._put(checksum_keys(words + 1).astype(np.int64))
         self.tables = tables_on(str(self.device), self.header.coding, *self._table_key())
+        wanted = any(span.tokens[0] < span.tokens[1] for span in spans)  # a stream is checked without its shared table
+        self.levels = self._put(np.array([*(self.header.levels if wanted else ()), 0], np.float32))
 
     def _table_key(self) -> tuple[Any, ...]:
         h = self.header
-        return h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.rope
+        return h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine, h.rope
 
     @staticmethod
     def _words(h: Header) -> int:

@@ -41,6 +41,15 @@ class DeviceRows:
         """Addresses of each leading index's row of a token: int64 [leading]."""
         return self.starts + token * self.stride * c.ITEM_BYTES[self.dtype]
 
+    def rows(self, lead: int, first: int, tokens: int) -> np.ndarray:
+        """A copy of a run of tokens in host memory, stored numbers [tokens, head_dim]; waits."""
+        import torch
+
+        x = self.tensor if self.tensor.ndim > 1 else self.tensor[None]
+        part = x[np.unravel_index(lead, self.shape[:-2])][first : first + tokens].contiguous().cpu()
+        found: np.ndarray = (part if self.dtype == c.DTYPE_FLOAT32 else part.view(torch.int16)).numpy()
+        return found if self.dtype == c.DTYPE_FLOAT32 else found.view(np.uint16)
+
 
 @dataclass(frozen=True)
 class Values:

@@ -45,7 +45,8 @@ def takes(verb: str, group: Group) -> bool:
     rope = h.rope is None or h.rope.pairing == c.ROPE_INTERLEAVED or len(h.rope.frequencies) % 8 == 0
     item = c.ITEM_BYTES[h.dtype]
     return (
-        h.head_dim in (_quads_orders(verb, group.effort) if of_quads else ORDERS)
+        h.affine is None
+        and h.head_dim in (_quads_orders(verb, group.effort) if of_quads else ORDERS)
         and (h.chunk_tokens <= MOST_TOKENS or not of_quads or verb == "decode")
         and (h.rounds == 1 or matrix_fits(h.order, h.seed))
         and group.blocks < 1 << 31

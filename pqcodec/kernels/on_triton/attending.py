@@ -353,7 +353,7 @@ def _side_share(placed: Placed) -> SideShare:
 
 def _tables(h: Header, device: Any) -> Tables:
     rope = replace(h.rope, first_position=0) if h.rope else None
-    return tables_on(str(device), h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, rope)
+    return tables_on(str(device), h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine, rope)
 
 
 def _side_tables(h: Header, tables: Tables) -> SideTables:

@@ -11,8 +11,9 @@ from typing import Any
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.job import MEAN_TOKENS
-from pqcodec.kernels.on_triton import blocks, sides
-from pqcodec.kernels.on_triton.numbers import interpreted
+from pqcodec.kernels.on_triton import affine_blocks, blocks, sides
+from pqcodec.kernels.on_triton.affine import affine_shape
+from pqcodec.kernels.on_triton.numbers import Constants, interpreted
 from pqcodec.kernels.spans import MEAN_PARTS, Group
 from pqcodec.stream.header import Header
 
@@ -24,7 +25,8 @@ PAPER_ENCODE_ROWS = ENCODE_ROWS | {64: 32}
 DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
 ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS)
+PAIR_NUMBERS = 2048  # of a tile in which pair polar is encoded
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR)
 _UNITS = 2  # bytes of a unit in which ``sides`` copies
 
 
@@ -35,7 +37,8 @@ class Triton:
 
     def covers(self, header: Header) -> bool:
         """Whether this backend codes streams of such a header."""
-        return header.coding in _CODINGS and not header.last_tokens and not header.keep
+        channels = header.affine.channels if header.affine else 1
+        return header.coding in _CODINGS and not header.last_tokens and not header.keep and not channels & (channels - 1)
 
     def check_device(self, device: Any) -> None:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""
@@ -68,6 +71,16 @@ class Triton:
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+        if h.affine:
+            affine_blocks.encode_affine_blocks[(group.blocks,)](
+                *self._affine_arguments(group),
+                **self._affine_constants(group),
+                SHORTEST=group.effort == "best",
+                ROWS=ENCODE_ROWS[tables.columns],
+                GROUP_ROWS=self._group_rows(h),
+                WIDTH=min(max(PAIR_NUMBERS // self._group_rows(h), 4), tables.columns // 2),
+            )
+            return
         blocks.encode_stream_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
@@ -103,6 +116,14 @@ class Triton:
         if not group.blocks:
             return
         h, tables = group.header, group.tables
+        if h.affine:
+            affine_blocks.decode_affine_blocks[(group.blocks,)](
+                *self._affine_arguments(group),
+                c.LARGEST_FINITE[h.dtype],
+                **self._affine_constants(group),
+                ROWS=ROPE_DECODE_ROWS[tables.columns],
+            )
+            return
         blocks.decode_stream_blocks[(group.blocks,)](
             group.rows,
             group.block_firsts,
@@ -198,6 +219,37 @@ class Triton:
     def _offset_tables(group: Group) -> tuple[Any, ...]:
         tables = group.tables
         return (tables.rotation, tables.partner, tables.pair, tables.sign, tables.frequencies, tables.phases)
+
+    @staticmethod
+    def _group_rows(h: Header) -> int:
+        """Rows of the largest group of tokens, rounded up to a power of two."""
+        assert h.affine is not None
+        return 1 << (h.affine.tokens - 1).bit_length()
+
+    def _affine_arguments(self, group: Group) -> tuple[Any, ...]:
+        read = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, group.levels)
+        return (*read, *self._offset_tables(group)[1:])
+
+    @staticmethod
+    def _affine_constants(group: Group) -> dict[str, Any]:
+        h, tables = group.header, group.tables
+        assert h.affine is not None
+        return {
+            "SHAPE": Constants(affine_shape(h)),
+            "CODING": h.coding,
+            "DTYPE": h.dtype,
+            "HEAD_DIM": h.head_dim,
+            "ORDER": tables.order,
+            "COLUMNS": tables.columns,
+            "INTERLEAVED": h.affine.pairing == c.ROPE_INTERLEAVED,
+            "CHUNK": h.chunk_tokens,
+            "OFFSETS": h.offsets,
+            "ROPE": h.rope is not None,
+            "SEARCH": group.search,
+            "SUM_TILE": SUM_TILE,
+            "num_warps": WARPS,
+            "enable_fp_fusion": False,
+        }
 
     @staticmethod
     def _shape(group: Group) -> dict[str, Any]:

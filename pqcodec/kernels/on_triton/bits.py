@@ -33,6 +33,16 @@ def get_field(words, bit, width, mask):
 
 
 @triton.jit
+def get_word(words, bit, mask):
+    """32 bits that begin at ``bit``, uint32; the second word is read unless the first holds them all."""
+    shift = (bit & 31).to(tl.uint32)
+    at = words + (bit >> 5)
+    low = tl.load(at, mask=mask, other=0)
+    high = tl.load(at + 1, mask=mask & ((bit & 31) > 0), other=0)
+    return (low >> shift) | ((high << 1) << (31 - shift))
+
+
+@triton.jit
 def put_field(words, bit, value, mask):
     """OR fields of up to 32 bits into words that held zeros there, beginning at ``bit``."""
     shift = (bit & 31).to(tl.uint32)

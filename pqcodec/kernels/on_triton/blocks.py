@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.bits import find_span, get_field, put_field, word_sum
+from pqcodec.kernels.on_triton.bits import find_span, get_word, put_field, word_sum
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     FAR,
@@ -64,6 +64,22 @@ def clear_blocks(spans, firsts, chunk_tokens, TILE: tl.constexpr, SEARCH: tl.con
     for first in range(0, count, TILE):
         i = first + tl.arange(0, TILE)
         tl.store(start + i, tl.zeros([TILE], tl.uint8), mask=i < count)
+
+
+@triton.jit
+def whole_block(words, skew, covered, keys, SUM_TILE: tl.constexpr):
+    """1 where a block's checksum holds, 0 where it does not: int32 [1]."""
+    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
+    return (get_word(words, end, end >= 0) == word_sum(words, skew, covered, keys, SUM_TILE)).to(tl.int32)
+
+
+@triton.jit
+def put_checksum(words, skew, covered, keys, SUM_TILE: tl.constexpr):
+    """Write the checksum of a block whose other bytes are written."""
+    tl.debug_barrier()
+    total = word_sum(words, skew, covered, keys, SUM_TILE)
+    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
+    put_field(words, end, total + tl.zeros([1], tl.uint32), end >= 0)
 
 
 @triton.jit
@@ -262,10 +278,7 @@ def encode_stream_blocks(
     if CODING == OF_QUADS:
         at = (skew + tokens * ROW_BYTES) * 8 + tl.zeros([1], tl.int32)
         put_field(words, at, (base - 1 + QUADS.value.least + at * 0) & 0xFFFF, at >= 0)
-    tl.debug_barrier()
-    total = word_sum(words, skew, covered, keys, SUM_TILE)
-    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
-    put_field(words, end, total + tl.zeros([1], tl.uint32), end >= 0)
+    put_checksum(words, skew, covered, keys, SUM_TILE)
 
 
 @triton.jit
@@ -317,13 +330,7 @@ def decode_stream_blocks(
     """Check one block (flags [block] becomes 1 where it is damaged), and decode those of its tokens that its span wants."""
     index = tl.program_id(0).to(tl.int64)
     span, chunk, lead, tokens, words, skew, covered = block_place(spans, firsts, index, CHUNK, SEARCH)
-    end = (skew + covered) * 8 + tl.zeros([1], tl.int32)
-    always = end >= 0
-    stored = (get_field(words, end, tl.full([1], 16, tl.int32), always)).to(tl.uint32)
-    stored |= get_field(words, end + 16, tl.full([1], 16, tl.int32), always).to(tl.uint32) << 16
-    good = word_sum(words, skew, covered, keys, SUM_TILE)
-    tl.store(flags + index + tl.arange(0, 1), (stored != good).to(tl.int32))
-
+    tl.store(flags + index + tl.arange(0, 1), 1 - whole_block(words, skew, covered, keys, SUM_TILE))
     begin = tl.load(span + SPAN.value.exact) + chunk * CHUNK  # the block's first token
     low = tl.maximum(tl.load(span + SPAN.value.first_token) - begin, 0).to(tl.int32)
     high = tl.minimum(tl.load(span + SPAN.value.last_token) - begin, tokens.to(tl.int64)).to(tl.int32)

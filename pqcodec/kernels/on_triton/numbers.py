@@ -89,6 +89,21 @@ SHARE_SHIFT = tl.constexpr(t.SHARE_SHIFT)
 WIDTH_OF_16 = tl.constexpr(t.division(8, 8).width)
 WIDTH_OF_8 = tl.constexpr(t.division(4, 4).width)
 
+# Affine fields
+PAIRS = tl.constexpr(c.CODING_PAIRS)
+TURN = tl.constexpr(c.TURN)
+TURN_TINY = tl.constexpr(c.TURN_TINY)
+TURN_POLYNOMIAL = tl.constexpr(c.TURN_POLYNOMIAL)
+LEAST_EXPONENT = tl.constexpr(c.AFFINE_EXPONENTS[0])
+MOST_EXPONENT = tl.constexpr(c.AFFINE_EXPONENTS[1])
+USUAL = tl.constexpr(c.AFFINE_USUAL[0])
+TOO_LARGE = tl.constexpr(c.AFFINE_USUAL[1])
+USUAL_BITS = tl.constexpr(c.AFFINE_USUAL_BITS)
+EXPONENT_BYTES = tl.constexpr(c.AFFINE_EXPONENT_BYTES)
+COUNT_BYTES = tl.constexpr(c.OUTLIER_COUNT_BYTES)
+SEGMENT = tl.constexpr(c.OUTLIER_SEGMENT)
+NONE = tl.constexpr(3e38)  # beyond every number
+
 # Where a number stands in a row of a table (kernels/device_tables.py); ``len`` of them make the row
 NODE = tl.constexpr(tables.NODE)
 QUAD_ROW = tl.constexpr(tables.QUAD_ROW)
@@ -132,7 +147,12 @@ def load_rows(start, tokens, stride, columns, mask, DTYPE: tl.constexpr):
 @triton.jit
 def store_rows(start, tokens, stride, columns, y, mask, DTYPE: tl.constexpr):
     """Round float32 within the dtype's range to stored numbers, ties to even; arguments as ``load_rows`` takes them."""
-    at = tokens.to(tl.int64)[:, None] * stride + columns[None, :]
+    store_numbers(start, tokens.to(tl.int64)[:, None] * stride + columns[None, :], y, mask, DTYPE)
+
+
+@triton.jit
+def store_numbers(start, at, y, mask, DTYPE: tl.constexpr):
+    """The same of numbers at any elements behind the address ``start``."""
     if DTYPE == FLOAT32:
         tl.store(start.to(tl.pointer_type(tl.float32)) + at, y, mask=mask)
     else:
@@ -148,6 +168,12 @@ def store_rows(start, tokens, stride, columns, y, mask, DTYPE: tl.constexpr):
 def power_of_two(exponent):
     """2^exponent for -126 .. 127, float32."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def half_of(bits):
+    """The float16 numbers in the lower halves of words."""
+    return (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

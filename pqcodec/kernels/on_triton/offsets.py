@@ -16,8 +16,13 @@ from pqcodec.kernels.on_triton.numbers import (
 
 @triton.jit
 def phase_parts(position, frequency, phases):
-    """cos and sin of a token's angle (SPEC 9.2). ``phases`` float32 [4, 256]: cos and sin of coarse, then of fine turns."""
-    turn = (((position * frequency) >> PHASE_TURNS) & 0xFFFF).to(tl.int32)
+    """cos and sin of a token's angle (SPEC 9.2)."""
+    return turn_parts((((position * frequency) >> PHASE_TURNS) & 0xFFFF).to(tl.int32), phases)
+
+
+@triton.jit
+def turn_parts(turn, phases):
+    """cos and sin of phases, in turns / 2^16. ``phases`` float32 [4, 256]: cos and sin of coarse, then of fine turns."""
     high, low = turn >> 8, turn & 255
     cos_h, sin_h = tl.load(phases + high), tl.load(phases + 256 + high)
     cos_l, sin_l = tl.load(phases + 512 + low), tl.load(phases + 768 + low)
@@ -45,14 +50,23 @@ def offset_rows(
     span, lead, tokens, columns, wanted, partner, pair, sign, frequencies, phases, HEAD_DIM: tl.constexpr, ROPE: tl.constexpr
 ):
     """The offset of each token: float32 [R, columns], without RoPE [1, columns]. Tokens count from the tensor's first one."""
+    return offsets_at_places(
+        span, lead, tokens[:, None], columns[None, :], wanted[None, :], partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE
+    )
+
+
+@triton.jit
+def offsets_at_places(
+    span, lead, token, column, wanted, partner, pair, sign, frequencies, phases, HEAD_DIM: tl.constexpr, ROPE: tl.constexpr
+):
+    """The offset of a number of each token and column, which go together as an operation's numbers do: float32."""
     stream, offsets_at = tl.load(span + SPAN.value.stream), tl.load(span + SPAN.value.offsets_at)
-    own = load_offset(stream, offsets_at, lead, columns, wanted, HEAD_DIM)[None, :]
+    own = load_offset(stream, offsets_at, lead, column, wanted, HEAD_DIM)
     if ROPE:
-        partners, pairs = tl.load(partner + columns), tl.load(pair + columns)
-        other = load_offset(stream, offsets_at, lead, partners, wanted, HEAD_DIM)[None, :]
-        turns = pairs >= 0
+        partners, pairs = tl.load(partner + column), tl.load(pair + column)
+        other = load_offset(stream, offsets_at, lead, partners, wanted, HEAD_DIM)
         frequency = tl.load(frequencies + tl.maximum(pairs, 0))
-        position = tokens.to(tl.int64)[:, None] + tl.load(span + SPAN.value.position)
-        cos, sin = phase_parts(position, frequency[None, :], phases)
-        own = tl.where(turns[None, :], turned(own, other, tl.load(sign + columns)[None, :], cos, sin), own)
+        position = token.to(tl.int64) + tl.load(span + SPAN.value.position)
+        cos, sin = phase_parts(position, frequency, phases)
+        own = tl.where(pairs >= 0, turned(own, other, tl.load(sign + column), cos, sin), own)
     return own

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from pqcodec.kernels.on_triton.bits import get_field, put_field
-from pqcodec.kernels.on_triton.numbers import GROUP, QUADS, halves, power_of_two
+from pqcodec.kernels.on_triton.numbers import GROUP, QUADS, half_of, halves, power_of_two
 from pqcodec.kernels.on_triton.rotation import rotated, rotated_back
 from pqcodec.kernels.on_triton.split import radius_code
 
@@ -56,12 +56,6 @@ def quad_units(words, signs, indices, quad, mask, points, ORDER: tl.constexpr, B
     q = tl.load(point + 1) ^ (((negative >> apart) & 1) << 15) ^ (((negative >> (3 * apart)) & 1) << 31)
     v = tl.join(tl.join(half_of(p), half_of(q)), tl.join(half_of(p >> 16), half_of(q >> 16)))
     return tl.reshape(v, [v.shape[0], 4 * v.shape[1]])
-
-
-@triton.jit
-def half_of(word):
-    """The float16 number in a word's lower half."""
-    return (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
