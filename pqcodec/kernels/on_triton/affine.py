@@ -28,7 +28,7 @@ class AffineShape(NamedTuple):
     groups: int = 0  # side by side along the channels
     group_bytes: int = 0  # of the fields of all groups of the same tokens
     zeros: bool = False  # whether a group has a zero beside its scale
-    levels: int = 0  # that codes choose among; 0: an even grid
+    code_levels: int = 0  # that codes choose among; 0: an even grid
     outliers: int = 0  # for which there is room at each end of a whole group's range
 
 
@@ -45,7 +45,7 @@ def affine_shape(h: Header) -> AffineShape:
         groups=h.affine.groups(h.order),
         group_bytes=h.affine.bytes_of(h.order),
         zeros=h.affine.fields == c.AFFINE_SCALE_ZERO,
-        levels=1 << h.row_bits // h.order if h.codebook else 0,
+        code_levels=1 << h.row_bits // h.order if h.codebook else 0,
         outliers=h.affine.outliers,
     )
 

@@ -15,8 +15,9 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.kernels.device_tables import Tables, tables_on
 from pqcodec.kernels.on_triton import attention
+from pqcodec.kernels.on_triton.affine import AffineShape, affine_shape
 from pqcodec.kernels.on_triton.backend import Triton
-from pqcodec.kernels.on_triton.numbers import Constants
+from pqcodec.kernels.on_triton.numbers import Constants, interpreted
 from pqcodec.kernels.on_triton.shares import (
     CodedShare,
     ExactRowsShare,
@@ -65,6 +66,8 @@ def why_not(headers: Sequence[Header]) -> str | None:
     for h in headers:
         if not Triton().covers(h):
             return "no GPU codes such streams"
+        if h.affine and h.affine.outliers:
+            return "numbers are kept apart"
         if h.head_dim > MOST_HEAD_DIM:
             return f"head_dim {h.head_dim} is more than {MOST_HEAD_DIM}"
     return None
@@ -78,7 +81,7 @@ class _Coded:
     count: int
     sides: tuple[Constants, ...]  # SideShape of keys, and of values
     tables: Any  # int64 [2, SideTables]
-    keeps: list[Tables]
+    keeps: list[Any]
     skips: bool
 
 
@@ -118,6 +121,7 @@ class TritonAttention:
         self._sequences, self._leads, self._rows = len(totals), leading, heads // leading * self._queries
         self._scale, self._cap, self._window, self._causal = scale, cap, window, causal
         self._dims, self._device, self._totals = head_dims, torch.device(device), totals
+        self._native = not interpreted() and torch.version.hip is None and self._device.type != "xpu"
         self._columns = tuple(1 << max(dim - 1, 15).bit_length() for dim in head_dims)
         widest = 1 << (max(head_dims) - 1).bit_length() if max(head_dims) > 16 else 16
         self._tile = TILES[widest]
@@ -151,12 +155,15 @@ class TritonAttention:
 
     def _coded_groups(self, parts: Sequence[CodedSegment], share: int) -> Iterator[_Coded]:
         """Shares by kind."""
+        import torch
+
         kinds: dict[Any, list[CodedSegment]] = {}
         for part in parts:
             kinds.setdefault(tuple(placed.header.kind for placed in part[1:3] if placed), []).append(part)
         for members in kinds.values():
             headers = [placed.header for placed in members[0][1:3] if placed]
             tables = [_tables(h, self._device) for h in headers]
+            levels = [torch.tensor([*h.levels, 0], dtype=torch.float32, device=self._device) for h in headers]
             rows = [
                 _flat(
                     CodedShare(
@@ -179,9 +186,9 @@ class TritonAttention:
             yield _Coded(
                 self._put(rows),
                 len(rows),
-                tuple(Constants(_side_shape(h, t)) for h, t in zip(headers, tables, strict=True)),
-                self._put([_side_tables(h, t) for h, t in zip(headers, tables, strict=True)]),
-                tables,
+                tuple(Constants(_side_shape(h, t, self._native)) for h, t in zip(headers, tables, strict=True)),
+                self._put([_side_tables(*each) for each in zip(headers, tables, levels, strict=True)]),
+                [*tables, *levels],
                 any(part.skipped is not None for part in members),
             )
 
@@ -356,12 +363,13 @@ def _tables(h: Header, device: Any) -> Tables:
     return tables_on(str(device), h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine, rope)
 
 
-def _side_tables(h: Header, tables: Tables) -> SideTables:
-    addresses = [getattr(tables, name).data_ptr() for name in SideTables._fields[:-1]]
-    return SideTables._make([*addresses, h.radius_exponent])
+def _side_tables(h: Header, tables: Tables, levels: Any) -> SideTables:
+    addresses = [getattr(tables, name).data_ptr() for name in SideTables._fields[:-2]]
+    return SideTables._make([*addresses, levels.data_ptr(), h.radius_exponent])
 
 
-def _side_shape(h: Header, tables: Tables) -> SideShape:
+def _side_shape(h: Header, tables: Tables, native: bool) -> SideShape:
+    affine = affine_shape(h)
     pairs = len(h.rope.frequencies) if h.rope else 0
     return SideShape(
         coding=h.coding,
@@ -380,4 +388,8 @@ def _side_shape(h: Header, tables: Tables) -> SideShape:
         pairs=pairs,
         pair_columns=max(8, 1 << max(pairs - 1, 0).bit_length()),
         interleaved=h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED,
+        fine=h.affine is not None and h.dtype == c.DTYPE_FLOAT32,
+        native=native,
+        interleaved_units=h.affine is not None and h.affine.pairing == c.ROPE_INTERLEAVED,
+        **{name: getattr(affine, name) for name in SideShape._fields if name in AffineShape._fields and name != "row_bytes"},
     )

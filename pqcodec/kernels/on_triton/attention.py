@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from pqcodec.kernels.on_triton.numbers import GROUP, LARGEST, power_of_two
+from pqcodec.kernels.on_triton.affine_units import first_tile, side_product, side_units
 from pqcodec.kernels.on_triton.shares import (
     CODED,
     CODED_FIELDS,
@@ -32,7 +33,6 @@ from pqcodec.kernels.on_triton.shares import (
     side_offset,
     skipped_tokens,
     tile_turns,
-    tile_units,
 )
 
 
@@ -52,6 +52,7 @@ def tile_scores(
     tables,
     lead,
     leads,
+    first,
     token,
     inside,
     coarse,
@@ -67,8 +68,9 @@ def tile_scores(
     TILE: tl.constexpr,
 ):
     """Scores of some coded tokens with rows of queries: float32 [R, TILE]."""
-    units, factor = tile_units(side, tables, lead, leads, token, inside, SIDE, TILE)
-    scores = product(coarse, fine, exponent, tl.trans(units)) * factor[None, :]
+    aligned: tl.constexpr = SIDE.value.group_tokens % TILE == 0
+    high, low, factor = side_units(side, tables, lead, leads, first, token, inside, SIDE, TILE, aligned)
+    scores = side_product(coarse, fine, exponent, tl.trans(high), tl.trans(low), SIDE) * factor[None, :]
     if SIDE.value.offsets:
         scores += still[:, None]
         if SIDE.value.pairs > 0:
@@ -187,13 +189,13 @@ def attend_to_codes(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUES.value.columns], tl.float32)
     turned = tl.zeros([ROWS, 2 * VALUES.value.pair_columns], tl.float32)  # sum of weights times ``tile_turns``
-    last = tl.load(share + CODED.value.last)
-    for first in range(tl.load(share + CODED.value.first), last, TILE):
+    begin, last = tl.load(share + CODED.value.first), tl.load(share + CODED.value.last)
+    for first in range(first_tile(keys, begin, KEYS, TILE), last, TILE):
         token = first + tl.arange(0, TILE)
-        inside = token < last
+        inside = (token >= begin) & (token < last)
         position = token + tl.load(share + CODED.value.position)
         scores = tile_scores(
-            keys, key_tables, lead, leads, token, inside, coarse, fine, exponent, still,
+            keys, key_tables, lead, leads, first, token, inside, coarse, fine, exponent, still,
             m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED, TILE,
         )  # fmt: skip
         seen = inside
@@ -201,9 +203,9 @@ def attend_to_codes(
             seen = seen & (skipped_tokens(share, lead, token, inside) == 0)
         seen = seen[None, :] & (position[None, :] >= low[:, None]) & (position[None, :] <= high[:, None])
         weights, most, total, shrunk = weigh(tl.where(seen, scores, float("-inf")), most, total)
-        units, factor = tile_units(values, value_tables, lead, leads, token, inside, VALUES, TILE)
+        high_units, low_units, factor = side_units(values, value_tables, lead, leads, first, token, inside, VALUES, TILE, False)
         heavy, light, power = normal_halves(weights * factor[None, :])
-        acc = acc * shrunk[:, None] + product(heavy, light, power, units)
+        acc = acc * shrunk[:, None] + side_product(heavy, light, power, high_units, low_units, VALUES)
         if VALUES.value.pairs > 0:
             heavy, light, power = normal_halves(weights)
             angles = tile_turns(values, value_tables, token, VALUES)
@@ -356,12 +358,12 @@ def score_codes(
     keys = share + CODED.value.keys
     coarse, fine, exponent = rotated_queries(query, place, mask, scale, key_tables, KEYS, ROWS)
     still, m_coarse, m_fine, m_exponent = mean_products(query, place, mask, scale, keys, lead, KEYS, ROWS)
-    last = tl.load(share + CODED.value.last)
-    for first in range(tl.load(share + CODED.value.first), last, TILE):
+    begin, last = tl.load(share + CODED.value.first), tl.load(share + CODED.value.last)
+    for first in range(first_tile(keys, begin, KEYS, TILE), last, TILE):
         token = first + tl.arange(0, TILE)
-        inside = token < last
+        inside = (token >= begin) & (token < last)
         scores = tile_scores(
-            keys, key_tables, lead, leads, token, inside, coarse, fine, exponent, still,
+            keys, key_tables, lead, leads, first, token, inside, coarse, fine, exponent, still,
             m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED, TILE,
         )  # fmt: skip
         wanted = inside

@@ -6,6 +6,7 @@ once for each module that names it, so indices that belong together are one cons
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple, Self
 
@@ -103,6 +104,8 @@ EXPONENT_BYTES = tl.constexpr(c.AFFINE_EXPONENT_BYTES)
 COUNT_BYTES = tl.constexpr(c.OUTLIER_COUNT_BYTES)
 SEGMENT = tl.constexpr(c.OUTLIER_SEGMENT)
 NONE = tl.constexpr(3e38)  # beyond every number
+RADIANS = tl.constexpr(2 * math.pi / c.TURN)  # of a unit of an angle
+UNIT_BITS = tl.constexpr(14)  # float16 holds numbers below 2^15 whose exponents these are
 
 # Where a number stands in a row of a table (kernels/device_tables.py); ``len`` of them make the row
 NODE = tl.constexpr(tables.NODE)

@@ -28,7 +28,7 @@ def scalar_fields(words, block, tokens, row, column, mask, SHAPE: tl.constexpr):
 def scalar_levels(words, block, row, column, mask, levels, SHAPE: tl.constexpr):
     """Levels of the channels ``column`` of some rows, float32 [R, C]."""
     code = codes_at(words, block + row * (8 * SHAPE.value.row_bytes), column, mask, SHAPE.value.bits)
-    if SHAPE.value.levels > 0:
+    if SHAPE.value.code_levels > 0:
         level = tl.load(levels + code)
     elif SHAPE.value.zeros:
         level = code.to(tl.float32)
@@ -67,10 +67,10 @@ def put_scalar_fields(words, block, tokens, row, low, high, mask, SHAPE: tl.cons
     zero = low * 0.0
     if SHAPE.value.zeros:
         least = low
-        if SHAPE.value.levels > 0:  # the middle of the range
+        if SHAPE.value.code_levels > 0:  # the middle of the range
             least = (low + high) * 0.5
         zero = put_half(words, bit + 16 * SHAPE.value.groups, least + 0.0, wanted)
-    if SHAPE.value.levels > 0:
+    if SHAPE.value.code_levels > 0:
         step = tl.maximum(high - zero, zero - low)
     elif SHAPE.value.zeros:
         step = tl.div_rn(tl.maximum(high - zero, 0.0), zero * 0.0 + ((1 << SHAPE.value.bits) - 1))
@@ -83,10 +83,10 @@ def put_scalar_fields(words, block, tokens, row, low, high, mask, SHAPE: tl.cons
 def scalar_codes(x, step, zero, levels, SHAPE: tl.constexpr):
     """Codes of numbers [R, C], int32."""
     place = tl.div_rn(x - zero, tl.where(step == 0, 1.0, step))
-    if SHAPE.value.levels > 0:
+    if SHAPE.value.code_levels > 0:
         code = (place > NONE).to(tl.int32)
         below = tl.load(levels)
-        for i in range(1, SHAPE.value.levels):
+        for i in range(1, SHAPE.value.code_levels):
             level = tl.load(levels + i)
             code += (place > (level + below) * 0.5).to(tl.int32)
             below = level

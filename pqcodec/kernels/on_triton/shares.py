@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.numbers import GROUP, OF_QUADS, PAPER_BITS, SPLIT, load_rows, power_of_two, two_factors
+from pqcodec.kernels.on_triton.numbers import GROUP, OF_QUADS, PAIRS, PAPER_BITS, SPLIT, load_rows, power_of_two, two_factors
 from pqcodec.kernels.on_triton.offsets import load_offset, phase_parts
+from pqcodec.kernels.on_triton.pairs import channels_of_pair
 from pqcodec.kernels.on_triton.paper import paper_coordinates, paper_power, paper_radius
 from pqcodec.kernels.on_triton.quads import planes, quad_radius, quad_units
 from pqcodec.kernels.on_triton.split import split_radius, split_units
@@ -22,7 +23,7 @@ from pqcodec.kernels.on_triton.split import split_radius, split_units
 
 # -- what a launch is told -------------------------------------------------------------------------------------------
 class SideShape(NamedTuple):
-    """What the kernels are compiled for of keys, or of values: of the header, and of its ``device_tables.Tables``."""
+    """What the kernels are compiled for of keys, or of values: of the header, its ``Tables``, and its ``AffineShape``."""
 
     coding: int
     head_dim: int
@@ -40,6 +41,17 @@ class SideShape(NamedTuple):
     pairs: int  # of channels that turn; 0: none
     pair_columns: int  # their number, rounded up to a power of two, 8 at the least
     interleaved: bool
+    fine: bool  # whether units are sums of two float16 numbers
+    native: bool  # whether there are cosines that an NVIDIA GPU computes itself
+    interleaved_units: bool  # of pair polar: whether a pair's channels are neighbours
+    bits: int  # ... and of the fields of ``AffineShape``; 0 where nothing shares any
+    angle_bits: int
+    group_tokens: int
+    group_channels: int
+    groups: int
+    group_bytes: int
+    zeros: bool
+    code_levels: int
 
 
 class SideTables(NamedTuple):
@@ -60,6 +72,7 @@ class SideTables(NamedTuple):
     rotation: int
     frequencies: int
     phases: int
+    code_levels: int
     radius_exponent: int
 
 
@@ -177,7 +190,7 @@ def for_each_group(x, GROUPS: tl.constexpr):
 
 @triton.jit
 def tile_units(side, tables, lead, leads, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """Coded rows of some tokens of a stream, int64 [TILE]: units float16 [TILE, columns], and their factors float32 [TILE]."""
+    """Coded rows of some tokens of a stream that rotates, int64 [TILE]: units float16 [TILE, columns], and factors float32 [TILE]."""
     GROUPS: tl.constexpr = SIDE.value.columns // GROUP
     USED: tl.constexpr = SIDE.value.order // GROUP
     ROWS: tl.constexpr = TILE * GROUPS
@@ -273,6 +286,15 @@ def side_offset(side, lead, channel, wanted, SIDE: tl.constexpr):
     return load_offset(stream, at, lead, channel, wanted, SIDE.value.head_dim)
 
 
+@triton.jit
+def unit_channels(column, SIDE: tl.constexpr):
+    """The channels that units without a rotation stand for: of pair polar the two of a pair side by side."""
+    if SIDE.value.coding == PAIRS:
+        p, q = channels_of_pair(column // 2, SIDE.value.head_dim, SIDE.value.interleaved_units)
+        column = tl.where(column % 2 == 0, p, q)
+    return column
+
+
 # -- queries ---------------------------------------------------------------------------------------------------------
 @triton.jit
 def load_queries(query, place, mask, channel, scale, HEAD_DIM: tl.constexpr):
@@ -283,7 +305,10 @@ def load_queries(query, place, mask, channel, scale, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def rotated_queries(query, place, mask, scale, tables, SIDE: tl.constexpr, ROWS: tl.constexpr):
-    """R q, as ``normal_halves`` gives it."""
+    """R q, as ``normal_halves`` gives it; of a coding without a rotation q, in the order of its units."""
+    if SIDE.value.bits > 0:
+        channel = unit_channels(tl.arange(0, SIDE.value.columns), SIDE)
+        return normal_halves(load_queries(query, place, mask, channel, scale, SIDE.value.head_dim))
     order = tl.arange(0, SIDE.value.columns)[None, :]
     rotation = half_floats(tables, OF_TABLE.value.rotation)
     found = tl.zeros([ROWS, SIDE.value.columns], tl.float32)
