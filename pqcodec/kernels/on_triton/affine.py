@@ -65,8 +65,13 @@ def short_at(words, bit, mask):
 
 @triton.jit
 def half_at(words, bit, mask):
-    """Fields of float16, float32: NaN counts as 0, an infinity as the largest finite number of its sign."""
-    field = short_at(words, bit, mask)
+    """Fields of float16, as ``finite_half`` gives them."""
+    return finite_half(short_at(words, bit, mask))
+
+
+@triton.jit
+def finite_half(field):
+    """The float16 of fields of 16 bits, float32: NaN counts as 0, an infinity as the largest finite number of its sign."""
     size = field & 0x7FFF
     size = tl.where(size > 0x7C00, 0, tl.minimum(size, 0x7BFF))
     return half_of(size | (field & 0x8000)).to(tl.float32)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from pqcodec.kernels.on_triton.affine import block_exponent
-from pqcodec.kernels.on_triton.bits import get_word
+from pqcodec.kernels.on_triton.affine import block_exponent, fields_bit, finite_half, half_at
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     LEAST_EXPONENT,
@@ -24,28 +23,43 @@ from pqcodec.kernels.on_triton.numbers import (
     power_of_two,
 )
 from pqcodec.kernels.on_triton.offsets import turn_parts
-from pqcodec.kernels.on_triton.pairs import pair_fields
-from pqcodec.kernels.on_triton.scalar import for_each_channel, scalar_fields
+from pqcodec.kernels.on_triton.scalar import for_each_channel
 from pqcodec.kernels.on_triton.shares import OF_SIDE, OF_TABLE, floats, tile_units
 
 
 # -- codes -----------------------------------------------------------------------------------------------------------
 @triton.jit
-def each_code(words, bit, mask, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes of rows that begin at ``bit`` [R, 1], uint32 [R, COLUMNS]; bits of later ones stand above each.
+def words_at(words, bit):
+    """32 bits that begin at ``bit``, uint32, where more bytes of the same block follow them."""
+    shift = (bit & 31).to(tl.uint32)
+    at = words + (bit >> 5)
+    return (tl.load(at) >> shift) | ((tl.load(at + 1) << 1) << (31 - shift))
+
+
+@triton.jit
+def row_codes(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
+    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, uint32 [R, COLUMNS]; bits of later ones stand above each.
 
     A word is read for four of them, or for two of more than 8 bits.
     """
+    BITS: tl.constexpr = SIDE.value.bits
+    TOGETHER: tl.constexpr = 2 if BITS > 8 else 4
+    index = tl.minimum(tl.arange(0, COLUMNS // TOGETHER), COUNT // TOGETHER - 1)[None, :]
+    word = words_at(words, bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * BITS))
     if BITS > 8:
-        at = bit + (2 * BITS) * tl.arange(0, COLUMNS // 2)[None, :]
-        word = get_word(words, at, mask & (at >= 0))
         codes = tl.join(word, word >> BITS)
     else:
-        at = bit + (4 * BITS) * tl.arange(0, COLUMNS // 4)[None, :]
-        word = get_word(words, at, mask & (at >= 0))
         two = tl.join(word, word >> (2 * BITS))
         codes = tl.join(two, two >> BITS)
     return tl.reshape(codes, [word.shape[0], COLUMNS])
+
+
+@triton.jit
+def row_fields(words, bit, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """COUNT fields of 16 bits that begin at ``bit`` [R, 1], int32 [R, COLUMNS]; those from COUNT on are some of them again."""
+    index = tl.minimum(tl.arange(0, COLUMNS // 4), (COUNT - 1) // 4)[None, :]
+    two = tl.join(words_at(words, bit + 64 * index), words_at(words, bit + 64 * index + 32))
+    return tl.reshape(tl.join(two & 0xFFFF, two >> 16), [two.shape[0], COLUMNS]).to(tl.int32)
 
 
 @triton.jit
@@ -64,19 +78,21 @@ def unit_power(bound):
 
 
 @triton.jit
-def pair_units(words, bit, rows, tokens, row, mask, phases, SIDE: tl.constexpr):
-    """Pairs of rows that begin at bits ``rows`` [R, 1], as units float32 [R, columns], and the exponents of their powers.
+def pair_units(words, bit, row, fields, phases, SIDE: tl.constexpr):
+    """Pairs of rows [R, 1] as units float32 [R, columns], and the exponents of their powers; ``bit``: of their blocks.
 
-    ``bit``: of their blocks, of so many tokens; ``row``: a row of the group of each, or of all of them.
+    ``fields``: bits at which the fields of each row's group begin, [R, 1], or of all rows' [1, 1].
     """
-    PAIR_COLUMNS: tl.constexpr = SIDE.value.columns // 2
+    PAIRS_OF_ROW: tl.constexpr = SIDE.value.order // 2
+    COLUMNS: tl.constexpr = SIDE.value.columns // 2
     RADIUS_BITS: tl.constexpr = SIDE.value.bits - SIDE.value.angle_bits
     RADII: tl.constexpr = 1 << RADIUS_BITS
     ANGLES: tl.constexpr = 1 << SIDE.value.angle_bits
-    codes = each_code(words, rows, mask, SIDE.value.bits, PAIR_COLUMNS)
-    pair = tl.arange(0, PAIR_COLUMNS)[None, :]
-    there = (pair < SIDE.value.groups) & (row >= 0)
-    start, step, first, wide = pair_fields(words, bit, tokens, row, pair, there, SIDE)
+    codes = row_codes(words, bit, row, PAIRS_OF_ROW, COLUMNS, SIDE)
+    start = finite_half(row_fields(words, fields, PAIRS_OF_ROW, COLUMNS))
+    step = finite_half(row_fields(words, fields + 16 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS))
+    first = row_fields(words, fields + 32 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS)
+    wide = row_fields(words, fields + 48 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS)
     power = unit_power(tl.abs(start) + RADII * tl.abs(step))
     start, step = start * power_of_two(power), step * power_of_two(power)
     radius = one_and(codes, SIDE.value.angle_bits, RADIUS_BITS) * (RADII * step) + (start + (0.5 - RADII) * step)
@@ -92,15 +108,18 @@ def pair_units(words, bit, rows, tokens, row, mask, phases, SIDE: tl.constexpr):
 
 
 @triton.jit
-def scalar_units(words, bit, rows, tokens, row, mask, levels, SIDE: tl.constexpr):
+def scalar_units(words, bit, row, fields, levels, SIDE: tl.constexpr):
     """The same of scalar coding."""
     COLUMNS: tl.constexpr = SIDE.value.columns
     WIDTH: tl.constexpr = min(SIDE.value.group_channels, COLUMNS)
     LEVELS: tl.constexpr = 1 << SIDE.value.bits
-    codes = (each_code(words, rows, mask, SIDE.value.bits, COLUMNS) & (LEVELS - 1)).to(tl.int32)
-    group = tl.arange(0, COLUMNS // WIDTH)[None, :]
-    there = (group < SIDE.value.groups) & (row >= 0)
-    step, zero = scalar_fields(words, bit, tokens, row, group * WIDTH, there, SIDE)
+    codes = (row_codes(words, bit, row, SIDE.value.order, COLUMNS, SIDE) & (LEVELS - 1)).to(tl.int32)
+    group = tl.arange(0, COLUMNS // WIDTH)[None, :] + 0 * fields
+    at, there = fields + 16 * group, group < SIDE.value.groups
+    step = half_at(words, at, there)
+    zero = step * 0
+    if SIDE.value.zeros:
+        zero = half_at(words, at + 16 * SIDE.value.groups, there)
     most = 1.0 * LEVELS
     if SIDE.value.code_levels > 0:
         level = tl.load(levels + codes)
@@ -115,42 +134,36 @@ def scalar_units(words, bit, rows, tokens, row, mask, levels, SIDE: tl.constexpr
 
 
 @triton.jit
-def affine_units(
-    side, tables, lead, leads, first, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Units and factors as ``side_units`` gives them."""
+def affine_units(side, tables, lead, leads, first, token, SIDE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Units and factors as ``side_units`` gives them; of tokens that the stream has not got, those of others."""
     payload = tl.load(side + OF_SIDE.value.payload)
-    exact = tl.load(side + OF_SIDE.value.exact)
+    exact, coded = tl.load(side + OF_SIDE.value.exact), tl.load(side + OF_SIDE.value.coded)
     if ALIGNED:
         place = first - exact
     else:
-        place = (token - exact)[:, None]
+        place = tl.minimum(tl.maximum(token - exact, 0), coded - 1)[:, None]
     chunk = place // SIDE.value.chunk
     row = (place - chunk * SIDE.value.chunk).to(tl.int32)
-    tokens = tl.minimum(tl.load(side + OF_SIDE.value.coded) - chunk * SIDE.value.chunk, SIDE.value.chunk).to(tl.int32)
+    tokens = tl.minimum(coded - chunk * SIDE.value.chunk, SIDE.value.chunk).to(tl.int32)
     whole = tl.load(side + OF_SIDE.value.whole_bytes)
     size = tl.where(tokens < SIDE.value.chunk, tl.load(side + OF_SIDE.value.last_bytes), whole).to(tl.int32)
     before = chunk * leads * whole + lead * size
     if ALIGNED:  # then places in the one block take 32 bits
         skew = ((payload + before) & 3).to(tl.int32)
         words = (payload + before - skew).to(tl.pointer_type(tl.uint32))
-        row += tl.zeros([1, 1], tl.int32)
-        bit = 8 * skew
-        rows = bit + (row + tl.arange(0, TILE)[:, None]) * (8 * SIDE.value.row_bytes)
+        bit = 8 * skew + tl.zeros([1, 1], tl.int32)
+        rows = tl.minimum(row + tl.arange(0, TILE)[:, None], tokens - 1)
     else:
         skew = payload & 3
         words = (payload - skew).to(tl.pointer_type(tl.uint32))
         bit = 8 * (skew + before)
-        rows = bit + row * (8 * SIDE.value.row_bytes)
-        row = tl.where(mask[:, None], row, -1)
+        rows = row
+    fields = fields_bit(bit, tokens, row, SIDE)
     if SIDE.value.coding == PAIRS:
-        phases = floats(tables, OF_TABLE.value.phases)
-        units, power = pair_units(words, bit, rows, tokens, row, mask[:, None], phases, SIDE)
+        units, power = pair_units(words, bit, rows, fields, floats(tables, OF_TABLE.value.phases), SIDE)
     else:
-        levels = floats(tables, OF_TABLE.value.code_levels)
-        units, power = scalar_units(words, bit, rows, tokens, row, mask[:, None], levels, SIDE)
-    end = tl.where(row >= 0, bit + 8 * (size - CHECKSUM_BYTES), -1)
-    exponent = block_exponent(words, end, LEAST_EXPONENT, MOST_EXPONENT)
+        units, power = scalar_units(words, bit, rows, fields, floats(tables, OF_TABLE.value.code_levels), SIDE)
+    exponent = block_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
     factor = power_of_two(exponent + power * 0) * power_of_two(-power)
     return units, tl.reshape(tl.broadcast_to(factor, [TILE, 1]), [TILE])
 
@@ -164,7 +177,7 @@ def side_units(
     The second numbers count where SIDE is fine. ALIGNED: the tile begins at the token ``first``, and lies in one group of tokens.
     """
     if SIDE.value.bits > 0:
-        units, factor = affine_units(side, tables, lead, leads, first, token, mask, SIDE, TILE, ALIGNED)
+        units, factor = affine_units(side, tables, lead, leads, first, token, SIDE, TILE, ALIGNED)
         high = units.to(tl.float16)
         low = high
         if SIDE.value.fine:
@@ -190,3 +203,21 @@ def side_product(coarse, fine, exponent, high, low, SIDE: tl.constexpr):
     if SIDE.value.fine:
         found = tl.dot(coarse, low, found)
     return found * power_of_two(exponent)[:, None]
+
+
+@triton.jit
+def unit_scores(coarse, fine, exponent, high, low, factor, SIDE: tl.constexpr):
+    """Rows of queries [R, columns], as ``normal_halves`` gives them, times units of a tile: float32 [R, TILE].
+
+    Of rows that share fields, units stand on the left, where there are many, and both halves of queries in one matrix.
+    """
+    if SIDE.value.bits > 0:
+        ROWS: tl.constexpr = coarse.shape[0]
+        halves = tl.reshape(tl.permute(tl.join(coarse, fine), (2, 0, 1)), [2 * ROWS, coarse.shape[1]])
+        found = tl.dot(high, tl.trans(halves))
+        if SIDE.value.fine:
+            found = tl.dot(low, tl.trans(halves), found)
+        found = tl.trans(tl.sum(tl.reshape(found, [high.shape[0], 2, ROWS]), 1)) * power_of_two(exponent)[:, None]
+    else:
+        found = side_product(coarse, fine, exponent, tl.trans(high), tl.trans(low), SIDE)
+    return found * factor[None, :]

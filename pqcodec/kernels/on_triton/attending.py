@@ -34,6 +34,7 @@ MOST_HEAD_DIM = 256  # a tile of longer vectors does not fit in registers
 SHARE_TOKENS = 256  # of a program, at the least
 RESIDENT = 2  # programs of a multiprocessor
 WARPS = 8
+SCORE_TILE, SCORE_WARPS = 128, 4  # of scores of codes that share affine fields
 MERGE_ROWS = 8  # of a program that merges
 # Tokens of a tile, and rows of queries of a program at the most, by columns
 TILES = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
@@ -305,8 +306,9 @@ class TritonAttention:
         asked = (self._leads, self._rows, self._scale, self._cap)
         shape = self._shape()
         for coded in self._coded:
+            own = shape | (self._score_shape() if coded.sides[0].value.bits else {})
             attention.score_codes[(coded.count, *self._grid)](
-                coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **shape
+                coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **own
             )
         for exact in self._exact:
             attention.score_exact[(exact.count, *self._grid)](
@@ -320,6 +322,11 @@ class TritonAttention:
                 **shape,
             )
         return out
+
+    def _score_shape(self) -> dict[str, Any]:
+        """What is else where keys share affine fields: wide tiles, and rows as few as there are."""
+        rows = 8 if self._rows <= 8 else self._block_rows
+        return {"ROWS": rows, "TILE": SCORE_TILE, "num_warps": SCORE_WARPS}
 
     def _shape(self) -> dict[str, Any]:
         return {"CAPPED": self._cap > 0, "ROWS": self._block_rows, "TILE": self._tile, "num_warps": WARPS, "num_stages": 1}

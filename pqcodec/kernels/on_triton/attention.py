@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from pqcodec.kernels.on_triton.numbers import GROUP, LARGEST, power_of_two
-from pqcodec.kernels.on_triton.affine_units import first_tile, side_product, side_units
+from pqcodec.kernels.on_triton.affine_units import first_tile, side_product, side_units, unit_scores
 from pqcodec.kernels.on_triton.shares import (
     CODED,
     CODED_FIELDS,
@@ -70,7 +70,7 @@ def tile_scores(
     """Scores of some coded tokens with rows of queries: float32 [R, TILE]."""
     aligned: tl.constexpr = SIDE.value.group_tokens % TILE == 0
     high, low, factor = side_units(side, tables, lead, leads, first, token, inside, SIDE, TILE, aligned)
-    scores = side_product(coarse, fine, exponent, tl.trans(high), tl.trans(low), SIDE) * factor[None, :]
+    scores = unit_scores(coarse, fine, exponent, high, low, factor, SIDE)
     if SIDE.value.offsets:
         scores += still[:, None]
         if SIDE.value.pairs > 0:

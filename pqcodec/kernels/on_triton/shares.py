@@ -307,17 +307,18 @@ def load_queries(query, place, mask, channel, scale, HEAD_DIM: tl.constexpr):
 def rotated_queries(query, place, mask, scale, tables, SIDE: tl.constexpr, ROWS: tl.constexpr):
     """R q, as ``normal_halves`` gives it; of a coding without a rotation q, in the order of its units."""
     if SIDE.value.bits > 0:
-        channel = unit_channels(tl.arange(0, SIDE.value.columns), SIDE)
-        return normal_halves(load_queries(query, place, mask, channel, scale, SIDE.value.head_dim))
-    order = tl.arange(0, SIDE.value.columns)[None, :]
-    rotation = half_floats(tables, OF_TABLE.value.rotation)
-    found = tl.zeros([ROWS, SIDE.value.columns], tl.float32)
-    for first in range(0, SIDE.value.head_dim, GROUP):
-        channel = first + tl.arange(0, GROUP)
-        q = load_queries(query, place, mask, channel, scale, SIDE.value.head_dim)
-        at = rotation + order * SIDE.value.columns + channel[:, None]
-        r = tl.load(at, mask=(order < SIDE.value.order) & (channel[:, None] >= 0), other=0.0)
-        found = tl.dot(q, r.to(tl.float32), found, input_precision="ieee")
+        units = unit_channels(tl.arange(0, SIDE.value.columns), SIDE)
+        found = load_queries(query, place, mask, units, scale, SIDE.value.head_dim)
+    else:
+        order = tl.arange(0, SIDE.value.columns)[None, :]
+        rotation = half_floats(tables, OF_TABLE.value.rotation)
+        found = tl.zeros([ROWS, SIDE.value.columns], tl.float32)
+        for first in range(0, SIDE.value.head_dim, GROUP):
+            channel = first + tl.arange(0, GROUP)
+            q = load_queries(query, place, mask, channel, scale, SIDE.value.head_dim)
+            at = rotation + order * SIDE.value.columns + channel[:, None]
+            r = tl.load(at, mask=(order < SIDE.value.order) & (channel[:, None] >= 0), other=0.0)
+            found = tl.dot(q, r.to(tl.float32), found, input_precision="ieee")
     return normal_halves(found)
 
 
