@@ -37,21 +37,34 @@ def words_at(words, bit):
 
 
 @triton.jit
-def row_codes(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
-    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, uint32 [R, COLUMNS]; bits of later ones stand above each.
-
-    A word is read for four of them, or for two of more than 8 bits.
-    """
-    BITS: tl.constexpr = SIDE.value.bits
-    TOGETHER: tl.constexpr = 2 if BITS > 8 else 4
+def row_words(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
+    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, four to a word, or two of more than 8 bits."""
+    TOGETHER: tl.constexpr = 2 if SIDE.value.bits > 8 else 4
     index = tl.minimum(tl.arange(0, COLUMNS // TOGETHER), COUNT // TOGETHER - 1)[None, :]
-    word = words_at(words, bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * BITS))
-    if BITS > 8:
-        codes = tl.join(word, word >> BITS)
+    return words_at(words, bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * SIDE.value.bits))
+
+
+@triton.jit
+def moved(word, FROM: tl.constexpr, TO: tl.constexpr):
+    """A word whose bit FROM stands at TO."""
+    if FROM > TO:
+        return word >> (FROM - TO)
     else:
-        two = tl.join(word, word >> (2 * BITS))
-        codes = tl.join(two, two >> BITS)
-    return tl.reshape(codes, [word.shape[0], COLUMNS])
+        return word << (TO - FROM)
+
+
+@triton.jit
+def codes_of(word, FROM: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, SIDE: tl.constexpr):
+    """WIDTH bits, from FROM on, of each code of ``row_words``, uint32 [R, COLUMNS] that hold them from bit TO on."""
+    BITS: tl.constexpr = SIDE.value.bits
+    if BITS > 8:
+        codes = tl.join(moved(word, FROM, TO), moved(word, FROM + BITS, TO))
+        codes = tl.reshape(codes, [word.shape[0], 2 * word.shape[1]])
+    else:
+        even = tl.join(moved(word, FROM, TO), moved(word, FROM + 2 * BITS, TO))
+        odd = tl.join(moved(word, FROM + BITS, TO), moved(word, FROM + 3 * BITS, TO))
+        codes = tl.reshape(tl.join(even, odd), [word.shape[0], 4 * word.shape[1]])
+    return codes & (((1 << WIDTH) - 1) << TO)
 
 
 @triton.jit
@@ -63,10 +76,9 @@ def row_fields(words, bit, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def one_and(codes, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """1 + k / 2^BITS of the BITS bits k of a code above the lowest SHIFT, float32: its bits are put there, not converted."""
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    return (((codes << (23 - BITS - SHIFT)) & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
+def one_and(word, FROM: tl.constexpr, WIDTH: tl.constexpr, one, SIDE: tl.constexpr):
+    """1 + k / 2^WIDTH of the same bits k, float32: they are put there, not converted. ``one``: the bits of 1."""
+    return (codes_of(word, FROM, WIDTH, 23 - WIDTH, SIDE) | one).to(tl.float32, bitcast=True)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -78,42 +90,47 @@ def unit_power(bound):
 
 
 @triton.jit
-def pair_units(words, bit, row, fields, phases, SIDE: tl.constexpr):
-    """Pairs of rows [R, 1] as units float32 [R, columns], and the exponents of their powers; ``bit``: of their blocks.
-
-    ``fields``: bits at which the fields of each row's group begin, [R, 1], or of all rows' [1, 1].
+def pair_terms(words, fields, SIDE: tl.constexpr):
+    """What makes units of the pairs of groups whose fields begin at bits ``fields`` [R, 1], [R, columns / 2] each: scale and start
+    of radii, scale and start of angles (``native``: in radians), and the exponents of the units' powers [R, 1].
     """
-    PAIRS_OF_ROW: tl.constexpr = SIDE.value.order // 2
+    COUNT: tl.constexpr = SIDE.value.order // 2
     COLUMNS: tl.constexpr = SIDE.value.columns // 2
-    RADIUS_BITS: tl.constexpr = SIDE.value.bits - SIDE.value.angle_bits
-    RADII: tl.constexpr = 1 << RADIUS_BITS
+    RADII: tl.constexpr = 1 << (SIDE.value.bits - SIDE.value.angle_bits)
     ANGLES: tl.constexpr = 1 << SIDE.value.angle_bits
-    codes = row_codes(words, bit, row, PAIRS_OF_ROW, COLUMNS, SIDE)
-    start = finite_half(row_fields(words, fields, PAIRS_OF_ROW, COLUMNS))
-    step = finite_half(row_fields(words, fields + 16 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS))
-    first = row_fields(words, fields + 32 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS)
-    wide = row_fields(words, fields + 48 * PAIRS_OF_ROW, PAIRS_OF_ROW, COLUMNS)
+    start = finite_half(row_fields(words, fields, COUNT, COLUMNS))
+    step = finite_half(row_fields(words, fields + 16 * COUNT, COUNT, COLUMNS))
+    first = row_fields(words, fields + 32 * COUNT, COUNT, COLUMNS)
+    wide = row_fields(words, fields + 48 * COUNT, COUNT, COLUMNS)
     power = unit_power(tl.abs(start) + RADII * tl.abs(step))
     start, step = start * power_of_two(power), step * power_of_two(power)
-    radius = one_and(codes, SIDE.value.angle_bits, RADIUS_BITS) * (RADII * step) + (start + (0.5 - RADII) * step)
-    if SIDE.value.native:  # a thousandth of a float16's last digit
-        spread, begin = wide * ANGLES, first + (wide >> 1) - wide * ANGLES
-        angle = one_and(codes, 0, SIDE.value.angle_bits) * (spread * RADIANS) + begin * RADIANS
-        cos, sin = libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    if SIDE.value.native:
+        return RADII * step, start + (0.5 - RADII) * step, wide * ANGLES * RADIANS, (first + (wide >> 1) - wide * ANGLES) * RADIANS, power
     else:
-        cell = (codes & (ANGLES - 1)).to(tl.int32)
-        cos, sin = turn_parts((first + ((2 * cell + 1) * wide >> 1)) & (TURN - 1), phases)
-    units = tl.join(radius * cos, radius * sin)
-    return tl.reshape(units, [units.shape[0], SIDE.value.columns]), power
+        return RADII * step, start + (0.5 - RADII) * step, wide, first, power
 
 
 @triton.jit
-def scalar_units(words, bit, row, fields, levels, SIDE: tl.constexpr):
-    """The same of scalar coding."""
+def pair_units(word, radii, start, wide, first, phases, SIDE: tl.constexpr):
+    """Codes of pairs, as ``row_words`` gives them, by their ``pair_terms`` as units, float32 [R, columns]."""
+    one = tl.load(phases).to(tl.uint32, bitcast=True)  # a cosine of 0; as a constant it would take an instruction at every use
+    radius = one_and(word, SIDE.value.angle_bits, SIDE.value.bits - SIDE.value.angle_bits, one, SIDE) * radii + start
+    if SIDE.value.native:  # a thousandth of a float16's last digit
+        angle = one_and(word, 0, SIDE.value.angle_bits, one, SIDE) * wide + first
+        cos, sin = libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    else:
+        cell = codes_of(word, 0, SIDE.value.angle_bits, 0, SIDE).to(tl.int32)
+        cos, sin = turn_parts((first + ((2 * cell + 1) * wide >> 1)) & (TURN - 1), phases)
+    units = tl.join(radius * cos, radius * sin)
+    return tl.reshape(units, [units.shape[0], SIDE.value.columns])
+
+
+@triton.jit
+def scalar_terms(words, fields, levels, SIDE: tl.constexpr):
+    """The same of scalar coding, [R, columns] each: scales and zeros, twice, and the exponents of the units' powers [R, 1]."""
     COLUMNS: tl.constexpr = SIDE.value.columns
     WIDTH: tl.constexpr = min(SIDE.value.group_channels, COLUMNS)
     LEVELS: tl.constexpr = 1 << SIDE.value.bits
-    codes = (row_codes(words, bit, row, SIDE.value.order, COLUMNS, SIDE) & (LEVELS - 1)).to(tl.int32)
     group = tl.arange(0, COLUMNS // WIDTH)[None, :] + 0 * fields
     at, there = fields + 16 * group, group < SIDE.value.groups
     step = half_at(words, at, there)
@@ -122,78 +139,111 @@ def scalar_units(words, bit, row, fields, levels, SIDE: tl.constexpr):
         zero = half_at(words, at + 16 * SIDE.value.groups, there)
     most = 1.0 * LEVELS
     if SIDE.value.code_levels > 0:
-        level = tl.load(levels + codes)
         most = tl.maximum(tl.abs(tl.load(levels)), tl.abs(tl.load(levels + (LEVELS - 1))))
-    elif SIDE.value.zeros:
-        level = codes.to(tl.float32)
-    else:
-        level = (codes - LEVELS // 2).to(tl.float32)
     power = unit_power(most * tl.abs(step) + tl.abs(zero))
-    step, zero = step * power_of_two(power), zero * power_of_two(power)
-    return level * for_each_channel(step, COLUMNS) + for_each_channel(zero, COLUMNS), power
+    step = for_each_channel(step * power_of_two(power), COLUMNS)
+    zero = for_each_channel(zero * power_of_two(power), COLUMNS)
+    return step, zero, step, zero, power
 
 
 @triton.jit
-def affine_units(side, tables, lead, leads, first, token, SIDE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Units and factors as ``side_units`` gives them; of tokens that the stream has not got, those of others."""
-    payload = tl.load(side + OF_SIDE.value.payload)
-    exact, coded = tl.load(side + OF_SIDE.value.exact), tl.load(side + OF_SIDE.value.coded)
-    if ALIGNED:
-        place = first - exact
+def scalar_units(word, step, zero, levels, SIDE: tl.constexpr):
+    """Codes of numbers by their ``scalar_terms`` as units, float32 [R, columns]."""
+    code = codes_of(word, 0, SIDE.value.bits, 0, SIDE).to(tl.int32)
+    if SIDE.value.code_levels > 0:
+        level = tl.load(levels + code)
+    elif SIDE.value.zeros:
+        level = code.to(tl.float32)
     else:
-        place = tl.minimum(tl.maximum(token - exact, 0), coded - 1)[:, None]
+        level = (code - (1 << SIDE.value.bits >> 1)).to(tl.float32)
+    return level * step + zero
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def terms_of(words, fields, tables, SIDE: tl.constexpr):
+    """``pair_terms`` or ``scalar_terms``."""
+    if SIDE.value.coding == PAIRS:
+        return pair_terms(words, fields, SIDE)
+    else:
+        return scalar_terms(words, fields, floats(tables, OF_TABLE.value.code_levels), SIDE)
+
+
+@triton.jit
+def units_of(words, bit, row, scale, start, wide, first, tables, SIDE: tl.constexpr):
+    """Units of rows [R, 1] of blocks that begin at ``bit``, as two float16 numbers [R, columns] each; those are ``terms_of``."""
+    if SIDE.value.coding == PAIRS:
+        word = row_words(words, bit, row, SIDE.value.order // 2, SIDE.value.columns // 2, SIDE)
+        units = pair_units(word, scale, start, wide, first, floats(tables, OF_TABLE.value.phases), SIDE)
+    else:
+        word = row_words(words, bit, row, SIDE.value.order, SIDE.value.columns, SIDE)
+        units = scalar_units(word, scale, start, floats(tables, OF_TABLE.value.code_levels), SIDE)
+    high = units.to(tl.float16)
+    low = high
+    if SIDE.value.fine:
+        low = (units - high.to(tl.float32)).to(tl.float16)
+    return high, low
+
+
+@triton.jit
+def row_places(side, lead, leads, place, SIDE: tl.constexpr):
+    """Of coded tokens number ``place``: what is before their blocks in the payload, bytes of the blocks, their tokens, their rows."""
+    coded = tl.load(side + OF_SIDE.value.coded)
     chunk = place // SIDE.value.chunk
     row = (place - chunk * SIDE.value.chunk).to(tl.int32)
     tokens = tl.minimum(coded - chunk * SIDE.value.chunk, SIDE.value.chunk).to(tl.int32)
     whole = tl.load(side + OF_SIDE.value.whole_bytes)
     size = tl.where(tokens < SIDE.value.chunk, tl.load(side + OF_SIDE.value.last_bytes), whole).to(tl.int32)
-    before = chunk * leads * whole + lead * size
-    if ALIGNED:  # then places in the one block take 32 bits
-        skew = ((payload + before) & 3).to(tl.int32)
-        words = (payload + before - skew).to(tl.pointer_type(tl.uint32))
-        bit = 8 * skew + tl.zeros([1, 1], tl.int32)
-        rows = tl.minimum(row + tl.arange(0, TILE)[:, None], tokens - 1)
-    else:
-        skew = payload & 3
-        words = (payload - skew).to(tl.pointer_type(tl.uint32))
-        bit = 8 * (skew + before)
-        rows = row
-    fields = fields_bit(bit, tokens, row, SIDE)
-    if SIDE.value.coding == PAIRS:
-        units, power = pair_units(words, bit, rows, fields, floats(tables, OF_TABLE.value.phases), SIDE)
-    else:
-        units, power = scalar_units(words, bit, rows, fields, floats(tables, OF_TABLE.value.code_levels), SIDE)
-    exponent = block_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
-    factor = power_of_two(exponent + power * 0) * power_of_two(-power)
-    return units, tl.reshape(tl.broadcast_to(factor, [TILE, 1]), [TILE])
+    return chunk * leads * whole + lead * size, size, tokens, row
 
 
 @triton.jit
-def side_units(
-    side, tables, lead, leads, first, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr
-):
+def factor_of(words, bit, size, power):
+    """What units are multiplied by, float32 [R, 1]; ``bit``: of blocks of so many bytes, ``power``: as ``terms_of`` gives them."""
+    exponent = block_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
+    return power_of_two(exponent + power * 0) * power_of_two(-power)
+
+
+@triton.jit
+def affine_units(side, tables, lead, leads, token, SIDE: tl.constexpr):
+    """Units and factors as ``side_units`` gives them, each row's fields read for itself; of tokens beyond the stream, others'."""
+    place = tl.maximum(token - tl.load(side + OF_SIDE.value.exact), 0)
+    place = tl.minimum(place, tl.load(side + OF_SIDE.value.coded) - 1)[:, None]
+    before, size, tokens, row = row_places(side, lead, leads, place, SIDE)
+    payload = tl.load(side + OF_SIDE.value.payload)
+    skew = payload & 3
+    words = (payload - skew).to(tl.pointer_type(tl.uint32))
+    bit = 8 * (skew + before)
+    scale, start, wide, first, power = terms_of(words, fields_bit(bit, tokens, row, SIDE), tables, SIDE)
+    high, low = units_of(words, bit, row, scale, start, wide, first, tables, SIDE)
+    return high, low, tl.reshape(factor_of(words, bit, size, power), [token.shape[0]])
+
+
+@triton.jit
+def group_place(side, lead, leads, first, SIDE: tl.constexpr):
+    """The group of tokens that begins with the token ``first``: its block's words and first bit in them [1, 1], bytes, tokens,
+    the group's first row, and where its fields begin [1, 1].
+    """
+    before, size, tokens, row = row_places(side, lead, leads, first - tl.load(side + OF_SIDE.value.exact), SIDE)
+    address = tl.load(side + OF_SIDE.value.payload) + before
+    skew = (address & 3).to(tl.int32)
+    words = (address - skew).to(tl.pointer_type(tl.uint32))
+    bit = 8 * skew + tl.zeros([1, 1], tl.int32)
+    return words, bit, size, tokens, row, fields_bit(bit, tokens, row, SIDE)
+
+
+@triton.jit
+def side_units(side, tables, lead, leads, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr):
     """Coded rows of some tokens of a stream, int64 [TILE]: units, as two float16 numbers [TILE, columns] each, and factors [TILE].
 
-    The second numbers count where SIDE is fine. ALIGNED: the tile begins at the token ``first``, and lies in one group of tokens.
+    The second numbers count where SIDE is fine.
     """
     if SIDE.value.bits > 0:
-        units, factor = affine_units(side, tables, lead, leads, first, token, SIDE, TILE, ALIGNED)
-        high = units.to(tl.float16)
-        low = high
-        if SIDE.value.fine:
-            low = (units - high.to(tl.float32)).to(tl.float16)
+        high, low, factor = affine_units(side, tables, lead, leads, token, SIDE)
     else:
         high, factor = tile_units(side, tables, lead, leads, token, mask, SIDE, TILE)
         low = high
     return high, low, factor
-
-
-@triton.jit
-def first_tile(side, token, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """The token at which the tile of a token begins: where whole tiles make a group, one of them, else its own."""
-    if SIDE.value.group_tokens % TILE == 0:
-        token -= (token - tl.load(side + OF_SIDE.value.exact)) % TILE
-    return token
 
 
 @triton.jit

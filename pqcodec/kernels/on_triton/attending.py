@@ -6,6 +6,7 @@ the device and on the lengths alone: results are the same from run to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -34,7 +35,9 @@ MOST_HEAD_DIM = 256  # a tile of longer vectors does not fit in registers
 SHARE_TOKENS = 256  # of a program, at the least
 RESIDENT = 2  # programs of a multiprocessor
 WARPS = 8
-SCORE_TILE, SCORE_WARPS = 128, 4  # of scores of codes that share affine fields
+SCORE_TILE, SCORE_WARPS = 64, 4  # of scores of codes that share fields in groups of whole tiles
+SCORE_PROGRAMS = 16  # ... of a multiprocessor
+LEAST_TILE = 16
 MERGE_ROWS = 8  # of a program that merges
 # Tokens of a tile, and rows of queries of a program at the most, by columns
 TILES = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
@@ -145,7 +148,8 @@ class TritonAttention:
     # -- shares ----------------------------------------------------------------------------------------------------
     def _share_tokens(self, coded: Sequence[CodedSegment]) -> int:
         """Coded tokens that a program takes, so that all multiprocessors are busy."""
-        programs = RESIDENT * _multiprocessors(self._device)
+        only_scores = all(part.values is None and part.keys.header.affine for part in coded)
+        programs = (SCORE_PROGRAMS if only_scores else RESIDENT) * _multiprocessors(self._device)
         work = sum(part.tokens[1] - part.tokens[0] for part in coded) * self._grid[0] * self._grid[1]
         wanted = max(SHARE_TOKENS, -(-work // programs))
         return -(-wanted // self._tile) * self._tile
@@ -306,9 +310,9 @@ class TritonAttention:
         asked = (self._leads, self._rows, self._scale, self._cap)
         shape = self._shape()
         for coded in self._coded:
-            own = shape | (self._score_shape() if coded.sides[0].value.bits else {})
-            attention.score_codes[(coded.count, *self._grid)](
-                coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **own
+            kernel, own = self._score_kernel(coded.sides[0])
+            kernel[(coded.count, *self._grid)](
+                coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **shape | own
             )
         for exact in self._exact:
             attention.score_exact[(exact.count, *self._grid)](
@@ -323,10 +327,13 @@ class TritonAttention:
             )
         return out
 
-    def _score_shape(self) -> dict[str, Any]:
-        """What is else where keys share affine fields: wide tiles, and rows as few as there are."""
+    def _score_kernel(self, side: Constants) -> tuple[Any, dict[str, Any]]:
+        """The kernel of scores, and what its shape has else: keys that share fields in groups of whole tiles have their own."""
+        tile = math.gcd(side.value.group_tokens, SCORE_TILE)
+        if not side.value.bits or tile < LEAST_TILE:
+            return attention.score_codes, {}
         rows = 8 if self._rows <= 8 else self._block_rows
-        return {"ROWS": rows, "TILE": SCORE_TILE, "num_warps": SCORE_WARPS}
+        return attention.score_groups, {"ROWS": rows, "TILE": tile, "num_warps": SCORE_WARPS}
 
     def _shape(self) -> dict[str, Any]:
         return {"CAPPED": self._cap > 0, "ROWS": self._block_rows, "TILE": self._tile, "num_warps": WARPS, "num_stages": 1}

@@ -13,12 +13,21 @@ import triton
 import triton.language as tl
 
 from pqcodec.kernels.on_triton.numbers import GROUP, LARGEST, power_of_two
-from pqcodec.kernels.on_triton.affine_units import first_tile, side_product, side_units, unit_scores
+from pqcodec.kernels.on_triton.affine_units import (
+    factor_of,
+    group_place,
+    side_product,
+    side_units,
+    terms_of,
+    unit_scores,
+    units_of,
+)
 from pqcodec.kernels.on_triton.shares import (
     CODED,
     CODED_FIELDS,
     EXACT,
     EXACT_FIELDS,
+    OF_SIDE,
     OF_TABLE,
     exact_positions,
     fine_product,
@@ -52,7 +61,6 @@ def tile_scores(
     tables,
     lead,
     leads,
-    first,
     token,
     inside,
     coarse,
@@ -68,9 +76,16 @@ def tile_scores(
     TILE: tl.constexpr,
 ):
     """Scores of some coded tokens with rows of queries: float32 [R, TILE]."""
-    aligned: tl.constexpr = SIDE.value.group_tokens % TILE == 0
-    high, low, factor = side_units(side, tables, lead, leads, first, token, inside, SIDE, TILE, aligned)
+    high, low, factor = side_units(side, tables, lead, leads, token, inside, SIDE, TILE)
     scores = unit_scores(coarse, fine, exponent, high, low, factor, SIDE)
+    return finished_scores(scores, side, tables, token, still, m_coarse, m_fine, m_exponent, cap, SIDE, CAPPED)
+
+
+@triton.jit
+def finished_scores(
+    scores, side, tables, token, still, m_coarse, m_fine, m_exponent, cap, SIDE: tl.constexpr, CAPPED: tl.constexpr
+):
+    """Scores of coded tokens with what the means add, and capped: float32 [R, TILE]."""
     if SIDE.value.offsets:
         scores += still[:, None]
         if SIDE.value.pairs > 0:
@@ -189,13 +204,13 @@ def attend_to_codes(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUES.value.columns], tl.float32)
     turned = tl.zeros([ROWS, 2 * VALUES.value.pair_columns], tl.float32)  # sum of weights times ``tile_turns``
-    begin, last = tl.load(share + CODED.value.first), tl.load(share + CODED.value.last)
-    for first in range(first_tile(keys, begin, KEYS, TILE), last, TILE):
+    last = tl.load(share + CODED.value.last)
+    for first in range(tl.load(share + CODED.value.first), last, TILE):
         token = first + tl.arange(0, TILE)
-        inside = (token >= begin) & (token < last)
+        inside = token < last
         position = token + tl.load(share + CODED.value.position)
         scores = tile_scores(
-            keys, key_tables, lead, leads, first, token, inside, coarse, fine, exponent, still,
+            keys, key_tables, lead, leads, token, inside, coarse, fine, exponent, still,
             m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED, TILE,
         )  # fmt: skip
         seen = inside
@@ -203,7 +218,7 @@ def attend_to_codes(
             seen = seen & (skipped_tokens(share, lead, token, inside) == 0)
         seen = seen[None, :] & (position[None, :] >= low[:, None]) & (position[None, :] <= high[:, None])
         weights, most, total, shrunk = weigh(tl.where(seen, scores, float("-inf")), most, total)
-        high_units, low_units, factor = side_units(values, value_tables, lead, leads, first, token, inside, VALUES, TILE, False)
+        high_units, low_units, factor = side_units(values, value_tables, lead, leads, token, inside, VALUES, TILE)
         heavy, light, power = normal_halves(weights * factor[None, :])
         acc = acc * shrunk[:, None] + side_product(heavy, light, power, high_units, low_units, VALUES)
         if VALUES.value.pairs > 0:
@@ -358,12 +373,12 @@ def score_codes(
     keys = share + CODED.value.keys
     coarse, fine, exponent = rotated_queries(query, place, mask, scale, key_tables, KEYS, ROWS)
     still, m_coarse, m_fine, m_exponent = mean_products(query, place, mask, scale, keys, lead, KEYS, ROWS)
-    begin, last = tl.load(share + CODED.value.first), tl.load(share + CODED.value.last)
-    for first in range(first_tile(keys, begin, KEYS, TILE), last, TILE):
+    last = tl.load(share + CODED.value.last)
+    for first in range(tl.load(share + CODED.value.first), last, TILE):
         token = first + tl.arange(0, TILE)
-        inside = (token >= begin) & (token < last)
+        inside = token < last
         scores = tile_scores(
-            keys, key_tables, lead, leads, first, token, inside, coarse, fine, exponent, still,
+            keys, key_tables, lead, leads, token, inside, coarse, fine, exponent, still,
             m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED, TILE,
         )  # fmt: skip
         wanted = inside
@@ -372,6 +387,50 @@ def score_codes(
         position = token + tl.load(share + CODED.value.position)
         at = out + place[:, None] * tl.load(share + CODED.value.total) + position[None, :]
         tl.store(at, scores, mask=mask[:, None] & wanted[None, :])
+
+
+@triton.jit
+def score_groups(
+    shares,
+    key_tables,
+    query,
+    out,
+    leads,
+    rows,
+    scale,
+    cap,
+    KEYS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SKIPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Scores as ``score_codes`` leaves them, of keys that share fields in groups of whole tiles: a group's are read once."""
+    share = shares + tl.program_id(0) * CODED_FIELDS
+    lead, _row, mask, place = program_rows(leads, rows, tl.load(share + CODED.value.sequence), ROWS)
+    keys = share + CODED.value.keys
+    coarse, fine, exponent = rotated_queries(query, place, mask, scale, key_tables, KEYS, ROWS)
+    still, m_coarse, m_fine, m_exponent = mean_products(query, place, mask, scale, keys, lead, KEYS, ROWS)
+    begin, last = tl.load(share + CODED.value.first), tl.load(share + CODED.value.last)
+    whole = begin - (begin - tl.load(keys + OF_SIDE.value.exact)) % KEYS.value.group_tokens
+    at = out + place[:, None] * tl.load(share + CODED.value.total) + tl.load(share + CODED.value.position)
+    for first in range(whole, last, KEYS.value.group_tokens):
+        words, bit, size, tokens, group_row, fields = group_place(keys, lead, leads, first, KEYS)
+        scale_terms, start, wide, turn, power = terms_of(words, fields, key_tables, KEYS)
+        factor = tl.reshape(tl.broadcast_to(factor_of(words, bit, size, power), [TILE, 1]), [TILE])
+        for part in range(0, KEYS.value.group_tokens, TILE):
+            local = part + tl.arange(0, TILE)
+            row = tl.minimum(group_row + local, tokens - 1)[:, None]
+            high, low = units_of(words, bit, row, scale_terms, start, wide, turn, key_tables, KEYS)
+            token = first + local
+            scores = unit_scores(coarse, fine, exponent, high, low, factor, KEYS)
+            scores = finished_scores(
+                scores, keys, key_tables, token, still, m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED
+            )
+            wanted = (token >= begin) & (token < last)
+            if SKIPS:
+                wanted = wanted & (skipped_tokens(share, lead, token, wanted) == 0)
+            tl.store(at + token[None, :], scores, mask=mask[:, None] & wanted[None, :])
 
 
 @triton.jit
