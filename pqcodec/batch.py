@@ -20,7 +20,7 @@ from pqcodec.codings.levels import levels_of
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
 from pqcodec.kernels.spans import Group, Span
-from pqcodec.options import EncodeOptions, each
+from pqcodec.options import EncodeOptions, each, unfitted
 from pqcodec.placed import Placed, aligned, current, lying, one_device
 from pqcodec.stages.centre import Halves, Rope, check_means, offset_entries
 from pqcodec.stream.header import DTYPE_NAMES, Header
@@ -59,7 +59,7 @@ class EncodeBatch(_Batch):
     ``streams``: uint8 tensors on the device, one a tensor, complete after ``run``. ``preset`` and ``rope`` are one for all
     tensors or one each; the other options are those of ``encode``. Vectors with NaN or Inf are coded as zeros and make
     ``check`` raise. The paper's preset looks at the numbers once, when the batch is made, to bring its radii into float16's
-    range. ``means``: what is subtracted from tensors that are centred, instead of their own means (``centre.stored_means``).
+    range, and so do presets of levels, which are fitted then. ``means``: what is subtracted from tensors that are centred, instead of their own means (``centre.stored_means``).
     """
 
     def __init__(
@@ -84,7 +84,6 @@ class EncodeBatch(_Batch):
             for name, turn in zip(presets, ropes, strict=True)
         ]
         headers = [one.header(r.shape, r.dtype) for one, r in zip(options, rows, strict=True)]
-        headers = [with_levels(h, r) for h, r in zip(headers, rows, strict=True)]
         self._prepare(rows, headers, backend, effort, means)
 
     @classmethod
@@ -109,7 +108,7 @@ class EncodeBatch(_Batch):
                 "encode x.cpu() by backend 'cpu'"
             )
         self._rows = rows
-        headers = [_with_exponent(h, r.tensor) for r, h in zip(rows, headers, strict=True)]
+        headers = [_with_levels(_with_exponent(h, r.tensor), r) for r, h in zip(rows, headers, strict=True)]
         if means is not None:
             for h in headers:
                 check_means(means, h)
@@ -177,12 +176,12 @@ def _with_exponent(h: Header, x: Any) -> Header:
     return replace(h, radius_exponent=wanted(largest, h.order))
 
 
-def with_levels(h: Header, rows: DeviceRows) -> Header:
-    """A header with levels that are fitted to some runs of tokens, which are copied from the device, where it brings its own.
+def _with_levels(h: Header, rows: DeviceRows) -> Header:
+    """A header with levels that are fitted to some runs of tokens, which are copied from the device, where none are given.
 
     Raises BackendUnavailable where a mean is subtracted, which only the device will know.
     """
-    if h.codebook is None:
+    if h.codebook is None or h.codebook != unfitted(1 << h.row_bits // h.order):
         return h
     if h.offsets:
         raise BackendUnavailable(

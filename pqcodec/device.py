@@ -10,7 +10,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.backends import device_backend
-from pqcodec.batch import DecodeBatch, EncodeBatch, with_levels
+from pqcodec.batch import DecodeBatch, EncodeBatch
 from pqcodec.errors import NonFiniteInput
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
@@ -38,8 +38,6 @@ def encode(
     rows = device_rows(x)
     header = options.header(rows.shape, rows.dtype, numpy)
     device_backend(backend, x.device, header)
-    if options.levels is None:
-        header = with_levels(header, rows)
     kept = exact.coded_rows(header, options.exact_vectors)
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():

@@ -90,9 +90,8 @@ class EncodeOptions:
         codebook, row_bits = None, preset.row_bits(preset.order(shape[-1]))
         if preset.by_vectors:
             codebook, row_bits = self.codebooks, self.codebooks.vectors.row_bits(preset.radius_bits)
-        elif preset.by_levels:  # without given ones zeros, which take as many bytes as those that will be fitted
-            count = 1 << preset.quarter_bits // 4
-            codebook = self.levels or Codebook((0,) * count)
+        elif preset.by_levels:
+            codebook = self.levels or unfitted(1 << preset.quarter_bits // 4)
         header = Header(
             coding=preset.coding,
             dtype=dtype,
@@ -173,6 +172,11 @@ def checked_codebooks(codebooks: Any, preset: str) -> VectorCodebook:
             f"preset {preset!r}: the codebooks have {found.vectors.stages} stages; choose fewer, or train more"
         )
     return found
+
+
+def unfitted(count: int) -> Codebook:
+    """What stands for ``count`` levels that will be fitted to a tensor: no codes choose among levels that are all alike."""
+    return Codebook((0,) * count)
 
 
 def each(name: str, value: Any, count: int, one: type | tuple[type, ...]) -> list[Any]:

@@ -67,6 +67,42 @@ def test_every_coding_agrees_with_decoded_numbers(preset: str, dim: int) -> None
     assert torch.equal(batch.run(), first)
 
 
+SHARING = [("wu44", "int4"), ("wu35", "wu24"), ("kivi4-key", "q8_0"), ("nuq3-key", "q4_0")]  # presets of keys, and of values
+
+
+@pytest.mark.parametrize("dim", [16, 20, 64, 80, 128, 256] if GPU else [20])
+@pytest.mark.parametrize("center", [None, "rope"] if GPU else ["rope"])
+@pytest.mark.parametrize("presets", [*SHARING, ("wu33", "kivi2-key"), ("quad3", "nuq4")] if GPU else SHARING[:3], ids=str)
+def test_codes_that_share_fields_agree_with_decoded_numbers(presets: tuple[str, str], center: str | None, dim: int) -> None:
+    """Scores of groups of tokens and of tiles that begin within one; values whose fields each row reads for itself."""
+    tokens = 700 if GPU else 140
+    k, v = (gaussian(HEADS, tokens, dim, seed=i).add(gaussian(HEADS, 1, dim, seed=5)) for i in range(2))
+    keys_with, values_with = ({"preset": name, "backend": "cpu", "exact_tokens": 3} for name in presets)
+    if center and "nuq" not in presets[0]:
+        keys_with |= {"center": "rope", "rope": Rope(theta=1e4, style="interleaved")}
+    keys, values = pqcodec.encode(k, **keys_with), pqcodec.encode(v, **values_with)
+    q = gaussian(HEADS * 4, 1, dim, seed=7)
+    got = attend(q.to(DEVICE), on_device(keys), on_device(values), backend="triton")
+    assert error_of(got, softmax_of(q, decoded(keys), decoded(values))) <= TOLERANCE
+    for first in (0, 50):
+        found = scores(on_device(keys), q.to(DEVICE), tokens=(first, tokens), backend="triton")
+        wanted = q.double() @ decoded(keys)[:, first:].mT.repeat_interleave(4, 0) / dim**0.5
+        assert error_of(found, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_of_codes_in_float16_are_good_to_its_digits(dtype: torch.dtype) -> None:
+    """Of tensors of 16 bits units are rounded to float16, whatever their size."""
+    heads, tokens, dim = (8, 1000, 128) if GPU else (1, 20, 16)
+    for scale in (1e-3, 1e3):
+        keys = pqcodec.encode((gaussian(heads, tokens, dim) * scale).to(dtype), preset="wu44", backend="cpu")
+        numbers = pqcodec.decode(keys, backend="cpu").double()
+        q = gaussian(heads * 4, 1, dim, seed=7).to(dtype)
+        found = scores(on_device(keys), q.to(DEVICE), backend="triton")
+        wanted = q.double() @ numbers.mT.repeat_interleave(4, 0) / dim**0.5
+        assert error_of(found, wanted) <= (1e-3 if dtype == torch.float16 else 5e-3)  # decoded numbers are rounded to bfloat16
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256] if GPU else [32])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 1.5e-3), (torch.bfloat16, 5e-3)], ids=str)
 def test_every_dtype_agrees_with_decoded_numbers(dtype: torch.dtype, rounding: float, dim: int) -> None:

@@ -164,6 +164,7 @@ def test_wrong_arguments_are_told_apart(way: dict[str, Any]) -> None:
             (lambda: pool.put("b", [gaussian(64, 64, 64)] * 9), "the pool has 8192 in all"),
             (lambda: pool.put("b", xs, preset=["pq3"]), "1 are given for 2"),
             (lambda: pool.put("b", xs, preset="paper"), "looks at the numbers"),
+            (lambda: pool.put("b", xs, preset="nuq4"), "looks at the numbers"),
             (lambda: pool.put("b", [None]), "tensor 0 is a NoneType"),
             (lambda: pool.get("a", out=xs[0]), "the result is"),
             (lambda: HostPool(1 << 20, piece_bytes=0), "piece_bytes 0"),

@@ -181,7 +181,7 @@ def _layout(
 def _header(options: EncodeOptions, shape: tuple[int, ...], dtype: int) -> Header:
     """The header of a tensor's stream; raises InvalidArgument for a preset whose header depends on the numbers."""
     header = options.header(shape, dtype)
-    if header.coding == c.CODING_PAPER:
+    if header.coding == c.CODING_PAPER or (header.codebook and options.levels is None):
         raise InvalidArgument(f"preset {options.preset!r} looks at the numbers before it encodes: a pool takes the others")
     return header
 
