@@ -38,10 +38,14 @@ def words_at(words, bit):
 
 @triton.jit
 def row_words(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
-    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, four to a word, or two of more than 8 bits."""
+    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, four to a word, or two of more than 8 bits: uint32 [n].
+
+    They are in a row, so that no Triton lets neighbouring lanes read words of different rows.
+    """
     TOGETHER: tl.constexpr = 2 if SIDE.value.bits > 8 else 4
     index = tl.minimum(tl.arange(0, COLUMNS // TOGETHER), COUNT // TOGETHER - 1)[None, :]
-    return words_at(words, bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * SIDE.value.bits))
+    place = bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * SIDE.value.bits)
+    return words_at(words, tl.reshape(place, [row.shape[0] * (COLUMNS // TOGETHER)]))
 
 
 @triton.jit
@@ -57,13 +61,14 @@ def moved(word, FROM: tl.constexpr, TO: tl.constexpr):
 def codes_of(word, FROM: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, SIDE: tl.constexpr):
     """WIDTH bits, from FROM on, of each code of ``row_words``, uint32 [R, COLUMNS] that hold them from bit TO on."""
     BITS: tl.constexpr = SIDE.value.bits
+    COLUMNS: tl.constexpr = SIDE.value.columns // 2 if SIDE.value.coding == PAIRS else SIDE.value.columns
     if BITS > 8:
         codes = tl.join(moved(word, FROM, TO), moved(word, FROM + BITS, TO))
-        codes = tl.reshape(codes, [word.shape[0], 2 * word.shape[1]])
     else:
         even = tl.join(moved(word, FROM, TO), moved(word, FROM + 2 * BITS, TO))
         odd = tl.join(moved(word, FROM + BITS, TO), moved(word, FROM + 3 * BITS, TO))
-        codes = tl.reshape(tl.join(even, odd), [word.shape[0], 4 * word.shape[1]])
+        codes = tl.join(even, odd)
+    codes = tl.reshape(codes, [word.shape[0] * (2 if BITS > 8 else 4) // COLUMNS, COLUMNS])
     return codes & (((1 << WIDTH) - 1) << TO)
 
 
@@ -71,8 +76,9 @@ def codes_of(word, FROM: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, SI
 def row_fields(words, bit, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
     """COUNT fields of 16 bits that begin at ``bit`` [R, 1], int32 [R, COLUMNS]; those from COUNT on are some of them again."""
     index = tl.minimum(tl.arange(0, COLUMNS // 4), (COUNT - 1) // 4)[None, :]
-    two = tl.join(words_at(words, bit + 64 * index), words_at(words, bit + 64 * index + 32))
-    return tl.reshape(tl.join(two & 0xFFFF, two >> 16), [two.shape[0], COLUMNS]).to(tl.int32)
+    place = tl.reshape(bit + 64 * index, [bit.shape[0] * (COLUMNS // 4)])
+    two = tl.join(words_at(words, place), words_at(words, place + 32))
+    return tl.reshape(tl.join(two & 0xFFFF, two >> 16), [bit.shape[0], COLUMNS]).to(tl.int32)
 
 
 @triton.jit
@@ -85,8 +91,12 @@ def one_and(word, FROM: tl.constexpr, WIDTH: tl.constexpr, one, SIDE: tl.constex
 @triton.jit
 def unit_power(bound):
     """Exponents of the powers of two that bring numbers up to ``bound`` [R, n] below 2^15 in each row: int32 [R, 1]."""
-    exponent = (tl.max(bound, 1).to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.minimum(UNIT_BITS - tl.maximum(exponent, -100), 126)[:, None]
+    if bound.shape[0] == 1:  # one number, which every layout has
+        most = tl.max(bound) + tl.zeros([1, 1], tl.float32)
+    else:
+        most = tl.max(bound, 1)[:, None]
+    exponent = (most.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.minimum(UNIT_BITS - tl.maximum(exponent, -100), 126)
 
 
 @triton.jit
