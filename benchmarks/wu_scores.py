@@ -1,7 +1,7 @@
 """Scores q.k from the codes of pair polar beside exact ones: ``python -m benchmarks.wu_scores``.
 
-The shapes of arXiv 2502.00527: one query token of 32 heads of queries to 8 of keys, head_dim 128, batch 8, keys of wu44 and wu33.
-Exact scores are torch's best of ``matmul`` and ``baddbmm`` in float16 and in bfloat16, of keys as caches keep them. All are
+The shapes of arXiv 2502.00527: one query token of 32 heads of queries to 8 of keys, head_dim 128, batch 8, keys of wu44 and
+wu33. Exact scores are torch's best of three calls in float16 and in bfloat16, of keys as caches keep them. All are
 captured in CUDA graphs and measured turn by turn with a cold L2 cache. Writes results/wu_scores.json.
 """
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import results_file
 from benchmarks.attention_gpu import DEVICE, DIM, KV_HEADS, Q_HEADS, captured, copy_rate, keys_with_mean, microseconds
-from pqcodec import EncodeBatch
+from pqcodec import DecodeBatch, EncodeBatch
 from pqcodec.attend_parts import AttendedTokens, coded_and_exact
 from pqcodec.kernels.on_triton.attending import TritonAttention
 from pqcodec.placed import lying
@@ -30,7 +30,7 @@ MOST_ERROR = 2e-3  # of scores from codes, of the largest one of decoded keys
 
 
 def exact_scores(query: torch.Tensor, keys: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways of torch to the scores [batch * KV_HEADS, heads of a head of keys, tokens] of keys [batch, KV_HEADS, tokens, DIM]."""
+    """Ways of torch to the scores [batch * KV_HEADS, heads of a head of keys, tokens], keys [batch, KV_HEADS, tokens, DIM]."""
     q = (query * DIM**-0.5).reshape(BATCH * KV_HEADS, -1, DIM)
     k = keys.reshape(BATCH * KV_HEADS, -1, DIM)
     out = torch.empty(*q.shape[:2], k.shape[1], dtype=q.dtype, device=DEVICE)
@@ -50,8 +50,6 @@ def coded_scores(query: torch.Tensor, keys: torch.Tensor, preset: str) -> tuple[
     way = TritonAttention(tuple(query.shape), attended.totals, KV_HEADS, (DIM,), *parts, DEVICE, DIM**-0.5)
     out = torch.empty(*query.shape[:3], attended.totals[0], dtype=torch.float32, device=DEVICE)
     way.score(query, out)
-    from pqcodec import DecodeBatch
-
     decoded = DecodeBatch(streams[:1]).run()[0].float()
     wanted = (query[0].float() * DIM**-0.5).reshape(KV_HEADS, -1, DIM) @ decoded.reshape(KV_HEADS, -1, DIM).mT
     error = float((out[0].reshape(wanted.shape) - wanted).abs().max() / wanted.abs().max())

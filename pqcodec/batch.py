@@ -59,7 +59,8 @@ class EncodeBatch(_Batch):
     ``streams``: uint8 tensors on the device, one a tensor, complete after ``run``. ``preset`` and ``rope`` are one for all
     tensors or one each; the other options are those of ``encode``. Vectors with NaN or Inf are coded as zeros and make
     ``check`` raise. The paper's preset looks at the numbers once, when the batch is made, to bring its radii into float16's
-    range, and so do presets of levels, which are fitted then. ``means``: what is subtracted from tensors that are centred, instead of their own means (``centre.stored_means``).
+    range, and so do presets of levels, which are fitted then. ``means``: what is subtracted from tensors that are centred,
+    instead of their own means (``centre.stored_means``).
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class EncodeBatch(_Batch):
         self._kernel = device_backend(backend, device, *headers)
         if any(h.affine and h.affine.outliers for h in headers):
             raise BackendUnavailable(
-                f"backend {self._kernel.name!r} decodes numbers that are kept apart (presets of kvquant), and does not find them: "
-                "encode x.cpu() by backend 'cpu'"
+                f"backend {self._kernel.name!r} decodes numbers that are kept apart (presets of kvquant), and does not find "
+                "them: encode x.cpu() by backend 'cpu'"
             )
         self._rows = rows
         headers = [_with_levels(_with_exponent(h, r.tensor), r) for r, h in zip(rows, headers, strict=True)]

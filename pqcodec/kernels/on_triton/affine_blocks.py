@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pqcodec.kernels.on_triton.affine import block_exponent, finished, half_at, put_codes, short_at
-from pqcodec.kernels.on_triton.bits import get_field, get_word, put_field, word_sum
+from pqcodec.kernels.on_triton.bits import get_word, put_field
 from pqcodec.kernels.on_triton.blocks import block_place, put_checksum, whole_block
 from pqcodec.kernels.on_triton.numbers import (
     COUNT_BYTES,
@@ -57,7 +57,7 @@ def decode_outliers(
 ):  # fmt: skip
     """Put the outliers of a block of ``tokens`` rows, which stand from ``byte`` on, over those of its rows low .. high - 1.
 
-    Of a segment's records one counts whose place is above those of all before it. ``begin``: the token of the block's first row.
+    Of a segment's records one counts whose place is above those of all before it. ``begin``: the token of the first row.
     """
     segments = (tokens * HEAD_DIM + SEGMENT - 1) // SEGMENT
     room = 2 * SHAPE.value.groups * (tokens * SHAPE.value.outliers // SHAPE.value.group_tokens)

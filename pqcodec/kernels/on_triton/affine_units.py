@@ -101,8 +101,8 @@ def unit_power(bound):
 
 @triton.jit
 def pair_terms(words, fields, SIDE: tl.constexpr):
-    """What makes units of the pairs of groups whose fields begin at bits ``fields`` [R, 1], [R, columns / 2] each: scale and start
-    of radii, scale and start of angles (``native``: in radians), and the exponents of the units' powers [R, 1].
+    """What makes units of the pairs of groups whose fields begin at bits ``fields`` [R, 1], [R, columns / 2] each: scale and
+    start of radii, scale and start of angles (``native``: in radians), and the exponents of the units' powers [R, 1].
     """
     COUNT: tl.constexpr = SIDE.value.order // 2
     COLUMNS: tl.constexpr = SIDE.value.columns // 2
@@ -114,10 +114,12 @@ def pair_terms(words, fields, SIDE: tl.constexpr):
     wide = row_fields(words, fields + 48 * COUNT, COUNT, COLUMNS)
     power = unit_power(tl.abs(start) + RADII * tl.abs(step))
     start, step = start * power_of_two(power), step * power_of_two(power)
+    start += (0.5 - RADII) * step
     if SIDE.value.native:
-        return RADII * step, start + (0.5 - RADII) * step, wide * ANGLES * RADIANS, (first + (wide >> 1) - wide * ANGLES) * RADIANS, power
+        turn = (first + (wide >> 1) - wide * ANGLES) * RADIANS
+        return RADII * step, start, wide * ANGLES * RADIANS, turn, power
     else:
-        return RADII * step, start + (0.5 - RADII) * step, wide, first, power
+        return RADII * step, start, wide, first, power
 
 
 @triton.jit
@@ -181,7 +183,7 @@ def terms_of(words, fields, tables, SIDE: tl.constexpr):
 
 @triton.jit
 def units_of(words, bit, row, scale, start, wide, first, tables, SIDE: tl.constexpr):
-    """Units of rows [R, 1] of blocks that begin at ``bit``, as two float16 numbers [R, columns] each; those are ``terms_of``."""
+    """Units of rows [R, 1] of blocks that begin at ``bit``, by their ``terms_of``: two float16 numbers [R, columns] each."""
     if SIDE.value.coding == PAIRS:
         word = row_words(words, bit, row, SIDE.value.order // 2, SIDE.value.columns // 2, SIDE)
         units = pair_units(word, scale, start, wide, first, floats(tables, OF_TABLE.value.phases), SIDE)
@@ -197,7 +199,7 @@ def units_of(words, bit, row, scale, start, wide, first, tables, SIDE: tl.conste
 
 @triton.jit
 def row_places(side, lead, leads, place, SIDE: tl.constexpr):
-    """Of coded tokens number ``place``: what is before their blocks in the payload, bytes of the blocks, their tokens, their rows."""
+    """Of coded tokens number ``place``: what is before their blocks in the payload, the blocks' bytes and tokens, their rows."""
     coded = tl.load(side + OF_SIDE.value.coded)
     chunk = place // SIDE.value.chunk
     row = (place - chunk * SIDE.value.chunk).to(tl.int32)
@@ -209,14 +211,14 @@ def row_places(side, lead, leads, place, SIDE: tl.constexpr):
 
 @triton.jit
 def factor_of(words, bit, size, power):
-    """What units are multiplied by, float32 [R, 1]; ``bit``: of blocks of so many bytes, ``power``: as ``terms_of`` gives them."""
+    """What units are multiplied by, float32 [R, 1]; ``bit``: of blocks of so many bytes, ``power``: of ``terms_of``."""
     exponent = block_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
     return power_of_two(exponent + power * 0) * power_of_two(-power)
 
 
 @triton.jit
 def affine_units(side, tables, lead, leads, token, SIDE: tl.constexpr):
-    """Units and factors as ``side_units`` gives them, each row's fields read for itself; of tokens beyond the stream, others'."""
+    """Units and factors as ``side_units`` gives them, each row's fields read for itself; beyond the stream those of its ends."""
     place = tl.maximum(token - tl.load(side + OF_SIDE.value.exact), 0)
     place = tl.minimum(place, tl.load(side + OF_SIDE.value.coded) - 1)[:, None]
     before, size, tokens, row = row_places(side, lead, leads, place, SIDE)
@@ -244,7 +246,7 @@ def group_place(side, lead, leads, first, SIDE: tl.constexpr):
 
 @triton.jit
 def side_units(side, tables, lead, leads, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """Coded rows of some tokens of a stream, int64 [TILE]: units, as two float16 numbers [TILE, columns] each, and factors [TILE].
+    """Coded rows of some tokens of a stream, int64 [TILE]: units, as two float16 numbers [TILE, columns] each, and factors.
 
     The second numbers count where SIDE is fine.
     """

@@ -31,7 +31,8 @@ def pair_fields(words, block, tokens, row, pair, mask, SHAPE: tl.constexpr):
     """Start and step of the radii, float32, and of the angles, int32, of pairs [1, P] in the groups of rows [R, 1]."""
     bit = fields_bit(block, tokens, row, SHAPE) + 16 * pair
     start, step = half_at(words, bit, mask), half_at(words, bit + 16 * SHAPE.value.groups, mask)
-    return start, step, short_at(words, bit + 32 * SHAPE.value.groups, mask), short_at(words, bit + 48 * SHAPE.value.groups, mask)
+    first, wide = short_at(words, bit + 32 * SHAPE.value.groups, mask), short_at(words, bit + 48 * SHAPE.value.groups, mask)
+    return start, step, first, wide
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def for_each_group(x, GROUPS: tl.constexpr):
 
 @triton.jit
 def tile_units(side, tables, lead, leads, token, mask, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """Coded rows of some tokens of a stream that rotates, int64 [TILE]: units float16 [TILE, columns], and factors float32 [TILE]."""
+    """Coded rows of some tokens of a stream that rotates, int64 [TILE]: units float16 [TILE, columns], and factors float32."""
     GROUPS: tl.constexpr = SIDE.value.columns // GROUP
     USED: tl.constexpr = SIDE.value.order // GROUP
     ROWS: tl.constexpr = TILE * GROUPS
