@@ -70,15 +70,14 @@ def test_every_coding_agrees_with_decoded_numbers(preset: str, dim: int) -> None
 SHARING = [("wu44", "int4"), ("wu35", "wu24"), ("kivi4-key", "q8_0"), ("nuq3-key", "q4_0")]  # presets of keys, and of values
 
 
-@pytest.mark.parametrize("dim", [16, 20, 64, 80, 128, 256] if GPU else [20])
-@pytest.mark.parametrize("center", [None, "rope"] if GPU else ["rope"])
+@pytest.mark.parametrize("dim", [20, 128, 256] if GPU else [20])
 @pytest.mark.parametrize("presets", [*SHARING, ("wu33", "kivi2-key"), ("quad3", "nuq4")] if GPU else SHARING[:3], ids=str)
-def test_codes_that_share_fields_agree_with_decoded_numbers(presets: tuple[str, str], center: str | None, dim: int) -> None:
+def test_codes_that_share_fields_agree_with_decoded_numbers(presets: tuple[str, str], dim: int) -> None:
     """Scores of groups of tokens and of tiles that begin within one; values whose fields each row reads for itself."""
     tokens = 700 if GPU else 140
     k, v = (gaussian(HEADS, tokens, dim, seed=i).add(gaussian(HEADS, 1, dim, seed=5)) for i in range(2))
     keys_with, values_with = ({"preset": name, "backend": "cpu", "exact_tokens": 3} for name in presets)
-    if center and "nuq" not in presets[0]:
+    if "nuq" not in presets[0]:
         keys_with |= {"center": "rope", "rope": Rope(theta=1e4, style="interleaved")}
     keys, values = pqcodec.encode(k, **keys_with), pqcodec.encode(v, **values_with)
     q = gaussian(HEADS * 4, 1, dim, seed=7)
