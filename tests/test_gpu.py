@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton
+from conftest import DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton
 from test_backends import HEAD_DIMS, WORST_TIES
 
 import pqcodec
