@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.containers import kinds, safetensors
 from pqcodec.formats.containers.pqkv.appender import PQKVAppender
-from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, PQKVWriter, write_pieces
+from pqcodec.formats.containers.pqkv.file import PathOrFile, PQKVFile, write_pieces
 from pqcodec.formats.containers.reader import LAYOUT, Progress, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.files import holds_streams, open_tensors
@@ -79,33 +80,12 @@ def save_cache(
         codebooks=codebooks,
     )
     _refuse_other_kinds(path)
-    if keep is None:
-        write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
-    else:
-        _write_kept(path, recipe, layers, keep, metadata, progress)
-
-
-def _write_kept(
-    path: PathOrFile,
-    recipe: Recipe,
-    layers: Sequence[tuple[Any, Any]],
-    keep: Sequence[Any],
-    metadata: dict[str, Any] | None,
-    progress: Progress | None,
-) -> None:
-    """``save_cache`` of some tokens of each layer."""
-    if len(keep) != len(layers):
-        raise InvalidArgument(f"keep: positions of {len(keep)} layers are given for {len(layers)}; one each is expected")
-    tensors, roles = layers_by_name(layers)
-    presets = recipe.presets(tensors, roles, tensors.names)
-    with PQKVWriter(path, metadata) as writer:
-        for layer, (pair, positions) in enumerate(zip(layers, keep, strict=True)):
-            for number, (role, x) in enumerate(zip(c.ROLES[:2], pair, strict=True), 1):
-                name = f"layers.{layer}.{role}"
-                options = {"preset": presets[name], "keep": positions, **recipe.options(roles[name])}
-                writer.add(name, x, layer=layer, role=role, **options)
-                if progress:
-                    progress(2 * layer + number, 2 * len(layers))
+    if keep is not None:
+        if len(keep) != len(layers):
+            raise InvalidArgument(f"keep: positions of {len(keep)} layers are given for {len(layers)}; one each is expected")
+        names = ((f"layers.{layer}.{role}", one) for layer, one in enumerate(keep) for role in c.ROLES[:2])
+        recipe = replace(recipe, keep=dict(names))
+    write_pieces(path, recipe.pieces(*layers_by_name(layers)), metadata, progress)
 
 
 def _refuse_other_kinds(path: PathOrFile) -> None:

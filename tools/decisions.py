@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pqcodec.errors import InvalidArgument
+from pqcodec.tools.keep import KeepRule
 from pqcodec.tools.outcome import shown
 from pqcodec.tools.tables import shortened
 
@@ -29,20 +30,29 @@ _MUCH = 2  # times the bits that the preset names
 
 @dataclass(frozen=True)
 class Choice:
-    """Which tensors are encoded, by patterns of names, and the order of their dimensions."""
+    """Which tensors are encoded, by patterns of names, which tokens of them, and the order of their dimensions."""
 
     include: tuple[str, ...] = ()  # none: all
     exclude: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     layout: TensorLayout | None = None  # None: [..., tokens, head_dim]
+    keep: KeepRule | None = None  # which tokens of keys and values; None: all
 
     @classmethod
-    def of(cls, include: list[str] | None, exclude: list[str] | None, drop: list[str] | None, layout: str | None) -> Choice:
-        """The choice of the options of these names; raises InvalidArgument."""
+    def of(
+        cls,
+        include: list[str] | None,
+        exclude: list[str] | None,
+        drop: list[str] | None,
+        layout: str | None,
+        keep: str | None = None,
+    ) -> Choice:
+        """The choice of the options of these names; raises InvalidArgument, and what reading the file of ``keep`` raises."""
         from pqcodec.formats.plain.layouts import TensorLayout
 
         wanted, exact, dropped = (tuple(given or ()) for given in (include, exclude, drop))
-        return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout))
+        rule = None if keep is None else KeepRule.of(keep)
+        return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout), rule)
 
     def check(self, path: str, names: tuple[str, ...]) -> None:
         """Raises InvalidArgument for a pattern that fits no tensor."""
@@ -79,6 +89,12 @@ class Decided:
     layout: TensorLayout | None
     bytes: int  # of its numbers
     stream_bytes: int  # at the recipe's preset; 0 if it is kept exactly
+    keep: Any = None  # positions of the tokens that are encoded; None: all
+
+    @property
+    def kept(self) -> int | None:
+        """How many of its tokens are encoded; None for all."""
+        return None if self.keep is None else int(self.keep.shape[-1])
 
     @property
     def bits(self) -> float:
@@ -99,8 +115,10 @@ class Decisions:
         cls, path: str, reader: TensorReader, choice: Choice, recipe: Recipe, regexes: tuple[str | None, str | None]
     ) -> Decisions:
         """The decisions on an open file; ``regexes``: of keys and of values. Raises InvalidArgument."""
+        from pqcodec.formats.containers.reader import named
         from pqcodec.formats.plain import mlx
         from pqcodec.formats.policy.names import TensorRole, role_of
+        from pqcodec.stages.keep import positions_of
 
         @cache  # thousands of tensors have few shapes
         def cached(tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
@@ -110,6 +128,17 @@ class Decisions:
             layer = tensor.layer if recipe.codebooks is not None else None  # all that sizes depend on a layer by
             return cached(TensorRole(tensor.role, layer), shape, dtype)
 
+        def cut(one: Decided) -> Decided:
+            if choice.keep is None or one.exact is not None or one.tensor.role == "other":
+                return one
+            with named(f"{path}: tensor {one.name!r}"):
+                given = choice.keep.of_tensor(one.name, one.shape[-2])
+                if given is None:
+                    return one
+                keep = positions_of(given, one.shape)
+                keep = keep[0] if len(keep) == 1 else keep
+                return replace(one, keep=keep, stream_bytes=recipe.stream_bytes(one.tensor, one.shape, one.dtype, keep=keep))
+
         choice.check(path, reader.names)
         if regexes == (None, None):
             regexes = mlx.regexes_of(reader.metadata) or regexes
@@ -117,10 +146,14 @@ class Decisions:
         for name in kept:
             if problem := reader.problem(name):
                 raise InvalidArgument(f"{path}: tensor {name!r}: {problem}; or leave it out (--drop {name!r})")
-        decided = tuple(_decided(path, name, role_of(name, *regexes), reader.describe(name), choice, sizes) for name in kept)
+        roles = {name: role_of(name, *regexes) for name in kept}
+        decided = tuple(cut(_decided(path, name, roles[name], reader.describe(name), choice, sizes)) for name in kept)
+        positions = {one.name: one.keep for one in decided if one.keep is not None}
+        if choice.keep is not None:
+            choice.keep.check(path, list(positions))
         if choice.layout is not None and not any(one.layout for one in decided):
             raise InvalidArgument(f"{path}: --layout {choice.layout} fits no tensor; there are {some(reader.names)}")
-        return cls(decided, tuple(name for name in reader.names if choice.drops(name)), recipe)
+        return cls(decided, tuple(name for name in reader.names if choice.drops(name)), replace(recipe, keep=positions))
 
     @property
     def coded(self) -> list[Decided]:
@@ -160,6 +193,8 @@ class Decisions:
             lines.append(f"{len(names)} kept exactly ({reason}): {some(names)}")
         if self.dropped:
             lines.append(f"{len(self.dropped)} left out (--drop): {some(self.dropped)}")
+        if cut := [f"{one.name} ({one.kept} of {one.shape[-2]})" for one in self.coded if one.kept is not None]:
+            lines.append(f"{len(cut)} with only some of their tokens (--keep): {some(cut)}")
         others = [one.name for one in self.coded if one.tensor.role == "other"]
         if others:
             lines.append(

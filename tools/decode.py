@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from pqcodec.tools.progress import load_kernels
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
+    from pqcodec.stream.header import Header
 
 _WAYS = "decode fewer tokens (--tokens A:B), other tensors (--only) or fewer files at once (--jobs)"
 _Range = tuple[int, int | None]  # tokens: first, last + 1 (None: to the end)
@@ -45,6 +47,14 @@ def decode(
         typer.Option(metavar="A:B", help="Tokens A up to B - 1 of coded tensors, keys and values; an end may be left out."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Decode this tensor only; may be repeated.")] = None,
+    fill: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Of tensors with only some tokens the whole shape, with this for all the others."),
+    ] = None,
+    kept: Annotated[
+        bool,
+        typer.Option("--kept", help="Of tensors with only some tokens these, and where they stood, as int64 NAME.positions."),
+    ] = False,
     backend: Backend = "auto",
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
@@ -56,7 +66,10 @@ def decode(
     """Decode into files of tensors."""
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
+    if kept and (fill is not None or tokens is not None):
+        raise InvalidArgument("--kept gives all tokens that are there, as they are; leave out --fill and --tokens")
     wanted, extension = _token_range(tokens), f".{to or 'safetensors'}".lower()
+    asked = _Asked(wanted, fill, kept, backend)
     listed = tasks(sources, target, ENCODED, extension, force, keep_going)
     limit = Limit.of(memory, min(jobs, len(listed.items)))
     from pqcodec.formats.containers.kinds import open_encoded
@@ -73,7 +86,7 @@ def decode(
     def work(task: Task, show: Show) -> _Outcome | Forecast:
         outcome = _Outcome(task.target)
         with input_file(task.source) as path, open_encoded(path) as file:
-            tensors = _DecodedTensors(file, _chosen(file, only), wanted, backend, show, outcome)
+            tensors = _DecodedTensors(file, _chosen(file, only), asked, show, outcome)
             for name in tensors.names:
                 limit.check(path, name, tensors.held_bytes(name), _WAYS)
             if dry_run:
@@ -133,45 +146,87 @@ def _chosen(file: TensorFile, only: list[str] | None) -> list[str]:
     return [name for name in file.names if not only or name in only]
 
 
-class _DecodedTensors:
-    """The wanted tensors of an encoded file as ``Tensors``, each decoded when it is read."""
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of each tensor: tokens, a fill value or the kept rows, and a backend."""
 
-    def __init__(
-        self, file: TensorFile, names: list[str], wanted: _Range | None, backend: str, show: Show, outcome: _Outcome
-    ) -> None:
+    tokens: _Range | None
+    fill: float | None
+    kept: bool
+    backend: str
+
+
+def _kept_header(file: TensorFile, name: str) -> Header | None:
+    """The header of a tensor that holds only some of its tokens; None for others."""
+    if not file.entry(name).coded:
+        return None
+    from pqcodec.stream.header import read_header
+
+    header = read_header(file.stream(name))
+    return header if header.keep else None
+
+
+class _DecodedTensors:
+    """The wanted tensors of an encoded file as ``Tensors``, each decoded when it is read.
+
+    Of one with only some tokens the whole shape (``fill``), or its rows and a second tensor of their positions (``kept``).
+    """
+
+    def __init__(self, file: TensorFile, names: list[str], asked: _Asked, show: Show, outcome: _Outcome) -> None:
         from pqcodec.formats.containers.reader import named
         from pqcodec.formats.plain.layouts import layouts_of
 
-        self._file, self._wanted, self._backend, self._show, self._outcome = file, wanted, backend, show, outcome
-        self.names = tuple(names)
+        self._file, self._asked, self._show, self._outcome = file, asked, show, outcome
+        self._cut_of = {name: header for name in names if (header := _kept_header(file, name))}
+        if self._cut_of and asked.fill is None and not asked.kept:
+            some = f"{file.label}: tensor {next(iter(self._cut_of))!r} holds only some of its tokens"
+            raise InvalidArgument(
+                f"{some}: decode it with --fill NUMBER to the whole shape, or with --kept to these tokens and their positions"
+            )
+        self._positions_of = {f"{name}.positions": name for name in self._cut_of if asked.kept}
+        if twice := [name for name in self._positions_of if name in names]:
+            raise InvalidArgument(f"{file.label}: {twice[0]!r} is a tensor already; decode others with --only")
+        self._read_positions: dict[str, Any] = {}
+        self.names = (*names, *self._positions_of)
         with named(file.label):
             self._layouts = layouts_of(file.metadata, {name: file.entry(name).shape for name in names})
+        self._shapes = {name: self._shape(name) for name in names}
         self._tokens = {name: self._cut(name) for name in names}
         self._all_bytes = max(sum(file.entry(name).tensor_bytes for name in names), 1)
         self._read_bytes = 0
 
     def _cut(self, name: str) -> tuple[int, int] | None:
         """The wanted tokens of a tensor, (first, last + 1); None for all, or a tensor without. Raises InvalidArgument."""
-        entry = self._file.entry(name)
-        if self._wanted is None or len(entry.shape) < 2 or not (entry.coded or entry.role != "other"):
+        entry, shape = self._file.entry(name), self._shapes[name]
+        if self._asked.tokens is None or len(shape) < 2 or not (entry.coded or entry.role != "other"):
             return None
         from pqcodec.formats.containers.reader import named
         from pqcodec.stream.index import checked_range
 
-        first, last = self._wanted
+        first, last = self._asked.tokens
         with named(f"{self._file.label}: tensor {name!r}"):
-            return checked_range("tokens", (first, entry.tokens if last is None else last), entry.tokens)
+            return checked_range("tokens", (first, shape[-2] if last is None else last), shape[-2])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor without a cut: the whole one where it is filled."""
+        header = self._cut_of.get(name)
+        return self._file.entry(name).shape if header is None or self._asked.kept else header.whole_shape
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape, after the cut and in the layout that was given, and dtype of a tensor."""
-        entry, cut = self._file.entry(name), self._tokens[name]
-        shape = entry.shape if cut is None else (*entry.shape[:-2], cut[1] - cut[0], entry.shape[-1])
-        return self._layouts[name].given(shape) if name in self._layouts else shape, entry.dtype
+        if name in self._positions_of:
+            header = self._cut_of[self._positions_of[name]]
+            return (header.shape[:-1] if header.keep.each else (header.tokens,)), "int64"
+        shape, cut = self._shapes[name], self._tokens[name]
+        shape = shape if cut is None else (*shape[:-2], cut[1] - cut[0], shape[-1])
+        return self._layouts[name].given(shape) if name in self._layouts else shape, self._file.entry(name).dtype
 
     def held_bytes(self, name: str) -> int:
         """The most bytes of memory for a tensor until it is written."""
-        entry, cut = self._file.entry(name), self._tokens[name]
         size = tensor_bytes(*self.describe(name))
+        if name in self._positions_of:
+            return size
+        entry, cut = self._file.entry(name), self._tokens[name]
         turned = size if name in self._layouts else 0  # a copy, made when it is written
         if not entry.coded:
             return entry.tensor_bytes + (0 if cut is None else size) + turned
@@ -179,17 +234,26 @@ class _DecodedTensors:
 
         streams = entry.body_bytes if cut is None and remote.is_url(self._file.label) else 0  # an object is read at once
         starts = 16 * math.prod(entry.shape[:-2]) if size else 0  # offset of each leading index
-        return size + streams + starts + turned
+        rows = entry.tensor_bytes if name in self._cut_of and not self._asked.kept else 0  # before they are among the filled
+        return size + streams + starts + turned + rows
 
     def read(self, name: str) -> Any:
         """The decoded tensor; updates the outcome and the progress."""
+        if name in self._positions_of:
+            rows_of = self._positions_of[name]
+            found = self._read_positions.pop(rows_of, None)
+            return self._file.decode_kept(rows_of, backend=self._asked.backend)[1] if found is None else found
         entry, before = self._file.entry(name), self._read_bytes
 
         def advance(done: int, total: int) -> None:
             self._show((before + entry.tensor_bytes * done / max(total, 1)) / self._all_bytes)
 
         start = time.perf_counter()
-        tensor = self._file.decode(name, tokens=self._tokens[name], backend=self._backend, progress=advance)
+        if name in self._cut_of and self._asked.kept:
+            tensor, self._read_positions[name] = self._file.decode_kept(name, backend=self._asked.backend)
+        else:
+            options = {"tokens": self._tokens[name], "fill": self._asked.fill, "backend": self._asked.backend}
+            tensor = self._file.decode(name, progress=advance, **options)
         self._file.forget(name)
         self._outcome.decode_seconds += time.perf_counter() - start
         self._outcome.tensors += 1
@@ -200,5 +264,5 @@ class _DecodedTensors:
     def forecast(self, target: str) -> Forecast:
         """What would be written."""
         size = sum(tensor_bytes(*self.describe(name)) for name in self.names)
-        exact = sum(not self._file.entry(name).coded for name in self.names)
+        exact = sum(name in self._positions_of or not self._file.entry(name).coded for name in self.names)
         return Forecast(target, len(self.names), exact, size, size)

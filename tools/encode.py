@@ -88,6 +88,14 @@ def encode(
         str | None,
         typer.Option(metavar="NAMES", help="Order of dimensions, if another: tokens,heads,head_dim. decode gives it back."),
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A+B/FILE",
+            help="Encode only the first A and last B tokens of keys and values, or those at the positions in a file, "
+            "[n] or [..., n]: one tensor for all, or one for each by its name.",
+        ),
+    ] = None,
     flat: Annotated[
         bool,
         typer.Option("--flat", help="The same preset for every tensor; else keys of high energy get more bits than values."),
@@ -147,7 +155,7 @@ def encode(
         backend=backend,
         **table_options(table),
     )
-    choice = Choice.of(include, exclude, drop, layout)
+    choice = Choice.of(include, exclude, drop, layout, keep)
     listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
     limit = Limit.of(memory, min(jobs, len(listed.items)))
     settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit, choice)
@@ -373,7 +381,7 @@ def _encode_file(path: str, target: str, kind: str, settings: _Settings, show: S
             outcome.coded.append(one)
 
         roles = {one.name: one.tensor for one in decisions.tensors}
-        pieces = settings.recipe.pieces(decisions.turned(reader), roles, list(sizes), Callbacks(advance, encoded))
+        pieces = decisions.recipe.pieces(decisions.turned(reader), roles, list(sizes), Callbacks(advance, encoded))
         out: Any = sys.stdout.buffer if target == STANDARD else target
         try:
             outcome.file_bytes = containers.write(out, pieces, metadata | decisions.metadata() | settings.notes, to=kind)
@@ -390,7 +398,7 @@ def _held_bytes(reader: TensorReader, one: Decided, recipe: Recipe, kind: str) -
     read, zarr = reader.held_bytes(one.name) + (one.bytes if one.layout else 0), kind == "zarr"
     if one.exact:
         return read + 3 * zarr * one.bytes  # zarr makes copies to append a checksum
-    made = recipe.held_bytes(one.tensor, one.shape, one.dtype)
+    made = recipe.held_bytes(one.tensor, one.shape, one.dtype, one.kept)
     return max(read + made, 2 * zarr * made)  # zarr's chunk copies the stream
 
 

@@ -74,7 +74,8 @@ def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:
         info, means = file.inspect(name), codec.means(file.stream(name))
         fields |= {"bits_per_coordinate": info.bits_per_coordinate, "rel_mse": entry.rel_mse, "parts": entry.parts}
         fields |= {"mean_norm": None if means is None or not means.size else float((means**2).sum(-1).mean() ** 0.5)}
-        fields |= {"stream": asdict(info)}
+        size = info.tensor_bytes  # with the tokens that were not kept
+        fields |= {"stream": asdict(info), "tensor_bytes": size, "ratio": size / max(entry.body_bytes, 1)}
     return fields
 
 
@@ -163,9 +164,10 @@ _LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
 
 
 def _coded(t: dict[str, Any]) -> list[str]:
-    """Cells of a coded tensor: preset and centring, bits a coordinate, bytes, error, norm of the mean, offset."""
+    """Cells of a coded tensor: preset, centring and kept tokens, bits a coordinate, bytes, error, norm of the mean, offset."""
     stream = t["stream"]
-    preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"])))
+    kept = "" if stream["kept_of"] is None else f"{t['shape'][-2]} of {stream['kept_of']} tokens"
+    preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"], kept)))
     error = "-" if t["rel_mse"] is None else f"{t['rel_mse']:.5f}"
     norm = "-" if t["mean_norm"] is None else f"{t['mean_norm']:.3g}"
     return [preset, f"{t['bits_per_coordinate']:.3f}", str(t["bytes"]), error, norm, str(t["at"])]

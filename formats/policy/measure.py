@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from pqcodec import codec
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.stream.source import Source
 from pqcodec.tensors import arrays
-from pqcodec.tensors.numbers import device_of, device_type, widen
+from pqcodec.tensors.numbers import device_of, device_type, is_torch, widen
 
 SAMPLES, SAMPLE_TOKENS = 4, 64  # runs of tokens in a sample, and the tokens of each
 _AT_ONCE = 4096  # tokens that are decoded at once
@@ -65,6 +66,18 @@ def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = Tr
         y = codec.decode(stream, tokens=(low, high), backend=backend, device=device)
         found += _error(x[..., low:high, :], y)
     return found
+
+
+def error_of_kept(x: Any, stream: Source, *, backend: str = "auto") -> Error:
+    """The error of a stream of some tokens against these tokens of its tensor [..., tokens, head_dim], on a CPU.
+
+    Raises as ``pqcodec.decode_kept`` does.
+    """
+    rows, positions = codec.decode_kept(stream, backend=backend)
+    if positions.ndim == 1:
+        return _error(x[..., positions, :], rows)
+    take = x.take_along_dim if is_torch(x) else partial(np.take_along_axis, x)
+    return _error(take(positions[..., None], -2), rows)
 
 
 def held_tokens(sample: bool) -> int:

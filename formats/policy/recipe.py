@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from pqcodec.formats.containers.writer import Coded, Piece, tables_in_options
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
-from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, held_tokens
+from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, error_of_kept, held_tokens
 from pqcodec.formats.policy.names import TensorRole
 from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_levels, checked_nonfinite, checked_pairing
 from pqcodec.stages.centre import Rope, check_rope
+from pqcodec.stages.keep import positions_of
 from pqcodec.stream.header import DTYPE_NAMES
 from pqcodec.stream.source import MemorySource
 
@@ -119,7 +121,9 @@ class Recipe:
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
     ``effort``: of the encoder's search. ``pairing``, ``levels``: as in ``pqcodec.encode``. ``codebooks``: for presets of
     residual VQ a VectorTable, or a mapping of (role, layer) to one each, (role, None) for all other layers; "auto" then centres
-    nothing, as codebooks learn means. ``measured``: the error is measured on a "sample", on "all" numbers, or "none".
+    nothing, as codebooks learn means. ``measured``: the error is measured on a "sample", on "all" numbers, or "none"; of kept
+    tokens on all. ``keep``: by the names of tensors, positions as in ``pqcodec.encode``; of tensors that it does not name all
+    tokens are encoded.
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -145,6 +149,7 @@ class Recipe:
     value_preset: str | None = None
     levels: Any = None
     codebooks: Any = None
+    keep: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -176,6 +181,8 @@ class Recipe:
             raise InvalidArgument(f"measured {self.measured!r} is unknown; choose 'sample', 'all' or 'none'")
         if self.stream_tokens is not None and self.stream_tokens < 1:
             raise InvalidArgument(f"{self.stream_tokens} tokens of a stream; at least 1 is expected")
+        if self.keep and self.stream_tokens is not None:
+            raise InvalidArgument("keep and stream_tokens: a stream of kept tokens holds all of them; give one or the other")
 
     @classmethod
     def of(cls, preset: str | Sequence[str], **options: Any) -> Recipe:
@@ -220,26 +227,32 @@ class Recipe:
         found = [(row * heads + head, token - first) for row, token in places for head in range(heads)]
         return np.array(found, np.int64).reshape(-1, 2)
 
-    def held_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
+    def held_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, kept: int | None = None) -> int:
         """The most bytes that encoding a tensor takes beside the tensor: its stream, and what encoding and measuring need.
 
-        Vectors that ``nonfinite="exact"`` keeps are not counted. Raises InvalidArgument for a tensor that cannot be encoded.
+        ``kept``: how many tokens are, None for all. Vectors that ``nonfinite="exact"`` keeps are not counted. Raises
+        InvalidArgument for a tensor that cannot be encoded.
         """
         centred = tensor.role == "key" and self.center is not None
         stream = self.most_stream_bytes(tensor, shape, dtype)
         leading, tokens = math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1
         row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
-        measured = 2 * row * min(tokens, held_tokens(self.measured != "all"))
+        measured = 2 * row * (min(tokens, held_tokens(self.measured != "all")) if kept is None else 2 * kept)
         places = 16 + tokens  # start of each leading index, and a flag per vector that is not finite
         return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
 
-    def stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None) -> int:
-        """Bytes of a finite tensor's stream at a preset (None: the recipe's own); raises as ``held_bytes`` does."""
+    def stream_bytes(
+        self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None, keep: Any = None
+    ) -> int:
+        """Bytes of a finite tensor's stream at a preset (None: the recipe's own), of the positions ``keep`` alone if given.
+
+        Raises as ``held_bytes`` does.
+        """
         preset = preset or self._preset_of(tensor)
         chosen = preset_of(preset)
         sized = (*_SIZED, *(["levels"] if chosen.by_levels else []), *(["codebooks"] if chosen.by_vectors else []))
         options = {key: value for key, value in self.options(tensor).items() if key in sized}
-        return codec.encoded_size(shape, dtype, preset=preset, **options)
+        return codec.encoded_size(shape, dtype, preset=preset, keep=keep, **options)
 
     def _preset_of(self, tensor: TensorRole) -> str:
         """The preset of a tensor where no bits are shared."""
@@ -346,12 +359,19 @@ class Recipe:
         if preset is None:
             layout = LAYOUT if tensor.role != "other" and len(shape) > 1 else NO_LAYOUT
             return Piece(name, False, tensor.layer, tensor.role, shape, dtype, layout, lambda: tensors.read(name))
+        keep = self.keep.get(name)
+        if keep is not None:
+            with named(f"tensor {name!r}"):
+                shape = (*shape[:-2], positions_of(keep, shape).shape[1], shape[-1])
         tokens = shape[-2] if len(shape) > 1 else 1
         step = tokens if self.stream_tokens is None else self.stream_tokens
         starts = range(0, max(tokens, 1), max(step, 1)) if len(shape) > 1 else range(1)
 
         def body() -> Coded:
-            return self._encoded(tensors.read(name), name, tensor, preset, starts, callbacks)
+            x = tensors.read(name)
+            if keep is None:
+                return self._encoded(x, name, tensor, preset, starts, callbacks)
+            return self._encoded_kept(x, name, tensor, preset, keep, callbacks)
 
         tables = tables_in_options(self.options(tensor))
         return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts), tables)
@@ -378,6 +398,17 @@ class Recipe:
         size = exact.nbytes(x)
         callbacks.encoded(Encoded(name, tensor, size // x.dtype.itemsize, size, sum(s.size for s in streams), seconds, error))
         return Coded(streams, error.rel_mse)
+
+    def _encoded_kept(self, x: Any, name: str, tensor: TensorRole, preset: str, keep: Any, callbacks: Callbacks) -> Coded:
+        start = time.perf_counter()
+        with named(f"tensor {name!r}"):
+            options = self.options(tensor) | {"exact_vectors": self.exact_vectors(tensor, tuple(x.shape)), "keep": keep}
+            backend = options.pop("backend")
+            header, data = codec.encode_by(EncodeOptions(preset, **options), x, backend, partial(callbacks.advance, name))
+        seconds, stream = time.perf_counter() - start, MemorySource(data, header)
+        error = Error() if self.measured == "none" else error_of_kept(x, stream, backend=self.backend)
+        callbacks.encoded(Encoded(name, tensor, math.prod(header.shape), exact.nbytes(x), len(data), seconds, error))
+        return Coded([stream], error.rel_mse)
 
 
 def behind_padding(padding: Sequence[int], count: int, first: int, last: int) -> list[tuple[int, int]]:
