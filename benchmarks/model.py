@@ -270,9 +270,13 @@ def layers_of(tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, t
 
 
 @torch.inference_mode()
-def continuation_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] behind each of ids [n], which continue the cached text; the cache grows by them."""
-    return model(input_ids=ids[None], **{argument_of(model): cache}).logits[0]
+def continuation_logits(model: Any, cache: Any, ids: torch.Tensor, first: int | None = None) -> torch.Tensor:
+    """Logits [n, vocabulary] behind each of ids [n], which continue the cached text; the cache grows by them.
+
+    ``first``: the position of the first of them, where a cache holds only some tokens of a text (None: behind all it holds).
+    """
+    at = {} if first is None else {"position_ids": first + torch.arange(len(ids))[None]}
+    return model(input_ids=ids[None], **at, **{argument_of(model): cache}).logits[0]
 
 
 @torch.inference_mode()

@@ -88,6 +88,28 @@ def _microseconds(name: str) -> Cell:
     return number(f"microseconds.{name}", ".0f")
 
 
+CODECS: dict[str, Cell] = {
+    "system": text("system"),
+    "bits, keys": number("key_bits"),
+    "bits, values": number("value_bits"),
+    "bits, all": number("bits"),
+    "relMSE, keys": number("key_rel_mse", ".4f"),
+    "relMSE, values": number("value_rel_mse", ".4f"),
+    "error of scores": number("score_error", ".4f"),
+    "next-token KL": number("kl", ".4f"),
+    "KL over pq's at equal bits": number("kl_over_pq"),
+}
+
+
+def _codecs(family: str) -> Table:
+    """The systems of one family, and what others published of them."""
+    return Table(
+        ["codecs"],
+        lambda found: [row for row in found["rows"] if row["family"] == family],
+        CODECS | {"as published": text("theirs")},
+    )
+
+
 GPU_SPEEDS: dict[str, Cell] = {
     "preset": text("preset"),
     "encode, GB/s": number("encode_gb_s", ".0f"),
@@ -130,6 +152,25 @@ TABLES = {
             "decoding over pq3": number("decode_over_pq3", ".1f"),
         },
     ),
+    "codecs": Table(
+        ["codecs"],
+        lambda found: found["rows"],
+        {
+            "on the frontier": lambda row: "yes" if row["frontier"] else "",
+            **CODECS,
+            "encoding over pq3": number("encode_over_pq3"),
+            "decoding over pq3": number("decode_over_pq3"),
+        },
+        "codecs",
+    ),
+    "codecs-ours": _codecs("ours"),
+    "codecs-paper": _codecs("the seed paper"),
+    "codecs-wu": _codecs("Wu et al."),
+    "codecs-kivi": _codecs("KIVI"),
+    "codecs-llama-cpp": _codecs("llama.cpp"),
+    "codecs-more-tokens": _codecs("More Tokens"),
+    "codecs-kvquant": _codecs("KVQuant"),
+    "codecs-combined": _codecs("combined"),
     "kept": Table(
         ["kept_tokens"],
         lambda found: found["rows"],

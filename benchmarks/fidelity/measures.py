@@ -7,7 +7,8 @@ sample of the rotations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
@@ -50,19 +51,18 @@ def rel_mse(exact: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tup
     return sum(errors) / sum(norms), [error / norm for error, norm in zip(errors, norms, strict=True)]
 
 
-@torch.inference_mode()
-def real_queries(model: Any, reading: Reading) -> Queries:
-    """The queries of the first fed tokens in each layer that reads its own keys and values; none where a model attends in a
-    way of its own.
-    """
+@contextmanager
+def watching(model: Any) -> Iterator[Queries]:
+    """The queries of each layer, of all tokens that the model last read inside; none where it attends in a way of its own."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    usual = model.config._attn_implementation
+    usual, found = model.config._attn_implementation, Queries()
     if usual not in ALL_ATTENTION_FUNCTIONS:
-        return {}
-    attention, found = ALL_ATTENTION_FUNCTIONS[usual], {}
+        yield found
+        return
+    attention = ALL_ATTENTION_FUNCTIONS[usual]
 
     def watched(module: Any, query: torch.Tensor, *rest: Any, scaling: float, **options: Any) -> Any:
         found[module.layer_idx] = (query[0], scaling)
@@ -71,8 +71,16 @@ def real_queries(model: Any, reading: Reading) -> Queries:
     AttentionInterface.register("watched", watched)
     AttentionMaskInterface.register("watched", ALL_MASK_ATTENTION_FUNCTIONS[usual])
     model.set_attn_implementation("watched")
-    lm.continuation_logits(model, reading.prefix.cache(), reading.fed[:PROBED])
-    model.set_attn_implementation(usual)
+    try:
+        yield found
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def real_queries(model: Any, reading: Reading) -> Queries:
+    """The queries of the first fed tokens in each layer that reads its own keys and values."""
+    with watching(model) as found:
+        lm.continuation_logits(model, reading.prefix.cache(), reading.fed[:PROBED])
     exact = reading.prefix.exact
     dims = {index: exact[f"layers.{index}.key"].shape[-1] for index in sorted(found) if f"layers.{index}.key" in exact}
     return {index: found[index] for index, dim in dims.items() if found[index][0].shape[-1] == dim}
