@@ -216,7 +216,8 @@ class _DecodedTensors:
         """Shape, after the cut and in the layout that was given, and dtype of a tensor."""
         if name in self._positions_of:
             header = self._cut_of[self._positions_of[name]]
-            return (header.shape[:-1] if header.keep.each else (header.tokens,)), "int64"
+            each = header.keep is not None and header.keep.each
+            return (header.shape[:-1] if each else (header.tokens,)), "int64"
         shape, cut = self._shapes[name], self._tokens[name]
         shape = shape if cut is None else (*shape[:-2], cut[1] - cut[0], shape[-1])
         return self._layouts[name].given(shape) if name in self._layouts else shape, self._file.entry(name).dtype
@@ -252,7 +253,7 @@ class _DecodedTensors:
         if name in self._cut_of and self._asked.kept:
             tensor, self._read_positions[name] = self._file.decode_kept(name, backend=self._asked.backend)
         else:
-            options = {"tokens": self._tokens[name], "fill": self._asked.fill, "backend": self._asked.backend}
+            options: dict[str, Any] = {"tokens": self._tokens[name], "fill": self._asked.fill, "backend": self._asked.backend}
             tensor = self._file.decode(name, progress=advance, **options)
         self._file.forget(name)
         self._outcome.decode_seconds += time.perf_counter() - start

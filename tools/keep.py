@@ -28,9 +28,10 @@ class KeepRule:
         [0, 3, 1492, 1999]
         """
         if found := _FIRST_AND_LAST.fullmatch(text):
-            if not any(map(int, found.groups())):
+            first, last = (int(number) for number in found.groups())
+            if not first + last:
                 raise InvalidArgument(f"--keep {text} keeps nothing; --drop leaves a tensor out")
-            return cls(*map(int, found.groups()))
+            return cls(first, last)
         from pqcodec.formats.plain.files import open_tensors
 
         with open_tensors(text) as reader:
