@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import model as lm
 from benchmarks import results_file
-from benchmarks.codecs.parts import SPEED, TURNS, Bench, kept_parts, part, speeds
+from benchmarks.codecs.parts import SPEED, TIMED, TURNS, Bench, kept_parts, part, speeds
 from benchmarks.codecs.report import plot, printed, together
 from benchmarks.codecs.systems import BASE, SYSTEMS, System
 
@@ -36,7 +36,7 @@ def measure_texts(options: argparse.Namespace, systems: list[System]) -> None:
 
 def measure_speeds(options: argparse.Namespace, systems: list[System]) -> None:
     """The speeds that are missing."""
-    settings = {"turns": TURNS, "base": BASE}
+    settings = {"turns": TURNS, "base": BASE, "shape": list(TIMED)}
     for system in systems:
         console.print(f"speed: {system.name}")
         part(options.folder, SPEED, SPEED, system.name, settings, partial(speeds, system))
@@ -66,7 +66,8 @@ def main() -> None:
         measure_speeds(options, [SYSTEMS[name] for name in names])
     found = together(kept_parts(options.folder))
     console.print(printed(found))
-    path = results_file.write("codecs", "python -m benchmarks.codecs", found, options.out)
+    asked = "".join(f" --{name} {value}" for name, value in found["settings"].items())
+    path = results_file.write("codecs", f"python -m benchmarks.codecs{asked}", found, options.out)
     plot(found, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png').name}")
 

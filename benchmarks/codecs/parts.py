@@ -22,7 +22,7 @@ from benchmarks.fidelity.reading import Reading, windows_of
 from pqcodec import Rope
 from pqcodec.formats.policy.names import TensorRole
 
-TIMED, TURNS = (8, 2048, 128), 3  # a tensor whose coding is timed; how often, in turns with BASE
+TIMED, TURNS = (4, 1024, 128), 3  # a tensor whose coding is timed; how often, in turns with BASE
 SPEED = "speed"  # in the place of a model and a text
 
 
