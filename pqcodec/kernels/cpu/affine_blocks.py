@@ -21,8 +21,9 @@ from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
-from pqcodec.kernels.cpu.outliers import find_ends, gather_outliers, outlier_bytes, outliers_of, place_outliers, put_outliers
+from pqcodec.kernels.cpu.outliers import outlier_bytes, outliers_of, place_outliers, put_outliers
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
+from pqcodec.kernels.cpu.ranges import list_numbers, rows_are_groups
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit, leaf
 from pqcodec.kernels.cpu.scalar import decode_scalar_row, encode_scalars, fill_scalars
 
@@ -50,6 +51,7 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
     polar = np.zeros((2, min(groups.tokens, most) * (order // 2 if kind.coding == CODING_PAIRS else 0)), np.float32)
     halves = groups.field_bytes // 2
     fields = np.zeros((most + groups.tokens - 1) // groups.tokens * halves + LANES, np.uint16)
+    together = LANES if rows_are_groups(groups) else groups.tokens
     have_position = I64(-1)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
@@ -81,18 +83,14 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
                 top = max(top, largest[r])
         exponent = exponent_of(top)
         scale, kept = power_of_two(-exponent), 0
-        for group in range(group_count(tokens, groups)):
-            row = group * groups.tokens
-            rows = min(groups.tokens, tokens - row)
-            there, its = x[row * order :], fields[group * halves :]
+        for row in range(0, tokens, together):
+            rows = min(together, tokens - row)
+            there, its = x[row * order :], fields[row // groups.tokens * halves :]
             flags, at = bad[bad_at + row : bad_at + row + rows], block_out + row * row_bytes
             if kind.coding == CODING_PAIRS:
                 encode_pairs(there, rows, order, groups, scale, flags, polar, work, payload, at, row_bytes, its)
             else:
-                if groups.outliers:
-                    find_ends(there, rows, kind, groups, scale, flags, work.places, work.apart)
-                    kept = gather_outliers(there, rows, row, kind, scale, flags, kept, work.apart)
-                encode_scalars(there, rows, kind, groups, scale, flags, work, payload, at, row_bytes, its)
+                kept = encode_scalars(there, rows, row, kind, groups, scale, flags, kept, work, payload, at, row_bytes, its)
         at = block_out + tokens * row_bytes
         put_shorts(fields, group_count(tokens, groups) * halves, payload, at)
         if groups.outliers:
@@ -197,6 +195,10 @@ def work_of(kind, groups):
         step=np.zeros(order, np.float32),
         first=np.zeros(order, np.float32),
         span=np.zeros(order, np.float32),
+        low=np.zeros(order, np.float32),
+        high=np.zeros(order, np.float32),
+        least=np.zeros(list_numbers(kind, groups), np.float32),
+        most=np.zeros(list_numbers(kind, groups), np.float32),
         cos=np.zeros(angles, np.float32),
         sin=np.zeros(angles, np.float32),
         one=np.zeros(LANES, np.float32),

@@ -69,16 +69,22 @@ def codes_at(payload, at, steps, shifts):
     return words_of_rows(payload, at, steps, 0) >> load(shifts, 0)
 
 
+@inlined
+def code_shifts(width, places):
+    """How far ``put_codes`` shifts each of eight codes of ``width`` bits: long lanes; of wider ones four are a word."""
+    lane = load(places, 0) & ints(I32(7 if width <= 8 else 3))
+    return to_long(lane * ints(I32(width)))
+
+
 @leaf
-def put_codes(code, width, places, payload, at):
+def put_codes(code, width, shifts, places, payload, at):
     """Codes of eight numbers, int lanes, to ``width`` bytes from payload [at] on; up to seven bytes behind become zeros."""
-    lane = load(places, 0)
     if width <= 8:
-        set_long_at(payload, at, sum_of_longs(to_long(code) << to_long(lane * ints(I32(width)))))
+        set_long_at(payload, at, sum_of_longs(to_long(code) << shifts))
         return
-    shift = to_long((lane & ints(I32(3))) * ints(I32(width)))
-    low = sum_of_longs(to_long(select(lane < ints(I32(4)), code, ints(I32(0)))) << shift)
-    high = sum_of_longs(to_long(select(lane < ints(I32(4)), ints(I32(0)), code)) << shift)
+    lane = load(places, 0)
+    low = sum_of_longs(to_long(select(lane < ints(I32(4)), code, ints(I32(0)))) << shifts)
+    high = sum_of_longs(to_long(select(lane < ints(I32(4)), ints(I32(0)), code)) << shifts)
     set_long_at(payload, at, low | (high << U64(4 * width - 1)) << U64(1))
     set_long_at(payload, at + 8, high >> U64(64 - 4 * width))
 

@@ -200,6 +200,24 @@ def gather(typingctx, array, index):  # type: ignore[no-untyped-def]
     return lanes(array, INT), emit
 
 
+@intrinsic
+def pick(typingctx, array, at, index):  # type: ignore[no-untyped-def]
+    """float32 array[at + index] lane by lane, for indices below eight."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array, at, index = args
+        first = _pointer(context, builder, signature.args[0], array, at)
+        if "+avx2" in context.codegen().magic_tuple()[2].split(","):
+            vector = vector_of("float")
+            kind = ir.FunctionType(vector, [vector, vector_of("int")])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
+            return builder.call(function, [_load(builder, first, vector, 4), index])
+        lanes = (builder.extract_element(index, ir.Constant(I32, i)) for i in range(LANES))
+        return _gathered(builder, [builder.gep(first, [lane]) for lane in lanes], "float")
+
+    return FLOAT(array, types.int64, INT), emit
+
+
 def _pairs(builder: Any, pointers: list[Any], kind: str) -> tuple[Any, Any]:
     """Two neighbours at each of eight pointers, as two vectors."""
     two = [_load(builder, pointer, vector_of(kind, 2), 4) for pointer in pointers]
@@ -604,6 +622,22 @@ def sums_of_rows(typingctx, source, start):  # type: ignore[no-untyped-def]
         return rows[0]
 
     return FLOAT(source, types.int64), emit
+
+
+@intrinsic
+def transpose(typingctx, array, at):  # type: ignore[no-untyped-def]
+    """float32 array[at : at + 64], eight rows of eight, becomes its eight columns."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        array, at = args
+        places = [builder.add(at, ir.Constant(I64, LANES * j)) for j in range(LANES)]
+        pointers = [_pointer(context, builder, signature.args[0], array, place) for place in places]
+        rows = [_load(builder, place, vector_of("float"), 4) for place in pointers]
+        for place, row in zip(pointers, _transposed(builder, rows), strict=True):
+            _store(builder, row, place, 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
 
 
 def _summed(builder: Any, rows: list[Any], stages: int) -> list[Any]:

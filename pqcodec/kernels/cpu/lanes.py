@@ -203,6 +203,26 @@ def any_lane(typingctx, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def set_lanes(typingctx, mask):  # type: ignore[no-untyped-def]
+    """The mask as the low bits of an int64: the first lane's is the lowest."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.bitcast(args[0], I8), I64)
+
+    return types.int64(MASK), emit
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The place of the lowest bit of an int64 that is set; of 0 it is 64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.cttz(args[0], ir.Constant(_I1, 0))
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
 def nearest(typingctx, value):  # type: ignore[no-untyped-def]
     """Float lanes rounded to integers, halves to even."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import TURN
-from pqcodec.kernels.cpu.affine_fields import as_halves, cell_of, codes_at, halves_at, put_codes, shorts_of
+from pqcodec.kernels.cpu.affine_fields import as_halves, cell_of, code_shifts, codes_at, halves_at, put_codes, shorts_of
 from pqcodec.kernels.cpu.lane_memory import gather, gather_pair, load, load_short, store, store_short
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, root, select, to_float, truncate
 from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, jit, leaf
@@ -95,6 +95,7 @@ def encode_pairs(x, rows, order, groups, scale, bad, polar, work, payload, at, r
         store_short(fields, 3 * pairs + p, wide)
         store(work.span, p, to_float(wide))
     width = groups.bits + groups.angle_bits
+    shifts = code_shifts(width, work.places)
     for row in range(rows):
         for p in range(0, pairs, LANES):
             code = ints(I32(0))
@@ -103,7 +104,7 @@ def encode_pairs(x, rows, order, groups, scale, bad, polar, work, payload, at, r
                 ahead = select(ahead < floats(F32(0)), ahead + floats(F32(TURN)), ahead)
                 code = cell_of(radius - load(work.start, p), load(work.step, p), 1 << groups.bits)
                 code = code << ints(I32(groups.angle_bits)) | cell_of(ahead, load(work.span, p), 1 << groups.angle_bits)
-            put_codes(code, width, work.places, payload, at + row * row_bytes + (p >> 3) * width)
+            put_codes(code, width, shifts, work.places, payload, at + row * row_bytes + (p >> 3) * width)
 
 
 @inlined

@@ -300,7 +300,7 @@ class Groups(NamedTuple):
     zeros: bool  # whether numbers have a zero beside their scale
     shortest: bool  # whether the encoder looks for the shortest arc
     levels: np.ndarray  # float32 [2^bits]: those of a codebook; [0] without one
-    bounds: np.ndarray  # float32 [2^bits - 1]: the middles between them
+    bounds: np.ndarray  # float32 [2^bits]: the middles between them, as ``tables`` has them for a bisection
     outliers: int  # at each end of the range of a whole group; 0: none are kept
     ends: int  # of the groups of the same tokens
 
@@ -308,10 +308,6 @@ class Groups(NamedTuple):
 class Outliers(NamedTuple):
     """Single numbers of a block that are kept apart, and scratch; all [0] where there are none."""
 
-    low: np.ndarray  # float32 [order]: the range of each channel's group, without its outliers
-    high: np.ndarray
-    least: np.ndarray  # float32 [(order + 1) * (outliers + 1)]: the smallest numbers of each group, or of eight lanes of it
-    most: np.ndarray  # the largest ones
     places: np.ndarray  # uint16 [room]
     values: np.ndarray  # uint16 [room + lanes]: bits of float16
     counts: np.ndarray  # int64 [segments]
@@ -325,8 +321,12 @@ class GroupWork(NamedTuple):
 
     start: np.ndarray  # float32 [order]: where radii begin; of scalar coding zeros
     step: np.ndarray  # float32 [order]: of radii; of scalar coding scales
-    first: np.ndarray  # float32 [order]: where angles begin; of scalar coding the least numbers
-    span: np.ndarray  # float32 [order]: of angles; of scalar coding the largest numbers
+    first: np.ndarray  # float32 [order]: where angles begin; of scalar coding each group's scale
+    span: np.ndarray  # float32 [order]: of angles; of scalar coding each group's zero
+    low: np.ndarray  # float32 [order]: where the range of each group of scalar coding begins, without its outliers
+    high: np.ndarray  # float32 [order]: where it ends
+    least: np.ndarray  # float32 [``ranges.list_numbers``]: lists of the smallest numbers
+    most: np.ndarray  # of the largest ones
     cos: np.ndarray  # float32 [2^angle_bits * pairs]: of each angle of each pair
     sin: np.ndarray
     one: np.ndarray  # float32 [lanes]

@@ -5,14 +5,12 @@ Encoders do the float32 operations of ``codings.scalar`` in the same order, and 
 
 from __future__ import annotations
 
-import numpy as np
-
-from pqcodec.kernels.cpu.affine_fields import as_halves, codes_at, halves_at, put_codes, shorts_of
-from pqcodec.kernels.cpu.lane_memory import gather, load, spread, store
+from pqcodec.kernels.cpu.affine_fields import as_halves, code_shifts, codes_at, halves_at, put_codes, shorts_of
+from pqcodec.kernels.cpu.lane_memory import gather, load, pick, spread, store
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, nearest, select, to_float, truncate
-from pqcodec.kernels.cpu.records import F32, I32, jit, leaf
-
-_NONE = np.float32(3e38)  # beyond every number
+from pqcodec.kernels.cpu.outliers import keep_apart
+from pqcodec.kernels.cpu.ranges import find_ranges, rows_are_groups
+from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, leaf
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
@@ -61,82 +59,94 @@ def decode_scalar_row(payload, at, order, groups, scale, work, tile, base):
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------
-@jit
-def encode_scalars(x, rows, kind, groups, scale, bad, work, payload, at, row_bytes, fields):
-    """Code one group of tokens: ``rows`` rows of float32 x [order each], to payload [at ...] and uint16 ``fields``.
+@leaf
+def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, payload, at, row_bytes, fields):
+    """Code rows of a block from ``first_row`` on that share groups, or eight rows with groups of their own.
 
-    Bad rows have zeros, and widen no range.
+    From float32 x [order each] to payload [at ...] and uint16 ``fields``. Bad rows have zeros, and widen no range. ``kept``:
+    how many outliers the block has; returns how many it has then.
     """
     order = kind.order
-    for k in range(0, order, LANES):
-        least, most = floats(_NONE), floats(-_NONE)
-        if groups.outliers:
-            least, most = load(work.apart.low, k), load(work.apart.high, k)
-        for row in range(0 if groups.outliers else rows):
-            if not bad[row]:
-                number = load(x, row * order + k) * floats(scale)
-                least, most = min(least, number), max(most, number)
-        store(work.first, k, least)
-        store(work.span, k, most)
-    count = (order + groups.channels - 1) // groups.channels
-    fill_steps_and_zeros(kind, groups, count, work, fields)
-    shift, last = floats(F32(0 if groups.zeros else 1 << groups.bits >> 1)), floats(F32((1 << groups.bits) - 1))
+    count, single = (order + groups.channels - 1) // groups.channels, rows_are_groups(groups)
+    shifts = code_shifts(groups.bits, work.places)
+    find_ranges(x, rows, kind, groups, scale, bad, work)
+    fill_steps_and_zeros(kind, groups, count * LANES if single else count, work)
+    put_fields(rows if single else 1, count, order, groups, work, fields)
+    if not single:
+        for g in range(count - 1, -1, -1):  # downwards, because ranges are spread in their place
+            spread_fields(g, order, groups, work.first[g], work.span[g], work)
+            spread_range(g, order, groups, work)
     for row in range(rows):
-        for k in range(0, order, LANES):
-            code = ints(I32(0))
-            if not bad[row]:
-                step = load(work.step, k)
-                none = step == floats(F32(0))
+        row_at, base, room = at + row * row_bytes, row * order, (first_row + row) * kind.head_dim
+        if bad[row]:
+            for k in range(0, order, LANES):
+                put_codes(ints(I32(0)), groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+        elif single:
+            for g in range(count):
+                own = g * LANES + row
+                step, zero = spread(work.first, own), spread(work.span, own)
+                low, high = spread(work.low, own), spread(work.high, own)
+                for k in range(g * groups.channels, min((g + 1) * groups.channels, order), LANES):
+                    number = load(x, base + k) * floats(scale)
+                    code = code_of(number, step, zero, load(work.places, k) < ints(I32(kind.head_dim)), groups)
+                    put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+                    if groups.outliers and k < kind.head_dim:
+                        kept = keep_apart(number, low, high, kind.head_dim - k, room + k, kept, work.apart)
+        else:
+            for k in range(0, order, LANES):
+                number = load(x, base + k) * floats(scale)
                 there = load(work.places, k) < ints(I32(kind.head_dim))
-                number = load(x, row * order + k) * floats(scale) - load(work.start, k)
-                place = number / select(none, floats(F32(1)), step)
-                if groups.levels.size:
-                    found = nearest_level(place, groups)
-                    code = select(none, code, select(there, found, code))
-                else:
-                    place = nearest(place) + shift
-                    place = select(there, min(max(place, floats(F32(0))), last), floats(F32(0)))
-                    code = select(none, code, truncate(place))
-            put_codes(code, groups.bits, work.places, payload, at + row * row_bytes + (k >> 3) * groups.bits)
+                code = code_of(number, load(work.step, k), load(work.start, k), there, groups)
+                put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+                if groups.outliers and k < kind.head_dim:
+                    low, high = load(work.low, k), load(work.high, k)
+                    kept = keep_apart(number, low, high, kind.head_dim - k, room + k, kept, work.apart)
+    return kept
+
+
+@inlined
+def code_of(number, step, zero, there, groups):
+    """The codes of eight numbers, int lanes; 0 where a scale is 0, and where no number is ``there``."""
+    none = step == floats(F32(0))
+    place = (number - zero) / select(none, floats(F32(1)), step)
+    if groups.levels.size:
+        found = nearest_level(place, groups)
+        return select(none, ints(I32(0)), select(there, found, ints(I32(0))))
+    shift, last = floats(F32(0 if groups.zeros else 1 << groups.bits >> 1)), floats(F32((1 << groups.bits) - 1))
+    place = min(max(nearest(place) + shift, floats(F32(0))), last)
+    return select(none, ints(I32(0)), truncate(select(there, place, floats(F32(0)))))
 
 
 @leaf
 def nearest_level(place, groups):
-    """The levels nearest to numbers in the range of their group, int lanes: how many bounds are below each."""
+    """The levels nearest to numbers in the range of their group, int lanes: how many bounds are below each.
+
+    Found by bisection, or where bounds are few by a comparison with each, which then costs less.
+    """
     code = ints(I32(0))
-    for j in range(groups.bounds.size):
-        code = code + select(place > spread(groups.bounds, j), ints(I32(1)), ints(I32(0)))
+    if groups.bits < 4:
+        for j in range(1 << groups.bits):
+            code = code + select(place > spread(groups.bounds, j), ints(I32(1)), ints(I32(0)))
+        return code
+    for first in (1, 2, 4, 8):
+        code = _deeper(code, place, pick(groups.bounds, first, code))
+    for depth in range(4, groups.bits):
+        code = _deeper(code, place, gather(groups.bounds, code + ints(I32(1 << depth))))
     return code
 
 
-@leaf
-def gather_ranges(kind, groups, count, work):
-    """Ranges of channels, ``work.first`` .. ``work.span``, become those of their ``count`` groups, in the same places."""
-    for g in range(count):
-        low, high = _NONE, -_NONE
-        first, last = g * groups.channels, min((g + 1) * groups.channels, kind.head_dim)
-        if (first | last) % LANES == 0 and first < last:
-            least, most = floats(_NONE), floats(-_NONE)
-            for k in range(first, last, LANES):
-                least, most = min(least, load(work.first, k)), max(most, load(work.span, k))
-            store(work.one, 0, least)
-            store(work.other, 0, most)
-            a, b = work.one, work.other
-            low = min(min(min(a[0], a[1]), min(a[2], a[3])), min(min(a[4], a[5]), min(a[6], a[7])))
-            high = max(max(max(b[0], b[1]), max(b[2], b[3])), max(max(b[4], b[5]), max(b[6], b[7])))
-        else:
-            for k in range(first, last):
-                low, high = min(low, work.first[k]), max(high, work.span[k])
-        work.first[g], work.span[g] = low, high
+@inlined
+def _deeper(code, place, bound):
+    """The branch of a bisection that is taken at a node: twice the node's number, and one more beyond its bound."""
+    return code + code + select(place > bound, ints(I32(1)), ints(I32(0)))
 
 
 @leaf
-def fill_steps_and_zeros(kind, groups, count, work, fields):
-    """Scales and zeros of ``count`` groups of channels from the ranges of channels, as ``fields`` and for every channel."""
-    gather_ranges(kind, groups, count, work)
+def fill_steps_and_zeros(kind, groups, count, work):
+    """Scales and zeros of ``count`` groups from their ranges, as bits of float16 in ``work.shorts`` and as numbers."""
     levels, shift = floats(F32((1 << groups.bits) - 1)), floats(F32(-(1 << groups.bits >> 1)))
     for g in range(0, count, LANES):
-        low, high = load(work.first, g), load(work.span, g)
+        low, high = load(work.low, g), load(work.high, g)
         none = low > high
         low, high = select(none, floats(F32(0)), low), select(none, floats(F32(0)), high)
         if groups.levels.size:
@@ -153,9 +163,23 @@ def fill_steps_and_zeros(kind, groups, count, work, fields):
             step = select(high >= floats(F32(0)) - low, high, low) / shift + floats(F32(0))
             store(work.span, g, floats(F32(0)))
         store(work.first, g, as_halves(step, work.shorts, g))
-    for g in range(count):
-        fields[g] = work.shorts[g]
-        if groups.zeros:
-            fields[count + g] = work.shorts[kind.order + g]
-    for g in range(count):
-        spread_fields(g, kind.order, groups, work.first[g], work.span[g], work)
+
+
+@leaf
+def put_fields(rows, count, order, groups, work, fields):
+    """The fields of ``rows`` rows of groups, of ``count`` groups each; all scales of a row stand before its zeros."""
+    apart = LANES if rows_are_groups(groups) else I64(1)
+    halves = groups.field_bytes // 2
+    for row in range(rows):
+        for g in range(count):
+            fields[row * halves + g] = work.shorts[g * apart + row]
+            if groups.zeros:
+                fields[row * halves + count + g] = work.shorts[order + g * apart + row]
+
+
+@leaf
+def spread_range(group, order, groups, work):
+    """The range of a group for each of its channels."""
+    low, high = work.low[group], work.high[group]
+    for k in range(group * groups.channels, min((group + 1) * groups.channels, order)):
+        work.low[k], work.high[k] = low, high

@@ -79,11 +79,18 @@ def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:
             zeros=affine.fields == c.AFFINE_SCALE_ZERO,
             shortest=effort == "best",
             levels=found,
-            bounds=levels.bounds(found),
+            bounds=_bisection(levels.bounds(found)),
             outliers=affine.outliers,
             ends=2 * affine.groups(h.order),
         )
     )
+
+
+def _bisection(bounds: np.ndarray) -> np.ndarray:
+    """2^bits - 1 ascending bounds as a tree: node i of depth d at [2^d + i], and an infinity at [0]."""
+    depths = len(bounds).bit_length()
+    nodes = [bounds[(1 << depths - 1 - depth) - 1 :: 1 << depths - depth] for depth in range(depths)]
+    return np.concatenate([np.full(1, np.inf, np.float32), *nodes])
 
 
 # -- the split coding --------------------------------------------------------------------------------------------------
