@@ -8,6 +8,7 @@ those of whole streams, keep lists and headers included, over the kept tokens' t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,17 @@ TEXT = results_file.RESULTS.parent / "data" / "prose.txt"
 
 
 @torch.inference_mode()
-def captured(model: Any, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Queries, keys and values of ``LAYERS``, after RoPE: [heads, tokens, head_dim] each, of a model of transformers."""
+def captured(
+    model: Any, ids: torch.Tensor, layers: Sequence[int] = LAYERS
+) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values of some layers, after RoPE: [heads, tokens, head_dim] each, of a model of transformers."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def look(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
-        if module.layer_idx in LAYERS:
+        if module.layer_idx in layers:
             found[module.layer_idx] = (query[0], key[0], value[0])
         return sdpa_attention_forward(module, query, key, value, *args, **options)
 

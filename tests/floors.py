@@ -5,7 +5,7 @@ from __future__ import annotations
 ORDER = [  # of the core's modules and folders, from the ground up: what is on a line imports from its own and from those above
     "errors constants threads sizes",
     "stream tensors stages codings",
-    "options placed select",
+    "options placed select bases calibrate",
     "kernels",
     "backends words",
     "batch host training",

@@ -12,9 +12,10 @@ from conftest import BACKENDS, gaussian, rel_mse
 import pqcodec
 from pqcodec import InvalidArgument
 from pqcodec import constants as c
+from pqcodec.calibrate import shared_levels
 from pqcodec.codings import scalar
 from pqcodec.codings.declared import Affine, Codebook, half_numbers
-from pqcodec.codings.levels import fitted_levels
+from pqcodec.codings.levels import fitted_levels, q_norm
 from pqcodec.codings.plan import plan_for
 from pqcodec.options import EncodeOptions
 from pqcodec.stream.header import Header
@@ -168,3 +169,72 @@ def test_other_codings_take_no_levels(kind: tuple[Any, ...], codebook: Codebook)
     coding, row_bits, radius_bits, rounds, affine = kind
     with pytest.raises(InvalidArgument, match="coding with levels"):
         Header(coding, 3, (1, 16), row_bits, radius_bits, rounds=rounds, affine=affine, codebook=codebook)
+
+
+# -- levels that are fitted beforehand -----------------------------------------------------------------------------
+@pytest.mark.parametrize("bits", [2, 3])
+def test_q_norm_gives_back_mean_and_deviation_at_the_error_that_is_known(bits: int) -> None:
+    """KVQuant's codes are those of the former levels: their error D becomes 2 - 2 sqrt(1 - D)."""
+    x = np.random.default_rng(0).standard_normal(1 << 15) / 4.5 + 0.02
+    weights = np.ones(len(x))
+    plain = fitted_levels(x, weights, 1 << bits)
+    old, new = (np.array(each, "<u2").view("<f2").astype(np.float64) for each in (plain, q_norm(plain, x, weights)))
+    codes = np.searchsorted((old[1:] + old[:-1]) / 2, x)
+    assert new[codes].mean() == pytest.approx(x.mean(), abs=1e-4)
+    assert new[codes].std() == pytest.approx(x.std(), rel=1e-3)
+    known = 2 - 2 * (1 - LLOYD_MAX[bits]) ** 0.5
+    assert ((new[codes] - x) ** 2).mean() / x.var() == pytest.approx(known, rel=0.02)
+
+
+def test_shared_levels_are_those_that_a_stream_fits_and_lose_as_little_of_others() -> None:
+    x, y = gaussian(2, 2048, 16), gaussian(2, 2048, 16, seed=1)
+    for preset in ("nuq3-key", "kvquant3"):
+        table = shared_levels(x, preset, seed=7)
+        assert table.levels == pqcodec.inspect(pqcodec.encode(x, preset=preset, seed=7, backend="cpu")).levels
+        errors = [
+            rel_mse(y, pqcodec.decode(pqcodec.encode(y, preset=preset, levels=levels, backend="cpu"), backend="cpu"))
+            for levels in (table.levels, None)
+        ]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    both = shared_levels([x, y.half()], "nuq3-key")
+    np.testing.assert_allclose(both.levels, shared_levels(x, "nuq3-key").levels, atol=0.02)
+
+
+def test_q_norm_widens_what_streams_decode() -> None:
+    """In part, as encoders take the nearest of the new levels."""
+    x = gaussian(1, 4096, 8)
+    found = []
+    for normed in (False, True):
+        data = pqcodec.encode(x, preset="nuq2-key", levels=shared_levels(x, "nuq2-key", q_norm=normed).levels, backend="cpu")
+        y = pqcodec.decode(data, backend="cpu")
+        found.append((float(y.std() / x.std()), rel_mse(x, y)))
+    assert found[0][0] < found[1][0] - 0.01 < 1
+    assert found[0][1] < found[1][1] < 1.03 * found[0][1]
+
+
+def test_gradients_weigh_numbers_by_the_fisher_information() -> None:
+    """Levels gather where errors cost most: the weighted error falls, the plain one rises."""
+    x = gaussian(2, 1024, 8)
+    slopes = torch.where(x > 1, 10.0, 0.1)
+    errors = []
+    for gradients in (None, slopes):
+        table = shared_levels(x, "nuq2-key", gradients=gradients)
+        y = pqcodec.decode(pqcodec.encode(x, preset="nuq2-key", levels=table.levels, backend="cpu"), backend="cpu")
+        errors.append((float(((x - y) ** 2 * slopes**2).sum()), float(((x - y) ** 2).sum())))
+    assert errors[1][0] < 0.6 * errors[0][0]
+    assert errors[1][1] > errors[0][1]
+    assert shared_levels(x, "nuq2-key", gradients=torch.full_like(x, 3)) == shared_levels(x, "nuq2-key")
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "said"),
+    [
+        (gaussian(1, 9, 8), {"preset": "pq3"}, "has no levels"),
+        ([], {}, "0 tensors"),
+        (gaussian(1, 9, 8), {"gradients": gaussian(1, 8, 8)}, "not of the shape"),
+        (gaussian(1, 9, 8), {"gradients": gaussian(1, 9, 8) * float("nan")}, "gradients hold NaN"),
+    ],
+)
+def test_levels_that_cannot_be_fitted_are_refused(x: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        shared_levels(x, **{"preset": "nuq2", **options})

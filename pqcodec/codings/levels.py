@@ -30,10 +30,17 @@ def bounds(levels: np.ndarray) -> np.ndarray:
 
 
 def levels_of(values: Values | DeviceRows, h: Header, offsets: np.ndarray | None) -> tuple[int, ...]:
-    """The levels for a tensor [leading, tokens, head_dim], fitted to an even selection of its groups of numbers.
+    """The levels for a tensor [leading, tokens, head_dim], fitted to a ``sample`` of it."""
+    return fitted_levels(*sample(values, h, offsets), 1 << h.row_bits // h.order)
+
+
+def sample(
+    values: Values | DeviceRows, h: Header, offsets: np.ndarray | None, gradients: Values | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of an even selection of a tensor's groups, as places in the ranges of these, and their weights: [n] each.
 
     Which ones depends on the header's seed. ``offsets``: float32 [leading, head_dim], or None. A number weighs as much as the
-    square of its group's range, as its error does.
+    square of its group's range, as its error does, times the square of its gradient where ``gradients`` has the tensor's.
     """
     assert h.affine is not None
     size = h.affine.tokens if h.affine.tokens > 1 else min(_RUN, max(h.coded_tokens, 1))
@@ -44,30 +51,38 @@ def levels_of(values: Values | DeviceRows, h: Header, offsets: np.ndarray | None
     found = [(np.zeros(0), np.zeros(0))]
     for i in range(wanted):
         lead, run = divmod((start + i * runs * h.leading // wanted) % (runs * h.leading), runs)
-        x = _centred(values, h, offsets, lead, run * size, min(size, h.coded_tokens - run * size), step)
-        found.append(_places(x if len(x) else np.zeros((1, x.shape[1])), h.affine))
+        rows = (lead, h.first_tokens + run * size, min(size, h.coded_tokens - run * size))
+        x, slopes = _centred(values, h, offsets, rows, step), None
+        finite = np.isfinite(x)
+        kept = slice(None) if finite.all() else finite.all(1)
+        if gradients is not None:
+            slopes = _stored(gradients, h, rows, step)[kept]
+        found.append(_places(x[kept] if len(x[kept]) else np.zeros((1, x.shape[1])), h.affine, slopes))
     numbers, weights = (np.concatenate(each) for each in zip(*found, strict=True))
-    return fitted_levels(numbers, weights, 1 << h.row_bits // h.order)
+    return numbers, weights
+
+
+def _stored(values: Values | DeviceRows, h: Header, rows: tuple[int, int, int], step: int) -> np.ndarray:
+    """Every ``step``-th channel of ``rows`` (leading index, first token, tokens), float64 [n, channels]."""
+    return widen(np.ascontiguousarray(values.rows(*rows)[:, ::step]), h.dtype).astype(np.float64)
 
 
 def _centred(
-    values: Values | DeviceRows, h: Header, offsets: np.ndarray | None, lead: int, first: int, tokens: int, step: int
+    values: Values | DeviceRows, h: Header, offsets: np.ndarray | None, rows: tuple[int, int, int], step: int
 ) -> np.ndarray:
-    """Every ``step``-th channel of coded tokens, float64 [n, channels], less offsets; without vectors that are not finite."""
-    first += h.first_tokens
-    x = widen(np.ascontiguousarray(values.rows(lead, first, tokens)[:, ::step]), h.dtype).astype(np.float64)
+    """The same less offsets."""
+    x, (lead, first, tokens) = _stored(values, h, rows, step), rows
     if offsets is not None and h.rope:
         x -= centre.turn(offsets[lead], *centre.phases(h.rope, first, tokens), h.rope)[:, ::step]
     elif offsets is not None:
         x -= offsets[lead, ::step]
-    finite = np.isfinite(x)
-    return x if finite.all() else x[finite.all(1)]
+    return x
 
 
-def _places(x: np.ndarray, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
+def _places(x: np.ndarray, affine: Affine, slopes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of one group of tokens, or of many of one token -> places in the range of each group, and weights: [n] each.
 
-    Token by token, in whose order ``fitted_levels`` sums them.
+    Token by token, in whose order ``fitted_levels`` sums them. ``slopes``: gradients of the same shape, if any.
     """
     numbers, weights = [], []
     by_channel = affine.channels == 1 and affine.tokens > 1
@@ -85,6 +100,8 @@ def _places(x: np.ndarray, affine: Affine) -> tuple[np.ndarray, np.ndarray]:
         weight = np.broadcast_to(half * half, groups.shape)
         if by_channel:
             inside, place, weight = (np.ascontiguousarray(each.T) for each in (inside, place, weight))
+        if slopes is not None and len(slopes):
+            weight = weight * slopes[:, first : first + width].reshape(weight.shape) ** 2
         numbers.append(place[inside])
         weights.append(weight[inside])
     return np.concatenate(numbers), np.concatenate(weights)
@@ -129,3 +146,20 @@ def fitted_levels(numbers: np.ndarray, weights: np.ndarray, count: int) -> tuple
         if last - error <= _STEP * abs(error):
             break
     return tuple(np.sort(levels.astype("<f2")).view("<u2").tolist())
+
+
+def q_norm(levels: tuple[int, ...], numbers: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
+    """Levels, as bits, scaled and shifted so that what codes of the former ones decode to has the numbers' mean and deviation.
+
+    KVQuant's Q-Norm (arXiv 2401.18079, for 2 bits): a least error D of the numbers' variance becomes 2 - 2 sqrt(1 - D).
+    """
+    if not weights.any():
+        return levels
+    old = np.array(levels, "<u2").view("<f2").astype(np.float64)
+    coded = old[np.searchsorted((old[1:] + old[:-1]) / 2, numbers)]
+    means = [np.average(each, weights=weights) for each in (numbers, coded)]
+    wanted, found = (
+        np.average((each - mean) ** 2, weights=weights) for each, mean in zip((numbers, coded), means, strict=True)
+    )
+    scale = np.sqrt(wanted / found) if found > 0 else 1.0
+    return tuple((means[0] + (old - means[1]) * scale).astype("<f2").view("<u2").tolist())
