@@ -233,6 +233,18 @@ def test_streams_decoded_together_are_those_decoded_alone(backend: str, options:
     assert not both[:, 125:].any()
 
 
+@pytest.mark.parametrize("preset", ["quad3", "pq3", "wu44"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_of_several_lengths_turn_with_their_own_tokens(preset: str, dtype: torch.dtype) -> None:
+    """Phases that were made for a short stream do not serve a longer one that begins at the same position."""
+    tensors = [gaussian(1, tokens, 64, dtype=dtype) + 4 for tokens in (10, 100, 30)]
+    streams = [encode(x, preset=preset, center="rope", rope=pqcodec.Rope(), backend="cpu") for x in tensors]
+    outs = [torch.zeros_like(x) for x in tensors]
+    decode_together([MemorySource(stream) for stream in streams], outs, [0, 0, 0], "cpu")
+    for out, stream in zip(outs, streams, strict=True):
+        torch.testing.assert_close(out, pqcodec.decode(stream, backend="cpu"), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_streams_decoded_together_refuse_damage_and_outs_they_do_not_fit(backend: str) -> None:
     data = encode(gaussian(2, 40, 16), backend="cpu")

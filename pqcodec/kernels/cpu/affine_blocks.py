@@ -114,7 +114,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     work = work_of(kind, groups)
     like, past = output.like, output.past
-    have_position = I64(-1)
+    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
@@ -122,9 +122,9 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and position != have_position:
+        if pairs and (position != have_position or tokens > have_tokens):
             fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+            have_position, have_tokens = position, tokens
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):

@@ -192,7 +192,7 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     like, past = output.like, output.past
-    have_position = I64(-1)
+    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = block_size(tokens, kind) - CHECKSUM_BYTES
@@ -200,9 +200,9 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and position != have_position:
+        if pairs and (position != have_position or tokens > have_tokens):
             fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+            have_position, have_tokens = position, tokens
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
