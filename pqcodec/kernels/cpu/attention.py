@@ -26,7 +26,6 @@ from pqcodec.constants import (
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum
 from pqcodec.kernels.cpu.lane_memory import (
     gather_bytes_at,
-    gather_pair,
     load,
     pointer,
     signed_floats,
@@ -34,11 +33,11 @@ from pqcodec.kernels.cpu.lane_memory import (
     store,
     sums_of_rows,
     word_at,
-    words_of_rows,
 )
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, fused, ints, magnitude, nearest, select, truncate
+from pqcodec.kernels.cpu.offsets import fill_phases_across
 from pqcodec.kernels.cpu.paper import decode_paper
-from pqcodec.kernels.cpu.quads import quad_factors
+from pqcodec.kernels.cpu.quads import quad_factors, unpack
 from pqcodec.kernels.cpu.records import (
     F32,
     I32,
@@ -228,7 +227,7 @@ def score_items(items, leads, leading, of_keys, rope, queries, keys, check, dama
         for row in range(low, high, RUN):
             rows = min(RUN, high - row)
             if pairs:
-                fill_phases_across(position + row, rows, rope, scratch.cos, scratch.sin, scratch.steps)
+                fill_phases_across(position + row, rows, rope, RUN, LANES, scratch.cos, scratch.sin, scratch.steps)
             for lead in range(leads[0], leads[1]):
                 payload = carray(pointer(source + lead * size), (size,), np.uint8)
                 if check and row == low:
@@ -343,40 +342,6 @@ def add_tile(x, order, scaled, lanes, start):
 
 
 # -- planes of quads ----------------------------------------------------------------------------------------------------------
-@leaf
-def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
-    """Indices and signs of ``rows`` rows from ``row`` on, tile by tile: entries [tile, quad, lane], signs [tile, group, lane].
-
-    A sign word has the signs of coordinate e of a group's quad k at bit k + 8 QUADS_SIGN_PLACES[e]. ``steps`` is scratch.
-    """
-    bits, count = quads.bits, order // QUAD
-    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
-    each = 4 if bits <= 8 else 2  # fields that lie in 32 bits, wherever the first begins
-    mask = ints(I32((1 << bits) - 1))
-    for tile in range((rows + LANES - 1) // LANES):
-        last = rows - 1 - tile * LANES
-        for l in range(LANES):  # missing rows read the last one
-            steps[l] = I32(min(l, last) * quads.sign_bytes)
-            steps[LANES + l] = I32(min(l, last) * quads.index_bytes)
-        first_row = row + tile * LANES
-        at = tile * count * LANES
-        start = tokens * quads.sign_bytes + first_row * quads.index_bytes
-        for quad in range(0, count, each):
-            place = quad * bits
-            word = words_of_rows(payload, start + (place >> 3), steps, LANES) >> ints(I32(place & 7))
-            for i in range(each):
-                store(entries, at + (quad + i) * LANES, word & mask)
-                word = word >> ints(I32(bits))
-        at = tile * groups * LANES
-        start = first_row * quads.sign_bytes
-        for group in range(groups):
-            word = words_of_rows(payload, start + 4 * group, steps, 0)
-            if count - group * QUADS_GROUP < QUADS_GROUP:  # four bits of each coordinate, which become a byte
-                word = (word & ints(I32(0xFF)) | word << ints(I32(8))) & ints(I32(0x00FF00FF))
-                word = (word | word << ints(I32(4))) & ints(I32(0x0F0F0F0F))
-            store(signs, at + group * LANES, word)
-
-
 @jit
 def fill_factors(quads, payload, row, rows, tokens, first, second):
     """Factors A and B of ``rows`` rows from ``row`` on; of lanes behind them A is 0."""
@@ -447,22 +412,6 @@ def finish_scores(scratch, dots_at, queries, group, factors_at, token, pairs, fo
     store(found, place + stride, q + spread(queries.constants, row + 1))
     store(found, place + 2 * stride, r + spread(queries.constants, row + 2))
     store(found, place + 3 * stride, s + spread(queries.constants, row + 3))
-
-
-@leaf
-def fill_phases_across(first, tokens, rope, cos, sin, steps):
-    """``offsets.fill_phases`` with a pair's tokens side by side: cos and sin [pair, RUN], up to 7 tokens more."""
-    tables = rope.phases
-    for l in range(LANES):
-        steps[l] = I32(l)
-    for i in range(rope.frequencies.size):
-        frequency = ints(I32(rope.frequencies[i]))
-        for t in range(0, tokens, LANES):
-            turn = (ints(I32(first + t)) + load(steps, 0)) * frequency
-            cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
-            cos_l, sin_l = gather_pair(tables, ((turn >> ints(I32(15))) & ints(I32(510))) | ints(I32(512)))
-            store(cos, i * RUN + t, cos_h * cos_l - sin_h * sin_l)
-            store(sin, i * RUN + t, sin_h * cos_l + cos_h * sin_l)
 
 
 # -- softmax -------------------------------------------------------------------------------------------------------------

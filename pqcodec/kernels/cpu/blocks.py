@@ -25,8 +25,8 @@ from pqcodec.constants import (
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
-from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile, put_narrowed
+from pqcodec.kernels.cpu.offsets import add_offset, fill_phases, fill_phases_across, turn_offset
 from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
 from pqcodec.kernels.cpu.quads import decode_quad_rows, encode_quad_rows, finish_quads, quad_factors
 from pqcodec.kernels.cpu.records import (
@@ -52,21 +52,23 @@ from pqcodec.kernels.cpu.records import (
     SplitDecoderWork,
     SplitEncoder,
     SplitEncoderWork,
+    Turning,
     inlined,
     jit,
 )
 from pqcodec.kernels.cpu.rotation import (
     are_small,
     lies_in_other,
+    narrow_back,
     rotate,
     rotate_back,
     rotate_begun_back,
-    store_back,
     transpose_back,
 )
 from pqcodec.kernels.cpu.split import decode_split, encode_split, radius_factors
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
+_NEARLY = np.float32(1 - 2.0**-10)  # times a limit, what stays below it when sums are rounded
 _FAR = 40  # a row whose largest magnitude is beyond 2^40 or below 2^-40 is scaled, so that squares stay in float32
 
 
@@ -185,14 +187,15 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
         listed=np.zeros(order // 4 + 1, np.int32),
     )
     words = np.zeros(LANES * stride, np.uint64)
-    steps, entries = np.zeros(2 * LANES, np.int32), np.zeros(QUADS_GROUP * LANES, np.int32)
-    short = np.zeros(LANES, np.uint16)
-    straight = kind.head_dim == order and kind.dtype != DTYPE_FLOAT32
-    as_pairs = rotation.pair_places.size > 0
+    of_quads = np.zeros(2 * LANES, np.int32), np.zeros(order // QUAD * LANES, np.int32), np.zeros(order // 2, np.int32)
+    short, shorts, brain = np.zeros(LANES, np.uint16), np.zeros(LANES * order, np.uint16), kind.dtype != DTYPE_FLOAT16
+    whole = other.view(np.int32)
+    as_pairs = kind.coding == CODING_QUADS and rotation.pair_places.size > 0
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    turning = turning_of(order, kind.chunk_tokens, rope)
     like, past = output.like, output.past
-    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
+    have, have_across = (I64(-1), I64(0)), (I64(-1), I64(0))  # positions and tokens of phases
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = block_size(tokens, kind) - CHECKSUM_BYTES
@@ -200,16 +203,20 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and (position != have_position or tokens > have_tokens):
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position, have_tokens = position, tokens
+        offset, limit = carray(pointer(offset_at), (order if offset_at else 0,), np.float32), output.limit
+        if offset_at:
+            limit = limit * _NEARLY - F32(2) * turn_offset(offset, order, rope, turning)
+            if pairs and (position + low != have_across[0] or high - low > have_across[1]):
+                of_tile = (pairs + 1) * LANES
+                fill_phases_across(position + low, high - low, rope, LANES, of_tile, turning.cos, turning.sin, of_quads[0])
+                have_across = position + low, high - low
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
             if kind.coding == CODING_QUADS:
                 quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
-                decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, as_pairs, x, pairs_of_tile)
-                rotate_begun_back(x, pairs_of_tile, other, sums, order, rotation)
+                decode_quad_rows(quads, order, payload, row, rows, tokens, of_quads, as_pairs, x, pairs_of_tile)
+                rotate_begun_back(x, pairs_of_tile, other, whole, sums, order, rotation)
             else:
                 bytes_to_rows(payload, row * row_bytes, rows, row_bytes, words, stride)
             if kind.coding == CODING_SPLIT:
@@ -220,13 +227,17 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             if kind.coding != CODING_QUADS:
                 rotate_back(x, other, sums, order, rotation)
             at = (row - low) * token_stride
-            if straight and rows == LANES and not offset_at and are_small(first_factor, second_factor, output.limit):
-                brain = kind.dtype != DTYPE_FLOAT16
-                store_back(x, other, order, first_factor, rotation, out, at, token_stride, brain, past)
+            if kind.dtype != DTYPE_FLOAT32 and are_small(first_factor, second_factor, limit):
+                there = Turning(offset_at != 0, *turning[1:])
+                tile_at = (row - low) * (pairs + 1)
+                narrow_back(x, other, whole, as_pairs, order, first_factor, rotation, there, tile_at, shorts, brain)
+                put_narrowed(shorts, rows, kind.head_dim, order, past, out, at, token_stride)
                 continue
-            transpose_back(x, other, order, first_factor, second_factor, rotation, tile)
+            transpose_back(x, other, whole, as_pairs, order, first_factor, second_factor, rotation, tile)
             if offset_at:
-                offset = carray(pointer(offset_at), (order,), np.float32)
+                if pairs and (position != have[0] or tokens > have[1]):
+                    fill_phases(position, tokens, 1, rope, cos, sin)
+                    have = position, tokens
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
     if past:
@@ -237,6 +248,21 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
 def block_size(tokens, kind):
     """Bytes of a block of so many tokens, its checksum included."""
     return (tokens * kind.row_bytes + kind.beside + kind.align - 1) // kind.align * kind.align
+
+
+@jit
+def turning_of(order, tokens, rope):
+    """A Turning for blocks of up to ``tokens``, without its offset and phases."""
+    pairs, tiles = rope.frequencies.size, (tokens + LANES - 1) // LANES
+    along, across = np.zeros(order, np.float32), np.zeros(order, np.float32)
+    places = np.full(order, pairs * LANES, np.int64)
+    for i in range(pairs):
+        places[rope.pair_p * i] = i * LANES
+        places[rope.pair_p * i + rope.step] = i * LANES
+    cos, sin = lanes_of(tiles * (pairs + 1) * LANES), lanes_of(tiles * (pairs + 1) * LANES)
+    for tile in range(tiles):
+        cos[(tile * (pairs + 1) + pairs) * LANES : (tile + 1) * (pairs + 1) * LANES] = F32(1)
+    return Turning(False, along, across, places, cos, sin)
 
 
 @jit

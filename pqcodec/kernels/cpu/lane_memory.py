@@ -23,6 +23,7 @@ from pqcodec.kernels.cpu.lanes import (
     LONG,
     SHORT,
     SHORTS,
+    WHOLE,
     WIDE,
     numbered,
     splat,
@@ -66,8 +67,8 @@ def load(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """float32 array[index : index + 16] as wide lanes, or int16 array[index : index + 32] as shorts."""
-    lanes = SHORTS if array.dtype == types.int16 else WIDE
+    """array[index : index + 16] as wide lanes (float32) or whole ones (int32), or int16 array[index : index + 32] as shorts."""
+    lanes = {types.float32: WIDE, types.int32: WHOLE, types.int16: SHORTS}[array.dtype]
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _load(builder, _pointer(context, builder, signature.args[0], *args), vector_of(lanes.kind), 4)
@@ -114,6 +115,25 @@ store = _storing(4, False)
 store_past = _storing(4 * LANES, True)  # non-temporal, aligned: ``fence`` before others read it
 store_short = _storing(2, False, short=True)
 store_short_past = _storing(2 * LANES, True, short=True)
+
+
+def _copying(align: int, past: bool) -> Any:
+    """An intrinsic that copies uint16 source[index : index + 8] to target[place : place + 8]."""
+
+    @intrinsic
+    def apply(typingctx, source, index, target, place):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            data = _pointer(context, builder, signature.args[0], *args[:2])
+            value = _load(builder, data, ir.VectorType(I16, LANES), 2)
+            _store(builder, value, _pointer(context, builder, signature.args[2], *args[2:]), align, past)
+            return context.get_dummy_value()
+
+        return types.void(source, types.int64, target, types.int64), emit
+
+    return apply
+
+
+copy_shorts, copy_shorts_past = _copying(2, False), _copying(2 * LANES, True)
 
 
 @intrinsic
@@ -318,16 +338,29 @@ def gather_bytes_at(typingctx, array, indices, at):  # type: ignore[no-untyped-d
 
 
 @intrinsic
-def signed_shorts(typingctx, value, signs):  # type: ignore[no-untyped-def]
-    """Bytes 0 and 2 of each lane as int16, and 1 and 3, negative where the highest bit of the byte of ``signs`` is set."""
+def signed_sums(typingctx, value, signs):  # type: ignore[no-untyped-def]
+    """Bytes 0 + 1 and 2 + 3 of each lane as int16, then 0 - 1 and 2 - 3; each byte, which is 1 .. 127, is negative where the
+    highest bit of the byte of ``signs`` is set. On x86 a multiplication by signs and an addition are one instruction.
+    """
     result = types.UniTuple(SHORT, 2)
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        many = vector_of("short")
+        many, few = vector_of("short"), ir.VectorType(I8, 4 * LANES)
+        if _has_avx2(context):
+            value, signs = (builder.bitcast(each, few) for each in args)
+            signs, found = builder.or_(signs, ir.Constant(few, [1] * 4 * LANES)), []
+            of_bytes = ir.FunctionType(few, [few] * 2)
+            sign = cgutils.get_or_insert_function(builder.module, of_bytes, "llvm.x86.avx2.psign.b")
+            kind = ir.FunctionType(many, [few] * 2)
+            added = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.ub.sw")
+            for second in (1, -1):
+                factors = builder.call(sign, [ir.Constant(few, [1, second] * 2 * LANES), signs])
+                found.append(builder.call(added, [value, factors]))
+            return context.make_tuple(builder, result, found)
         value = builder.bitcast(_signed_bytes(builder, *args), many)
         eight = ir.Constant(many, [8] * 2 * LANES)
         even, odd = builder.ashr(builder.shl(value, eight), eight), builder.ashr(value, eight)
-        return context.make_tuple(builder, result, (even, odd))
+        return context.make_tuple(builder, result, (builder.add(even, odd), builder.sub(even, odd)))
 
     return result(INT, INT), emit
 
@@ -370,28 +403,27 @@ def sums_and_differences(typingctx, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def signed_pair(typingctx, array, places, signs, k):  # type: ignore[no-untyped-def]
-    """Coordinates k and k + 1 of a tile, which lie at ``places``, with their signs: wide lanes.
+def signed(typingctx, array, places, signs, k):  # type: ignore[no-untyped-def]
+    """Coordinate k of a tile, which lies at places[k], with its sign: float lanes, or int lanes of an array of int16.
 
     Of float32, ``signs`` are for every lane. Of int16 a coordinate is the sum of two neighbours, each with its own sign, and
     ``signs`` are two for every lane: on x86 one multiplication and addition, exact.
     """
+    result, kind = (FLOAT, "float") if array.dtype == types.float32 else (INT, "short")
 
     def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
         array, places, signs, k = args
-        kind = "float" if signature.args[0].dtype == types.float32 else "short"
-        found = []
-        for i in range(2):
-            at = builder.add(k, ir.Constant(I64, i))
-            place = builder.load(_pointer(context, builder, signature.args[1], places, at))
-            value = _load(builder, _pointer(context, builder, signature.args[0], array, place), vector_of(kind), 4)
-            at = builder.mul(at, ir.Constant(I64, vector_of(kind).count))
-            sign = _load(builder, _pointer(context, builder, signature.args[2], signs, at), vector_of(kind), 4)
-            found.append(builder.fmul(value, sign) if kind == "float" else _sums_of_products(context, builder, value, sign))
-        both = builder.shuffle_vector(*found, numbered(*range(2 * LANES)))
-        return both if kind == "float" else builder.sitofp(both, vector_of("wide"))
+        place = builder.load(_pointer(context, builder, signature.args[1], places, k))
+        value = _load(builder, _pointer(context, builder, signature.args[0], array, place), vector_of(kind), 4)
+        at = builder.mul(k, ir.Constant(I64, vector_of(kind).count))
+        sign = _load(builder, _pointer(context, builder, signature.args[2], signs, at), vector_of(kind), 4)
+        return builder.fmul(value, sign) if kind == "float" else _sums_of_products(context, builder, value, sign)
 
-    return WIDE(array, places, signs, types.int64), emit
+    return result(array, places, signs, types.int64), emit
+
+
+def _has_avx2(context: Any) -> bool:
+    return "+avx2" in context.codegen().magic_tuple()[2].split(",")
 
 
 def _sums_of_products(context: Any, builder: Any, a: Any, b: Any) -> Any:
@@ -399,7 +431,7 @@ def _sums_of_products(context: Any, builder: Any, a: Any, b: Any) -> Any:
 
     LLVM finds the one instruction that x86 has for it only in the simplest surroundings, so it is named where there is one.
     """
-    if "+avx2" in context.codegen().magic_tuple()[2].split(","):
+    if _has_avx2(context):
         kind = ir.FunctionType(vector_of("int"), [vector_of("short")] * 2)
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd"), [a, b])
     return builder.add(*(builder.mul(*pair) for pair in zip(_halves(builder, a), _halves(builder, b), strict=True)))
@@ -471,60 +503,127 @@ transpose_two, transpose_three = (_transposing(stages) for stages in (2, 3))
 transpose_back_two, transpose_back_three = (_transposing_back(stages) for stages in (2, 3))
 
 
-def _storing_back(stages: int) -> Any:
-    """flat[start + j stride + i] = sum[i] signs[place + i] first[j] + 0 as a 16-bit number for i in 0 .. 15, j in 0 .. 7.
+def _narrowing(stages: int) -> Any:
+    """target[j order + k + i] = sum[i] first[j], with the sign of i, and offset i of row j, as a 16-bit number; i, j: 0 .. 7.
 
-    sum[i] is source[8 (place + i) + j], all float32, after ``stages`` stages of sums and differences over i. The signs are
-    ``spread_signs``. ``brain``: bfloat16, else float16. ``past``: by non-temporal stores.
+    sum[i] is source[8 (k + i) + j], float32 or int32, after ``stages`` stages of sums and differences over i. ``flips``: bits
+    that change signs, one for every lane. ``turning``: a Turning; ``tile``: where its phases of these rows begin. ``brain``:
+    bfloat16, else float16. Every product and sum rounds.
     """
 
     @intrinsic
-    def apply(typingctx, source, place, signs, first, flat, start, stride, brain, past):  # type: ignore[no-untyped-def]
+    def apply(typingctx, source, k, flips, first, turning, tile, target, order, brain):  # type: ignore[no-untyped-def]
         def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            source, place, signs, first, flat, start, stride, brain, past = args
-            at = builder.mul(place, ir.Constant(I64, LANES))
-            rows, zero = [], ir.Constant(I64, 0)
-            for i in range(LANES):
-                halves = []
-                for k in (i, i + LANES):
-                    where = builder.add(at, ir.Constant(I64, LANES * k))
-                    data = _pointer(context, builder, signature.args[0], source, where)
-                    halves.append(_load(builder, data, vector_of("float"), 4))
-                rows.append(builder.shuffle_vector(*halves, numbered(*range(2 * LANES))))
-            factor = _load(builder, _pointer(context, builder, signature.args[3], first, zero), vector_of("float"), 4)
-            factor = builder.shuffle_vector(factor, factor, numbered(*range(LANES), *range(LANES)))
-            values = []
-            for i, row in enumerate(_summed(builder, rows, stages)):
-                where = builder.add(at, ir.Constant(I64, 2 * LANES * i))
-                sign = _load(builder, _pointer(context, builder, signature.args[2], signs, where), vector_of("wide"), 4)
-                value = builder.fmul(builder.fmul(row, sign), factor)
-                values.append(builder.fadd(value, ir.Constant(vector_of("wide"), [0.0] * 2 * LANES)))
+            source, k, flips, first, turning, tile, target, order, brain = args
+            kind = "float" if signature.args[0].dtype == types.float32 else "int"
+            indices = [builder.add(k, ir.Constant(I64, i)) for i in range(LANES)]
+            lanes = [builder.mul(index, ir.Constant(I64, LANES)) for index in indices]
 
-            def stored(rows: list[Any]) -> None:
-                with builder.if_else(past) as (beside, through):
-                    for branch, align in ((beside, 2 * LANES), (through, 2)):
-                        with branch:
-                            target = start
-                            for row in rows:
-                                _store(
-                                    builder, row, _pointer(context, builder, signature.args[4], flat, target), align, align > 2
-                                )
-                                target = builder.add(target, stride)
+            def lanes_at(number: int, array: Any, index: Any, kind: str) -> Any:
+                return _load(builder, _pointer(context, builder, signature.args[number], array, index), vector_of(kind), 4)
 
+            rows = _summed(builder, [lanes_at(0, source, place, kind) for place in lanes], stages)
+            if kind == "int":
+                rows = [builder.sitofp(row, vector_of("float")) for row in rows]
+            factor = lanes_at(3, first, ir.Constant(I64, 0), "int")
+            factors = [builder.xor(factor, lanes_at(2, flips, place, "int")) for place in lanes]
+            values = [
+                _product(context, builder, value, builder.bitcast(factor, vector_of("float")))
+                for value, factor in zip(rows, factors, strict=True)
+            ]
+            before = builder.block
+            with builder.if_then(builder.extract_value(turning, 0)):
+                moved = _moved(context, builder, signature.args[4], turning, tile, indices, values)
+                behind = builder.block
+            values = _merged(builder, moved, behind, values, before)
             with builder.if_else(brain) as (one, other):
                 with one:
-                    stored(_transposed_shorts(builder, [_brain(builder, value) for value in values]))
+                    brains = _brain_pairs(builder, values)
+                    from_one = builder.block
                 with other:
-                    stored(_transposed_shorts(builder, [_half(context, builder, value) for value in values]))
+                    halves = _half_pairs(context, builder, values)
+                    from_other = builder.block
+            for line in _rows_of_pairs(builder, _merged(builder, brains, from_one, halves, from_other)):
+                _store(builder, line, _pointer(context, builder, signature.args[6], target, k), 2)
+                k = builder.add(k, order)
             return context.get_dummy_value()
 
-        arguments = (source, types.int64, signs, first, flat, types.int64, types.int64, types.boolean, types.boolean)
+        arguments = (source, types.int64, flips, first, turning, types.int64, target, types.int64, types.boolean)
         return types.void(*arguments), emit
 
     return apply
 
 
-store_back_two, store_back_three = (_storing_back(stages) for stages in (2, 3))
+narrow_two, narrow_three = (_narrowing(stages) for stages in (2, 3))
+
+
+def _moved(context: Any, builder: Any, kind: Any, turning: Any, tile: Any, indices: list[Any], values: list[Any]) -> list[Any]:
+    """Values of a tile's coordinates at ``indices``, with their offsets."""
+    fields = {name: (kind.types[i], builder.extract_value(turning, i)) for i, name in enumerate(kind.fields)}
+
+    def number(name: str, index: Any) -> Any:
+        return builder.load(_pointer(context, builder, *fields[name], index))
+
+    def product(name: str, phase: str, index: Any, place: Any) -> Any:
+        phases = _load(builder, _pointer(context, builder, *fields[phase], place), vector_of("float"), 4)
+        return builder.fmul(splat(builder, number(name, index), vector_of("float")), phases)
+
+    found = []
+    for index, value in zip(indices, values, strict=True):
+        place = builder.add(tile, number("places", index))
+        turned = builder.fadd(product("along", "cos", index, place), product("across", "sin", index, place))
+        found.append(builder.fadd(value, turned))
+    return found
+
+
+def _merged(builder: Any, values: list[Any], block: Any, others: list[Any], other_block: Any) -> list[Any]:
+    """The values that come from a block, or those of another one."""
+    found = []
+    for value, other in zip(values, others, strict=True):
+        phi = builder.phi(value.type)
+        phi.add_incoming(value, block)
+        phi.add_incoming(other, other_block)
+        found.append(phi)
+    return found
+
+
+def _product(context: Any, builder: Any, a: Any, b: Any) -> Any:
+    """a * b + 0, rounded: 0 takes the sign off a product that is -0. One instruction where the CPU has it."""
+    zero = ir.Constant(a.type, [0.0] * a.type.count)
+    if "+fma" in context.codegen().magic_tuple()[2].split(","):
+        kind, name = ir.FunctionType(a.type, [a.type] * 3), f"llvm.fma.v{a.type.count}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, zero])
+    return builder.fadd(builder.fmul(a, b), zero)
+
+
+def _brain_pairs(builder: Any, values: list[Any]) -> list[Any]:
+    """Each two vectors of finite float32 as one of pairs of bfloat16, ties to even: int lanes."""
+    kind = vector_of("int")
+    sixteen, one, most, high = (ir.Constant(kind, [number] * LANES) for number in (16, 1, 0x7FFF, 0xFFFF0000))
+    upper = []
+    for value in values:
+        bits = builder.bitcast(value, kind)
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        upper.append(builder.add(builder.add(bits, most), odd))
+    return [builder.or_(builder.lshr(upper[i], sixteen), builder.and_(upper[i + 1], high)) for i in range(0, LANES, 2)]
+
+
+def _half_pairs(context: Any, builder: Any, values: list[Any]) -> list[Any]:
+    """The same of float16, within whose range the numbers are."""
+    halves, mixed = [_half(context, builder, value) for value in values], []
+    for i in range(0, LANES, 2):
+        both = builder.shuffle_vector(halves[i], halves[i + 1], numbered(*(n for l in range(LANES) for n in (l, LANES + l))))
+        mixed.append(builder.bitcast(both, vector_of("int")))
+    return mixed
+
+
+def _rows_of_pairs(builder: Any, pairs: list[Any]) -> list[Any]:
+    """Eight rows of eight 16-bit numbers, of four vectors that have two numbers of each row."""
+    low, high = numbered(0, 8, 1, 9, 4, 12, 5, 13), numbered(2, 10, 3, 11, 6, 14, 7, 15)
+    fours = [builder.shuffle_vector(pairs[i], pairs[i + 1], part) for i in (0, 2) for part in (low, high)]
+    low, high = numbered(0, 1, 8, 9, 4, 5, 12, 13), numbered(2, 3, 10, 11, 6, 7, 14, 15)
+    both = [builder.shuffle_vector(fours[i], fours[i + 2], part) for i in (0, 1) for part in (low, high)]
+    return [builder.shuffle_vector(each, each, numbered(*range(k, k + 4))) for k in (0, 4) for each in both]
 
 
 def _converts_halves(context: Any) -> bool:
@@ -551,16 +650,6 @@ def _half(context: Any, builder: Any, value: Any) -> Any:
     small = builder.sub(builder.bitcast(moved, kind), same(0x3F000000))
     found = builder.select(builder.icmp_signed("<", size, same(0x38800000)), small, normal)
     return builder.trunc(builder.or_(found, sign), short)
-
-
-def _brain(builder: Any, value: Any) -> Any:
-    """Finite float32 as the bits of bfloat16, ties to even."""
-    count = value.type.count
-    kind = ir.VectorType(I32, count)
-    sixteen, one, most = (ir.Constant(kind, [number] * count) for number in (16, 1, 0x7FFF))
-    bits = builder.bitcast(value, kind)
-    odd = builder.and_(builder.lshr(bits, sixteen), one)
-    return builder.trunc(builder.lshr(builder.add(builder.add(bits, most), odd), sixteen), ir.VectorType(I16, count))
 
 
 @intrinsic
@@ -641,11 +730,12 @@ def transpose(typingctx, array, at):  # type: ignore[no-untyped-def]
 
 
 def _summed(builder: Any, rows: list[Any], stages: int) -> list[Any]:
-    """The first ``stages`` stages of a Hadamard matrix of order 8, over eight vectors."""
+    """The first ``stages`` stages of a Hadamard matrix of order 8, over eight vectors of float32 or int32."""
+    more, less = (builder.add, builder.sub) if rows[0].type == vector_of("int") else (builder.fadd, builder.fsub)
     for step in (1, 2, 4)[:stages]:
         low = [i for i in range(LANES) if not i & step]
         pairs = {i: (rows[i], rows[i + step]) for i in low}
-        rows = [builder.fsub(*pairs[i - step]) if i & step else builder.fadd(*pairs[i]) for i in range(LANES)]
+        rows = [less(*pairs[i - step]) if i & step else more(*pairs[i]) for i in range(LANES)]
     return rows
 
 
@@ -663,15 +753,6 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 turned[i] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*low))
                 turned[i + step] = builder.shuffle_vector(rows[i], rows[i + step], numbered(*high))
         rows = turned
-    return rows
-
-
-def _transposed_shorts(builder: Any, rows: list[Any]) -> list[Any]:
-    """Eight vectors of two times eight int16, each eight transposed, in three rounds of shuffles."""
-    half = [number for k in range(0, 2 * LANES, LANES) for i in range(4) for number in (k + i, 2 * LANES + k + i)]
-    low, high = numbered(*half), numbered(*(number + 4 for number in half))
-    for _ in range(3):
-        rows = [builder.shuffle_vector(rows[i], rows[i + 4], part) for i in range(4) for part in (low, high)]
     return rows
 
 

@@ -19,15 +19,16 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 8
 _I1, I8, I16, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
-_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": _I1, "wide": _F32, "short": I16, "shorts": I16}
-_LANES_EACH = {"wide": 2, "short": 2, "shorts": 4}  # numbers a lane, where it is not one
+_ELEMENT = {"float": _F32, "int": I32, "long": I64, "mask": _I1, "wide": _F32, "whole": I32, "short": I16, "shorts": I16}
+_LANES_EACH = {"wide": 2, "whole": 2, "short": 2, "shorts": 4}  # numbers a lane, where it is not one
 _FLOATS = ("float", "wide")
 
 
 class LanesType(types.Type):
     """numba type of eight lanes of one kind: "float", "int", "long" or "mask"; or of more numbers.
 
-    "wide" is sixteen floats; "short" and "shorts" are sixteen and thirty-two int16, of which two neighbours are a lane's.
+    "wide" is sixteen floats, "whole" sixteen int32; "short" and "shorts" are sixteen and thirty-two int16, of which two
+    neighbours are a lane's.
     """
 
     def __init__(self, kind: str) -> None:
@@ -36,7 +37,7 @@ class LanesType(types.Type):
 
 
 FLOAT, INT, LONG, MASK = (LanesType(kind) for kind in ("float", "int", "long", "mask"))
-WIDE, SHORT, SHORTS = (LanesType(kind) for kind in ("wide", "short", "shorts"))
+WIDE, WHOLE, SHORT, SHORTS = (LanesType(kind) for kind in ("wide", "whole", "short", "shorts"))
 
 
 @register_model(LanesType)

@@ -6,6 +6,8 @@ import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT16, DTYPE_FLOAT32
 from pqcodec.kernels.cpu.lane_memory import (
+    copy_shorts,
+    copy_shorts_past,
     largest_of_rows,
     load,
     load_half,
@@ -105,6 +107,26 @@ def narrow_tile(tile, rows, head_dim, order, dtype, limit, short, past, flat, st
                     store_short(short, 0, result)
                     for i in range(head_dim - whole):
                         flat[target + k + i] = short[i]
+
+
+@leaf
+def put_narrowed(shorts, rows, head_dim, order, past, flat, start, stride):
+    """Copy rows of 16-bit numbers, shorts [lanes, order], to flat [start + row * stride ...], each row's lines one by one.
+
+    ``past``: by non-temporal stores, for which every eight numbers of a row must be aligned. A row is written as a whole,
+    because a CPU has few buffers for lines that are not yet full.
+    """
+    whole = head_dim - head_dim % LANES
+    for r in range(rows):
+        source, target = r * order, start + r * stride
+        if past:
+            for k in range(0, whole, LANES):
+                copy_shorts_past(shorts, source + k, flat, target + k)
+        else:
+            for k in range(0, whole, LANES):
+                copy_shorts(shorts, source + k, flat, target + k)
+        for k in range(whole, head_dim):
+            flat[target + k] = shorts[source + k]
 
 
 @inlined

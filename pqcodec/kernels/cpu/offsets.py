@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
 from pqcodec.kernels.cpu.lanes import LANES, ints
-from pqcodec.kernels.cpu.records import I32, I64, U64, leaf
+from pqcodec.kernels.cpu.records import F32, I32, I64, U64, leaf
 
 
 @leaf
@@ -62,3 +62,39 @@ def add_offset(tile, rows, order, offset, rope, cos, sin, first_row):
             tile[base + k] += offset[k]
         for k in range(2 * pairs + ragged, order, LANES):
             store(tile, base + k, load(tile, base + k) + load(offset, k))
+
+
+@leaf
+def fill_phases_across(first, tokens, rope, of_pair, of_tile, cos, sin, steps):
+    """``fill_phases`` with eight tokens of a pair side by side, and up to 7 tokens more.
+
+    Pairs are ``of_pair`` numbers apart, each eight tokens ``of_tile``. ``steps``: scratch, int32 [lanes].
+    """
+    tables, listed = rope.phases, rope.listed.size > 0
+    for t in range(0, tokens, LANES):
+        for l in range(LANES):
+            place = I64(first + min(t + l, tokens - 1))
+            steps[l] = I32(rope.listed[place]) if listed else I32(place)
+        position, at = load(steps, 0), t // LANES * of_tile
+        for i in range(rope.frequencies.size):
+            turn = position * ints(I32(rope.frequencies[i]))
+            cos_h, sin_h = gather_pair(tables, (turn >> ints(I32(24))) << ints(I32(1)))
+            cos_l, sin_l = gather_pair(tables, ((turn >> ints(I32(15))) & ints(I32(510))) | ints(I32(512)))
+            store(cos, at + i * of_pair, cos_h * cos_l - sin_h * sin_l)
+            store(sin, at + i * of_pair, sin_h * cos_l + cos_h * sin_l)
+
+
+@leaf
+def turn_offset(offset, order, rope, turning):
+    """Fill ``along`` and ``across`` of an offset [order]; returns a bound of what it can add to a number."""
+    pairs, pair_p, step, reach = rope.frequencies.size, rope.pair_p, rope.step, F32(0)
+    for k in range(2 * pairs, order):
+        turning.along[k], turning.across[k] = offset[k], F32(0)
+        reach = max(reach, abs(offset[k]))
+    for i in range(pairs):
+        k = pair_p * i
+        p, q = offset[k], offset[k + step]
+        turning.along[k], turning.across[k] = p, -q
+        turning.along[k + step], turning.across[k + step] = q, p
+        reach = max(reach, abs(p) + abs(q))
+    return reach

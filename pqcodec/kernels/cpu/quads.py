@@ -21,7 +21,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     set_long_at,
     set_word_at,
     side_by_side,
-    signed_shorts,
+    signed_sums,
     store,
     sums_and_differences,
     words_of_rows,
@@ -66,38 +66,56 @@ def quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
 
 
 @leaf
-def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, as_pairs, x, pairs):
-    """Points of rows row .. row + rows - 1, rotated back by the first stages, as ``rotate_begun_back`` takes them.
+def unpack(quads, order, payload, row, rows, tokens, steps, entries, signs):
+    """Indices and signs of ``rows`` rows from ``row`` on, tile by tile: entries [tile, quad, lane], signs [tile, group, lane].
 
-    ``as_pairs``: in ``pairs``, else in x. ``steps`` int32 [2 * LANES] and ``entries`` int32 [QUADS_GROUP * LANES] are scratch.
+    A sign word has the signs of coordinate e of a group's quad k at bit k + 8 QUADS_SIGN_PLACES[e]. ``steps`` is scratch.
     """
-    bits = quads.bits
-    last = rows - 1
-    for l in range(LANES):  # missing rows read the last one
-        steps[l] = I32(min(l, last) * quads.sign_bytes)
-        steps[LANES + l] = I32(min(l, last) * quads.index_bytes)
-    signs, indices = row * quads.sign_bytes, tokens * quads.sign_bytes + row * quads.index_bytes
+    bits, count = quads.bits, order // QUAD
+    groups = (count + QUADS_GROUP - 1) // QUADS_GROUP
     each = 4 if bits <= 8 else 2  # fields that lie in 32 bits, wherever the first begins
     mask = ints(I32((1 << bits) - 1))
-    sign = ints(I32(0))
-    for first in range(0, order // QUAD, 4):
-        for quad in range(0, 4, each):
-            place = (first + quad) * bits
-            word = words_of_rows(payload, indices + (place >> 3), steps, LANES) >> ints(I32(place & 7))
+    for tile in range((rows + LANES - 1) // LANES):
+        last = rows - 1 - tile * LANES
+        for l in range(LANES):  # missing rows read the last one
+            steps[l] = I32(min(l, last) * quads.sign_bytes)
+            steps[LANES + l] = I32(min(l, last) * quads.index_bytes)
+        first_row = row + tile * LANES
+        at = tile * count * LANES
+        start = tokens * quads.sign_bytes + first_row * quads.index_bytes
+        for quad in range(0, count, each):
+            place = quad * bits
+            word = words_of_rows(payload, start + (place >> 3), steps, LANES) >> ints(I32(place & 7))
             for i in range(each):
-                store(entries, (quad + i) * LANES, word & mask)
+                store(entries, at + (quad + i) * LANES, word & mask)
                 word = word >> ints(I32(bits))
+        at = tile * groups * LANES
+        start = first_row * quads.sign_bytes
+        for group in range(groups):
+            word = words_of_rows(payload, start + 4 * group, steps, 0)
+            if count - group * QUADS_GROUP < QUADS_GROUP:  # four bits of each coordinate, which become a byte
+                word = (word & ints(I32(0xFF)) | word << ints(I32(8))) & ints(I32(0x00FF00FF))
+                word = (word | word << ints(I32(4))) & ints(I32(0x0F0F0F0F))
+            store(signs, at + group * LANES, word)
+
+
+@leaf
+def decode_quad_rows(quads, order, payload, row, rows, tokens, scratch, as_pairs, x, pairs):
+    """Points of rows row .. row + rows - 1, rotated back by the first stages, as ``rotate_begun_back`` takes them.
+
+    ``as_pairs``: in ``pairs``, else in x. ``scratch``: int32 [2 * LANES], [order / 4 * LANES], [groups * LANES] for ``unpack``,
+    which comes first: a look-up would wait for each index that was stored just before it.
+    """
+    steps, entries, signs = scratch
+    unpack(quads, order, payload, row, rows, tokens, steps, entries, signs)
+    for first in range(0, order // QUAD, 4):
+        sign = load(signs, first // QUADS_GROUP * LANES)
         if first % QUADS_GROUP:
             sign = sign >> ints(I32(4))
-        else:
-            sign = words_of_rows(payload, signs + first // 2, steps, 0)
-            if order // QUAD - first < QUADS_GROUP:  # four bits of each coordinate, which become a byte
-                sign = (sign & ints(I32(0xFF)) | sign << ints(I32(8))) & ints(I32(0x00FF00FF))
-                sign = (sign | sign << ints(I32(4))) & ints(I32(0x0F0F0F0F))
-        a, b = signed_quad(quads.points, entries, 0, sign, 7)
-        c, d = signed_quad(quads.points, entries, 1, sign, 6)
-        e, f = signed_quad(quads.points, entries, 2, sign, 5)
-        g, h = signed_quad(quads.points, entries, 3, sign, 4)
+        a, b = signed_quad(quads.points, entries, first, sign, 7)
+        c, d = signed_quad(quads.points, entries, first + 1, sign, 6)
+        e, f = signed_quad(quads.points, entries, first + 2, sign, 5)
+        g, h = signed_quad(quads.points, entries, first + 3, sign, 4)
         at = first * QUAD * LANES
         if as_pairs:
             a, b, c, d = a + c, b + d, a - c, b - d
@@ -120,8 +138,7 @@ def decode_quad_rows(quads, order, payload, row, rows, tokens, steps, entries, a
 @inlined
 def signed_quad(points, entries, quad, sign, shift):
     """A quad with its signs after the stage that adds coordinates 2 apart: two lanes of pairs."""
-    p, q = signed_shorts(gather_bytes_at(points, entries, quad * LANES), sign << ints(I32(shift)))
-    return p + q, p - q
+    return signed_sums(gather_bytes_at(points, entries, quad * LANES), sign << ints(I32(shift)))
 
 
 @inlined

@@ -93,11 +93,22 @@ class RopeTable(NamedTuple):
     list_tokens: int  # from one leading index's list to the next, 0 where they share one
 
 
+class Turning(NamedTuple):
+    """An offset, and the phases of a block's tokens, as ``narrow_sixteen`` adds it to eight tokens at once."""
+
+    there: bool  # whether there is one
+    along: np.ndarray  # float32 [order]: what each channel's cosine is multiplied by
+    across: np.ndarray  # float32 [order]: what its sine is multiplied by
+    places: np.ndarray  # int64 [order]: of its pair in a tile's phases
+    cos: np.ndarray  # float32 [tiles, pairs + 1, lanes]: of tiles of a block; the last pair does not turn
+    sin: np.ndarray
+
+
 class Rotation(NamedTuple):
     """How a tile is rotated, or back."""
 
     signs: np.ndarray  # float32 [order]: of the tensor's coordinates
-    spread_signs: np.ndarray  # float32 [order * lanes]: of each sixteen the first and the ninth for all lanes, and so on
+    flips: np.ndarray  # int32 [order * lanes]: the same as bits that change a float32's sign, or 0, once for every lane
     base: np.ndarray  # int64 [b, b / 4]: how to add up H's base (``base_stage``); [0, 0] where it is 1
     places: np.ndarray  # int64 [order]: of each coordinate between two rounds; [0] with one round
     between: np.ndarray  # float32 [order * lanes]: the signs there, once for every lane

@@ -9,17 +9,17 @@ from __future__ import annotations
 from pqcodec.kernels.cpu.lane_memory import (
     load,
     load_wide,
+    narrow_three,
+    narrow_two,
     side_by_side,
-    signed_pair,
+    signed,
     store,
-    store_back_three,
-    store_back_two,
     transpose_back_three,
     transpose_back_two,
     transpose_three,
     transpose_two,
 )
-from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, select
+from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, select, to_float
 from pqcodec.kernels.cpu.records import F32, SUMS, inlined, leaf
 
 
@@ -39,7 +39,7 @@ def rotate(tile, x, other, sums, order, row_scale, rotation):
 
 @leaf
 def rotate_back(x, other, sums, order, rotation):
-    """Rotate coordinate-major x back, but for what ``transpose_back`` or ``store_back`` does."""
+    """Rotate coordinate-major x back, but for what ``transpose_back`` or ``narrow_back`` does."""
     inner = order // max(rotation.base.shape[0], 1)
     if rotation.places.size > 0:
         first_stages(x, order, inner)
@@ -47,29 +47,32 @@ def rotate_back(x, other, sums, order, rotation):
 
 
 @leaf
-def rotate_begun_back(x, pairs, other, sums, order, rotation):
+def rotate_begun_back(x, pairs, other, whole, sums, order, rotation):
     """``rotate_back`` where the first stages are done: two of them in x, or the second to fourth in int16 ``pairs``.
 
     Where int16 hold the sums of the first round, a lane of ``pairs`` [order / 2, LANES, 2] is a coordinate and the next one,
-    whose sum and difference the second round begins with.
+    whose sum and difference the second round begins with. Then the result is integers, in int32 ``whole``: ``other``'s memory.
     """
     inner = order // max(rotation.base.shape[0], 1)
     if rotation.pair_places.size > 0:
         later_stages(pairs, order // 2, order // 2, 8, 2 * LANES)
-        second_round(pairs, other, order, rotation.pair_places, rotation.pair_signs)
+        second_round(pairs, whole, order, rotation.pair_places, rotation.pair_signs)
     else:
         rounds_but_first_stages(x, other, sums, order, inner, 4, rotation)
 
 
 @leaf
-def transpose_back(x, other, order, first, second, rotation, tile):
+def transpose_back(x, other, whole, as_pairs, order, first, second, rotation, tile):
     """The last round's first stages, into a row-major tile of sum * first * second + 0, with each coordinate's sign.
 
     The sums are exact in whatever order they are added up: whole numbers below 2^24. Adding 0 turns -0 into 0. ``first`` and
-    ``second`` are each row's factors.
+    ``second`` are each row's factors. ``as_pairs``: whether the sums are integers, in ``whole`` (``rotate_begun_back``).
     """
     inner = order // max(rotation.base.shape[0], 1)
     v = other if lies_in_other(rotation) else x
+    if as_pairs:
+        for k in range(0, order * LANES, LANES):
+            store(other, k, to_float(load(whole, k)))
     for k in range(0, order, LANES):
         if inner == 4:
             transpose_back_two(v, k * LANES, load(rotation.signs, k), first, second, tile, k, order)
@@ -78,15 +81,20 @@ def transpose_back(x, other, order, first, second, rotation, tile):
 
 
 @leaf
-def store_back(x, other, order, first, rotation, flat, start, stride, brain, past):
-    """``transpose_back`` of eight rows whose numbers ``are_small``, stored as 16-bit numbers; ``brain``: as bfloat16."""
+def narrow_back(x, other, whole, as_pairs, order, first, rotation, turning, tile, shorts, brain):
+    """``transpose_back`` of rows whose numbers ``are_small``, with their offsets, as 16-bit numbers: shorts [lanes, order].
+
+    ``turning`` and ``tile`` are as in ``narrow_three``; ``brain``: as bfloat16.
+    """
     inner = order // max(rotation.base.shape[0], 1)
     v = other if lies_in_other(rotation) else x
-    for k in range(0, order, 2 * LANES):
-        if inner == 4:
-            store_back_two(v, k, rotation.spread_signs, first, flat, start + k, stride, brain, past)
+    for k in range(0, order, LANES):
+        if as_pairs:
+            narrow_three(whole, k, rotation.flips, first, turning, tile, shorts, order, brain)
+        elif inner == 4:
+            narrow_two(v, k, rotation.flips, first, turning, tile, shorts, order, brain)
         else:
-            store_back_three(v, k, rotation.spread_signs, first, flat, start + k, stride, brain, past)
+            narrow_three(v, k, rotation.flips, first, turning, tile, shorts, order, brain)
 
 
 @inlined
@@ -120,12 +128,14 @@ def rounds_but_first_stages(x, other, sums, order, inner, half, rotation):
 def second_round(x, out, order, places, signs):
     """The second round's stages from the fourth on, into ``out``, of x permuted and with signs; ``order`` is a power of 2."""
     if order < 64:
-        for k in range(0, order, 2):
-            store(out, k * LANES, signed_pair(x, places, signs, k))
+        for k in range(order):
+            store(out, k * LANES, signed(x, places, signs, k))
         later_stages(out, order, order, 8, LANES)
+    elif order == 64:
+        three_stages_between(x, out, places, signs)
     else:
-        middle_stages_between(x, out, order, places, signs)
-        later_stages(out, order, order, 64, LANES)
+        four_stages_between(x, out, order, places, signs)
+        later_stages(out, order, order, 128, LANES)
 
 
 @leaf
@@ -148,20 +158,36 @@ def first_stages(x, order, inner):
 
 
 @leaf
-def middle_stages_between(x, out, order, places, signs):
-    """The fourth to sixth stage of the second round, into ``out``, of x permuted and with signs."""
-    for first in range(0, order, 64):
-        for k in range(first, first + 8, 2):
-            a, c, d, e = four_signed_pairs(x, places, signs, k)
-            p, q, r, s = four_signed_pairs(x, places, signs, k + 32)
-            store(out, k * LANES, a + p)
-            store(out, (k + 8) * LANES, c + q)
-            store(out, (k + 16) * LANES, d + r)
-            store(out, (k + 24) * LANES, e + s)
-            store(out, (k + 32) * LANES, a - p)
-            store(out, (k + 40) * LANES, c - q)
-            store(out, (k + 48) * LANES, d - r)
-            store(out, (k + 56) * LANES, e - s)
+def three_stages_between(x, out, places, signs):
+    """The fourth to sixth stage of the second round of order 64, into ``out``, of x permuted and with signs."""
+    j = 8 * LANES
+    for k in range(8):
+        a, c, d, e = four_signed(x, places, signs, k)
+        p, q, r, s = four_signed(x, places, signs, k + 32)
+        i = k * LANES
+        store(out, i, a + p)
+        store(out, i + j, c + q)
+        store(out, i + 2 * j, d + r)
+        store(out, i + 3 * j, e + s)
+        store(out, i + 4 * j, a - p)
+        store(out, i + 5 * j, c - q)
+        store(out, i + 6 * j, d - r)
+        store(out, i + 7 * j, e - s)
+
+
+@leaf
+def four_stages_between(x, out, order, places, signs):
+    """The fourth to seventh stage of the second round, into ``out``, of x permuted and with signs."""
+    for first in range(0, order, 128):
+        for k in range(first, first + 8):
+            a, c, d, e = four_signed(x, places, signs, k)
+            f, g, h, l = four_signed(x, places, signs, k + 32)
+            p, q, r, s = four_signed(x, places, signs, k + 64)
+            t, u, v, w = four_signed(x, places, signs, k + 96)
+            store_sums(out, k * LANES, a, f, p, t)
+            store_sums(out, (k + 8) * LANES, c, g, q, u)
+            store_sums(out, (k + 16) * LANES, d, h, r, v)
+            store_sums(out, (k + 24) * LANES, e, l, s, w)
 
 
 @leaf
@@ -270,8 +296,25 @@ def neighbours(x, i):
 
 
 @inlined
-def four_signed_pairs(x, places, signs, k):
-    """The fourth and the fifth stage over four such pairs, 8 coordinates apart."""
-    p, q = signed_pair(x, places, signs, k), signed_pair(x, places, signs, k + 8)
-    r, s = signed_pair(x, places, signs, k + 16), signed_pair(x, places, signs, k + 24)
+def four_signed(x, places, signs, k):
+    """The fourth and the fifth stage over coordinates k, k + 8, k + 16 and k + 24 of x permuted and with signs."""
+    p, q = signed(x, places, signs, k), signed(x, places, signs, k + 8)
+    r, s = signed(x, places, signs, k + 16), signed(x, places, signs, k + 24)
     return sums_of_four(p, q, r, s)
+
+
+@inlined
+def store_sums(x, i, p, q, r, s):
+    """Two stages over four coordinates that are 32 apart, stored there."""
+    a, c, d, e = sums_of_four(p, q, r, s)
+    j = 32 * LANES
+    store(x, i, a)
+    store(x, i + j, c)
+    store(x, i + 2 * j, d)
+    store(x, i + 3 * j, e)
+
+
+@inlined
+def signed_pair(x, places, signs, k):
+    """Coordinates k and k + 1 of x permuted and with signs, wide lanes."""
+    return side_by_side(signed(x, places, signs, k), signed(x, places, signs, k + 1))

@@ -279,19 +279,19 @@ def _rotation(plan: Plan, verb: str) -> r.Rotation:
     """The rotation of a ``verb``, "encode" or "decode": the decoder's is the way back."""
     base = _base_places(plan.order, verb == "decode")
     if plan.rounds == 1:
-        return r.Rotation(plan.signs, _spread(plan.signs), base, *_NO_ROUND, *_NO_PAIRS)
+        return r.Rotation(plan.signs, _flips(plan.signs), base, *_NO_ROUND, *_NO_PAIRS)
     order = (plan.permutation if verb == "encode" else np.argsort(plan.permutation)).astype(np.int64)
     signs = plan.signs if verb == "encode" else plan.signs[order]
     pairs = _NO_PAIRS
     if verb == "decode" and len(base) == 0 and plan.order * _LARGEST_UNIT < 1 << 15:
         both = np.stack([signs, np.where(order % 2, -signs, signs)], 1)  # an odd coordinate is the difference of its pair
         pairs = order // 2 * (2 * LANES), np.tile(both.astype(np.int16)[:, None], (1, LANES, 1)).ravel()
-    return r.Rotation(plan.first_signs, _spread(plan.first_signs), base, order * LANES, np.repeat(signs, LANES), *pairs)
+    return r.Rotation(plan.first_signs, _flips(plan.first_signs), base, order * LANES, np.repeat(signs, LANES), *pairs)
 
 
-def _spread(signs: np.ndarray) -> np.ndarray:
-    """``Rotation.spread_signs``."""
-    return np.repeat(signs.reshape(-1, 2, LANES).transpose(0, 2, 1).ravel(), LANES)
+def _flips(signs: np.ndarray) -> np.ndarray:
+    """``Rotation.flips``."""
+    return np.repeat(np.where(signs < 0, np.int32(-(1 << 31)), np.int32(0)), LANES)
 
 
 @lru_cache(maxsize=64)
