@@ -204,12 +204,19 @@ def given_tables(data: Any, tables: Any) -> Source:
     return with_tables(source_of(data), tables_by_name(tables))
 
 
-def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str = "auto") -> None:
+def decode_together(
+    sources: Sequence[Source],
+    outs: Sequence[Any],
+    starts: Sequence[int],
+    backend: str = "auto",
+    firsts: Sequence[int] | None = None,
+) -> None:
     """Decode whole streams into tensors of one device, all at once: what many small streams cost beside their numbers, once.
 
     Each stream goes to the tokens of its out [..., tokens, head_dim] from a start on; many may share one out. On the CPU an out
-    may be a list of tensors that follow each other along their first dimension. Raises as ``decode`` does, and does not say
-    which of the streams is damaged.
+    may be a list of tensors that follow each other along their first dimension. ``firsts``: where in its out's first dimension
+    each stream's begins; None: each has all of its out's. Raises as ``decode`` does, and does not say which of the streams is
+    damaged.
 
     >>> import numpy as np
     >>> x, out = np.ones((2, 10, 64), np.float16), np.zeros((2, 20, 64), np.float16)
@@ -221,8 +228,11 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     if len(outs) and on_device(backend, device_type(device_of(outs[0]))):  # a list of tensors is the CPU's
         from pqcodec import device
 
+        if firsts is not None:
+            counts = [read_header(source).shape[0] for source in sources]
+            outs = [out[first : first + count] for out, first, count in zip(outs, firsts, counts, strict=True)]
         return device.decode_together(sources, outs, starts, backend)
-    return host.decode_together(sources, outs, starts, backend)
+    return host.decode_together(sources, outs, starts, backend, firsts)
 
 
 def inspect(data: Any) -> StreamInfo:

@@ -312,7 +312,9 @@ def _damage_of(job: DecodeJob) -> list[Damage]:
     return found
 
 
-def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str) -> None:
+def decode_together(
+    sources: Sequence[Source], outs: Sequence[Any], starts: Sequence[int], backend: str, firsts: Sequence[int] | None
+) -> None:
     """``codec.decode_together`` into host memory."""
     damage: list[Damage] = []
     headers = [read_header(source) for source in sources]
@@ -324,23 +326,26 @@ def decode_together(sources: Sequence[Source], outs: Sequence[Any], starts: Sequ
     offsets = centre.read_means_together(sources, headers, damage)
     seen: dict[int, tuple[arrays.Room, Values]] = {}
     jobs: list[DecodeJob] = []
-    for source, h, out, start, offset in zip(sources, headers, outs, starts, offsets, strict=True):
+    rows: list[Values] = []
+    begins: Sequence[int | None] = [None] * len(outs) if firsts is None else firsts
+    for source, h, out, start, first, offset in zip(sources, headers, outs, starts, begins, offsets, strict=True):
         if id(out) not in seen:
             seen[id(out)] = arrays.room_of(out), arrays.values_in_place(out)
         room, values = seen[id(out)]
+        if first is not None:
+            room, values = arrays.part_of(room, values, first, h.shape[0])
         if not arrays.holds(room, h.shape, h.dtype, start):
             raise InvalidArgument(f"a {DTYPE_NAMES[h.dtype]} stream {h.shape} does not go to token {start} of an out {room}")
         payload = source.read(h.payload_start, h.stream_bytes - h.payload_start)
         damaged = np.zeros((h.chunks, h.leading), np.bool_)
-        job = DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offset, values.from_token(start), damaged)
-        jobs.append(job)
+        rows.append(values.from_token(start))
+        jobs.append(DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offset, rows[-1], damaged))
     kernel.decode([job for job in jobs if job.damaged.size])
     damage += [found for job in jobs for found in _damage_of(job)]
-    for source, h, job in zip(sources, headers, jobs, strict=True):
-        # Last, because the first write to a fresh page blocks while the system zeroes it.
-        if h.first_tokens or h.last_tokens or h.exceptions:
-            whole = (0, h.tokens), (0, h.leading)
-            _place(source, h, job.out, *whole, damage, over_rows=False)
-            _place(source, h, job.out, *whole, damage, over_rows=True)
+    # Last, because the first write to a fresh page blocks while the system zeroes it.
+    for over_rows in (False, True):
+        for stage in STAGES:
+            if stage.place and stage.over_rows == over_rows:
+                stage.place_all(sources, headers, rows, damage)
     if damage:
         raise damage_error(damage)

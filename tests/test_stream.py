@@ -246,6 +246,19 @@ def test_streams_of_several_lengths_turn_with_their_own_tokens(preset: str, dtyp
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_streams_go_to_parts_of_an_out(backend: str) -> None:
+    x = gaussian(3, 2, 20, 16)
+    streams = [MemorySource(encode(part, center="mean", exact_tokens=2, backend="cpu")) for part in (x[:1], x[1:])]
+    out = torch.zeros(5, 2, 20, 16)
+    decode_together(streams, [out, out], [0, 0], backend, firsts=[4, 1])
+    for part, stream in ((out[4:], streams[0]), (out[1:3], streams[1])):
+        torch.testing.assert_close(part, pqcodec.decode(stream.read(0, stream.size), backend=backend), rtol=0, atol=0)
+    assert not out[[0, 3]].any()
+    with pytest.raises(InvalidArgument, match="not in the first dimension"):
+        decode_together(streams[1:], [out], [0], backend, firsts=[4])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_streams_decoded_together_refuse_damage_and_outs_they_do_not_fit(backend: str) -> None:
     data = encode(gaussian(2, 40, 16), backend="cpu")
     broken = bytearray(data)

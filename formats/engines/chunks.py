@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -33,7 +33,7 @@ from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, header_size
-from pqcodec.stream.seal import order_seal
+from pqcodec.stream.seal import order_seal, order_seals
 from pqcodec.stream.source import MemorySource
 
 # The dimensions behind "tokens" are one. LMCache has the first where it copies from the engine, the second where that sends.
@@ -77,6 +77,7 @@ class ChunkCodec:
     exact_tokens: int = _EXACT_TOKENS
     backend: str = "auto"
     latent_dim: int = 0
+    _known: dict[tuple[tuple[int, ...], str], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "kv_heads"):
@@ -137,11 +138,14 @@ class ChunkCodec:
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPE_NAMES.values():
             raise InvalidArgument(f"a chunk holds {name}; only {', '.join(DTYPE_NAMES.values())} can be encoded")
-        sizes = self._sizes(shape)
-        layers, tokens = sizes["layers"], sizes["tokens"]
-        if not self._shares(layers):
-            return self._bytes([[(slice(0, layers), self.preset)]] * 2, tokens, name)
-        return self._bytes([[(slice(0, 1), self.preset)] * layers] * 2, tokens, name)
+        asked = tuple(map(int, shape)), name
+        if asked not in self._known:
+            sizes = self._sizes(shape)
+            layers, tokens = sizes["layers"], sizes["tokens"]
+            single = self._shares(layers)
+            runs = [(slice(0, 1), self.preset)] * layers if single else [(slice(0, layers), self.preset)]
+            self._known[asked] = self._bytes([runs] * 2, tokens, name)
+        return self._known[asked]
 
     def _shares(self, layers: int) -> bool:
         """Whether layers share the preset's bits: there is no rule for those of latents."""
@@ -238,7 +242,7 @@ class ChunkCodec:
         """
         size = self.size(out.shape, out.dtype)
         count, seal = _checked_head(data, size, name)
-        streams, outs, at, filled = [], [], c.CHUNK_STRUCT.size, False
+        streams, outs, firsts, at, filled = [], [], [], c.CHUNK_STRUCT.size, False
         for x in self._pair(out):
             layer = 0
             while layer < len(x):
@@ -250,15 +254,16 @@ class ChunkCodec:
                     wanted = (len(x) - layer, *x.shape[1:])
                     raise InvalidArgument(f"a chunk's stream at byte {at} has shape {h.shape}; at most {wanted} is expected")
                 streams.append(MemorySource(data[at : at + h.stream_bytes], h))
-                outs.append(x[layer : layer + h.shape[0]])
+                outs.append(x)
+                firsts.append(layer)
                 layer += h.shape[0]
                 end, at = at + h.stream_bytes, aligned(at + h.stream_bytes)
                 filled |= bool(data[end:at].any())
         if filled or data[at:].any():
             raise CorruptStream("between or behind a chunk's streams are bytes that are not 0")
-        if len(streams) != count or _seal([order_seal(stream) for stream in streams]) != seal:
+        if len(streams) != count or _seal(order_seals(streams)) != seal:
             raise CorruptStream("a chunk's streams are not those that were written together (its seal does not hold)")
-        codec.decode_together(streams, outs, [0] * count, self.backend)
+        codec.decode_together(streams, outs, [0] * count, self.backend, firsts)
 
     def warm(self) -> None:
         """Compile the kernels that chunks take, so that the first one does not wait: up to a minute where none are on disk."""

@@ -236,23 +236,16 @@ def read_means(source: Source, h: Header, leads: tuple[int, int], damage: list[D
 
 
 def read_means_together(sources: Sequence[Source], headers: Sequence[Header], damage: list[Damage]) -> list[np.ndarray | None]:
-    """``read_means`` of whole streams, those of one shape at once."""
+    """``read_means`` of whole streams, those of one head_dim at once."""
     found: list[np.ndarray | None] = [None] * len(headers)
-    alike: dict[tuple[int, int], list[int]] = {}
-    for number, h in enumerate(headers):
-        if h.offsets:
-            alike.setdefault((h.leading, h.head_dim), []).append(number)
-    for (leading, head_dim), numbers in alike.items():
-        place = headers[numbers[0]].places[sections.OFFSETS]
-        entries = [sources[n].read(headers[n].places[sections.OFFSETS].start, place.end - place.start) for n in numbers]
-        bodies, sound = sections.without_checksums(np.concatenate(entries).reshape(-1, place.entry_bytes))
-        halves = bodies.view("<f2")
-        if sound.all() and np.isfinite(halves).all():
-            exponents = np.repeat([headers[n].offset_exponent for n in numbers], leading)[:, None]
-            loaded = from_halves(halves, exponents).reshape(-1, leading, head_dim)
-            for number, offsets in zip(numbers, loaded, strict=True):
+    for numbers, bodies in sections.read_together(sources, headers, sections.OFFSETS):
+        leads = [headers[number].leading for number in numbers]
+        if bodies is not None and np.isfinite(bodies.view("<f2")).all():
+            exponents = np.repeat([headers[number].offset_exponent for number in numbers], leads)[:, None]
+            loaded = from_halves(bodies.view("<f2"), exponents)
+            for number, offsets in zip(numbers, np.split(loaded, np.cumsum(leads)[:-1]), strict=True):
                 found[number] = offsets
         else:  # one by one, to tell which
-            for number in numbers:
+            for number, leading in zip(numbers, leads, strict=True):
                 found[number] = read_means(sources[number], headers[number], (0, leading), damage)
     return found

@@ -6,7 +6,7 @@ its row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,23 @@ def last_bodies(h: Header, values: Values) -> Iterator[bytes]:
 def place_first(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:
     """Copy exact first tokens to where they belong in ``out`` [leads, tokens, head_dim]; None: only check them."""
     _place(source, h, sections.EXACT_TOKENS, (0, h.first_tokens), out, tokens, leads, damage)
+
+
+def place_first_together(
+    sources: Sequence[Source], headers: Sequence[Header], outs: Sequence[Values], damage: list[Damage]
+) -> None:
+    """``place_first`` of whole streams, those whose entries have one size at once."""
+    for numbers, bodies in sections.read_together(sources, headers, sections.EXACT_TOKENS):
+        at = 0
+        for number in numbers:
+            h, out = headers[number], outs[number]
+            if bodies is None:  # one by one, to tell which is damaged
+                place_first(sources[number], h, out, (0, h.tokens), (0, h.leading), damage)
+                continue
+            exact = bodies[at : at + h.leading].view(out.flat.dtype).reshape(h.leading, h.first_tokens, h.head_dim)
+            for lead, rows in enumerate(exact):
+                out.rows(lead, 0, h.first_tokens)[:] = rows
+            at += h.leading
 
 
 def place_last(source: Source, h: Header, out: Values | None, tokens: Bounds, leads: Bounds, damage: list[Damage]) -> None:

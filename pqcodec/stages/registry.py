@@ -6,7 +6,7 @@ there, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from pqcodec.stream.sections import SideSection
 from pqcodec.stream.source import Source
 from pqcodec.tensors.rows import Values
 
+Together = Callable[[Sequence[Source], Sequence[Header], Sequence[Values], list[Damage]], None]
 Place = Callable[[Source, Header, Values | None, tuple[int, int], tuple[int, int], list[Damage]], None]
 
 
@@ -40,12 +41,29 @@ class Stage:
     bodies: Callable[[Header, Kept], Iterable[bytes]]  # one an entry
     place: Place | None = None  # check the section, and copy it into the result; None: kernels need it
     over_rows: bool = False  # whether ``place`` overwrites what rows decode to, and so comes after them
+    together: Together | None = None  # ``place`` of many whole streams, where that is quicker at once
+
+    def place_all(
+        self, sources: Sequence[Source], headers: Sequence[Header], outs: Sequence[Values], damage: list[Damage]
+    ) -> None:
+        """``place`` of many whole streams."""
+        if self.together:
+            return self.together(sources, headers, outs, damage)
+        for source, h, out in zip(sources, headers, outs, strict=True):
+            if self.place and self.section.there(h):
+                self.place(source, h, out, (0, h.tokens), (0, h.leading), damage)
+        return None
 
 
 STAGES = (
     Stage(sections.KEEP, lambda h, kept: keep.bodies(h, kept.positions)),
     Stage(sections.OFFSETS, lambda h, kept: (half.astype("<f2").tobytes() for half in kept.halves)),
-    Stage(sections.EXACT_TOKENS, lambda h, kept: exact.first_bodies(h, kept.values), exact.place_first),
+    Stage(
+        sections.EXACT_TOKENS,
+        lambda h, kept: exact.first_bodies(h, kept.values),
+        exact.place_first,
+        together=exact.place_first_together,
+    ),
     Stage(sections.EXACT_LAST, lambda h, kept: exact.last_bodies(h, kept.values), exact.place_last),
     Stage(
         sections.EXACT_VECTORS,

@@ -71,14 +71,15 @@ def _few_keys() -> list[int]:
     return [int(key) for key in checksum_keys(_FEW_BYTES // 4)]
 
 
-def checksums(rows: np.ndarray) -> np.ndarray:
-    """Checksum of each row of uint8 [n, bytes]: uint64 [n].
+def checksums(rows: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray:
+    """Checksum of each row of uint8 [n, bytes]: uint64 [n]. ``sizes``: bytes of each row, where zeros follow them.
 
     >>> int(checksums(np.frombuffer(b"polar", np.uint8)[None])[0]) == checksum(b"polar")
     True
     """
     prime, size = np.uint64(CHECKSUM_PRIME), rows.shape[1]
-    total = np.full(len(rows), size % CHECKSUM_PRIME * _few_keys()[0] % CHECKSUM_PRIME, np.uint64)
+    lengths = np.full(len(rows), size) if sizes is None else sizes
+    total = lengths.astype(np.uint64) % prime * np.uint64(_few_keys()[0]) % prime
     for piece, first in enumerate(range(0, size, 4 * _PIECE_WORDS)):
         raw = rows[:, first : first + 4 * _PIECE_WORDS]
         if raw.shape[1] % 4:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.stream.checksum import checksum
+from pqcodec.stream.checksum import checksum, checksums
 from pqcodec.stream.header import read_header
 from pqcodec.stream.source import Source, fetched
 
 
 def order_seal(source: Source) -> int:
     """The order seal of a stream (SPEC 4.3): the checksum of all its checksums, in the order in which they stand in it."""
+    return checksum(_sealed(source))
+
+
+def order_seals(sources: Sequence[Source]) -> list[int]:
+    """``order_seal`` of many streams, at once."""
+    sealed = [_sealed(source) for source in sources]
+    sizes = np.array([len(each) for each in sealed], np.int64)
+    rows = np.zeros((len(sealed), sizes.max(initial=0)), np.uint8)
+    for row, each in zip(rows, sealed, strict=True):
+        row[: len(each)] = each
+    return [int(total) for total in checksums(rows, sizes)]
+
+
+def _sealed(source: Source) -> np.ndarray:
+    """A stream's checksums one behind the other: uint8 [bytes]."""
     h = read_header(source)
     short = h.blocks.place(h.chunks - 1, 0) if h.chunks else h.stream_bytes  # the last chunk's blocks may be shorter
     runs = [  # first byte, last + 1, bytes of what has one checksum
@@ -21,7 +38,7 @@ def order_seal(source: Source) -> int:
         (short, h.stream_bytes, h.blocks.size(h.chunks - 1)),
     ]
     sealed = [source.read(start, end - start).reshape(-1, size) for start, end, size in runs if start < end]
-    return checksum(np.concatenate([rows[:, -c.CHECKSUM_BYTES :] for rows in sealed]))
+    return np.concatenate([rows[:, -c.CHECKSUM_BYTES :] for rows in sealed]).ravel()
 
 
 def with_seal(source: Source) -> tuple[Source, int]:

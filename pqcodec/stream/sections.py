@@ -5,7 +5,7 @@ A side section is entries of one size, each followed by its checksum. What an en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -120,6 +120,24 @@ def read_entries(
     leads = [int(first + n) if section.of_leads(h) else None for n in np.flatnonzero(~sound)]
     damage += [Damage(section.name, lead, section.tokens(h)) for lead in leads]
     return first + np.flatnonzero(sound), bodies[sound]
+
+
+def read_together(
+    sources: Sequence[Source], headers: Sequence[Header], section: SideSection
+) -> Iterator[tuple[list[int], np.ndarray | None]]:
+    """The numbers of the streams whose entries of a section have one size, and the bodies of all these: uint8 [n, bytes].
+
+    None instead of bodies of which one is damaged; ``read_entries`` tells which.
+    """
+    alike: dict[int, list[int]] = {}
+    for number, h in enumerate(headers):
+        if h.places[section].entries:
+            alike.setdefault(h.places[section].entry_bytes, []).append(number)
+    for size, numbers in alike.items():
+        places = [headers[number].places[section] for number in numbers]
+        read = [sources[n].read(place.start, place.end - place.start) for n, place in zip(numbers, places, strict=True)]
+        bodies, sound = without_checksums(np.concatenate(read).reshape(-1, size))
+        yield numbers, bodies if sound.all() else None
 
 
 def without_checksums(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

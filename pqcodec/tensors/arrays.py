@@ -201,6 +201,19 @@ def room_of(out: Any) -> Room:
     return name, (sum(len(x) for x in out), *rest)
 
 
+def part_of(room: Room, values: Values, first: int, count: int) -> tuple[Room, Values]:
+    """The part of an out of three or more dimensions that is ``count`` from ``first`` on along its first one.
+
+    Raises InvalidArgument where that is outside of it.
+    """
+    name, (there, *rest) = room
+    if len(rest) < 2 or not 0 <= first <= there - count:
+        raise InvalidArgument(f"{count} from {first} on are not in the first dimension of an out {room}")
+    each = len(values.starts) // max(there, 1)
+    starts = values.starts[first * each : (first + count) * each]
+    return (name, (count, *rest)), Values(values.flat, starts, values.stride, values.head_dim)
+
+
 def holds(room: Room, shape: tuple[int, ...], dtype: int, start: int) -> bool:
     """Whether a tensor of a shape [..., tokens, head_dim], or [head_dim], and a dtype goes there from a token on."""
     name, size = room
