@@ -78,7 +78,7 @@ def finite_half(field):
 
 
 @triton.jit
-def block_exponent(words, end, LEAST: tl.constexpr, MOST: tl.constexpr):
+def stored_exponent(words, end, LEAST: tl.constexpr, MOST: tl.constexpr):
     """The exponent of blocks whose checksum begins at bit ``end``."""
     field = short_at(words, end - 16, end >= 0)
     return tl.minimum(tl.maximum(field - ((field & 0x8000) << 1), LEAST), MOST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.affine import block_exponent, finished, half_at, put_codes, short_at
+from pqcodec.kernels.on_triton.affine import stored_exponent, finished, half_at, put_codes, short_at
 from pqcodec.kernels.on_triton.bits import get_word, put_field
 from pqcodec.kernels.on_triton.blocks import block_place, put_checksum, whole_block
 from pqcodec.kernels.on_triton.numbers import (
@@ -126,7 +126,7 @@ def decode_affine_blocks(
     high = tl.minimum(tl.load(span + SPAN.value.last_token) - begin, tokens.to(tl.int64)).to(tl.int32)
     start = tl.load(starts + tl.load(span + SPAN.value.starts) + lead - tl.load(span + SPAN.value.first_lead))
     stride = tl.load(span + SPAN.value.stride)
-    scale = power_of_two(block_exponent(words, (skew + covered) * 8, LEAST_EXPONENT, MOST_EXPONENT))
+    scale = power_of_two(stored_exponent(words, (skew + covered) * 8, LEAST_EXPONENT, MOST_EXPONENT))
     for first_row in range(low, high, ROWS):
         row = first_row + tl.arange(0, ROWS)[:, None]
         token = begin + row

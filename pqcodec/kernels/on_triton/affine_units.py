@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from pqcodec.kernels.on_triton.affine import block_exponent, fields_bit, finite_half, half_at
+from pqcodec.kernels.on_triton.affine import stored_exponent, fields_bit, finite_half, half_at
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     LEAST_EXPONENT,
@@ -49,7 +49,7 @@ def row_words(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE:
 
 
 @triton.jit
-def moved(word, FROM: tl.constexpr, TO: tl.constexpr):
+def shifted(word, FROM: tl.constexpr, TO: tl.constexpr):
     """A word whose bit FROM stands at TO."""
     if FROM > TO:
         return word >> (FROM - TO)
@@ -63,10 +63,10 @@ def codes_of(word, FROM: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, SI
     BITS: tl.constexpr = SIDE.value.bits
     COLUMNS: tl.constexpr = SIDE.value.columns // 2 if SIDE.value.coding == PAIRS else SIDE.value.columns
     if BITS > 8:
-        codes = tl.join(moved(word, FROM, TO), moved(word, FROM + BITS, TO))
+        codes = tl.join(shifted(word, FROM, TO), shifted(word, FROM + BITS, TO))
     else:
-        even = tl.join(moved(word, FROM, TO), moved(word, FROM + 2 * BITS, TO))
-        odd = tl.join(moved(word, FROM + BITS, TO), moved(word, FROM + 3 * BITS, TO))
+        even = tl.join(shifted(word, FROM, TO), shifted(word, FROM + 2 * BITS, TO))
+        odd = tl.join(shifted(word, FROM + BITS, TO), shifted(word, FROM + 3 * BITS, TO))
         codes = tl.join(even, odd)
     codes = tl.reshape(codes, [word.shape[0] * (2 if BITS > 8 else 4) // COLUMNS, COLUMNS])
     return codes & (((1 << WIDTH) - 1) << TO)
@@ -212,7 +212,7 @@ def row_places(side, lead, leads, place, SIDE: tl.constexpr):
 @triton.jit
 def factor_of(words, bit, size, power):
     """What units are multiplied by, float32 [R, 1]; ``bit``: of blocks of so many bytes, ``power``: of ``terms_of``."""
-    exponent = block_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
+    exponent = stored_exponent(words, bit + 8 * (size - CHECKSUM_BYTES), LEAST_EXPONENT, MOST_EXPONENT)
     return power_of_two(exponent + power * 0) * power_of_two(-power)
 
 

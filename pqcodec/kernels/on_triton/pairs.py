@@ -66,7 +66,7 @@ def exact_turns(x, y):
 
 
 @triton.jit
-def cells(ahead, step, COUNT: tl.constexpr):
+def cells_behind(ahead, step, COUNT: tl.constexpr):
     """The cells of numbers so far behind the first of COUNT cells of width ``step``: int32; 0 where step is 0."""
     at = tl.div_rn(ahead, tl.where(step > 0, step, 1.0))
     return tl.where(step > 0, tl.minimum(tl.maximum(at, 0.0), COUNT - 1.0), 0.0).to(tl.int32)
@@ -127,6 +127,6 @@ def encode_pair_group(words, block, tokens, begin, pair, a, b, finite, SHORTEST:
     put_field(words, bit + 48 * SHAPE.value.groups, wide, wanted)
     ahead = angle - first[None, :]
     ahead = tl.where(ahead < 0, ahead + TURN, ahead)
-    code = cells(radius - start[None, :], step[None, :], 1 << (SHAPE.value.bits - SHAPE.value.angle_bits))
-    code = (code << SHAPE.value.angle_bits) | cells(ahead, wide.to(tl.float32)[None, :], 1 << SHAPE.value.angle_bits)
+    code = cells_behind(radius - start[None, :], step[None, :], 1 << (SHAPE.value.bits - SHAPE.value.angle_bits))
+    code = (code << SHAPE.value.angle_bits) | cells_behind(ahead, wide.to(tl.float32)[None, :], 1 << SHAPE.value.angle_bits)
     return tl.where(finite[:, None], code, 0)
