@@ -27,7 +27,9 @@ from pqcodec.codings.vectors import Book
 from pqcodec.errors import PQError, UnsupportedStream
 from pqcodec.formats.cache import append_cache, load_cache, save_cache
 from pqcodec.formats.containers.kinds import convert, open_encoded
+from pqcodec.formats.offload import HostPool
 from pqcodec.formats.policy.recipe import Recipe
+from pqcodec.formats.store import PrefixStore
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.tools.cli import app
@@ -252,6 +254,17 @@ def test_presets_and_codebooks_go_together() -> None:
             pqcodec.encode(x, **options)
     with pytest.raises(InvalidArgument, match="presets of residual VQ need codebooks="):
         Recipe.of(("pq4", "rvq2"))
+
+
+def test_what_holds_no_tables_refuses_by_name(tmp_path: Path) -> None:
+    words = "preset 'rvq2' needs codebooks=|presets of residual VQ need codebooks="
+    x = gaussian(2, 40, 16)
+    with HostPool(1 << 16, device="cpu") as pool, pytest.raises(InvalidArgument, match=words):
+        pool.put("x", [x, x], preset="rvq2")
+    with pytest.raises(InvalidArgument, match=words):
+        PrefixStore(tmp_path, preset="rvq2")
+    with pytest.raises(InvalidArgument, match=words):
+        pqcodec.EncodeBatch([x], preset="rvq2")
 
 
 # -- training ------------------------------------------------------------------------------------------------------
