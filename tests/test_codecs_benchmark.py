@@ -91,6 +91,7 @@ def test_parts_are_measured_once_and_put_together(tmp_path: Path) -> None:
     assert [name for name, row in rows.items() if row["frontier"]] == ["pq2", "snapkv/4 x int4", "pq3.5", "pq4"]
     assert rows["snapkv/4 x int4"]["kl_over_pq"] == pytest.approx(0.5)
     assert rows["pq3"]["encode_over_pq3"] == 1
+    assert sorted([*rows, *found["left_out"]]) == sorted(SYSTEMS)
     console = Console(width=80, record=True)
     console.print(printed(json.loads(json.dumps(found))))
     assert "snapkv/4 x int4" in console.export_text()

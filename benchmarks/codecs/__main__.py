@@ -66,6 +66,8 @@ def main() -> None:
         measure_speeds(options, [SYSTEMS[name] for name in names])
     found = together(kept_parts(options.folder))
     console.print(printed(found))
+    if found["left_out"]:
+        console.print(f"not measured on all of {found['measured_on']}, and left out: {', '.join(found['left_out'])}")
     asked = "".join(f" --{name} {value}" for name, value in found["settings"].items())
     path = results_file.write("codecs", f"python -m benchmarks.codecs{asked}", found, options.out)
     plot(found, path.with_suffix(".png"))

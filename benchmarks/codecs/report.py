@@ -24,7 +24,10 @@ PQ, FARTHEST = ("pq2", "pq2.5", "pq3", "pq3.5", "pq4"), 5.1  # those between who
 
 
 def together(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Rows by bits, the parts that they are of, and how these were measured; raises ValueError for parts of other settings."""
+    """Rows by bits, the parts that they are of, and how these were measured; raises ValueError for parts of other settings.
+
+    ``left_out``: systems that were not measured on all models and texts of which there are parts.
+    """
     all_parts = list(parts)
     measured = [one for one in all_parts if one["model"] != SPEED]
     speed = {one["system"]: {name: one[name] for name in SPEEDS} for one in all_parts if one["model"] == SPEED}
@@ -49,7 +52,9 @@ def together(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     least = float("inf")
     for row in rows:
         row["frontier"], least = row["kl"] < least, min(row["kl"], least)
-    return {"measured_on": [list(at) for at in on], "settings": next(iter(settings.values()), {}), "rows": rows}
+    left_out = [name for name in SYSTEMS if name not in {row["system"] for row in rows}]
+    about = {"measured_on": [list(at) for at in on], "left_out": left_out}
+    return {**about, "settings": next(iter(settings.values()), {}), "rows": rows}
 
 
 def printed(found: dict[str, Any]) -> Table:
