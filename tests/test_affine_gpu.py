@@ -96,12 +96,12 @@ def test_extreme_rows_share_a_group() -> None:
 
 def test_what_a_gpu_does_not_encode_is_refused() -> None:
     x = gaussian(2, 5, 16).to(DEVICE)
-    with pytest.raises(BackendUnavailable, match="kept apart .presets of kvquant., and does not find them: encode x.cpu"):
+    with pytest.raises(BackendUnavailable, match=r"kept apart .presets of kvquant., and does not find them: encode x.cpu"):
         pqcodec.encode(x, preset="kvquant4", backend="triton")
-    with pytest.raises(BackendUnavailable, match="levels are not fitted on a GPU .* pass levels="):
+    with pytest.raises(BackendUnavailable, match=r"levels are not fitted on a GPU .* pass levels="):
         pqcodec.encode(x, preset="nuq2", center="mean", backend="triton")
     given = pqcodec.encode(x, preset="nuq2", center="mean", levels=[-1, -0.25, 0.25, 1], backend="triton")
     assert given == pqcodec.encode(x.cpu(), preset="nuq2", center="mean", levels=[-1, -0.25, 0.25, 1], backend="cpu")
+    x[1, 4, 3] = float("inf")
     with pytest.raises(NonFiniteInput, match=r"element \[1, 4, 3\] of the tensor is inf"):
-        x[1, 4, 3] = float("inf")
         pqcodec.encode(x, preset="int2", backend="triton")

@@ -120,7 +120,5 @@ def finished(
     """Numbers of a block's fields as a decoder gives them, float32: times the block's scale, and their offsets added."""
     y = x * scale + 0.0
     if OFFSETS:
-        y += offsets_at_places(
-            span, lead, token, column, wanted, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE
-        )
+        y += offsets_at_places(span, lead, token, column, wanted, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE)
     return tl.minimum(tl.maximum(y, -limit), limit)

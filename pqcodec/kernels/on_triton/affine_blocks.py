@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.affine import stored_exponent, finished, half_at, put_codes, short_at
+from pqcodec.kernels.on_triton.affine import finished, half_at, put_codes, short_at, stored_exponent
 from pqcodec.kernels.on_triton.bits import get_word, put_field
 from pqcodec.kernels.on_triton.blocks import block_place, put_checksum, whole_block
 from pqcodec.kernels.on_triton.numbers import (

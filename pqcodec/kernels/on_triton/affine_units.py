@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from pqcodec.kernels.on_triton.affine import stored_exponent, fields_bit, finite_half, half_at
+from pqcodec.kernels.on_triton.affine import fields_bit, finite_half, half_at, stored_exponent
 from pqcodec.kernels.on_triton.numbers import (
     CHECKSUM_BYTES,
     LEAST_EXPONENT,
@@ -91,7 +91,7 @@ def one_and(word, FROM: tl.constexpr, WIDTH: tl.constexpr, one, SIDE: tl.constex
 @triton.jit
 def unit_power(bound):
     """Exponents of the powers of two that bring numbers up to ``bound`` [R, n] below 2^15 in each row: int32 [R, 1]."""
-    if bound.shape[0] == 1:  # one number, which every layout has
+    if bound.shape[0] == 1:  # noqa: SIM108 - one number, which every layout has
         most = tl.max(bound) + tl.zeros([1, 1], tl.float32)
     else:
         most = tl.max(bound, 1)[:, None]
@@ -199,7 +199,7 @@ def units_of(words, bit, row, scale, start, wide, first, tables, SIDE: tl.conste
 
 @triton.jit
 def row_places(side, lead, leads, place, SIDE: tl.constexpr):
-    """Of coded tokens number ``place``: what is before their blocks in the payload, the blocks' bytes and tokens, their rows."""
+    """Of coded tokens number ``place``: what is before their blocks in the payload, the blocks' bytes and tokens, rows."""
     coded = tl.load(side + OF_SIDE.value.coded)
     chunk = place // SIDE.value.chunk
     row = (place - chunk * SIDE.value.chunk).to(tl.int32)
@@ -218,7 +218,7 @@ def factor_of(words, bit, size, power):
 
 @triton.jit
 def affine_units(side, tables, lead, leads, token, SIDE: tl.constexpr):
-    """Units and factors as ``side_units`` gives them, each row's fields read for itself; beyond the stream those of its ends."""
+    """Units and factors as ``side_units`` gives them, each row's fields read for itself; beyond the stream those of ends."""
     place = tl.maximum(token - tl.load(side + OF_SIDE.value.exact), 0)
     place = tl.minimum(place, tl.load(side + OF_SIDE.value.coded) - 1)[:, None]
     before, size, tokens, row = row_places(side, lead, leads, place, SIDE)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pqcodec.kernels.on_triton.numbers import GROUP, LARGEST, power_of_two
 from pqcodec.kernels.on_triton.affine_units import (
     factor_of,
     group_place,
@@ -22,6 +21,7 @@ from pqcodec.kernels.on_triton.affine_units import (
     unit_scores,
     units_of,
 )
+from pqcodec.kernels.on_triton.numbers import GROUP, LARGEST, power_of_two
 from pqcodec.kernels.on_triton.shares import (
     CODED,
     CODED_FIELDS,
@@ -424,9 +424,7 @@ def score_groups(
             high, low = units_of(words, bit, row, scale_terms, start, wide, turn, key_tables, KEYS)
             token = first + local
             scores = unit_scores(coarse, fine, exponent, high, low, factor, KEYS)
-            scores = finished_scores(
-                scores, keys, key_tables, token, still, m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED
-            )
+            scores = finished_scores(scores, keys, key_tables, token, still, m_coarse, m_fine, m_exponent, cap, KEYS, CAPPED)
             wanted = (token >= begin) & (token < last)
             if SKIPS:
                 wanted = wanted & (skipped_tokens(share, lead, token, wanted) == 0)
