@@ -126,12 +126,17 @@ def append_cache(
                 f"{os.fspath(path)}: {len(layers)} layers are given, the file holds {', '.join(there.names[:4])} ..."
             )
         found = {name: there.inspect(name) for name, _ in names}
-        if rope is not None and all(info.centered != "rope" for info in found.values()):
-            raise InvalidArgument(f"{os.fspath(path)}: holds no keys that are centred under RoPE; leave rope out")
+        turned = {name for name, info in found.items() if info.centered == "rope" or info.before_rope}
+        if rope is not None and not turned:
+            raise InvalidArgument(f"{os.fspath(path)}: holds no keys that are coded under RoPE; leave rope out")
         for done, (name, tensor) in enumerate(names, 1):
             info = found[name]
             if info.kept_of is not None:
                 raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} holds only some of its tokens, and does not grow")
+            if info.linear is not None:
+                raise InvalidArgument(
+                    f"{os.fspath(path)}: tensor {name!r} has a linear stage of its own; say which to PQKVAppender.extend"
+                )
             table = there.tables.get(bytes.fromhex(info.table or ""))
             writer.extend(
                 name,
@@ -139,7 +144,9 @@ def append_cache(
                 preset=info.preset,
                 seed=info.seed,
                 center=info.centered,
-                rope=rope if info.centered == "rope" else None,
+                rope=rope if name in turned else None,
+                before_rope=info.before_rope,
+                join_heads=info.joined_heads is not None,
                 chunk_tokens=info.chunk_tokens,
                 nonfinite=nonfinite,
                 backend=backend,

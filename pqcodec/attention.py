@@ -39,6 +39,7 @@ from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import device_of, device_type, is_torch, widen
 
 _READ_BYTES = 16 << 20  # of blocks that are read at once from a source whose reads are copies
+_DECODED_TOKENS = 4096  # that are decoded at once where no codes are read
 Pair = tuple[Any, Any]  # keys and values
 # Of a stream: offsets float32 [leading, head_dim], exact vectors, and where RoPE turns kept tokens (``CodedTokens.positions``)
 _Side = tuple[np.ndarray | None, ExactRows, np.ndarray | None]
@@ -120,7 +121,8 @@ def attend(
     Where the queries are on a GPU, so is the work: an ``AttendBatch`` is made for one call. Streams in host memory are moved
     there, and exact tokens have the streams' dtypes.
 
-    The result has q's dtype and kind, and no gradient. Decoded numbers are not rounded to the streams' dtype in between. NaN
+    The result has q's dtype and kind, and no gradient. Decoded numbers are not rounded to the streams' dtype in between, but
+    for those of streams of ``encode(before_rope=True)``, whose codes no kernel reads: they are decoded as by ``decode``. NaN
     and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument,
     BackendUnavailable and what ``decode`` raises for a stream.
 
@@ -289,10 +291,11 @@ class _Asked:
         low, high = int(seen[:, 0].min()), int(seen[:, 1].max())
         first, last = _coded_part((k, v), (low, high))
         of_keys, of_values = self._side(k), self._side(v)
-        for tokens in ((low, first), (last, high)):  # exact in one of them at least
-            if tokens[0] < tokens[1]:
+        for begin, end in ((low, first), (last, high)):  # exact in one of them at least, or rows of stages
+            for at in range(begin, end, _DECODED_TOKENS):
+                tokens = (at, min(at + _DECODED_TOKENS, end))
                 pair = self._decoded(k, of_keys, tokens), self._decoded(v, of_values, tokens)
-                yield self.attend_to_exact(pair, bounds - tokens[0])
+                yield self.attend_to_exact(pair, bounds - at)
         for tokens in _steps((k, v), (first, last)):
             keys, values = self._coded(k, of_keys, tokens), self._coded(v, of_values, tokens)
             yield self.backend.attend(self._job(keys, values, tokens, bounds))
@@ -381,8 +384,13 @@ def _check_kept(asked: _Asked, ranges: bool, late: bool) -> None:
 
 
 def _coded_part(streams: Sequence[_Stream], tokens: Bounds) -> Bounds:
-    """The part of some tokens that is coded in all streams: behind exact first tokens, before exact last ones."""
+    """The part of some tokens whose codes are read: behind exact first tokens of all streams, before exact last ones.
+
+    Nothing where stages made rows of vectors, for which no kernel has formulas: those are decoded.
+    """
     low, high = tokens
+    if any(stream.header.inner for stream in streams):
+        return high, high
     first = min(max(low, *(stream.header.first_tokens for stream in streams)), high)
     return first, max(min(high, *(stream.header.last_start for stream in streams)), first)
 

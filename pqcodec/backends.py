@@ -100,7 +100,8 @@ def _untried(name: str, h: Header) -> bool:
 
 def _kind(h: Header) -> str:
     """What a backend may not cover of a stream: its coding, and the stages that not all backends have."""
-    stages = {"a keep list": h.keep, "exact last tokens": h.last_tokens}
+    stages: dict[str, Any] = {"a keep list": h.keep, "exact last tokens": h.last_tokens}
+    stages |= {"heads joined": h.joined, "vectors before RoPE": h.before_rope, "a linear stage": h.linear}
     there = " and ".join(name for name, there in stages.items() if there)
     return DECLARED[h.coding].name + (f" with {there}" if there else "")
 

@@ -18,6 +18,7 @@ from pqcodec.options import EncodeOptions, Progress
 from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, read_header
 from pqcodec.stream.header_ranges import PAIRING_NAMES
+from pqcodec.stream.linear import LINEAR_NAMES
 from pqcodec.stream.report import Damage, StreamInfo
 from pqcodec.stream.source import Source, source_of
 from pqcodec.stream.tables import tables_by_name, with_tables
@@ -42,6 +43,11 @@ def encode(
     keep: Any = None,
     levels: Any = None,
     codebooks: Any = None,
+    before_rope: bool = False,
+    join_heads: bool = False,
+    channels: Any = None,
+    block_basis: Any = None,
+    basis: Any = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -59,8 +65,17 @@ def encode(
     ``exact_vectors``, is then said of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse.
     ``levels``: for presets of levels (nuq4) 2^bits ascending numbers, as places -1 .. 1 in the range of a group, or a
     ``LevelTable`` of them, which the stream names and does not hold; None fits them to the tensor. ``codebooks``: for presets
-    of residual VQ (rvq8) a ``VectorTable``, which the stream names likewise. A tensor of a GPU is
-    encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end.
+    of residual VQ (rvq8) a ``VectorTable``, which the stream names likewise.
+    ``before_rope``: code
+    vectors as they were before ``rope`` turned them, less their mean with center="mean". ``join_heads``: code the vectors that
+    the heads [..., heads, tokens, head_dim] have of a token as one of at most 1024 numbers.
+    ``channels``: ascending channels [n] of vectors, or [..., n] where leading indices keep others, that are coded; the others
+    decode to 0, or to the mean with ``center``. ``basis``: a matrix [n, numbers] whose rows' combinations vectors become, n
+    numbers each, or n for the first principal directions of the tensor itself. ``block_basis``: a matrix [16, 16] that each 16
+    channels are combined of, or True for that of least error. Matrices are rounded to float16; ``channels``, ``basis`` and
+    ``block_basis`` are of all heads' at most 4096 numbers with ``join_heads``. Backends of GPUs refuse all of these stages.
+    A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at
+    the end.
     Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
@@ -73,7 +88,8 @@ def encode(
     True
     """
     kept = (exact_tokens, chunk_tokens, exact_vectors, nonfinite)
-    options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, exact_last, keep, levels, codebooks)
+    stages: tuple[Any, ...] = (exact_last, keep, levels, codebooks, before_rope, join_heads, channels, block_basis, basis)
+    options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, *stages)
     return encode_by(options, x, backend, progress)[1]
 
 
@@ -114,6 +130,11 @@ def encoded_size(
     keep: Any = None,
     levels: Any = None,
     codebooks: Any = None,
+    before_rope: bool = False,
+    join_heads: bool = False,
+    channels: Any = None,
+    block_basis: Any = None,
+    basis: Any = None,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -122,8 +143,10 @@ def encoded_size(
     """
     if dtype not in DTYPE_CODES:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPE_CODES)}")
-    kept = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
-    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **kept)
+    more: dict[str, Any] = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
+    more |= {"before_rope": before_rope, "join_heads": join_heads}
+    more |= {"channels": channels, "block_basis": block_basis, "basis": basis}
+    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **more)
     return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes
 
 
@@ -255,7 +278,7 @@ def inspect_header(h: Header) -> StreamInfo:
         shape=h.shape,
         seed=h.seed,
         rounds=h.rounds,
-        centered=("rope" if h.rope else "mean") if h.offsets else None,
+        centered=("rope" if h.rope and not h.before_rope else "mean") if h.offsets else None,
         exact_tokens=h.exact_tokens,
         exact_last=h.exact_last,
         exact_vectors=h.exceptions,
@@ -272,6 +295,10 @@ def inspect_header(h: Header) -> StreamInfo:
         outliers=h.affine.outliers if h.affine else 0,
         levels=half_numbers(h.codebook.levels) if isinstance(h.codebook, Codebook) and h.codebook.levels else None,
         table=h.codebook.name.hex() or None if h.codebook else None,
+        before_rope=h.before_rope,
+        joined_heads=h.heads if h.joined else None,
+        linear=LINEAR_NAMES[h.linear.kind] if h.linear else None,
+        width=h.width,
     )
 
 

@@ -38,9 +38,15 @@ FLAG_TWO_ROUNDS = 8  # the rotation has two rounds; split coding only
 FLAG_AFFINE = 16  # groups of numbers share fields (SPEC 13)
 FLAG_OUTLIERS = 32  # blocks of scalar coding keep single numbers apart (SPEC 16.4)
 FLAG_KEEP = 64  # the stream holds only some tokens, which it lists (SPEC 17)
+FLAG_JOINED = 128  # vectors of all heads are coded as one (SPEC 18)
+FLAG_BEFORE_ROPE = 256  # vectors are coded as they were before RoPE turned them (SPEC 19)
 KNOWN_FLAGS = FLAG_OFFSETS | FLAG_ROPE | FLAG_NUMPY | FLAG_TWO_ROUNDS | FLAG_AFFINE | FLAG_OUTLIERS | FLAG_KEEP
+KNOWN_FLAGS |= FLAG_JOINED | FLAG_BEFORE_ROPE
 KEEP_SHARED, KEEP_EACH = 1, 2  # one list for all leading indices, or one for each; other values are reserved
-LINEAR_NONE = 0  # the linear stage before the rotation: none; other values are reserved
+LINEAR_NONE = 0  # the linear stage: none; other values are reserved
+LINEAR_CHANNELS, LINEAR_BLOCKS, LINEAR_BASIS = 1, 2, 3  # channels chosen; one matrix for all blocks; a basis (SPEC 18)
+LINEAR_STRUCT = struct.Struct("<H6s")  # numbers of a row, reserved
+LINEAR_BLOCK = 16  # channels of a block
 STATES_NONE = 0  # no trellis; other values are reserved
 CODEBOOK_CLOSED_FORM, CODEBOOK_CARRIED, CODEBOOK_NAMED = 0, 1, 2  # of SPEC 6, 7 and 15; levels in the header; of a shared table
 LEVEL_BYTES = 2  # of a level: float16
@@ -54,7 +60,8 @@ MAX_TABLE_BYTES = 4_196_372  # of any kind: codebooks of 8 stages, 4,096 entries
 
 # -- Caps (SPEC 3.3) ---------------------------------------------------------------------------------------------
 MAX_NDIM = 8
-MAX_HEAD_DIM = 1024
+MAX_HEAD_DIM = 1024  # ... and the most numbers of a row
+MAX_JOINED_DIM = 4096  # numbers of the vectors that a linear stage makes a row of
 MAX_ELEMENTS = 1 << 48
 MAX_CHUNK_TOKENS = 4096
 MAX_TOKENS = 1 << 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from pqcodec.codings import levels
 from pqcodec.codings.declared import Codebook
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob, places_of
+from pqcodec.kernels.job import Backend, DecodeJob, EncodeJob
 from pqcodec.options import EncodeOptions, Progress
-from pqcodec.stages import centre, exact, keep
+from pqcodec.stages import centre, exact, keep, vectors
+from pqcodec.stages.linear import read_linear
 from pqcodec.stages.registry import STAGES, Kept
 from pqcodec.stream import sections
 from pqcodec.stream.header import DTYPE_NAMES, Header, read_header
@@ -24,7 +25,7 @@ from pqcodec.stream.index import Bounds, checked_range, result_shape
 from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import Source
 from pqcodec.tensors import arrays
-from pqcodec.tensors.numbers import widen
+from pqcodec.tensors.numbers import narrow, widen
 from pqcodec.tensors.rows import Values, values_of
 
 _SCAN_ROWS = 1 << 12
@@ -44,50 +45,71 @@ def encode(
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
-    positions, vectors = None, exact.pairs_of(options.exact_vectors)
+    positions, pairs = None, exact.pairs_of(options.exact_vectors)
     if options.keep is None:
         values = view.values()
     else:
         positions = keep.positions_of(options.keep, view.shape)
-        values, vectors = keep.gathered(view.stored, positions), keep.coded_pairs(positions, vectors)
+        values, pairs = keep.gathered(view.stored, positions), keep.coded_pairs(positions, pairs)
     if means is not None:
         centre.check_means(means, header)
-    rows = exact.coded_rows(header, vectors)
+    rows = exact.coded_rows(header, pairs)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
     if len(rows):
         header = replace(header, exceptions=len(rows))
-    radius_exponent = CODINGS[header.coding].radius_exponent
-    if radius_exponent:
-        header = replace(header, radius_exponent=radius_exponent(_largest(values, header), header.order))
     halves, offsets = np.zeros((header.leading, 0), np.float16), None
     if header.offsets:
         halves, exponent = means or centre.to_halves(kernel.means(values, header, turning(header, positions)))
         header = replace(header, offset_exponent=exponent)
         offsets = centre.from_halves(halves, exponent)
-    if isinstance(header.codebook, Codebook) and options.levels is None:
-        header = replace(header, codebook=Codebook(levels.levels_of(values, header, offsets)))
+    bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
+    seen, linear = _Seen(values, offsets, turning(header, positions), bad), None
+    if header.inner:
+        asked = options.linear
+        coded, bad, linear = vectors.rows_of_vectors(header, values, offsets, seen.positions, asked, kernel)
+        seen = _Seen(values_of(coded), None, None, np.zeros(coded.shape[:2], np.bool_))
+    header = _fitted(header, seen, options)
     stream = io.BytesIO()  # its buffer becomes the result without a copy
     stream.write(header.to_bytes())
-    kept = Kept(values, halves, rows, np.zeros((0, 0), np.uint32) if positions is None else positions)
+    kept = Kept(values, halves, rows, np.zeros((0, 0), np.uint32) if positions is None else positions, linear)
     for stage in STAGES:
         if stage.section.there(header):
             sections.write_entries(stream, stage.bodies(header, kept))
     stream.seek(header.stream_bytes - 1)
     if header.stream_bytes > header.payload_start:
         stream.write(b"\0")
-    bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
     payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
-    counter = _counter(header, progress)
-    kernel.encode(EncodeJob(header, values, offsets, payload, bad, options.effort, counter, turning(header, positions)))
+    found = (payload, seen.bad, options.effort, _counter(header, progress))
+    kernel.encode(EncodeJob(header.inner or header, seen.values, seen.offsets, *found, seen.positions))
     del payload  # the stream gives its buffer away uncopied only when nobody else holds it
     if options.nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad, positions))
     return header, stream.getvalue()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the coding sees of a tensor: its vectors, or the rows that stages make of them. Fields as in an ``EncodeJob``."""
+
+    values: Values
+    offsets: np.ndarray | None
+    positions: np.ndarray | None
+    bad: np.ndarray
+
+
+def _fitted(header: Header, seen: _Seen, options: EncodeOptions) -> Header:
+    """The header with what its coding takes from all numbers: the exponent of radii, and levels unless they were given."""
+    inner, radius_exponent = header.inner or header, CODINGS[header.coding].radius_exponent
+    if radius_exponent:
+        header = replace(header, radius_exponent=radius_exponent(_largest(seen.values, inner), header.order))
+    if isinstance(header.codebook, Codebook) and options.levels is None:
+        header = replace(header, codebook=Codebook(levels.levels_of(seen.values, inner, seen.offsets)))
+    return header
+
+
 def _counter(header: Header, progress: Progress | None) -> Callable[[int], None]:
-    total = header.chunks * header.leading
+    total = header.chunks * header.blocks.leading
     done = 0
 
     def advance(blocks: int) -> None:
@@ -128,7 +150,7 @@ def _name_place(values: Values, h: Header, bad: np.ndarray, positions: np.ndarra
     row = widen(values.rows(lead, h.first_tokens + token, 1), h.dtype)[0]
     channel = int(np.nonzero(~np.isfinite(row))[0][0])
     leading = [int(i) for i in np.unravel_index(lead, h.shape[:-2])] if len(h.shape) > 2 else []
-    (place_of_token,) = places_of(positions, lead, np.array([h.first_tokens + token]))
+    (place_of_token,) = keep.places_of(positions, lead, np.array([h.first_tokens + token]))
     place = [*leading, int(place_of_token), channel][-len(h.shape) :]
     count = int(bad.sum())
     return f"element {place} of the tensor is {row[channel]} ({count} vectors hold NaN or Inf)"
@@ -260,10 +282,19 @@ def _decode_into(
     advance = _counter(h, progress)
     positions = turning(h, keep.read(source, h, leads, damage))
     offsets = centre.read_means(source, h, leads, damage)
+    linear = read_linear(source, h, h.leads_of_rows(leads), damage)
     _place(source, h, out, tokens, leads, damage, over_rows=False)
-    for job in _jobs(source, h, out, tokens, leads, offsets, positions):
+    for job, rows in _row_jobs(source, h, out is not None, tokens, leads) if h.inner else ():
         kernel.decode([job], advance)
-        damage += _damage_of(job)
+        damage += _damage_of(h, job)
+        if out is not None:
+            first = h.first_tokens + job.first_token
+            found = vectors.vectors_of_rows(h, rows, leads, first, offsets, positions, linear, kernel)
+            for lead, numbers in enumerate(found):
+                out.rows(lead, first - tokens[0], len(numbers))[:] = narrow(numbers, h.dtype)
+    for job in _jobs(source, h, out, tokens, leads, offsets, positions) if h.inner is None else ():
+        kernel.decode([job], advance)
+        damage += _damage_of(h, job)
     _place(source, h, out, tokens, leads, damage, over_rows=True)
     return damage
 
@@ -302,13 +333,27 @@ def _jobs(
         yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, positions)
 
 
-def _damage_of(job: DecodeJob) -> list[Damage]:
+def _row_jobs(source: Source, h: Header, wanted: bool, tokens: Bounds, leads: Bounds) -> Iterator[tuple[DecodeJob, np.ndarray]]:
+    """The same where stages made rows of vectors; each with the rows that it fills if ``wanted``: float32 [leads, n, width]."""
+    inner, leads = h.inner, h.leads_of_rows(leads)
+    assert inner
+    first, last = (min(max(token - h.first_tokens, 0), h.coded_tokens) for token in tokens)
+    for low, high in h.blocks.groups(h.blocks.of_tokens(first, last), leads[1] - leads[0]):
+        some = max(first, low * h.chunk_tokens), min(last, high * h.chunk_tokens)
+        rows = np.empty((leads[1] - leads[0], some[1] - some[0], inner.head_dim), np.float32)
+        damaged = np.zeros((high - low, len(rows)), np.bool_)
+        payload, out = h.blocks.read(source, (low, high), leads), values_of(rows) if wanted else None
+        yield DecodeJob(inner, payload, low, high, *leads, *some, None, out, damaged), rows
+
+
+def _damage_of(h: Header, job: DecodeJob) -> list[Damage]:
     """What a backend found of the blocks of a job."""
-    found, h = [], job.header
+    found = []
     for chunk, lead in np.argwhere(job.damaged) if job.damaged.any() else ():
         start = h.first_tokens + h.blocks.first_token(job.first_chunk + int(chunk))
         tokens = (start, start + h.blocks.tokens(job.first_chunk + int(chunk)))
-        found.append(Damage("payload", job.first_lead + int(lead), tokens))
+        first = (job.first_lead + int(lead)) * h.heads
+        found += [Damage("payload", vector, tokens) for vector in range(first, first + h.heads)]
     return found
 
 
@@ -323,12 +368,14 @@ def decode_together(
     for header in headers:
         header.check_tables()
     kernel = backend_of(backend, "cpu", *headers)
-    offsets = centre.read_means_together(sources, headers, damage)
+    plain = [n for n, h in enumerate(headers) if h.inner is None]
+    found = centre.read_means_together([sources[n] for n in plain], [headers[n] for n in plain], damage)
+    offsets = dict(zip(plain, found, strict=True))
     seen: dict[int, tuple[arrays.Room, Values]] = {}
     jobs: list[DecodeJob] = []
     rows: list[Values] = []
     begins: Sequence[int | None] = [None] * len(outs) if firsts is None else firsts
-    for source, h, out, start, first, offset in zip(sources, headers, outs, starts, begins, offsets, strict=True):
+    for number, (source, h, out, start, first) in enumerate(zip(sources, headers, outs, starts, begins, strict=True)):
         if id(out) not in seen:
             seen[id(out)] = arrays.room_of(out), arrays.values_in_place(out)
         room, values = seen[id(out)]
@@ -336,16 +383,20 @@ def decode_together(
             room, values = arrays.part_of(room, values, first, h.shape[0])
         if not arrays.holds(room, h.shape, h.dtype, start):
             raise InvalidArgument(f"a {DTYPE_NAMES[h.dtype]} stream {h.shape} does not go to token {start} of an out {room}")
+        target = values.from_token(start)
+        if h.inner:
+            damage += _decode_into(source, h, kernel, target, (0, h.tokens), (0, h.leading), None)
+            continue
         payload = source.read(h.payload_start, h.stream_bytes - h.payload_start)
         damaged = np.zeros((h.chunks, h.leading), np.bool_)
-        rows.append(values.from_token(start))
-        jobs.append(DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offset, rows[-1], damaged))
+        rows.append(target)
+        jobs.append(DecodeJob(h, payload, 0, h.chunks, 0, h.leading, 0, h.tokens, offsets[number], target, damaged))
     kernel.decode([job for job in jobs if job.damaged.size])
-    damage += [found for job in jobs for found in _damage_of(job)]
+    damage += [found for job in jobs for found in _damage_of(job.header, job)]
     # Last, because the first write to a fresh page blocks while the system zeroes it.
     for over_rows in (False, True):
         for stage in STAGES:
             if stage.place and stage.over_rows == over_rows:
-                stage.place_all(sources, headers, rows, damage)
+                stage.place_all([sources[n] for n in plain], [headers[n] for n in plain], rows, damage)
     if damage:
         raise damage_error(damage)

@@ -14,7 +14,9 @@ from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.errors import InvalidArgument
 from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
 from pqcodec.stages.keep import header_of
+from pqcodec.stages.linear import LinearOptions
 from pqcodec.stream.header import Header
+from pqcodec.stream.linear import LinearField
 from pqcodec.stream.tables import LevelTable, VectorTable
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
@@ -51,13 +53,18 @@ class EncodeOptions:
     keep: Any = field(default=None, compare=False)  # positions [n] or [..., n] of the tokens that are kept; None: all
     levels: Any = None  # of codes, for presets that bring them: numbers or a LevelTable; None: fitted to the tensor
     codebooks: Any = None  # for presets of residual VQ, which need it: a VectorTable
+    before_rope: bool = False  # whether vectors are coded as they were before ``rope`` turned them
+    join_heads: bool = False  # whether vectors of all heads, of the dimension before tokens, are coded as one
+    channels: Any = field(default=None, compare=False)  # that are coded: positions [n] or [..., n]; None: all
+    block_basis: Any = field(default=None, compare=False)  # True, or a matrix [16, 16]; None: no blocks
+    basis: Any = field(default=None, compare=False)  # a matrix [n, numbers of a row's vectors], or n; None: none
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
         if self.center not in CENTERS:
             raise InvalidArgument(f"center {self.center!r} is unknown; choose None, 'mean' or 'rope'")
-        if (self.center == "rope") != (self.rope is not None):
-            raise InvalidArgument("center='rope' and rope=Rope(...) go together; give both or neither")
+        self._check_turning()
+        LinearOptions(self.channels, self.block_basis, self.basis)
         check_numbers(seed=self.seed, chunk_tokens=self.chunk_tokens)
         check_numbers(exact_tokens=self.exact_tokens, exact_last=self.exact_last)
         checked_nonfinite(self.nonfinite)
@@ -72,12 +79,44 @@ class EncodeOptions:
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
                 object.__setattr__(self, "rope", replace(self.rope, frequencies=tuple(self.rope.frequencies)))
 
+    def _check_turning(self) -> None:
+        for name in ("before_rope", "join_heads"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgument(f"{name} {getattr(self, name)!r}: True or False is expected")
+        if self.before_rope and self.center == "rope":
+            raise InvalidArgument("center='rope' is of vectors after RoPE; with before_rope=True choose center='mean', or None")
+        if self.before_rope and self.rope is None:
+            raise InvalidArgument("before_rope=True needs the RoPE that vectors are turned back from: give rope=Rope(...)")
+        if not self.before_rope and (self.center == "rope") != (self.rope is not None):
+            raise InvalidArgument(
+                "center='rope' and rope=Rope(...) go together; give both, neither, or rope=Rope(...) and before_rope=True"
+            )
+
+    @property
+    def linear(self) -> LinearOptions:
+        """What is asked of the linear stage."""
+        return LinearOptions(self.channels, self.block_basis, self.basis)
+
+    def _row(self, shape: tuple[int, ...]) -> tuple[int, LinearField | None]:
+        """Numbers of the vectors of a row of a tensor of that shape, and the linear stage; raises InvalidArgument."""
+        if self.join_heads and len(shape) < 3:
+            raise InvalidArgument(f"join_heads: shape {tuple(shape)}; [..., heads, tokens, head_dim] is expected")
+        numbers = shape[-3] * shape[-1] if self.join_heads else shape[-1]
+        linear = self.linear.field(numbers)
+        most = c.MAX_JOINED_DIM if linear else c.MAX_HEAD_DIM
+        if self.join_heads and not 1 <= numbers <= most:
+            raise InvalidArgument(
+                f"join_heads: {shape[-3]} heads of {shape[-1]} numbers are rows of {numbers}; 1 .. {most} are possible"
+            )
+        return numbers, linear
+
     def header(self, shape: tuple[int, ...], dtype: int, numpy: bool = False) -> Header:
         """The header of a tensor of that shape and stored dtype, without what depends on its numbers.
 
         Where tokens share fields, a chunk is as many whole groups as hold ``chunk_tokens``. Raises InvalidArgument.
         """
-        preset = preset_of(self.preset)
+        preset, (width, linear) = preset_of(self.preset), self._row(shape)
+        width = linear.width if linear else width
         affine, chunk_tokens = preset.affine, self.chunk_tokens
         if affine:
             chunk_tokens = -(-chunk_tokens // affine.tokens) * affine.tokens
@@ -85,9 +124,9 @@ class EncodeOptions:
                 style = self.pairing or (self.rope.style if self.rope else "half")
                 affine = replace(affine, pairing=PAIRINGS[style])
         if affine and preset.sparse:
-            numbers = affine.tokens * min(affine.channels, shape[-1])
+            numbers = affine.tokens * min(affine.channels, width)
             affine = replace(affine, outliers=max(round(preset.sparse / 2 * numbers), min(numbers // 2, 1)))
-        codebook, row_bits = None, preset.row_bits(preset.order(shape[-1]))
+        codebook, row_bits = None, preset.row_bits(preset.order(width))
         if preset.by_vectors:
             codebook, row_bits = self.codebooks, self.codebooks.vectors.row_bits(preset.radius_bits)
         elif preset.by_levels:
@@ -108,6 +147,9 @@ class EncodeOptions:
             affine=affine,
             exact_last=self.exact_last,
             codebook=codebook,
+            before_rope=self.before_rope,
+            joined=self.join_heads,
+            linear=linear,
         )
         return header if self.keep is None else header_of(header, self.keep)
 

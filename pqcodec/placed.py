@@ -81,7 +81,7 @@ class Placed:
     @classmethod
     def whole(cls, header: Header, address: int, keeps: Any, exceptions: tuple[np.ndarray, np.ndarray] | None = None) -> Placed:
         """A whole stream, from ``address`` on."""
-        run = Run((0, header.chunks), (0, header.leading), address + header.payload_start)
+        run = Run((0, header.chunks), (0, header.blocks.leading), address + header.payload_start)
         return cls(header, address, (run,) if header.leading else (), exceptions, keeps)
 
 
@@ -118,10 +118,11 @@ def lying(stream: Any, tokens: Bounds | None, leading: Bounds | None, damage: li
 
 
 def _wanted(h: Header, tokens: Bounds | None, leading: Bounds | None) -> tuple[Bounds, Bounds]:
-    """The chunks, (0, 0) if none, and the leading indices that hold the wanted tokens."""
+    """The chunks, (0, 0) if none, and the leading indices of the blocks that hold the wanted tokens."""
     first, last = checked_range("tokens", tokens, h.tokens)
     chunks = h.blocks.of_tokens(first - h.first_tokens, last - h.first_tokens)
-    return chunks if chunks[0] < chunks[1] else (0, 0), checked_range("leading", leading, h.leading)
+    leads = h.leads_of_rows(checked_range("leading", leading, h.leading))
+    return chunks if chunks[0] < chunks[1] else (0, 0), leads
 
 
 def stream_on(stream: Any, device: Any) -> Any:
@@ -142,7 +143,7 @@ def moved(source: Source, device: Any, tokens: Bounds | None, leading: Bounds | 
     chunks, leads = _wanted(h, tokens, leading)
     parts = [source.read(0, h.places[sections.EXACT_VECTORS].start)]
     runs, at = [], parts[0].size
-    whole = leads == (0, h.leading) and chunks[0] < chunks[1] and h.leading
+    whole = leads == (0, h.blocks.leading) and chunks[0] < chunks[1] and h.leading
     for low_high, part in [(chunks, leads)] if whole else h.blocks.runs(chunks, leads):
         start, size = h.blocks.span((low_high[0], part[0]), (low_high[1] - 1, part[1] - 1))
         parts.append(source.read(start, size))

@@ -22,8 +22,9 @@ from pqcodec import constants as c
 from pqcodec.codings.declared import Affine, Codebook, half_bits, half_numbers
 from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.stream.header import Header, KeepField, RopeField
+from pqcodec.stream.linear import LinearField
 from pqcodec.stream.orders import order_for
-from pqcodec.stream.sections import EXACT_VECTORS, KEEP, OFFSETS
+from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR, OFFSETS
 
 F16, BF16, F32 = c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32
 # Binary16: infinity, 1 and a subnormal number, with either sign; NaN, the largest, the smallest.
@@ -43,6 +44,12 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-split-20-fp16", of_split(F16, (20,), 100, 13, offsets=True, offset_exponent=-9, rope=rope)
     rope = RopeField(1 << 40, c.ROPE_INTERLEAVED, tuple(k * 0x7F4A7C15 % 2**32 for k in range(80)))
     sides: dict[str, Any] = {"exact_tokens": 1, "exceptions": 2, "offsets": True, "rope": rope}
+    basis: dict[str, Any] = {"linear": LinearField(c.LINEAR_BASIS, 20), "joined": True, "offsets": True, "offset_exponent": 111}
+    yield "v1-any-basis-9-fp32", of_affine(F32, (2, 3, 4, 9), 3 * 32, 0, Affine(1, 32, c.AFFINE_SCALE), chunk_tokens=2, **basis)
+    joined = Affine(2, 5, c.AFFINE_SCALE_ZERO, outliers=1)
+    yield "v1-any-joined-7-bf16", of_affine(BF16, (2, 5, 3, 7), 3 * 48, 0, joined, chunk_tokens=2, joined=True, exceptions=2)
+    before: dict[str, Any] = {"rope": rope, "before_rope": True, "offsets": True, "offset_exponent": 111}
+    yield "v1-any-before-rope-160-fp32", of_quads(F32, (2, 5, 160), 4, chunk_tokens=2, **before)
     yield "v1-any-split-160-bf16", of_split(BF16, (2, 4, 160), 15 + 4 * 160, 15, rounds=1, offset_exponent=-112, **sides)
     yield "v1-any-split-576-fp32", of_split(F32, (3, 576), 2001, 11, seed=2**64 - 1)
     yield "v1-any-split-1024-fp16", of_split(F16, (2, 1024), 1025, 15)
@@ -170,12 +177,12 @@ def with_outliers(header: Header, block: bytearray, rows: int, number: int) -> N
     assert header.affine
     rng = random.Random(number)
     room = 2 * header.affine.groups(header.order) * (rows * header.affine.outliers // header.affine.tokens)
-    segments = -(-rows * header.head_dim // c.OUTLIER_SEGMENT)
+    segments = -(-rows * header.width // c.OUTLIER_SEGMENT)
     at = len(block) - 2 - 4 * room - 4 * segments
     for segment in range(segments):
         count = room // segments if number % 3 else rng.choice((0, room, (1 << 32) - 1))
         struct.pack_into("<I", block, at + 4 * segment, count)
-        here = min(rows * header.head_dim - segment * c.OUTLIER_SEGMENT, c.OUTLIER_SEGMENT)
+        here = min(rows * header.width - segment * c.OUTLIER_SEGMENT, c.OUTLIER_SEGMENT)
         first = segment * (room // segments)
         places = sorted(rng.randrange(here) for _ in range(room // segments))
         for i, place in enumerate(places):
@@ -213,6 +220,10 @@ def forged(header: Header, edited: Any) -> bytes:
         at = place.start + entry * place.entry_bytes
         offsets = np.frombuffer(data, "<u2", header.head_dim, at)
         offsets &= np.where(offsets & 0x7C00 == 0x7C00, 0xBFFF, 0xFFFF).astype(np.uint16)  # finite
+    place = header.places[LINEAR]
+    if place.entries:
+        numbers = np.frombuffer(data, "<u2", (place.entry_bytes - c.CHECKSUM_BYTES) // 2, place.start)
+        numbers &= np.where(numbers & 0x7C00 == 0x7C00, 0xBFFF, 0xFFFF).astype(np.uint16)  # finite
     place = header.places[KEEP]
     for entry in range(place.entries):  # positions with two zeros between them, and the last one of the tensor
         least = [3 * i + entry for i in range(header.tokens - 1)]
@@ -222,7 +233,7 @@ def forged(header: Header, edited: Any) -> bytes:
         struct.pack_into("<Q", data, header.places[EXACT_VECTORS].start + i * (8 + header.vector_bytes), row)
     for chunk in range(header.chunks if header.leading else 0):
         rows = min(header.chunk_tokens, header.coded_tokens - chunk * header.chunk_tokens)
-        for lead in range(header.leading):
+        for lead in range(header.blocks.leading):
             at = header.blocks.place(chunk, lead)
             block = data[at : at + header.blocks.size(chunk) - c.CHECKSUM_BYTES]
             edited(block, rows)

@@ -152,6 +152,15 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-kvquant3-64-exact-vectors", odd, {"preset": "kvquant3", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
     yield "v1-kvquant4-64-extremes", extreme, {"preset": "kvquant4"}
     yield "v1-kvquant2-key-64-empty", gaussian(3, 0, 64), {"preset": "kvquant2-key", "center": "mean"}
+    options = {"before_rope": True, "rope": turned, "center": "mean", "keep": few, "exact_tokens": 1, "nonfinite": "exact"}
+    yield "v1-int4-20-before-rope", gaussian(2, 500, 20, dtype=torch.bfloat16) + 3, {"preset": "int4", **options}
+    joined = {"join_heads": True, "center": "rope", "rope": rope, "exact_tokens": 1, "exact_last": 1, "chunk_tokens": 4}
+    yield "v1-pq3-24-joined", gaussian(2, 3, 7, 24) + 3, {"preset": "pq3", **joined}
+    options = {"channels": [[0, 1, 5, 9], [2, 3, 4, 19]], "center": "mean", "keep": few, "chunk_tokens": 2}
+    yield "v1-wu33-20-channels", gaussian(2, 500, 20) + 3, {"preset": "wu33", **options}
+    options = {"join_heads": True, "block_basis": True, "rope": turned, "before_rope": True}
+    yield "v1-q4_0-8-blocks", gaussian(2, 2, 7, 16, dtype=torch.bfloat16), {"preset": "q4_0", **options}
+    yield "v1-quad2.5-20-basis", gaussian(2, 7, 20, dtype=torch.float32), {"preset": "quad2.5", "basis": 6, "exact_last": 1}
     yield from residual_cases(rope, odd, extreme)
 
 

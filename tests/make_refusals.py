@@ -56,6 +56,12 @@ TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinit
 LEVELS = spec_vectors.level_stream()  # of 16.4
 OUTLIERS = spec_vectors.level_stream("kvquant2")
 OF_LEVELS = 80  # where its levels begin
+BASIS = spec_vectors.linear_stream()
+OF_LINEAR, AT_LINEAR = 88, 100  # where its part of the header, and its section, begin
+CHANNELS = pqcodec.encode(np.ones((1, 4), np.float16), preset="pq2", channels=[1, 3], seed=0, **REFERENCE)
+AT_CHANNELS = 76
+JOINED = spec_vectors.joined_stream()
+BEFORE = spec_vectors.before_rope_stream()
 RESIDUAL = spec_vectors.residual_stream()  # of 20.4
 OF_ROPE = 64  # where its part of ROPE's header begins
 ONE_DIMENSION = sealed(struct.pack("<7sBI", PLAIN[:7], 1, 76) + struct.pack("<H", 76) + PLAIN[14:48] + MANY[56:80]) + PLAIN[68:]
@@ -93,7 +99,7 @@ def of_streams() -> Iterator[Case]:
         ("7-coding", UNSUPPORTED, forged(PLAIN, (5, "B", 4))),
         ("7-dtype", UNSUPPORTED, forged(PLAIN, (6, "B", 4))),
         ("7-flag", UNSUPPORTED, forged(PLAIN, (12, "H", 28))),
-        ("7-linear", UNSUPPORTED, forged(PLAIN, (15, "B", 1))),
+        ("7-linear", UNSUPPORTED, forged(PLAIN, (15, "B", 255))),
         ("7-codebook", UNSUPPORTED, forged(PLAIN, (44, "B", 1))),
         ("7-states", UNSUPPORTED, forged(PLAIN, (45, "B", 1))),
         ("8-shape", CORRUPT, forged(PLAIN, (7, "B", 4))),
@@ -166,6 +172,40 @@ def of_streams() -> Iterator[Case]:
         ("11-levels-unsaid", CORRUPT, forged(LEVELS, (44, "B", 0))),
     ]:
         yield f"3.3-{name}", error, data
+    for name, error, data in [
+        ("8-before-rope", CORRUPT, forged(PLAIN, (12, "H", 268))),
+        ("9-before-rope-reserved", UNSUPPORTED, forged(BEFORE, (OF_ROPE + 15, "B", 1))),
+        ("10-before-and-after-rope", CORRUPT, forged(BEFORE, (12, "H", 271))),
+        ("10-before-rope-channels", CORRUPT, forged(BEFORE, (OF_ROPE + 8, "H", 0))),
+        ("12-before-rope-less-offsets", CORRUPT, forged(BEFORE, (12, "H", 268))),
+    ]:
+        yield f"3.3-{name}", error, data
+    yield "3.3-0-before-rope", SOUND, BEFORE
+    for name, error, data in [
+        ("10-joined-of-two-dimensions", CORRUPT, forged(PLAIN, (12, "H", 140))),
+        ("10-joined-of-no-heads", CORRUPT, forged(JOINED, (48, "Q", 0))),
+        ("10-joined-of-wide-rows", CORRUPT, forged(JOINED, (48, "Q", 257))),
+        ("12-joined-of-more-exact-tokens", TRUNCATED, forged(JOINED, (24, "I", 1), (64, "Q", 8))),
+    ]:
+        yield f"3.3-{name}", error, data
+    yield "3.3-0-joined", SOUND, JOINED
+    for name, error, data in [
+        ("7-linear-4", UNSUPPORTED, forged(PLAIN, (15, "B", 4))),
+        ("8-linear", CORRUPT, forged(PLAIN, (15, "B", 1))),
+        ("9-linear-reserved", UNSUPPORTED, forged(BASIS, (OF_LINEAR + 7, "B", 1))),
+        ("10-width-0", CORRUPT, forged(BASIS, (OF_LINEAR, "H", 0))),
+        ("10-width-beyond", CORRUPT, forged(BASIS, (OF_LINEAR, "H", 5))),
+        ("10-blocks-of-4", CORRUPT, forged(BASIS, (15, "B", 2))),
+        ("11-linear-unsaid", CORRUPT, forged(BASIS, (15, "B", 0))),
+        ("12-wider-rows", TRUNCATED, forged(BASIS, (OF_LINEAR, "H", 4))),
+        ("13-checksum-of-linear-stage", CORRUPT, other(BASIS, AT_LINEAR, b"\1")),
+        ("13-matrix-infinite", CORRUPT, other(BASIS, AT_LINEAR, b"\0\x7c", slice(AT_LINEAR, AT_LINEAR + 20))),
+        ("13-channel-beyond", CORRUPT, other(CHANNELS, AT_CHANNELS + 2, b"\4", slice(AT_CHANNELS, AT_CHANNELS + 8))),
+        ("13-channel-twice", CORRUPT, other(CHANNELS, AT_CHANNELS + 2, b"\1", slice(AT_CHANNELS, AT_CHANNELS + 8))),
+    ]:
+        yield f"3.3-{name}", error, data
+    for name, data in (("basis", BASIS), ("channels", CHANNELS)):
+        yield f"3.3-0-{name}", SOUND, data
     for name, error, data in [
         ("7-outliers-of-quads", UNSUPPORTED, forged(QUADS, (12, "H", 44))),
         ("9-outliers-unsaid", UNSUPPORTED, forged(OUTLIERS, (12, "H", 20))),

@@ -286,9 +286,8 @@ def phase_cosines(p: int) -> tuple[F, F]:
 
 def affine_groups(data: bytes) -> tuple[int, int, int]:
     """Tokens of a group, bytes of the fields of all groups of the same tokens, and N."""
-    head_dim = struct.unpack_from("<Q", data, 40 + 8 * data[7])[0]
     tokens, channels, fields = struct.unpack_from("<IIB", data, 48 + 8 * data[7])
-    order = -(-head_dim // 16) * 16
+    order = -(-width(data) // 16) * 16
     return tokens, -(-order // channels) * {1: 2, 2: 4, 3: 8}[fields], order
 
 
@@ -308,14 +307,14 @@ def outlier_room(data: bytes, rows: int) -> tuple[int, int]:
     """Q and M of 16.4; 0 without flag 32."""
     if not data[12] & 32:
         return 0, 0
-    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    head_dim = width(data)
     tokens, channels, _, _, _, _, outliers = struct.unpack_from("<IIBBBBH", data, 48 + 8 * data[7])
     return -(-rows * head_dim // 65536), 2 * -(-(-(-head_dim // 16) * 16) // channels) * (rows * outliers // tokens)
 
 
 def place_outliers(data: bytes, block: bytes, rows: int, found: list[list[F]]) -> None:
     """Put what a block without its checksum keeps apart into the numbers s of its rows."""
-    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    head_dim = width(data)
     segments, room = outlier_room(data, rows)
     at = len(block) - 2 - 4 * room
     places, values = struct.unpack_from(f"<{room}H", block, at), struct.unpack_from(f"<{room}H", block, at + 2 * room)
@@ -333,7 +332,7 @@ def place_outliers(data: bytes, block: bytes, rows: int, found: list[list[F]]) -
 def affine_rows(data: bytes, block: bytes, rows: int, tables: Sequence[bytes] = ()) -> list[tuple[list[F], F, F]]:
     """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read."""
     at = 48 + 8 * data[7]
-    (head_dim,), (row_bits,) = struct.unpack_from("<Q", data, at - 8), struct.unpack_from("<I", data, 16)
+    head_dim, (row_bits,) = width(data), struct.unpack_from("<I", data, 16)
     _, channels, kind, _, pairing, angle_bits = struct.unpack_from("<IIBBBB", data, at)
     tokens, size, order = affine_groups(data)
     exponent = min(max(int.from_bytes(block[-2:], "little", signed=True), -126), 127)
@@ -380,7 +379,7 @@ def missing(data: bytes, tables: Sequence[bytes]) -> str:
     (table, (row_bits,)) = table_of(data, tables), struct.unpack_from("<I", data, 16)
     if table is None:
         return "unsupported"
-    (head_dim,) = struct.unpack_from("<Q", data, 40 + 8 * data[7])
+    head_dim = width(data)
     if data[5] == 5:
         return "" if table[5] == 1 and len(table) == 12 + 2 ** (row_bits // (-(-head_dim // 16) * 16) + 1) else "corrupt"
     if table[5] != 2:
@@ -466,6 +465,19 @@ def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[i
     return out
 
 
+def rope_turned(data: bytes, x: np.ndarray, token: int) -> np.ndarray:
+    """A vector turned by the angles of a token of the tensor, as the header describes RoPE."""
+    at = behind_shape(data)[1]
+    first_position, channels, pairing = struct.unpack_from("<QHB", data, at)
+    return turned(x, first_position + token, pairing, struct.unpack_from(f"<{channels // 2}I", data, at + 16))
+
+
+def saturated(x: np.ndarray) -> np.ndarray:
+    """sat of 19.1."""
+    most = F((2 - 2.0**-23) * 2.0**127)
+    return np.clip(x, -most, most)
+
+
 def exact_cos(turns: float) -> float:
     """cos of a multiple of 2^-16 turn, with its exact values exact."""
     value = math.cos(2 * math.pi * turns)
@@ -483,10 +495,37 @@ def narrow(y: np.ndarray, dtype: int) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16) if dtype == 2 else bits
 
 
+def heads(data: bytes) -> int:
+    """H of 18.1; 1 where heads are not joined."""
+    return int(struct.unpack_from("<Q", data, 48 + 8 * data[7] - 24)[0]) if data[12] & 128 else 1
+
+
+def width(data: bytes) -> int:
+    """Numbers of a row, which sections 5 to 8 and 13 to 16 call head_dim (18)."""
+    numbers = heads(data) * int(struct.unpack_from("<Q", data, 40 + 8 * data[7])[0])
+    return int(struct.unpack_from("<H", data, behind_shape(data)[1] - 8)[0]) if data[15] else numbers
+
+
+def linear_bytes(data: bytes) -> tuple[int, int]:
+    """Blocks of a linear stage, 0 without one, and the bytes of each without its checksum (18.2)."""
+    shape = struct.unpack_from(f"<{data[7]}Q", data, 48)
+    each = {1: 2 * width(data), 2: 512, 3: 2 * width(data) * heads(data) * shape[-1]}.get(data[15], 0)
+    return 0 if not data[15] else math.prod(shape[:-2]) // heads(data) if data[15] == 1 else 1, each
+
+
+def linear_stage(data: bytes) -> list[np.ndarray]:
+    """The lists of a linear stage, or its matrix."""
+    count, size = linear_bytes(data)
+    _, _, lists, list_bytes = keep_lists(data)
+    at = struct.unpack_from("<I", data, 8)[0] + lists * (list_bytes + 4)
+    kind, rows = ("<u2", 1) if data[15] == 1 else ("<f2", 16 if data[15] == 2 else width(data))
+    return [np.frombuffer(data, kind, size // 2, at + i * (size + 4)).reshape(rows, -1) for i in range(count)]
+
+
 def behind_shape(data: bytes) -> tuple[int, int]:
     """Where the header has the 16 bytes of 17.1, and those of RoPE."""
     at = 48 + 8 * data[7] + (data[12] & 16)
-    return at, at + (16 if data[12] & 64 else 0)
+    return at, at + (16 if data[12] & 64 else 0) + (8 if data[15] else 0)
 
 
 def keep_lists(data: bytes) -> tuple[int, int, int, int]:
@@ -522,15 +561,17 @@ def ends(data: bytes) -> tuple[int, int]:
 def sections(data: bytes) -> Iterator[tuple[int, int]]:
     """The header and the blocks of a stream in their order (3.2): how many of a size, and their bytes with checksums."""
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
-    _, chunk, _, exceptions = struct.unpack_from("<IIII", data, 16)
+    (exceptions,) = struct.unpack_from("<I", data, 28)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
-    head_dim, tokens, leading = shape[-1], shape[-2] if ndim > 1 else 1, math.prod(shape[:-2])
+    head_dim, leading = shape[-1], math.prod(shape[:-2])
     vector = head_dim * (4 if dtype == 3 else 2)
     kept, last = ends(data)
     yield 1, size
     _, _, lists, list_bytes = keep_lists(data)
     if lists:
         yield lists, list_bytes + 4
+    if data[15]:
+        yield linear_bytes(data)[0], linear_bytes(data)[1] + 4
     if flags & 1:
         yield leading, 2 * head_dim + 4
     if kept:
@@ -539,10 +580,17 @@ def sections(data: bytes) -> Iterator[tuple[int, int]]:
         yield leading, last * vector + 4
     if exceptions:
         yield 1, exceptions * (8 + vector) + 4
-    whole, rest = divmod(tokens - kept - last, chunk)
+    yield from payload(data)
+
+
+def payload(data: bytes) -> Iterator[tuple[int, int]]:
+    """The same of the payload alone."""
+    ndim, (chunk,) = data[7], struct.unpack_from("<I", data, 20)
+    shape = struct.unpack_from(f"<{ndim}Q", data, 48)
+    whole, rest = divmod((shape[-2] if ndim > 1 else 1) - sum(ends(data)), chunk)
     for chunks, count in ((whole, chunk), (1, rest)):
         if count:
-            yield chunks * leading, block_bytes(data, count)
+            yield chunks * (math.prod(shape[:-2]) // heads(data)), block_bytes(data, count)
 
 
 def blocks(data: bytes) -> list[int]:
@@ -566,17 +614,19 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5, 6) or dtype not in (1, 2, 3) or flags > 127 or linear or data[44] > 2 or data[45]:
+    if coding not in (1, 2, 3, 4, 5, 6) or dtype not in (1, 2, 3) or flags & ~511 or linear > 3 or data[44] > 2 or data[45]:
         return "unsupported"
     if (coding in (4, 5)) != bool(flags & 16) or (flags & 32 and coding != 5):
         return "unsupported"
     if data[44] not in {5: (0, 1, 2), 6: (2,)}.get(coding, (0,)):
         return "unsupported"
-    end, rope, body = 48 + 8 * ndim, flags & 2, data[: size - 4]
+    end, rope, body = 48 + 8 * ndim, flags & 258, data[: size - 4]
     affine = end if coding in (4, 5) else 0
     end += 16 if affine else 0
     keep = end if flags & 64 else 0
     end += 16 if keep else 0
+    stage = end if linear else 0
+    end += 8 if linear else 0
     if len(body) < end + (16 if rope else 0):
         return "corrupt"
     group, channels_of, kind, place, pairs, angle_bits = (
@@ -588,14 +638,23 @@ def refusal(data: bytes) -> str:
     whole, lists = struct.unpack_from("<QB", body, keep) if keep else (0, 1)
     if lists not in (1, 2) or (keep and any(body[keep + 9 : keep + 16])):
         return "unsupported"
+    if linear and any(body[stage + 2 : stage + 8]):
+        return "unsupported"
     shape = struct.unpack_from(f"<{ndim}Q", body, 48)
     position, channels, pairing = struct.unpack_from("<QHB", body, end) if rope else (0, 2, 1)
     if rope and any(body[end + 11 : end + 16]):
         return "unsupported"
     if not 1 <= ndim <= 8 or not 1 <= shape[-1] <= 1024 or math.prod(max(n, 1) for n in shape) > 2**48:
         return "corrupt"
-    tokens, order = shape[-2] if ndim > 1 else 1, next(n for n in ORDERS if n >= shape[-1])
-    wide = -(-shape[-1] // 16) * 16
+    if flags & 128 and ndim < 3:
+        return "corrupt"
+    numbers = shape[-1] * (shape[-3] if flags & 128 else 1)
+    if not 1 <= numbers <= (4096 if linear else 1024) or not 1 <= width(data) <= min(numbers, 1024):
+        return "corrupt"
+    if linear == 2 and (numbers % 16 or width(data) != numbers):
+        return "corrupt"
+    tokens, order = shape[-2] if ndim > 1 else 1, next(n for n in ORDERS if n >= width(data))
+    wide = -(-width(data) // 16) * 16
     bits = min(row_bits // wide, 8)
     of_pairs = kind == 3 and channels_of == 2 and pairs in (1, 2) and 1 <= angle_bits <= 8 and 1 <= radius_bits <= 8
     rows = {
@@ -606,7 +665,7 @@ def refusal(data: bytes) -> str:
         5: kind < 3 and not pairs and not angle_bits and not radius_bits and row_bits in [b * wide for b in range(1, 9)],
         6: 1 <= radius_bits <= 8
         and row_bits
-        in [16 + radius_bits * (shape[-1] // w) * b for w in (8, 16, 32, 64) if shape[-1] % w == 0 for b in range(4, 13)],
+        in [16 + radius_bits * (width(data) // w) * b for w in (8, 16, 32, 64) if width(data) % w == 0 for b in range(4, 13)],
     }
     ranges = [
         tokens <= 2**32,
@@ -615,7 +674,7 @@ def refusal(data: bytes) -> str:
         exceptions <= math.prod(shape[:-2]) * (tokens - sum(ends(data))),
         -112 <= exponents[0] <= 111,
         -125 <= exponents[1] <= 117,
-        not rope or flags & 1,
+        not flags & 2 or flags & 257 == 1,
         not keep or ndim > 1,
         not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
@@ -625,10 +684,11 @@ def refusal(data: bytes) -> str:
         + 8 * ndim
         + (16 if affine else 0)
         + (16 if keep else 0)
+        + (8 if linear else 0)
         + (16 + 2 * channels if rope else 0)
         + (0, 2 ** (bits + 1), 32)[data[44]],
         not flags & 32
-        or 1 <= int.from_bytes(body[affine + 12 : affine + 14], "little") <= group * min(channels_of, shape[-1]) / 2,
+        or 1 <= int.from_bytes(body[affine + 12 : affine + 14], "little") <= group * min(channels_of, width(data)) / 2,
         data[44] != 1 or ascending(data[size - 4 - 2 ** (bits + 1) : size - 4]),
     ]
     if not all(ranges):
@@ -656,7 +716,13 @@ def damage(data: bytes) -> str:
     for kept in positions(data):
         if len(kept) != n or kept != sorted(set(kept)) or not all(t < whole for t in kept):
             return "a keep list is none"
-    at = size + lists * (list_bytes + 4)
+    numbers = heads(data) * shape[-1]
+    for block in linear_stage(data):
+        found = block.ravel().tolist()
+        if found != sorted(set(found)) or max(found) >= numbers if data[15] == 1 else not np.isfinite(block).all():
+            return "a list or matrix of the linear stage is none"
+    count, stage_bytes = linear_bytes(data)
+    at = size + lists * (list_bytes + 4) + count * (stage_bytes + 4)
     for _ in range(leading if flags & 1 else 0):
         if not np.isfinite(np.frombuffer(data, "<f2", shape[-1], at)).all():
             return "an offset is not finite"
@@ -683,23 +749,18 @@ def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
         raise ValueError(f"its shared table is {error}")
     if error := damage(data):
         raise ValueError(error)
-    coding, dtype, ndim, size, flags, radius_bits, _ = struct.unpack_from("<BBBIHBB", data, 5)
-    row_bits, chunk, _, exceptions, seed, offset_exponent, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
+    dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
+    (exceptions,), (offset_exponent,) = struct.unpack_from("<I", data, 28), struct.unpack_from("<h", data, 40)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens = shape[-1], shape[-2] if ndim > 1 else 1
     leading = math.prod(shape[:-2])
-    first_position, pairing, frequencies = 0, 1, ()
-    if flags & 2:
-        behind = behind_shape(data)[1]
-        first_position, channels, pairing = struct.unpack_from("<QHB", data, behind)
-        frequencies = struct.unpack_from(f"<{channels // 2}I", data, behind + 16)
-    order = next(n for n in ORDERS if n >= head_dim)
     kind = np.dtype("<u4" if dtype == 3 else "<u2")
-    (kept, last), row_bytes = ends(data), -(-row_bits // 8)
+    kept, last = ends(data)
     coded = tokens - kept - last
     out = np.zeros((leading, tokens, head_dim), kind)
     kept_at = positions(data)
-    at = size + sum(count * each for count, each in list(sections(data))[1:2] if kept_at)
+    before = bool(kept_at) + bool(data[15])  # sections
+    at = size + sum(count * each for count, each in list(sections(data))[1 : 1 + before])
 
     def take(count: int) -> bytes:
         nonlocal at
@@ -715,11 +776,73 @@ def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
             exactly = np.frombuffer(take(count * head_dim * kind.itemsize), kind)
             out[lead, first : first + count] = exactly.reshape(count, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
-    two_rounds = bool(flags & 8)
-    for first in range(0, coded if leading else 0, chunk):
-        for lead in range(leading):
+    rows = vectors_of(data, coded_rows(data, tables))
+    for lead, i in itertools.product(range(leading), range(coded if leading else 0)):
+        token = kept_at[lead % len(kept_at)][kept + i] if kept_at else kept + i
+        y = rows[lead, i]
+        with np.errstate(over="ignore"):
+            if flags & 1:
+                y = y + (rope_turned(data, offsets[lead], token) if flags & 2 else offsets[lead])
+            if flags & 256:
+                y = rope_turned(data, saturated(y), token)
+        out[lead, kept + i] = narrow(y, dtype)
+    for place in range(0, len(records), 8 + head_dim * kind.itemsize):
+        lead, token = divmod(struct.unpack_from("<Q", records, place)[0], coded)
+        out[lead, kept + token] = np.frombuffer(records, kind, head_dim, place + 8)
+    return out.reshape(shape)
+
+
+def vectors_of(data: bytes, rows: np.ndarray) -> np.ndarray:
+    """The vectors that rows are, or that 18 and 19.1 make of them before offsets: float32 [leading, coded tokens, head_dim]."""
+    flags = struct.unpack_from("<H", data, 12)[0]
+    if flags & 384 or data[15]:
+        rows = saturated(rows)
+    head_dim = int(struct.unpack_from("<Q", data, 40 + 8 * data[7])[0])
+    if data[15]:
+        stage, numbers = linear_stage(data), heads(data) * head_dim
+        of_rows = (
+            [[combined(row, stage[0]) for row in block] for block in rows]
+            if data[15] > 1
+            else [spread(block, channels[0], numbers) for block, channels in zip(rows, stage, strict=True)]
+        )
+        rows = np.array(of_rows, np.float32).reshape(*rows.shape[:2], numbers)
+    vectors = [rows[lead, :, j * head_dim : (j + 1) * head_dim] for lead in range(len(rows)) for j in range(heads(data))]
+    return np.array(vectors).reshape(len(vectors), rows.shape[1], head_dim)
+
+
+def spread(block: np.ndarray, channels: np.ndarray, numbers: int) -> np.ndarray:
+    """Rows [n, width] of chosen channels, with zeros in the places of others."""
+    found = np.zeros((len(block), numbers), np.float32)
+    found[:, channels] = block
+    return found
+
+
+def combined(row: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """A row times the matrix, or each 16 numbers of it: Python's floats are binary64."""
+    matrix, most, found = matrix.astype(np.float64), (2 - 2.0**-23) * 2.0**127, []
+    for part in row.reshape(-1, len(matrix)):
+        sums = [0.0] * matrix.shape[1]
+        for z, factors in zip(part.tolist(), matrix.tolist(), strict=True):
+            sums = [s + z * factor for s, factor in zip(sums, factors, strict=True)]
+        found += [min(max(s, -most), most) for s in sums]
+    return np.array(found).astype(np.float32)
+
+
+def coded_rows(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
+    """y of step 4 of 6.5 of every coded row: float32 [leading of rows, coded tokens, numbers of a row]."""
+    coding, _, ndim, _, flags, radius_bits = struct.unpack_from("<BBBIHB", data, 5)
+    row_bits, chunk, _, _, seed, _, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
+    shape, row_bytes = struct.unpack_from(f"<{ndim}Q", data, 48), -(-row_bits // 8)
+    coded = (shape[-2] if ndim > 1 else 1) - sum(ends(data))
+    order = next(n for n in ORDERS if n >= width(data))
+    leading = math.prod(shape[:-2]) // heads(data)
+    found = np.zeros((leading, coded if leading else 0, width(data)), np.float32)
+    at = len(data) - sum(count * size for count, size in payload(data))
+    for first in range(0, found.shape[1], chunk):
+        for lead in range(len(found)):
             count = min(chunk, coded - first)
-            rows = take(block_bytes(data, count) - 4)
+            rows = data[at : at + block_bytes(data, count) - 4]
+            at += len(rows) + 4
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
             of_groups = affine_rows(data, rows, count, tables) if coding in (4, 5) else []
             if coding == 6:
@@ -733,19 +856,10 @@ def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
                 elif of_quads:
                     integers, a, b = of_quads[i]
                 elif coding == 1:
-                    integers, a, b = split_row(row, order, row_bits, radius_bits, two_rounds)
+                    integers, a, b = split_row(row, order, row_bits, radius_bits, bool(flags & 8))
                 else:
                     integers, a, b = paper_row(row, order, radius_exponent)
                 with np.errstate(over="ignore"):
-                    s = np.array(numbers) if of_groups else turned_back(integers, seed, two_rounds).astype(np.float32)
-                    y = s[:head_dim] * a * b + F(0)
-                    if flags & 1:
-                        token = kept + first + i
-                        offset = offsets[lead]
-                        token = kept_at[lead % len(kept_at)][token] if kept_at else token
-                        y = y + (turned(offset, first_position + token, pairing, frequencies) if flags & 2 else offset)
-                out[lead, kept + first + i] = narrow(y, dtype)
-    for place in range(0, len(records), 8 + head_dim * kind.itemsize):
-        lead, token = divmod(struct.unpack_from("<Q", records, place)[0], coded)
-        out[lead, kept + token] = np.frombuffer(records, kind, head_dim, place + 8)
-    return out.reshape(shape)
+                    s = np.array(numbers) if of_groups else turned_back(integers, seed, bool(flags & 8)).astype(np.float32)
+                    found[lead, first + i] = s[: found.shape[2]] * a * b + F(0)
+    return found

@@ -150,6 +150,75 @@ def keep_trace(data: bytes) -> list[str]:
     return lines
 
 
+# -- 18.2: a stream of joined heads -------------------------------------------------------------------------------
+JOINED_NOTES = [
+    *FIXED,
+    (24, "shape"),
+    (16, "affine fields"),
+    (4, "checksum"),
+    (8, "the row"),
+    (4, "its scale and zero"),
+    (6, "exponent, checksum"),
+]
+
+
+def joined_stream() -> bytes:
+    """Vectors of two heads and one token."""
+    x = np.array([[[3, -1, 2, 0.5]], [[2.5, 1, 1, 1]]], np.float16)
+    return pqcodec.encode(x, preset="int4", join_heads=True, seed=0, **REFERENCE)
+
+
+LINEAR_NOTES = [
+    *FIXED,
+    (24, "shape"),
+    (16, "affine fields"),
+    (8, "width, reserved"),
+    (4, "checksum"),
+    (20, "the matrix, checksum"),
+    *2 * [(8, "a row"), (4, "its scale and zero"), (6, "exponent, checksum")],
+]
+
+
+def linear_stream() -> bytes:
+    """The same vectors, each of two numbers in a basis."""
+    x = np.array([[[3, -1, 2, 0.5]], [[2.5, 1, 1, 1]]], np.float16)
+    basis = [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]]
+    return pqcodec.encode(x, preset="int4", basis=basis, seed=0, **REFERENCE)
+
+
+def linear_trace(data: bytes) -> list[str]:
+    """Of each vector its row and its numbers."""
+    rows, numbers = second.coded_rows(data)[:, 0], second.decode(data).view(np.float16)[:, 0]
+    told = [(", ".join(f"{x:.9g}" for x in row), ", ".join(map(str, x))) for row, x in zip(rows, numbers, strict=True)]
+    return [f"- Row {row}: the numbers {x}." for row, x in told]
+
+
+# -- 19.2: a stream of vectors before RoPE -----------------------------------------------------------------------
+BEFORE_ROPE_NOTES = [*ROPE_NOTES[:-2], (22, "the block")]
+
+
+def before_rope_stream() -> bytes:
+    """Three vectors of four float16 numbers."""
+    x = np.array([[3, -1, 2, 0.5], [2.5, 1, 1, 1], [-2, 2.5, 1, 3]], np.float16)
+    rope = pqcodec.Rope(theta=100.0, first_position=70000)
+    return pqcodec.encode(x, preset="pq3", center="mean", rope=rope, before_rope=True, seed=0, **REFERENCE)
+
+
+def before_rope_trace(data: bytes) -> list[str]:
+    """Of each token its position, the phase of each pair, the row with the offset, and the numbers."""
+    first_position, channels, _ = struct.unpack_from("<QHB", data, 64)
+    frequencies = struct.unpack_from(f"<{channels // 2}I", data, 80)
+    offset = np.frombuffer(data, "<f2", 4, 92).astype(np.float32)
+    lines = ["    token position phases       rows and offsets                                    numbers"]
+    rows, numbers = second.coded_rows(data)[0], second.decode(data).view(np.float16)
+    for token, (row, found) in enumerate(zip(rows, numbers, strict=True)):
+        position = first_position + token
+        phases = ", ".join(f"{position * frequency // 2**16 % 2**16:>5}" for frequency in frequencies)
+        centred = ", ".join(f"{x:.9g}" for x in row + offset)
+        lines.append(f"    {token:>5} {position:>8} {phases}  {centred:<51} {', '.join(str(x) for x in found)}")
+    return lines
+
+
 # -- 14.1, 15.1 and 16.5: streams with affine fields -------------------------------------------------------------------
 AFFINE_NUMBERS = np.array([[3, -1, 2, 0.5, -4, 1], [2.5, -1.5, 2, 1, -3, 0], [3.5, -1, 1, 0.75, -4, 2]], np.float32)
 AFFINE_NOTES = [*FIXED, (16, "shape"), (16, "affine fields"), (4, "checksum")]

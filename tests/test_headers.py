@@ -26,9 +26,15 @@ Edits = list[tuple[int, str, int]]  # (byte, type, value)
 def stream(kind: str) -> bytes:
     """A small stream [2, 3, 64] of a preset, or of pq3 with RoPE or kept tokens."""
     turned = {"center": "rope", "rope": Rope()}
+    before = {"center": "mean", "rope": Rope(), "before_rope": True}
     options = {
         "rvq2": {"preset": "rvq2", "codebooks": BOOKS},
         "rope": turned,
+        "before rope": before,
+        "joined": {"join_heads": True},
+        "channels": {"channels": [1, 2, 60]},
+        "blocks": {"block_basis": True},
+        "basis": {"basis": 3, "preset": "int4", **before},
         "keep": {"keep": [0, 2]},
         "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned},
     }
@@ -68,7 +74,7 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (7, forged("pq3", [CODING, NDIM]), UnsupportedStream),
     (7, forged("pq3", [(6, "B", 0), ROW_BITS]), UnsupportedStream),
     (7, forged("pq3", [(FLAGS, "H", 24), ROW_BITS]), UnsupportedStream),
-    *[(7, forged("pq3", [(at, "B", 1), ROW_BITS]), UnsupportedStream) for at in (15, 44, 45)],
+    *[(7, forged("pq3", [(at, "B", n), ROW_BITS]), UnsupportedStream) for at, n in ((15, 4), (44, 1), (45, 1))],
     (7, forged("pq3", [(FLAGS, "H", 32), ROW_BITS]), UnsupportedStream),
     *[(7, forged(kind, [(FLAGS, "H", 4)]), UnsupportedStream) for kind in ("wu44", "int4")],
     *[(7, forged(kind, [CODING]), UnsupportedStream) for kind in ("wu44", "int4")],
@@ -111,6 +117,12 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     *[(10, forged(kind, [(40, "h", n)]), CorruptStream) for kind in ("pq3", "rope") for n in (-113, 112)],
     *[(10, forged(kind, [(42, "h", n)]), CorruptStream) for kind in ("pq3", "paper", "quad2") for n in (-126, 118)],
     (10, forged("rope", [(FLAGS, "H", 14)]), CorruptStream),
+    (10, forged("before rope", [(FLAGS, "H", 271)]), CorruptStream),
+    (10, forged("keep", [(FLAGS, "H", 204), (48, "Q", 17)]), CorruptStream),
+    (8, forged("pq3", [(FLAGS, "H", 268)]), CorruptStream),
+    (9, forged("before rope", [RESERVED, PAIRING, ROW_BITS]), UnsupportedStream),
+    *[(10, forged("before rope", [(ROPE + 10, "B", pairing)]), CorruptStream) for pairing in (0, 3)],
+    (12, forged("before rope", [(FLAGS, "H", 268)]), CorruptStream),
     *[(10, forged("rope", [(ROPE + 10, "B", pairing)]), CorruptStream) for pairing in (0, 3)],
     (10, forged("rope", [(ROPE + 8, "H", 0)]), CorruptStream),
     (10, forged("rope", [(ROPE, "Q", 1 << 63)]), CorruptStream),
@@ -179,7 +191,25 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["pq3", "paper", "quad2", "rope", "wu44", "int4", "nuq2", "kvquant2", "rvq2", "keep", "keep each"]
+    "kind",
+    [
+        "pq3",
+        "paper",
+        "quad2",
+        "rope",
+        "wu44",
+        "int4",
+        "nuq2",
+        "kvquant2",
+        "rvq2",
+        "keep",
+        "keep each",
+        "before rope",
+        "joined",
+        "channels",
+        "blocks",
+        "basis",
+    ],
 )
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:
     kinds = {CorruptStream: "corrupt", TruncatedStream: "truncated", UnsupportedStream: "unsupported"}

@@ -217,6 +217,28 @@ def test_the_worked_example_of_kept_tokens_holds() -> None:
     assert second_decoder.decode(stream).view(np.float16).tolist() == rows.tolist()
 
 
+def test_the_worked_examples_of_rows_that_are_not_vectors_hold() -> None:
+    lines, others = example("### 18.3 Examples")
+    stream = vectors.linear_stream()
+    assert others == "\n".join(vectors.hex_lines(stream, vectors.LINEAR_NOTES))
+    assert "\n".join(vectors.linear_trace(stream)) in SPEC
+    assert second_decoder.decode(stream).view(np.float16).tolist() == pqcodec.decode(stream).tolist()
+    stream = vectors.joined_stream()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.JOINED_NOTES))
+    told = ", ".join(f"{x:.9g}" for x in second_decoder.coded_rows(stream)[0, 0])
+    assert f"are {len(stream)} bytes:\n\n{lines}" in SPEC
+    assert f"of both vectors, are {told}.\n" in SPEC
+    assert second_decoder.decode(stream).view(np.float16).tolist() == pqcodec.decode(stream).tolist()
+
+
+def test_the_worked_example_of_vectors_before_rope_holds() -> None:
+    lines, trace = example("### 19.2 Example")
+    stream = vectors.before_rope_stream()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.BEFORE_ROPE_NOTES))
+    assert trace == "\n".join(vectors.before_rope_trace(stream))
+    assert second_decoder.decode(stream).view(np.float16).tolist() == pqcodec.decode(stream).tolist()
+
+
 def test_the_worked_example_of_scalar_coding_holds() -> None:
     (lines,) = example("### 15.1 Example")
     stream = vectors.affine_stream("int4")

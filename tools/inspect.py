@@ -164,10 +164,13 @@ _LEFT = ("name", "role", "shape", "dtype", "preset", "key", "value")
 
 
 def _coded(t: dict[str, Any]) -> list[str]:
-    """Cells of a coded tensor: preset, centring and kept tokens, bits a coordinate, bytes, error, norm of the mean, offset."""
+    """Cells of a coded tensor: preset, centring and other stages, bits a coordinate, bytes, error, norm of the mean, offset."""
     stream = t["stream"]
-    kept = "" if stream["kept_of"] is None else f"{t['shape'][-2]} of {stream['kept_of']} tokens"
-    preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"], kept)))
+    stages = [] if stream["kept_of"] is None else [f"{t['shape'][-2]} of {stream['kept_of']} tokens"]
+    stages += ["before rope"] if stream["before_rope"] else []
+    stages += [f"{stream['joined_heads']} heads joined"] if stream["joined_heads"] else []
+    stages += [f"{stream['width']} {stream['linear']}"] if stream["linear"] else []
+    preset = " ".join(filter(None, (stream["preset"] or f"({stream['coding']})", stream["centered"], *stages)))
     error = "-" if t["rel_mse"] is None else f"{t['rel_mse']:.5f}"
     norm = "-" if t["mean_norm"] is None else f"{t['mean_norm']:.3g}"
     return [preset, f"{t['bits_per_coordinate']:.3f}", str(t["bytes"]), error, norm, str(t["at"])]

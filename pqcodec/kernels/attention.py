@@ -22,8 +22,9 @@ from pqcodec import constants as c
 from pqcodec.codings.plan import plan_for
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument
-from pqcodec.kernels.job import Backend, DecodeJob, places_of
+from pqcodec.kernels.job import Backend, DecodeJob
 from pqcodec.stages import centre
+from pqcodec.stages.keep import places_of
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.stream.index import Bounds

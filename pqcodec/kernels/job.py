@@ -29,11 +29,6 @@ def sampled(values: Values, h: Header) -> tuple[Values, int, int]:
     return replace(coded, stride=step * values.stride), -(-h.coded_tokens // step), step
 
 
-def places_of(positions: np.ndarray | None, lead: int, tokens: np.ndarray) -> np.ndarray:
-    """Where some tokens of a leading index stand for RoPE: whole numbers [n]. ``positions``: as in a ``DecodeJob``."""
-    return tokens if positions is None else positions[lead % len(positions), tokens]
-
-
 @dataclass(frozen=True)
 class EncodeJob:
     """Encode every block of a stream."""
@@ -106,6 +101,20 @@ class Backend(Protocol):
         """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim].
 
         ``positions`` as in an ``EncodeJob``.
+        """
+        ...
+
+    def turn(self, x: np.ndarray, header: Header, first: tuple[int, int], positions: np.ndarray | None, back: bool) -> None:
+        """Turn vectors float32 [leads, tokens, head_dim] by their tokens' angles (SPEC 9.3), or back, in place.
+
+        ``first``: leading index and token of the first one; ``positions`` as in an ``EncodeJob``.
+        """
+        ...
+
+    def product(self, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """x float32 [n, a] times a matrix float64 [a, b] of float32 numbers (SPEC 18.2): float32 [n, b], never infinite.
+
+        Sums are float64, in ascending order.
         """
         ...
 

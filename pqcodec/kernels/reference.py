@@ -15,8 +15,9 @@ from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.codings.registry import CODINGS
 from pqcodec.codings.vectors import Book
 from pqcodec.kernels import attention
-from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, places_of, sampled
+from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
 from pqcodec.stages import centre, rotation
+from pqcodec.stages.keep import places_of
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 from pqcodec.tensors.numbers import narrow, widen
@@ -120,6 +121,22 @@ class Reference:
             back = centre.turn_back(x, *turns, header.rope) if turns and header.rope else x.astype(np.float64)
             total[lead] = back.sum(0)
         return total / max(count, 1)
+
+    def turn(self, x: np.ndarray, header: Header, first: tuple[int, int], positions: np.ndarray | None, back: bool) -> None:
+        """Turn vectors, or back, in place; see ``kernels.job.Backend``."""
+        assert header.rope
+        tokens = first[1] + np.arange(x.shape[1])
+        for lead in range(len(x)):
+            cos, sin = centre.phases_at(header.rope, places_of(positions, first[0] + lead, tokens))
+            x[lead] = centre.turn(x[lead], cos, -sin if back else sin, header.rope)
+
+    def product(self, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """Rows times a matrix; see ``kernels.job.Backend``."""
+        sums = np.zeros((len(x), matrix.shape[1]))
+        for column, row in zip(x.T.astype(np.float64), matrix, strict=True):
+            sums += column[:, None] * row
+        largest = c.LARGEST_FINITE[c.DTYPE_FLOAT32]
+        return sums.clip(-largest, largest).astype(np.float32)
 
     def encode(self, job: EncodeJob) -> None:
         """Encode block by block."""

@@ -138,7 +138,7 @@ class Group:
     def _words(h: Header) -> int:
         """32-bit words of the longest run of bytes that one checksum covers."""
         block = h.blocks.size_of(min(h.chunk_tokens, max(h.coded_tokens, 1)))
-        sides = (place.entry_bytes for section, place in h.places.items() if section.of_leads(h))
+        sides = (place.entry_bytes for section, place in h.places.items() if section.leads(h) is not None)
         return -(-max(block, h.header_bytes, *sides) // 4)
 
     def _firsts(self, counts: list[int]) -> np.ndarray:

@@ -146,12 +146,15 @@ def pairs(rope: RopeField) -> tuple[np.ndarray, np.ndarray]:
     return (i, i + rope.channels // 2) if rope.pairing == c.ROPE_HALF else (2 * i, 2 * i + 1)
 
 
-def turn(offset: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
-    """The offset at each token: float32 [tokens, head_dim] from offset float32 [head_dim]; every operation rounds."""
+def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
+    """An offset [head_dim] at each token, or vectors [tokens, head_dim] turned: float32 [tokens, head_dim].
+
+    Every operation rounds. With the sines' negatives they are turned back.
+    """
     p, q = pairs(rope)
-    turned = np.repeat(offset[None, :], len(cos), axis=0)
-    turned[:, p] = offset[p] * cos - offset[q] * sin
-    turned[:, q] = offset[p] * sin + offset[q] * cos
+    turned = np.array(np.broadcast_to(x, (len(cos), x.shape[-1])))
+    turned[:, p] = x[..., p] * cos - x[..., q] * sin
+    turned[:, q] = x[..., p] * sin + x[..., q] * cos
     return turned
 
 

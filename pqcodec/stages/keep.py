@@ -35,21 +35,29 @@ def positions_of(keep: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise InvalidArgument(
             f"keep: a tensor {tuple(shape)} has no tokens to choose from; [..., tokens, head_dim] is expected"
         )
-    found = np.asarray(keep.detach().cpu() if is_torch(keep) else keep)
+    return ascending_lists("keep", keep, tuple(shape[:-2]), shape[-2]).astype(np.uint32)
+
+
+def ascending_lists(name: str, given: Any, leading: tuple[int, ...], count: int) -> np.ndarray:
+    """Lists of positions below ``count``, [n] or [..., n] for dimensions ``leading``, checked: int64 [1 or leading, n].
+
+    Raises InvalidArgument where they are no whole numbers, too large, do not ascend, or go with other dimensions.
+    """
+    found = np.asarray(given.detach().cpu() if is_torch(given) else given)
     if found.ndim == 0 or (found.dtype.kind not in "iu" and found.size):
-        raise InvalidArgument(f"keep: {found.dtype} {found.shape}; positions of tokens are expected, integers [n] or [..., n]")
+        raise InvalidArgument(f"{name}: {found.dtype} {found.shape}; positions are expected, integers [n] or [..., n]")
     lists, n = math.prod(found.shape[:-1]), found.shape[-1]
-    if found.ndim > 1 and found.shape[:-1] not in (tuple(shape[:-2]), (math.prod(shape[:-2]),)):
-        expected = f"[n], the same of all leading indices, or [{', '.join(map(str, (*shape[:-2], 'n')))}]"
-        raise InvalidArgument(f"keep {found.shape} does not go with a tensor {tuple(shape)}; {expected} is expected")
+    if found.ndim > 1 and found.shape[:-1] not in (leading, (math.prod(leading),)):
+        expected = f"[n], the same of all leading indices, or [{', '.join(map(str, (*leading, 'n')))}]"
+        raise InvalidArgument(f"{name} {found.shape} does not go with the tensor; {expected} is expected")
     positions = found.reshape(lists, n).astype(np.int64)
-    if positions.size and not 0 <= positions.min() <= positions.max() < shape[-2]:
-        raise InvalidArgument(f"keep: positions {positions.min()} .. {positions.max()} are not all below {shape[-2]} tokens")
+    if positions.size and not 0 <= positions.min() <= positions.max() < count:
+        raise InvalidArgument(f"{name}: positions {positions.min()} .. {positions.max()} are not all below {count}")
     if (positions[:, 1:] <= positions[:, :-1]).any():
         raise InvalidArgument(
-            "keep: positions do not ascend, or stand twice; sort them, those of each leading index by themselves"
+            f"{name}: positions do not ascend, or stand twice; sort them, those of each leading index by themselves"
         )
-    return positions.astype(np.uint32)
+    return positions
 
 
 def header_of(whole: Header, keep: Any) -> Header:
@@ -115,6 +123,11 @@ def read(source: Source, h: Header, leads: Bounds, damage: list[Damage]) -> np.n
         raise CorruptStream(f"keep list: positions do not ascend inside of {h.keep.tokens} tokens")
     positions[sound] = found
     return positions
+
+
+def places_of(positions: np.ndarray | None, lead: int, tokens: np.ndarray) -> np.ndarray:
+    """Where tokens of a leading index stand for RoPE: whole numbers [n]. ``positions``: of kept ones, as ``read`` gives."""
+    return tokens if positions is None else positions[lead % len(positions), tokens]
 
 
 # -- the whole tensor ----------------------------------------------------------------------------------------------

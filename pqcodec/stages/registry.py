@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pqcodec.stages import exact, keep
+from pqcodec.stages.linear import Linear
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
 from pqcodec.stream.report import Damage
@@ -31,6 +32,7 @@ class Kept:
     halves: np.ndarray  # float16 [leading, head_dim]: stored offsets, or [leading, 0]
     rows: np.ndarray  # int64 [n]: rows of exact vectors
     positions: np.ndarray  # uint32 [1 or leading, n]: keep lists, or [0, 0]
+    linear: Linear | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Stage:
 
 STAGES = (
     Stage(sections.KEEP, lambda h, kept: keep.bodies(h, kept.positions)),
+    Stage(sections.LINEAR, lambda h, kept: kept.linear.bodies() if kept.linear else ()),
     Stage(sections.OFFSETS, lambda h, kept: (half.astype("<f2").tobytes() for half in kept.halves)),
     Stage(
         sections.EXACT_TOKENS,

@@ -20,6 +20,7 @@ from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header_ranges import PAIRING_NAMES, header_problem
 from pqcodec.stream.index import Blocks, blocks_of
+from pqcodec.stream.linear import LINEAR_NAMES, LinearField
 from pqcodec.stream.magic import FIRST_BYTES, whose
 from pqcodec.stream.source import Extent, MemorySource, Source
 
@@ -81,6 +82,9 @@ class Header:
     exact_last: int = 0
     keep: KeepField | None = None  # with it ``shape`` is that of the kept tokens
     codebook: Codebook | VectorCodebook | None = None  # what codes choose among; None: what the specification has
+    before_rope: bool = False  # vectors are coded as they were before ``rope`` turned them
+    joined: bool = False  # vectors of all heads, of the dimension before tokens, are coded as one
+    linear: LinearField | None = None  # which of their channels, or combinations of these, are coded
 
     def __post_init__(self) -> None:
         problem = header_problem(self)
@@ -109,9 +113,24 @@ class Header:
         return math.prod(self.shape[:-2])
 
     @cached_property
+    def heads(self) -> int:
+        """Vectors that are coded as one."""
+        return self.shape[-3] if self.joined else 1
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers of a row: of one vector, of those of all heads, or what a linear stage makes of these."""
+        return self.linear.width if self.linear else self.heads * self.head_dim
+
+    def leads_of_rows(self, leads: tuple[int, int]) -> tuple[int, int]:
+        """The leading indices of the rows that hold vectors of some leading indices: first, last + 1."""
+        low = leads[0] // self.heads
+        return low, -(-leads[1] // self.heads) if leads[0] < leads[1] else low
+
+    @cached_property
     def order(self) -> int:
-        """Coordinates of a row, head_dim or more (SPEC 5.2, 13.2)."""
-        return DECLARED[self.coding].order(self.head_dim)
+        """Coordinates of a row, its width or more (SPEC 5.2, 13.2)."""
+        return DECLARED[self.coding].order(self.width)
 
     @cached_property
     def coded_tokens(self) -> int:
@@ -139,11 +158,36 @@ class Header:
         return -(-self.coded_tokens // self.chunk_tokens)
 
     @cached_property
+    def inner(self) -> Header | None:
+        """The header of the rows that the coding sees where stages make them: float32 [leading, coded tokens, width].
+
+        None where the coding sees the vectors themselves, less their offsets (SPEC 9).
+        """
+        if not (self.before_rope or self.joined or self.linear):
+            return None
+        shape = (self.leading // self.heads, self.coded_tokens, self.width)
+        return replace(
+            self,
+            dtype=c.DTYPE_FLOAT32,
+            shape=shape,
+            exact_tokens=0,
+            exact_last=0,
+            exceptions=0,
+            offsets=False,
+            rope=None,
+            keep=None,
+            before_rope=False,
+            joined=False,
+            linear=None,
+        )
+
+    @cached_property
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
         rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook)
-        return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, self.offsets, rope)
+        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear)
+        return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, *stages)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
     @cached_property
@@ -151,7 +195,7 @@ class Header:
         """Size of the header, its checksum included."""
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         affine = c.AFFINE_STRUCT.size if self.affine else 0
-        keep = c.KEEP_STRUCT.size if self.keep else 0
+        keep = (c.KEEP_STRUCT.size if self.keep else 0) + (c.LINEAR_STRUCT.size if self.linear else 0)
         codebook = self.codebook.header_bytes if self.codebook else 0
         return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + keep + rope + codebook + c.CHECKSUM_BYTES
 
@@ -220,12 +264,14 @@ class Header:
         if self.affine:
             ends = 2 * self.affine.groups(self.order) * self.affine.outliers
             shared = (self.affine.bytes_of(self.order) + c.OUTLIER_BYTES * ends) / self.affine.tokens
-        return 8 * (self.row_bytes + shared) / self.head_dim
+        return 8 * (self.row_bytes + shared) / (self.heads * self.head_dim)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
     def to_bytes(self) -> bytes:
         """The header as it stands in the stream (SPEC 3.1), with its checksum."""
-        flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_ROPE * bool(self.rope) | c.FLAG_NUMPY * self.numpy
+        flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_NUMPY * self.numpy
+        flags |= c.FLAG_JOINED * self.joined
+        flags |= (c.FLAG_BEFORE_ROPE if self.before_rope else c.FLAG_ROPE) * bool(self.rope)
         flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine) | c.FLAG_KEEP * bool(self.keep)
         flags |= c.FLAG_OUTLIERS * bool(self.affine and self.affine.outliers)
         fixed = c.HEADER_STRUCT.pack(
@@ -237,7 +283,7 @@ class Header:
             self.header_bytes,
             flags,
             self.radius_bits,
-            c.LINEAR_NONE,
+            self.linear.kind if self.linear else c.LINEAR_NONE,
             self.row_bits,
             self.chunk_tokens,
             self.exact_tokens,
@@ -256,6 +302,8 @@ class Header:
             body += c.AFFINE_STRUCT.pack(*numbers, one.outliers, bytes(2))
         if self.keep:
             body += c.KEEP_STRUCT.pack(self.keep.tokens, c.KEEP_EACH if self.keep.each else c.KEEP_SHARED, bytes(7))
+        if self.linear:
+            body += self.linear.to_bytes()
         if self.rope:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
@@ -341,7 +389,7 @@ def _parse(body: bytes) -> Header:
         "flags": flags & ~c.KNOWN_FLAGS
         or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields)
         or (flags & c.FLAG_OUTLIERS and not DECLARED[coding].takes_levels),
-        "linear": linear != c.LINEAR_NONE,
+        "linear": linear not in (c.LINEAR_NONE, *LINEAR_NAMES),
         "codebook": coding in DECLARED and codebook not in _codebooks(DECLARED[coding]),
         "states": states != c.STATES_NONE,
     }
@@ -349,11 +397,13 @@ def _parse(body: bytes) -> Header:
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = keep = levels = None
+    rope = affine = keep = levels = stage = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
-        parts = {c.FLAG_AFFINE: c.AFFINE_STRUCT, c.FLAG_KEEP: c.KEEP_STRUCT, c.FLAG_ROPE: c.ROPE_STRUCT}
-        if len(body) < end + sum(part.size for flag, part in parts.items() if flags & flag):
+        turned = c.FLAG_ROPE | c.FLAG_BEFORE_ROPE
+        parts = {c.FLAG_AFFINE: c.AFFINE_STRUCT, c.FLAG_KEEP: c.KEEP_STRUCT, turned: c.ROPE_STRUCT}
+        linear_bytes = c.LINEAR_STRUCT.size if linear else 0
+        if len(body) < end + linear_bytes + sum(part.size for flag, part in parts.items() if flags & flag):
             raise CorruptStream(f"header: size {size} announced, which is too small for what its flags announce")
         if flags & c.FLAG_AFFINE:
             affine = _affine(body, end, bool(flags & c.FLAG_OUTLIERS))
@@ -361,7 +411,10 @@ def _parse(body: bytes) -> Header:
         if flags & c.FLAG_KEEP:
             keep = _keep(body, end)
             end += c.KEEP_STRUCT.size
-        if flags & c.FLAG_ROPE:
+        if linear:
+            stage = LinearField.from_bytes(linear, body, end)
+            end += linear_bytes
+        if flags & turned:
             first, channels, pairing, rope_reserved = c.ROPE_STRUCT.unpack_from(body, end)
             if any(rope_reserved):
                 raise UnsupportedStream("header: reserved RoPE bytes are not zero: install a newer pqcodec")
@@ -372,6 +425,8 @@ def _parse(body: bytes) -> Header:
             levels = _codebook(codebook, body[end:], DECLARED[coding].by_vectors)
         if affine and not affine.outliers and flags & c.FLAG_OUTLIERS:
             raise CorruptStream("header: outliers are kept apart, and blocks have room for none")
+        if flags & turned == turned:
+            raise CorruptStream("header: offsets turn with RoPE, and vectors are coded before RoPE; one of these is possible")
         header = Header(
             coding=coding,
             dtype=dtype,
@@ -392,6 +447,9 @@ def _parse(body: bytes) -> Header:
             exact_last=exact_last,
             keep=keep,
             codebook=levels,
+            before_rope=bool(flags & c.FLAG_BEFORE_ROPE),
+            joined=bool(flags & c.FLAG_JOINED),
+            linear=stage,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None

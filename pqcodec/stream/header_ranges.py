@@ -24,7 +24,7 @@ def header_problem(h: Header) -> str:
     if min(h.shape) < 0 or math.prod(max(n, 1) for n in h.shape) > c.MAX_ELEMENTS or h.tokens > c.MAX_TOKENS:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
     coding = DECLARED[h.coding]
-    problem = _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits)
+    problem = _joined_problem(h) or _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits)
     problem = problem or _affine_problem(h) or _codebook_problem(h)
     if problem:
         return problem
@@ -49,7 +49,7 @@ def header_problem(h: Header) -> str:
     if h.header_bytes > c.MAX_HEADER_BYTES:
         return f"a header of {h.header_bytes} bytes: {c.MAX_HEADER_BYTES} are the most; give the tensor fewer dimensions"
     if h.rope is None:
-        return ""
+        return "vectors are coded before RoPE, which is not described" if h.before_rope else ""
     return _rope_problem(h.rope, h)
 
 
@@ -63,13 +63,22 @@ def _keep_problem(h: Header) -> str:
     return ""
 
 
+def _joined_problem(h: Header) -> str:
+    if h.joined and len(h.shape) < 3:
+        return f"shape {h.shape} has no heads to join; [..., heads, tokens, head_dim] is expected"
+    numbers, most = h.heads * h.head_dim, c.MAX_JOINED_DIM if h.linear else c.MAX_HEAD_DIM
+    if not 1 <= numbers <= most:
+        return f"{h.heads} heads of {h.head_dim} numbers are {numbers} together; 1 .. {most} are possible"
+    return h.linear.problem(numbers) if h.linear else ""
+
+
 def _codebook_problem(h: Header) -> str:
     coding = DECLARED[h.coding]
     if h.codebook is None:
         return f"{coding.name} without codebooks" if coding.by_vectors else ""
     if isinstance(h.codebook, VectorCodebook):
         there = "" if coding.by_vectors else f"{coding.name} coding with codebooks of vectors"
-        return there or h.codebook.problem(h.head_dim, h.row_bits, h.radius_bits)
+        return there or h.codebook.problem(h.width, h.row_bits, h.radius_bits)
     return h.codebook.problem(h.row_bits // h.order) if coding.takes_levels else f"{coding.name} coding with levels"
 
 
@@ -89,13 +98,13 @@ def _affine_problem(h: Header) -> str:
 
 
 def _outlier_problem(h: Header, affine: Affine) -> str:
-    if 2 * affine.outliers > affine.tokens * min(affine.channels, h.head_dim):
-        return f"{affine.outliers} outliers at each end of groups of a vector of {h.head_dim} numbers are not possible"
+    if 2 * affine.outliers > affine.tokens * min(affine.channels, h.width):
+        return f"{affine.outliers} outliers at each end of groups of a row of {h.width} numbers are not possible"
     return ""
 
 
 def _rope_problem(rope: RopeField, h: Header) -> str:
-    if not h.offsets:
+    if not h.offsets and not h.before_rope:
         return "RoPE is described, but no offsets are stored"
     if rope.pairing not in PAIRING_NAMES:
         return f"RoPE pairing {rope.pairing} is unknown; {PAIRING_NAMES} are known"

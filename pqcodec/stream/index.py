@@ -110,13 +110,13 @@ class Blocks(NamedTuple):
 
 def blocks_of(h: Header) -> Blocks:
     """The blocks of a stream."""
-    coding = DECLARED[h.coding]
+    coding, leading = DECLARED[h.coding], h.leading // h.heads
     groups: tuple[int, ...] = ()
     if h.affine:
         ends = 2 * h.affine.groups(h.order)
-        groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.head_dim)
+        groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.width)
     sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)
-    return Blocks(h.payload_start, h.chunks, h.leading, h.coded_tokens, *sizes, *groups)
+    return Blocks(h.payload_start, h.chunks, leading, h.coded_tokens, *sizes, *groups)
 
 
 def stream_parts(counts: Sequence[int], wanted: Bounds) -> Iterator[tuple[int, Bounds, int]]:

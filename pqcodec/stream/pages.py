@@ -19,7 +19,7 @@ from pqcodec.stream.source import check_range
 
 def page_bytes(h: Header) -> int:
     """Bytes of a page of such streams."""
-    return h.leading * h.blocks.chunk_bytes
+    return h.blocks.leading * h.blocks.chunk_bytes
 
 
 def checked_pages(name: str, pages: Any, there: int) -> np.ndarray:

@@ -43,6 +43,10 @@ class StreamInfo:
     outliers: int = 0  # numbers at each end of a whole group's range that are kept apart
     levels: tuple[float, ...] | None = None  # of the codes, where the stream brings them or its shared table is here
     table: str | None = None  # SHA-256 of the shared table that holds levels or codebooks, as hexadecimal digits
+    before_rope: bool = False  # whether vectors are coded as they were before RoPE
+    joined_heads: int | None = None  # heads whose vectors are coded as one
+    linear: str | None = None  # "channels", "blocks" or "basis": how rows are made of vectors
+    width: int = 0  # numbers of a row
 
     @property
     def ratio(self) -> float:

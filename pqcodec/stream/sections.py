@@ -29,20 +29,26 @@ class SideSection:
 
     name: str
     there: Callable[[Header], Any]  # whether a stream has it
-    of_leads: Callable[[Header], bool]  # an entry each leading index, or one in all
+    leads: Callable[[Header], int | None]  # leading indices that have an entry each, of rows too; None: there is one in all
     body_bytes: Callable[[Header], int]  # of an entry, without its checksum
     tokens: Callable[[Header], tuple[int, int] | None] = lambda h: None  # that a damaged entry concerns; None: all
 
 
-def _each(h: Header) -> bool:
-    return True
+def _each(h: Header) -> int:
+    return h.leading
 
 
 KEEP = SideSection(
     "keep list",
     lambda h: h.keep and h.tokens,
-    lambda h: h.keep is not None and h.keep.each,
+    lambda h: h.leading if h.keep is not None and h.keep.each else None,
     lambda h: -(-h.whole_shape[-2] // 8) if h.keep_bitmap else 4 * h.tokens,
+)
+LINEAR = SideSection(
+    "linear stage",
+    lambda h: h.linear,
+    lambda h: h.leading // h.heads if h.linear is not None and h.linear.kind == c.LINEAR_CHANNELS else None,
+    lambda h: h.linear.body_bytes(h.heads * h.head_dim) if h.linear is not None else 0,
 )
 OFFSETS = SideSection("offset", lambda h: h.offsets, _each, lambda h: 2 * h.head_dim)
 EXACT_TOKENS = SideSection(
@@ -60,9 +66,9 @@ EXACT_LAST = SideSection(
     lambda h: (h.last_start, h.tokens),
 )
 EXACT_VECTORS = SideSection(
-    "exact vectors", lambda h: h.exceptions, lambda h: False, lambda h: h.exceptions * (8 + h.vector_bytes)
+    "exact vectors", lambda h: h.exceptions, lambda h: None, lambda h: h.exceptions * (8 + h.vector_bytes)
 )
-SIDE_SECTIONS = (KEEP, OFFSETS, EXACT_TOKENS, EXACT_LAST, EXACT_VECTORS)  # in the order in which they stand
+SIDE_SECTIONS = (KEEP, LINEAR, OFFSETS, EXACT_TOKENS, EXACT_LAST, EXACT_VECTORS)  # in the order in which they stand
 
 
 class Place(NamedTuple):
@@ -83,7 +89,8 @@ def places(h: Header) -> dict[SideSection, Place]:
     found, start = {}, h.header_bytes
     for section in SIDE_SECTIONS:
         if section.there(h):
-            found[section] = Place(start, h.leading if section.of_leads(h) else 1, section.body_bytes(h) + c.CHECKSUM_BYTES)
+            leads = section.leads(h)
+            found[section] = Place(start, 1 if leads is None else leads, section.body_bytes(h) + c.CHECKSUM_BYTES)
         else:
             found[section] = Place(start, 0, 0)
         start = found[section].end
@@ -117,8 +124,11 @@ def read_entries(
     bodies, sound = without_checksums(data)
     if sound.all():
         return np.arange(*entries), bodies
-    leads = [int(first + n) if section.of_leads(h) else None for n in np.flatnonzero(~sound)]
-    damage += [Damage(section.name, lead, section.tokens(h)) for lead in leads]
+    of_leads = section.leads(h)
+    for entry in (int(first + n) for n in np.flatnonzero(~sound)):
+        together = h.leading // of_leads if of_leads else 1  # leading indices of the tensor that an entry is of
+        leads = range(entry * together, (entry + 1) * together) if of_leads else [None]
+        damage += [Damage(section.name, lead, section.tokens(h)) for lead in leads]
     return first + np.flatnonzero(sound), bodies[sound]
 
 

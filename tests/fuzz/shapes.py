@@ -20,7 +20,7 @@ from pqcodec import constants as c
 from pqcodec.codings.declared import Affine, Codebook
 from pqcodec.stages.keep import bodies as keep_bodies
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.sections import EXACT_VECTORS, KEEP
+from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR
 
 from .base import MAX_BYTES, attempt
 from .mutations import _odd_number, json_edit, json_text, number, scramble
@@ -60,7 +60,7 @@ def seal_stream(data: bytes, resize: bool = True) -> bytes:
         new = new[: h.stream_bytes] + random.Random(len(new)).randbytes(max(0, h.stream_bytes - len(new)))
     places = [place for place in h.places.values() if place.entry_bytes]
     sections = [(place.start + i * place.entry_bytes, place.entry_bytes) for place in places for i in range(place.entries)]
-    blocks = ((chunk, lead) for chunk in range(h.chunks if h.leading else 0) for lead in range(h.leading))
+    blocks = ((chunk, lead) for chunk in range(h.chunks if h.leading else 0) for lead in range(h.blocks.leading))
     sections += [(h.blocks.place(chunk, lead), h.blocks.size(chunk)) for chunk, lead in blocks]
     for start, count in sections:
         if start + count <= len(new):
@@ -82,6 +82,7 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
     from pqcodec.stream.header import Header, KeepField, RopeField
+    from pqcodec.stream.linear import LinearField
     from pqcodec.stream.orders import order_for, whole_groups
 
     h, refused = attempt(Header.from_bytes, data)
@@ -90,7 +91,14 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     dim = rng.choice((1, 2, 3, 8, 15, 16, 17, 32, 40, 64, 80, 100, 128, 160, 256, 576, 1024))
     shapes = (h.shape, (dim,), (3, dim), (2, 3, dim), (1, 0, dim), (0, 5, dim), (2, 1, 1, 1, 1, 1, 2, dim), (7, 9, dim))
     shape = rng.choice(shapes)
-    dim, order = shape[-1], order_for(shape[-1])
+    joined = len(shape) > 2 and 0 < shape[-3] * dim <= c.MAX_HEAD_DIM and rng.random() < 0.3
+    dim, width = shape[-1], shape[-1] * (shape[-3] if joined else 1)
+    linear = None
+    if rng.random() < 0.3:
+        linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS)), rng.randrange(1, width + 1))
+        linear = LinearField(c.LINEAR_BLOCKS, width) if width % c.LINEAR_BLOCK == 0 and rng.random() < 0.4 else linear
+        width = linear.width
+    order = order_for(width)
     radius = rng.randrange(11, 16)
     row_bits = rng.choice((order, 2 * order, rng.randrange(order, radius + 7 * order + 1), radius + 7 * order))
     coding: dict[str, Any] = {"coding": c.CODING_SPLIT, "row_bits": row_bits, "radius_bits": radius, "radius_exponent": 0}
@@ -102,11 +110,12 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         quads = {"row_bits": c.QUADS_RADIUS_BITS + order + bits * order // 4, "radius_bits": c.QUADS_RADIUS_BITS}
         coding = {"coding": c.CODING_QUADS, "radius_exponent": 0, **quads}
     elif rng.random() < 0.4:
-        coding = _affine_coding(rng, whole_groups(dim))
+        coding = _affine_coding(rng, whole_groups(width))
     rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding["coding"], 0)
     offsets = rng.random() < 0.4
     pairs = min(rng.randrange(1, max(2, dim // 2 + 1)), 40)
     frequencies = tuple(rng.choice((0, 1, rng.randrange(1 << 32), (1 << 32) - 1)) for _ in range(pairs))
+    before_rope = dim > 1 and rng.random() < 0.2
     position = rng.choice((0, 1, rng.randrange(1 << 63), (1 << 63) - 1))
     rope = RopeField(position, rng.choice((c.ROPE_HALF, c.ROPE_INTERLEAVED)), frequencies)
     keep = (
@@ -123,7 +132,10 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "exceptions": rng.choice((0, 0, 1, 2, 5)),
         "offsets": offsets,
         "offset_exponent": rng.choice((0, -112, 111)),
-        "rope": rope if offsets and dim > 1 and rng.random() < 0.5 else None,
+        "rope": rope if before_rope or (offsets and dim > 1 and rng.random() < 0.5) else None,
+        "before_rope": before_rope,
+        "joined": joined,
+        "linear": linear,
         "numpy": rng.random() < 0.5,
         "rounds": rounds,
         "affine": None,
@@ -145,6 +157,14 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         for i, row in enumerate(rows):
             at = new.places[EXACT_VECTORS].start - new.header_bytes + i * (8 + new.vector_bytes)
             body[at : at + 8] = row.to_bytes(8, "little")
+    if new.linear and new.stream_bytes < MAX_BYTES and rng.random() < 0.8:  # channels that ascend; numbers that are finite
+        body = body.ljust(new.stream_bytes - new.header_bytes, b"\x3c")
+        place = new.places[LINEAR]
+        for entry in range(place.entries):
+            numbers = range((place.entry_bytes - c.CHECKSUM_BYTES) // 2)
+            listed = np.array([n if new.linear.kind == c.LINEAR_CHANNELS else rng.randrange(0x7C00) for n in numbers], "<u2")
+            at = place.start - new.header_bytes + entry * place.entry_bytes
+            body[at : at + listed.nbytes] = listed.tobytes()
     if new.keep and new.stream_bytes < MAX_BYTES and rng.random() < 0.8:
         body = body.ljust(new.stream_bytes - new.header_bytes, b"\x3c")
         place = new.places[KEEP]

@@ -79,9 +79,9 @@ class PQKVAppender(PQKVWriter):
     def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
         """Add tokens to a coded tensor of the file: ``tensor`` [..., new tokens, head_dim], all else as in the file.
 
-        ``encode_options`` are those of ``pqcodec.encode``. ``rope``, with ``center="rope"``: that of the tensor's first tokens,
-        since its first position is moved on here (None: the one that the file holds). Returns the header fields of the new
-        stream. Raises InvalidArgument, also for another rope than the file's, and as ``pqcodec.encode`` does.
+        ``encode_options`` are those of ``pqcodec.encode``. ``rope``, with ``center="rope"`` or ``before_rope``: that of the
+        tensor's first tokens, since its first position is moved on here (None: the one that the file holds). Returns the header
+        fields of the new stream. Raises InvalidArgument, also for another rope than the file's, and as ``pqcodec.encode`` does.
         """
         entry = self._entries.get(name)
         if entry is None or not entry.coded:
@@ -89,7 +89,8 @@ class PQKVAppender(PQKVWriter):
             raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
         there = entry.tokens
         with named(f"tensor {name!r}"):
-            rope = self._rope(name, entry, encode_options.get("rope"), encode_options.get("center"))
+            turned = encode_options.get("center") == "rope" or bool(encode_options.get("before_rope"))
+            rope = self._rope(name, entry, encode_options.get("rope"), turned)
             if rope is not None:
                 encode_options["rope"] = replace(rope, first_position=rope.first_position + there)
             stream = encoded_source(tensor, encode_options)
@@ -104,9 +105,9 @@ class PQKVAppender(PQKVWriter):
         self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + stream.size)
         return info
 
-    def _rope(self, name: str, entry: Entry, given: Rope | None, center: str | None) -> Rope | None:
+    def _rope(self, name: str, entry: Entry, given: Rope | None, turned: bool) -> Rope | None:
         """The rope of a tensor's first tokens: as it is given, or out of the file; raises InvalidArgument where they differ."""
-        if given is None and center != "rope":
+        if given is None and not turned:
             return None
         if name not in self._ropes:
             self._ropes[name] = read_header(self._there.stream(name)).rope

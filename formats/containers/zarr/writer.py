@@ -224,7 +224,7 @@ def _codec_of(h: Header) -> PQCodec:
     New chunks get pq3 where those that are there have a preset that zarr's codec cannot write: none, or one by codebooks.
     """
     info = codec.inspect_header(h)
-    rope = None if h.rope is None else rope_from_field(h.rope)
+    rope = None if h.rope is None or h.before_rope else rope_from_field(h.rope)  # zarr's own chunks are coded after RoPE
     preset = info.preset if info.preset and not PRESETS[info.preset].by_vectors else "pq3"
     return PQCodec(preset, h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
 

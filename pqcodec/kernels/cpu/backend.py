@@ -20,7 +20,7 @@ from pqcodec.codings.plan import plan_for
 from pqcodec.codings.residual import encode as encode_residual
 from pqcodec.codings.vectors import Book
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, residual, sides, tables
+from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, residual, sides, tables, vectors
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
@@ -28,6 +28,7 @@ from pqcodec.kernels.reference import encode_job_block
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header
 from pqcodec.stream.index import Blocks
+from pqcodec.stream.orders import whole_groups
 from pqcodec.tensors.rows import Values, address
 from pqcodec.threads import threads
 
@@ -95,9 +96,10 @@ def _offset_rows(offsets: np.ndarray | None, order: int) -> np.ndarray:
     return np.pad(offsets, ((0, 0), (0, missing))) if missing else offsets
 
 
-def _kind(h: Header, tokens: int) -> tuple:
-    """A Kind; ``tokens``: of a block, at the most."""
-    return tuple(records.Kind(h.coding, h.dtype, h.head_dim, h.order, h.row_bytes, h.blocks.beside, h.blocks.align, tokens))
+def _kind(h: Header, tokens: int, order: int | None = None) -> tuple:
+    """A Kind; ``tokens``: of a block, at the most; ``order``: None is that of the rows."""
+    sizes = (h.row_bytes, h.blocks.beside, h.blocks.align, tokens)
+    return tuple(records.Kind(h.coding, h.dtype, h.head_dim, order or h.order, *sizes))
 
 
 def _of_plan(verb: str, h: Header) -> tuple[tuple, tuple]:
@@ -253,8 +255,9 @@ class Cpu:
         """Mean of the ``sampled`` tokens, turned back under RoPE, NaN and Inf as zero vectors: float64 [leading, head_dim]."""
         h = header
         picked, count, step = sampled(values, h)
-        total = np.zeros((h.leading, h.order))
-        arguments = (count, step, _kind(h, h.chunk_tokens), _source(h, picked), tables.rope(h, positions), total)
+        order = whole_groups(h.head_dim)  # of vectors; rows of them may have fewer numbers
+        total = np.zeros((h.leading, order))
+        arguments = (count, step, _kind(h, h.chunk_tokens, order), _source(h, picked), tables.rope(h, positions), total)
 
         def task(first: int, last: int) -> int:
             sides.sum_tokens(first, last, *arguments)
@@ -262,6 +265,30 @@ class Cpu:
 
         _run([partial(task, *piece) for piece in _pieces(h.leading, count * h.vector_bytes)], lambda done: None)
         return total[:, : h.head_dim] / max(count, 1)
+
+    def turn(self, x: np.ndarray, header: Header, first: tuple[int, int], positions: np.ndarray | None, back: bool) -> None:
+        """Turn vectors, or back, in place; see ``kernels.job.Backend``."""
+        tiles = -(-x.shape[1] // vectors.TILE_TOKENS)
+        arguments = (x, *first, np.float32(-1 if back else 1), tables.rope(header, positions))
+
+        def task(low: int, high: int) -> int:
+            vectors.turn_tiles(low, high, *arguments)
+            return 0
+
+        pieces = _pieces(tiles, vectors.TILE_TOKENS * len(x) * x.shape[2] * x.itemsize)
+        _run([partial(task, *piece) for piece in pieces], nobody)
+
+    def product(self, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """Rows times a matrix; see ``kernels.job.Backend``."""
+        found = np.empty((len(x), matrix.shape[1]), np.float32)
+        x, matrix = np.ascontiguousarray(x), np.ascontiguousarray(matrix)
+
+        def task(low: int, high: int) -> int:
+            vectors.multiply_rows(low, high, x, matrix, found)
+            return 0
+
+        _run([partial(task, *piece) for piece in _pieces(len(x), matrix.nbytes)], nobody)
+        return found
 
     def encode(self, job: EncodeJob) -> None:
         """Encode every block of a job, as many threads at a time as there are cores."""

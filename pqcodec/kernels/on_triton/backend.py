@@ -38,7 +38,8 @@ class Triton:
     def covers(self, header: Header) -> bool:
         """Whether this backend codes streams of such a header."""
         channels = header.affine.channels if header.affine else 1
-        return header.coding in _CODINGS and not header.last_tokens and not header.keep and not channels & (channels - 1)
+        there = header.last_tokens or header.keep or header.inner
+        return header.coding in _CODINGS and not there and not channels & (channels - 1)
 
     def check_device(self, device: Any) -> None:
         """Raises BackendUnavailable where this backend cannot reach tensors of a device."""

@@ -1,0 +1,190 @@
+"""Law: the linear stage (SPEC 18.2): a row is some channels of vectors, or what a matrix makes of them.
+
+Decoding, channels that were not chosen are 0, and products are summed in float64 in ascending order: of a float16 and a float32
+number they are exact there, so every machine finds the same sums, fused or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+
+from pqcodec import constants as c
+from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.stages.keep import ascending_lists
+from pqcodec.stream import sections
+from pqcodec.stream.header import Header
+from pqcodec.stream.index import Bounds
+from pqcodec.stream.linear import LinearField
+from pqcodec.stream.report import Damage
+from pqcodec.stream.source import Source
+from pqcodec.tensors.numbers import is_torch
+
+_LEAST = 2.0**-10  # of a block's basis: the least of its directions over the largest, so that it can be inverted
+
+
+class Multiplying(Protocol):
+    """What of a backend the stage needs (``kernels.job.Backend``)."""
+
+    def product(self, x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """x float32 [n, a] times a matrix float64 [a, b] of float32 numbers: float32 [n, b]."""
+        ...
+
+
+# -- what is asked -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LinearOptions:
+    """The options of ``encode`` that ask for a linear stage, of which one at most is given; raises InvalidArgument."""
+
+    channels: Any = None
+    block_basis: Any = None
+    basis: Any = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("channels", "block_basis", "basis") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidArgument(f"{' and '.join(given)} are given; a stream has one linear stage")
+        if self.block_basis is not None and self.block_basis is not True:
+            object.__setattr__(self, "block_basis", _matrix("block_basis", self.block_basis))
+            if self.block_basis.shape != (c.LINEAR_BLOCK, c.LINEAR_BLOCK):
+                raise InvalidArgument(f"block_basis {self.block_basis.shape}: True, or a matrix [16, 16] is expected")
+        if self.basis is not None and self._rank is None:
+            object.__setattr__(self, "basis", _matrix("basis", self.basis))
+
+    @property
+    def _rank(self) -> int | None:
+        """The rank of a basis that is fitted to the tensor; None where the basis is given."""
+        return int(self.basis) if isinstance(self.basis, Integral) and not isinstance(self.basis, bool) else None
+
+    def field(self, numbers: int) -> LinearField | None:
+        """What a header says where the vectors of a row have so many numbers; raises InvalidArgument."""
+        if self.channels is not None:
+            found = LinearField(c.LINEAR_CHANNELS, np.shape(self.channels)[-1] if np.ndim(self.channels) else 0)
+        elif self.block_basis is not None:
+            found = LinearField(c.LINEAR_BLOCKS, numbers)
+        elif self.basis is not None:
+            found = LinearField(c.LINEAR_BASIS, len(self.basis) if self._rank is None else self._rank)
+            if self._rank is None and self.basis.shape[1] != numbers:
+                raise InvalidArgument(f"basis {self.basis.shape} is none of vectors of {numbers} numbers")
+        else:
+            return None
+        if problem := found.problem(numbers):
+            raise InvalidArgument(problem)
+        return found
+
+    def stage(self, h: Header, x: np.ndarray) -> Linear:
+        """The stage for vectors float32 [leading of rows, n, numbers], to which it may be fitted; raises InvalidArgument."""
+        if self.channels is not None:
+            leading = (*h.shape[:-3], *(() if h.joined else h.shape[-3:-2]))
+            return Linear(h, ascending_lists("channels", self.channels, leading, x.shape[2]), None)
+        if self.block_basis is not None:
+            matrix = _block_basis(x) if self.block_basis is True else self.block_basis
+        else:
+            matrix = self.basis if self._rank is None else _principal(x, self._rank)
+        return Linear(h, None, matrix.astype(np.float16).astype(np.float64))
+
+
+def _matrix(name: str, given: Any) -> np.ndarray:
+    """A matrix of float16 numbers, float64 [rows, columns]; raises InvalidArgument."""
+    found = np.asarray(given.detach().cpu().float() if is_torch(given) else given)
+    if found.ndim != 2 or found.dtype.kind not in "fiu":
+        raise InvalidArgument(f"{name} {found.dtype} {found.shape}: a matrix of numbers is expected")
+    with np.errstate(over="ignore"):
+        found = found.astype(np.float16).astype(np.float64)
+    if not np.isfinite(found).all():
+        raise InvalidArgument(f"{name} holds numbers that are not finite in float16")
+    return found
+
+
+def _second_moment(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, descending, and eigenvectors, a row each, of the mean x^T x of runs of ``size`` channels."""
+    largest = np.abs(x).max(initial=0.0)
+    runs = x.reshape(-1, size).astype(np.float64) / (largest or 1.0)
+    values, vectors = np.linalg.eigh(runs.T @ runs / max(len(runs), 1))
+    return np.maximum(values[::-1], 0), vectors[:, ::-1].T
+
+
+def _principal(x: np.ndarray, rank: int) -> np.ndarray:
+    """The first principal directions of vectors, a row each."""
+    return _second_moment(x, x.shape[2])[1][:rank]
+
+
+def _block_basis(x: np.ndarray) -> np.ndarray:
+    """S^(1/2) V^T of the singular values and vectors of all blocks of channels (DecoQuant), times what makes the largest 1."""
+    values, vectors = _second_moment(x, c.LINEAR_BLOCK)
+    strength = values**0.25  # a singular value is the root of a second moment
+    return np.maximum(strength / (strength[0] or 1.0), _LEAST)[:, None] * vectors
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """The linear stage of a stream: lists of channels, or a matrix."""
+
+    header: Header
+    channels: np.ndarray | None  # int64 [1 or leading of rows, width]
+    matrix: np.ndarray | None  # float64 [a, b] of float16 numbers: a row, or each 16 numbers of one, times it are vectors
+
+    def rows(self, x: np.ndarray, kernel: Multiplying) -> np.ndarray:
+        """The rows of vectors float32 [leading of rows, n, numbers]: float32 [leading of rows, n, width]."""
+        h = self.header
+        if self.channels is not None:
+            lists = np.resize(self.channels, (len(x), h.width))
+            return np.ascontiguousarray(np.take_along_axis(x, lists[:, None], 2))
+        assert self.matrix is not None
+        try:
+            back = np.linalg.pinv(self.matrix) if h.linear and h.linear.kind == c.LINEAR_BASIS else np.linalg.inv(self.matrix)
+        except np.linalg.LinAlgError as error:
+            raise InvalidArgument(f"the matrix of the linear stage has no inverse ({error})") from None
+        back = back.astype(np.float32).astype(np.float64)
+        if not np.isfinite(back).all():
+            raise InvalidArgument("the matrix of the linear stage has no inverse within float32")
+        return kernel.product(x.reshape(-1, len(back)), back).reshape(*x.shape[:2], h.width)
+
+    def vectors(self, rows: np.ndarray, leads: Bounds, kernel: Multiplying) -> np.ndarray:
+        """The vectors float32 [leads, n, numbers] of rows [leads, n, width]; ``leads``: which leading indices of rows."""
+        numbers = self.header.heads * self.header.head_dim
+        if self.channels is None:
+            assert self.matrix is not None
+            return kernel.product(rows.reshape(-1, len(self.matrix)), self.matrix).reshape(*rows.shape[:2], numbers)
+        x = np.zeros((*rows.shape[:2], numbers), np.float32)
+        for vectors, row, lead in zip(x, rows, range(*leads), strict=True):
+            vectors[:, self.channels[lead % len(self.channels)]] = row
+        return x
+
+    def bodies(self) -> Iterator[bytes]:
+        """The lists, one for each leading index of rows, or the matrix, as the stream keeps them."""
+        if self.matrix is not None:
+            yield self.matrix.astype("<f2").tobytes()
+            return
+        assert self.channels is not None
+        for lead in range(self.header.blocks.leading):
+            yield self.channels[lead % len(self.channels)].astype("<u2").tobytes()
+
+
+def read_linear(source: Source, h: Header, leads: Bounds, damage: list[Damage]) -> Linear | None:
+    """The linear stage of a stream, lists of those leading indices of rows; None where it has none. Raises CorruptStream.
+
+    ``damage`` gets what is damaged: then a list is that of the first channels, a matrix of zeros.
+    """
+    if h.linear is None:
+        return None
+    numbers = h.heads * h.head_dim
+    if h.linear.kind != c.LINEAR_CHANNELS:
+        shape = (h.width, numbers) if h.linear.kind == c.LINEAR_BASIS else (c.LINEAR_BLOCK, c.LINEAR_BLOCK)
+        sound, raw = sections.read_entries(source, h, sections.LINEAR, (0, 1), damage)
+        matrix = raw[0].view("<f2").reshape(shape).astype(np.float64) if len(sound) else np.zeros(shape)
+        if not np.isfinite(matrix).all():
+            raise CorruptStream("linear stage: the matrix is not finite")
+        return Linear(h, None, matrix)
+    channels = np.tile(np.arange(h.width), (h.blocks.leading, 1))
+    sound, raw = sections.read_entries(source, h, sections.LINEAR, leads, damage)
+    found = raw.view("<u2").astype(np.int64)
+    if (found[:, 1:] <= found[:, :-1]).any() or found.max(initial=0) >= numbers:
+        raise CorruptStream(f"linear stage: channels do not ascend inside of {numbers}")
+    channels[sound] = found
+    return Linear(h, channels, None)
