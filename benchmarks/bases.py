@@ -69,7 +69,7 @@ def lorc_rows(model: Any, own: dict[int, np.ndarray], others: dict[int, np.ndarr
     for number, share in enumerate(SHARES):
         found: dict[str, list[float]] = {kind: [] for kind in KNOWN_LORC}
         for layer, keys in own.items():
-            vectors = bases.joined(keys)
+            vectors = bases.vectors_of_heads(keys)
             rank = round(share * vectors.shape[1])
             weight = model.model.layers[layer].self_attn.k_proj.weight
             of = {

@@ -107,14 +107,14 @@ def data_basis(x: Any, rank: int, *, centred: bool = False) -> np.ndarray:
     >>> data_basis(x, 1, centred=True).tolist()
     [[0.0, 1.0, 0.0]]
     """
-    vectors = joined(x)
+    vectors = vectors_of_heads(x)
     _check_rank(rank, vectors.shape[1])
     if centred:
         vectors = vectors - vectors.mean(0)
     return _upright(np.linalg.eigh(vectors.T @ vectors)[1][:, ::-1].T, rank, vectors.shape[1])
 
 
-def joined(x: Any) -> np.ndarray:
+def vectors_of_heads(x: Any) -> np.ndarray:
     """Vectors [..., heads, tokens, head_dim], those of all heads side by side: float64 [vectors, heads * head_dim]."""
     numbers = arrays.numbers_of(x)
     if numbers.ndim < 3 or not numbers.size:
@@ -164,7 +164,7 @@ def decoquant_factor(x: Any) -> np.ndarray:
     >>> bool(np.allclose(x[0] @ np.linalg.inv(factor) @ factor, x[0], atol=1e-4))
     True
     """
-    vectors = joined(x)
+    vectors = vectors_of_heads(x)
     if vectors.shape[1] % BLOCK:
         raise InvalidArgument(f"{vectors.shape[1]} channels of all heads: a multiple of {BLOCK} is expected")
     rows = vectors.reshape(-1, BLOCK)
@@ -193,5 +193,6 @@ def _matrix(name: str, x: Any) -> np.ndarray:
 
 def _check_rank(rank: Any, most: int | None, name: str = "rank") -> None:
     """Raises InvalidArgument for what is no whole number from 1 to ``most``."""
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1 or (most is not None and rank > most):
+    whole = int(rank) if isinstance(rank, Integral) and not isinstance(rank, bool) else 0
+    if whole < 1 or (most is not None and whole > most):
         raise InvalidArgument(f"{name} {rank!r}: a whole number from 1{'' if most is None else f' to {most}'} is expected")

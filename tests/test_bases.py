@@ -74,10 +74,10 @@ def test_the_energy_outside_a_basis_is_what_is_lost() -> None:
     x = gaussian(2, 3, 4000, 16)
     basis = bases.data_basis(x, 24)
     np.testing.assert_allclose(basis @ basis.T, np.eye(24), atol=1e-5)
-    others = bases.joined(gaussian(1, 3, 4000, 16, seed=1))
+    others = bases.vectors_of_heads(gaussian(1, 3, 4000, 16, seed=1))
     assert lost(others, others @ basis.T @ basis) == pytest.approx(0.5, rel=0.02)
     mixed = x * np.arange(1, 17, dtype=np.float32) ** -2 + np.float32(0.5)
-    vectors = bases.joined(mixed)
+    vectors = bases.vectors_of_heads(mixed)
     for centred in (False, True):
         around = vectors - vectors.mean(0) if centred else vectors
         basis = bases.data_basis(mixed, 5, centred=centred)
@@ -111,7 +111,7 @@ def test_decoquant_has_the_errors_that_are_known(role: str) -> None:
     found = []
     for name, x in load_file(FIXTURE).items():
         if name.endswith(role):
-            vectors = bases.joined(x)
+            vectors = bases.vectors_of_heads(x)
             factor = bases.decoquant_factor(x).astype(np.float16).astype(np.float64)
             codes = rounded((vectors.reshape(-1, 16) @ np.linalg.inv(factor)).reshape(vectors.shape), 4)
             decoded = (codes.reshape(-1, 16) @ factor).reshape(vectors.shape)
@@ -121,7 +121,7 @@ def test_decoquant_has_the_errors_that_are_known(role: str) -> None:
 
 def test_decoquant_has_nothing_to_gain_on_gaussian_vectors() -> None:
     x = gaussian(4, 1000, 128)
-    vectors, factor = bases.joined(x), bases.decoquant_factor(x).astype(np.float64)
+    vectors, factor = bases.vectors_of_heads(x), bases.decoquant_factor(x).astype(np.float64)
     codes = rounded((vectors.reshape(-1, 16) @ np.linalg.inv(factor)).reshape(vectors.shape), 4)
     assert lost(vectors, (codes.reshape(-1, 16) @ factor).reshape(vectors.shape)) == pytest.approx(0.0180, rel=0.02)
 
@@ -131,7 +131,7 @@ def test_a_factor_of_few_directions_has_an_inverse() -> None:
     np.testing.assert_array_equal(bases.decoquant_factor(x), np.eye(16))
     x[..., ::16] = gaussian(1, 20, 2)
     factor = bases.decoquant_factor(x).astype(np.float16).astype(np.float64)
-    rows = bases.joined(x).reshape(-1, 16)
+    rows = bases.vectors_of_heads(x).reshape(-1, 16)
     np.testing.assert_allclose(rows @ np.linalg.inv(factor) @ factor, rows, atol=1e-6)
 
 

@@ -88,7 +88,7 @@ def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, pay
                 low, high = spread(work.low, own), spread(work.high, own)
                 for k in range(g * groups.channels, min((g + 1) * groups.channels, order), LANES):
                     number = load(x, base + k) * floats(scale)
-                    code = code_of(number, step, zero, load(work.places, k) < ints(I32(kind.head_dim)), groups)
+                    code = scalar_codes(number, step, zero, load(work.places, k) < ints(I32(kind.head_dim)), groups)
                     put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
                     if groups.outliers and k < kind.head_dim:
                         kept = keep_apart(number, low, high, kind.head_dim - k, room + k, kept, work.apart)
@@ -96,7 +96,7 @@ def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, pay
             for k in range(0, order, LANES):
                 number = load(x, base + k) * floats(scale)
                 there = load(work.places, k) < ints(I32(kind.head_dim))
-                code = code_of(number, load(work.step, k), load(work.start, k), there, groups)
+                code = scalar_codes(number, load(work.step, k), load(work.start, k), there, groups)
                 put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
                 if groups.outliers and k < kind.head_dim:
                     low, high = load(work.low, k), load(work.high, k)
@@ -105,7 +105,7 @@ def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, pay
 
 
 @inlined
-def code_of(number, step, zero, there, groups):
+def scalar_codes(number, step, zero, there, groups):
     """The codes of eight numbers, int lanes; 0 where a scale is 0, and where no number is ``there``."""
     none = step == floats(F32(0))
     place = (number - zero) / select(none, floats(F32(1)), step)
