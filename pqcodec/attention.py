@@ -28,6 +28,7 @@ from pqcodec.kernels.attention import (
     exact_part,
     exact_scores,
     merged,
+    score_variances,
     softcapped,
 )
 from pqcodec.stages import centre, exact, keep
@@ -60,8 +61,9 @@ def scores(
     """Scores of queries q [..., q_heads, queries, head_dim] with encoded keys: float32 [..., q_heads, queries, tokens].
 
     ``keys``: a stream of a tensor [..., kv_heads, tokens, head_dim], or a list of streams that follow each other along the
-    tokens. ``recent``: exact keys behind them. No token is masked; one that a stream of kept tokens lacks has -inf. Other
-    arguments, and the errors, are those of ``attend``.
+    tokens. ``recent``: exact keys behind them. No token is masked; one that a stream of kept tokens lacks has -inf. Scores of a
+    sketch (presets qjl) are estimates without bias, of which ``score_variance`` tells how far they are off. Other arguments,
+    and the errors, are those of ``attend``.
 
     >>> import numpy as np, pqcodec
     >>> rng = np.random.default_rng(0)
@@ -86,6 +88,44 @@ def scores(
     asked.check_damage()
     empty = np.zeros((*asked.queries.shape[:2], 0), asked.queries.dtype)
     whole = np.concatenate([empty, *found], -1)
+    with np.errstate(over="ignore"):  # beyond float32: Inf
+        return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
+
+
+def score_variance(
+    keys: Any,
+    q: Any,
+    *,
+    scale: float | None = None,
+    tokens: tuple[int, int] | None = None,
+    recent: Any = None,
+    check: bool = True,
+) -> Any:
+    """Variance of the estimates that ``scores`` gives of keys in a sketch: float32 [..., q_heads, queries, tokens].
+
+    Over the seeds of the sketch, and at most: a query that points the way of a key has less. Exact tokens, and those that a
+    stream of kept tokens lacks, have 0. Arguments as of ``scores``; q is in host memory. Source: arXiv 2406.03482, lemma 3.5.
+    Raises InvalidArgument for keys that are no sketch, and what ``decode`` raises for a stream.
+
+    >>> import numpy as np, pqcodec
+    >>> rng = np.random.default_rng(0)
+    >>> k, q = rng.standard_normal((1, 400, 64)).astype(np.float32), rng.standard_normal((1, 1, 64)).astype(np.float32)
+    >>> data = pqcodec.encode(k, preset="qjl", backend="reference")
+    >>> off = scores(data, q, backend="reference") - q @ k.swapaxes(1, 2) / 8
+    >>> 0.9 < float((off**2 / score_variance(data, q)).mean()) < 1.1
+    True
+    """
+    asked = _Asked.of(q, _streams("keys", keys), None, scale, None, check, "reference")
+    if not all(stream.header.sketch for stream in asked.keys):
+        raise InvalidArgument("keys are no sign sketch: their scores are those of decoded keys, and no estimates")
+    wanted = checked_range("tokens", tokens, asked.streamed)
+    _check_kept(asked, tokens is not None, False)
+    found = [asked.in_place(stream, asked.variances_of(stream, part), 0) for stream, part in asked.parts(asked.keys, wanted)]
+    if recent is not None:
+        exact_tokens = asked.exact_rows("recent", recent, asked.keys[0]).shape[1]
+        found.append(np.zeros((*asked.queries.shape[:2], exact_tokens)))
+    asked.check_damage()
+    whole = np.concatenate([np.zeros((*asked.queries.shape[:2], 0)), *found], -1)
     with np.errstate(over="ignore"):  # beyond float32: Inf
         return arrays.alike(q, whole.reshape(*q.shape[:-1], whole.shape[-1]).astype(np.float32), keep_dtype=False)
 
@@ -123,8 +163,9 @@ def attend(
 
     The result has q's dtype and kind, and no gradient. Decoded numbers are not rounded to the streams' dtype in between, but
     for those of streams of ``encode(before_rope=True)``, whose codes no kernel reads: they are decoded as by ``decode``. NaN
-    and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Raises InvalidArgument,
-    BackendUnavailable and what ``decode`` raises for a stream.
+    and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Streams that are sketches
+    are refused: weights of estimated scores are no estimates without bias, since softmax bends errors upwards. Raises
+    InvalidArgument, BackendUnavailable and what ``decode`` raises for a stream.
 
     >>> import numpy as np, pqcodec
     >>> rng = np.random.default_rng(0)
@@ -143,6 +184,12 @@ def attend(
         options = {"softcap": softcap, "causal": causal, "window": window, "tokens": tokens, "check": check, "backend": backend}
         return attend_device.attend_on_device(q, keys, values, exact, scale=scale, **options)
     asked = _Asked.of(q, _streams("keys", keys), _streams("values", values), scale, softcap, check, backend)
+    for name, streams in (("keys", asked.keys), ("values", asked.values)):
+        if any(stream.header.sketch for stream in streams):
+            raise InvalidArgument(
+                f"{name} are a sign sketch, whose inner products have no bias, but attention by them has: "
+                "use scores() and score_variance(), or attend to other presets"
+            )
     wanted = checked_range("tokens", tokens, asked.streamed)
     before, behind = asked.exact_pair("first", first), asked.exact_pair("recent", recent)
     late = q.shape[-2] > behind[0].shape[1] + 1
@@ -314,13 +361,23 @@ class _Asked:
         )
         return np.concatenate([*before, *coded, *behind], -1)
 
-    def in_place(self, stream: _Stream, scores: np.ndarray) -> np.ndarray:
-        """Scores of a stream's tokens, [leading, rows, tokens], where these stand in the tensor; -inf of tokens it lacks."""
+    def variances_of(self, k: _Stream, part: Bounds) -> np.ndarray:
+        """Variances of the scores of some tokens of a sketch: [leading, rows, tokens]."""
+        first, last = _coded_part((k,), part)
+        bounds, side = np.repeat([part], self.queries.shape[1], 0), self._side(k)
+        found = np.zeros((*self.queries.shape[:2], part[1] - part[0]))
+        for tokens in _steps((k,), (first, last)):
+            job = self._job(self._coded(k, side, tokens), None, tokens, bounds)
+            found[..., tokens[0] - part[0] : tokens[1] - part[0]] = score_variances(job)
+        return found
+
+    def in_place(self, stream: _Stream, scores: np.ndarray, missing: float = -np.inf) -> np.ndarray:
+        """Scores of a stream's tokens, [leading, rows, tokens], where these stand in the tensor; ``missing``: of others."""
         h = stream.header
         if h.keep is None:
             return scores
         positions = host.read_positions(stream.source, h, (0, h.leading))
-        found = np.full((*scores.shape[:2], h.keep.tokens), -np.inf, scores.dtype)
+        found = np.full((*scores.shape[:2], h.keep.tokens), missing, scores.dtype)
         np.put_along_axis(found, np.broadcast_to(positions[:, None], scores.shape).astype(np.intp), scores, -1)
         return found
 
@@ -339,7 +396,7 @@ class _Asked:
         """Exact tokens of a stream, [leading, n, head_dim], in a list; nothing where there are none."""
         if tokens[0] == tokens[1]:
             return []
-        stored, _ = host.decode_kept(stream.source, self.backend.name, tokens)
+        stored, _ = host.decode_kept(stream.source, self.backend.name, tokens, estimate="unbiased")  # exact ones have no other
         return [self.exact_rows("exact tokens", stored, stream)]
 
     def _side(self, stream: _Stream) -> _Side:

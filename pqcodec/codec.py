@@ -160,6 +160,7 @@ def decode(
     out: Any = None,
     fill: Any = None,
     tables: Any = (),
+    estimate: str | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Decode a stream (bytes-like, or a seekable binary file) into a tensor of the shape, dtype and kind that was encoded.
@@ -171,7 +172,9 @@ def decode(
     ``fill``: of a stream that kept only some tokens (``encode(keep=)``), what stands where none was kept; without it such a
     stream is refused, and ``decode_kept`` gives its rows. The result is then as large as the whole tensor, however small a
     stranger's stream is: ``inspect`` tells ``tensor_bytes``. ``tables``: SharedTables, among which that which the stream may
-    name has to be.
+    name has to be. ``estimate``: of a sketch (presets qjl), which tells inner products alone (``attention.scores``), the
+    vectors whose inner products these are, "unbiased", or those times what makes their error least, "shrunk"; without it such
+    a stream is refused. Either is far from what was encoded: ``inspect`` tells how far.
     Raises InvalidArgument, TruncatedStream, CorruptStream, UnsupportedStream or MissingTable.
 
     >>> import numpy as np
@@ -190,16 +193,18 @@ def decode(
         from pqcodec import device as on_gpu
 
         return on_gpu.decode(data, where, backend, out, tokens, leading, progress)
-    result = host.decode(source_of(data), backend, out, tokens, leading, progress, fill)
+    result = host.decode(source_of(data), backend, out, tokens, leading, progress, fill, estimate)
     return result if device is None or out is not None else arrays.to_device(result, device)
 
 
-def decode_kept(data: Any, *, leading: tuple[int, int] | None = None, backend: str = "auto") -> tuple[Any, Any]:
+def decode_kept(
+    data: Any, *, leading: tuple[int, int] | None = None, backend: str = "auto", estimate: str | None = None
+) -> tuple[Any, Any]:
     """The rows that a stream holds, and the positions that they had in the tensor: ([..., n, head_dim], int64 [n] or [..., n]).
 
     Positions are [n] where all leading indices kept the same tokens; of a stream without a keep list they are 0 .. tokens - 1.
-    ``leading`` as in ``decode``: [leads, n, head_dim], and positions [leads, n] of lists that differ. Both are of the kind that
-    was encoded. Raises as ``decode`` does.
+    ``leading`` and ``estimate`` as in ``decode``: [leads, n, head_dim], and positions [leads, n] of lists that differ. Both are
+    of the kind that was encoded. Raises as ``decode`` does.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
@@ -210,7 +215,7 @@ def decode_kept(data: Any, *, leading: tuple[int, int] | None = None, backend: s
     >>> decode(data, fill=0, backend="reference").shape
     (2, 100, 64)
     """
-    rows, positions = host.decode_kept(source_of(data), backend, leading=leading)
+    rows, positions = host.decode_kept(source_of(data), backend, leading=leading, estimate=estimate)
     return rows, arrays.alike(rows, positions, keep_dtype=False)
 
 
@@ -272,7 +277,7 @@ def inspect_header(h: Header) -> StreamInfo:
     """What a header says of its stream."""
     return StreamInfo(
         version=c.STREAM_VERSION,
-        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine, isinstance(h.codebook, Codebook)),
+        preset=preset_name(h.coding, h.row_bits, h.radius_bits, h.order, h.affine, isinstance(h.codebook, Codebook), h.sketch),
         coding=DECLARED[h.coding].name,
         dtype=DTYPE_NAMES[h.dtype],
         shape=h.shape,
@@ -299,6 +304,7 @@ def inspect_header(h: Header) -> StreamInfo:
         joined_heads=h.heads if h.joined else None,
         linear=LINEAR_NAMES[h.linear.kind] if h.linear else None,
         width=h.width,
+        estimate_error=h.sketch.error(h.head_dim, h.order) if h.sketch else None,
     )
 
 

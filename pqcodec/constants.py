@@ -17,6 +17,7 @@ OFFSET_EXPONENT_AT, RADIUS_EXPONENT_AT = 40, 42  # their bytes in the header
 ROPE_STRUCT = struct.Struct("<QHB5s")  # first_position, rotated channels, pairing, reserved
 AFFINE_STRUCT = struct.Struct("<IIBBBBH2s")  # tokens, channels, fields, place, pairing, angle_bits, outliers, reserved
 KEEP_STRUCT = struct.Struct("<QB7s")  # tokens of the whole tensor, lists, reserved
+SKETCH_STRUCT = struct.Struct("<BBBBHHII")  # matrix, blocks, outlier_blocks, reserved, channels, reserved, tokens, reserved
 MAX_HEADER_BYTES = 2180
 CHECKSUM_BYTES = 4
 
@@ -26,6 +27,7 @@ CODING_QUADS = 3  # four coordinates by one look-up, fixed rate (SPEC 8)
 CODING_PAIRS = 4  # arXiv 2502.00527: radius and angle of each pair of channels (SPEC 14)
 CODING_SCALAR = 5  # each number by a table of levels (SPEC 15)
 CODING_RESIDUAL = 6  # arXiv 2410.15704: groups of channels as sums of vectors out of codebooks (SPEC 20)
+CODING_SKETCH = 7  # arXiv 2406.03482: signs of random projections, which estimate inner products (SPEC 21)
 
 DTYPE_FLOAT16, DTYPE_BFLOAT16, DTYPE_FLOAT32 = 1, 2, 3
 ITEM_BYTES = {DTYPE_FLOAT16: 2, DTYPE_BFLOAT16: 2, DTYPE_FLOAT32: 4}
@@ -240,6 +242,20 @@ TURN_TINY = 1e-37  # keeps a quotient of two zeros finite
 SCALAR_BITS = range(1, 9)
 KVQUANT_SPARSE = 0.01  # of a group's numbers that presets of KVQuant keep apart, half at each end
 NUQ_TOKENS = 2048  # of a channel, which share scale and zero in presets for keys
+
+# -- Sign sketch (SPEC 21) ---------------------------------------------------------------------------------------
+SKETCH_ORTHOGONAL, SKETCH_INDEPENDENT = 1, 2  # matrices: blocks of rotations; numbers that are independent of each other
+SKETCH_BLOCKS = range(1, 9)  # of N signs each
+SKETCH_NORM_BITS = 16
+SKETCH_EXPONENT_BYTES = 2  # of a block: the power of two that all its norms are multiplied by
+SKETCH_EXPONENTS = (-126, 127)
+SKETCH_NARROW = 256  # channels, up to which a number of one takes a byte
+SKETCH_WORD_BITS = 64  # of an output of the PRNG, whose set bits less their mean are a number of an independent matrix
+QJL_TOKENS = 32  # of a group in presets with outlier channels
+SKETCH_SHRINK_BITS = 15  # of the factor that shrinks an estimate
+# Of N times the error of an estimate, per sign: pi/2 - 1 of orthogonal blocks, pi/2 and -1 over N of independent numbers
+SKETCH_ERROR_BITS = 16
+SKETCH_ERRORS = {SKETCH_ORTHOGONAL: (37408, 0), SKETCH_INDEPENDENT: (102944, -65536)}
 
 # -- Container (SPEC Part II) ------------------------------------------------------------------------------------
 FILE_MAGIC = b"\x89PQF"

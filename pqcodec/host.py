@@ -29,6 +29,8 @@ from pqcodec.tensors.numbers import narrow, widen
 from pqcodec.tensors.rows import Values, values_of
 
 _SCAN_ROWS = 1 << 12
+ESTIMATES = (None, "unbiased", "shrunk")  # vectors that a sketch is decoded to
+SHRUNK = ESTIMATES[2]
 _KEPT = "decode it with fill=value to the whole shape, or with decode_kept to the kept rows and their positions"
 
 
@@ -165,23 +167,39 @@ def decode(
     leading: tuple[int, int] | None,
     progress: Progress | None,
     fill: Any = None,
+    estimate: str | None = None,
 ) -> Any:
     """``codec.decode`` into host memory: a new tensor, or ``out``."""
     header = read_header(source)
     header.check_tables()
+    check_estimate(header, estimate)
     if header.keep is None:
-        return _decode_rows(source, header, backend, out, tokens, leading, progress)
+        return _decode_rows(source, header, backend, out, tokens, leading, progress, estimate)
     if fill is None:
         raise InvalidArgument(f"the stream holds {header.tokens} of {header.keep.tokens} tokens: {_KEPT}")
-    return _decode_filled(source, header, backend, out, tokens, leading, progress, fill)
+    return _decode_filled(source, header, backend, out, tokens, leading, progress, fill, estimate)
+
+
+def check_estimate(header: Header, estimate: str | None) -> None:
+    """Raises InvalidArgument for another ``estimate`` than there is, and for none of a stream that has nothing else."""
+    if estimate not in ESTIMATES:
+        raise InvalidArgument(f"estimate {estimate!r} is unknown; choose None, 'unbiased' or 'shrunk'")
+    if header.sketch and estimate is None:
+        error = header.sketch.error(header.head_dim, header.order)
+        raise InvalidArgument(
+            "the stream is a sign sketch, which keeps inner products, not vectors: use attention.scores(stream, q), or ask for "
+            f"vectors of relMSE about {error:.2g} by estimate='unbiased' or 'shrunk'"
+        )
 
 
 def decode_kept(
-    source: Source, backend: str, tokens: Bounds | None = None, leading: Bounds | None = None
+    source: Source, backend: str, tokens: Bounds | None = None, leading: Bounds | None = None, estimate: str | None = None
 ) -> tuple[Any, np.ndarray]:
     """``codec.decode_kept`` into host memory, of some of the kept tokens: rows, and positions int64 [n] or [..., n]."""
     h = read_header(source)
-    rows = _decode_rows(source, h, backend, None, tokens, leading, None)
+    h.check_tables()
+    check_estimate(h, estimate)
+    rows = _decode_rows(source, h, backend, None, tokens, leading, None, estimate)
     wanted, leads = checked_range("tokens", tokens, h.tokens), checked_range("leading", leading, h.leading)
     if h.keep is None:
         return rows, np.arange(*wanted)
@@ -197,6 +215,7 @@ def _decode_rows(
     tokens: Bounds | None,
     leading: Bounds | None,
     progress: Progress | None,
+    estimate: str | None,
 ) -> Any:
     """The rows that a stream holds: those of all tokens, or of kept ones."""
     kernel = backend_of(backend, "cpu", header)
@@ -205,7 +224,8 @@ def _decode_rows(
     in_place = out is not None and arrays.fits(out, shape, header.dtype)
     result, stored = arrays.seen(out) if in_place else arrays.empty(shape, header.dtype, header.numpy)
     if stored.size or (wanted, leads) == ((0, header.tokens), (0, header.leading)):  # a whole empty tensor has checksums, too
-        damage = _decode_into(source, header, kernel, values_of(stored) if stored.size else None, wanted, leads, progress)
+        values = values_of(stored) if stored.size else None
+        damage = _decode_into(source, header, kernel, values, wanted, leads, progress, estimate == SHRUNK)
         if damage:
             raise damage_error(damage)
     return result if out is None or in_place else arrays.copied(out, result)
@@ -220,6 +240,7 @@ def _decode_filled(
     leading: Bounds | None,
     progress: Progress | None,
     fill: Any,
+    estimate: str | None,
 ) -> Any:
     """A tensor of all tokens, those that were kept and ``fill`` in the place of the others."""
     whole = replace(header, shape=header.whole_shape, keep=None)
@@ -234,7 +255,7 @@ def _decode_filled(
     stored[...] = value
     if low < high or (wanted, leads) == ((0, whole.tokens), (0, header.leading)):
         some = (min(low, high), high)
-        rows = arrays.view(_decode_rows(source, header, backend, None, some, leads, progress)).stored
+        rows = arrays.view(_decode_rows(source, header, backend, None, some, leads, progress, estimate)).stored
         for n, place in enumerate(np.ndindex(shape[:-2])):
             kept = slice(first[n], last[n])
             at = positions[(leads[0] + n) % len(positions), kept].astype(np.intp) - wanted[0]
@@ -276,6 +297,7 @@ def _decode_into(
     tokens: tuple[int, int],
     leads: tuple[int, int],
     progress: Progress | None,
+    shrunk: bool = False,
 ) -> list[Damage]:
     """Fill ``out`` and tell what is damaged; the caller drops ``out`` if anything is."""
     damage: list[Damage] = []
@@ -292,7 +314,7 @@ def _decode_into(
             found = vectors.vectors_of_rows(h, rows, leads, first, offsets, positions, linear, kernel)
             for lead, numbers in enumerate(found):
                 out.rows(lead, first - tokens[0], len(numbers))[:] = narrow(numbers, h.dtype)
-    for job in _jobs(source, h, out, tokens, leads, offsets, positions) if h.inner is None else ():
+    for job in _jobs(source, h, out, tokens, leads, offsets, positions, shrunk) if h.inner is None else ():
         kernel.decode([job], advance)
         damage += _damage_of(h, job)
     _place(source, h, out, tokens, leads, damage, over_rows=True)
@@ -324,13 +346,14 @@ def _jobs(
     leads: Bounds,
     offsets: np.ndarray | None,
     positions: np.ndarray | None,
+    shrunk: bool,
 ) -> Iterator[DecodeJob]:
     """The blocks that hold some tokens of some leading indices, so many at once as are read at once."""
     chunks = h.blocks.of_tokens(tokens[0] - h.first_tokens, tokens[1] - h.first_tokens)
     for low, high in h.blocks.groups(chunks, leads[1] - leads[0]):
         damaged = np.zeros((high - low, leads[1] - leads[0]), np.bool_)
         payload = h.blocks.read(source, (low, high), leads)
-        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, positions)
+        yield DecodeJob(h, payload, low, high, *leads, *tokens, offsets, out, damaged, positions, shrunk)
 
 
 def _row_jobs(source: Source, h: Header, wanted: bool, tokens: Bounds, leads: Bounds) -> Iterator[tuple[DecodeJob, np.ndarray]]:
@@ -367,6 +390,7 @@ def decode_together(
         raise InvalidArgument(f"a stream with a keep list is none that goes into tensors together with others: {_KEPT}")
     for header in headers:
         header.check_tables()
+        check_estimate(header, None)
     kernel = backend_of(backend, "cpu", *headers)
     plain = [n for n, h in enumerate(headers) if h.inner is None]
     found = centre.read_means_together([sources[n] for n in plain], [headers[n] for n in plain], damage)

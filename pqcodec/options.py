@@ -126,6 +126,9 @@ class EncodeOptions:
         if affine and preset.sparse:
             numbers = affine.tokens * min(affine.channels, width)
             affine = replace(affine, outliers=max(round(preset.sparse / 2 * numbers), min(numbers // 2, 1)))
+        sketch = preset.sketched(shape[-1])
+        if sketch and sketch.channels:
+            chunk_tokens = -(-chunk_tokens // sketch.tokens) * sketch.tokens
         codebook, row_bits = None, preset.row_bits(preset.order(width))
         if preset.by_vectors:
             codebook, row_bits = self.codebooks, self.codebooks.vectors.row_bits(preset.radius_bits)
@@ -150,6 +153,7 @@ class EncodeOptions:
             before_rope=self.before_rope,
             joined=self.join_heads,
             linear=linear,
+            sketch=sketch,
         )
         return header if self.keep is None else header_of(header, self.keep)
 

@@ -19,6 +19,7 @@ from pqcodec.codings.presets import Preset
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALONE = [name for name, preset in pqcodec.PRESETS.items() if not preset.by_vectors]  # presets that need no codebooks
+RESTORING = [name for name in ALONE if not pqcodec.PRESETS[name].estimates]  # of these all but sketches
 
 TINY = {  # sizes of a model of transformers that is made in no time
     "vocab_size": 100,

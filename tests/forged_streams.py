@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -19,9 +20,10 @@ from spec_vectors import BOOKS
 
 import pqcodec
 from pqcodec import constants as c
-from pqcodec.codings.declared import Affine, Codebook, half_bits, half_numbers
+from pqcodec.codings.declared import Affine, Codebook, Sketch, half_bits, half_numbers
 from pqcodec.codings.vectors import VectorCodebook
-from pqcodec.stream.header import Header, KeepField, RopeField
+from pqcodec.stream.header import Header, RopeField
+from pqcodec.stream.header_fields import KeepField
 from pqcodec.stream.linear import LinearField
 from pqcodec.stream.orders import order_for
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR, OFFSETS
@@ -95,6 +97,11 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-outliers-16-bf16", of_affine(BF16, (2, 9, 16), 16, 0, apart, codebook=one, chunk_tokens=5, exact_tokens=1)
     yield "v1-any-residual-16-fp32", of_residual(F32, (2, 7, 16), 2, radius_exponent=117, chunk_tokens=3)
     yield "v1-any-residual-16-bf16", of_residual(BF16, (3, 5, 16), 1, radius_exponent=-125, exact_tokens=1, exceptions=1)
+    apart = Sketch(1, c.SKETCH_ORTHOGONAL, 2, 3, 3)
+    yield "v1-any-sketch-20-bf16", of_sketch(BF16, (2, 5, 20), apart, chunk_tokens=4, exact_tokens=1, exceptions=1)
+    yield "v1-any-sketch-260-fp32", of_sketch(F32, (4, 260), replace(apart, channels=40), chunk_tokens=2, seed=2**64 - 5)
+    few = Sketch(8, c.SKETCH_INDEPENDENT)
+    yield "v1-any-sketch-16-fp16", of_sketch(F16, (9, 4, 16), few, chunk_tokens=1, offsets=True, offset_exponent=-3)
     yield "v1-any-exact-throughout", of_split(F16, (2, 3, 16), 48, 12, exact_tokens=2**32 - 1, offsets=True)
     yield "v1-any-no-leading-index", of_split(F32, (0, 2**32, 64), 192, 12, chunk_tokens=1, offsets=True)
 
@@ -170,6 +177,20 @@ def of_residual(dtype: int, shape: tuple[int, ...], stages: int, **fields: Any) 
         cycle(PAPER_RADII),
     )
     return forged(header, lambda block, rows: of_rows(header, block, lambda row: row >> 16 << 16 | next(scales)))
+
+
+def of_sketch(dtype: int, shape: tuple[int, ...], sketch: Sketch, **fields: Any) -> bytes:
+    """Blocks of random signs and lists, of norms some of which are no numbers, each with another exponent."""
+    row_bits = sketch.row_bits(order_for(shape[-1]))
+    header = Header(c.CODING_SKETCH, dtype, shape, row_bits, c.SKETCH_NORM_BITS, rounds=0, sketch=sketch, **fields)
+    norms, exponents = cycle(PAPER_RADII), cycle(EXPONENTS)
+
+    def edited(block: bytearray, rows: int) -> None:
+        for at in range(0, rows * header.row_bytes, header.row_bytes):
+            struct.pack_into("<H", block, at, next(norms))
+        struct.pack_into("<h", block, len(block) - 2, next(exponents))
+
+    return forged(header, edited)
 
 
 def with_outliers(header: Header, block: bytearray, rows: int, number: int) -> None:

@@ -33,10 +33,10 @@ def stored(x: torch.Tensor) -> np.ndarray:
 
 
 def decoded(data: bytes, backend: str, tables: Any = ()) -> Any:
-    """The tensor of a stream, or the rows that it keeps of one."""
+    """The tensor of a stream, or the rows that it keeps of one; of a sketch the estimate without bias."""
     if pqcodec.inspect(data).kept_of is None:
-        return pqcodec.decode(data, tables=tables, backend=backend)
-    return pqcodec.decode_kept(pqcodec.given_tables(data, tables), backend=backend)[0]
+        return pqcodec.decode(data, tables=tables, backend=backend, estimate="unbiased")
+    return pqcodec.decode_kept(pqcodec.given_tables(data, tables), backend=backend, estimate="unbiased")[0]
 
 
 def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
@@ -50,8 +50,11 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     sparse = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].sparse]
     by_levels = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_levels and preset not in sparse]
     sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine and preset not in (*by_levels, *sparse)]
+    sketches = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].estimates]
     of_books = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_vectors]
-    others = [preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse, *of_books)]
+    others = [
+        preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse, *of_books, *sketches)
+    ]
     for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
     for head_dim in (1, 20, 80, 96, 100, 112, 128, 160, 192, 256, 576, 1024):
@@ -162,6 +165,17 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-q4_0-8-blocks", gaussian(2, 2, 7, 16, dtype=torch.bfloat16), {"preset": "q4_0", **options}
     yield "v1-quad2.5-20-basis", gaussian(2, 7, 20, dtype=torch.float32), {"preset": "quad2.5", "basis": 6, "exact_last": 1}
     yield from residual_cases(rope, odd, extreme)
+    rng.bit_generator.state = state
+    for preset in sketches:
+        yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
+    for head_dim in (1, 20, 100, 300):
+        options = {"preset": "qjl-outliers", "seed": 2**64 - 1}
+        yield f"v1-qjl-outliers-{head_dim}-fp32", gaussian(2, head_dim, dtype=torch.float32), options
+    options = {"preset": "qjl4-outliers", "center": "rope", "rope": rope, "exact_tokens": 4}
+    yield "v1-qjl4-outliers-32-rope-half", gaussian(2, 75, 32, dtype=torch.bfloat16) + 3, options
+    yield "v1-qjl-64-exact-vectors", odd, {"preset": "qjl", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
+    yield "v1-qjl-outliers-64-extremes", extreme, {"preset": "qjl-outliers"}
+    yield "v1-qjl-64-empty", gaussian(3, 0, 64), {"preset": "qjl", "center": "mean"}
 
 
 def residual_cases(rope: Rope, odd: torch.Tensor, extreme: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:

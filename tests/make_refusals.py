@@ -55,6 +55,7 @@ LAST = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_last=1, s
 TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinite="exact", seed=0, **REFERENCE)
 LEVELS = spec_vectors.level_stream()  # of 16.4
 OUTLIERS = spec_vectors.level_stream("kvquant2")
+SKETCH = spec_vectors.sketch_stream()  # of 21.6
 OF_LEVELS = 80  # where its levels begin
 BASIS = spec_vectors.linear_stream()
 OF_LINEAR, AT_LINEAR = 88, 100  # where its part of the header, and its section, begin
@@ -109,11 +110,17 @@ def of_streams() -> Iterator[Case]:
         ("9-keep-lists", UNSUPPORTED, forged(MANY, (OF_KEEP + 8, "B", 3))),
         ("9-keep-reserved", UNSUPPORTED, forged(MANY, (OF_KEEP + 15, "B", 1))),
         ("9-frequencies", CORRUPT, forged(ROPE, (OF_ROPE + 8, "H", 6))),
+        ("9-sketch-matrix", UNSUPPORTED, forged(SKETCH, (64, "B", 3))),
+        ("9-sketch-reserved", UNSUPPORTED, forged(SKETCH, (67, "B", 1))),
         ("10-ndim-0", CORRUPT, forged(PLAIN, (7, "B", 0))),
         ("10-head_dim-0", CORRUPT, forged(PLAIN, (56, "Q", 0))),
         ("10-head_dim-1025", CORRUPT, forged(PLAIN, (56, "Q", 1025))),
         ("10-tokens", CORRUPT, forged(PLAIN, (48, "Q", (1 << 32) + 1))),
         ("10-numbers", CORRUPT, forged(NOTHING, (48, "Q", 1 << 47))),
+        ("10-sketch-blocks-0", CORRUPT, forged(SKETCH, (65, "B", 0), (66, "B", 4))),
+        ("10-sketch-row_bits", CORRUPT, forged(SKETCH, (16, "I", 112))),
+        ("10-sketch-channels-7", CORRUPT, forged(SKETCH, (68, "H", 7))),
+        ("10-sketch-of-two-rounds", CORRUPT, forged(SKETCH, (12, "H", 12))),
         ("10-radius_bits-split", CORRUPT, forged(PLAIN, (14, "B", 10))),
         ("10-radius_bits-paper", CORRUPT, forged(PAPER, (14, "B", 15))),
         ("10-radius_bits-quads", CORRUPT, forged(QUADS, (14, "B", 9))),

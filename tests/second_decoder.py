@@ -296,6 +296,9 @@ def block_bytes(data: bytes, rows: int) -> int:
     size = rows * -(-struct.unpack_from("<I", data, 16)[0] // 8)
     if data[5] == 3:
         return -(-(size + 6) // 16) * 16
+    if data[5] == 7:
+        tokens, lists, _ = sketch_groups(data)
+        return size + -(-rows // tokens) * lists + 6
     if data[5] < 4 or data[5] == 6:
         return size + 4
     tokens, fields, _ = affine_groups(data)
@@ -452,6 +455,57 @@ def pair_row(
     return numbers[:order]
 
 
+# -- 21: sign sketch -----------------------------------------------------------------------------------------------
+def sketch_groups(data: bytes) -> tuple[int, int, int]:
+    """Tokens of a group (4096 where there are no outlier channels), bytes of its list, and those of a channel (21.2)."""
+    at = 48 + 8 * data[7]
+    channels, _, tokens = struct.unpack_from("<HHI", data, at + 4)
+    width = 1 if struct.unpack_from("<Q", data, at - 8)[0] <= 256 else 2
+    return (tokens, channels * width, width) if channels else (4096, 0, width)
+
+
+@cache
+def projections(matrix: int, seed: int, order: int, rows: int) -> np.ndarray:
+    """T of 21.3."""
+    if matrix == 2:
+        return np.array([[splitmix64(seed, i * order + j).bit_count() - 32 for j in range(order)] for i in range(rows)])
+    h, found, words = hadamard(order), [], -(-order // 64)
+    for j in range(rows // order):
+        own = (seed + 2 * j * words * 0x9E3779B97F4A7C15) % 2**64
+        first = (h * signs(own, words, order))[permutation(order)]
+        found.append((h * signs(own, 0, order)) @ first)
+    return np.concatenate(found)
+
+
+def sketch_rows(data: bytes, block: bytes, rows: int, shrunk: bool = False) -> list[tuple[list[F], F, F]]:
+    """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read."""
+    at = 48 + 8 * data[7]
+    (head_dim,), (seed,) = struct.unpack_from("<Q", data, at - 8), struct.unpack_from("<Q", data, 32)
+    matrix, blocks, outlier_blocks, _, channels = struct.unpack_from("<BBBBH", data, at)
+    row_bytes, order = struct.unpack_from("<I", data, 16)[0] // 8, next(n for n in ORDERS if n >= head_dim)
+    tokens, list_bytes, width = sketch_groups(data)
+    exponent = min(max(int.from_bytes(block[-2:], "little", signed=True), -126), 127)
+    parts = [(blocks, head_dim - channels), (outlier_blocks, channels)][: 2 if channels else 1]
+    found = []
+    for i in range(rows):
+        row = int.from_bytes(block[i * row_bytes : (i + 1) * row_bytes], "little")
+        listed = block[rows * row_bytes + i // tokens * list_bytes :][:list_bytes]
+        outliers = {int.from_bytes(listed[k : k + width], "little") for k in range(0, list_bytes, width)}
+        place, numbers = 16 * len(parts), []
+        for part, (b, d) in enumerate(parts):
+            m = b * order
+            x = np.array([1 if row >> place + k & 1 else -1 for k in range(m)])
+            t = projections(matrix, seed, order, m).T @ x
+            mean = math.comb(order, order // 2) / 2**order * math.pi / 2 if matrix == 1 else math.sqrt(math.pi / 2) / 4
+            a = 37408 * d if matrix == 1 else max(102944 * d - 65536, 0)
+            h = F(2**31 * m // (2**16 * m + a) / 2**15) if shrunk else F(1)
+            factor = half(field(row, 16 * part, 16)) * F(mean / m) * h
+            numbers.append([F(int(each)) * factor for each in t])
+            place += m
+        found.append(([numbers[1 if k in outliers else 0][k] for k in range(order)], F(2.0**exponent), F(1)))
+    return found
+
+
 # -- 9: offsets ----------------------------------------------------------------------------------------------------
 def turned(offset: np.ndarray, position: int, pairing: int, frequencies: tuple[int, ...]) -> np.ndarray:
     out = offset.copy()
@@ -524,7 +578,7 @@ def linear_stage(data: bytes) -> list[np.ndarray]:
 
 def behind_shape(data: bytes) -> tuple[int, int]:
     """Where the header has the 16 bytes of 17.1, and those of RoPE."""
-    at = 48 + 8 * data[7] + (data[12] & 16)
+    at = 48 + 8 * data[7] + (16 if data[12] & 16 or data[5] == 7 else 0)
     return at, at + (16 if data[12] & 64 else 0) + (8 if data[15] else 0)
 
 
@@ -614,7 +668,7 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5, 6) or dtype not in (1, 2, 3) or flags & ~511 or linear > 3 or data[44] > 2 or data[45]:
+    if coding not in (1, 2, 3, 4, 5, 6, 7) or dtype not in (1, 2, 3) or flags & ~511 or linear > 3 or data[44] > 2 or data[45]:
         return "unsupported"
     if (coding in (4, 5)) != bool(flags & 16) or (flags & 32 and coding != 5):
         return "unsupported"
@@ -622,7 +676,8 @@ def refusal(data: bytes) -> str:
         return "unsupported"
     end, rope, body = 48 + 8 * ndim, flags & 258, data[: size - 4]
     affine = end if coding in (4, 5) else 0
-    end += 16 if affine else 0
+    sketch = end if coding == 7 else 0
+    end += 16 if affine or sketch else 0
     keep = end if flags & 64 else 0
     end += 16 if keep else 0
     stage = end if linear else 0
@@ -634,6 +689,11 @@ def refusal(data: bytes) -> str:
     )
     spare = body[affine + 14 : affine + 16] if flags & 32 else body[affine + 12 : affine + 16]
     if not group or not channels_of or kind not in (1, 2, 3) or place or pairs > 2 or (affine and any(spare)):
+        return "unsupported"
+    matrix, blocks, outlier_blocks, *drawn = (
+        struct.unpack_from("<BBBBHHII", body, sketch) if sketch else (1, 1, 0, 0, 0, 0, 0, 0)
+    )
+    if matrix not in (1, 2) or drawn[0] or drawn[2] or drawn[4]:
         return "unsupported"
     whole, lists = struct.unpack_from("<QB", body, keep) if keep else (0, 1)
     if lists not in (1, 2) or (keep and any(body[keep + 9 : keep + 16])):
@@ -666,7 +726,9 @@ def refusal(data: bytes) -> str:
         6: 1 <= radius_bits <= 8
         and row_bits
         in [16 + radius_bits * (width(data) // w) * b for w in (8, 16, 32, 64) if width(data) % w == 0 for b in range(4, 13)],
+        7: radius_bits == 16 and row_bits == (32 if drawn[1] else 16) + (blocks + outlier_blocks) * order,
     }
+    apart = [1 <= drawn[1] <= shape[-1], 1 <= outlier_blocks <= 8, 1 <= drawn[3] <= 4096 and chunk % drawn[3] == 0]
     ranges = [
         tokens <= 2**32,
         rows[coding],
@@ -678,11 +740,13 @@ def refusal(data: bytes) -> str:
         not keep or ndim > 1,
         not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
-        not flags & 8 if coding in (2, 4, 5, 6) else flags & 8 or coding == 1,
+        coding != 7 or not (flags & 384 or linear),
+        1 <= blocks <= 8 and (all(apart) if drawn[1] or outlier_blocks or drawn[3] else True),
+        not flags & 8 if coding in (2, 4, 5, 6, 7) else flags & 8 or coding == 1,
         size
         == 52
         + 8 * ndim
-        + (16 if affine else 0)
+        + (16 if affine or sketch else 0)
         + (16 if keep else 0)
         + (8 if linear else 0)
         + (16 + 2 * channels if rope else 0)
@@ -741,8 +805,11 @@ def order_seal(data: bytes) -> int:
     return checksum(b"".join(data[end - 4 : end] for end in itertools.accumulate(blocks(data))))
 
 
-def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
-    """The tensor of a stream, of its kept tokens, as unsigned integers: uint16 for f16 and bf16, uint32 for f32."""
+def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> np.ndarray:
+    """The tensor of a stream, of its kept tokens, as unsigned integers: uint16 for f16 and bf16, uint32 for f32.
+
+    Of a sign sketch the unbiased numbers, or the shrunk ones.
+    """
     if error := refusal(data):
         raise ValueError(f"the stream is {error}")
     if error := missing(data, tables):
@@ -776,7 +843,7 @@ def decode(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
             exactly = np.frombuffer(take(count * head_dim * kind.itemsize), kind)
             out[lead, first : first + count] = exactly.reshape(count, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
-    rows = vectors_of(data, coded_rows(data, tables))
+    rows = vectors_of(data, coded_rows(data, tables, shrunk))
     for lead, i in itertools.product(range(leading), range(coded if leading else 0)):
         token = kept_at[lead % len(kept_at)][kept + i] if kept_at else kept + i
         y = rows[lead, i]
@@ -828,7 +895,7 @@ def combined(row: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.array(found).astype(np.float32)
 
 
-def coded_rows(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
+def coded_rows(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> np.ndarray:
     """y of step 4 of 6.5 of every coded row: float32 [leading of rows, coded tokens, numbers of a row]."""
     coding, _, ndim, _, flags, radius_bits = struct.unpack_from("<BBBIHB", data, 5)
     row_bits, chunk, _, _, seed, _, radius_exponent = struct.unpack_from("<IIIIQhh", data, 16)
@@ -849,6 +916,8 @@ def coded_rows(data: bytes, tables: Sequence[bytes] = ()) -> np.ndarray:
                 table = table_of(data, tables)
                 assert table
                 of_groups = residual_rows(data, rows, count, table)
+            if coding == 7:
+                of_groups = sketch_rows(data, rows, count, shrunk)
             for i in range(count):
                 row = int.from_bytes(rows[i * row_bytes : (i + 1) * row_bytes], "little")
                 if of_groups:

@@ -116,6 +116,33 @@ def rope_trace(data: bytes) -> list[str]:
     return lines
 
 
+# -- 21.6: a sketch ----------------------------------------------------------------------------------------------
+SKETCH_NOTES = [
+    *FIXED,
+    (16, "shape"),
+    (16, "sketch"),
+    (4, "checksum"),
+    (12, "rows: norms, signs, signs of the outlier channel"),
+    (12, ""),
+    (12, ""),
+    (7, "list, exponent, checksum"),
+]
+
+
+def sketch_stream() -> bytes:
+    """The vectors of 14.1, by qjl-outliers."""
+    return pqcodec.encode(AFFINE_NUMBERS, preset="qjl-outliers", seed=0, **REFERENCE)
+
+
+def sketch_trace(data: bytes) -> list[str]:
+    """Of each row the norms and the unbiased numbers, and those of the first one shrunk."""
+    words, found = [], second.sketch_rows(data, data[84:-4], 3)
+    for numbers, _, _ in found:
+        words.append(", ".join(str(x) for x in numbers[:6]))
+    shrunk = second.sketch_rows(data, data[84:-4], 3, shrunk=True)[0][0]
+    return [*words, ", ".join(str(x) for x in shrunk[:6])]
+
+
 # -- 17.3: a stream of kept tokens -------------------------------------------------------------------------------
 KEEP_NOTES = [
     *FIXED,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, DEVICE, TORCH_DTYPES, gaussian, rel_mse
+from conftest import DEVICE, RESTORING, TORCH_DTYPES, gaussian, rel_mse
 
 import pqcodec
 from pqcodec import constants as c
@@ -106,7 +106,7 @@ def test_layers_share_a_presets_bits_and_a_chunks_size_stays() -> None:
     assert rel_mse(was_loud, loud) < rel_mse(was_quiet, quiet) < 0.06
 
 
-@pytest.mark.parametrize("preset", ALONE)
+@pytest.mark.parametrize("preset", RESTORING)
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_presets_that_share_fill_no_more_than_the_size(preset: str, tokens: int) -> None:
     pytest.importorskip("numba")
@@ -170,7 +170,7 @@ def test_centred_keys_do_not_mind_where_a_chunk_begins() -> None:
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("preset", ALONE)
+@pytest.mark.parametrize("preset", RESTORING)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_sizes_are_exact_and_equal_for_all_numbers(preset: str, tokens: int) -> None:
     chunks = codec_of(preset=preset, rope=pqcodec.Rope())

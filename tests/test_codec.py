@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, BACKENDS, DEVICE, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
+from conftest import BACKENDS, DEVICE, RESTORING, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,7 +64,7 @@ WORST_ERROR = {
 }
 
 
-@pytest.mark.parametrize("preset", ALONE)
+@pytest.mark.parametrize("preset", RESTORING)
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_round_trip_keeps_shape_dtype_kind_and_error(preset: str, dtype: torch.dtype, backend: str) -> None:
     x = gaussian(2, 3, 70, 64, dtype=dtype)
@@ -90,7 +90,7 @@ def test_numpy_in_numpy_out(dtype: Any, backend: str) -> None:
     tokens=st.integers(0, 40),
     head_dim=st.one_of(st.integers(1, 130), st.sampled_from([160, 192, 256, 320, 576, 1000, 1024])),
     dtype=st.sampled_from(TORCH_DTYPES),
-    preset=st.sampled_from(sorted(ALONE)),
+    preset=st.sampled_from(sorted(RESTORING)),
     exact_tokens=st.sampled_from([0, 1, 4, 100]),
     center=st.sampled_from([None, "mean"]),
     seed=st.integers(0, 2**64 - 1),

@@ -60,6 +60,7 @@ KEEP = 48 + 3 * 8  # likewise, of pq3
 LEVELS = AFFINE + 16
 RESERVED_FIELDS = ((0, "I", 0), (4, "I", 0), (8, "B", 0), (8, "B", 4), (9, "B", 1), (10, "B", 3), (12, "I", 1), (15, "B", 1))
 OTHER_FIELDS = ((0, "I", 4097), (0, "I", 100), (4, "I", 1), (4, "I", 64), (8, "B", 1), (8, "B", 2), (10, "B", 0), (11, "B", 0))
+RESERVED_OF_SKETCHES = ((0, "B", 0), (0, "B", 3), (3, "B", 1), (6, "H", 1), (12, "I", 1))
 FIRST_WRONG = [  # by step: what is wrong there, and after it
     (1, forged("pq3", [(0, "B", 0), VERSION])[:20], CorruptStream),
     (1, b"\x89P?", CorruptStream),
@@ -108,6 +109,17 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     *[(10, forged("nuq2", [(16, "I", n)]), CorruptStream) for n in (64, 192, 512)],
     *[(11, forged(kind, [(44, "B", n)]), CorruptStream) for kind, n in (("nuq2", 0), ("nuq2", 2), ("int4", 1), ("int4", 2))],
     *[(10, forged(kind, [(FLAGS, "H", 28)]), CorruptStream) for kind in ("wu44", "int4")],
+    (7, forged("qjl", [(FLAGS, "H", 20), ROW_BITS]), UnsupportedStream),
+    (8, forged("qjl", [(7, "B", 5)]), CorruptStream),
+    *[(9, forged("qjl", [(AFFINE + at, form, n), ROW_BITS]), UnsupportedStream) for at, form, n in RESERVED_OF_SKETCHES],
+    *[(10, forged("qjl", [(AFFINE + at, form, n)]), CorruptStream) for at, form, n in ((1, "B", 0), (1, "B", 9), (2, "B", 1))],
+    *[(10, forged("qjl", [(AFFINE + at, form, n)]), CorruptStream) for at, form, n in ((4, "H", 1), (8, "I", 32))],
+    *[(10, forged("qjl-outliers", [(AFFINE + 4, "H", n)]), CorruptStream) for n in (0, 65)],
+    *[(10, forged("qjl-outliers", [(AFFINE + 8, "I", n)]), CorruptStream) for n in (0, 4097, 63)],
+    *[(10, forged("qjl-outliers", [(AFFINE + at, "B", 4), (AFFINE + 3 - at, "B", 0)]), CorruptStream) for at in (1, 2)],
+    *[(10, forged("qjl", [(16, "I", n)]), CorruptStream) for n in (16 + 64, 32 + 128, 16 + 192)],
+    *[(10, forged("qjl", [(at, form, n)]), CorruptStream) for at, form, n in ((14, "B", 0), (FLAGS, "H", 12))],
+    (12, forged("qjl-outliers", [(AFFINE + 4, "H", 5)]), TruncatedStream),
     (10, forged("pq3", [NDIM]), CorruptStream),
     (10, forged("pq3", [(64, "Q", 0)]), CorruptStream),
     (10, forged("pq3", [(64, "Q", 1025)]), CorruptStream),

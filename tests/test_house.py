@@ -127,7 +127,7 @@ SAME_VERBS = [  # (names, None: any; modules and folders, in each of which such 
         {"encode", "decode", "decode_kept", "decode_together", "inspect", "verify", "means", "convert", "train_vq"},
         "pqcodec/codec.py pqcodec/training.py pqcodec/host.py pqcodec/device.py "
         "pqcodec/codings/split.py pqcodec/codings/paper.py pqcodec/codings/quads.py "
-        "pqcodec/codings/pairs.py pqcodec/codings/scalar.py pqcodec/codings/residual.py "
+        "pqcodec/codings/pairs.py pqcodec/codings/scalar.py pqcodec/codings/residual.py pqcodec/codings/sketch.py "
         "formats/containers/kinds.py tools/ tools/store/",
     ),
     (  # kernel families, with the definition of what they compute

@@ -19,7 +19,8 @@ import spec_vectors as vectors
 
 import pqcodec
 from pqcodec import constants as c
-from pqcodec.codings import angles, paper, quads
+from pqcodec.codings import angles, paper, quads, sketch
+from pqcodec.codings.declared import Sketch
 from pqcodec.codings.plan import plan_for
 from pqcodec.formats import PQKVFile
 from pqcodec.formats.store.keys import Chain
@@ -239,6 +240,15 @@ def test_the_worked_example_of_vectors_before_rope_holds() -> None:
     assert second_decoder.decode(stream).view(np.float16).tolist() == pqcodec.decode(stream).tolist()
 
 
+def test_the_worked_example_of_a_sketch_holds() -> None:
+    (lines,) = example("### 21.6 Example")
+    stream = vectors.sketch_stream()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.SKETCH_NOTES))
+    told = " ".join(SPEC.split())
+    assert all(numbers in told for numbers in vectors.sketch_trace(stream))
+    assert second_decoder.decode(stream).view(np.float32).tolist() == pqcodec.decode(stream, estimate="unbiased").tolist()
+
+
 def test_the_worked_example_of_scalar_coding_holds() -> None:
     (lines,) = example("### 15.1 Example")
     stream = vectors.affine_stream("int4")
@@ -322,6 +332,21 @@ def test_factors_of_quads_are_far_from_an_edge_of_their_rounding() -> None:
             exact = Decimal(2) ** (Decimal(step) / c.QUADS_RADIUS_STEPS) / (Decimal(c.QUADS_TABLES[bits][0]) * order)
             scaled = exact * Decimal(2) ** (c.QUADS_FACTOR_BITS - math.frexp(float(exact))[1])
             assert abs(scaled % 1 - Decimal("0.5")) > Decimal("7e-4")
+
+
+def test_factors_of_sketches_are_far_from_an_edge_of_their_rounding() -> None:
+    with localcontext() as context:
+        context.prec = 60
+        pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+        for order, blocks in product(c.ROTATION_ORDERS, c.SKETCH_BLOCKS):
+            means = pi * math.comb(order, order // 2) / 2 ** (order + 1), (pi / 2).sqrt() / 4
+            for matrix, mean in zip(c.SKETCH_ERRORS, means, strict=True):
+                exact = mean / (blocks * order)
+                scaled = exact * Decimal(2) ** (24 - math.frexp(float(exact))[1])
+                assert abs(scaled % 1 - Decimal("0.5")) > Decimal("6e-3")
+                found = sketch.scales(Sketch(blocks, matrix), order, order, False)[0, 0]
+                assert abs(Decimal(float(found)) / exact - 1) < Decimal(2) ** -24
+    assert "nearer to an edge of its rounding than 6e-3 of a step" in SPEC
 
 
 @pytest.mark.parametrize("salt", ["", "caf\u00e9"])

@@ -80,6 +80,47 @@ class Codebook:
         return ""
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """How vectors are sketched by signs (SPEC 21); a block of signs has N, the order of a row."""
+
+    blocks: int  # of signs of a vector; of its channels that are no outliers, where there are such
+    matrix: int = c.SKETCH_ORTHOGONAL
+    tokens: int = 0  # of a group, which has outlier channels of its own; 0: there are none
+    channels: int = 0  # outlier channels of a group
+    outlier_blocks: int = 0  # of signs of these
+
+    @property
+    def norm_bits(self) -> int:
+        """Bits of the norms of a row: one, or one more of the outlier channels."""
+        return c.SKETCH_NORM_BITS * (2 if self.channels else 1)
+
+    def row_bits(self, order: int) -> int:
+        """Bits of a row: norms and signs."""
+        return self.norm_bits + (self.blocks + self.outlier_blocks) * order
+
+    def list_bytes(self, head_dim: int) -> int:
+        """Bytes of the list of a group's outlier channels."""
+        return self.channels * (1 if head_dim <= c.SKETCH_NARROW else 2)
+
+    def error(self, head_dim: int, order: int) -> float:
+        """Squared error of a decoded vector over its squared norm, without outlier channels, by closed form."""
+        slope, start = c.SKETCH_ERRORS[self.matrix]
+        return (slope * (head_dim - self.channels) + start) / (self.blocks * order << c.SKETCH_ERROR_BITS)
+
+    def problem(self, head_dim: int, chunk_tokens: int) -> str:
+        """What is not possible, or an empty string."""
+        if self.matrix not in c.SKETCH_ERRORS or self.blocks not in c.SKETCH_BLOCKS:
+            return f"a sketch of {self.blocks} blocks by matrix {self.matrix} is not possible"
+        if not self.channels and not self.outlier_blocks and not self.tokens:
+            return ""
+        if not 1 <= self.channels <= head_dim or self.outlier_blocks not in c.SKETCH_BLOCKS:
+            return f"a sketch of {self.channels} of {head_dim} channels apart, in {self.outlier_blocks} blocks, is not possible"
+        if not 1 <= self.tokens <= c.MAX_CHUNK_TOKENS or chunk_tokens % self.tokens:
+            return f"chunk_tokens {chunk_tokens} is no multiple of the {self.tokens} tokens of a group"
+        return ""
+
+
 def half_numbers(bits: tuple[int, ...]) -> tuple[float, ...]:
     """The numbers that bits of float16 stand for."""
     return struct.unpack(f"<{len(bits)}e", struct.pack(f"<{len(bits)}H", *bits))
@@ -107,6 +148,7 @@ class Declared:
     affine_problem: Callable[[int, int, int, Affine], str] | None = None
     takes_levels: bool = False  # whether its codes may be those of a ``Codebook``
     by_vectors: bool = False  # whether its codes are those of a ``VectorCodebook``
+    sketches: bool = False  # whether a ``Sketch`` says how vectors are coded, of which so only inner products are kept
 
     @property
     def shares_fields(self) -> bool:
@@ -226,4 +268,19 @@ RESIDUAL = Declared(
     by_vectors=True,
 )
 
-DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR, RESIDUAL)}
+
+def _sketch_problem(order: int, row_bits: int, radius_bits: int) -> str:
+    return "" if radius_bits == c.SKETCH_NORM_BITS else f"a sign sketch has norms of 16 bits, not of {radius_bits}"
+
+
+SKETCH = Declared(
+    c.CODING_SKETCH,
+    "sign sketch",
+    (0,),  # the rotations are the sketch's own
+    lambda order, quarter_bits: order * quarter_bits // 4,
+    _sketch_problem,
+    beside=c.SKETCH_EXPONENT_BYTES + c.CHECKSUM_BYTES,
+    sketches=True,
+)
+
+DECLARED = {coding.code: coding for coding in (SPLIT, PAPER, QUADS, PAIRS, SCALAR, RESIDUAL, SKETCH)}

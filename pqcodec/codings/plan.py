@@ -12,7 +12,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings import angles
-from pqcodec.codings.declared import DECLARED, Affine, quads_index_bits
+from pqcodec.codings.declared import DECLARED, Affine, Sketch, quads_index_bits
 from pqcodec.codings.vectors import Vectors
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
@@ -42,6 +42,9 @@ class Plan:
     affine: Affine | None = None
     levels: np.ndarray | None = None  # float32 [2^bits of a code], where a codebook brings them
     vectors: Vectors | None = None  # of residual VQ, whose stages are ``radius_bits``
+    sketch: Sketch | None = None
+    seed: int = 0  # of the matrix of a sketch
+    shrunk: bool = False  # whether vectors of a sketch are decoded with less error, and not without bias
 
     @property
     def energy_scale(self) -> int:
@@ -98,6 +101,8 @@ def plan_for(header: Header) -> Plan:
     """The plan of a stream; cached, since a cache of many layers has few kinds of streams. Raises MissingTable."""
     h = header
     plan = _plan(h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine)
+    if h.sketch:
+        return replace(plan, sketch=h.sketch, seed=h.seed)
     if not h.codebook:
         return plan
     return replace(plan, levels=np.array(h.levels, np.float32) if h.levels else None, vectors=h.vectors)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED, Affine
+from pqcodec.codings.declared import DECLARED, Affine, Sketch
 from pqcodec.errors import InvalidArgument
 
 _USUAL_BITS, _USUAL_GROUP = 11, 32  # of an index and channels of a group, in the paper's codebooks
@@ -23,6 +23,7 @@ class Preset:
     affine: Affine | None = None  # what groups share; of pair polar its pairing is the caller's
     by_levels: bool = False  # whether streams bring the levels of their codes
     sparse: float = 0  # share of a group's numbers that is kept apart
+    sketch: Sketch | None = None  # of as many outlier channels as ``sketched`` says
 
     @property
     def by_vectors(self) -> bool:
@@ -45,6 +46,17 @@ class Preset:
         return self.quarter_bits / 4 + (self.affine.rate if self.affine else 0)
 
     @property
+    def estimates(self) -> bool:
+        """Whether streams tell inner products of their vectors alone, and these but with an error that is not theirs."""
+        return self.sketch is not None
+
+    def sketched(self, head_dim: int) -> Sketch | None:
+        """The sketch of vectors of ``head_dim`` numbers: a channel of 16 is an outlier, 8 of the 128 of arXiv 2406.03482."""
+        if self.sketch is None or not self.sketch.channels:
+            return self.sketch
+        return replace(self.sketch, channels=max(head_dim // c.GROUP, 1))
+
+    @property
     def own(self) -> bool:
         """Whether the coding is this project's; the others are published systems, there to be compared with."""
         return self.coding in (c.CODING_SPLIT, c.CODING_QUADS)
@@ -59,7 +71,8 @@ class Preset:
         >>> PRESETS["pq3"].row_bits(128), PRESETS["quad3"].row_bits(128), PRESETS["paper"].row_bits(128)
         (384, 392, 496)
         """
-        return DECLARED[self.coding].row_bits(order, self.quarter_bits)
+        norms = self.sketch.norm_bits if self.sketch else 0
+        return norms + DECLARED[self.coding].row_bits(order, self.quarter_bits)
 
 
 def _pairs(name: str, radius_bits: int, angle_bits: int, tokens: int = 128) -> Preset:
@@ -81,6 +94,13 @@ def _residual(stages: int) -> Preset:
 def _levels(name: str, bits: int, tokens: int, channels: int, sparse: float = 0) -> Preset:
     """The same by the 2^bits levels that a stream brings."""
     return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, c.AFFINE_SCALE_ZERO), True, sparse)
+
+
+def _sketch(name: str, blocks: int, outlier_blocks: int = 0, matrix: int = c.SKETCH_ORTHOGONAL) -> Preset:
+    """Signs of so many projections a coordinate, and of as many a coordinate of outlier channels in groups of 32 tokens."""
+    apart = {"tokens": c.QJL_TOKENS, "channels": 1, "outlier_blocks": outlier_blocks} if outlier_blocks else {}
+    sketch = Sketch(blocks, matrix, **apart)
+    return Preset(name, c.CODING_SKETCH, 4 * (blocks + outlier_blocks), c.SKETCH_NORM_BITS, sketch=sketch)
 
 
 PRESETS: dict[str, Preset] = {
@@ -124,6 +144,11 @@ PRESETS: dict[str, Preset] = {
         _levels("kvquant3", 3, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         _levels("kvquant2", 2, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         *map(_residual, c.RESIDUAL_STAGES),
+        _sketch("qjl", 2),
+        _sketch("qjl4", 4),
+        _sketch("qjl-outliers", 2, 2),
+        _sketch("qjl4-outliers", 4, 1),
+        _sketch("qjl-iid", 2, matrix=c.SKETCH_INDEPENDENT),
     )
 }
 
@@ -135,13 +160,33 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def check_restores(name: str, who: str) -> None:
+    """Raises InvalidArgument for a preset that only estimates inner products, where ``who`` needs the vectors themselves.
+
+    >>> check_restores("quad3", "a prefix store")
+    """
+    if preset(name).estimates:
+        raise InvalidArgument(
+            f"preset {name!r} keeps inner products of keys, not keys, and {who} needs these: choose pq, quad or another preset"
+        )
+
+
 @lru_cache(maxsize=256)
 def preset_name(
-    coding: int, row_bits: int, radius_bits: int, order: int, affine: Affine | None = None, by_levels: bool = False
+    coding: int,
+    row_bits: int,
+    radius_bits: int,
+    order: int,
+    affine: Affine | None = None,
+    by_levels: bool = False,
+    sketch: Sketch | None = None,
 ) -> str | None:
     """The preset that writes such rows, or None; how many outliers they have does not count, but whether they do."""
     alone = replace(affine, pairing=0, outliers=0) if affine else None
     row_bits = 0 if DECLARED[coding].by_vectors else row_bits
-    wanted = (coding, row_bits, radius_bits, alone, by_levels, bool(affine and affine.outliers))
-    rows = ((p, (p.coding, p.row_bits(order), p.radius_bits, p.affine, p.by_levels, p.sparse > 0)) for p in PRESETS.values())
-    return next((p.name for p, row in rows if row == wanted), None)
+    drawn = replace(sketch, channels=min(sketch.channels, 1)) if sketch else None
+    wanted = (coding, row_bits, radius_bits, alone, by_levels, bool(affine and affine.outliers), drawn)
+    for p in PRESETS.values():
+        if (p.coding, p.row_bits(order), p.radius_bits, p.affine, p.by_levels, p.sparse > 0, p.sketch) == wanted:
+            return p.name
+    return None

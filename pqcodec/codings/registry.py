@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pqcodec.codings import pairs, paper, quads, residual, scalar, split
+from pqcodec.codings import pairs, paper, quads, residual, scalar, sketch, split
 from pqcodec.codings.bits import block_of_rows, rows_of_block
-from pqcodec.codings.declared import PAIRS, PAPER, QUADS, RESIDUAL, SCALAR, SPLIT, Declared
+from pqcodec.codings.declared import PAIRS, PAPER, QUADS, RESIDUAL, SCALAR, SKETCH, SPLIT, Declared
 from pqcodec.codings.plan import Plan
 
 
@@ -37,5 +37,6 @@ CODINGS = {
         Coding(PAIRS, pairs.encode, pairs.decode),
         Coding(SCALAR, scalar.encode, scalar.decode),
         Coding(RESIDUAL, residual.encode, residual.decode, paper.radius_exponent),
+        Coding(SKETCH, sketch.encode, sketch.decode),
     )
 }

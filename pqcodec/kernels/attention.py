@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.codings import sketch
 from pqcodec.codings.plan import plan_for
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import InvalidArgument
@@ -303,6 +304,19 @@ def coded_scores(job: AttentionJob) -> np.ndarray:
     return softcapped(found, job.softcap)
 
 
+def score_variances(job: AttentionJob) -> np.ndarray:
+    """Of the scores of keys that are sketches, at most: float64 [leading, rows, tokens]; 0 of exact vectors."""
+    coded, q = job.keys, job.queries.astype(np.float64)
+    h, plan = coded.header, plan_for(coded.header)
+    found = np.zeros((*q.shape[:2], job.tokens[1] - job.tokens[0]))
+    for chunk, rows, at in coded.rows(job.tokens):
+        for lead in range(h.leading):
+            each = sketch.variances(_checked_body(job, coded, chunk, lead), h.blocks.tokens(chunk), rows, plan, q[lead])
+            found[lead, :, at : at + each.shape[1]] = each
+    found[coded.exact.leads, :, coded.exact.tokens - job.tokens[0]] = 0
+    return found
+
+
 def attend_to_coded(job: AttentionJob) -> Partial:
     """Attention to the job's tokens: float64 [leading, rows, head_dim of the values]."""
     assert job.values is not None
@@ -330,12 +344,18 @@ def attend_to_coded(job: AttentionJob) -> Partial:
 
 def decoded_units(job: AttentionJob, coded: CodedTokens, chunk: int, lead: int, rows: Bounds) -> tuple[np.ndarray, np.ndarray]:
     """v and A B of some rows of a block, float64 [n, order] and [n]; ``job.damage`` tells if its checksum does not hold."""
-    h, block = coded.header, coded.block(chunk, lead)
-    body = block[: -c.CHECKSUM_BYTES]
-    if job.check and checksum(body) != block[-c.CHECKSUM_BYTES :].view("<u4")[0]:
-        job.damage.append(block_damage(h, chunk, lead))
+    h, body = coded.header, _checked_body(job, coded, chunk, lead)
     units, first, second = CODINGS[h.coding].decode(body, h.blocks.tokens(chunk), rows, plan_for(h), h.radius_exponent)
     return units.astype(np.float64), first.astype(np.float64) * second
+
+
+def _checked_body(job: AttentionJob, coded: CodedTokens, chunk: int, lead: int) -> np.ndarray:
+    """Bytes of a block without its checksum; ``job.damage`` tells if that does not hold."""
+    block = coded.block(chunk, lead)
+    body = block[: -c.CHECKSUM_BYTES]
+    if job.check and checksum(body) != block[-c.CHECKSUM_BYTES :].view("<u4")[0]:
+        job.damage.append(block_damage(coded.header, chunk, lead))
+    return body
 
 
 def block_damage(h: Header, chunk: int, lead: int) -> Damage:

@@ -62,6 +62,7 @@ class DecodeJob:
     out: Values | None  # [last_lead - first_lead, last_token - first_token, head_dim]
     damaged: np.ndarray  # bool [chunks, leads], to be filled
     positions: np.ndarray | None = None  # uint32 [1 or leading, tokens]: those of kept tokens, which RoPE asks for
+    shrunk: bool = False  # of a sketch: decode vectors of less error, and not those without bias
 
     def block(self, chunk: int, lead: int) -> np.ndarray:
         """Bytes of a block with its checksum."""

@@ -6,6 +6,7 @@ Read ``encode_block`` and ``decode_block``, and the coding's own module; the cla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -153,7 +154,7 @@ class Reference:
 
     def _decode(self, job: DecodeJob, advance: Callable[[int], None]) -> None:
         h = job.header
-        plan = None if job.out is None else plan_for(h)
+        plan = None if job.out is None else replace(plan_for(h), shrunk=job.shrunk)
         for chunk in range(job.first_chunk, job.last_chunk):
             for lead in range(job.first_lead, job.last_lead):
                 block = job.block(chunk, lead)

@@ -17,7 +17,8 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.stream import sections
-from pqcodec.stream.header import DTYPE_NAMES, Header, KeepField
+from pqcodec.stream.header import DTYPE_NAMES, Header
+from pqcodec.stream.header_fields import KeepField
 from pqcodec.stream.index import Bounds
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source

@@ -13,12 +13,13 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import DECLARED, Affine, Codebook, Declared, half_numbers
+from pqcodec.codings.declared import DECLARED, Affine, Codebook, Sketch, half_numbers
 from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.header_ranges import PAIRING_NAMES, header_problem
+from pqcodec.stream.header_fields import KeepField, possible_codebooks, read_affine, read_codebook, read_keep, read_sketch
+from pqcodec.stream.header_ranges import header_problem
 from pqcodec.stream.index import Blocks, blocks_of
 from pqcodec.stream.linear import LINEAR_NAMES, LinearField
 from pqcodec.stream.magic import FIRST_BYTES, whose
@@ -52,14 +53,6 @@ class RopeField:
 
 
 @dataclass(frozen=True)
-class KeepField:
-    """What a stream of kept tokens says of the tensor that they are of (SPEC 17)."""
-
-    tokens: int  # of the whole tensor
-    each: bool  # whether each leading index keeps tokens of its own
-
-
-@dataclass(frozen=True)
 class Header:
     """Everything a decoder must know about a tensor [..., tokens, head_dim]."""
 
@@ -85,6 +78,7 @@ class Header:
     before_rope: bool = False  # vectors are coded as they were before ``rope`` turned them
     joined: bool = False  # vectors of all heads, of the dimension before tokens, are coded as one
     linear: LinearField | None = None  # which of their channels, or combinations of these, are coded
+    sketch: Sketch | None = None  # how a sign sketch is made
 
     def __post_init__(self) -> None:
         problem = header_problem(self)
@@ -185,7 +179,7 @@ class Header:
     def kind(self) -> tuple[Any, ...]:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
-        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook)
+        rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook, self.sketch)
         stages = (self.offsets, rope, self.before_rope, self.heads, self.linear)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, *stages)
 
@@ -194,10 +188,10 @@ class Header:
     def header_bytes(self) -> int:
         """Size of the header, its checksum included."""
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
-        affine = c.AFFINE_STRUCT.size if self.affine else 0
+        coded = c.AFFINE_STRUCT.size if self.affine else c.SKETCH_STRUCT.size if self.sketch else 0
         keep = (c.KEEP_STRUCT.size if self.keep else 0) + (c.LINEAR_STRUCT.size if self.linear else 0)
         codebook = self.codebook.header_bytes if self.codebook else 0
-        return c.HEADER_STRUCT.size + 8 * len(self.shape) + affine + keep + rope + codebook + c.CHECKSUM_BYTES
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + coded + keep + rope + codebook + c.CHECKSUM_BYTES
 
     @cached_property
     def keep_bitmap(self) -> bool:
@@ -264,6 +258,8 @@ class Header:
         if self.affine:
             ends = 2 * self.affine.groups(self.order) * self.affine.outliers
             shared = (self.affine.bytes_of(self.order) + c.OUTLIER_BYTES * ends) / self.affine.tokens
+        elif self.sketch and self.sketch.channels:
+            shared = self.sketch.list_bytes(self.head_dim) / self.sketch.tokens
         return 8 * (self.row_bytes + shared) / (self.heads * self.head_dim)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
@@ -300,6 +296,9 @@ class Header:
             one = self.affine
             numbers = (one.tokens, one.channels, one.fields, c.AFFINE_IN_BLOCKS, one.pairing, one.angle_bits)
             body += c.AFFINE_STRUCT.pack(*numbers, one.outliers, bytes(2))
+        if self.sketch:
+            by = self.sketch
+            body += c.SKETCH_STRUCT.pack(by.matrix, by.blocks, by.outlier_blocks, 0, by.channels, 0, by.tokens, 0)
         if self.keep:
             body += c.KEEP_STRUCT.pack(self.keep.tokens, c.KEEP_EACH if self.keep.each else c.KEEP_SHARED, bytes(7))
         if self.linear:
@@ -390,30 +389,33 @@ def _parse(body: bytes) -> Header:
         or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields)
         or (flags & c.FLAG_OUTLIERS and not DECLARED[coding].takes_levels),
         "linear": linear not in (c.LINEAR_NONE, *LINEAR_NAMES),
-        "codebook": coding in DECLARED and codebook not in _codebooks(DECLARED[coding]),
+        "codebook": coding in DECLARED and codebook not in possible_codebooks(DECLARED[coding]),
         "states": states != c.STATES_NONE,
     }
     if any(unknown.values()):
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = keep = levels = stage = None
+    rope = affine = keep = levels = stage = sketch = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
         turned = c.FLAG_ROPE | c.FLAG_BEFORE_ROPE
         parts = {c.FLAG_AFFINE: c.AFFINE_STRUCT, c.FLAG_KEEP: c.KEEP_STRUCT, turned: c.ROPE_STRUCT}
-        linear_bytes = c.LINEAR_STRUCT.size if linear else 0
-        if len(body) < end + linear_bytes + sum(part.size for flag, part in parts.items() if flags & flag):
-            raise CorruptStream(f"header: size {size} announced, which is too small for what its flags announce")
+        behind = (c.LINEAR_STRUCT.size if linear else 0) + (c.SKETCH_STRUCT.size if DECLARED[coding].sketches else 0)
+        if len(body) < end + behind + sum(part.size for flag, part in parts.items() if flags & flag):
+            raise CorruptStream(f"header: size {size} announced, which is too small for what its flags and coding announce")
         if flags & c.FLAG_AFFINE:
-            affine = _affine(body, end, bool(flags & c.FLAG_OUTLIERS))
+            affine = read_affine(body, end, bool(flags & c.FLAG_OUTLIERS))
             end += c.AFFINE_STRUCT.size
+        if DECLARED[coding].sketches:
+            sketch = read_sketch(body, end)
+            end += c.SKETCH_STRUCT.size
         if flags & c.FLAG_KEEP:
-            keep = _keep(body, end)
+            keep = read_keep(body, end)
             end += c.KEEP_STRUCT.size
         if linear:
             stage = LinearField.from_bytes(linear, body, end)
-            end += linear_bytes
+            end += c.LINEAR_STRUCT.size
         if flags & turned:
             first, channels, pairing, rope_reserved = c.ROPE_STRUCT.unpack_from(body, end)
             if any(rope_reserved):
@@ -422,7 +424,7 @@ def _parse(body: bytes) -> Header:
             rope = RopeField(first, pairing, frequencies)
             end += c.ROPE_STRUCT.size + 4 * len(frequencies)
         if codebook:
-            levels = _codebook(codebook, body[end:], DECLARED[coding].by_vectors)
+            levels = read_codebook(codebook, body[end:], DECLARED[coding].by_vectors)
         if affine and not affine.outliers and flags & c.FLAG_OUTLIERS:
             raise CorruptStream("header: outliers are kept apart, and blocks have room for none")
         if flags & turned == turned:
@@ -450,50 +452,10 @@ def _parse(body: bytes) -> Header:
             before_rope=bool(flags & c.FLAG_BEFORE_ROPE),
             joined=bool(flags & c.FLAG_JOINED),
             linear=stage,
+            sketch=sketch,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None
     if header.header_bytes != size or (rope and rope.channels != channels):
         raise CorruptStream(f"header: size {size} announced, its fields take {header.header_bytes}")
     return header
-
-
-def _affine(body: bytes, at: int, kept: bool) -> Affine:
-    """The affine fields from their bytes; ``kept``: whether outliers are. Raises UnsupportedStream and struct.error."""
-    tokens, channels, fields, place, pairing, angle_bits, outliers, reserved = c.AFFINE_STRUCT.unpack_from(body, at)
-    unknown = {
-        "groups of all tokens": tokens == c.AFFINE_ALL_TOKENS,
-        "groups of all channels": channels == 0,
-        "fields": fields not in c.AFFINE_FIELD_BYTES,
-        "place of fields": place != c.AFFINE_IN_BLOCKS,
-        "pairing": pairing and pairing not in PAIRING_NAMES,
-        "reserved bytes": any(reserved) or (outliers and not kept),
-    }
-    if any(unknown.values()):
-        names = ", ".join(name for name, bad in unknown.items() if bad)
-        raise UnsupportedStream(f"header: affine {names} are such as this release does not know: install a newer pqcodec")
-    return Affine(tokens, channels, fields, pairing, angle_bits, outliers)
-
-
-def _codebooks(coding: Declared) -> tuple[int, ...]:
-    """What a header's codebook may be for a coding."""
-    if coding.by_vectors:
-        return (c.CODEBOOK_NAMED,)
-    return (c.CODEBOOK_CLOSED_FORM, *((c.CODEBOOK_CARRIED, c.CODEBOOK_NAMED) if coding.takes_levels else ()))
-
-
-def _codebook(kind: int, raw: bytes, by_vectors: bool) -> Codebook | VectorCodebook:
-    """The codebook from all bytes between what is before it and the header's checksum."""
-    if by_vectors:
-        return VectorCodebook(raw)
-    if kind == c.CODEBOOK_NAMED:
-        return Codebook(None, raw)
-    return Codebook(struct.unpack(f"<{len(raw) // 2}H", raw[: len(raw) // 2 * 2]))
-
-
-def _keep(body: bytes, at: int) -> KeepField:
-    """The keep list's field from its bytes; raises UnsupportedStream and struct.error."""
-    tokens, lists, reserved = c.KEEP_STRUCT.unpack_from(body, at)
-    if lists not in (c.KEEP_SHARED, c.KEEP_EACH) or any(reserved):
-        raise UnsupportedStream("header: the keep list is such as this release does not know: install a newer pqcodec")
-    return KeepField(tokens, lists == c.KEEP_EACH)

@@ -25,7 +25,7 @@ def header_problem(h: Header) -> str:
         return f"shape {h.shape} is outside the caps of {c.MAX_ELEMENTS} elements and {c.MAX_TOKENS} tokens"
     coding = DECLARED[h.coding]
     problem = _joined_problem(h) or _keep_problem(h) or coding.problem(h.order, h.row_bits, h.radius_bits)
-    problem = problem or _affine_problem(h) or _codebook_problem(h)
+    problem = problem or _affine_problem(h) or _codebook_problem(h) or _sketch_problem(h)
     if problem:
         return problem
     if h.rounds not in coding.rounds:
@@ -80,6 +80,18 @@ def _codebook_problem(h: Header) -> str:
         there = "" if coding.by_vectors else f"{coding.name} coding with codebooks of vectors"
         return there or h.codebook.problem(h.width, h.row_bits, h.radius_bits)
     return h.codebook.problem(h.row_bits // h.order) if coding.takes_levels else f"{coding.name} coding with levels"
+
+
+def _sketch_problem(h: Header) -> str:
+    coding = DECLARED[h.coding]
+    if h.sketch is None or not coding.sketches:
+        there = "with" if h.sketch else "without"
+        return f"{coding.name} coding {there} a sketch" if coding.sketches != bool(h.sketch) else ""
+    if h.joined or h.linear or h.before_rope:
+        return "a sign sketch of rows that are not the tensor's vectors"
+    if h.row_bits != h.sketch.row_bits(h.order):
+        return f"rows of {h.row_bits} bits in a sketch whose norms and signs take {h.sketch.row_bits(h.order)}"
+    return h.sketch.problem(h.head_dim, h.chunk_tokens)
 
 
 def _affine_problem(h: Header) -> str:

@@ -36,8 +36,8 @@ class Blocks(NamedTuple):
     row_bytes: int
     beside: int  # bytes of a block that are no rows, its checksum among them
     align: int  # a block's size is a multiple
-    group_tokens: int = 1  # tokens of a group that shares fields
-    group_bytes: int = 0  # of the fields of the groups of the same tokens; 0: there are none
+    group_tokens: int = 1  # tokens of a group that shares fields, or a list of channels
+    group_bytes: int = 0  # of the fields of the groups of the same tokens, or of the list; 0: there are none
     outliers: int = 0  # for which there is room at each end of a whole group's range
     ends: int = 0  # of the groups of the same tokens
     head_dim: int = 0  # numbers of a row among which outliers are
@@ -115,6 +115,8 @@ def blocks_of(h: Header) -> Blocks:
     if h.affine:
         ends = 2 * h.affine.groups(h.order)
         groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.width)
+    elif h.sketch and h.sketch.channels:
+        groups = (h.sketch.tokens, h.sketch.list_bytes(h.head_dim))
     sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)
     return Blocks(h.payload_start, h.chunks, leading, h.coded_tokens, *sizes, *groups)
 

@@ -47,6 +47,7 @@ class StreamInfo:
     joined_heads: int | None = None  # heads whose vectors are coded as one
     linear: str | None = None  # "channels", "blocks" or "basis": how rows are made of vectors
     width: int = 0  # numbers of a row
+    estimate_error: float | None = None  # of a sketch, which tells inner products only: about the relMSE of a decoded vector
 
     @property
     def ratio(self) -> float:

@@ -62,6 +62,7 @@ def _stream_seeds() -> dict[str, bytes]:
         "pairs-20.pqs": coded(gaussian(2, 5, 20), "wu33", center="mean", exact_tokens=1),
         "scalar-20.pqs": coded(gaussian(2, 5, 20), "int4", nonfinite="exact"),
         "levels-20.pqs": coded(gaussian(2, 5, 20), "nuq2", levels=(-1, -0.25, 0.25, 1)),
+        "sketch-20.pqs": coded(gaussian(2, 5, 20), "qjl-outliers", nonfinite="exact"),
         "outliers-20.pqs": coded(gaussian(2, 5, 20), "kvquant2", levels=(-1, -0.25, 0.25, 1)),
         "residual-16.pqs": coded(gaussian(2, 5, 16), "rvq2", codebooks=BOOKS),
         "vector.pqs": coded(gaussian(128), "pq3.5"),

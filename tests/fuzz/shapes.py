@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import Affine, Codebook
+from pqcodec.codings.declared import Affine, Codebook, Sketch
 from pqcodec.stages.keep import bodies as keep_bodies
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR
@@ -81,7 +81,8 @@ def shape_stream(data: bytes, rng: random.Random, other: bytes = b"") -> bytes:
 
 def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
-    from pqcodec.stream.header import Header, KeepField, RopeField
+    from pqcodec.stream.header import Header, RopeField
+    from pqcodec.stream.header_fields import KeepField
     from pqcodec.stream.linear import LinearField
     from pqcodec.stream.orders import order_for, whole_groups
 
@@ -111,6 +112,8 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         coding = {"coding": c.CODING_QUADS, "radius_exponent": 0, **quads}
     elif rng.random() < 0.4:
         coding = _affine_coding(rng, whole_groups(width))
+    elif rng.random() < 0.3:
+        coding = _sketch_coding(rng, dim, order)
     rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding["coding"], 0)
     offsets = rng.random() < 0.4
     pairs = min(rng.randrange(1, max(2, dim // 2 + 1)), 40)
@@ -140,6 +143,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "rounds": rounds,
         "affine": None,
         "codebook": None,
+        "sketch": None,
         **coding,
     }
     for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exact_last", "exceptions", "numpy"):
@@ -188,6 +192,16 @@ def _affine_coding(rng: random.Random, order: int) -> dict[str, Any]:
         codebook = rng.choice((None, Codebook(halves), Codebook(None, rng.randbytes(c.TABLE_NAME_BYTES))))
         rows = {"coding": c.CODING_SCALAR, "row_bits": bits * order, "radius_bits": 0, "codebook": codebook}
     return {**rows, "radius_exponent": 0, "affine": affine, "chunk_tokens": tokens * rng.choice((1, 2, 64))}
+
+
+def _sketch_coding(rng: random.Random, dim: int, order: int) -> dict[str, Any]:
+    """Fields of a header of a sign sketch; its chunks are of another number of tokens."""
+    tokens, blocks, matrix = rng.choice((1, 2, 5, 32)), rng.choice((1, 2, 8)), rng.choice((1, 1, 2))
+    sketch = Sketch(blocks, matrix, tokens, rng.choice((1, dim, rng.randrange(1, dim + 1))), rng.choice((1, 3)))
+    if rng.random() < 0.4:
+        sketch, tokens = Sketch(blocks, matrix), 1
+    rows = {"coding": c.CODING_SKETCH, "row_bits": sketch.row_bits(order), "radius_bits": c.SKETCH_NORM_BITS}
+    return {**rows, "radius_exponent": 0, "sketch": sketch, "chunk_tokens": tokens * rng.choice((1, 2, 64))}
 
 
 def _frames(data: bytes) -> Iterator[tuple[int, int, int, int]]:

@@ -40,7 +40,8 @@ def everything(file: Any) -> dict[str, Any]:
         entry = file.entry(name)
         said = (entry.coded, entry.layer, entry.role, entry.shape, entry.dtype, entry.layout)
         kept = entry.coded and entry.parts == 1 and file.inspect(name).kept_of is not None
-        x = file.decode_kept(name, backend="cpu")[0] if kept else file.decode(name, backend="cpu")
+        read = {"backend": "cpu", "estimate": "unbiased"}  # of sketches, which have no other numbers
+        x = file.decode_kept(name, **read)[0] if kept else file.decode(name, **read)
         found["tensor " + name] = (said, numbers(x))
     return found
 
@@ -87,13 +88,13 @@ def stream(data: bytes) -> None:
 
     info, refused = attempt(pqcodec.inspect, data)
     if refused:
-        if not attempt(pqcodec.decode, data, backend="cpu")[1]:
+        if not attempt(decoded, data, backend="cpu")[1]:
             raise Wrong("decode takes what inspect refuses")
         raise refused
     h = Header.from_bytes(data)
     if h.to_bytes() != data[: info.header_bytes]:
         raise Wrong("the header that was read is not the one that would be written")
-    read = pqcodec.decode if h.keep is None else kept_rows
+    read = decoded if h.keep is None else kept_rows
     x, refused = attempt(read, data, backend="cpu")
     damage, complaint = attempt(pqcodec.verify, data, backend="cpu")
     if h.leading * h.chunks * h.order <= SMALL:
@@ -120,18 +121,25 @@ def stream(data: bytes) -> None:
             _kept_rows_have_their_places(data)
 
 
+def decoded(data: bytes, **options: Any) -> Any:
+    """The tensor of a stream; of a sketch the estimate without bias."""
+    import pqcodec
+
+    return pqcodec.decode(data, estimate="unbiased", **options)
+
+
 def kept_rows(data: bytes, backend: str) -> Any:
     """The rows that a stream keeps."""
     import pqcodec
 
-    return pqcodec.decode_kept(data, backend=backend)[0]
+    return pqcodec.decode_kept(data, backend=backend, estimate="unbiased")[0]
 
 
 def _kept_rows_have_their_places(data: bytes) -> None:
     import pqcodec
 
-    whole = pqcodec.decode(data, fill=0, backend="cpu")
-    rows, positions = pqcodec.decode_kept(data, backend="cpu")
+    whole = decoded(data, fill=0, backend="cpu")
+    rows, positions = pqcodec.decode_kept(data, backend="cpu", estimate="unbiased")
     tokens, n = whole.shape[-2], rows.shape[-2]
     for full, some, at in zip(
         whole.reshape(-1, tokens, whole.shape[-1]),
@@ -164,23 +172,21 @@ def _exact_rows_ascend(data: bytes, h: Any) -> None:
 
 def _parts_are_those_of_the_whole(data: bytes, x: Any) -> None:
     """Ranges of tokens and leading indices, and an output with room around it that must stay as it is."""
-    import pqcodec
-
     if x.ndim < 2:
         return
     tokens, head_dim = x.shape[-2:]
     first, last = tokens // 3, tokens - tokens // 4
-    if numbers(pqcodec.decode(data, backend="cpu", tokens=(first, last))) != numbers(x[..., first:last, :]):
+    if numbers(decoded(data, backend="cpu", tokens=(first, last))) != numbers(x[..., first:last, :]):
         raise Wrong("a range of tokens is not that of the whole tensor")
     heads = x.reshape(-1, tokens, head_dim)
     low = len(heads) // 2
-    part = pqcodec.decode(data, backend="cpu", tokens=(first, last), leading=(low, len(heads)))
+    part = decoded(data, backend="cpu", tokens=(first, last), leading=(low, len(heads)))
     if numbers(part) != numbers(heads[low:, first:last]):
         raise Wrong("a range of leading indices is not that of the whole tensor")
     like = np.full if isinstance(x, np.ndarray) else sys.modules["torch"].full
     room = like((*x.shape[:-2], tokens + 2, head_dim + 2), 7.0, dtype=x.dtype)
     out = room[..., 1:-1, 1:-1]
-    pqcodec.decode(data, backend="cpu", out=out)
+    decoded(data, backend="cpu", out=out)
     if numbers(out) != numbers(x):
         raise Wrong("an output of the caller's holds other numbers")
     out[...] = 7.0

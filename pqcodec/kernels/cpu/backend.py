@@ -20,7 +20,18 @@ from pqcodec.codings.plan import plan_for
 from pqcodec.codings.residual import encode as encode_residual
 from pqcodec.codings.vectors import Book
 from pqcodec.kernels import attention
-from pqcodec.kernels.cpu import affine_blocks, affine_scores, attending, blocks, records, residual, sides, tables, vectors
+from pqcodec.kernels.cpu import (
+    affine_blocks,
+    affine_scores,
+    attending,
+    blocks,
+    records,
+    residual,
+    sides,
+    sketch,
+    tables,
+    vectors,
+)
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.records import ITEM
 from pqcodec.kernels.job import DecodeJob, EncodeJob, nobody, sampled
@@ -34,7 +45,7 @@ from pqcodec.threads import threads
 
 _TASK_BYTES = 1 << 22  # of rows in one task: few enough to report progress, enough that a task's own cost does not show
 _ONE_THREAD_BYTES = 1 << 16  # of rows, up to which one thread does all
-_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR, c.CODING_RESIDUAL)
+_CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR, c.CODING_RESIDUAL, c.CODING_SKETCH)
 # Larger outputs use non-temporal stores: ordinary ones would first read each line. Smaller ones stay in a core's own cache.
 _CACHED_BYTES = 1 << 20
 _SEARCHED = 1 << 12  # vectors whose nearest entries one task finds
@@ -302,6 +313,10 @@ class Cpu:
         if h.affine:
             code = affine_blocks.encode_affine_blocks
             arguments = (_kind(h, h.chunk_tokens), tables.groups(h, job.effort), *numbers, *out)
+        elif h.sketch:
+            code = sketch.encode_sketch_blocks
+            table = tables.sketch_table("encode", h.sketch, h.head_dim, h.seed)
+            arguments = (_kind(h, h.chunk_tokens), table, *numbers, *out)
         else:
             arguments = (
                 _kind(h, h.chunk_tokens),
@@ -334,7 +349,7 @@ class Cpu:
         """Check every block of the jobs (into ``job.damaged``), and decode where a job has ``out``."""
         kinds: dict[Any, list[DecodeJob]] = {}
         for job in jobs:
-            kinds.setdefault((job.header.kind, job.out is not None, id(job.positions)), []).append(job)
+            kinds.setdefault((job.header.kind, job.out is not None, id(job.positions), job.shrunk), []).append(job)
         offsets = [[_offset_rows(job.offsets, job.header.order) for job in alike] for alike in kinds.values()]
         tasks, found = [], []
         large = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES
@@ -381,6 +396,10 @@ class Cpu:
             decode = residual.decode_residual_blocks
             books = residual.books_of(h, job.out is not None)
             arguments = (_kind(h, most), books, output, tables.rope(h, job.positions), _keys(h, most))
+        elif h.sketch:
+            decode = sketch.decode_sketch_blocks
+            table = tables.sketch_table("decode", h.sketch, h.head_dim, h.seed, job.shrunk)
+            arguments = (_kind(h, most), table, output, tables.rope(h, job.positions), _keys(h, most))
         else:
             arguments = (
                 _kind(h, most),

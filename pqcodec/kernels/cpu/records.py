@@ -361,6 +361,24 @@ class ResidualBooks(NamedTuple):
     entries: np.ndarray  # float32 [table's stages * 2^index_bits * width]
 
 
+# -- the sign sketch -----------------------------------------------------------------------------------------------------
+class SketchTable(NamedTuple):
+    """What coding blocks of a sign sketch takes; rotations are those of ``Rotation``, a row for each block of S."""
+
+    blocks: int  # of signs
+    outlier_blocks: int
+    channels: int  # outlier channels of a group; 0: there are none
+    tokens: int  # of a group
+    list_bytes: int  # of a group
+    scales: np.ndarray  # float32 [4]: M and h of the part without outlier channels, and of theirs
+    signs: np.ndarray  # float32 [most blocks, order]
+    spread_signs: np.ndarray
+    between: np.ndarray
+    base: np.ndarray
+    places: np.ndarray
+    dense: np.ndarray  # int8 [most blocks * order * order]: T of independent numbers; [0] of rotations
+
+
 # -- attention -----------------------------------------------------------------------------------------------------------
 class AttentionPart(NamedTuple):
     """A run of tokens and some leading indices, which one task attends to: int64. As ``PART``."""

@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings import angles, levels, look_ups, quads
-from pqcodec.codings.declared import quads_index_bits
+from pqcodec.codings import angles, levels, look_ups, quads, sketch
+from pqcodec.codings.declared import Sketch, quads_index_bits
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.cpu import records as r
 from pqcodec.kernels.cpu.lanes import LANES
@@ -253,6 +253,37 @@ def quads_decoder(coding: int, head_dim: int, row_bits: int, mantissas: bytes) -
     places = np.argsort(c.QUADS_SIGN_PLACES)  # of each byte the coordinate
     points = (table.points[:, places].astype(np.int32) << (8 * np.arange(c.QUAD, dtype=np.int32))).sum(1, dtype=np.int32)
     return r.plain(r.QuadsDecoder(table.bits, *quads.plane_bytes(order, table.bits), radii, points))
+
+
+# -- the sign sketch -----------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=16)
+def sketch_table(verb: str, asked: Sketch, head_dim: int, seed: int, shrunk: bool = False) -> tuple:
+    """A SketchTable of a ``verb``, "encode" or "decode"."""
+    order, most = order_for(head_dim), max(asked.blocks, asked.outlier_blocks)
+    seeds = [sketch.block_seed(seed, order, block) for block in range(most)]
+    turned = [Header(c.CODING_SPLIT, c.DTYPE_FLOAT32, (1, order), order, c.RADIUS_BITS[0], own, rounds=2) for own in seeds]
+    rotations = [_rotation(plan_for(h), verb) for h in turned]
+    independent = most if asked.matrix == c.SKETCH_INDEPENDENT else 0
+    dense = [sketch.projections(asked.matrix, seed, order, block).astype(np.int8).ravel() for block in range(independent)]
+    signs, spread_signs, between = (
+        np.stack([getattr(each, name) for each in rotations]) for name in ("signs", "spread_signs", "between")
+    )
+    return tuple(
+        r.SketchTable(
+            asked.blocks,
+            asked.outlier_blocks,
+            asked.channels,
+            asked.tokens or c.MAX_CHUNK_TOKENS,
+            asked.list_bytes(head_dim),
+            sketch.scales(asked, head_dim, order, shrunk).ravel(),
+            signs,
+            spread_signs,
+            between,
+            rotations[0].base,
+            rotations[0].places,
+            np.concatenate([np.zeros(0, np.int8), *dense]),
+        )
+    )
 
 
 # -- split and paper ------------------------------------------------------------------------------------------------------
