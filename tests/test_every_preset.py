@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALONE, TINY, bits, gaussian, needs_triton
+from conftest import RESTORING, TINY, bits, gaussian, needs_triton
 
 import pqcodec
 from pqcodec.errors import BackendUnavailable, InvalidArgument
@@ -24,7 +24,7 @@ from pqcodec.formats.store.prefix_store import BLOCK_CHUNK  # noqa: E402
 from pqcodec.formats.store.writing import TAIL_PRESET  # noqa: E402
 
 BLOCK, TOKENS, HEADS, DIM = 256, 300, 2, 16
-every_preset = pytest.mark.parametrize("preset", ALONE)  # test_residual has those that need codebooks
+every_preset = pytest.mark.parametrize("preset", RESTORING)  # test_residual has those that need codebooks
 on_cpu_alone = pytest.mark.parametrize("preset", [name for name, one in pqcodec.PRESETS.items() if one.affine])
 
 

@@ -55,6 +55,10 @@ def decode(
         bool,
         typer.Option("--kept", help="Of tensors with only some tokens these, and where they stood, as int64 NAME.positions."),
     ] = False,
+    estimate: Annotated[
+        str | None,
+        typer.Option(help="What sketches (qjl presets), which keep inner products only, become: unbiased or shrunk vectors."),
+    ] = None,
     backend: Backend = "auto",
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
@@ -69,7 +73,7 @@ def decode(
     if kept and (fill is not None or tokens is not None):
         raise InvalidArgument("--kept gives all tokens that are there, as they are; leave out --fill and --tokens")
     wanted, extension = _token_range(tokens), f".{to or 'safetensors'}".lower()
-    asked = _Asked(wanted, fill, kept, backend)
+    asked = _Asked(wanted, fill, kept, estimate, backend)
     listed = tasks(sources, target, ENCODED, extension, force, keep_going)
     limit = Limit.of(memory, min(jobs, len(listed.items)))
     from pqcodec.formats.containers.kinds import open_encoded
@@ -153,6 +157,7 @@ class _Asked:
     tokens: _Range | None
     fill: float | None
     kept: bool
+    estimate: str | None
     backend: str
 
 
@@ -250,10 +255,11 @@ class _DecodedTensors:
             self._show((before + entry.tensor_bytes * done / max(total, 1)) / self._all_bytes)
 
         start = time.perf_counter()
+        options: dict[str, Any] = {"backend": self._asked.backend, "estimate": self._asked.estimate}
         if name in self._cut_of and self._asked.kept:
-            tensor, self._read_positions[name] = self._file.decode_kept(name, backend=self._asked.backend)
+            tensor, self._read_positions[name] = self._file.decode_kept(name, **options)
         else:
-            options: dict[str, Any] = {"tokens": self._tokens[name], "fill": self._asked.fill, "backend": self._asked.backend}
+            options |= {"tokens": self._tokens[name], "fill": self._asked.fill}
             tensor = self._file.decode(name, progress=advance, **options)
         self._file.forget(name)
         self._outcome.decode_seconds += time.perf_counter() - start

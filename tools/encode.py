@@ -54,6 +54,10 @@ def encode(
             autocompletion=presets,
         ),
     ] = "pq3",
+    value_preset: Annotated[
+        str | None,
+        typer.Option(help="Another preset for values; bits are then not shared. qjl needs one: int2.", autocompletion=presets),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random rotation.")] = 0,
     center: Annotated[
         str,
@@ -154,6 +158,7 @@ def encode(
         measured="all" if check else "sample",
         backend=backend,
         **table_options(table),
+        value_preset=value_preset,
     )
     choice = Choice.of(include, exclude, drop, layout, keep)
     listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)

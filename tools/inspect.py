@@ -130,6 +130,10 @@ class _Outcome:
         elif layers:  # a row for keys and one for values
             rows = [[str(layer), role, *_coded(t), f"{t['ratio']:.2f}x"] for (layer, role), t in sorted(self._cache.items())]
             print_table(out, ("layer", "role", "preset", *_HALF, "smaller"), rows, _LEFT, _SPARE)
+        sketches = {t["stream"]["preset"]: t for t in self._tensors if t["coded"] and t["stream"]["estimate_error"] is not None}
+        for preset, t in sketches.items():
+            error = f"relMSE of a decoded vector about {t['stream']['estimate_error']:.2g}"
+            out.print(Text(f"{preset or t['stream']['coding']}: inner products only, {error}"))
         others = [t for t in self._tensors if self._cache.get((t["layer"], t["role"])) is not t]
         if others:
             print_table(out, _TENSOR_COLUMNS, [_tensor(t) for t in others], _LEFT, _SPARE)

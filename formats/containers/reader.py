@@ -254,6 +254,7 @@ class TensorFile(ABC):
         backend: str = "auto",
         out: Any = None,
         fill: Any = None,
+        estimate: str | None = None,
         progress: codec.Progress | None = None,
     ) -> Any:
         """The tensor ``name``; arguments, result and errors as of ``pqcodec.decode``.
@@ -263,7 +264,8 @@ class TensorFile(ABC):
         entry = self.entry(name)
         with self._named(name):
             if entry.coded:
-                options = {"device": device, "backend": backend, "leading": leading, "fill": fill, "progress": progress}
+                options = {"device": device, "backend": backend, "leading": leading, "progress": progress}
+                options |= {"fill": fill, "estimate": estimate}
                 parts = self._streams(name)
                 if len(parts) == 1:
                     return parts[0].decode(tokens is None and leading is None, tokens=tokens, out=out, **options)
@@ -278,7 +280,9 @@ class TensorFile(ABC):
                 return arrays.copied(out, x)
             return x if device is None else arrays.to_device(x, device)
 
-    def decode_kept(self, name: str, *, leading: tuple[int, int] | None = None, backend: str = "auto") -> tuple[Any, Any]:
+    def decode_kept(
+        self, name: str, *, leading: tuple[int, int] | None = None, backend: str = "auto", estimate: str | None = None
+    ) -> tuple[Any, Any]:
         """The rows that are there of a coded tensor, and their positions; arguments, result and errors as of the core's verb.
 
         Raises InvalidArgument where the tensor is kept exactly, or has grown: then all of its tokens are there.
@@ -288,7 +292,8 @@ class TensorFile(ABC):
             parts = self._streams(name) if entry.coded else []
             if len(parts) != 1:
                 raise InvalidArgument("is not one stream, which alone may hold some of a tensor's tokens; use decode()")
-            return parts[0].decode(leading is None, codec.decode_kept, leading=leading, backend=backend)  # type: ignore[no-any-return]
+            options = {"leading": leading, "backend": backend, "estimate": estimate}
+            return parts[0].decode(leading is None, codec.decode_kept, **options)  # type: ignore[no-any-return]
 
     def verify(self, progress: Progress | None = None, *, backend: str = "auto") -> Findings:
         """Check every byte and return the damage as (tensor or None, what); an empty list means that the file is sound.

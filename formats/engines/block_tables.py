@@ -17,6 +17,7 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import DeviceSource
@@ -70,6 +71,8 @@ def encode_blocks(
         rope = replace(rope, first_position=rope.first_position + first_token)
     centers = (center or ("rope" if rope is not None else None), None)
     presets = (preset, preset) if isinstance(preset, str) else preset
+    for name in presets:
+        check_restores(name, "decode_blocks")
     same: dict[str, Any] = {"exact_tokens": exact_tokens, "chunk_tokens": chunk_tokens}
     options = [
         EncodeOptions(name, center=one, rope=rope if one == "rope" else None, **same)

@@ -22,7 +22,7 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.codings.presets import PRESETS
+from pqcodec.codings.presets import PRESETS, check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream, UnsupportedStream
 from pqcodec.formats.engines.model_config import config_rope, heads_of, latent_of, read_config
 from pqcodec.formats.plain import numbers
@@ -87,6 +87,7 @@ class ChunkCodec:
             raise InvalidArgument(f"latent_dim is {self.latent_dim!r}; a whole number is expected, 0 without latent attention")
         if self.latent_dim and self.kv_heads != 1:
             raise InvalidArgument(f"kv_heads is {self.kv_heads}; latent attention has one rotary key of a token: 1 is expected")
+        check_restores(self.preset, "a serving engine")
         layouts = LATENT_LAYOUTS if self.latent_dim else CHUNK_LAYOUTS
         if self.layout is not None and self.layout not in layouts:
             raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, layouts))}")

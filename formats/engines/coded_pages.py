@@ -15,6 +15,7 @@ import numpy as np
 from pqcodec import attention, codec
 from pqcodec.attend_pages import AttendPages
 from pqcodec.backends import on_device
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.formats.engines.block_tables import encode_blocks, gather_blocks, slots_of, views_of
 from pqcodec.formats.engines.page_segments import RawTokens, Segment, Sequences, on_gpu, segment_tokens, whole_numbers
@@ -72,6 +73,8 @@ class CodedPages:
             raise InvalidArgument(f"backend {backend!r} codes in host memory, the pool is on {self.device}; keep it on the CPU")
         self._center, self._rope = center or ("rope" if rope is not None else None), rope
         self._presets = tuple(each("preset", preset, 2, str))
+        for name in self._presets:
+            check_restores(name, "attention to pages")
         options = (
             EncodeOptions(self._presets[0], center=self._center, rope=rope, chunk_tokens=block),
             EncodeOptions(self._presets[1], chunk_tokens=block),

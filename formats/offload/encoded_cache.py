@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pqcodec.codings.presets import preset as preset_of
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.transformers_cache import library
@@ -61,7 +61,7 @@ class Options:
     def __post_init__(self) -> None:
         checked_place(self.place)
         for preset in self.presets:
-            preset_of(preset)
+            check_restores(preset, "an EncodedCache")
         check_numbers(seed=self.seed, exact_tokens=self.exact_tokens)
         for name, value in (("window", self.window), ("chunk", self.chunk)):
             if not isinstance(value, Integral) or value < 1:

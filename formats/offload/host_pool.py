@@ -18,7 +18,7 @@ from threading import Condition
 from types import TracebackType
 from typing import Any
 
-from pqcodec.codings.presets import preset as preset_of
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.handles import Get, Put, not_kept
@@ -109,7 +109,7 @@ class HostPool:
         piece_bytes = size_of(piece_bytes, "piece_bytes")
         if piece_bytes < 1:
             raise InvalidArgument(f"piece_bytes {piece_bytes}: 1 and more are possible")
-        preset_of(preset)
+        check_restores(preset, "a pool")
         self._lanes = Lanes(device, backend)
         self.devices, self.device = self._lanes.devices, self._lanes.devices[0]
         self.preset, self._piece_bytes, self._on_displaced = preset, piece_bytes, on_displaced
@@ -204,6 +204,8 @@ class HostPool:
     def _options(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[EncodeOptions]:
         """The options of each tensor; equal ones are one object, because making one checks it."""
         presets = each("preset", self.preset if preset is None else preset, count, str)
+        for name in set(presets):
+            check_restores(name, "a pool")
         centers = each("center", center, count, (str, type(None)))
         ropes = each("rope", rope, count, (Rope, type(None)))
         made: dict[Any, EncodeOptions] = {}

@@ -45,6 +45,7 @@ class Error:
 def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = True) -> Error:
     """The error of a stream against its tensor [..., tokens, head_dim]: of all tokens, or of a ``sample`` of at most 256.
 
+    Of a sketch it is that of its estimate without bias.
     Raises as ``pqcodec.decode`` does.
 
     >>> import numpy as np
@@ -63,7 +64,7 @@ def error_of(x: Any, stream: Source, *, backend: str = "auto", sample: bool = Tr
     device = x.device if device_type(device_of(x)) != "cpu" else None
     found = Error()
     for low, high in runs:
-        y = codec.decode(stream, tokens=(low, high), backend=backend, device=device)
+        y = codec.decode(stream, tokens=(low, high), backend=backend, device=device, estimate="unbiased")
         found += _error(x[..., low:high, :], y)
     return found
 

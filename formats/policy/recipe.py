@@ -255,8 +255,14 @@ class Recipe:
         return codec.encoded_size(shape, dtype, preset=preset, keep=keep, **options)
 
     def _preset_of(self, tensor: TensorRole) -> str:
-        """The preset of a tensor where no bits are shared."""
-        return self.value_preset or self.preset if tensor.role == "value" else self.preset
+        """The preset of a tensor where no bits are shared; raises InvalidArgument for values whose vectors it does not keep."""
+        if tensor.role != "value":
+            return self.preset
+        if preset_of(own := self.value_preset or self.preset).estimates:
+            raise InvalidArgument(
+                f"preset {own!r} keeps inner products of keys, and values are added up: give another for values, such as int2"
+            )
+        return own
 
     def most_stream_bytes(self, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> int:
         """``stream_bytes`` at the largest preset that the tensor may get."""

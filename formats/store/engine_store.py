@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile
 from pqcodec.formats.engines import transformers_cache as tc
@@ -95,6 +96,8 @@ class EngineStore:
             "max_age": None if max_age is None else seconds_of(max_age, "max_age"),
         }
         self._shape, self._rope, self._label, self._exact = shape, rope, label, preset == blocks.EXACT
+        if not self._exact:
+            check_restores(preset, "an engine's prefix store")
         self._recipe = Recipe(
             TAIL_PRESET if self._exact else preset, measured="none", chunk_tokens=BLOCK_CHUNK, backend=backend
         )

@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 import numpy as np
 
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile
 from pqcodec.formats.engines import transformers_cache as tc
@@ -126,6 +127,8 @@ class PrefixStore:
             if given is not None
         }
         self._preset, self._exact, self._full = preset, preset == blocks.EXACT, identity == "full"
+        if not self._exact:
+            check_restores(preset, "a prefix store")
         self._recipe = Recipe(
             measured="none",
             preset=TAIL_PRESET if self._exact else preset,

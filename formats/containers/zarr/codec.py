@@ -22,6 +22,7 @@ from zarr.abc.store import RangeByteRequest
 
 from pqcodec import codec
 from pqcodec import constants as c
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats.containers.reader import named
 from pqcodec.options import EncodeOptions
@@ -85,6 +86,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
                 raise InvalidArgument(f"zarr codec {NAME}: {name} {value!r} is not of type {' or '.join(map(_kind, kinds))}")
         if self.nonfinite not in ("error", "exact"):
             raise InvalidArgument(f"zarr codec {NAME}: nonfinite {self.nonfinite!r} is unknown; choose 'error' or 'exact'")
+        check_restores(self.preset, "a zarr array")
         self._header((1, c.MAX_HEAD_DIM), c.DTYPE_FLOAT16)
 
     @classmethod

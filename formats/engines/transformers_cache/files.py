@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import containers
 from pqcodec.formats.containers.reader import Progress, TensorFile
@@ -106,6 +107,8 @@ def save(
     state = state_of(cache, identity.config)
     held = _held_by(model, identity.config, state)
     padded = padding_of(padding, batches=state.batches())
+    for name in preset_pair(preset) if preset != EXACT else ():
+        check_restores(name, "a model")
     recipe = None if preset == EXACT else Recipe.of(preset, seed=seed, nonfinite=nonfinite, backend=backend)
     all_metadata = {**(metadata or {}), KEY: cache_metadata(state, held), MODEL: identity.as_dict()}
     if lost := presets_of(cache, *preset_pair(preset)):
