@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import second_decoder
-from conftest import BACKENDS
+import torch
+from conftest import BACKENDS, needs_triton
 from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import pqcodec
-from pqcodec import InvalidArgument, attention
+from pqcodec import BackendUnavailable, InvalidArgument, attention
 from pqcodec import constants as c
 from pqcodec.codec import decode_together
 from pqcodec.codings import sketch
@@ -52,17 +54,11 @@ def coded(asked: Sketch, shrunk: bool) -> tuple[np.ndarray, np.ndarray]:
     x, found = gaussian(300, 128), []
     for seed in range(8):
         h = Header(c.CODING_SKETCH, 3, x.shape, asked.row_bits(128), 16, seed, 300, rounds=0, sketch=asked)
-        plan = plan_for(h) if not shrunk else sketch_plan(h)
+        plan = replace(plan_for(h), shrunk=shrunk)
         body = sketch.encode(x.astype(np.float64), plan, 0, "fast")
         numbers, factor, _ = sketch.decode(body, len(x), (0, len(x)), plan, 0)
         found.append(numbers * factor[:, None])
     return np.tile(x, (8, 1)), np.concatenate(found)
-
-
-def sketch_plan(h: Header) -> Any:
-    from dataclasses import replace
-
-    return replace(plan_for(h), shrunk=True)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +215,7 @@ def test_attention_to_sketches_is_refused() -> None:
 
 
 def test_who_gives_vectors_back_refuses_such_presets(tmp_path: Path) -> None:
-    torch, _ = pytest.importorskip("torch"), pytest.importorskip("zarr")
+    pytest.importorskip("zarr")
     pytest.importorskip("transformers")
     from pqcodec.formats import HostPool, PrefixStore
     from pqcodec.formats.containers.zarr.codec import PQCodec
@@ -242,6 +238,16 @@ def test_who_gives_vectors_back_refuses_such_presets(tmp_path: Path) -> None:
     tensors = layers_by_name([(gaussian(1, 9, 64), gaussian(1, 9, 64))])
     with pytest.raises(InvalidArgument, match="values are added up: give another for values, such as int2"):
         Recipe("qjl").pieces(*tensors)
+
+
+@needs_triton
+def test_gpus_refuse_by_name() -> None:
+    x, words = torch.ones(2, 9, 64), r"\(coding sign sketch\); backends 'cpu' and 'reference' do"
+    data = pqcodec.encode(x, preset="qjl", backend="cpu")
+    with pytest.raises(BackendUnavailable, match=words):
+        pqcodec.encode(x, preset="qjl", backend="triton")
+    with pytest.raises(BackendUnavailable, match=words):
+        pqcodec.decode(data, device="cpu", backend="triton", estimate="unbiased")
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
