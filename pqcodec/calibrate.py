@@ -10,11 +10,11 @@ from pqcodec.codings import levels
 from pqcodec.codings.declared import half_numbers
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions
-from pqcodec.stream.tables import SharedTable
+from pqcodec.stream.tables import LevelTable
 from pqcodec.tensors import arrays
 
 
-def shared_levels(x: Any, preset: str, *, gradients: Any = None, q_norm: bool = False, seed: int = 0) -> SharedTable:
+def shared_levels(x: Any, preset: str, *, gradients: Any = None, q_norm: bool = False, seed: int = 0) -> LevelTable:
     """The levels of a preset, such as nuq3-key, for tensors like ``x``: one [..., tokens, head_dim], or a list of them.
 
     Fitted to an even selection of their groups, which depends on ``seed``. ``gradients``: of a loss with respect to each of the
@@ -48,4 +48,4 @@ def shared_levels(x: Any, preset: str, *, gradients: Any = None, q_norm: bool = 
     if not np.isfinite(weights).all():
         raise InvalidArgument("gradients hold NaN or Inf: numbers have no weights")
     fitted = levels.fitted_levels(numbers, weights, 1 << header.row_bits // header.order)
-    return SharedTable(half_numbers(levels.q_norm(fitted, numbers, weights) if q_norm else fitted))
+    return LevelTable(half_numbers(levels.q_norm(fitted, numbers, weights) if q_norm else fitted))

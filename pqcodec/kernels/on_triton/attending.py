@@ -329,8 +329,8 @@ class TritonAttention:
 
     def _score_kernel(self, side: Constants) -> tuple[Any, dict[str, Any]]:
         """The kernel of scores, and what its shape has else: keys that share fields in groups of whole tiles have their own."""
-        tile = math.gcd(side.value.group_tokens, SCORE_TILE)
-        if not side.value.bits or tile < LEAST_TILE:
+        tile = math.gcd(side.record.group_tokens, SCORE_TILE)
+        if not side.record.bits or tile < LEAST_TILE:
             return attention.score_codes, {}
         rows = 8 if self._rows <= 8 else self._block_rows
         return attention.score_groups, {"ROWS": rows, "TILE": tile, "num_warps": SCORE_WARPS}

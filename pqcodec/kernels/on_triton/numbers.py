@@ -32,7 +32,7 @@ class Constants:
     """
 
     def __init__(self, record: Any) -> None:
-        self._record = record
+        self.record = record
         field = int if interpreted() else tl.constexpr  # Python, which interprets, cannot shift by a constexpr
         vars(self).update({name: field(number) for name, number in record._asdict().items()})
 
@@ -42,13 +42,13 @@ class Constants:
         return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constants) and self._record == other._record
+        return isinstance(other, Constants) and self.record == other.record
 
     def __hash__(self) -> int:
-        return hash(self._record)
+        return hash(self.record)
 
     def __repr__(self) -> str:  # Triton names what it has compiled by it
-        return repr(self._record)
+        return repr(self.record)
 
 
 # Stored numbers
