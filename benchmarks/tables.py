@@ -170,6 +170,10 @@ TABLES = {
     "codecs-llama-cpp": _codecs("llama.cpp"),
     "codecs-more-tokens": _codecs("More Tokens"),
     "codecs-kvquant": _codecs("KVQuant"),
+    "codecs-qjl": _codecs("QJL"),
+    "codecs-think": _codecs("ThinK"),
+    "codecs-lorc": _codecs("LoRC"),
+    "codecs-decoquant": _codecs("DecoQuant"),
     "codecs-combined": _codecs("combined"),
     "kept": Table(
         ["kept_tokens"],

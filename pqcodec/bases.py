@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
+from pqcodec.stages.linear import block_basis, second_moment
 from pqcodec.tensors import arrays
 
-BLOCK = 16  # neighbouring channels that share DecoQuant's factor
-_LEAST_SHARE = 2.0**-20  # of the largest singular value; smaller ones count as that, so that a factor has an inverse in float16
+BLOCK = c.LINEAR_BLOCK  # neighbouring channels that share DecoQuant's factor
 
 
 # -- channels ------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def weight_basis(weight: Any, rank: int) -> np.ndarray:
     """
     w = _matrix("weight", weight)
     _check_rank(rank, w.shape[0])
-    return _upright(np.linalg.svd(w, full_matrices=False)[0].T, rank, w.shape[0])
+    return _upright(np.linalg.svd(w, full_matrices=False)[0].T, rank)
 
 
 def data_basis(x: Any, rank: int, *, centred: bool = False) -> np.ndarray:
@@ -111,7 +112,7 @@ def data_basis(x: Any, rank: int, *, centred: bool = False) -> np.ndarray:
     _check_rank(rank, vectors.shape[1])
     if centred:
         vectors = vectors - vectors.mean(0)
-    return _upright(np.linalg.eigh(vectors.T @ vectors)[1][:, ::-1].T, rank, vectors.shape[1])
+    return _upright(second_moment(vectors, vectors.shape[1])[1], rank)
 
 
 def vectors_of_heads(x: Any) -> np.ndarray:
@@ -156,8 +157,8 @@ def decoquant_factor(x: Any) -> np.ndarray:
     """The 16 x 16 factor of DecoQuant (arXiv 2405.12591) for vectors [..., heads, tokens, head_dim]: T_S, float32 [16, 16].
 
     Each 16 neighbouring channels of vectors, heads joined, are a row of a matrix U S V^T; T_S = S^(1/2) V^T stays as it is, and
-    the rows' coordinates T_L = U S^(1/2), which are the rows times the inverse of T_S, are what is coded. Singular values below
-    2^-20 of the largest count as that. Raises InvalidArgument.
+    the rows' coordinates T_L = U S^(1/2), which are the rows times the inverse of T_S, are what is coded. Here the largest
+    direction of T_S has length 1, and none less than 2^-10, so that it has an inverse in float16. Raises InvalidArgument.
 
     >>> x = np.random.default_rng(0).standard_normal((1, 100, 16)).astype(np.float32)
     >>> factor = decoquant_factor(x)
@@ -167,16 +168,10 @@ def decoquant_factor(x: Any) -> np.ndarray:
     vectors = vectors_of_heads(x)
     if vectors.shape[1] % BLOCK:
         raise InvalidArgument(f"{vectors.shape[1]} channels of all heads: a multiple of {BLOCK} is expected")
-    rows = vectors.reshape(-1, BLOCK)
-    energy, directions = np.linalg.eigh(rows.T @ rows)
-    if energy[-1] <= 0:
-        return np.eye(BLOCK, dtype=np.float32)
-    singular = np.sqrt(np.maximum(energy[::-1], 0))
-    singular = np.maximum(singular, singular[0] * _LEAST_SHARE)
-    return (np.sqrt(singular)[:, None] * _upright(directions[:, ::-1].T, BLOCK, BLOCK)).astype(np.float32)
+    return block_basis(vectors).astype(np.float32)
 
 
-def _upright(directions: np.ndarray, rank: int, width: int) -> np.ndarray:
+def _upright(directions: np.ndarray, rank: int) -> np.ndarray:
     """The first ``rank`` directions, each with the sign that makes its number of the largest magnitude positive: float32."""
     kept = directions[:rank]
     largest = np.take_along_axis(kept, np.abs(kept).argmax(1)[:, None], 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -106,11 +106,11 @@ def _coded(exact: Exact, system: System) -> tuple[dict[str, float], dict[str, to
             kept = system.keep.positions(exact.last[layer][0], stored[f"layers.{layer}.key"][0])
         for role, coder in zip(lm.ROLES, (system.keys, system.values), strict=True):
             name = f"layers.{layer}.{role}"
-            given = Given(stored[name][0], prefix.roles[name], kept=kept)
+            given = Given(stored[name][0], prefix.roles[name], exact.last[layer][0], kept=kept)
             coded = coder.encode(given)
             tensors[name] = coder.decode(coded).float()[None]
             bits[role] += coder.bits(coded)
-            wanted = Given(prefix.exact[name][0], given.tensor, kept=kept).kept_rows()
+            wanted = replace(given, x=prefix.exact[name][0]).kept_rows()
             pairs[role][0].append(wanted)
             pairs[role][1].append(tensors[name][0])
         keys = pairs["key"]
@@ -143,7 +143,9 @@ def speeds(system: System) -> dict[str, Any]:
     for _ in range(TURNS + 1):  # the first compiles
         for one in (SYSTEMS[BASE], system):
             kept = one.keep.positions(queries, x) if one.keep else None
-            given = (Given(x, TensorRole("key", 0, rope), kept=kept), Given(x, TensorRole("value", 0), kept=kept))
+            given = [
+                Given(x, TensorRole(role, 0, turned), queries, kept=kept) for role, turned in (("key", rope), ("value", None))
+            ]
             times = [_seconds(coder, role) for coder, role in zip((one.keys, one.values), given, strict=True)]
             seconds[one.name].append((sum(t[0] for t in times), sum(t[1] for t in times)))
     best = {name: [min(times) for times in zip(*turns[1:], strict=True)] for name, turns in seconds.items()}

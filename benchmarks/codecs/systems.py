@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 import pqcodec
-from pqcodec import select
+from pqcodec import bases, select
 from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe
 
@@ -25,11 +25,13 @@ WINDOW = 32  # last queries of a prefix, by which tokens are chosen
 class Given:
     """A tensor float16 [heads, tokens, head_dim] of a layer, and what a coder may ask beside it.
 
-    ``kept``: ascending positions int64 [heads, n] of the tokens that are to be kept, None for all.
+    ``queries``: the last ones of the prefix, [q_heads, WINDOW, head_dim]. ``kept``: ascending positions int64 [heads, n] of the
+    tokens that are to be kept, None for all.
     """
 
     x: torch.Tensor
     tensor: TensorRole
+    queries: torch.Tensor
     seed: int = 0
     kept: torch.Tensor | None = None
 
@@ -58,42 +60,60 @@ class Stream:
     """A stream of a preset (None: kept tokens exactly) with the options of ``pqcodec.encode``.
 
     ``cured``: keys lose their mean before RoPE, and the first ``exact_tokens`` tokens stay exact, as in a file of ours.
-    ``joined``: a token's heads are one vector, as in systems whose scales are of all heads.
+    ``before_rope``: keys are coded as they were before RoPE. ``joined``: a token's heads are one vector, as in systems whose
+    scales, or bases, are of all heads. ``dropped``: the share of channels that ThinK drops. ``rank``: that of a basis fitted to
+    the tensor, as a share of a vector's numbers. ``blocks``: each 16 channels are combined by a matrix fitted to the tensor.
+    ``estimate``: of a sketch.
     """
 
     preset: str | None
     cured: bool = False
     exact_tokens: int = 0
+    exact_last: int = 0
     effort: str = "fast"
+    before_rope: bool = False
     joined: bool = False
+    dropped: float = 0
+    rank: float = 0
+    blocks: bool = False
+    estimate: str | None = None
 
-    def encode(self, given: Given) -> tuple[bytes, int]:
-        """The stream, and the heads that were joined (0: none)."""
-        x, heads = given.x, len(given.x)
-        options: dict[str, Any] = {"exact_tokens": self.exact_tokens, "seed": given.seed, "effort": self.effort}
+    def encode(self, given: Given) -> bytes:
+        """The stream."""
+        x, kept = given.x, ("exact_tokens", "exact_last", "effort")
+        options: dict[str, Any] = {
+            "seed": given.seed,
+            "join_heads": self.joined,
+            **{name: getattr(self, name) for name in kept},
+        }
         if self.cured:
             of_recipe = Recipe().options(given.tensor)
             options |= {name: of_recipe[name] for name in ("exact_tokens", "center", "rope") if name in of_recipe}
             options["exact_tokens"] = self.exact_tokens or options["exact_tokens"]
+        if self.before_rope and given.tensor.rope:
+            options |= {"before_rope": True, "rope": given.tensor.rope}
+        if self.dropped:
+            options["channels"] = bases.think(given.queries, x, self.dropped)
+        if self.rank:
+            options["basis"] = int(self.rank * x.shape[-1] * (len(x) if self.joined else 1))
+        if self.blocks:
+            options["block_basis"] = True
         if given.kept is not None:
             options["keep"] = given.kept
         if self.preset is None:
             options["exact_tokens"] = x.shape[-2]
         else:
             options["preset"] = self.preset
-        if self.joined:
-            x = x.transpose(0, 1).flatten(1).contiguous()
-        return pqcodec.encode(x, **options), heads if self.joined else 0
+        return pqcodec.encode(x, **options)
 
-    def bits(self, stored: tuple[bytes, int]) -> int:
+    def bits(self, stored: bytes) -> int:
         """All bytes of the stream."""
-        return 8 * len(stored[0])
+        return 8 * len(stored)
 
-    def decode(self, stored: tuple[bytes, int]) -> torch.Tensor:
+    def decode(self, stored: bytes) -> torch.Tensor:
         """The rows that the stream holds."""
-        data, heads = stored
-        rows: torch.Tensor = pqcodec.decode_kept(data)[0]
-        return rows.unflatten(-1, (heads, -1)).transpose(0, 1) if heads else rows
+        rows: torch.Tensor = pqcodec.decode_kept(stored, estimate=self.estimate)[0]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -188,8 +208,8 @@ def _wu(preset: str) -> System:
 
 
 def _kvquant(name: str) -> System:
-    """Keys with the mean before RoPE taken away, for streams code them after it; values of all heads side by side."""
-    keys, values = Stream(f"{name}-key", cured=True, exact_tokens=1), Stream(name, exact_tokens=1, joined=True)
+    """Keys as they were before RoPE, values of all heads side by side."""
+    keys, values = Stream(f"{name}-key", exact_tokens=1, before_rope=True), Stream(name, exact_tokens=1, joined=True)
     return System(name, "KVQuant", keys, values, theirs=KVQUANT[name])
 
 
@@ -200,6 +220,29 @@ def _kept(rule: str, part: int, preset: str | None) -> System:
     theirs = MORE_TOKENS.get(preset, "") if rule == "snapkv" else ""
     name, family = f"{rule}/{part} x {preset or 'float16'}", COMBINED if cured else "More Tokens"
     return System(name, family, coder, coder, KeepList(choose, part), theirs)
+
+
+def _think(dropped: float, preset: str) -> System:
+    """Keys of fewer channels at a preset of ours, the last queries' own tokens exact; values are not thinned there."""
+    keys = Stream(preset, exact_tokens=4, exact_last=WINDOW, dropped=dropped)
+    return System(f"ThinK {dropped} x {preset}", "ThinK", keys, Stream(preset, cured=True))
+
+
+def _lorc(rank: float, preset: str) -> System:
+    """Keys before RoPE and values along the principal directions of their own, heads joined; the paper's are the weights'."""
+    coder = Stream(preset, exact_tokens=4, before_rope=True, joined=True, rank=rank)
+    return System(f"low rank {rank} x {preset}", COMBINED if pqcodec.PRESETS[preset].own else "LoRC", coder, coder)
+
+
+def _blocks(preset: str) -> System:
+    """DecoQuant's factor of each 16 channels; its authors have a scale a token of all heads, these presets one of each 32."""
+    coder = Stream(preset, joined=True, blocks=True)
+    return System(f"blocks x {preset}", "DecoQuant", coder, coder)
+
+
+def _sketch(preset: str, theirs: str = "") -> System:
+    """Keys of which estimates without bias are attended to, values of 2 bits, as there."""
+    return System(preset, "QJL", Stream(preset, estimate="unbiased"), Stream("int2"), theirs=theirs)
 
 
 def _centred_pairs(preset: str, values: str) -> System:
@@ -232,6 +275,10 @@ SYSTEMS: dict[str, System] = {
         *(_kept("snapkv", part, preset) for part in (4, 2) for preset in ("pq4", "quad3", "quad2.5", "quad2")),
         *(_centred_pairs(*both) for both in (("wu44", "quad3.5"), ("wu35", "quad3"), ("wu33", "quad3"), ("wu24", "quad2.5"))),
         *map(_centred_levels, (2, 3)),
+        *(_think(dropped, preset) for dropped in (0.4, 0.5) for preset in ("pq4", "quad3")),
+        *(_lorc(rank, preset) for rank in (0.75, 0.5) for preset in ("q8_0", "quad3.5")),
+        *map(_blocks, ("q8_0", "q4_0")),
+        *map(_sketch, ("qjl", "qjl4", "qjl-outliers")),
     )
 }
 BASE = "pq3"  # whose speed is 1

@@ -82,9 +82,9 @@ class LinearOptions:
             leading = (*h.shape[:-3], *(() if h.joined else h.shape[-3:-2]))
             return Linear(h, ascending_lists("channels", self.channels, leading, x.shape[2]), None)
         if self.block_basis is not None:
-            matrix = _block_basis(x) if self.block_basis is True else self.block_basis
+            matrix = block_basis(x) if self.block_basis is True else self.block_basis
         else:
-            matrix = self.basis if self._rank is None else _principal(x, self._rank)
+            matrix = self.basis if self._rank is None else second_moment(x, x.shape[2])[1][: self._rank]
         return Linear(h, None, matrix.astype(np.float16).astype(np.float64))
 
 
@@ -100,24 +100,27 @@ def _matrix(name: str, given: Any) -> np.ndarray:
     return found
 
 
-def _second_moment(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, descending, and eigenvectors, a row each, of the mean x^T x of runs of ``size`` channels."""
+def second_moment(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, descending, and eigenvectors, a row each, of the mean x^T x of runs of ``size`` channels.
+
+    Of numbers over the largest of them: their squares stay in range.
+    """
     largest = np.abs(x).max(initial=0.0)
     runs = x.reshape(-1, size).astype(np.float64) / (largest or 1.0)
     values, vectors = np.linalg.eigh(runs.T @ runs / max(len(runs), 1))
     return np.maximum(values[::-1], 0), vectors[:, ::-1].T
 
 
-def _principal(x: np.ndarray, rank: int) -> np.ndarray:
-    """The first principal directions of vectors, a row each."""
-    return _second_moment(x, x.shape[2])[1][:rank]
+def block_basis(x: np.ndarray) -> np.ndarray:
+    """S^(1/2) V^T of the singular values and vectors of all blocks of channels (DecoQuant), times what makes the largest 1.
 
-
-def _block_basis(x: np.ndarray) -> np.ndarray:
-    """S^(1/2) V^T of the singular values and vectors of all blocks of channels (DecoQuant), times what makes the largest 1."""
-    values, vectors = _second_moment(x, c.LINEAR_BLOCK)
+    Of zeros the identity.
+    """
+    values, vectors = second_moment(x, c.LINEAR_BLOCK)
+    if not values[0]:
+        return np.eye(c.LINEAR_BLOCK)
     strength = values**0.25  # a singular value is the root of a second moment
-    return np.maximum(strength / (strength[0] or 1.0), _LEAST)[:, None] * vectors
+    return np.maximum(strength / strength[0], _LEAST)[:, None] * vectors
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------
