@@ -372,7 +372,6 @@ class SketchTable(NamedTuple):
     list_bytes: int  # of a group
     scales: np.ndarray  # float32 [4]: M and h of the part without outlier channels, and of theirs
     signs: np.ndarray  # float32 [most blocks, order]
-    spread_signs: np.ndarray
     between: np.ndarray
     base: np.ndarray
     places: np.ndarray

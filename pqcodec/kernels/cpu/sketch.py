@@ -46,7 +46,7 @@ from pqcodec.kernels.cpu.records import (
 from pqcodec.kernels.cpu.rotation import lies_in_other, rotate, rotate_back, transpose_back
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
-_NO_PLACES, _NO_SIGNS = np.zeros(0, np.int64), np.zeros(0, np.int16)
+_NO_FLIPS, _NO_PLACES, _NO_SIGNS = (np.zeros(0, kind) for kind in (np.int32, np.int64, np.int16))
 
 
 # -- encoding ------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def decode_sketch_blocks(items, kind, sketch, output, rope, keys, damaged):
     ones, apart = np.ones(LANES, np.float32), np.zeros(order, np.float32)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
     like, past = output.like, output.past
-    have_position = I64(-1)
+    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = sketch_size(tokens, kind, sketch) - CHECKSUM_BYTES
@@ -247,9 +247,9 @@ def decode_sketch_blocks(items, kind, sketch, output, rope, keys, damaged):
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and position != have_position:
+        if pairs and (position != have_position or tokens > have_tokens):
             fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+            have_position, have_tokens = position, tokens
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
@@ -296,7 +296,7 @@ def add_signs(payload, row, rows, kind, sketch, part, turned, other, sums, ones,
         else:
             rotation = rotation_of(sketch, block)
             rotate_back(turned, other, sums, order, rotation)
-            transpose_back(turned, other, order, ones, ones, rotation, tile)
+            transpose_back(turned, other, other.view(np.int32), False, order, ones, ones, rotation, tile)
         for k in range(0, LANES * order, LANES):
             store(found, k, load(found, k) + load(tile, k))
 
@@ -332,8 +332,8 @@ def scale_rows(payload, row, rows, kind, sketch, part, scale, shorts, factors, f
 @inlined
 def rotation_of(sketch, block):
     """The rotation of a block of S."""
-    signs, spread_signs, between = sketch.signs[block], sketch.spread_signs[block], sketch.between[block]
-    return Rotation(signs, spread_signs, sketch.base, sketch.places, between, _NO_PLACES, _NO_SIGNS)
+    signs, between = sketch.signs[block], sketch.between[block]
+    return Rotation(signs, _NO_FLIPS, sketch.base, sketch.places, between, _NO_PLACES, _NO_SIGNS)
 
 
 @jit

@@ -265,9 +265,7 @@ def sketch_table(verb: str, asked: Sketch, head_dim: int, seed: int, shrunk: boo
     rotations = [_rotation(plan_for(h), verb) for h in turned]
     independent = most if asked.matrix == c.SKETCH_INDEPENDENT else 0
     dense = [sketch.projections(asked.matrix, seed, order, block).astype(np.int8).ravel() for block in range(independent)]
-    signs, spread_signs, between = (
-        np.stack([getattr(each, name) for each in rotations]) for name in ("signs", "spread_signs", "between")
-    )
+    signs, between = (np.stack([getattr(each, name) for each in rotations]) for name in ("signs", "between"))
     return tuple(
         r.SketchTable(
             asked.blocks,
@@ -277,7 +275,6 @@ def sketch_table(verb: str, asked: Sketch, head_dim: int, seed: int, shrunk: boo
             asked.list_bytes(head_dim),
             sketch.scales(asked, head_dim, order, shrunk).ravel(),
             signs,
-            spread_signs,
             between,
             rotations[0].base,
             rotations[0].places,
