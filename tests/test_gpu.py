@@ -106,13 +106,13 @@ def ties_allowed(head_dim: int, preset: str, rows: int, backend: str = "") -> fl
 
 # -- the same bits -----------------------------------------------------------------------------------------------
 def cases() -> Iterator[tuple[int, str, tuple[torch.dtype, ...]]]:
-    """(head_dim, preset, dtypes): everything on a GPU; in the interpreter presets and dtypes take turns but at head_dim 16."""
+    """(head_dim, preset, dtypes): everything on a GPU; in the interpreter dtypes take turns but at 16, presets above it."""
     if GPU:
         yield from ((head_dim, preset, TORCH_DTYPES) for head_dim in HEAD_DIMS for preset in ON_GPU)
         return
     for i, head_dim in enumerate((1, 7, 16, 48, 64, 100, 128)):
         for j, preset in enumerate(ON_GPU):
-            if head_dim in (64, 100) and j % 2 != i % 2:
+            if head_dim > 16 and j % 4 != i % 4:
                 continue
             yield head_dim, preset, TORCH_DTYPES if head_dim == 16 else (TORCH_DTYPES[(i + j) % 3],)
     yield 288, "pq3", (torch.float16,)
@@ -277,8 +277,7 @@ def test_outputs_of_other_strides_are_filled_by_a_copy(gpu_backend: str) -> None
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"center": "mean", "exact_tokens": 3},
+        *([{}, {"center": "mean", "exact_tokens": 3}] if GPU else []),
         {"center": "rope", "rope": Rope(), "exact_tokens": 3},
         {"preset": "quad3", "exact_tokens": 3},
     ],
@@ -337,8 +336,9 @@ def test_nan_and_inf_are_kept_exact_when_asked(dtype: torch.dtype, center: str |
     assert data[: info.header_bytes + info.side_bytes] == by_cpu[: info.header_bytes + info.side_bytes]
     for stream in (data, on_device(data)):
         same(decoded(stream, gpu_backend), pqcodec.decode(data, backend="cpu"))
+    got = decoded(data, gpu_backend)
     for lead, token in ((0, 0), (0, 1), (0, 8), (2, 3)):
-        same(decoded(data, gpu_backend)[lead, token], x[lead, token])
+        same(got[lead, token], x[lead, token])
 
 
 def test_the_header_beside_a_stream_is_the_streams(gpu_backend: str) -> None:
@@ -353,7 +353,7 @@ def test_the_header_beside_a_stream_is_the_streams(gpu_backend: str) -> None:
 def test_every_damage_is_told_as_the_cpu_tells_it(small_stream: bytes, gpu_backend: str) -> None:
     start = Header.from_bytes(small_stream).header_bytes
     parts = set()
-    for at in range(start, len(small_stream), 1 if GPU else 17):
+    for at in range(start, len(small_stream), 1 if GPU else 41):
         damaged = bytearray(small_stream)
         damaged[at] ^= 1 << at % 8
         expected = sorted(map(str, pqcodec.verify(bytes(damaged), backend="cpu")))
