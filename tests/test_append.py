@@ -126,7 +126,7 @@ def test_another_rope_than_the_files_is_refused(tmp_path: Path) -> None:
             append_cache(path, layers, rope=other, backend="reference")
     with pytest.raises(InvalidArgument, match="rope is a float"):
         append_cache(path, layers, rope=100.0, backend="reference")
-    with pytest.raises(InvalidArgument, match="no keys that are centred under RoPE; leave rope out"):
+    with pytest.raises(InvalidArgument, match="no keys that are coded under RoPE; leave rope out"):
         append_cache(plain, layers, rope=rope, backend="reference")
     with pytest.raises(InvalidArgument, match="not of the same heads and tokens"):
         append_cache(plain, [(layers[0][0], layers[0][1][:, :5])], backend="reference")

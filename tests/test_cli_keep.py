@@ -115,9 +115,9 @@ def test_fewer_tokens_are_never_decoded_unsaid(plain: Path) -> None:
             "--keep has positions of 'hidden', which is no key or value",
         ),
         ({"all": np.array([4, 2])}, "'layers.0.key': keep: positions do not ascend"),
-        ({"all": np.array([300])}, "are not all below 300 tokens"),
+        ({"all": np.array([300])}, "are not all below 300"),
         ({"all": np.array([1.5])}, "integers [n] or [..., n]"),
-        ({"all": np.zeros((3, 1), np.int64)}, "does not go with a tensor"),
+        ({"all": np.zeros((3, 1), np.int64)}, "does not go with the tensor"),
         ({}, "holds no tensor of positions"),
     ],
 )

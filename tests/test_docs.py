@@ -114,12 +114,12 @@ def test_the_menu_lists_every_page() -> None:
 
 
 def test_every_table_is_shown_with_its_machine_and_command() -> None:
-    page = (DOCS / "pages" / "benchmarks.md").read_text()
-    assert sorted(MARK.findall(page)) == sorted(TABLES)
+    page, neighbours = ((DOCS / "pages" / name).read_text() for name in ("benchmarks.md", "neighbours.md"))
+    assert sorted(MARK.findall(page + neighbours)) == sorted(TABLES)
     typed = re.sub("<!-- figures.*end of figures -->", "", page, flags=re.DOTALL)  # test_readme compares what is between
     prose = re.sub(r"head_dim 128|fp16|bf16|float32", "", MARK.sub("", typed))
     assert not re.search(r"\d", prose), "figures come from files"
-    found = with_tables(page)
+    found = with_tables(page + neighbours)
     assert found.count("\nMachine: ") == len(TABLES)
     assert all(f"`benchmarks/results/{name}.json`" in found for table in TABLES.values() for name in table.files)
 

@@ -182,15 +182,15 @@ def test_tokens_that_follow_each_other_are_coded_as_by_themselves(backend: str) 
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (3, "positions of tokens"),
-        ([0.0, 1.0], "positions of tokens"),
-        ([True, False], "positions of tokens"),
+        (3, "positions are expected"),
+        ([0.0, 1.0], "positions are expected"),
+        ([True, False], "positions are expected"),
         ([1, 0], "do not ascend"),
         ([3, 3], "do not ascend"),
-        ([0, 9], "not all below 9 tokens"),
-        ([-1, 3], "not all below 9 tokens"),
-        ([[0], [1], [2]], "does not go with a tensor"),
-        (np.zeros((2, 1, 1), int), "does not go with a tensor"),
+        ([0, 9], "not all below 9"),
+        ([-1, 3], "not all below 9"),
+        ([[0], [1], [2]], "does not go with the tensor"),
+        (np.zeros((2, 1, 1), int), "does not go with the tensor"),
     ],
 )
 def test_positions_that_are_none_are_refused(keep: Any, message: str) -> None:

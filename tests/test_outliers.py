@@ -134,7 +134,7 @@ def test_records_of_any_bits_decode_as_the_specification_says(seed: int) -> None
     [
         (Affine(4, 2, 2, outliers=5), "5 outliers at each end of 4 x 2 numbers are not possible"),
         (Affine(4, 2, 2, outliers=-1), "-1 outliers at each end"),
-        (Affine(1, 1024, 2, outliers=9), "9 outliers at each end of groups of a vector of 16 numbers"),
+        (Affine(1, 1024, 2, outliers=9), "9 outliers at each end of groups of a row of 16 numbers"),
     ],
 )
 def test_more_outliers_than_a_group_has_numbers_are_refused(affine: Affine, said: str) -> None:
