@@ -325,8 +325,10 @@ class PrefixStore:
         """Store the cache of ``tokens`` [n] or [1, n]; only blocks that are missing are encoded and written.
 
         A block that another thread, process or node is writing is left to it (``Stored.pending_tokens``), unless it gives up.
-        ``tokens`` may be longer than the cache, as after ``generate``, which does not feed its last token. (A purely recurrent
-        cache does not know its length: pass exactly what it has seen.) ``extra``: see ``get``. ``pin``: never evict the prefix.
+        ``tokens`` may be longer than the cache, as after ``generate``, which does not feed its last token. A cache is then
+        taken for that of the first tokens: one that lost tokens in between looks the same, and must not be put. (A purely
+        recurrent cache does not know its length: pass exactly what it has seen.) ``extra``: see ``get``. ``pin``: never evict
+        the prefix.
         ``wait=False``: return a Future at once and save in the background, from the tensors as they are now; beyond
         ``PENDING`` waiting saves a put is skipped with a warning. A prefix larger than the quota is skipped with a warning.
         Raises InvalidArgument for a cache that cannot be kept, and OSError; what was stored before stays.
