@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import pqcodec
 from pqcodec import BackendUnavailable, CorruptStream, InvalidArgument, LevelTable, MissingTable, SharedTable, VectorTable
 from pqcodec.attention import attend, scores
+from pqcodec.codec import decode_together, given_tables
 from pqcodec.codings import residual
 from pqcodec.codings.vectors import Book
 from pqcodec.errors import PQError, UnsupportedStream
@@ -86,6 +87,17 @@ def test_backends_write_and_read_the_same_bits(shape: tuple[int, int, int, int],
     np.testing.assert_array_equal(bits(part), bits(pqcodec.decode(stream, tables=codebooks, fill=0)[1:, 2:5]))
     info = pqcodec.inspect(stream)
     assert (info.preset, info.coding, info.table) == (f"rvq{shape[0]}", "residual VQ", codebooks.name)
+
+
+def test_streams_of_several_lengths_turn_with_their_own_tokens() -> None:
+    """Phases that were made for a short stream do not serve a longer one that begins at the same position."""
+    codebooks, turn = table(3, 5, 16, 64), {"center": "rope", "rope": pqcodec.Rope(theta=100.0)}
+    tensors = [gaussian(1, tokens, 64) + 4 for tokens in (10, 100, 30)]
+    streams = [pqcodec.encode(x, preset="rvq3", codebooks=codebooks, backend="cpu", **turn) for x in tensors]
+    outs = [torch.zeros_like(x) for x in tensors]
+    decode_together([given_tables(stream, [codebooks]) for stream in streams], outs, [0, 0, 0], "cpu")
+    for out, stream in zip(outs, streams, strict=True):
+        torch.testing.assert_close(out, pqcodec.decode(stream, backend="cpu", tables=[codebooks]), rtol=0, atol=0)
 
 
 def test_the_first_of_equally_near_entries_is_taken() -> None:

@@ -20,7 +20,7 @@ from pqcodec.kernels.cpu.bits import checksum
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.outliers import outlier_bytes, outliers_of, place_outliers, put_outliers
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
 from pqcodec.kernels.cpu.ranges import list_numbers, rows_are_groups
@@ -47,12 +47,12 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
     x = np.zeros((most + LANES) * order, np.float32)
     scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     work = work_of(kind, groups)
     polar = np.zeros((2, min(groups.tokens, most) * (order // 2 if kind.coding == CODING_PAIRS else 0)), np.float32)
     halves = groups.field_bytes // 2
     fields = np.zeros((most + groups.tokens - 1) // groups.tokens * halves + LANES, np.uint16)
     together = LANES if rows_are_groups(groups) else groups.tokens
-    have_position = I64(-1)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
@@ -60,9 +60,7 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
         block_out = chunk * leading * affine_size(chunk_tokens, kind, groups) + lead * (size + CHECKSUM_BYTES)
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
-        if pairs and position != have_position:
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         bad_at, top = lead * coded + first, I32(0)
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
@@ -112,9 +110,9 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
     order, pairs = kind.order, rope.frequencies.size
     tile, short = np.zeros(LANES * order + LANES, np.float32), np.zeros(LANES, np.uint16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     work = work_of(kind, groups)
     like, past = output.like, output.past
-    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
@@ -122,9 +120,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and (position != have_position or tokens > have_tokens):
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position, have_tokens = position, tokens
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):

@@ -20,7 +20,7 @@ from pqcodec.kernels.cpu.affine_blocks import affine_size, block_scale, decode_r
 from pqcodec.kernels.cpu.bits import checksum
 from pqcodec.kernels.cpu.lane_memory import load, pointer, store, sums_of_rows, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats, fused
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.records import F32, I64, Groups, Kind, RopeTable, jit
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.tensors.rows import address
@@ -85,17 +85,15 @@ def score_groups(items, kind, groups, offsets, rope, queries, query_rows, width,
     order, pairs = kind.order, rope.frequencies.size
     tile, sums = np.zeros(LANES * order + LANES, np.float32), np.zeros(LANES * LANES, np.float32)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     work, result = work_of(kind, groups), np.zeros(LANES, np.float32)
-    have_position = I64(-1)
     for i in range(items.shape[0]):
         tokens, low, high, source, lead, at, position, _ = items[i]
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
         payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
         if check:
             damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
-        if pairs and position != have_position:
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)

@@ -26,7 +26,7 @@ from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile, put_narrowed
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases, fill_phases_across, turn_offset
+from pqcodec.kernels.cpu.offsets import add_offset, fill_phases_across, keep_phases, turn_offset
 from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
 from pqcodec.kernels.cpu.quads import decode_quad_rows, encode_quad_rows, finish_quads, quad_factors
 from pqcodec.kernels.cpu.records import (
@@ -114,7 +114,7 @@ def encode_stream_blocks(
     )
     words = np.zeros(LANES * stride, np.uint64)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
-    have_position = I64(-1)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
@@ -122,9 +122,7 @@ def encode_stream_blocks(
         size = block_size(tokens, kind) - CHECKSUM_BYTES
         block_out = chunk * leading * block_size(chunk_tokens, kind) + lead * (size + CHECKSUM_BYTES)
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
-        if pairs and position != have_position:
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
             start = starts[lead] + (first_tokens + first + row) * token_stride
@@ -193,9 +191,10 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     as_pairs = kind.coding == CODING_QUADS and rotation.pair_places.size > 0
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     turning = turning_of(order, kind.chunk_tokens, rope)
     like, past = output.like, output.past
-    have, have_across = (I64(-1), I64(0)), (I64(-1), I64(0))  # positions and tokens of phases
+    have_across = I64(-1), I64(0)  # as ``filled``, of ``turning``
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = block_size(tokens, kind) - CHECKSUM_BYTES
@@ -235,9 +234,7 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
                 continue
             transpose_back(x, other, whole, as_pairs, order, first_factor, second_factor, rotation, tile)
             if offset_at:
-                if pairs and (position != have[0] or tokens > have[1]):
-                    fill_phases(position, tokens, 1, rope, cos, sin)
-                    have = position, tokens
+                keep_phases(position, tokens, 1, rope, cos, sin, filled)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
     if past:

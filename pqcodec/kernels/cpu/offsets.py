@@ -35,6 +35,17 @@ def fill_phases(first, tokens, step, rope, cos, sin):
 
 
 @leaf
+def keep_phases(first, tokens, step, rope, cos, sin, filled):
+    """``fill_phases``, unless they are there: ``filled``, int64 [2], is the position and the number of tokens that are.
+
+    Streams of several lengths may begin at one position.
+    """
+    if rope.frequencies.size > 0 and (first != filled[0] or tokens > filled[1]):
+        fill_phases(first, tokens, step, rope, cos, sin)
+        filled[0], filled[1] = first, tokens
+
+
+@leaf
 def add_offset(tile, rows, order, offset, rope, cos, sin, first_row):
     """tile[r] += offset [order], the first 2 * pairs channels turned by each row's angles (SPEC 9.3)."""
     pairs, pair_p, step = rope.frequencies.size, rope.pair_p, rope.step

@@ -16,7 +16,7 @@ from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, get_field
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, spread, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, select
 from pqcodec.kernels.cpu.numbers import narrow_tile
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Kind, Output, ResidualBooks, RopeTable, inlined, jit, leaf
 from pqcodec.stream.header import Header
 
@@ -112,7 +112,8 @@ def decode_residual_blocks(items, kind, books, output, rope, keys, damaged):
     halves, scales = np.zeros(LANES, np.uint16), np.zeros(LANES, np.float32)
     total, places = np.zeros(books.width, np.float32), np.zeros(books.stages, np.int64)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
-    like, past, have_position = output.like, output.past, I64(-1)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
+    like, past = output.like, output.past
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = tokens * row_bytes
@@ -120,9 +121,7 @@ def decode_residual_blocks(items, kind, books, output, rope, keys, damaged):
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and position != have_position:
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)

@@ -6,7 +6,7 @@ import numpy as np
 
 from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile
-from pqcodec.kernels.cpu.offsets import fill_phases
+from pqcodec.kernels.cpu.offsets import keep_phases
 from pqcodec.kernels.cpu.records import I64, Kind, RopeTable, jit
 
 
@@ -24,12 +24,10 @@ def sum_tokens(first_lead, last_lead, count, token_step, kind, source, rope, tot
     scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
     bad = np.zeros(LANES, np.bool_)
     cos, sin = np.zeros(count * pairs, np.float32), np.zeros(count * pairs, np.float32)
-    have_position = I64(-1)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     for lead in range(first_lead, last_lead):
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens)
-        if pairs and position != have_position:
-            fill_phases(position, count, token_step, rope, cos, sin)
-            have_position = position
+        keep_phases(position, count, token_step, rope, cos, sin, filled)
         for row in range(0, count, LANES):
             rows = min(LANES, count - row)
             start = starts[lead] + row * token_stride

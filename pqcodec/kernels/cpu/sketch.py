@@ -27,7 +27,7 @@ from pqcodec.kernels.cpu.blocks import lanes_of
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, spread, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases
+from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.records import (
     F32,
     I32,
@@ -66,9 +66,9 @@ def encode_sketch_blocks(first_block, last_block, kind, sketch, source, offsets,
     tile, turned, other, sums = lanes_of(LANES * order), lanes_of(LANES * order), lanes_of(LANES * order), sums_of(sketch)
     scratch, largest = np.zeros(LANES * LANES, np.int32), np.zeros(LANES, np.int32)
     cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     norms, halves, shorts = np.zeros((2, most + LANES)), np.zeros(LANES, np.float32), np.zeros(LANES, np.uint16)
     energy, apart = np.zeros(order), np.zeros(order, np.float32)
-    have_position = I64(-1)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
@@ -76,9 +76,7 @@ def encode_sketch_blocks(first_block, last_block, kind, sketch, source, offsets,
         size = sketch_size(tokens, kind, sketch) - CHECKSUM_BYTES
         block_out = chunk * leading * sketch_size(chunk_tokens, kind, sketch) + lead * (size + CHECKSUM_BYTES)
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
-        if pairs and position != have_position:
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position = position
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         bad_at = lead * coded + first
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
@@ -238,8 +236,8 @@ def decode_sketch_blocks(items, kind, sketch, output, rope, keys, damaged):
     factors, shorts, bytes_of = np.zeros(LANES, np.float32), np.zeros(LANES, np.uint16), np.zeros(LANES, np.int32)
     ones, apart = np.ones(LANES, np.float32), np.zeros(order, np.float32)
     cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     like, past = output.like, output.past
-    have_position, have_tokens = I64(-1), I64(0)  # streams of several lengths may begin at one position
     for i in range(items.shape[0]):
         tokens, low, high, source, target, offset_at, token_stride, position = items[i]
         size = sketch_size(tokens, kind, sketch) - CHECKSUM_BYTES
@@ -247,9 +245,7 @@ def decode_sketch_blocks(items, kind, sketch, output, rope, keys, damaged):
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
         if not output.write or low >= high:
             continue
-        if pairs and (position != have_position or tokens > have_tokens):
-            fill_phases(position, tokens, 1, rope, cos, sin)
-            have_position, have_tokens = position, tokens
+        keep_phases(position, tokens, 1, rope, cos, sin, filled)
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):

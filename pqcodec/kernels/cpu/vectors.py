@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT32, LARGEST_FINITE
-from pqcodec.kernels.cpu.offsets import fill_phases
+from pqcodec.kernels.cpu.offsets import keep_phases
 from pqcodec.kernels.cpu.records import F32, I64, RopeTable, jit
 
 TILE_TOKENS = 64  # whose cosines and sines are computed at once
@@ -21,14 +21,13 @@ def turn_tiles(first_tile, last_tile, x, first_lead, first_token, sign, rope):
     rope = RopeTable(*rope)
     pairs, pair_p, step = rope.frequencies.size, rope.pair_p, rope.step
     cos, sin = np.zeros(TILE_TOKENS * pairs, np.float32), np.zeros(TILE_TOKENS * pairs, np.float32)
+    filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     for tile in range(first_tile, last_tile):
-        start, have_position = tile * TILE_TOKENS, I64(-1)
+        start = tile * TILE_TOKENS
         tokens = min(TILE_TOKENS, x.shape[1] - start)
         for lead in range(x.shape[0]):
             position = I64(rope.first_position + (first_lead + lead) * rope.list_tokens + first_token + start)
-            if position != have_position:
-                fill_phases(position, tokens, 1, rope, cos, sin)
-                have_position = position
+            keep_phases(position, tokens, 1, rope, cos, sin, filled)
             for t in range(tokens):
                 turn = t * pairs
                 for i in range(pairs):
