@@ -16,6 +16,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
+from pqcodec.select import queries_and_keys
 from pqcodec.stages.linear import block_basis, second_moment
 from pqcodec.tensors import arrays
 
@@ -34,12 +35,7 @@ def channel_scores(q: Any, keys: Any) -> np.ndarray:
     >>> channel_scores(q, keys).tolist()
     [[0.0, 2.0, 8.0, 18.0]]
     """
-    queries, k = arrays.numbers_of(q), arrays.numbers_of(keys)
-    if min(queries.ndim, k.ndim) < 3 or queries.shape[:-3] != k.shape[:-3] or queries.shape[-1] != k.shape[-1]:
-        raise InvalidArgument(
-            f"q {queries.shape} does not go with keys {k.shape}; [..., q_heads, queries, head_dim] and "
-            f"[..., kv_heads, tokens, head_dim] are expected"
-        )
+    queries, k = queries_and_keys(q, keys)
     heads, kv_heads = queries.shape[-3], k.shape[-3]
     if not queries.size or not k.size or heads % kv_heads:
         raise InvalidArgument(f"q {queries.shape}, keys {k.shape}: numbers, and a multiple of heads of queries, are expected")

@@ -29,12 +29,7 @@ def received_attention(q: Any, keys: Any, *, scale: float | None = None) -> np.n
     >>> received_attention(q, keys).tolist()
     [[0.5, 0.5, 0.5, 0.5]]
     """
-    queries, k = arrays.numbers_of(q), arrays.numbers_of(keys)
-    if min(queries.ndim, k.ndim) < 3 or queries.shape[:-3] != k.shape[:-3] or queries.shape[-1] != k.shape[-1]:
-        raise InvalidArgument(
-            f"q {queries.shape} does not go with keys {k.shape}; [..., q_heads, queries, head_dim] and "
-            f"[..., kv_heads, tokens, head_dim] are expected"
-        )
+    queries, k = queries_and_keys(q, keys)
     (heads, count, head_dim), (kv_heads, tokens) = queries.shape[-3:], k.shape[-3:-1]
     if not kv_heads or heads % kv_heads or not 0 < count <= tokens:
         raise InvalidArgument(
@@ -56,6 +51,20 @@ def received_attention(q: Any, keys: Any, *, scale: float | None = None) -> np.n
     if not np.isfinite(found).all():
         raise InvalidArgument("q or keys hold NaN or Inf: no token is worth more than another")
     return found.reshape(*k.shape[:-1]).astype(np.float32)
+
+
+def queries_and_keys(q: Any, keys: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of ``q`` [..., q_heads, queries, head_dim] and ``keys`` [..., kv_heads, tokens, head_dim], as float32.
+
+    Raises InvalidArgument where they do not go together.
+    """
+    queries, k = arrays.numbers_of(q), arrays.numbers_of(keys)
+    if min(queries.ndim, k.ndim) < 3 or queries.shape[:-3] != k.shape[:-3] or queries.shape[-1] != k.shape[-1]:
+        raise InvalidArgument(
+            f"q {queries.shape} does not go with keys {k.shape}; [..., q_heads, queries, head_dim] and "
+            f"[..., kv_heads, tokens, head_dim] are expected"
+        )
+    return queries, k
 
 
 def snapkv(q: Any, keys: Any, n: int, *, pool: int = 7, scale: float | None = None) -> Any:
