@@ -1,7 +1,7 @@
 // Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 576.
 //
-// A warp decodes one block (a chunk of tokens of one leading index), a tile of sixteen rows at a time, and shares nothing with
-// other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4 and l / 4 + 8 of the tile. A quad is one
+// A warp decodes one block (a chunk of tokens of one leading index), ROWS rows (16 or 32) at a time, and shares nothing with
+// other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4, l / 4 + 8 and so on. A quad is one
 // look-up of four bytes, which are an operand of mma as they are: tensor cores multiply them with half of the rotation's
 // matrix, of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a
 // float32. The next tile's words are on their way while this one is decoded.
@@ -17,103 +17,24 @@
 
 #include "numbers.cuh"
 #include "lanes.cuh"
-#include "block_place.cuh"
-#include "checksum.cuh"
+#include "quads_words.cuh"
 #include "offsets.cuh"
-#include "radius.cuh"
 #include "rotation_two_rounds.cuh"  // bricks, and mma with them
 #include "stores.cuh"
 
-#define GROUPS (ORDER / 32)                   // of eight quads, of a row
+#define GROUPS (ORDER / 32)                        // of eight quads, of a row
 #define OWN_PIECES ((PIECES + PARTS - 1) / PARTS)  // of a thread block
 #define PART_BYTES (OWN_PIECES * 4 * BRICKS * BRICK_BYTES)
-#define SIGN_WORDS (ROWS * ORDER / 32)        // of a tile
-#define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
-#define SIGN_FETCHES ((SIGN_WORDS + 31) / 32)
-#define INDEX_FETCHES ((INDEX_WORDS + 31) / 32)
-#define MAGIC_BITS 0x4b400000  // of MAGIC, 1.5 * 2^23
-#define LARGEST_FUSED 1e30f      // factor of a row, of which MAGIC times it is far from infinite
+#define MAGIC_BITS 0x4b400000                      // of MAGIC, 1.5 * 2^23
+#define TILES (ROWS / 16)                          // of sixteen rows, which meet the matrix together
+#define LANE_ROWS (ROWS / 8)
 
-// What a lane has on its way: words of the planes of signs and indices, its two rows' radii, and the block's base.
-struct Fetched {
-    u32 signs[SIGN_FETCHES], indices[INDEX_FETCHES];
-    u32 radii[2];
-};
-
-INLINE const u8* radii_of(const Block& block) {
-    return reinterpret_cast<const u8*>(block.payload) + block.tokens * (ORDER / 8 + INDEX_BYTES);
-}
-
-// A lane's part of the tile of rows from ``first_row`` on; zero behind the block's end.
-INLINE void fetch_tile(Fetched& fetched, const Block& block, int first_row, int lane) {
-    const int rows = min(block.tokens - first_row, ROWS);
-    const u32* signs = block.payload + first_row * (ORDER / 32);
-    const u32* indices = block.payload + block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
-#pragma unroll
-    for (int i = 0; i < SIGN_FETCHES; i++) {
-        const int word = i * 32 + lane;
-        fetched.signs[i] = word < rows * (ORDER / 32) ? __ldcs(signs + word) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < INDEX_FETCHES; i++) {
-        const int word = i * 32 + lane;
-        fetched.indices[i] = word < rows * INDEX_BYTES / 4 ? __ldcs(indices + word) : 0;
-    }
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-        const int row = first_row + (lane >> 2) + 8 * part;
-        fetched.radii[part] = row < block.tokens ? __ldg(radii_of(block) + row) : 0;
-    }
-}
-
-INLINE int base_of(const Block& block) {
-    const u8* at = radii_of(block) + block.tokens;
-    return (int)(short)(__ldg(at) | __ldg(at + 1) << 8);
-}
-
-// Puts a tile into the stage, and adds its words to the checksum's sum.
-INLINE void stage_tile(const u8* tables, const i64* __restrict__ keys, const Fetched& fetched, const Block& block,
-                       int first_row, int lane, u32* stage, int words, u64& sum) {
-#pragma unroll
-    for (int i = 0; i < SIGN_FETCHES; i++) {
-        const int word = i * 32 + lane;
-        if (SIGN_FETCHES * 32 == SIGN_WORDS || word < SIGN_WORDS) {
-            sum += folded((u64)fetched.signs[i] * key_of(tables, keys, words, first_row * (ORDER / 32) + word));
-            stage[word] = fetched.signs[i];
-        }
-    }
-    const int first = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
-#pragma unroll
-    for (int i = 0; i < INDEX_FETCHES; i++) {
-        const int word = i * 32 + lane;
-        if (INDEX_FETCHES * 32 == INDEX_WORDS || word < INDEX_WORDS) {
-            sum += folded((u64)fetched.indices[i] * key_of(tables, keys, words, first + word));
-            stage[SIGN_WORDS + word] = fetched.indices[i];
-        }
-    }
-}
-
-// Adds what lies behind the two planes: radii, base and zeros.
-INLINE void sum_rest(const u8* tables, const i64* __restrict__ keys, const Block& block, int lane, int words, u64& sum) {
-    for (int word = block.tokens * (ORDER / 8 + INDEX_BYTES) / 4 + lane; word < words; word += 32)
-        sum += folded((u64)__ldg(block.payload + word) * key_of(tables, keys, words, word));
-}
-
-// The factors of a radius code (SPEC 8.3).
-INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, float& second_factor) {
-    const int radius = min(max(base + (int)code - 1, LEAST), MOST);
-    const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[radius & (RADIUS_STEPS - 1)];
-    split_factor(mantissa, radius >> LOG2_STEPS, factor, second_factor);
-    factor = code ? factor : 0.0f;
-}
-
-// A lane's quads of one group and of both its rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1
-// ...}.
-INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int group, u32* operand) {
+// A lane's quads of one group and of two rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1 ...}.
+INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int first_row, int group, u32* operand) {
     const int quarter = lane & 3;
 #pragma unroll
     for (int part = 0; part < 2; part++) {
-        const int row = (lane >> 2) + 8 * part;
+        const int row = first_row + (lane >> 2) + 8 * part;
         const u32 signs = stage[row * (ORDER / 32) + group] >> (2 * quarter);
         const int bit = row * (8 * INDEX_BYTES) + (8 * group + 2 * quarter) * INDEX_BITS;
         const u32* at = stage + SIGN_WORDS + (bit >> 5);
@@ -128,43 +49,47 @@ INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int grou
     }
 }
 
-// A lane's eight channels of a piece: sums [4][4] of four strips, each of two channels of one row and two of the other, in
-// float32 numbers from MAGIC on.
-INLINE void eight_channels(u32 matrix, u32 (*operands)[4], int piece, int (*sums)[4]) {
+// A lane's eight channels of a piece: sums [tiles of sixteen rows][4] of four strips, each of two channels of one row and two of
+// the other, in float32 numbers from MAGIC on.
+INLINE void eight_channels(u32 matrix, const u32 (*operands)[GROUPS][4], int piece, int (*sums)[4][4]) {
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
-        sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = MAGIC_BITS;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[tile][strip][i] = MAGIC_BITS;
         const u32 address = matrix + (4 * piece + strip) * (BRICKS * BRICK_BYTES);
 #pragma unroll
         for (int group = 0; group < GROUPS; group += 2) {
             u32 bricks[4];
-            if (group + 1 < GROUPS) {
+            if (group + 1 < GROUPS)
                 asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                     : "=r"(bricks[0]), "=r"(bricks[1]), "=r"(bricks[2]), "=r"(bricks[3])
                     : "r"(address + group * (2 * BRICK_BYTES)));
-                mma_step(sums[strip], operands[group], bricks[0], bricks[1]);
-                mma_step(sums[strip], operands[group + 1], bricks[2], bricks[3]);
-            } else {
+            else
                 asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                     : "=r"(bricks[0]), "=r"(bricks[1])
                     : "r"(address + group * (2 * BRICK_BYTES)));
-                mma_step(sums[strip], operands[group], bricks[0], bricks[1]);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                mma_step(sums[tile][strip], operands[tile][group], bricks[0], bricks[1]);
+                if (group + 1 < GROUPS) mma_step(sums[tile][strip], operands[tile][group + 1], bricks[2], bricks[3]);
             }
         }
     }
 }
 
-// What is the same for all pieces of a lane's two rows.
-struct TwoRows {
-    int first;  // of the tile; the lane's rows are this one and the eighth behind it
-    float factor[2], second_factor[2];
+// What is the same for all pieces of a lane's rows.
+struct LaneRows {
+    int first;  // of the block; the lane's rows are this one and each eighth behind it
+    float factor[LANE_ROWS], second_factor[LANE_ROWS];
     u32 position;        // of the first
     const float* means;  // of their block
 };
 
 #if OFFSETS
 // Offsets of MANY pieces of a row that have the same turns, from channel ``first`` on, PAIRS apart.
-template <int MANY> INLINE void offsets_of(const u8* tables, const TwoRows& rows, int part, int first, float (*offsets)[8]) {
+template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& rows, int part, int first, float (*offsets)[8]) {
     float means[2][8];
     eight_means(rows.means, first, means[0]);
 #if PAIRS
@@ -185,17 +110,17 @@ template <int MANY> INLINE void offsets_of(const u8* tables, const TwoRows& rows
 }
 #endif
 
-// MANY pieces of a lane's two rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
+// MANY pieces of a lane's rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
 // dtype's range. Three times their factor is a float32, too (SPEC 8.3), so MAGIC times it is exact, and so is what fmaf takes
 // away: it rounds the product of sum and factor once, and never to -0.
 template <bool ORDINARY, int MANY>
-INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows, int quarter,
-                        int piece) {
-    int sums[MANY][4][4];
+INLINE void finish_rows(const u8* tables, u32 matrix, const u32 (*operands)[GROUPS][4], const Block& block,
+                        const LaneRows& rows, int quarter, int piece) {
+    int sums[MANY][TILES][4][4];
 #pragma unroll
     for (int i = 0; i < MANY; i++) eight_channels(matrix, operands, piece + i * APART, sums[i]);
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
+    for (int part = 0; part < LANE_ROWS; part++) {
         const int row = rows.first + 8 * part;
         const i64 target = block.rows + (i64)row * block.row_stride;
         const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
@@ -210,7 +135,7 @@ INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const 
             Stored stored[STORES];
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                const float sum = float_of(sums[i][k / 2][2 * part + k % 2]);
+                const float sum = float_of(sums[i][part / 2][k / 2][part % 2 * 2 + k % 2]);
                 numbers[k] = ORDINARY ? fmaf(sum, factor, away) : sum + away;
 #if OFFSETS
                 if (ORDINARY) numbers[k] += offsets[i][k];
@@ -227,8 +152,8 @@ INLINE void finish_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const 
 
 // ``matrix``: the address of the first piece's strips, if they were there; ``part``: of the pieces.
 template <bool ORDINARY>
-INLINE void decode_rows(const u8* tables, u32 matrix, u32 (*operands)[4], const Block& block, const TwoRows& rows,
-                        int quarter, int part) {
+INLINE void decode_rows(const u8* tables, u32 matrix, const u32 (*operands)[GROUPS][4], const Block& block,
+                        const LaneRows& rows, int quarter, int part) {
     const int last = PARTS > 1 ? min((part + 1) * OWN_PIECES, PIECES) : PIECES;
 #pragma unroll 1
     for (int piece = 0; piece < APART; piece++)
@@ -246,18 +171,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     extern __shared__ uint4 memory[];
     const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
     u8* tables = reinterpret_cast<u8*>(memory);
-    u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
-    Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
-    float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
-    Fetched fetched;
-    int base = 0;
+    u8* shelf = tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES;
+    u32* base = reinterpret_cast<u32*>(shelf + BASE_AT);
+    Block* upcoming = reinterpret_cast<Block*>(shelf + STAGE_BYTES);
+    float* means = reinterpret_cast<float*>(shelf + MEANS_AT);
+    const auto stage_of = [&](int turn) { return reinterpret_cast<u32*>(shelf + turn * (BASE_AT / 2)); };
+    int turn = 0;  // of the two stages
     const u32 part = blockIdx.x % PARTS, step = gridDim.x / PARTS;  // from one of a warp's blocks to the next
     u32 stored = 0, index = (threadIdx.x >> 5) * step + blockIdx.x / PARTS;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
-        fetch_tile(fetched, block, 0, lane);
-        base = base_of(block);
-        stored = __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1);
+        send_for_tile(block, 0, lane, stage_of(0));
+        send_for_base(block, lane, base);
+        stored = stored_checksum(block);
         if (lane == 0) *upcoming = block;
     }
     copy_tables<MATRIX_AT>(blob, memory);  // the matrix comes last
@@ -267,10 +193,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 
     for (; index < blocks; index += step * WARPS) {
         const Block block = *upcoming;
-        const int words = block_bytes(block.tokens) / 4 - 1, block_base = base;
+        const int words = block_bytes(block.tokens) / 4 - 1;
         const u32 checksum = stored;
         u64 sum = 0;
-        TwoRows rows;
+        LaneRows rows;
 #if OFFSETS
         const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
         const u32 position = position_of(block);
@@ -279,20 +205,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         const float room = LARGEST;
 #endif
         for (int first_row = 0; first_row < block.tokens; first_row += ROWS) {
-            stage_tile(tables, keys, fetched, block, first_row, lane, stage, words, sum);
+            wait_for_tile();
+            const u32* stage = stage_of(turn);
+            turn ^= 1;
 #pragma unroll
-            for (int part = 0; part < 2; part++)
-                quad_factors(tables, fetched.radii[part], block_base, rows.factor[part], rows.second_factor[part]);
+            for (int part = 0; part < LANE_ROWS; part++)
+                quad_factors(tables, radius_of(stage, block, first_row, tile_row + 8 * part), base_of(base, block),
+                             rows.factor[part], rows.second_factor[part]);
+            sum_tile(tables, keys, stage, block, first_row, lane, words, sum);
             __syncwarp();
             if (first_row + ROWS < block.tokens) {
-                fetch_tile(fetched, block, first_row + ROWS, lane);
+                send_for_tile(block, first_row + ROWS, lane, stage_of(turn));
             } else {
                 sum_rest(tables, keys, block, lane, words, sum);
                 if (index + step * WARPS < blocks) {
                     const Block next = find_block(spans, firsts, starts, search, index + step * WARPS);
-                    fetch_tile(fetched, next, 0, lane);
-                    base = base_of(next);
-                    stored = __ldcs(next.payload + block_bytes(next.tokens) / 4 - 1);
+                    send_for_tile(next, 0, lane, stage_of(turn));
+                    send_for_base(next, lane, base);
+                    stored = stored_checksum(next);
                     if (lane == 0) *upcoming = next;
                 }
             }
@@ -300,16 +230,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 __syncwarp();
                 continue;  // nobody wants these rows
             }
-            u32 operands[GROUPS][4];
+            u32 operands[TILES][GROUPS][4];
 #pragma unroll
-            for (int group = 0; group < GROUPS; group++) quad_operands(tables, stage, lane, group, operands[group]);
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int group = 0; group < GROUPS; group++)
+                    quad_operands(tables, stage, lane, 16 * tile, group, operands[tile][group]);
             __syncwarp();
             rows.first = first_row + tile_row;
             bool ordinary = true;
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                ordinary = ordinary && rows.second_factor[part] == 1.0f && rows.factor[part] * LARGEST_SUM < room &&
-                           rows.factor[part] < LARGEST_FUSED;
+            for (int part = 0; part < LANE_ROWS; part++) {
+                ordinary = ordinary && is_ordinary(rows.factor[part], rows.second_factor[part], room);
                 rows.factor[part] *= 2.0f;  // the matrix is R / 2
             }
 #if OFFSETS

@@ -19,12 +19,13 @@ from pqcodec.stream.header import Header
 BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with every effort
 ENCODED_ORDERS = (*BEST_ORDERS, 320, 384, 448, 512, 576)  # with effort "fast"
 DECODED_ORDERS = (*ENCODED_ORDERS, 288)
-ROWS = 16  # of a tile
+WIDE_ORDER = 64  # of which a warp decodes 32 rows at a time, unless they turn; else 16
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
-THREADS = {32: 768, 64: 768, 96: 640, 128: 512, 160: 512, 192: 512, 224: 512, 256: 384}
+THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 640, 192: 640, 224: 512, 256: 512}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
 LARGE_THREADS = 256  # of the orders beyond
+FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 
 
@@ -39,7 +40,10 @@ def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
     ``few``: there are few blocks, so that large tables do not pay.
     """
     threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, LARGE_THREADS)
-    memory = warp_memory("decode", h, _stage_bytes(h))
+    threads = min(threads, FEW_THREADS) if few else threads
+    rows = 32 if h.order == WIDE_ORDER and not h.rope and not few else 16
+    base_at = 2 * _stage_bytes(h, rows)  # behind both stages
+    memory = {**warp_memory("decode", h, base_at + 16), "BASE_AT": base_at, "ROWS": rows}
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
     for parts, keys, phases, copies in product(range(1, MOST_PARTS + 1), (True, False), phase_copies(h, few), all_copies):
         blob, places = _tables(h, matrix, keys, copies, phases, parts)
@@ -78,9 +82,9 @@ def _matrix(h: Header) -> np.ndarray:
     return in_bricks((matrix.T / 2).astype(np.int8))
 
 
-def _stage_bytes(h: Header) -> int:
-    """Bytes of a tile's signs and indices, and of the word behind them that its last window may touch."""
-    return -(-(ROWS * (h.row_bytes - 1) + 4) // 16) * 16
+def _stage_bytes(h: Header, rows: int) -> int:
+    """Bytes of the signs, indices and radii of so many rows."""
+    return -(-rows * h.row_bytes // 16) * 16
 
 
 def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
@@ -96,7 +100,6 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "RADIUS_STEPS": c.QUADS_RADIUS_STEPS,
         "LOG2_STEPS": c.QUADS_RADIUS_STEPS.bit_length() - 1,
         "LARGEST_SUM": f"{127.0 * h.order**1.5!r}f",
-        "ROWS": ROWS,
         "BULK": 0,
         "BYTES": 1,
         "WARPGROUPS": 0,

@@ -1,0 +1,94 @@
+// Law: the words of a block of quads (SPEC 8.1): signs and indices of ROWS rows at a time, the checksum of all words, and radii.
+//
+// A warp sends for a tile's words while it decodes the tile before: they come into one of its two stages, signs first. They all
+// belong to the block's checksum.
+//
+// Needs INDEX_BYTES (of a row's indices), ROWS (of a tile), LEAST, MOST and LOG2_STEPS of radii, the table MANTISSAS, and what
+// the other files need.
+#pragma once
+
+#include "block_place.cuh"
+#include "checksum.cuh"
+#include "radius.cuh"
+
+#define SIGN_WORDS (ROWS * ORDER / 32)        // of a tile
+#define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
+#define TILE_WORDS (SIGN_WORDS + INDEX_WORDS)  // and behind them the rows' radii, a byte each
+
+INLINE const u32* radii_of(const Block& block) { return block.payload + block.tokens * (ORDER / 8 + INDEX_BYTES) / 4; }
+
+// Sends for a word; a zero stands for one that is not ``there``.
+INLINE void send_for_word(const u32* from, u32* to, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
+                 "r"(there ? 4 : 0)
+                 : "memory");
+}
+
+// Sends for the words of the tile of rows from ``first_row`` on; zeros stand for rows behind the block's end.
+INLINE void send_for_tile(const Block& block, int first_row, int lane, u32* stage) {
+    const int rows = block.tokens - first_row;
+    const u32* signs = block.payload + first_row * (ORDER / 32);
+    const u32* indices = block.payload + block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
+#pragma unroll
+    for (int i = lane; i < SIGN_WORDS; i += 32) send_for_word(signs + i, stage + i, i < rows * (ORDER / 32));
+#pragma unroll
+    for (int i = lane; i < INDEX_WORDS; i += 32)
+        send_for_word(indices + i, stage + SIGN_WORDS + i, i < rows * INDEX_BYTES / 4);
+    if (lane < ROWS / 4) send_for_word(radii_of(block) + first_row / 4 + lane, stage + TILE_WORDS + lane, 4 * lane < rows);
+}
+
+// Waits for the words that a warp sent for.
+INLINE void wait_for_tile() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+}
+
+// Adds a tile's words to the checksum's sum.
+INLINE void sum_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, const Block& block, int first_row,
+                     int lane, int words, u64& sum) {
+    const int first = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4 - SIGN_WORDS;  // of the indices
+#pragma unroll
+    for (int place = lane; place < SIGN_WORDS; place += 32)
+        sum += folded((u64)stage[place] * key_of(tables, keys, words, first_row * (ORDER / 32) + place));
+#pragma unroll
+    for (int place = SIGN_WORDS + lane; place < TILE_WORDS; place += 32)
+        sum += folded((u64)stage[place] * key_of(tables, keys, words, first + place));
+}
+
+// Adds what lies behind the two planes: radii, base and zeros.
+INLINE void sum_rest(const u8* tables, const i64* __restrict__ keys, const Block& block, int lane, int words, u64& sum) {
+    for (int word = block.tokens * (ORDER / 8 + INDEX_BYTES) / 4 + lane; word < words; word += 32)
+        sum += folded((u64)__ldg(block.payload + word) * key_of(tables, keys, words, word));
+}
+
+// The radius code of a staged tile's row; 0 behind the block's end.
+INLINE u32 radius_of(const u32* stage, const Block& block, int first_row, int row) {
+    return first_row + row < block.tokens ? reinterpret_cast<const u8*>(stage + TILE_WORDS)[row] : 0;
+}
+
+INLINE u32 stored_checksum(const Block& block) { return __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1); }
+
+// -- radii ----------------------------------------------------------------------------------------------------------
+#define LARGEST_FUSED 1e30f  // factor of a row, of which MAGIC times it is far from infinite
+
+// Sends for the two words that a block's base lies in, which is behind its radii.
+INLINE void send_for_base(const Block& block, int lane, u32* target) {
+    if (lane < 2) send_for_word(radii_of(block) + block.tokens / 4 + lane, target + lane, true);
+}
+
+INLINE int base_of(const u32* words, const Block& block) {
+    return (int)(short)__funnelshift_r(words[0], words[1], 8 * (block.tokens & 3));
+}
+
+// The factors of a radius code (SPEC 8.3).
+INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, float& second_factor) {
+    const int radius = min(max(base + (int)code - 1, LEAST), MOST);
+    const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[radius & (RADIUS_STEPS - 1)];
+    split_factor(mantissa, radius >> LOG2_STEPS, factor, second_factor);
+    factor = code ? factor : 0.0f;
+}
+
+// Whether all numbers of a row stay within ``room``, and its factor is one number of which MAGIC times is finite.
+INLINE bool is_ordinary(float factor, float second_factor, float room) {
+    return second_factor == 1.0f && factor * LARGEST_SUM < room && factor < LARGEST_FUSED;
+}
