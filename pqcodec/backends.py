@@ -77,12 +77,12 @@ def installed(module: str) -> bool:
 def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
     """The backend ``name`` or, for "auto", the first that covers the streams of these headers on a device type.
 
-    "auto" leaves out kernels that no GPU has run yet: those are asked for by name. Raises BackendUnavailable.
+    Raises BackendUnavailable.
     """
     tried = names(name, device)
     for each in tried:
         found = _loaded(each)
-        if all(map(found.covers, headers)) and not (name == "auto" and any(_untried(each, header) for header in headers)):
+        if all(map(found.covers, headers)):
             return found
     kinds = ", ".join(sorted({_kind(header) for header in headers}))
     advice = f"choose from {sorted(BACKENDS)}"
@@ -91,11 +91,6 @@ def backend(name: str, device: str = "cpu", *headers: Header) -> Any:
             f"backends {' and '.join(map(repr, AUTO['cpu']))} do: encode x.cpu(), decode without device= and from host memory"
         )
     raise BackendUnavailable(f"backend {' or '.join(map(repr, tried))} does not code such streams (coding {kinds}); {advice}")
-
-
-def _untried(name: str, h: Header) -> bool:
-    """Whether a backend's kernels for such streams have run in Triton's interpreter alone."""
-    return name == "triton" and h.affine is not None
 
 
 def _kind(h: Header) -> str:
