@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,14 +41,25 @@ KERNELS = {
 }
 
 
-def captured(work: Callable[[], Any]) -> Callable[[], Any]:
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph, and the work that it is of: as long as the graph is there, so are the work's tensors."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], Any]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(work: Callable[[], Any]) -> Captured:
     """A work as a CUDA graph."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+    return Captured(graph, work)
 
 
 def microseconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
