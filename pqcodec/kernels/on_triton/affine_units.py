@@ -37,11 +37,14 @@ def words_at(words, bit):
 
 
 @triton.jit
-def row_words(words, bit, row, COUNT: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr):
-    """The COUNT codes of rows [R, 1] of blocks that begin at ``bit``, four to a word, or two of more than 8 bits: uint32 [n].
+def row_words(words, bit, row, SIDE: tl.constexpr):
+    """The codes of rows [R, 1] of blocks that begin at ``bit``, four to a word, or two of more than 8 bits: uint32 [n].
 
     They are in a row, so that no Triton lets neighbouring lanes read words of different rows.
     """
+    CHANNELS: tl.constexpr = 2 if SIDE.value.coding == PAIRS else 1  # of a code
+    COUNT: tl.constexpr = SIDE.value.order // CHANNELS
+    COLUMNS: tl.constexpr = SIDE.value.columns // CHANNELS
     TOGETHER: tl.constexpr = 2 if SIDE.value.bits > 8 else 4
     index = tl.minimum(tl.arange(0, COLUMNS // TOGETHER), COUNT // TOGETHER - 1)[None, :]
     place = bit + row * (8 * SIDE.value.row_bytes) + index * (TOGETHER * SIDE.value.bits)
@@ -58,18 +61,17 @@ def shifted(word, FROM: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
-def codes_of(word, FROM: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr, SIDE: tl.constexpr):
-    """WIDTH bits, from FROM on, of each code of ``row_words``, uint32 [R, COLUMNS] that hold them from bit TO on."""
+def codes_of(word, TO: tl.constexpr, SIDE: tl.constexpr):
+    """The codes of ``row_words``, uint32 [R, COLUMNS] that hold them from bit TO on, between other bits."""
     BITS: tl.constexpr = SIDE.value.bits
     COLUMNS: tl.constexpr = SIDE.value.columns // 2 if SIDE.value.coding == PAIRS else SIDE.value.columns
     if BITS > 8:
-        codes = tl.join(shifted(word, FROM, TO), shifted(word, FROM + BITS, TO))
+        codes = tl.join(shifted(word, 0, TO), shifted(word, BITS, TO))
     else:
-        even = tl.join(shifted(word, FROM, TO), shifted(word, FROM + 2 * BITS, TO))
-        odd = tl.join(shifted(word, FROM + BITS, TO), shifted(word, FROM + 3 * BITS, TO))
+        even = tl.join(shifted(word, 0, TO), shifted(word, 2 * BITS, TO))
+        odd = tl.join(shifted(word, BITS, TO), shifted(word, 3 * BITS, TO))
         codes = tl.join(even, odd)
-    codes = tl.reshape(codes, [word.shape[0] * (2 if BITS > 8 else 4) // COLUMNS, COLUMNS])
-    return codes & (((1 << WIDTH) - 1) << TO)
+    return tl.reshape(codes, [word.shape[0] * (2 if BITS > 8 else 4) // COLUMNS, COLUMNS])
 
 
 @triton.jit
@@ -82,9 +84,9 @@ def row_fields(words, bit, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def one_and(word, FROM: tl.constexpr, WIDTH: tl.constexpr, one, SIDE: tl.constexpr):
-    """1 + k / 2^WIDTH of the same bits k, float32: they are put there, not converted. ``one``: the bits of 1."""
-    return (codes_of(word, FROM, WIDTH, 23 - WIDTH, SIDE) | one).to(tl.float32, bitcast=True)
+def one_and(codes, FIRST: tl.constexpr, LAST: tl.constexpr, one):
+    """1 and the bits of codes from FIRST on, before LAST, as digits behind it: float32. ``one``: the bits of 1."""
+    return ((codes & ((1 << LAST) - (1 << FIRST))) | one).to(tl.float32, bitcast=True)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ def pair_terms(words, fields, SIDE: tl.constexpr):
     COUNT: tl.constexpr = SIDE.value.order // 2
     COLUMNS: tl.constexpr = SIDE.value.columns // 2
     RADII: tl.constexpr = 1 << (SIDE.value.bits - SIDE.value.angle_bits)
-    ANGLES: tl.constexpr = 1 << SIDE.value.angle_bits
+    CODES: tl.constexpr = 1 << SIDE.value.bits
     start = finite_half(row_fields(words, fields, COUNT, COLUMNS))
     step = finite_half(row_fields(words, fields + 16 * COUNT, COUNT, COLUMNS))
     first = row_fields(words, fields + 32 * COUNT, COUNT, COLUMNS)
@@ -116,8 +118,8 @@ def pair_terms(words, fields, SIDE: tl.constexpr):
     start, step = start * power_of_two(power), step * power_of_two(power)
     start += (0.5 - RADII) * step
     if SIDE.value.native:
-        turn = (first + (wide >> 1) - wide * ANGLES) * RADIANS
-        return RADII * step, start, wide * ANGLES * RADIANS, turn, power
+        turn = (first + (wide >> 1) - wide * CODES) * RADIANS
+        return RADII * step, start, wide * CODES * RADIANS, turn, power
     else:
         return RADII * step, start, wide, first, power
 
@@ -125,13 +127,16 @@ def pair_terms(words, fields, SIDE: tl.constexpr):
 @triton.jit
 def pair_units(word, radii, start, wide, first, phases, SIDE: tl.constexpr):
     """Codes of pairs, as ``row_words`` gives them, by their ``pair_terms`` as units, float32 [R, columns]."""
+    BITS: tl.constexpr = SIDE.value.bits
+    BEHIND: tl.constexpr = 23 - BITS  # a code is the first digits behind a 1: its radius, and then its angle
     one = tl.load(phases).to(tl.uint32, bitcast=True)  # a cosine of 0; as a constant it would take an instruction at every use
-    radius = one_and(word, SIDE.value.angle_bits, SIDE.value.bits - SIDE.value.angle_bits, one, SIDE) * radii + start
+    codes = codes_of(word, BEHIND, SIDE)
+    radius = one_and(codes, BEHIND + SIDE.value.angle_bits, 23, one) * radii + start
     if SIDE.value.native:  # a thousandth of a float16's last digit
-        angle = one_and(word, 0, SIDE.value.angle_bits, one, SIDE) * wide + first
+        angle = one_and(codes, BEHIND, BEHIND + SIDE.value.angle_bits, one) * wide + first
         cos, sin = libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
-        cell = codes_of(word, 0, SIDE.value.angle_bits, 0, SIDE).to(tl.int32)
+        cell = ((codes >> BEHIND) & ((1 << SIDE.value.angle_bits) - 1)).to(tl.int32)
         cos, sin = turn_parts((first + ((2 * cell + 1) * wide >> 1)) & (TURN - 1), phases)
     units = tl.join(radius * cos, radius * sin)
     return tl.reshape(units, [units.shape[0], SIDE.value.columns])
@@ -161,7 +166,7 @@ def scalar_terms(words, fields, levels, SIDE: tl.constexpr):
 @triton.jit
 def scalar_units(word, step, zero, levels, SIDE: tl.constexpr):
     """Codes of numbers by their ``scalar_terms`` as units, float32 [R, columns]."""
-    code = codes_of(word, 0, SIDE.value.bits, 0, SIDE).to(tl.int32)
+    code = (codes_of(word, 0, SIDE) & ((1 << SIDE.value.bits) - 1)).to(tl.int32)
     if SIDE.value.code_levels > 0:
         level = tl.load(levels + code)
     elif SIDE.value.zeros:
@@ -184,11 +189,10 @@ def terms_of(words, fields, tables, SIDE: tl.constexpr):
 @triton.jit
 def units_of(words, bit, row, scale, start, wide, first, tables, SIDE: tl.constexpr):
     """Units of rows [R, 1] of blocks that begin at ``bit``, by their ``terms_of``: two float16 numbers [R, columns] each."""
+    word = row_words(words, bit, row, SIDE)
     if SIDE.value.coding == PAIRS:
-        word = row_words(words, bit, row, SIDE.value.order // 2, SIDE.value.columns // 2, SIDE)
         units = pair_units(word, scale, start, wide, first, floats(tables, OF_TABLE.value.phases), SIDE)
     else:
-        word = row_words(words, bit, row, SIDE.value.order, SIDE.value.columns, SIDE)
         units = scalar_units(word, scale, start, floats(tables, OF_TABLE.value.code_levels), SIDE)
     high = units.to(tl.float16)
     low = high

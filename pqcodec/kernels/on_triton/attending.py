@@ -35,8 +35,8 @@ MOST_HEAD_DIM = 256  # a tile of longer vectors does not fit in registers
 SHARE_TOKENS = 256  # of a program, at the least
 RESIDENT = 2  # programs of a multiprocessor
 WARPS = 8
-SCORE_TILE, SCORE_WARPS = 64, 4  # of scores of codes that share fields in groups of whole tiles
-SCORE_PROGRAMS = 16  # ... of a multiprocessor
+SCORE_NUMBERS, SCORE_WARPS = 4096, 1  # of a tile of scores of codes that share fields in groups of whole tiles
+SCORE_PROGRAMS, SCORE_REGISTERS = 32, 128  # ... of a multiprocessor; of a lane, so that sixteen programs work side by side
 LEAST_TILE = 16
 MERGE_ROWS = 8  # of a program that merges
 # Tokens of a tile, and rows of queries of a program at the most, by columns
@@ -147,12 +147,14 @@ class TritonAttention:
 
     # -- shares ----------------------------------------------------------------------------------------------------
     def _share_tokens(self, coded: Sequence[CodedSegment]) -> int:
-        """Coded tokens that a program takes, so that all multiprocessors are busy."""
+        """Coded tokens that a program takes, so that all multiprocessors are busy: of scores, groups that share fields."""
         only_scores = all(part.values is None and part.keys.header.affine for part in coded)
+        groups = {affine_shape(part.keys.header).group_tokens for part in coded} if only_scores else {1}
         programs = (SCORE_PROGRAMS if only_scores else RESIDENT) * _multiprocessors(self._device)
         work = sum(part.tokens[1] - part.tokens[0] for part in coded) * self._grid[0] * self._grid[1]
         wanted = max(SHARE_TOKENS, -(-work // programs))
-        return -(-wanted // self._tile) * self._tile
+        unit = math.lcm(self._tile, *groups)
+        return -(-wanted // unit) * unit
 
     def _slot(self, sequence: int) -> int:
         self._slots.append(sequence)
@@ -329,11 +331,12 @@ class TritonAttention:
 
     def _score_kernel(self, side: Constants) -> tuple[Any, dict[str, Any]]:
         """The kernel of scores, and what its shape has else: keys that share fields in groups of whole tiles have their own."""
-        tile = math.gcd(side.record.group_tokens, SCORE_TILE)
+        tile = math.gcd(side.record.group_tokens, SCORE_NUMBERS // side.record.columns)
         if not side.record.bits or tile < LEAST_TILE:
             return attention.score_codes, {}
         rows = 8 if self._rows <= 8 else self._block_rows
-        return attention.score_groups, {"ROWS": rows, "TILE": tile, "num_warps": SCORE_WARPS}
+        registers = {"maxnreg": SCORE_REGISTERS} if self._native else {}
+        return attention.score_groups, {"ROWS": rows, "TILE": tile, "num_warps": SCORE_WARPS, **registers}
 
     def _shape(self) -> dict[str, Any]:
         return {"CAPPED": self._cap > 0, "ROWS": self._block_rows, "TILE": self._tile, "num_warps": WARPS, "num_stages": 1}
