@@ -64,6 +64,7 @@ MAX_TABLE_BYTES = 4_196_372  # of any kind: codebooks of 8 stages, 4,096 entries
 MAX_NDIM = 8
 MAX_HEAD_DIM = 1024  # ... and the most numbers of a row
 MAX_JOINED_DIM = 4096  # numbers of the vectors that a linear stage makes a row of
+MAX_NUMBERS_PER_BYTE = 2048  # of a stream: a row has 16 bits at least, and its vectors have 4,096 numbers at most
 MAX_ELEMENTS = 1 << 48
 MAX_CHUNK_TOKENS = 4096
 MAX_TOKENS = 1 << 32

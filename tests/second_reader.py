@@ -200,7 +200,7 @@ def tensor(data: bytes, frames: list[dict[str, Any]], tables: list[dict[str, Any
         parts.append(part)
         tokens += part.tokens()
     if frames[0]["kind"] == 1:
-        expect(sum(math.prod(part.shape) for part in parts) <= 8 * sum(frame["body_bytes"] for frame in frames))
+        expect(sum(math.prod(part.shape) for part in parts) <= 2048 * sum(frame["body_bytes"] for frame in frames))
     for part in parts:
         body(data, part, tables)
 

@@ -13,6 +13,8 @@ from conftest import BACKENDS
 
 import pqcodec
 from pqcodec import CorruptStream, Rope, TruncatedStream, UnsupportedStream
+from pqcodec import constants as c
+from pqcodec.codings.declared import DECLARED, Affine, Sketch
 from pqcodec.errors import PQError
 from pqcodec.stream.checksum import checksum
 
@@ -214,6 +216,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
         "nuq2",
         "kvquant2",
         "rvq2",
+        "qjl-outliers",
         "keep",
         "keep each",
         "before rope",
@@ -234,3 +237,16 @@ def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(ki
         except PQError as caught:
             error = kinds[type(caught)]
         assert second_decoder.refusal(data) == error, (at, value)
+
+
+@pytest.mark.parametrize("code", DECLARED)
+def test_rows_have_16_bits_at_least_so_that_a_byte_stands_for_2048_numbers_at_most(code: int) -> None:
+    coding, least = DECLARED[code], 16
+    affine = Affine(1, 2, c.AFFINE_POLAR, c.ROPE_HALF, 1) if code == c.CODING_PAIRS else Affine(1, 1, c.AFFINE_SCALE)
+    for width, row_bits, radius_bits in product((1, 8, 16, 64), range(33), range(17)):
+        rows = (coding.order(width), row_bits, radius_bits)
+        wrong = coding.problem(*rows) or (coding.affine_problem and coding.affine_problem(*rows, affine))
+        if not wrong and not coding.sketches:
+            assert row_bits >= least
+    assert not coding.sketches or Sketch(1).row_bits(coding.order(1)) >= least
+    assert 8 * c.MAX_JOINED_DIM // least == c.MAX_NUMBERS_PER_BYTE

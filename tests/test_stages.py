@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,21 @@ def test_files_hold_them_and_convert_them_and_grow(stage: str, tmp_path: Path) -
             np.testing.assert_array_equal(bits(file.decode("k")), bits(whole))
             np.testing.assert_array_equal(bits(file.decode("k", tokens=(20, 35))), bits(whole[..., 20:35, :]))
             assert file.verify() == []
+
+
+def test_files_hold_tensors_of_more_numbers_than_bits(tmp_path: Path) -> None:
+    x, path = gaussian(4, 300, 1024), tmp_path / "kv.pqkv"
+    stream = pqcodec.encode(x, preset="pq2", join_heads=True, channels=[1000], backend="cpu")  # 4 bytes stand for 4,096 numbers
+    whole = pqcodec.decode(stream, backend="cpu")
+    assert x.numel() > 8 * 10 * len(stream)
+    with PQKVWriter(path) as writer:
+        writer.add_stream("k", stream, layer=0, role="key")
+    for target in (path.name, "kv.safetensors", *(["kv.zarr"] if importlib.util.find_spec("zarr") else [])):
+        if target != path.name:
+            convert(path, tmp_path / target)
+        with open_encoded(tmp_path / target) as file:
+            assert file.verify() == []
+            np.testing.assert_array_equal(file.decode("k"), whole)
 
 
 def test_caches_grow_as_they_were_begun(tmp_path: Path) -> None:

@@ -357,11 +357,10 @@ class _PartRange:
 
 
 def _plausible(entry: Entry) -> Entry:
-    """The entry; raises CorruptStream where its body is too short for its shape: a stream takes at least a bit a coordinate."""
-    most = 8 * entry.body_bytes * c.EXACT_ITEM_BYTES[entry.dtype]
-    if entry.coded and entry.tensor_bytes > most:
-        size = f"{entry.dtype} {entry.shape} takes {entry.tensor_bytes} bytes"
-        raise CorruptStream(f"{size}, its streams of {entry.body_bytes} bytes hold {most} at most")
+    """The entry; raises CorruptStream where its body is too short for its shape, whatever is coded of it (SPEC 3.3)."""
+    most = c.MAX_NUMBERS_PER_BYTE * entry.body_bytes
+    if entry.coded and math.prod(entry.shape) > most:
+        raise CorruptStream(f"{entry.dtype} {entry.shape}: streams of {entry.body_bytes} bytes hold {most} numbers at most")
     return entry
 
 
