@@ -97,6 +97,12 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-outliers-16-bf16", of_affine(BF16, (2, 9, 16), 16, 0, apart, codebook=one, chunk_tokens=5, exact_tokens=1)
     yield "v1-any-residual-16-fp32", of_residual(F32, (2, 7, 16), 2, radius_exponent=117, chunk_tokens=3)
     yield "v1-any-residual-16-bf16", of_residual(BF16, (3, 5, 16), 1, radius_exponent=-125, exact_tokens=1, exceptions=1)
+    rope = RopeField(2**32 - 3, c.ROPE_INTERLEAVED, tuple(k * 0x9E3779B9 % 2**32 for k in range(1, 4)))
+    before = {"joined": True, "rope": rope, "before_rope": True, "keep": KeepField(2**32, True), "exact_last": 1}
+    yield "v1-any-residual-8-before-rope", of_residual(BF16, (2, 2, 6, 8), 2, radius_exponent=117, chunk_tokens=3, **before)
+    yield "v1-any-basis-4-minus-0", minus_zeros()
+    pairs = Affine(2, **polar, pairing=c.ROPE_HALF, angle_bits=3)
+    yield "v1-any-joined-pairs-5-fp32", of_affine(F32, (3, 3, 5), 16 * 6 // 2, 3, pairs, chunk_tokens=2, joined=True)
     apart = Sketch(1, c.SKETCH_ORTHOGONAL, 2, 3, 3)
     yield "v1-any-sketch-20-bf16", of_sketch(BF16, (2, 5, 20), apart, chunk_tokens=4, exact_tokens=1, exceptions=1)
     yield "v1-any-sketch-260-fp32", of_sketch(F32, (4, 260), replace(apart, channels=40), chunk_tokens=2, seed=2**64 - 5)
@@ -221,6 +227,17 @@ def smallest_quads() -> bytes:
     at = header.payload_start + signs
     data[at : at + indices] = bytes([255]) * indices
     struct.pack_into("<Bh", data, at + indices, 1, -32768)
+    return seal_stream(bytes(data))
+
+
+def minus_zeros() -> bytes:
+    """Rows times a matrix, both of the least numbers: signs alone are left, to which -0 and other offsets are added."""
+    affine, linear = Affine(1, c.MAX_HEAD_DIM, c.AFFINE_SCALE), LinearField(c.LINEAR_BASIS, 2)
+    sides: dict[str, Any] = {"offsets": True, "offset_exponent": -112, "chunk_tokens": 1}
+    header = Header(c.CODING_SCALAR, F32, (2, 3, 4), 8 * 16, 0, rounds=0, affine=affine, linear=linear, **sides)
+    data = bytearray(forged(header, lambda block, rows: struct.pack_into("<Hh", block, len(block) - 4, 1, -126)))
+    struct.pack_into("<8H", data, header.places[LINEAR].start, *[0x0001] * 8)
+    struct.pack_into("<4H", data, header.places[OFFSETS].start, *[0x8000] * 4)  # -0, of the first leading index
     return seal_stream(bytes(data))
 
 

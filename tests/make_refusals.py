@@ -32,6 +32,9 @@ Case = tuple[str, str, bytes]
 
 def cases() -> Iterator[Case]:
     yield from of_streams()
+    yield from of_shared_fields()
+    yield from of_sketches()
+    yield from of_no_leading_index()
     yield from of_opening()
     yield from of_frames()
     yield from of_tensors()
@@ -56,6 +59,9 @@ TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinit
 LEVELS = spec_vectors.level_stream()  # of 16.4
 OUTLIERS = spec_vectors.level_stream("kvquant2")
 SKETCH = spec_vectors.sketch_stream()  # of 21.6
+KEYS = spec_vectors.affine_stream("qjl")
+PAIRS, SCALAR = spec_vectors.affine_stream("wu44"), spec_vectors.affine_stream("int4")
+OF_CODING, BEHIND_CODING = 64, 80  # where what 13.1 and 21.1 tell begins in these, and ends
 OF_LEVELS = 80  # where its levels begin
 BASIS = spec_vectors.linear_stream()
 OF_LINEAR, AT_LINEAR = 88, 100  # where its part of the header, and its section, begin
@@ -84,6 +90,13 @@ def other(data: bytes, at: int, new: bytes, block: slice | None = None) -> bytes
     if block:
         changed[block] = sealed(bytes(changed[block][:-4]))
     return bytes(changed)
+
+
+def with_part(data: bytes, at: int, part: bytes, *edits: tuple[int, str, int]) -> bytes:
+    """A stream with more bytes in its header, and fields of it changed."""
+    size = struct.unpack_from("<I", data, 8)[0]
+    head = data[:8] + struct.pack("<I", size + len(part)) + data[12:at] + part + data[at : size - 4]
+    return forged(sealed(head) + data[size:], *edits)
 
 
 def of_streams() -> Iterator[Case]:
@@ -246,6 +259,83 @@ def of_streams() -> Iterator[Case]:
     yield "3.3-0-passed-over", SOUND, forged(PLAIN, (6, "B", 2), (40, "h", -112), (42, "h", 117))
 
 
+def of_shared_fields() -> Iterator[Case]:
+    """Step 9 and 10 of what 13.1 tells: most of these would have the same size if they were sound."""
+    tokens, channels, fields, place, pairing, angle_bits, reserved = (OF_CODING + n for n in (0, 4, 8, 9, 10, 11, 14))
+    for name, error, data in [
+        ("9-group_tokens-0", UNSUPPORTED, forged(SCALAR, (tokens, "I", 0))),
+        ("9-group_channels-0", UNSUPPORTED, forged(SCALAR, (channels, "I", 0))),
+        ("9-fields-4", UNSUPPORTED, forged(SCALAR, (fields, "B", 4))),
+        ("9-place-of-fields", UNSUPPORTED, forged(SCALAR, (place, "B", 1))),
+        ("9-pairing-3", UNSUPPORTED, forged(PAIRS, (pairing, "B", 3))),
+        ("9-fields-reserved", UNSUPPORTED, forged(SCALAR, (reserved, "H", 1))),
+        ("10-group_tokens-4097", CORRUPT, forged(PAIRS, (tokens, "I", 4097), (20, "I", 4096))),
+        ("10-group_tokens-3-of-128", CORRUPT, forged(PAIRS, (tokens, "I", 3))),
+        ("10-group_channels-1025", CORRUPT, forged(SCALAR, (channels, "I", 1025))),
+        ("10-fields-3-of-scalar", CORRUPT, forged(SCALAR, (fields, "B", 3))),
+        ("10-pairing-1-of-scalar", CORRUPT, forged(SCALAR, (pairing, "B", 1))),
+        ("10-angle_bits-4-of-scalar", CORRUPT, forged(SCALAR, (angle_bits, "B", 4))),
+        ("10-radius_bits-scalar", CORRUPT, forged(SCALAR, (14, "B", 1))),
+        ("10-row_bits-scalar-uneven", CORRUPT, forged(SCALAR, (16, "I", 63))),
+        ("10-row_bits-scalar-9-bits", CORRUPT, forged(SCALAR, (16, "I", 144))),
+        ("10-scalar-of-two-rounds", CORRUPT, forged(SCALAR, (12, "H", 28))),
+        ("10-fields-2-of-pairs", CORRUPT, forged(PAIRS, (fields, "B", 2))),
+        ("10-group_channels-4-of-pairs", CORRUPT, forged(PAIRS, (channels, "I", 4))),
+        ("10-pairing-0-of-pairs", CORRUPT, forged(PAIRS, (pairing, "B", 0))),
+        ("10-angle_bits-0-of-pairs", CORRUPT, forged(PAIRS, (angle_bits, "B", 0), (14, "B", 8))),
+        ("10-angle_bits-9-of-pairs", CORRUPT, forged(PAIRS, (angle_bits, "B", 9), (16, "I", 104))),
+        ("10-radius_bits-0-of-pairs", CORRUPT, forged(PAIRS, (angle_bits, "B", 8), (14, "B", 0))),
+        ("10-row_bits-pairs", CORRUPT, forged(PAIRS, (16, "I", 63))),
+    ]:
+        yield f"3.3-{name}", error, data
+
+
+def of_sketches() -> Iterator[Case]:
+    """The same of what 21.1 tells, and the stages that a sketch has not."""
+    blocks, outlier_blocks, channels, group_tokens = (OF_CODING + n for n in (1, 2, 4, 8))
+    heads = pqcodec.encode(np.ones((1, 1, 4), np.float32), preset="qjl", seed=0, **REFERENCE)
+    rope = struct.pack("<QHB5s2I", 7, 4, 1, bytes(5), 1 << 31, 1 << 30)
+    chosen = with_part(KEYS, BEHIND_CODING, struct.pack("<H6s", 6, bytes(6)), (15, "B", 1))
+    lists = sealed(struct.pack("<6H", *range(6)))
+    for name, error, data in [
+        ("9-sketch-reserved-6", UNSUPPORTED, forged(SKETCH, (channels + 2, "H", 1))),
+        ("9-sketch-reserved-12", UNSUPPORTED, forged(SKETCH, (group_tokens + 4, "I", 1))),
+        ("10-sketch-blocks-9", CORRUPT, forged(KEYS, (blocks, "B", 9), (16, "I", 16 + 9 * 16))),
+        ("10-sketch-outlier_blocks-0", CORRUPT, forged(SKETCH, (blocks, "B", 4), (outlier_blocks, "B", 0))),
+        ("10-sketch-outlier_blocks-9", CORRUPT, forged(SKETCH, (outlier_blocks, "B", 9), (16, "I", 32 + 11 * 16))),
+        ("10-sketch-outlier_blocks-of-no-channels", CORRUPT, forged(KEYS, (outlier_blocks, "B", 1))),
+        ("10-sketch-group_tokens-0", CORRUPT, forged(SKETCH, (group_tokens, "I", 0))),
+        ("10-sketch-group_tokens-4097", CORRUPT, forged(SKETCH, (group_tokens, "I", 4097), (20, "I", 4096))),
+        ("10-sketch-group_tokens-5-of-64", CORRUPT, forged(SKETCH, (group_tokens, "I", 5))),
+        ("10-sketch-group_tokens-of-no-channels", CORRUPT, forged(KEYS, (group_tokens, "I", 4))),
+        ("10-sketch-radius_bits", CORRUPT, forged(SKETCH, (14, "B", 0))),
+        ("10-sketch-joined", CORRUPT, forged(heads, (12, "H", 132))),
+        ("10-sketch-before-rope", CORRUPT, with_part(KEYS, BEHIND_CODING, rope, (12, "H", 260))),
+        ("10-sketch-of-chosen-channels", CORRUPT, chosen[:92] + lists + chosen[92:]),
+    ]:
+        yield f"3.3-{name}", error, data
+
+
+def of_no_leading_index() -> Iterator[Case]:
+    """Sections of one block are there where L = 0, those of a block for each leading index are not."""
+
+    def empty(**options: Any) -> bytes:
+        return pqcodec.encode(np.ones((0, 3, 4), np.float16), preset="pq2", seed=0, **options, **REFERENCE)
+
+    one, each = empty(keep=[0, 2]), empty(keep=np.zeros((0, 2), int))
+    basis, channels = empty(basis=np.full((2, 4), 0.5)), empty(channels=[1, 3])
+    for name, error, data in [
+        ("0-one-list-of-no-leading-index", SOUND, one),
+        ("0-lists-of-no-leading-index", SOUND, each),
+        ("0-basis-of-no-leading-index", SOUND, basis),
+        ("0-channels-of-no-leading-index", SOUND, channels),
+        ("12-no-leading-index-no-list", TRUNCATED, one[:92]),
+        ("12-no-leading-index-no-basis", TRUNCATED, basis[:84]),
+        ("13-list-of-no-leading-index", CORRUPT, other(one, 92, b"\7", slice(92, 97))),
+    ]:
+        yield f"3.3-{name}", error, data
+
+
 # -- II.5: files -------------------------------------------------------------------------------------------------
 TENSOR = {"name": "x", "layer": None, "role": "other", "shape": [2], "dtype": "int8", "layout": "..."}
 CODED = {"name": "x", "layer": None, "role": "other", "shape": [1, 4], "dtype": "float16", "layout": "..."}
@@ -378,18 +468,37 @@ def of_frames() -> Iterator[Case]:
         ("frame-6-vectors-reserved", UNSUPPORTED, tabled(sealed(BOOKS[:18] + b"\1" + BOOKS[19:]))),
         ("frame-6-vectors-channel-twice", CORRUPT, tabled(sealed(BOOKS[:20] + b"\1" + BOOKS[21:]))),
         ("frame-6-vectors-infinite", CORRUPT, tabled(sealed(BOOKS[:-2] + b"\0\x7c"))),
+        ("frame-6-version", UNSUPPORTED, tabled(sealed(NEWER))),
+        ("frame-6-version-of-another-name", CORRUPT, tabled(sealed(NEWER), table="0" * 64)),
+        ("frame-6-version-of-another-magic", CORRUPT, tabled(sealed(b"\x89PQS" + NEWER[4:]))),
+        ("frame-6-version-of-11-bytes", CORRUPT, tabled(sealed(NEWER[:11]))),
+        ("frame-6-vectors-of-19-bytes", CORRUPT, tabled(sealed(BOOKS[:18] + b"\1"))),
+        ("frame-6-vectors-reserved-and-no-stages", UNSUPPORTED, tabled(sealed(BOOKS[:12] + b"\0" + BOOKS[13:18] + b"\1\0"))),
+        ("tensor-3-table-of-codebooks", CORRUPT, tabled(sealed(BOOKS), naming(LEVELLED, BOOKS))),
+        ("tensor-3-table-of-levels", CORRUPT, tabled(sealed(TABLE), naming(RESIDUAL, TABLE))),
+        ("tensor-3-table-of-other-indices", CORRUPT, tabled(sealed(BOOKS), forged(RESIDUAL, (14, "B", 1), (16, "I", 26)))),
+        ("tensor-3-table-of-fewer-stages", CORRUPT, tabled(sealed(BOOKS), forged(RESIDUAL, (14, "B", 4)))),
+        ("sound-table-of-codebooks", SOUND, tabled(sealed(BOOKS), RESIDUAL)),
     ]:
         yield f"II.5-{name}", error, data
 
 
 TABLE, BOOKS = spec_vectors.TABLE.to_bytes(), spec_vectors.BOOKS.to_bytes()
+NEWER = TABLE[:4] + b"\2" + TABLE[5:]  # of a version that nobody knows
+LEVELLED = pqcodec.encode(np.ones((1, 4), np.float16), preset="nuq2", levels=spec_vectors.TABLE, seed=0, **REFERENCE)
 
 
-def tabled(body: bytes, **changes: Any) -> bytes:
-    """A file of the frame of a shared table, and of a tensor that names TABLE."""
+def naming(stream: bytes, table: bytes) -> bytes:
+    """A stream whose header names another shared table."""
+    size = struct.unpack_from("<I", stream, 8)[0]
+    return sealed(stream[: size - 36] + hashlib.sha256(table).digest()) + stream[size:]
+
+
+def tabled(body: bytes, stream: bytes = LEVELLED, **changes: Any) -> bytes:
+    """A file of the frame of a shared table, and of a tensor that names one."""
     meta = {"table": hashlib.sha256(body[:-4]).hexdigest()} | changes
-    stream = pqcodec.encode(np.ones((1, 4), np.float16), preset="nuq2", levels=spec_vectors.TABLE, seed=0, **REFERENCE)
-    return assemble(frame(6, json.dumps(meta).encode(), body), coded(stream))
+    of_stream = {} if stream[6] == 1 else {"shape": [2, 16], "dtype": "float32"}
+    return assemble(frame(6, json.dumps(meta).encode(), body), coded(stream, **of_stream))
 
 
 def in_index(kind: int, of: bytes) -> bytes:
@@ -494,6 +603,16 @@ def sound_files() -> Iterator[Case]:
         SOUND,
         in_index(2, frame(2, json.dumps(TENSOR)[:-1].encode() + b',"rel_mse":-0}', sealed(b"\1\xff"))),
     )
+
+    yield "II.5-sound-more-numbers-than-bits", SOUND, assemble(coded(least_rows(), shape=[4, 200, 1024]))
+
+
+def least_rows() -> bytes:
+    """200 rows of 16 bits, each of which stands for 4,096 numbers, of which one is coded."""
+    options = {"preset": "pq2", "join_heads": True, "channels": [5], "chunk_tokens": 4096, "seed": 0}
+    data = pqcodec.encode(np.ones((4, 200, 1024), np.float16), **options, **REFERENCE)
+    rows = np.frombuffer(data[-804:-4], "<u2")[::2]  # of 32 bits
+    return forged(data[:-804], (16, "I", 16)) + sealed(rows.tobytes())
 
 
 def lines() -> list[str]:
