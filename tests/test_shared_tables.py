@@ -246,6 +246,7 @@ def test_tables_of_a_listing_are_not_believed(tmp_path: Path) -> None:
     with safe_open(tmp_path / "b.safetensors", "numpy") as file:
         metadata = dict(file.metadata())
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    newer = RAW[:4] + b"\2" + RAW[5:]
     for text, error in (
         ("[]", CorruptStream),
         ("{", CorruptStream),
@@ -253,6 +254,7 @@ def test_tables_of_a_listing_are_not_believed(tmp_path: Path) -> None:
         (json.dumps({TABLE.name: "0g"}), CorruptStream),
         (json.dumps({TABLE.name: "00" * 4196373}), CorruptStream),
         (json.dumps({TABLE.name: OTHER.to_bytes().hex()}), CorruptStream),
+        (json.dumps({TABLE.name: RAW.hex(), hashlib.sha256(newer).hexdigest(): newer.hex()}), UnsupportedStream),
         (json.dumps({OTHER.name: OTHER.to_bytes().hex()}), MissingTable),
         ("{}", MissingTable),
     ):
