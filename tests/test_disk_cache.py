@@ -200,7 +200,7 @@ def test_the_codec_works_without_any_folder(copy: Path) -> None:
         "import json, tempfile, warnings; import numpy as np, pqcodec; from pqcodec.kernels.cpu import disk_cache\n"
         f"tempfile.tempdir = {str(file / 'temp')!r}; disk_cache.folder.cache_clear()\n"
         "x = np.linspace(-3, 3, 2 * 70 * 64).astype(np.float16).reshape(2, 70, 64)\n"
-        "stream = pqcodec.encode(x, backend='reference')\n"
+        "stream = pqcodec.encode(x, preset='int4', backend='reference')\n"  # its kernel is the quickest to compile
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    y = pqcodec.decode(stream, backend='cpu')\n"
