@@ -133,11 +133,11 @@ def append_cache(
             info = found[name]
             if info.kept_of is not None:
                 raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} holds only some of its tokens, and does not grow")
-            if info.linear is not None:
+            if info.linear is not None and info.basis_table is None:
                 raise InvalidArgument(
                     f"{os.fspath(path)}: tensor {name!r} has a linear stage of its own; say which to PQKVAppender.extend"
                 )
-            table = there.tables.get(bytes.fromhex(info.table or ""))
+            tables = [there.tables[digest] for digest in map(bytes.fromhex, info.tables) if digest in there.tables]
             writer.extend(
                 name,
                 tensor,
@@ -150,7 +150,7 @@ def append_cache(
                 chunk_tokens=info.chunk_tokens,
                 nonfinite=nonfinite,
                 backend=backend,
-                **({table.option: table} if table else {}),
+                **{table.option: table for table in tables},
             )
             if progress:
                 progress(done, len(names))

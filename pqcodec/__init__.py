@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.report import Damage, StreamInfo
-    from pqcodec.stream.tables import LevelTable, SharedTable, VectorTable
+    from pqcodec.stream.tables import BasisTable, LevelTable, SharedTable, VectorTable
     from pqcodec.training import train_vq
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ _LAZY = {
     "Damage": "stream.report",
     "StreamInfo": "stream.report",
     "Rope": "stages.centre",
+    "BasisTable": "stream.tables",
     "LevelTable": "stream.tables",
     "SharedTable": "stream.tables",
     "VectorTable": "stream.tables",
@@ -56,6 +57,7 @@ __all__ = [
     "PRESETS",
     "AttendBatch",
     "BackendUnavailable",
+    "BasisTable",
     "CorruptStream",
     "Damage",
     "DecodeBatch",

@@ -69,11 +69,12 @@ def encode(
     center="mean". ``join_heads``: code the vectors that the heads [..., heads, tokens, head_dim] have of a token as one of at
     most 1024 numbers. ``channels``: ascending channels [n] of vectors, or [..., n] where leading indices keep others, that are
     coded; the others decode to 0, or to the mean with ``center``. ``basis``: a matrix [n, numbers] whose rows' combinations
-    vectors become, n numbers each, or n for the first principal directions of the tensor itself. ``block_basis``: a matrix [16,
-    16] that each 16 channels are combined of, or True for that of least error. Matrices are rounded to float16; ``channels``,
-    ``basis`` and ``block_basis`` are of all heads' at most 4096 numbers with ``join_heads``. Backends of GPUs refuse all of
-    these stages. A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is
-    told only at the end. Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
+    vectors become, n numbers each, a ``BasisTable`` of one, which the stream names likewise, or n for the first principal
+    directions of the tensor itself. ``block_basis``: a matrix [16, 16] that each 16 channels are combined of, or True for that
+    of least error. Matrices are rounded to float16; ``channels``, ``basis`` and ``block_basis`` are of all heads' at most 4096
+    numbers with ``join_heads``. Backends of GPUs refuse all of these stages. A tensor of a GPU is encoded there
+    (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end. Raises InvalidArgument,
+    NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
@@ -300,6 +301,7 @@ def inspect_header(h: Header) -> StreamInfo:
         before_rope=h.before_rope,
         joined_heads=h.heads if h.joined else None,
         linear=LINEAR_NAMES[h.linear.kind] if h.linear else None,
+        basis_table=h.basis.name.hex() if h.basis else None,
         width=h.width,
         estimate_error=h.sketch.error(h.head_dim, h.order) if h.sketch else None,
     )

@@ -47,6 +47,7 @@ KNOWN_FLAGS |= FLAG_JOINED | FLAG_BEFORE_ROPE
 KEEP_SHARED, KEEP_EACH = 1, 2  # one list for all leading indices, or one for each; other values are reserved
 LINEAR_NONE = 0  # the linear stage: none; other values are reserved
 LINEAR_CHANNELS, LINEAR_BLOCKS, LINEAR_BASIS = 1, 2, 3  # channels chosen; one matrix for all blocks; a basis (SPEC 18)
+LINEAR_SHARED = 4  # a basis that a shared table has
 LINEAR_STRUCT = struct.Struct("<H6s")  # numbers of a row, reserved
 LINEAR_BLOCK = 16  # channels of a block
 STATES_NONE = 0  # no trellis; other values are reserved
@@ -55,9 +56,11 @@ LEVEL_BYTES = 2  # of a level: float16
 TABLE_NAME_BYTES = 32  # of a shared table's name: its SHA-256
 TABLE_MAGIC = b"\x89PQT"  # of a shared table (SPEC 16.3)
 TABLE_VERSION = 1
-TABLE_LEVELS, TABLE_VECTORS = 1, 2  # kinds of tables: levels; codebooks of vectors (SPEC 20.2); others are reserved
+TABLE_LEVELS, TABLE_VECTORS, TABLE_BASIS = 1, 2, 3  # kinds of tables: levels; codebooks of vectors (SPEC 20.2); bases (18.3)
 TABLE_STRUCT = struct.Struct("<4sBB2sI")  # magic, version, kind, reserved, numbers that follow
 VECTORS_STRUCT = struct.Struct("<BBHHH")  # behind it: stages, bits of an index, channels of a group, head_dim, reserved
+BASIS_STRUCT = struct.Struct("<HHI")  # likewise: numbers of a row, numbers of a row's vectors, reserved
+MAX_BASIS_NUMBERS = 1 << 21  # of a shared table's basis
 MAX_TABLE_BYTES = 4_196_372  # of any kind: codebooks of 8 stages, 4,096 entries, groups of 64 channels, head_dim 1024
 
 # -- Caps (SPEC 3.3) ---------------------------------------------------------------------------------------------

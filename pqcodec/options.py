@@ -57,7 +57,7 @@ class EncodeOptions:
     join_heads: bool = False  # whether vectors of all heads, of the dimension before tokens, are coded as one
     channels: Any = field(default=None, compare=False)  # that are coded: positions [n] or [..., n]; None: all
     block_basis: Any = field(default=None, compare=False)  # True, or a matrix [16, 16]; None: no blocks
-    basis: Any = field(default=None, compare=False)  # a matrix [n, numbers of a row's vectors], or n; None: none
+    basis: Any = field(default=None, compare=False)  # a matrix [n, numbers of a row's vectors], a BasisTable, or n; None: none
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
@@ -154,6 +154,7 @@ class EncodeOptions:
             joined=self.join_heads,
             linear=linear,
             sketch=sketch,
+            basis=self.linear.shared,
         )
         return header if self.keep is None else header_of(header, self.keep)
 
@@ -193,7 +194,7 @@ def checked_levels(levels: Any, preset: str) -> Codebook:
     if isinstance(levels, Codebook):
         found = levels
     elif isinstance(levels, LevelTable):
-        found = levels.codebook
+        found = levels.part
     else:
         try:
             found = Codebook(half_bits([float(level) for level in levels]))
@@ -209,7 +210,7 @@ def checked_codebooks(codebooks: Any, preset: str) -> VectorCodebook:
     stages = preset_of(preset).radius_bits
     if not preset_of(preset).by_vectors:
         raise InvalidArgument(f"codebooks are given, but preset {preset!r} takes none; choose one of rvq, or leave them out")
-    found = codebooks.codebook if isinstance(codebooks, VectorTable) else codebooks
+    found = codebooks.part if isinstance(codebooks, VectorTable) else codebooks
     if not isinstance(found, VectorCodebook) or found.vectors is None:
         told = "none are given" if codebooks is None else f"a {type(codebooks).__name__} is given"
         raise InvalidArgument(f"preset {preset!r} needs codebooks=VectorTable(...), as train_vq makes one; {told}")

@@ -23,7 +23,8 @@ TABLE = pqcodec.LevelTable((-1, -0.3, 0.3, 1))  # of a stream that names one; it
 WIDE = pqcodec.VectorTable(  # likewise v1-table-rvq-64.pqt; that of 16 channels is the specification's
     np.random.default_rng(20).standard_normal((4, 32, 32)) * 0.8 ** np.arange(4)[:, None, None], np.arange(64)
 )
-TABLES = {"v1-table-2": TABLE, "v1-table-rvq-16": BOOKS, "v1-table-rvq-64": WIDE}
+DIRECTIONS = pqcodec.BasisTable(np.linalg.qr(np.random.default_rng(41).standard_normal((40, 40)))[0][:18])
+TABLES = {"v1-table-2": TABLE, "v1-table-rvq-16": BOOKS, "v1-table-rvq-64": WIDE, "v1-table-basis-40": DIRECTIONS}
 HASHES = Path(__file__).parents[1] / "formats" / "golden.txt"  # of all of them
 
 
@@ -165,6 +166,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-q4_0-8-blocks", gaussian(2, 2, 7, 16, dtype=torch.bfloat16), {"preset": "q4_0", **options}
     yield "v1-quad2.5-20-basis", gaussian(2, 7, 20, dtype=torch.float32), {"preset": "quad2.5", "basis": 6, "exact_last": 1}
     yield from residual_cases(rope, odd, extreme)
+    yield from shared_cases(turned)
     rng.bit_generator.state = state
     for preset in sketches:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
@@ -197,6 +199,13 @@ def residual_cases(rope: Rope, odd: torch.Tensor, extreme: torch.Tensor) -> Iter
     yield "v1-rvq4-64-least", extreme[:3] / 1e3, {"preset": "rvq4", **wide}
     yield "v1-rvq2-16-keep", gaussian(2, 9, 16), {"preset": "rvq2", "keep": [[0, 4], [3, 8]], **small}
     yield "v1-rvq2-16-empty", gaussian(3, 0, 16), {"preset": "rvq2", "center": "mean", **small}
+
+
+def shared_cases(rope: Rope) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """Those of a stage or fields that a shared table has; likewise."""
+    x = torch.from_numpy(np.random.default_rng(2410).standard_normal((3, 2, 7, 20)).astype(np.float32))
+    options = {"join_heads": True, "before_rope": True, "rope": rope, "center": "mean", "exact_tokens": 1, "chunk_tokens": 4}
+    yield "v1-nuq2-20-shared-basis", x.bfloat16() + 1, {"preset": "nuq2", "levels": TABLE, "basis": DIRECTIONS, **options}
 
 
 def born() -> Iterator[tuple[str, bytes]]:

@@ -210,12 +210,13 @@ def of_streams() -> Iterator[Case]:
         yield f"3.3-{name}", error, data
     yield "3.3-0-joined", SOUND, JOINED
     for name, error, data in [
-        ("7-linear-4", UNSUPPORTED, forged(PLAIN, (15, "B", 4))),
+        ("7-linear-5", UNSUPPORTED, forged(PLAIN, (15, "B", 5))),
         ("8-linear", CORRUPT, forged(PLAIN, (15, "B", 1))),
         ("9-linear-reserved", UNSUPPORTED, forged(BASIS, (OF_LINEAR + 7, "B", 1))),
         ("10-width-0", CORRUPT, forged(BASIS, (OF_LINEAR, "H", 0))),
         ("10-width-beyond", CORRUPT, forged(BASIS, (OF_LINEAR, "H", 5))),
         ("10-blocks-of-4", CORRUPT, forged(BASIS, (15, "B", 2))),
+        ("11-linear-of-no-name", CORRUPT, forged(BASIS, (15, "B", 4))),
         ("11-linear-unsaid", CORRUPT, forged(BASIS, (15, "B", 0))),
         ("12-wider-rows", TRUNCATED, forged(BASIS, (OF_LINEAR, "H", 4))),
         ("13-checksum-of-linear-stage", CORRUPT, other(BASIS, AT_LINEAR, b"\1")),

@@ -364,25 +364,41 @@ def levels_of(data: bytes, b: int, tables: Sequence[bytes]) -> list[F]:
     """The levels that a header brings or names (16.1), or none."""
     size = struct.unpack_from("<I", data, 8)[0]
     if data[44] == 2:
-        table = next(table for table in tables if hashlib.sha256(table).digest() == data[size - 36 : size - 4])
+        table = table_of(data, "codebook", tables)
+        assert table
         return [half(bits) for bits in struct.unpack_from(f"<{2**b}H", table, 12)]
     return [half(bits) for bits in struct.unpack_from(f"<{2**b}H", data, size - 4 - 2 ** (b + 1))] if data[44] == 1 else []
 
 
-def table_of(data: bytes, tables: Sequence[bytes]) -> bytes | None:
-    """The shared table that a stream names, where it is there."""
-    size = struct.unpack_from("<I", data, 8)[0]
-    return next((table for table in tables if hashlib.sha256(table).digest() == data[size - 36 : size - 4]), None)
+def names(data: bytes) -> dict[str, bytes]:
+    """The names of the shared tables that a header has (3.1), by what they are for."""
+    at = behind_shape(data)[1]
+    if struct.unpack_from("<H", data, 12)[0] & 258:
+        at += 16 + 2 * struct.unpack_from("<H", data, at + 8)[0]
+    there = [what for what, named in (("basis", data[15] == 4), ("codebook", data[44] == 2)) if named]
+    return {what: data[at + 32 * i : at + 32 * i + 32] for i, what in enumerate(there)}
+
+
+def table_of(data: bytes, what: str, tables: Sequence[bytes]) -> bytes | None:
+    """A shared table that a stream names, where it is there."""
+    return next((table for table in tables if hashlib.sha256(table).digest() == names(data)[what]), None)
 
 
 def missing(data: bytes, tables: Sequence[bytes]) -> str:
-    """The error of a stream that names a shared table, where these are there (16.1, 16.3, 20.1); "" for none."""
-    if data[44] != 2:
-        return ""
-    (table, (row_bits,)) = table_of(data, tables), struct.unpack_from("<I", data, 16)
-    if table is None:
-        return "unsupported"
-    head_dim = width(data)
+    """The error of a stream that names shared tables, where these are there (16.1, 16.3, 18.3, 20.1); "" for none."""
+    found = {what: table_of(data, what, tables) for what in names(data)}
+    there = {what: table for what, table in found.items() if table is not None}
+    if any(misfits(data, what, table) for what, table in there.items()):
+        return "corrupt"
+    return "unsupported" if len(there) < len(found) else ""
+
+
+def misfits(data: bytes, what: str, table: bytes) -> str:
+    """ "corrupt" where a shared table is none for the rows of a stream; "" for none."""
+    head_dim, (row_bits,) = width(data), struct.unpack_from("<I", data, 16)
+    if what == "basis":
+        numbers = heads(data) * struct.unpack_from("<Q", data, 40 + 8 * data[7])[0]
+        return "" if table[5] == 3 and struct.unpack_from("<HH", table, 12) == (head_dim, numbers) else "corrupt"
     if data[5] == 5:
         return "" if table[5] == 1 and len(table) == 12 + 2 ** (row_bits // (-(-head_dim // 16) * 16) + 1) else "corrupt"
     if table[5] != 2:
@@ -397,10 +413,12 @@ def table_refusal(name: str, table: bytes) -> str:
     if hashlib.sha256(table).hexdigest() != name or table[:4] != b"\x89PQT" or not 12 <= len(table) <= 4196372:
         return "corrupt"
     version, kind, reserved, count = struct.unpack_from("<BBHI", table, 4)
-    if version != 1 or kind not in (1, 2) or reserved:
+    if version != 1 or kind not in (1, 2, 3) or reserved:
         return "unsupported"
     if kind == 2:
         return vectors_refusal(table, count)
+    if kind == 3:
+        return basis_refusal(table, count)
     return "" if len(table) == 12 + 2 * count and count in [2**b for b in range(1, 9)] and ascending(table[12:]) else "corrupt"
 
 
@@ -417,6 +435,19 @@ def vectors_refusal(table: bytes, count: int) -> str:
     channels = struct.unpack_from(f"<{head_dim}H", table, 20)
     finite = np.isfinite(np.frombuffer(table, "<f2", count, 20 + 2 * head_dim)).all()
     return "" if finite and sorted(channels) == list(range(head_dim)) else "corrupt"
+
+
+def basis_refusal(table: bytes, count: int) -> str:
+    """The error of a table of kind 3 (18.3); "" for none."""
+    if len(table) < 20:
+        return "corrupt"
+    rows, numbers, reserved = struct.unpack_from("<HHI", table, 12)
+    if reserved:
+        return "unsupported"
+    fits = 1 <= rows <= min(numbers, 1024) and numbers <= 4096 and count == rows * numbers <= 2**21
+    if not fits or len(table) != 20 + 2 * count:
+        return "corrupt"
+    return "" if np.isfinite(np.frombuffer(table, "<f2", count, 20)).all() else "corrupt"
 
 
 def residual_rows(data: bytes, block: bytes, rows: int, table: bytes) -> list[tuple[list[F], F, F]]:
@@ -564,11 +595,14 @@ def linear_bytes(data: bytes) -> tuple[int, int]:
     """Blocks of a linear stage, 0 without one, and the bytes of each without its checksum (18.2)."""
     shape = struct.unpack_from(f"<{data[7]}Q", data, 48)
     each = {1: 2 * width(data), 2: 512, 3: 2 * width(data) * heads(data) * shape[-1]}.get(data[15], 0)
-    return 0 if not data[15] else math.prod(shape[:-2]) // heads(data) if data[15] == 1 else 1, each
+    return 0 if data[15] in (0, 4) else math.prod(shape[:-2]) // heads(data) if data[15] == 1 else 1, each
 
 
-def linear_stage(data: bytes) -> list[np.ndarray]:
-    """The lists of a linear stage, or its matrix."""
+def linear_stage(data: bytes, tables: Sequence[bytes] = ()) -> list[np.ndarray]:
+    """The lists of a linear stage, or its matrix; none that a shared table has, unless it is there."""
+    if data[15] == 4:
+        table = table_of(data, "basis", tables)
+        return [np.frombuffer(table, "<f2", offset=20).reshape(width(data), -1)] if table else []
     count, size = linear_bytes(data)
     _, _, lists, list_bytes = keep_lists(data)
     at = struct.unpack_from("<I", data, 8)[0] + lists * (list_bytes + 4)
@@ -624,7 +658,7 @@ def sections(data: bytes) -> Iterator[tuple[int, int]]:
     _, _, lists, list_bytes = keep_lists(data)
     if lists:
         yield lists, list_bytes + 4
-    if data[15]:
+    if data[15] in (1, 2, 3):
         yield linear_bytes(data)[0], linear_bytes(data)[1] + 4
     if flags & 1:
         yield leading, 2 * head_dim + 4
@@ -668,7 +702,7 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5, 6, 7) or dtype not in (1, 2, 3) or flags & ~511 or linear > 3 or data[44] > 2 or data[45]:
+    if coding not in (1, 2, 3, 4, 5, 6, 7) or dtype not in (1, 2, 3) or flags & ~511 or linear > 4 or data[44] > 2 or data[45]:
         return "unsupported"
     if (coding in (4, 5)) != bool(flags & 16) or (flags & 32 and coding != 5):
         return "unsupported"
@@ -749,6 +783,7 @@ def refusal(data: bytes) -> str:
         + (16 if affine or sketch else 0)
         + (16 if keep else 0)
         + (8 if linear else 0)
+        + (32 if linear == 4 else 0)
         + (16 + 2 * channels if rope else 0)
         + (0, 2 ** (bits + 1), 32)[data[44]],
         not flags & 32
@@ -826,7 +861,7 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
     coded = tokens - kept - last
     out = np.zeros((leading, tokens, head_dim), kind)
     kept_at = positions(data)
-    before = bool(kept_at) + bool(data[15])  # sections
+    before = bool(kept_at) + (data[15] in (1, 2, 3))  # sections
     at = size + sum(count * each for count, each in list(sections(data))[1 : 1 + before])
 
     def take(count: int) -> bytes:
@@ -843,7 +878,7 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
             exactly = np.frombuffer(take(count * head_dim * kind.itemsize), kind)
             out[lead, first : first + count] = exactly.reshape(count, head_dim)
     records = take(exceptions * (8 + head_dim * kind.itemsize)) if exceptions else b""
-    rows = vectors_of(data, coded_rows(data, tables, shrunk))
+    rows = vectors_of(data, coded_rows(data, tables, shrunk), tables)
     for lead, i in itertools.product(range(leading), range(coded if leading else 0)):
         token = kept_at[lead % len(kept_at)][kept + i] if kept_at else kept + i
         y = rows[lead, i]
@@ -859,14 +894,14 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
     return out.reshape(shape)
 
 
-def vectors_of(data: bytes, rows: np.ndarray) -> np.ndarray:
+def vectors_of(data: bytes, rows: np.ndarray, tables: Sequence[bytes] = ()) -> np.ndarray:
     """The vectors that rows are, or that 18 and 19.1 make of them before offsets: float32 [leading, coded tokens, head_dim]."""
     flags = struct.unpack_from("<H", data, 12)[0]
     if flags & 384 or data[15]:
         rows = saturated(rows)
     head_dim = int(struct.unpack_from("<Q", data, 40 + 8 * data[7])[0])
     if data[15]:
-        stage, numbers = linear_stage(data), heads(data) * head_dim
+        stage, numbers = linear_stage(data, tables), heads(data) * head_dim
         of_rows = (
             [[combined(row, stage[0]) for row in block] for block in rows]
             if data[15] > 1
@@ -913,7 +948,7 @@ def coded_rows(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) 
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
             of_groups = affine_rows(data, rows, count, tables) if coding in (4, 5) else []
             if coding == 6:
-                table = table_of(data, tables)
+                table = table_of(data, "codebook", tables)
                 assert table
                 of_groups = residual_rows(data, rows, count, table)
             if coding == 7:

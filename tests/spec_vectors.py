@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import second_decoder as second
@@ -177,7 +178,7 @@ def keep_trace(data: bytes) -> list[str]:
     return lines
 
 
-# -- 18.2: a stream of joined heads -------------------------------------------------------------------------------
+# -- 18.4: a stream of joined heads -------------------------------------------------------------------------------
 JOINED_NOTES = [
     *FIXED,
     (24, "shape"),
@@ -206,16 +207,19 @@ LINEAR_NOTES = [
 ]
 
 
-def linear_stream() -> bytes:
+BASIS = pqcodec.BasisTable([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]])
+SHARED_BASIS_NOTES = [*LINEAR_NOTES[:6], (32, "name of the table"), (4, "checksum"), *LINEAR_NOTES[8:]]
+
+
+def linear_stream(basis: Any = BASIS.basis) -> bytes:
     """The same vectors, each of two numbers in a basis."""
     x = np.array([[[3, -1, 2, 0.5]], [[2.5, 1, 1, 1]]], np.float16)
-    basis = [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]]
     return pqcodec.encode(x, preset="int4", basis=basis, seed=0, **REFERENCE)
 
 
 def linear_trace(data: bytes) -> list[str]:
     """Of each vector its row and its numbers."""
-    rows, numbers = second.coded_rows(data)[:, 0], second.decode(data).view(np.float16)[:, 0]
+    rows, numbers = second.coded_rows(data)[:, 0], second.decode(data, [BASIS.to_bytes()]).view(np.float16)[:, 0]
     told = [(", ".join(f"{x:.9g}" for x in row), ", ".join(map(str, x))) for row, x in zip(rows, numbers, strict=True)]
     return [f"- Row {row}: the numbers {x}." for row, x in told]
 

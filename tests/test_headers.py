@@ -20,6 +20,7 @@ from pqcodec.stream.checksum import checksum
 
 REFERENCE = {"backend": "reference"}
 BOOKS = pqcodec.VectorTable(np.zeros((2, 16, 8)), np.arange(64))
+DIRECTIONS, LEVEL_TABLE = pqcodec.BasisTable(np.eye(128)[:5]), pqcodec.LevelTable((-1, -0.25, 0.25, 1))
 ROPE = 48 + 3 * 8  # where its part of the header begins
 Edits = list[tuple[int, str, int]]  # (byte, type, value)
 
@@ -37,6 +38,7 @@ def stream(kind: str) -> bytes:
         "channels": {"channels": [1, 2, 60]},
         "blocks": {"block_basis": True},
         "basis": {"basis": 3, "preset": "int4", **before},
+        "shared basis": {"basis": DIRECTIONS, "preset": "nuq2", "levels": LEVEL_TABLE, "join_heads": True},
         "keep": {"keep": [0, 2]},
         "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned},
     }
@@ -77,7 +79,7 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (7, forged("pq3", [CODING, NDIM]), UnsupportedStream),
     (7, forged("pq3", [(6, "B", 0), ROW_BITS]), UnsupportedStream),
     (7, forged("pq3", [(FLAGS, "H", 24), ROW_BITS]), UnsupportedStream),
-    *[(7, forged("pq3", [(at, "B", n), ROW_BITS]), UnsupportedStream) for at, n in ((15, 4), (44, 1), (45, 1))],
+    *[(7, forged("pq3", [(at, "B", n), ROW_BITS]), UnsupportedStream) for at, n in ((15, 5), (44, 1), (45, 1))],
     (7, forged("pq3", [(FLAGS, "H", 32), ROW_BITS]), UnsupportedStream),
     *[(7, forged(kind, [(FLAGS, "H", 4)]), UnsupportedStream) for kind in ("wu44", "int4")],
     *[(7, forged(kind, [CODING]), UnsupportedStream) for kind in ("wu44", "int4")],
@@ -224,6 +226,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
         "channels",
         "blocks",
         "basis",
+        "shared basis",
     ],
 )
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:

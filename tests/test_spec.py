@@ -219,11 +219,18 @@ def test_the_worked_example_of_kept_tokens_holds() -> None:
 
 
 def test_the_worked_examples_of_rows_that_are_not_vectors_hold() -> None:
-    lines, others = example("### 18.3 Examples")
+    lines, others, shared = example("### 18.4 Examples")
     stream = vectors.linear_stream()
     assert others == "\n".join(vectors.hex_lines(stream, vectors.LINEAR_NOTES))
     assert "\n".join(vectors.linear_trace(stream)) in SPEC
     assert second_decoder.decode(stream).view(np.float16).tolist() == pqcodec.decode(stream).tolist()
+    table = vectors.BASIS
+    named = vectors.linear_stream(table)
+    assert shared == "\n".join(vectors.hex_lines(named, vectors.SHARED_BASIS_NOTES))
+    assert f"has {len(table.to_bytes())} bytes, `{table.to_bytes()[:20].hex(' ')}` and the matrix" in SPEC
+    assert f"its name is\n{table.name}. With linear 4 the stream is {len(named)} bytes" in SPEC
+    assert vectors.linear_trace(named) == vectors.linear_trace(stream)
+    assert pqcodec.decode(named, tables=table).tolist() == pqcodec.decode(stream).tolist()
     stream = vectors.joined_stream()
     assert lines == "\n".join(vectors.hex_lines(stream, vectors.JOINED_NOTES))
     told = ", ".join(f"{x:.9g}" for x in second_decoder.coded_rows(stream)[0, 0])

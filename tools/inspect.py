@@ -73,6 +73,7 @@ def _tensor_fields(file: TensorFile, name: str) -> dict[str, Any]:
     if entry.coded:
         info, means = file.inspect(name), codec.means(file.stream(name))
         fields |= {"bits_per_coordinate": info.bits_per_coordinate, "rel_mse": entry.rel_mse, "parts": entry.parts}
+        fields |= {"tables": info.tables}
         fields |= {"mean_norm": None if means is None or not means.size else float((means**2).sum(-1).mean() ** 0.5)}
         size = info.tensor_bytes  # with the tokens that were not kept
         fields |= {"stream": asdict(info), "tensor_bytes": size, "ratio": size / max(entry.body_bytes, 1)}
@@ -121,7 +122,7 @@ class _Outcome:
             out.print(Text(f"{shown(key)}: {shortened(text, _METADATA_WIDTH)}"))
         for table in whole["tables"]:
             out.print(Text(f"shared table {table['name']}: {table['content']}"))
-        needed = {t["stream"]["table"]: None for t in self._tensors if t["coded"] and t["stream"]["table"]}
+        needed = {name: None for t in self._tensors if t["coded"] for name in t["tables"]}
         for name in needed.keys() - {table["name"] for table in whole["tables"]}:
             out.print(Text(f"shared table {name}: is needed, and not here"))
         layers = [self._layer(layer) for layer in sorted({layer for layer, _ in self._cache})]

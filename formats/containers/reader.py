@@ -405,4 +405,4 @@ def stream_of(source: Source, entry: Entry, tables: Callable[[], Tables], tokens
     if (header.shape, DTYPE_NAMES[header.dtype]) != (shape, entry.dtype):
         found = f"{header.shape} of {DTYPE_NAMES[header.dtype]}"
         raise CorruptStream(f"the file says {shape} of {entry.dtype}, the stream {found}")
-    return with_tables(source, tables()) if header.codebook and header.codebook.name else source
+    return with_tables(source, tables()) if header.named else source

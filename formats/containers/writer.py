@@ -19,7 +19,7 @@ from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import tensor_problem
 from pqcodec.stream.header import read_header
 from pqcodec.stream.source import MemorySource, Source
-from pqcodec.stream.tables import SharedTable, table_in, tables_by_name, with_tables
+from pqcodec.stream.tables import SharedTable, tables_by_name, tables_in, with_tables
 
 COPY_BYTES = 16 << 20  # of a stream that are copied at once
 
@@ -104,8 +104,7 @@ def tables_in_options(options: Mapping[str, Any]) -> tuple[SharedTable, ...]:
 
 def carried(streams: Sequence[Source]) -> list[SharedTable]:
     """The shared tables that streams have with them, which the container that holds them has to carry."""
-    found = (table_in(read_header(stream)) for stream in streams)
-    return [table for table in found if table is not None]
+    return [table for stream in streams for table in tables_in(read_header(stream))]
 
 
 def read_in_pieces(source: Source) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -19,10 +20,10 @@ from pqcodec.stages.keep import ascending_lists
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
 from pqcodec.stream.index import Bounds
-from pqcodec.stream.linear import LinearField
+from pqcodec.stream.linear import LinearField, SharedBasis, half_matrix
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source
-from pqcodec.tensors.numbers import is_torch
+from pqcodec.stream.tables import BasisTable
 
 _LEAST = 2.0**-10  # of a block's basis: the least of its directions over the largest, so that it can be inverted
 
@@ -49,16 +50,21 @@ class LinearOptions:
         if len(given) > 1:
             raise InvalidArgument(f"{' and '.join(given)} are given; a stream has one linear stage")
         if self.block_basis is not None and self.block_basis is not True:
-            object.__setattr__(self, "block_basis", _matrix("block_basis", self.block_basis))
+            object.__setattr__(self, "block_basis", half_matrix("block_basis", self.block_basis))
             if self.block_basis.shape != (c.LINEAR_BLOCK, c.LINEAR_BLOCK):
                 raise InvalidArgument(f"block_basis {self.block_basis.shape}: True, or a matrix [16, 16] is expected")
-        if self.basis is not None and self._rank is None:
-            object.__setattr__(self, "basis", _matrix("basis", self.basis))
+        if self.basis is not None and self._rank is None and not isinstance(self.basis, BasisTable):
+            object.__setattr__(self, "basis", half_matrix("basis", self.basis))
 
     @property
     def _rank(self) -> int | None:
         """The rank of a basis that is fitted to the tensor; None where the basis is given."""
         return int(self.basis) if isinstance(self.basis, Integral) and not isinstance(self.basis, bool) else None
+
+    @property
+    def shared(self) -> SharedBasis | None:
+        """The basis of a shared table, which a header names."""
+        return self.basis.part if isinstance(self.basis, BasisTable) else None
 
     def field(self, numbers: int) -> LinearField | None:
         """What a header says where the vectors of a row have so many numbers; raises InvalidArgument."""
@@ -67,9 +73,11 @@ class LinearOptions:
         elif self.block_basis is not None:
             found = LinearField(c.LINEAR_BLOCKS, numbers)
         elif self.basis is not None:
-            found = LinearField(c.LINEAR_BASIS, len(self.basis) if self._rank is None else self._rank)
-            if self._rank is None and self.basis.shape[1] != numbers:
-                raise InvalidArgument(f"basis {self.basis.shape} is none of vectors of {numbers} numbers")
+            matrix = self.basis.basis if isinstance(self.basis, BasisTable) else self.basis
+            kind = c.LINEAR_SHARED if self.shared else c.LINEAR_BASIS
+            found = LinearField(kind, len(matrix) if self._rank is None else self._rank)
+            if self._rank is None and matrix.shape[1] != numbers:
+                raise InvalidArgument(f"basis {matrix.shape} is none of vectors of {numbers} numbers")
         else:
             return None
         if problem := found.problem(numbers):
@@ -81,23 +89,13 @@ class LinearOptions:
         if self.channels is not None:
             leading = (*h.shape[:-3], *(() if h.joined else h.shape[-3:-2]))
             return Linear(h, ascending_lists("channels", self.channels, leading, x.shape[2]), None)
+        if h.basis is not None:
+            return Linear(h, None, h.basis.matrix)
         if self.block_basis is not None:
             matrix = block_basis(x) if self.block_basis is True else self.block_basis
         else:
             matrix = self.basis if self._rank is None else second_moment(x, x.shape[2])[1][: self._rank]
         return Linear(h, None, matrix.astype(np.float16).astype(np.float64))
-
-
-def _matrix(name: str, given: Any) -> np.ndarray:
-    """A matrix of float16 numbers, float64 [rows, columns]; raises InvalidArgument."""
-    found = np.asarray(given.detach().cpu().float() if is_torch(given) else given)
-    if found.ndim != 2 or found.dtype.kind not in "fiu":
-        raise InvalidArgument(f"{name} {found.dtype} {found.shape}: a matrix of numbers is expected")
-    with np.errstate(over="ignore"):
-        found = found.astype(np.float16).astype(np.float64)
-    if not np.isfinite(found).all():
-        raise InvalidArgument(f"{name} holds numbers that are not finite in float16")
-    return found
 
 
 def second_moment(x: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,13 +137,8 @@ class Linear:
             lists = np.resize(self.channels, (len(x), h.width))
             return np.ascontiguousarray(np.take_along_axis(x, lists[:, None], 2))
         assert self.matrix is not None
-        try:
-            back = np.linalg.pinv(self.matrix) if h.linear and h.linear.kind == c.LINEAR_BASIS else np.linalg.inv(self.matrix)
-        except np.linalg.LinAlgError as error:
-            raise InvalidArgument(f"the matrix of the linear stage has no inverse ({error})") from None
-        back = back.astype(np.float32).astype(np.float64)
-        if not np.isfinite(back).all():
-            raise InvalidArgument("the matrix of the linear stage has no inverse within float32")
+        of_blocks = h.linear is not None and h.linear.kind == c.LINEAR_BLOCKS
+        back = _inverse_of_shared(h.basis) if h.basis else _inverse(self.matrix, of_blocks)
         return kernel.product(x.reshape(-1, len(back)), back).reshape(*x.shape[:2], h.width)
 
     def vectors(self, rows: np.ndarray, leads: Bounds, kernel: Multiplying) -> np.ndarray:
@@ -169,13 +162,35 @@ class Linear:
             yield self.channels[lead % len(self.channels)].astype("<u2").tobytes()
 
 
+def _inverse(matrix: np.ndarray, of_blocks: bool = False) -> np.ndarray:
+    """The inverse of a matrix of blocks, or the pseudo-inverse of a basis: float64 of float32 numbers."""
+    try:
+        back = np.linalg.inv(matrix) if of_blocks else np.linalg.pinv(matrix)
+    except np.linalg.LinAlgError as error:
+        raise InvalidArgument(f"the matrix of the linear stage has no inverse ({error})") from None
+    back = back.astype(np.float32).astype(np.float64)
+    if not np.isfinite(back).all():
+        raise InvalidArgument("the matrix of the linear stage has no inverse within float32")
+    return back
+
+
+@lru_cache(maxsize=4)
+def _inverse_of_shared(basis: SharedBasis) -> np.ndarray:
+    """The same of a basis that many streams share, which so is inverted once."""
+    assert basis.matrix is not None
+    return _inverse(basis.matrix)
+
+
 def read_linear(source: Source, h: Header, leads: Bounds, damage: list[Damage]) -> Linear | None:
     """The linear stage of a stream, lists of those leading indices of rows; None where it has none. Raises CorruptStream.
 
+    None, too, where it is a shared table's and that is not here, which ``Header.check_tables`` tells who wants numbers.
     ``damage`` gets what is damaged: then a list is that of the first channels, a matrix of zeros.
     """
-    if h.linear is None:
+    if h.linear is None or (h.basis and not h.basis.here):
         return None
+    if h.basis:
+        return Linear(h, None, h.basis.matrix)
     numbers = h.heads * h.head_dim
     if h.linear.kind != c.LINEAR_CHANNELS:
         shape = (h.width, numbers) if h.linear.kind == c.LINEAR_BASIS else (c.LINEAR_BLOCK, c.LINEAR_BLOCK)

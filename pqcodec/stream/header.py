@@ -21,7 +21,7 @@ from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header_fields import KeepField, possible_codebooks, read_affine, read_codebook, read_keep, read_sketch
 from pqcodec.stream.header_ranges import header_problem
 from pqcodec.stream.index import Blocks, blocks_of
-from pqcodec.stream.linear import LINEAR_NAMES, LinearField
+from pqcodec.stream.linear import LINEAR_NAMES, LinearField, SharedBasis
 from pqcodec.stream.magic import FIRST_BYTES, whose
 from pqcodec.stream.source import Extent, MemorySource, Source
 
@@ -79,6 +79,7 @@ class Header:
     joined: bool = False  # vectors of all heads, of the dimension before tokens, are coded as one
     linear: LinearField | None = None  # which of their channels, or combinations of these, are coded
     sketch: Sketch | None = None  # how a sign sketch is made
+    basis: SharedBasis | None = None  # of a linear stage whose matrix a shared table has
 
     def __post_init__(self) -> None:
         problem = header_problem(self)
@@ -173,6 +174,7 @@ class Header:
             before_rope=False,
             joined=False,
             linear=None,
+            basis=None,
         )
 
     @cached_property
@@ -180,7 +182,7 @@ class Header:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
         rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook, self.sketch)
-        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear)
+        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear, self.basis)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, *stages)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -190,8 +192,8 @@ class Header:
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         coded = c.AFFINE_STRUCT.size if self.affine else c.SKETCH_STRUCT.size if self.sketch else 0
         keep = (c.KEEP_STRUCT.size if self.keep else 0) + (c.LINEAR_STRUCT.size if self.linear else 0)
-        codebook = self.codebook.header_bytes if self.codebook else 0
-        return c.HEADER_STRUCT.size + 8 * len(self.shape) + coded + keep + rope + codebook + c.CHECKSUM_BYTES
+        names = (len(self.basis.name) if self.basis else 0) + (self.codebook.header_bytes if self.codebook else 0)
+        return c.HEADER_STRUCT.size + 8 * len(self.shape) + coded + keep + rope + names + c.CHECKSUM_BYTES
 
     @cached_property
     def keep_bitmap(self) -> bool:
@@ -208,7 +210,13 @@ class Header:
         """Size of a vector in the tensor's own dtype."""
         return self.head_dim * c.ITEM_BYTES[self.dtype]
 
-    # -- codebooks -----------------------------------------------------------------------------------------------
+    # -- what shared tables have ---------------------------------------------------------------------------------
+    @property
+    def named(self) -> dict[str, Codebook | VectorCodebook | SharedBasis]:
+        """What shared tables have of it, whether they are here or not, by the fields that hold it."""
+        parts = {"basis": self.basis, "codebook": self.codebook}
+        return {field: part for field, part in parts.items() if part is not None and part.name}
+
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """The levels of the codes that a codebook brings; () without one. Raises as ``check_tables`` does."""
@@ -223,9 +231,9 @@ class Header:
 
     def check_tables(self) -> None:
         """Raises MissingTable where the stream names a shared table that is not here."""
-        if self.codebook is not None and not self.codebook.here:
-            name = self.codebook.name.hex()
-            raise MissingTable(f"the stream needs the shared table {name}, which is not here; pass it in tables=[...]")
+        missing = [part.name.hex() for part in self.named.values() if not part.here]
+        if missing:
+            raise MissingTable(f"the stream needs the shared table {missing[0]}, which is not here; pass it in tables=[...]")
 
     # -- places --------------------------------------------------------------------------------------------------
     @cached_property
@@ -307,6 +315,8 @@ class Header:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
             body += struct.pack(f"<{len(rope.frequencies)}I", *rope.frequencies)
+        if self.basis:
+            body += self.basis.name
         if self.codebook and self.codebook.name:
             body += self.codebook.name
         elif isinstance(self.codebook, Codebook):
@@ -396,7 +406,7 @@ def _parse(body: bytes) -> Header:
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = keep = levels = stage = sketch = None
+    rope = affine = keep = levels = stage = sketch = basis = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
         turned = c.FLAG_ROPE | c.FLAG_BEFORE_ROPE
@@ -423,6 +433,9 @@ def _parse(body: bytes) -> Header:
             frequencies = struct.unpack_from(f"<{channels // 2}I", body, end + c.ROPE_STRUCT.size)
             rope = RopeField(first, pairing, frequencies)
             end += c.ROPE_STRUCT.size + 4 * len(frequencies)
+        if linear == c.LINEAR_SHARED:
+            basis = SharedBasis(body[end : end + c.TABLE_NAME_BYTES])
+            end += c.TABLE_NAME_BYTES
         if codebook:
             levels = read_codebook(codebook, body[end:], DECLARED[coding].by_vectors)
         if affine and not affine.outliers and flags & c.FLAG_OUTLIERS:
@@ -453,6 +466,7 @@ def _parse(body: bytes) -> Header:
             joined=bool(flags & c.FLAG_JOINED),
             linear=stage,
             sketch=sketch,
+            basis=basis,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None

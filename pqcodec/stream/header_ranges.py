@@ -69,7 +69,10 @@ def _joined_problem(h: Header) -> str:
     numbers, most = h.heads * h.head_dim, c.MAX_JOINED_DIM if h.linear else c.MAX_HEAD_DIM
     if not 1 <= numbers <= most:
         return f"{h.heads} heads of {h.head_dim} numbers are {numbers} together; 1 .. {most} are possible"
-    return h.linear.problem(numbers) if h.linear else ""
+    if (h.basis is not None) != (h.linear is not None and h.linear.kind == c.LINEAR_SHARED):
+        return f"a linear stage {'without' if h.basis is None else 'with'} the name of a shared basis"
+    there = h.linear.problem(numbers) if h.linear else ""
+    return there or (h.basis.problem(h.width, numbers) if h.basis else "")
 
 
 def _codebook_problem(h: Header) -> str:

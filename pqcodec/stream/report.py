@@ -45,9 +45,15 @@ class StreamInfo:
     table: str | None = None  # SHA-256 of the shared table that holds levels or codebooks, as hexadecimal digits
     before_rope: bool = False  # whether vectors are coded as they were before RoPE
     joined_heads: int | None = None  # heads whose vectors are coded as one
-    linear: str | None = None  # "channels", "blocks" or "basis": how rows are made of vectors
+    linear: str | None = None  # "channels", "blocks", "basis" or "shared basis": how rows are made of vectors
+    basis_table: str | None = None  # likewise of that which holds the basis
     width: int = 0  # numbers of a row
     estimate_error: float | None = None  # of a sketch, which tells inner products only: about the relMSE of a decoded vector
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """SHA-256 of all shared tables that it needs, as hexadecimal digits."""
+        return tuple(name for name in (self.table, self.basis_table) if name)
 
     @property
     def ratio(self) -> float:

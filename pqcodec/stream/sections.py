@@ -46,7 +46,7 @@ KEEP = SideSection(
 )
 LINEAR = SideSection(
     "linear stage",
-    lambda h: h.linear,
+    lambda h: h.linear and not h.basis,
     lambda h: h.leading // h.heads if h.linear is not None and h.linear.kind == c.LINEAR_CHANNELS else None,
     lambda h: h.linear.body_bytes(h.heads * h.head_dim) if h.linear is not None else 0,
 )

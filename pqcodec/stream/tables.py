@@ -16,16 +16,18 @@ from pqcodec.codings.declared import Codebook, half_bits, half_numbers
 from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.stream.header import Header, read_header
+from pqcodec.stream.linear import SharedBasis, half_matrix
 from pqcodec.stream.source import Extent, Source
 
 Tables = Mapping[bytes, "SharedTable"]  # by their names
 
 
 class SharedTable:
-    """A table that many streams share, named by the SHA-256 of its bytes. ``LevelTable`` and ``VectorTable`` are its kinds."""
+    """A table that many streams share, named by the SHA-256 of its bytes. Its kinds are subclasses, such as ``LevelTable``."""
 
     kind: ClassVar[int]  # its byte in the table
     option: ClassVar[str]  # of ``encode``, which takes it
+    field: ClassVar[str]  # of a header, which has what it holds
     most_bytes: ClassVar[int]
 
     def _body(self) -> tuple[int, bytes]:
@@ -38,13 +40,13 @@ class SharedTable:
         raise NotImplementedError
 
     @classmethod
-    def of_codebook(cls, codebook: Any) -> SharedTable | None:
-        """The table whose content a header's codebook has, if it is of this kind and its table is here."""
+    def of_part(cls, part: Any) -> SharedTable | None:
+        """The table that a header has a part of, if it is of this kind and here."""
         raise NotImplementedError
 
     @property
-    def codebook(self) -> Any:
-        """What the header of a stream that uses it has."""
+    def part(self) -> Any:
+        """What the header of a stream that uses it has in its ``field``."""
         raise NotImplementedError
 
     @property
@@ -108,6 +110,7 @@ class LevelTable(SharedTable):
 
     kind = c.TABLE_LEVELS
     option = "levels"
+    field = "codebook"
     most_bytes = c.TABLE_STRUCT.size + (c.LEVEL_BYTES << c.SCALAR_BITS[-1])
 
     def __post_init__(self) -> None:
@@ -129,14 +132,14 @@ class LevelTable(SharedTable):
         return cls(struct.unpack(f"<{count}e", body))
 
     @classmethod
-    def of_codebook(cls, codebook: Any) -> LevelTable | None:
+    def of_part(cls, part: Any) -> LevelTable | None:
         """The table whose levels a header's codebook has."""
-        there = isinstance(codebook, Codebook) and codebook.name and codebook.levels
-        return cls(half_numbers(codebook.levels)) if there else None
+        there = isinstance(part, Codebook) and part.name and part.levels
+        return cls(half_numbers(part.levels)) if there else None
 
     @property
-    def codebook(self) -> Codebook:
-        """What the header of a stream that uses it has."""
+    def part(self) -> Codebook:
+        """What the header of a stream that uses it has as its codebook."""
         return Codebook(half_bits(list(self.levels)), self.digest)
 
     @property
@@ -164,6 +167,7 @@ class VectorTable(SharedTable):
 
     kind = c.TABLE_VECTORS
     option = "codebooks"
+    field = "codebook"
     most_bytes = c.MAX_TABLE_BYTES
 
     def __post_init__(self) -> None:
@@ -204,14 +208,14 @@ class VectorTable(SharedTable):
         return cls(np.frombuffer(body, "<f2", count, at).reshape(stages, 1 << bits, width), channels)
 
     @classmethod
-    def of_codebook(cls, codebook: Any) -> VectorTable | None:
+    def of_part(cls, part: Any) -> VectorTable | None:
         """The table whose entries a header's codebook has."""
-        there = isinstance(codebook, VectorCodebook) and codebook.vectors
+        there = isinstance(part, VectorCodebook) and part.vectors
         return cls(there.entries, there.channels) if there else None
 
     @property
-    def codebook(self) -> VectorCodebook:
-        """What the header of a stream that uses it has."""
+    def part(self) -> VectorCodebook:
+        """What the header of a stream that uses it has as its codebook."""
         return VectorCodebook(self.digest, self.vectors)
 
     @property
@@ -221,7 +225,65 @@ class VectorTable(SharedTable):
         return f"{stages} codebooks of {count} entries, {self.vectors.groups} groups of {width} channels"
 
 
-KINDS: dict[int, type[SharedTable]] = {table.kind: table for table in (LevelTable, VectorTable)}
+@dataclass(frozen=True, eq=False)
+class BasisTable(SharedTable):
+    """A basis of the linear stage (SPEC 18.3) that many streams share, as LoRC's of a layer's keys. Raises InvalidArgument.
+
+    ``basis``: [rank, numbers], rounded to float16, one direction a row, as functions of ``pqcodec.bases`` find them: 1 .. 1024
+    directions among at most 4096 numbers of a vector, heads joined or not; 4 MiB at the most.
+
+    >>> table = BasisTable([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5]])
+    >>> table.content, len(table.to_bytes()), SharedTable.from_bytes(table.to_bytes()) == table
+    ('a basis of 2 directions among 4 numbers', 36, True)
+    """
+
+    basis: Any
+
+    kind = c.TABLE_BASIS
+    option = "basis"
+    field = "basis"
+    most_bytes = c.TABLE_STRUCT.size + c.BASIS_STRUCT.size + 2 * c.MAX_BASIS_NUMBERS
+
+    def __post_init__(self) -> None:
+        matrix = half_matrix("basis", self.basis)
+        rank, numbers = matrix.shape
+        if not 1 <= rank <= min(numbers, c.MAX_HEAD_DIM) or numbers > c.MAX_JOINED_DIM or matrix.size > c.MAX_BASIS_NUMBERS:
+            raise InvalidArgument(
+                f"basis {matrix.shape}: 1 .. 1024 directions among no fewer and at most 4096 numbers, {c.MAX_BASIS_NUMBERS} "
+                "numbers in all, are possible"
+            )
+        matrix.flags.writeable = False
+        object.__setattr__(self, "basis", matrix)
+
+    def _body(self) -> tuple[int, bytes]:
+        return self.basis.size, c.BASIS_STRUCT.pack(*self.basis.shape, 0) + self.basis.astype("<f2").tobytes()
+
+    @classmethod
+    def _from_body(cls, count: int, body: bytes) -> BasisTable:
+        rank, numbers, reserved = c.BASIS_STRUCT.unpack_from(body)
+        if reserved:
+            raise UnsupportedStream("shared table: reserved bytes of its basis are not 0: install a newer pqcodec")
+        if count != rank * numbers or len(body) != c.BASIS_STRUCT.size + 2 * count:
+            raise InvalidArgument(f"{len(body)} bytes are no basis of {rank} directions among {numbers} numbers, {count} told")
+        return cls(np.frombuffer(body, "<f2", count, c.BASIS_STRUCT.size).reshape(rank, numbers))
+
+    @classmethod
+    def of_part(cls, part: Any) -> BasisTable | None:
+        """The table whose basis a header has."""
+        return cls(part.matrix) if isinstance(part, SharedBasis) and part.here else None
+
+    @property
+    def part(self) -> SharedBasis:
+        """What the header of a stream that uses it has as its basis."""
+        return SharedBasis(self.digest, self.basis)
+
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        return "a basis of {} directions among {} numbers".format(*self.basis.shape)
+
+
+KINDS: dict[int, type[SharedTable]] = {table.kind: table for table in (LevelTable, VectorTable, BasisTable)}
 _COUNTS = tuple(1 << bits for bits in c.SCALAR_BITS)
 
 
@@ -244,26 +306,31 @@ def tables_by_name(given: Any) -> Tables:
 
 
 def resolved(h: Header, tables: Tables) -> Header:
-    """The header with the content of the table that it names, where that is among ``tables``.
+    """The header with the content of the tables that it names, as far as they are among ``tables``.
 
-    Raises CorruptStream where the table is not such as codes choose among: of another kind, or another shape.
+    Raises CorruptStream where a table is not such as the header asks for: of another kind, or another shape.
     """
-    if h.codebook is None or h.codebook.here or h.codebook.name not in tables:
-        return h
-    try:
-        return replace(h, codebook=tables[h.codebook.name].codebook)
-    except InvalidArgument as error:
-        raise CorruptStream(f"shared table {h.codebook.name.hex()}: {error}") from None
+    for field, part in h.named.items():
+        table = None if part.here else tables.get(part.name)
+        if table is None:
+            continue
+        try:
+            if table.field != field:
+                raise InvalidArgument(f"it holds {table.content}, which is no {field}")
+            h = replace(h, **{field: table.part})
+        except InvalidArgument as error:
+            raise CorruptStream(f"shared table {part.name.hex()}: {error}") from None
+    return h
 
 
-def table_in(h: Header) -> SharedTable | None:
-    """The shared table whose content a header has; None where it names none, or one that is not here."""
-    found = (kind.of_codebook(h.codebook) for kind in KINDS.values())
-    return next((table for table in found if table is not None), None)
+def tables_in(h: Header) -> list[SharedTable]:
+    """The shared tables whose content a header has; those that it names and that are not here are left out."""
+    found = (kind.of_part(part) for part in h.named.values() for kind in KINDS.values())
+    return [table for table in found if table is not None]
 
 
 def with_tables(source: Source, tables: Tables) -> Source:
-    """A stream that has the table which it names, where that is among ``tables``; raises as ``read_header`` does."""
+    """A stream that has the tables which it names, as far as they are among ``tables``; raises as ``read_header`` does."""
     header = read_header(source)
     found = resolved(header, tables)
     if found is header:

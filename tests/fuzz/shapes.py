@@ -83,7 +83,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     """A header that is valid, for a small tensor of any kind, and what was behind the old one."""
     from pqcodec.stream.header import Header, RopeField
     from pqcodec.stream.header_fields import KeepField
-    from pqcodec.stream.linear import LinearField
+    from pqcodec.stream.linear import LinearField, SharedBasis
     from pqcodec.stream.orders import order_for, whole_groups
 
     h, refused = attempt(Header.from_bytes, data)
@@ -96,7 +96,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     dim, width = shape[-1], shape[-1] * (shape[-3] if joined else 1)
     linear = None
     if rng.random() < 0.3:
-        linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS)), rng.randrange(1, width + 1))
+        linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS, c.LINEAR_SHARED)), rng.randrange(1, width + 1))
         linear = LinearField(c.LINEAR_BLOCKS, width) if width % c.LINEAR_BLOCK == 0 and rng.random() < 0.4 else linear
         width = linear.width
     order = order_for(width)
@@ -139,6 +139,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "before_rope": before_rope,
         "joined": joined,
         "linear": linear,
+        "basis": SharedBasis(rng.randbytes(c.TABLE_NAME_BYTES)) if linear and linear.kind == c.LINEAR_SHARED else None,
         "numpy": rng.random() < 0.5,
         "rounds": rounds,
         "affine": None,
@@ -161,7 +162,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         for i, row in enumerate(rows):
             at = new.places[EXACT_VECTORS].start - new.header_bytes + i * (8 + new.vector_bytes)
             body[at : at + 8] = row.to_bytes(8, "little")
-    if new.linear and new.stream_bytes < MAX_BYTES and rng.random() < 0.8:  # channels that ascend; numbers that are finite
+    if new.places[LINEAR].entries and new.stream_bytes < MAX_BYTES and rng.random() < 0.8:  # ascending channels, finite numbers
         body = body.ljust(new.stream_bytes - new.header_bytes, b"\x3c")
         place = new.places[LINEAR]
         for entry in range(place.entries):
