@@ -18,7 +18,7 @@ from benchmarks import model as models
 from benchmarks import results_file
 from benchmarks.kept_tokens import LATER, TEXT, TOKENS, captured
 from pqcodec import bases
-from pqcodec.stages import centre
+from pqcodec.calibrate import rows_to_code
 
 DATA, WINDOW = TEXT.parent, 32
 FIXTURE_LAYERS, LAYERS = (0, 1, 15, 29), (1, 15, 29)
@@ -54,13 +54,6 @@ def of_think(layers: dict[int, Any], tokens: int, dropped: float) -> tuple[float
         found.append((lost(keys, thin), score_error(q[:, tokens:].numpy(), keys, thin)))
     relative, scores = np.mean(found, 0)
     return float(relative), float(scores)
-
-
-def before_rope(keys: torch.Tensor, rope: Any) -> np.ndarray:
-    """Keys [heads, tokens, head_dim] as they were before RoPE, float32."""
-    field = rope.field(keys.shape[-1])
-    cos, sin = centre.phases(field, 0, keys.shape[-2])
-    return np.stack([centre.turn_back(head, cos, sin, field) for head in keys.numpy()]).astype(np.float32)
 
 
 def lorc_rows(model: Any, own: dict[int, np.ndarray], others: dict[int, np.ndarray]) -> list[dict[str, Any]]:
@@ -103,12 +96,12 @@ def main() -> None:
             key, scores = of_think(spoken[tokens], tokens, dropped)
             row = {"tokens": tokens, "dropped": dropped, "key": key, "scores": scores}
             think.append(row | {"key_known": known[dropped][0], "scores_known": known[dropped][1]})
-    own = {layer: before_rope(k[:, :TOKENS], rope) for layer, (_, k, _) in of_text.items()}
+    own = {layer: rows_to_code(k[:, :TOKENS], rope=rope) for layer, (_, k, _) in of_text.items()}
     other_texts = [path for path in sorted(DATA.glob("*.txt")) if path != TEXT]
     parts = [
         captured(model, models.token_ids(tokenizer, path.read_text(encoding="utf-8"))[:TOKENS], LAYERS) for path in other_texts
     ]
-    others = {layer: np.concatenate([before_rope(part[layer][1], rope) for part in parts], 1) for layer in LAYERS}
+    others = {layer: np.concatenate([rows_to_code(part[layer][1], rope=rope) for part in parts], 1) for layer in LAYERS}
     lorc, conditions = lorc_rows(model, own, others), conditions_of(model)
     shown = Table(title="SmolLM2's keys: ThinK by tokens and share of channels dropped, LoRC by basis and r/D'")
     for heading in ("system", "", "share", "relMSE", "known", "score error", "known"):

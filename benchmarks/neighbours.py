@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import pqcodec
 from benchmarks import results_file
-from pqcodec.stages import centre
+from pqcodec.calibrate import rows_to_code
 from pqcodec.stream.header import Header
 
 FIXTURE = Path(__file__).parent.parent / "tests" / "data" / "smollm2_kv.safetensors"
@@ -80,24 +80,12 @@ def row_of(preset: str, effort: str, gaussian: np.ndarray, model: dict[str, list
     }
 
 
-def unturned(keys: np.ndarray) -> np.ndarray:
-    """Keys [heads, tokens, head_dim] as they were before RoPE, float32."""
-    field = ROPE.field(keys.shape[-1])
-    cos, sin = centre.phases(field, 0, keys.shape[-2])
-    return np.stack([centre.turn_back(head, cos, sin, field) for head in keys]).astype(np.float32)
-
-
-def joined(values: np.ndarray) -> np.ndarray:
-    """Values [heads, tokens, head_dim] with all heads of a token side by side."""
-    return np.ascontiguousarray(values.swapaxes(0, 1).reshape(values.shape[1], -1))
-
-
 def kvquant_rows(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """KVQuant as it is, on tensors that were brought into its form, and as streams have it: keys after RoPE, single heads."""
     keys, values = (
         [x[0].astype(np.float32) for name, x in tensors.items() if name.endswith(role)] for role in ("key", "value")
     )
-    before, together = [unturned(x) for x in keys], [joined(x) for x in values]
+    before, together = [rows_to_code(x, rope=ROPE) for x in keys], [rows_to_code(x, join_heads=True) for x in values]
     found = []
     for name, known in KVQUANT.items():
         of_keys, first = {"preset": f"{name}-key", "exact_tokens": 1}, {"center": "rope", "rope": ROPE}

@@ -175,6 +175,18 @@ TABLES = {
     "codecs-lorc": _codecs("LoRC"),
     "codecs-decoquant": _codecs("DecoQuant"),
     "codecs-combined": _codecs("combined"),
+    "shared-ranges": Table(
+        ["published"],
+        lambda found: found["ranges"],
+        {
+            "preset": text("preset"),
+            "bits, own ranges": number("own_bits"),
+            "relMSE, own ranges": number("own", ".4f"),
+            "bits, shared ranges": number("shared_bits"),
+            "relMSE, shared ranges": number("shared", ".4f"),
+            "KVQuant alone, shared ranges": number("known", ".4f"),
+        },
+    ),
     "kept": Table(
         ["kept_tokens"],
         lambda found: found["rows"],

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 import pqcodec
 from benchmarks import model as lm
 from benchmarks import results_file
-from benchmarks.neighbours import FIXTURE, unturned
+from benchmarks.neighbours import FIXTURE, ROPE
+from pqcodec.calibrate import rows_to_code
 
 GAUSSIAN, HELD_OUT = (24_576, 128), (4_096, 128)
 LAYER, TOKENS_AT_ONCE, MOST_TOKENS = 15, 1024, 17_408
@@ -73,7 +74,7 @@ def of_texts(paths: list[Path]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         ids = lm.token_ids(tokenizer, path.read_text(encoding="utf-8"))[: MOST_TOKENS // len(paths)]
         for part in ids.split(TOKENS_AT_ONCE):
             key, value = lm.prefill(model, part)[LAYER]
-            keys.append(unturned(key.numpy()))
+            keys.append(rows_to_code(key, rope=ROPE))
             values.append(value.numpy())
     print(f"{sum(x.shape[1] for x in keys)} tokens of {len(paths)} texts", flush=True)
     return keys, values
@@ -102,7 +103,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rows = trained("gaussian", *(rng.standard_normal(shape).astype(np.float32) for shape in (GAUSSIAN, HELD_OUT)))
     tensors = load_file(FIXTURE)
-    test_key = unturned(tensors[f"layers.{LAYER}.key"][0].astype(np.float32))
+    test_key = rows_to_code(tensors[f"layers.{LAYER}.key"][0], rope=ROPE)
     test_value = tensors[f"layers.{LAYER}.value"][0].astype(np.float32)
     keys, values = of_texts(texts)
     rows += trained("key", keys, test_key, strided=True)

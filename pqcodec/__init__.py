@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pqcodec.codings.presets import PRESETS
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.report import Damage, StreamInfo
-    from pqcodec.stream.tables import BasisTable, LevelTable, SharedTable, VectorTable
+    from pqcodec.stream.tables import BasisTable, LevelTable, RangeTable, SharedTable, VectorTable
     from pqcodec.training import train_vq
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ _LAZY = {
     "Rope": "stages.centre",
     "BasisTable": "stream.tables",
     "LevelTable": "stream.tables",
+    "RangeTable": "stream.tables",
     "SharedTable": "stream.tables",
     "VectorTable": "stream.tables",
     "train_vq": "training",
@@ -67,6 +68,7 @@ __all__ = [
     "MissingTable",
     "NonFiniteInput",
     "PQError",
+    "RangeTable",
     "Rope",
     "SharedTable",
     "StreamInfo",

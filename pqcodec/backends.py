@@ -97,6 +97,7 @@ def _kind(h: Header) -> str:
     """What a backend may not cover of a stream: its coding, and the stages that not all backends have."""
     stages: dict[str, Any] = {"a keep list": h.keep, "exact last tokens": h.last_tokens}
     stages |= {"heads joined": h.joined, "vectors before RoPE": h.before_rope, "a linear stage": h.linear}
+    stages |= {"ranges of a shared table": h.shared_ranges}
     there = " and ".join(name for name, there in stages.items() if there)
     return DECLARED[h.coding].name + (f" with {there}" if there else "")
 

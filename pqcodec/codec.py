@@ -48,6 +48,7 @@ def encode(
     channels: Any = None,
     block_basis: Any = None,
     basis: Any = None,
+    ranges: Any = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> bytes:
@@ -72,9 +73,10 @@ def encode(
     vectors become, n numbers each, a ``BasisTable`` of one, which the stream names likewise, or n for the first principal
     directions of the tensor itself. ``block_basis``: a matrix [16, 16] that each 16 channels are combined of, or True for that
     of least error. Matrices are rounded to float16; ``channels``, ``basis`` and ``block_basis`` are of all heads' at most 4096
-    numbers with ``join_heads``. Backends of GPUs refuse all of these stages. A tensor of a GPU is encoded there
-    (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end. Raises InvalidArgument,
-    NonFiniteInput or BackendUnavailable.
+    numbers with ``join_heads``. ``ranges``: for presets of scalar coding a ``RangeTable`` of scales and zeros that were
+    calibrated beforehand, which the stream names likewise; None takes the tensor's own. Backends of GPUs refuse all of these.
+    A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at
+    the end. Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
@@ -86,7 +88,18 @@ def encode(
     True
     """
     kept = (exact_tokens, chunk_tokens, exact_vectors, nonfinite)
-    stages: tuple[Any, ...] = (exact_last, keep, levels, codebooks, before_rope, join_heads, channels, block_basis, basis)
+    stages: tuple[Any, ...] = (
+        exact_last,
+        keep,
+        levels,
+        codebooks,
+        before_rope,
+        join_heads,
+        channels,
+        block_basis,
+        basis,
+        ranges,
+    )
     options = EncodeOptions(preset, seed, center, rope, *kept, effort, pairing, *stages)
     return encode_by(options, x, backend, progress)[1]
 
@@ -133,6 +146,7 @@ def encoded_size(
     channels: Any = None,
     block_basis: Any = None,
     basis: Any = None,
+    ranges: Any = None,
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
@@ -143,7 +157,7 @@ def encoded_size(
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPE_CODES)}")
     more: dict[str, Any] = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
     more |= {"before_rope": before_rope, "join_heads": join_heads}
-    more |= {"channels": channels, "block_basis": block_basis, "basis": basis}
+    more |= {"channels": channels, "block_basis": block_basis, "basis": basis, "ranges": ranges}
     options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **more)
     return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes
 
@@ -302,6 +316,7 @@ def inspect_header(h: Header) -> StreamInfo:
         joined_heads=h.heads if h.joined else None,
         linear=LINEAR_NAMES[h.linear.kind] if h.linear else None,
         basis_table=h.basis.name.hex() if h.basis else None,
+        range_table=h.shared_ranges.name.hex() if h.shared_ranges else None,
         width=h.width,
         estimate_error=h.sketch.error(h.head_dim, h.order) if h.sketch else None,
     )

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import Codebook, half_bits
+from pqcodec.codings.declared import DECLARED, Codebook, half_bits
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.errors import InvalidArgument
@@ -17,7 +17,7 @@ from pqcodec.stages.keep import header_of
 from pqcodec.stages.linear import LinearOptions
 from pqcodec.stream.header import Header
 from pqcodec.stream.linear import LinearField
-from pqcodec.stream.tables import LevelTable, VectorTable
+from pqcodec.stream.tables import LevelTable, RangeTable, VectorTable
 
 Progress = Callable[[int, int], None]  # blocks done, blocks in all
 
@@ -59,6 +59,8 @@ class EncodeOptions:
     block_basis: Any = field(default=None, compare=False)  # True, or a matrix [16, 16]; None: no blocks
     basis: Any = field(default=None, compare=False)  # a matrix [n, numbers of a row's vectors], a BasisTable, or n; None: none
 
+    ranges: Any = None  # scales and zeros of a preset of scalar coding: a RangeTable; None: those of the tensor's own groups
+
     def __post_init__(self) -> None:
         preset_of(self.preset)
         if self.center not in CENTERS:
@@ -74,6 +76,8 @@ class EncodeOptions:
             object.__setattr__(self, "levels", checked_levels(self.levels, self.preset))
         if self.codebooks is not None or preset_of(self.preset).by_vectors:
             object.__setattr__(self, "codebooks", checked_codebooks(self.codebooks, self.preset))
+        if self.ranges is not None:
+            checked_ranges(self.ranges, self.preset)
         if self.rope is not None:
             check_rope(self.rope)
             if not isinstance(self.rope.frequencies, (tuple, type(None))):
@@ -119,6 +123,7 @@ class EncodeOptions:
         width = linear.width if linear else width
         affine, chunk_tokens = preset.affine, self.chunk_tokens
         if affine:
+            affine = replace(affine, shared=self.ranges is not None)
             chunk_tokens = -(-chunk_tokens // affine.tokens) * affine.tokens
             if affine.fields == c.AFFINE_POLAR:
                 style = self.pairing or (self.rope.style if self.rope else "half")
@@ -155,6 +160,7 @@ class EncodeOptions:
             linear=linear,
             sketch=sketch,
             basis=self.linear.shared,
+            shared_ranges=self.ranges.part if self.ranges else None,
         )
         return header if self.keep is None else header_of(header, self.keep)
 
@@ -219,6 +225,18 @@ def checked_codebooks(codebooks: Any, preset: str) -> VectorCodebook:
             f"preset {preset!r}: the codebooks have {found.vectors.stages} stages; choose fewer, or train more"
         )
     return found
+
+
+def checked_ranges(ranges: Any, preset: str) -> None:
+    """Raises InvalidArgument for what is no RangeTable, or where the preset takes none."""
+    if not isinstance(ranges, RangeTable):
+        raise InvalidArgument(
+            f"ranges is a {type(ranges).__name__}; a RangeTable is expected, as calibrate.shared_ranges makes"
+        )
+    if not DECLARED[preset_of(preset).coding].takes_levels:
+        raise InvalidArgument(
+            f"ranges are given, but preset {preset!r} takes none; choose one of nuq or int, or leave them out"
+        )
 
 
 def unfitted(count: int) -> Codebook:

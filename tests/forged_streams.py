@@ -28,6 +28,7 @@ from pqcodec.stream.linear import LinearField
 from pqcodec.stream.orders import order_for
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR, OFFSETS
 
+LEAST = pqcodec.RangeTable([[[2.0**-24, -65504, 65504, 0]], [[-1, 1, 0.5, 3]]], width=20, channels=8)
 F16, BF16, F32 = c.DTYPE_FLOAT16, c.DTYPE_BFLOAT16, c.DTYPE_FLOAT32
 # Binary16: infinity, 1 and a subnormal number, with either sign; NaN, the largest, the smallest.
 PAPER_RADII = (0x7C00, 0xBC00, 0x0001, 0xFE01, 0x7BFF, 0x8003, 0xFC00, 0x3C00)
@@ -95,6 +96,8 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-outliers-20-fp16", of_affine(F16, (3, 7, 20), 3 * 32, 0, apart, chunk_tokens=4)
     apart = Affine(1, 1024, c.AFFINE_SCALE_ZERO, outliers=8)
     yield "v1-any-outliers-16-bf16", of_affine(BF16, (2, 9, 16), 16, 0, apart, codebook=one, chunk_tokens=5, exact_tokens=1)
+    fields, named = Affine(2, 8, c.AFFINE_SCALE, outliers=1, shared=True), {"shared_ranges": LEAST.part, "chunk_tokens": 4}
+    yield "v1-any-ranges-20-fp32", of_affine(F32, (2, 2, 7, 20), 3 * 32, 0, fields, **named)
     yield "v1-any-residual-16-fp32", of_residual(F32, (2, 7, 16), 2, radius_exponent=117, chunk_tokens=3)
     yield "v1-any-residual-16-bf16", of_residual(BF16, (3, 5, 16), 1, radius_exponent=-125, exact_tokens=1, exceptions=1)
     rope = RopeField(2**32 - 3, c.ROPE_INTERLEAVED, tuple(k * 0x9E3779B9 % 2**32 for k in range(1, 4)))
@@ -203,7 +206,8 @@ def with_outliers(header: Header, block: bytearray, rows: int, number: int) -> N
     """Give a block counts that end within its room, or not, and places of which most ascend."""
     assert header.affine
     rng = random.Random(number)
-    room = 2 * header.affine.groups(header.order) * (rows * header.affine.outliers // header.affine.tokens)
+    ends, each = header.affine.room(header.order)
+    room = ends * (rows * each // header.affine.tokens)
     segments = -(-rows * header.width // c.OUTLIER_SEGMENT)
     at = len(block) - 2 - 4 * room - 4 * segments
     for segment in range(segments):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from forged_streams import streams
+from forged_streams import LEAST, streams
 from spec_vectors import BOOKS, golden_lines
 
 import pqcodec
@@ -24,7 +24,10 @@ WIDE = pqcodec.VectorTable(  # likewise v1-table-rvq-64.pqt; that of 16 channels
     np.random.default_rng(20).standard_normal((4, 32, 32)) * 0.8 ** np.arange(4)[:, None, None], np.arange(64)
 )
 DIRECTIONS = pqcodec.BasisTable(np.linalg.qr(np.random.default_rng(41).standard_normal((40, 40)))[0][:18])
-TABLES = {"v1-table-2": TABLE, "v1-table-rvq-16": BOOKS, "v1-table-rvq-64": WIDE, "v1-table-basis-40": DIRECTIONS}
+_EACH = 1 + np.arange(2 * 32).reshape(2, 1, 32) % 7
+FIELDS = pqcodec.RangeTable(np.concatenate([_EACH / 4, _EACH - 3], 1), width=20, channels=1)  # of two heads
+TABLES = {"v1-table-2": TABLE, "v1-table-rvq-16": BOOKS, "v1-table-rvq-64": WIDE}
+TABLES |= {"v1-table-basis-40": DIRECTIONS, "v1-table-ranges-20": FIELDS, "v1-table-ranges-ends": LEAST}
 HASHES = Path(__file__).parents[1] / "formats" / "golden.txt"  # of all of them
 
 
@@ -206,6 +209,10 @@ def shared_cases(rope: Rope) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]
     x = torch.from_numpy(np.random.default_rng(2410).standard_normal((3, 2, 7, 20)).astype(np.float32))
     options = {"join_heads": True, "before_rope": True, "rope": rope, "center": "mean", "exact_tokens": 1, "chunk_tokens": 4}
     yield "v1-nuq2-20-shared-basis", x.bfloat16() + 1, {"preset": "nuq2", "levels": TABLE, "basis": DIRECTIONS, **options}
+    x = torch.cat([x, x.flip(-1)], -2).half()
+    x[1, 1, 4, 3], x[2, 0, 0, 0] = 6e4, float("inf")
+    options = {"rope": rope, "before_rope": True, "nonfinite": "exact", "exact_last": 1, "keep": [*range(10), 12, 13]}
+    yield "v1-kvquant2-key-20-ranges", x, {"preset": "kvquant2-key", "levels": TABLE, "ranges": FIELDS, **options}
 
 
 def born() -> Iterator[tuple[str, bytes]]:

@@ -58,6 +58,8 @@ LAST = pqcodec.encode(np.ones((2, 4), np.float16), preset="pq2", exact_last=1, s
 TWO = pqcodec.encode(np.full((2, 4), np.nan, np.float16), preset="pq2", nonfinite="exact", seed=0, **REFERENCE)
 LEVELS = spec_vectors.level_stream()  # of 16.4
 OUTLIERS = spec_vectors.level_stream("kvquant2")
+EVEN, PAIRS = spec_vectors.affine_stream("int4"), spec_vectors.affine_stream("wu44")
+OF_AFFINE = 64  # where their part of the header begins
 SKETCH = spec_vectors.sketch_stream()  # of 21.6
 KEYS = spec_vectors.affine_stream("qjl")
 PAIRS, SCALAR = spec_vectors.affine_stream("wu44"), spec_vectors.affine_stream("int4")
@@ -248,6 +250,13 @@ def of_streams() -> Iterator[Case]:
         ("10-residual-of-two-rounds", CORRUPT, forged(RESIDUAL, (12, "H", 12))),
         ("11-name-cut", CORRUPT, sealed(struct.pack("<8sI", RESIDUAL[:8], 99) + RESIDUAL[12:95]) + RESIDUAL[100:]),
         ("12-residual-cut", TRUNCATED, RESIDUAL[:-1]),
+    ]:
+        yield f"3.3-{name}", error, data
+    for name, error, data in [
+        ("9-fields-in-a-section", UNSUPPORTED, forged(EVEN, (OF_AFFINE + 9, "B", 1))),
+        ("9-fields-of-pairs-in-a-table", UNSUPPORTED, forged(PAIRS, (OF_AFFINE + 9, "B", 2))),
+        ("10-fields-of-pairs-in-a-table-of-scalars", CORRUPT, forged(EVEN, (OF_AFFINE + 8, "H", 3 + 256 * 2))),
+        ("11-fields-of-a-table-of-no-name", CORRUPT, forged(EVEN, (OF_AFFINE + 9, "B", 2))),
     ]:
         yield f"3.3-{name}", error, data
     yield "3.3-0-levels", SOUND, LEVELS

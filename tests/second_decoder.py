@@ -285,10 +285,10 @@ def phase_cosines(p: int) -> tuple[F, F]:
 
 
 def affine_groups(data: bytes) -> tuple[int, int, int]:
-    """Tokens of a group, bytes of the fields of all groups of the same tokens, and N."""
-    tokens, channels, fields = struct.unpack_from("<IIB", data, 48 + 8 * data[7])
+    """Tokens of a group, bytes of the fields that a block has of all groups of the same tokens, and N."""
+    tokens, channels, fields, place = struct.unpack_from("<IIBB", data, 48 + 8 * data[7])
     order = -(-width(data) // 16) * 16
-    return tokens, -(-order // channels) * {1: 2, 2: 4, 3: 8}[fields], order
+    return tokens, 0 if place else -(-order // channels) * {1: 2, 2: 4, 3: 8}[fields], order
 
 
 def block_bytes(data: bytes, rows: int) -> int:
@@ -311,8 +311,10 @@ def outlier_room(data: bytes, rows: int) -> tuple[int, int]:
     if not data[12] & 32:
         return 0, 0
     head_dim = width(data)
-    tokens, channels, _, _, _, _, outliers = struct.unpack_from("<IIBBBBH", data, 48 + 8 * data[7])
-    return -(-rows * head_dim // 65536), 2 * -(-(-(-head_dim // 16) * 16) // channels) * (rows * outliers // tokens)
+    tokens, channels, _, place, _, _, outliers = struct.unpack_from("<IIBBBBH", data, 48 + 8 * data[7])
+    groups = -(-(-(-head_dim // 16) * 16) // channels)
+    room = 2 * groups * rows * outliers // tokens if place else 2 * groups * (rows * outliers // tokens)
+    return -(-rows * head_dim // 65536), room
 
 
 def place_outliers(data: bytes, block: bytes, rows: int, found: list[list[F]]) -> None:
@@ -332,8 +334,13 @@ def place_outliers(data: bytes, block: bytes, rows: int, found: list[list[F]]) -
         record += count
 
 
-def affine_rows(data: bytes, block: bytes, rows: int, tables: Sequence[bytes] = ()) -> list[tuple[list[F], F, F]]:
-    """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read."""
+def affine_rows(
+    data: bytes, block: bytes, rows: int, tables: Sequence[bytes] = (), lead: int = 0
+) -> list[tuple[list[F], F, F]]:
+    """The numbers s, A and B of each row of a block without its checksum; ``data``: the stream, of which the header is read.
+
+    ``lead``: the block's leading index of rows.
+    """
     at = 48 + 8 * data[7]
     head_dim, (row_bits,) = width(data), struct.unpack_from("<I", data, 16)
     _, channels, kind, _, pairing, angle_bits = struct.unpack_from("<IIBBBB", data, at)
@@ -345,6 +352,11 @@ def affine_rows(data: bytes, block: bytes, rows: int, tables: Sequence[bytes] = 
         start = rows * row_bits // 8 + i // tokens * size
         fields = struct.unpack_from(f"<{size // 2}H", block, start)
         groups = -(-order // channels)
+        if data[at + 9]:
+            table = table_of(data, "ranges", tables)
+            assert table
+            head = lead % struct.unpack_from("<H", table, 12)[0]
+            fields = struct.unpack_from(f"<{kind * groups}H", table, 20 + 2 * kind * groups * head)
         if data[5] == 4:
             numbers = pair_row(row, fields, groups, head_dim, order, data[14], angle_bits, pairing)
         else:
@@ -375,7 +387,8 @@ def names(data: bytes) -> dict[str, bytes]:
     at = behind_shape(data)[1]
     if struct.unpack_from("<H", data, 12)[0] & 258:
         at += 16 + 2 * struct.unpack_from("<H", data, at + 8)[0]
-    there = [what for what, named in (("basis", data[15] == 4), ("codebook", data[44] == 2)) if named]
+    ranges = data[5] == 5 and data[48 + 8 * data[7] + 9] == 2
+    there = [what for what, named in (("basis", data[15] == 4), ("ranges", ranges), ("codebook", data[44] == 2)) if named]
     return {what: data[at + 32 * i : at + 32 * i + 32] for i, what in enumerate(there)}
 
 
@@ -399,6 +412,11 @@ def misfits(data: bytes, what: str, table: bytes) -> str:
     if what == "basis":
         numbers = heads(data) * struct.unpack_from("<Q", data, 40 + 8 * data[7])[0]
         return "" if table[5] == 3 and struct.unpack_from("<HH", table, 12) == (head_dim, numbers) else "corrupt"
+    if what == "ranges":
+        channels, fields = struct.unpack_from("<IB", data, 52 + 8 * data[7])
+        told = (table[5], *struct.unpack_from("<HHHB", table, 12)) if len(table) > 19 else ()
+        leading = math.prod(struct.unpack_from(f"<{data[7]}Q", data, 48)[:-2]) // heads(data)
+        return "" if told[:1] == (4,) and told[2:] == (head_dim, channels, fields) and leading % told[1] == 0 else "corrupt"
     if data[5] == 5:
         return "" if table[5] == 1 and len(table) == 12 + 2 ** (row_bits // (-(-head_dim // 16) * 16) + 1) else "corrupt"
     if table[5] != 2:
@@ -413,12 +431,14 @@ def table_refusal(name: str, table: bytes) -> str:
     if hashlib.sha256(table).hexdigest() != name or table[:4] != b"\x89PQT" or not 12 <= len(table) <= 4196372:
         return "corrupt"
     version, kind, reserved, count = struct.unpack_from("<BBHI", table, 4)
-    if version != 1 or kind not in (1, 2, 3) or reserved:
+    if version != 1 or kind not in (1, 2, 3, 4) or reserved:
         return "unsupported"
     if kind == 2:
         return vectors_refusal(table, count)
     if kind == 3:
         return basis_refusal(table, count)
+    if kind == 4:
+        return ranges_refusal(table, count)
     return "" if len(table) == 12 + 2 * count and count in [2**b for b in range(1, 9)] and ascending(table[12:]) else "corrupt"
 
 
@@ -446,6 +466,20 @@ def basis_refusal(table: bytes, count: int) -> str:
         return "unsupported"
     fits = 1 <= rows <= min(numbers, 1024) and numbers <= 4096 and count == rows * numbers <= 2**21
     if not fits or len(table) != 20 + 2 * count:
+        return "corrupt"
+    return "" if np.isfinite(np.frombuffer(table, "<f2", count, 20)).all() else "corrupt"
+
+
+def ranges_refusal(table: bytes, count: int) -> str:
+    """The error of a table of kind 4 (13.4); "" for none."""
+    if len(table) < 20:
+        return "corrupt"
+    head_count, numbers, channels, fields, reserved = struct.unpack_from("<HHHBB", table, 12)
+    if fields not in (1, 2) or reserved:
+        return "unsupported"
+    if not all(1 <= n <= 1024 for n in (head_count, numbers, channels)):
+        return "corrupt"
+    if count != head_count * fields * -(-(-(-numbers // 16) * 16) // channels) or len(table) != 20 + 2 * count:
         return "corrupt"
     return "" if np.isfinite(np.frombuffer(table, "<f2", count, 20)).all() else "corrupt"
 
@@ -722,7 +756,9 @@ def refusal(data: bytes) -> str:
         struct.unpack_from("<IIBBBB", body, affine) if affine else (1, 1, 1, 0, 0, 0)
     )
     spare = body[affine + 14 : affine + 16] if flags & 32 else body[affine + 12 : affine + 16]
-    if not group or not channels_of or kind not in (1, 2, 3) or place or pairs > 2 or (affine and any(spare)):
+    if not group or not channels_of or kind not in (1, 2, 3) or pairs > 2 or (affine and any(spare)):
+        return "unsupported"
+    if place and (place, coding) != (2, 5):
         return "unsupported"
     matrix, blocks, outlier_blocks, *drawn = (
         struct.unpack_from("<BBBBHHII", body, sketch) if sketch else (1, 1, 0, 0, 0, 0, 0, 0)
@@ -784,6 +820,7 @@ def refusal(data: bytes) -> str:
         + (16 if keep else 0)
         + (8 if linear else 0)
         + (32 if linear == 4 else 0)
+        + (32 if place else 0)
         + (16 + 2 * channels if rope else 0)
         + (0, 2 ** (bits + 1), 32)[data[44]],
         not flags & 32
@@ -946,7 +983,7 @@ def coded_rows(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) 
             rows = data[at : at + block_bytes(data, count) - 4]
             at += len(rows) + 4
             of_quads = quad_rows(rows, count, order, row_bits) if coding == 3 else []
-            of_groups = affine_rows(data, rows, count, tables) if coding in (4, 5) else []
+            of_groups = affine_rows(data, rows, count, tables, lead) if coding in (4, 5) else []
             if coding == 6:
                 table = table_of(data, "codebook", tables)
                 assert table

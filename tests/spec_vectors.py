@@ -265,9 +265,13 @@ PAIR_NOTES = [
 SCALAR_NOTES = [*AFFINE_NOTES, (24, "rows"), (12, "scale and zero of each token"), (6, "exponent, checksum")]
 
 
-def affine_stream(preset: str) -> bytes:
+RANGES = pqcodec.RangeTable([[[0.5], [-4.0]]], width=6, channels=32)  # one head, one group of channels
+RANGE_NOTES = [*AFFINE_NOTES[:-1], (32, "name of the table"), (4, "checksum"), (24, "rows"), (6, "exponent, checksum")]
+
+
+def affine_stream(preset: str, **options: Any) -> bytes:
     """Three vectors of six numbers."""
-    return pqcodec.encode(AFFINE_NUMBERS, preset=preset, seed=0, **REFERENCE)
+    return pqcodec.encode(AFFINE_NUMBERS, preset=preset, seed=0, **options, **REFERENCE)
 
 
 LEVELS = (-1.0, -0.25, 0.25, 1.0)

@@ -22,6 +22,7 @@ REFERENCE = {"backend": "reference"}
 BOOKS = pqcodec.VectorTable(np.zeros((2, 16, 8)), np.arange(64))
 DIRECTIONS, LEVEL_TABLE = pqcodec.BasisTable(np.eye(128)[:5]), pqcodec.LevelTable((-1, -0.25, 0.25, 1))
 ROPE = 48 + 3 * 8  # where its part of the header begins
+RANGES = pqcodec.RangeTable(np.ones((1, 2, 64)), 64, 1)
 Edits = list[tuple[int, str, int]]  # (byte, type, value)
 
 
@@ -38,6 +39,7 @@ def stream(kind: str) -> bytes:
         "channels": {"channels": [1, 2, 60]},
         "blocks": {"block_basis": True},
         "basis": {"basis": 3, "preset": "int4", **before},
+        "ranges": {"preset": "nuq2-key", "levels": LEVEL_TABLE, "ranges": RANGES},
         "shared basis": {"basis": DIRECTIONS, "preset": "nuq2", "levels": LEVEL_TABLE, "join_heads": True},
         "keep": {"keep": [0, 2]},
         "keep each": {"keep": [[0, 2], [1, 2]], "preset": "int4", **turned},
@@ -227,6 +229,7 @@ def test_bits_behind_a_row_are_passed_over(backend: str) -> None:
         "blocks",
         "basis",
         "shared basis",
+        "ranges",
     ],
 )
 def test_a_reader_written_from_the_specification_agrees_of_every_changed_byte(kind: str) -> None:

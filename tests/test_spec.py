@@ -272,6 +272,18 @@ def test_the_worked_example_of_scalar_coding_holds() -> None:
         assert f"- Token {token}: scale {scale:.9g}, zero {zero:.9g}, codes {code}: {told}.\n" in SPEC
 
 
+def test_the_worked_example_of_fields_in_a_shared_table_holds() -> None:
+    (lines,) = example("### 15.2 Example of a shared table")
+    table = vectors.RANGES
+    stream, raw = vectors.affine_stream("int4", ranges=table), table.to_bytes()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.RANGE_NOTES))
+    assert f"has {len(raw)} bytes,\n`{raw.hex(' ')}`, and its name is\n{table.name}. With it int4 makes {len(stream)}" in SPEC
+    numbers = pqcodec.decode(stream, tables=table).tolist()
+    assert second_decoder.decode(stream, [raw]).view(np.float32).tolist() == numbers
+    for token, row in enumerate(numbers):
+        assert f"- Token {token}: {', '.join(f'{x:.9g}' for x in row)}.\n" in SPEC
+
+
 def test_the_worked_examples_of_levels_and_outliers_hold() -> None:
     found = example("### 16.5 Examples")
     for lines, preset, notes in zip(found, ("nuq2", "kvquant2"), (vectors.LEVEL_NOTES, vectors.OUTLIER_NOTES), strict=True):

@@ -18,9 +18,9 @@ from pqcodec.codings.plan import Plan
 
 # -- blocks --------------------------------------------------------------------------------------------------------
 def groups_of(tokens: int, plan: Plan) -> Iterator[slice]:
-    """The rows of each group of a block of ``tokens`` rows."""
+    """The rows of each group of a block of ``tokens`` rows; all of them where a shared table has their fields."""
     assert plan.affine is not None
-    step = plan.affine.tokens
+    step = max(tokens, 1) if plan.affine.shared else plan.affine.tokens
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
@@ -35,7 +35,7 @@ def encode_groups(
     the bytes of their fields, and which of their numbers are kept apart, bool [n, order].
     """
     finite = np.isfinite(v).all(1)
-    exponent = block_exponent(float(np.abs(v[finite]).max(initial=0)))
+    exponent = 0 if plan.ranges else block_exponent(float(np.abs(v[finite]).max(initial=0)))
     x = np.ldexp(np.where(finite[:, None], v, 0).astype(np.float32), -exponent)
     found = [encode_group(x[rows], finite[rows]) for rows in groups_of(len(v), plan)]
     codes = np.concatenate([codes for codes, *_ in found])
@@ -76,7 +76,8 @@ def decode_groups(
     for number, group in enumerate(groups_of(tokens, plan)):
         wanted = codes[max(group.start, low) : min(group.stop, high)]
         if len(wanted):
-            found.append(decode_group(wanted, body[at + number * size :][:size]))
+            fields = body[at + number * size :][:size] if plan.shared_fields is None else plan.shared_fields
+            found.append(decode_group(wanted, fields))
     numbers = np.concatenate(found)
     if plan.affine.outliers:
         kept = body[at + -(-tokens // plan.affine.tokens) * size : -c.AFFINE_EXPONENT_BYTES]

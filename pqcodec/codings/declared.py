@@ -25,11 +25,12 @@ class Affine:
     pairing: int = 0  # of the channels of pair polar: ROPE_HALF or ROPE_INTERLEAVED
     angle_bits: int = 0  # of pair polar
     outliers: int = 0  # numbers at each end of a whole group's range for which a block has room apart (SPEC 16.4)
+    shared: bool = False  # whether a shared table has the fields, for all tokens, and blocks have none
 
     @property
     def rate(self) -> float:
         """Bits a coordinate that fields and outliers take in whole groups."""
-        size = c.AFFINE_FIELD_BYTES[self.fields] + 2 * c.OUTLIER_BYTES * self.outliers
+        size = (0 if self.shared else c.AFFINE_FIELD_BYTES[self.fields]) + 2 * c.OUTLIER_BYTES * self.outliers
         return 8 * size / (self.tokens * self.channels)
 
     def groups(self, order: int) -> int:
@@ -37,8 +38,16 @@ class Affine:
         return -(-order // self.channels)
 
     def bytes_of(self, order: int) -> int:
-        """Bytes of the fields of all groups of the same tokens."""
-        return self.groups(order) * c.AFFINE_FIELD_BYTES[self.fields]
+        """Bytes of the fields that a block has of all groups of the same tokens."""
+        return 0 if self.shared else self.groups(order) * c.AFFINE_FIELD_BYTES[self.fields]
+
+    def room(self, order: int) -> tuple[int, int]:
+        """Outliers that a block has room for: the first number times (its rows times the second div ``tokens``).
+
+        Of fields in blocks so many of each group, at both ends; of those of a shared table so many in all.
+        """
+        both = 2 * self.groups(order)
+        return (1, both * self.outliers) if self.shared else (both, self.outliers)
 
     def problem(self) -> str:
         """What no coding takes, or an empty string."""

@@ -10,6 +10,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings import outliers
 from pqcodec.codings.declared import Affine
+from pqcodec.codings.ranges import Ranges
 from pqcodec.stages import centre
 from pqcodec.stream.header import Header
 from pqcodec.stream.prng import splitmix64
@@ -57,7 +58,11 @@ def sample(
         kept = slice(None) if finite.all() else finite.all(1)
         if gradients is not None:
             slopes = _stored(gradients, h, rows, step)[kept]
-        found.append(_places(x[kept] if len(x[kept]) else np.zeros((1, x.shape[1])), h.affine, slopes))
+        x = x[kept] if len(x[kept]) else np.zeros((1, x.shape[1]))
+        if h.ranges:
+            found.append(_places_in(x, h.ranges, lead, step, slopes))
+        else:
+            found.append(_places(x, h.affine, slopes))
     numbers, weights = (np.concatenate(each) for each in zip(*found, strict=True))
     return numbers, weights
 
@@ -105,6 +110,18 @@ def _places(x: np.ndarray, affine: Affine, slopes: np.ndarray | None = None) -> 
         numbers.append(place[inside])
         weights.append(weight[inside])
     return np.concatenate(numbers), np.concatenate(weights)
+
+
+def _places_in(x: np.ndarray, ranges: Ranges, lead: int, step: int, slopes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Every ``step``-th channel of vectors -> places in the range that a shared table has for it, and weights: [n] each."""
+    fields = ranges.halves[lead % ranges.heads].astype(np.float64)
+    scale, zero = (np.repeat(each, ranges.channels)[: ranges.width : step] for each in (fields[0], fields[-1]))
+    middle = zero if ranges.fields == c.AFFINE_SCALE_ZERO else np.zeros_like(zero)
+    place = (x - middle) / np.where(scale > 0, scale, 1)
+    inside, weight = np.abs(place) <= 1, np.broadcast_to(scale * scale, x.shape)
+    if slopes is not None and len(slopes):
+        weight = weight * slopes**2
+    return place[inside], weight[inside]
 
 
 def _ends(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,12 @@ def room_apart(tokens: int, plan: Plan) -> tuple[int, int]:
     """Segments of a block of ``tokens`` rows, and the outliers that it has room for."""
     assert plan.affine is not None
     segments = -(-tokens * plan.head_dim // c.OUTLIER_SEGMENT)
-    return segments, 2 * plan.affine.groups(plan.order) * at_an_end(tokens, plan.affine)
+    ends, each = plan.affine.room(plan.order)
+    return segments, ends * (tokens * each // plan.affine.tokens)
 
 
 def at_an_end(tokens: int, affine: Affine) -> int:
-    """Outliers that a group of ``tokens`` tokens, or the groups of a block together, have at each end."""
+    """Outliers that a group of ``tokens`` tokens has at each end."""
     return tokens * affine.outliers // affine.tokens
 
 
@@ -34,6 +35,17 @@ def ends(x: np.ndarray, count: int) -> tuple[np.float32, np.float32]:
     return ordered[count], ordered[x.size - 1 - count]
 
 
+def farthest(errors: np.ndarray, finite: np.ndarray, plan: Plan) -> np.ndarray:
+    """Which numbers of a block [n, head_dim] its codes miss by the most: as many as there is room for, of equals the first.
+
+    None that codes hit, and none of a row that is not ``finite``.
+    """
+    missed = np.where(finite[:, None], errors, 0).ravel()
+    found = np.zeros(missed.size, np.bool_)
+    found[np.argsort(-missed, kind="stable")[: room_apart(len(errors), plan)[1]]] = True
+    return (found & (missed > 0)).reshape(errors.shape)
+
+
 def packed(x: np.ndarray, apart: np.ndarray, plan: Plan) -> np.ndarray:
     """The part of a block that holds its outliers; ``apart``: which numbers of x [n, head_dim] these are."""
     segments, count = room_apart(len(x), plan)
@@ -41,7 +53,8 @@ def packed(x: np.ndarray, apart: np.ndarray, plan: Plan) -> np.ndarray:
     counts, at, values = np.zeros(segments, "<u4"), np.zeros(count, "<u2"), np.zeros(count, "<f2")
     counts += np.bincount(places // c.OUTLIER_SEGMENT, minlength=segments).astype(np.uint32)
     at[: len(places)] = places % c.OUTLIER_SEGMENT
-    values[: len(places)] = x[:, : plan.head_dim].ravel()[places]
+    with np.errstate(over="ignore"):  # with a shared table's ranges numbers are not scaled: infinite is the largest one
+        values[: len(places)] = x[:, : plan.head_dim].ravel()[places]
     return np.concatenate([each.view(np.uint8) for each in (counts, at, values)])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.codings.declared import DECLARED, Affine, Sketch, quads_index_bits
+from pqcodec.codings.ranges import Ranges
 from pqcodec.codings.vectors import Vectors
 from pqcodec.stages import rotation
 from pqcodec.stream.header import Header
@@ -44,6 +45,8 @@ class Plan:
     vectors: Vectors | None = None  # of residual VQ, whose stages are ``radius_bits``
     sketch: Sketch | None = None
     seed: int = 0  # of the matrix of a sketch
+    ranges: Ranges | None = None  # affine fields of all tokens, where a shared table has them
+    shared_fields: np.ndarray | None = None  # uint8: those of one leading index, see ``for_lead``
     shrunk: bool = False  # whether vectors of a sketch are decoded with less error, and not without bias
 
     @property
@@ -74,6 +77,10 @@ class Plan:
         """Radius codes an octave (SPEC 6.1)."""
         return c.RADIUS_STEPS_PER_OCTAVE[self.radius_bits]
 
+    def for_lead(self, lead: int) -> Plan:
+        """The plan of one leading index of rows: where a shared table has affine fields, each head has its own."""
+        return self if self.ranges is None else replace(self, shared_fields=self.ranges.bytes[lead % self.ranges.heads])
+
     @cached_property
     def matrix(self) -> np.ndarray:
         """H D, or H D P H E with two rounds (SPEC 5), or without a rotation 1: whole numbers, float64 [order, order].
@@ -103,9 +110,9 @@ def plan_for(header: Header) -> Plan:
     plan = _plan(h.coding, h.head_dim, h.row_bits, h.radius_bits, h.seed, h.rounds, h.affine)
     if h.sketch:
         return replace(plan, sketch=h.sketch, seed=h.seed)
-    if not h.codebook:
+    if not h.named and not h.codebook:
         return plan
-    return replace(plan, levels=np.array(h.levels, np.float32) if h.levels else None, vectors=h.vectors)
+    return replace(plan, levels=np.array(h.levels, np.float32) if h.levels else None, vectors=h.vectors, ranges=h.ranges)
 
 
 @lru_cache(maxsize=64)

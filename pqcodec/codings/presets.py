@@ -182,7 +182,7 @@ def preset_name(
     sketch: Sketch | None = None,
 ) -> str | None:
     """The preset that writes such rows, or None; how many outliers they have does not count, but whether they do."""
-    alone = replace(affine, pairing=0, outliers=0) if affine else None
+    alone = replace(affine, pairing=0, outliers=0, shared=False) if affine else None
     row_bits = 0 if DECLARED[coding].by_vectors else row_bits
     drawn = replace(sketch, channels=min(sketch.channels, 1)) if sketch else None
     wanted = (coding, row_bits, radius_bits, alone, by_levels, bool(affine and affine.outliers), drawn)

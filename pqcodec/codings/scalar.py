@@ -20,52 +20,56 @@ def encode(v: np.ndarray, plan: Plan, exponent: int, effort: str) -> np.ndarray:
     """Vectors [n, order] of one block -> its bytes without the checksum; ``exponent`` and ``effort`` are not used."""
 
     def encode_group(x: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        low, high = _ranges(x[finite][:, : plan.head_dim], len(x), plan)
+        low, high = ranges_of(x[finite][:, : plan.head_dim], len(x), plan)
         apart = (x < _spread(low, plan)) | (x > _spread(high, plan))
         apart[~finite], apart[:, plan.head_dim :] = False, False
-        code_group = _even_codes if plan.levels is None else _nearest_levels
-        codes, fields = code_group(x, low, high, plan)
-        codes[~finite], codes[:, plan.head_dim :] = 0, 0
-        return codes, fields, apart
+        fields = fields_of(low, high, plan)
+        return _codes(x, finite, fields, plan), fields, apart
 
-    return affine.encode_groups(v, plan, encode_group)
+    def encode_by_table(x: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert plan.shared_fields is not None
+        codes = _codes(x, finite, plan.shared_fields, plan)
+        missed = np.abs(x - _numbers(codes, plan.shared_fields, plan))[:, : plan.head_dim]
+        return codes, np.zeros(0, np.uint8), outliers.farthest(missed, finite, plan)
+
+    return affine.encode_groups(v, plan, encode_group if plan.shared_fields is None else encode_by_table)
 
 
-def _even_codes(x: np.ndarray, low: np.ndarray, high: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [n, order] and fields of one group of tokens, on an even grid."""
+def fields_of(low: np.ndarray, high: np.ndarray, plan: Plan) -> np.ndarray:
+    """The fields of groups whose numbers are from ``low`` to ``high``, float32 [groups], as they stand in a block: uint8."""
     assert plan.affine is not None
-    most = (1 << plan.row_bits // plan.order) - 1
-    fields, zero, shift = [], np.zeros(len(low), np.float32), 0
-    if plan.affine.fields == c.AFFINE_SCALE_ZERO:
-        zero_bytes, zero = affine.half_fields(low + np.float32(0))  # never -0, which least numbers of two orders may be
-        fields = [zero_bytes]
+    most, zeros = (1 << plan.row_bits // plan.order) - 1, []
+    zero = np.zeros(len(low), np.float32)
+    if plan.affine.fields == c.AFFINE_SCALE_ZERO:  # of levels the middle of the range
+        zero = low if plan.levels is None else (low + high) * np.float32(0.5)
+        zero_bytes, zero = affine.half_fields(zero + np.float32(0))  # never -0, which least numbers of two orders may be
+        zeros = [zero_bytes]
+    if plan.levels is not None:
+        step = np.maximum(high - zero, zero - low)
+    elif zeros:
         step = np.maximum(high - zero, np.float32(0)) / np.float32(most)
     else:  # the number of the largest magnitude is the first level, as in q4_0
-        shift = most + 1 >> 1
-        step = np.where(high >= -low, high, low) / np.float32(-shift) + np.float32(0)
-    step_bytes, step = affine.half_fields(step)
-    step, zero = (_spread(each, plan) for each in (step, zero))
-    at = np.rint((x - zero) / np.where(step == 0, np.float32(1), step)) + np.float32(shift)
-    return np.where(step == 0, 0, np.clip(at, 0, most)).astype(np.int64), np.concatenate([step_bytes, *fields])
+        step = np.where(high >= -low, high, low) / np.float32(-(most + 1 >> 1)) + np.float32(0)
+    return np.concatenate([affine.half_fields(step)[0], *zeros])
 
 
-def _nearest_levels(x: np.ndarray, low: np.ndarray, high: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """The same by the levels of a codebook."""
+def _codes(x: np.ndarray, finite: np.ndarray, fields: np.ndarray, plan: Plan) -> np.ndarray:
+    """Codes [n, order] of one group of tokens that has such fields; 0 of rows that are not ``finite``."""
     assert plan.affine is not None
-    assert plan.levels is not None
-    fields, zero = [], np.zeros(len(low), np.float32)
-    if plan.affine.fields == c.AFFINE_SCALE_ZERO:  # the middle of the range
-        zero_bytes, zero = affine.half_fields((low + high) * np.float32(0.5) + np.float32(0))
-        fields = [zero_bytes]
-    step_bytes, step = affine.half_fields(np.maximum(high - zero, zero - low))
-    step, zero = (_spread(each, plan) for each in (step, zero))
+    most = (1 << plan.row_bits // plan.order) - 1
+    step, zero = _steps_and_zeros(fields, plan)
     place = (x - zero) / np.where(step == 0, np.float32(1), step)
-    codes = np.searchsorted(levels.bounds(plan.levels), place.ravel(), "left").reshape(place.shape)
-    codes[:, step == 0] = 0
-    return codes, np.concatenate([step_bytes, *fields])
+    if plan.levels is None:
+        shift = 0 if plan.affine.fields == c.AFFINE_SCALE_ZERO else most + 1 >> 1
+        found = np.clip(np.rint(place) + np.float32(shift), 0, most).astype(np.int64)
+    else:
+        found = np.searchsorted(levels.bounds(plan.levels), place.ravel(), "left").reshape(place.shape)
+    found[:, step == 0] = 0
+    found[~finite], found[:, plan.head_dim :] = 0, 0
+    return found
 
 
-def _ranges(x: np.ndarray, tokens: int, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def ranges_of(x: np.ndarray, tokens: int, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest number of x [n, head_dim] in each group of channels, float32 [groups]; 0 for none.
 
     Without those that a group of ``tokens`` tokens keeps apart.
@@ -89,14 +93,27 @@ def decode(
     body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, exponent: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bytes of a block of ``tokens`` rows -> coordinates of the wanted rows float32 [n, order], and factors A and B [n]."""
-    assert plan.affine is not None
-    groups, zeros = plan.affine.groups(plan.order), plan.affine.fields == c.AFFINE_SCALE_ZERO
-    shift = 0 if zeros else 1 << plan.row_bits // plan.order >> 1
 
     def decode_group(codes: np.ndarray, fields: np.ndarray) -> np.ndarray:
-        step = _spread(affine.halves_of(fields[: 2 * groups]), plan)
-        zero = _spread(affine.halves_of(fields[2 * groups :]), plan) if zeros else np.float32(0)
-        level = (codes - shift).astype(np.float32) if plan.levels is None else plan.levels[codes]
-        return level * step + zero
+        return _numbers(codes, fields, plan)
 
     return affine.decode_groups(body, tokens, rows, plan, decode_group, plan.order)
+
+
+def _numbers(codes: np.ndarray, fields: np.ndarray, plan: Plan) -> np.ndarray:
+    """The numbers float32 [n, order] of codes of one group of tokens that has such fields."""
+    assert plan.affine is not None
+    step, zero = _steps_and_zeros(fields, plan)
+    shift = 0 if plan.affine.fields == c.AFFINE_SCALE_ZERO else 1 << plan.row_bits // plan.order >> 1
+    level = (codes - shift).astype(np.float32) if plan.levels is None else plan.levels[codes]
+    return level * step + zero
+
+
+def _steps_and_zeros(fields: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero of every coordinate, float32 [order], from the fields of one group of tokens, uint8."""
+    assert plan.affine is not None
+    groups = plan.affine.groups(plan.order)
+    step, zero = affine.halves_of(fields[: 2 * groups]), np.zeros(groups, np.float32)
+    if plan.affine.fields == c.AFFINE_SCALE_ZERO:
+        zero = affine.halves_of(fields[2 * groups :])
+    return _spread(step, plan), _spread(zero, plan)

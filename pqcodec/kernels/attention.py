@@ -345,7 +345,9 @@ def attend_to_coded(job: AttentionJob) -> Partial:
 def decoded_units(job: AttentionJob, coded: CodedTokens, chunk: int, lead: int, rows: Bounds) -> tuple[np.ndarray, np.ndarray]:
     """v and A B of some rows of a block, float64 [n, order] and [n]; ``job.damage`` tells if its checksum does not hold."""
     h, body = coded.header, _checked_body(job, coded, chunk, lead)
-    units, first, second = CODINGS[h.coding].decode(body, h.blocks.tokens(chunk), rows, plan_for(h), h.radius_exponent)
+    units, first, second = CODINGS[h.coding].decode(
+        body, h.blocks.tokens(chunk), rows, plan_for(h).for_lead(lead), h.radius_exponent
+    )
     return units.astype(np.float64), first.astype(np.float64) * second
 
 

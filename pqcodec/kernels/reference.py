@@ -144,7 +144,7 @@ class Reference:
         h, plan = job.header, plan_for(job.header)
         for chunk in range(h.chunks):
             for lead in range(h.leading):
-                encode_job_block(job, plan, chunk, lead)
+                encode_job_block(job, plan.for_lead(lead), chunk, lead)
             job.advance(h.leading)
 
     def decode(self, jobs: Sequence[DecodeJob], advance: Callable[[int], None] = nobody) -> None:
@@ -165,7 +165,7 @@ class Reference:
                 if job.out is None or plan is None:
                     continue
                 low, high = job.rows_of(chunk)
-                x = decode_block(body, h.blocks.tokens(chunk), (low, high), plan, h.radius_exponent)
+                x = decode_block(body, h.blocks.tokens(chunk), (low, high), plan.for_lead(lead), h.radius_exponent)
                 first = h.first_tokens + chunk * h.chunk_tokens + low
                 if job.offsets is not None:
                     with np.errstate(over="ignore"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED, Affine, Codebook, Sketch, half_numbers
+from pqcodec.codings.ranges import Ranges, SharedRanges
 from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable, TruncatedStream, UnsupportedStream
 from pqcodec.stream import sections
@@ -80,6 +81,7 @@ class Header:
     linear: LinearField | None = None  # which of their channels, or combinations of these, are coded
     sketch: Sketch | None = None  # how a sign sketch is made
     basis: SharedBasis | None = None  # of a linear stage whose matrix a shared table has
+    shared_ranges: SharedRanges | None = None  # of affine fields that a shared table has
 
     def __post_init__(self) -> None:
         problem = header_problem(self)
@@ -182,7 +184,7 @@ class Header:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
         rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook, self.sketch)
-        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear, self.basis)
+        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear, self.basis, self.shared_ranges)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, *stages)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -192,7 +194,8 @@ class Header:
         rope = c.ROPE_STRUCT.size + 4 * len(self.rope.frequencies) if self.rope else 0
         coded = c.AFFINE_STRUCT.size if self.affine else c.SKETCH_STRUCT.size if self.sketch else 0
         keep = (c.KEEP_STRUCT.size if self.keep else 0) + (c.LINEAR_STRUCT.size if self.linear else 0)
-        names = (len(self.basis.name) if self.basis else 0) + (self.codebook.header_bytes if self.codebook else 0)
+        names = sum(len(part.name) for part in (self.basis, self.shared_ranges) if part)
+        names += self.codebook.header_bytes if self.codebook else 0
         return c.HEADER_STRUCT.size + 8 * len(self.shape) + coded + keep + rope + names + c.CHECKSUM_BYTES
 
     @cached_property
@@ -212,9 +215,9 @@ class Header:
 
     # -- what shared tables have ---------------------------------------------------------------------------------
     @property
-    def named(self) -> dict[str, Codebook | VectorCodebook | SharedBasis]:
+    def named(self) -> dict[str, Codebook | VectorCodebook | SharedBasis | SharedRanges]:
         """What shared tables have of it, whether they are here or not, by the fields that hold it."""
-        parts = {"basis": self.basis, "codebook": self.codebook}
+        parts = {"basis": self.basis, "shared_ranges": self.shared_ranges, "codebook": self.codebook}
         return {field: part for field, part in parts.items() if part is not None and part.name}
 
     @cached_property
@@ -228,6 +231,12 @@ class Header:
         """The codebooks of residual VQ; None of other codings. Raises as ``check_tables`` does."""
         self.check_tables()
         return self.codebook.vectors if isinstance(self.codebook, VectorCodebook) else None
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """The fields that a shared table has for all tokens; None where blocks have them. Raises as ``check_tables`` does."""
+        self.check_tables()
+        return self.shared_ranges.ranges if self.shared_ranges else None
 
     def check_tables(self) -> None:
         """Raises MissingTable where the stream names a shared table that is not here."""
@@ -302,7 +311,8 @@ class Header:
         body = fixed + struct.pack(f"<{len(self.shape)}Q", *self.shape)
         if self.affine:
             one = self.affine
-            numbers = (one.tokens, one.channels, one.fields, c.AFFINE_IN_BLOCKS, one.pairing, one.angle_bits)
+            place = c.AFFINE_IN_TABLE if one.shared else c.AFFINE_IN_BLOCKS
+            numbers = (one.tokens, one.channels, one.fields, place, one.pairing, one.angle_bits)
             body += c.AFFINE_STRUCT.pack(*numbers, one.outliers, bytes(2))
         if self.sketch:
             by = self.sketch
@@ -315,8 +325,7 @@ class Header:
             rope = self.rope
             body += c.ROPE_STRUCT.pack(rope.first_position, rope.channels, rope.pairing, bytes(5))
             body += struct.pack(f"<{len(rope.frequencies)}I", *rope.frequencies)
-        if self.basis:
-            body += self.basis.name
+        body += b"".join(part.name for part in (self.basis, self.shared_ranges) if part)
         if self.codebook and self.codebook.name:
             body += self.codebook.name
         elif isinstance(self.codebook, Codebook):
@@ -406,7 +415,7 @@ def _parse(body: bytes) -> Header:
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: {names} hold values that this release does not know: install a newer pqcodec")
     end = c.HEADER_STRUCT.size + 8 * ndim
-    rope = affine = keep = levels = stage = sketch = basis = None
+    rope = affine = keep = levels = stage = sketch = basis = ranges = None
     try:
         shape = struct.unpack_from(f"<{ndim}Q", body, c.HEADER_STRUCT.size)
         turned = c.FLAG_ROPE | c.FLAG_BEFORE_ROPE
@@ -415,7 +424,7 @@ def _parse(body: bytes) -> Header:
         if len(body) < end + behind + sum(part.size for flag, part in parts.items() if flags & flag):
             raise CorruptStream(f"header: size {size} announced, which is too small for what its flags and coding announce")
         if flags & c.FLAG_AFFINE:
-            affine = read_affine(body, end, bool(flags & c.FLAG_OUTLIERS))
+            affine = read_affine(body, end, bool(flags & c.FLAG_OUTLIERS), DECLARED[coding].takes_levels)
             end += c.AFFINE_STRUCT.size
         if DECLARED[coding].sketches:
             sketch = read_sketch(body, end)
@@ -435,6 +444,9 @@ def _parse(body: bytes) -> Header:
             end += c.ROPE_STRUCT.size + 4 * len(frequencies)
         if linear == c.LINEAR_SHARED:
             basis = SharedBasis(body[end : end + c.TABLE_NAME_BYTES])
+            end += c.TABLE_NAME_BYTES
+        if affine and affine.shared:
+            ranges = SharedRanges(body[end : end + c.TABLE_NAME_BYTES])
             end += c.TABLE_NAME_BYTES
         if codebook:
             levels = read_codebook(codebook, body[end:], DECLARED[coding].by_vectors)
@@ -467,6 +479,7 @@ def _parse(body: bytes) -> Header:
             linear=stage,
             sketch=sketch,
             basis=basis,
+            shared_ranges=ranges,
         )
     except (struct.error, InvalidArgument) as error:
         raise CorruptStream(f"header: {error}") from None

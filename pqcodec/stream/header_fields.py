@@ -20,21 +20,24 @@ class KeepField:
     each: bool  # whether each leading index keeps tokens of its own
 
 
-def read_affine(body: bytes, at: int, kept: bool) -> Affine:
-    """The affine fields from their bytes; ``kept``: whether outliers are. Raises UnsupportedStream and struct.error."""
+def read_affine(body: bytes, at: int, kept: bool, scalar: bool) -> Affine:
+    """The affine fields from their bytes; ``kept``: whether outliers are; ``scalar``: of scalar coding.
+
+    Raises UnsupportedStream and struct.error.
+    """
     tokens, channels, fields, place, pairing, angle_bits, outliers, reserved = c.AFFINE_STRUCT.unpack_from(body, at)
     unknown = {
         "groups of all tokens": tokens == c.AFFINE_ALL_TOKENS,
         "groups of all channels": channels == 0,
         "fields": fields not in c.AFFINE_FIELD_BYTES,
-        "place of fields": place != c.AFFINE_IN_BLOCKS,
+        "place of fields": place != c.AFFINE_IN_BLOCKS and not (scalar and place == c.AFFINE_IN_TABLE),
         "pairing": pairing and pairing not in PAIRING_NAMES,
         "reserved bytes": any(reserved) or (outliers and not kept),
     }
     if any(unknown.values()):
         names = ", ".join(name for name, bad in unknown.items() if bad)
         raise UnsupportedStream(f"header: affine {names} are such as this release does not know: install a newer pqcodec")
-    return Affine(tokens, channels, fields, pairing, angle_bits, outliers)
+    return Affine(tokens, channels, fields, pairing, angle_bits, outliers, place == c.AFFINE_IN_TABLE)
 
 
 def possible_codebooks(coding: Declared) -> tuple[int, ...]:

@@ -99,11 +99,15 @@ def _sketch_problem(h: Header) -> str:
 
 def _affine_problem(h: Header) -> str:
     coding = DECLARED[h.coding]
+    if bool(h.shared_ranges) != bool(h.affine and h.affine.shared):
+        return "affine fields of a shared table without its name, or such a name without them"
     if coding.affine_problem is None or h.affine is None:
         there = "with" if h.affine else "without"
         return f"{coding.name} coding {there} affine fields" if coding.shares_fields != bool(h.affine) else ""
+    named = h.shared_ranges.problem(h.leading // h.heads, h.width, h.affine) if h.shared_ranges else ""
     problem = (
         h.affine.problem()
+        or named
         or _outlier_problem(h, h.affine)
         or coding.affine_problem(h.order, h.row_bits, h.radius_bits, h.affine)
     )

@@ -113,8 +113,8 @@ def blocks_of(h: Header) -> Blocks:
     coding, leading = DECLARED[h.coding], h.leading // h.heads
     groups: tuple[int, ...] = ()
     if h.affine:
-        ends = 2 * h.affine.groups(h.order)
-        groups = (h.affine.tokens, h.affine.bytes_of(h.order), h.affine.outliers, ends, h.width)
+        ends, outliers = h.affine.room(h.order)
+        groups = (h.affine.tokens, h.affine.bytes_of(h.order), outliers, ends, h.width)
     elif h.sketch and h.sketch.channels:
         groups = (h.sketch.tokens, h.sketch.list_bytes(h.head_dim))
     sizes = (h.chunk_tokens, h.row_bytes, coding.beside, coding.align)

@@ -47,13 +47,14 @@ class StreamInfo:
     joined_heads: int | None = None  # heads whose vectors are coded as one
     linear: str | None = None  # "channels", "blocks", "basis" or "shared basis": how rows are made of vectors
     basis_table: str | None = None  # likewise of that which holds the basis
+    range_table: str | None = None  # of that which holds scales and zeros
     width: int = 0  # numbers of a row
     estimate_error: float | None = None  # of a sketch, which tells inner products only: about the relMSE of a decoded vector
 
     @property
     def tables(self) -> tuple[str, ...]:
         """SHA-256 of all shared tables that it needs, as hexadecimal digits."""
-        return tuple(name for name in (self.table, self.basis_table) if name)
+        return tuple(name for name in (self.table, self.basis_table, self.range_table) if name)
 
     @property
     def ratio(self) -> float:

@@ -7,12 +7,14 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from typing import Any, ClassVar
 
 import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import Codebook, half_bits, half_numbers
+from pqcodec.codings.ranges import Ranges, SharedRanges
 from pqcodec.codings.vectors import VectorCodebook, Vectors
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.stream.header import Header, read_header
@@ -283,7 +285,79 @@ class BasisTable(SharedTable):
         return "a basis of {} directions among {} numbers".format(*self.basis.shape)
 
 
-KINDS: dict[int, type[SharedTable]] = {table.kind: table for table in (LevelTable, VectorTable, BasisTable)}
+@dataclass(frozen=True, eq=False)
+class RangeTable(SharedTable):
+    """Scales and zeros of scalar coding (SPEC 13.4) that many streams share; ``calibrate.shared_ranges`` makes them.
+
+    ``fields``: [heads, 1 or 2, groups], rounded to float16: of each of 1 .. 1024 heads the scales of all groups of ``channels``
+    neighbouring channels of a row of ``width`` numbers, then any zeros. A row has as many groups as cover ``width`` rounded up
+    to a multiple of 16. Raises InvalidArgument.
+
+    >>> table = RangeTable(np.ones((2, 2, 32)), width=20, channels=1)
+    >>> table.content, len(table.to_bytes()), SharedTable.from_bytes(table.to_bytes()) == table
+    ('ranges of 2 heads, rows of 20 numbers, groups of 1 channels', 276, True)
+    """
+
+    fields: Any
+    width: int
+    channels: int
+
+    kind = c.TABLE_RANGES
+    option = "ranges"
+    field = "shared_ranges"
+    most_bytes = c.MAX_TABLE_BYTES
+
+    def __post_init__(self) -> None:
+        try:
+            with np.errstate(over="ignore"):
+                halves = np.asarray(self.fields).astype(np.float16)
+            width, channels = index(self.width), index(self.channels)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"ranges: numbers [heads, 1 or 2, groups] are expected ({error})") from None
+        ranges = Ranges(halves, width, channels)
+        object.__setattr__(self, "fields", ranges.halves)
+        object.__setattr__(self, "_ranges", ranges)
+
+    @property
+    def ranges(self) -> Ranges:
+        """The fields as kernels take them."""
+        return self._ranges  # type: ignore[attr-defined,no-any-return]
+
+    def _body(self) -> tuple[int, bytes]:
+        ranges = self.ranges
+        fixed = c.RANGES_STRUCT.pack(ranges.heads, ranges.width, ranges.channels, ranges.fields, 0)
+        return ranges.halves.size, fixed + ranges.halves.tobytes()
+
+    @classmethod
+    def _from_body(cls, count: int, body: bytes) -> RangeTable:
+        heads, width, channels, fields, reserved = c.RANGES_STRUCT.unpack_from(body)
+        if reserved or fields not in (c.AFFINE_SCALE, c.AFFINE_SCALE_ZERO):
+            raise UnsupportedStream(f"shared table: ranges of fields {fields}, or reserved bytes: install a newer pqcodec")
+        groups, rest = divmod(count, heads * fields or 1)
+        if rest or not heads or len(body) != c.RANGES_STRUCT.size + 2 * count:
+            raise InvalidArgument(f"{len(body)} bytes are no {count} numbers of {fields} fields of {heads} heads")
+        halves = np.frombuffer(body, "<f2", count, c.RANGES_STRUCT.size).reshape(heads, fields, groups)
+        return cls(halves, width, channels)
+
+    @classmethod
+    def of_part(cls, part: Any) -> RangeTable | None:
+        """The table whose ranges a header has."""
+        there = isinstance(part, SharedRanges) and part.ranges
+        return cls(there.halves, there.width, there.channels) if there else None
+
+    @property
+    def part(self) -> SharedRanges:
+        """What the header of a stream that uses it has as its shared ranges."""
+        return SharedRanges(self.digest, self.ranges)
+
+    @property
+    def content(self) -> str:
+        """What it holds, in words."""
+        ranges = self.ranges
+        return f"ranges of {ranges.heads} heads, rows of {ranges.width} numbers, groups of {ranges.channels} channels"
+
+
+KINDS: dict[int, type[SharedTable]] = {table.kind: table for table in (LevelTable, VectorTable, BasisTable, RangeTable)}
 _COUNTS = tuple(1 << bits for bits in c.SCALAR_BITS)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import Affine, Codebook, Sketch
+from pqcodec.codings.ranges import SharedRanges
 from pqcodec.stages.keep import bodies as keep_bodies
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR
@@ -145,6 +146,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "affine": None,
         "codebook": None,
         "sketch": None,
+        "shared_ranges": None,
         **coding,
     }
     for key in ("dtype", "seed", "chunk_tokens", "exact_tokens", "exact_last", "exceptions", "numpy"):
@@ -188,10 +190,14 @@ def _affine_coding(rng: random.Random, order: int) -> dict[str, Any]:
         affine = Affine(tokens, c.PAIR_CHANNELS, c.AFFINE_POLAR, rng.choice((1, 2)), angle_bits)
         rows = {"coding": c.CODING_PAIRS, "row_bits": (bits + angle_bits) * order // 2, "radius_bits": bits}
     else:
-        affine = Affine(tokens, rng.choice((1, 3, 32, 1024)), rng.choice((1, 2)), outliers=rng.choice((0, 0, 1, tokens // 2)))
+        shared = rng.random() < 0.2
+        affine = Affine(
+            tokens, rng.choice((1, 3, 32, 1024)), rng.choice((1, 2)), outliers=rng.choice((0, 0, 1, tokens // 2)), shared=shared
+        )
         halves = tuple(struct.unpack(f"<{1 << bits}H", struct.pack(f"<{1 << bits}e", *(i - 99 for i in range(1 << bits)))))
         codebook = rng.choice((None, Codebook(halves), Codebook(None, rng.randbytes(c.TABLE_NAME_BYTES))))
         rows = {"coding": c.CODING_SCALAR, "row_bits": bits * order, "radius_bits": 0, "codebook": codebook}
+        rows["shared_ranges"] = SharedRanges(rng.randbytes(c.TABLE_NAME_BYTES)) if shared else None
     return {**rows, "radius_exponent": 0, "affine": affine, "chunk_tokens": tokens * rng.choice((1, 2, 64))}
 
 

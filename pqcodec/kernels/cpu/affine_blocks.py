@@ -21,11 +21,11 @@ from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
-from pqcodec.kernels.cpu.outliers import outlier_bytes, outliers_of, place_outliers, put_outliers
+from pqcodec.kernels.cpu.outliers import keep_farthest, outlier_bytes, outliers_of, place_outliers, put_outliers
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
 from pqcodec.kernels.cpu.ranges import list_numbers, rows_are_groups
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit, leaf
-from pqcodec.kernels.cpu.scalar import decode_scalar_row, encode_scalars, fill_scalars
+from pqcodec.kernels.cpu.scalar import decode_scalar_row, encode_by_table, encode_scalars, fill_scalars, shared_at
 
 _LARGEST = np.float32(LARGEST_FINITE[DTYPE_FLOAT32])
 _LEAST_EXPONENT, _MOST_EXPONENT = AFFINE_EXPONENTS
@@ -52,6 +52,7 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
     polar = np.zeros((2, min(groups.tokens, most) * (order // 2 if kind.coding == CODING_PAIRS else 0)), np.float32)
     halves = groups.field_bytes // 2
     fields = np.zeros((most + groups.tokens - 1) // groups.tokens * halves + LANES, np.uint16)
+    missed = np.zeros(most * kind.head_dim + LANES if groups.shared_bytes and groups.outliers else 0, np.float32)
     together = LANES if rows_are_groups(groups) else groups.tokens
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
@@ -79,9 +80,13 @@ def encode_affine_blocks(first_block, last_block, kind, groups, source, offsets,
                 largest_bits(tile, order, scratch, largest)
             for r in range(LANES):
                 top = max(top, largest[r])
-        exponent = exponent_of(top)
+        exponent = 0 if groups.shared_bytes else exponent_of(top)
         scale, kept = power_of_two(-exponent), 0
-        for row in range(0, tokens, together):
+        if groups.shared_bytes:
+            flags = bad[bad_at : bad_at + tokens]
+            encode_by_table(x, tokens, lead, kind, groups, flags, work, payload, block_out, row_bytes, missed)
+            kept = keep_farthest(x, tokens, missed, kind, groups, work.apart) if groups.outliers else 0
+        for row in range(0, 0 if groups.shared_bytes else tokens, together):
             rows = min(together, tokens - row)
             there, its = x[row * order :], fields[row // groups.tokens * halves :]
             flags, at = bad[bad_at + row : bad_at + row + rows], block_out + row * row_bytes
@@ -114,7 +119,7 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
     work = work_of(kind, groups)
     like, past = output.like, output.past
     for i in range(items.shape[0]):
-        tokens, low, high, source, target, offset_at, token_stride, position = items[i]
+        tokens, low, high, source, target, offset_at, token_stride, position, lead = items[i]
         size = affine_size(tokens, kind, groups) - CHECKSUM_BYTES
         payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)
@@ -125,7 +130,8 @@ def decode_affine_blocks(items, kind, groups, output, rope, keys, damaged):
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            have_group = decode_rows(payload, tokens, row, rows, kind, groups, rope.phases, scale, have_group, work, tile)
+            where = (tokens, row, rows, lead)
+            have_group = decode_rows(payload, where, kind, groups, rope.phases, scale, have_group, work, tile)
             if offset_at:
                 offset = carray(pointer(offset_at), (order,), np.float32)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
@@ -142,21 +148,24 @@ def group_count(tokens, groups):
 
 
 @leaf
-def decode_rows(payload, tokens, first, rows, kind, groups, phases, scale, have_group, work, tile):
-    """Decode rows of a block of ``tokens``, from row ``first`` on, into a tile, row by row.
+def decode_rows(payload, where, kind, groups, phases, scale, have_group, work, tile):
+    """Decode rows of a block into a tile, row by row; ``where``: tokens of the block, first row, rows, leading index.
 
     ``have_group``: the group whose fields ``work`` holds. Returns the one that it holds then.
     """
+    tokens, first, rows, lead = where
     order, row_bytes, begin = kind.order, kind.row_bytes, have_group < 0
     for r in range(rows):
-        row_at, group = (first + r) * row_bytes, (first + r) // groups.tokens
+        row_at, group = (first + r) * row_bytes, I64(0) if groups.shared_bytes else (first + r) // groups.tokens
         fields_at = tokens * row_bytes + group * groups.field_bytes
         if kind.coding == CODING_PAIRS:
             if group != have_group:
                 fill_pairs(payload, fields_at, order, groups, phases, work)
             decode_pairs_row(payload, row_at, order, groups, scale, work, tile, r * order)
         else:
-            if group != have_group:
+            if group != have_group and groups.shared_bytes:
+                fill_scalars(groups.shared, shared_at(groups, lead), kind, groups, work)
+            elif group != have_group:
                 fill_scalars(payload, fields_at, kind, groups, work)
             decode_scalar_row(payload, row_at, order, groups, scale, work, tile, r * order)
         have_group = group

@@ -97,7 +97,8 @@ def score_groups(items, kind, groups, offsets, rope, queries, query_rows, width,
         scale, have_group = block_scale(payload, size), I64(-1)
         for row in range(low, high, LANES):
             rows = min(LANES, high - row)
-            have_group = decode_rows(payload, tokens, row, rows, kind, groups, rope.phases, scale, have_group, work, tile)
+            where = (tokens, row, rows, lead)
+            have_group = decode_rows(payload, where, kind, groups, rope.phases, scale, have_group, work, tile)
             for r in range(rows):
                 for k in range(kind.head_dim, width):
                     tile[r * order + k] = F32(0)

@@ -175,6 +175,8 @@ def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: 
     if offsets[0].size:
         leads = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
         items[..., ITEM.offset] = leads * offsets[0].strides[0] + column(map(address, offsets))
+    if jobs[0].header.shared_ranges:
+        items[..., ITEM.lead] = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
     positions = jobs[0].positions
     if positions is not None:  # all jobs have the same
         per_lead = positions.shape[1] if len(positions) > 1 else 0

@@ -196,7 +196,7 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     like, past = output.like, output.past
     have_across = I64(-1), I64(0)  # as ``filled``, of ``turning``
     for i in range(items.shape[0]):
-        tokens, low, high, source, target, offset_at, token_stride, position = items[i]
+        tokens, low, high, source, target, offset_at, token_stride, position, _ = items[i]
         size = block_size(tokens, kind) - CHECKSUM_BYTES
         payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)

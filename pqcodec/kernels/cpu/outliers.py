@@ -9,7 +9,7 @@ import numpy as np
 
 from pqcodec.constants import OUTLIER_BYTES, OUTLIER_COUNT_BYTES, OUTLIER_SEGMENT
 from pqcodec.kernels.cpu.affine_fields import as_halves, halves_at, put_shorts
-from pqcodec.kernels.cpu.lane_memory import store
+from pqcodec.kernels.cpu.lane_memory import load, store
 from pqcodec.kernels.cpu.lanes import LANES, floats, lowest_bit, set_lanes
 from pqcodec.kernels.cpu.records import F32, I64, Outliers, inlined, jit, leaf
 
@@ -111,6 +111,34 @@ def keep_apart(number, low, high, channels, place, count, work):
         work.values[count] = work.shorts[lane]
         count += 1
         there &= there - 1
+    return count
+
+
+@jit
+def keep_farthest(x, rows, missed, kind, groups, work):
+    """Keep those numbers of a block that are ``missed`` [rows * head_dim ...] by the most, of equals the first.
+
+    As many as there is room for, and none that is not missed at all. Returns how many they are.
+    """
+    numbers = rows * kind.head_dim
+    most = min(room(rows, groups), numbers)
+    if most == 0:
+        return I64(0)
+    limit = np.partition(missed[:numbers], numbers - most)[numbers - most]
+    equal = most
+    for place in range(numbers):
+        equal -= missed[place] > limit
+    count = I64(0)
+    for place in range(numbers):
+        if missed[place] < limit or missed[place] == F32(0) or (missed[place] == limit and equal == 0):
+            continue
+        equal -= missed[place] == limit
+        row, channel = place // kind.head_dim, place % kind.head_dim
+        as_halves(load(x, row * kind.order + channel // LANES * LANES), work.shorts, 0)
+        work.counts[place // OUTLIER_SEGMENT] += 1
+        work.places[count] = np.uint16(place % OUTLIER_SEGMENT)
+        work.values[count] = work.shorts[channel % LANES]
+        count += 1
     return count
 
 

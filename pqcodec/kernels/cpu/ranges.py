@@ -27,6 +27,8 @@ def rows_are_groups(groups):
 @jit
 def list_numbers(kind, groups):
     """Numbers that the lists of one end take."""
+    if groups.shared_bytes:
+        return 0
     each = _TILE + LANES if rows_are_groups(groups) else kind.order + 1
     return each * (groups.outliers + 2)
 

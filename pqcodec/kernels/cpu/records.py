@@ -75,6 +75,7 @@ class Item(NamedTuple):
     offset: int  # address of its offset, float32 [order]; 0: none
     stride: int  # elements from one row of the result to the next
     position: int  # of row 0 under RoPE, or its place in ``RopeTable.listed``
+    lead: int  # leading index of rows, where ``Groups.shared`` has fields of each; else 0
 
 
 ITEM = Item(*range(len(Item._fields)))
@@ -312,8 +313,10 @@ class Groups(NamedTuple):
     shortest: bool  # whether the encoder looks for the shortest arc
     levels: np.ndarray  # float32 [2^bits]: those of a codebook; [0] without one
     bounds: np.ndarray  # float32 [2^bits]: the middles between them, as ``tables`` has them for a bisection
-    outliers: int  # at each end of the range of a whole group; 0: none are kept
-    ends: int  # of the groups of the same tokens
+    outliers: int  # as ``Affine.room`` tells: at each end of the range of a whole group; 0: none are kept
+    ends: int  # of the groups of the same tokens; 1 where outliers are counted for all groups
+    shared: np.ndarray  # uint8: every head's fields, where a shared table has them for all tokens
+    shared_bytes: int  # of a head's; 0: blocks have fields
 
 
 class Outliers(NamedTuple):

@@ -58,7 +58,36 @@ def decode_scalar_row(payload, at, order, groups, scale, work, tile, base):
         store(tile, base + k, x * floats(scale) + floats(F32(0)))
 
 
+@inlined
+def shared_at(groups, lead):
+    """Where the fields of a leading index of rows begin in a shared table's."""
+    return lead % (groups.shared.size // groups.shared_bytes) * groups.shared_bytes
+
+
 # -- encoding ------------------------------------------------------------------------------------------------------
+@leaf
+def encode_by_table(x, rows, lead, kind, groups, bad, work, payload, at, row_bytes, missed):
+    """Code all rows of a block, float32 x [order each], by the fields that a shared table has.
+
+    ``missed`` [head_dim each, and lanes], if there are outliers: becomes by how much each number's code misses it.
+    """
+    order, head_dim = kind.order, kind.head_dim
+    shifts, shift = code_shifts(groups.bits, work.places), floats(F32(0 if groups.zeros else 1 << groups.bits >> 1))
+    fill_scalars(groups.shared, shared_at(groups, lead), kind, groups, work)
+    for row in range(rows):
+        for k in range(0, order, LANES):
+            number, step, zero = load(x, row * order + k), load(work.step, k), load(work.start, k)
+            there = load(work.places, k) < ints(I32(0 if bad[row] else head_dim))
+            code = scalar_codes(number, step, zero, there, groups)
+            code = select(there, code, ints(I32(0)))
+            put_codes(code, groups.bits, shifts, work.places, payload, at + row * row_bytes + (k >> 3) * groups.bits)
+            if groups.outliers and k < head_dim:
+                level = gather(groups.levels, code) if groups.levels.size else to_float(code) - shift
+                coded = level * step + zero
+                off = max(number - coded, coded - number)
+                store(missed, row * head_dim + k, select(there, off, floats(F32(0))))
+
+
 @leaf
 def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, payload, at, row_bytes, fields):
     """Code rows of a block from ``first_row`` on that share groups, or eight rows with groups of their own.

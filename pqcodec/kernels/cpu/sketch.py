@@ -239,7 +239,7 @@ def decode_sketch_blocks(items, kind, sketch, output, rope, keys, damaged):
     filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
     like, past = output.like, output.past
     for i in range(items.shape[0]):
-        tokens, low, high, source, target, offset_at, token_stride, position = items[i]
+        tokens, low, high, source, target, offset_at, token_stride, position, _ = items[i]
         size = sketch_size(tokens, kind, sketch) - CHECKSUM_BYTES
         payload = carray(pointer(source), (size + CHECKSUM_BYTES,), np.uint8)
         damaged[i] = word_at(payload, size) != checksum(payload, 0, size, keys)

@@ -67,6 +67,7 @@ def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:
     affine = h.affine
     assert affine is not None
     found = np.array(h.levels if look_up else (), np.float32)
+    ranges, (ends, outliers) = h.ranges if look_up else None, affine.room(h.order)
     return tuple(
         r.Groups(
             tokens=affine.tokens,
@@ -80,8 +81,10 @@ def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:
             shortest=effort == "best",
             levels=found,
             bounds=_bisection(levels.bounds(found)),
-            outliers=affine.outliers,
-            ends=2 * affine.groups(h.order),
+            outliers=outliers,
+            ends=ends,
+            shared=np.zeros(0, np.uint8) if ranges is None else ranges.bytes.ravel().copy(),
+            shared_bytes=affine.groups(h.order) * c.AFFINE_FIELD_BYTES[affine.fields] if affine.shared else 0,
         )
     )
 

@@ -38,7 +38,7 @@ class Triton:
     def covers(self, header: Header) -> bool:
         """Whether this backend codes streams of such a header."""
         channels = header.affine.channels if header.affine else 1
-        there = header.last_tokens or header.keep or header.inner
+        there = header.last_tokens or header.keep or header.inner or header.shared_ranges
         return header.coding in _CODINGS and not there and not channels & (channels - 1)
 
     def check_device(self, device: Any) -> None:

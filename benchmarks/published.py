@@ -1,0 +1,60 @@
+"""Published settings of other systems on the fixture, beside what was known of them: ``python -m benchmarks.published``.
+
+Keys of SmolLM2 before RoPE, heads joined, the second half of a text: by KVQuant's ranges and levels that its first half has,
+the first token left out, and by the half's own. Bits are those of whole streams, tables left out, which many streams share.
+``KNOWN`` is the relMSE of the systems' algorithms in plain numpy and without a stream, of ranges that other texts have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import pqcodec
+from benchmarks import results_file
+from benchmarks.neighbours import FIXTURE, KVQUANT, ROPE
+from pqcodec.calibrate import rows_to_code, shared_levels, shared_ranges
+
+HALF = 162  # tokens
+KNOWN = {"kvquant4": 0.0016, "kvquant3": 0.0061, "kvquant2": 0.0225}
+
+
+def measured(x: np.ndarray, tables: Any = (), **options: Any) -> tuple[float, float]:
+    """Bits a coordinate, and squared error over squared norm, of a tensor that is coded and decoded."""
+    data = pqcodec.encode(x, **options)
+    wrong = x.astype(np.float64) - pqcodec.decode(data, tables=tables)
+    return 8 * len(data) / x.size, float((wrong**2).sum() / (x.astype(np.float64) ** 2).sum())
+
+
+def range_rows(keys: list[np.ndarray]) -> list[dict[str, Any]]:
+    """KVQuant's presets by ranges of the tensor's own, and of a table; the mean of layers."""
+    rows = []
+    for name in KVQUANT:
+        preset, found = f"{name}-key", []
+        for x in keys:
+            seen = rows_to_code(x[:, 1:HALF], rope=replace(ROPE, first_position=1), join_heads=True)
+            ranges = shared_ranges(seen, preset)
+            levels = shared_levels(seen, preset, ranges=ranges)
+            options = {"preset": preset, "rope": replace(ROPE, first_position=HALF), "before_rope": True, "join_heads": True}
+            own = measured(x[:, HALF:], **options)
+            shared = measured(x[:, HALF:], [ranges, levels], ranges=ranges, levels=levels, **options)
+            found.append([*own, *shared])
+        own_bits, own_error, bits, error = np.mean(found, 0).tolist()
+        row = {"preset": preset, "own_bits": own_bits, "own": own_error, "shared_bits": bits, "shared": error}
+        rows.append(row | {"known": KNOWN.get(name)})
+    return rows
+
+
+def main() -> None:
+    tensors = load_file(FIXTURE)
+    rows = range_rows([x[0] for name, x in tensors.items() if name.endswith("key")])
+    for row in rows:
+        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+    print(f"wrote {results_file.write('published', 'python -m benchmarks.published', {'ranges': rows})}")
+
+
+if __name__ == "__main__":
+    main()
