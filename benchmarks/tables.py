@@ -187,6 +187,19 @@ TABLES = {
             "KVQuant alone, shared ranges": number("known", ".4f"),
         },
     ),
+    "decoquant": Table(
+        ["published"],
+        lambda found: found["decoquant"],
+        {
+            "preset": text("preset"),
+            "of": text("role"),
+            "bits": number("bits"),
+            "relMSE": number("error", ".4f"),
+            "DecoQuant alone": number("known", ".4f"),
+            "relMSE of rounding alone": number("rounded", ".4f"),
+            "rounding alone, known": number("rounded_known", ".4f"),
+        },
+    ),
     "kept": Table(
         ["kept_tokens"],
         lambda found: found["rows"],

@@ -51,7 +51,7 @@ class EncodeOptions:
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
     exact_last: int = 0
     keep: Any = field(default=None, compare=False)  # positions [n] or [..., n] of the tokens that are kept; None: all
-    levels: Any = None  # of codes, for presets that bring them: numbers or a LevelTable; None: fitted to the tensor
+    levels: Any = None  # of codes, for presets that bring them: numbers or a LevelTable; None: the preset's, or fitted
     codebooks: Any = None  # for presets of residual VQ, which need it: a VectorTable
     before_rope: bool = False  # whether vectors are coded as they were before ``rope`` turned them
     join_heads: bool = False  # whether vectors of all heads, of the dimension before tokens, are coded as one
@@ -72,8 +72,9 @@ class EncodeOptions:
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
         checked_pairing(self.pairing)
-        if self.levels is not None:
-            object.__setattr__(self, "levels", checked_levels(self.levels, self.preset))
+        given = preset_of(self.preset).levels or None if self.levels is None else self.levels
+        if given is not None:
+            object.__setattr__(self, "levels", checked_levels(given, self.preset))
         if self.codebooks is not None or preset_of(self.preset).by_vectors:
             object.__setattr__(self, "codebooks", checked_codebooks(self.codebooks, self.preset))
         if self.ranges is not None:

@@ -52,12 +52,17 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
 
     of_quads = [preset for preset in pqcodec.PRESETS if preset.startswith("quad")]
     sparse = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].sparse]
-    by_levels = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_levels and preset not in sparse]
-    sharing = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine and preset not in (*by_levels, *sparse)]
+    even = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].levels]
+    by_levels = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_levels and preset not in (*sparse, *even)]
+    sharing = [
+        preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].affine and preset not in (*by_levels, *sparse, *even)
+    ]
     sketches = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].estimates]
     of_books = [preset for preset in pqcodec.PRESETS if pqcodec.PRESETS[preset].by_vectors]
     others = [
-        preset for preset in pqcodec.PRESETS if preset not in (*of_quads, *sharing, *by_levels, *sparse, *of_books, *sketches)
+        preset
+        for preset in pqcodec.PRESETS
+        if preset not in (*of_quads, *sharing, *by_levels, *sparse, *even, *of_books, *sketches)
     ]
     for preset in others:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
@@ -170,6 +175,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-quad2.5-20-basis", gaussian(2, 7, 20, dtype=torch.float32), {"preset": "quad2.5", "basis": 6, "exact_last": 1}
     yield from residual_cases(rope, odd, extreme)
     yield from shared_cases(turned)
+    yield from block_cases()
     rng.bit_generator.state = state
     for preset in sketches:
         yield f"v1-{preset}-64-fp16", gaussian(2, 5, 64), {"preset": preset}
@@ -213,6 +219,13 @@ def shared_cases(rope: Rope) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]
     x[1, 1, 4, 3], x[2, 0, 0, 0] = 6e4, float("inf")
     options = {"rope": rope, "before_rope": True, "nonfinite": "exact", "exact_last": 1, "keep": [*range(10), 12, 13]}
     yield "v1-kvquant2-key-20-ranges", x, {"preset": "kvquant2-key", "levels": TABLE, "ranges": FIELDS, **options}
+
+
+def block_cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """Those of DecoQuant; likewise."""
+    x = torch.from_numpy(np.random.default_rng(2405).standard_normal((2, 2, 5, 24)).astype(np.float32))
+    yield "v1-decoquant4-24-blocks", x, {"preset": "decoquant4", "join_heads": True, "block_basis": True, "chunk_tokens": 2}
+    yield "v1-decoquant2-24-fp16", x[0].half(), {"preset": "decoquant2", "exact_tokens": 1}
 
 
 def born() -> Iterator[tuple[str, bytes]]:

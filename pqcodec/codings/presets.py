@@ -24,6 +24,7 @@ class Preset:
     by_levels: bool = False  # whether streams bring the levels of their codes
     sparse: float = 0  # share of a group's numbers that is kept apart
     sketch: Sketch | None = None  # of as many outlier channels as ``sketched`` says
+    levels: tuple[float, ...] = ()  # those that are not fitted to the tensor, because the system has no others
 
     @property
     def by_vectors(self) -> bool:
@@ -96,6 +97,13 @@ def _levels(name: str, bits: int, tokens: int, channels: int, sparse: float = 0)
     return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(tokens, channels, c.AFFINE_SCALE_ZERO), True, sparse)
 
 
+def _symmetric(name: str, bits: int) -> Preset:
+    """The same by 2^bits - 1 even levels around 0 and a scale a token, as DecoQuant rounds (arXiv 2405.12591); -1 is twice."""
+    most = (1 << bits - 1) - 1
+    grid = (-1.0, *(level / most for level in range(-most, most + 1)))
+    return Preset(name, c.CODING_SCALAR, 4 * bits, 0, Affine(1, c.MAX_HEAD_DIM, c.AFFINE_SCALE), True, levels=grid)
+
+
 def _sketch(name: str, blocks: int, outlier_blocks: int = 0, matrix: int = c.SKETCH_ORTHOGONAL) -> Preset:
     """Signs of so many projections a coordinate, and of as many a coordinate of outlier channels in groups of 32 tokens."""
     apart = {"tokens": c.QJL_TOKENS, "channels": 1, "outlier_blocks": outlier_blocks} if outlier_blocks else {}
@@ -143,6 +151,9 @@ PRESETS: dict[str, Preset] = {
         _levels("kvquant4", 4, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         _levels("kvquant3", 3, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
         _levels("kvquant2", 2, 1, c.MAX_HEAD_DIM, c.KVQUANT_SPARSE),
+        _symmetric("decoquant8", 8),
+        _symmetric("decoquant4", 4),
+        _symmetric("decoquant2", 2),
         *map(_residual, c.RESIDUAL_STAGES),
         _sketch("qjl", 2),
         _sketch("qjl4", 4),
