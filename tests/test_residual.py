@@ -386,7 +386,7 @@ def test_the_command_line_trains_and_uses_codebooks(tmp_path: Path) -> None:
     assert [Path(each["file"]).name for each in json.loads(together.stdout)["files"]] == ["key.pqt", "value.pqt"]
     (tmp_path / "both" / "value.pqt").unlink()
     for arguments, said in (
-        (["encode", tmp_path / "kv.safetensors", tmp_path / "c.pqkv", "--preset", "rvq2"], "need codebooks="),
+        (["encode", tmp_path / "kv.safetensors", tmp_path / "c.pqkv", "--preset", "rvq2"], "needs codebooks: give --table"),
         (
             ["encode", tmp_path / "kv.safetensors", tmp_path / "c.pqkv", "--preset", "rvq2", "--table", tmp_path],
             "holds no tables",

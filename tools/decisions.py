@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.keep import KeepRule
+from pqcodec.tools.keep import KeepRule, lists_in
 from pqcodec.tools.outcome import shown
 from pqcodec.tools.tables import shortened
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pqcodec.formats.policy.names import TensorRole
     from pqcodec.formats.policy.recipe import Recipe
 
-_Sizes = Callable[["TensorRole", tuple[int, ...], str], tuple[int, int]]
+_Sizes = Callable[[str, "TensorRole", tuple[int, ...], str], tuple[int, int]]
 GROWN = "a stream would not be smaller; is the order of its dimensions another? see --layout"
 _NAME_WIDTH = 60  # characters of a name in notes
 _FEW_TOKENS = 8  # times as many indices in another dimension as tokens: these are probably another dimension
@@ -37,6 +37,7 @@ class Choice:
     drop: tuple[str, ...] = ()
     layout: TensorLayout | None = None  # None: [..., tokens, head_dim]
     keep: KeepRule | None = None  # which tokens of keys and values; None: all
+    channels: Mapping[str, Any] = field(default_factory=dict)  # by the names of tensors; "": of every key
 
     @classmethod
     def of(
@@ -46,13 +47,15 @@ class Choice:
         drop: list[str] | None,
         layout: str | None,
         keep: str | None = None,
+        channels: str | None = None,
     ) -> Choice:
-        """The choice of the options of these names; raises InvalidArgument, and what reading the file of ``keep`` raises."""
+        """The choice of the options of these names; raises InvalidArgument, and what reading a file of ``keep`` ... raises."""
         from pqcodec.formats.plain.layouts import TensorLayout
 
         wanted, exact, dropped = (tuple(given or ()) for given in (include, exclude, drop))
         rule = None if keep is None else KeepRule.of(keep)
-        return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout), rule)
+        lists = {} if channels is None else lists_in("--channels", channels)
+        return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout), rule, lists)
 
     def check(self, path: str, names: tuple[str, ...]) -> None:
         """Raises InvalidArgument for a pattern that fits no tensor."""
@@ -64,6 +67,10 @@ class Choice:
     def drops(self, name: str) -> bool:
         """Whether a tensor is left out of the file."""
         return _fits(name, self.drop)
+
+    def channels_of(self, name: str, tensor: TensorRole) -> Any:
+        """The channels of a tensor that are encoded; None for all."""
+        return self.channels.get(name, self.channels.get("") if tensor.role == "key" else None)
 
     def why_exact(self, name: str) -> str | None:
         """Why a tensor is not to be encoded, or None."""
@@ -124,9 +131,12 @@ class Decisions:
         def cached(tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
             return recipe.stream_bytes(tensor, shape, dtype), recipe.most_stream_bytes(tensor, shape, dtype)
 
-        def sizes(tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
-            layer = tensor.layer if recipe.codebooks is not None else None  # all that sizes depend on a layer by
-            return cached(TensorRole(tensor.role, layer), shape, dtype)
+        by_layer = recipe.codebooks is not None or recipe.stages.by_layer  # all that sizes depend on a layer by
+
+        def sizes(name: str, tensor: TensorRole, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+            if name in recipe.stages.channels:
+                return 2 * (recipe.stream_bytes(tensor, shape, dtype, name=name),)
+            return cached(TensorRole(tensor.role, tensor.layer if by_layer else None), shape, dtype)
 
         def cut(one: Decided) -> Decided:
             if choice.keep is None or one.exact is not None or one.tensor.role == "other":
@@ -137,7 +147,8 @@ class Decisions:
                     return one
                 keep = positions_of(given, one.shape)
                 keep = keep[0] if len(keep) == 1 else keep
-                return replace(one, keep=keep, stream_bytes=recipe.stream_bytes(one.tensor, one.shape, one.dtype, keep=keep))
+                size = recipe.stream_bytes(one.tensor, one.shape, one.dtype, keep=keep, name=one.name)
+                return replace(one, keep=keep, stream_bytes=size)
 
         choice.check(path, reader.names)
         if regexes == (None, None):
@@ -147,6 +158,11 @@ class Decisions:
             if problem := reader.problem(name):
                 raise InvalidArgument(f"{path}: tensor {name!r}: {problem}; or leave it out (--drop {name!r})")
         roles = {name: role_of(name, *regexes) for name in kept}
+        channels = {name: found for name, role in roles.items() if (found := choice.channels_of(name, role)) is not None}
+        if channels:
+            recipe = replace(recipe, stages=replace(recipe.stages, channels=channels))
+        elif choice.channels:
+            raise InvalidArgument(f"{path}: --channels fits no tensor; there are {some(reader.names)}")
         decided = tuple(cut(_decided(path, name, roles[name], reader.describe(name), choice, sizes)) for name in kept)
         positions = {one.name: one.keep for one in decided if one.keep is not None}
         if choice.keep is not None:
@@ -222,7 +238,7 @@ class Decisions:
 def _decided(
     path: str, name: str, tensor: TensorRole, described: tuple[tuple[int, ...], str], choice: Choice, sizes: _Sizes
 ) -> Decided:
-    """``sizes``: of a stream, by role, shape and dtype: its bytes, and the most bytes that it may take."""
+    """``sizes``: of a stream, by name, role, shape and dtype: its bytes, and the most bytes that it may take."""
     from pqcodec import constants as c
     from pqcodec.formats.containers.reader import named
     from pqcodec.formats.policy.recipe import why_exact
@@ -237,7 +253,7 @@ def _decided(
     stream = 0
     if exact is None:
         with named(f"{path}: tensor {name!r}"):
-            stream, most = sizes(tensor, shape, dtype)
+            stream, most = sizes(name, tensor, shape, dtype)
         if most >= size:
             exact, stream = GROWN, 0
     return Decided(name, tensor, shape, dtype, exact, layout, size, stream)

@@ -161,14 +161,18 @@ class _Asked:
     backend: str
 
 
-def _kept_header(file: TensorFile, name: str) -> Header | None:
-    """The header of a tensor that holds only some of its tokens; None for others."""
-    if not file.entry(name).coded:
-        return None
+def _cut_headers(file: TensorFile, names: list[str], asked: _Asked) -> dict[str, Header]:
+    """The headers of tensors that hold only some of their tokens; raises InvalidArgument for a sketch without an estimate."""
     from pqcodec.stream.header import read_header
 
-    header = read_header(file.stream(name))
-    return header if header.keep else None
+    headers = {name: read_header(file.stream(name)) for name in names if file.entry(name).coded}
+    sketches = [name for name, header in headers.items() if header.sketch]
+    if sketches and asked.estimate is None:
+        raise InvalidArgument(
+            f"{file.label}: tensor {sketches[0]!r} is a sketch, which keeps inner products, not vectors: ask by --estimate "
+            "unbiased or shrunk for vectors that are far from what was encoded, or leave it out (--only)"
+        )
+    return {name: header for name, header in headers.items() if header.keep}
 
 
 class _DecodedTensors:
@@ -182,7 +186,7 @@ class _DecodedTensors:
         from pqcodec.formats.plain.layouts import layouts_of
 
         self._file, self._asked, self._show, self._outcome = file, asked, show, outcome
-        self._cut_of = {name: header for name in names if (header := _kept_header(file, name))}
+        self._cut_of = _cut_headers(file, names, asked)
         if self._cut_of and asked.fill is None and not asked.kept:
             some = f"{file.label}: tensor {next(iter(self._cut_of))!r} holds only some of its tokens"
             raise InvalidArgument(

@@ -23,6 +23,7 @@ from pqcodec.tools.shared_tables import table_options
 if TYPE_CHECKING:
     from pqcodec.formats.plain.files import TensorReader
     from pqcodec.formats.policy.recipe import Encoded, Recipe
+    from pqcodec.formats.policy.stages import Stages
     from pqcodec.stages.centre import Rope
 
 Sources = Annotated[
@@ -115,11 +116,32 @@ def encode(
         typer.Option(help="Channels that wu presets pair: half or interleaved (default: as --rope-style, else half)."),
     ] = None,
     table: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="A shared table: levels for nuq (default: fitted), codebooks for rvq; or train-vq's folder.",
+            help="A shared table: levels for nuq (default: fitted), codebooks for rvq, ranges, a basis; or a folder of them, "
+            "as train-vq's; may be repeated.",
         ),
+    ] = None,
+    before_rope: Annotated[
+        bool, typer.Option("--before-rope", help="Code keys as they were before RoPE (--rope-theta), less their mean.")
+    ] = False,
+    join_heads: Annotated[
+        bool, typer.Option("--join-heads", help="Code the vectors of all heads of a token as one: of keys and values.")
+    ] = False,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Code only these channels, [n] or [..., n]: one tensor for all keys, or one for each tensor by its name.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Combine each 16 channels by a matrix fitted to the tensor (DecoQuant).")
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Code N coordinates, along the first principal directions of the tensor itself."),
     ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens under one checksum: the least that is read (24).")] = None,
     note: Annotated[
@@ -144,10 +166,14 @@ def encode(
     rope = _rope(rope_theta, rope_dim, rope_style, rope_first)
     from pqcodec.formats.policy.recipe import CHUNK_TOKENS, Recipe
 
+    tables = table_options(table or [])
+    _check_codebooks([preset, value_preset or preset], tables)
+    given = {"before_rope": before_rope, "join_heads": join_heads, "blocks": blocks, "rank": rank, "channels": channels}
+    stages = _stages(given, tables, rope)
     recipe = Recipe(
         preset=preset,
         rope=rope,
-        center=_center(center, rope),
+        center=_center(center, rope, stages),
         exact_tokens=exact_tokens,
         seed=seed,
         share_bits=not flat,
@@ -157,10 +183,11 @@ def encode(
         chunk_tokens=CHUNK_TOKENS if chunk_tokens is None else chunk_tokens,
         measured="all" if check else "sample",
         backend=backend,
-        **table_options(table),
+        **tables,
         value_preset=value_preset,
+        stages=stages,
     )
-    choice = Choice.of(include, exclude, drop, layout, keep)
+    choice = Choice.of(include, exclude, drop, layout, keep, channels)
     listed = tasks(sources, target, PLAIN, f".{to or 'pqkv'}", force, keep_going)
     limit = Limit.of(memory, min(jobs, len(listed.items)))
     settings = _Settings(recipe, (keys, values), center in ("mean", "rope"), _notes(note), limit, choice)
@@ -261,11 +288,43 @@ def _rope(theta: float | None, dim: int | None, style: str | None, first: int | 
     return Rope(theta=theta, dim=dim, style=style or "half", first_position=first or 0)
 
 
-def _center(center: str, rope: Rope | None) -> str | None:
-    chosen = {"auto": "mean" if rope is None else "rope", "none": None, "mean": "mean", "rope": "rope"}
+def _check_codebooks(presets: list[str], tables: dict[str, Any]) -> None:
+    """Raises InvalidArgument for a preset of residual VQ without codebooks."""
+    from pqcodec.codings.presets import preset
+
+    if "codebooks" not in tables and (needing := [name for name in presets if preset(name).by_vectors]):
+        raise InvalidArgument(f"--preset {needing[0]} needs codebooks: give --table PATH, as `pqcodec train-vq` writes them")
+
+
+def _stages(given: dict[str, Any], tables: dict[str, Any], rope: Rope | None) -> Stages:
+    """The stages that options of these names ask for; takes what tables are for stages out of ``tables``."""
+    from pqcodec.formats.policy.stages import Stages
+
+    basis, ranges = tables.pop("basis", None), tables.pop("ranges", None)
+    linear = {
+        "--channels": given["channels"],
+        "--blocks": given["blocks"],
+        "--rank": given["rank"],
+        "--table of a basis": basis,
+    }
+    if len(asked := [option for option, there in linear.items() if there not in (None, False)]) > 1:
+        raise InvalidArgument(f"{' and '.join(asked)} exclude each other: choose one")
+    if given["before_rope"] and rope is None:
+        raise InvalidArgument("--before-rope needs --rope-theta: the RoPE that keys are turned back from")
+    if given["rank"] is not None and given["rank"] < 1:
+        raise InvalidArgument(f"--rank {given['rank']}: a number of directions from 1 on is expected")
+    basis = given["rank"] if basis is None else basis
+    return Stages(given["before_rope"], given["join_heads"], given["blocks"], basis, ranges)
+
+
+def _center(center: str, rope: Rope | None, stages: Stages) -> str | None:
+    auto = "auto" if rope is None or stages.before_rope else "rope"
+    chosen = {"auto": auto, "none": None, "mean": "mean", "rope": "rope"}
     if center not in chosen:
         raise InvalidArgument(f"--center {center!r} is unknown; choose from {', '.join(chosen)}")
-    if (chosen[center] == "rope") != (rope is not None):
+    if stages.before_rope and chosen[center] == "rope":
+        raise InvalidArgument("--center rope is of keys after RoPE: with --before-rope choose mean or none")
+    if not stages.before_rope and (chosen[center] == "rope") != (rope is not None):
         raise InvalidArgument("--center rope and --rope-theta go together; give both or neither")
     return chosen[center]
 

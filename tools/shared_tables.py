@@ -1,9 +1,10 @@
-"""Law: files of shared tables on the command line: one table, or a folder of one for each layer of keys and of values."""
+"""Law: files of shared tables on the command line: tables, or folders of one for each layer of keys and of values."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pqcodec.errors import InvalidArgument
@@ -37,20 +38,31 @@ def read_table(path: str) -> SharedTable:
         return SharedTable.from_bytes(file.read(c.MAX_TABLE_BYTES + 1))
 
 
-def table_options(path: str | None) -> dict[str, Any]:
-    """The option of a ``Recipe`` that the table in a file, or the codebooks in a folder, are; raises as ``read_table`` does."""
-    if path is None:
-        return {}
+def table_options(paths: Sequence[str]) -> dict[str, Any]:
+    """Tables in files, or folders of tables, by the options of ``encode`` that take them; raises as ``read_table`` does."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        option, given = _given(path)
+        if option in found:
+            raise InvalidArgument(f"--table {path}: {option} are given twice; a folder has those of several layers")
+        found[option] = given
+    return found
+
+
+def _given(path: str) -> tuple[str, Any]:
+    """The option that a file's table is for and the table, or a folder's tables by role and layer."""
     if not os.path.isdir(path):
         table = read_table(path)
-        return {table.option: table}
+        return table.option, table
     named = {name: match for name in sorted(os.listdir(path)) if (match := _NAME.fullmatch(name))}
     if not named:
         raise InvalidArgument(f"{path}: holds no tables called key.0.pqt, value.0.pqt and so on, as train-vq writes them")
     found = {}
     for name, match in named.items():
         table = read_table(os.path.join(path, name))
-        if table.option != "codebooks":
-            raise InvalidArgument(f"{os.path.join(path, name)}: holds {table.content}; a folder of codebooks is expected")
         found[match[1], None if match[2] is None else int(match[2])] = table
-    return {"codebooks": found}
+    options = {table.option: table for table in found.values()}
+    if len(options) > 1:
+        kinds = " and ".join(table.content for table in options.values())
+        raise InvalidArgument(f"{path}: holds {kinds}; a folder of one kind of tables is expected, and --table may be repeated")
+    return next(iter(options)), found

@@ -24,6 +24,7 @@ from pqcodec.formats.plain.in_memory import CuttableTensors, InMemory
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.measure import SAMPLES, Error, error_of, error_of_kept, held_tokens
 from pqcodec.formats.policy.names import TensorRole
+from pqcodec.formats.policy.stages import Stages, given_for
 from pqcodec.options import EncodeOptions, check_numbers, checked_effort, checked_levels, checked_nonfinite, checked_pairing
 from pqcodec.stages.centre import Rope, check_rope
 from pqcodec.stages.keep import positions_of
@@ -33,7 +34,8 @@ from pqcodec.stream.source import MemorySource
 EXACT_TOKENS = 4  # attention sinks: the first tokens' keys are far from all others
 CHUNK_TOKENS = 24  # under one checksum: of what a read of any 256 tokens fetches, nine tenths are wanted
 AUTO = "auto"
-_SIZED = ("center", "rope", "exact_tokens", "chunk_tokens")  # options that every stream's size depends on
+_STAGES = ("before_rope", "join_heads", "channels", "block_basis", "basis", "ranges")
+_SIZED = ("center", "rope", "exact_tokens", "chunk_tokens", *_STAGES)  # options that every stream's size depends on
 _HIGHEST = "pq6"  # the largest preset that a tensor may get where bits are shared
 
 
@@ -121,9 +123,10 @@ class Recipe:
     values, the preset being the mean (``policy.rates``). ``stream_tokens``: tokens per stream (None: one stream a tensor).
     ``effort``: of the encoder's search. ``pairing``, ``levels``: as in ``pqcodec.encode``. ``codebooks``: for presets of
     residual VQ a VectorTable, or a mapping of (role, layer) to one each, (role, None) for all other layers; "auto" then centres
-    nothing, as codebooks learn means. ``measured``: the error is measured on a "sample", on "all" numbers, or "none"; of kept
-    tokens on all. ``keep``: by the names of tensors, positions as in ``pqcodec.encode``; of tensors that it does not name all
-    tokens are encoded.
+    nothing, as codebooks learn means; ``levels`` likewise. ``stages``: what is done before; "auto" then subtracts means of keys
+    before RoPE, and nothing where ranges were calibrated, and a linear stage shares no bits. ``measured``: the error is
+    measured on a "sample", on "all" numbers, or "none"; of kept tokens on all. ``keep``: by the names of tensors, positions as
+    in ``pqcodec.encode``; of tensors that it does not name all tokens are encoded.
 
     >>> import numpy as np
     >>> recipe = Recipe("pq4", measured="all", backend="reference")
@@ -150,18 +153,21 @@ class Recipe:
     levels: Any = None
     codebooks: Any = None
     keep: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    stages: Stages = field(default_factory=Stages)
 
     def __post_init__(self) -> None:
         preset_of(self.preset)
         if self.value_preset is not None:
             preset_of(self.value_preset)
             object.__setattr__(self, "share_bits", False)
-        if self.levels is not None:
+        if self.levels is not None and not isinstance(self.levels, Mapping):
             checked_levels(self.levels, self.preset)
         by_vectors = any(preset_of(preset).by_vectors for preset in (self.preset, self.value_preset or self.preset))
         if by_vectors and self.codebooks is None:
             raise InvalidArgument("presets of residual VQ need codebooks=, as train_vq and `pqcodec train-vq` make them")
-        if self.center == AUTO and by_vectors:
+        if self.stages.linear:
+            object.__setattr__(self, "share_bits", False)
+        if self.center == AUTO and (by_vectors or self.stages.ranges is not None):
             object.__setattr__(self, "center", None)
         checked_effort(self.effort)
         checked_nonfinite(self.nonfinite)
@@ -172,10 +178,12 @@ class Recipe:
         if self.rope is not None:
             check_rope(self.rope)
         if self.center == AUTO:
-            object.__setattr__(self, "center", "mean" if self.rope is None else "rope")
+            object.__setattr__(self, "center", "mean" if self.rope is None or self.stages.before_rope else "rope")
         if self.center not in (None, "mean", "rope"):
             raise InvalidArgument(f"center {self.center!r} is unknown; choose 'auto', None, 'mean' or 'rope'")
-        if (self.center == "rope") != (self.rope is not None):
+        if self.stages.before_rope and (self.center == "rope" or self.rope is None):
+            raise InvalidArgument("keys before RoPE need a rope, and are centred by their mean, or not at all")
+        if not self.stages.before_rope and (self.center == "rope") != (self.rope is not None):
             raise InvalidArgument("centring keys under RoPE and a rope go together; give both or neither")
         if self.measured not in ("sample", "all", "none"):
             raise InvalidArgument(f"measured {self.measured!r} is unknown; choose 'sample', 'all' or 'none'")
@@ -191,29 +199,33 @@ class Recipe:
         return cls(keys, **options, value_preset=None if isinstance(preset, str) else values)
 
     # -- options of one tensor -----------------------------------------------------------------------------------
-    def options(self, tensor: TensorRole, first_token: int = 0) -> dict[str, Any]:
-        """Options of ``pqcodec.encode``, all but the preset, for the stream that begins at ``first_token`` of a tensor."""
+    def options(self, tensor: TensorRole, first_token: int = 0, name: str | None = None) -> dict[str, Any]:
+        """Options of ``pqcodec.encode``, all but the preset, for the stream that begins at ``first_token`` of a tensor.
+
+        ``name``: of the tensor, by which some of the stages are chosen.
+        """
         first_token += tensor.first_token
-        rope = tensor.rope or (self.rope if tensor.role == "key" and self.center == "rope" else None)
+        before = self.stages.before_rope
+        rope = tensor.rope or (self.rope if tensor.role == "key" and (self.center == "rope" or before) else None)
         options: dict[str, Any] = {"exact_tokens": max(self._exact_tokens(tensor) - first_token, 0)}
-        if rope and self.center:
+        options |= self.stages.options(tensor, name)
+        if rope and (self.center or before):
             rope = replace(rope, first_position=rope.first_position + first_token)
-            options |= {"center": "rope", "rope": rope}
+            options |= {"rope": rope, "before_rope": True} if before else {"rope": rope, "center": "rope"}
+            options |= {"center": "mean"} if before and self.center else {}
         elif tensor.role == "key" and self.center:
             options |= {"center": "mean"}
         if self.pairing:
             options |= {"pairing": self.pairing}
-        if self.levels is not None:
-            options |= {"levels": self.levels}
+        if (levels := given_for(self.levels, tensor)) is not None:
+            options |= {"levels": levels}
         if preset_of(self._preset_of(tensor)).by_vectors:
             options |= {"codebooks": self._codebooks_of(tensor)}
         return options | {key: getattr(self, key) for key in ("seed", "nonfinite", "effort", "chunk_tokens", "backend")}
 
     def _codebooks_of(self, tensor: TensorRole) -> Any:
         """The VectorTable of a tensor; raises InvalidArgument where there is none."""
-        if not isinstance(self.codebooks, Mapping):
-            return self.codebooks
-        found = self.codebooks.get((tensor.role, tensor.layer), self.codebooks.get((tensor.role, None)))
+        found = given_for(self.codebooks, tensor)
         if found is None:
             raise InvalidArgument(
                 f"there are no codebooks for {tensor.role} {tensor.layer}; train them, or leave the tensor out"
@@ -239,19 +251,28 @@ class Recipe:
         row = shape[-1] * c.EXACT_ITEM_BYTES[dtype]
         measured = 2 * row * (min(tokens, held_tokens(self.measured != "all")) if kept is None else 2 * kept)
         places = 16 + tokens  # start of each leading index, and a flag per vector that is not finite
+        stages = self.stages if tensor.role != "other" else Stages()
+        if stages.linear or stages.join_heads or stages.before_rope:
+            places += 3 * 4 * tokens * shape[-1]  # rows are float32, and made in two steps
         return stream + leading * (measured + places + (24 * shape[-1] if centred else 0))
 
     def stream_bytes(
-        self, tensor: TensorRole, shape: tuple[int, ...], dtype: str, preset: str | None = None, keep: Any = None
+        self,
+        tensor: TensorRole,
+        shape: tuple[int, ...],
+        dtype: str,
+        preset: str | None = None,
+        keep: Any = None,
+        name: str | None = None,
     ) -> int:
         """Bytes of a finite tensor's stream at a preset (None: the recipe's own), of the positions ``keep`` alone if given.
 
-        Raises as ``held_bytes`` does.
+        ``name``: as in ``options``. Raises as ``held_bytes`` does.
         """
         preset = preset or self._preset_of(tensor)
         chosen = preset_of(preset)
         sized = (*_SIZED, *(["levels"] if chosen.by_levels else []), *(["codebooks"] if chosen.by_vectors else []))
-        options = {key: value for key, value in self.options(tensor).items() if key in sized}
+        options = {key: value for key, value in self.options(tensor, name=name).items() if key in sized}
         return codec.encoded_size(shape, dtype, preset=preset, keep=keep, **options)
 
     def _preset_of(self, tensor: TensorRole) -> str:
@@ -379,7 +400,7 @@ class Recipe:
                 return self._encoded(x, name, tensor, preset, starts, callbacks)
             return self._encoded_kept(x, name, tensor, preset, keep, callbacks)
 
-        tables = tables_in_options(self.options(tensor))
+        tables = tables_in_options(self.options(tensor, name=name))
         return Piece(name, True, tensor.layer, tensor.role, shape, dtype, LAYOUT, body, len(starts), tables)
 
     def _encoded(self, x: Any, name: str, tensor: TensorRole, preset: str, starts: range, callbacks: Callbacks) -> Coded:
@@ -393,7 +414,9 @@ class Recipe:
             cut = x if len(starts) == 1 else x[..., first : first + starts.step, :]
             start = time.perf_counter()
             with named(f"tensor {name!r}"):
-                options = self.options(tensor, first) | {"exact_vectors": self.exact_vectors(tensor, tuple(cut.shape), first)}
+                options = self.options(tensor, first, name) | {
+                    "exact_vectors": self.exact_vectors(tensor, tuple(cut.shape), first)
+                }
                 backend = options.pop("backend")
                 header, data = codec.encode_by(EncodeOptions(preset, **options), cut, backend, advance)
             seconds += time.perf_counter() - start
@@ -408,7 +431,8 @@ class Recipe:
     def _encoded_kept(self, x: Any, name: str, tensor: TensorRole, preset: str, keep: Any, callbacks: Callbacks) -> Coded:
         start = time.perf_counter()
         with named(f"tensor {name!r}"):
-            options = self.options(tensor) | {"exact_vectors": self.exact_vectors(tensor, tuple(x.shape)), "keep": keep}
+            options = self.options(tensor, name=name)
+            options |= {"exact_vectors": self.exact_vectors(tensor, tuple(x.shape)), "keep": keep}
             backend = options.pop("backend")
             header, data = codec.encode_by(EncodeOptions(preset, **options), x, backend, partial(callbacks.advance, name))
         seconds, stream = time.perf_counter() - start, MemorySource(data, header)
