@@ -187,6 +187,19 @@ TABLES = {
             "KVQuant alone, shared ranges": number("known", ".4f"),
         },
     ),
+    "q-norm": Table(
+        ["q_norm"],
+        lambda found: found["rows"],
+        {
+            "preset, of keys and of values": lambda row: f"{row['preset']}-key, {row['preset']}",
+            "levels": text("way"),
+            "bits": number("bits"),
+            "relMSE, keys": number("key_rel_mse", ".4f"),
+            "relMSE, values": number("value_rel_mse", ".4f"),
+            "error of scores": number("score_error", ".4f"),
+            "next-token KL": number("kl", ".4f"),
+        },
+    ),
     "decoquant": Table(
         ["published"],
         lambda found: found["decoquant"],
