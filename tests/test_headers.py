@@ -83,6 +83,7 @@ FIRST_WRONG = [  # by step: what is wrong there, and after it
     (7, forged("pq3", [(FLAGS, "H", 24), ROW_BITS]), UnsupportedStream),
     *[(7, forged("pq3", [(at, "B", n), ROW_BITS]), UnsupportedStream) for at, n in ((15, 5), (44, 1), (45, 1))],
     (7, forged("pq3", [(FLAGS, "H", 32), ROW_BITS]), UnsupportedStream),
+    (7, forged("pq3", [CODING, (FLAGS, "H", 44)]), UnsupportedStream),
     *[(7, forged(kind, [(FLAGS, "H", 4)]), UnsupportedStream) for kind in ("wu44", "int4")],
     *[(7, forged(kind, [CODING]), UnsupportedStream) for kind in ("wu44", "int4")],
     *[(7, forged(kind, [(44, "B", n), ROW_BITS]), UnsupportedStream) for kind in ("wu44", "nuq2") for n in (3, 255)],

@@ -401,14 +401,15 @@ def _parse(body: bytes) -> Header:
     fields = c.HEADER_STRUCT.unpack_from(body)
     _, _, coding, dtype, ndim, size, flags, radius_bits, linear, row_bits, chunk_tokens = fields[:11]
     exact_tokens, exceptions, seed, offset_exponent, radius_exponent, codebook, states, exact_last = fields[11:]
+    known = DECLARED.get(coding)
     unknown = {
-        "coding": coding not in DECLARED,
+        "coding": known is None,
         "dtype": dtype not in DTYPE_NAMES,
         "flags": flags & ~c.KNOWN_FLAGS
-        or bool(flags & c.FLAG_AFFINE) != (coding in DECLARED and DECLARED[coding].shares_fields)
-        or (flags & c.FLAG_OUTLIERS and not DECLARED[coding].takes_levels),
+        or bool(flags & c.FLAG_AFFINE) != bool(known and known.shares_fields)
+        or (flags & c.FLAG_OUTLIERS and not (known and known.takes_levels)),
         "linear": linear not in (c.LINEAR_NONE, *LINEAR_NAMES),
-        "codebook": coding in DECLARED and codebook not in possible_codebooks(DECLARED[coding]),
+        "codebook": known and codebook not in possible_codebooks(known),
         "states": states != c.STATES_NONE,
     }
     if any(unknown.values()):

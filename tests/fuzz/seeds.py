@@ -74,7 +74,7 @@ def _pqkv_seeds() -> dict[str, bytes]:
     import torch
     from spec_vectors import BOOKS
 
-    from pqcodec import LevelTable
+    from pqcodec import BasisTable, LevelTable, RangeTable
     from pqcodec.formats import PQKVWriter
 
     def written(metadata: Any = None, tensors: Any = (), exact: Any = ()) -> bytes:
@@ -86,6 +86,7 @@ def _pqkv_seeds() -> dict[str, bytes]:
                 writer.add_exact(f"exact.{i}", x)
         return file.getvalue()
 
+    basis, fields = BasisTable(np.eye(16)[:6]), RangeTable(np.ones((2, 2, 1)), width=6, channels=32)
     kinds = [torch.ones(2).to(getattr(torch, name)) for name in ("bfloat16", "float8_e4m3fn", "bool", "complex64", "uint16")]
     two = [(gaussian(2, 6, 16), {"preset": "pq2"}), (gaussian(16, dtype=np.float32), {"preset": "paper", "center": "mean"})]
     whole, ends = grown_pqkv()
@@ -99,6 +100,7 @@ def _pqkv_seeds() -> dict[str, bytes]:
         "torn.pqkv": whole[: ends[1] + 40],
         "two-coded.pqkv": written({}, two),
         "tables.pqkv": written({}, 2 * [(gaussian(2, 6, 16), {"preset": "nuq2", "levels": LevelTable((-1, -0.25, 0.25, 1))})]),
+        "shared.pqkv": written({}, [(gaussian(2, 6, 16), {"preset": "int4", "basis": basis, "ranges": fields})]),
         "vectors.pqkv": written({}, [(gaussian(2, 6, 16), {"preset": "rvq2", "codebooks": BOOKS})]),
     }
 

@@ -93,8 +93,9 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     dim = rng.choice((1, 2, 3, 8, 15, 16, 17, 32, 40, 64, 80, 100, 128, 160, 256, 576, 1024))
     shapes = (h.shape, (dim,), (3, dim), (2, 3, dim), (1, 0, dim), (0, 5, dim), (2, 1, 1, 1, 1, 1, 2, dim), (7, 9, dim))
     shape = rng.choice(shapes)
+    dim = shape[-1]
     joined = len(shape) > 2 and 0 < shape[-3] * dim <= c.MAX_HEAD_DIM and rng.random() < 0.3
-    dim, width = shape[-1], shape[-1] * (shape[-3] if joined else 1)
+    width = dim * (shape[-3] if joined else 1)
     linear = None
     if rng.random() < 0.3:
         linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS, c.LINEAR_SHARED)), rng.randrange(1, width + 1))
