@@ -32,7 +32,7 @@ from pqcodec.options import EncodeOptions
 from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.checksum import checksum
-from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, header_size
+from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header
 from pqcodec.stream.seal import order_seal, order_seals
 from pqcodec.stream.source import MemorySource
 
@@ -244,15 +244,15 @@ class ChunkCodec:
         size = self.size(out.shape, out.dtype)
         count, seal = _checked_head(data, size, name)
         streams, outs, firsts, at, filled = [], [], [], c.CHUNK_STRUCT.size, False
+        memory = memoryview(data)
         for x in self._pair(out):
-            layer = 0
-            while layer < len(x):
-                fixed = data[at : at + c.HEADER_STRUCT.size].tobytes()
-                h = Header.from_bytes(data[at : at + header_size(fixed)].tobytes())
+            layer, (layers, *rest) = 0, x.shape
+            while layer < layers:
+                h = Header.from_bytes(memory[at:])
                 if at + h.stream_bytes > size:
                     raise CorruptStream(f"a chunk's stream at byte {at} has {h.stream_bytes} bytes, which go beyond its {size}")
-                if len(h.shape) != x.ndim or not 0 < h.shape[0] <= len(x) - layer:
-                    wanted = (len(x) - layer, *x.shape[1:])
+                if len(h.shape) != 1 + len(rest) or not 0 < h.shape[0] <= layers - layer:
+                    wanted = (layers - layer, *rest)
                     raise InvalidArgument(f"a chunk's stream at byte {at} has shape {h.shape}; at most {wanted} is expected")
                 streams.append(MemorySource(data[at : at + h.stream_bytes], h))
                 outs.append(x)

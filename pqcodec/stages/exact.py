@@ -47,9 +47,7 @@ def place_first_together(
             if bodies is None:  # one by one, to tell which is damaged
                 place_first(sources[number], h, out, (0, h.tokens), (0, h.leading), damage)
                 continue
-            exact = bodies[at : at + h.leading].view(out.flat.dtype).reshape(h.leading, h.first_tokens, h.head_dim)
-            for lead, rows in enumerate(exact):
-                out.rows(lead, 0, h.first_tokens)[:] = rows
+            out.put_first(bodies[at : at + h.leading].view(out.flat.dtype).reshape(h.leading, h.first_tokens, h.head_dim))
             at += h.leading
 
 

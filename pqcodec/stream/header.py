@@ -256,6 +256,18 @@ class Header:
         return self.places[sections.SIDE_SECTIONS[-1]].end
 
     @cached_property
+    def checksum_runs(self) -> list[tuple[int, int, int]]:
+        """All checksums of the stream, in their order: (where the first of some ends, how many, bytes from one to the next)."""
+        short = self.blocks.place(self.chunks - 1, 0) if self.chunks else self.stream_bytes  # the last chunk's may be smaller
+        runs = [
+            (0, self.header_bytes, self.header_bytes),
+            *((place.start, place.end, place.entry_bytes) for place in self.places.values()),
+            (self.payload_start, short, self.blocks.size(0)),
+            (short, self.stream_bytes, self.blocks.size(self.chunks - 1)),
+        ]
+        return [(start + size, (end - start) // size, size) for start, end, size in runs if start < end]
+
+    @cached_property
     def blocks(self) -> Blocks:
         """Where the blocks of coded rows are."""
         return blocks_of(self)

@@ -30,15 +30,10 @@ def order_seals(sources: Sequence[Source]) -> list[int]:
 def _sealed(source: Source) -> np.ndarray:
     """A stream's checksums one behind the other: uint8 [bytes]."""
     h = read_header(source)
-    short = h.blocks.place(h.chunks - 1, 0) if h.chunks else h.stream_bytes  # the last chunk's blocks may be shorter
-    runs = [  # first byte, last + 1, bytes of what has one checksum
-        (0, h.header_bytes, h.header_bytes),
-        *((place.start, place.end, place.entry_bytes) for place in h.places.values()),
-        (h.payload_start, short, h.blocks.size(0)),
-        (short, h.stream_bytes, h.blocks.size(h.chunks - 1)),
-    ]
-    sealed = [source.read(start, end - start).reshape(-1, size) for start, end, size in runs if start < end]
-    return np.concatenate([rows[:, -c.CHECKSUM_BYTES :] for rows in sealed]).ravel()
+    data = source.read(0, h.stream_bytes)
+    size = c.CHECKSUM_BYTES
+    words = [np.ndarray((n, size), np.uint8, data, last - size, (each, 1)) for last, n, each in h.checksum_runs]
+    return np.concatenate(words).ravel()
 
 
 def with_seal(source: Source) -> tuple[Source, int]:

@@ -69,6 +69,12 @@ class Values:
         start, item = int(self.starts[lead]) + first * self.stride, self.flat.itemsize
         return np.ndarray((tokens, self.head_dim), self.flat.dtype, self.flat, start * item, (self.stride * item, item))
 
+    def put_first(self, rows: np.ndarray) -> None:
+        """Copy rows [leading, n, head_dim] of stored numbers to the first n tokens."""
+        item = self.flat.itemsize
+        anywhere = np.ndarray((self.flat.size - self.head_dim + 1, self.head_dim), self.flat.dtype, self.flat, 0, (item, item))
+        anywhere[self.starts[:, None] + np.arange(rows.shape[1]) * self.stride] = rows
+
     def from_token(self, token: int) -> Values:
         """The rows from a token on."""
         return Values(self.flat, self.starts + token * self.stride, self.stride, self.head_dim)

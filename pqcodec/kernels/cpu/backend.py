@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -125,16 +124,41 @@ def _source(h: Header, values: Values) -> tuple:
 
 
 def _items(jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
-    """The blocks of jobs of one kind as ``decode_stream_blocks`` takes them, job by job and chunk by chunk.
+    """The blocks of jobs as ``decode_stream_blocks`` takes them, int64 [blocks, ITEM], job by job and chunk by chunk.
 
     ``offsets``: each job's, float32 [leading, order], or [0, 0].
     """
-    found, first = [], 0
-    for geometry, alike in groupby(jobs, _geometry):
-        same = list(alike)
-        found.append(_items_alike(geometry, same, offsets[first : first + len(same)]))
-        first += len(same)
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    places = [_places(*_geometry(job)) for job in jobs]
+    of_jobs = np.array([_numbers(job, rows) for job, rows in zip(jobs, offsets, strict=True)], np.int64)
+    each = np.repeat(of_jobs, list(map(len, places)), 0)
+    payload, first_lead, shared, position, list_tokens, offset, offset_bytes, target, stride, item_bytes = each.T
+    items, starts = np.concatenate(places), np.concatenate([_starts(job) for job in jobs])
+    leads = items[:, ITEM.offset] + first_lead
+    items[:, ITEM.lead] = leads * shared
+    items[:, ITEM.source] += payload
+    items[:, ITEM.position] += position + leads * list_tokens
+    items[:, ITEM.offset] = offset + leads * offset_bytes
+    items[:, ITEM.target] = target + (starts + items[:, ITEM.target] * stride) * item_bytes
+    items[:, ITEM.stride] = stride
+    return items
+
+
+def _numbers(job: DecodeJob, offsets: np.ndarray) -> tuple[int, ...]:
+    """What all blocks of a job have in common, in the order in which ``_items`` takes it; of what is not there zeros."""
+    rope, positions, out = job.header.rope, job.positions, job.out
+    turned = rope.first_position % (1 << c.PHASE_BITS) if rope and positions is None else 0
+    lists = 0 if positions is None or len(positions) == 1 else positions.shape[1]
+    added = (address(offsets), offsets.strides[0]) if offsets.size else (0, 0)
+    result = (0, 0, 0) if out is None else (address(out.flat), out.stride, out.flat.itemsize)
+    return address(job.payload), job.first_lead, bool(job.header.shared_ranges), turned, lists, *added, *result
+
+
+def _starts(job: DecodeJob) -> np.ndarray:
+    """The element of the result at which the leading index of each block of a job begins: int64 [blocks]."""
+    chunks, leads = job.last_chunk - job.first_chunk, job.last_lead - job.first_lead
+    if job.out is None:
+        return np.zeros(chunks * leads, np.int64)
+    return job.out.starts if chunks == 1 else np.tile(job.out.starts, chunks)
 
 
 def _geometry(job: DecodeJob) -> tuple[int, ...]:
@@ -155,37 +179,6 @@ def _geometry(job: DecodeJob) -> tuple[int, ...]:
         job.first_token,
         job.last_token,
     )
-
-
-def _items_alike(geometry: tuple[int, ...], jobs: Sequence[DecodeJob], offsets: Sequence[np.ndarray]) -> np.ndarray:
-    """The same for jobs that agree in ``_geometry``."""
-    start, places = _places(*geometry)
-    items = np.repeat(places[None], len(jobs), 0)  # [jobs, chunks, leads, ITEM]
-
-    def column(numbers: Iterable[int]) -> np.ndarray:
-        return np.array(list(numbers), np.int64).reshape(-1, 1, 1)
-
-    items[..., ITEM.source] += column(address(job.payload) for job in jobs)
-    outs = [job.out for job in jobs if job.out is not None]
-    if outs:
-        strides, item = column(out.stride for out in outs), outs[0].flat.itemsize
-        rows = (start - geometry[-2])[None, :, None] * strides + np.stack([out.starts for out in outs])[:, None]
-        items[..., ITEM.target] = rows * item + column(address(out.flat) for out in outs)
-        items[..., ITEM.stride] = strides
-    if offsets[0].size:
-        leads = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
-        items[..., ITEM.offset] = leads * offsets[0].strides[0] + column(map(address, offsets))
-    if jobs[0].header.shared_ranges:
-        items[..., ITEM.lead] = np.arange(places.shape[1]) + column(job.first_lead for job in jobs)
-    positions = jobs[0].positions
-    if positions is not None:  # all jobs have the same
-        per_lead = positions.shape[1] if len(positions) > 1 else 0
-        items[..., ITEM.position] += (np.arange(places.shape[1]) + column(job.first_lead for job in jobs)) * per_lead
-    elif jobs[0].header.rope:
-        items[..., ITEM.position] += column(
-            job.header.rope.first_position % (1 << c.PHASE_BITS) for job in jobs if job.header.rope
-        )
-    return items.reshape(-1, len(ITEM))
 
 
 def _aligned(items: np.ndarray, h: Header) -> bool:
@@ -212,10 +205,12 @@ def _places(
     leads: int,
     first_token: int,
     last_token: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks low .. high - 1: their first tokens int64 [chunks], and items [chunks, leads, ITEM] without any address.
+) -> np.ndarray:
+    """Chunks low .. high - 1: items [chunks * leads, ITEM] without any address.
 
-    ``exact`` and ``coded``: tokens of the tensor; ``chunk``: of a chunk; ``first_token`` and ``last_token``: what is wanted.
+    Instead, ``source`` is the place in the payload, ``target`` that of row 0 among the wanted tokens, ``offset`` the leading
+    index. ``exact`` and ``coded``: tokens of the tensor; ``chunk``: of a chunk; ``first_token`` and ``last_token``: what is
+    wanted.
     """
     chunks = np.arange(low, high)
     tokens, start = np.minimum(chunk, coded - chunks * chunk), exact + chunks * chunk
@@ -228,7 +223,9 @@ def _places(
     size = Blocks(0, high, leads, coded, chunk, row_bytes, beside, align, group_tokens, group_bytes, *apart).size_of
     items[..., ITEM.source] = ((chunks - low) * leads * size(chunk))[:, None] + np.arange(leads) * size(tokens)[:, None]
     items[..., ITEM.position] = start[:, None]
-    return start, items
+    items[..., ITEM.target] = (start - first_token)[:, None]
+    items[..., ITEM.offset] = np.arange(leads)
+    return items.reshape(-1, len(ITEM))
 
 
 def _keys(h: Header, tokens: int) -> np.ndarray:
@@ -352,19 +349,22 @@ class Cpu:
         kinds: dict[Any, list[DecodeJob]] = {}
         for job in jobs:
             kinds.setdefault((job.header.kind, job.out is not None, id(job.positions), job.shrunk), []).append(job)
-        offsets = [[_offset_rows(job.offsets, job.header.order) for job in alike] for alike in kinds.values()]
-        tasks, found = [], []
-        large = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES
-        for alike, rows in zip(kinds.values(), offsets, strict=True):
-            items = _items(alike, rows)
-            damaged = np.zeros(len(items), np.bool_)
-            tasks += self._decoders(alike[0], items, large and _aligned(items, alike[0].header), damaged)
-            found.append(damaged)
+        if not kinds:
+            return
+        alike = [job for same in kinds.values() for job in same]
+        offsets = [_offset_rows(job.offsets, job.header.order) for job in alike]  # held while kernels read them
+        items = _items(alike, offsets)
+        damaged = np.zeros(len(items), np.bool_)
+        large, tasks, last = sum(job.decoded_bytes for job in jobs) > _CACHED_BYTES, [], 0
+        for same in kinds.values():
+            first, last = last, last + sum(job.damaged.size for job in same)
+            past = large and _aligned(items[first:last], same[0].header)
+            tasks += self._decoders(same[0], items[first:last], past, damaged[first:last])
         _run(tasks, advance)
-        for alike, damaged in zip(kinds.values(), found, strict=True):
-            ends = np.cumsum([job.damaged.size for job in alike])
-            for job, part in zip(alike, np.split(damaged, ends[:-1]), strict=True):
-                job.damaged[:] = part.reshape(job.damaged.shape)
+        last = 0
+        for job in alike:
+            first, last = last, last + job.damaged.size
+            job.damaged[:] = damaged[first:last].reshape(job.damaged.shape)
 
     def scores(self, job: attention.AttentionJob) -> np.ndarray:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
