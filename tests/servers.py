@@ -152,6 +152,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._cuts: list[_Cut] = []
         self._ends = threading.Event()
+        self.silent = threading.Event()  # while it is set, nothing is passed on, as if the server hung
         self.exchanges: list[Exchange] = []
 
     @property
@@ -204,6 +205,8 @@ class Proxy:
                 data = end.recv(1 << 16)
                 if not data:
                     return
+                while self.silent.is_set() and not self._ends.is_set():
+                    time.sleep(0.01)
                 side, other = ("request", server) if end is client else ("response", client)
                 if side == "request":
                     plan = plan if exchange.head else self._planned(data)

@@ -93,8 +93,7 @@ def test_a_connection_that_breaks_is_tried_again(store: fsspec.AbstractFileSyste
         PQKVFile(URL)
 
 
-def test_what_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "TRIES", 1)
+def test_what_is_not_there_is_told_at_once() -> None:
     with pytest.raises(FileNotFoundError):
         PQKVFile("memory://bucket/none.pqkv")
     with pytest.raises(InvalidArgument, match="nothing://"):
@@ -175,8 +174,8 @@ def test_of_many_ranges_only_those_that_failed_are_tried_again(
     np.testing.assert_array_equal(np.concatenate(found), DATA[[40, 41, 42, 20, 21, 22, 0, 1, 2]])
     assert asked == [0, 20, 40] + [20] * (remote.TRIES - 1)
     asked.clear()
-    monkeypatch.setattr(remote, "TRIES", 1)
-    with pytest.raises(OSError, match=r"memory://bucket/data: reading 4 bytes in 2 requests failed 1 times.*reset"):
+    told = r"memory://bucket/data: reading 4 bytes in 2 requests failed 1 times.*reset"
+    with remote.patience(remote.Patience(tries=1)), pytest.raises(OSError, match=told):
         source.read_many([(20, 2), (0, 2)])
 
 

@@ -1,8 +1,9 @@
 """Law: files of object stores and servers (``s3://``, ``memory://`` ...) through fsspec, whose only home this is.
 
 Reads request only the bytes that are wanted. A file to be written is made on the local disk and uploaded when it is complete,
-so that a half-written one never has the final name. Requests that fail with the connection are tried again. Endpoints and
-credentials are configured in fsspec: ``FSSPEC_S3_ENDPOINT_URL=http://host:9000`` or ``fsspec.config.conf["s3"]``.
+so that a half-written one never has the final name. Requests that fail with the connection are tried again, as often as the
+caller's patience says. Endpoints and credentials are configured in fsspec: ``FSSPEC_S3_ENDPOINT_URL=http://host:9000`` or
+``fsspec.config.conf["s3"]``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -33,8 +36,9 @@ PARTS_AT_ONCE = 8  # where s3fs sets no limit
 MOST_PARTS = 10_000  # of an S3 object
 FILES = {"sftp", "ssh", "ftp"}  # servers that show a file while it is written
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError"}
+S3 = ("s3", "s3a")
 PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(S3, "s3fs"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
     **dict.fromkeys(("http", "https"), "aiohttp"),
@@ -46,6 +50,42 @@ PACKAGES = {
 }
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a scheme of two letters or more: C:/ is a disk
 Result = TypeVar("Result")
+
+
+# -- patience ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Patience:
+    """How often a request is tried, and the seconds that it may take; no further try begins after ``answer`` seconds.
+
+    ``connect``, ``answer``: seconds that S3 may take to connect, and between bytes; of other stores they are their packages'.
+    """
+
+    tries: int = TRIES
+    connect: float = math.inf
+    answer: float = math.inf
+
+    def s3(self) -> dict[str, Any]:
+        """Arguments of s3fs; time-outs that the user has configured in fsspec hold."""
+        from fsspec.config import conf
+
+        if math.isinf(self.answer):
+            return {}
+        own = {"connect_timeout": self.connect, "read_timeout": self.answer, "retries": {"total_max_attempts": 1}}
+        return {"config_kwargs": own | (conf.get("s3", {}) | conf.get("s3a", {})).get("config_kwargs", {})}
+
+
+USUAL = Patience()
+_patience: ContextVar[Patience] = ContextVar("patience", default=USUAL)
+
+
+@contextmanager
+def patience(chosen: Patience) -> Iterator[None]:
+    """A context whose requests, of this thread, have that patience."""
+    before = _patience.set(chosen)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
 
 
 # -- URLs --------------------------------------------------------------------------------------------------------
@@ -155,12 +195,16 @@ def _file_system(url: str) -> tuple[Any, str]:
         import fsspec
     except ModuleNotFoundError as error:
         raise InvalidArgument(f"{url}: URLs need fsspec: {install}") from error
+    patience = _patience.get()
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+        fs, path = fsspec.core.url_to_fs(url, **(patience.s3() if protocol in S3 else {}))
     except ImportError as error:
         raise InvalidArgument(f"{url}: {protocol}:// needs a package that is missing ({error}): {install}") from error
     except ValueError as error:
         raise InvalidArgument(f"{url}: {error}") from error
+    if protocol in S3 and math.isfinite(patience.answer):
+        fs.retries = 1  # of each request that is tried here
+    return fs, path
 
 
 def _protocols(fs: Any) -> set[str]:
@@ -192,16 +236,21 @@ def _local_name(url: str) -> str:
 
 # -- trying again ------------------------------------------------------------------------------------------------
 def _tried(url: str, what: str, work: Callable[[], Result], advice: str = "is the store there?") -> Result:
-    """The result of ``work``, tried up to ``TRIES`` times; raises OSError, or at once an error that another try cannot mend."""
-    for left in reversed(range(TRIES)):
+    """The result of ``work``, tried as often as patience says.
+
+    Raises ConnectionError, or at once an error that another try cannot mend.
+    """
+    patience, begun = _patience.get(), time.monotonic()
+    for number in range(patience.tries):
         try:
             return work()
         except Exception as error:  # what stores raise is of many kinds: botocore's, aiohttp's, the system's
             if lasting := _lasting(error, url, what):
                 raise lasting from error
-            if not left:
-                raise OSError(f"{url}: {what} failed {TRIES} times, the last time with {error!r}; {advice}") from error
-            time.sleep(PAUSE * 2 ** (TRIES - 1 - left))
+            if number + 1 == patience.tries or time.monotonic() > begun + patience.answer:
+                times = f"failed {number + 1} times, the last time with {error!r}"
+                raise ConnectionError(f"{url}: {what} {times}; {advice}") from error
+            time.sleep(PAUSE * 2**number)
     raise AssertionError
 
 

@@ -20,9 +20,11 @@ from pqcodec.formats.containers.pqkv.file import PQKVFile
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import make_folders, permissions
 from pqcodec.formats.store import folder as own
+from pqcodec.formats.store.breaker import CircuitBreaker
 
 GRACE = 3600.0  # seconds for which a file without a row may still be in the middle of being written
 AT_ONCE = 8  # objects that are fetched at the same time
+PATIENCE = remote.Patience(tries=2, connect=0.5, answer=2.0)  # with a URL, since generations wait for what is read
 
 
 class Files(Protocol):
@@ -58,7 +60,8 @@ class Files(Protocol):
 class BlockFiles:
     """The block files below ``location``, a local folder or a URL; other files there are never touched.
 
-    ``shared``: other users may read and write, as far as the umask allows. ``Files`` says what each method does.
+    ``shared``: other users may read and write, as far as the umask allows. ``Files`` says what each method does. A URL out of
+    reach costs one time-out, and calls raise OSError at once for a while (``breaker``).
     """
 
     def __init__(self, location: str | os.PathLike[str], shared: bool = False) -> None:
@@ -66,6 +69,7 @@ class BlockFiles:
         self.location = location.removeprefix("file://").removeprefix("local://")  # so that local rules apply to these URLs too
         self.remote = remote.is_url(self.location)
         self.shared = shared
+        self._breaker = CircuitBreaker()
         if self.remote:
             remote.check_url(self.location)
 
@@ -73,7 +77,8 @@ class BlockFiles:
     def writing(self, file: str) -> Iterator[str]:
         """A context with the path or URL to write a block's file to; raises InvalidArgument where its folder is a link."""
         if self.remote:
-            yield self._url(file)
+            with self._asking():
+                yield self._url(file)
             return
         path = self._local(file)
         make_folders(Path(self.location), own.SHARED if self.shared else own.PRIVATE)
@@ -84,7 +89,8 @@ class BlockFiles:
     def open(self, file: str) -> PQKVFile:
         """An open block's file; raises FileNotFoundError, CorruptStream for no regular file, and as ``PQKVFile`` does."""
         if self.remote:
-            return PQKVFile(remote.read_all(self._url(file)).data)
+            with self._asking():
+                return PQKVFile(remote.read_all(self._url(file)).data)
         path = self._local(file)
         try:
             regular = own.is_regular(path)
@@ -113,7 +119,8 @@ class BlockFiles:
     def remove(self, file: str) -> None:
         """Remove a block's file if it exists; the target of a link, and a folder of that name, are left alone."""
         if self.remote:
-            remote.remove(self._url(file))
+            with self._asking():
+                remote.remove(self._url(file))
             return
         path = self._local(file)
         with suppress(FileNotFoundError):
@@ -123,7 +130,8 @@ class BlockFiles:
     def all(self) -> Iterator[tuple[str, float]]:
         """(file, seconds since it was written) of every block's file, also partial ones; 0 s where the age is unknown."""
         if self.remote:
-            found = remote.ages(f"{self.location.rstrip('/')}/*/*{own.EXTENSION}")
+            with self._asking():
+                found = remote.ages(f"{self.location.rstrip('/')}/*/*{own.EXTENSION}")
             yield from ((file, age) for url, age in found if own.is_block_file(file := "/".join(url.split("/")[-2:])))
             return
         for path in Path(self.location).glob("??/*"):
@@ -136,6 +144,19 @@ class BlockFiles:
     def complete(self) -> Iterator[str]:
         """Every complete block's file."""
         yield from (file for file, _ in self.all() if own.is_block_file(file))
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A context of requests to the URL; raises OSError at once where it did not answer a moment ago."""
+        if pause := self._breaker.remaining():
+            raise OSError(errno.ECONNREFUSED, f"it did not answer, and is asked again in {pause:.1f} s", self.location)
+        with remote.patience(PATIENCE):
+            try:
+                yield
+            except ConnectionError:
+                self._breaker.failed()
+                raise
+        self._breaker.answered()
 
     def _url(self, file: str) -> str:
         return f"{self.location.rstrip('/')}/{own.checked_block_file(file)}"
