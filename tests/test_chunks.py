@@ -28,7 +28,7 @@ ROPE = pqcodec.Rope(theta=100.0)
 
 
 def codec_of(**options: Any) -> ChunkCodec:
-    return ChunkCodec(**{"head_dim": DIM, "kv_heads": HEADS, "backend": "reference", **options})
+    return ChunkCodec(**{"head_dim": DIM, "kv_heads": HEADS, "preset": "pq4", "backend": "reference", **options})
 
 
 def chunk_of(layout: str, pair: torch.Tensor = PAIR) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_a_model_says_what_is_not_given(tmp_path: Path) -> None:
     config = {"model_type": "qwen3", "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     chunks = ChunkCodec.from_json({"model": str(tmp_path)})
-    assert (chunks.head_dim, chunks.kv_heads, chunks.preset) == (128, 8, "pq4")
+    assert (chunks.head_dim, chunks.kv_heads, chunks.preset) == (128, 8, "quad3")
     assert chunks.rope is not None
     assert chunks.rope.field(128) == pqcodec.Rope(1e6).field(128)
     rank = ChunkCodec.from_json({"model": str(tmp_path), "kv_heads": 2, "rope": "none"})

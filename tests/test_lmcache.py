@@ -23,7 +23,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, Tensor
 from pqcodec.formats.engines import lmcache as plug_in
 from pqcodec.formats.engines.chunks import ChunkCodec
 
-OPTIONS = {"head_dim": 32, "kv_heads": 2, "rope": {"theta": 10000}}
+OPTIONS = {"preset": "pq4", "head_dim": 32, "kv_heads": 2, "rope": {"theta": 10000}}
 SHAPES = ((1, 3, 20, 2 * 2 * 32), (2, 3, 20, 2 * 32))
 KEY = ObjectKey(chunk_hash=b"0123", model_name="a/model", kv_rank=0)
 

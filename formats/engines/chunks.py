@@ -71,7 +71,7 @@ class ChunkCodec:
 
     head_dim: int
     kv_heads: int
-    preset: str = "pq4"
+    preset: str = "quad3"
     rope: Rope | None = None
     layout: str | None = None
     exact_tokens: int = _EXACT_TOKENS
@@ -244,11 +244,10 @@ class ChunkCodec:
         size = self.size(out.shape, out.dtype)
         count, seal = _checked_head(data, size, name)
         streams, outs, firsts, at, filled = [], [], [], c.CHUNK_STRUCT.size, False
-        memory = memoryview(data)
         for x in self._pair(out):
             layer, (layers, *rest) = 0, x.shape
             while layer < layers:
-                h = Header.from_bytes(memory[at:])
+                h = Header.from_bytes(data.data[at:])
                 if at + h.stream_bytes > size:
                     raise CorruptStream(f"a chunk's stream at byte {at} has {h.stream_bytes} bytes, which go beyond its {size}")
                 if len(h.shape) != 1 + len(rest) or not 0 < h.shape[0] <= layers - layer:

@@ -16,7 +16,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
@@ -82,20 +84,16 @@ FAULTS: dict[str, Callable[[bytes, bytes, random.Random], bytes | None]] = {
 
 # -- LMCache -------------------------------------------------------------------------------------------------------
 class Storage:
-    """A storage manager over a folder."""
+    """A storage manager over one adapter of LMCache's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, params: dict[str, Any]) -> None:
         parser = argparse.ArgumentParser()
         add_storage_manager_args(parser)
-        adapter = plug_in({"type": "fs", "base_path": str(folder)}, {"type": "pqcodec", **OPTIONS})
+        adapter = plug_in(params, {"type": "pqcodec", **OPTIONS})
         given = ["--l1-size-gb", "0.25", "--eviction-policy", "LRU", "--l2-adapter", adapter]
         self._manager = StorageManager(parse_args_to_config(parser.parse_args(given)))
-        self._folder, self._told = folder, Stored()
+        self._told = Stored()
         self._manager.register_l2_listener(self._told)
-
-    def file(self, key: ObjectKey) -> Path:
-        (path,) = self._folder.glob(f"*{key.chunk_hash.hex()}.data")
-        return path
 
     def store(self, chunks: dict[ObjectKey, torch.Tensor]) -> bool:
         """Whether LMCache said of all that they are stored."""
@@ -108,16 +106,21 @@ class Storage:
         self._forget()
         return done
 
-    def retrieve(self, key: ObjectKey) -> torch.Tensor | None:
-        row = GroupedObjectKeys(keys=[key], object_group_id=0, layout_desc=LAYOUT)
-        handle = self._manager.submit_prefetch_task(PrefetchTaskSpec(key_groups=[row]))
+    def begin(self, keys: list[ObjectKey]) -> Any:
+        """Ask for objects; returns LMCache's handle."""
+        row = GroupedObjectKeys(keys=keys, object_group_id=0, layout_desc=LAYOUT)
+        return self._manager.submit_prefetch_task(PrefetchTaskSpec(key_groups=[row]))
+
+    def retrieve(self, keys: list[ObjectKey]) -> list[torch.Tensor]:
+        """Those that LMCache finds, up to the first one that it does not."""
+        handle = self.begin(keys)
         assert self._manager.wait_prefetch_status(handle, PATIENCE)
-        result = self._manager.query_prefetch_status(handle)
-        found = None
-        if result.hit_cells[0].test(0):
-            with self._manager.read_prefetched_results([key], result.l1_owners) as objects:
-                found = objects[0].tensor.clone()
-            self._manager.finish_read_prefetched([key], 1, result.l1_owners)
+        result, found = self._manager.query_prefetch_status(handle), []
+        hit = list(takewhile(result.hit_cells[0].test, range(len(keys))))
+        if hit:
+            with self._manager.read_prefetched_results(keys[: len(hit)], result.l1_owners) as objects:
+                found = [memory.tensor.clone() for memory in objects]
+            self._manager.finish_read_prefetched(keys[: len(hit)], 1, result.l1_owners)
         self._forget()
         return found
 
@@ -138,11 +141,16 @@ def key_of(number: int) -> ObjectKey:
     return ObjectKey(chunk_hash=number.to_bytes(16, "big"), model_name="model", kv_rank=0)
 
 
+def file_of(folder: Path, key: ObjectKey) -> Path:
+    (path,) = folder.glob(f"*{key.chunk_hash.hex()}.data")
+    return path
+
+
 def run(stores: int, seed: int, folder: Path) -> Counter[str]:
     """Counts of stores, of faults by name, and of found, missed, wrong, lost objects and those that were stored anew."""
     rng, told, codec = random.Random(seed), Counter(), ChunkCodec.from_json(OPTIONS)
     generator = torch.Generator().manual_seed(seed)
-    storage = Storage(folder)
+    storage = Storage({"type": "fs", "base_path": str(folder)})
     try:
         for first in range(0, stores, BATCH):
             keys = [key_of(number) for number in range(first, min(first + BATCH, stores))]
@@ -153,7 +161,7 @@ def run(stores: int, seed: int, folder: Path) -> Counter[str]:
                 codec.decode(codec.encode(chunk, object_name(key)), stands_for[key], object_name(key))
             told["unstored"] += 0 if storage.store(chunks) else len(keys)
             told["stores"] += len(keys)
-            good = {key: storage.file(key).read_bytes() for key in keys}
+            good = {key: file_of(folder, key).read_bytes() for key in keys}
             again = {}
             for key in keys:
                 name = rng.choice((*FAULTS, *FAULTS, *["none"] * len(FAULTS)))
@@ -161,20 +169,20 @@ def run(stores: int, seed: int, folder: Path) -> Counter[str]:
                 bad = good[key]
                 if name != "none":
                     bad = FAULTS[name](good[key], good[rng.choice([other for other in keys if other != key])], rng)
-                    storage.file(key).write_bytes(bad) if bad is not None else storage.file(key).unlink()
-                found = storage.retrieve(key)
-                told["found" if found is not None else "missed"] += 1
-                told["wrong"] += found is not None and not torch.equal(found, stands_for[key])
-                told["lost"] += found is None and bad == good[key]
-                if found is None and not list(folder.glob(f"*{key.chunk_hash.hex()}.data")):
+                    file_of(folder, key).write_bytes(bad) if bad is not None else file_of(folder, key).unlink()
+                found = storage.retrieve([key])
+                told["found" if found else "missed"] += 1
+                told["wrong"] += any(not torch.equal(one, stands_for[key]) for one in found)
+                told["lost"] += not found and bad == good[key]
+                if not found and not list(folder.glob(f"*{key.chunk_hash.hex()}.data")):
                     again[key] = chunks[key]
             if again:
                 told["unstored"] += 0 if storage.store(again) else len(again)
                 told["anew"] += len(again)
                 for key in again:
-                    found = storage.retrieve(key)
-                    told["lost"] += found is None
-                    told["wrong"] += found is not None and not torch.equal(found, stands_for[key])
+                    found = storage.retrieve([key])
+                    told["lost"] += not found
+                    told["wrong"] += any(not torch.equal(one, stands_for[key]) for one in found)
             for path in folder.glob("*.data"):
                 path.unlink()
     finally:

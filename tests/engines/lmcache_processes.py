@@ -17,7 +17,7 @@ from pqcodec.formats.engines.chunks import ChunkCodec
 
 MANAGER = Path(__file__).with_name("lmcache_manager.py")
 SHAPE, COUNT = (1, 3, 128, 2 * 2 * 64), 5
-SERDE = {"type": "pqcodec", "head_dim": 64, "kv_heads": 2, "rope": {"theta": 10000}}
+SERDE = {"type": "pqcodec", "preset": "pq4", "head_dim": 64, "kv_heads": 2, "rope": {"theta": 10000}}
 CODEC = ChunkCodec.from_json({name: value for name, value in SERDE.items() if name != "type"})
 ENVIRONMENT = os.environ | {"LMCACHE_TRACK_USAGE": "false", "HF_HUB_OFFLINE": "1"}
 
