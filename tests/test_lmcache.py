@@ -184,9 +184,10 @@ def test_latents_go_through_memory_objects(tmp_path: Any) -> None:
     adapter, config = made(tmp_path / "objects"), tmp_path / "config.json"
     said = {"model_type": "deepseek_v3", "num_attention_heads": 8, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     config.write_text(json.dumps(said | {"rope_theta": 10000}))
-    serde = create_serde_processor(SerdeConfig("pqcodec", {"model": str(config)}))
+    options = {"model": str(config), "preset": "pq4"}
+    serde = create_serde_processor(SerdeConfig("pqcodec", options))
     x = gaussian(1, 3, 20, 576).bfloat16()  # KV_MLA_FMT
-    chunks = ChunkCodec.from_json({"model": str(config)})
+    chunks = ChunkCodec.from_json(options)
     size = plug_in.PQSerializer(chunks).estimate_serialized_size(MemoryLayoutDesc([x.shape], [x.dtype]))
     buffer, back = memory_of(torch.zeros(size, dtype=torch.uint8)), memory_of(torch.zeros_like(x))
     for submit, source, target, descriptor, query in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -95,3 +96,12 @@ def test_the_server_does_not_start_with_a_wrong_configuration(tmp_path: Path) ->
     with server(adapter_of(tmp_path / "blocks", kv_heads=0), tmp_path / "log") as ports:
         assert not listens(ports[0])
     assert "kv_heads is 0; a whole number from 1 on is expected" in (tmp_path / "log").read_text()
+
+
+# -- LMCache's own check -------------------------------------------------------------------------------------------
+def test_lmcaches_own_check_takes_the_plug_ins_adapter_for_the_one_behind_it(tmp_path: Path) -> None:
+    given = {name: value for name, value in json.loads(adapter_of(tmp_path)).items() if name != "serde"}  # it knows no chunks
+    command = [sys.executable, "-m", "lmcache.v1.basic_check", "--mode", "test_l2_adapter", "--l2-adapter", json.dumps(given)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Validation (content): 5/5" in run.stdout
