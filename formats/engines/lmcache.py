@@ -101,7 +101,7 @@ class Arrivals:
     def submit(self, keys: list[Any], objects: list[Any]) -> int:
         """Begin to load objects; returns the task. As LMCache's ``submit_load_task``."""
         caller = sys._getframe(1).f_locals.get("self")
-        waits = isinstance(caller, SerdeL2AdapterWrapper) and caller._serde is self.serde
+        waits = isinstance(caller, SerdeL2AdapterWrapper) and getattr(caller, "_serde", caller) is self.serde
         if not waits or any(key in self._failed for key in keys):
             return self._submit(keys, objects)  # type: ignore[no-any-return]
         with self._lock:
