@@ -21,7 +21,14 @@ from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, floats
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile
 from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
-from pqcodec.kernels.cpu.outliers import keep_farthest, outlier_bytes, outliers_of, place_outliers, put_outliers
+from pqcodec.kernels.cpu.outliers import (
+    keep_farthest,
+    outlier_bytes,
+    outliers_of,
+    place_outliers,
+    put_outliers,
+    read_outliers,
+)
 from pqcodec.kernels.cpu.pairs import decode_pairs_row, encode_pairs, fill_pairs
 from pqcodec.kernels.cpu.ranges import list_numbers, rows_are_groups
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, Groups, GroupWork, Kind, Output, RopeTable, inlined, jit, leaf
@@ -154,7 +161,10 @@ def decode_rows(payload, where, kind, groups, phases, scale, have_group, work, t
     ``have_group``: the group whose fields ``work`` holds. Returns the one that it holds then.
     """
     tokens, first, rows, lead = where
-    order, row_bytes, begin = kind.order, kind.row_bytes, have_group < 0
+    order, row_bytes = kind.order, kind.row_bytes
+    if groups.outliers and have_group < 0:
+        apart_at = tokens * row_bytes + group_count(tokens, groups) * groups.field_bytes
+        read_outliers(payload, apart_at, tokens, kind, groups, scale, work.apart)
     for r in range(rows):
         row_at, group = (first + r) * row_bytes, I64(0) if groups.shared_bytes else (first + r) // groups.tokens
         fields_at = tokens * row_bytes + group * groups.field_bytes
@@ -170,8 +180,7 @@ def decode_rows(payload, where, kind, groups, phases, scale, have_group, work, t
             decode_scalar_row(payload, row_at, order, groups, scale, work, tile, r * order)
         have_group = group
     if groups.outliers:
-        apart_at = tokens * row_bytes + group_count(tokens, groups) * groups.field_bytes
-        place_outliers(payload, apart_at, tokens, first, rows, kind, groups, scale, begin, work.apart, tile)
+        place_outliers(first, rows, order, work.apart, tile)
     return have_group
 
 
@@ -209,6 +218,8 @@ def work_of(kind, groups):
         one=np.zeros(LANES, np.float32),
         other=np.zeros(LANES, np.float32),
         places=np.arange(order).astype(np.int32),
+        used=np.zeros(order, np.int32),
+        codes=np.zeros(order, np.int32),
         shorts=np.zeros(2 * order + LANES, np.uint16),
         steps=np.zeros(LANES, np.int32),
         shifts=np.zeros(LANES, np.int32),

@@ -14,7 +14,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     sum_of_longs,
     words_of_rows,
 )
-from pqcodec.kernels.cpu.lanes import floats, ints, select, to_long, truncate
+from pqcodec.kernels.cpu.lanes import LANES, floats, ints, select, to_long, truncate
 from pqcodec.kernels.cpu.records import F32, I32, U64, inlined, leaf
 
 _SIZE, _SIGN, _LARGEST, _INFINITE = 0x7FFF, 0x8000, 0x7BFF, 0x7C00  # bits of float16
@@ -77,16 +77,22 @@ def code_shifts(width, places):
 
 
 @leaf
-def put_codes(code, width, shifts, places, payload, at):
-    """Codes of eight numbers, int lanes, to ``width`` bytes from payload [at] on; up to seven bytes behind become zeros."""
-    if width <= 8:
-        set_long_at(payload, at, sum_of_longs(to_long(code) << shifts))
-        return
-    lane = load(places, 0)
-    low = sum_of_longs(to_long(select(lane < ints(I32(4)), code, ints(I32(0)))) << shifts)
-    high = sum_of_longs(to_long(select(lane < ints(I32(4)), ints(I32(0)), code)) << shifts)
-    set_long_at(payload, at, low | (high << U64(4 * width - 1)) << U64(1))
-    set_long_at(payload, at + 8, high >> U64(64 - 4 * width))
+def put_codes(codes, count, width, shifts, places, payload, at):
+    """A row's ``count`` codes, of ``width`` bits, to payload from [at] on; up to seven bytes behind become zeros.
+
+    Of a row at once: a CPU works on as many rows of lanes side by side as the way from numbers to their bytes is short.
+    """
+    for k in range(0, count, LANES):
+        code = load(codes, k)
+        if width <= 8:
+            set_long_at(payload, at, sum_of_longs(to_long(code) << shifts))
+        else:
+            first = load(places, 0) < ints(I32(4))
+            low = sum_of_longs(to_long(select(first, code, ints(I32(0)))) << shifts)
+            high = sum_of_longs(to_long(select(first, ints(I32(0)), code)) << shifts)
+            set_long_at(payload, at, low | (high << U64(4 * width - 1)) << U64(1))
+            set_long_at(payload, at + 8, high >> U64(64 - 4 * width))
+        at += width
 
 
 @inlined

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import OUTLIER_BYTES, OUTLIER_COUNT_BYTES, OUTLIER_SEGMENT
-from pqcodec.kernels.cpu.affine_fields import as_halves, halves_at, put_shorts
+from pqcodec.kernels.cpu.affine_fields import as_halves, halves_at, put_shorts, shorts_of
 from pqcodec.kernels.cpu.lane_memory import load, store
 from pqcodec.kernels.cpu.lanes import LANES, floats, lowest_bit, set_lanes
 from pqcodec.kernels.cpu.records import F32, I64, Outliers, inlined, jit, leaf
 
-CURSOR, SEGMENT, END, LAST = range(4)  # of ``Outliers.state``: next record, its segment, where that ends, its largest place
+CURSOR, COUNT = range(2)  # of ``Outliers.state``: next outlier that is placed, how many there are
 
 
 @inlined
@@ -44,45 +44,48 @@ def outliers_of(kind, groups):
         counts=np.zeros(segments(kind.chunk_tokens, kind), np.int64),
         shorts=np.zeros(LANES, np.uint16),
         one=np.zeros(LANES, np.float32),
-        state=np.zeros(4, np.int64),
+        targets=np.zeros(size, np.int32),
+        numbers=np.zeros(size + LANES, np.float32),
+        state=np.zeros(2, np.int64),
     )
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
 @leaf
-def place_outliers(payload, at, tokens, first, rows, kind, groups, scale, begin, work, tile):
-    """Put a block's outliers, which begin at payload [at], over rows ``first`` .. of a tile; ``begin``: its first ones.
+def read_outliers(payload, at, tokens, kind, groups, scale, work):
+    """Take a block's outliers from payload [at ...]: where they stand among its rows, and numbers, times ``scale``.
 
     Of a segment's records one counts whose place is above those of all before it.
     """
-    state, count, pieces = work.state, room(tokens, groups), segments(tokens, kind)
-    places = at + pieces * OUTLIER_COUNT_BYTES
-    values = places + count * 2
-    limit, start = (first + rows) * kind.head_dim, first * kind.head_dim
-    if begin:
-        state[CURSOR], state[SEGMENT], state[LAST] = 0, 0, -1
-        state[END] = min(_count_at(payload, at), count)
-    while state[SEGMENT] < pieces:
-        if state[CURSOR] >= state[END]:
-            state[SEGMENT] += 1
-            if state[SEGMENT] < pieces:
-                state[CURSOR], state[LAST] = state[END], -1
-                following = _count_at(payload, at + state[SEGMENT] * OUTLIER_COUNT_BYTES)
-                state[END] = min(state[END] + following, count)
-            continue
-        record = state[CURSOR]
-        own = I64(payload[places + 2 * record]) | I64(payload[places + 2 * record + 1]) << 8
-        place = state[SEGMENT] * OUTLIER_SEGMENT + own
-        if place >= limit:
-            return
-        if own > state[LAST] and place >= start:
-            low, high = np.uint16(payload[values + 2 * record]), np.uint16(payload[values + 2 * record + 1])
-            work.shorts[0] = low | high << np.uint16(8)
-            store(work.one, 0, halves_at(work.shorts, 0) * floats(scale) + floats(F32(0)))
-            row, channel = place // kind.head_dim - first, place % kind.head_dim
-            tile[row * kind.order + channel] = work.one[0]
-        state[LAST] = max(state[LAST], own)
-        state[CURSOR] += 1
+    count, pieces = room(tokens, groups), segments(tokens, kind)
+    places, record, kept = at + pieces * OUTLIER_COUNT_BYTES, I64(0), I64(0)
+    shorts_of(payload, places + 2 * count, count, work.values)
+    for k in range(0, count, LANES):
+        store(work.numbers, k, halves_at(work.values, k) * floats(scale) + floats(F32(0)))
+    for segment in range(pieces):
+        end, last = min(record + _count_at(payload, at + segment * OUTLIER_COUNT_BYTES), count), I64(-1)
+        while record < end:
+            own = I64(payload[places + 2 * record]) | I64(payload[places + 2 * record + 1]) << 8
+            place = segment * OUTLIER_SEGMENT + own
+            if own > last and place < tokens * kind.head_dim:
+                if kind.order != kind.head_dim:
+                    place += place // kind.head_dim * (kind.order - kind.head_dim)
+                work.targets[kept], work.numbers[kept] = place, work.numbers[record]
+                kept += 1
+            last = max(last, own)
+            record += 1
+    work.state[CURSOR], work.state[COUNT] = 0, kept
+
+
+@leaf
+def place_outliers(first, rows, order, work, tile):
+    """Put the outliers of rows ``first`` .. over these rows in a tile; rows are asked for from the first to the last."""
+    k, count, start = work.state[CURSOR], work.state[COUNT], first * order
+    while k < count and work.targets[k] < start + rows * order:
+        if work.targets[k] >= start:
+            tile[work.targets[k] - start] = work.numbers[k]
+        k += 1
+    work.state[CURSOR] = k
 
 
 @inlined

@@ -104,7 +104,8 @@ def encode_pairs(x, rows, order, groups, scale, bad, polar, work, payload, at, r
                 ahead = select(ahead < floats(F32(0)), ahead + floats(F32(TURN)), ahead)
                 code = cell_of(radius - load(work.start, p), load(work.step, p), 1 << groups.bits)
                 code = code << ints(I32(groups.angle_bits)) | cell_of(ahead, load(work.span, p), 1 << groups.angle_bits)
-            put_codes(code, width, shifts, work.places, payload, at + row * row_bytes + (p >> 3) * width)
+            store(work.codes, p, code)
+        put_codes(work.codes, pairs, width, shifts, work.places, payload, at + row * row_bytes)
 
 
 @inlined

@@ -10,12 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.kernels.cpu.lane_memory import load, store, transpose
-from pqcodec.kernels.cpu.lanes import LANES, floats, ints, select, set_lanes
+from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, ints, select
 from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, jit, leaf
 
 NONE = np.float32(3e38)  # beyond every number
+_RUNS = 6  # of rows, for each number of a list, whose farthest numbers tell what is near
 _TILE = LANES * LANES
-_ALWAYS = 2  # numbers of a list up to which inserting costs less than to ask first whether one is beyond them
+_FEW = 2  # numbers of a list that a row finds in registers
 
 
 @inlined
@@ -53,12 +54,20 @@ def _ranges_of_rows(x, rows, kind, groups, scale, bad, work):
         last = min(first + channels, head_dim)
         _empty(0, _TILE, deep, work)
         _empty(merged, LANES, deep, work)
-        for k in range(first, last, LANES):
-            there = load(work.places, k) < ints(I32(head_dim))
-            for row in range(rows):
+        for row in range(rows):
+            least, second_least, most, second_most = floats(NONE), floats(NONE), floats(-NONE), floats(-NONE)
+            for k in range(first, last, LANES):
                 number = load(x, row * order + k) * floats(scale)
+                there = load(work.places, k) < ints(I32(head_dim))
                 low, high = select(there, number, floats(NONE)), select(there, number, floats(-NONE))
-                _insert_lanes(low, high, row * LANES, _TILE, deep, work)
+                if deep > _FEW:
+                    _insert_lanes(low, high, row * LANES, _TILE, deep, work)
+                else:
+                    second_least, second_most = min(second_least, max(least, low)), max(second_most, min(most, high))
+                    least, most = min(least, low), max(most, high)
+            if deep <= _FEW:
+                _insert_lanes(least, most, row * LANES, _TILE, deep, work)
+                _insert_lanes(second_least, second_most, row * LANES, _TILE, deep, work)
         for k in range(0, deep * _TILE, _TILE):
             transpose(work.least, k)
             transpose(work.most, k)
@@ -76,13 +85,14 @@ def _ranges_of_rows(x, rows, kind, groups, scale, bad, work):
 def _ranges_of_channels(x, rows, kind, groups, scale, bad, work):
     order, head_dim, channels = kind.order, kind.head_dim, groups.channels
     deep, finite = rows * groups.outliers // groups.tokens + 1, I64(0)
-    _empty(0, order, deep, work)
+    _fill_lists(x, rows, deep, kind, scale, bad, work)
     for row in range(rows):
         if not bad[row]:
             finite += 1
-            for k in range(0, head_dim, LANES):
+            for k in range(0, head_dim if deep > 1 else 0, LANES):
                 number = load(x, row * order + k) * floats(scale)
-                _insert_lanes(number, number, k, order, deep, work)
+                if any_lane((number < load(work.least, k)) | (number > load(work.most, k))):
+                    _insert_lanes(number, number, k, order, deep, work)
     if channels == 1:
         end = _end_of(finite, deep) * order
         for k in range(0, order, LANES):
@@ -101,6 +111,29 @@ def _ranges_of_channels(x, rows, kind, groups, scale, bad, work):
                 _insert(work.least[k], one, deep, work.least, F32(-1))
         end = one + _end_of(finite * max(last - first, 0), deep)
         work.low[group], work.high[group] = work.least[end], work.most[end]
+
+
+@leaf
+def _fill_lists(x, rows, deep, kind, scale, bad, work):
+    """Fill each list with a number that ``deep`` of its numbers are as far as, so that few are left that are farther.
+
+    It is the farthest number of a run of rows, of ``deep`` whose farthest numbers are beyond those of others; the farthest of
+    all where a list is of one.
+    """
+    _empty(0, kind.order, deep, work)
+    run = max(rows // max(_RUNS * (deep - 1), 1), 1)
+    for first in range(0, rows, run):
+        for k in range(0, kind.head_dim, LANES):
+            low, high = floats(NONE), floats(-NONE)
+            for row in range(first, min(first + run, rows)):
+                if not bad[row]:
+                    number = load(x, row * kind.order + k) * floats(scale)
+                    low, high = min(low, number), max(high, number)
+            _insert_lanes(low, high, k, kind.order, deep, work)
+    for k in range(0, kind.head_dim, LANES):
+        for at in range(k, k + deep * kind.order, kind.order):
+            store(work.least, at, load(work.least, k))
+            store(work.most, at, load(work.most, k))
 
 
 @inlined
@@ -123,13 +156,12 @@ def _empty(at, step, deep, work):
 @leaf
 def _insert_lanes(low, high, at, step, deep, work):
     """Numbers into eight lists of the smallest ones and eight of the largest ones, ``step`` from each to its next."""
-    if deep > _ALWAYS and not (set_lanes(low < load(work.least, at)) | set_lanes(high > load(work.most, at))):
-        return
-    k = at
-    for _ in range(deep):
-        store(work.least, k, max(min(load(work.least, k), low), load(work.least, k + step)))
-        store(work.most, k, min(max(load(work.most, k), high), load(work.most, k + step)))
-        k += step
+    if any_lane(low < load(work.least, at)):
+        for k in range(at, at + deep * step, step):
+            store(work.least, k, max(min(load(work.least, k), low), load(work.least, k + step)))
+    if any_lane(high > load(work.most, at)):
+        for k in range(at, at + deep * step, step):
+            store(work.most, k, min(max(load(work.most, k), high), load(work.most, k + step)))
 
 
 @leaf

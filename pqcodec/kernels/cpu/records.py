@@ -327,7 +327,9 @@ class Outliers(NamedTuple):
     counts: np.ndarray  # int64 [segments]
     shorts: np.ndarray  # uint16 [lanes]
     one: np.ndarray  # float32 [lanes]
-    state: np.ndarray  # int64 [4]: how far a block's records are read
+    targets: np.ndarray  # int32 [room]: where a decoder puts them, counted from a block's first row on
+    numbers: np.ndarray  # float32 [room + lanes]: what it puts there
+    state: np.ndarray  # int64 [2]: of a decoder
 
 
 class GroupWork(NamedTuple):
@@ -346,6 +348,8 @@ class GroupWork(NamedTuple):
     one: np.ndarray  # float32 [lanes]
     other: np.ndarray
     places: np.ndarray  # int32 [order]: 0, 1, 2 ...
+    used: np.ndarray  # int32 [order]: of an encoder of scalar coding, ``scalar.lanes_used`` of each channel
+    codes: np.ndarray  # int32 [order]: of a row
     shorts: np.ndarray  # uint16 [2 * order + lanes]: fields as they stand
     steps: np.ndarray  # int32 [lanes]: ``affine_fields.fill_steps``
     shifts: np.ndarray  # int32 [lanes]

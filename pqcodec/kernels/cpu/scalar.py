@@ -77,15 +77,17 @@ def encode_by_table(x, rows, lead, kind, groups, bad, work, payload, at, row_byt
     for row in range(rows):
         for k in range(0, order, LANES):
             number, step, zero = load(x, row * order + k), load(work.step, k), load(work.start, k)
-            there = load(work.places, k) < ints(I32(0 if bad[row] else head_dim))
-            code = scalar_codes(number, step, zero, there, groups)
-            code = select(there, code, ints(I32(0)))
-            put_codes(code, groups.bits, shifts, work.places, payload, at + row * row_bytes + (k >> 3) * groups.bits)
+            code = ints(I32(0))
+            if not bad[row]:
+                code = scalar_codes((number - zero) / divisors(step), lanes_used(step, k, kind, work), groups)
+            store(work.codes, k, code)
             if groups.outliers and k < head_dim:
                 level = gather(groups.levels, code) if groups.levels.size else to_float(code) - shift
                 coded = level * step + zero
                 off = max(number - coded, coded - number)
+                there = load(work.places, k) < ints(I32(0 if bad[row] else head_dim))
                 store(missed, row * head_dim + k, select(there, off, floats(F32(0))))
+        put_codes(work.codes, order, groups.bits, shifts, work.places, payload, at + row * row_bytes)
 
 
 @leaf
@@ -105,60 +107,68 @@ def encode_scalars(x, rows, first_row, kind, groups, scale, bad, kept, work, pay
         for g in range(count - 1, -1, -1):  # downwards, because ranges are spread in their place
             spread_fields(g, order, groups, work.first[g], work.span[g], work)
             spread_range(g, order, groups, work)
+        for k in range(0, order, LANES):
+            step = load(work.step, k)
+            store(work.step, k, divisors(step))
+            store(work.used, k, lanes_used(step, k, kind, work))
     for row in range(rows):
         row_at, base, room = at + row * row_bytes, row * order, (first_row + row) * kind.head_dim
         if bad[row]:
             for k in range(0, order, LANES):
-                put_codes(ints(I32(0)), groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+                store(work.codes, k, ints(I32(0)))
         elif single:
             for g in range(count):
                 own = g * LANES + row
                 step, zero = spread(work.first, own), spread(work.span, own)
                 low, high = spread(work.low, own), spread(work.high, own)
+                divisor = divisors(step)
                 for k in range(g * groups.channels, min((g + 1) * groups.channels, order), LANES):
                     number = load(x, base + k) * floats(scale)
-                    code = scalar_codes(number, step, zero, load(work.places, k) < ints(I32(kind.head_dim)), groups)
-                    put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+                    code = scalar_codes((number - zero) / divisor, lanes_used(step, k, kind, work), groups)
+                    store(work.codes, k, code)
                     if groups.outliers and k < kind.head_dim:
                         kept = keep_apart(number, low, high, kind.head_dim - k, room + k, kept, work.apart)
         else:
             for k in range(0, order, LANES):
                 number = load(x, base + k) * floats(scale)
-                there = load(work.places, k) < ints(I32(kind.head_dim))
-                code = scalar_codes(number, load(work.step, k), load(work.start, k), there, groups)
-                put_codes(code, groups.bits, shifts, work.places, payload, row_at + (k >> 3) * groups.bits)
+                code = scalar_codes((number - load(work.start, k)) / load(work.step, k), load(work.used, k), groups)
+                store(work.codes, k, code)
                 if groups.outliers and k < kind.head_dim:
                     low, high = load(work.low, k), load(work.high, k)
                     kept = keep_apart(number, low, high, kind.head_dim - k, room + k, kept, work.apart)
+        put_codes(work.codes, order, groups.bits, shifts, work.places, payload, row_at)
     return kept
 
 
 @inlined
-def scalar_codes(number, step, zero, there, groups):
-    """The codes of eight numbers, int lanes; 0 where a scale is 0, and where no number is ``there``."""
-    none = step == floats(F32(0))
-    place = (number - zero) / select(none, floats(F32(1)), step)
+def divisors(step):
+    """Scales, and 1 where one is 0."""
+    return select(step == floats(F32(0)), floats(F32(1)), step)
+
+
+@inlined
+def lanes_used(step, k, kind, work):
+    """All bits of int lanes where channel k and the seven behind it have a number and a scale, else none."""
+    there = select(load(work.places, k) < ints(I32(kind.head_dim)), ints(I32(-1)), ints(I32(0)))
+    return select(step == floats(F32(0)), ints(I32(0)), there)
+
+
+@inlined
+def scalar_codes(place, used, groups):
+    """The codes of eight numbers less their zeros and over their scales, int lanes; 0 where they are not ``used``."""
     if groups.levels.size:
-        found = nearest_level(place, groups)
-        return select(none, ints(I32(0)), select(there, found, ints(I32(0))))
+        return nearest_level(place, groups) & used
     shift, last = floats(F32(0 if groups.zeros else 1 << groups.bits >> 1)), floats(F32((1 << groups.bits) - 1))
-    place = min(max(nearest(place) + shift, floats(F32(0))), last)
-    return select(none, ints(I32(0)), truncate(select(there, place, floats(F32(0)))))
+    return truncate(min(max(nearest(place) + shift, floats(F32(0))), last)) & used
 
 
 @leaf
 def nearest_level(place, groups):
-    """The levels nearest to numbers in the range of their group, int lanes: how many bounds are below each.
-
-    Found by bisection, or where bounds are few by a comparison with each, which then costs less.
-    """
+    """The levels nearest to numbers in the range of their group, int lanes: how many bounds are below each, by bisection."""
     code = ints(I32(0))
-    if groups.bits < 4:
-        for j in range(1 << groups.bits):
-            code = code + select(place > spread(groups.bounds, j), ints(I32(1)), ints(I32(0)))
-        return code
     for first in (1, 2, 4, 8):
-        code = _deeper(code, place, pick(groups.bounds, first, code))
+        if first >> groups.bits == 0:
+            code = _deeper(code, place, pick(groups.bounds, first, code))
     for depth in range(4, groups.bits):
         code = _deeper(code, place, gather(groups.bounds, code + ints(I32(1 << depth))))
     return code

@@ -90,10 +90,10 @@ def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:
 
 
 def _bisection(bounds: np.ndarray) -> np.ndarray:
-    """2^bits - 1 ascending bounds as a tree: node i of depth d at [2^d + i], and an infinity at [0]."""
+    """2^bits - 1 ascending bounds as a tree: node i of depth d at [2^d + i], an infinity at [0], zeros behind for ``pick``."""
     depths = len(bounds).bit_length()
     nodes = [bounds[(1 << depths - 1 - depth) - 1 :: 1 << depths - depth] for depth in range(depths)]
-    return np.concatenate([np.full(1, np.inf, np.float32), *nodes])
+    return np.concatenate([np.full(1, np.inf, np.float32), *nodes, np.zeros(LANES, np.float32)])
 
 
 # -- the split coding --------------------------------------------------------------------------------------------------
