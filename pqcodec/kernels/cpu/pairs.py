@@ -11,7 +11,7 @@ from pqcodec.constants import TURN
 from pqcodec.kernels.cpu.affine_fields import as_halves, cell_of, code_shifts, codes_at, halves_at, put_codes, shorts_of
 from pqcodec.kernels.cpu.lane_memory import gather, gather_pair, load, load_short, store, store_short
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, root, select, to_float, truncate
-from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, jit, leaf
+from pqcodec.kernels.cpu.records import F32, I32, inlined, jit, leaf
 from pqcodec.kernels.cpu.split import turns_of
 
 _NONE = np.float32(1e9)  # beyond every radius and every angle
@@ -127,30 +127,39 @@ def shortest_arcs(radii, angles, rows, pairs, bad, work):
     """Put into ``work.first`` where each pair's shortest arc begins, and into ``work.span`` how long it is.
 
     The circle has as many bins as there are angles, or more, so the largest gap is between the bins, of which the least and
-    the largest angle are enough.
+    the largest angle are enough. Eight pairs have bins of their own, and one more for what has no angle.
     """
     bins = 1
     while bins < rows:
         bins *= 2
-    lows, highs = np.zeros(bins, np.float32), np.zeros(bins, np.float32)
-    for p in range(pairs):
-        lows[:], highs[:] = _NONE, F32(-1)
-        last = F32(-1)
+    lows, highs = np.zeros((bins + 1) * LANES, np.float32), np.zeros((bins + 1) * LANES, np.float32)
+    places = np.zeros(LANES, np.int32)
+    for p in range(0, pairs, LANES):
+        for k in range(0, lows.size, LANES):
+            store(lows, k, floats(_NONE))
+            store(highs, k, floats(F32(-1)))
+        last = floats(F32(-1))
         for row in range(rows):
-            if radii[row * pairs + p] > F32(0) and not bad[row]:
-                angle = angles[row * pairs + p]
-                place = I64(angle) * bins // TURN
-                lows[place], highs[place] = min(lows[place], angle), max(highs[place], angle)
-                last = max(last, angle)
-        if last < F32(0):
-            continue
-        gap, before, begin, end = F32(-1), last - F32(TURN), F32(0), F32(0)
-        for place in range(bins):
-            if highs[place] >= F32(0):
-                behind = lows[place] + F32(TURN) - last if before < F32(0) else lows[place] - before
-                if behind > gap:
-                    gap, begin, end = behind, lows[place], last if before < F32(0) else before
-                before = highs[place]
-        work.first[p] = np.floor(begin)
-        span = end - work.first[p]
-        work.span[p] = span + F32(TURN) if span < F32(0) else span
+            if bad[row]:
+                continue
+            angle, there = load(angles, row * pairs + p), load(radii, row * pairs + p) > floats(F32(0))
+            last = max(last, select(there, angle, floats(F32(-1))))
+            place = select(there, truncate(angle * floats(F32(bins) / F32(TURN))), ints(I32(bins)))
+            store(places, 0, place * ints(I32(LANES)) + load(work.places, 0))
+            for l in range(LANES):
+                at, one = places[l], angles[row * pairs + p + l]
+                lows[at], highs[at] = min(lows[at], one), max(highs[at], one)
+        gap, before, begin, end = floats(F32(-1)), floats(F32(-1)), floats(F32(0)), floats(F32(0))
+        for k in range(0, bins * LANES, LANES):
+            low, high, opens = load(lows, k), load(highs, k), before < floats(F32(0))
+            there = high >= floats(F32(0))
+            behind = select(opens, low + floats(F32(TURN)) - last, low - before)
+            wider = there & (behind > gap)
+            gap, begin = select(wider, behind, gap), select(wider, low, begin)
+            end = select(wider, select(opens, last, before), end)
+            before = select(there, high, before)
+        there, first = last >= floats(F32(0)), to_float(truncate(begin))
+        span = end - first
+        span = select(span < floats(F32(0)), span + floats(F32(TURN)), span)
+        store(work.first, p, select(there, first, load(work.first, p)))
+        store(work.span, p, select(there, span, load(work.span, p)))
