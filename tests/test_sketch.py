@@ -126,6 +126,19 @@ def test_scores_are_inner_products_with_the_unbiased_vectors(preset: str, backen
 
 
 @pytest.mark.parametrize("preset", SKETCHES)
+@pytest.mark.parametrize(("head_dim", "heads"), [(20, 1), (64, 9), (300, 33)])
+def test_scores_from_signs_are_those_of_decoded_keys(preset: str, head_dim: int, heads: int) -> None:
+    """Of one query a key, of more than eight that are looked up together, and of more than are."""
+    k, q = gaussian(2, 71, head_dim), gaussian(2 * heads, 1, head_dim, seed=1)
+    k[..., 1] *= 30  # an outlier channel of all tokens
+    data = pqcodec.encode(k, preset=preset, center="rope", rope=pqcodec.Rope(), chunk_tokens=64)
+    y = np.repeat(pqcodec.decode(data, estimate="unbiased"), heads, 0)
+    for name in BACKENDS:
+        found = attention.scores(data, q, tokens=(3, 70), backend=name)
+        np.testing.assert_allclose(found, q @ y.swapaxes(1, 2)[..., 3:70] / math.sqrt(head_dim), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", SKETCHES)
 def test_scores_have_no_bias_and_their_variance_is_told(preset: str) -> None:
     """Over 40 seeds, of queries some of which are keys: their scores are off by less than the variance says."""
     k = gaussian(1, 64, 64)

@@ -154,7 +154,29 @@ def _listed(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan) ->
     return _apart(list(lists.reshape(-1, max(plan.sketch.channels, 1))), rows, plan)
 
 
-# -- how far estimates are off -------------------------------------------------------------------------------------
+# -- estimates, and how far they are off ---------------------------------------------------------------------------
+def estimates(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, queries: np.ndarray) -> np.ndarray:
+    """Inner products of queries [q, head_dim] with the wanted rows, without bias, straight from signs: float64 [q, n]."""
+    sketch = plan.sketch
+    assert sketch is not None
+    wanted = body[: tokens * plan.row_bytes].reshape(tokens, plan.row_bytes)[slice(*rows)]
+    norms, power = _norms(body, wanted, sketch)
+    factors, apart = scales(sketch, plan.head_dim, plan.order, False)[:, 0], _listed(body, tokens, rows, plan)
+    bits = np.unpackbits(wanted[:, sketch.norm_bits // 8 :], axis=1, bitorder="little")
+    signs, found = bits * 2.0 - 1, np.zeros((len(queries), len(wanted)))
+    padded, group, at = np.zeros((len(queries), plan.order)), np.arange(*rows) // (sketch.tokens or tokens), 0
+    padded[:, : plan.head_dim] = queries
+    for part, blocks in enumerate((sketch.blocks, sketch.outlier_blocks)[: norms.shape[1]]):
+        for block in range(blocks):
+            matrix = projections(sketch.matrix, plan.seed, plan.order, block).T.astype(np.float64)
+            for own in np.unique(group):
+                its = group == own
+                products = padded * (apart[its][0] == part) @ matrix  # of the channels of this part
+                found[:, its] += products @ signs[its, at : at + plan.order].T * (norms[its, part] * factors[part])
+            at += plan.order
+    return found * 2.0**power
+
+
 def variances(body: np.ndarray, tokens: int, rows: tuple[int, int], plan: Plan, queries: np.ndarray) -> np.ndarray:
     """Of the inner products of queries [q, head_dim] with the wanted rows, at most: float64 [q, n].
 

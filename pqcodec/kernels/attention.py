@@ -294,11 +294,14 @@ def coded_scores(job: AttentionJob) -> np.ndarray:
     found = np.zeros((*q.shape[:2], job.tokens[1] - job.tokens[0]))
     for chunk, rows, at in coded.rows(job.tokens):
         for lead in range(h.leading):
-            units, factors = decoded_units(job, coded, chunk, lead, rows)
-            scores = turned[lead] @ units.T * factors
+            if h.sketch:
+                scores = sketch.estimates(_checked_body(job, coded, chunk, lead), h.blocks.tokens(chunk), rows, plan, q[lead])
+            else:
+                units, factors = decoded_units(job, coded, chunk, lead, rows)
+                scores = turned[lead] @ units.T * factors
             if coded.offsets is not None:
                 scores += q[lead] @ offsets_of_rows(coded, chunk, lead, rows).T
-            found[lead, :, at : at + len(units)] = scores
+            found[lead, :, at : at + scores.shape[1]] = scores
     for lead, token, key in zip(coded.exact.leads, coded.exact.tokens, coded.exact.vectors, strict=True):
         found[lead, :, token - job.tokens[0]] = exact_scores(q[lead], key[None].astype(np.float64))[:, 0]
     return softcapped(found, job.softcap)

@@ -6,73 +6,27 @@ kernel of arXiv 2502.00527 has a table of products for each query instead, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 from numba import carray
 
-from pqcodec import constants as c
 from pqcodec.constants import CHECKSUM_BYTES
-from pqcodec.kernels.attention import AttentionJob, block_damage, exact_scores, softcapped
+from pqcodec.kernels.attention import AttentionJob
 from pqcodec.kernels.cpu import tables
 from pqcodec.kernels.cpu.affine_blocks import affine_size, block_scale, decode_rows, work_of
 from pqcodec.kernels.cpu.bits import checksum
-from pqcodec.kernels.cpu.lane_memory import load, pointer, store, sums_of_rows, word_at
-from pqcodec.kernels.cpu.lanes import LANES, floats, fused
+from pqcodec.kernels.cpu.block_scores import Run, keys_of, offset_rows, products_of_rows, query_rows, scores_of_blocks
+from pqcodec.kernels.cpu.lane_memory import pointer, store, word_at
+from pqcodec.kernels.cpu.lanes import LANES
 from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.records import F32, I64, Groups, Kind, RopeTable, jit
-from pqcodec.stream.checksum import checksum_keys
-from pqcodec.tensors.rows import address
-from pqcodec.threads import threads
-
-_CALLS = 4  # of a kernel, for each thread
-TOKENS, LOW, HIGH, SOURCE, LEAD, AT, POSITION, CHUNK = range(8)  # what stands where in an item
 
 
-def scores_of_groups(job: AttentionJob, kind: tuple, run: Callable[[list[Callable[[], int]]], None]) -> np.ndarray:
+def scores_of_groups(job: AttentionJob, kind: tuple, run: Run) -> np.ndarray:
     """Scores of the job's tokens: float32 [leading, rows, tokens]. ``kind``: a Kind of the keys."""
-    coded, h = job.keys, job.keys.header
-    rows, width = job.queries.shape[1], -(-h.head_dim // LANES) * LANES
-    queries = np.zeros((h.leading, rows, width), np.float32)
-    queries[..., : h.head_dim] = job.queries
-    found = np.empty((h.leading, rows, job.tokens[1] - job.tokens[0]), np.float32)
-    items = _items(job)
-    damaged = np.zeros(len(items), np.bool_)
-    offsets = np.zeros((0, 0), np.float32)
-    if coded.offsets is not None:
-        offsets = np.pad(coded.offsets, ((0, 0), (0, h.order - h.head_dim)))
-    keys = checksum_keys(-(-h.blocks.size_of(min(h.chunk_tokens, h.coded_tokens)) // 4) + 1)
-    arguments = (kind, tables.groups(h), offsets, tables.rope(h), queries.ravel(), rows, width, keys, job.check)
-
-    def task(first: int, last: int) -> int:
-        score_groups(items[first:last], *arguments, damaged[first:last], found)
-        return 0
-
-    step = -(-len(items) // (_CALLS * threads()))
-    run([partial(task, first, first + step) for first in range(0, len(items), max(step, 1))])
-    for item in items[damaged]:
-        job.damage.append(block_damage(h, int(item[CHUNK]), int(item[LEAD])))
-    for lead, token, key in zip(coded.exact.leads, coded.exact.tokens - job.tokens[0], coded.exact.vectors, strict=True):
-        found[lead, :, token] = exact_scores(job.queries[lead], key[None])[:, 0]
-    return softcapped(found, job.softcap)
-
-
-def _items(job: AttentionJob) -> np.ndarray:
-    """Blocks that are read, int64 [n, 8]: tokens, wanted rows, address, leading index, first score, position, chunk."""
-    coded, h, (first, last) = job.keys, job.keys.header, job.tokens
-    chunk, lead = np.divmod(np.arange(coded.chunks[0] * h.leading, coded.chunks[1] * h.leading), h.leading)
-    begin = h.first_tokens + chunk * h.chunk_tokens
-    items = np.zeros((len(chunk), 8), np.int64)
-    items[:, TOKENS] = np.minimum(h.chunk_tokens, h.coded_tokens - chunk * h.chunk_tokens)
-    items[:, LOW] = np.maximum(first - begin, 0)
-    items[:, HIGH] = np.minimum(last - begin, items[:, TOKENS])
-    items[:, SOURCE] = address(coded.payload) + (chunk - coded.chunks[0]) * h.leading * h.blocks.chunk_bytes
-    items[:, SOURCE] += lead * h.blocks.size_of(items[:, TOKENS])
-    items[:, LEAD], items[:, CHUNK] = lead, chunk
-    items[:, AT] = begin + items[:, LOW] - first
-    items[:, POSITION] = begin + (h.rope.first_position % (1 << c.PHASE_BITS) if h.rope else 0)
-    return items[items[:, LOW] < items[:, HIGH]]
+    h, queries = job.keys.header, query_rows(job)
+    records = (kind, tables.groups(h), offset_rows(job), tables.rope(h))
+    arguments = (*records, queries.ravel(), *queries.shape[1:], keys_of(h), job.check)
+    return scores_of_blocks(job, run, lambda items, damaged, found: score_groups(items, *arguments, damaged, found))
 
 
 @jit
@@ -105,15 +59,7 @@ def score_groups(items, kind, groups, offsets, rope, queries, query_rows, width,
             if offsets.size:
                 add_offset(tile, rows, order, offsets[lead], rope, cos, sin, row)
             for query in range(query_rows):
-                q = (lead * query_rows + query) * width
-                for r in range(rows):
-                    one, other = floats(F32(0)), floats(F32(0))
-                    for k in range(0, width - LANES, 2 * LANES):
-                        one = fused(load(tile, r * order + k), load(queries, q + k), one)
-                        other = fused(load(tile, r * order + k + LANES), load(queries, q + k + LANES), other)
-                    if width % (2 * LANES):
-                        one = fused(load(tile, r * order + width - LANES), load(queries, q + width - LANES), one)
-                    store(sums, r * LANES, one + other)
-                store(result, 0, sums_of_rows(sums, 0))
+                products = products_of_rows(tile, rows, order, queries, (lead * query_rows + query) * width, width, sums)
+                store(result, 0, products)
                 for r in range(rows):
                     found[lead, query, at + row - low + r] = result[r]

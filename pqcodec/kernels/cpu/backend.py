@@ -28,6 +28,7 @@ from pqcodec.kernels.cpu import (
     residual,
     sides,
     sketch,
+    sketch_scores,
     tables,
     vectors,
 )
@@ -368,11 +369,13 @@ class Cpu:
 
     def scores(self, job: attention.AttentionJob) -> np.ndarray:
         """Scores of all tokens of a job: float32 [leading, rows, tokens]."""
+        h, run = job.keys.header, partial(_run, advance=lambda done: None)
         if attending.covers(job):
-            return attending.scores_of_codes(job, partial(_run, advance=lambda done: None))
-        if job.keys.header.affine and job.keys.positions is None:
-            kind = _kind(job.keys.header, job.keys.header.chunk_tokens)
-            return affine_scores.scores_of_groups(job, kind, partial(_run, advance=lambda done: None))
+            return attending.scores_of_codes(job, run)
+        if sketch_scores.reads_signs(job):
+            return sketch_scores.scores_of_signs(job, _kind(h, h.chunk_tokens), run)
+        if h.affine and job.keys.positions is None:
+            return affine_scores.scores_of_groups(job, _kind(h, h.chunk_tokens), run)
         return attention.scores_by_decoding(job, self)
 
     def attend(self, job: attention.AttentionJob) -> attention.Partial:

@@ -385,6 +385,33 @@ class SketchTable(NamedTuple):
     dense: np.ndarray  # int8 [most blocks * order * order]: T of independent numbers; [0] of rotations
 
 
+class SketchQueries(NamedTuple):
+    """Queries of all leading indices, flat float32, as scores of a sketch take them; eight rows stand side by side."""
+
+    rows: int  # of a leading index
+    width: int  # numbers of a query in ``alone``
+    scale: np.float32  # of ``columns``, a power of two
+    alone: np.ndarray  # [leading, rows, width]
+    eights: np.ndarray  # [leading, rows / 8, order, 8]
+    columns: np.ndarray  # [order, projections]: of all blocks of S
+
+
+class SketchSums(NamedTuple):
+    """Sums of the projections of eight queries, and scratch; of eight queries side by side where nothing else is said."""
+
+    inner: np.ndarray  # float32 [projections / 4, 16, 8]: of every four with each of their signs, without outlier channels
+    outer: np.ndarray  # the same of outlier channels alone
+    totals: np.ndarray  # float32 [8 rows, 8]
+    factors: np.ndarray  # float32 [2, 8 rows]: of both parts
+    shorts: np.ndarray  # uint16 [8 rows]
+    apart: np.ndarray  # float32 [order]: 1 of the outlier channels of a group
+    listed: np.ndarray  # int64 [order]: which these are
+    every: np.ndarray  # int64 [order]: all channels
+    whole: np.ndarray  # float32 [projections, 8]: products with S, of all channels
+    left: np.ndarray  # without outlier channels
+    moved: np.ndarray  # of these alone
+
+
 # -- attention -----------------------------------------------------------------------------------------------------------
 class AttentionPart(NamedTuple):
     """A run of tokens and some leading indices, which one task attends to: int64. As ``PART``."""

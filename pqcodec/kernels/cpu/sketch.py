@@ -314,10 +314,7 @@ def project_back(signs, order, dense, block, other, tile):
 @leaf
 def scale_rows(payload, row, rows, kind, sketch, part, scale, shorts, factors, found):
     """Multiply a part of eight rows by their norms, by what its sums are norms of, and by the block's power of two."""
-    for r in range(LANES):
-        shorts_of(payload, (row + min(r, rows - 1)) * kind.row_bytes + 2 * part, 1, shorts[r:])
-    factor = halves_at(shorts, 0) * spread(sketch.scales, 2 * part) * spread(sketch.scales, 2 * part + 1)
-    store(factors, 0, factor)
+    store(factors, 0, norm_factors(payload, row, rows, kind, sketch, part, shorts))
     for r in range(rows):
         for k in range(0, kind.order, LANES):
             number = load(found, r * kind.order + k) * spread(factors, r) * floats(scale) + floats(F32(0))
@@ -325,6 +322,14 @@ def scale_rows(payload, row, rows, kind, sketch, part, scale, shorts, factors, f
 
 
 # -- both ----------------------------------------------------------------------------------------------------------
+@leaf
+def norm_factors(payload, row, rows, kind, sketch, part, shorts):
+    """Of eight rows the norms of a part, times what its sums are norms of, float lanes; without the block's power of two."""
+    for r in range(LANES):
+        shorts_of(payload, (row + min(r, rows - 1)) * kind.row_bytes + 2 * part, 1, shorts[r:])
+    return halves_at(shorts, 0) * spread(sketch.scales, 2 * part) * spread(sketch.scales, 2 * part + 1)
+
+
 @inlined
 def rotation_of(sketch, block):
     """The rotation of a block of S."""

@@ -286,6 +286,18 @@ def sketch_table(verb: str, asked: Sketch, head_dim: int, seed: int, shrunk: boo
     )
 
 
+@lru_cache(maxsize=8)
+def sketch_columns(asked: Sketch, head_dim: int, seed: int) -> tuple[np.ndarray, np.float32]:
+    """T of SPEC 21.3 over a power of two, column by column: float32 [order, projections of all blocks], flat; and that power.
+
+    No number is above 1, so that products with large queries stay in float32.
+    """
+    order, blocks = order_for(head_dim), range(max(asked.blocks, asked.outlier_blocks))
+    whole = np.concatenate([sketch.projections(asked.matrix, seed, order, block) for block in blocks]).T
+    power = 1 << int(np.abs(whole).max()).bit_length()
+    return np.ascontiguousarray(whole / power, np.float32).ravel(), np.float32(power)
+
+
 # -- split and paper ------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def _circle() -> np.ndarray:
