@@ -2,8 +2,8 @@
 
 Bits are those of rows and of the fields that they share; headers and checksums are left out. Gaussian vectors of 128 numbers;
 keys and values of SmolLM2, 256 tokens of layers 0, 1, 15 and 29, not centred. Sketches are decoded without bias. Speeds are
-those of the CPU over pq3's, measured in turns. ``KNOWN`` is what the system's algorithm, in plain numpy and without a stream,
-makes of such vectors.
+by the time of all cores, over pq3's, measured in turns; of scores of sketches, over those of decoding them. ``KNOWN`` is what
+the system's algorithm, in plain numpy and without a stream, makes of such vectors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import pqcodec
 from benchmarks import results_file
+from pqcodec.attention import scores
 from pqcodec.calibrate import rows_to_code
 from pqcodec.stream.header import Header
 
@@ -116,15 +117,35 @@ def speeds(rows: list[dict[str, Any]]) -> None:
     found: dict[int, list[tuple[float, float]]] = {i: [] for i in range(len(rows))}
     for _ in range(TURNS):
         for i, row in enumerate(rows):
-            start = time.perf_counter()
+            start = time.process_time()
             data = pqcodec.encode(x, preset=row["preset"], effort=row["effort"])
-            between = time.perf_counter()
+            between = time.process_time()
             pqcodec.decode(data, out=out, estimate="unbiased")
-            found[i].append((between - start, time.perf_counter() - between))
+            found[i].append((between - start, time.process_time() - between))
     seconds = {i: [median(times) for times in zip(*turns, strict=True)] for i, turns in found.items()}
     base = next(seconds[i] for i, row in enumerate(rows) if (row["preset"], row["effort"]) == ("pq3", "fast"))
     for i, row in enumerate(rows):
         row |= {f"{verb}_over_pq3": base[n] / seconds[i][n] for n, verb in enumerate(("encode", "decode"))}
+
+
+def sketch_scores() -> list[dict[str, Any]]:
+    """Scores of sketched keys [8, 8192, 128] from their signs, and what decoding the keys takes: medians of turns."""
+    rng, found = np.random.default_rng(0), []
+    k = rng.standard_normal((8, 8192, 128)).astype(np.float16)
+    for preset in (name for name, one in pqcodec.PRESETS.items() if one.estimates):
+        data = pqcodec.encode(k, preset=preset)
+        for queries in (1, 4, 8):
+            q, seconds = rng.standard_normal((8, queries, 128)).astype(np.float32), []
+            for _ in range(TURNS + 1):
+                start = time.process_time()
+                scores(data, q)
+                between = time.process_time()
+                pqcodec.decode(data, estimate="unbiased")
+                seconds.append((between - start, time.process_time() - between))
+            signs, decoded = (median(times) for times in zip(*seconds[1:], strict=True))  # the first made tables
+            row = {"preset": preset, "queries": queries, "milliseconds": signs * 1e3, "over_decoding": decoded / signs}
+            found.append(row)
+    return found
 
 
 def main() -> None:
@@ -138,7 +159,7 @@ def main() -> None:
     chosen = [*((name, "fast") for name in (*BESIDE, *others)), *((name, "best") for name in others if name.startswith("wu"))]
     rows = [row_of(preset, effort, gaussian, model) for preset, effort in chosen]
     speeds(rows)
-    shown = Table(title=f"relMSE, and speeds of {SHAPE} fp16 over pq3's (median of {TURNS} turns)")
+    shown = Table(title=f"relMSE, and speeds of {SHAPE} fp16 over pq3's, by CPU time (median of {TURNS} turns)")
     columns = ("bits", "gaussian", "gaussian_known", "key", "key_known", "value", "encode_over_pq3", "decode_over_pq3")
     for heading in ("preset", *columns):
         shown.add_column(heading, justify="left" if heading == "preset" else "right")
@@ -149,7 +170,10 @@ def main() -> None:
     of_kvquant = kvquant_rows(tensors)
     for each in of_kvquant:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in each.items()))
-    found = {"rows": rows, "kvquant": of_kvquant}
+    of_sketches = sketch_scores()
+    for each in of_sketches:
+        print(f"{each['preset']}, {each['queries']} queries a key: {each['over_decoding']:.1f} times as fast as decoding")
+    found = {"rows": rows, "kvquant": of_kvquant, "sketch_scores": of_sketches}
     print(f"wrote {results_file.write('neighbours', 'python -m benchmarks.neighbours', found)}")
 
 

@@ -241,6 +241,16 @@ TABLES = {
             "values, single heads": number("values_of_one_head", ".4f"),
         },
     ),
+    "sketch-scores": Table(
+        ["neighbours"],
+        lambda found: found["sketch_scores"],
+        {
+            "preset": text("preset"),
+            "queries that share a key": text("queries"),
+            "scores of 65,536 keys, ms": number("milliseconds", ".1f"),
+            "times as fast as decoding them": number("over_decoding", ".1f"),
+        },
+    ),
     "fidelity": Table(
         [f"fidelity.{file}.{name}" for file in MODELS.values() for name in TEXTS],
         _caches,

@@ -54,8 +54,9 @@ def train_vq(
 ) -> None:
     """Train codebooks for the presets rvq1 to rvq8 on a model's own keys and values.
 
-    They are used by `pqcodec encode --preset rvq8 --table FOLDER`. Give caches of texts like those to come, several thousand
-    tokens a layer; the error is that of the last tenth of each tensor's tokens, which are not trained on.
+    They are used by `pqcodec encode --preset rvq8 --table FOLDER`. Give caches of texts like those to come, a hundred
+    thousand tokens a layer, or several thousand at the least; the error is that of the last tenth of each tensor's tokens,
+    which are not trained on.
     """
     listed = inputs(sources, (*PLAIN, *ENCODED), keep_going=False)
     found: dict[Key, list[Any]] = {}
