@@ -235,9 +235,9 @@ def _lorc(rank: float, preset: str) -> System:
 
 
 def _blocks(preset: str) -> System:
-    """DecoQuant's factor of each 16 channels; its authors have a scale a token of all heads, these presets one of each 32."""
+    """DecoQuant's factor of each 16 channels, and a scale a token of all heads."""
     coder = Stream(preset, joined=True, blocks=True)
-    return System(f"blocks x {preset}", "DecoQuant", coder, coder)
+    return System(preset, "DecoQuant", coder, coder)
 
 
 def _sketch(preset: str, theirs: str = "") -> System:
@@ -277,7 +277,7 @@ SYSTEMS: dict[str, System] = {
         *map(_centred_levels, (2, 3)),
         *(_think(dropped, preset) for dropped in (0.4, 0.5) for preset in ("pq4", "quad3")),
         *(_lorc(rank, preset) for rank in (0.75, 0.5) for preset in ("q8_0", "quad3.5")),
-        *map(_blocks, ("q8_0", "q4_0")),
+        *map(_blocks, ("decoquant8", "decoquant4", "decoquant2")),
         *map(_sketch, ("qjl", "qjl4", "qjl-outliers")),
     )
 }
