@@ -65,7 +65,7 @@ class ChunkCodec:
     >>> x = torch.randn(1, 3, 16, 2 * 2 * 64).half()
     >>> data, y = chunks.encode(x, b"its name"), torch.empty_like(x)
     >>> chunks.decode(data, y, b"its name")
-    >>> data.nbytes == chunks.size(x.shape, x.dtype), bool((x - y).norm() < 0.1 * x.norm())
+    >>> data.nbytes == chunks.size(x.shape, x.dtype), bool((x - y).norm() < 0.2 * x.norm())
     (True, True)
     """
 
