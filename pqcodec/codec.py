@@ -14,7 +14,7 @@ from pqcodec.backends import on_device
 from pqcodec.codings.declared import DECLARED, Codebook, half_numbers
 from pqcodec.codings.presets import preset_name
 from pqcodec.errors import InvalidArgument
-from pqcodec.options import EncodeOptions, Progress
+from pqcodec.options import EncodeOptions, Progress, check_numbers
 from pqcodec.stages.centre import Halves, Rope
 from pqcodec.stream.header import DTYPE_CODES, DTYPE_NAMES, Header, read_header
 from pqcodec.stream.header_ranges import PAIRING_NAMES
@@ -56,7 +56,9 @@ def encode(
 
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE, described by
     ``rope``). ``exact_tokens``, ``exact_last``: first and last tokens kept in the tensor's own dtype (the last not by backends
-    of GPUs). ``exact_vectors``: further vectors that are kept so, as pairs (leading index, token). ``nonfinite``: "error", or
+    of GPUs). ``exact_vectors``: further vectors that are kept so, as pairs (leading index, token), or a number n: the n
+    vectors of each leading index that lie farthest from its mean (under RoPE from the mean at their position; of equally far
+    ones the earlier), which backends of GPUs refuse. ``nonfinite``: "error", or
     "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum; whole groups where
     tokens share fields (wu44: multiples of 128). ``effort``: "fast", or "best" for a smaller error from a longer search
     (presets of quads, and of pair polar, whose range of angles then begins behind the largest gap; the others have no search,
@@ -136,6 +138,7 @@ def encoded_size(
     center: str | None = None,
     rope: Rope | None = None,
     exact_tokens: int = 0,
+    exact_vectors: int = 0,
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS,
     exact_last: int = 0,
     keep: Any = None,
@@ -150,6 +153,8 @@ def encoded_size(
 ) -> int:
     """Bytes that ``encode`` returns for a finite tensor of that shape; nothing is encoded. Raises InvalidArgument.
 
+    ``exact_vectors``: how many of each leading index; a stream's size by pairs depends on which of them are coded.
+
     >>> encoded_size((32, 8, 4096, 128), preset="pq3") / (32 * 8 * 4096 * 128 * 2)
     0.187...
     """
@@ -158,7 +163,8 @@ def encoded_size(
     more: dict[str, Any] = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
     more |= {"before_rope": before_rope, "join_heads": join_heads}
     more |= {"channels": channels, "block_basis": block_basis, "basis": basis, "ranges": ranges}
-    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, **more)
+    check_numbers(exact_vectors=exact_vectors)
+    options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_vectors, **more)
     return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.backends import device_backend
 from pqcodec.batch import DecodeBatch, EncodeBatch
-from pqcodec.errors import NonFiniteInput
+from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.options import EncodeOptions, Progress
 from pqcodec.placed import Placed, aligned, device_named, lying, moved, one_device
 from pqcodec.stages import exact
@@ -38,7 +38,11 @@ def encode(
     rows = device_rows(x)
     header = options.header(rows.shape, rows.dtype, numpy)
     device_backend(backend, x.device, header)
-    kept = exact.coded_rows(header, options.exact_vectors)
+    if options.farthest:
+        raise InvalidArgument(
+            f"exact_vectors={options.farthest}: the farthest vectors are found on the CPU only; pass x.cpu(), or pairs"
+        )
+    kept = exact.coded_rows(header, options.exact_pairs)
     coded = x.reshape(header.leading, header.tokens, header.head_dim)[:, header.first_tokens :]
     if options.nonfinite == "exact" and x.numel():
         kept = np.union1d(kept, torch.nonzero(~torch.isfinite(coded).all(-1).ravel()).ravel().cpu().numpy())

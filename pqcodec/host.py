@@ -47,7 +47,7 @@ def encode(
     kernel = backend_of(backend, "cpu", header)
     if view.device != "cpu":
         raise InvalidArgument(f"the tensor is on {view.device!r}, backend {kernel.name!r} encodes on the CPU; pass x.cpu()")
-    positions, pairs = None, exact.pairs_of(options.exact_vectors)
+    positions, pairs = None, exact.pairs_of(options.exact_pairs)
     if options.keep is None:
         values = view.values()
     else:
@@ -56,15 +56,18 @@ def encode(
     if means is not None:
         centre.check_means(means, header)
     rows = exact.coded_rows(header, pairs)
+    halves, offsets = np.zeros((header.leading, 0), np.float16), None
+    if header.offsets:
+        halves, exponent = means or _means(values, header, positions, kernel)
+        header = replace(header, offset_exponent=exponent)
+        offsets = centre.from_halves(halves, exponent)
+    if options.farthest:
+        around = centre.from_halves(*_means(values, header, positions, kernel)) if offsets is None else offsets
+        rows = exact.farthest_rows(header, values, around, turning(header, positions), options.farthest)
     if options.nonfinite == "exact":
         rows = np.union1d(rows, _bad_rows(values, header))
     if len(rows):
         header = replace(header, exceptions=len(rows))
-    halves, offsets = np.zeros((header.leading, 0), np.float16), None
-    if header.offsets:
-        halves, exponent = means or centre.to_halves(kernel.means(values, header, turning(header, positions)))
-        header = replace(header, offset_exponent=exponent)
-        offsets = centre.from_halves(halves, exponent)
     bad = np.zeros((header.leading, header.coded_tokens), np.bool_)
     seen, linear = _Seen(values, offsets, turning(header, positions), bad), None
     if header.inner:
@@ -88,6 +91,11 @@ def encode(
     if options.nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad, positions))
     return header, stream.getvalue()
+
+
+def _means(values: Values, header: Header, positions: np.ndarray | None, kernel: Backend) -> centre.Halves:
+    """The means of a tensor's own coded tokens, turned back under RoPE, as streams store them."""
+    return centre.to_halves(kernel.means(values, header, turning(header, positions)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any
 
 from pqcodec import constants as c
@@ -27,6 +27,7 @@ EFFORTS = tuple(c.QUADS_EFFORTS)
 _RANGES = {  # of whole numbers: least, most, and both in words
     "seed": (0, (1 << 64) - 1, "0 .. 2^64 - 1"),
     "exact_tokens": (0, (1 << 32) - 1, "0 .. 2^32 - 1"),
+    "exact_vectors": (0, (1 << 32) - 1, "0 .. 2^32 - 1, or pairs of leading index and token,"),
     "exact_last": (0, c.MAX_EXACT_LAST, f"0 .. {c.MAX_EXACT_LAST}"),
     "chunk_tokens": (1, c.MAX_CHUNK_TOKENS, f"1 .. {c.MAX_CHUNK_TOKENS}"),
 }
@@ -45,7 +46,7 @@ class EncodeOptions:
     rope: Rope | None = None
     exact_tokens: int = 0
     chunk_tokens: int = c.DEFAULT_CHUNK_TOKENS
-    exact_vectors: Any = field(default=(), compare=False)  # pairs (leading index, token)
+    exact_vectors: Any = field(default=(), compare=False)  # pairs (leading index, token), or how many of each leading index
     nonfinite: str = "error"
     effort: str = "fast"
     pairing: str | None = None  # of channels, for presets of pair polar; None: ``rope``'s, or "half"
@@ -69,6 +70,9 @@ class EncodeOptions:
         LinearOptions(self.channels, self.block_basis, self.basis)
         check_numbers(seed=self.seed, chunk_tokens=self.chunk_tokens)
         check_numbers(exact_tokens=self.exact_tokens, exact_last=self.exact_last)
+        counted = isinstance(self.exact_vectors, Number)
+        if counted:
+            check_numbers(exact_vectors=self.exact_vectors)
         checked_nonfinite(self.nonfinite)
         checked_effort(self.effort)
         checked_pairing(self.pairing)
@@ -96,6 +100,16 @@ class EncodeOptions:
             raise InvalidArgument(
                 "center='rope' and rope=Rope(...) go together; give both, neither, or rope=Rope(...) and before_rope=True"
             )
+
+    @property
+    def exact_pairs(self) -> Any:
+        """Vectors that are named to be kept exact, as pairs (leading index, token)."""
+        return () if isinstance(self.exact_vectors, Integral) else self.exact_vectors
+
+    @property
+    def farthest(self) -> int:
+        """How many vectors of each leading index are kept exact because they lie farthest from its mean."""
+        return int(self.exact_vectors) if isinstance(self.exact_vectors, Integral) else 0
 
     @property
     def linear(self) -> LinearOptions:
@@ -163,7 +177,10 @@ class EncodeOptions:
             basis=self.linear.shared,
             shared_ranges=self.ranges.part if self.ranges else None,
         )
-        return header if self.keep is None else header_of(header, self.keep)
+        header = header if self.keep is None else header_of(header, self.keep)
+        if self.farthest:
+            header = replace(header, exceptions=header.leading * min(self.farthest, header.coded_tokens))
+        return header
 
 
 def check_numbers(**values: int) -> None:

@@ -78,7 +78,7 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: pqcodec.encode(X, preset=[]), r"^preset \[\] is unknown"),
     (lambda path: pqcodec.encode(X, backend=[]), r"^backend \[\] is unknown"),
     (lambda path: pqcodec.encode(X, center="rope", rope=5), "^rope is a int; a pqcodec.Rope is expected"),
-    (lambda path: pqcodec.encode(X, exact_vectors=5, backend="reference"), "^exact_vectors .* pairs"),
+    (lambda path: pqcodec.encode(X, exact_vectors=5.0, backend="reference"), "^exact_vectors .* pairs"),
     (lambda path: pqcodec.decode(pqcodec.encode(X, backend="reference"), tokens=5), "^tokens 5: two whole numbers"),
     (lambda path: pqcodec.decode(pqcodec.encode(X, backend="reference"), tokens=("a", 1)), "^tokens .* two whole numbers"),
     (lambda path: save_cache(path, None), "^layers is a NoneType: a list of"),

@@ -28,7 +28,7 @@ from pqcodec.formats.engines.model_config import config_rope, heads_of, latent_o
 from pqcodec.formats.plain import numbers
 from pqcodec.formats.plain.documents import natural
 from pqcodec.formats.policy import rates
-from pqcodec.options import EncodeOptions
+from pqcodec.options import EncodeOptions, check_numbers
 from pqcodec.placed import aligned
 from pqcodec.stages.centre import Rope
 from pqcodec.stream.checksum import checksum
@@ -40,7 +40,7 @@ from pqcodec.stream.source import MemorySource
 CHUNK_LAYOUTS = ("1,layers,tokens,heads,2,dim", "layers,tokens,heads,2,dim", "2,layers,tokens,heads,dim")
 LATENT_LAYOUTS = ("1,layers,tokens,dim", "layers,tokens,dim")  # of latent attention
 _ORDER = ("2", "layers", "heads", "tokens", "dim")
-_OPTIONS = ("preset", "model", "head_dim", "kv_heads", "latent_dim", "rope", "layout", "exact_tokens")
+_OPTIONS = ("preset", "model", "head_dim", "kv_heads", "latent_dim", "rope", "layout", "exact_tokens", "exact_vectors")
 _ROPE = ("theta", "dim", "style", "frequencies")
 _WARM_TOKENS = 80
 _EXACT_TOKENS = 3  # of few chunks the first tokens are sinks; with three, one of 256 tokens has a fifth of its bytes at pq3
@@ -54,7 +54,8 @@ class ChunkCodec:
 
     ``kv_heads``: of one rank. ``layout``: one of CHUNK_LAYOUTS (None: the one that a chunk's shape fits). ``rope``: of the
     keys, which are centred under it as if the chunk began at position 0 (another position only turns the mean); None: they
-    are centred plainly. ``exact_tokens``: first tokens of each chunk that stay exact.
+    are centred plainly. ``exact_tokens``: first tokens of each chunk that stay exact; ``exact_vectors``: how many
+    others of each head do, those farthest from its mean (chunks in a GPU's memory are refused then).
 
     ``latent_dim``: numbers of a token's latent (kv_lora_rank) in a model of latent attention, 0 for others. Then each token has
     the latent, which is centred, and behind it one rotary key of ``head_dim`` numbers; ``kv_heads`` is 1, and the layout one of
@@ -77,6 +78,7 @@ class ChunkCodec:
     exact_tokens: int = _EXACT_TOKENS
     backend: str = "auto"
     latent_dim: int = 0
+    exact_vectors: int = 0
     _known: dict[tuple[tuple[int, ...], str], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +90,7 @@ class ChunkCodec:
         if self.latent_dim and self.kv_heads != 1:
             raise InvalidArgument(f"kv_heads is {self.kv_heads}; latent attention has one rotary key of a token: 1 is expected")
         check_restores(self.preset, "a serving engine")
+        check_numbers(exact_vectors=self.exact_vectors)
         layouts = LATENT_LAYOUTS if self.latent_dim else CHUNK_LAYOUTS
         if self.layout is not None and self.layout not in layouts:
             raise InvalidArgument(f"layout {self.layout!r} is unknown; choose from {', '.join(map(repr, layouts))}")
@@ -167,8 +170,9 @@ class ChunkCodec:
 
     def _options(self, preset: str) -> tuple[EncodeOptions, EncodeOptions]:
         center = "rope" if self.rope else "mean"
-        keys = EncodeOptions(preset, center=center, rope=self.rope, exact_tokens=self.exact_tokens)
-        return keys, EncodeOptions(preset, center="mean" if self.latent_dim else None, exact_tokens=self.exact_tokens)
+        kept: dict[str, Any] = {"exact_tokens": self.exact_tokens, "exact_vectors": self.exact_vectors}
+        keys = EncodeOptions(preset, center=center, rope=self.rope, **kept)
+        return keys, EncodeOptions(preset, center="mean" if self.latent_dim else None, **kept)
 
     def _runs(self, pair: Sequence[Any], size: int, dtype: str) -> list[list[Run]]:
         """The runs of keys and of values: layers share the bits of the preset where their streams do not become more bytes."""

@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.stages.centre import offset_at
+from pqcodec.stages.keep import places_of
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
 from pqcodec.stream.index import Bounds
 from pqcodec.stream.report import Damage
 from pqcodec.stream.source import Source
+from pqcodec.tensors.numbers import widen
 from pqcodec.tensors.rows import Values
+
+_DISTANCE_ROWS = 1 << 12
 
 
 # -- first and last tokens ---------------------------------------------------------------------------------------
@@ -97,6 +102,37 @@ def coded_rows(h: Header, vectors: Any) -> np.ndarray:
         raise InvalidArgument(f"exact vectors are outside of {h.leading} leading indices and {h.tokens} tokens")
     pairs = pairs[(pairs[:, 1] >= h.first_tokens) & (pairs[:, 1] < h.last_start)]
     return np.unique(pairs[:, 0] * h.coded_tokens + pairs[:, 1] - h.first_tokens)
+
+
+def farthest_rows(h: Header, values: Values, offsets: np.ndarray, positions: np.ndarray | None, count: int) -> np.ndarray:
+    """The rows of the ``count`` coded vectors of each leading index that lie farthest from its offset: int64 [n], ascending.
+
+    ``offsets``: float32 [leading, head_dim], under RoPE those of position 0, which turn with the token; ``positions``: of kept
+    tokens. Of vectors equally far those of lower tokens come first, and last come those that hold NaN or Inf.
+    """
+    count = min(count, h.coded_tokens)
+    found = np.empty((h.leading, count), np.int64)
+    for lead, offset in enumerate(offsets):
+        distances = [_distances(h, values, lead, tokens, offset, positions) for tokens in _runs(h)]
+        order = np.argsort(-np.concatenate(distances), kind="stable") if distances else np.zeros(0, np.int64)
+        found[lead] = lead * h.coded_tokens + np.sort(order[:count])
+    return found.ravel()
+
+
+def _runs(h: Header) -> Iterator[np.ndarray]:
+    """The coded tokens, a bounded piece at a time."""
+    for first in range(h.first_tokens, h.last_start, _DISTANCE_ROWS):
+        yield np.arange(first, min(first + _DISTANCE_ROWS, h.last_start))
+
+
+def _distances(
+    h: Header, values: Values, lead: int, tokens: np.ndarray, offset: np.ndarray, positions: np.ndarray | None
+) -> np.ndarray:
+    """Squared distances of some tokens that follow each other from an offset: float64 [n], -1 of those with NaN or Inf."""
+    x = widen(values.rows(lead, int(tokens[0]), len(tokens)), h.dtype)
+    x[~np.isfinite(x).all(1)] = np.nan
+    means = offset_at(h.rope, offset, places_of(positions, lead, tokens))
+    return np.nan_to_num(np.square(x.astype(np.float64) - means).sum(1), nan=-1)
 
 
 def vectors_of(h: Header, values: Values, rows: np.ndarray) -> list[np.ndarray]:
