@@ -226,6 +226,19 @@ TABLES = {
             "bytes over the budget's": number("size"),
         },
     ),
+    "exact": Table(
+        ["exact_vectors.smollm2", "exact_vectors.qwen2.5-coder-0.5b"],
+        lambda found: [{"model": found["model"], **row} for row in found["rows"]],
+        {
+            "model": text("model"),
+            "exact of a chunk": text("way"),
+            "bytes over 16-bit": number("over_16_bits", ".4f"),
+            "relMSE, keys": number("key_rel_mse", ".4f"),
+            "relMSE, values": number("value_rel_mse", ".4f"),
+            "next-token KL": number("kl", ".4f"),
+            "standard error": number("kl_standard_error", ".4f"),
+        },
+    ),
     "kvquant": Table(
         ["neighbours"],
         lambda found: found["kvquant"],
