@@ -226,7 +226,7 @@ def body(data: bytes, part: Part, tables: list[dict[str, Any]]) -> None:
     expect(not error, error)
     dtype, ndim = {1: "float16", 2: "bfloat16", 3: "float32"}[raw[6]], raw[7]
     expect((list(struct.unpack_from(f"<{ndim}Q", raw, 48)), dtype) == (part.shape, part.dtype))
-    if raw[44] == 2:
+    if second.names(raw):
         error = second.missing(raw, [table(data, frame) for frame in tables])
         expect(not error, error)
     expect(not second.damage(raw) and seal in (None, struct.pack("<I", second.order_seal(raw)).hex()))

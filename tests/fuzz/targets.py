@@ -197,7 +197,8 @@ def _parts_are_those_of_the_whole(data: bytes, x: Any) -> None:
 def cache_reader(opened: Callable[[bytes], Any], beyond: bool = False) -> Read:
     """The target of a reader of caches (names, metadata, entry, decode, verify): what verify passes can be read, and back.
 
-    ``beyond``: verify also looks at what reading does not need.
+    A shared table that is not there is no damage, so verify does not tell it; one that no stream names may be damaged, and only
+    verify tells that. ``beyond``: verify also looks at other things that reading does not need.
     """
 
     def target(data: bytes) -> None:
@@ -206,11 +207,11 @@ def cache_reader(opened: Callable[[bytes], Any], beyond: bool = False) -> Read:
             complaints, also = attempt(file.verify, backend="cpu")
             torn = bool(getattr(file, "torn_bytes", 0))
             grave = also or [name for name, _ in complaints if not (torn and name is None)]
-            if refused and not grave:
+            if refused and not grave and not isinstance(refused, MissingTable):
                 raise Wrong(f"verify is silent where reading refuses: {signature(refused)}")
             if refused:
                 raise refused
-            if grave and not beyond:
+            if (also or [name for name in grave if name is not None]) and not beyond:
                 raise Wrong("reading takes what verify refuses")
 
     return target
