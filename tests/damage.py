@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import second_decoder
 
-from pqcodec.errors import CorruptStream, PQError, TruncatedStream
+from pqcodec.errors import CorruptStream, PQError, TruncatedStream, UnsupportedStream
 from pqcodec.stream.header import Header
+from pqcodec.stream.tables import SharedTable
 
 Decode = Callable[[bytes], Any]
 
@@ -28,3 +31,12 @@ def every_flipped_bit_is_found(stream: bytes, decode: Decode) -> None:
             decode(bytes(damaged))
         if bit >= 8 * Header.from_bytes(stream).header_bytes:
             assert caught.type is CorruptStream
+
+
+def no_shared_table(raw: bytes, error: type[PQError]) -> None:
+    """Assert that bytes are refused as a shared table with that error, and so by the decoder written from the specification."""
+    with pytest.raises(error) as caught:
+        SharedTable.from_bytes(raw)
+    assert caught.type is error
+    kinds = {CorruptStream: "corrupt", UnsupportedStream: "unsupported"}
+    assert second_decoder.table_refusal(hashlib.sha256(raw).hexdigest(), raw) == kinds[error]

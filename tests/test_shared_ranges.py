@@ -14,7 +14,7 @@ import pytest
 import second_decoder
 import torch
 from conftest import BACKENDS, bits, gaussian, needs_triton, rel_mse
-from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
+from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated, no_shared_table
 from safetensors.torch import load_file
 from test_pqkv import sealed
 
@@ -177,11 +177,7 @@ def test_a_name_is_the_hash_of_the_bytes() -> None:
     ],
 )
 def test_bytes_that_are_no_ranges_are_refused(raw: bytes, error: type[PQError]) -> None:
-    with pytest.raises(error) as caught:
-        SharedTable.from_bytes(raw)
-    assert caught.type is error
-    kinds = {CorruptStream: "corrupt", UnsupportedStream: "unsupported"}
-    assert second_decoder.table_refusal(hashlib.sha256(raw).hexdigest(), raw) == kinds[error]
+    no_shared_table(raw, error)
 
 
 @pytest.mark.parametrize(

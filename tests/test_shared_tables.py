@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import second_decoder
 from conftest import BACKENDS
+from damage import no_shared_table
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_pqkv import assemble, frame, sealed
@@ -84,11 +85,7 @@ FORGED = [  # bytes that are no table, and the error
 
 @pytest.mark.parametrize(("raw", "error"), FORGED)
 def test_bytes_that_are_no_table_are_refused(raw: bytes, error: type[PQError]) -> None:
-    with pytest.raises(error) as caught:
-        SharedTable.from_bytes(raw)
-    assert caught.type is error
-    kinds = {CorruptStream: "corrupt", UnsupportedStream: "unsupported"}
-    assert second_decoder.table_refusal(hashlib.sha256(raw).hexdigest(), raw) == kinds[error]
+    no_shared_table(raw, error)
 
 
 # -- streams -------------------------------------------------------------------------------------------------------
