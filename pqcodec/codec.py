@@ -56,29 +56,29 @@ def encode(
 
     ``center``: None, "mean" (subtract the mean over tokens of each leading index) or "rope" (the mean before RoPE, described by
     ``rope``). ``exact_tokens``, ``exact_last``: first and last tokens kept in the tensor's own dtype (the last not by backends
-    of GPUs). ``exact_vectors``: further vectors that are kept so, as pairs (leading index, token), or a number n: the n
-    vectors of each leading index that lie farthest from its mean (under RoPE from the mean at their position; of equally far
-    ones the earlier), which backends of GPUs refuse. ``nonfinite``: "error", or
-    "exact" to keep vectors that hold NaN or Inf as they are. ``chunk_tokens``: tokens under one checksum; whole groups where
-    tokens share fields (wu44: multiples of 128). ``effort``: "fast", or "best" for a smaller error from a longer search
-    (presets of quads, and of pair polar, whose range of angles then begins behind the largest gap; the others have no search,
-    and a decoder sees no difference). ``pairing``: the channels that pair polar codes together, "half" (i and i + head_dim/2)
-    or "interleaved" (2i and 2i+1); None is ``rope``'s, else "half". ``keep``: ascending positions [n] of the tokens that the
-    stream holds, or [..., n] where leading indices keep others; what is said of tokens, but for ``exact_vectors``, is then said
-    of kept ones, RoPE turns them at their own positions, and backends of GPUs refuse. ``levels``: for presets of levels (nuq4)
-    2^bits ascending numbers, as places -1 .. 1 in the range of a group, or a ``LevelTable`` of them, which the stream names and
-    does not hold; None fits them to the tensor. ``codebooks``: for presets of residual VQ (rvq8) a ``VectorTable``, which the
-    stream names likewise. ``before_rope``: code vectors as they were before ``rope`` turned them, less their mean with
-    center="mean". ``join_heads``: code the vectors that the heads [..., heads, tokens, head_dim] have of a token as one of at
-    most 1024 numbers. ``channels``: ascending channels [n] of vectors, or [..., n] where leading indices keep others, that are
-    coded; the others decode to 0, or to the mean with ``center``. ``basis``: a matrix [n, numbers] whose rows' combinations
-    vectors become, n numbers each, a ``BasisTable`` of one, which the stream names likewise, or n for the first principal
-    directions of the tensor itself. ``block_basis``: a matrix [16, 16] that each 16 channels are combined of, or True for that
-    of least error. Matrices are rounded to float16; ``channels``, ``basis`` and ``block_basis`` are of all heads' at most 4096
-    numbers with ``join_heads``. ``ranges``: for presets of scalar coding a ``RangeTable`` of scales and zeros that were
-    calibrated beforehand, which the stream names likewise; None takes the tensor's own. Backends of GPUs refuse all of these.
-    A tensor of a GPU is encoded there (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at
-    the end. Raises InvalidArgument, NonFiniteInput or BackendUnavailable.
+    of GPUs). ``exact_vectors``: further vectors that are kept so, as pairs (leading index, token), or a number n: the n vectors
+    of each leading index that lie farthest from its mean (under RoPE from the mean at their position; of equally far ones the
+    earlier), which backends of GPUs refuse. ``nonfinite``: "error", or "exact" to keep vectors that hold NaN or Inf as they
+    are. ``chunk_tokens``: tokens under one checksum; whole groups where tokens share fields (wu44: multiples of 128).
+    ``effort``: "fast", or "best" for a smaller error from a longer search (presets of quads, and of pair polar, whose range of
+    angles then begins behind the largest gap; the others have no search, and a decoder sees no difference). ``pairing``: the
+    channels that pair polar codes together, "half" (i and i + head_dim/2) or "interleaved" (2i and 2i+1); None is ``rope``'s,
+    else "half". ``keep``: ascending positions [n] of the tokens that the stream holds, or [..., n] where leading indices keep
+    others; what is said of tokens, but for ``exact_vectors``, is then said of kept ones, RoPE turns them at their own
+    positions, and backends of GPUs refuse. ``levels``: for presets of levels (nuq4) 2^bits ascending numbers, as places -1 .. 1
+    in the range of a group, or a ``LevelTable`` of them, which the stream names and does not hold; None fits them to the
+    tensor. ``codebooks``: for presets of residual VQ (rvq8) a ``VectorTable``, which the stream names likewise.
+    ``before_rope``: code vectors as they were before ``rope`` turned them, less their mean with center="mean". ``join_heads``:
+    code the vectors that the heads [..., heads, tokens, head_dim] have of a token as one of at most 1024 numbers. ``channels``:
+    ascending channels [n] of vectors, or [..., n] where leading indices keep others, that are coded; the others decode to 0, or
+    to the mean with ``center``. ``basis``: a matrix [n, numbers] whose rows' combinations vectors become, n numbers each, a
+    ``BasisTable`` of one, which the stream names likewise, or n for the first principal directions of the tensor itself.
+    ``block_basis``: a matrix [16, 16] that each 16 channels are combined of, or True for that of least error. Matrices are
+    rounded to float16; ``channels``, ``basis`` and ``block_basis`` are of all heads' at most 4096 numbers with ``join_heads``.
+    ``ranges``: for presets of scalar coding a ``RangeTable`` of scales and zeros that were calibrated beforehand, which the
+    stream names likewise; None takes the tensor's own. Backends of GPUs refuse all of these. A tensor of a GPU is encoded there
+    (``batch.EncodeBatch`` leaves the stream there, too), and ``progress`` is told only at the end. Raises InvalidArgument,
+    NonFiniteInput or BackendUnavailable.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)

@@ -58,6 +58,13 @@ class Affine:
         return ""
 
 
+def table_name_problem(name: bytes) -> str:
+    """What is wrong with the name of a shared table in a header, or an empty string."""
+    return (
+        "" if len(name) == c.TABLE_NAME_BYTES else f"the name of a shared table has {len(name)} bytes, not {c.TABLE_NAME_BYTES}"
+    )
+
+
 @dataclass(frozen=True)
 class Codebook:
     """Levels that a header brings for its coding (SPEC 16): its own, or those of a table that many streams share."""
@@ -77,8 +84,8 @@ class Codebook:
 
     def problem(self, bits: int) -> str:
         """What is wrong with it where codes have so many bits, or an empty string."""
-        if self.name and len(self.name) != c.TABLE_NAME_BYTES:
-            return f"the name of a shared table has {len(self.name)} bytes, not {c.TABLE_NAME_BYTES}"
+        if self.name and (problem := table_name_problem(self.name)):
+            return problem
         if self.levels is None:
             return "" if self.name else "levels are neither there nor named"
         if len(self.levels) != 1 << bits:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pqcodec import constants as c
-from pqcodec.codings.declared import Affine
+from pqcodec.codings.declared import Affine, table_name_problem
 from pqcodec.errors import InvalidArgument
 from pqcodec.stream.orders import whole_groups
 
@@ -72,8 +72,8 @@ class SharedRanges:
 
     def problem(self, leading: int, width: int, affine: Affine) -> str:
         """What is wrong with it for rows of ``width`` numbers of so many leading indices, or an empty string."""
-        if len(self.name) != c.TABLE_NAME_BYTES:
-            return f"the name of a shared table has {len(self.name)} bytes, not {c.TABLE_NAME_BYTES}"
+        if problem := table_name_problem(self.name):
+            return problem
         if self.ranges is None:
             return ""
         there = (self.ranges.width, self.ranges.channels, self.ranges.fields)

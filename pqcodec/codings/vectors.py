@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import table_name_problem
 from pqcodec.errors import InvalidArgument
 
 LANES = 16  # entries side by side in ``Book.by_lanes``
@@ -116,8 +117,8 @@ class VectorCodebook:
 
     def problem(self, head_dim: int, row_bits: int, stages: int) -> str:
         """What is wrong with it for rows of so many bits and stages, or an empty string."""
-        if len(self.name) != c.TABLE_NAME_BYTES:
-            return f"the name of a shared table has {len(self.name)} bytes, not {c.TABLE_NAME_BYTES}"
+        if problem := table_name_problem(self.name):
+            return problem
         if self.vectors is None:
             return ""
         if self.vectors.head_dim != head_dim:

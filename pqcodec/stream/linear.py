@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pqcodec import constants as c
+from pqcodec.codings.declared import table_name_problem
 from pqcodec.errors import InvalidArgument, UnsupportedStream
 from pqcodec.tensors.numbers import is_torch
 
@@ -70,8 +71,8 @@ class SharedBasis:
 
     def problem(self, width: int, numbers: int) -> str:
         """What is wrong with it for rows of ``width`` numbers of vectors of ``numbers``, or an empty string."""
-        if len(self.name) != c.TABLE_NAME_BYTES:
-            return f"the name of a shared table has {len(self.name)} bytes, not {c.TABLE_NAME_BYTES}"
+        if problem := table_name_problem(self.name):
+            return problem
         if self.matrix is not None and self.matrix.shape != (width, numbers):
             return f"a basis {self.matrix.shape}, where rows of {width} numbers are made of vectors of {numbers}"
         return ""

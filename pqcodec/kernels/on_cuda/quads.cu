@@ -10,10 +10,9 @@
 // quads, quarter q brings quads 2 q and 2 q + 1. A matrix for which shared memory has no room is divided by its columns: PARTS
 // neighbouring thread blocks decode the same rows, each some pieces of them, and the first one's checksum counts.
 //
-// Needs PARTS, INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no
-// bank), LEAST, MOST and LOG2_STEPS of radii, LARGEST_SUM (that the rotation makes), the sizes of shared memory (BLOB_BYTES,
-// and WARP_BYTES of each warp, of which STAGE_BYTES are a tile's), the tables MATRIX, POINTS and MANTISSAS, and what the other
-// files need.
+// Needs PARTS, INDEX_BITS (of a quad), COPIES (of each point of the table, so that lanes meet in no bank), LARGEST_SUM (that the
+// rotation makes), the sizes of shared memory (BLOB_BYTES, and WARP_BYTES of each warp: two stages up to BASE_AT, the block's
+// base, and from STAGE_BYTES on the next block's place), the tables MATRIX and POINTS, and what the other files need.
 
 #include "numbers.cuh"
 #include "lanes.cuh"
