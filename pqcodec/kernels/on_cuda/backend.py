@@ -98,15 +98,17 @@ def kernel_layout(
     encoder's search.
     """
     if kind.coding == c.CODING_QUADS and verb == "decode":
-        return quads_layout(kind, few, limit)
+        return quads_layout(kind, few, major, limit)
     return layout(verb, kind, few, major, limit, effort)
 
 
 def machine_code(verb: str, kind: Header, found: Layout, architecture: str, effort: str = "fast") -> bytes:
     """The kernel's machine code (cubin), for an architecture such as "sm_90"; ``effort``: of an encoder's search."""
     if kind.coding == c.CODING_QUADS and verb == "decode":
-        return compiled("quads.cu", quads_definitions(verb, kind, found), architecture)
-    return compiled("blocks.cu", definitions(verb, kind, found, effort), architecture + "a" * found.warpgroups)
+        source, macros = "quads.cu", quads_definitions(verb, kind, found)
+    else:
+        source, macros = "blocks.cu", definitions(verb, kind, found, effort)
+    return compiled(source, macros, architecture + "a" * found.warpgroups)
 
 
 @lru_cache(maxsize=64)

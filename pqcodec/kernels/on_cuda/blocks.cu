@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #endif
     tables_are_written();
 
-    for (; WORK_LEFT(index, blocks); index += gridDim.x * WARPS) {
+    for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * WARPS) {
         Block block = *upcoming;
         if (IS_IDLE(index, blocks)) block.tokens = block.first = block.last = 0;
         const u32 checksum = __ldcs(block.payload + words_of(block.tokens));
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
     tables_are_written();
 
-    for (; WORK_LEFT(index, blocks); index += gridDim.x * WARPS) {
+    for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * WARPS) {
         const Block block = *upcoming;
         u64 sum = 0;
         int bad = 0;

@@ -52,6 +52,7 @@ TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
+OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbouring rows lie in different banks
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -86,7 +87,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
         for whole in (False,) if wide or (decode and major < 9) else (True, False):
-            row_bytes = (h.vector_bytes + 64 if decode else h.vector_bytes) * whole
+            row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
             memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
             tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
             size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
@@ -130,13 +131,13 @@ def phase_copies(h: Header, few: bool) -> tuple[int, ...]:
     return (1,) if few or not h.rope else (16, 8, 4, 2, 1)
 
 
-def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0) -> dict[str, int]:
+def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0, ahead: int = 1) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
-    Behind the stage and the next block's place: a block's means, if there are offsets; its radii as encoders of quads keep
-    them; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets; its radii as encoders
+    of quads keep them; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
-    means_at = stage_bytes + UPCOMING_BYTES
+    means_at = stage_bytes + ahead * UPCOMING_BYTES
     radii_at = means_at + 4 * h.order * h.offsets
     rows_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
     return {
@@ -260,6 +261,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "WIDE": int(tile_rows(verb, h, effort) > ROWS),
         "STRIDE_WORDS": _stride_words(h),
         "BULK": int(layout.whole_rows and verb == "decode"),
+        "OUT_BYTES": h.vector_bytes + OUT_PADDING,
         "FETCHED": int(layout.whole_rows and verb == "encode"),
         "TABLE_BITS": layout.table_bits,
         "LOOK_UP_BYTES": LOOK_UP_BYTES,

@@ -1,25 +1,32 @@
 // Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 576.
 //
 // A warp decodes one block (a chunk of tokens of one leading index), ROWS rows (16 or 32) at a time, and shares nothing with
-// other warps but read-only tables. Four lanes hold a row: lane l works on rows l / 4, l / 4 + 8 and so on. A quad is one
-// look-up of four bytes, which are an operand of mma as they are: tensor cores multiply them with half of the rotation's
-// matrix, of bytes. Sums are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a
-// float32. The next tile's words are on their way while this one is decoded.
+// other warps but read-only tables; with WARPGROUPS four warps multiply together, so that the matrix is read once for all
+// their rows. Four lanes hold a row: lane l works on rows l / 4, l / 4 + 8 and so on. A quad is one look-up of eight bytes, a
+// point and its negative, and a choice between them by its signs; these four bytes are an operand of mma (and wgmma) as they
+// are: tensor cores multiply them with half of the rotation's matrix, of bytes. Sums are whole numbers below 2^22, so the
+// matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32. The next tile's words are on their way while this
+// one is decoded, and where the next blocks lie is found for several at once, each by one lane.
 //
-// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Of a step of 32 inputs, a group of eight
-// quads, quarter q brings quads 2 q and 2 q + 1. A matrix for which shared memory has no room is divided by its columns: PARTS
-// neighbouring thread blocks decode the same rows, each some pieces of them, and the first one's checksum counts.
+// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Its inputs are in the order in which a lane
+// has them without shifts: groups of eight quads form spans of four groups, then of two, then of one, and of a span's quads
+// each quarter has a run of neighbours, two a group. A matrix for which shared memory has no room is divided by its columns:
+// PARTS neighbouring thread blocks decode the same rows, each some pieces of them, and the first one's checksum counts.
 //
-// Needs PARTS, INDEX_BITS (of a quad), COPIES (of each point of the table, so that lanes meet in no bank), LARGEST_SUM (that the
-// rotation makes), the sizes of shared memory (BLOB_BYTES, and WARP_BYTES of each warp: two stages up to BASE_AT, the block's
-// base, and from STAGE_BYTES on the next block's place), the tables MATRIX and POINTS, and what the other files need.
+// Needs PARTS, INDEX_BITS (of a quad), COPIES (of each point of the table, so that lanes meet in no bank), LARGEST_SUM (that
+// the rotation makes), AHEAD (blocks that a warp looks for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and
+// WARP_BYTES of each warp: two stages up to BASE_AT, the block's base, from STAGE_BYTES on the places of blocks ahead, and from
+// ROWS_AT on decoded rows on their way out, with BULK), the tables MATRIX and POINTS (each point and its negative), and what
+// the other files need.
 
 #include "numbers.cuh"
 #include "lanes.cuh"
 #include "quads_words.cuh"
 #include "offsets.cuh"
-#include "rotation_two_rounds.cuh"  // bricks, and mma with them
+#define STRIPS 4  // of a panel, which is a piece
+#include "rotation_two_rounds.cuh"
 #include "stores.cuh"
+#include "warpgroups.cuh"
 
 #define GROUPS (ORDER / 32)                        // of eight quads, of a row
 #define OWN_PIECES ((PIECES + PARTS - 1) / PARTS)  // of a thread block
@@ -27,37 +34,122 @@
 #define MAGIC_BITS 0x4b400000                      // of MAGIC, 1.5 * 2^23
 #define TILES (ROWS / 16)                          // of sixteen rows, which meet the matrix together
 #define LANE_ROWS (ROWS / 8)
+#define UNROLLED (PARTS == 1 && GROUPS <= 4 ? 2 : 1)  // turns of the loop over pieces
+#if WARPGROUPS
+#define WAIT_FOR(later, sums) wait_together<false, later>((sums)[0])  // products, after which ``later`` others were begun
+#else
+#define WAIT_FOR(later, sums) (void)0
+#endif
 
-// A lane's quads of one group and of two rows, as an operand of mma: {quad 2 q of one row, of the other, quad 2 q + 1 ...}.
-INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int first_row, int group, u32* operand) {
-    const int quarter = lane & 3;
+// The words of BITS bits from ``bit`` of a tile's indices on, the first bit lowest.
+template <int BITS> INLINE void index_words(const u32* stage, int bit, u32* words) {
+    const u32* at = stage + SIGN_WORDS + (bit >> 5);
+    constexpr bool whole = BITS % 32 == 0 && 8 * INDEX_BITS % 32 == 0;  // runs begin at whole words
+    if (whole && BITS == 64 && SIGN_WORDS % 2 == 0) {
+        const uint2 both = *reinterpret_cast<const uint2*>(at);
+        words[0] = both.x, words[1] = both.y;
+        return;
+    }
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-        const int row = first_row + (lane >> 2) + 8 * part;
-        const u32 signs = stage[row * (ORDER / 32) + group] >> (2 * quarter);
-        const int bit = row * (8 * INDEX_BYTES) + (8 * group + 2 * quarter) * INDEX_BITS;
-        const u32* at = stage + SIGN_WORDS + (bit >> 5);
-        const u32 window = 32 % (2 * INDEX_BITS) ? __funnelshift_r(at[0], at[1], bit) : at[0] >> (bit & 31);
-#pragma unroll
-        for (int quad = 0; quad < 2; quad++) {
-            const u32 index = window >> (quad * INDEX_BITS) & ((1u << INDEX_BITS) - 1);
-            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[index * COPIES + (lane & (COPIES - 1))];
-            const u32 negative = signs >> quad & 0x01010101u;
-            operand[part + 2 * quad] = (point ^ negative * 255) + negative;  // two's complement, for no byte is 0
-        }
+    for (int i = 0; 32 * i < BITS; i++) {
+        if (whole) words[i] = at[i];
+        else if (32 % BITS == 0 && 8 * INDEX_BITS % BITS == 0) words[i] = at[i] >> (bit & 31);  // a run lies in one word
+        else words[i] = __funnelshift_r(at[i], at[i + 1], bit);
     }
 }
 
-// A lane's eight channels of a piece: sums [tiles of sixteen rows][4] of four strips, each of two channels of one row and two of
-// the other, in float32 numbers from MAGIC on.
-INLINE void eight_channels(u32 matrix, const u32 (*operands)[GROUPS][4], int piece, int (*sums)[4][4]) {
+// A byte of all ones for each byte of ``bytes`` whose top bit is set, else of zeros.
+INLINE u32 spread_top_bits(u32 bytes) {
+    u32 ones;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(ones) : "r"(bytes));
+    return ones;
+}
+
+// A lane's quads of a row of a span of SPAN groups, a run of neighbours, each as four signed bytes. mma meets them two a group.
+template <int SPAN> INLINE void quads_of(const u8* tables, const u32* stage, int lane, int row, int group, u32* quads) {
+    constexpr int RUN = 2 * SPAN;
+    const int first = (lane & 3) * RUN;
+    const u32 signs = stage[row * (ORDER / 32) + group + (first >> 3)] >> (first & 7);
+    u32 words[(RUN * INDEX_BITS + 31) / 32];
+    index_words<RUN * INDEX_BITS>(stage, row * (8 * INDEX_BYTES) + (8 * group + first) * INDEX_BITS, words);
+    const u32 own = (lane & (COPIES - 1)) * 8;  // the lane's copy of a point
+#pragma unroll
+    for (int quad = 0; quad < RUN; quad++) {
+        constexpr u32 mask = (1u << INDEX_BITS) - 1;
+        const int bit = quad * INDEX_BITS, within = bit % 32;
+        u32 at;
+        if (INDEX_BITS == 8 && COPIES == 32) {
+            at = __byte_perm(words[bit / 32], own, 0x6604 | within / 8 << 4);  // a point's copies are 256 bytes
+        } else {
+            const bool straddles = within + INDEX_BITS > 32;
+            const u32 low = words[bit / 32];
+            const u32 index = straddles ? __funnelshift_r(low, words[bit / 32 + 1], within) : low >> within;
+            at = (index & mask) * (8 * COPIES) | own;
+        }
+        const uint2 point = *reinterpret_cast<const uint2*>(tables + POINTS_AT + at);  // it and its negative
+        const u32 negative = spread_top_bits(signs << (7 - quad));
+        quads[quad] = (point.x & ~negative) | (point.y & negative);
+    }
+}
+
+// A lane's quads of a span, of sixteen rows from ``first_row`` on, as operands of mma: {quad 0 of a group of one row, of the
+// row eight behind it, quad 1 of both}.
+template <int SPAN>
+INLINE void span_operands(const u8* tables, const u32* stage, int lane, int first_row, int group, u32 (*operands)[4]) {
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        u32 quads[2 * SPAN];
+        quads_of<SPAN>(tables, stage, lane, first_row + (lane >> 2) + 8 * part, group, quads);
+#pragma unroll
+        for (int quad = 0; quad < 2 * SPAN; quad++) operands[group + quad / 2][part + quad % 2 * 2] = quads[quad];
+    }
+}
+
+INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int first_row, u32 (*operands)[4]) {
+    constexpr int behind = GROUPS / 4 * 4;
+#pragma unroll
+    for (int group = 0; group < behind; group += 4) span_operands<4>(tables, stage, lane, first_row, group, operands);
+    if (GROUPS & 2) span_operands<2>(tables, stage, lane, first_row, behind, operands);
+    if (GROUPS & 1) span_operands<1>(tables, stage, lane, first_row, GROUPS - 1, operands);
+}
+
+typedef int Sums[TILES][4][4];  // of four strips of sixteen rows each: two channels of one row and two of the other
+
+// A lane's eight channels of MANY pieces, ``apart`` from each other, in float32 numbers from MAGIC on.
+#if WARPGROUPS
+// Begins the products; wait_together says when they are there. ``piece``: of the thread block's.
+template <int MANY>
+INLINE void begin_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], int piece, int apart, Sums* sums) {
+#pragma unroll
+    for (int many = 0; many < MANY; many++) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) sums[many][0][i / 4][i % 4] = MAGIC_BITS;
+#pragma unroll
+        for (int strip = 0; strip < 4; strip++) asm volatile("" : FOUR(sums[many][0][strip]));
+    }
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)  // operands are in their registers before the fence
+        asm volatile("" : : "r"(operands[0][group][0]), "r"(operands[0][group][1]), "r"(operands[0][group][2]),
+                     "r"(operands[0][group][3]));
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int many = 0; many < MANY; many++) {
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++)
+            wgmma_step(sums[many][0], operands[0][group], panel_address(tables, piece + many * apart) / 16, 2 * group, 1, 1);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+}
+#else
+// ``panel``: the address of the piece's strips, plus 16 bytes for each lane.
+INLINE void eight_channels(u32 panel, const u32 (*operands)[GROUPS][4], Sums& sums) {
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[tile][strip][i] = MAGIC_BITS;
-        const u32 address = matrix + (4 * piece + strip) * (BRICKS * BRICK_BYTES);
+        const u32 address = panel + strip * (BRICKS * BRICK_BYTES);
 #pragma unroll
         for (int group = 0; group < GROUPS; group += 2) {
             u32 bricks[4];
@@ -78,9 +170,18 @@ INLINE void eight_channels(u32 matrix, const u32 (*operands)[GROUPS][4], int pie
     }
 }
 
-// What is the same for all pieces of a lane's rows.
+template <int MANY>
+INLINE void begin_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], int piece, int apart, Sums* sums) {
+#pragma unroll
+    for (int many = 0; many < MANY; many++)
+        eight_channels(panel_address(tables, piece + many * apart) + (threadIdx.x & 31) * 16, operands, sums[many]);
+}
+#endif
+
+// What is the same for all pieces of a lane's rows: its first row of the tile and each eighth behind it.
 struct LaneRows {
-    int first;  // of the block; the lane's rows are this one and each eighth behind it
+    u8* target[LANE_ROWS];  // of the quarter's first channel, in the tensor or (BULK) in shared memory
+    bool wanted[LANE_ROWS];
     float factor[LANE_ROWS], second_factor[LANE_ROWS];
     u32 position;        // of the first
     const float* means;  // of their block
@@ -113,15 +214,9 @@ template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& row
 // dtype's range. Three times their factor is a float32, too (SPEC 8.3), so MAGIC times it is exact, and so is what fmaf takes
 // away: it rounds the product of sum and factor once, and never to -0.
 template <bool ORDINARY, int MANY>
-INLINE void finish_rows(const u8* tables, u32 matrix, const u32 (*operands)[GROUPS][4], const Block& block,
-                        const LaneRows& rows, int quarter, int piece) {
-    int sums[MANY][TILES][4][4];
-#pragma unroll
-    for (int i = 0; i < MANY; i++) eight_channels(matrix, operands, piece + i * APART, sums[i]);
+INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int piece, const Sums* sums) {
 #pragma unroll
     for (int part = 0; part < LANE_ROWS; part++) {
-        const int row = rows.first + 8 * part;
-        const i64 target = block.rows + (i64)row * block.row_stride;
         const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
         float offsets[MANY][8];
 #if OFFSETS
@@ -142,24 +237,50 @@ INLINE void finish_rows(const u8* tables, u32 matrix, const u32 (*operands)[GROU
             }
             if (ORDINARY) store_numbers(numbers, stored);
             else finish_piece(tables, first, numbers, offsets[i], factor, rows.second_factor[part], false, stored);
-            if (row >= block.first && row < block.last)
+            u8* to = rows.target[part] + byte_of_piece(piece + i * APART);
 #pragma unroll
-                for (int k = 0; k < STORES; k++) __stcs(reinterpret_cast<Stored*>(target + first * ITEM) + k, stored[k]);
+            for (int k = 0; k < STORES; k++) STORE(to + k * 16, stored[k], rows.wanted[part]);
         }
     }
 }
 
-// ``matrix``: the address of the first piece's strips, if they were there; ``part``: of the pieces.
-template <bool ORDINARY>
-INLINE void decode_rows(const u8* tables, u32 matrix, const u32 (*operands)[GROUPS][4], const Block& block,
-                        const LaneRows& rows, int quarter, int part) {
-    const int last = PARTS > 1 ? min((part + 1) * OWN_PIECES, PIECES) : PIECES;
+template <int MANY>
+INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
+    if (ordinary) finish_rows<true, MANY>(tables, rows, quarter, piece, sums);
+    else finish_rows<false, MANY>(tables, rows, quarter, piece, sums);
+}
+
+// Pieces that turn alone, from the first of a thread block's ``part`` of them on: one is multiplied while another is finished.
+INLINE void decode_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
+                          int part) {
+    const int first = part * OWN_PIECES, last = PARTS > 1 ? min(first + OWN_PIECES, PIECES) : PIECES;
+    Sums sums[2];
+    int piece = 2 * APART + first;
+#pragma unroll(UNROLLED)
+    for (; piece + 1 < last; piece += 2) {
+        begin_pieces<2>(tables, operands, piece - first, 1, sums);
+        WAIT_FOR(1, sums[0]);
+        finish_pieces<1>(tables, rows, ordinary, quarter, piece, sums);
+        WAIT_FOR(0, sums[1]);
+        finish_pieces<1>(tables, rows, ordinary, quarter, piece + 1, sums + 1);
+    }
+    if (piece < last) {
+        begin_pieces<1>(tables, operands, piece - first, 1, sums);
+        WAIT_FOR(0, sums[0]);
+        finish_pieces<1>(tables, rows, ordinary, quarter, piece, sums);
+    }
+}
+
+INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
+                        int part) {
 #pragma unroll 1
-    for (int piece = 0; piece < APART; piece++)
-        finish_rows<ORDINARY, 2>(tables, matrix, operands, block, rows, quarter, piece);
-#pragma unroll 1
-    for (int piece = 2 * APART + part * OWN_PIECES; piece < last; piece++)
-        finish_rows<ORDINARY, 1>(tables, matrix, operands, block, rows, quarter, piece);
+    for (int piece = 0; piece < APART; piece++) {
+        Sums sums[2];
+        begin_pieces<2>(tables, operands, piece, APART, sums);
+        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
+        finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
+    }
+    decode_pieces(tables, operands, rows, ordinary, quarter, part);
 }
 
 // Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
@@ -172,26 +293,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     u8* tables = reinterpret_cast<u8*>(memory);
     u8* shelf = tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES;
     u32* base = reinterpret_cast<u32*>(shelf + BASE_AT);
-    Block* upcoming = reinterpret_cast<Block*>(shelf + STAGE_BYTES);
+    Block* upcoming = reinterpret_cast<Block*>(shelf + STAGE_BYTES);  // [AHEAD], of which the current block is number ``place``
     float* means = reinterpret_cast<float*>(shelf + MEANS_AT);
+#if BULK
+    u8* rows_out = shelf + ROWS_AT;
+#endif
     const auto stage_of = [&](int turn) { return reinterpret_cast<u32*>(shelf + turn * (BASE_AT / 2)); };
     int turn = 0;  // of the two stages
     const u32 part = blockIdx.x % PARTS, step = gridDim.x / PARTS;  // from one of a warp's blocks to the next
-    u32 stored = 0, index = (threadIdx.x >> 5) * step + blockIdx.x / PARTS;
+    u32 stored = 0, index = (threadIdx.x >> 5) * step + blockIdx.x / PARTS, place = AHEAD - 1;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
         send_for_tile(block, 0, lane, stage_of(0));
         send_for_base(block, lane, base);
         stored = stored_checksum(block);
-        if (lane == 0) *upcoming = block;
+        if (lane == 0) upcoming[place] = block;
     }
+#if WARPGROUPS
+    else {  // an idle warp takes any block
+        const Block block = find_block(spans, firsts, starts, search, 0);
+        if (lane == 0) upcoming[place] = block;
+    }
+#endif
     copy_tables<MATRIX_AT>(blob, memory);  // the matrix comes last
     copy_tables<PART_BYTES>(blob + (MATRIX_AT + part * PART_BYTES) / 16, memory + MATRIX_AT / 16);
-    __syncthreads();
-    const u32 matrix = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) + lane * 16 - part * PART_BYTES;
+    tables_are_written();
 
-    for (; index < blocks; index += step * WARPS) {
-        const Block block = *upcoming;
+    for (; WORK_LEFT(index, blocks, step); index += step * WARPS) {
+        Block block = upcoming[place];
+        if (IS_IDLE(index, blocks)) block.tokens = block.first = block.last = 0;
         const int words = block_bytes(block.tokens) / 4 - 1;
         const u32 checksum = stored;
         u64 sum = 0;
@@ -203,54 +333,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #else
         const float room = LARGEST;
 #endif
-        for (int first_row = 0; first_row < block.tokens; first_row += ROWS) {
-            wait_for_tile();
+        for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
+            const bool wanted = first_row + ROWS > block.first && first_row < block.last;
             const u32* stage = stage_of(turn);
-            turn ^= 1;
-#pragma unroll
-            for (int part = 0; part < LANE_ROWS; part++)
-                quad_factors(tables, radius_of(stage, block, first_row, tile_row + 8 * part), base_of(base, block),
-                             rows.factor[part], rows.second_factor[part]);
-            sum_tile(tables, keys, stage, block, first_row, lane, words, sum);
-            __syncwarp();
-            if (first_row + ROWS < block.tokens) {
-                send_for_tile(block, first_row + ROWS, lane, stage_of(turn));
-            } else {
-                sum_rest(tables, keys, block, lane, words, sum);
-                if (index + step * WARPS < blocks) {
-                    const Block next = find_block(spans, firsts, starts, search, index + step * WARPS);
-                    send_for_tile(next, 0, lane, stage_of(turn));
-                    send_for_base(next, lane, base);
-                    stored = stored_checksum(next);
-                    if (lane == 0) *upcoming = next;
+            float factor = 0.0f, second_factor = 1.0f;  // of one row of the tile a lane
+            bool ordinary = true;
+            if (!is_past(first_row, block.tokens)) {  // else its next block's tile is on its way
+                wait_for_tile();
+                turn ^= 1;
+                const u32 code = radius_of(stage, block, first_row, lane % ROWS);
+                quad_factors(tables, code, base_of(base, block), factor, second_factor);
+                ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, room));
+                sum_tile(tables, keys, stage, block, first_row, lane, words, sum);
+                __syncwarp();
+                if (first_row + ROWS < block.tokens) {
+                    send_for_tile(block, first_row + ROWS, lane, stage_of(turn));
+                } else {
+                    sum_rest(tables, keys, block, lane, words, sum);
+                    if (index + step * WARPS < blocks) {
+                        if (++place == AHEAD) {
+                            place = 0;
+                            const i64 own = index + (i64)(lane + 1) * (step * WARPS);
+                            if (lane < AHEAD && own < blocks)
+                                upcoming[lane] = find_own_block(spans, firsts, starts, search, own);
+                            __syncwarp();
+                        }
+                        const Block next = upcoming[place];
+                        send_for_tile(next, 0, lane, stage_of(turn));
+                        send_for_base(next, lane, base);
+                        stored = stored_checksum(next);
+                    }
                 }
             }
-            if (first_row + ROWS <= block.first || first_row >= block.last) {
-                __syncwarp();
-                continue;  // nobody wants these rows
-            }
-            u32 operands[TILES][GROUPS][4];
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-                for (int group = 0; group < GROUPS; group++)
-                    quad_operands(tables, stage, lane, 16 * tile, group, operands[tile][group]);
-            __syncwarp();
-            rows.first = first_row + tile_row;
-            bool ordinary = true;
-#pragma unroll
-            for (int part = 0; part < LANE_ROWS; part++) {
-                ordinary = ordinary && is_ordinary(rows.factor[part], rows.second_factor[part], room);
-                rows.factor[part] *= 2.0f;  // the matrix is R / 2
-            }
-#if OFFSETS
-            rows.position = position + rows.first;
+#if WARPGROUPS
+            const u32 votes = votes_of_four(wanted, first_row + ROWS < block.tokens);
+            more = votes >> 3;
+            const bool decoded = votes & 7;
+#else
+            const bool decoded = wanted;
 #endif
-            if (__all_sync(ALL_LANES, ordinary)) decode_rows<true>(tables, matrix, operands, block, rows, quarter, part);
-            else decode_rows<false>(tables, matrix, operands, block, rows, quarter, part);
+            if (decoded) {
+                u32 operands[TILES][GROUPS][4];
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) quad_operands(tables, stage, lane, 16 * tile, operands[tile]);
+                const int own_row = first_row + tile_row;
+#pragma unroll
+                for (int part = 0; part < LANE_ROWS; part++) {
+                    const int row = own_row + 8 * part;
+#if BULK
+                    rows.target[part] = rows_out + (tile_row + 8 * part) * OUT_BYTES;
+#else
+                    rows.target[part] = reinterpret_cast<u8*>(block.rows + (i64)row * block.row_stride);
+#endif
+                    rows.target[part] += first_channel(quarter, 0) * ITEM;
+                    rows.wanted[part] = row >= block.first && row < block.last;
+                    rows.factor[part] = 2.0f * __shfl_sync(ALL_LANES, factor, tile_row + 8 * part);  // the matrix is R / 2
+                    rows.second_factor[part] = __shfl_sync(ALL_LANES, second_factor, tile_row + 8 * part);
+                }
+#if OFFSETS
+                rows.position = position + own_row;
+#endif
+#if BULK
+                wait_for_bulk();
+                decode_rows(tables, operands, rows, ordinary, quarter, part);
+                store_bulk(rows_out, block, first_row, lane);
+#else
+                decode_rows(tables, operands, rows, ordinary, quarter, part);
+#endif
+            }
+            __syncwarp();
         }
         const u32 good = reduced(sum, 4 * words);
-        if (lane == 0 && part == 0) flags[index] = good != checksum;
+        if (lane == 0 && part == 0 && !IS_IDLE(index, blocks)) flags[index] = good != checksum;
         __syncwarp();
     }
+#if BULK
+    wait_for_bulk();
+#endif
 }

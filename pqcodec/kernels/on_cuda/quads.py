@@ -20,11 +20,13 @@ BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with eve
 ENCODED_ORDERS = (*BEST_ORDERS, 320, 384, 448, 512, 576)  # with effort "fast"
 DECODED_ORDERS = (*ENCODED_ORDERS, 288)
 WIDE_ORDER = 64  # of which a warp decodes 32 rows at a time, unless they turn; else 16
-COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: with 32, each lane has its own, and no two meet in a bank
+COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: from 16 on, no two lanes meet in a bank; 32 spare an instruction
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
-THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 640, 192: 640, 224: 512, 256: 512}
+THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 256: 512}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
-LARGE_THREADS = 256  # of the orders beyond
+LARGE_THREADS, ROPE_LARGE_THREADS = 384, 256  # of the orders beyond
+MOST_BULK = 256  # bytes of rows that leave shared memory by the bulk copy engine
+AHEAD = 4  # blocks whose places a warp finds at once, one a lane
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 
@@ -34,23 +36,28 @@ def index_bytes(h: Header) -> int:
     return quads.plane_bytes(h.order, quads_index_bits(h.order, h.row_bits))[1]
 
 
-def quads_layout(h: Header, few: bool, limit: int) -> Layout | None:
+def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     """The first layout that fits into ``limit`` bytes of shared memory, from the quickest on; None where none does.
 
-    ``few``: there are few blocks, so that large tables do not pay.
+    ``few``: there are few blocks, so that large tables do not pay. ``major``: of the compute capability.
     """
-    threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, LARGE_THREADS)
+    wide = h.order == WIDE_ORDER and not (h.rope or few)
+    together = major == 9 and not (few or wide)
+    threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, ROPE_LARGE_THREADS if h.rope or major < 9 else LARGE_THREADS)
     threads = min(threads, FEW_THREADS) if few else threads
-    rows = 32 if h.order == WIDE_ORDER and not h.rope and not few else 16
+    rows = 32 if wide else 16
+    bulk = together and h.vector_bytes <= MOST_BULK
     base_at = 2 * _stage_bytes(h, rows)  # behind both stages
-    memory = {**warp_memory("decode", h, base_at + 16), "BASE_AT": base_at, "ROWS": rows}
+    ahead = 1 if few else AHEAD
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
+    memory = warp_memory("decode", h, base_at + 16, rows * h.vector_bytes * bulk, ahead)
+    memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
     for parts, keys, phases, copies in product(range(1, MOST_PARTS + 1), (True, False), phase_copies(h, few), all_copies):
         blob, places = _tables(h, matrix, keys, copies, phases, parts)
         shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
         size = shared + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
-            return Layout(threads, 0, False, False, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
+            return Layout(threads, 0, bulk, together, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
     return None
 
 
@@ -62,21 +69,28 @@ def _tables(
     The matrix comes last, in ``parts`` of the same size.
     """
     plan = plan_for(h)
-    points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # a byte for each coordinate, where its sign is
-    own = {
-        "POINTS": np.repeat(np.ascontiguousarray(points).view(np.uint32), copies, 1),
-        "MANTISSAS": plan.mantissas,
-    }
-    words = h.blocks.chunk_bytes // 4
+    points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # each coordinate's where its sign is
+    both = np.stack([points, -points], 1)
+    own = {"POINTS": np.repeat(both.reshape(len(both), -1).view(np.uint64), copies, 1), "MANTISSAS": plan.mantissas}
+    shared = shared_tables(h, h.blocks.chunk_bytes // 4 if keys else 0, phases)
+    if "KEYS" in shared:  # the first word's key, which key 0 stands before, lies at a multiple of 16 bytes
+        shared["KEYS"] = np.pad(shared["KEYS"], (3, 0))
     matrix = np.pad(matrix, [(0, -len(matrix) % (4 * parts)), *[(0, 0)] * 3])  # strips: four are a piece
-    blob, places = blob_of({**own, **shared_tables(h, words if keys else 0, phases), "MATRIX": matrix})
+    blob, places = blob_of({**own, **shared, "MATRIX": matrix})
+    if "KEYS" in shared:
+        places["KEYS_AT"] += 12
     return blob, {**places, "COPIES": copies, "PHASE_COPIES": phases}
 
 
 def _matrix(h: Header) -> np.ndarray:
     """Half of both rounds' matrix, int8 [order / 8 strips, order / 16 bricks, 8 channels, 16 bytes of inputs], as bytes."""
     place = np.arange(h.order)
-    quad = place // 32 * 8 + place % 16 // 4 * 2 + place // 16 % 2
+    group, quarter, half = place // 32, place % 16 // 4, place // 16 % 2
+    rest = h.order // 32 % 4  # groups behind the spans of four; two of them are a span, too
+    behind = h.order // 32 - rest
+    span = np.where(group < behind, 4, np.where(group < behind + (rest & 2), 2, 1))
+    first = np.where(span == 4, group // 4 * 4, np.where(span == 2, behind, group))  # group of the span
+    quad = 8 * first + 2 * span * quarter + 2 * (group - first) + half
     coordinates = quad * c.QUAD + np.array(c.QUADS_SIGN_PLACES)[place % 4]
     matrix = t.rotation_matrix(h.order, h.seed, 2)[coordinates][:, channel_order(h.order)]
     return in_bricks((matrix.T / 2).astype(np.int8))
@@ -100,8 +114,10 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "RADIUS_STEPS": c.QUADS_RADIUS_STEPS,
         "LOG2_STEPS": c.QUADS_RADIUS_STEPS.bit_length() - 1,
         "LARGEST_SUM": f"{127.0 * h.order**1.5!r}f",
-        "BULK": 0,
+        "BULK": int(layout.whole_rows),
+        "OUT_BYTES": h.vector_bytes,
         "BYTES": 1,
-        "WARPGROUPS": 0,
+        "WARPGROUPS": int(layout.warpgroups),
+        "STREAMED": 0,
         **layout.places,
     }

@@ -24,17 +24,27 @@ INLINE void send_for_word(const u32* from, u32* to, bool there) {
                  : "memory");
 }
 
-// Sends for the words of the tile of rows from ``first_row`` on; zeros stand for rows behind the block's end.
-INLINE void send_for_tile(const Block& block, int first_row, int lane, u32* stage) {
+// Sends for the words of a tile of rows. WHOLE: the block has all of them; else zeros stand for those behind its end.
+template <bool WHOLE> INLINE void send_for_rows(const Block& block, int first_row, int lane, u32* stage) {
     const int rows = block.tokens - first_row;
-    const u32* signs = block.payload + first_row * (ORDER / 32);
-    const u32* indices = block.payload + block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
+    const u32* signs = block.payload + (first_row * (ORDER / 32) + lane);
+    const u32* indices = block.payload + (block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4 + lane);
+    const u32* radii = block.payload + (block.tokens * (ORDER / 8 + INDEX_BYTES) + first_row) / 4 + lane;
 #pragma unroll
-    for (int i = lane; i < SIGN_WORDS; i += 32) send_for_word(signs + i, stage + i, i < rows * (ORDER / 32));
+    for (int i = 0; i < SIGN_WORDS; i += 32)
+        if (SIGN_WORDS % 32 == 0 || i + lane < SIGN_WORDS)
+            send_for_word(signs + i, stage + i + lane, WHOLE || i + lane < rows * (ORDER / 32));
 #pragma unroll
-    for (int i = lane; i < INDEX_WORDS; i += 32)
-        send_for_word(indices + i, stage + SIGN_WORDS + i, i < rows * INDEX_BYTES / 4);
-    if (lane < ROWS / 4) send_for_word(radii_of(block) + first_row / 4 + lane, stage + TILE_WORDS + lane, 4 * lane < rows);
+    for (int i = 0; i < INDEX_WORDS; i += 32)
+        if (INDEX_WORDS % 32 == 0 || i + lane < INDEX_WORDS)
+            send_for_word(indices + i, stage + SIGN_WORDS + i + lane, WHOLE || i + lane < rows * INDEX_BYTES / 4);
+    if (lane < ROWS / 4) send_for_word(radii, stage + TILE_WORDS + lane, WHOLE || 4 * lane < rows);
+}
+
+// Sends for the words of the tile of rows from ``first_row`` on.
+INLINE void send_for_tile(const Block& block, int first_row, int lane, u32* stage) {
+    if (first_row + ROWS <= block.tokens) send_for_rows<true>(block, first_row, lane, stage);
+    else send_for_rows<false>(block, first_row, lane, stage);
 }
 
 // Waits for the words that a warp sent for.
@@ -43,16 +53,40 @@ INLINE void wait_for_tile() {
     __syncwarp();
 }
 
+// How many words a lane reads at once of so many, which begin at a multiple of ORDER / 32 of a block's words.
+constexpr __device__ int words_at_once(int words) {
+#ifdef KEYS_AT  // where KEYS_AT is chosen so that a block's first key lies at a multiple of 16 bytes
+    if (ORDER % 128 == 0 && words % 128 == 0) return 4;
+    if (ORDER % 64 == 0 && words % 64 == 0) return 2;
+#endif
+    return 1;
+}
+
+// Adds words of a plane to the checksum's sum: WORDS of them, from the block's word ``first`` on.
+template <int WORDS>
+INLINE void sum_plane(const u8* tables, const i64* __restrict__ keys, const u32* plane, int first, int lane, int words,
+                      u64& sum) {
+    constexpr int MANY = words_at_once(WORDS);
+    struct alignas(4 * MANY) Words { u32 word[MANY]; };
+#pragma unroll
+    for (int place = MANY * lane; place < WORDS; place += 32 * MANY) {
+        const Words read = *reinterpret_cast<const Words*>(plane + place);
+#ifdef KEYS_AT
+        const Words own = *reinterpret_cast<const Words*>(tables + KEYS_AT + 4 + 4 * (first + place));
+#else
+        const Words own = {key_of(tables, keys, words, first + place)};
+#endif
+#pragma unroll
+        for (int i = 0; i < MANY; i++) sum += folded((u64)read.word[i] * own.word[i]);
+    }
+}
+
 // Adds a tile's words to the checksum's sum.
 INLINE void sum_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, const Block& block, int first_row,
                      int lane, int words, u64& sum) {
-    const int first = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4 - SIGN_WORDS;  // of the indices
-#pragma unroll
-    for (int place = lane; place < SIGN_WORDS; place += 32)
-        sum += folded((u64)stage[place] * key_of(tables, keys, words, first_row * (ORDER / 32) + place));
-#pragma unroll
-    for (int place = SIGN_WORDS + lane; place < TILE_WORDS; place += 32)
-        sum += folded((u64)stage[place] * key_of(tables, keys, words, first + place));
+    const int indices = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
+    sum_plane<SIGN_WORDS>(tables, keys, stage, first_row * (ORDER / 32), lane, words, sum);
+    sum_plane<INDEX_WORDS>(tables, keys, stage + SIGN_WORDS, indices, lane, words, sum);
 }
 
 // Adds what lies behind the two planes: radii, base and zeros.

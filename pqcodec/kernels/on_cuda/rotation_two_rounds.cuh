@@ -12,7 +12,7 @@
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
 //
-// Needs BYTES, BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
+// Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
 // ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory has no room for it,
 // but for SLOTS panels, three).
 #pragma once
@@ -22,9 +22,12 @@
 #if BYTES
 typedef int Sum;
 #define BRICKS (ORDER / 16)  // of a strip
+#ifndef STRIPS
 #define STRIPS 8             // of a panel
+#endif
 #define MMA_SHAPE "m16n8k32.row.col.s32.s8.s8.s32"
-#define WGMMA_SHAPE "m64n64k32.s32.s8.s8"
+#define WGMMA_SHAPE(columns) "m64n" columns "k32.s32.s8.s8"
+#define WGMMA_SIGNS ""  // of its factors, which whole numbers have none for
 #define IN_OUT(x) "+r"(x)
 #else
 typedef float Sum;
@@ -32,11 +35,12 @@ typedef float Sum;
 #define STRIPS 4
 #if BRAIN
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
-#define WGMMA_SHAPE "m64n32k16.f32.bf16.bf16"
+#define WGMMA_SHAPE(columns) "m64n" columns "k16.f32.bf16.bf16"
 #else
 #define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
-#define WGMMA_SHAPE "m64n32k16.f32.f16.f16"
+#define WGMMA_SHAPE(columns) "m64n" columns "k16.f32.f16.f16"
 #endif
+#define WGMMA_SIGNS ", 1, 1, 0"
 #define IN_OUT(x) "+f"(x)
 #endif
 #define PANELS (ORDER / (8 * STRIPS))
@@ -66,8 +70,9 @@ INLINE void load_bricks(u32 address, u32* bricks) {
                  : "r"(address));
 }
 
-// The sums of a panel, of which ``panel`` is the address. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of brick 0, second part of brick 1, first
-// of 2, second of 3}; the sums of first parts are the first STRIPS, those of second parts the others.
+// The sums of a panel, of which ``panel`` is the address. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of
+// brick 0, second part of brick 1, first of 2, second of 3}; the sums of first parts are the first STRIPS, those of second
+// parts the others.
 template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
     const u32 address = panel + (threadIdx.x & 31) * 16;
 #pragma unroll
@@ -97,18 +102,18 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, 
     // The descriptor's fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
     const u64 bricks = matrix + (brick * BRICK_BYTES / 16 | apart * BRICK_BYTES / 16 << 16) |
                        (u64)(BRICKS * BRICK_BYTES / 16) << 32;
-#if BYTES
+#if STRIPS == 8
     asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
+        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("64")
         " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
         "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-        " {%32,%33,%34,%35}, %36, p;}"
+        " {%32,%33,%34,%35}, %36, p" WGMMA_SIGNS ";}"
         : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7])
         : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
 #else
     asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("32")
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p" WGMMA_SIGNS ";}"
         : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
         : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
 #endif

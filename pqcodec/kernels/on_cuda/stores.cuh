@@ -2,7 +2,8 @@
 // steps 4 to 6).
 //
 // Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), LARGEST (of the dtype), OFFSETS, ROUNDS, ORDER, ROWS,
-// and BULK: rows leave shared memory by the bulk copy engine, as whole lines, and past the pipe that look-ups keep busy.
+// and BULK: rows leave shared memory, where they lie OUT_BYTES apart, by the bulk copy engine, as whole lines, and past the
+// pipe that look-ups keep busy.
 #pragma once
 
 #include "block_place.cuh"
@@ -82,7 +83,6 @@ INLINE void finish_piece(const u8* tables, int first, float* numbers, const floa
 // -- stores ---------------------------------------------------------------------------------------------------------
 #if BULK
 #define STORE(address, stored, wanted) *reinterpret_cast<Stored*>(address) = stored  // store_bulk asks which rows are wanted
-#define OUT_BYTES (ORDER * ITEM + 64)  // from row to row in shared memory: neighbouring rows lie in different banks
 
 // Waits until the engine has read what it was given before.
 INLINE void wait_for_bulk() {
@@ -90,16 +90,27 @@ INLINE void wait_for_bulk() {
     __syncwarp();
 }
 
-// Gives the wanted rows of a tile, from ``first_row`` on, to the engine: a row a lane.
+// Gives ``bytes`` in shared memory to the engine, to be stored at an address.
+INLINE void give_to_bulk(const u8* from, i64 to, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                 "r"((u32)__cvta_generic_to_shared(from)), "r"(bytes)
+                 : "memory");
+}
+
+// Gives the wanted rows of a tile, from ``first_row`` on, to the engine: all at once where they lie side by side, else a row a
+// lane.
 INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, int lane) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    const int row = first_row + lane;
-    if (lane < ROWS && row >= block.first && row < block.last)
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::
-                         "l"(block.rows + (i64)row * block.row_stride),
-                     "r"((u32)__cvta_generic_to_shared(rows_out + lane * OUT_BYTES)), "r"(ORDER * ITEM)
-                     : "memory");
+    const int from = max(first_row, block.first), to = min(first_row + ROWS, block.last);
+    if (OUT_BYTES == ORDER * ITEM && block.row_stride == OUT_BYTES) {
+        if (lane == 0 && from < to)
+            give_to_bulk(rows_out + (from - first_row) * OUT_BYTES, block.rows + (i64)from * OUT_BYTES, (to - from) * OUT_BYTES);
+    } else {
+        const int row = first_row + lane;
+        if (lane < ROWS && row >= from && row < to)
+            give_to_bulk(rows_out + lane * OUT_BYTES, block.rows + (i64)row * block.row_stride, ORDER * ITEM);
+    }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 #else

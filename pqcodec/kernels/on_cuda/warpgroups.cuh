@@ -13,8 +13,9 @@
 #define IN_STEP (WARPGROUPS || STREAMED)
 
 #if IN_STEP
-// Whether a warp goes on with block ``index``: whether the first warp of those in step has a block.
-#define WORK_LEFT(index, blocks) ((index) - (threadIdx.x >> 5 & (STREAMED ? 31 : 3)) * gridDim.x < (blocks))
+// Whether a warp goes on with block ``index``: whether the first warp of those in step has a block. ``apart``: from a warp's
+// block to the next warp's.
+#define WORK_LEFT(index, blocks, apart) ((index) - (threadIdx.x >> 5 & (STREAMED ? 31 : 3)) * (apart) < (blocks))
 
 #define IS_IDLE(index, blocks) ((index) >= (blocks))
 
@@ -56,7 +57,7 @@ INLINE int any_in_step(bool yes) {
 #endif
 }
 #else
-#define WORK_LEFT(index, blocks) ((index) < (blocks))
+#define WORK_LEFT(index, blocks, apart) ((index) < (blocks))
 #define IS_IDLE(index, blocks) false
 INLINE bool rows_left(int first_row, int tokens, int more) { return first_row < tokens; }
 INLINE bool is_past(int first_row, int tokens) { return false; }
