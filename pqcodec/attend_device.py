@@ -13,6 +13,7 @@ from pqcodec.backends import device_backend
 from pqcodec.errors import InvalidArgument
 from pqcodec.kernels.attention import checked_number, checked_softcap
 from pqcodec.placed import current, one_device, stream_on
+from pqcodec.stream.header import dtype_code
 from pqcodec.stream.index import Bounds
 from pqcodec.tensors.numbers import is_torch
 
@@ -68,18 +69,28 @@ def scores_on_device(
     scale = head_dim**-0.5 if scale is None else checked_number("scale", scale)
     attended = AttendedTokens.of(sequences, tokens, [], exact if exact and exact[0].shape[2] else [])
     out = torch.empty((*query.shape[:-1], attended.totals[0]), dtype=torch.float32, device=device)
-    cap, shape, found = checked_softcap(softcap), tuple(query.shape), (*q.shape[:-1], attended.totals[0])
+    cap, found = checked_softcap(softcap), (*q.shape[:-1], attended.totals[0])
     if not out.numel():
         return out.reshape(found)
     with current(device):
-        if why_not_triton(attended.headers, backend) is None:
-            from pqcodec.kernels.on_triton.attending import TritonAttention
+        return _scorer(query, attended, h.leading, backend, scale, cap).score(query, out).reshape(found)
 
-            parts = coded_and_exact(attended, backend)
-            way: Any = TritonAttention(shape, attended.totals, h.leading, (head_dim,), *parts, device, scale, cap)
-        else:
-            way = Decoding(shape, h.leading, attended, backend, device, scale, cap)
-        return way.score(query, out).reshape(found)
+
+def _scorer(query: Any, attended: AttendedTokens, leading: int, backend: str, scale: float, cap: float) -> Any:
+    """What scores: the CUDA kernel that reads pair polar, Triton's where they are asked for; else keys are decoded."""
+    shape, dtype, device = tuple(query.shape), dtype_code(query.dtype), query.device
+    headers, sizes = attended.headers, (shape, attended.totals, leading, shape[-1:])
+    if headers and device_backend(backend, device).name == "cuda":
+        from pqcodec.kernels.on_cuda.pair_scores import PairScores, why_not_pairs
+
+        rows = shape[1] // leading * shape[2]
+        if not any(why_not_pairs(h, dtype, rows, cap) for h in headers):
+            return PairScores(*sizes, *coded_and_exact(attended, backend), device, scale, cap, query_dtype=dtype)
+    if why_not_triton(headers, backend) is None:
+        from pqcodec.kernels.on_triton.attending import TritonAttention
+
+        return TritonAttention(*sizes, *coded_and_exact(attended, backend), device, scale, cap)
+    return Decoding(shape, leading, attended, backend, device, scale, cap)
 
 
 # -- what is asked -----------------------------------------------------------------------------------------------------

@@ -78,9 +78,10 @@ def why_not(headers: Sequence[Header]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Coded:
+class CodedGroup:
     """Shares of one kind, and what their kernels need."""
 
+    members: Sequence[CodedSegment]
     shares: Any  # int64 [shares, CODED_FIELDS], on the device
     count: int
     sides: tuple[Constants, ...]  # SideShape of keys, and of values
@@ -160,7 +161,7 @@ class TritonAttention:
         self._slots.append(sequence)
         return len(self._slots) - 1
 
-    def _coded_groups(self, parts: Sequence[CodedSegment], share: int) -> Iterator[_Coded]:
+    def _coded_groups(self, parts: Sequence[CodedSegment], share: int) -> Iterator[CodedGroup]:
         """Shares by kind."""
         import torch
 
@@ -190,7 +191,8 @@ class TritonAttention:
             ]
             if not rows:
                 continue
-            yield _Coded(
+            yield CodedGroup(
+                members,
                 self._put(rows),
                 len(rows),
                 tuple(Constants(_side_shape(h, t, self._native)) for h, t in zip(headers, tables, strict=True)),
@@ -310,12 +312,8 @@ class TritonAttention:
         The sequences are of one length.
         """
         asked = (self._leads, self._rows, self._scale, self._cap)
-        shape = self._shape()
         for coded in self._coded:
-            kernel, own = self._score_kernel(coded.sides[0])
-            kernel[(coded.count, *self._grid)](
-                coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **shape | own
-            )
+            self._score_codes(coded, query, out)
         for exact in self._exact:
             attention.score_exact[(exact.count, *self._grid)](
                 exact.shares,
@@ -325,9 +323,17 @@ class TritonAttention:
                 HEAD_DIM=self._dims[0],
                 COLUMNS=self._columns[0],
                 DTYPE=exact.dtypes[0],
-                **shape,
+                **self._shape(),
             )
         return out
+
+    def _score_codes(self, coded: CodedGroup, query: Any, out: Any) -> None:
+        """Scores of the tokens of a group of shares."""
+        kernel, own = self._score_kernel(coded.sides[0])
+        asked = (self._leads, self._rows, self._scale, self._cap)
+        kernel[(coded.count, *self._grid)](
+            coded.shares, coded.tables[0], query, out, *asked, KEYS=coded.sides[0], SKIPS=coded.skips, **self._shape() | own
+        )
 
     def _score_kernel(self, side: Constants) -> tuple[Any, dict[str, Any]]:
         """The kernel of scores, and what its shape has else: keys that share fields in groups of whole tiles have their own."""
