@@ -171,12 +171,18 @@ def timed(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
 
 
 def turns(x_bytes: int, stream_bytes: int, encode: Callable[[], Any], decode: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """GB/s of input, and the median ratio to a copy (the quicker of a turn's two) that moves as many bytes: read + written."""
+    """GB/s of input, and the median ratio to a copy (the quicker of a turn's two) that moves as many bytes: read + written.
+
+    Beside them the ratios of kernels that only move the same bytes, read as read and written as written.
+    """
+    from benchmarks.moved_bytes import moving  # which needs Triton
+
     moved = x_bytes + stream_bytes
     source, target = (torch.zeros(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     copy = partial(target.copy_, source)
-    found = [(min(c, d), e, f) for c, e, d, f in timed((copy, encode, copy, decode), rounds)]
-    copied, encoded, decoded = (median(column) for column in zip(*found, strict=True))
+    only_moves = [moving(*sizes, DEVICE) for sizes in ((x_bytes, stream_bytes), (stream_bytes, x_bytes))]
+    found = [(min(c, d), e, f, *rest) for c, e, d, f, *rest in timed((copy, encode, copy, decode, *only_moves), rounds)]
+    copied, encoded, decoded, *_ = (median(column) for column in zip(*found, strict=True))
     return {
         "input_bytes": x_bytes,
         "stream_bytes": stream_bytes,
@@ -184,8 +190,10 @@ def turns(x_bytes: int, stream_bytes: int, encode: Callable[[], Any], decode: Ca
         "copy_tb_s": moved / copied / 1e12,
         "encode_gb_s": x_bytes / encoded / 1e9,
         "decode_gb_s": x_bytes / decoded / 1e9,
-        "encode_ratio": median(c / e for c, e, _ in found),
-        "decode_ratio": median(c / d for c, _, d in found),
+        "encode_ratio": median(c / e for c, e, *_ in found),
+        "decode_ratio": median(c / d for c, _, d, *_ in found),
+        "moving_as_encode_ratio": median(c / e for c, *_, e, _ in found),
+        "moving_as_decode_ratio": median(c / d for c, *_, d in found),
     }
 
 
@@ -249,7 +257,8 @@ def speeds(chosen: Sequence[Case], rounds: int, say: Progress) -> list[dict[str,
             verdict = "as on the CPU" if sound(row) else "NOT AS ON THE CPU"
             say(
                 f"{case.name}: encode {row['encode_gb_s']:.0f} GB/s ({row['encode_ratio']:.2f} of a copy), "
-                f"decode {row['decode_gb_s']:.0f} GB/s ({row['decode_ratio']:.2f}), {verdict}"
+                f"decode {row['decode_gb_s']:.0f} GB/s ({row['decode_ratio']:.2f}), {verdict}; only moving their bytes: "
+                f"{row['moving_as_encode_ratio']:.2f}, {row['moving_as_decode_ratio']:.2f}"
             )
         del x, y
         torch.cuda.empty_cache()

@@ -117,6 +117,10 @@ GPU_SPEEDS: dict[str, Cell] = {
     "encode, share of a device copy": number("encode_ratio"),
     "decode, share of a device copy": number("decode_ratio"),
 }
+MOVING: dict[str, Cell] = {
+    "a kernel that only reads and writes what encode does": number("moving_as_encode_ratio"),
+    "what decode does": number("moving_as_decode_ratio"),
+}
 RELOADS: dict[str, Cell] = {
     "tokens": number("tokens", ","),
     "computing the prefix, s": number("prefill_s", ".3f"),
@@ -325,7 +329,7 @@ TABLES = {
     ),
     "gpu": Table(["gpu_speed"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS, "gpu_speed"),
     "gpu-quads": Table(["quads/gpu_speed"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS),
-    "gpu-h200": Table(["quads/gpu_speed_h200"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS),
+    "gpu-h200": Table(["quads/gpu_speed_h200"], lambda found: list(gpu_speeds(found).values()), GPU_SPEEDS | MOVING),
     "attention-cpu": Table(
         ["attention_cpu"],
         lambda found: found["rows"],
