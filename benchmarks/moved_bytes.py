@@ -20,7 +20,7 @@ WARPS = 4
 
 @triton.jit
 def move_words(source, target, read: tl.constexpr, most_read: tl.constexpr, write: tl.constexpr, most_write: tl.constexpr):
-    """Reads ``read`` words of ``source`` and writes ``write`` words of ``target``; ``most_...``: the powers of two above both."""
+    """Reads ``read`` words of ``source``, writes ``write`` words of ``target``; ``most_...``: powers of two from there on."""
     program = tl.program_id(0).to(tl.int64)
     reads, writes = tl.arange(0, most_read), tl.arange(0, most_write)
     words = tl.load(source + program * read + reads, mask=reads < read, other=0)
