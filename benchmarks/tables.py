@@ -358,6 +358,18 @@ TABLES = {
             "times as fast as the best exact one": number("speedup"),
         },
     ),
+    "wu-scores": Table(
+        ["wu_scores"],
+        lambda found: [row for row in found["rows"] if row["dtype"] == "float16"],
+        {
+            "preset": text("preset"),
+            "tokens": number("tokens", ","),
+            "from codes, µs": number("microseconds", ".0f"),
+            "from codes by Triton, µs": number("triton_microseconds", ".0f"),
+            "exact float16, torch's best, µs": lambda row: f"{row['exact_microseconds'][row['best_exact']]:.0f}",
+            "times as fast as the exact one": number("speedup"),
+        },
+    ),
     "generate-gpu": Table(
         ["generate_gpu"],
         lambda found: found["rows"],

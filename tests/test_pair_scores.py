@@ -47,7 +47,7 @@ def test_it_hardly_spills_and_all_resident_warps_find_room(bits: tuple[int, int]
     macros = pair_definitions(ScoredKind(*bits, 256, rows % 2 == 1, rows))
     needs = local_bytes(compiled("pair_scores.cu", macros, "sm_90"))["score_pairs"]
     warps = RESIDENT[-(-rows // 4)]
-    assert needs["stack"] <= 8  # two registers, outside of the loop over tiles
+    assert needs["stack"] <= 16  # four registers at most, with any of the compilers, outside of the loop over tiles
     assert warps * needs["registers"] * 32 <= 65536
     assert warps * needs["shared"] <= SHARED_PERCENT * (228 << 10) // 100
 
