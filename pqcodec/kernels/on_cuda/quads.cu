@@ -11,7 +11,7 @@
 // The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Its inputs are in the order in which a lane
 // has them without shifts: groups of eight quads form spans of four groups, then of two, then of one, and of a span's quads
 // each quarter has a run of neighbours, two a group. A matrix for which shared memory has no room is divided by its columns:
-// PARTS neighbouring thread blocks decode the same rows, each some pieces of them, and the first one's checksum counts.
+// PARTS neighbouring thread blocks decode the same rows, each some pieces of them, and the first one finds the checksum.
 //
 // Needs PARTS, INDEX_BITS (of a quad), COPIES (of each point of the table, so that lanes meet in no bank), LARGEST_SUM (that
 // the rotation makes), AHEAD (blocks that a warp looks for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and
@@ -344,12 +344,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 const u32 code = radius_of(stage, block, first_row, lane % ROWS);
                 quad_factors(tables, code, base_of(base, block), factor, second_factor);
                 ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, room));
-                sum_tile(tables, keys, stage, block, first_row, lane, words, sum);
+                if (PARTS == 1 || part == 0) sum_tile(tables, keys, stage, block, first_row, lane, words, sum);
                 __syncwarp();
                 if (first_row + ROWS < block.tokens) {
                     send_for_tile(block, first_row + ROWS, lane, stage_of(turn));
                 } else {
-                    sum_rest(tables, keys, block, lane, words, sum);
+                    if (PARTS == 1 || part == 0) sum_rest(tables, keys, block, lane, words, sum);
                     if (index + step * WARPS < blocks) {
                         if (++place == AHEAD) {
                             place = 0;
