@@ -108,10 +108,12 @@ def test_a_file_carries_tables_of_every_kind_once(plain: Path) -> None:
         (("--rank", "0"), "--rank 0: a number of directions from 1 on"),
         (("--rank", "33"), "tensor 'layers.0.key': rows of 33 numbers of vectors of 32"),
         (("--channels", "in.safetensors"), "tensor 'layers.0.key'"),
+        (("--channels", "none.npz"), "--channels none.npz: the file holds no tensor of channels"),
     ],
 )
 def test_refusals_name_the_options(plain: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str) -> None:
     monkeypatch.chdir(plain.parent)
+    np.savez("none.npz")
     assert said in run("encode", plain, "c.pqkv", *options, *CPU, code=2).stderr
 
 
