@@ -7,6 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -54,6 +55,12 @@ needs_cuda = pytest.mark.skipif(
     not GPU or torch.version.hip is not None or not HAS_CUDA, reason="backend cuda needs an NVIDIA GPU and cuda-bindings"
 )
 GPU_BACKENDS = (pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hastened_interpreter() -> None:
+    if HAS_TRITON and not GPU:
+        interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)
