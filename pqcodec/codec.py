@@ -189,10 +189,11 @@ def decode(
     dtype to fill instead, with any strides, such as a part of a larger cache; after an error its content is undefined.
     ``fill``: of a stream that kept only some tokens (``encode(keep=)``), what stands where none was kept; without it such a
     stream is refused, and ``decode_kept`` gives its rows. The result is then as large as the whole tensor, however small a
-    stranger's stream is: ``inspect`` tells ``tensor_bytes``. ``tables``: SharedTables, among which that which the stream may
-    name has to be. ``estimate``: of a sketch (presets qjl), which tells inner products alone (``attention.scores``), the
-    vectors whose inner products these are, "unbiased", or those times what makes their error least, "shrunk"; without it such
-    a stream is refused. Either is far from what was encoded: ``inspect`` tells how far.
+    stranger's stream is: ``inspect`` tells ``tensor_bytes``, and what memory has no room for is refused. ``tables``:
+    SharedTables, among which that which the stream may name has to be. ``estimate``: of a sketch (presets qjl), which tells
+    inner products alone (``attention.scores``), the vectors whose inner products these are, "unbiased", or those times what
+    makes their error least, "shrunk"; without it such a stream is refused. Either is far from what was encoded: ``inspect``
+    tells how far.
     Raises InvalidArgument, TruncatedStream, CorruptStream, UnsupportedStream or MissingTable.
 
     >>> import numpy as np

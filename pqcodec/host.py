@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from pqcodec import constants as c
 from pqcodec.backends import backend as backend_of
 from pqcodec.codings import levels
 from pqcodec.codings.declared import Codebook
@@ -256,19 +258,33 @@ def _decode_filled(
     wanted, leads = checked_range("tokens", tokens, whole.tokens), checked_range("leading", leading, header.leading)
     shape = result_shape(whole, tokens, leading)
     in_place = out is not None and arrays.fits(out, shape, header.dtype)
-    result, stored = arrays.seen(out) if in_place else arrays.empty(shape, header.dtype, header.numpy)
     positions = read_positions(source, header, leads)
     first, last = keep.within(positions, leads, wanted)
     low, high = int(first.min(initial=header.tokens)), int(last.max(initial=0))
-    stored[...] = value
+    rows = None
     if low < high or (wanted, leads) == ((0, whole.tokens), (0, header.leading)):
         some = (min(low, high), high)
         rows = arrays.view(_decode_rows(source, header, backend, None, some, leads, progress, estimate)).stored
+    result, stored = arrays.seen(out) if in_place else _room(shape, header)  # only now: a stream of a few bytes may ask for any
+    stored[...] = value
+    if rows is not None:
         for n, place in enumerate(np.ndindex(shape[:-2])):
             kept = slice(first[n], last[n])
             at = positions[(leads[0] + n) % len(positions), kept].astype(np.intp) - wanted[0]
             stored[place][at] = rows[n, first[n] - low : last[n] - low]
     return result if out is None or in_place else arrays.copied(out, result)
+
+
+def _room(shape: tuple[int, ...], h: Header) -> tuple[Any, np.ndarray]:
+    """A new tensor, as ``arrays.empty`` makes it, of a shape that the stream's size does not bound; raises InvalidArgument."""
+    try:
+        return arrays.empty(shape, h.dtype, h.numpy)
+    except MemoryError:
+        size = math.prod(shape) * c.ITEM_BYTES[h.dtype]
+        raise InvalidArgument(
+            f"fill asks for {DTYPE_NAMES[h.dtype]} {shape}, {size} bytes, which memory has no room for: decode fewer tokens "
+            "(tokens=) or leading indices, or the kept rows and their positions (decode_kept)"
+        ) from None
 
 
 def read_positions(source: Source, h: Header, leads: Bounds) -> np.ndarray:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
+from typer import testing
 
 import pqcodec
 from pqcodec.codings.declared import DECLARED
@@ -54,6 +57,18 @@ needs_cuda = pytest.mark.skipif(
     not GPU or torch.version.hip is not None or not HAS_CUDA, reason="backend cuda needs an NVIDIA GPU and cuda-bindings"
 )
 GPU_BACKENDS = (pytest.param("triton", marks=needs_triton), pytest.param("cuda", marks=needs_cuda))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_command_line() -> None:
+    """The parser of the command line is made once, as in any process; typer's runner would make it for every command."""
+    testing._get_command = cache(testing._get_command)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hastened_interpreter() -> None:
+    if HAS_TRITON and not GPU:
+        interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)

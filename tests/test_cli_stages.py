@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from spec_vectors import BOOKS
 from test_cli import run, told
 from test_cli_choices import error, normal
 
 import pqcodec
 from pqcodec.calibrate import rows_to_code, shared_levels, shared_ranges
+from pqcodec.stream.tables import SharedTable
 
 CPU = ("--backend", "cpu")
 ROPE = pqcodec.Rope(theta=500.0)
@@ -108,10 +110,12 @@ def test_a_file_carries_tables_of_every_kind_once(plain: Path) -> None:
         (("--rank", "0"), "--rank 0: a number of directions from 1 on"),
         (("--rank", "33"), "tensor 'layers.0.key': rows of 33 numbers of vectors of 32"),
         (("--channels", "in.safetensors"), "tensor 'layers.0.key'"),
+        (("--channels", "none.npz"), "--channels none.npz: the file holds no tensor of channels"),
     ],
 )
 def test_refusals_name_the_options(plain: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str) -> None:
     monkeypatch.chdir(plain.parent)
+    np.savez("none.npz")
     assert said in run("encode", plain, "c.pqkv", *options, *CPU, code=2).stderr
 
 
@@ -128,3 +132,80 @@ def test_tables_of_one_kind_are_given_once_and_folders_are_of_one_kind(plain: Pa
     coded = plain.with_name("q.pqkv")
     run("encode", plain, coded, "--preset", "qjl", "--value-preset", "int2", "--include", "*key", *CPU)
     assert "ask by --estimate unbiased or shrunk" in run("decode", coded, plain.with_name("q.safetensors"), code=2).stderr
+
+
+# -- single streams, whose tables are given ------------------------------------------------------------------------
+@pytest.fixture
+def streams(tmp_path: Path) -> dict[str, tuple[bytes, tuple[SharedTable, ...]]]:
+    """Single streams of rows of 16 numbers in files, and the tables that they name, in files by their kinds."""
+    levels, basis = pqcodec.LevelTable((-1, -0.3, 0.3, 1)), pqcodec.BasisTable(np.eye(16)[:6])
+    ranges, x = pqcodec.RangeTable(np.ones((2, 2, 16)), width=16, channels=1), normal(2, 40, 16)
+    made = {
+        "books": (pqcodec.encode(x, preset="rvq2", codebooks=BOOKS, backend="cpu"), (BOOKS,)),
+        "both": (pqcodec.encode(x, preset="nuq2", levels=levels, basis=basis, backend="cpu"), (basis, levels)),
+        "ranges": (pqcodec.encode(x, preset="kivi2-key", ranges=ranges, backend="cpu"), (ranges,)),
+    }
+    (tmp_path / "streams").mkdir()
+    for name, (stream, tables) in made.items():
+        (tmp_path / "streams" / f"{name}.pqs").write_bytes(stream)
+        for table in tables:
+            (tmp_path / f"{table.option}.pqt").write_bytes(table.to_bytes())
+    return made
+
+
+def test_single_streams_are_decoded_by_the_tables_that_they_name(tmp_path: Path, streams: dict[str, Any]) -> None:
+    """Any number of them in files, of which each stream takes what it names, and in a folder as train-vq writes it."""
+    given = [option for kind in ("basis", "levels", "codebooks", "ranges") for option in ("--table", tmp_path / f"{kind}.pqt")]
+    run("decode", tmp_path / "streams", tmp_path / "out", *given, *CPU)
+    for name, (stream, tables) in streams.items():
+        found = load_file(tmp_path / "out" / f"{name}.safetensors")[name]
+        np.testing.assert_array_equal(found, pqcodec.decode(stream, tables=tables, backend="cpu"))
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "value.pqt").write_bytes(BOOKS.to_bytes())
+    run("decode", tmp_path / "streams" / "books.pqs", tmp_path / "o.npy", "--table", folder, "--tokens", "3:9", *CPU)
+    part = pqcodec.decode(streams["books"][0], tables=BOOKS, tokens=(3, 9), backend="cpu")
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), part)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "held"),
+    [("books", 0, "codebooks"), ("both", 0, "a basis"), ("both", 1, "levels"), ("ranges", 0, "ranges")],
+)
+def test_a_table_that_is_missing_is_told_with_what_to_do(
+    tmp_path: Path, streams: dict[str, Any], name: str, missing: int, held: str
+) -> None:
+    path, tables = tmp_path / "streams" / f"{name}.pqs", streams[name][1]
+    others = [
+        option for table in tables if table != tables[missing] for option in ("--table", tmp_path / f"{table.option}.pqt")
+    ]
+    given = f", and none of the {len(others) // 2} that were given is it" if others else ""
+    named = f"{path}: the stream names the shared table {tables[missing].name}, {held}"
+    said = f"{named}{given}: give the file that holds it by --table PATH"
+    for more in ((), ("--dry-run",), ("--fill", 0)):
+        assert said in run("decode", path, tmp_path / "o.npy", *others, *more, *CPU, code=3).stderr
+    assert said in run("convert", path, tmp_path / "o.pqkv", *others, code=3).stderr
+    assert not list(tmp_path.glob("o.*"))
+
+
+@pytest.mark.parametrize("kind", ["pqkv", "safetensors", "zarr"])
+def test_converted_streams_bring_their_tables(tmp_path: Path, streams: dict[str, Any], kind: str) -> None:
+    pytest.importorskip("zarr") if kind == "zarr" else None
+    stream, tables = streams["both"]
+    given = [option for table in tables for option in ("--table", tmp_path / f"{table.option}.pqt")]
+    run("convert", tmp_path / "streams" / "both.pqs", tmp_path / f"c.{kind}", *given)
+    run("decode", tmp_path / f"c.{kind}", tmp_path / "o.npy", *CPU)
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), pqcodec.decode(stream, tables=tables, backend="cpu"))
+
+
+def test_of_many_streams_the_first_without_its_table_ends_the_work_before_it_begins(tmp_path: Path, streams: Any) -> None:
+    given = ("--table", tmp_path / "codebooks.pqt")
+    assert "both.pqs: the stream names" in run("decode", tmp_path / "streams", tmp_path / "out", *given, *CPU, code=3).stderr
+    assert not (tmp_path / "out").exists()
+    assert (
+        run("decode", tmp_path / "streams", tmp_path / "out", *given, "--keep-going", *CPU, code=3).stderr.count("names the")
+        == 2
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["books.safetensors"]
+    not_one = tmp_path / "streams" / "books.pqs"
+    assert "are no shared table" in run("decode", not_one, tmp_path / "o.npy", "--table", not_one, code=1).stderr

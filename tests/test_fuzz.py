@@ -1,17 +1,21 @@
-"""Every input that fuzzing kept, a short random session of each target, and edits of each container (``tests/fuzz.py``)."""
+"""Every input that fuzzing kept, short random sessions of each target and coding, edits of each container (``tests/fuzz``)."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
+import subprocess
+import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import fuzz
 import pytest
 
+from pqcodec.codings.declared import DECLARED
 from pqcodec.errors import CorruptStream
 
 INPUTS = int(os.environ.get("PQCODEC_FUZZ_INPUTS", "250"))  # of a random session
@@ -77,6 +81,37 @@ def test_a_random_session_finds_nothing_new(name: str) -> None:
     fuzz.random_session(session, inputs, random.Random(0), lambda session, _: session.executions >= len(inputs) + INPUTS)
     assert len(session.reached) > 5
     assert {kind(ended) for ended in session.found} <= {kind(ended) for ended in known.found}, session.found
+
+
+@pytest.mark.parametrize("coding", fuzz.CODINGS)
+def test_a_random_session_of_a_coding_finds_nothing_new(coding: str) -> None:
+    fuzz.warm("stream")
+    session = fuzz.Session("stream", coding=coding)
+    inputs = session.inputs()
+    assert all(fuzz.is_of(coding, data) for data in inputs)
+    begun = Counter(map(session.run, inputs))
+    assert begun["read"] > len(inputs) / 2
+    fuzz.random_session(session, inputs, random.Random(0), lambda session, _: session.executions >= 2 * len(inputs) + INPUTS)
+    assert session.found == {}
+    assert session.reached["read"] > 2 * begun["read"] + INPUTS / 10
+
+
+def test_every_coding_has_sessions_and_they_keep_to_it() -> None:
+    assert sorted(fuzz.CODINGS.values()) == sorted(DECLARED)
+    rng = random.Random(0)
+    for coding in fuzz.CODINGS:
+        inputs = fuzz.Session("stream", coding=coding).inputs()
+        made = [fuzz.mutated("stream", rng.choice(inputs), rng, rng.choice(inputs), coding) for _ in range(200)]
+        assert sum(fuzz.is_of(coding, data) for data in made) > 190
+
+
+def test_the_command_runs_a_session_of_a_coding(tmp_path: Path) -> None:
+    options = ["--coding", "sketch", "--seconds", "2", "--engine", "plain", "--findings", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.fuzz", "stream", *options, "--corpus", str(tmp_path / "corpus")]
+    ran = subprocess.run(command, cwd=fuzz.FOLDER.parents[2], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"stream of sketch: 2 s, \d+ executions .* findings 0", ran.stdout)
+    assert all(fuzz.is_of("sketch", path.read_bytes()) for path in (tmp_path / "corpus").iterdir())
 
 
 @pytest.mark.parametrize("name", fuzz.CONTAINERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,25 @@ def test_a_damaged_list_is_named_and_touches_no_other(stream: bytes) -> None:
     wanted, at = pqcodec.decode_kept(stream, leading=(0, 1))
     np.testing.assert_array_equal(bits(rows), bits(wanted))
     np.testing.assert_array_equal(positions, at)
+
+
+def test_a_whole_tensor_that_no_memory_holds_is_refused() -> None:
+    """A stream of 2^48 numbers, as its header has it, of which a few are there: 2^50 bytes are beyond every address space."""
+    x = gaussian(64, 100, 1024)
+    data = pqcodec.encode(x, preset="pq2", keep=[3], backend="cpu")
+    h = Header.from_bytes(data)
+    assert h.keep is not None
+    forged = bytearray(replace(h, keep=replace(h.keep, tokens=1 << 32)).to_bytes() + data[h.header_bytes :])
+    whole = r"float32 \(64, 4294967296, 1024\), 1125899906842624 bytes"
+    with pytest.raises(InvalidArgument, match=f"fill asks for {whole}, .* decode fewer tokens .*decode_kept"):
+        pqcodec.decode(bytes(forged), fill=0, backend="cpu")
+    part = pqcodec.decode(bytes(forged), fill=0, tokens=(0, 100), backend="cpu")
+    np.testing.assert_array_equal(bits(part), bits(pqcodec.decode(data, fill=0, backend="cpu")))
+    for place, said in ((h.places[KEEP].start, "keep list"), (len(forged) - 5, "payload, leading index 63")):
+        forged[place] ^= 1  # what is there is checked before the tensor is made
+        with pytest.raises(CorruptStream, match=said):
+            pqcodec.decode(bytes(forged), fill=0, backend="cpu")
+        forged[place] ^= 1
 
 
 # -- attention -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 import pqcodec
-from pqcodec.tools import convert, decode, doctor, encode, inspect, store, train_vq, verify
+from pqcodec.tools import calibrate, convert, decode, doctor, encode, inspect, store, train_vq, verify
 from pqcodec.tools.files import TwoEnded
 from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, reported
 
@@ -31,6 +31,7 @@ VERBS: tuple[tuple[Callable[..., None], type[TyperCommand]], ...] = (
     (inspect.inspect, TyperCommand),
     (verify.verify, TyperCommand),
     (train_vq.train_vq, TwoEnded),
+    (calibrate.calibrate, TwoEnded),
     (doctor.doctor, TyperCommand),
     (doctor.warmup, TyperCommand),
 )

@@ -12,13 +12,14 @@ import typer
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.completion import containers
-from pqcodec.tools.decode import Sources
+from pqcodec.tools.decode import Given, Sources
 from pqcodec.tools.encode import Jobs, Target, container
 from pqcodec.tools.files import ENCODED, STANDARD, Task, input_file, tasks, written_like
 from pqcodec.tools.forecast import DryRun, Forecast
 from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
+from pqcodec.tools.shared_tables import open_with_tables, tables_at
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import Entry, TensorFile
@@ -31,6 +32,7 @@ def convert(
         str | None,
         typer.Option("--to", help="pqkv, safetensors or zarr (default: by OUTPUT's extension).", autocompletion=containers),
     ] = None,
+    table: Given = None,
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
     dry_run: DryRun = False,
@@ -43,7 +45,8 @@ def convert(
 ) -> None:
     """Move encoded files into another container, without decoding.
 
-    Streams stay as they are, byte for byte; names, layers, roles and metadata go along. Every checksum is checked on the way.
+    Streams stay as they are, byte for byte; names, layers, roles, metadata and shared tables go along. Every checksum is
+    checked on the way.
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
@@ -55,9 +58,11 @@ def convert(
     from pqcodec.formats import containers
     from pqcodec.formats.containers.writer import pieces_of
 
+    tables = tables_at(table or [])
+
     def work(task: Task, show: Show) -> _Outcome | Forecast:
         start = time.perf_counter()
-        with input_file(task.source) as path, containers.open_encoded(path) as file:
+        with input_file(task.source) as path, open_with_tables(path, tables) as file:
             before = os.path.getsize(path) if os.path.isfile(path) else None
             entries = [file.entry(name) for name in file.names]
             fetched = not no_check and not _mapped(file, entries)
@@ -73,7 +78,7 @@ def convert(
                 size = containers.write(out, pieces, file.metadata or None, to=kinds[task.target], progress=progress)
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
-    listed = listed.checked(lambda source: containers.open_encoded(source).close(), keep_going)
+    listed = listed.checked(lambda source: open_with_tables(source, tables).close(), keep_going)
     found = run(listed.items, work, lambda task: task.source, jobs, "convert", keep_going=keep_going)
     if not listed.many and not as_json:
         print(found[0].outcome.line(), file=sys.stderr if target == STANDARD else sys.stdout)

@@ -54,7 +54,7 @@ class Choice:
 
         wanted, exact, dropped = (tuple(given or ()) for given in (include, exclude, drop))
         rule = None if keep is None else KeepRule.of(keep)
-        lists = {} if channels is None else lists_in("--channels", channels)
+        lists = {} if channels is None else lists_in("--channels", channels, "channels")
         return cls(wanted, exact, dropped, None if layout is None else TensorLayout.of(layout), rule, lists)
 
     def check(self, path: str, names: tuple[str, ...]) -> None:

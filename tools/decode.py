@@ -18,6 +18,7 @@ from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
+from pqcodec.tools.shared_tables import open_with_tables, tables_at
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
@@ -29,6 +30,13 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...", help="Encoded files (.pqkv, .safetensors, .zarr) or streams, folders, patterns or URLs, or -."
+    ),
+]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH",
+        help="A shared table that single streams name, or a folder of tables; may be repeated. Files carry theirs.",
     ),
 ]
 
@@ -59,6 +67,7 @@ def decode(
         str | None,
         typer.Option(help="What sketches (qjl presets), which keep inner products only, become: unbiased or shrunk vectors."),
     ] = None,
+    table: Given = None,
     backend: Backend = "auto",
     jobs: Jobs = 1,
     keep_going: KeepGoing = False,
@@ -76,20 +85,20 @@ def decode(
     asked = _Asked(wanted, fill, kept, estimate, backend)
     listed = tasks(sources, target, ENCODED, extension, force, keep_going)
     limit = Limit.of(memory, min(jobs, len(listed.items)))
-    from pqcodec.formats.containers.kinds import open_encoded
     from pqcodec.formats.plain.files import checked_extension, write_tensors
 
+    tables = tables_at(table or [])
     for task in listed.todo:
         found = checked_extension(f"stdout{extension}" if task.target == STANDARD else task.target)
         if to is not None and found != extension:
             raise InvalidArgument(f"--to {to} and OUTPUT {task.target} contradict each other; leave one of them out")
-    listed = listed.checked(lambda source: open_encoded(source).close(), keep_going)
+    listed = listed.checked(lambda source: open_with_tables(source, tables).close(), keep_going)
     if listed.todo and not dry_run:
         load_kernels(backend)
 
     def work(task: Task, show: Show) -> _Outcome | Forecast:
         outcome = _Outcome(task.target)
-        with input_file(task.source) as path, open_encoded(path) as file:
+        with input_file(task.source) as path, open_with_tables(path, tables) as file:
             tensors = _DecodedTensors(file, _chosen(file, only), asked, show, outcome)
             for name in tensors.names:
                 limit.check(path, name, tensors.held_bytes(name), _WAYS)

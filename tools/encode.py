@@ -42,6 +42,9 @@ To = Annotated[
 ]
 Backend = Annotated[str, typer.Option(help="auto, or the name of a backend.", autocompletion=backends)]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Files worked on at once.")]
+RopeDim = Annotated[int | None, typer.Option(help="Channels that RoPE turns (default: all).")]
+RopeStyle = Annotated[str | None, typer.Option(help="Channels that RoPE pairs: half (default) or interleaved.")]
+RopeFirst = Annotated[int | None, typer.Option(help="Position of the first token (default 0).")]
 
 
 def encode(
@@ -70,9 +73,9 @@ def encode(
             help="Base of RoPE's frequencies, as the model's config has it; a wrong one is no error, and keys lose more."
         ),
     ] = None,
-    rope_dim: Annotated[int | None, typer.Option(help="Channels that RoPE turns (default: all).")] = None,
-    rope_style: Annotated[str | None, typer.Option(help="Channels that RoPE pairs: half (default) or interleaved.")] = None,
-    rope_first: Annotated[int | None, typer.Option(help="Position of the first token (default 0).")] = None,
+    rope_dim: RopeDim = None,
+    rope_style: RopeStyle = None,
+    rope_first: RopeFirst = None,
     exact_tokens: Annotated[
         int | None, typer.Option(help="First tokens kept exactly (default: 4 of keys and values, 0 of others).")
     ] = None,
@@ -163,7 +166,7 @@ def encode(
     """
     if as_json and target == STANDARD:
         raise InvalidArgument("--json and OUTPUT '-' would both write to stdout; choose one")
-    rope = _rope(rope_theta, rope_dim, rope_style, rope_first)
+    rope = rope_asked(rope_theta, rope_dim, rope_style, rope_first)
     from pqcodec.formats.policy.recipe import CHUNK_TOKENS, Recipe
 
     tables = table_options(table or [])
@@ -278,7 +281,8 @@ def _notes(given: list[str] | None) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _rope(theta: float | None, dim: int | None, style: str | None, first: int | None) -> Rope | None:
+def rope_asked(theta: float | None, dim: int | None, style: str | None, first: int | None) -> Rope | None:
+    """The RoPE of options of these names, None without a base; raises InvalidArgument."""
     if theta is None:
         if (dim, style, first) != (None, None, None):
             raise InvalidArgument("--rope-dim, --rope-style and --rope-first need --rope-theta")

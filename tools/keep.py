@@ -12,17 +12,17 @@ from pqcodec.errors import InvalidArgument
 _FIRST_AND_LAST = re.compile(r"(\d{1,9})\+(\d{1,9})", re.ASCII)
 
 
-def lists_in(option: str, path: str) -> dict[str, Any]:
-    """Positions, or channels, in the file of an option, by the names of tensors; "" is of all of them where there is one alone.
+def lists_in(option: str, path: str, held: str) -> dict[str, Any]:
+    """Numbers in the file of an option, by the names of tensors; "" is of all of them where there is one alone.
 
-    Raises InvalidArgument, CorruptStream or OSError.
+    ``held``: what they are, positions or channels, for the message. Raises InvalidArgument, CorruptStream or OSError.
     """
     from pqcodec.formats.plain.files import open_tensors
 
     with open_tensors(path) as reader:
         given = {name: reader.read(name) for name in reader.names}
     if not given:
-        raise InvalidArgument(f"{option} {path}: the file holds no tensor of positions")
+        raise InvalidArgument(f"{option} {path}: the file holds no tensor of {held}")
     return given if len(given) > 1 else {"": next(iter(given.values())), **given}
 
 
@@ -46,7 +46,7 @@ class KeepRule:
             if not first + last:
                 raise InvalidArgument(f"--keep {text} keeps nothing; --drop leaves a tensor out")
             return cls(first, last)
-        return cls(positions=lists_in("--keep", text))
+        return cls(positions=lists_in("--keep", text, "positions"))
 
     def of_tensor(self, name: str, tokens: int) -> Any:
         """The positions for a key or value of so many tokens, None for all; raises InvalidArgument where the file has none."""

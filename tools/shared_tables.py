@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, MissingTable
 
 if TYPE_CHECKING:
+    from pqcodec.formats.containers.reader import TensorFile
     from pqcodec.stream.tables import SharedTable
 
 Key = tuple[str, int | None]  # role and layer; None: all layers that have no table of their own
@@ -47,6 +48,36 @@ def table_options(paths: Sequence[str]) -> dict[str, Any]:
             raise InvalidArgument(f"--table {path}: {option} are given twice; a folder has those of several layers")
         found[option] = given
     return found
+
+
+def tables_at(paths: Sequence[str]) -> list[SharedTable]:
+    """All tables in files, or folders of tables; raises as ``read_table`` does."""
+    given = [found for _, found in map(_given, paths)]
+    return [table for found in given for table in (found.values() if isinstance(found, dict) else [found])]
+
+
+def open_with_tables(path: str, tables: Sequence[SharedTable]) -> TensorFile:
+    """An encoded file; a single stream has those of the tables that it names, and raises MissingTable for another one."""
+    from pqcodec.codings.declared import DECLARED
+    from pqcodec.formats.containers.bare_stream import SingleStream
+    from pqcodec.formats.containers.kinds import open_encoded
+    from pqcodec.stream.header import read_header
+
+    file = open_encoded(path, tables)
+    if not isinstance(file, SingleStream):
+        return file
+    header = read_header(file.stream(file.names[0]))
+    codebook = "codebooks" if DECLARED[header.coding].by_vectors else "levels"
+    for field, part in header.named.items():
+        if not part.here:
+            file.close()
+            held = {"basis": "a basis", "shared_ranges": "ranges", "codebook": codebook}[field]
+            others = f", and none of the {len(tables)} that were given is it" if tables else ""
+            raise MissingTable(
+                f"{path}: the stream names the shared table {part.name.hex()}, {held}{others}: give the file that holds it by "
+                "--table PATH"
+            )
+    return file
 
 
 def _given(path: str) -> tuple[str, Any]:

@@ -10,30 +10,41 @@ from typing import Any
 from pqcodec import codec
 from pqcodec.formats.containers.reader import LAYOUT, Check, Entry, StreamPart, TensorFile, named
 from pqcodec.formats.places import remote
-from pqcodec.stream.source import Extent, FileSource
+from pqcodec.stream.header import read_header
+from pqcodec.stream.source import Extent, FileSource, Source
+from pqcodec.stream.tables import Tables, tables_by_name, tables_in
 
 
 class SingleStream(TensorFile):
-    """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL."""
+    """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL.
+
+    ``tables``: SharedTables, among which that which it may name has to be for its numbers to be read; a stream holds none.
+    """
 
     names: tuple[str, ...] = ()
     metadata: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     size = 0
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], tables: Any = ()) -> None:
         super().__init__(os.fspath(path))
         if remote.is_url(path):
             source: Any = remote.RemoteSource(self._label)
         else:
             source = FileSource(self._stack.enter_context(open(path, "rb")))  # noqa: SIM115 (the stack closes it)
-        self._part = Extent(source, 0, source.size)
+        self._part: Source = Extent(source, 0, source.size)
         self.size, self.names = source.size, (Path(path).stem,)
         try:
             with named(self._label):
                 self._info = codec.inspect(self._part)
+                self._part = codec.given_tables(self._part, tables)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tables(self) -> Tables:
+        """Those of the given tables that the stream names."""
+        return tables_by_name(tables_in(read_header(self._part)))
 
     def _read_entry(self, name: str) -> Entry:
         return Entry(name, True, None, "other", self._info.shape, self._info.dtype, LAYOUT, 0, self.size)

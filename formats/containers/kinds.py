@@ -99,8 +99,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     return file_kind(path)
 
 
-def open_encoded(path: str | os.PathLike[str]) -> TensorFile:
-    """Open an encoded file of any container, or a single stream.
+def open_encoded(path: str | os.PathLike[str], tables: Any = ()) -> TensorFile:
+    """Open an encoded file of any container, or a single stream, which may name some of ``tables``; containers carry theirs.
 
     Raises InvalidArgument for any other file, and as the container's reader does.
 
@@ -116,7 +116,8 @@ def open_encoded(path: str | os.PathLike[str]) -> TensorFile:
     if kind not in _READERS:
         raise InvalidArgument(f"{path}: is a {kind} file of plain tensors; {', '.join(KINDS)} or a single stream is expected")
     module, reader = _READERS[kind]
-    found: TensorFile = getattr(container_module(module), reader)(path)
+    given = {"tables": tables} if kind == "stream" else {}
+    found: TensorFile = getattr(container_module(module), reader)(path, **given)
     return found
 
 
@@ -126,11 +127,13 @@ def convert(
     *,
     to: str | None = None,
     check: bool = True,
+    tables: Any = (),
     progress: Progress | None = None,
 ) -> int:
     """Write the tensors of an encoded file into another container and return its size in bytes; nothing is decoded.
 
     ``check``: refuse a stream with damage, by CorruptStream; with ``check=False`` it is copied too and stays detectable.
+    ``tables``: SharedTables, of which the container carries that which a single stream names.
     Raises InvalidArgument for tensors that the container cannot hold, and as reading and writing do.
 
     >>> import tempfile, numpy as np
@@ -143,7 +146,7 @@ def convert(
     [0, 1, 2, 3]
     """
     kind = container_of(target, to) if isinstance(target, (str, os.PathLike)) else to or "pqkv"
-    with open_encoded(source) as file:
+    with open_encoded(source, tables) as file:
         return write(target, pieces_of(file, check), file.metadata or None, to=kind, progress=progress)
 
 

@@ -1,13 +1,15 @@
 """Fuzzing of every parser, and edits of every container: ``python -m tests.fuzz``."""
 
 from .base import FOLDER
+from .codings import CODINGS, is_of
 from .damage import CONTAINERS, Container, edits
 from .mutations import EDITS
 from .seeds import corpus
 from .sessions import Session, random_session, warm
-from .table import TARGETS, Target
+from .table import TARGETS, Target, mutated
 
 __all__ = [
+    "CODINGS",
     "CONTAINERS",
     "EDITS",
     "FOLDER",
@@ -17,6 +19,8 @@ __all__ = [
     "Target",
     "corpus",
     "edits",
+    "is_of",
+    "mutated",
     "random_session",
     "warm",
 ]

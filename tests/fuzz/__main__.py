@@ -1,6 +1,7 @@
 """Bytes that nobody wrote, for every parser; and edits of sound files, for every container.
 
     python -m tests.fuzz stream --seconds 60 --seed 0      or header, pqkv, safetensors, plain, zarr, zarr-cache
+    python -m tests.fuzz stream --coding scalar --seconds 300      streams of one coding
     python -m tests.fuzz edits --container pqkv --count 100000      or safetensors, zarr, zarr-cache
     python -m tests.fuzz try plain FILE      one input
     python -m tests.fuzz seeds      writes the seeds that are not there yet to tests/data/fuzz
@@ -23,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 from .base import FOLDER
+from .codings import CODINGS
 from .damage import CONTAINERS, edits
 from .seeds import seeds
 from .sessions import ENGINES, Session, _engine, distil, warm
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         verb.add_argument("--corpus", type=Path, help="a folder of inputs to begin with and to add to")
         verb.add_argument("--findings", type=Path, default=Path("build/fuzz"), help="a folder for inputs that were found")
         verb.add_argument("--engine", choices=list(ENGINES), default=_engine())
+        if name == "stream":
+            verb.add_argument("--coding", choices=list(CODINGS), help="streams of this coding, their shared tables there, too")
     verb = verbs.add_parser("edits", help="random edits of a sound file")
     verb.add_argument("--container", choices=list(CONTAINERS), required=True)
     verb.add_argument("--count", type=int, default=100_000)
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     folder = given.corpus or Path(tempfile.mkdtemp(prefix="corpus-"))
     folder.mkdir(parents=True, exist_ok=True)
-    session = Session(given.verb, given.findings / given.verb)
+    session = Session(given.verb, given.findings / given.verb, coding=getattr(given, "coding", None))
     ENGINES[given.engine](session, given.seconds, given.seed, folder)
     return int(bool(session.found))
 

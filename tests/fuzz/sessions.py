@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import tracemalloc
 import warnings
@@ -34,7 +35,8 @@ from .base import (
     Hang,
     signature,
 )
-from .seeds import corpus, folders, seeds
+from .codings import coding_seeds, is_of
+from .seeds import corpus, seeds
 from .table import TARGETS, mutated
 from .targets import scratch
 
@@ -46,6 +48,7 @@ class Session:
     name: str
     findings: Path | None = None  # a folder for what is found
     strict: bool = False  # measure time and memory here; ``guard`` does it for a whole process, and faster
+    coding: str | None = None  # streams of it alone, as a rule
     found: dict[str, bytes] = field(default_factory=dict)  # signature -> the first input that gave it
     reached: Counter[str] = field(default_factory=Counter)  # how inputs ended
     executions: int = 0
@@ -73,6 +76,11 @@ class Session:
             taken = int(file.read().split()[0]) * mmap.PAGESIZE
             resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM_BYTES, resource.RLIM_INFINITY))
         self._resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def inputs(self) -> list[bytes]:
+        """Sound inputs, and what was kept of others, to begin with."""
+        kept = [data for data in corpus(self.name).values() if is_of(self.coding, data)]
+        return [*kept, *(coding_seeds(self.coding).values() if self.coding else ())]
 
     def close(self) -> None:
         """Nothing is at work any more."""
@@ -148,7 +156,8 @@ class Session:
     def told(self, seconds: float, kept: int) -> str:
         rate = self.executions / max(seconds, 1e-9)
         counts = f"{self.executions} executions ({rate:.0f}/s), corpus {kept}, findings {len(self.found)}"
-        return f"{self.name}: {seconds:.0f} s, {counts}, {len(self.reached)} ways to end, slowest {self.slowest:.2f} s"
+        name = f"{self.name} of {self.coding}" if self.coding else self.name
+        return f"{name}: {seconds:.0f} s, {counts}, {len(self.reached)} ways to end, slowest {self.slowest:.2f} s"
 
 
 def _hang(*_: object) -> None:
@@ -164,7 +173,7 @@ def random_session(session: Session, inputs: list[bytes], rng: random.Random, un
     for data in inputs:
         seen.add(session.run(data))
     while not until(session, len(inputs)):
-        data = mutated(session.name, rng.choice(inputs), rng, rng.choice(inputs))
+        data = mutated(session.name, rng.choice(inputs), rng, rng.choice(inputs), session.coding)
         ended = session.run(data)
         if ended not in seen:
             seen.add(ended)
@@ -197,7 +206,7 @@ def warm(name: str) -> None:
 def _plain_engine(session: Session, seconds: float, seed: int, folder: Path) -> None:
     warm(session.name)
     session.guard()
-    inputs = [*corpus(session.name).values(), *(p.read_bytes() for p in sorted(folder.iterdir()))]
+    inputs = [*session.inputs(), *(p.read_bytes() for p in sorted(folder.iterdir()))]
     kept = random_session(session, inputs, random.Random(seed), _clock(seconds))
     for data in kept[len(inputs) :]:
         (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
@@ -214,7 +223,9 @@ def _atheris_engine(session: Session, seconds: float, seed: int, folder: Path) -
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in compiled]
     with atheris.instrument_imports(include=["pqcodec"], exclude=names), contextlib.redirect_stderr(io.StringIO()):
         warm(session.name)
-    inputs = list(corpus(session.name).values())
+    inputs, begun = session.inputs(), Path(tempfile.mkdtemp(prefix="seeds-"))
+    for i, data in enumerate(inputs):
+        (begun / str(i)).write_bytes(data)
     up, start = _clock(seconds), time.monotonic()
     session.guard()
 
@@ -223,7 +234,8 @@ def _atheris_engine(session: Session, seconds: float, seed: int, folder: Path) -
         if session.executions % 32 == 0 and up(session, len(os.listdir(folder))):
             print(session.told(time.monotonic() - start, len(os.listdir(folder))), flush=True)
             session.close()
-            shutil.rmtree(scratch().parent, ignore_errors=True)
+            for path in (scratch().parent, begun):
+                shutil.rmtree(path, ignore_errors=True)
             os._exit(bool(session.found))  # the engine would go on
 
     def custom(data: bytes, max_size: int, seed: int) -> bytes:
@@ -231,11 +243,11 @@ def _atheris_engine(session: Session, seconds: float, seed: int, folder: Path) -
         if rng.random() < 0.25:
             new = atheris.Mutate(data, max_size)
             return TARGETS[session.name].seal(new)[:max_size] if rng.random() < 0.5 else new
-        return mutated(session.name, bytes(data), rng, rng.choice(inputs))[:max_size]
+        return mutated(session.name, bytes(data), rng, rng.choice(inputs), session.coding)[:max_size]
 
     options = ["-timeout=0", "-verbosity=0", f"-max_len={MAX_BYTES}", f"-seed={seed % (1 << 31) or 1}", "-rss_limit_mb=0"]
     options.append(f"-artifact_prefix={session.findings}/")
-    atheris.Setup([sys.argv[0], *options, str(folder), *map(str, folders(session.name))], one, custom_mutator=custom)
+    atheris.Setup([sys.argv[0], *options, str(folder), str(begun)], one, custom_mutator=custom)
     atheris.Fuzz()
 
 

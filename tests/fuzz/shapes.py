@@ -19,11 +19,14 @@ import numpy as np
 from pqcodec import constants as c
 from pqcodec.codings.declared import Affine, Codebook, Sketch
 from pqcodec.codings.ranges import SharedRanges
+from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.stages.keep import bodies as keep_bodies
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.sections import EXACT_VECTORS, KEEP, LINEAR
+from pqcodec.stream.tables import BasisTable, LevelTable, RangeTable, SharedTable, VectorTable
 
 from .base import MAX_BYTES, attempt
+from .codings import RANK, tables
 from .mutations import _odd_number, json_edit, json_text, number, scramble
 
 
@@ -98,7 +101,8 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
     width = dim * (shape[-3] if joined else 1)
     linear = None
     if rng.random() < 0.3:
-        linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS, c.LINEAR_SHARED)), rng.randrange(1, width + 1))
+        directions = rng.choice((RANK, rng.randrange(1, width + 1))) if width >= RANK else width
+        linear = LinearField(rng.choice((c.LINEAR_CHANNELS, c.LINEAR_BASIS, c.LINEAR_SHARED)), directions)
         linear = LinearField(c.LINEAR_BLOCKS, width) if width % c.LINEAR_BLOCK == 0 and rng.random() < 0.4 else linear
         width = linear.width
     order = order_for(width)
@@ -116,6 +120,8 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         coding = _affine_coding(rng, whole_groups(width))
     elif rng.random() < 0.3:
         coding = _sketch_coding(rng, dim, order)
+    elif rng.random() < 0.3:
+        coding = _residual_coding(rng, width)
     rounds = {c.CODING_SPLIT: rng.choice((1, 2)), c.CODING_PAPER: 1, c.CODING_QUADS: 2}.get(coding["coding"], 0)
     offsets = rng.random() < 0.4
     pairs = min(rng.randrange(1, max(2, dim // 2 + 1)), 40)
@@ -141,7 +147,7 @@ def _other_header(data: bytes, rng: random.Random) -> bytes:
         "before_rope": before_rope,
         "joined": joined,
         "linear": linear,
-        "basis": SharedBasis(rng.randbytes(c.TABLE_NAME_BYTES)) if linear and linear.kind == c.LINEAR_SHARED else None,
+        "basis": SharedBasis(_table_name(rng, BasisTable)) if linear and linear.kind == c.LINEAR_SHARED else None,
         "numpy": rng.random() < 0.5,
         "rounds": rounds,
         "affine": None,
@@ -196,10 +202,26 @@ def _affine_coding(rng: random.Random, order: int) -> dict[str, Any]:
             tokens, rng.choice((1, 3, 32, 1024)), rng.choice((1, 2)), outliers=rng.choice((0, 0, 1, tokens // 2)), shared=shared
         )
         halves = tuple(struct.unpack(f"<{1 << bits}H", struct.pack(f"<{1 << bits}e", *(i - 99 for i in range(1 << bits)))))
-        codebook = rng.choice((None, Codebook(halves), Codebook(None, rng.randbytes(c.TABLE_NAME_BYTES))))
+        codebook = rng.choice((None, Codebook(halves), Codebook(None, _table_name(rng, LevelTable))))
         rows = {"coding": c.CODING_SCALAR, "row_bits": bits * order, "radius_bits": 0, "codebook": codebook}
-        rows["shared_ranges"] = SharedRanges(rng.randbytes(c.TABLE_NAME_BYTES)) if shared else None
+        rows["shared_ranges"] = SharedRanges(_table_name(rng, RangeTable)) if shared else None
     return {**rows, "radius_exponent": 0, "affine": affine, "chunk_tokens": tokens * rng.choice((1, 2, 64))}
+
+
+def _table_name(rng: random.Random, kind: type[SharedTable]) -> bytes:
+    """The name of a shared table: as a rule of one that is here, of that kind or another."""
+    if rng.random() < 0.2:
+        return rng.randbytes(c.TABLE_NAME_BYTES)
+    return rng.choice([table for table in tables() if isinstance(table, kind) or rng.random() < 0.1]).digest
+
+
+def _residual_coding(rng: random.Random, width: int) -> dict[str, Any]:
+    """Fields of a header of residual VQ: rows that codebooks can make, those that are here or others."""
+    books = VectorCodebook(_table_name(rng, VectorTable))
+    stages, groups = rng.randrange(1, 9), max(width // rng.choice(c.RESIDUAL_GROUPS), 1)
+    bits = rng.choice((c.RESIDUAL_INDEX_BITS[0], *c.RESIDUAL_INDEX_BITS))
+    rows = {"row_bits": c.RESIDUAL_SCALE_BITS + stages * groups * bits, "radius_bits": stages, "codebook": books}
+    return {"coding": c.CODING_RESIDUAL, "radius_exponent": rng.choice((0, 1, rng.randrange(-125, 118))), **rows}
 
 
 def _sketch_coding(rng: random.Random, dim: int, order: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pqcodec.errors import PQError
 
 from .base import MAX_BYTES, Read, as_specified
+from .codings import is_of
 from .mutations import scramble
 from .shapes import (
     seal_pqkv,
@@ -54,9 +55,19 @@ TARGETS = {
 }
 
 
-def mutated(name: str, data: bytes, rng: random.Random, other: bytes) -> bytes:
-    """An input made of another one, sealed again more often than not."""
-    target = TARGETS[name]
+DRAWS = 20  # until an input is of the coding that is asked for
+
+
+def mutated(name: str, data: bytes, rng: random.Random, other: bytes, coding: str | None = None) -> bytes:
+    """An input made of another one, sealed again more often than not; as a rule of that coding."""
+    for _ in range(DRAWS):
+        new = _mutated(TARGETS[name], data, rng, other)
+        if is_of(coding, new):
+            break
+    return new
+
+
+def _mutated(target: Target, data: bytes, rng: random.Random, other: bytes) -> bytes:
     kind = rng.randrange(6)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = scramble(data, rng, other) if kind < 3 else target.shape(data, rng, other)

@@ -20,6 +20,7 @@ from pqcodec.errors import MissingTable
 from pqcodec.stream.sections import EXACT_VECTORS
 
 from .base import FEW, MOST_UNPACKED, SMALL, Read, Wrong, attempt, signature
+from .codings import tables
 from .shapes import unpacked
 
 
@@ -82,7 +83,10 @@ def header(data: bytes) -> None:
 
 
 def stream(data: bytes) -> None:
-    """One stream: inspect, decode, verify and parts agree with each other, and the backends bit for bit."""
+    """One stream: inspect, decode, verify and parts agree with each other, and the backends bit for bit.
+
+    The tables that it may name are there (``codings.tables``); one that does not go with it is refused where it is given.
+    """
     import pqcodec
     from pqcodec.stream.header import Header
 
@@ -94,17 +98,22 @@ def stream(data: bytes) -> None:
     h = Header.from_bytes(data)
     if h.to_bytes() != data[: info.header_bytes]:
         raise Wrong("the header that was read is not the one that would be written")
-    read = decoded if h.keep is None else kept_rows
-    x, refused = attempt(read, data, backend="cpu")
-    damage, complaint = attempt(pqcodec.verify, data, backend="cpu")
+    read, few = decoded if h.keep is None else kept_rows, math.prod(max(n, 1) for n in (*h.shape[:-1], h.order)) <= FEW
+    given, refused = attempt(pqcodec.given_tables, data, tables())
+    if refused:
+        if few:
+            _numbers_are_those_of_the_specification(data, None, refused)
+        raise refused
+    x, refused = attempt(read, given, backend="cpu")
+    damage, complaint = attempt(pqcodec.verify, given, backend="cpu")
     if h.leading * h.chunks * h.order <= SMALL:
-        y, other = attempt(read, data, backend="reference")
+        y, other = attempt(read, given, backend="reference")
         if str(refused) != str(other) or (refused is None and numbers(x) != numbers(y)):
             raise Wrong("cpu and reference decode differently")
-        told, other = attempt(pqcodec.verify, data, backend="reference")
+        told, other = attempt(pqcodec.verify, given, backend="reference")
         if (damage, str(complaint)) != (told, str(other)):
             raise Wrong("cpu and reference verify differently")
-    if math.prod(max(n, 1) for n in (*h.shape[:-1], h.order)) <= FEW:
+    if few:
         _numbers_are_those_of_the_specification(data, x, refused)
     unsound = bool(damage or complaint)
     if refused:
@@ -116,26 +125,26 @@ def stream(data: bytes) -> None:
     if not unsound and math.prod(info.shape):
         _exact_rows_ascend(data, h)
         if h.keep is None:
-            _parts_are_those_of_the_whole(data, x)
+            _parts_are_those_of_the_whole(given, x)
         elif math.prod(h.whole_shape) <= SMALL:
-            _kept_rows_have_their_places(data)
+            _kept_rows_have_their_places(given)
 
 
-def decoded(data: bytes, **options: Any) -> Any:
+def decoded(data: Any, **options: Any) -> Any:
     """The tensor of a stream; of a sketch the estimate without bias."""
     import pqcodec
 
     return pqcodec.decode(data, estimate="unbiased", **options)
 
 
-def kept_rows(data: bytes, backend: str) -> Any:
+def kept_rows(data: Any, backend: str) -> Any:
     """The rows that a stream keeps."""
     import pqcodec
 
     return pqcodec.decode_kept(data, backend=backend, estimate="unbiased")[0]
 
 
-def _kept_rows_have_their_places(data: bytes) -> None:
+def _kept_rows_have_their_places(data: Any) -> None:
     import pqcodec
 
     whole = decoded(data, fill=0, backend="cpu")
@@ -156,7 +165,7 @@ def _numbers_are_those_of_the_specification(data: bytes, x: Any, refused: Except
     import second_decoder
 
     try:
-        found = second_decoder.decode(data).tobytes()
+        found = second_decoder.decode(data, [table.to_bytes() for table in tables()]).tobytes()
     except ValueError:
         found = None
     if found != (None if refused else numbers(x)[-1]):
@@ -170,7 +179,7 @@ def _exact_rows_ascend(data: bytes, h: Any) -> None:
         raise Wrong("exact vectors out of order are taken")
 
 
-def _parts_are_those_of_the_whole(data: bytes, x: Any) -> None:
+def _parts_are_those_of_the_whole(data: Any, x: Any) -> None:
     """Ranges of tokens and leading indices, and an output with room around it that must stay as it is."""
     if x.ndim < 2:
         return
