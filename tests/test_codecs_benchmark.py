@@ -19,7 +19,7 @@ from test_transformers_cache import tiny
 
 from benchmarks import model as lm
 from benchmarks.codecs.parts import SPEED, Bench, Exact, kept_parts, part, score_error
-from benchmarks.codecs.report import PQ, printed, together
+from benchmarks.codecs.report import PQ, printed, together, with_speeds
 from benchmarks.codecs.systems import SYSTEMS, WINDOW
 from pqcodec.formats.engines.transformers_cache import argument_of
 
@@ -98,3 +98,11 @@ def test_parts_are_measured_once_and_put_together(tmp_path: Path) -> None:
     told(tmp_path, "a", "pq2", {"windows": 2}, bits=2, kl=1, kl_standard_error=0)
     with pytest.raises(ValueError, match="parts of"):
         together(kept_parts(tmp_path))
+
+
+def test_speeds_alone_go_into_the_table_that_is_there(tmp_path: Path) -> None:
+    rows = [{"system": "pq2", "kl": 1.0, "encode_over_pq3": 0.5}, {"system": "pq4", "kl": 0.1}]
+    told(tmp_path, SPEED, "pq4", {}, encode_over_pq3=0.9, decode_over_pq3=0.8)
+    found = with_speeds({"measured_on": [["a", "b"]], "rows": rows}, kept_parts(tmp_path), {"machine": "m"})
+    assert found["rows"] == [rows[0], {**rows[1], "encode_over_pq3": 0.9, "decode_over_pq3": 0.8}]
+    assert found["speeds_of"] == {"machine": "m", "systems": ["pq4"]}

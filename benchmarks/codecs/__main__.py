@@ -1,13 +1,14 @@
 """Law: the command ``python -m benchmarks.codecs --model NAME --text FILE``, and without a text one that puts parts together.
 
 A cache of ``--prefix`` tokens is rounded to float16 and kept by each system of the table; the model (float32) reads on from
-what comes back. Parts go to ``--folder``; the table of all parts to results/codecs.json and .png. Texts are those of
-``benchmarks.fidelity``: ``policy`` and ``devil``.
+what comes back. Parts go to ``--folder``; the table of all parts to results/codecs.json and .png. Where there are parts of
+speeds alone, these go into the table that is there. Texts are those of ``benchmarks.fidelity``: ``policy`` and ``devil``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from benchmarks import model as lm
 from benchmarks import results_file
 from benchmarks.codecs.parts import SPEED, TIMED, TURNS, Bench, kept_parts, part, speeds
-from benchmarks.codecs.report import plot, printed, together
+from benchmarks.codecs.report import plot, printed, together, with_speeds
 from benchmarks.codecs.systems import BASE, SYSTEMS, System
 
 console = Console()
@@ -64,7 +65,14 @@ def main() -> None:
         measure_texts(options, [SYSTEMS[name] for name in names])
     if options.speed:
         measure_speeds(options, [SYSTEMS[name] for name in names])
-    found = together(kept_parts(options.folder))
+    parts, path = list(kept_parts(options.folder)), options.out / "codecs.json"
+    if path.exists() and all(one["model"] == SPEED for one in parts):
+        found = with_speeds(json.loads(path.read_text()), parts, results_file.machine())
+        console.print(printed(found))
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(f"wrote the speeds of {len(parts)} systems into {path}")
+        return
+    found = together(parts)
     console.print(printed(found))
     if found["left_out"]:
         console.print(f"not measured on all of {found['measured_on']}, and left out: {', '.join(found['left_out'])}")

@@ -57,6 +57,13 @@ def together(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {**about, "settings": next(iter(settings.values()), {}), "rows": rows}
 
 
+def with_speeds(found: dict[str, Any], parts: Iterable[dict[str, Any]], machine: dict[str, Any]) -> dict[str, Any]:
+    """An earlier table with these parts' speeds, measured on ``machine``, in the rows of their systems."""
+    speed = {one["system"]: {name: one[name] for name in SPEEDS} for one in parts if one["model"] == SPEED}
+    rows = [row | speed.get(row["system"], {}) for row in found["rows"]]
+    return {**found, "speeds_of": {**machine, "systems": sorted(speed)}, "rows": rows}
+
+
 def printed(found: dict[str, Any]) -> Table:
     """The table, in 80 columns."""
     shown = Table(title=f"* frontier; bits, relMSE, score error, KL; speed over {BASE}'s", box=None, padding=(0, 1, 0, 0))
