@@ -25,7 +25,7 @@ FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first t
 THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 256: 512}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
 LARGE_THREADS, ROPE_LARGE_THREADS = 384, 256  # of the orders beyond
-MOST_BULK = 256  # bytes of rows that leave shared memory by the bulk copy engine
+MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy engine; turned keys need the room for their tables
 AHEAD = 4  # blocks whose places a warp finds at once, one a lane
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
@@ -46,7 +46,7 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, ROPE_LARGE_THREADS if h.rope or major < 9 else LARGE_THREADS)
     threads = min(threads, FEW_THREADS) if few else threads
     rows = 32 if wide else 16
-    bulk = together and h.vector_bytes <= MOST_BULK
+    bulk = together and not h.rope and h.vector_bytes <= MOST_BULK
     base_at = 2 * _stage_bytes(h, rows)  # behind both stages
     ahead = 1 if few else AHEAD
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
