@@ -46,8 +46,8 @@ def _version(package: str) -> tuple[int, ...]:
     return tuple(map(int, version(package).split(".")[:2]))
 
 
-# Triton's interpreter before 3.7 makes an index of an array of one number, which numpy refuses since 2.5
-HAS_TRITON = find_spec("triton") is not None and (GPU or _version("triton") >= (3, 7) or _version("numpy") < (2, 5))
+# Triton's interpreter before 3.7 makes an index of an array of one number, which numpy refuses since 2.4
+HAS_TRITON = find_spec("triton") is not None and (GPU or _version("triton") >= (3, 7) or _version("numpy") < (2, 4))
 HAS_CUDA = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU here: pytest tests/test_gpu.py on a machine with one")
 needs_triton = pytest.mark.skipif(
