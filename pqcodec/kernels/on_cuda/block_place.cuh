@@ -20,18 +20,11 @@ struct Block {
     int first, last;  // the rows that are wanted: from first on, before last
 };
 
-// Block ``index`` of a launch, found by a whole warp. ``spans`` [spans, FIELDS]; ``firsts``: the first block of each span, and
-// behind them numbers that no index reaches, 2^search + 1 in all; ``starts``: the addresses of each span's rows, one a leading
-// index.
-INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
-                        int search, u32 index) {
-    int which = 0;  // the last span whose first block is not behind this one, five bits at a time
-#pragma unroll 1
-    for (int left = search; left > 0; left -= 5) {
-        const int apart = max(left - 5, 0), place = which + ((int)(threadIdx.x & 31) << apart);
-        const bool before = (place >> search) == 0 && __ldg(firsts + place) <= index;
-        which += (__popc(__ballot_sync(ALL_LANES, before)) - 1) << apart;
-    }
+// Block ``index`` of a launch, which span ``which`` holds. ``spans`` [spans, FIELDS]; ``firsts``: the first block of each span,
+// and behind them numbers that no index reaches, 2^search + 1 in all; ``starts``: the addresses of each span's rows, one a
+// leading index.
+INLINE Block block_of_span(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
+                           int which, u32 index) {
     Block block;
     block.span = spans + which * FIELDS;
     const u32 of_span = index - (u32)__ldg(firsts + which);  // blocks of a chunk stand together, one a leading index
@@ -50,4 +43,27 @@ INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ f
     block.first = (int)max(first_token - block.token, 0ll);
     block.last = (int)min(__ldg(block.span + LAST_TOKEN) - block.token, (i64)block.tokens);
     return block;
+}
+
+// A block that a whole warp looks for: its span is the last one whose first block is not behind it, five bits at a time.
+INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
+                        int search, u32 index) {
+    int which = 0;
+#pragma unroll 1
+    for (int left = search; left > 0; left -= 5) {
+        const int apart = max(left - 5, 0), place = which + ((int)(threadIdx.x & 31) << apart);
+        const bool before = (place >> search) == 0 && __ldg(firsts + place) <= index;
+        which += (__popc(__ballot_sync(ALL_LANES, before)) - 1) << apart;
+    }
+    return block_of_span(spans, firsts, starts, which, index);
+}
+
+// The same for one lane's own block, a bit at a time.
+INLINE Block find_own_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
+                            int search, u32 index) {
+    int which = 0;
+#pragma unroll 1
+    for (int bit = search - 1; bit >= 0; bit--)
+        if (__ldg(firsts + which + (1 << bit)) <= index) which += 1 << bit;
+    return block_of_span(spans, firsts, starts, which, index);
 }

@@ -8,10 +8,11 @@
 // A number below 2^36 that equals x modulo the prime.
 INLINE u64 folded(u64 x) { return (x & 0xffffffffull) + (x >> 32) * PRIME_GAP; }
 
-// The sums of a warp's lanes, and the number of bytes -> the checksum, in every lane.
+// The sums of a warp's lanes, each below 2^54, and the number of bytes -> the checksum, in every lane.
 INLINE u32 reduced(u64 sum, u32 bytes) {
-    for (int apart = 16; apart; apart >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
-    return (u32)((sum + folded((u64)bytes * KEY_0)) % PRIME);
+    const u32 low = __reduce_add_sync(ALL_LANES, (u32)sum & 0x7ffffff), high = __reduce_add_sync(ALL_LANES, (u32)(sum >> 27));
+    const u64 total = folded(folded(((u64)high << 27) + low + folded((u64)bytes * KEY_0)));  // below 2^32
+    return total >= PRIME ? (u32)(total - PRIME) : (u32)total;
 }
 
 // The key of a block's word. Words behind the block's end are taken for zero, so that any key will do for them.

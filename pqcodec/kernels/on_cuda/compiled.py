@@ -14,7 +14,7 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions
+from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
@@ -51,7 +51,10 @@ SLOTS = 3  # of panels of such a matrix in shared memory
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
+WIDE_ROPE_THREADS = {("encode", 128): 384}
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
+FETCHED_ORDER = 64  # whose tiles of sixteen rows are fetched into shared memory; others are in the L2 cache sooner for less
+AHEAD = 4  # blocks that an encoder of quads finds at once, one a lane; others find one with all lanes
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -78,16 +81,20 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     large tables do not pay. ``effort``: of an encoder's search.
     """
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
+    ahead = AHEAD if h.coding == c.CODING_QUADS and not few else 1
     wide = rows > ROWS
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
-    for keys, bits, copies in product((True, False), tables, phase_copies(h, few)):
-        blob, places = tables_for(verb, h, bits, keys, copies)
+    own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
+    for keys, bits, phases, copies in product((True, False), tables, phase_copies(h, few), own):
+        blob, places = tables_for(verb, h, bits, keys, phases, copies)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
+        special = special | (WIDE_ROPE_THREADS if wide and h.rope else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
-        for whole in (False,) if wide or (decode and major < 9) else (True, False):
+        alone = major < 9 if decode else wide and h.order != FETCHED_ORDER
+        for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + 64 if decode else h.vector_bytes) * whole
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes, ahead) | {"AHEAD": ahead}
             tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
             size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
@@ -130,13 +137,13 @@ def phase_copies(h: Header, few: bool) -> tuple[int, ...]:
     return (1,) if few or not h.rope else (16, 8, 4, 2, 1)
 
 
-def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0) -> dict[str, int]:
+def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0, ahead: int = 1) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the next block's place: a block's means, if there are offsets; its radii as encoders of quads keep
     them; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
-    means_at = stage_bytes + UPCOMING_BYTES
+    means_at = stage_bytes + ahead * UPCOMING_BYTES
     radii_at = means_at + 4 * h.order * h.offsets
     rows_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
     return {
@@ -266,7 +273,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "ROTATION_BYTES": _rotation_bytes(verb, h),
         **layout.places,
-        **(encoder_definitions(h, effort) if of_quads else {}),
+        **(encoder_definitions(h, effort, layout.places.get("COPIES", 1)) if of_quads else {}),
     }
 
 

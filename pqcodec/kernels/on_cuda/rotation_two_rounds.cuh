@@ -10,7 +10,8 @@
 //
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
-// a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
+// a lane has registers for: 32 sums, or 16 where parts are a number and its rest. Where a lane holds two rows (WIDE) and the
+// whole matrix lies in shared memory, a panel is all of 64 or 128 columns, so that a step is one instruction for all of them.
 //
 // Needs BYTES, BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
 // ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory has no room for it,
@@ -24,24 +25,28 @@ typedef int Sum;
 #define BRICKS (ORDER / 16)  // of a strip
 #define STRIPS 8             // of a panel
 #define MMA_SHAPE "m16n8k32.row.col.s32.s8.s8.s32"
-#define WGMMA_SHAPE "m64n64k32.s32.s8.s8"
 #define IN_OUT(x) "+r"(x)
 #else
 typedef float Sum;
 #define BRICKS (ORDER / 8)
+#if WIDE && (ORDER == 64 || ORDER == 128)
+#define STRIPS 8
+#else
 #define STRIPS 4
+#endif
 #if BRAIN
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
-#define WGMMA_SHAPE "m64n32k16.f32.bf16.bf16"
+#define WGMMA_TYPES "k16.f32.bf16.bf16"
 #else
 #define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
-#define WGMMA_SHAPE "m64n32k16.f32.f16.f16"
+#define WGMMA_TYPES "k16.f32.f16.f16"
 #endif
 #define IN_OUT(x) "+f"(x)
 #endif
 #define PANELS (ORDER / (8 * STRIPS))
 #define BRICK_BYTES 128
 #define FOUR(sums) IN_OUT((sums)[0]), IN_OUT((sums)[1]), IN_OUT((sums)[2]), IN_OUT((sums)[3])
+#define SIXTEEN(sums) FOUR((sums)[0]), FOUR((sums)[1]), FOUR((sums)[2]), FOUR((sums)[3])
 
 // Below, ``sums`` [strips][4] are of two columns each: two of the first part, two of the second. ``parts`` [..][4] are mma's
 // operands of four registers: {first part, second part} of one brick's inputs, and of the next one's.
@@ -99,17 +104,36 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, 
                        (u64)(BRICKS * BRICK_BYTES / 16) << 32;
 #if BYTES
     asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
         "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
         " {%32,%33,%34,%35}, %36, p;}"
-        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7])
+        : SIXTEEN(sums), SIXTEEN(sums + 4)
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
+#elif STRIPS == 16
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" WGMMA_TYPES " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
+        " {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+        : SIXTEEN(sums), SIXTEEN(sums + 4), SIXTEEN(sums + 8), SIXTEEN(sums + 12)
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
+#elif STRIPS == 8
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64" WGMMA_TYPES " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+        " {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+        : SIXTEEN(sums), SIXTEEN(sums + 4)
         : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
 #else
     asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
-        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
+        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32" WGMMA_TYPES " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
+        " {%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        : SIXTEEN(sums)
         : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
 #endif
 }
