@@ -24,10 +24,11 @@
 //     radius, energies          of a row, for codings
 //     payload                   coded rows between the stream and shared memory
 //
-// The macros come from compiled.py. Needs DECODER or ENCODER, ROUNDS, ROWS (of a tile), THREADS, what the other files need, and
-// the sizes of shared memory: BLOB_BYTES of tables (the table NAME begins at byte NAME_AT), ROTATION_BYTES of the rotation and,
-// for each warp, WARP_BYTES: STAGE_BYTES for coded rows, UPCOMING_BYTES for its next block; its block's means from MEANS_AT
-// on; and from ROWS_AT on decoded rows (with BULK) or the next tile's rows (with FETCHED).
+// The macros come from compiled.py. Needs DECODER or ENCODER, AHEAD (blocks that an encoder's warp looks for at once), ROUNDS,
+// ROWS (of a tile), THREADS, what the other files need, and the sizes of shared memory: BLOB_BYTES of tables (the table NAME
+// begins at byte NAME_AT), ROTATION_BYTES of the rotation and, for each warp, WARP_BYTES: STAGE_BYTES for coded rows,
+// UPCOMING_BYTES for each block ahead; its block's means from MEANS_AT on; and from ROWS_AT on decoded rows (with BULK) or the
+// next tile's rows (with FETCHED).
 
 #include "numbers.cuh"
 #include "lanes.cuh"
@@ -178,16 +179,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
     uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
-    u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, place = AHEAD - 1;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
         fetch_rows(block, 0, lane, fetched);
-        if (lane == 0) *upcoming = block;
+        if (lane == 0) upcoming[place] = block;
     }
 #if IN_STEP
     else {  // an idle warp takes any block
         const Block block = find_block(spans, firsts, starts, search, 0);
-        if (lane == 0) *upcoming = block;
+        if (lane == 0) upcoming[place] = block;
     }
 #endif
     copy_tables(blob, memory);
@@ -202,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     tables_are_written();
 
     for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * WARPS) {
-        const Block block = *upcoming;
+        const Block block = upcoming[place];
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
@@ -221,10 +222,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             int exponent = 0;  // the row was multiplied with 2^exponent
 #endif
 #if WIDE
-            u32 wide[2][PIECES][4];
+            u32 wide[4 * PIECES][2];
             float owns[2];
             int exponents[2] = {0, 0};
-            load_two_rows(tables, block, means, row, lane, wide, owns);
+            load_two_rows(tables, block, means, fetched, row, lane, wide, owns);
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
             const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
             if (!__all_sync(ALL_LANES, even))
@@ -250,9 +251,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             if (first_row + ROWS < block.tokens) {
                 fetch_rows(block, first_row + ROWS, lane, fetched);
             } else if (!is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks) {
+#if AHEAD > 1
+                if (++place == AHEAD) {
+                    place = 0;
+                    const i64 own = index + (i64)(lane + 1) * (gridDim.x * WARPS);
+                    if (lane < AHEAD && own < blocks) upcoming[lane] = find_own_block(spans, firsts, starts, search, own);
+                    __syncwarp();
+                }
+#else
                 const Block next = find_block(spans, firsts, starts, search, index + gridDim.x * WARPS);
-                fetch_rows(next, 0, lane, fetched);
                 if (lane == 0) *upcoming = next;
+                __syncwarp();
+#endif
+                fetch_rows(upcoming[place], 0, lane, fetched);
             }
 #if WIDE
             encode_two_rows(tables, stage, tile_row, quarter, wide, owns, exponents, panels);

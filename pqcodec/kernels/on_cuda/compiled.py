@@ -14,7 +14,7 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions
+from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
@@ -51,8 +51,11 @@ SLOTS = 3  # of panels of such a matrix in shared memory
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
+WIDE_ROPE_THREADS = {("encode", 128): 384}
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbouring rows lie in different banks
+FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
+AHEAD = 4  # blocks that an encoder of quads finds at once, one a lane; others find one with all lanes
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -79,16 +82,20 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     large tables do not pay. ``effort``: of an encoder's search.
     """
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
+    ahead = AHEAD if h.coding == c.CODING_QUADS and not few else 1
     wide = rows > ROWS
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
-    for keys, bits, copies in product((True, False), tables, phase_copies(h, few)):
-        blob, places = tables_for(verb, h, bits, keys, copies)
+    own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
+    for keys, bits, phases, copies in product((True, False), tables, phase_copies(h, few), own):
+        blob, places = tables_for(verb, h, bits, keys, phases, copies)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
+        special = special | (WIDE_ROPE_THREADS if wide and h.rope else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
-        for whole in (False,) if wide or (decode and major < 9) else (True, False):
+        alone = major < 9 if decode else wide and h.order != FETCHED_ORDER
+        for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes)
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes, ahead) | {"AHEAD": ahead}
             tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
             size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
@@ -268,7 +275,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "ROTATION_BYTES": _rotation_bytes(verb, h),
         **layout.places,
-        **(encoder_definitions(h, effort) if of_quads else {}),
+        **(encoder_definitions(h, effort, layout.places.get("COPIES", 1)) if of_quads else {}),
     }
 
 

@@ -32,3 +32,8 @@ INLINE u32 largest_of_row(u32 x) {
     x = max(x, __shfl_xor_sync(ALL_LANES, x, 1));
     return max(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
+
+INLINE float sum_of_row(float x) {  // of the four lanes' numbers
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}

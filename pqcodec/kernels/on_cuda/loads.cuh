@@ -12,6 +12,11 @@
 #include "rotation.cuh"
 
 #define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
+#if DTYPE == FLOAT16
+#define SHORT_TYPE "f16"
+#else
+#define SHORT_TYPE "bf16"
+#endif
 #define PIECE_WORDS (8 * ITEM / 4)
 #define LOADS (PIECES * PIECE_WORDS / 4)  // of 16 bytes, of a lane's channels of a row
 
@@ -22,12 +27,15 @@ INLINE i64 row_address(const Block& block, int row) { return block.rows + min(ro
 INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetched) {
 #if FETCHED
     const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
-    const i64 from = row_address(block, first_row + (lane >> 2)) + first_channel(lane & 3, 0) * ITEM;
 #pragma unroll
-    for (int i = 0; i < LOADS; i++)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 512),
-                     "l"(from + byte_of_piece(i / (PIECE_WORDS / 4)) + i % (PIECE_WORDS / 4) * 16)
-                     : "memory");
+    for (int part = 0; part < ROWS / 8; part++) {
+        const i64 from = row_address(block, first_row + 8 * part + (lane >> 2)) + first_channel(lane & 3, 0) * ITEM;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (part * LOADS + i) * 512),
+                         "l"(from + byte_of_piece(i / (PIECE_WORDS / 4)) + i % (PIECE_WORDS / 4) * 16)
+                         : "memory");
+    }
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
     constexpr int LINES = (ORDER * ITEM + 127) / 128;  // of a row
@@ -74,9 +82,10 @@ INLINE int exponent_for(u32 most, bool wrong) { return wrong ? 0 : min(13 - ((in
 
 #if WIDE
 // Each piece of a lane's channels of row ``row`` of a block, and of the eighth behind it: ``use`` takes which of both rows it is,
-// the piece, its channels as they are stored, and less their offsets.
-template <int UNROLLED_PIECES = PIECES, typename Use>
-INLINE void each_piece(const u8* tables, const Block& block, const float* means, int row, int lane, Use use) {
+// the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
+template <bool AGAIN, int UNROLLED_PIECES = PIECES, typename Use>
+INLINE void each_piece(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
+                       Use use) {
     const int quarter = lane & 3;
     Turns turns[2];
 #pragma unroll UNROLLED_PIECES
@@ -103,7 +112,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
             u32 stored[PIECE_WORDS];
             float numbers[8];
             const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
-            load_piece<true>(from, nullptr, lane, piece, stored);
+            load_piece<AGAIN>(from, fetched + part * LOADS * 32, lane, piece, stored);
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
 #if PAIRS
@@ -117,7 +126,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
     }
 }
 
-// The energy of a row's channels, as that of its rotated coordinates.
+// The energy of a lane's channels of a row.
 struct Energy {
     float even = 0.0f, odd = 0.0f;
 
@@ -129,29 +138,56 @@ struct Energy {
         }
     }
 
-    INLINE float rotated() const { return (even + odd) * ((float)ORDER * ORDER); }
+    // Of the four lanes' channels, as that of rotated coordinates.
+    INLINE float of_row() const { return sum_of_row(even + odd) * ((float)ORDER * ORDER); }
 };
 
-// Both rows' channels as they are multiplied, rows [2][PIECES][4]: as they are stored or, less their offsets, rounded to
+// Adds the products of a tile's rows, of which a lane has a word each of row l / 4 and of the eighth behind it, with those eight
+// rows that it has ``by`` of: to sums with rows 2 (l % 4) and 2 (l % 4) + 1 of them, two of its first row and two of its second.
+INLINE void square_step(float* sums, const u32* words, u32 by) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." SHORT_TYPE "." SHORT_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(words[0]), "r"(words[1]), "r"(by));
+}
+
+// The energies of a lane's two rows, as those of rotated coordinates, in each of their four lanes: they lie on the diagonal of
+// the tile's products with itself. ``words`` [4 PIECES][2]: of 16-bit numbers, one of each row side by side.
+INLINE void energies_of_tile(const u32 (*words)[2], int lane, float* owns) {
+    float firsts[4] = {0.0f, 0.0f, 0.0f, 0.0f}, seconds[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; i++)
+        square_step(firsts, words[i], words[i][0]), square_step(seconds, words[i], words[i][1]);
+    const int row = lane >> 2, has = row * 4 + row / 2;  // the lane that has the diagonal's
+    owns[0] = __shfl_sync(ALL_LANES, row & 1 ? firsts[1] : firsts[0], has) * ((float)ORDER * ORDER);
+    owns[1] = __shfl_sync(ALL_LANES, row & 1 ? seconds[3] : seconds[2], has) * ((float)ORDER * ORDER);
+}
+
+// Both rows' channels as they are multiplied, rows [4 PIECES words][2]: as they are stored or, less their offsets, rounded to
 // bfloat16. ``owns``: their energies, as those of rotated coordinates.
-INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, int row, int lane,
-                          u32 (*rows)[PIECES][4], float* owns) {
+INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row,
+                          int lane, u32 (*rows)[2], float* owns) {
     Energy energies[2];
-    each_piece(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, const float* numbers) {
-        energies[part].add(numbers);
+    each_piece<false>(tables, block, means, fetched, row, lane,
+                      [&](int part, int piece, const u32* stored, const float* numbers) {
+        if (!PLAIN) energies[part].add(numbers);
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            rows[part][piece][k] = PLAIN ? stored[k] : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
+            rows[4 * piece + k][part] = PLAIN ? stored[k] : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
     });
-    owns[0] = energies[0].rotated(), owns[1] = energies[1].rotated();
+#if PLAIN
+    energies_of_tile(rows, lane, owns);
+#else
+    owns[0] = energies[0].of_row(), owns[1] = energies[1].of_row();
+#endif
 }
 
 // The same for rows of any size: they are multiplied with 2^exponent each, which brings the largest number between 2^13 and
 // 2^14. Wrong rows are zeros, and ``bad`` counts them.
 INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
-                                    u32 (*rows)[PIECES][4], float* owns, int* exponents) {
+                                    u32 (*rows)[2], float* owns, int* exponents) {
     u32 stored_most[2] = {0, 0}, most[2] = {0, 0};  // the largest magnitudes, as bits
-    each_piece<1>(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, const float* numbers) {
+    each_piece<true, 1>(tables, block, means, nullptr, row, lane,
+                        [&](int part, int piece, const u32* stored, const float* numbers) {
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             stored_most[part] = max(stored_most[part], bits_of(value_of(stored, k)) & MAGNITUDE);
@@ -168,15 +204,15 @@ INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const 
         scale[part] = power_of_two(exponents[part]);
     }
     Energy energies[2];
-    each_piece(tables, block, means, row, lane, [&](int part, int piece, const u32* stored, float* numbers) {
+    each_piece<true>(tables, block, means, nullptr, row, lane, [&](int part, int piece, const u32* stored, float* numbers) {
 #pragma unroll
         for (int k = 0; k < 8; k++) numbers[k] = wrong[part] ? 0.0f : in_range(numbers[k]) * scale[part];
         energies[part].add(numbers);
 #pragma unroll
-        for (int k = 0; k < 4; k++) rows[part][piece][k] = pack_entries(numbers[2 * k], numbers[2 * k + 1]);
+        for (int k = 0; k < 4; k++) rows[4 * piece + k][part] = pack_entries(numbers[2 * k], numbers[2 * k + 1]);
         asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
     });
-    owns[0] = energies[0].rotated(), owns[1] = energies[1].rotated();
+    owns[0] = energies[0].of_row(), owns[1] = energies[1].of_row();
 }
 #endif
 

@@ -11,14 +11,15 @@
 
 #define RADIUS_CODES 255  // of a row that is not zero
 
-// Writes words of a run, and adds to the checksum's sum; ``at``: the first one's place in the block, of ``words`` words.
-template <int MOST>
+// Writes words of a run, and adds to the checksum's sum; ``at``: the first one's place in the block, of ``words`` words. WHOLE:
+// the run has as many as it can.
+template <int MOST, bool WHOLE>
 INLINE void write_run(const u8* tables, const i64* __restrict__ keys, const u32* run, int have, const Block& block, int at,
                       int words, int lane, u64& sum) {
 #pragma unroll
     for (int i = 0; i < (MOST + 31) / 32; i++) {
         const int place = i * 32 + lane;
-        if (place < have) {
+        if (WHOLE && MOST % 32 == 0 || place < (WHOLE ? MOST : have)) {
             sum += folded((u64)run[place] * key_of(tables, keys, words, at + place));
             __stcs(block.payload + at + place, run[place]);
         }
@@ -27,15 +28,22 @@ INLINE void write_run(const u8* tables, const i64* __restrict__ keys, const u32*
 
 INLINE u16* radii_of(u32* stage) { return reinterpret_cast<u16*>(reinterpret_cast<u8*>(stage) + RADII_AT); }
 
+template <bool WHOLE>
+INLINE void write_planes(const u8* tables, const i64* __restrict__ keys, const u32* stage, int rows, const Block& block,
+                         int first_row, int lane, u64& sum) {
+    const int words = block_bytes(block.tokens) / 4 - 1;
+    write_run<SIGN_WORDS, WHOLE>(tables, keys, stage + SIGNS_AT, rows * (ORDER / 32), block, first_row * (ORDER / 32), words,
+                                 lane, sum);
+    write_run<INDEX_WORDS, WHOLE>(tables, keys, stage + INDICES_AT, rows * INDEX_BYTES / 4, block,
+                                  block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
+}
+
 // Writes the signs and indices of a tile of ``rows`` rows, and keeps their radii.
 INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, u32* stage, int rows, const Block& block,
                        int first_row, int lane, u64& sum) {
     if (lane < rows) radii_of(stage)[first_row + lane] = stage[lane];
-    const int words = block_bytes(block.tokens) / 4 - 1;
-    write_run<SIGN_WORDS>(tables, keys, stage + SIGNS_AT, rows * (ORDER / 32), block, first_row * (ORDER / 32), words, lane,
-                          sum);
-    write_run<INDEX_WORDS>(tables, keys, stage + INDICES_AT, rows * INDEX_BYTES / 4, block,
-                           block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
+    if (rows == ROWS) write_planes<true>(tables, keys, stage, rows, block, first_row, lane, sum);
+    else if (rows) write_planes<false>(tables, keys, stage, rows, block, first_row, lane, sum);
 }
 
 // Writes what lies behind the two planes: codes of radii, their base, and zeros.

@@ -2,15 +2,16 @@
 // numbers and signs into the warp's stage as the two planes have them; the row's radius waits for the block's end.
 //
 // A table's points are all permutations of some representatives, so the nearest point to a quad is that of the representative
-// nearest to its sorted magnitudes. These are whole numbers of the table's unit. A cell of them, by the upper bits of each, has
-// a few candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
+// nearest to its sorted magnitudes. These are whole numbers of STEPS. A cell of them, by the upper bits of each, has a few
+// candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
 //
-// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), INVERSES (units of the table over
-// a radius within its octave, braced, divided by ORDER), CHOICES (radii that are tried), MOST_RADIUS, ENERGY_SCALE (that makes
-// the divisor of an energy, ORDER^3, a power of two), what radius.cuh needs,
-// and the tables CELLS (numbers of representatives times STEP, a byte each), CORNERS (representatives, a byte for each
-// magnitude, the largest first), NUMBERS (of points, by representative and places) and, with CHOICES, POINTS (a byte for each
-// coordinate).
+// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), GROUPED (candidates are looked up
+// together), STEPS (of a magnitude), INVERSE (what a coordinate over the radius is multiplied with to make STEPS a half, over
+// ORDER), UNIT (the same of the table's unit), CELL_BYTES, LARGEST_LEVEL, SECOND_LEVEL and LAST_LEVEL (cells from a level of a
+// magnitude to the next), FIRST_BITS, PATTERN_AT, SCORE_AT, COPIES and GROUP_COPIES (of the tables below), CHOICES (radii that
+// are tried), MOST_RADIUS, ENERGY_SCALE (that makes the divisor of an energy, ORDER^3, a power of two), what radius.cuh needs,
+// and the tables of quads_encoder.py: CELLS, GROUPS and HEADS or CORNERS, RANKS and, with CHOICES, POINTS. A lane has its own
+// copies of what it looks up at random places, so that it meets no other one in a bank.
 #pragma once
 
 #include "bits.cuh"
@@ -26,77 +27,128 @@
 
 #define FOURS ((QUADS + 3) / 4)  // of a lane's quads, the last of which may be two
 
+#if GROUPED
+#define OWN_COPIES GROUP_COPIES  // of a group's words
+#define OWN_BYTES (8 * (CANDIDATES - 1))
+#else
+#define OWN_COPIES COPIES  // of a corner's
+#define OWN_BYTES 8
+#endif
+
 #define BOTH(x) ((x) * 0x10001u)  // in both halves of a word
 
 // -- two quads, sorted ----------------------------------------------------------------------------------------------
-// A key is eight times a magnitude, which is 255 at most, plus twice the place where it was.
-#define PLACE BOTH(6u)
+// A key's high byte is a magnitude, of STEPS steps at the most. Its low byte is the place where the magnitude was, three times:
+// in bits 0, 2 and 4.
+#define PLACE_THRICE 0x15
 
 INLINE void larger_first(u32& a, u32& b) {
     const u32 larger = __vmaxu2(a, b);
     b = __vminu2(a, b), a = larger;
 }
 
-// Keys of two quads times ``scale``, each largest first.
+// Keys of two quads, each largest first. ``scale``: what makes STEPS a half. Of a float32 between a half and one, byte 2 tells
+// by how many steps it is above a half, and byte 3 is 0x3f, as place 3 has it.
 INLINE void sorted_keys(const float* quad, const float* other, float scale, u32* keys) {
-    constexpr float magic = 8388608.0f;  // 2^23: a sum's low bits are the nearest whole number
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u32 both =
-            __byte_perm(bits_of(fabsf(quad[i] * scale) + magic), bits_of(fabsf(other[i] * scale) + magic), 0x5410);
-        keys[i] = __vminu2(both, BOTH(255)) * 8 + BOTH(2 * i);
+        const float one = __saturatef(fmaf(fabsf(quad[i]), scale, 0.5f + 0.25f / STEPS));
+        const float two = __saturatef(fmaf(fabsf(other[i]), scale, 0.5f + 0.25f / STEPS));
+        keys[i] = __byte_perm(bits_of(one), bits_of(two), 0x6723) - BOTH((3 - i) * PLACE_THRICE);
     }
     larger_first(keys[0], keys[1]), larger_first(keys[2], keys[3]);
     larger_first(keys[0], keys[2]), larger_first(keys[1], keys[3]);
     larger_first(keys[1], keys[2]);
 }
 
-// Cells of two quads (quads_encoder.py), by levels of magnitudes, eight units wide.
-INLINE u32 cells_of(const u32* keys) {
-    const u32 first = __vminu2(keys[0], BOTH(0x3ffu)) & BOTH(0x3c0u);
-    const u32 second = __vminu2(keys[1], BOTH(0x3ffu)) & BOTH(0x3c0u);
-    const u32 third = __vminu2(keys[2], BOTH(0x1ffu)) & BOTH(0x1c0u), last = __vminu2(keys[3], BOTH(0xffu)) & BOTH(0xc0u);
-    return first * 8 + (second >> 1) + (third * 4 + last >> 6);
+// The bits of ``one`` where ``mask`` has ones, else those of ``other``.
+INLINE u32 either(u32 mask, u32 one, u32 other) { return (one & mask) | (other & ~mask); }
+
+// Where the cells of two quads lie (quads_encoder.py), in bytes: by levels of magnitudes, eight steps wide. ``larger``: the
+// largest and the second magnitude of each.
+INLINE void cells_of(const u32* keys, u32 larger, u32& one, u32& two) {
+    const u32 third = __vminu2(keys[2], BOTH(0x3fffu)) >> (CELL_BYTES == 4 ? 1 : 2), last = __vminu2(keys[3], BOTH(0x1fffu));
+    const u32 levels = larger & 0xf8f8f8f8u;
+    const u32 others = __byte_perm(third, last, 0x7351) & BOTH(0x1800u | 7 * CELL_BYTES);
+    constexpr u32 weights = LARGEST_LEVEL * CELL_BYTES / 8 | (SECOND_LEVEL * CELL_BYTES / 8) << 16;
+    constexpr u32 other_weights = 1 | (LAST_LEVEL * CELL_BYTES / 8) << 16;
+    one = __dp2a_lo(other_weights, others, __dp2a_lo(weights, levels, 0u));
+    two = __dp2a_hi(other_weights, others, __dp2a_hi(weights, levels, 0u));
 }
 
-INLINE u32 byte_of(u32 bytes, u32 which) { return __byte_perm(bytes, 0, 0x4440 | which); }
+// The sum of products of signed bytes with unsigned ones.
+INLINE int dot_signed(u32 signed_bytes, u32 bytes) {
+    int sum;
+    asm("dp4a.s32.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(signed_bytes), "r"(bytes), "r"(0));
+    return sum;
+}
 
-// The number of the point nearest to a quad: ``magnitudes``, a byte each, the largest first; ``places``: of the three largest,
-// base 4, twice.
-INLINE u32 nearest_point(const u8* tables, u32 cell, u32 magnitudes, u32 places) {
-    const u32 candidates = reinterpret_cast<const u32*>(tables + CELLS_AT)[cell];
+// A candidate's word plus its score: half its squared distance, less what all candidates of a cell have alike.
+INLINE int scored(u32 apart, u32 word, u32 magnitudes) {
+    return (int)(word - ((u32)dot_signed(apart, magnitudes) << SCORE_AT));
+}
+
+// The word of the representative nearest to a quad: ``magnitudes`` a byte each, the largest first; ``own``: where a lane's
+// copies lie.
+INLINE u32 nearest_corner(const u8* tables, u32 cell, u32 magnitudes, u32 own) {
+#if CELL_BYTES == 4
+    const u32 found = *reinterpret_cast<const u32*>(tables + CELLS_AT + cell);
+#else
+    const u32 head = *reinterpret_cast<const u16*>(tables + CELLS_AT + cell);
+    const u32 found = *reinterpret_cast<const u32*>(tables + HEADS_AT + head);
+#endif
+#if GROUPED
+    const u8* group = tables + GROUPS_AT + (found & 0xffffu | own);
+    if (CANDIDATES == 2) {
+        const uint2 second = *reinterpret_cast<const uint2*>(group);
+        return min((int)(found >> 16), scored(second.x, second.y, magnitudes));
+    }
+    const uint4 others = *reinterpret_cast<const uint4*>(group);
+    return min((int)(found >> 16), min(scored(others.x, others.y, magnitudes), scored(others.z, others.w, magnitudes)));
+#else
     int least = 0x7fffffff;
 #pragma unroll
     for (int i = 0; i < CANDIDATES; i++) {
-        const u32 corner = *reinterpret_cast<const u32*>(tables + CORNERS_AT + byte_of(candidates, i) * (4 / STEP));
-        const int distance = __dp4a(corner, corner, 0u) - 2 * __dp4a(corner, magnitudes, 0u);  // less the magnitudes' square
-        least = min(least, distance * 4 + i);
+        const u32 at = COPIES == 32 ? __byte_perm(found, own, 0x5504 | i << 4)
+                                    : __byte_perm(found, 0, 0x4440 | i) * (8 * COPIES) + own;
+        const uint2 corner = *reinterpret_cast<const uint2*>(tables + CORNERS_AT + at);
+        least = min(least, scored(corner.x, corner.y, magnitudes));
     }
-    return *reinterpret_cast<const u16*>(tables + NUMBERS_AT + byte_of(candidates, least & 3) * (128 / STEP) + places);
+    return least;
+#endif
+}
+
+// How far behind its representative's first point a point is. ``at``: of its places in the table of ranks.
+INLINE u32 rank_of(const u8* tables, u32 corner, u32 at) {
+    constexpr u32 pattern = (1u << SCORE_AT) - (1u << PATTERN_AT);
+    return tables[RANKS_AT + ((corner & pattern) / (32 / COPIES) | at)];  // a pattern has sixteen words
 }
 
 // -- rows -----------------------------------------------------------------------------------------------------------
 // What a row's coordinates, which were multiplied with 2^exponent, are multiplied with so that ``radius`` comes to the table's
 // unit.
 INLINE float scale_of(u32 radius, int exponent) {
-    constexpr float inverses[] = INVERSES;
     const int steps = max(radius, 1u) - 1, power = RADIUS_BIAS - steps / RADIUS_STEPS - exponent;
-    float inverse = inverses[0];
-#pragma unroll
-    for (int i = 1; i < RADIUS_STEPS; i++) inverse = steps % RADIUS_STEPS == i ? inverses[i] : inverse;
-    return inverse * power_of_two(min(max(power, 1 - BIAS), BIAS));
+    float step;  // 2^(-steps / RADIUS_STEPS), of the steps within an octave
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(step) : "f"((steps % RADIUS_STEPS) * (-1.0f / RADIUS_STEPS)));
+    return step * INVERSE * power_of_two(min(max(power, 1 - BIAS), BIAS));
 }
 
-// The numbers of the points nearest to two quads times ``scale``.
-INLINE void two_points(const u8* tables, const float* quad, const float* other, float scale, u32* numbers) {
+// The numbers of the points nearest to two quads times ``scale``, side by side.
+INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale) {
     u32 keys[4];
     sorted_keys(quad, other, scale, keys);
-    const u32 cells = cells_of(keys);
-    const u32 places = (keys[0] & PLACE) + (keys[1] & PLACE) * 4 + (keys[2] & PLACE) * 16;
-    const u32 larger = __byte_perm(keys[0] >> 3, keys[1] >> 3, 0x6240);  // of both quads
-    const u32 smaller = __byte_perm(keys[2] >> 3, keys[3] >> 3, 0x6240);
-    numbers[0] = nearest_point(tables, cells & 0xffff, __byte_perm(larger, smaller, 0x5410), places & 0xffff);
-    numbers[1] = nearest_point(tables, cells >> 16, __byte_perm(larger, smaller, 0x7632), places >> 16);
+    const u32 own = threadIdx.x % OWN_COPIES * OWN_BYTES, own_ranks = threadIdx.x % COPIES * 4;
+    const u32 places = either(BOTH(0x0fu), either(BOTH(0x03u), keys[0], keys[1]), keys[2]);
+    const u32 at = (places * COPIES & BOTH(0x3cu * COPIES)) | BOTH(own_ranks) | (places & BOTH(0x03u));
+    const u32 larger = __byte_perm(keys[0], keys[1], 0x7351), smaller = __byte_perm(keys[2], keys[3], 0x7351);  // of both quads
+    u32 cell, other_cell;
+    cells_of(keys, larger, cell, other_cell);
+    const u32 one = nearest_corner(tables, cell, __byte_perm(larger, smaller, 0x5410), own);
+    const u32 two = nearest_corner(tables, other_cell, __byte_perm(larger, smaller, 0x7632), own);
+    const u32 rank = rank_of(tables, one, at & 0xffff), other_rank = rank_of(tables, two, at >> 16);
+    if (INDEX_BITS == 8) return __byte_perm(one, two, 0x5540) % (1 << 16) + other_rank * 256 + rank;
+    return (one % (1 << FIRST_BITS) + rank) | (two % (1 << FIRST_BITS) + other_rank) << INDEX_BITS;
 }
 
 // The numbers of a lane's points, four quads' side by side; returns the squared error, where several radii are tried.
@@ -104,46 +156,54 @@ INLINE float find_points(const u8* tables, float (*quads)[4], float scale, u64* 
     float error = 0.0f;
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad += 2) {
-        u32 numbers[2];
-        two_points(tables, quads[quad], quads[quad + 1], scale, numbers);
-        if (quad % 4 == 0) codes[quad / 4] = 0;
+        const u32 both = two_points(tables, quads[quad], quads[quad + 1], scale);
+        codes[quad / 4] = quad % 4 ? codes[quad / 4] | (u64)both << (2 * INDEX_BITS) : both;
+#if CHOICES > 1
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            codes[quad / 4] |= (u64)numbers[i] << ((quad % 4 + i) * INDEX_BITS);
-#if CHOICES > 1
-            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[numbers[i]];
+            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[both >> i * INDEX_BITS & ((1 << INDEX_BITS) - 1)];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                const float off = fabsf(quads[quad + i][k] * scale) - (float)(point >> 8 * k & 255);
+                const float off = fabsf(quads[quad + i][k] * scale) - (float)(point >> 8 * k & 255) * UNIT;
                 error = fmaf(off, off, error);
             }
-#endif
         }
+#endif
     }
     return error;
 }
 
-INLINE float sum_of_row(float x) {  // of the four lanes' numbers
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+// The radius of a row from its energy, as it is stored in the stage.
+INLINE u32 radius_of_row(float energy, int exponent) {
+    return min(radius_code(energy * ENERGY_SCALE, exponent), (u32)MOST_RADIUS);
 }
 
-// The radius of a row, from a lane's part of its energy, as it is stored in the stage.
-INLINE u32 radius_of_row(float own, int exponent) {
-    return min(radius_code(sum_of_row(own) * ENERGY_SCALE, exponent), (u32)MOST_RADIUS);
+// Two numbers' signs, each as a byte of ones or zeros, and the same two once more.
+INLINE u32 signs_of(float one, float two) {
+    u32 signs;
+    asm("prmt.b32 %0, %1, %2, 0xfbfb;" : "=r"(signs) : "r"(bits_of(one)), "r"(bits_of(two)));
+    return signs;
 }
 
-// Adds a quad's signs to those of up to seven before it, each coordinate's apart.
-INLINE void add_signs(const float* quad, u32* apart) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) apart[i] = __funnelshift_l(bits_of(quad[i]), apart[i], 1);
+// The sum less the weights, of 16 bits each, of those of the first two signs that are ones.
+INLINE int less_signs(int sum, u32 signs, u32 weights) {
+    int less;
+    asm("dp2a.lo.u32.s32 %0, %1, %2, %3;" : "=r"(less) : "r"(weights), "r"(signs), "r"(sum));
+    return less;
+}
+
+// Takes a bit for each sign of a row's quad, which is the ``number``-th of up to eight side by side, from the two words below
+// zero that these eight have.
+INLINE void add_signs(const float* quad, int number, int* less) {
+    const u32 weights = 0x01000001u << number;  // two coordinates, each of which has a byte
+    less[0] = less_signs(less[0], signs_of(quad[0], quad[2]), weights);
+    less[1] = less_signs(less[1], signs_of(quad[1], quad[3]), weights);
 }
 
 // The signs of N quads of a row, from ``quad`` on, into the plane (SPEC 8.1), which held zeros: of eight quads a coordinate's
 // side by side, the first quad's lowest. Two lanes' quads may lie in one word, and a lane's in two.
-template <int N> INLINE void put_signs(const u32* apart, u32* stage, int tile_row, int quad) {
-    const u32 turned = apart[3] | apart[1] << 8 | apart[2] << 16 | apart[0] << 24;
-    const u32 signs = __brev(turned << (8 - N));
+template <int N> INLINE void put_signs(const int* less, u32* stage, int tile_row, int quad) {
+    const u32 signs = (u32)-(less[1] * (1 << 16) + less[0]);
     u32* word = stage + SIGNS_AT + tile_row * (ORDER / 32) + quad / 8;
     if (QUADS % 8 == 0) {
         *word = signs;
@@ -168,7 +228,7 @@ template <int N> INLINE void put_numbers(u64 numbers, u32* stage, int tile_row, 
 
 INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
                        const Energies& energies, float own, int exponent) {
-    const u32 own_radius = radius_of_row(own, exponent);
+    const u32 own_radius = radius_of_row(sum_of_row(own), exponent);
     u32 radius = own_radius;
     u64 codes[FOURS];
 #if CHOICES == 1
@@ -192,11 +252,11 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
     if (quarter == 0) stage[tile_row] = radius;
 #pragma unroll
     for (int first = 0; first < QUADS; first += 8) {
-        u32 apart[4] = {0, 0, 0, 0};
+        int less[2] = {0, 0};
 #pragma unroll
-        for (int quad = first; quad < min(first + 8, QUADS); quad++) add_signs(quads[quad], apart);
-        if (first + 8 <= QUADS) put_signs<8>(apart, stage, tile_row, quarter * QUADS + first);
-        else put_signs<QUADS % 8>(apart, stage, tile_row, quarter * QUADS + first);
+        for (int quad = first; quad < min(first + 8, QUADS); quad++) add_signs(quads[quad], quad - first, less);
+        if (first + 8 <= QUADS) put_signs<8>(less, stage, tile_row, quarter * QUADS + first);
+        else put_signs<QUADS % 8>(less, stage, tile_row, quarter * QUADS + first);
     }
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
@@ -210,57 +270,66 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
+#define UNDER_WAY (ORDER == 128 ? 1 : 2)  // panels at once: what a second one needs of registers costs 128 more than it saves
 #define UNROLLED (STREAMED ? 2 : PANELS)  // panels: an even number of them, if they are streamed
+#define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
 
-// Two rows' bits, in a stage that held zeros. ``stored`` [2][PIECES][4]: a lane's channels as they are multiplied, times
-// 2^exponent each; ``own``: their energies.
-INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, u32 (*stored)[PIECES][4],
-                            const float* own, const int* exponents, Panels& panels) {
+// Two rows' bits, in a stage that held zeros. ``stored`` [4 PIECES words][2]: a lane's channels as they are multiplied, times
+// 2^exponent each; ``energies``: the rows'.
+INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*stored)[2],
+                            const float* energies, const int* exponents, Panels& panels) {
     float scale[2];
-    u32 operands[2 * PIECES][4], apart[2][4];
+    int less[2][2];  // signs
     u64 codes[2];
+    const u32(*operands)[4] = reinterpret_cast<const u32(*)[4]>(stored);
+    Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][4];
+    const u32 matrix = panels.first();
+    begin_together<false>(matrix, operands, both_sums[0]);
+    const int own_exponent = quarter & 1 ? exponents[1] : exponents[0];  // of a row whose radius the lane finds
+    const u32 radius = radius_of_row(quarter & 1 ? energies[1] : energies[0], own_exponent);
+    const float own_scale = scale_of(radius, own_exponent);
+    if (quarter < 2) stage[tile_row + 8 * quarter] = radius;
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-        const u32 radius = radius_of_row(own[part], exponents[part]);
-        scale[part] = scale_of(radius, exponents[part]);
-        if (quarter == 0) stage[tile_row + 8 * part] = radius;
-#pragma unroll
-        for (int i = 0; i < 4 * PIECES; i++) operands[i / 2][i % 2 * 2 + part] = stored[part][i / 4][i % 4];
-    }
-    Sum both_sums[2][STRIPS][4];
-    begin_together<false>(panels.first(), operands, both_sums[0]);
+    for (int part = 0; part < 2; part++) scale[part] = __shfl_sync(ALL_LANES, own_scale, 4 * tile_row + part);
 #pragma unroll 1
     for (int first = 0; first < PANELS; first += UNROLLED)
 #pragma unroll
         for (int i = 0; i < UNROLLED; i++) {
             const int panel = first + i;
-            Sum(*sums)[4] = both_sums[i % 2];
-            const u32 next = panels.next(panel);
-            if (panel + 1 < PANELS) {  // on its way while this one's quads are coded
-                begin_together<false>(next, operands, both_sums[(i + 1) % 2]);
+            Sum(*sums)[4] = both_sums[UNDER_WAY > 1 ? i % 2 : 0];
+            if (UNDER_WAY > 1 && PANELS > 1 && panel + 1 < PANELS) {  // on its way while this one's quads are coded
+                begin_together<false>(panels.next(panel), operands, both_sums[(i + 1) % 2]);
                 wait_together<false, 1>(sums);
             } else {
+                if (UNDER_WAY > 1) panels.next(panel);
                 wait_together<false, 0>(sums);
             }
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                float quads[2][4];
-                u32 numbers[2];
-                if (panel % 4 == 0)
+            for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
+                const int pair = panel * PAIRS_OF_PANEL + of_panel;
+                const bool last = pair == QUADS / 2 - 1;
 #pragma unroll
-                    for (int k = 0; k < 4; k++) apart[part][k] = 0;
+                for (int part = 0; part < 2; part++) {
+                    float quads[2][4];
+                    if (pair % 4 == 0) less[part][0] = less[part][1] = 0;
 #pragma unroll
-                for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[k / 2][2 * part + k % 2];
-                add_signs(quads[0], apart[part]), add_signs(quads[1], apart[part]);
-                two_points(tables, quads[0], quads[1], scale[part], numbers);
-                const u64 both = numbers[0] | (u64)numbers[1] << INDEX_BITS;
-                codes[part] = i % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
-                if (i % 2) put_numbers<4>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel - 2);
-                else if (panel == PANELS - 1) put_numbers<2>(codes[part], stage, tile_row + 8 * part, quarter, 2 * panel);
-                const int quad = quarter * QUADS + panel / 4 * 8;
-                if (panel % 4 == 3) put_signs<8>(apart[part], stage, tile_row + 8 * part, quad);
-                else if (panel == PANELS - 1) put_signs<QUADS % 8>(apart[part], stage, tile_row + 8 * part, quad);
+                    for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
+#pragma unroll
+                    for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
+                    const u64 both = two_points(tables, quads[0], quads[1], scale[part]);
+                    codes[part] = pair % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
+                }
+#pragma unroll
+                for (int part = 0; part < 2; part++) {
+                    const int row = tile_row + 8 * part, quad = quarter * QUADS + pair / 4 * 8;
+                    if (pair % 2) put_numbers<4>(codes[part], stage, row, quarter, 2 * pair - 2);
+                    else if (last) put_numbers<2>(codes[part], stage, row, quarter, 2 * pair);
+                    if (pair % 4 == 3) put_signs<8>(less[part], stage, row, quad);
+                    else if (last) put_signs<QUADS % 8>(less[part], stage, row, quad);
+                }
             }
+            if (UNDER_WAY == 1 && panel + 1 < PANELS)
+                begin_together<false>(matrix + (panel + 1) * PANEL_BYTES, operands, both_sums[0]);
         }
 }
 #endif

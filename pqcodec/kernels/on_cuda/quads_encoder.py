@@ -12,37 +12,104 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
 
-# Levels of a quad's sorted magnitudes, by which cells are told apart, and a level's width in units of the table; the last
-# level has no end.
-LEVELS, WIDTH = (16, 16, 8, 4), 8
+# Levels of a quad's sorted magnitudes, by which cells are told apart; the last level has no end. STEPS stands for all
+# magnitudes that are larger than REACH radii.
+LEVELS, STEPS, REACH = (17, 17, 8, 4), 128, 3.4
+WIDTH = REACH / STEPS * 8  # of a level, in radii
 CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}  # of a cell, by the bits of a table
+GROUPED = 8  # bits up to which a cell's candidates are looked up together; more of them would make too many groups
+COPIES = (32, 16, 8, 4, 2, 1)  # of a row of ranks: with 32, no two lanes meet in a bank
+FEW_COPIES = (1,)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
+PATTERNS = 1 << (c.QUAD - 1)  # which neighbours of a representative's magnitudes are equal
+FIRST_BITS, PATTERN_AT, SCORE_AT = 10, 11, 14  # fields of a candidate's word
 
 
-def encoder_tables(plan: Plan) -> dict[str, np.ndarray]:
-    """CELLS uint8 [cells, 4 candidates], CORNERS uint8 [representatives, 4], NUMBERS uint16 [representatives, 64 places of the
-    three largest], and POINTS uint8 [points, 4]."""
+def encoder_tables(plan: Plan, copies: int = 1) -> dict[str, np.ndarray]:
+    """What the kernel looks up, as ``_grouped`` or ``_apart`` says, and
+
+    RANKS uint8 [patterns, 16 places of the second and the third, copies, 4 places of the largest]: of a point behind the first;
+    POINTS uint8 [points, 4].
+    """
     table = quads.table_of(plan)
+    pattern, first, ranks = _ranks(table)
+    half = np.rint((table.representatives**2).sum(1) / (2 * table.aim * REACH / STEPS)).astype(np.int64)
+    search = _grouped if table.bits <= GROUPED else _apart
     return {
-        "CELLS": cells_of(table.bits) * np.uint8(_step(table)),
-        "CORNERS": table.representatives.astype(np.uint8),
-        "NUMBERS": table.numbers_by_three.astype(np.uint16),
+        **search(table, half, pattern << PATTERN_AT | first, copies),
+        "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies, 1),
         "POINTS": table.points.view(np.uint8),
     }
 
 
-def _step(table: quads.Table) -> int:
-    """What the numbers of representatives are multiplied with in CELLS: by a corner's bytes, if they still fit one byte."""
-    return c.QUAD if c.QUAD * len(table.representatives) <= 256 else 1
+def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+    """CELLS uint32 [cells]: where the cell's group of candidates begins, and the word of its first candidate; or, with one
+    copy, which takes less room, uint16 [cells]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies,
+    other candidates, 2]: magnitudes less those of the first, a signed byte each, the largest first, and the candidate's word
+    with its score.
+
+    Of representatives: ``half`` their squares, as steps of magnitudes are scored; ``words``: {pattern, first point}.
+    """
+    cells = cells_of(table.bits)[:, : CANDIDATES[table.bits]].astype(np.int64)
+    groups, which = np.unique(cells, axis=0, return_inverse=True)
+    apart = table.representatives[groups[:, 1:]] - table.representatives[groups[:, :1]]
+    fields = _scored(apart, half[groups[:, 1:]] - half[groups[:, :1]], words[groups[:, 1:]])
+    copies = group_copies(table.bits, copies)
+    begins = np.arange(len(groups)) * (fields[0].nbytes * copies)
+    assert begins.max() < 1 << 16
+    heads = (begins | words[groups[:, 0]] << 16).astype(np.uint32)
+    cells = {"CELLS": heads[which.ravel()]} if copies > 1 else {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads}
+    return {**cells, "GROUPS": np.repeat(fields[:, None], copies, 1)}
+
+
+def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+    """CELLS uint8 [cells, 4 candidates], and CORNERS int32 [representatives, copies, 2]: magnitudes and words as in groups."""
+    fields = _scored(table.representatives, half, words)
+    return {"CELLS": cells_of(table.bits), "CORNERS": np.repeat(fields[:, None], copies, 1)}
+
+
+def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Magnitudes int8 [..., 4], and a score and a word of each -> int32 [..., 2]."""
+    most = np.abs(score) + STEPS * np.abs(magnitudes.astype(np.int64)).sum(-1)
+    assert most.max() < 1 << 31 - SCORE_AT
+    return np.stack([magnitudes.astype(np.int8).view(np.int32)[..., 0], score << SCORE_AT | words], -1).astype(np.int32)
+
+
+def group_copies(bits: int, copies: int) -> int:
+    """Copies of a group's words: no more than there are lanes whose words are read at once."""
+    return min(copies, 16 // (CANDIDATES[bits] - 1))
+
+
+def own_copies(few: bool) -> tuple[int, ...]:
+    """How many copies of a lane's own tables are tried, from the quickest on."""
+    return FEW_COPIES if few else COPIES
+
+
+def _ranks(table: quads.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each representative's pattern and first point, and how far behind it a point is, uint8 [patterns, 64 places].
+
+    Points stand in the order of their coordinates, so that the pattern tells it.
+    """
+    equal = np.diff(table.representatives, axis=1) == 0
+    pattern = equal @ (1 << np.arange(c.QUAD - 1))
+    key = np.arange(4 ** (c.QUAD - 1))
+    three = key[:, None] >> np.array([0, 2, 4]) & 3
+    apart = (three[:, 0] != three[:, 1]) & (three[:, 1] != three[:, 2]) & (three[:, 0] != three[:, 2])
+    numbers = table.numbers_by_three.astype(np.int64)
+    first = np.where(apart, numbers, 1 << FIRST_BITS).min(1)
+    ranks = np.zeros((PATTERNS, len(key)), np.uint8)
+    ranks[pattern] = np.where(apart, numbers - first[:, None], 0)
+    return pattern, first, ranks
 
 
 @lru_cache(maxsize=16)
 def cells_of(bits: int) -> np.ndarray:
     """The candidates of every cell: those representatives that are nearest most often, uint8 [cells, 4].
 
-    Found for sorted magnitudes two units apart, the large ones further, with the density that the rotation gives them.
+    Found for sorted magnitudes a quarter of a level apart, the large ones further, with the density that the rotation gives
+    them. Levels count in the order third, largest, second, last: the first two spread over most banks.
     """
     table = quads.points_of(bits)
-    grid = np.concatenate([np.arange(1.0, 128, 2), np.arange(144.0, 256, 32)])
+    grid = np.concatenate([np.arange(0.125, 16, 0.25), np.arange(18.0, 32, 4)]) * WIDTH * table.aim  # in units of the table
     spacing = np.gradient(grid)
     count, size = len(table.representatives), int(np.prod(LEVELS))
     half, weight = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
@@ -54,27 +121,37 @@ def cells_of(bits: int) -> np.ndarray:
         places = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
         places[..., 0], places[..., 1], places[..., 2:] = larger[:, None], second, pairs
         x = grid[places].reshape(-1, c.QUAD)
-        level = np.minimum(x // WIDTH, np.array(LEVELS) - 1).astype(np.int64)
+        level = np.minimum(x // (WIDTH * table.aim), np.array(LEVELS) - 1).astype(np.int64)
         nearest = (x @ table.representatives.T - half).argmax(1)
         weights = spacing[places].prod(-1).ravel() * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
         weight += np.bincount(np.ravel_multi_index(tuple(level.T), LEVELS) * count + nearest, weights, size * count)
     total = weight.reshape(size, count)
+    total = total.reshape(*LEVELS, count).transpose(3, 1, 0, 2, 4).reshape(size, count)  # the third's level is the lowest
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(total, best, 1) > 0
     return np.where(found, best, best[:, :1]).astype(np.uint8)  # where there are fewer, the first again
 
 
-def encoder_definitions(h: Header, effort: str) -> dict[str, Any]:
-    """The macros of ``quads_encoder.cuh`` and ``planes.cuh``."""
+def encoder_definitions(h: Header, effort: str, copies: int) -> dict[str, Any]:
+    """The macros of ``quads_encoder.cuh`` and ``planes.cuh``; ``copies``: of a lane's own tables."""
     table = quads.table_of(plan_for(h))
     least, most = c.QUADS_RADII
-    inverses = table.aim / h.order * np.exp2(-np.arange(c.QUADS_RADIUS_STEPS) / c.QUADS_RADIUS_STEPS)
     return {
         "INDEX_BITS": table.bits,
         "INDEX_BYTES": quads.plane_bytes(h.order, table.bits)[1],
         "CANDIDATES": CANDIDATES[table.bits],
-        "STEP": _step(table),
-        "INVERSES": "{" + ",".join(f"{x!r}f" for x in map(float, inverses.astype(np.float32))) + "}",
+        "GROUP_COPIES": group_copies(table.bits, copies),
+        "GROUPED": int(table.bits <= GROUPED),
+        "STEPS": STEPS,
+        "CELL_BYTES": 2 if copies == 1 and table.bits <= GROUPED else 4,
+        "LARGEST_LEVEL": LEVELS[2],  # cells from one level to the next
+        "SECOND_LEVEL": LEVELS[2] * LEVELS[0],
+        "LAST_LEVEL": LEVELS[2] * LEVELS[0] * LEVELS[1],
+        "FIRST_BITS": FIRST_BITS,
+        "PATTERN_AT": PATTERN_AT,
+        "SCORE_AT": SCORE_AT,
+        "INVERSE": f"{1 / (2 * h.order * REACH)!r}f",
+        "UNIT": f"{1 / (2 * table.aim * REACH)!r}f",
         "CHOICES": len(c.QUADS_EFFORTS[effort]),
         "LEAST": f"({least})",
         "MOST_RADIUS": most - least + 1,

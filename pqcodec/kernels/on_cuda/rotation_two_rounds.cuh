@@ -10,11 +10,12 @@
 //
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
-// a lane has registers for: 32 sums, or 16 where parts are a number and its rest.
+// a lane has registers for: 32 sums, or 16 where parts are a number and its rest, and where a lane holds two rows (WIDE) of
+// another order than 64 or 128.
 //
-// Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four warps multiply together), DECODER or
-// ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory has no room for it,
-// but for SLOTS panels, three).
+// Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four
+// warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory
+// has no room for it, but for SLOTS panels, three).
 #pragma once
 
 #include "lanes.cuh"
@@ -32,7 +33,11 @@ typedef int Sum;
 #else
 typedef float Sum;
 #define BRICKS (ORDER / 8)
+#if WIDE && (ORDER == 64 || ORDER == 128)
+#define STRIPS 8
+#else
 #define STRIPS 4
+#endif
 #if BRAIN
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
 #define WGMMA_SHAPE(columns) "m64n" columns "k16.f32.bf16.bf16"
