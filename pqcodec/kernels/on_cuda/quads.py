@@ -24,7 +24,7 @@ COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: from 16 on, no two lan
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
 THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 256: 512}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
-LARGE_THREADS, ROPE_LARGE_THREADS = 384, 256  # of the orders beyond
+LARGE_THREADS, TOGETHER_THREADS = 256, 384  # of the orders beyond; where four warps multiply together, and nothing turns
 MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy engine; turned keys need the room for their tables
 AHEAD = 4  # blocks whose places a warp finds at once, one a lane
 FEW_THREADS = 512  # at the most, of few blocks
@@ -43,7 +43,8 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     """
     wide = h.order == WIDE_ORDER and not (h.rope or few)
     together = major == 9 and not (few or wide)
-    threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, ROPE_LARGE_THREADS if h.rope or major < 9 else LARGE_THREADS)
+    large = TOGETHER_THREADS if together and not h.rope else LARGE_THREADS
+    threads = (ROPE_THREADS if h.rope else THREADS).get(h.order, large)
     threads = min(threads, FEW_THREADS) if few else threads
     rows = 32 if wide else 16
     bulk = together and not h.rope and h.vector_bytes <= MOST_BULK
