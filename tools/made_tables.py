@@ -28,27 +28,40 @@ Keys = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that ar
 Values = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that are values (default: likewise).")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+ROLES = ("key", "value")
 _HELD_OUT = 10  # one of so many tokens, the last ones of each tensor, on which the error is measured
 _MOST_HELD_OUT = 512  # tokens of a tensor
 
 
-def keys_and_values(sources: Sequence[str], keys: str | None, values: str | None, together: bool) -> dict[Key, list[Any]]:
+def keys_and_values(
+    sources: Sequence[str],
+    keys: str | None,
+    values: str | None,
+    together: bool,
+    roles: Sequence[str] = ROLES,
+    taken: Callable[[Key, Any], Any] = lambda key, x: x,
+) -> dict[Key, list[Any]]:
     """Keys and values of plain or encoded files by role and layer, or by role alone.
 
-    ``keys``, ``values``: as the options of these names. Raises InvalidArgument where none is there, and as reading files does.
+    ``keys``, ``values``: as the options of these names. ``roles``: those that are read. ``taken``: what is made of each tensor.
+    Raises InvalidArgument where none is there, and as reading files and ``taken`` do, with the tensor's file and name.
     """
+    from pqcodec.formats.containers.reader import named
+
     found: dict[Key, list[Any]] = {}
     for item in inputs(sources, (*PLAIN, *ENCODED), keep_going=False).todo:
         with input_file(item.path, local=True) as path:
-            for key, tensor in _of_file(path, keys, values):
-                found.setdefault((key[0], None) if together else key, []).append(tensor)
+            for name, key, tensor in _of_file(path, keys, values, roles):
+                with named(f"{item.path}: tensor {name!r}"):
+                    found.setdefault((key[0], None) if together else key, []).append(taken(key, tensor))
     if not found:
-        raise InvalidArgument("no tensor is a key or a value by name; use --keys and --values")
+        options = " and ".join(f"--{role}s" for role in roles)
+        raise InvalidArgument(f"no tensor is a {' or a '.join(roles)} by name; use {options}")
     return found
 
 
-def _of_file(path: str, keys: str | None, values: str | None) -> Iterator[tuple[Key, Any]]:
-    """Keys and values of a file, each with its role and layer; raises as opening the file does."""
+def _of_file(path: str, keys: str | None, values: str | None, roles: Sequence[str]) -> Iterator[tuple[str, Key, Any]]:
+    """Keys and values of a file, each with its name, role and layer; raises as opening the file does."""
     from pqcodec.formats.containers.kinds import kind_of, open_encoded
     from pqcodec.formats.plain.files import holds_streams, open_tensors
     from pqcodec.formats.policy.names import role_of
@@ -59,8 +72,8 @@ def _of_file(path: str, keys: str | None, values: str | None) -> Iterator[tuple[
     with opened as file:
         for name in file.names:
             tensor = role_of(name, keys, values)
-            if tensor.role != "other":
-                yield (tensor.role, tensor.layer), file.decode(name) if encoded else file.read(name)
+            if tensor.role in roles:
+                yield name, (tensor.role, tensor.layer), file.decode(name) if encoded else file.read(name)
 
 
 def write_tables(
