@@ -148,6 +148,24 @@ def test_keys_that_are_their_mean_have_no_table(tmp_path: Path, options: tuple[s
     assert f"key.0.pqt: {said}" in run("calibrate", tmp_path / "kv.safetensors", tmp_path / "t", *options, code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("-", "FOLDER is '-', but tables are several files: name a folder"),
+        ("memory://b/x", "memory://b/x: is a URL; tables are"),
+    ],
+)
+def test_tables_go_into_a_local_folder(
+    texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in run("calibrate", texts[0], folder, "--rank", 3, code=2).stderr
+    assert said in run("train-vq", texts[0], folder, code=2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+    given = ("--preset", "nuq2", "--table", "memory://b/x/key.0.pqt")
+    assert "is a URL; --table takes a local file or folder" in run("encode", texts[0], "c.pqkv", *given, code=2).stderr
+
+
 def test_a_short_text_is_left_out_and_large_numbers_have_an_error(texts: list[Path], tmp_path: Path) -> None:
     save_file({name: x[:, :SKIP] for name, x in load_file(texts[0]).items()}, tmp_path / "short.safetensors")
     run("calibrate", texts[0], tmp_path / "one", "--ranges", "nuq3-key", "--role", "key")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.files import ENCODED, PLAIN, check_output, input_file, inputs, make_parents
+from pqcodec.tools.files import ENCODED, PLAIN, STANDARD, check_output, input_file, inputs, make_parents
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.shared_tables import Key, table_file
@@ -88,8 +88,14 @@ def write_tables(
 ) -> None:
     """Make a table of all but the last tokens of each key's tensors, measure its relMSE on these, write it, and tell of all.
 
-    ``found`` is emptied on the way. Raises InvalidArgument for a file that is there already without ``force``.
+    ``found`` is emptied on the way. Raises InvalidArgument for what is no local folder, and for a file that is there already
+    without ``force``.
     """
+    from pqcodec.formats.places.remote import check_local
+
+    check_local(target, "tables are written to a local folder")
+    if target == STANDARD:
+        raise InvalidArgument("FOLDER is '-', but tables are several files: name a folder, './-' for one that is called so")
     paths = {key: os.path.join(target, table_file(key)) for key in sorted(found, key=str)}
     for path in paths.values():
         check_output("", path, force)

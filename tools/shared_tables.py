@@ -101,6 +101,9 @@ def _held(header: Header, field: str) -> str:
 
 def _given(path: str) -> tuple[str, Any]:
     """The option that a file's table is for and the table, or a folder's tables by role and layer."""
+    from pqcodec.formats.places.remote import check_local
+
+    check_local(path, "--table takes a local file or folder; download it first")
     if not os.path.isdir(path):
         table = read_table(path)
         return table.option, table
