@@ -109,5 +109,7 @@ def shared_levels(
     numbers, weights = (np.concatenate(each) for each in zip(*found, strict=True))
     if not np.isfinite(weights).all():
         raise InvalidArgument("gradients hold NaN or Inf: numbers have no weights")
+    if not weights.any():
+        raise InvalidArgument("no number differs from others of its group, or gradients are 0: there are no levels to find")
     fitted = levels.fitted_levels(numbers, weights, 1 << header.row_bits // header.order)
     return LevelTable(half_numbers(levels.q_norm(fitted, numbers, weights) if q_norm else fitted))

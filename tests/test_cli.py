@@ -172,6 +172,15 @@ def test_stdin_and_stdout(cache: Path, tmp_path: Path) -> None:
     assert "all sound" in run("verify", "-", *REFERENCE, stdin=result.stdout_bytes).stdout
 
 
+def test_a_tensor_from_stdin_is_called_so_each_time(tmp_path: Path) -> None:
+    x, path = np.random.default_rng(0).standard_normal((2, 20, 64)).astype(np.float16), tmp_path / "x.npy"
+    np.save(path, x)
+    for data, verb in ((path.read_bytes(), "encode"), (pqcodec.encode(x, backend="reference"), "convert")):
+        found = [run(verb, "-", "-", *(REFERENCE if verb == "encode" else ()), stdin=data).stdout_bytes for _ in range(2)]
+        assert found[0] == found[1]
+        assert PQKVFile(found[0]).names == ("stdin",)
+
+
 def test_decoded_tensors_go_to_stdout(coded: Path, tmp_path: Path) -> None:
     run("decode", coded, tmp_path / "o.safetensors", *REFERENCE)
     result = run("decode", coded, "-", *REFERENCE)

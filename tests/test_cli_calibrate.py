@@ -108,7 +108,8 @@ def test_one_table_for_all_layers_out_of_encoded_files(texts: list[Path], tmp_pa
         (("--rank", "33"), "key.0.pqt: rank 33: a whole number from 1 to 32"),
         (("--ranges", "pq3"), "key.0.pqt: preset 'pq3' has no scales"),
         (("--levels", "int4"), "key.0.pqt: preset 'int4' has no levels"),
-        (("--ranges", "nuq3", "--skip", "104"), "key.0.pqt: x [(2, 0, 32), (2, 0, 32)]"),
+        (("--ranges", "nuq3", "--skip", "104"), "key.0.pqt: no token is left to look at: give longer texts, or a --skip below"),
+        (("--levels", "nuq3", "--skip", "500"), "key.0.pqt: no token is left to look at: give longer texts, or a --skip below"),
         (("--rank", "3", "--role", "key", "--keys", "nothing", "--values", "."), "no tensor is a key by name; use --keys"),
         (("--rank", "3", "--keys", "nothing", "--values", "nothing"), "no tensor is a key or a value by name"),
     ],
@@ -120,3 +121,56 @@ def test_refusals_name_the_options_and_the_table(
     Path("levels.pqt").write_bytes(pqcodec.LevelTable((-1, -0.3, 0.3, 1)).to_bytes())
     assert said in run("calibrate", *texts, "tables", *options, code=2).stderr
     assert not list(Path("tables").glob("*"))
+
+
+def test_tensors_without_a_table_in_common_are_named(texts: list[Path], tmp_path: Path) -> None:
+    odd, name = tmp_path / "odd.safetensors", "layers.0.key"
+
+    def refused(x: Any, *options: Any) -> str:
+        save_file({name: x}, odd)
+        return run("calibrate", texts[0], odd, tmp_path / "tables", "--role", "key", *options, code=2).stderr
+
+    wide = normal(2, TOKENS, 48, seed=1)
+    assert "key.0.pqt: vectors of 32 and 48 numbers have no basis in common" in refused(wide, "--rank", 3)
+    assert f"{odd}: tensor '{name}': dtype int32" in refused(np.ones((2, TOKENS, 32), np.int32), "--rank", 3)
+    assert f"{odd}: tensor '{name}': x (32,): [..., tokens, head_dim]" in refused(np.ones(32, np.float16), "--levels", "nuq2")
+    assert not list((tmp_path / "tables").glob("*"))
+    save_file({name: wide}, odd)
+    run("calibrate", texts[0], odd, tmp_path / "tables", "--role", "key", "--levels", "nuq2")  # which rows of any width share
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--levels", "nuq2"), "no number differs from others of its group"), (("--rank", "3"), "all vectors are 0")],
+)
+def test_keys_that_are_their_mean_have_no_table(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    save_file({"layers.0.key": np.ones((2, TOKENS, 32), np.float16)}, tmp_path / "kv.safetensors")
+    assert f"key.0.pqt: {said}" in run("calibrate", tmp_path / "kv.safetensors", tmp_path / "t", *options, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("-", "FOLDER is '-', but tables are several files: name a folder"),
+        ("memory://b/x", "memory://b/x: is a URL; tables are"),
+    ],
+)
+def test_tables_go_into_a_local_folder(
+    texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in run("calibrate", texts[0], folder, "--rank", 3, code=2).stderr
+    assert said in run("train-vq", texts[0], folder, code=2).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+    given = ("--preset", "nuq2", "--table", "memory://b/x/key.0.pqt")
+    assert "is a URL; --table takes a local file or folder" in run("encode", texts[0], "c.pqkv", *given, code=2).stderr
+
+
+def test_a_short_text_is_left_out_and_large_numbers_have_an_error(texts: list[Path], tmp_path: Path) -> None:
+    save_file({name: x[:, :SKIP] for name, x in load_file(texts[0]).items()}, tmp_path / "short.safetensors")
+    run("calibrate", texts[0], tmp_path / "one", "--ranges", "nuq3-key", "--role", "key")
+    run("calibrate", texts[0], tmp_path / "short.safetensors", tmp_path / "two", "--ranges", "nuq3-key", "--role", "key")
+    assert table_at(tmp_path / "one" / "key.1.pqt") == table_at(tmp_path / "two" / "key.1.pqt")
+    save_file({"layers.0.value": normal(2, TOKENS, 32).astype(np.float32) * 1e30}, tmp_path / "large.safetensors")
+    large = told("calibrate", tmp_path / "large.safetensors", tmp_path / "large", "--rank", 3)
+    assert 0.5 < large["rel_mse"] < 1

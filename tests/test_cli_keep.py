@@ -119,6 +119,8 @@ def test_fewer_tokens_are_never_decoded_unsaid(plain: Path) -> None:
         ({"all": np.array([1.5])}, "integers [n] or [..., n]"),
         ({"all": np.zeros((3, 1), np.int64)}, "does not go with the tensor"),
         ({}, "holds no tensor of positions"),
+        ({"all": np.zeros(0, np.int64)}, "keeps nothing of 'all'; --drop leaves a tensor out"),
+        ({NAMES[0]: np.arange(4), NAMES[1]: np.zeros((2, 0), np.int64)}, f"keeps nothing of '{NAMES[1]}'"),
     ],
 )
 def test_what_keeps_nothing_or_fits_nothing_is_refused(plain: Path, keep: str | dict[str, np.ndarray], words: str) -> None:

@@ -207,6 +207,91 @@ def test_a_file_that_grows_has_each_table_once(tmp_path: Path) -> None:
         assert file.verify() == []
 
 
+@pytest.mark.parametrize("kind", ["pqkv", "safetensors", "zarr"])
+def test_no_file_is_written_without_a_table_that_its_streams_name(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("zarr") if kind == "zarr" else None
+    (tmp_path / "s.pqs").write_bytes(STREAM)
+    for tables in ((), [OTHER]):
+        with pytest.raises(MissingTable, match=f"tensor 's': its stream names the shared table {TABLE.name}, without which"):
+            convert(tmp_path / "s.pqs", tmp_path / f"s.{kind}", tables=tables)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.pqs"]
+    convert(tmp_path / "s.pqs", tmp_path / f"s.{kind}", tables=[OTHER, TABLE])
+    with open_encoded(tmp_path / f"s.{kind}") as file:
+        assert list(file.tables.values()) == [TABLE]
+        np.testing.assert_array_equal(file.decode("s"), CARRIED)
+
+
+def test_a_writer_takes_streams_whose_table_its_file_carries(tmp_path: Path) -> None:
+    with PQKVWriter(tmp_path / "a.pqkv") as writer:
+        with pytest.raises(MissingTable, match=f"tensor 'k': its stream names the shared table {TABLE.name}"):
+            writer.add_stream("k", STREAM)
+        writer.add_stream("given", pqcodec.given_tables(STREAM, TABLE))
+        writer.add_stream("k", STREAM)
+    with PQKVFile(tmp_path / "a.pqkv") as file:
+        np.testing.assert_array_equal(file.decode("k"), CARRIED)
+    with PQKVAppender(tmp_path / "a.pqkv") as appender:
+        appender.add_stream("more", STREAM)
+    with PQKVFile(tmp_path / "a.pqkv") as file:
+        np.testing.assert_array_equal(file.decode("more"), CARRIED)
+
+
+def lacking(path: Path) -> Path:
+    """A file of two parts of a tensor, 'k', whose table it lacks, as others may write it; by its extension of any container."""
+    about = {"name": "k", "layer": 0, "role": "key", "shape": [2, 40, 16], "dtype": "float16", "layout": "..."}
+    whole = path.with_name("whole.pqkv")
+    whole.write_bytes(assemble(frame(1, json.dumps(about).encode(), STREAM)))
+    if path.suffix == ".safetensors":
+        convert(written(path.with_name("with.pqkv")), path)
+        with safe_open(path, "numpy") as file:
+            metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, path, {key: text for key, text in metadata.items() if key != "pqcodec_tables"})
+        return path
+    return whole.rename(path)
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".pqkv", "k"), (".safetensors", "layers.0.key")])
+def test_a_file_that_lacks_a_table_is_given_it(tmp_path: Path, suffix: str, name: str) -> None:
+    path = lacking(tmp_path / f"lacking{suffix}")
+    said = rf"tensor '{name}': {MISSED}; .* open_encoded\(path, tables=\["
+    with open_encoded(path) as file, pytest.raises(MissingTable, match=said):
+        file.decode(name)
+    with open_encoded(path, [OTHER, TABLE]) as file:
+        assert not file.tables
+        np.testing.assert_array_equal(file.decode(name), CARRIED)
+    with pytest.raises(MissingTable, match=f"tensor '{name}': its stream names"):
+        convert(path, tmp_path / "mended.pqkv")
+    convert(path, tmp_path / "mended.pqkv", tables=[OTHER, TABLE])
+    with PQKVFile(tmp_path / "mended.pqkv") as file:
+        assert list(file.tables.values()) == [TABLE]
+        np.testing.assert_array_equal(file.decode(name), CARRIED)
+
+
+@pytest.mark.parametrize("suffix", [".pqkv", ".safetensors"])
+def test_the_command_line_gives_files_the_tables_that_they_lack(tmp_path: Path, suffix: str) -> None:
+    def run(*words: Any) -> Any:
+        return CliRunner().invoke(app, list(map(str, words)))
+
+    path, table = lacking(tmp_path / f"lacking{suffix}"), tmp_path / "levels.pqt"
+    table.write_bytes(RAW)
+    (tmp_path / "other.pqt").write_bytes(OTHER.to_bytes())
+    for verb, output, said in (
+        (
+            "decode",
+            "o.safetensors",
+            f" names the shared table {TABLE.name}, levels{{}}: give the file that holds it by --table",
+        ),
+        ("convert", "o.pqkv", f": its stream names the shared table {TABLE.name}, without which nobody could decode the file"),
+    ):
+        for given, more in (((), ""), (("--table", tmp_path / "other.pqt"), ", and none of the 1 that were given is it")):
+            refused = run(verb, path, tmp_path / output, *given)
+            assert refused.exit_code == 3
+            assert f"{path}: tensor '" in refused.stderr
+            assert said.format(more) in refused.stderr
+        assert not (tmp_path / output).exists()
+        assert run(verb, path, tmp_path / output, "--table", table).exit_code == 0
+        assert (tmp_path / output).exists()
+
+
 def tabled(name: str, raw: bytes, *, checked: bool = True, **meta: Any) -> bytes:
     """A file of a table and a tensor that names TABLE."""
     body = sealed(raw) if checked else raw + bytes(4)

@@ -12,6 +12,7 @@ from pqcodec.tools.completion import presets
 from pqcodec.tools.encode import RopeDim, RopeFirst, RopeStyle, rope_asked
 from pqcodec.tools.jobs import Show
 from pqcodec.tools.made_tables import (
+    ROLES,
     AsJson,
     Folder,
     Force,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from pqcodec.stages.centre import Rope
     from pqcodec.stream.tables import SharedTable
-
-_ROLES = ("key", "value")
 
 
 def calibrate(
@@ -75,20 +74,16 @@ def calibrate(
     asked = [option for option, given in (("--ranges", ranges), ("--levels", levels), ("--rank", rank)) if given is not None]
     if len(asked) != 1:
         raise InvalidArgument(f"{' and '.join(asked) or 'nothing'} to find: give one of --ranges, --levels and --rank")
-    if role not in (None, *_ROLES):
-        raise InvalidArgument(f"--role {role!r} is unknown; choose from {', '.join(_ROLES)}, or leave it out")
+    if role not in (None, *ROLES):
+        raise InvalidArgument(f"--role {role!r} is unknown; choose from {', '.join(ROLES)}, or leave it out")
     if skip < 0:
         raise InvalidArgument(f"--skip {skip}: a number of tokens from 0 on is expected")
     there = table_options(table or [])
     if there and (levels is None or set(there) != {"ranges"}):
         raise InvalidArgument("--table is for ranges that --levels are to go with")
-    found = keys_and_values(sources, keys, values, together)
-    chosen = {key: found[key] for key in found if role in (None, key[0])}
-    if not chosen:
-        raise InvalidArgument(f"no tensor is a {role} by name; use --{role}s")
     rope = rope_asked(rope_theta, rope_dim, rope_style, rope_first)
     work = _Work(ranges, levels, rank, there.get("ranges"), rope, join_heads, skip)
-    rows = {key: [work.rows(key, x) for x in chosen[key]] for key in chosen}
+    rows = keys_and_values(sources, keys, values, together, ROLES if role is None else (role,), work.rows)
     write_tables(rows, target, "calibrate", work.table, work.error, force=force, as_json=as_json)
 
 
@@ -114,18 +109,25 @@ class _Work:
         return found - found.mean(-2, keepdims=True) if centred and found.size else found
 
     def table(self, key: Key, rows: list[Any], show: Show) -> SharedTable:
-        """The table of a role and a layer."""
+        """The table of a role and a layer; raises InvalidArgument where nothing is to be found in the rows."""
         import numpy as np
 
         from pqcodec.bases import data_basis
         from pqcodec.calibrate import shared_levels, shared_ranges
         from pqcodec.stream.tables import BasisTable
 
+        rows = [x for x in rows if x.size]
+        if not rows:
+            raise InvalidArgument(f"no token is left to look at: give longer texts, or a --skip below {self.skip}")
         if self.ranges is not None:
             return shared_ranges(rows, self.ranges)
         if self.levels is not None:
             return shared_levels(rows, self.levels, ranges=self._ranges_of(key))
         assert self.rank is not None
+        if len(widths := {x.shape[-1] for x in rows}) > 1:
+            raise InvalidArgument(f"vectors of {' and '.join(map(str, sorted(widths)))} numbers have no basis in common")
+        if not any(x.any() for x in rows):
+            raise InvalidArgument("all vectors are 0 (keys less their mean), which have no directions: give longer texts")
         return BasisTable(data_basis(np.concatenate([x.reshape(1, -1, x.shape[-1]) for x in rows], 1), self.rank))
 
     def error(self, key: Key, rows: list[Any], table: Any) -> float | None:
@@ -135,8 +137,10 @@ class _Work:
             return coded_error(rows, preset=self.levels or self.ranges, **options)
         import numpy as np
 
-        norm = sum(float(np.square(x).sum()) for x in rows)
-        left = sum(float(np.square(x - x @ table.basis.T @ table.basis).sum()) for x in rows)
+        whole = [x.astype(np.float64) for x in rows]  # whose squares do not overflow
+        basis = table.basis.astype(np.float64)
+        norm = sum(float(np.square(x).sum()) for x in whole)
+        left = sum(float(np.square(x - x @ basis.T @ basis).sum()) for x in whole)
         return left / norm if norm else None
 
     def _ranges_of(self, key: Key) -> Any:

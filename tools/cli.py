@@ -17,8 +17,8 @@ from pqcodec.tools.outcome import CLOSED_PIPE, INTERRUPTED, discard_output, repo
 app = typer.Typer(
     name="pqcodec",
     help="Compress KV-cache tensors to polar-angle streams and back.",
-    epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version, 4 I/O error, "
-    "130 interrupted, 141 closed pipe.",
+    epilog="Exit codes: 0 ok, 1 damaged data, 2 wrong usage or input, 3 unsupported version or a missing table, "
+    "4 I/O error, 130 interrupted, 141 closed pipe.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

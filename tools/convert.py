@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, MissingTable
 from pqcodec.tools.completion import containers
 from pqcodec.tools.decode import Given, Sources
 from pqcodec.tools.encode import Jobs, Target, container
@@ -75,7 +75,10 @@ def convert(
             progress = lambda done, total: show(done / max(total, 1))  # noqa: E731 (too short for a name)
             with written_like(task.source, task.target, folder=listed.many):
                 pieces = pieces_of(file, not no_check)
-                size = containers.write(out, pieces, file.metadata or None, to=kinds[task.target], progress=progress)
+                try:
+                    size = containers.write(out, pieces, file.metadata or None, to=kinds[task.target], progress=progress)
+                except MissingTable as error:
+                    raise error.at(file.label) from error
         return _Outcome(task.target, before, size, time.perf_counter() - start)
 
     listed = listed.checked(lambda source: open_with_tables(source, tables).close(), keep_going)

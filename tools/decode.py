@@ -18,7 +18,7 @@ from pqcodec.tools.jobs import KeepGoing, Show, report, run
 from pqcodec.tools.memory import Limit, Memory
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.progress import load_kernels
-from pqcodec.tools.shared_tables import open_with_tables, tables_at
+from pqcodec.tools.shared_tables import headers_with_tables, open_with_tables, tables_at
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
@@ -36,7 +36,7 @@ Given = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH",
-        help="A shared table that single streams name, or a folder of tables; may be repeated. Files carry theirs.",
+        help="A shared table that streams name, or a folder of tables; may be repeated. Files carry theirs.",
     ),
 ]
 
@@ -171,10 +171,11 @@ class _Asked:
 
 
 def _cut_headers(file: TensorFile, names: list[str], asked: _Asked) -> dict[str, Header]:
-    """The headers of tensors that hold only some of their tokens; raises InvalidArgument for a sketch without an estimate."""
-    from pqcodec.stream.header import read_header
+    """The headers of tensors that hold only some of their tokens.
 
-    headers = {name: read_header(file.stream(name)) for name in names if file.entry(name).coded}
+    Raises InvalidArgument for a sketch without an estimate, and MissingTable for a tensor whose shared table is not here.
+    """
+    headers = {name: headers_with_tables(file, name)[0] for name in names if file.entry(name).coded}
     sketches = [name for name, header in headers.items() if header.sketch]
     if sketches and asked.estimate is None:
         raise InvalidArgument(

@@ -22,6 +22,7 @@ from pqcodec.errors import InvalidArgument
 from pqcodec.tools.jobs import Done, attempted
 
 STANDARD = "-"
+STDIN = "stdin"  # the name of what is read from it, where a file is named by its path: of one tensor
 PLAIN, ENCODED = (".safetensors", ".npz", ".npy"), (".pqkv", ".safetensors", ".zarr", ".pqs")
 _FOLDER = ".zarr"  # the extension of folders that count as one file
 
@@ -206,10 +207,11 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
     elif sys.stdin.isatty():
         raise InvalidArgument("INPUT is '-', but stdin is a terminal; pipe a file into it")
     else:
-        with tempfile.NamedTemporaryFile(prefix="pqcodec-", suffix=".stdin") as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
-            copy.flush()
-            yield copy.name
+        with tempfile.TemporaryDirectory(prefix="pqcodec-") as folder:
+            copy = os.path.join(folder, STDIN)
+            with open(copy, "xb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            yield copy
 
 
 @contextmanager

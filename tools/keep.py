@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,11 @@ class KeepRule:
             if not first + last:
                 raise InvalidArgument(f"--keep {text} keeps nothing; --drop leaves a tensor out")
             return cls(first, last)
-        return cls(positions=lists_in("--keep", text, "positions"))
+        positions = lists_in("--keep", text, "positions")
+        if empty := [name for name, given in positions.items() if not math.prod(given.shape)]:
+            of = f" of {empty[-1]!r}" if empty[-1] else ""
+            raise InvalidArgument(f"--keep {text} keeps nothing{of}; --drop leaves a tensor out")
+        return cls(positions=positions)
 
     def of_tensor(self, name: str, tokens: int) -> Any:
         """The positions for a key or value of so many tokens, None for all; raises InvalidArgument where the file has none."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcodec.errors import InvalidArgument
-from pqcodec.tools.files import ENCODED, PLAIN, check_output, input_file, inputs, make_parents
+from pqcodec.tools.files import ENCODED, PLAIN, STANDARD, check_output, input_file, inputs, make_parents
 from pqcodec.tools.jobs import Show, report, run
 from pqcodec.tools.outcome import bytes_text
 from pqcodec.tools.shared_tables import Key, table_file
@@ -28,27 +28,40 @@ Keys = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that ar
 Values = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that are values (default: likewise).")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+ROLES = ("key", "value")
 _HELD_OUT = 10  # one of so many tokens, the last ones of each tensor, on which the error is measured
 _MOST_HELD_OUT = 512  # tokens of a tensor
 
 
-def keys_and_values(sources: Sequence[str], keys: str | None, values: str | None, together: bool) -> dict[Key, list[Any]]:
+def keys_and_values(
+    sources: Sequence[str],
+    keys: str | None,
+    values: str | None,
+    together: bool,
+    roles: Sequence[str] = ROLES,
+    taken: Callable[[Key, Any], Any] = lambda key, x: x,
+) -> dict[Key, list[Any]]:
     """Keys and values of plain or encoded files by role and layer, or by role alone.
 
-    ``keys``, ``values``: as the options of these names. Raises InvalidArgument where none is there, and as reading files does.
+    ``keys``, ``values``: as the options of these names. ``roles``: those that are read. ``taken``: what is made of each tensor.
+    Raises InvalidArgument where none is there, and as reading files and ``taken`` do, with the tensor's file and name.
     """
+    from pqcodec.formats.containers.reader import named
+
     found: dict[Key, list[Any]] = {}
     for item in inputs(sources, (*PLAIN, *ENCODED), keep_going=False).todo:
         with input_file(item.path, local=True) as path:
-            for key, tensor in _of_file(path, keys, values):
-                found.setdefault((key[0], None) if together else key, []).append(tensor)
+            for name, key, tensor in _of_file(path, keys, values, roles):
+                with named(f"{item.path}: tensor {name!r}"):
+                    found.setdefault((key[0], None) if together else key, []).append(taken(key, tensor))
     if not found:
-        raise InvalidArgument("no tensor is a key or a value by name; use --keys and --values")
+        options = " and ".join(f"--{role}s" for role in roles)
+        raise InvalidArgument(f"no tensor is a {' or a '.join(roles)} by name; use {options}")
     return found
 
 
-def _of_file(path: str, keys: str | None, values: str | None) -> Iterator[tuple[Key, Any]]:
-    """Keys and values of a file, each with its role and layer; raises as opening the file does."""
+def _of_file(path: str, keys: str | None, values: str | None, roles: Sequence[str]) -> Iterator[tuple[str, Key, Any]]:
+    """Keys and values of a file, each with its name, role and layer; raises as opening the file does."""
     from pqcodec.formats.containers.kinds import kind_of, open_encoded
     from pqcodec.formats.plain.files import holds_streams, open_tensors
     from pqcodec.formats.policy.names import role_of
@@ -59,8 +72,8 @@ def _of_file(path: str, keys: str | None, values: str | None) -> Iterator[tuple[
     with opened as file:
         for name in file.names:
             tensor = role_of(name, keys, values)
-            if tensor.role != "other":
-                yield (tensor.role, tensor.layer), file.decode(name) if encoded else file.read(name)
+            if tensor.role in roles:
+                yield name, (tensor.role, tensor.layer), file.decode(name) if encoded else file.read(name)
 
 
 def write_tables(
@@ -75,8 +88,14 @@ def write_tables(
 ) -> None:
     """Make a table of all but the last tokens of each key's tensors, measure its relMSE on these, write it, and tell of all.
 
-    ``found`` is emptied on the way. Raises InvalidArgument for a file that is there already without ``force``.
+    ``found`` is emptied on the way. Raises InvalidArgument for what is no local folder, and for a file that is there already
+    without ``force``.
     """
+    from pqcodec.formats.places.remote import check_local
+
+    check_local(target, "tables are written to a local folder")
+    if target == STANDARD:
+        raise InvalidArgument("FOLDER is '-', but tables are several files: name a folder, './-' for one that is called so")
     paths = {key: os.path.join(target, table_file(key)) for key in sorted(found, key=str)}
     for path in paths.values():
         check_output("", path, force)

@@ -11,6 +11,7 @@ from pqcodec.errors import InvalidArgument, MissingTable
 
 if TYPE_CHECKING:
     from pqcodec.formats.containers.reader import TensorFile
+    from pqcodec.stream.header import Header
     from pqcodec.stream.tables import SharedTable
 
 Key = tuple[str, int | None]  # role and layer; None: all layers that have no table of their own
@@ -57,31 +58,52 @@ def tables_at(paths: Sequence[str]) -> list[SharedTable]:
 
 
 def open_with_tables(path: str, tables: Sequence[SharedTable]) -> TensorFile:
-    """An encoded file; a single stream has those of the tables that it names, and raises MissingTable for another one."""
-    from pqcodec.codings.declared import DECLARED
+    """An encoded file whose streams may name some of the tables; a single stream that names another raises MissingTable."""
     from pqcodec.formats.containers.bare_stream import SingleStream
     from pqcodec.formats.containers.kinds import open_encoded
-    from pqcodec.stream.header import read_header
 
     file = open_encoded(path, tables)
-    if not isinstance(file, SingleStream):
-        return file
-    header = read_header(file.stream(file.names[0]))
-    codebook = "codebooks" if DECLARED[header.coding].by_vectors else "levels"
-    for field, part in header.named.items():
-        if not part.here:
+    if isinstance(file, SingleStream):
+        try:
+            headers_with_tables(file, file.names[0], "the stream")
+        except BaseException:
             file.close()
-            held = {"basis": "a basis", "shared_ranges": "ranges", "codebook": codebook}[field]
-            others = f", and none of the {len(tables)} that were given is it" if tables else ""
-            raise MissingTable(
-                f"{path}: the stream names the shared table {part.name.hex()}, {held}{others}: give the file that holds it by "
-                "--table PATH"
-            )
+            raise
     return file
+
+
+def headers_with_tables(file: TensorFile, name: str, what: str = "") -> list[Header]:
+    """The headers of a coded tensor's streams; raises MissingTable where one names a table that is not given, nor in the file.
+
+    ``what``: what the message calls the stream.
+    """
+    from pqcodec.stream.header import read_header
+
+    headers = [read_header(file.stream(name, part)) for part in range(file.entry(name).parts)]
+    for header in headers:
+        for field, part in header.named.items():
+            if not part.here:
+                others = f", and none of the {len(file.given)} that were given is it" if file.given else ""
+                raise MissingTable(
+                    f"{file.label}: {what or f'tensor {name!r}'} names the shared table {part.name.hex()}, "
+                    f"{_held(header, field)}{others}: give the file that holds it by --table PATH"
+                )
+    return headers
+
+
+def _held(header: Header, field: str) -> str:
+    """What the table holds that a header names in a field."""
+    from pqcodec.codings.declared import DECLARED
+
+    codebook = "codebooks" if DECLARED[header.coding].by_vectors else "levels"
+    return {"basis": "a basis", "shared_ranges": "ranges", "codebook": codebook}[field]
 
 
 def _given(path: str) -> tuple[str, Any]:
     """The option that a file's table is for and the table, or a folder's tables by role and layer."""
+    from pqcodec.formats.places.remote import check_local
+
+    check_local(path, "--table takes a local file or folder; download it first")
     if not os.path.isdir(path):
         table = read_table(path)
         return table.option, table

@@ -12,20 +12,17 @@ from pqcodec.formats.containers.reader import LAYOUT, Check, Entry, StreamPart, 
 from pqcodec.formats.places import remote
 from pqcodec.stream.header import read_header
 from pqcodec.stream.source import Extent, FileSource, Source
-from pqcodec.stream.tables import Tables, tables_by_name, tables_in
+from pqcodec.stream.tables import Tables, tables_by_name, tables_in, with_tables
 
 
 class SingleStream(TensorFile):
-    """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL.
-
-    ``tables``: SharedTables, among which that which it may name has to be for its numbers to be read; a stream holds none.
-    """
+    """Reads a stream that ``pqcodec.encode`` returned, from a path or a URL; it holds no shared tables, they are ``given``."""
 
     names: tuple[str, ...] = ()
     metadata: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     size = 0
 
-    def __init__(self, path: str | os.PathLike[str], tables: Any = ()) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.fspath(path))
         if remote.is_url(path):
             source: Any = remote.RemoteSource(self._label)
@@ -36,7 +33,6 @@ class SingleStream(TensorFile):
         try:
             with named(self._label):
                 self._info = codec.inspect(self._part)
-                self._part = codec.given_tables(self._part, tables)
         except BaseException:
             self.close()
             raise
@@ -44,13 +40,14 @@ class SingleStream(TensorFile):
     @property
     def tables(self) -> Tables:
         """Those of the given tables that the stream names."""
-        return tables_by_name(tables_in(read_header(self._part)))
+        with named(self._label):
+            return tables_by_name(tables_in(read_header(with_tables(self._part, self.given))))
 
     def _read_entry(self, name: str) -> Entry:
         return Entry(name, True, None, "other", self._info.shape, self._info.dtype, LAYOUT, 0, self.size)
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
-        return [StreamPart(entry.tokens, lambda whole: self._part)]
+        return [StreamPart(entry.tokens, lambda whole: with_tables(self._part, self.given))]
 
     def _has_order_seal(self, entry: Entry) -> bool:
         return False

@@ -18,6 +18,7 @@ from pqcodec.formats.containers.writer import Piece, pieces_of
 from pqcodec.formats.places import remote
 from pqcodec.formats.plain.files import file_kind, kind_of_bytes
 from pqcodec.stream.magic import FIRST_BYTES
+from pqcodec.stream.tables import tables_by_name
 
 EXTENSIONS = {".pqkv": "pqkv", ".safetensors": "safetensors", ".zarr": "zarr"}
 KINDS = tuple(EXTENSIONS.values())
@@ -100,8 +101,10 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def open_encoded(path: str | os.PathLike[str], tables: Any = ()) -> TensorFile:
-    """Open an encoded file of any container, or a single stream, which may name some of ``tables``; containers carry theirs.
+    """Open an encoded file of any container, or a single stream.
 
+    ``tables``: SharedTables that streams may name; containers carry theirs. A stream without its table is opened, too, but its
+    numbers are not read: that raises MissingTable.
     Raises InvalidArgument for any other file, and as the container's reader does.
 
     >>> import tempfile, numpy as np
@@ -116,8 +119,9 @@ def open_encoded(path: str | os.PathLike[str], tables: Any = ()) -> TensorFile:
     if kind not in _READERS:
         raise InvalidArgument(f"{path}: is a {kind} file of plain tensors; {', '.join(KINDS)} or a single stream is expected")
     module, reader = _READERS[kind]
-    given = {"tables": tables} if kind == "stream" else {}
-    found: TensorFile = getattr(container_module(module), reader)(path, **given)
+    known = tables_by_name(tables)
+    found: TensorFile = getattr(container_module(module), reader)(path)
+    found.given = known
     return found
 
 
@@ -133,8 +137,9 @@ def convert(
     """Write the tensors of an encoded file into another container and return its size in bytes; nothing is decoded.
 
     ``check``: refuse a stream with damage, by CorruptStream; with ``check=False`` it is copied too and stays detectable.
-    ``tables``: SharedTables, of which the container carries that which a single stream names.
-    Raises InvalidArgument for tensors that the container cannot hold, and as reading and writing do.
+    ``tables``: SharedTables, of which the container carries those that streams name and the source lacks; where one is not
+    among them, MissingTable is raised. Raises InvalidArgument for tensors that the container cannot hold, and as reading and
+    writing do.
 
     >>> import tempfile, numpy as np
     >>> piece = Piece("positions", False, None, "other", (4,), "int64", "...", lambda: np.arange(4))

@@ -140,6 +140,7 @@ class TensorFile(ABC):
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self.given: Tables = {}  # shared tables that its streams may name, beside those that it carries
         self._stack = ExitStack()
         self._entries: dict[str, Entry] = {}
         self._parts: dict[str, list[StreamPart]] = {}
@@ -330,6 +331,10 @@ class TensorFile(ABC):
                 continue
         return found
 
+    def _known_tables(self) -> Tables:
+        """The shared tables that are given, and those that the file carries; raises as ``tables`` does."""
+        return {**self.given, **self.tables}
+
     def _streams(self, name: str) -> list[StreamPart]:
         entry = self.entry(name)
         with self._named(name):
@@ -398,7 +403,7 @@ def _filled(entry: Entry, wanted: list[_PartRange], options: dict[str, Any]) -> 
 def stream_of(source: Source, entry: Entry, tables: Callable[[], Tables], tokens: int | None = None) -> Source:
     """``source``, whose header has the entry's shape (with ``tokens`` tokens, if given) and dtype; raises CorruptStream.
 
-    ``tables``: those of the file, asked for where the stream names one, and then given to it.
+    ``tables``: those that are known, asked for where the stream names one, and then given to it.
     """
     header = read_header(source)
     shape = entry.shape if tokens is None else (*entry.shape[:-2], tokens, entry.shape[-1])

@@ -120,7 +120,8 @@ def _width(piece: Piece) -> int:
 def _written(file: BinaryIO, piece: Piece, offset: int) -> _HeaderEntry:
     if piece.coded:
         body: Coded = piece.body()
-        if unknown := [table.name for table in carried(body.streams) if table not in piece.tables]:
+        announced = {table.name for table in piece.tables}
+        if unknown := [table.name for table in carried(body.streams, announced) if table.name not in announced]:
             raise InvalidArgument(f"its streams have the shared table {unknown[0]}, which its piece did not announce")
         streams, orders = zip(*map(with_seal, body.streams), strict=True)
         size = sum(stream.size for stream in streams)
@@ -274,7 +275,7 @@ class SafetensorsCache(TensorFile):
 
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         fields = self._tensors[entry.name]
-        return listing.parts_of(entry, fields, listing.streams_in(self._body(entry.name), fields), lambda: self.tables)
+        return listing.parts_of(entry, fields, listing.streams_in(self._body(entry.name), fields), self._known_tables)
 
     def _has_order_seal(self, entry: Entry) -> bool:
         return "order" in self._tensors[entry.name]

@@ -6,19 +6,17 @@ Containers know only pieces, so that a cache that is being encoded and one that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pqcodec import codec
-from pqcodec.errors import CorruptStream, InvalidArgument
+from pqcodec.errors import CorruptStream, InvalidArgument, MissingTable
 from pqcodec.formats.containers.reader import Entry, TensorFile
 from pqcodec.formats.plain import numbers as exact
 from pqcodec.formats.plain.documents import tensor_problem
 from pqcodec.stream.header import read_header
-from pqcodec.stream.source import MemorySource, Source
+from pqcodec.stream.source import MemorySource, Source, source_of
 from pqcodec.stream.tables import SharedTable, tables_by_name, tables_in, with_tables
 
 COPY_BYTES = 16 << 20  # of a stream that are copied at once
@@ -36,9 +34,9 @@ class Coded:
             raise InvalidArgument(f"rel_mse is {self.rel_mse!r:.60}; None or a finite number from 0 is expected")
 
     @classmethod
-    def of(cls, stream: bytes | bytearray | memoryview | np.ndarray, rel_mse: float | None = None) -> Coded:
-        """The body of a tensor of one stream."""
-        return cls([MemorySource(stream)], rel_mse)
+    def of(cls, stream: Any, rel_mse: float | None = None) -> Coded:
+        """The body of a tensor of one stream: its bytes, or what ``pqcodec.given_tables`` made of them."""
+        return cls([source_of(stream)], rel_mse)
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,15 @@ def _moved(file: TensorFile, entry: Entry, check: bool) -> Piece:
 
     body: Callable[[], Any] = streams if entry.coded else lambda: file.decode(entry.name)
     about = (entry.layer, entry.role, entry.shape, entry.dtype, entry.layout)
-    return Piece(entry.name, entry.coded, *about, body, entry.parts, tuple(file.tables.values()) if entry.coded else ())
+    return Piece(entry.name, entry.coded, *about, body, entry.parts, _tables_of(file, entry))
+
+
+def _tables_of(file: TensorFile, entry: Entry) -> tuple[SharedTable, ...]:
+    """The shared tables that the streams of a tensor may name: those of the file, and of given ones those that they name."""
+    if not entry.coded:
+        return ()
+    named = [tables_in(read_header(file.stream(entry.name, part))) for part in range(entry.parts)] if file.given else []
+    return tuple({**file.tables, **tables_by_name(table for tables in named for table in tables)}.values())
 
 
 def encoded_source(tensor: Any, options: Mapping[str, Any]) -> Source:
@@ -102,9 +108,20 @@ def tables_in_options(options: Mapping[str, Any]) -> tuple[SharedTable, ...]:
     return tuple(table for table in options.values() if isinstance(table, SharedTable))
 
 
-def carried(streams: Sequence[Source]) -> list[SharedTable]:
-    """The shared tables that streams have with them, which the container that holds them has to carry."""
-    return [table for stream in streams for table in tables_in(read_header(stream))]
+def carried(streams: Sequence[Source], there: Container[str]) -> list[SharedTable]:
+    """The shared tables that streams have with them, which the container that holds them has to carry.
+
+    ``there``: names of those that it has. Raises MissingTable where a stream names another one, which is not with it: nobody
+    could decode what is in the container.
+    """
+    headers = [read_header(stream) for stream in streams]
+    for name in (part.name.hex() for h in headers for part in h.named.values() if not part.here):
+        if name not in there:
+            raise MissingTable(
+                f"its stream names the shared table {name}, without which nobody could decode the file: give the table, by "
+                "--table PATH or tables=[...] to convert, or by given_tables(stream, [table]) with a stream"
+            )
+    return [table for h in headers for table in tables_in(h)]
 
 
 def read_in_pieces(source: Source) -> Iterator[memoryview]:

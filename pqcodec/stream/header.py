@@ -242,7 +242,10 @@ class Header:
         """Raises MissingTable where the stream names a shared table that is not here."""
         missing = [part.name.hex() for part in self.named.values() if not part.here]
         if missing:
-            raise MissingTable(f"the stream needs the shared table {missing[0]}, which is not here; pass it in tables=[...]")
+            raise MissingTable(
+                f"the stream needs the shared table {missing[0]}, which is not here; pass it in tables=[...], for a stream in "
+                "a file to open_encoded(path, tables=[...])"
+            )
 
     # -- places --------------------------------------------------------------------------------------------------
     @cached_property

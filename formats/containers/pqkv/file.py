@@ -120,9 +120,13 @@ class PQKVWriter:
         return self.add_streams(name, Coded([stream]), layer=layer, role=role)
 
     def add_stream(
-        self, name: str, stream: bytes, *, layer: int | None = None, role: str = "other", rel_mse: float | None = None
+        self, name: str, stream: Any, *, layer: int | None = None, role: str = "other", rel_mse: float | None = None
     ) -> StreamInfo:
-        """Write a stream that ``pqcodec.encode`` returned; ``rel_mse``: its measured error, squared over squared norm."""
+        """Write a stream that ``pqcodec.encode`` returned; ``rel_mse``: its measured error, squared over squared norm.
+
+        One that names a shared table goes through ``pqcodec.given_tables`` before, unless the file carries the table already;
+        else MissingTable is raised.
+        """
         return self.add_streams(name, Coded.of(stream, rel_mse), layer=layer, role=role)
 
     def add_streams(self, name: str, coded: Coded, *, layer: int | None = None, role: str = "other") -> StreamInfo:
@@ -171,7 +175,9 @@ class PQKVWriter:
         first_token: int | None,
         rel_mse: float | None,
     ) -> None:
-        for table in carried([stream]):
+        with named(f"tensor {name!r}"):
+            tables = carried([stream], self._tables)
+        for table in tables:
             self._carry(table)
         stream, seal = with_seal(stream)
         meta: dict[str, Any] = {"shape": info.shape, "dtype": info.dtype, "layout": LAYOUT, "seal": checksum_text(seal)}
@@ -461,7 +467,7 @@ class PQKVFile(TensorFile):
     def _part(self, item: Frame, entry: Entry) -> StreamPart:
         source = Extent(self._source, item.body_start, item.body_bytes, entry.seal)
         return StreamPart(
-            entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry, lambda: self.tables)
+            entry.tokens, lambda whole: stream_of(fetched(source) if whole else source, entry, self._known_tables)
         )
 
     def _has_order_seal(self, entry: Entry) -> bool:

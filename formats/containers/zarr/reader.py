@@ -129,7 +129,7 @@ class ZarrCache(TensorFile):
     def _read_parts(self, entry: Entry) -> list[StreamPart]:
         fields = self._tensors[entry.name]
         return listing.parts_of(
-            entry, fields, [stream for found in self._objects(fields) for stream in found], lambda: self.tables
+            entry, fields, [stream for found in self._objects(fields) for stream in found], self._known_tables
         )
 
     def _objects(self, fields: listing.Fields) -> Iterator[list[Extent]]:

@@ -149,7 +149,7 @@ class _Writer:
     def _coded(self, piece: Piece, path: str, body: Coded, per_shard: int | None) -> listing.Fields:
         whole, orders = zip(*map(with_seal, body.streams), strict=True)
         headers = [read_header(stream) for stream in whole]
-        self.tables.update(tables_by_name(carried(whole)))
+        self.tables.update(tables_by_name(carried(whole, {table.name for table in self.tables.values()})))
         h = headers[0]
         shape, chunks = piece.shape, list(piece.shape)
         shards_too = per_shard if math.prod(shape) else None  # zarr has no chunks of an empty array, and no shards
