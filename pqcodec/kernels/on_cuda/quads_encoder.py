@@ -57,8 +57,8 @@ def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: in
     begins = np.arange(len(groups)) * (fields[0].nbytes * copies)
     assert begins.max() < 1 << 16
     heads = (begins | words[groups[:, 0]] << 16).astype(np.uint32)
-    cells = {"CELLS": heads[which.ravel()]} if copies > 1 else {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads}
-    return {**cells, "GROUPS": np.repeat(fields[:, None], copies, 1)}
+    found = {"CELLS": heads[which.ravel()]} if copies > 1 else {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads}
+    return {**found, "GROUPS": np.repeat(fields[:, None], copies, 1)}
 
 
 def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: int) -> dict[str, np.ndarray]:
