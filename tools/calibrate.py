@@ -12,7 +12,7 @@ from pqcodec.tools.completion import presets
 from pqcodec.tools.encode import RopeDim, RopeFirst, RopeStyle, rope_asked
 from pqcodec.tools.jobs import Show
 from pqcodec.tools.made_tables import (
-    ROLES,
+    KEY_AND_VALUE,
     AsJson,
     Folder,
     Force,
@@ -74,8 +74,8 @@ def calibrate(
     asked = [option for option, given in (("--ranges", ranges), ("--levels", levels), ("--rank", rank)) if given is not None]
     if len(asked) != 1:
         raise InvalidArgument(f"{' and '.join(asked) or 'nothing'} to find: give one of --ranges, --levels and --rank")
-    if role not in (None, *ROLES):
-        raise InvalidArgument(f"--role {role!r} is unknown; choose from {', '.join(ROLES)}, or leave it out")
+    if role not in (None, *KEY_AND_VALUE):
+        raise InvalidArgument(f"--role {role!r} is unknown; choose from {', '.join(KEY_AND_VALUE)}, or leave it out")
     if skip < 0:
         raise InvalidArgument(f"--skip {skip}: a number of tokens from 0 on is expected")
     there = table_options(table or [])
@@ -83,7 +83,7 @@ def calibrate(
         raise InvalidArgument("--table is for ranges that --levels are to go with")
     rope = rope_asked(rope_theta, rope_dim, rope_style, rope_first)
     work = _Work(ranges, levels, rank, there.get("ranges"), rope, join_heads, skip)
-    rows = keys_and_values(sources, keys, values, together, ROLES if role is None else (role,), work.rows)
+    rows = keys_and_values(sources, keys, values, together, KEY_AND_VALUE if role is None else (role,), work.rows)
     write_tables(rows, target, "calibrate", work.table, work.error, force=force, as_json=as_json)
 
 

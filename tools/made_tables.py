@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
 from pqcodec.tools.files import ENCODED, PLAIN, STANDARD, check_output, input_file, inputs, make_parents
 from pqcodec.tools.jobs import Show, report, run
@@ -28,7 +29,7 @@ Keys = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that ar
 Values = Annotated[str | None, typer.Option(metavar="REGEX", help="Tensors that are values (default: likewise).")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
-ROLES = ("key", "value")
+KEY_AND_VALUE = c.ROLES[:2]
 _HELD_OUT = 10  # one of so many tokens, the last ones of each tensor, on which the error is measured
 _MOST_HELD_OUT = 512  # tokens of a tensor
 
@@ -38,7 +39,7 @@ def keys_and_values(
     keys: str | None,
     values: str | None,
     together: bool,
-    roles: Sequence[str] = ROLES,
+    roles: Sequence[str] = KEY_AND_VALUE,
     taken: Callable[[Key, Any], Any] = lambda key, x: x,
 ) -> dict[Key, list[Any]]:
     """Keys and values of plain or encoded files by role and layer, or by role alone.
