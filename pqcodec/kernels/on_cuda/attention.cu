@@ -34,6 +34,7 @@
 // With PAGED a stream's chunks are pages of a pool, and exact last tokens are in blocks of a serving engine's cache: see Tile
 // and RawBlocks.
 
+#include "halves.cuh"
 #include "numbers.cuh"
 
 #define ALL_LANES 0xffffffffu
@@ -129,9 +130,7 @@ INLINE void add_signs(uint2& point, u32 signs, int quad) {
 // -- mma ------------------------------------------------------------------------------------------------------------
 // sums [4] += rows [4] times matrix [2].
 INLINE void multiply(float* sums, u32 a0, u32 a1, u32 a2, u32 a3, uint2 matrix) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(matrix.x), "r"(matrix.y));
+    multiply(sums, a0, a1, a2, a3, matrix.x, matrix.y);
 }
 
 // Turns over a matrix of 8 x 8 packed numbers, of which a lane has two of row lane / 4.
