@@ -1,7 +1,8 @@
 // Law: where a block lies: its words in the stream, and its rows in the tensor.
 //
-// Needs FIELDS and the places of a span's numbers (LEADS, STREAM ..., as SpanRow in spans.py names them), CHUNK (tokens),
-// ROW_BYTES, BESIDE and ALIGN (of a block's bytes, as Blocks in stream/index.py says), and ITEM: bytes of a stored number.
+// Needs AHEAD (blocks that a warp looks for at once, 32 at most), FIELDS and the places of a span's numbers (LEADS, STREAM ...,
+// as SpanRow in spans.py names them), CHUNK (tokens), ROW_BYTES, BESIDE and ALIGN (of a block's bytes, as Blocks in
+// stream/index.py says), and ITEM: bytes of a stored number.
 #pragma once
 
 #include "lanes.cuh"
@@ -66,4 +67,20 @@ INLINE Block find_own_block(const i64* __restrict__ spans, const i64* __restrict
     for (int bit = search - 1; bit >= 0; bit--)
         if (__ldg(firsts + which + (1 << bit)) <= index) which += 1 << bit;
     return block_of_span(spans, firsts, starts, which, index);
+}
+
+// Goes on to ``upcoming`` [AHEAD]'s next block of a warp: block ``index``, behind which its others follow ``apart`` from each
+// other. Returns its place; where all of them were used, the next ones are found first, each by one lane.
+INLINE u32 next_place(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int search,
+                      u32 index, u32 apart, i64 blocks, int lane, Block* upcoming, u32 place) {
+    if (place + 1 < AHEAD) return place + 1;
+    if (AHEAD > 1) {
+        const i64 own = index + (i64)lane * apart;
+        if (lane < AHEAD && own < blocks) upcoming[lane] = find_own_block(spans, firsts, starts, search, own);
+    } else {
+        const Block next = find_block(spans, firsts, starts, search, index);
+        if (lane == 0) *upcoming = next;
+    }
+    __syncwarp();
+    return 0;
 }

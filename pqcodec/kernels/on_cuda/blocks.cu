@@ -251,18 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             if (first_row + ROWS < block.tokens) {
                 fetch_rows(block, first_row + ROWS, lane, fetched);
             } else if (!is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks) {
-#if AHEAD > 1
-                if (++place == AHEAD) {
-                    place = 0;
-                    const i64 own = index + (i64)(lane + 1) * (gridDim.x * WARPS);
-                    if (lane < AHEAD && own < blocks) upcoming[lane] = find_own_block(spans, firsts, starts, search, own);
-                    __syncwarp();
-                }
-#else
-                const Block next = find_block(spans, firsts, starts, search, index + gridDim.x * WARPS);
-                if (lane == 0) *upcoming = next;
-                __syncwarp();
-#endif
+                const u32 apart = gridDim.x * WARPS;
+                place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
                 fetch_rows(upcoming[place], 0, lane, fetched);
             }
 #if WIDE

@@ -55,7 +55,7 @@ WIDE_ROPE_THREADS = {("encode", 128): 384}
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbouring rows lie in different banks
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
-AHEAD = 4  # blocks that an encoder of quads finds at once, one a lane; others find one with all lanes
+AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}

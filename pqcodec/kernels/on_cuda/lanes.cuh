@@ -19,7 +19,7 @@ constexpr __device__ int words_of(int rows) { return rows * ROW_BYTES / 4; }
 
 // The first channel of a lane's piece, and how many bytes of a row of the tensor lie between it and the first piece's.
 INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter * 8; }
-constexpr __device__ int byte_of_piece(int piece) { return piece * 32 * ITEM; }
+INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
 
 // Copies bytes of a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
 template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {

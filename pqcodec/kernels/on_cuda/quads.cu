@@ -351,13 +351,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 } else {
                     if (PARTS == 1 || part == 0) sum_rest(tables, keys, block, lane, words, sum);
                     if (index + step * WARPS < blocks) {
-                        if (++place == AHEAD) {
-                            place = 0;
-                            const i64 own = index + (i64)(lane + 1) * (step * WARPS);
-                            if (lane < AHEAD && own < blocks)
-                                upcoming[lane] = find_own_block(spans, firsts, starts, search, own);
-                            __syncwarp();
-                        }
+                        const u32 apart = step * WARPS;
+                        place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
                         const Block next = upcoming[place];
                         send_for_tile(next, 0, lane, stage_of(turn));
                         send_for_base(next, lane, base);

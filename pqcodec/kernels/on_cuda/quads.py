@@ -12,7 +12,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
-from pqcodec.kernels.on_cuda.compiled import Layout, common_definitions, phase_copies, warp_memory
+from pqcodec.kernels.on_cuda.compiled import AHEAD, Layout, common_definitions, phase_copies, warp_memory
 from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
 from pqcodec.stream.header import Header
 
@@ -26,7 +26,6 @@ THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 25
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
 LARGE_THREADS, TOGETHER_THREADS = 256, 384  # of the orders beyond; where four warps multiply together, and nothing turns
 MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy engine; turned keys need the room for their tables
-AHEAD = 4  # blocks whose places a warp finds at once, one a lane
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 
