@@ -25,6 +25,7 @@ SOME: list[Shape] = [
     ("cuda", "pq3", "bfloat16", 128, "half"),
     ("cuda", "pq4", "float16", 64, None),
     ("cuda", "paper", "float32", 256, None),
+    ("cuda", "quad3", "bfloat16", 128, None),
     ("cuda", "quad3", "bfloat16", 576, None),
 ]
 # Bytes of stack that kernels still take, by columns of the tile, at the most. Triton: wide rows do not fit in 255 registers.
@@ -85,3 +86,27 @@ def test_attention_finds_room_in_the_shared_memory_of_every_device(head_dim: int
             assert found.shared_bytes <= limit, (chunk, rows, names)
         if names[0] == "quad3" and limit > 101376 and rows <= 4:
             assert RESIDENT[head_dim] * (found.shared_bytes + 1024) <= limit + 1024
+
+
+@NEEDS_BINDINGS
+@pytest.mark.parametrize("preset", ["quad2", "quad2.5", "quad3", "quad3.5"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 256])
+def test_rows_that_the_bulk_copy_engine_stores_begin_at_whole_lines(head_dim: int, preset: str) -> None:
+    """Elsewhere it stores them in more pieces, which takes a fifth longer."""
+    from pqcodec import Rope
+    from pqcodec.kernels.on_cuda.backend import kernel_layout
+    from pqcodec.kernels.on_cuda.quads import LINE
+    from pqcodec.options import EncodeOptions
+
+    shape = (8, 8192, head_dim)
+    found = kernel_layout("decode", EncodeOptions(preset).header(shape, 2), few=False)
+    assert found is not None
+    if found.sharing > 1:
+        assert [found.places[name] % LINE for name in ("BLOB_BYTES", "TEAM_BYTES", "ROWS_AT")] == [0, 0, 0]
+        assert found.teams * found.sharing == found.threads // 32 - 1  # the courier's warp
+    assert (found.sharing > 1) == (head_dim in (96, 128) or (head_dim in (160, 192) and preset != "quad3.5"))
+    alone = [EncodeOptions(preset, center="rope", rope=Rope()), EncodeOptions(preset, chunk_tokens=16)]
+    for options in alone:
+        other = kernel_layout("decode", options.header(shape, 2), few=False)
+        assert other is not None
+        assert other.sharing == 1

@@ -105,7 +105,8 @@ def kernel_layout(
 def machine_code(verb: str, kind: Header, found: Layout, architecture: str, effort: str = "fast") -> bytes:
     """The kernel's machine code (cubin), for an architecture such as "sm_90"; ``effort``: of an encoder's search."""
     if kind.coding == c.CODING_QUADS and verb == "decode":
-        source, macros = "quads.cu", quads_definitions(verb, kind, found)
+        source = "quads_teams.cu" if found.sharing > 1 else "quads.cu"
+        macros = quads_definitions(verb, kind, found)
     else:
         source, macros = "blocks.cu", definitions(verb, kind, found, effort)
     return compiled(source, macros, architecture + "a" * found.warpgroups)
@@ -213,11 +214,11 @@ class Cuda:
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
         threads = kernel.layout.threads
-        warps = threads // 32
-        parts = kernel.layout.parts
-        grid = min(_device(str(group.device))[2] // parts, -(-group.blocks // min(warps, SPREAD)))
-        if group.brief:  # each warp codes one block, so that this launch's blocks end soon
-            grid = max(grid, -(-group.blocks // warps))
+        parts, sharing = kernel.layout.parts, kernel.layout.sharing
+        coders = kernel.layout.teams * sharing  # warps
+        grid = min(_device(str(group.device))[2] // parts, -(-group.blocks // min(coders, SPREAD) * sharing))
+        if group.brief:  # as many blocks as warps that code, so that this launch's blocks end soon
+            grid = max(grid, -(-group.blocks // coders))
         grid *= parts
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):

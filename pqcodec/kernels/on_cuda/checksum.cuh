@@ -8,12 +8,19 @@
 // A number below 2^36 that equals x modulo the prime.
 INLINE u64 folded(u64 x) { return (x & 0xffffffffull) + (x >> 32) * PRIME_GAP; }
 
-// The sums of a warp's lanes, each below 2^54, and the number of bytes -> the checksum, in every lane.
-INLINE u32 reduced(u64 sum, u32 bytes) {
+// The sum of a warp's lanes' sums, each below 2^54, in every lane.
+INLINE u64 sum_of_lanes(u64 sum) {
     const u32 low = __reduce_add_sync(ALL_LANES, (u32)sum & 0x7ffffff), high = __reduce_add_sync(ALL_LANES, (u32)(sum >> 27));
-    const u64 total = folded(folded(((u64)high << 27) + low + folded((u64)bytes * KEY_0)));  // below 2^32
+    return ((u64)high << 27) + low;
+}
+
+// The sum of all words, below 2^62, and the number of bytes -> the checksum.
+INLINE u32 checksum_of(u64 sum, u32 bytes) {
+    const u64 total = folded(folded(sum + folded((u64)bytes * KEY_0)));  // below 2^32
     return total >= PRIME ? (u32)(total - PRIME) : (u32)total;
 }
+
+INLINE u32 reduced(u64 sum, u32 bytes) { return checksum_of(sum_of_lanes(sum), bytes); }
 
 // The key of a block's word. Words behind the block's end are taken for zero, so that any key will do for them.
 INLINE u32 key_of(const u8* tables, const i64* __restrict__ keys, int block_words, int word) {

@@ -73,6 +73,12 @@ class Layout:
     places: dict[str, int]
     shared_bytes: int
     parts: int = 1  # thread blocks among which each row is divided
+    sharing: int = 1  # warps that share a block of a stream: a team
+
+    @property
+    def teams(self) -> int:
+        """Teams of a thread block; a team is one warp where none share."""
+        return self.threads // 32 // self.sharing
 
 
 def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448, effort: str = "fast") -> Layout | None:

@@ -1,287 +1,21 @@
 // Law: the CUDA kernel that decodes quads (SPEC 8), for orders that are multiples of 32 up to 576.
 //
-// A warp decodes one block (a chunk of tokens of one leading index), ROWS rows (16 or 32) at a time, and shares nothing with
-// other warps but read-only tables; with WARPGROUPS four warps multiply together, so that the matrix is read once for all
-// their rows. Four lanes hold a row: lane l works on rows l / 4, l / 4 + 8 and so on. A quad is one look-up of eight bytes, a
-// point and its negative, and a choice between them by its signs; these four bytes are an operand of mma (and wgmma) as they
-// are: tensor cores multiply them with half of the rotation's matrix, of bytes. Sums are whole numbers below 2^22, so the
-// matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32. The next tile's words are on their way while this
-// one is decoded, and where the next blocks lie is found for several at once, each by one lane.
+// A warp decodes one block (a chunk of tokens of one leading index), ROWS rows at a time as quads_rows.cuh says, and shares
+// nothing with other warps but read-only tables; with WARPGROUPS four warps multiply together, so that the matrix is read once
+// for all their rows. The next tile's words are on their way while this one is decoded, and where the next blocks lie is found
+// for several at once, each by one lane. Of the PARTS thread blocks that decode the same rows, the first one finds the
+// checksum.
 //
-// The matrix lies in bricks (rotation_two_rounds.cuh); its columns are channels. Its inputs are in the order in which a lane
-// has them without shifts: groups of eight quads form spans of four groups, then of two, then of one, and of a span's quads
-// each quarter has a run of neighbours, two a group. A matrix for which shared memory has no room is divided by its columns:
-// PARTS neighbouring thread blocks decode the same rows, each some pieces of them, and the first one finds the checksum.
-//
-// Needs PARTS, INDEX_BITS (of a quad), COPIES (of each point of the table, so that lanes meet in no bank), LARGEST_SUM (that
-// the rotation makes), AHEAD (blocks that a warp looks for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and
-// WARP_BYTES of each warp: two stages up to BASE_AT, the block's base, from STAGE_BYTES on the places of blocks ahead, and from
-// ROWS_AT on decoded rows on their way out, with BULK), the tables MATRIX and POINTS (each point and its negative), and what
-// the other files need.
+// Needs AHEAD (blocks that a warp looks for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and WARP_BYTES of each
+// warp: two stages up to BASE_AT, the block's base, from STAGE_BYTES on the places of blocks ahead, and from ROWS_AT on decoded
+// rows on their way out, with BULK), and what the other files need.
 
-#include "numbers.cuh"
-#include "lanes.cuh"
+#define INDICES_BEHIND (ROWS * ORDER / 32)
+#define EVEN (ROWS * ORDER / 32 % 2 == 0)
+#include "quads_radii.cuh"
+#include "quads_rows.cuh"
 #include "quads_words.cuh"
-#include "offsets.cuh"
-#define STRIPS 4  // of a panel, which is a piece
-#include "rotation_two_rounds.cuh"
-#include "stores.cuh"
 #include "warpgroups.cuh"
-
-#define GROUPS (ORDER / 32)                        // of eight quads, of a row
-#define OWN_PIECES ((PIECES + PARTS - 1) / PARTS)  // of a thread block
-#define PART_BYTES (OWN_PIECES * 4 * BRICKS * BRICK_BYTES)
-#define MAGIC_BITS 0x4b400000                      // of MAGIC, 1.5 * 2^23
-#define TILES (ROWS / 16)                          // of sixteen rows, which meet the matrix together
-#define LANE_ROWS (ROWS / 8)
-#define UNROLLED (PARTS == 1 && GROUPS <= 4 ? 2 : 1)  // turns of the loop over pieces
-#if WARPGROUPS
-#define WAIT_FOR(later, sums) wait_together<false, later>((sums)[0])  // products, after which ``later`` others were begun
-#else
-#define WAIT_FOR(later, sums) (void)0
-#endif
-
-// The words of BITS bits from ``bit`` of a tile's indices on, the first bit lowest.
-template <int BITS> INLINE void index_words(const u32* stage, int bit, u32* words) {
-    const u32* at = stage + SIGN_WORDS + (bit >> 5);
-    constexpr bool whole = BITS % 32 == 0 && 8 * INDEX_BITS % 32 == 0;  // runs begin at whole words
-    if (whole && BITS == 64 && SIGN_WORDS % 2 == 0) {
-        const uint2 both = *reinterpret_cast<const uint2*>(at);
-        words[0] = both.x, words[1] = both.y;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; 32 * i < BITS; i++) {
-        if (whole) words[i] = at[i];
-        else if (32 % BITS == 0 && 8 * INDEX_BITS % BITS == 0) words[i] = at[i] >> (bit & 31);  // a run lies in one word
-        else words[i] = __funnelshift_r(at[i], at[i + 1], bit);
-    }
-}
-
-// A byte of all ones for each byte of ``bytes`` whose top bit is set, else of zeros.
-INLINE u32 spread_top_bits(u32 bytes) {
-    u32 ones;
-    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(ones) : "r"(bytes));
-    return ones;
-}
-
-// A lane's quads of a row of a span of SPAN groups, a run of neighbours, each as four signed bytes. mma meets them two a group.
-template <int SPAN> INLINE void quads_of(const u8* tables, const u32* stage, int lane, int row, int group, u32* quads) {
-    constexpr int RUN = 2 * SPAN;
-    const int first = (lane & 3) * RUN;
-    const u32 signs = stage[row * (ORDER / 32) + group + (first >> 3)] >> (first & 7);
-    u32 words[(RUN * INDEX_BITS + 31) / 32];
-    index_words<RUN * INDEX_BITS>(stage, row * (8 * INDEX_BYTES) + (8 * group + first) * INDEX_BITS, words);
-    const u32 own = (lane & (COPIES - 1)) * 8;  // the lane's copy of a point
-#pragma unroll
-    for (int quad = 0; quad < RUN; quad++) {
-        constexpr u32 mask = (1u << INDEX_BITS) - 1;
-        const int bit = quad * INDEX_BITS, within = bit % 32;
-        u32 at;
-        if (INDEX_BITS == 8 && COPIES == 32) {
-            at = __byte_perm(words[bit / 32], own, 0x6604 | within / 8 << 4);  // a point's copies are 256 bytes
-        } else {
-            const bool straddles = within + INDEX_BITS > 32;
-            const u32 low = words[bit / 32];
-            const u32 index = straddles ? __funnelshift_r(low, words[bit / 32 + 1], within) : low >> within;
-            at = (index & mask) * (8 * COPIES) | own;
-        }
-        const uint2 point = *reinterpret_cast<const uint2*>(tables + POINTS_AT + at);  // it and its negative
-        const u32 negative = spread_top_bits(signs << (7 - quad));
-        quads[quad] = (point.x & ~negative) | (point.y & negative);
-    }
-}
-
-// A lane's quads of a span, of sixteen rows from ``first_row`` on, as operands of mma: {quad 0 of a group of one row, of the
-// row eight behind it, quad 1 of both}.
-template <int SPAN>
-INLINE void span_operands(const u8* tables, const u32* stage, int lane, int first_row, int group, u32 (*operands)[4]) {
-#pragma unroll
-    for (int part = 0; part < 2; part++) {
-        u32 quads[2 * SPAN];
-        quads_of<SPAN>(tables, stage, lane, first_row + (lane >> 2) + 8 * part, group, quads);
-#pragma unroll
-        for (int quad = 0; quad < 2 * SPAN; quad++) operands[group + quad / 2][part + quad % 2 * 2] = quads[quad];
-    }
-}
-
-INLINE void quad_operands(const u8* tables, const u32* stage, int lane, int first_row, u32 (*operands)[4]) {
-    constexpr int behind = GROUPS / 4 * 4;
-#pragma unroll
-    for (int group = 0; group < behind; group += 4) span_operands<4>(tables, stage, lane, first_row, group, operands);
-    if (GROUPS & 2) span_operands<2>(tables, stage, lane, first_row, behind, operands);
-    if (GROUPS & 1) span_operands<1>(tables, stage, lane, first_row, GROUPS - 1, operands);
-}
-
-typedef int Sums[TILES][4][4];  // of four strips of sixteen rows each: two channels of one row and two of the other
-
-// A lane's eight channels of MANY pieces, ``apart`` from each other, in float32 numbers from MAGIC on.
-#if WARPGROUPS
-// Begins the products; wait_together says when they are there. ``piece``: of the thread block's.
-template <int MANY>
-INLINE void begin_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], int piece, int apart, Sums* sums) {
-#pragma unroll
-    for (int many = 0; many < MANY; many++) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) sums[many][0][i / 4][i % 4] = MAGIC_BITS;
-#pragma unroll
-        for (int strip = 0; strip < 4; strip++) asm volatile("" : FOUR(sums[many][0][strip]));
-    }
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++)  // operands are in their registers before the fence
-        asm volatile("" : : "r"(operands[0][group][0]), "r"(operands[0][group][1]), "r"(operands[0][group][2]),
-                     "r"(operands[0][group][3]));
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int many = 0; many < MANY; many++) {
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++)
-            wgmma_step(sums[many][0], operands[0][group], panel_address(tables, piece + many * apart) / 16, 2 * group, 1, 1);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-}
-#else
-// ``panel``: the address of the piece's strips, plus 16 bytes for each lane.
-INLINE void eight_channels(u32 panel, const u32 (*operands)[GROUPS][4], Sums& sums) {
-#pragma unroll
-    for (int strip = 0; strip < 4; strip++) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[tile][strip][i] = MAGIC_BITS;
-        const u32 address = panel + strip * (BRICKS * BRICK_BYTES);
-#pragma unroll
-        for (int group = 0; group < GROUPS; group += 2) {
-            u32 bricks[4];
-            if (group + 1 < GROUPS)
-                asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                    : "=r"(bricks[0]), "=r"(bricks[1]), "=r"(bricks[2]), "=r"(bricks[3])
-                    : "r"(address + group * (2 * BRICK_BYTES)));
-            else
-                asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                    : "=r"(bricks[0]), "=r"(bricks[1])
-                    : "r"(address + group * (2 * BRICK_BYTES)));
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                mma_step(sums[tile][strip], operands[tile][group], bricks[0], bricks[1]);
-                if (group + 1 < GROUPS) mma_step(sums[tile][strip], operands[tile][group + 1], bricks[2], bricks[3]);
-            }
-        }
-    }
-}
-
-template <int MANY>
-INLINE void begin_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], int piece, int apart, Sums* sums) {
-#pragma unroll
-    for (int many = 0; many < MANY; many++)
-        eight_channels(panel_address(tables, piece + many * apart) + (threadIdx.x & 31) * 16, operands, sums[many]);
-}
-#endif
-
-// What is the same for all pieces of a lane's rows: its first row of the tile and each eighth behind it.
-struct LaneRows {
-    u8* target[LANE_ROWS];  // of the quarter's first channel, in the tensor or (BULK) in shared memory
-    bool wanted[LANE_ROWS];
-    float factor[LANE_ROWS], second_factor[LANE_ROWS];
-    u32 position;        // of the first
-    const float* means;  // of their block
-};
-
-#if OFFSETS
-// Offsets of MANY pieces of a row that have the same turns, from channel ``first`` on, PAIRS apart.
-template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& rows, int part, int first, float (*offsets)[8]) {
-    float means[2][8];
-    eight_means(rows.means, first, means[0]);
-#if PAIRS
-    eight_means(rows.means, partners_of(first), means[1]);
-    if (first < TURNING) {
-        Turns turns;
-        u32 frequencies[TURNS];
-        frequencies_of(tables, first, frequencies);
-        turns_at(tables, rows.position + 8 * part, frequencies, turns);
-#pragma unroll
-        for (int i = 0; i < MANY; i++)
-            turned_offsets(means[i], means[1 - i], first, MANY > 1 ? i : first >= PAIRS, turns, offsets[i]);
-        return;
-    }
-#endif
-#pragma unroll
-    for (int i = 0; i < 8; i++) offsets[0][i] = means[0][i];
-}
-#endif
-
-// MANY pieces of a lane's rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
-// dtype's range. Three times their factor is a float32, too (SPEC 8.3), so MAGIC times it is exact, and so is what fmaf takes
-// away: it rounds the product of sum and factor once, and never to -0.
-template <bool ORDINARY, int MANY>
-INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int piece, const Sums* sums) {
-#pragma unroll
-    for (int part = 0; part < LANE_ROWS; part++) {
-        const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
-        float offsets[MANY][8];
-#if OFFSETS
-        offsets_of<MANY>(tables, rows, part, first_channel(quarter, piece), offsets);
-#endif
-#pragma unroll
-        for (int i = 0; i < MANY; i++) {
-            const int first = first_channel(quarter, piece + i * APART);
-            float numbers[8];
-            Stored stored[STORES];
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                const float sum = float_of(sums[i][part / 2][k / 2][part % 2 * 2 + k % 2]);
-                numbers[k] = ORDINARY ? fmaf(sum, factor, away) : sum + away;
-#if OFFSETS
-                if (ORDINARY) numbers[k] += offsets[i][k];
-#endif
-            }
-            if (ORDINARY) store_numbers(numbers, stored);
-            else finish_piece(tables, first, numbers, offsets[i], factor, rows.second_factor[part], false, stored);
-            u8* to = rows.target[part] + byte_of_piece(piece + i * APART);
-#pragma unroll
-            for (int k = 0; k < STORES; k++) STORE(to + k * 16, stored[k], rows.wanted[part]);
-        }
-    }
-}
-
-template <int MANY>
-INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
-    if (ordinary) finish_rows<true, MANY>(tables, rows, quarter, piece, sums);
-    else finish_rows<false, MANY>(tables, rows, quarter, piece, sums);
-}
-
-// Pieces that turn alone, from the first of a thread block's ``part`` of them on: one is multiplied while another is finished.
-INLINE void decode_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
-                          int part) {
-    const int first = part * OWN_PIECES, last = PARTS > 1 ? min(first + OWN_PIECES, PIECES) : PIECES;
-    Sums sums[2];
-    int piece = 2 * APART + first;
-#pragma unroll(UNROLLED)
-    for (; piece + 1 < last; piece += 2) {
-        begin_pieces<2>(tables, operands, piece - first, 1, sums);
-        WAIT_FOR(1, sums[0]);
-        finish_pieces<1>(tables, rows, ordinary, quarter, piece, sums);
-        WAIT_FOR(0, sums[1]);
-        finish_pieces<1>(tables, rows, ordinary, quarter, piece + 1, sums + 1);
-    }
-    if (piece < last) {
-        begin_pieces<1>(tables, operands, piece - first, 1, sums);
-        WAIT_FOR(0, sums[0]);
-        finish_pieces<1>(tables, rows, ordinary, quarter, piece, sums);
-    }
-}
-
-INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
-                        int part) {
-#pragma unroll 1
-    for (int piece = 0; piece < APART; piece++) {
-        Sums sums[2];
-        begin_pieces<2>(tables, operands, piece, APART, sums);
-        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
-        finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
-    }
-    decode_pieces(tables, operands, rows, ordinary, quarter, part);
-}
 
 // Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
 // blocks.cu.
@@ -289,15 +23,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
     extern __shared__ uint4 memory[];
-    const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
+    const int lane = threadIdx.x & 31;
     u8* tables = reinterpret_cast<u8*>(memory);
     u8* shelf = tables + BLOB_BYTES + (threadIdx.x >> 5) * WARP_BYTES;
     u32* base = reinterpret_cast<u32*>(shelf + BASE_AT);
     Block* upcoming = reinterpret_cast<Block*>(shelf + STAGE_BYTES);  // [AHEAD], of which the current block is number ``place``
     float* means = reinterpret_cast<float*>(shelf + MEANS_AT);
-#if BULK
     u8* rows_out = shelf + ROWS_AT;
-#endif
     const auto stage_of = [&](int turn) { return reinterpret_cast<u32*>(shelf + turn * (BASE_AT / 2)); };
     int turn = 0;  // of the two stages
     const u32 part = blockIdx.x % PARTS, step = gridDim.x / PARTS;  // from one of a warp's blocks to the next
@@ -325,13 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         const int words = block_bytes(block.tokens) / 4 - 1;
         const u32 checksum = stored;
         u64 sum = 0;
-        LaneRows rows;
 #if OFFSETS
         const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
         const u32 position = position_of(block);
-        rows.means = means;
 #else
         const float room = LARGEST;
+        const u32 position = 0;
 #endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
             const bool wanted = first_row + ROWS > block.first && first_row < block.last;
@@ -369,31 +100,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #endif
             if (decoded) {
                 u32 operands[TILES][GROUPS][4];
+                const Words coded = {stage, stage};
 #pragma unroll
-                for (int tile = 0; tile < TILES; tile++) quad_operands(tables, stage, lane, 16 * tile, operands[tile]);
-                const int own_row = first_row + tile_row;
-#pragma unroll
-                for (int part = 0; part < LANE_ROWS; part++) {
-                    const int row = own_row + 8 * part;
-#if BULK
-                    rows.target[part] = rows_out + (tile_row + 8 * part) * OUT_BYTES;
-#else
-                    rows.target[part] = reinterpret_cast<u8*>(block.rows + (i64)row * block.row_stride);
-#endif
-                    rows.target[part] += first_channel(quarter, 0) * ITEM;
-                    rows.wanted[part] = row >= block.first && row < block.last;
-                    rows.factor[part] = 2.0f * __shfl_sync(ALL_LANES, factor, tile_row + 8 * part);  // the matrix is R / 2
-                    rows.second_factor[part] = __shfl_sync(ALL_LANES, second_factor, tile_row + 8 * part);
-                }
-#if OFFSETS
-                rows.position = position + own_row;
-#endif
+                for (int tile = 0; tile < TILES; tile++) quad_operands(tables, coded, lane, 16 * tile, operands[tile]);
+                const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, position, means);
 #if BULK
                 wait_for_bulk();
-                decode_rows(tables, operands, rows, ordinary, quarter, part);
+#endif
+                decode_rows(tables, operands, rows, ordinary, lane & 3, part);
+#if BULK
                 store_bulk(rows_out, block, first_row, lane);
-#else
-                decode_rows(tables, operands, rows, ordinary, quarter, part);
 #endif
             }
             __syncwarp();

@@ -1,4 +1,4 @@
-"""Law: how ``quads.cu`` is compiled for a kind of stream: its tables in shared memory, its threads, and the macros it gets."""
+"""Law: how ``quads.cu`` and ``quads_teams.cu`` are compiled for a kind of stream: tables in shared memory, threads, macros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
-from pqcodec.kernels.on_cuda.compiled import AHEAD, Layout, common_definitions, phase_copies, warp_memory
+from pqcodec.kernels.on_cuda.compiled import AHEAD, UPCOMING_BYTES, Layout, common_definitions, phase_copies, warp_memory
 from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
 from pqcodec.stream.header import Header
 
@@ -28,6 +28,13 @@ LARGE_THREADS, TOGETHER_THREADS = 256, 384  # of the orders beyond; where four w
 MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy engine; turned keys need the room for their tables
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
+# quads_teams.cu: teams of a thread block, and the least copies of a point. With fewer its look-ups take longer than memory.
+TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16)}
+TEAM, COURIER, STEP = 128, 32, 64  # threads, and rows that a team takes at a time
+LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
+SLOTS = 3  # of a team: for the words of this step and of the next two
+SLACK = 16  # bytes beside words, which are copied from multiples of as many on
+LINE = 128  # bytes of a line of shared memory
 
 
 def index_bytes(h: Header) -> int:
@@ -40,6 +47,9 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
 
     ``few``: there are few blocks, so that large tables do not pay. ``major``: of the compute capability.
     """
+    teams = _teams_layout(h, limit) if major == 9 and not few else None
+    if teams is not None:
+        return teams
     wide = h.order == WIDE_ORDER and not (h.rope or few)
     together = major == 9 and not (few or wide)
     large = TOGETHER_THREADS if together and not h.rope else LARGE_THREADS
@@ -59,6 +69,50 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
         if size <= limit:
             return Layout(threads, 0, bulk, together, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
     return None
+
+
+def _teams_layout(h: Header, limit: int) -> Layout | None:
+    """The layout of ``quads_teams.cu``; None where it does not pay, or does not fit."""
+    teams, least = TEAMS.get(h.order, (0, 0))
+    used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
+    if not teams or h.offsets or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
+        return None
+    memory = _team_memory(h)
+    matrix, beside = _matrix(h), teams * memory["TEAM_BYTES"]
+    for copies in (each for each in COPIES if each >= least):
+        blob, places = _tables(h, matrix, True, copies, 1, 1)
+        tables = _round(blob.size, LINE)
+        if tables + beside <= limit:
+            blob = np.pad(blob, (0, tables - blob.size))
+            places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD}
+            return Layout(teams * TEAM + COURIER, 0, True, True, blob, places, tables + beside, sharing=TEAM // 32)
+    return None
+
+
+def _team_memory(h: Header) -> dict[str, int]:
+    """Where things lie in the shared memory of a team, as macros, in bytes.
+
+    Each run of words in a slot has room for what is copied before and behind it.
+    """
+    one = h.chunk_tokens <= STEP  # run of a whole block, which has three planes
+    indices_at = STEP * h.order // 8 + SLACK
+    radii_at = indices_at + _round(STEP * index_bytes(h), SLACK) + SLACK
+    slot = (h.blocks.chunk_bytes if one else radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK)) + SLACK
+    barriers_at = SLOTS * slot
+    sums_at = barriers_at + SLOTS * 2 * 8
+    places_at = sums_at + SLOTS * TEAM // 32 * 8
+    rows_at = _round(places_at + 2 * AHEAD * UPCOMING_BYTES, LINE)
+    return {
+        "SLOTS": SLOTS,
+        "SLOT_BYTES": slot,
+        "INDICES_AT": indices_at,
+        "RADII_AT": radii_at,
+        "BARRIERS_AT": barriers_at,
+        "SUMS_AT": sums_at,
+        "PLACES_AT": places_at,
+        "ROWS_AT": rows_at,
+        "TEAM_BYTES": _round(rows_at + STEP * h.vector_bytes, LINE),
+    }
 
 
 def _tables(
@@ -98,11 +152,15 @@ def _matrix(h: Header) -> np.ndarray:
 
 def _stage_bytes(h: Header, rows: int) -> int:
     """Bytes of the signs, indices and radii of so many rows."""
-    return -(-rows * h.row_bytes // 16) * 16
+    return _round(rows * h.row_bytes, 16)
+
+
+def _round(size: int, align: int) -> int:
+    return -(-size // align) * align
 
 
 def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
-    """The macros that ``quads.cu`` is compiled with."""
+    """The macros that both are compiled with."""
     least, most = c.QUADS_RADII
     return {
         **common_definitions(verb, h, layout.threads, layout.blob.size),

@@ -3,13 +3,11 @@
 // A warp sends for a tile's words while it decodes the tile before: they come into one of its two stages, signs first. They all
 // belong to the block's checksum.
 //
-// Needs INDEX_BYTES (of a row's indices), ROWS (of a tile), LEAST, MOST and LOG2_STEPS of radii, the table MANTISSAS, and what
-// the other files need.
+// Needs INDEX_BYTES (of a row's indices), ROWS (of a tile), and what the other files need.
 #pragma once
 
 #include "block_place.cuh"
 #include "checksum.cuh"
-#include "radius.cuh"
 
 #define SIGN_WORDS (ROWS * ORDER / 32)        // of a tile
 #define INDEX_WORDS (ROWS * INDEX_BYTES / 4)  // of a tile
@@ -102,27 +100,7 @@ INLINE u32 radius_of(const u32* stage, const Block& block, int first_row, int ro
 
 INLINE u32 stored_checksum(const Block& block) { return __ldcs(block.payload + block_bytes(block.tokens) / 4 - 1); }
 
-// -- radii ----------------------------------------------------------------------------------------------------------
-#define LARGEST_FUSED 1e30f  // factor of a row, of which MAGIC times it is far from infinite
-
 // Sends for the two words that a block's base lies in, which is behind its radii.
 INLINE void send_for_base(const Block& block, int lane, u32* target) {
     if (lane < 2) send_for_word(radii_of(block) + block.tokens / 4 + lane, target + lane, true);
-}
-
-INLINE int base_of(const u32* words, const Block& block) {
-    return (int)(short)__funnelshift_r(words[0], words[1], 8 * (block.tokens & 3));
-}
-
-// The factors of a radius code (SPEC 8.3).
-INLINE void quad_factors(const u8* tables, u32 code, int base, float& factor, float& second_factor) {
-    const int radius = min(max(base + (int)code - 1, LEAST), MOST);
-    const float mantissa = reinterpret_cast<const float*>(tables + MANTISSAS_AT)[radius & (RADIUS_STEPS - 1)];
-    split_factor(mantissa, radius >> LOG2_STEPS, factor, second_factor);
-    factor = code ? factor : 0.0f;
-}
-
-// Whether all numbers of a row stay within ``room``, and its factor is one number of which MAGIC times is finite.
-INLINE bool is_ordinary(float factor, float second_factor, float room) {
-    return second_factor == 1.0f && factor * LARGEST_SUM < room && factor < LARGEST_FUSED;
 }

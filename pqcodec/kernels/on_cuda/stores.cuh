@@ -90,11 +90,19 @@ INLINE void wait_for_bulk() {
     __syncwarp();
 }
 
-// Gives ``bytes`` in shared memory to the engine, to be stored at an address.
+// Gives ``bytes`` in shared memory to the engine, to be stored at an address. EVICTED_FIRST: as by __stcs.
 INLINE void give_to_bulk(const u8* from, i64 to, int bytes) {
+#ifdef EVICTED_FIRST
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        " cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, policy;}" ::"l"(to),
+        "r"((u32)__cvta_generic_to_shared(from)), "r"(bytes)
+        : "memory");
+#else
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
                  "r"((u32)__cvta_generic_to_shared(from)), "r"(bytes)
                  : "memory");
+#endif
 }
 
 // Gives the wanted rows of a tile, from ``first_row`` on, to the engine: all at once where they lie side by side, else a row a

@@ -1,0 +1,324 @@
+// Law: the CUDA kernel that decodes quads (SPEC 8) by teams: four warps, which wgmma multiplies for at once, share a block.
+//
+// A team takes STEP rows of its block at a time, sixteen a warp, as quads_rows.cuh says. Their words come by the bulk copy
+// engine into one of SLOTS slots, while steps before are decoded: as one run, where a block is one step, else as three (signs,
+// indices, and radii with what lies behind them). As they are copied from multiples of 16 bytes on, a run begins up to 12 bytes
+// behind its place in the slot. Decoded rows leave by the engine, too, from whole lines of shared memory: what begins elsewhere
+// it stores in more pieces, for which the way to the L2 cache has no room.
+//
+// A last warp, the courier, does the rest for all teams, one lane a team: it finds the blocks, several of a team at once, each
+// by one lane; sends for their words as soon as a slot is free; and says from the sums of words that a team leaves whether a
+// block is good.
+//
+// Needs AHEAD (blocks that are looked for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
+// team: SLOTS slots of SLOT_BYTES, in which indices and radii have runs of their own from INDICES_AT and RADII_AT on; then two
+// barriers of each slot from BARRIERS_AT on, the sums of four warps' words of each slot from SUMS_AT on, the places of blocks
+// from PLACES_AT on, and each warp's decoded rows from ROWS_AT on), and what the other files need. BULK and PARTS are 1, OFFSETS
+// is 0.
+
+#define INDICES_BEHIND 0
+#define EVEN 0  // as words begin at any
+#define EVICTED_FIRST
+#include "checksum.cuh"
+#include "quads_radii.cuh"
+#include "quads_rows.cuh"
+#include "warpgroups.cuh"
+
+#define TEAM 128                       // threads
+#define TEAMS (THREADS / TEAM)         // behind which the courier comes
+#define STEP 64                        // rows
+#define RUNS (CHUNK <= STEP ? 1 : 3)  // of a step's words
+
+// -- words ----------------------------------------------------------------------------------------------------------
+// A run of a step's words: where it begins in its block, and how many there are, in bytes.
+struct Run {
+    int first, bytes;
+};
+
+// Bytes of a block before its signs, indices or radii.
+INLINE int bytes_before(const Block& block, int which) {
+    return block.tokens * (which == 0 ? 0 : which == 1 ? ORDER / 8 : ORDER / 8 + INDEX_BYTES);
+}
+
+// The step's run, from row ``first_row`` of the block on; the last one goes on to the block's end.
+INLINE Run run_of(const Block& block, int first_row, int which) {
+    if (RUNS == 1) return {0, block_bytes(block.tokens)};
+    const int row_bytes = which == 0 ? ORDER / 8 : which == 1 ? INDEX_BYTES : 1;
+    const int first = bytes_before(block, which) + first_row * row_bytes;
+    const bool rest = which == 2 && first_row + STEP >= block.tokens;
+    return {first, rest ? block_bytes(block.tokens) - first : min(block.tokens - first_row, STEP) * row_bytes};
+}
+
+// Where runs have their places in a slot, and how many bytes there are for each.
+constexpr __device__ int place_of_run(int which) {
+    return which == RUNS ? SLOT_BYTES : which == 0 ? 0 : which == 1 ? INDICES_AT : RADII_AT;
+}
+
+// How far behind its place a run begins.
+INLINE int skew_of(const Block& block, const Run& run) { return (u32)reinterpret_cast<i64>(block.payload) + run.first & 15; }
+
+// Sends for the words of the step from ``first_row`` on; ``barrier`` counts them. By one thread; addresses of shared memory.
+INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barrier) {
+    u32 bytes[RUNS], all = 0;
+    i64 from[RUNS];
+#pragma unroll
+    for (int which = 0; which < RUNS; which++) {
+        const Run run = run_of(block, first_row, which);
+        const int skew = skew_of(block, run);
+        from[which] = reinterpret_cast<i64>(block.payload) + (run.first - skew);
+        bytes[which] = (skew + run.bytes + 15) / 16 * 16, all += bytes[which];
+    }
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(all) : "memory");
+#pragma unroll
+    for (int which = 0; which < RUNS; which++)
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         slot + place_of_run(which)),
+                     "l"(from[which]), "r"(bytes[which]), "r"(barrier)
+                     : "memory");
+}
+
+// A step's words in a slot.
+struct Step {
+    Run runs[RUNS];
+    const u32* words[RUNS];
+    Words coded;
+    const u8* radii;
+
+    INLINE Step(const Block& block, int first_row, const u8* slot) {
+#pragma unroll
+        for (int which = 0; which < RUNS; which++) {
+            runs[which] = run_of(block, first_row, which);
+            words[which] = reinterpret_cast<const u32*>(slot + place_of_run(which) + skew_of(block, runs[which]));
+        }
+        coded = {words[0], RUNS == 1 ? words[0] + bytes_before(block, 1) / 4 : words[RUNS / 2]};
+        radii = reinterpret_cast<const u8*>(words[RUNS - 1]) + (RUNS == 1 ? bytes_before(block, 2) : 0);
+    }
+
+    // Adds a run's words to the checksum's sum: those of number ``thread``, ``thread`` + 128 ... before ``count``. SURE: there
+    // are so many at the least, ROOM at the most.
+    template <int SURE, int ROOM>
+    INLINE void sum_run(const u8* tables, const i64* __restrict__ keys, int which, int count, int thread, int block_words,
+                        u64& sum) const {
+#pragma unroll
+        for (int i = 0; i < ROOM; i += TEAM)
+            if (i + TEAM <= SURE || i + thread < count)
+                sum += folded((u64)words[which][i + thread] *
+                              key_of(tables, keys, block_words, runs[which].first / 4 + i + thread));
+    }
+
+    // The sum of a thread's words. ALL: the step has STEP rows, or is a whole block of CHUNK. ``last``: the block's checksum is
+    // the last word.
+    template <bool ALL>
+    INLINE u64 sum_up(const u8* tables, const i64* __restrict__ keys, int block_words, int thread, bool last) const {
+        constexpr int ROOM = (place_of_run(1) - place_of_run(0)) / 4, WHOLE = block_bytes(CHUNK) / 4 - 1;
+        u64 sum = 0;
+        if (RUNS == 1) {
+            sum_run<ALL ? WHOLE : 0, ALL ? WHOLE : ROOM>(tables, keys, 0, block_words, thread, block_words, sum);
+        } else {
+            constexpr int SIGNS = STEP * ORDER / 32, INDICES = STEP * INDEX_BYTES / 4;
+            sum_run<ALL ? SIGNS : 0, SIGNS>(tables, keys, 0, runs[0].bytes / 4, thread, block_words, sum);
+            sum_run<ALL ? INDICES : 0, INDICES>(tables, keys, RUNS / 2, runs[RUNS / 2].bytes / 4, thread, block_words, sum);
+            sum_run<0, TEAM>(tables, keys, RUNS - 1, runs[RUNS - 1].bytes / 4 - last, thread ^ 96, block_words, sum);
+        }
+        return sum;
+    }
+
+    INLINE u64 sum(const u8* tables, const i64* __restrict__ keys, const Block& block, int first_row, int thread,
+                   bool last) const {
+        const int words = block_bytes(block.tokens) / 4 - 1;
+        if (RUNS == 1 ? block.tokens == CHUNK : first_row + STEP <= block.tokens)
+            return sum_up<true>(tables, keys, words, thread, last);
+        return sum_up<false>(tables, keys, words, thread, last);
+    }
+
+    INLINE u32 last_word() const { return words[RUNS - 1][runs[RUNS - 1].bytes / 4 - 1]; }
+};
+
+// -- barriers -------------------------------------------------------------------------------------------------------
+INLINE void prepare_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+INLINE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+// Whether a barrier is complete. ``parity``: of how often it was before.
+INLINE bool is_complete(u32 barrier, u32 parity) {
+    u32 complete;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(complete)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return complete;
+}
+
+INLINE void wait_until_complete(u32 barrier, u32 parity) {
+    asm volatile(
+        "{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra THERE; bra AGAIN; THERE: }" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// -- teams ----------------------------------------------------------------------------------------------------------
+// What a team has in shared memory, and which blocks are its own: neighbouring teams take neighbouring blocks, round by round;
+// but in a last round that is not for all teams, blocks are dealt to thread blocks in turn.
+struct Team {
+    u8* shelf;
+    u32 address;  // of the shelf
+    u32 team, thread_block, thread_blocks, all, whole, blocks;
+
+    INLINE Team(u8* tables, int team, i64 blocks)
+        : shelf(tables + BLOB_BYTES + team * TEAM_BYTES), address((u32)__cvta_generic_to_shared(shelf)), team(team),
+          thread_block(blockIdx.x), thread_blocks(gridDim.x), all(thread_blocks * TEAMS), whole((u32)blocks / all),
+          blocks((u32)blocks) {}
+    INLINE u32 block(u32 round) const {
+        return round * all + (round < whole ? thread_block * TEAMS + team : team * thread_blocks + thread_block);
+    }
+    INLINE bool has(u32 round) const { return block(round) < blocks; }
+    INLINE Block& place(u32 round) const { return reinterpret_cast<Block*>(shelf + PLACES_AT)[round % (2 * AHEAD)]; }
+    INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
+    INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
+    INLINE u32 free(u32 turn) const { return full(turn) + 8; }
+    INLINE u64* sums(u32 turn) const { return reinterpret_cast<u64*>(shelf + SUMS_AT) + turn * 4; }
+};
+
+// A step of a team's: the round of its block, its first row, its slot, and how often that slot was used before.
+struct Cursor {
+    u32 round = 0, turn = 0, parity = 0;
+    int first_row = 0;
+
+    INLINE bool is_last(const Block& block) const { return RUNS == 1 || first_row + STEP >= block.tokens; }
+    INLINE void next(bool last) {
+        if (RUNS > 1) first_row = last ? 0 : first_row + STEP;
+        if (last) round++;
+        if (++turn == SLOTS) turn = 0, parity ^= 1;
+    }
+};
+
+// What the courier does for the teams.
+struct Courier {
+    const int lane;
+    const Team team;  // the lane's; lanes of no team have nothing to do
+    const bool works;
+    Cursor sent, done;
+    u32 found = 0, steps = 0;  // rounds whose places are known; steps that are sent for and not done
+    u64 sum = 0;               // of the words of the block's steps that are done
+
+    INLINE Courier(u8* tables, i64 blocks)
+        : lane(threadIdx.x & 31), team(tables, lane < TEAMS ? lane : 0, blocks), works(lane < TEAMS) {}
+
+    INLINE void prepare() {
+        for (int turn = 0; works && turn < SLOTS; turn++) {
+            prepare_barrier(team.full(turn), 1);
+            prepare_barrier(team.free(turn), TEAM / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        __syncwarp();
+    }
+
+    INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
+
+    // Finds the next places of teams that have used theirs. They take the room of those before the last AHEAD, at which no warp
+    // looks any more: a team is SLOTS blocks behind what is sent for it at the most.
+    INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search) {
+        u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
+        while (needed) {
+            const int which = __ffs(needed) - 1;
+            needed &= needed - 1;
+            const u32 round = __shfl_sync(ALL_LANES, found, which) + lane;
+            const Team its(tables, which, team.blocks);
+            if (lane < AHEAD && its.has(round))
+                its.place(round) = find_own_block(spans, firsts, starts, search, its.block(round));
+            if (lane == which) found += AHEAD;
+        }
+        __syncwarp();
+    }
+
+    // Sends for steps as long as there are free slots.
+    INLINE void send() {
+        while (works && steps < SLOTS && sent.round < found && team.has(sent.round)) {
+            const Block& block = team.place(sent.round);
+            send_for_step(block, sent.first_row, team.slot(sent.turn), team.full(sent.turn));
+            sent.next(sent.is_last(block)), steps++;
+        }
+    }
+
+    // Takes the sums of a step that a team has read, and tells of a whole block whether it is good.
+    INLINE void judge(int* flags) {
+        if (!works || !steps || !is_complete(team.free(done.turn), done.parity)) return;
+        const Block& block = team.place(done.round);
+        const bool last = done.is_last(block);
+        for (int i = 0; i < 4; i++) sum += team.sums(done.turn)[i];
+        if (last) {
+            const u32 stored = Step(block, done.first_row, team.shelf + done.turn * SLOT_BYTES).last_word();
+            flags[team.block(done.round)] = checksum_of(sum, block_bytes(block.tokens) - CHECKSUM_BYTES) != stored;
+            sum = 0;
+        }
+        done.next(last), steps--;
+    }
+};
+
+// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
+// blocks.cu.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
+    const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    extern __shared__ __align__(128) uint4 memory[];
+    u8* tables = reinterpret_cast<u8*>(memory);
+    const bool is_courier = threadIdx.x >= TEAMS * TEAM;
+    Courier courier(tables, blocks);
+    if (is_courier) {
+        courier.prepare();
+        courier.find(tables, spans, firsts, starts, search);
+        courier.send();
+        __syncwarp();
+    }
+    copy_tables<MATRIX_AT>(blob, memory);  // the matrix comes last
+    copy_tables<PART_BYTES>(blob + MATRIX_AT / 16, memory + MATRIX_AT / 16);
+    tables_are_written();
+    if (is_courier) {
+        while (__any_sync(ALL_LANES, courier.has_more())) {
+            courier.find(tables, spans, firsts, starts, search);
+            courier.send();
+            courier.judge(flags);
+            __nanosleep(100);
+            __syncwarp();
+        }
+        return;
+    }
+
+    const int thread = threadIdx.x % TEAM, warp = thread / 32, lane = threadIdx.x & 31;
+    const Team team(tables, threadIdx.x / TEAM, blocks);
+    u8* rows_out = team.shelf + ROWS_AT + warp * (16 * OUT_BYTES);
+    int base = 0;  // of the block
+    for (Cursor at; team.has(at.round);) {
+        wait_until_complete(team.full(at.turn), at.parity);
+        const Block& block = team.place(at.round);
+        const bool last = at.is_last(block);
+        const Step step(block, at.first_row, team.shelf + at.turn * SLOT_BYTES);
+        if (at.first_row == 0) {
+            const u8* radii = last ? step.radii : reinterpret_cast<const u8*>(block.payload) + bytes_before(block, 2);
+            base = base_of(reinterpret_cast<const u32*>(radii) + block.tokens / 4, block);
+        }
+        const int first_row = at.first_row + 16 * warp, row = lane % 16;  // of the warp's tile
+        const u32 code = first_row + row < block.tokens ? step.radii[16 * warp + row] : 0;
+        float factor, second_factor;
+        quad_factors(tables, code, base, factor, second_factor);
+        const bool ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, LARGEST));
+        const u64 sum = sum_of_lanes(step.sum(tables, keys, block, at.first_row, thread, last));
+        if (lane == 0) team.sums(at.turn)[warp] = sum;
+        u32 operands[TILES][GROUPS][4];
+        const bool wanted = at.first_row + STEP > block.first && at.first_row < block.last;  // by all four warps
+        if (wanted) quad_operands(tables, step.coded, lane, 16 * warp, operands[0]);
+        __syncwarp();
+        if (lane == 0) arrive(team.free(at.turn));
+        if (wanted) {
+            const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, 0, nullptr);
+            wait_for_bulk();
+            decode_rows(tables, operands, rows, ordinary, lane & 3, 0);
+            store_bulk(rows_out, block, first_row, lane);
+        }
+        at.next(last);
+    }
+    wait_for_bulk();
+}
