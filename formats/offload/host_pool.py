@@ -12,7 +12,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
@@ -26,6 +25,7 @@ from pqcodec.formats.offload.lanes import Lanes
 from pqcodec.formats.offload.pieces import layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, free_all, slice_bytes
 from pqcodec.formats.offload.pipeline import Transfer
+from pqcodec.formats.offload.usage import Counters, Usage
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
 from pqcodec.options import EncodeOptions, each
@@ -35,37 +35,6 @@ from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import is_torch
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
-
-
-@dataclass
-class Counters:
-    """How often something happened since a pool was made; one block counts 1."""
-
-    puts: int = 0
-    hits: int = 0  # gets and fetches of a key that the pool has
-    misses: int = 0  # ... and of one that it has not
-    prefetches: int = 0
-    evicted: int = 0  # dropped to make room
-    spilled: int = 0  # moved to disk to make room
-    reloaded: int = 0  # read from disk again
-    failed: int = 0  # puts and gets that raised
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a pool holds at one moment.
-
-    ``used_bytes``: of host memory, including blocks that are gone while transfers still use them. ``blocks``: all of them, in
-    memory and on disk; ``blocks_on_disk``: those that are only there. ``disk_bytes``: of all files. ``logical_bytes``: of the
-    tensors that the blocks decode to.
-    """
-
-    capacity_bytes: int
-    used_bytes: int
-    blocks: int
-    blocks_on_disk: int
-    disk_bytes: int
-    logical_bytes: int
 
 
 class HostPool:
