@@ -246,6 +246,8 @@ def print_tables(figures: dict[str, Any]) -> None:
         cells = [f"{row[what][key]:.{2 if key == 'ratio' else 0}f}" for what in ("out", "back", "both") for key in row[what]]
         shown.add_row(str(row["piece_mib"]), *cells)
     console.print(shown)
+    if not figures["beside"]:
+        return
     shown = Table(title=f"{PRODUCTS} products of {PRODUCT}^2 bf16 matrices, with transfers beside them")
     for heading in ("work", "MiB a step", "products' priority", "GB/s", "slow-down"):
         shown.add_column(heading, justify="right")
@@ -299,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Offload of encoded KV caches against copies of them.")
     parser.add_argument("--draw", action="store_true", help="only draw offload_speed.png from offload_speed.json")
     parser.add_argument("--preset", default=PRESET, metavar="NAME", help=f"of the pool (default: {PRESET})")
+    parser.add_argument("--alone", action="store_true", help="leave out what runs beside matrix products: most of the time")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results here (default: benchmarks/results)")
     options = parser.parse_args()
     folder = options.out or results_file.RESULTS
@@ -322,11 +325,14 @@ def main() -> None:
         "shape": list(shape),
     }
     figures["speed"] = [speed(copies, tensors, outs, piece, options.preset) for piece in PIECES]
-    figures["beside"] = slow_downs(copies, tensors, outs, options.preset)
+    figures["beside"] = [] if options.alone else slow_downs(copies, tensors, outs, options.preset)
     print_tables(figures)
     command = COMMAND if options.preset == PRESET else f"{COMMAND} --preset {options.preset}"
+    command += " --alone" * options.alone
     path = results_file.write("offload_speed", command, figures, folder)
     console.print(f"wrote {path}")
+    if options.alone:
+        return
     try:
         draw(figures, path.with_suffix(".png"))
     except ImportError:

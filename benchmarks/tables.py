@@ -80,8 +80,9 @@ def _named_rows(found: Row) -> list[Row]:
 
 
 def _main_piece(found: Row) -> list[Row]:
-    """The row of a HostPool's own size of a piece, with the preset."""
-    return [{"preset": found["preset"], **row} for row in found["speed"] if row["piece_mib"] == MAIN_PIECE]
+    """The row of a HostPool's own size of a piece, with the preset and the GPU."""
+    told = {"preset": found["preset"], "gpu": found["accelerator"]}
+    return [told | row for row in found["speed"] if row["piece_mib"] == MAIN_PIECE]
 
 
 def _microseconds(name: str) -> Cell:
@@ -435,10 +436,11 @@ TABLES = {
         },
     ),
     "offload": Table(
-        ["offload_speed", "quads/offload_speed"],
+        ["offload_speed", "quads/offload_speed_h200"],
         _main_piece,
         {
             "preset": text("preset"),
+            "GPU": text("gpu"),
             "out, GB/s of tensors": number("out.pool_gb_s", ".0f"),
             "back, GB/s of tensors": number("back.pool_gb_s", ".0f"),
             "out, over pinned copies": number("out.ratio", ".1f"),

@@ -8,6 +8,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import pqcodec
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload import ArenaFull, HostPool, PinnedArena
+from pqcodec.formats.offload.pipeline import _Starts
 from tests.conftest import DEVICE, GPU, HAS_TRITON, bits, gaussian
 
 WAYS = [
@@ -154,6 +156,53 @@ def test_large_tensors_travel_in_pieces_into_outs_of_any_strides(way: dict[str, 
         assert found is not None
         assert same(found.wait(), coded(x))
         assert same(cache.transpose(0, 1), pool.get("a"))
+
+
+def test_halves_at_the_ends_of_blocks_share_one_buffer_and_whole_pieces_two() -> None:
+    if not HAS_TRITON:
+        pytest.skip("the pipeline of a GPU needs triton here")
+    way = {"device": DEVICE, "backend": "auto" if GPU else "triton"}
+    x = gaussian(1, 4, 64, dtype=torch.float16).to(DEVICE)
+    with HostPool(1 << 20, piece_bytes=2 * x.nbytes, **way) as pool:
+        for _ in range(2):
+            pool.put("a", [x] * 6)
+            assert all(same(y, coded(x)) for y in pool.get("a"))
+        for prepared in (only_lane(pool)._encoders, only_lane(pool)._decoders):
+            assert sorted((batches[0].memory.numel(), len(batches)) for batches in prepared._kinds.values()) == [
+                (pool._blocks["a"].layout.sizes[0], 1),
+                (pool._blocks["a"].layout.sizes[1], 2),
+            ]
+        assert [len(piece.streams) for piece in pool._blocks["a"].layout.pieces] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("leads", [1, 3, 200])
+def test_addresses_are_the_same_whoever_adds_them(leads: int) -> None:
+    """Python adds few, numpy many."""
+    group = SimpleNamespace(starts=torch.zeros(2 * leads + 1, dtype=torch.int64))
+    parts = [np.arange(leads) * 64, np.array([0]), np.arange(leads) * 128 + 8]
+    starts = _Starts(group, [1, 0, 3], parts)
+    addresses = [5 << 40, 1 << 33, -1, 7 << 41]
+    for shift in range(2):
+        starts.set([address + shift for address in addresses], None)
+        expected = [part + addresses[number] + shift for number, part in zip([1, 0, 3], parts, strict=True)]
+        assert group.starts.tolist() == np.concatenate(expected).tolist()
+
+
+def test_a_pieces_event_and_flags_are_used_again_when_they_were_looked_at(way: dict[str, Any]) -> None:
+    if way["device"] == way["backend"] == "cpu":
+        pytest.skip("tensors of the CPU are encoded before put returns")
+    with HostPool(1 << 20, **way) as pool:
+        bad = tensors(way)
+        bad[0][0, 0, 0] = float("nan")
+        first, second = pool.put("a", bad), pool.put("b", tensors(way))
+        assert first._transfer.arrivals[0].flags is not second._transfer.arrivals[0].flags
+        second.wait()
+        third = pool.put("c", tensors(way))
+        assert third._transfer.arrivals[0].flags is second._transfer.arrivals[0].flags
+        third.wait()
+        second.wait()
+        with pytest.raises(NonFiniteInput):
+            first.wait()
 
 
 def test_wrong_arguments_are_told_apart(way: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload import HostPool, lanes
-from pqcodec.formats.offload.pieces import BlockLayout, layout_of
-from pqcodec.formats.offload.pipeline import HostPipeline, Transfer
+from pqcodec.formats.offload.pieces import BlockLayout, kinds_of, layout_of
+from pqcodec.formats.offload.pipeline import Arrival, HostPipeline, Transfer
 from pqcodec.options import EncodeOptions
 from pqcodec.stream.header import DTYPE_NAMES
 from tests.conftest import bits, gaussian
@@ -77,7 +77,7 @@ class FakePipeline(HostPipeline):
     def _own(self, xs: Sequence[Any]) -> None:
         assert {x.device for x in xs} == {self.device}
 
-    def begin(self, tensors: Sequence[Any]) -> None:
+    def begin(self, tensors: Sequence[Any], filled: bool) -> None:
         self._own(tensors)
         self.did.append(("begin", len(tensors)))
 
@@ -111,8 +111,8 @@ class FakePipeline(HostPipeline):
     def _note(self, what: str, transfer: Transfer) -> None:
         self.did.append(what)
         if self.events:
-            transfer.events.append(FakeEvent())
-            transfer.coded[self.device] = transfer.events[-1]
+            transfer.arrivals.append(Arrival(FakeEvent()))
+            transfer.coded[self.device] = transfer.arrivals[-1].event
 
 
 @pytest.fixture(autouse=True)
@@ -155,18 +155,33 @@ def did(pool: HostPool, what: str) -> list[int]:
 @pytest.mark.parametrize("pieces", [1, 2, 3, 9])
 def test_pieces_hold_every_tensor_once_and_of_one_device(places: tuple[int, ...], pieces: int) -> None:
     xs = tensors(*places)
-    layout = layout_of(xs, [EncodeOptions()] * len(xs), pieces * xs[0].nbytes)
+    layout = layout_of(kinds_of(xs), [EncodeOptions()] * len(xs), pieces * xs[0].nbytes)
     assert sorted(stream.tensor for piece in layout.pieces for stream in piece.streams) == [0, 1, 2, 3]
     for piece in layout.pieces:
         assert len({places[stream.tensor] for stream in piece.streams}) == 1
-    full = sum(-(-places.count(place) // pieces) for place in set(places))
-    assert len(layout.pieces) == full
+    for place in set(places):
+        counts = [len(piece.streams) for piece in layout.pieces if places[piece.streams[0].tensor] == place]
+        assert max(counts) <= pieces
+        assert max(counts[0], counts[-1]) <= max(pieces // 2, 1)  # the ends are halves
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_a_block_begins_and_ends_with_half_a_piece_and_has_whole_ones_between(count: int) -> None:
+    xs = [torch.empty(2, 4, 64, dtype=torch.float16)] * count
+    for most in (1, 2, 4, 8):
+        *first, last = [len(piece.streams) for piece in layout_of(kinds_of(xs), [EncodeOptions()], most * xs[0].nbytes).pieces]
+        half = max(most // 2, 1)
+        assert sum(first) + last == count
+        assert first[:1] in ([], [half])
+        assert last <= half
+        assert all(size == most for size in first[1:-1])  # the rest is in the one before the last
+        assert all(half <= size <= most for size in first[1:])
 
 
 def test_a_part_of_a_piece_lies_where_it_did() -> None:
     """``split`` moves places by where the part begins, and takes all that lies between."""
     xs = tensors(0, 0, 0, 0, 0)
-    (piece,) = layout_of(xs, [EncodeOptions()] * 5, 1 << 20).pieces
+    (piece,) = layout_of(kinds_of(xs), [EncodeOptions()] * 5, 1 << 20).pieces
     for places in itertools.product("ab", repeat=5):
         found = piece.split(places)
         assert {place for place, _, _ in found} == set(places)
@@ -288,7 +303,7 @@ def test_all_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pool_of(piece_bytes=xs[0].nbytes) as pool:
         monkeypatch.setattr(FakePipeline, "events", True)
         put = pool.put("a", xs)
-        events = put._transfer.events
+        events = [arrival.event for arrival in put._transfer.arrivals]
         assert len(events) == 3
         put.read(stream)
         assert stream.waits == [events[1], events[2]]  # the last of each device
@@ -298,7 +313,7 @@ def test_all_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
         assert put.done()
         found = pool.fetch("a")
         assert found is not None
-        reads = found._transfer.events
+        reads = [arrival.event for arrival in found._transfer.arrivals]
         reads[0].happened = reads[1].happened = True  # of the first device
         assert not found.done()
         pool.drop("a")

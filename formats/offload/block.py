@@ -22,7 +22,6 @@ class Block:
 
     key: Hashable
     layout: BlockLayout
-    devices: tuple[Any, ...]  # the device of each tensor when it was put
     single: bool  # one tensor was put, not a list
     slices: list[PinnedSlice] | None = None  # host memory, one slice for each piece
     path: Path | None = None  # the file of its bytes
@@ -31,6 +30,11 @@ class Block:
     users: int = 0  # calls that need its bytes to stay where they are
     reads: list[Transfer] = field(default_factory=list)  # transfers out of its host memory
     staged: list[Any] | None = None  # copies of its pieces on the devices that they came from
+
+    @property
+    def devices(self) -> tuple[Any, ...]:
+        """The device of each tensor when it was put."""
+        return self.layout.devices
 
     @property
     def hosts(self) -> list[Any]:

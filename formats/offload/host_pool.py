@@ -12,7 +12,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
@@ -22,50 +22,19 @@ from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block
 from pqcodec.formats.offload.handles import Get, Put, not_kept
-from pqcodec.formats.offload.lanes import Lanes
-from pqcodec.formats.offload.pieces import layout_of
+from pqcodec.formats.offload.lanes import Lanes, Shares
+from pqcodec.formats.offload.pieces import Kinds, kinds_of, layout_of
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, free_all, slice_bytes
 from pqcodec.formats.offload.pipeline import Transfer
+from pqcodec.formats.offload.usage import Counters, Usage
 from pqcodec.formats.places import remote
 from pqcodec.formats.places.atomic import PRIVATE, make_folders, searchable
 from pqcodec.options import EncodeOptions, each
 from pqcodec.sizes import size_of
 from pqcodec.stages.centre import Rope
-from pqcodec.tensors import arrays
 from pqcodec.tensors.numbers import is_torch
 
 PIECE_BYTES = 128 << 20  # of tensors: what one step of the pipeline encodes, copies and decodes
-
-
-@dataclass
-class Counters:
-    """How often something happened since a pool was made; one block counts 1."""
-
-    puts: int = 0
-    hits: int = 0  # gets and fetches of a key that the pool has
-    misses: int = 0  # ... and of one that it has not
-    prefetches: int = 0
-    evicted: int = 0  # dropped to make room
-    spilled: int = 0  # moved to disk to make room
-    reloaded: int = 0  # read from disk again
-    failed: int = 0  # puts and gets that raised
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a pool holds at one moment.
-
-    ``used_bytes``: of host memory, including blocks that are gone while transfers still use them. ``blocks``: all of them, in
-    memory and on disk; ``blocks_on_disk``: those that are only there. ``disk_bytes``: of all files. ``logical_bytes``: of the
-    tensors that the blocks decode to.
-    """
-
-    capacity_bytes: int
-    used_bytes: int
-    blocks: int
-    blocks_on_disk: int
-    disk_bytes: int
-    logical_bytes: int
 
 
 class HostPool:
@@ -80,9 +49,10 @@ class HostPool:
     ``preset``, ``backend``: those of ``pqcodec.encode``; ``put`` can choose another preset. ``spill``: a folder. A full pool
     moves the blocks that were used longest ago to files there; without a folder it evicts them. Closing the pool deletes the
     files. ``on_displaced`` is called with the key and "spilled" or "evicted". Sizes are numbers of bytes, or such as "8GiB".
-    ``piece_bytes``: bytes of tensors that one step of a pipeline encodes, copies or decodes. Each GPU holds the streams of two
-    steps in each direction. While matrix products fill the GPU, a step runs between two of them: small steps delay the products
-    less, large steps move more bytes. Work on a stream of a higher priority (-1) is delayed least.
+    ``piece_bytes``: bytes of tensors that one step of a pipeline encodes, copies or decodes; the first and the last step of a
+    block take half of it. Each GPU holds the streams of two steps and a half in each direction. While matrix products fill the
+    GPU, a step runs between two of them: small steps delay the products less, large steps move more bytes. Work on a stream of
+    a higher priority (-1) is delayed least.
 
     Raises InvalidArgument (also for devices of different types), BackendUnavailable, and MemoryError where so much memory
     cannot be pinned.
@@ -174,13 +144,13 @@ class HostPool:
             raise InvalidArgument(f"tensors is a {type(tensors).__name__}; a torch tensor or a list of them is expected")
         given = [tensors] if single else list(tensors)
         options = self._options(len(given), preset, center, rope, exact_tokens)
-        self._check_given(given)
-        block = Block(key, layout_of(given, options, self._piece_bytes), tuple(x.device for x in given), single)
+        kinds, shares = self._seen(given)
+        block = Block(key, layout_of(kinds, options, self._piece_bytes), single)
         displaced: list[tuple[Hashable, str]] = []
         transfer = Transfer()
         try:
-            block.slices = self._room(block, displaced)
-            self._lanes.encode(block.layout.pieces, given, block.hosts, transfer)
+            block.slices = slices = self._room(block, displaced)
+            self._lanes.encode(block.layout.pieces, given, shares, slices or (), transfer)
         except BaseException as error:
             with self._changed:
                 self.counters.failed += 1
@@ -196,14 +166,18 @@ class HostPool:
             self.counters.puts += 1
             block.before = self._blocks.pop(key, None)
             self._blocks[key] = block
+            self._reclaim()
         handle = Put(block, displaced, self._settle)
         if wait:
             handle.wait()
         return handle
 
-    def _options(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> list[EncodeOptions]:
-        """The options of each tensor; equal ones are one object, because making one checks it."""
-        presets = each("preset", self.preset if preset is None else preset, count, str)
+    def _options(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> Sequence[EncodeOptions]:
+        """The options of all tensors, or of each; equal ones are one object, because making one checks it."""
+        preset = self.preset if preset is None else preset
+        if isinstance(preset, str) and center is None and rope is None and type(exact_tokens) is int:
+            return (_plain_options(preset, exact_tokens),)
+        presets = each("preset", preset, count, str)
         for name in set(presets):
             check_restores(name, "a pool")
         centers = each("center", center, count, (str, type(None)))
@@ -217,10 +191,13 @@ class HostPool:
             options.append(made[kind])
         return options
 
-    def _check_given(self, tensors: Sequence[Any]) -> None:
+    def _seen(self, tensors: Sequence[Any], strides: bool = False) -> tuple[Kinds, Shares]:
+        """What tensors are, and those of each device; raises InvalidArgument where the pool does not take one."""
         if self._closed:
             raise InvalidArgument("the pool is closed; make a new one")
         self._lanes.check(tensors)
+        kinds = kinds_of(tensors, strides)
+        return kinds, self._lanes.shares(tensors, kinds.devices)
 
     # -- out -----------------------------------------------------------------------------------------------------
     def get(self, key: Hashable, out: Any = None) -> Any:
@@ -249,11 +226,11 @@ class HostPool:
         if block is None:
             return None
         try:
-            outs = self._outs(block, out)
+            outs, shares = self._outs(block, out)
             hosts, staged = self._in_memory(block)
             transfer = Transfer()
             try:
-                self._lanes.decode(block.layout.pieces, hosts, staged, outs, transfer)
+                self._lanes.decode(block.layout.pieces, hosts, staged, outs, shares, transfer)
             except BaseException:
                 self._lanes.drain()
                 raise
@@ -286,23 +263,18 @@ class HostPool:
             self._used(block)
         return True
 
-    def _outs(self, block: Block, out: Any) -> list[Any]:
-        if out is None:
-            return block.layout.new_tensors(block.devices)
-        outs = [out] if block.single else list(out)
-        self._check_given(outs)
+    def _outs(self, block: Block, out: Any) -> tuple[list[Any], Shares]:
+        """The tensors to fill, and those of each device; raises InvalidArgument for given ones that the block does not fill."""
         expected = block.layout
+        if out is None:
+            outs = expected.new_tensors(block.devices)
+            return outs, self._seen(outs)[1]
+        outs = [out] if block.single else list(out)
+        kinds, shares = self._seen(outs, strides=True)
         if len(outs) != len(expected.shapes):
             raise InvalidArgument(f"out: {len(outs)} tensors are given, block {block.key!r} holds {len(expected.shapes)}")
-        seen = set()
-        for number, (x, shape, dtype) in enumerate(zip(outs, expected.shapes, expected.dtypes, strict=True)):
-            kind = (x.shape, x.stride(), x.dtype, shape, dtype)
-            if kind in seen:
-                continue
-            seen.add(kind)
-            if not arrays.fits(x, shape, dtype):
-                raise InvalidArgument(f"out {number} has strides {x.stride()}; its last dimension must be contiguous")
-        return outs
+        expected.check_outs(outs, kinds)
+        return outs, shares
 
     def _use(self, key: Hashable, count: bool = True) -> Block | None:
         """The block of a key, known to be sound; its bytes stay where they are until ``_used``."""
@@ -366,7 +338,7 @@ class HostPool:
                 return
             block.put, before, block.before = None, block.before, None
             if put.sound():
-                self._leave(before)
+                self._leave(before, reclaim=False)
             elif self._blocks.get(block.key) is block:
                 del self._blocks[block.key]
                 if before is not None:
@@ -381,16 +353,18 @@ class HostPool:
         self._leave(block)
         return block is not None
 
-    def _leave(self, block: Block | None) -> None:
+    def _leave(self, block: Block | None, reclaim: bool = True) -> None:
         """Let go of a block and of all blocks that it would have replaced, with the lock held.
 
-        Their memory and files are given back once no call and no transfer uses them.
+        Their memory and files are given back once no call and no transfer uses them; without ``reclaim`` not before the next
+        call that puts, drops or counts: who waits for a put need not wait for that.
         """
         while block is not None:
             self._leaving.append(block)
             before, block.before = block.before, None
             block = before
-        self._reclaim()
+        if reclaim:
+            self._reclaim()
         self._changed.notify_all()
 
     def _reclaim(self, wait: bool = False) -> bool:
@@ -425,22 +399,15 @@ class HostPool:
     # -- room ----------------------------------------------------------------------------------------------------
     def _room(self, block: Block, displaced: list[tuple[Hashable, str]]) -> list[PinnedSlice] | None:
         """A slice for each piece of a block, once others have made way; None if another thread has given the block memory."""
-        sizes = [piece.nbytes for piece in block.layout.pieces]
-        needed = sum(map(slice_bytes, sizes))
-        if needed > self._arena.capacity_bytes:
-            raise InvalidArgument(
-                f"block {block.key!r} takes {needed} bytes, the pool has {self._arena.capacity_bytes} in all; "
-                "put fewer tensors under one key, or make the pool larger"
-            )
         while True:
             with self._changed:
                 if block.slices is not None:
                     return None
-                self._reclaim()
-                slices = self._arena.allocate_all(sizes)
+                slices = self._arena.allocate_all(block.layout.sizes)
                 if slices is not None:
                     return slices
-                if self._reclaim(wait=True):
+                self._check_size(block)
+                if self._reclaim() or self._reclaim(wait=True):
                     continue
                 coldest = self._coldest()
                 if coldest is None:
@@ -451,6 +418,15 @@ class HostPool:
                 self._make_way(coldest, displaced)
             finally:
                 self._used(coldest)
+
+    def _check_size(self, block: Block) -> None:
+        """Raises InvalidArgument for a block that the pool has no room for, even alone."""
+        needed = sum(map(slice_bytes, block.layout.sizes))
+        if needed > self._arena.capacity_bytes:
+            raise InvalidArgument(
+                f"block {block.key!r} takes {needed} bytes, the pool has {self._arena.capacity_bytes} in all; "
+                "put fewer tensors under one key, or make the pool larger"
+            )
 
     def _coldest(self) -> Block | None:
         """The block that makes way next: one that still keeps the block it replaces, or else the one used longest ago."""
@@ -504,3 +480,10 @@ class HostPool:
             else:  # another thread has read it first
                 free_all(slices)
             return block.hosts, staged
+
+
+@lru_cache(maxsize=64)
+def _plain_options(preset: str, exact_tokens: int) -> EncodeOptions:
+    """The options of tensors that are not centred, checked once."""
+    check_restores(preset, "a pool")
+    return EncodeOptions(preset, exact_tokens=exact_tokens)

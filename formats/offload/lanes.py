@@ -6,7 +6,7 @@ of its device comes, so that a GPU without tensors gets no CUDA context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -14,11 +14,12 @@ from pqcodec.backends import ON_DEVICE
 from pqcodec.backends import backend as backend_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.offload.pieces import BlockPiece
+from pqcodec.formats.offload.pinned import PinnedSlice
 from pqcodec.formats.offload.pipeline import DevicePipeline, HostPipeline, Transfer
 from pqcodec.placed import device_named
-from pqcodec.tensors.numbers import is_torch
 
 Pipeline = DevicePipeline | HostPipeline
+Shares = Mapping[Any, Sequence[Any]]  # of some tensors: those of each device
 
 
 class Lanes:
@@ -33,34 +34,66 @@ class Lanes:
         for each in self.devices[:1] if device is None else self.devices:
             _kernel(backend, each)
 
-    def check(self, tensors: Sequence[Any]) -> None:
-        """Make the pipelines that ``tensors`` need; raises InvalidArgument for a tensor elsewhere, and BackendUnavailable."""
+    @staticmethod
+    def check(tensors: Sequence[Any]) -> None:
+        """Raises InvalidArgument for what is no tensor of torch."""
+        import torch
+
+        for kind in set(map(type, tensors)):
+            if not issubclass(kind, torch.Tensor):
+                number = next(number for number, x in enumerate(tensors) if type(x) is kind)
+                raise InvalidArgument(f"tensor {number} is a {kind.__name__}; torch tensors are expected")
+
+    def shares(self, tensors: Sequence[Any], devices: Sequence[Any]) -> Shares:
+        """The tensors of each device, of tensors on ``devices``, whose pipelines are made if they are not yet.
+
+        Raises InvalidArgument for a tensor elsewhere, and BackendUnavailable.
+        """
+        if len(devices) == 1 and devices[0] in self._made:
+            return {devices[0]: tensors}
+        shares: dict[Any, list[Any]] = {}
         for number, x in enumerate(tensors):
-            if not is_torch(x):
-                raise InvalidArgument(f"tensor {number} is a {type(x).__name__}; torch tensors are expected")
             if x.device not in self._made:
                 self._make(x.device, number)
+            shares.setdefault(x.device, []).append(x)
+        return shares
 
-    def encode(self, pieces: Sequence[BlockPiece], tensors: Sequence[Any], hosts: Sequence[Any], transfer: Transfer) -> None:
-        """Encode the pieces of a block's ``tensors`` into ``hosts``, uint8 [piece.nbytes] each."""
-        own = self._begun(tensors)
+    def encode(
+        self,
+        pieces: Sequence[BlockPiece],
+        tensors: Sequence[Any],
+        shares: Shares,
+        hosts: Sequence[PinnedSlice],
+        transfer: Transfer,
+    ) -> None:
+        """Encode the pieces of a block's ``tensors`` into ``hosts``, of piece.nbytes each; ``shares``: of ``tensors``."""
+        self._begin(shares, filled=False)
         for piece, host in zip(pieces, hosts, strict=True):
             self._made[piece.first_of(tensors).device].encode(piece, tensors, host, transfer)
-        self._end(own, transfer, filled=False)
+        self._end(shares, transfer, filled=False)
 
     def decode(
-        self, pieces: Sequence[BlockPiece], hosts: Sequence[Any], staged: Sequence[Any], outs: Sequence[Any], transfer: Transfer
+        self,
+        pieces: Sequence[BlockPiece],
+        hosts: Sequence[Any],
+        staged: Sequence[Any],
+        outs: Sequence[Any],
+        shares: Shares,
+        transfer: Transfer,
     ) -> None:
         """Decode ``hosts`` into the pieces of a block's ``outs``; those of one piece may be on several devices.
 
         ``staged``: what ``moved`` returned, or None for each piece. A copy is used for the tensors of its own device only.
+        ``shares``: of ``outs``.
         """
-        own, devices = self._begun(outs), [x.device for x in outs]
+        self._begin(shares, filled=True)
+        devices = [x.device for x in outs] if len(shares) > 1 else list(shares)
         for piece, host, copy in zip(pieces, hosts, staged, strict=True):
-            for device, on_it, start in piece.split(devices) if len(own) > 1 else [(devices[0], piece, 0)]:
+            for device, on_it, start in piece.split(devices) if len(shares) > 1 else [(devices[0], piece, 0)]:
                 source = host if copy is None or copy.device != device else copy
-                self._made[device].decode(on_it, source[start : start + on_it.nbytes], outs, transfer)
-        self._end(own, transfer, filled=True)
+                part = source if on_it is piece else source[start : start + on_it.nbytes]
+                self._made[device].decode(on_it, part, outs, transfer)
+        self._end(shares, transfer, filled=True)
 
     def moved(
         self, pieces: Sequence[BlockPiece], devices: Sequence[Any], hosts: Sequence[Any], staged: Sequence[Any]
@@ -95,17 +128,12 @@ class Lanes:
                 on_device = kernel.name in ON_DEVICE
                 self._made[device] = DevicePipeline(device, kernel.name) if on_device else HostPipeline(kernel.name)
 
-    def _begun(self, tensors: Sequence[Any]) -> dict[Any, list[Any]]:
-        """The tensors of each device, once its pipeline has begun with them."""
-        own: dict[Any, list[Any]] = {}
-        for x in tensors:
-            own.setdefault(x.device, []).append(x)
-        for device, xs in own.items():
-            self._made[device].begin(xs)
-        return own
+    def _begin(self, shares: Shares, filled: bool) -> None:
+        for device, xs in shares.items():
+            self._made[device].begin(xs, filled)
 
-    def _end(self, own: dict[Any, list[Any]], transfer: Transfer, filled: bool) -> None:
-        for device, xs in own.items():
+    def _end(self, shares: Shares, transfer: Transfer, filled: bool) -> None:
+        for device, xs in shares.items():
             self._made[device].end(xs, transfer, filled)
 
 

@@ -1,17 +1,20 @@
 """Law: how a block's tensors are cut into pieces: streams that are encoded together, stored side by side and copied at once.
 
 A piece is what one step of a pipeline moves, and all of it comes from one device. A tensor larger than a piece becomes several
-streams, cut along its first dimension. The cut depends on shapes, dtypes, options and on which tensors share a device, and on
-nothing else, so blocks of the same kind have the same pieces.
+streams, cut along its first dimension. The first piece and the last are halves: copies out wait until the first is encoded, and
+copies back are over when the last is yet to be decoded. Smaller ones would be copied before the host has queued the next, or
+before that is encoded. The cut depends on shapes, dtypes, options and on which tensors share a device, and on nothing else, so
+blocks of the same kind have the same pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count, pairwise
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from pqcodec import constants as c
 from pqcodec.errors import InvalidArgument
@@ -21,6 +24,29 @@ from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.tensors import arrays
 
 _NUMBERS = count()
+_KIND = attrgetter("shape", "dtype", "layout", "device")  # of a tensor
+
+
+class Kinds(NamedTuple):
+    """What tensors are: ``each`` kind, in the order in which they appear, and ``numbers``, the kind of each tensor.
+
+    A kind: shape, dtype, layout, device, and strides if they are wanted. As most tensors are alike, this is soon compared.
+    """
+
+    each: tuple[Any, ...]
+    numbers: tuple[int, ...]
+
+    @property
+    def devices(self) -> list[Any]:
+        """The devices of the tensors."""
+        return list(dict.fromkeys(kind[3] for kind in self.each))
+
+
+def kinds_of(tensors: Iterable[Any], strides: bool = False) -> Kinds:
+    """What torch tensors are; looks at each once, which takes most of the time before a block's first piece is queued."""
+    kinds = [(*_KIND(x), x.stride()) for x in tensors] if strides else list(map(_KIND, tensors))
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return Kinds(tuple(numbers), (0,) * len(kinds) if len(numbers) == 1 else tuple(map(numbers.__getitem__, kinds)))
 
 
 @dataclass(frozen=True)
@@ -92,23 +118,43 @@ def _kind_number(streams: tuple[tuple[Header, int], ...]) -> int:
     return next(_NUMBERS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """What a block's tensors are (shapes and stored dtypes), and the pieces that their streams make."""
+    """What a block's tensors are (shapes, stored dtypes, devices), and the pieces that their streams make."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[int, ...]
+    devices: tuple[Any, ...]
     pieces: tuple[BlockPiece, ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each piece."""
+        return [piece.nbytes for piece in self.pieces]
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all pieces."""
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(self.sizes)
 
     @cached_property
     def logical_bytes(self) -> int:
         """Bytes of the tensors that the block decodes to."""
         return sum(_bytes(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+    @cached_property
+    def _filled(self) -> set[Kinds]:
+        """Kinds of tensors that are known to have room for the block's."""
+        return set()
+
+    def check_outs(self, outs: Sequence[Any], kinds: Kinds) -> None:
+        """Raises InvalidArgument for tensors of ``kinds``, with strides, that have no room for the block's where they lie."""
+        if kinds in self._filled:
+            return
+        for number, (x, shape, dtype) in enumerate(zip(outs, self.shapes, self.dtypes, strict=True)):
+            if not arrays.fits(x, shape, dtype):
+                raise InvalidArgument(f"out {number} has strides {x.stride()}; its last dimension must be contiguous")
+        self._filled.add(kinds)
 
     def new_tensors(self, devices: Sequence[Any]) -> list[Any]:
         """Uninitialised tensors of the block's shapes and dtypes, each on its device of ``devices``."""
@@ -126,26 +172,20 @@ def _bytes(shape: tuple[int, ...], dtype: int) -> int:
     return size
 
 
-def layout_of(tensors: Sequence[Any], options: Sequence[EncodeOptions], piece_bytes: int) -> BlockLayout:
-    """The layout of tensors [..., tokens, head_dim], with one of ``options`` each.
+def layout_of(kinds: Kinds, options: Sequence[EncodeOptions], piece_bytes: int) -> BlockLayout:
+    """The layout of torch tensors [..., tokens, head_dim], with one of ``options`` for all of them, or one each.
 
     A piece is full with ``piece_bytes`` of tensors. Raises InvalidArgument for shapes, dtypes and presets that a pool does not
     take.
     """
-    kinds: dict[Any, int] = {}
-    devices: dict[Any, int] = {}
-    for x in tensors:
-        devices.setdefault(x.device, len(devices))
-        if (x.shape, x.dtype) not in kinds:
-            kinds[x.shape, x.dtype] = arrays.view(x).dtype  # checks both
-    described = tuple((tuple(x.shape), kinds[x.shape, x.dtype], devices[x.device]) for x in tensors)
-    return _layout(described, tuple(options), piece_bytes)
+    return _layout(kinds, tuple(options), piece_bytes)
 
 
 @dataclass
 class _Filling:
-    """A piece that is not full yet."""
+    """A piece that is not full yet. ``room``: bytes of tensors with which it is."""
 
+    room: int
     streams: list[PieceStream] = field(default_factory=list)
     filled: int = 0  # bytes of tensors
     nbytes: int = 0  # bytes of their streams
@@ -155,27 +195,37 @@ class _Filling:
         return BlockPiece(tuple(self.streams), self.nbytes)
 
 
+def _room(rest: int, piece_bytes: int) -> int:
+    """Bytes of tensors of the piece behind the first one, where ``rest`` are to come: half a piece stays for the last one."""
+    half = piece_bytes // 2
+    return min(piece_bytes, max(rest - half, half))
+
+
 @lru_cache(maxsize=256)
-def _layout(
-    kinds: tuple[tuple[tuple[int, ...], int, int], ...], options: tuple[EncodeOptions, ...], piece_bytes: int
-) -> BlockLayout:
-    """``kinds``: the shape, the stored dtype and the device's number of each tensor."""
+def _layout(kinds: Kinds, options: tuple[EncodeOptions, ...], piece_bytes: int) -> BlockLayout:
     headers = lru_cache(_header)  # tensors of a kind share one
+    stored = [arrays.stored_kind(*kind[:3]) for kind in kinds.each]
+    shapes, dtypes = tuple(stored[n][0] for n in kinds.numbers), tuple(stored[n][1] for n in kinds.numbers)
+    devices = tuple(kinds.each[n][3] for n in kinds.numbers)
+    rest: dict[Any, int] = {}  # bytes of a device's tensors that are in no piece yet
+    for shape, dtype, device in zip(shapes, dtypes, devices, strict=True):
+        rest[device] = rest.get(device, 0) + _bytes(shape, dtype)
     pieces: list[BlockPiece] = []
-    filling: dict[int, _Filling] = {}
-    for number, ((shape, dtype, device), how) in enumerate(zip(kinds, options, strict=True)):
+    filling = {device: _Filling(piece_bytes // 2) for device in rest}
+    told = zip(shapes, dtypes, devices, options * len(shapes) if len(options) == 1 else options, strict=True)
+    for number, (shape, dtype, device, how) in enumerate(told):
         for first, last in _cuts(shape, dtype, piece_bytes):
             own = shape if last < 0 else (last - first, *shape[1:])
-            size = _bytes(own, dtype)
-            now = filling.setdefault(device, _Filling())
-            if now.streams and now.filled + size > piece_bytes:
+            size, now = _bytes(own, dtype), filling[device]
+            if now.streams and now.filled + size > now.room:
                 pieces.append(now.piece())
-                now = filling[device] = _Filling()
+                now = filling[device] = _Filling(_room(rest[device], piece_bytes))
             header = headers(how, own, dtype)
             now.streams.append(PieceStream(number, first, last, header, now.nbytes, how))
             now.filled, now.nbytes = now.filled + size, now.nbytes + aligned(header.stream_bytes)
+            rest[device] -= size
     pieces += [now.piece() for now in filling.values()]
-    return BlockLayout(tuple(shape for shape, _, _ in kinds), tuple(dtype for _, dtype, _ in kinds), tuple(pieces))
+    return BlockLayout(shapes, dtypes, devices, tuple(pieces))
 
 
 def _header(options: EncodeOptions, shape: tuple[int, ...], dtype: int) -> Header:

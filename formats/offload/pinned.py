@@ -16,6 +16,8 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -52,23 +54,35 @@ class PinnedSlice:
 
     def __init__(self, arena: PinnedArena, offset: int, nbytes: int) -> None:
         self._arena: PinnedArena | None = arena
+        self._memory = arena.tensor
         self.offset, self.nbytes = offset, nbytes
-        self.tensor = arena.tensor[offset : offset + nbytes]
+
+    @cached_property
+    def tensor(self) -> Any:
+        """The bytes: torch takes as long to cut them out as the arena to find them, so that is done when they are wanted."""
+        return self._memory[self.offset : self.offset + self.nbytes]
 
     def free(self) -> None:
         """Give the memory back to the arena; a second call does nothing.
 
         No one may read or write the memory any more, and no transfer may be under way.
         """
-        arena, self._arena = self._arena, None
-        if arena is not None:
-            arena._take_back(self.offset, slice_bytes(self.nbytes))
+        free_all([self])
 
 
 def free_all(slices: Iterable[PinnedSlice]) -> None:
-    """Call ``PinnedSlice.free`` of each slice."""
+    """``PinnedSlice.free`` of each slice; those that lie one behind the other go back as one run."""
+    runs: list[tuple[PinnedArena, int, int]] = []
     for part in slices:
-        part.free()
+        arena, part._arena = part._arena, None
+        if arena is None:
+            continue
+        start, end = part.offset, part.offset + slice_bytes(part.nbytes)
+        if runs and runs[-1][0] is arena and runs[-1][2] == start:
+            start = runs.pop()[1]
+        runs.append((arena, start, end))
+    for arena, start, end in runs:
+        arena._take_back(start, end - start)
 
 
 class PinnedArena:
@@ -130,23 +144,33 @@ class PinnedArena:
         """
         if nbytes < 0:
             raise InvalidArgument(f"a slice of {nbytes} bytes is asked for; 0 and more are possible")
-        wanted = slice_bytes(nbytes)
+        start = self._take(slice_bytes(nbytes))
+        if start is None:
+            free = f"{self.free_bytes} of {self.capacity_bytes} are free, {self.largest_free} in one run"
+            raise ArenaFull(f"{nbytes} bytes are asked for; {free}: free slices, or make the arena larger")
+        return PinnedSlice(self, start, nbytes)
+
+    def _take(self, wanted: int) -> int | None:
+        """The first of ``wanted`` bytes, which are taken; None where no free run is so long."""
         with self._lock:
             fitting = [(size, start) for start, size in self._sizes.items() if size >= wanted]
             if not fitting:
-                free, largest = sum(self._sizes.values()), max(self._sizes.values(), default=0)
-                raise ArenaFull(
-                    f"{nbytes} bytes are asked for; {free} of {self.capacity_bytes} are free, {largest} in one run: "
-                    "free slices, or make the arena larger"
-                )
+                return None
             size, start = min(fitting)
             self._remove(start)
             if size > wanted:
                 self._add(start + wanted, size - wanted)
-        return PinnedSlice(self, start, nbytes)
+        return start
 
     def allocate_all(self, sizes: Sequence[int]) -> list[PinnedSlice] | None:
-        """A slice of each size (bytes); None, and nothing is taken, if there is no room for all of them."""
+        """A slice of each size (bytes), one behind the other where a free run holds all of them.
+
+        None, and nothing is taken, if there is no room for them even apart.
+        """
+        ends = list(accumulate(map(slice_bytes, sizes), initial=0))
+        start = self._take(ends[-1])
+        if start is not None:
+            return [PinnedSlice(self, start + at, size) for at, size in zip(ends, sizes, strict=False)]
         slices: list[PinnedSlice] = []
         try:
             for size in sizes:

@@ -52,15 +52,20 @@ def view(x: Any) -> View:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         raise InvalidArgument(f"a torch.Tensor or numpy.ndarray is expected, not {type(x).__name__}")
-    dtypes = {torch.float16: c.DTYPE_FLOAT16, torch.bfloat16: c.DTYPE_BFLOAT16, torch.float32: c.DTYPE_FLOAT32}
-    if x.dtype not in dtypes or x.layout != torch.strided:
-        raise InvalidArgument(
-            f"dtype {x.dtype}, layout {x.layout} of the tensor; dense {', '.join(DTYPE_NAMES.values())} expected"
-        )
-    shape = _checked(tuple(x.shape))
+    shape, dtype = stored_kind(x.shape, x.dtype, x.layout)
     if x.device.type != "cpu":
-        return View(shape, dtypes[x.dtype], False, x.device.type, np.zeros(0, np.uint16))
-    return View(shape, dtypes[x.dtype], False, "cpu", _torch_stored(x.detach().resolve_neg()))
+        return View(shape, dtype, False, x.device.type, np.zeros(0, np.uint16))
+    return View(shape, dtype, False, "cpu", _torch_stored(x.detach().resolve_neg()))
+
+
+def stored_kind(shape: Any, dtype: Any, layout: Any) -> tuple[tuple[int, ...], int]:
+    """The shape and the stored dtype of torch tensors of a shape, dtype and layout; raises InvalidArgument for others."""
+    import torch
+
+    dtypes = {torch.float16: c.DTYPE_FLOAT16, torch.bfloat16: c.DTYPE_BFLOAT16, torch.float32: c.DTYPE_FLOAT32}
+    if dtype not in dtypes or layout != torch.strided:
+        raise InvalidArgument(f"dtype {dtype}, layout {layout} of the tensor; dense {', '.join(DTYPE_NAMES.values())} expected")
+    return _checked(tuple(shape)), dtypes[dtype]
 
 
 def _torch_stored(x: Any) -> np.ndarray:
