@@ -77,9 +77,10 @@ def copy_pinned(target: Any, source: Any) -> None:
 def copy_on(stream: Any, target: Any, source: Any) -> None:
     """Queue a copy between host memory and a device, or on a device, on a stream of torch (None: the device is a CPU).
 
-    The caller keeps both until the copy is over. It costs a quarter of what torch takes to enter a stream, copy and leave it.
-    The current device is the stream's.
+    The caller keeps both until the copy is over; they have the same size. It costs a quarter of what torch takes to enter a
+    stream, copy and leave it. The current device is the stream's.
     """
+    assert target.nbytes == source.nbytes, (target.nbytes, source.nbytes)  # the driver would write beyond the target
     if stream is None:
         target.copy_(source)
         return
