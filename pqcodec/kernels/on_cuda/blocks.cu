@@ -179,6 +179,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
     uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
+#if WIDE
+    send_for_tables(blob, memory);  // on their way while a block is looked for
+#endif
     u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, place = AHEAD - 1;
     if (index < blocks) {
         const Block block = find_block(spans, firsts, starts, search, index);
@@ -191,7 +194,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         if (lane == 0) upcoming[place] = block;
     }
 #endif
+#if WIDE
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
     copy_tables(blob, memory);
+#endif
 #if STREAMED
     Panels panels(tables, reinterpret_cast<const u8*>(blob) + MATRIX_AT);
 #elif WIDE

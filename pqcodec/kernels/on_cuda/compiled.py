@@ -87,7 +87,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
     for keys, bits, phases, copies in product((True, False), tables, phase_copies(h, few), own):
-        blob, places = tables_for(verb, h, bits, keys, phases, copies)
+        blob, places = tables_for(verb, h, bits, keys, phases, copies, effort)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
         special = special | (WIDE_ROPE_THREADS if wide and h.rope else {})

@@ -27,15 +27,17 @@ BOUNDS_ROW = t.BOUNDS + 1  # entries of a width's row of bounds, the last of whi
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 
 
-def tables_for(verb: str, h: Header, bits: int, keys: bool, phases: int, copies: int = 1) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(
+    verb: str, h: Header, bits: int, keys: bool, phases: int, copies: int = 1, effort: str = "fast"
+) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies there are of RoPE's turns
     (``phases``) and of an encoder's tables of quads (``copies``).
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
-    without, the kernel reads them from the device's memory.
+    without, the kernel reads them from the device's memory. ``effort``: of an encoder's search.
     """
     plan = plan_for(h)
-    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies)
+    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
     blob, places = blob_of({**own, **_shared(verb, h, plan, keys, phases)})
     return blob, {**places, "PHASE_COPIES": phases, "COPIES": copies}
 
@@ -204,9 +206,9 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -- of encoders ----------------------------------------------------------------------------------------------------------
-def _encoder_tables(h: Header, plan: Plan, copies: int) -> dict[str, np.ndarray]:
+def _encoder_tables(h: Header, plan: Plan, copies: int, effort: str) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_QUADS:
-        return encoder_tables(plan, copies)
+        return encoder_tables(plan, copies, effort)
     if h.coding == c.CODING_PAPER:
         return {}
     nodes, quads, kept = t.node_arrays(plan.order), plan.quads, kept_rows(h)
