@@ -207,8 +207,11 @@ struct Panels {
 
     INLINE int behind(int way) const { return slot + way < SLOTS ? slot + way : slot + way - SLOTS; }
 
+    // The address of a slot: lane 0's, so that the compiler knows that it is one number for all lanes.
+    INLINE u32 address() const { return __shfl_sync(ALL_LANES, slots + slot * PANEL_BYTES, 0); }
+
     // The address of the first panel; it has come.
-    INLINE u32 first() const { return slots + slot * PANEL_BYTES; }
+    INLINE u32 first() const { return address(); }
 
     // The address of the panel behind ``panel``, which is multiplied with, or was; the one behind that is sent for.
     INLINE u32 next(int panel) {
@@ -219,7 +222,7 @@ struct Panels {
         __syncthreads();
         send_for(panel + 2 < PANELS ? panel + 2 : panel + 2 - PANELS, behind(2));
         slot = behind(1);
-        return slots + slot * PANEL_BYTES;
+        return address();
     }
 
     INLINE void finish() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
