@@ -9,7 +9,8 @@
 //         packed float16; two rounds: bytes); and the two factors that the row's numbers are multiplied with after it.
 //     encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent)
 //         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
-//         multiplied with 2^exponent -> the row's bits, in a stage that held zeros.
+//         multiplied with 2^exponent -> the row's bits, in a stage that held zeros, if the coding does not say STORED: that it
+//         writes every word.
 //
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
 // where the coding leaves them as it pleases. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
