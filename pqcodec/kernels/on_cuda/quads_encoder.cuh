@@ -292,14 +292,17 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-#define UNDER_WAY (ORDER == 128 ? 1 : 2)  // panels at once: what a second one needs of registers costs 128 more than it saves
+#define UNDER_WAY (STRIPS >= 8 ? 1 : 2)  // panels at once: a second one of these would need too many registers
 #define UNROLLED (STREAMED ? 2 : PANELS)  // panels: an even number of them, if they are streamed
 #define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
+#define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 
 // Two rows' bits, in a stage that held zeros, if not all of it is STORED. ``stored`` [4 PIECES words][2]: a lane's channels as
-// they are multiplied, times 2^exponent each; ``energies``: the rows'.
+// they are multiplied, times 2^exponent each; ``energies``: the rows'. ``multiplied`` is called when the channels were, and
+// registers are free.
+template <typename Call>
 INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*stored)[2],
-                            const float* energies, const int* exponents, Panels& panels) {
+                            const float* energies, const int* exponents, Panels& panels, Call multiplied) {
     float scale[2];
     int less[2][2];  // signs
     u64 codes[2], waiting[2];
@@ -325,11 +328,13 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
             } else {
                 if (UNDER_WAY > 1) panels.next(panel);
                 wait_together<false, 0>(sums);
+                if (panel + 1 == PANELS && !FREED_AT) multiplied();
             }
 #pragma unroll
             for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
                 const int pair = panel * PAIRS_OF_PANEL + of_panel;
                 const bool last = pair == QUADS / 2 - 1;
+                if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
                     float quads[2][4];
