@@ -222,6 +222,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #if OFFSETS
         keep_means(block, lane, means);
 #endif
+#if TILE_TURNS
+        turn_means(tables, means, position_of(block), lane, means + ORDER);
+#endif
 #if IN_STEP && PLANES
         const Steps steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
 #endif
@@ -230,6 +233,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             more = steps.any_goes_on(IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
 #elif IN_STEP
             more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
+#endif
+#if TILE_TURNS
+            if (first_row) turn_on(tables, lane, means + ORDER);
 #endif
             const int row = first_row + tile_row;
             rows_are_fetched();

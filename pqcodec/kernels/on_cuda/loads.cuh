@@ -109,23 +109,30 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
                        Use use) {
     const int quarter = lane & 3;
     Turns turns[2];
+    float own[8], partners[8];  // means of a piece, and of those that turn with it
 #pragma unroll UNROLLED_PIECES
     for (int i = 0; i < PIECES; i++) {
-        const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those with the same turns one after the other
+        const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those that turn together one after the other
         const int first = first_channel(quarter, piece);
 #if OFFSETS
-        float own[8];
-        eight_means(means, first, own);
+        const bool again = APART && i % 2 && i < 2 * APART;  // the same turns as of the last one, and means the other way round
+        if (!again) eight_means(TILE_TURNS ? means + ORDER : means, first, own);
 #endif
 #if PAIRS
-        float partners[8];
-        eight_means(means, partners_of(first), partners);
-        if (first < TURNING && (!APART || i % 2 == 0)) {
-            u32 frequencies[TURNS];
-            frequencies_of(tables, first, frequencies);
+        if (!again) eight_means(TILE_TURNS ? means + ORDER : means, partners_of(first), partners);
 #pragma unroll
-            for (int part = 0; part < 2; part++)
-                turns_at(tables, position_of(block) + row + 8 * part, frequencies, turns[part]);
+        for (int k = 0; k < 8; k++) {
+            const float mean = own[k];
+            own[k] = again ? partners[k] : mean, partners[k] = again ? mean : partners[k];
+        }
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            if (again) continue;
+#if TILE_TURNS
+            if (piece < TURNED_PIECES) turns_in_tile(tables, 2 * piece + part, lane, turns[part]);
+#else
+            if (first < TURNING) turns_at(tables, position_of(block) + row + 8 * part, first, turns[part]);
+#endif
         }
 #endif
 #pragma unroll
@@ -137,7 +144,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
 #if PAIRS
-            take_offsets(own, partners, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
+            take_offsets(own, partners, piece, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
 #elif OFFSETS
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] -= own[k];
