@@ -15,7 +15,8 @@ from pqcodec import constants as c
 from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import InvalidArgument, UnsupportedStream
-from pqcodec.kernels.on_cuda import quads_encoder
+from pqcodec.kernels.on_cuda import quads_encoder, tables
+from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
 
@@ -149,6 +150,35 @@ def test_decoded_vectors_keep_their_norm(backend: str, effort: str) -> None:
             continue
         y = pqcodec.decode(pqcodec.encode(x, preset=preset, effort=effort, backend=backend), backend=backend)
         assert abs((y**2).sum() / (x**2).sum() - 1) < (0.07 if preset in ("quad2", "pq2") else 0.006), preset
+
+
+@pytest.mark.parametrize(
+    ("style", "order", "dim"),
+    [("half", 128, 128), ("half", 96, 96), ("half", 128, 80), ("interleaved", 64, 64), ("interleaved", 96, 20)],
+)
+def test_means_that_the_cuda_encoder_turns_by_tiles_are_where_the_rows_want_them(style: str, order: int, dim: int) -> None:
+    rope = pqcodec.Rope(theta=1e4, dim=dim, style=style, first_position=99).field(order)
+    pairs, rows, interleaved = np.arange(dim // 2), 16, style == "interleaved"
+    first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + len(pairs))
+    partner = np.arange(order)
+    partner[first], partner[second] = second, first
+    apart = len(pairs) // 32 if not interleaved and len(pairs) % 32 == 0 else 0  # pieces to that with the same turns
+    found = tables.turns_of_tile(rope, rows)
+    wanted = centre.offset_at(rope, gaussian(order).numpy(), np.arange(3 * rows))
+    turned = wanted[0].copy()
+    for tile in range(3):
+        for part, lane, piece in np.ndindex(2, 32, order // 32):
+            channels, row = 32 * piece + 8 * (lane % 4) + np.arange(8), rows * tile + 8 * part + lane // 4
+            of = piece % apart if apart else piece
+            cos, sin = np.ones(8), np.zeros(8)
+            if of < len(found["ROW_TURNS"]):
+                cos, sin = np.repeat(found["ROW_TURNS"][of, part, :, lane].reshape(-1, 2), 2 if interleaved else 1, 0).T
+            signs = np.array([1, -1] * 4) if interleaved else -1 if apart and piece >= apart else 1
+            offsets = turned[channels] * cos - turned[partner[channels]] * sin * signs
+            assert np.allclose(offsets, wanted[row, channels], atol=1e-3), (tile, part, lane, piece)
+        cos, sin = found["TILE_TURN"].T
+        one, two = turned[first], turned[second]
+        turned[first], turned[second] = one * cos - two * sin, two * cos + one * sin
 
 
 @pytest.mark.parametrize("bits", [4, 7, 8, 9, 10])

@@ -178,20 +178,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + ROTATION_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
+#if WIDE
+    send_for_tables(blob, memory);  // on their way while a block is looked for
+#endif
+#if EARLY
+    uint4 fetched[2 * PIECES];
+#else
     uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
+#endif
     u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, place = AHEAD - 1;
-    if (index < blocks) {
-        const Block block = find_block(spans, firsts, starts, search, index);
+    if (IN_STEP || index < blocks) {  // an idle warp takes any block
+        const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : 0);
         fetch_rows(block, 0, lane, fetched);
         if (lane == 0) upcoming[place] = block;
     }
-#if IN_STEP
-    else {  // an idle warp takes any block
-        const Block block = find_block(spans, firsts, starts, search, 0);
-        if (lane == 0) upcoming[place] = block;
-    }
-#endif
+#if WIDE
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
     copy_tables(blob, memory);
+#endif
 #if STREAMED
     Panels panels(tables, reinterpret_cast<const u8*>(blob) + MATRIX_AT);
 #elif WIDE
@@ -203,16 +208,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     tables_are_written();
 
     for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * WARPS) {
+#if WIDE  // it stays in shared memory, for registers are few
+        __syncwarp();
+        if (lane < sizeof(Block) / 8)
+            reinterpret_cast<u64*>(upcoming + AHEAD)[lane] = reinterpret_cast<const u64*>(upcoming + place)[lane];
+        const Block& block = upcoming[AHEAD];
+#else
         const Block block = upcoming[place];
+#endif
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
 #if OFFSETS
         keep_means(block, lane, means);
 #endif
+#if TILE_TURNS
+        turn_means(tables, means, position_of(block), lane, means + ORDER);
+#endif
+#if IN_STEP && PLANES
+        const Steps steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
+#endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
-#if IN_STEP
+#if IN_STEP && PLANES
+            more = steps.any_goes_on(IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
+#elif IN_STEP
             more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
+#endif
+#if TILE_TURNS
+            if (first_row) turn_on(tables, lane, means + ORDER);
 #endif
             const int row = first_row + tile_row;
             rows_are_fetched();
@@ -248,15 +271,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             rotate_carefully<WARPGROUPS, false>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
 #endif
             __syncwarp();
-            if (first_row + ROWS < block.tokens) {
-                fetch_rows(block, first_row + ROWS, lane, fetched);
-            } else if (!is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks) {
+            const bool goes_on = first_row + ROWS < block.tokens;
+            const bool next = !goes_on && !is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks;
+            if (next) {
                 const u32 apart = gridDim.x * WARPS;
                 place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
-                fetch_rows(upcoming[place], 0, lane, fetched);
+            }
+            const int next_row = goes_on ? first_row + ROWS : 0;
+            if (goes_on || next) {
+#if EARLY
+                if (PREFETCHED) prefetch_rows(upcoming[place], next_row, lane);
+#else
+                fetch_rows(upcoming[place], next_row, lane, fetched);
+#endif
             }
 #if WIDE
-            encode_two_rows(tables, stage, tile_row, quarter, wide, owns, exponents, panels);
+            encode_two_rows(tables, stage, tile_row, quarter, wide, owns, exponents, panels, [&] {
+                if (EARLY) fetch_rows(upcoming[place], next_row, lane, fetched);  // again the same ones, if there are no others
+            });
 #else
             Energies energies;
             find_energies(quads, energies);

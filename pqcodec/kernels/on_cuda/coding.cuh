@@ -9,13 +9,15 @@
 //         packed float16; two rounds: bytes); and the two factors that the row's numbers are multiplied with after it.
 //     encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent)
 //         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
-//         multiplied with 2^exponent -> the row's bits, in a stage that held zeros.
+//         multiplied with 2^exponent -> the row's bits, in a stage that held zeros, if the coding does not say STORED: that it
+//         writes every word.
 //
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
 // where the coding leaves them as it pleases. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
 //
-//     encode_two_rows(tables, stage, tile_row, quarter, stored, own, exponents, panels)
+//     encode_two_rows(tables, stage, tile_row, quarter, stored, own, exponents, panels, multiplied)
 //         A lane's channels of both rows as they are multiplied, times 2^exponent each, and their energies -> the bits of both.
+//         ``multiplied`` is called when registers of the channels are free.
 //
 // A new coding is a file here, a branch below, its macro in compiled.py and its tables in tables.py.
 //

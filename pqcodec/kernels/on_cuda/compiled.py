@@ -12,6 +12,7 @@ from cuda.bindings import nvrtc
 
 from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
+from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
@@ -50,11 +51,12 @@ STREAMED_THREADS = 256  # of orders whose matrix is streamed
 SLOTS = 3  # of panels of such a matrix in shared memory
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
-WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 384}  # tiles of sixteen rows
-WIDE_ROPE_THREADS = {("encode", 128): 384}
+WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 160): 512, ("encode", 256): 384}  # tiles of sixteen rows
+WIDE_ROPE_THREADS = {("encode", 128): 384}  # where means are turned for each row
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbouring rows lie in different banks
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
+EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
@@ -90,18 +92,23 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
     ahead = AHEAD if h.coding == c.CODING_QUADS and not few else 1
     wide = rows > ROWS
+    early = wide and h.dtype != c.DTYPE_FLOAT32 and _fetched_early(h, few)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
-    for keys, bits, phases, copies in product((True, False), tables, phase_copies(h, few), own):
-        blob, places = tables_for(verb, h, bits, keys, phases, copies)
+    turns = [(phases, 0) for phases in phase_copies(h, few)]
+    if wide and h.rope and h.dtype != c.DTYPE_FLOAT32 and not few:  # numbers of 16 bits are coarser than a phase of 16 bits
+        turns = [(1, rows), *turns]
+    for keys, bits, (phases, tile_turns), copies in product((True, False), tables, turns, own):
+        blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
-        special = special | (WIDE_ROPE_THREADS if wide and h.rope else {})
+        special = special | (WIDE_ROPE_THREADS if wide and h.rope and not tile_turns else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
-        alone = major < 9 if decode else wide and h.order != FETCHED_ORDER
+        alone = major < 9 if decode else early or (wide and h.order != FETCHED_ORDER)
         for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes, ahead) | {"AHEAD": ahead}
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes, ahead + wide, tile_turns > 0)
+            memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
             tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
             size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
@@ -131,6 +138,11 @@ def tile_rows(verb: str, h: Header, effort: str) -> int:
     return 16 if wide else ROWS
 
 
+def _fetched_early(h: Header, few: bool) -> bool:
+    """Whether there are registers for a tile's rows while those before them are coded; a few blocks' rows come sooner so."""
+    return h.order <= max(EARLY_BITS) if few else quads_index_bits(h.order, h.row_bits) <= EARLY_BITS.get(h.order, 0)
+
+
 def _stage_bytes(h: Header, rows: int) -> int:
     """Bytes of a tile's rows, and those after them that its last run of words may touch."""
     if h.coding == c.CODING_QUADS:
@@ -144,14 +156,16 @@ def phase_copies(h: Header, few: bool) -> tuple[int, ...]:
     return (1,) if few or not h.rope else (16, 8, 4, 2, 1)
 
 
-def warp_memory(verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0, ahead: int = 1) -> dict[str, int]:
+def warp_memory(
+    verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0, ahead: int = 1, turned: bool = False
+) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
-    Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets; its radii as encoders
-    of quads keep them; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
+    to a tile; its radii as encoders of quads keep them; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
-    radii_at = means_at + 4 * h.order * h.offsets
+    radii_at = means_at + 4 * h.order * (h.offsets + turned)
     rows_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
     return {
         "STAGE_BYTES": stage_bytes,
@@ -270,13 +284,13 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "STREAMED": int(streamed(verb, h)),
         "SLOTS": SLOTS,
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
-        "ROWS": tile_rows(verb, h, effort),
-        "WIDE": int(tile_rows(verb, h, effort) > ROWS),
+        "WIDE": int(layout.places["ROWS"] > ROWS),
         "STRIDE_WORDS": _stride_words(h),
         "BULK": int(layout.whole_rows and verb == "decode"),
         "OUT_BYTES": h.vector_bytes + OUT_PADDING,
-        "FETCHED": int(layout.whole_rows and verb == "encode"),
+        "FETCHED": int((layout.whole_rows or layout.places["EARLY"]) and verb == "encode"),
         "TABLE_BITS": layout.table_bits,
+        "PREFETCHED": int(h.offsets),  # those that are centred are loaded later in a tile
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "ROTATION_BYTES": _rotation_bytes(verb, h),

@@ -27,6 +27,15 @@ template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __
     for (int i = threadIdx.x; i < BYTES_COPIED / 16; i += THREADS) memory[i] = __ldg(blob + i);
 }
 
+// Sends for the same, without a wait. They have come, for every thread, behind cp.async.wait_all and a barrier.
+template <int BYTES_COPIED = BLOB_BYTES> INLINE void send_for_tables(const uint4* __restrict__ blob, uint4* memory) {
+    const u32 to = (u32)__cvta_generic_to_shared(memory);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < BYTES_COPIED / 16; i += THREADS)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16), "l"(blob + i) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
 // The largest of the four lanes' numbers of a row, for each of them.
 INLINE u32 largest_of_row(u32 x) {
     x = max(x, __shfl_xor_sync(ALL_LANES, x, 1));

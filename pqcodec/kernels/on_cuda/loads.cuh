@@ -3,7 +3,8 @@
 // A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted. Rows behind the block's end repeat its last.
 //
 // Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, WIDE, LARGEST_32 (the largest float32),
-// ORDER, ROWS, and what the rotation and the offsets need.
+// FETCHED (a tile's rows are sent for ahead of time, into shared memory or, with EARLY, registers), PREFETCHED (with EARLY:
+// into the L2 cache before that), ORDER, ROWS, and what the rotation and the offsets need.
 #pragma once
 
 #include "block_place.cuh"
@@ -12,20 +13,46 @@
 #include "rotation.cuh"
 
 #define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
-#if DTYPE == FLOAT16
-#define SHORT_TYPE "f16"
+#if BRAIN
+#define SHORT_TYPE "bf16"  // of numbers that are multiplied
 #else
-#define SHORT_TYPE "bf16"
+#define SHORT_TYPE "f16"
 #endif
+#define KEPT (PLAIN && ORDER <= 256)  // rows stay as they are stored beside those that are multiplied: there are registers
 #define PIECE_WORDS (8 * ITEM / 4)
 #define LOADS (PIECES * PIECE_WORDS / 4)  // of 16 bytes, of a lane's channels of a row
 
 INLINE i64 row_address(const Block& block, int row) { return block.rows + min(row, block.tokens - 1) * block.row_stride; }
 
-// Sends for the rows of a tile: for each lane's pieces of its row, into its places of ``fetched`` in shared memory; or, where
-// they find no room or it does not pay (FETCHED is 0), so that they are in the L2 cache when they are loaded: 128 bytes a lane.
+// Sends for the rows of a tile so that they are in the L2 cache when they are loaded: 128 bytes a lane.
+INLINE void prefetch_rows(const Block& block, int first_row, int lane) {
+    constexpr int LINES = (ORDER * ITEM + 127) / 128;  // of a row
+#pragma unroll
+    for (int i = 0; i < ROWS * LINES; i += 32) {
+        const int line = i + lane;
+        if (line < ROWS * LINES)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row_address(block, first_row + line / LINES) + line % LINES * 128));
+    }
+}
+
+// Sends for each lane's pieces of a tile's rows, into ``fetched``: registers (EARLY), or the lane's places in shared memory;
+// where neither pays (FETCHED is 0), into the L2 cache.
 INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetched) {
-#if FETCHED
+#if EARLY
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+        const i64 from = row_address(block, first_row + 8 * part + (lane >> 2)) + first_channel(lane & 3, 0) * ITEM;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++) {
+            uint4& got = fetched[part * PIECES + piece];
+            asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];"  // volatile: the compiler would load later
+                         : "=r"(got.x), "=r"(got.y), "=r"(got.z), "=r"(got.w)
+                         : "l"(from + byte_of_piece(piece))
+                         : "memory");
+        }
+    }
+    __syncwarp();  // what follows is not done before
+#elif FETCHED
     const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
 #pragma unroll
     for (int part = 0; part < ROWS / 8; part++) {
@@ -38,19 +65,13 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 #else
-    constexpr int LINES = (ORDER * ITEM + 127) / 128;  // of a row
-#pragma unroll
-    for (int i = 0; i < ROWS * LINES; i += 32) {
-        const int line = i + lane;
-        if (line < ROWS * LINES)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(row_address(block, first_row + line / LINES) + line % LINES * 128));
-    }
+    prefetch_rows(block, first_row, lane);
 #endif
 }
 
 // Waits for what fetch_rows sent for. A lane reads what it sent for itself, so it needs no other lane.
 INLINE void rows_are_fetched() {
-#if FETCHED
+#if FETCHED && !EARLY
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
 }
@@ -59,7 +80,7 @@ INLINE void rows_are_fetched() {
 template <bool AGAIN = false> INLINE void load_piece(i64 from, const uint4* fetched, int lane, int piece, u32* stored) {
 #pragma unroll
     for (int i = 0; i < PIECE_WORDS; i += 4) {
-        const uint4 got = FETCHED && !AGAIN ? fetched[(piece * PIECE_WORDS + i) * 8 + lane]
+        const uint4 got = FETCHED && !AGAIN ? fetched[EARLY ? piece : (piece * PIECE_WORDS + i) * 8 + lane]
                                             : __ldcs(reinterpret_cast<const uint4*>(from + byte_of_piece(piece)) + i / 4);
         stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
     }
@@ -88,23 +109,30 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
                        Use use) {
     const int quarter = lane & 3;
     Turns turns[2];
+    float own[8], partners[8];  // means of a piece, and of those that turn with it
 #pragma unroll UNROLLED_PIECES
     for (int i = 0; i < PIECES; i++) {
-        const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those with the same turns one after the other
+        const int piece = i < 2 * APART ? i / 2 + i % 2 * APART : i;  // those that turn together one after the other
         const int first = first_channel(quarter, piece);
 #if OFFSETS
-        float own[8];
-        eight_means(means, first, own);
+        const bool again = APART && i % 2 && i < 2 * APART;  // the same turns as of the last one, and means the other way round
+        if (!again) eight_means(TILE_TURNS ? means + ORDER : means, first, own);
 #endif
 #if PAIRS
-        float partners[8];
-        eight_means(means, partners_of(first), partners);
-        if (first < TURNING && (!APART || i % 2 == 0)) {
-            u32 frequencies[TURNS];
-            frequencies_of(tables, first, frequencies);
+        if (!again) eight_means(TILE_TURNS ? means + ORDER : means, partners_of(first), partners);
 #pragma unroll
-            for (int part = 0; part < 2; part++)
-                turns_at(tables, position_of(block) + row + 8 * part, frequencies, turns[part]);
+        for (int k = 0; k < 8; k++) {
+            const float mean = own[k];
+            own[k] = again ? partners[k] : mean, partners[k] = again ? mean : partners[k];
+        }
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            if (again) continue;
+#if TILE_TURNS
+            if (piece < TURNED_PIECES) turns_in_tile(tables, 2 * piece + part, lane, turns[part]);
+#else
+            if (first < TURNING) turns_at(tables, position_of(block) + row + 8 * part, first, turns[part]);
+#endif
         }
 #endif
 #pragma unroll
@@ -112,11 +140,11 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
             u32 stored[PIECE_WORDS];
             float numbers[8];
             const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
-            load_piece<AGAIN>(from, fetched + part * LOADS * 32, lane, piece, stored);
+            load_piece<AGAIN>(from, fetched + part * LOADS * (EARLY ? 1 : 32), lane, piece, stored);
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
 #if PAIRS
-            take_offsets(own, partners, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
+            take_offsets(own, partners, piece, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
 #elif OFFSETS
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] -= own[k];
@@ -150,13 +178,36 @@ INLINE void square_step(float* sums, const u32* words, u32 by) {
         : "r"(words[0]), "r"(words[1]), "r"(by));
 }
 
+// The same for two words of each row.
+INLINE void square_step(float* sums, const u32 (*words)[2], u32 by, u32 next_by) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." SHORT_TYPE "." SHORT_TYPE ".f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(words[0][0]), "r"(words[0][1]), "r"(words[1][0]), "r"(words[1][1]), "r"(by), "r"(next_by));
+}
+
+// A word in another register. The compiler does not know that they are the same, and keeps both: mma reads words of one row
+// side by side, as they were loaded, and words of two rows in turns.
+INLINE u32 another(u32 word) {
+    asm volatile("prmt.b32 %0, %0, %0, 0x3210;" : "+r"(word));
+    return word;
+}
+
 // The energies of a lane's two rows, as those of rotated coordinates, in each of their four lanes: they lie on the diagonal of
-// the tile's products with itself. ``words`` [4 PIECES][2]: of 16-bit numbers, one of each row side by side.
-INLINE void energies_of_tile(const u32 (*words)[2], int lane, float* owns) {
+// the tile's products with itself. ``rows`` [4 PIECES words][2]: of 16-bit numbers, one of each row side by side; ``stored``:
+// the same row by row, if they are KEPT.
+INLINE void energies_of_tile(const u32 (*rows)[2], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
     float firsts[4] = {0.0f, 0.0f, 0.0f, 0.0f}, seconds[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < 4 * PIECES; i++)
-        square_step(firsts, words[i], words[i][0]), square_step(seconds, words[i], words[i][1]);
+    for (int i = 0; i < 4 * PIECES; i += 2) {
+        if (KEPT) {
+            square_step(firsts, rows + i, stored[0][i], stored[0][i + 1]);
+            square_step(seconds, rows + i, stored[1][i], stored[1][i + 1]);
+        } else {
+#pragma unroll
+            for (int k = i; k < i + 2; k++) square_step(firsts, rows[k], rows[k][0]), square_step(seconds, rows[k], rows[k][1]);
+        }
+    }
     const int row = lane >> 2, has = row * 4 + row / 2;  // the lane that has the diagonal's
     owns[0] = __shfl_sync(ALL_LANES, row & 1 ? firsts[1] : firsts[0], has) * ((float)ORDER * ORDER);
     owns[1] = __shfl_sync(ALL_LANES, row & 1 ? seconds[3] : seconds[2], has) * ((float)ORDER * ORDER);
@@ -166,19 +217,18 @@ INLINE void energies_of_tile(const u32 (*words)[2], int lane, float* owns) {
 // bfloat16. ``owns``: their energies, as those of rotated coordinates.
 INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row,
                           int lane, u32 (*rows)[2], float* owns) {
-    Energy energies[2];
+    u32 as_stored[2][4 * PIECES];
     each_piece<false>(tables, block, means, fetched, row, lane,
                       [&](int part, int piece, const u32* stored, const float* numbers) {
-        if (!PLAIN) energies[part].add(numbers);
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            rows[4 * piece + k][part] = PLAIN ? stored[k] : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
+        for (int k = 0; k < 4; k++) {
+            if (KEPT) as_stored[part][4 * piece + k] = stored[k];
+            rows[4 * piece + k][part] = KEPT    ? another(stored[k])
+                                        : PLAIN ? stored[k]
+                                                : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
+        }
     });
-#if PLAIN
-    energies_of_tile(rows, lane, owns);
-#else
-    owns[0] = energies[0].of_row(), owns[1] = energies[1].of_row();
-#endif
+    energies_of_tile(rows, as_stored, lane, owns);
 }
 
 // The same for rows of any size: they are multiplied with 2^exponent each, which brings the largest number between 2^13 and

@@ -7,8 +7,10 @@
 // Every operation rounds by itself, for decoders' results depend on it.
 //
 // Needs OFFSETS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how
-// channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn,
-// and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank).
+// channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and
+// PHASES (256 times cos and sin of a coarse turn, and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet
+// in a bank). With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a block's means to its first row, then on to
+// each tile's first row, and from there to the tile's others.
 #pragma once
 
 #include "block_place.cuh"
@@ -18,6 +20,14 @@
 #define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
 #else
 #define APART 0
+#endif
+
+#ifdef ROW_TURNS_AT
+#define TILE_TURNS 1
+#define TURNED_PIECES (APART ? APART : (2 * PAIRS + 31) / 32)  // whose turns the table has
+#else
+#define TILE_TURNS 0
+#define TURNED_PIECES 0
 #endif
 
 #if OFFSETS
@@ -122,19 +132,72 @@ INLINE void turned_offsets(const float* means, const float* partners, int first,
 }
 
 #ifdef ENCODER
+// The same for the piece that begins at channel ``first``.
+INLINE void turns_at(const u8* tables, u32 position, int first, Turns& turns) {
+    u32 frequencies[TURNS];
+    frequencies_of(tables, first, frequencies);
+    turns_at(tables, position, frequencies, turns);
+}
+
+#if TILE_TURNS
+// Fills ``turned`` [ORDER] with a block's means as they are turned at a position, by all lanes of a warp.
+INLINE void turn_means(const u8* tables, const float* means, u32 position, int lane, float* turned) {
+    const u32 lane_bytes = (lane & (PHASE_COPIES - 1)) * 8;
+    const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i += 32) {
+        const int pair = i + lane;
+        if (PAIRS % 32 && pair >= PAIRS) break;
+        const u32 phase = position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair];
+        const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
+        const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+        const float cos = fmaf(coarse.x, fine.x, -coarse.y * fine.y), sin = fmaf(coarse.y, fine.x, coarse.x * fine.y);
+        const int one = INTERLEAVED ? 2 * pair : pair, two = INTERLEAVED ? one + 1 : pair + PAIRS;
+        turned[one] = fmaf(means[one], cos, -means[two] * sin), turned[two] = fmaf(means[two], cos, means[one] * sin);
+    }
+#pragma unroll
+    for (int i = TURNING; i < ORDER; i += 32)
+        if ((ORDER - TURNING) % 32 == 0 || i + lane < ORDER) turned[i + lane] = means[i + lane];
+    __syncwarp();
+}
+
+// Turns such means on to the next tile's first row.
+INLINE void turn_on(const u8* tables, int lane, float* turned) {
+#pragma unroll
+    for (int i = 0; i < PAIRS; i += 32) {
+        const int pair = i + lane;
+        if (PAIRS % 32 && pair >= PAIRS) break;
+        const float2 turn = reinterpret_cast<const float2*>(tables + TILE_TURN_AT)[pair];
+        float *one = turned + (INTERLEAVED ? 2 * pair : pair), *two = one + (INTERLEAVED ? 1 : PAIRS);
+        const float first = *one, second = *two;
+        *one = fmaf(first, turn.x, -second * turn.y), *two = fmaf(second, turn.x, first * turn.y);
+    }
+    __syncwarp();
+}
+
+// The turns of a lane's piece from a tile's first row to one of its two rows; ``which``: twice the piece, plus which row.
+INLINE void turns_in_tile(const u8* tables, int which, int lane, Turns& turns) {
+    const float4* both = reinterpret_cast<const float4*>(tables + ROW_TURNS_AT) + which * (TURNS / 2) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < TURNS; i += 2) {
+        const float4 two = both[i / 2 * 32];
+        turns.cos[i] = two.x, turns.sin[i] = two.y, turns.cos[i + 1] = two.z, turns.sin[i + 1] = two.w;
+    }
+}
+#endif
+
 // Takes the offsets from the numbers of a piece, as an encoder may round them; else as turned_offsets.
-INLINE void take_offsets(const float* means, const float* partners, int first, bool second, const Turns& turns,
+INLINE void take_offsets(const float* means, const float* partners, int piece, int first, bool second, const Turns& turns,
                          float* numbers) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-#if INTERLEAVED
-        const bool turns_too = first + i < TURNING;
-        const float cos = turns.cos[i / 2], cross = i & 1 ? -means[i ^ 1] : means[i ^ 1], sin = turns.sin[i / 2];
-#else
-        const bool turns_too = first < TURNING;
-        const float cos = turns.cos[i], cross = second ? -partners[i] : partners[i], sin = turns.sin[i];
-#endif
-        numbers[i] = turns_too ? fmaf(cross, sin, fmaf(-means[i], cos, numbers[i])) : numbers[i] - means[i];
+        const float cos = turns.cos[INTERLEAVED ? i / 2 : i];
+        float sin = turns.sin[INTERLEAVED ? i / 2 : i];
+        const float partner = INTERLEAVED ? means[i ^ 1] : partners[i];
+        if (INTERLEAVED ? i & 1 : (!TILE_TURNS || APART) && second) sin = -sin;  // else the table has that sign
+        const bool turns_too = TILE_TURNS ? piece < (APART ? 2 * APART : TURNED_PIECES)
+                                          : first + (INTERLEAVED ? i : 0) < TURNING;
+        numbers[i] = turns_too ? fmaf(partner, sin, fmaf(-means[i], cos, numbers[i])) : numbers[i] - means[i];
     }
 }
 #endif

@@ -41,10 +41,12 @@ INLINE void stage_words(const u8* tables, const i64* __restrict__ keys, const u3
 
 #ifdef ENCODER
 INLINE void clear_stage(u32* stage, int lane) {
+#if !STORED
     constexpr int AT_ONCE = 32 * 16;  // bytes, 16 a lane
 #pragma unroll
     for (int i = 0; i < (STAGE_BYTES + AT_ONCE - 1) / AT_ONCE; i++)
         if (i * AT_ONCE + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+#endif
 }
 
 #if PLANES

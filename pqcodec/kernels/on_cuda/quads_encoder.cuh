@@ -25,6 +25,18 @@
 #define SIGNS_AT ROWS  // words
 #define INDICES_AT (SIGNS_AT + SIGN_WORDS)
 
+// Bits of the stage that a lane stores at once, where its numbers of a row fill whole ones; 0 where it adds bits to zeros.
+#if QUADS * INDEX_BITS % 32 == 0 && !STREAMED
+#define STORE_BITS 32
+typedef u32 Store;
+#elif QUADS * INDEX_BITS % 16 == 0 && !STREAMED
+#define STORE_BITS 16
+typedef u16 Store;
+#else
+#define STORE_BITS 0
+#endif
+#define STORED (STORE_BITS && QUADS % 8 == 0)  // so are all words of the stage, signs too
+
 #define FOURS ((QUADS + 3) / 4)  // of a lane's quads, the last of which may be two
 
 #if GROUPED
@@ -128,7 +140,8 @@ INLINE u32 rank_of(const u8* tables, u32 corner, u32 at) {
 // What a row's coordinates, which were multiplied with 2^exponent, are multiplied with so that ``radius`` comes to the table's
 // unit.
 INLINE float scale_of(u32 radius, int exponent) {
-    const int steps = max(radius, 1u) - 1, power = RADIUS_BIAS - steps / RADIUS_STEPS - exponent;
+    const u32 steps = max(radius, 1u) - 1;
+    const int power = RADIUS_BIAS - (int)(steps / RADIUS_STEPS) - exponent;
     float step;  // 2^(-steps / RADIUS_STEPS), of the steps within an octave
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(step) : "f"((steps % RADIUS_STEPS) * (-1.0f / RADIUS_STEPS)));
     return step * INVERSE * power_of_two(min(max(power, 1 - BIAS), BIAS));
@@ -214,16 +227,24 @@ template <int N> INLINE void put_signs(const int* less, u32* stage, int tile_row
     }
 }
 
-// The numbers of N of a lane's quads of a row, from ``quad`` on, into a plane that held zeros.
-template <int N> INLINE void put_numbers(u64 numbers, u32* stage, int tile_row, int quarter, int quad) {
+// The numbers of N of a lane's quads of a row, from its ``quad`` on, into the plane. ``waiting``: bits before
+// them that were too few to be stored.
+template <int N>
+INLINE void put_numbers(u64 numbers, u64& waiting, u32* stage, int tile_row, int quarter, int quad) {
+#if STORE_BITS
+    const int has = quad * INDEX_BITS % STORE_BITS, full = (has + N * INDEX_BITS) / STORE_BITS;
+    waiting = has ? waiting | numbers << has : numbers;
+    Store* to = reinterpret_cast<Store*>(stage + INDICES_AT) + tile_row * (8 * INDEX_BYTES / STORE_BITS) +
+               quarter * (QUADS * INDEX_BITS / STORE_BITS);
+#pragma unroll
+    for (int i = 0; i < full; i++) to[quad * INDEX_BITS / STORE_BITS + i] = (Store)(waiting >> i * STORE_BITS);
+    waiting >>= full * STORE_BITS;
+#else
     const int bit = tile_row * 8 * INDEX_BYTES + (quarter * QUADS + quad) * INDEX_BITS;
-    if (4 * INDEX_BITS == 32 && QUADS % 4 == 0) {
-        stage[INDICES_AT + bit / 32] = (u32)numbers;
-    } else {
-        Writer out = {(u32)__cvta_generic_to_shared(stage + INDICES_AT), (u32)bit};
-        if (N * INDEX_BITS > 32) out.put((u32)numbers, (u32)(numbers >> 32), N * INDEX_BITS);
-        else out.put((u32)numbers, N * INDEX_BITS);
-    }
+    Writer out = {(u32)__cvta_generic_to_shared(stage + INDICES_AT), (u32)bit};
+    if (N * INDEX_BITS > 32) out.put((u32)numbers, (u32)(numbers >> 32), N * INDEX_BITS);
+    else out.put((u32)numbers, N * INDEX_BITS);
+#endif
 }
 
 INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
@@ -258,10 +279,11 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
         if (first + 8 <= QUADS) put_signs<8>(less, stage, tile_row, quarter * QUADS + first);
         else put_signs<QUADS % 8>(less, stage, tile_row, quarter * QUADS + first);
     }
+    u64 waiting = 0;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
-        if (4 * i + 4 <= QUADS) put_numbers<4>(codes[i], stage, tile_row, quarter, 4 * i);
-        else put_numbers<QUADS % 4>(codes[i], stage, tile_row, quarter, 4 * i);
+        if (4 * i + 4 <= QUADS) put_numbers<4>(codes[i], waiting, stage, tile_row, quarter, 4 * i);
+        else put_numbers<QUADS % 4>(codes[i], waiting, stage, tile_row, quarter, 4 * i);
     }
 }
 
@@ -270,17 +292,20 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-#define UNDER_WAY (ORDER == 128 ? 1 : 2)  // panels at once: what a second one needs of registers costs 128 more than it saves
+#define UNDER_WAY (STRIPS >= 8 ? 1 : 2)  // panels at once: a second one of these would need too many registers
 #define UNROLLED (STREAMED ? 2 : PANELS)  // panels: an even number of them, if they are streamed
 #define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
+#define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 
-// Two rows' bits, in a stage that held zeros. ``stored`` [4 PIECES words][2]: a lane's channels as they are multiplied, times
-// 2^exponent each; ``energies``: the rows'.
+// Two rows' bits, in a stage that held zeros, if not all of it is STORED. ``stored`` [4 PIECES words][2]: a lane's channels as
+// they are multiplied, times 2^exponent each; ``energies``: the rows'. ``multiplied`` is called when the channels were, and
+// registers are free.
+template <typename Call>
 INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*stored)[2],
-                            const float* energies, const int* exponents, Panels& panels) {
+                            const float* energies, const int* exponents, Panels& panels, Call multiplied) {
     float scale[2];
     int less[2][2];  // signs
-    u64 codes[2];
+    u64 codes[2], waiting[2];
     const u32(*operands)[4] = reinterpret_cast<const u32(*)[4]>(stored);
     Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][4];
     const u32 matrix = panels.first();
@@ -303,11 +328,13 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
             } else {
                 if (UNDER_WAY > 1) panels.next(panel);
                 wait_together<false, 0>(sums);
+                if (panel + 1 == PANELS && !FREED_AT) multiplied();
             }
 #pragma unroll
             for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
                 const int pair = panel * PAIRS_OF_PANEL + of_panel;
                 const bool last = pair == QUADS / 2 - 1;
+                if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
                     float quads[2][4];
@@ -322,8 +349,8 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
                     const int row = tile_row + 8 * part, quad = quarter * QUADS + pair / 4 * 8;
-                    if (pair % 2) put_numbers<4>(codes[part], stage, row, quarter, 2 * pair - 2);
-                    else if (last) put_numbers<2>(codes[part], stage, row, quarter, 2 * pair);
+                    if (pair % 2) put_numbers<4>(codes[part], waiting[part], stage, row, quarter, 2 * pair - 2);
+                    else if (last) put_numbers<2>(codes[part], waiting[part], stage, row, quarter, 2 * pair);
                     if (pair % 4 == 3) put_signs<8>(less[part], stage, row, quad);
                     else if (last) put_signs<QUADS % 8>(less[part], stage, row, quad);
                 }

@@ -24,11 +24,11 @@ PATTERNS = 1 << (c.QUAD - 1)  # which neighbours of a representative's magnitude
 FIRST_BITS, PATTERN_AT, SCORE_AT = 10, 11, 14  # fields of a candidate's word
 
 
-def encoder_tables(plan: Plan, copies: int = 1) -> dict[str, np.ndarray]:
+def encoder_tables(plan: Plan, copies: int = 1, effort: str = "best") -> dict[str, np.ndarray]:
     """What the kernel looks up, as ``_grouped`` or ``_apart`` says, and
 
     RANKS uint8 [patterns, 16 places of the second and the third, copies, 4 places of the largest]: of a point behind the first;
-    POINTS uint8 [points, 4].
+    POINTS uint8 [points, 4]: where several radii are tried.
     """
     table = quads.table_of(plan)
     pattern, first, ranks = _ranks(table)
@@ -37,7 +37,7 @@ def encoder_tables(plan: Plan, copies: int = 1) -> dict[str, np.ndarray]:
     return {
         **search(table, half, pattern << PATTERN_AT | first, copies),
         "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies, 1),
-        "POINTS": table.points.view(np.uint8),
+        **({"POINTS": table.points.view(np.uint8)} if len(c.QUADS_EFFORTS[effort]) > 1 else {}),
     }
 
 

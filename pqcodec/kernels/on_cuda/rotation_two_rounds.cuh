@@ -11,7 +11,7 @@
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest, and where a lane holds two rows (WIDE) of
-// another order than 64 or 128.
+// another order than 64 or 128. Those of order 128 have 64 sums, one panel, if there are no offsets.
 //
 // Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four
 // warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory
@@ -33,7 +33,9 @@ typedef int Sum;
 #else
 typedef float Sum;
 #define BRICKS (ORDER / 8)
-#if WIDE && (ORDER == 64 || ORDER == 128)
+#if WIDE && ORDER == 128 && WARPGROUPS && !OFFSETS
+#define STRIPS 16
+#elif WIDE && (ORDER == 64 || ORDER == 128)
 #define STRIPS 8
 #else
 #define STRIPS 4
@@ -107,7 +109,19 @@ INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, 
     // The descriptor's fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
     const u64 bricks = matrix + (brick * BRICK_BYTES / 16 | apart * BRICK_BYTES / 16 << 16) |
                        (u64)(BRICKS * BRICK_BYTES / 16) << 32;
-#if STRIPS == 8
+#if STRIPS == 16
+#define WGMMA_SUMS \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+    "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43," \
+    "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %69, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("128") " {" WGMMA_SUMS "},"
+        " {%64,%65,%66,%67}, %68, p" WGMMA_SIGNS ";}"
+        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7]),
+          FOUR(sums[8]), FOUR(sums[9]), FOUR(sums[10]), FOUR(sums[11]), FOUR(sums[12]), FOUR(sums[13]), FOUR(sums[14]),
+          FOUR(sums[15])
+        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
+#elif STRIPS == 8
     asm volatile(
         "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("64")
         " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
@@ -207,8 +221,11 @@ struct Panels {
 
     INLINE int behind(int way) const { return slot + way < SLOTS ? slot + way : slot + way - SLOTS; }
 
+    // The address of a slot: lane 0's, so that the compiler knows that it is one number for all lanes.
+    INLINE u32 address() const { return __shfl_sync(ALL_LANES, slots + slot * PANEL_BYTES, 0); }
+
     // The address of the first panel; it has come.
-    INLINE u32 first() const { return slots + slot * PANEL_BYTES; }
+    INLINE u32 first() const { return address(); }
 
     // The address of the panel behind ``panel``, which is multiplied with, or was; the one behind that is sent for.
     INLINE u32 next(int panel) {
@@ -219,7 +236,7 @@ struct Panels {
         __syncthreads();
         send_for(panel + 2 < PANELS ? panel + 2 : panel + 2 - PANELS, behind(2));
         slot = behind(1);
-        return slots + slot * PANEL_BYTES;
+        return address();
     }
 
     INLINE void finish() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }

@@ -16,7 +16,7 @@ from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.on_cuda.quads_encoder import encoder_tables
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
-from pqcodec.stream.header import Header
+from pqcodec.stream.header import Header, RopeField
 
 ORDERS = (64, 128, 256)
 ROWS = 8  # of a tile, which one warp codes together
@@ -27,16 +27,27 @@ BOUNDS_ROW = t.BOUNDS + 1  # entries of a width's row of bounds, the last of whi
 TABLE_BITS = ((2.2, 11), (2.7, 13), (3.2, 14))
 
 
-def tables_for(verb: str, h: Header, bits: int, keys: bool, phases: int, copies: int = 1) -> tuple[np.ndarray, dict[str, int]]:
+def tables_for(
+    verb: str,
+    h: Header,
+    bits: int,
+    keys: bool,
+    phases: int,
+    copies: int = 1,
+    effort: str = "fast",
+    tile_turns: int = 0,
+) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies there are of RoPE's turns
     (``phases``) and of an encoder's tables of quads (``copies``).
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
-    without, the kernel reads them from the device's memory.
+    without, the kernel reads them from the device's memory. ``effort``: of an encoder's search. ``tile_turns``: rows of a
+    tile, if an encoder turns means from its first row to the others.
     """
     plan = plan_for(h)
-    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies)
-    blob, places = blob_of({**own, **_shared(verb, h, plan, keys, phases)})
+    own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
+    turns = turns_of_tile(h.rope, tile_turns) if tile_turns and h.rope else {}
+    blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
     return blob, {**places, "PHASE_COPIES": phases, "COPIES": copies}
 
 
@@ -204,9 +215,9 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -- of encoders ----------------------------------------------------------------------------------------------------------
-def _encoder_tables(h: Header, plan: Plan, copies: int) -> dict[str, np.ndarray]:
+def _encoder_tables(h: Header, plan: Plan, copies: int, effort: str) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_QUADS:
-        return encoder_tables(plan, copies)
+        return encoder_tables(plan, copies, effort)
     if h.coding == c.CODING_PAPER:
         return {}
     nodes, quads, kept = t.node_arrays(plan.order), plan.quads, kept_rows(h)
@@ -221,6 +232,36 @@ def _encoder_tables(h: Header, plan: Plan, copies: int) -> dict[str, np.ndarray]
         "SECTORS": (quads.n_a | quads.n_b << 16).astype(np.uint32),
         "SHIFTS_16": _past_the_end(_shift_look_up(nodes, plan.order))[kept[-2:]],
     }
+
+
+def turns_of_tile(rope: RopeField, rows: int) -> dict[str, np.ndarray]:
+    """Turns by RoPE of a tile of so many rows, as (cos, sin):
+
+    TILE_TURN float32 [pairs, 2]: from its first row to the next tile's;
+    ROW_TURNS float32 [pieces, parts, .., 32 lanes, 2 turns, 2]: to its other rows, as lanes.cuh shares rows and pieces. A piece
+        whose channels turn as those of another one of the same lane is left out; what does not turn, turns by nothing. Where a
+        lane's piece may be the first or the second of pairs, the sines of the second have the other sign.
+    """
+    pairs, lane = len(rope.frequencies), np.arange(32)
+    interleaved, apart = rope.pairing == c.ROPE_INTERLEAVED, pairs // 32 * (pairs % 32 == 0)
+    pieces = apart if apart and not interleaved else -(-2 * pairs // 32)
+    first = 32 * np.arange(pieces)[:, None] + 8 * (lane % 4)
+    pair = first[..., None] // 2 + np.arange(4) if interleaved else first[..., None] + np.arange(8)  # [pieces, lanes, turns]
+    turned = pair < pairs * (1 if interleaved else 2)
+    second = turned & (pair >= pairs)
+    row = np.arange(rows).reshape(-1, 8)[:, lane // 4, None]  # [parts, lanes, 1]
+    cos, sin = _turns(np.where(turned, np.array(rope.frequencies)[pair % pairs], 0)[:, None], row)
+    turns = np.stack([cos, np.where(second[:, None], -sin, sin)], -1)  # [pieces, parts, lanes, turns, 2]
+    return {
+        "TILE_TURN": np.stack(_turns(np.array(rope.frequencies), rows), -1),
+        "ROW_TURNS": turns.reshape(*turns.shape[:3], -1, 4).swapaxes(2, 3),
+    }
+
+
+def _turns(frequencies: np.ndarray, tokens: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32, of whole frequencies times small numbers of tokens."""
+    angle = frequencies * tokens % (1 << c.PHASE_BITS) * (2 * np.pi / (1 << c.PHASE_BITS))
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@
 // in it rows; and all warps wait for each panel of a matrix that is streamed. A warp that has none is idle: it codes rows that
 // nobody wants, and writes nothing.
 //
-// Needs WARPGROUPS, STREAMED.
+// Needs WARPGROUPS, STREAMED, PLANES, ROWS (of a tile), CHUNK (tokens).
 #pragma once
 
 #include "numbers.cuh"
@@ -56,6 +56,29 @@ INLINE int any_in_step(bool yes) {
     return votes_of_four(false, yes) >> 3;
 #endif
 }
+
+#if PLANES
+// How far the warps in step go through their blocks: they are asked once, if one of them has a whole chunk, else for each tile.
+struct Steps {
+    bool whole;
+    int second;  // whether one of them has a second tile
+
+    // ``tokens``: of the warp's own block.
+    INLINE Steps(int tokens) {
+#if STREAMED
+        whole = any_in_step(tokens == CHUNK), second = any_in_step(tokens > ROWS);
+#else
+        const u32 votes = votes_of_four(tokens == CHUNK, tokens > ROWS);
+        whole = votes & 7, second = votes >> 3;
+#endif
+    }
+
+    // Whether one of them has rows from ``row`` on, a tile's first.
+    INLINE int any_goes_on(int tokens, int row) const {
+        return whole ? row < CHUNK : row == ROWS ? second : any_in_step(row < tokens);
+    }
+};
+#endif
 #else
 #define WORK_LEFT(index, blocks, apart) ((index) < (blocks))
 #define IS_IDLE(index, blocks) false
