@@ -1,0 +1,133 @@
+"""CUDA kernels of quads without a GPU: PTX as C++ decodes to the reference's bits, and encodes as well as the CPU backend.
+
+The ordinary run compiles what ``SOME`` and the decoders' first kinds need; with PQCODEC_ALL_SHAPES=1 it takes every kind.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GPU, HAS_CUDA, gaussian, needs_triton
+from cuda_on_cpu import CudaOnCpu, skewed
+from ptx_machine import is_there
+
+import pqcodec
+from pqcodec import DecodeBatch, EncodeBatch, Rope, backends
+from pqcodec.errors import CorruptStream, NonFiniteInput
+
+pytestmark = [
+    needs_triton,
+    pytest.mark.skipif(not HAS_CUDA, reason="cuda-bindings is not installed"),
+    pytest.mark.skipif(GPU, reason="the kernels of a GPU are not mixed with a CPU's"),
+    pytest.mark.skipif(not is_there(), reason="no compiler (g++) of C++20 with numbers of 16 bits is here"),
+]
+ALL = os.environ.get("PQCODEC_ALL_SHAPES") == "1"
+KEYS: dict[str, Any] = {"center": "rope", "rope": Rope(), "exact_tokens": 4}
+Kind = tuple[int, str, str, dict[str, Any]]  # head_dim, preset, dtype, and options of ``encode``
+SOME: list[Kind] = [(128, "quad3", "bfloat16", {}), (128, "quad3", "bfloat16", KEYS)]
+MORE: list[Kind] = [
+    *((head_dim, preset, "bfloat16", {}) for head_dim in (32, 64, 96, 160, 192, 224, 256) for preset in ("quad2", "quad3.5")),
+    *((head_dim, "quad2.5", "bfloat16", {}) for head_dim in (128, 320, 576)),
+    *((head_dim, "quad3", "float32", {}) for head_dim in (64, 128, 256)),
+    *((128, "quad3", "bfloat16", {"chunk_tokens": tokens}) for tokens in (16, 50, 60, 128, 200)),
+    *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (64, 96, 256)),
+    *((128, "quad3", "bfloat16", {"center": "rope", "rope": Rope(style=style, dim=dim)}) for style, dim in
+      (("interleaved", None), ("interleaved", 20), ("half", 80))),
+    (128, "quad3", "float32", KEYS),
+    (128, "quad3", "float16", {"center": "mean"}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CudaOnCpu:
+    found = CudaOnCpu(tmp_path)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", lambda: found)
+    return found
+
+
+def tensor(kind: Kind, tokens: int = 200, leads: int = 3) -> torch.Tensor:
+    """Rows of many sizes: with zeros and, where no mean takes them in, with very small and very large ones."""
+    head_dim, _, dtype, options = kind
+    x = gaussian(leads, tokens, head_dim, seed=head_dim) * torch.exp(gaussian(leads, tokens, 1, seed=1))
+    if options:
+        x += 5 * gaussian(leads, 1, head_dim, seed=2)
+    elif tokens > 9:
+        x[0, 3] = 0
+        x[1, 5] *= 1e-20
+        x[1, 6] *= 1e3 if dtype == "float16" else 1e15
+    return x.to(getattr(torch, dtype))
+
+
+def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The mean of each row's squared error over its square; of rows that are not zero."""
+    square, error = x.double().square().sum(-1), (x.double() - y.double()).square().sum(-1)
+    return float((error[square > 0] / square[square > 0]).mean())
+
+
+def encoded(machine: CudaOnCpu, x: torch.Tensor, preset: str, **options: Any) -> bytes:
+    batch = EncodeBatch([x], preset=preset, backend="cuda", **options)
+    machine.memory = [x, *batch.streams]
+    (stream,) = batch.run()
+    batch.check()
+    return bytes(stream.numpy())
+
+
+def decoded(machine: CudaOnCpu, data: bytes, skew: int = 12, **options: Any) -> torch.Tensor:
+    stream = skewed(data, skew)
+    batch = DecodeBatch([stream], backend="cuda", **options)
+    machine.memory = [stream, *batch.outs]
+    (found,) = batch.run()
+    batch.check()
+    return found
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", SOME + MORE * ALL, ids=str)
+def test_rows_are_decoded_to_the_bits_of_the_specification(machine: CudaOnCpu, kind: Kind) -> None:
+    _, preset, _, options = kind
+    many = pqcodec.encode(tensor(kind, tokens=700), preset=preset, backend="cpu", **options)  # several blocks for each warp
+    machine.processors = 1
+    assert same_bits(decoded(machine, many), pqcodec.decode(many, backend="cpu"))
+    data = pqcodec.encode(tensor(kind), preset=preset, backend="cpu", **options)
+    machine.processors, machine.seed = 2, 1
+    assert same_bits(decoded(machine, data, 4, tokens=(37, 150)), pqcodec.decode(data, backend="cpu", tokens=(37, 150)))
+    assert machine.launches == 2
+    for place in (len(data) // 3, len(data) // 2, len(data) - 5):  # behind the header and the sides
+        damaged = bytearray(data)
+        damaged[place] ^= 16
+        with pytest.raises(CorruptStream):
+            decoded(machine, bytes(damaged))
+
+
+@pytest.mark.parametrize("kind", SOME + MORE * ALL, ids=str)
+def test_rows_are_encoded_as_well_as_by_the_cpu(machine: CudaOnCpu, kind: Kind) -> None:
+    _, preset, _, options = kind
+    x = tensor(kind)
+    data, by_cpu = encoded(machine, x, preset, **options), pqcodec.encode(x, preset=preset, backend="cpu", **options)
+    assert len(data) == len(by_cpu)
+    own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
+    assert own < 1.03 * cpu
+    assert machine.launches == 1
+    if not options:
+        x[2, 199, 7] = float("nan")
+        with pytest.raises(NonFiniteInput, match="1 vector"):
+            encoded(machine, x, preset)
+
+
+@pytest.mark.parametrize("kind", SOME[: 2 if ALL else 1], ids=str)
+def test_one_token_of_many_tensors_is_coded_by_the_kernels_of_few_blocks(machine: CudaOnCpu, kind: Kind) -> None:
+    machine.few, (_, preset, _, options) = True, kind
+    x = tensor(kind, tokens=1, leads=9)
+    data = encoded(machine, x, preset, **(options | {"exact_tokens": 0}))
+    by_cpu = pqcodec.encode(x, preset=preset, backend="cpu", **(options | {"exact_tokens": 0}))
+    assert same_bits(decoded(machine, data), pqcodec.decode(data, backend="cpu"))
+    own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
+    assert own < 1.03 * cpu + 1e-9
+    assert machine.launches == 2
