@@ -120,7 +120,8 @@ def test_any_shape_dtype_and_stride(
     np.testing.assert_array_equal(bits(y), bits(pqcodec.decode(data, backend="reference")))
     np.testing.assert_array_equal(bits(y[..., :exact_tokens, :].contiguous()), bits(x[..., :exact_tokens, :].contiguous()))
     if x.numel():
-        assert float((x.double() - y.double()).norm()) <= 0.75 * float(x.double().norm()) + 1e-30
+        most = 1 if preset == "decoquant2" else 0.75  # its three levels leave what is below half of the largest number
+        assert float((x.double() - y.double()).norm()) <= most * float(x.double().norm()) + 1e-30
 
 
 def test_strided_views_are_read_in_place(backend: str) -> None:
