@@ -14,10 +14,10 @@ from pqcodec.kernels.on_cuda import backend, compiled
 from pqcodec.kernels.on_cuda.quads import quads_definitions
 from pqcodec.kernels.spans import Group
 
-MAJOR, LIMIT = 9, 232448  # of the GPU that this stands for: its compute capability, and bytes of shared memory of a block
+CAPABILITIES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # bytes of shared memory that a block may have
 
 
-def assembly(verb: str, kind: Any, found: Any, effort: str) -> str:
+def assembly(verb: str, kind: Any, found: Any, effort: str, architecture: str) -> str:
     """The PTX of the kernel of one direction for a kind of streams; as ``backend.machine_code``."""
     from cuda.bindings import nvrtc
 
@@ -26,7 +26,7 @@ def assembly(verb: str, kind: Any, found: Any, effort: str) -> str:
     macros = quads_definitions(verb, kind, found) if of_quads else compiled.definitions(verb, kind, found, effort)
     source, headers = compiled._sources(name)
     options = [f"-D{macro}={value}" for macro, value in macros.items()]
-    options += [f"--gpu-architecture=compute_{MAJOR}0{'a' * found.warpgroups}", "--fmad=false", "--std=c++17"]
+    options += [f"--gpu-architecture=compute_{architecture}{'a' * found.warpgroups}", "--fmad=false", "--std=c++17"]
     contents, names = list(headers.values()), [each.encode() for each in headers]
     program = compiled.returned(nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), contents, names))
     compiled.returned(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
@@ -37,12 +37,13 @@ def assembly(verb: str, kind: Any, found: Any, effort: str) -> str:
 
 class CudaOnCpu(backend.Cuda):
     """``processors``: of the GPU that this stands for. ``few``: whether blocks count as few. ``memory``: tensors that launches
-    may read and write. ``seed``: of the order in which threads take turns.
+    may read and write. ``seed``: of the order in which threads take turns. ``capability``: one of ``CAPABILITIES``.
     """
 
     def __init__(self, folder: Path, processors: int = 2, few: bool = False) -> None:
         super().__init__()
         self.folder, self.processors, self.few, self.seed = folder, processors, few, 0
+        self.capability = (9, 0)
         self.memory: list[torch.Tensor] = []
         self.launches = 0
         self._made: dict[Any, Any] = {}
@@ -54,13 +55,14 @@ class CudaOnCpu(backend.Cuda):
         if not backend.takes(verb, group):
             return None
         kind, effort = backend.header_of_kind(group.header), group.effort
-        if (verb, kind, self.few, effort) not in self._made:
-            found = backend.kernel_layout(verb, kind, self.few, MAJOR, LIMIT, effort)
-            made = found and backend.Kernel(
-                Machine(assembly(verb, kind, found, effort), self.folder), found, torch.from_numpy(found.blob)
-            )
-            self._made[verb, kind, self.few, effort] = made
-        return self._made[verb, kind, self.few, effort]
+        asked = verb, kind, self.few, effort, self.capability
+        if asked not in self._made:
+            found = backend.kernel_layout(verb, kind, self.few, self.capability[0], CAPABILITIES[self.capability], effort)
+            self._made[asked] = None
+            if found is not None:
+                code = assembly(verb, kind, found, effort, "{}{}".format(*self.capability))
+                self._made[asked] = backend.Kernel(Machine(code, self.folder), found, torch.from_numpy(found.blob))
+        return self._made[asked]
 
     def _launch(self, kernel: Any, group: Group) -> None:
         found = kernel.layout

@@ -388,6 +388,8 @@ ON u32 cvt_rzi_s32_f32(u32 a) { return to_whole(std::trunc(f(a))); }
 
 ON u32 mul_hi_u32(u32 a, u32 b) { return (u64)a * b >> 32; }
 ON u32 mul_hi_s32(u32 a, u32 b) { return (s64)(s32)a * (s32)b >> 32; }
+ON u16 mul_hi_u16(u16 a, u16 b) { return (u32)a * b >> 16; }
+ON u16 mul_hi_s16(u16 a, u16 b) { return (s16)a * (s16)b >> 16; }
 ON u64 mul_wide_u32(u32 a, u32 b) { return (u64)a * b; }
 ON u64 mul_wide_s32(u32 a, u32 b) { return (s64)(s32)a * (s32)b; }
 ON u32 mul_wide_u16(u16 a, u16 b) { return (u32)a * b; }

@@ -76,7 +76,7 @@ class _Translation:
         code = re.sub(r"//[^\n]*", "", code)
         entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)(.*?)\{(.*)\}\s*$", code, re.S)
         assert entry is not None
-        self._params = {name: i for i, name in enumerate(re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w+\s+(\w+)", entry[1]))}
+        self._params = {name: i for i, name in enumerate(re.findall(r"\.param\b[^,]*?(\w+)\s*(?:,|$)", entry[1]))}
         self._scopes: list[dict[str, str]] = [{}]  # C++ names of registers and labels, by their names
         self._labels = 0
         lines = list(self._statements(entry[3]))
@@ -149,7 +149,7 @@ class _Translation:
             return f"{int(told[2:], 16)}u"
         if told == "memory":
             return "(u64)SHARED"
-        return f"{int(told, 0)}ll"
+        return f"{int(told.rstrip('U'), 0)}ll"
 
     def _many(self, told: str) -> list[str]:
         told = told.strip()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GPU, HAS_CUDA, gaussian, needs_triton
-from cuda_on_cpu import CudaOnCpu, skewed
+from cuda_on_cpu import CAPABILITIES, CudaOnCpu, skewed
 from ptx_machine import is_there
 
 import pqcodec
@@ -40,6 +40,7 @@ MORE: list[Kind] = [
     (128, "quad3", "float32", KEYS),
     (128, "quad3", "float16", {"center": "mean"}),
 ]  # fmt: skip
+OLDER: list[Kind] = [*SOME, (64, "quad2.5", "float16", {}), (128, "pq3", "bfloat16", {}), (64, "pq2", "float16", KEYS)]
 
 
 @pytest.fixture
@@ -119,6 +120,19 @@ def test_rows_are_encoded_as_well_as_by_the_cpu(machine: CudaOnCpu, kind: Kind) 
         x[2, 199, 7] = float("nan")
         with pytest.raises(NonFiniteInput, match="1 vector"):
             encoded(machine, x, preset)
+
+
+@pytest.mark.skipif(not ALL, reason="takes minutes; PQCODEC_ALL_SHAPES=1 runs it")
+@pytest.mark.parametrize("kind", OLDER, ids=str)
+@pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each[0] != 9], ids=str)
+def test_other_gpus_code_the_same_rows(machine: CudaOnCpu, kind: Kind, capability: tuple[int, int]) -> None:
+    machine.capability, (_, preset, _, options) = capability, kind
+    x = tensor(kind)
+    data = encoded(machine, x, preset, **options)
+    assert same_bits(decoded(machine, data), pqcodec.decode(data, backend="cpu"))
+    by_cpu = pqcodec.decode(pqcodec.encode(x, preset=preset, backend="cpu", **options), backend="cpu")
+    assert relative_error(x, pqcodec.decode(data, backend="cpu")) < 1.03 * relative_error(x, by_cpu)
+    assert machine.launches == 2
 
 
 @pytest.mark.parametrize("kind", SOME[: 2 if ALL else 1], ids=str)
