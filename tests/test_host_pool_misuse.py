@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pqcodec.errors import InvalidArgument
-from pqcodec.formats.offload import HostPool
+from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.formats.offload import HostPool, host_pool, pipeline
+from pqcodec.formats.offload.graphs import copy_on
+from pqcodec.formats.offload.handles import Put
+from pqcodec.formats.offload.lanes import Lanes
 from tests.conftest import DEVICE, GPU, gaussian
-from tests.test_host_pool import SHAPE, coded, same, tensors, way
+from tests.test_host_pool import SHAPE, block_bytes, coded, same, tensors, way
 
 __all__ = ["way"]  # the fixture
 
@@ -73,3 +81,107 @@ def test_tensors_without_strides_are_refused(way: dict[str, Any]) -> None:
         pool.put("a", gaussian(20, 64).to(way["device"]))
         with pytest.raises(InvalidArgument, match="without sizes or strides"):
             pool.get("a", out=gaussian(20, 64).to(way["device"]).to_sparse_csr())
+
+
+# -- unlucky moments -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("waits", [(0, 1), (1, 0), (0,), ()])
+def test_of_several_puts_that_are_not_sound_the_last_sound_block_stays(way: dict[str, Any], waits: tuple[int, ...]) -> None:
+    """Whichever of them is looked at first."""
+    xs = tensors(way)
+    with HostPool(1 << 20, **way) as pool:
+        pool.put("a", xs[0], wait=True)
+        puts = []
+        for bad in tensors(way, 2, 5):
+            bad[1, 3, 5] = float("nan")
+            with suppress(NonFiniteInput):  # which tensors of the CPU raise at once
+                puts.append(pool.put("a", bad))
+        for number in waits[: len(puts)]:
+            with pytest.raises(NonFiniteInput):
+                puts[number].wait()
+        assert same(pool.get("a"), coded(xs[0]))
+        assert pool.counters.failed == 2
+        pool.drop("a")
+        assert pool.usage().used_bytes == 0
+
+
+def test_a_put_is_told_what_became_of_it_though_another_thread_saw_it_first(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(block: Any, *rest: Any) -> Put:
+        pool._settle(block)  # what a get does, in the moment between the block's entry and its handle
+        return Put(block, *rest)
+
+    monkeypatch.setattr(host_pool, "Put", late)
+    with HostPool(1 << 20, **way) as pool:
+        bad = tensors(way)
+        bad[0][0, 0, 0] = float("nan")
+        with pytest.raises(NonFiniteInput):
+            pool.put("a", bad, wait=True)
+
+
+def test_a_key_that_cannot_be_looked_up_takes_no_memory(way: dict[str, Any]) -> None:
+    with HostPool(1 << 20, **way) as pool:
+        with pytest.raises(TypeError, match="unhashable"):
+            pool.put(["a"], tensors(way))
+        assert pool.usage().used_bytes == 0
+
+
+def test_addresses_that_were_copied_in_part_are_copied_again(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if way["device"] == way["backend"] == "cpu":
+        pytest.skip("tensors of the CPU have no addresses on a device")
+    first, second = ([x, gaussian(*SHAPE).to(way["device"])] for x in tensors(way))  # of two dtypes: two groups of one piece
+    left = iter(range(1))
+
+    def failing(stream: Any, target: Any, source: Any) -> None:
+        if target.dtype == torch.int64 and next(left, None) is None:
+            raise MemoryError("no room for the copy")
+        copy_on(stream, target, source)
+
+    with HostPool(1 << 20, **way) as pool:
+        pool.put("a", first, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "copy_on", failing)
+            with pytest.raises(MemoryError):
+                pool.put("a", second)
+        pool.put("a", first)
+        assert all(same(y, coded(x)) for x, y in zip(first, pool.get("a"), strict=True))
+
+
+def test_a_pool_that_is_dropped_waits_for_its_transfers_before_its_memory_goes(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, seen = HostPool(1 << 20, **way), []
+    pool.put("a", tensors(way))
+    arena, drain = weakref.ref(pool._arena), Lanes.drain
+
+    def draining(lanes: Lanes) -> None:
+        seen.append(arena() is not None)
+        drain(lanes)
+
+    monkeypatch.setattr(Lanes, "drain", draining)
+    gc.disable()  # pipelines and batches refer to themselves
+    try:
+        del pool
+        assert seen == [True]
+        assert arena() is None
+    finally:
+        gc.enable()
+
+
+def test_closing_waits_for_calls_that_use_a_replaced_block(way: dict[str, Any], tmp_path: Path) -> None:
+    """Its file goes with the others."""
+    xs = tensors(way)
+    with ThreadPoolExecutor(1) as threads:
+        pool = HostPool(block_bytes(way, 1), spill=tmp_path, **way)
+        pool.put("a", xs[0], wait=True)
+        pool.put("b", xs[0], wait=True)
+        held = pool._use("a")  # as a call of another thread does
+        assert held is not None
+        assert held.path is not None
+        pool.put("a", xs[1], wait=True)
+        closing = threads.submit(pool.close)
+        with pytest.raises(TimeoutError):
+            closing.result(timeout=0.3)
+        pool._used(held)
+        closing.result(timeout=20)
+    assert not list(tmp_path.iterdir())

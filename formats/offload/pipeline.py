@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from struct import Struct
@@ -187,6 +187,7 @@ class _Prepared:
         """Let the next run take the tensors ``views``: copy their addresses to the device on a stream, if they are others."""
         addresses = [x.data_ptr() for x in views]
         if addresses != self._addresses:
+            self._addresses = []  # until all groups have them: some would be stale if a copy failed
             for starts in self._starts:
                 starts.set(addresses, stream)
             self._addresses = addresses
@@ -349,11 +350,6 @@ class DevicePipeline:
         """A copy of ``host`` on the device, queued on the stream that ``decode`` copies on."""
         with self._lock, self._on("arrive"):
             return host.to(self._device, non_blocking=True)
-
-    def __del__(self) -> None:
-        """Wait for the transfers of a pool that is dropped, not closed: its host memory goes next."""
-        with suppress(Exception):
-            self.drain()
 
     def drain(self) -> None:
         """Wait for all work on the pipeline's streams; a transfer that failed may have queued work that it has no event for."""
