@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,3 +66,21 @@ class Block:
                         raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {expected}")
                     rows[stream.offset : stream.offset + expected] = np.asarray(source.read(0, expected))
                     number += 1
+
+
+def unlink(blocks: MutableMapping[Hashable, Block], block: Block, before: Block | None) -> bool:
+    """Put ``before`` where a block is: under its key in ``blocks``, or behind one that was put there since.
+
+    False, and nothing is done, if it is at neither place, for it was let go.
+    """
+    above = blocks.get(block.key)
+    if above is block:
+        del blocks[block.key]
+        if before is not None:
+            blocks[block.key] = before
+        return True
+    while above is not None and above.before is not block:
+        above = above.before
+    if above is not None:
+        above.before = before
+    return above is not None

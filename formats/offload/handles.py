@@ -24,8 +24,10 @@ class Put:
     (True, True, [])
     """
 
-    def __init__(self, block: Block, displaced: list[tuple[Hashable, str]], settle: Callable[[Block], None]) -> None:
-        self._block, self._settle, self._transfer = block, settle, block.put or Transfer()
+    def __init__(
+        self, block: Block, transfer: Transfer, displaced: list[tuple[Hashable, str]], settle: Callable[[Block], None]
+    ) -> None:
+        self._block, self._transfer, self._settle = block, transfer, settle
         self.displaced = displaced
         self.nbytes = block.layout.nbytes
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pqcodec.codings.presets import check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
-from pqcodec.formats.offload.block import Block
+from pqcodec.formats.offload.block import Block, unlink
 from pqcodec.formats.offload.handles import Get, Put, not_kept
 from pqcodec.formats.offload.lanes import Lanes, Shares
 from pqcodec.formats.offload.pieces import Kinds, kinds_of, layout_of
@@ -107,14 +107,22 @@ class HostPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """Wait for the transfers of a pool that is dropped, not closed: its host memory goes next, and their flags do.
+
+        Its pipelines may live longer, since batches refer to themselves.
+        """
+        with suppress(Exception):
+            self._lanes.drain()
+
     def close(self) -> None:
         """Wait for all calls and transfers under way, drop all blocks, and delete their files."""
         with self._changed:
             self._closed = True
-            while any(block.users for block in self._blocks.values()):
-                self._changed.wait()
             for key in list(self._blocks):
                 self._forget(key)
+            while any(block.users for block in self._leaving):
+                self._changed.wait()
             self._reclaim(wait=True)
         self._lanes.close()
 
@@ -139,6 +147,7 @@ class HostPool:
         Raises InvalidArgument (also for a block larger than the pool), OSError of a spill, and with ``wait`` NonFiniteInput.
         After an error the pool holds what it held before, except for blocks that made room.
         """
+        hash(key)  # raises TypeError before memory is taken
         single = is_torch(tensors)
         if not single and not isinstance(tensors, Iterable):
             raise InvalidArgument(f"tensors is a {type(tensors).__name__}; a torch tensor or a list of them is expected")
@@ -167,7 +176,7 @@ class HostPool:
             block.before = self._blocks.pop(key, None)
             self._blocks[key] = block
             self._reclaim()
-        handle = Put(block, displaced, self._settle)
+        handle = Put(block, transfer, displaced, self._settle)
         if wait:
             handle.wait()
         return handle
@@ -339,10 +348,7 @@ class HostPool:
             block.put, before, block.before = None, block.before, None
             if put.sound():
                 self._leave(before, reclaim=False)
-            elif self._blocks.get(block.key) is block:
-                del self._blocks[block.key]
-                if before is not None:
-                    self._blocks[block.key] = before
+            elif unlink(self._blocks, block, before):
                 self._leave(block)
                 self.counters.failed += 1
             self._changed.notify_all()

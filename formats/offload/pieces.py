@@ -43,8 +43,14 @@ class Kinds(NamedTuple):
 
 
 def kinds_of(tensors: Iterable[Any], strides: bool = False) -> Kinds:
-    """What torch tensors are; looks at each once, which takes most of the time before a block's first piece is queued."""
-    kinds = [(*_KIND(x), x.stride()) for x in tensors] if strides else list(map(_KIND, tensors))
+    """What torch tensors are; raises InvalidArgument for some that are not dense.
+
+    It looks at each once, which takes most of the time before a block's first piece is queued.
+    """
+    try:
+        kinds = [(*_KIND(x), x.stride()) for x in tensors] if strides else list(map(_KIND, tensors))
+    except RuntimeError as error:  # torch's, for nested tensors and some sparse ones
+        raise InvalidArgument(f"a tensor without sizes or strides: {error}; dense ones are expected") from error
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     return Kinds(tuple(numbers), (0,) * len(kinds) if len(numbers) == 1 else tuple(map(numbers.__getitem__, kinds)))
 

@@ -112,7 +112,8 @@ class PinnedArena:
         # numpy's memory begins at any multiple of 16 bytes; torch's pinned memory would be rounded up to a power of two
         raw = np.empty(self.capacity_bytes + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
-        self.tensor = torch.from_numpy(raw[start : start + self.capacity_bytes])
+        with torch.inference_mode(False):  # so that the memory can be written outside of that mode, too
+            self.tensor = torch.from_numpy(raw[start : start + self.capacity_bytes])
         self.pinned = torch.cuda.is_available() if pinned is None else pinned
         if self.pinned:
             _pin(raw, self.tensor, device)
@@ -281,7 +282,7 @@ class GrowingArena:
             used = sum(region.used for region in self._regions)
             with torch.inference_mode(False):
                 room = max(2 * aligned(size), used, _REGION_BYTES)
-                self._regions.append(Region(torch.empty(room, dtype=torch.uint8, pin_memory=self._pin)))
+                self._regions.append(Region(torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=self._pin)))
             start = self._regions[-1].take(size)
         assert start is not None
         return self._regions[-1], start
@@ -310,7 +311,7 @@ def pinned_like(x: Any) -> Any:
     """Uninitialised pinned memory of the shape and dtype of ``x``."""
     import torch
 
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
 
 
 def pinned_copy(x: Any) -> Any:

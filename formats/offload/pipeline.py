@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from struct import Struct
@@ -141,7 +141,7 @@ class _Starts:
         self._group = group
         self._numbers, self._starts = np.repeat(numbers, [len(own) for own in starts]), np.concatenate(starts)
         self._places = list(zip(self._numbers.tolist(), self._starts.tolist(), strict=True))
-        self._rows = torch.empty(len(self._places), dtype=torch.int64)
+        self._rows = torch.empty(len(self._places), dtype=torch.int64, device="cpu")
         self._numpy: Any = self._rows.numpy()  # the same memory
         self._pack = Struct(f"{len(self._places)}q").pack_into
 
@@ -180,13 +180,14 @@ class _Prepared:
             kinds.setdefault(told.header.kind, []).append(number)
         self._addresses = [x.data_ptr() for x in views]
         starts = [device_rows(x).starts - x.data_ptr() for x in views]
-        groups = zip(self.groups, kinds.values(), strict=True)
+        groups = [(group, kinds[group.spans[0].header.kind]) for group in self.groups]  # empty tensors alone may have none
         self._starts = [_Starts(group, own, [starts[number] for number in own]) for group, own in groups]
 
     def set(self, views: Sequence[Any], stream: Any) -> None:
         """Let the next run take the tensors ``views``: copy their addresses to the device on a stream, if they are others."""
         addresses = [x.data_ptr() for x in views]
         if addresses != self._addresses:
+            self._addresses = []  # until all groups have them: some would be stale if a copy failed
             for starts in self._starts:
                 starts.set(addresses, stream)
             self._addresses = addresses
@@ -245,7 +246,7 @@ class _BatchesByKind:
 
     def next(self, piece: BlockPiece, views: Sequence[Any]) -> Any:
         """The batch of the piece's kind that was used longest ago, or a new one; its ``free`` says when it can run again."""
-        places = tuple((x.stride(), x.data_ptr() % _ALIGNED) for x in views)
+        places = tuple((x.stride(), x.data_ptr() % _ALIGNED, x.is_neg()) for x in views)
         kind = (piece.kind, places)
         found = self._kinds.pop(kind, [])
         if not found or (len(found) < SLOTS and kind == self._last):
@@ -350,11 +351,6 @@ class DevicePipeline:
         with self._lock, self._on("arrive"):
             return host.to(self._device, non_blocking=True)
 
-    def __del__(self) -> None:
-        """Wait for the transfers of a pool that is dropped, not closed: its host memory goes next."""
-        with suppress(Exception):
-            self.drain()
-
     def drain(self) -> None:
         """Wait for all work on the pipeline's streams; a transfer that failed may have queued work that it has no event for."""
         for stream in self._streams.values():
@@ -377,7 +373,9 @@ class DevicePipeline:
         self, kind: Callable[..., Any], backend: str, first: str, runs: str, piece: BlockPiece, views: Sequence[Any]
     ) -> Any:
         """A batch that runs on the stream ``runs``; its memory is of the stream ``first``, which writes it first."""
-        with self._on(first):
+        import torch
+
+        with torch.inference_mode(False), self._on(first):  # callers outside of that mode use the batch, too
             return kind(piece, views, self._device, backend, self._streams[runs])
 
     def _arrives(self, name: str, batch: Any, transfer: Transfer) -> None:
@@ -386,7 +384,10 @@ class DevicePipeline:
         if batch.spare:
             done, found = batch.spare.pop()
         else:
-            done, found = event(device), [pinned_like(x) if x.is_cuda else x.new_empty(x.shape) for x in batch.flags()]
+            import torch
+
+            with torch.inference_mode(False):
+                done, found = event(device), [pinned_like(x) if x.is_cuda else x.new_empty(x.shape) for x in batch.flags()]
         for target, flags in zip(found, batch.flags(), strict=True):
             copy_on(stream, target, flags)
         done.record(stream)

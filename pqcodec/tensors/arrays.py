@@ -154,8 +154,10 @@ def fits(out: Any, shape: tuple[int, ...], dtype: int) -> bool:
             f"out is {DTYPE_NAMES[found.dtype]} {found.shape}, the result is {DTYPE_NAMES[dtype]} {tuple(shape)}; "
             "pass a tensor of that shape and dtype"
         )
+    if not found.numpy and out.is_neg():
+        return False  # a view of numbers with the other sign
     strides = [stride for stride, size in zip(_strides(out), shape, strict=True) if size > 1]
-    return not strides or (min(strides) > 0 and (shape[-1] == 1 or strides[-1] == 1))
+    return 0 in shape or not strides or (min(strides) > 0 and (shape[-1] == 1 or strides[-1] == 1))
 
 
 def _strides(x: Any) -> tuple[int, ...]:
@@ -266,6 +268,8 @@ def device_rows(x: Any) -> DeviceRows:
         raise InvalidArgument(f"a torch.Tensor is expected, not {type(x).__name__}")
     found = view(x)
     strides = x.stride()
+    if x.is_neg():
+        raise InvalidArgument("the tensor is a view of numbers with the other sign; pass x.resolve_neg()")
     if x.numel() and found.shape[-1] > 1 and strides[-1] != 1:
         raise InvalidArgument(f"strides {strides} of the tensor: the last dimension must be contiguous; pass x.contiguous()")
     starts = np.array([x.data_ptr()], np.int64)
