@@ -126,6 +126,13 @@ ON u8* shared_bytes(u64 at, u32 bytes, u32 align) {
     return gpu.shared.data() + (at - SHARED);
 }
 
+ON u64 cvta_shared_u64(u64 at) { return (u64)gpu.shared.data() + (at - SHARED); }
+ON u8* bytes_anywhere(u64 at, u32 bytes, u32 align, bool write) {  // of an address that may be of either memory
+    const u64 shared = at - (u64)gpu.shared.data() + SHARED;
+    const bool within = shared >= SHARED && shared < SHARED + gpu.shared.size();
+    return within ? shared_bytes(shared, bytes, align) : global_bytes(at, bytes, align, write);
+}
+
 template <class T, int N> ON void load(const u8* from, T* found) { memcpy(found, from, sizeof(T) * N); }
 template <class T, int N> ON void load_global(u64 at, T* found) {
     load<T, N>(global_bytes(at, sizeof(T) * N, sizeof(T) * N, false), found);
@@ -135,6 +142,12 @@ template <class T, int N> ON void load_shared(u64 at, T* found) {
 }
 template <class T, int N> ON void store_global(u64 at, const T* given) {
     memcpy(global_bytes(at, sizeof(T) * N, sizeof(T) * N, true), given, sizeof(T) * N);
+}
+template <class T, int N> ON void load_anywhere(u64 at, T* found) {
+    load<T, N>(bytes_anywhere(at, sizeof(T) * N, sizeof(T) * N, false), found);
+}
+template <class T, int N> ON void store_anywhere(u64 at, const T* given) {
+    memcpy(bytes_anywhere(at, sizeof(T) * N, sizeof(T) * N, true), given, sizeof(T) * N);
 }
 template <class T, int N> ON void store_shared(u64 at, const T* given) {
     memcpy(shared_bytes(at, sizeof(T) * N, sizeof(T) * N), given, sizeof(T) * N);

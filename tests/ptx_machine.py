@@ -229,8 +229,8 @@ class _Translation:
         return f"goto {self._label(operands[0])};"
 
     def _assign(self, name: str, parts: list[str], operands: list[str]) -> str:
-        assert "shared" not in parts, name
-        return f"{self._value(operands[0])} = {self._value(operands[1])};"
+        value = self._value(operands[1])
+        return f"{self._value(operands[0])} = {'cvta_shared_u64(' + value + ')' if parts[1] == 'shared' else value};"
 
     def _move(self, name: str, parts: list[str], operands: list[str]) -> str:
         to, given = (self._many(each) for each in operands)
@@ -246,13 +246,13 @@ class _Translation:
         to, kind, address = self._many(operands[0]), _SIGNED[parts[-1]], self._address(operands[1])
         if parts[1] == "param":
             return f"{to[0]} = {address};"
-        place = "shared" if "shared" in name else "global"
+        place = next((each for each in ("shared", "global") if each in parts), "anywhere")
         puts = " ".join(f"{each} = got[{i}];" for i, each in enumerate(to))
         return f"{{ {kind} got[{len(to)}]; load_{place}<{kind}, {len(to)}>({address}, got); {puts} }}"
 
     def _store(self, name: str, parts: list[str], operands: list[str]) -> str:
         given, kind = self._many(operands[1]), _SIGNED[parts[-1]]
-        place = "shared" if "shared" in name else "global"
+        place = next((each for each in ("shared", "global") if each in parts), "anywhere")
         values = ", ".join(f"({kind}){each}" for each in given)
         return (
             f"{{ const {kind} put[] = {{{values}}}; store_{place}<{kind}, {len(given)}>({self._address(operands[0])}, put); }}"
