@@ -1,6 +1,6 @@
 """CUDA kernels of quads without a GPU: PTX as C++ decodes to the reference's bits, and encodes as well as the CPU backend.
 
-The ordinary run compiles what ``SOME`` and the decoders' first kinds need; with PQCODEC_ALL_SHAPES=1 it takes every kind.
+The ordinary run takes ``SOME`` kinds; with PQCODEC_ALL_SHAPES=1 it takes every kind.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not is_there(), reason="no compiler (g++) of C++20 with numbers of 16 bits is here"),
 ]
 ALL = os.environ.get("PQCODEC_ALL_SHAPES") == "1"
+NOT_ALWAYS = pytest.mark.skipif(not ALL, reason="takes minutes; PQCODEC_ALL_SHAPES=1 runs it")
 KEYS: dict[str, Any] = {"center": "rope", "rope": Rope(), "exact_tokens": 4}
 Kind = tuple[int, str, str, dict[str, Any]]  # head_dim, preset, dtype, and options of ``encode``
 SOME: list[Kind] = [(128, "quad3", "bfloat16", {}), (128, "quad3", "bfloat16", KEYS)]
@@ -122,7 +123,7 @@ def test_rows_are_encoded_as_well_as_by_the_cpu(machine: CudaOnCpu, kind: Kind) 
             encoded(machine, x, preset)
 
 
-@pytest.mark.skipif(not ALL, reason="takes minutes; PQCODEC_ALL_SHAPES=1 runs it")
+@NOT_ALWAYS
 @pytest.mark.parametrize("kind", OLDER, ids=str)
 @pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each[0] != 9], ids=str)
 def test_other_gpus_code_the_same_rows(machine: CudaOnCpu, kind: Kind, capability: tuple[int, int]) -> None:
@@ -135,7 +136,8 @@ def test_other_gpus_code_the_same_rows(machine: CudaOnCpu, kind: Kind, capabilit
     assert machine.launches == 2
 
 
-@pytest.mark.parametrize("kind", SOME[: 2 if ALL else 1], ids=str)
+@NOT_ALWAYS
+@pytest.mark.parametrize("kind", SOME, ids=str)
 def test_one_token_of_many_tensors_is_coded_by_the_kernels_of_few_blocks(machine: CudaOnCpu, kind: Kind) -> None:
     machine.few, (_, preset, _, options) = True, kind
     x = tensor(kind, tokens=1, leads=9)

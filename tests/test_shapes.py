@@ -25,7 +25,6 @@ SOME: list[Shape] = [
     ("cuda", "pq3", "bfloat16", 128, "half"),
     ("cuda", "pq4", "float16", 64, None),
     ("cuda", "paper", "float32", 256, None),
-    ("cuda", "quad3", "bfloat16", 128, None),
     ("cuda", "quad3", "bfloat16", 576, None),
 ]
 # Bytes of stack that kernels still take, by columns of the tile, at the most. Triton: wide rows do not fit in 255 registers.
