@@ -14,7 +14,13 @@ from pqcodec.kernels.on_cuda import backend, compiled
 from pqcodec.kernels.on_cuda.quads import quads_definitions
 from pqcodec.kernels.spans import Group
 
-CAPABILITIES = {(8, 0): 166912, (8, 9): 101376, (9, 0): 232448, (12, 0): 101376}  # bytes of shared memory that a block may have
+CAPABILITIES = {
+    (8, 0): 166912,
+    (8, 9): 101376,
+    (9, 0): 232448,
+    (10, 0): 232448,
+    (12, 0): 101376,
+}  # shared memory of a block, bytes
 
 
 def assembly(verb: str, kind: Any, found: Any, effort: str, architecture: str) -> str:
