@@ -23,22 +23,27 @@ CAPABILITIES = {
 }  # shared memory of a block, bytes
 
 
-def assembly(verb: str, kind: Any, found: Any, effort: str, architecture: str) -> str:
-    """The PTX of the kernel of one direction for a kind of streams; as ``backend.machine_code``."""
+def assembly(name: str, macros: dict[str, Any], architecture: str) -> str:
+    """The PTX of a source file with macros; as ``compiled.compiled``."""
     from cuda.bindings import nvrtc
 
-    of_quads = kind.coding == c.CODING_QUADS and verb == "decode"
-    name = "quads_teams.cu" if found.sharing > 1 else "quads.cu" if of_quads else "blocks.cu"
-    macros = quads_definitions(verb, kind, found) if of_quads else compiled.definitions(verb, kind, found, effort)
     source, headers = compiled._sources(name)
     options = [f"-D{macro}={value}" for macro, value in macros.items()]
-    options += [f"--gpu-architecture=compute_{architecture}{'a' * found.warpgroups}", "--fmad=false", "--std=c++17"]
+    options += [f"--gpu-architecture=compute_{architecture}", "--fmad=false", "--std=c++17"]
     contents, names = list(headers.values()), [each.encode() for each in headers]
     program = compiled.returned(nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), contents, names))
     compiled.returned(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
     code = b" " * compiled.returned(nvrtc.nvrtcGetPTXSize(program))
     compiled.returned(nvrtc.nvrtcGetPTX(program, code))
     return code.decode().rstrip("\0")
+
+
+def assembly_of(verb: str, kind: Any, found: Any, effort: str, architecture: str) -> str:
+    """The PTX of the kernel of one direction for a kind of streams; as ``backend.machine_code``."""
+    of_quads = kind.coding == c.CODING_QUADS and verb == "decode"
+    name = "quads_teams.cu" if found.sharing > 1 else "quads.cu" if of_quads else "blocks.cu"
+    macros = quads_definitions(verb, kind, found) if of_quads else compiled.definitions(verb, kind, found, effort)
+    return assembly(name, macros, architecture + "a" * found.warpgroups)
 
 
 class CudaOnCpu(backend.Cuda):
@@ -66,7 +71,7 @@ class CudaOnCpu(backend.Cuda):
             found = backend.kernel_layout(verb, kind, self.few, self.capability[0], CAPABILITIES[self.capability], effort)
             self._made[asked] = None
             if found is not None:
-                code = assembly(verb, kind, found, effort, "{}{}".format(*self.capability))
+                code = assembly_of(verb, kind, found, effort, "{}{}".format(*self.capability))
                 self._made[asked] = backend.Kernel(Machine(code, self.folder), found, torch.from_numpy(found.blob))
         return self._made[asked]
 

@@ -149,6 +149,8 @@ template <class T, int N> ON void load_anywhere(u64 at, T* found) {
 template <class T, int N> ON void store_anywhere(u64 at, const T* given) {
     memcpy(bytes_anywhere(at, sizeof(T) * N, sizeof(T) * N, true), given, sizeof(T) * N);
 }
+template <class T, int N> ON void load_local(u64 at, T* found) { load<T, N>((const u8*)at, found); }
+template <class T, int N> ON void store_local(u64 at, const T* given) { memcpy((u8*)at, given, sizeof(T) * N); }
 template <class T, int N> ON void store_shared(u64 at, const T* given) {
     memcpy(shared_bytes(at, sizeof(T) * N, sizeof(T) * N), given, sizeof(T) * N);
 }
@@ -375,11 +377,14 @@ FLOATS(max_f32, (u32 a, u32 b), std::fmax(f(a), f(b)))
 FLOATS(min_f32, (u32 a, u32 b), std::fmin(f(a), f(b)))
 FLOATS(rcp_approx_ftz_f32, (u32 a), flushed(1.0f / flushed(f(a))))
 FLOATS(ex2_approx_ftz_f32, (u32 a), flushed(std::exp2(flushed(f(a)))))
+FLOATS(sin_approx_f32, (u32 a), std::sin(f(a)))
+FLOATS(cos_approx_f32, (u32 a), std::cos(f(a)))
 FLOATS(lg2_approx_ftz_f32, (u32 a), std::log2(flushed(f(a))))
 FLOATS(sqrt_approx_ftz_f32, (u32 a), std::sqrt(flushed(f(a))))
 FLOATS(cvt_sat_f32_f32, (u32 a), f(a) > 0 ? std::min(f(a), 1.0f) : 0.0f)
 FLOATS(cvt_rn_f32_s32, (u32 a), (float)(s32)a)
 FLOATS(cvt_rn_f32_u32, (u32 a), (float)a)
+FLOATS(cvt_rn_f32_s16, (u16 a), (float)(s16)a)
 FLOATS(cvt_rn_f32_u16, (u16 a), (float)a)
 FLOATS(cvt_f32_f16, (u16 a), (float)std::bit_cast<_Float16>(a))
 ON u32 half(float x) { return std::bit_cast<u16>((_Float16)x); }
@@ -394,6 +399,12 @@ ON u32 fma_rn_bf16x2(u32 a, u32 b, u32 c) {
     const auto one = [&](int by) { return brain((float)((double)f(a >> by << 16) * f(b >> by << 16) + f(c >> by << 16))); };
     return one(0) | one(16) << 16;
 }
+ON double half_of(u32 packed, int by) { return (double)std::bit_cast<_Float16>((u16)(packed >> by)); }
+ON u32 fma_rn_f16x2(u32 a, u32 b, u32 c) {
+    const auto one = [&](int by) { return (u32)std::bit_cast<u16>((_Float16)(half_of(a, by) * half_of(b, by) + half_of(c, by))); };
+    return one(0) | one(16) << 16;
+}
+ON u32 mul_rn_f16x2(u32 a, u32 b) { return fma_rn_f16x2(a, b, 0x80008000u); }
 ON u32 to_whole(double x) { return x != x ? 0 : (u32)(s32)std::min(std::max(x, -2147483648.0), 2147483647.0); }
 ON u32 cvt_rmi_s32_f32(u32 a) { return to_whole(std::floor(f(a))); }
 ON u32 cvt_rni_s32_f32(u32 a) { return to_whole(std::nearbyint(f(a))); }
@@ -419,12 +430,15 @@ ON u32 brev_b32(u32 a) {
 }
 ON u32 bfind_shiftamt_u32(u32 a) { return a ? std::countl_zero(a) : ~0u; }
 ON u32 bfind_u32(u32 a) { return a ? 31 - std::countl_zero(a) : ~0u; }
-ON u32 bfi_b32(u32 from, u32 into, u32 at, u32 count) {
+template <class T> ON T with_field(T from, T into, u32 at, u32 count) {
+    constexpr u32 BITS = 8 * sizeof(T);
     at &= 255, count &= 255;
-    if (at > 31 || !count) return into;
-    const u32 mask = (count > 31 ? ~0u : (1u << count) - 1) << at;
+    if (at >= BITS || !count) return into;
+    const T mask = (count >= BITS ? ~(T)0 : ((T)1 << count) - 1) << at;
     return (into & ~mask) | (from << at & mask);
 }
+ON u32 bfi_b32(u32 from, u32 into, u32 at, u32 count) { return with_field(from, into, at, count); }
+ON u64 bfi_b64(u64 from, u64 into, u32 at, u32 count) { return with_field(from, into, at, count); }
 ON u32 bfe_u32(u32 a, u32 at, u32 count) {
     at &= 255, count &= 255;
     return at > 31 ? 0 : a >> at & (count > 31 ? ~0u : (1u << count) - 1);

@@ -39,8 +39,10 @@ class Machine:
     def __init__(self, code: str, folder: Path) -> None:
         name = re.search(r"\.entry\s+(\w+)", code)
         assert name is not None
+        translated = _Translation(code)
+        self._own = translated.shared  # bytes of shared memory that the kernel names
         source = folder / f"{name[1]}_{abs(hash(code)):x}.cpp"
-        source.write_text(_Translation(code).source)
+        source.write_text(translated.source)
         library = source.with_suffix(".so")
         told = subprocess.run(
             [*COMPILER, str(source), "-I", str(HEADER.parent), "-o", str(library)], capture_output=True, text=True
@@ -65,12 +67,16 @@ class Machine:
         """
         bounds = [int(x) for each in ranges for x in each]
         told, given = (ctypes.c_uint64 * len(bounds))(*bounds), (ctypes.c_uint64 * len(values))(*values)
-        message = self._run(given, blocks, threads, shared, told, len(bounds) // 3, seed)
+        message = self._run(given, blocks, threads, shared + self._own, told, len(bounds) // 3, seed)
         return str(message, "ascii", "replace")
 
 
+def _place(parts: Sequence[str]) -> str:
+    return next((each for each in ("shared", "global", "local") if each in parts), "anywhere")
+
+
 class _Translation:
-    """``source``: C++."""
+    """``source``: C++. ``shared``: bytes of shared memory that variables of its own take."""
 
     def __init__(self, code: str) -> None:
         code = re.sub(r"//[^\n]*", "", code)
@@ -78,7 +84,8 @@ class _Translation:
         assert entry is not None
         self._params = {name: i for i, name in enumerate(re.findall(r"\.param\b[^,]*?(\w+)\s*(?:,|$)", entry[1]))}
         self._scopes: list[dict[str, str]] = [{}]  # C++ names of registers and labels, by their names
-        self._labels = 0
+        self._labels = self.shared = 0
+        self._arrays = {name: "(u64)SHARED" for name in re.findall(r"\.extern\s+\.shared.*?(\w+)\[\]", code)}
         lines = list(self._statements(entry[3]))
         self.source = "\n".join(
             [
@@ -109,6 +116,8 @@ class _Translation:
                 yield f"{self._label(token[:-1])}:;"
             elif token.startswith(".reg"):
                 yield from self._registers(token)
+            elif token.startswith((".shared", ".local")):
+                yield self._array(token)
             elif not token.startswith(".pragma"):
                 yield self._instruction(token[:-1].strip())
 
@@ -124,6 +133,15 @@ class _Translation:
                 own.append(variable)
             if own:
                 yield f"{_SIZES[kind]} {', '.join(own)};"
+
+    def _array(self, told: str) -> str:
+        memory, align, name, size = re.fullmatch(r"\.(\w+)\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\];", told).groups()  # type: ignore[union-attr]
+        if memory == "local":
+            self._arrays[name] = f"(u64){name}"
+            return f"alignas({align}) u8 {name}[{size}];"
+        first = -(-self.shared // int(align)) * int(align)
+        self._arrays[name], self.shared = f"(u64)(SHARED + {first})", first + int(size)
+        return ""
 
     def _next(self) -> int:
         self._labels += 1
@@ -147,8 +165,8 @@ class _Translation:
                 return scope[told]
         if told.startswith(("0f", "0F")):
             return f"{int(told[2:], 16)}u"
-        if told == "memory":
-            return "(u64)SHARED"
+        if told in self._arrays:
+            return self._arrays[told]
         return f"{int(told.rstrip('U'), 0)}ll"
 
     def _many(self, told: str) -> list[str]:
@@ -246,13 +264,13 @@ class _Translation:
         to, kind, address = self._many(operands[0]), _SIGNED[parts[-1]], self._address(operands[1])
         if parts[1] == "param":
             return f"{to[0]} = {address};"
-        place = next((each for each in ("shared", "global") if each in parts), "anywhere")
+        place = _place(parts)
         puts = " ".join(f"{each} = got[{i}];" for i, each in enumerate(to))
         return f"{{ {kind} got[{len(to)}]; load_{place}<{kind}, {len(to)}>({address}, got); {puts} }}"
 
     def _store(self, name: str, parts: list[str], operands: list[str]) -> str:
         given, kind = self._many(operands[1]), _SIGNED[parts[-1]]
-        place = next((each for each in ("shared", "global") if each in parts), "anywhere")
+        place = _place(parts)
         values = ", ".join(f"({kind}){each}" for each in given)
         return (
             f"{{ const {kind} put[] = {{{values}}}; store_{place}<{kind}, {len(given)}>({self._address(operands[0])}, put); }}"

@@ -1,11 +1,8 @@
-"""The CUDA kernel of scores from pair polar without a GPU: it compiles and finds room; its source, run as C++, scores right."""
+"""The CUDA kernel of scores from pair polar without a GPU: it compiles and finds room; on a CPU it scores right."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from conftest import GPU, HAS_CUDA, gaussian, needs_triton
 from launch_shapes import local_bytes
+from ptx_machine import Machine, is_there
 
 import pqcodec
 from pqcodec import attend_device
@@ -26,14 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not HAS_CUDA, reason="cuda-bindings is not installed"),
 ]
 needs_interpreter = pytest.mark.skipif(GPU, reason="the kernels of a GPU are not mixed with a CPU's")
-WARP = Path(__file__).with_name("one_warp.h")
-RUN = """
-extern "C" void run(const i64* shares, int blocks, const void* queries, float* out, int leads, int kind, float scale,
-                    const Bounds* bounds, int count) {
-    readable.assign(bounds, bounds + count);
-    run_blocks(blocks, [=] { score_pairs(shares, queries, out, leads, kind, scale); });
-}
-"""
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
@@ -52,33 +42,27 @@ def test_it_hardly_spills_and_all_resident_warps_find_room(bits: tuple[int, int]
     assert warps * needs["shared"] <= SHARED_PERCENT * (228 << 10) // 100
 
 
-# -- run as C++ --------------------------------------------------------------------------------------------------------
-class CompiledWarps(dict[Any, ctypes.CDLL]):
-    """The kernel as C++, by what it is compiled for."""
+# -- run on a CPU ------------------------------------------------------------------------------------------------------
+class Machines(dict[Any, Machine]):
+    """The kernel by what it is compiled for."""
 
     def __init__(self, folder: Path) -> None:
-        from pqcodec.kernels.on_cuda import pair_scores
+        self.folder = folder
 
-        self.folder, self.macros = folder, pair_scores.pair_definitions
-        source = Path(pair_scores.__file__).with_name("pair_scores.cu").read_text()
-        (folder / "pair_scores.cpp").write_text(source + RUN)
-        shutil.copy(WARP, folder / "halves.cuh")
+    def __missing__(self, kind: Any) -> Machine:
+        from cuda_on_cpu import assembly
 
-    def __missing__(self, kind: Any) -> ctypes.CDLL:
-        library = self.folder / f"{len(self)}.so"
-        macros = [f"-D{name}={value}" for name, value in self.macros(kind).items()]
-        command = ["g++", "-O1", "-std=c++20", "-w", "-shared", "-fPIC", "-pthread", *macros]
-        subprocess.run([*command, "pair_scores.cpp", "-o", str(library)], cwd=self.folder, check=True)
-        self[kind] = ctypes.CDLL(str(library))
-        return self[kind]
+        from pqcodec.kernels.on_cuda.pair_scores import pair_definitions
+
+        self[kind] = found = Machine(assembly("pair_scores.cu", pair_definitions(kind), "90"), self.folder)
+        return found
 
 
 @pytest.fixture(scope="module")
-def warps(tmp_path_factory: pytest.TempPathFactory) -> CompiledWarps:
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", str(WARP)]
-    if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Machines:
+    if not is_there():
         pytest.skip("no compiler (g++) of C++20 with numbers of 16 bits is here")
-    return CompiledWarps(tmp_path_factory.mktemp("warp"))
+    return Machines(tmp_path_factory.mktemp("machines"))
 
 
 class Launches:
@@ -88,11 +72,11 @@ class Launches:
         self.blocks: list[int] = []
         self.streams: list[torch.Tensor] = []  # that it may read
 
-    def launch(self, library: Any, shares: Any, blocks: int, query: Any, out: Any, leads: int, scale: float) -> None:
-        bounds = np.array([(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (query, *self.streams)], np.int64)
-        shares, queries, found = (ctypes.c_void_p(x.data_ptr()) for x in (shares, query, out))
-        kind, told = dtype_code(query.dtype), ctypes.c_void_p(bounds.ctypes.data)
-        library.run(shares, blocks, queries, found, leads, kind, ctypes.c_float(scale), told, len(bounds))
+    def launch(self, machine: Machine, shares: Any, blocks: int, query: Any, out: Any, leads: int, scale: float) -> None:
+        read = [(x.data_ptr(), x.data_ptr() + x.nbytes, x is out) for x in (shares, query, out, *self.streams)]
+        factor = int(np.float32(scale).view(np.uint32))
+        values = [shares.data_ptr(), query.data_ptr(), out.data_ptr(), leads, dtype_code(query.dtype), factor]
+        assert machine.launch(blocks, 32, 0, values, read) == ""
         self.blocks.append(blocks)
 
     def placed(self, data: bytes, skew: int = 0) -> torch.Tensor:
@@ -104,12 +88,12 @@ class Launches:
 
 
 @pytest.fixture
-def launches(warps: CompiledWarps, monkeypatch: pytest.MonkeyPatch) -> Launches:
+def launches(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> Launches:
     """What stands for the GPU, where the CUDA backend is asked for."""
     from pqcodec.kernels.on_cuda import pair_scores
 
     found = Launches()
-    monkeypatch.setattr(pair_scores, "_pair_kernel", lambda kind, device: warps[kind])
+    monkeypatch.setattr(pair_scores, "_pair_kernel", lambda kind, device: machines[kind])
     monkeypatch.setattr(pair_scores, "launch_scores", found.launch)
     monkeypatch.setattr(attend_device, "device_backend", lambda *asked: SimpleNamespace(name="cuda"))
     return found
