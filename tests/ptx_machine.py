@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 HEADER = Path(__file__).with_name("ptx_machine.h")
-COMPILER = ["g++", "-std=c++20", "-O1", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+COMPILER = ["g++", "-std=c++20", "-O0", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
 _SIZES = {"pred": "bool", "b16": "u16", "s16": "u16", "u16": "u16", "b32": "u32", "s32": "u32", "u32": "u32", "f32": "u32"}
 _SIZES |= {"b64": "u64", "s64": "u64", "u64": "u64"}
 _SIGNED = _SIZES | {"s8": "s8", "s16": "s16", "s32": "s32", "s64": "s64", "u8": "u8", "b8": "u8"}
