@@ -96,6 +96,15 @@ def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
     return x.view(np.uint16 if x.itemsize == 2 else np.uint32)
 
 
+def skewed(data: bytes | np.ndarray, skew: int) -> torch.Tensor:
+    """A copy of bytes that begins ``skew`` bytes behind a multiple of 16."""
+    flat = np.frombuffer(data, np.uint8)
+    room = torch.zeros(len(flat) + 32, dtype=torch.uint8)
+    at = -room.data_ptr() % 16 + skew
+    room[at : at + len(flat)].numpy()[:] = flat
+    return room[at : at + len(flat)]
+
+
 def rel_mse(x: torch.Tensor, y: torch.Tensor) -> float:
     """||x - y||^2 / ||x||^2 in float64."""
     x, y = x.double(), y.double()

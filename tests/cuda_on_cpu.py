@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from conftest import skewed
 from ptx_machine import Machine
 
-from pqcodec import constants as c
-from pqcodec.kernels.on_cuda import backend, compiled
-from pqcodec.kernels.on_cuda.quads import quads_definitions
+from pqcodec.kernels.on_cuda import backend
 from pqcodec.kernels.spans import Group
 
 CAPABILITIES = {
@@ -21,29 +19,6 @@ CAPABILITIES = {
     (10, 0): 232448,
     (12, 0): 101376,
 }  # shared memory of a block, bytes
-
-
-def assembly(name: str, macros: dict[str, Any], architecture: str) -> str:
-    """The PTX of a source file with macros; as ``compiled.compiled``."""
-    from cuda.bindings import nvrtc
-
-    source, headers = compiled._sources(name)
-    options = [f"-D{macro}={value}" for macro, value in macros.items()]
-    options += [f"--gpu-architecture=compute_{architecture}", "--fmad=false", "--std=c++17"]
-    contents, names = list(headers.values()), [each.encode() for each in headers]
-    program = compiled.returned(nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), contents, names))
-    compiled.returned(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
-    code = b" " * compiled.returned(nvrtc.nvrtcGetPTXSize(program))
-    compiled.returned(nvrtc.nvrtcGetPTX(program, code))
-    return code.decode().rstrip("\0")
-
-
-def assembly_of(verb: str, kind: Any, found: Any, effort: str, architecture: str) -> str:
-    """The PTX of the kernel of one direction for a kind of streams; as ``backend.machine_code``."""
-    of_quads = kind.coding == c.CODING_QUADS and verb == "decode"
-    name = "quads_teams.cu" if found.sharing > 1 else "quads.cu" if of_quads else "blocks.cu"
-    macros = quads_definitions(verb, kind, found) if of_quads else compiled.definitions(verb, kind, found, effort)
-    return assembly(name, macros, architecture + "a" * found.warpgroups)
 
 
 class CudaOnCpu(backend.Cuda):
@@ -71,20 +46,17 @@ class CudaOnCpu(backend.Cuda):
             found = backend.kernel_layout(verb, kind, self.few, self.capability[0], CAPABILITIES[self.capability], effort)
             self._made[asked] = None
             if found is not None:
-                code = assembly_of(verb, kind, found, effort, "{}{}".format(*self.capability))
-                self._made[asked] = backend.Kernel(Machine(code, self.folder), found, torch.from_numpy(found.blob))
+                code = backend.machine_code(verb, kind, found, "compute_{}{}".format(*self.capability), effort)
+                self._made[asked] = backend.Kernel(Machine(code, self.folder), found, skewed(found.blob, 0))
         return self._made[asked]
 
     def _launch(self, kernel: Any, group: Group) -> None:
         found = kernel.layout
-        grid = min(self.processors, group.blocks) * found.parts
+        grid = backend.thread_blocks(found, group, self.processors)
         given = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
-        blob = torch.empty(kernel.blob.numel() + 16, dtype=torch.uint8)  # its words are read 16 bytes at a time
-        blob = blob[-blob.data_ptr() % 16 :][: kernel.blob.numel()].copy_(kernel.blob)
-        values = [x.data_ptr() for x in (*given[:-1], blob)] + [group.blocks, group.search]
-        written = {group.block_flags.data_ptr(), *(x.data_ptr() for x in self.memory)}
-        tensors = [x for x in (*given[:-1], blob, *self.memory) if x.numel()]
-        ranges = [(x.data_ptr(), x.data_ptr() + _extent(x), x.data_ptr() in written) for x in tensors]
+        values = [*(x.data_ptr() for x in given), group.blocks, group.search]
+        written = (group.block_flags, *self.memory)
+        ranges = [(x.data_ptr(), x.data_ptr() + _extent(x), any(x is each for each in written)) for x in (*given, *self.memory)]
         told = kernel.function.launch(grid, found.threads, found.shared_bytes, values, ranges, self.seed)
         assert told == "", told
         self.launches += 1
@@ -94,11 +66,3 @@ def _extent(x: torch.Tensor) -> int:
     """Bytes from a tensor's first number to behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return int((last + 1) * x.element_size())
-
-
-def skewed(data: Any, skew: int) -> torch.Tensor:
-    """A copy of bytes that begins ``skew`` bytes behind a multiple of 16."""
-    flat = np.frombuffer(bytes(data), np.uint8)
-    room = torch.zeros(len(flat) + 32, dtype=torch.uint8)
-    at = -room.data_ptr() % 16 + skew
-    return room[at : at + len(flat)].copy_(torch.from_numpy(flat.copy()))

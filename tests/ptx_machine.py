@@ -34,9 +34,10 @@ def is_there() -> bool:
 
 
 class Machine:
-    """A kernel that runs on the CPU. ``code``: of its entry, PTX; ``folder``: where it is compiled."""
+    """A kernel that runs on the CPU. ``ptx``: what NVRTC made of it; ``folder``: where that is compiled."""
 
-    def __init__(self, code: str, folder: Path) -> None:
+    def __init__(self, ptx: bytes, folder: Path) -> None:
+        code = ptx.decode().rstrip("\0")
         name = re.search(r"\.entry\s+(\w+)", code)
         assert name is not None
         translated = _Translation(code)

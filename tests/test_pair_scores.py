@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GPU, HAS_CUDA, gaussian, needs_triton
+from conftest import GPU, HAS_CUDA, gaussian, needs_triton, skewed
 from launch_shapes import local_bytes
 from ptx_machine import Machine, is_there
 
@@ -50,11 +50,10 @@ class Machines(dict[Any, Machine]):
         self.folder = folder
 
     def __missing__(self, kind: Any) -> Machine:
-        from cuda_on_cpu import assembly
-
+        from pqcodec.kernels.on_cuda.compiled import compiled
         from pqcodec.kernels.on_cuda.pair_scores import pair_definitions
 
-        self[kind] = found = Machine(assembly("pair_scores.cu", pair_definitions(kind), "90"), self.folder)
+        self[kind] = found = Machine(compiled("pair_scores.cu", pair_definitions(kind), "compute_90"), self.folder)
         return found
 
 
@@ -81,9 +80,7 @@ class Launches:
 
     def placed(self, data: bytes, skew: int = 0) -> torch.Tensor:
         """A stream that begins ``skew`` bytes behind a multiple of 16."""
-        room = torch.zeros(len(data) + 32, dtype=torch.uint8)
-        at = -room.data_ptr() % 16 + skew
-        self.streams.append(room[at : at + len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+        self.streams.append(skewed(data, skew))
         return self.streams[-1]
 
 

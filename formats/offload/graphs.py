@@ -70,8 +70,7 @@ def copy_pinned(target: Any, source: Any) -> None:
     if driver is None or not target.is_cuda or not torch.cuda.is_current_stream_capturing():
         target.copy_(source, non_blocking=True)
         return
-    stream = torch.cuda.current_stream(target.device).cuda_stream
-    _check(driver.cuMemcpyHtoDAsync(target.data_ptr(), source.data_ptr(), source.nbytes, stream)[0], "a copy to a device")
+    copy_on(torch.cuda.current_stream(target.device), target, source)
 
 
 def copy_on(stream: Any, target: Any, source: Any) -> None:

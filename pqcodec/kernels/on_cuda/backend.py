@@ -103,7 +103,7 @@ def kernel_layout(
 
 
 def machine_code(verb: str, kind: Header, found: Layout, architecture: str, effort: str = "fast") -> bytes:
-    """The kernel's machine code (cubin), for an architecture such as "sm_90"; ``effort``: of an encoder's search."""
+    """The kernel as ``compiled`` gives it, for an architecture such as "sm_90"; ``effort``: of an encoder's search."""
     if kind.coding == c.CODING_QUADS and verb == "decode":
         source = "quads_teams.cu" if found.sharing > 1 else "quads.cu"
         macros = quads_definitions(verb, kind, found)
@@ -142,6 +142,15 @@ def _device(device: str) -> tuple[int, str, int, int]:
         which = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         limit = returned(driver.cuDeviceGetAttribute(which, returned(driver.cuCtxGetDevice())))
     return properties.major, f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, limit
+
+
+def thread_blocks(found: Layout, group: Group, processors: int) -> int:
+    """How many thread blocks code a group on a device of so many multiprocessors."""
+    coders = found.teams * found.sharing  # warps
+    grid = min(max(processors // found.parts, 1), -(-group.blocks // min(coders, SPREAD) * found.sharing))
+    if group.brief:  # as many blocks as warps that code, so that this launch's blocks end soon
+        grid = max(grid, -(-group.blocks // coders))
+    return grid * found.parts
 
 
 class Cuda:
@@ -213,13 +222,7 @@ class Cuda:
         values = [np.array(x.data_ptr(), np.uint64) for x in tensors]
         values += [np.array(group.blocks, np.int64), np.array(group.search, np.int32)]
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
-        threads = kernel.layout.threads
-        parts, sharing = kernel.layout.parts, kernel.layout.sharing
-        coders = kernel.layout.teams * sharing  # warps
-        grid = min(_device(str(group.device))[2] // parts, -(-group.blocks // min(coders, SPREAD) * sharing))
-        if group.brief:  # as many blocks as warps that code, so that this launch's blocks end soon
-            grid = max(grid, -(-group.blocks // coders))
-        grid *= parts
+        grid, threads = thread_blocks(kernel.layout, group, _device(str(group.device))[2]), kernel.layout.threads
         stream = torch.cuda.current_stream(group.device).cuda_stream
         with torch.cuda.device(group.device):
             returned(

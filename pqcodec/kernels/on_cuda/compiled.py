@@ -178,7 +178,7 @@ def warp_memory(
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
 def compiled(name: str, macros: dict[str, Any], architecture: str) -> bytes:
-    """The machine code (cubin) of a source file of this folder, with macros."""
+    """A source file of this folder, with macros: its machine code (cubin) for "sm_90", its PTX for "compute_90", and so on."""
     source, headers = _sources(name)
     options = [f"-D{macro}={value}" for macro, value in macros.items()]
     options += [f"--gpu-architecture={architecture}", "--fmad=false", "--std=c++17"]
@@ -193,8 +193,9 @@ def compiled(name: str, macros: dict[str, Any], architecture: str) -> bytes:
         log = b" " * returned(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
         raise BackendUnavailable(f"CUDA: {error.name} for {architecture}:\n{log.decode(errors='replace')}")
-    code = b" " * returned(nvrtc.nvrtcGetCUBINSize(program))
-    returned(nvrtc.nvrtcGetCUBIN(program, code))
+    virtual = architecture.startswith("compute")
+    code = b" " * returned((nvrtc.nvrtcGetPTXSize if virtual else nvrtc.nvrtcGetCUBINSize)(program))
+    returned((nvrtc.nvrtcGetPTX if virtual else nvrtc.nvrtcGetCUBIN)(program, code))
     nvrtc.nvrtcDestroyProgram(program)
     return code
 

@@ -273,8 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         courier.send();
         __syncwarp();
     }
-    copy_tables<MATRIX_AT>(blob, memory);  // the matrix comes last
-    copy_tables<PART_BYTES>(blob + MATRIX_AT / 16, memory + MATRIX_AT / 16);
+    copy_tables(blob, memory);
     tables_are_written();
     if (is_courier) {
         while (__any_sync(ALL_LANES, courier.has_more())) {
