@@ -99,7 +99,7 @@ def _team_memory(h: Header) -> dict[str, int]:
     radii_at = indices_at + _round(STEP * index_bytes(h), SLACK) + SLACK
     slot = (h.blocks.chunk_bytes if one else radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK)) + SLACK
     barriers_at = SLOTS * slot
-    sums_at = barriers_at + SLOTS * 2 * 8
+    sums_at = barriers_at + (SLOTS + 1) * 2 * 8  # one more for the tables
     places_at = sums_at + SLOTS * TEAM // 32 * 8
     rows_at = _round(places_at + 2 * AHEAD * UPCOMING_BYTES, LINE)
     return {

@@ -29,7 +29,7 @@
 #define MAGIC_BITS 0x4b400000                      // of MAGIC, 1.5 * 2^23
 #define TILES (ROWS / 16)                          // of sixteen rows, which meet the matrix together
 #define LANE_ROWS (ROWS / 8)
-#define UNROLLED (PARTS == 1 && GROUPS <= 4 ? 2 : 1)  // turns of the loop over pieces
+#define UNROLLED (PARTS == 1 && GROUPS <= 4 ? 2 : 1)  // turns of the loops over pieces
 #if WARPGROUPS
 #define WAIT_FOR(later, sums) wait_together<false, later>((sums)[0])  // products, after which ``later`` others were begun
 #else
@@ -296,7 +296,7 @@ INLINE void decode_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], co
 
 INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
                         int part) {
-#pragma unroll 1
+#pragma unroll(UNROLLED)
     for (int piece = 0; piece < APART; piece++) {
         Sums sums[2];
         begin_pieces<2>(tables, operands, piece, APART, sums);

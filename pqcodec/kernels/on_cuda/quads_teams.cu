@@ -6,15 +6,15 @@
 // behind its place in the slot. Decoded rows leave by the engine, too, from whole lines of shared memory: what begins elsewhere
 // it stores in more pieces, for which the way to the L2 cache has no room.
 //
-// A last warp, the courier, does the rest for all teams, one lane a team: it finds the blocks, several of a team at once, each
-// by one lane; sends for their words as soon as a slot is free; and says from the sums of words that a team leaves whether a
-// block is good.
+// A last warp, the courier, does the rest for all teams, one lane a team: it sends for the tables; finds the blocks, several of
+// each team at once, each by one lane; sends for their words as soon as a slot is free; and says from the sums of words that a
+// team leaves whether a block is good.
 //
-// Needs AHEAD (blocks that are looked for at once, 32 at most), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
+// Needs AHEAD (blocks of a team that are looked for at once), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
 // team: SLOTS slots of SLOT_BYTES, in which indices and radii have runs of their own from INDICES_AT and RADII_AT on; then two
-// barriers of each slot from BARRIERS_AT on, the sums of four warps' words of each slot from SUMS_AT on, the places of blocks
-// from PLACES_AT on, and each warp's decoded rows from ROWS_AT on), and what the other files need. BULK and PARTS are 1, OFFSETS
-// is 0.
+// barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, the places
+// of blocks from PLACES_AT on, and each warp's decoded rows from ROWS_AT on), and what the other files need. BULK and PARTS are
+// 1, OFFSETS is 0.
 
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
@@ -57,6 +57,18 @@ constexpr __device__ int place_of_run(int which) {
 // How far behind its place a run begins.
 INLINE int skew_of(const Block& block, const Run& run) { return (u32)reinterpret_cast<i64>(block.payload) + run.first & 15; }
 
+// Says how many bytes a barrier is to wait for, by one thread.
+INLINE void expect(u32 bytes, u32 barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Has the engine bring bytes into shared memory, which a barrier counts. All three are multiples of 16.
+INLINE void bring(i64 from, u32 bytes, u32 to, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Sends for the words of the step from ``first_row`` on; ``barrier`` counts them. By one thread; addresses of shared memory.
 INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barrier) {
     u32 bytes[RUNS], all = 0;
@@ -68,13 +80,9 @@ INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barri
         from[which] = reinterpret_cast<i64>(block.payload) + (run.first - skew);
         bytes[which] = (skew + run.bytes + 15) / 16 * 16, all += bytes[which];
     }
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(all) : "memory");
+    expect(all, barrier);
 #pragma unroll
-    for (int which = 0; which < RUNS; which++)
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         slot + place_of_run(which)),
-                     "l"(from[which]), "r"(bytes[which]), "r"(barrier)
-                     : "memory");
+    for (int which = 0; which < RUNS; which++) bring(from[which], bytes[which], slot + place_of_run(which), barrier);
 }
 
 // A step's words in a slot.
@@ -179,6 +187,7 @@ struct Team {
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
     INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
     INLINE u32 free(u32 turn) const { return full(turn) + 8; }
+    INLINE u32 tables() const { return full(SLOTS); }  // the first team's barrier: that tables have come
     INLINE u64* sums(u32 turn) const { return reinterpret_cast<u64*>(shelf + SUMS_AT) + turn * 4; }
 };
 
@@ -212,25 +221,25 @@ struct Courier {
             prepare_barrier(team.full(turn), 1);
             prepare_barrier(team.free(turn), TEAM / 32);
         }
+        if (lane == 0) prepare_barrier(team.tables(), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         __syncwarp();
     }
 
     INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
 
-    // Finds the next places of teams that have used theirs. They take the room of those before the last AHEAD, at which no warp
-    // looks any more: a team is SLOTS blocks behind what is sent for it at the most.
+    // Finds the next places of teams that have used theirs, each by one lane. They take the room of those before the last
+    // AHEAD, at which no warp looks any more: a team is SLOTS blocks behind what is sent for it at the most.
     INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search) {
-        u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
-        while (needed) {
-            const int which = __ffs(needed) - 1;
-            needed &= needed - 1;
-            const u32 round = __shfl_sync(ALL_LANES, found, which) + lane;
-            const Team its(tables, which, team.blocks);
-            if (lane < AHEAD && its.has(round))
-                its.place(round) = find_own_block(spans, firsts, starts, search, its.block(round));
-            if (lane == which) found += AHEAD;
-        }
+        static_assert(TEAMS * AHEAD <= 32, "a lane for each place");
+        const u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
+        if (!needed) return;
+        const int which = min(lane / AHEAD, TEAMS - 1);
+        const Team its(tables, which, team.blocks);
+        const u32 round = __shfl_sync(ALL_LANES, found, which) + lane % AHEAD;
+        if (lane < TEAMS * AHEAD && needed >> which & 1 && its.has(round))
+            its.place(round) = find_own_block(spans, firsts, starts, search, its.block(round));
+        if (needed >> lane & 1) found += AHEAD;
         __syncwarp();
     }
 
@@ -269,12 +278,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     Courier courier(tables, blocks);
     if (is_courier) {
         courier.prepare();
-        courier.find(tables, spans, firsts, starts, search);
-        courier.send();
-        __syncwarp();
+        if (courier.lane == 0) {
+            expect(BLOB_BYTES, courier.team.tables());
+            bring(reinterpret_cast<i64>(blob), BLOB_BYTES, (u32)__cvta_generic_to_shared(tables), courier.team.tables());
+        }
     }
-    copy_tables(blob, memory);
-    tables_are_written();
+    __syncthreads();  // the barriers are there
     if (is_courier) {
         while (__any_sync(ALL_LANES, courier.has_more())) {
             courier.find(tables, spans, firsts, starts, search);
@@ -288,6 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 
     const int thread = threadIdx.x % TEAM, warp = thread / 32, lane = threadIdx.x & 31;
     const Team team(tables, threadIdx.x / TEAM, blocks);
+    wait_until_complete(Team(tables, 0, blocks).tables(), 0);
     u8* rows_out = team.shelf + ROWS_AT + warp * (16 * OUT_BYTES);
     int base = 0;  // of the block
     for (Cursor at; team.has(at.round);) {
