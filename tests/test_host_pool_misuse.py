@@ -7,13 +7,14 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 from pqcodec.errors import InvalidArgument, NonFiniteInput
-from pqcodec.formats.offload import HostPool, host_pool, pipeline
+from pqcodec.formats.offload import HostPool, host_pool, pieces, pipeline
 from pqcodec.formats.offload.graphs import copy_on
 from pqcodec.formats.offload.handles import Put
 from pqcodec.formats.offload.lanes import Lanes
@@ -185,3 +186,95 @@ def test_closing_waits_for_calls_that_use_a_replaced_block(way: dict[str, Any], 
         pool._used(held)
         closing.result(timeout=20)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_closing_waits_for_puts_that_have_begun(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    """Such a put is refused, unless the block is kept before the pool closes; either way no memory stays."""
+    began, go_on, encode = Event(), Event(), Lanes.encode
+
+    def slow(*given: Any) -> None:
+        encode(*given)
+        began.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(Lanes, "encode", slow)
+    pool = HostPool(1 << 20, **way)
+    if kept:
+        go_on.set()
+    with ThreadPoolExecutor(2) as threads:
+        putting = threads.submit(pool.put, "a", tensors(way))
+        assert began.wait(20)
+        if kept:
+            putting.result(timeout=20)
+        closing = threads.submit(pool.close)
+        if not kept:
+            with pytest.raises(TimeoutError):
+                closing.result(timeout=0.3)
+            go_on.set()
+            with pytest.raises(InvalidArgument, match="closed"):
+                putting.result(timeout=20)
+        closing.result(timeout=20)
+    assert pool._arena.used_bytes == 0
+
+
+def test_a_spilled_file_that_cannot_be_deleted_is_told_of_once(
+    way: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs = tensors(way)
+    with HostPool(block_bytes(way, 1), spill=tmp_path, **way) as pool:
+        pool.put("a", xs[0], wait=True)
+        pool.put("b", xs[1], wait=True)
+
+        def refuse(path: Path, missing_ok: bool = False) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.warns(RuntimeWarning, match=r"cannot be deleted \(Permission denied\); delete it"):
+            assert pool.drop("a")
+        monkeypatch.undo()
+        pool.put("c", xs[0], wait=True)
+        assert same(pool.get("c"), coded(xs[0]))
+        assert same(pool.get("b"), coded(xs[1]))
+        (left,) = (path for path in tmp_path.iterdir() if path not in {block.path for block in pool._blocks.values()})
+    assert list(tmp_path.iterdir()) == [left]
+
+
+# -- a long life ---------------------------------------------------------------------------------------------------
+def test_no_list_grows_with_the_kinds_of_tensors_that_were_seen(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "KNOWN", 4)
+    x = tensors(way)[0]
+    with HostPool(1 << 20, **way) as pool:
+        pool.put("a", x, wait=True)
+        layout = pool._blocks["a"].layout
+        for apart in range(1, 12):
+            wide = torch.empty((*x.shape[:-1], 64 * (apart + 1)), dtype=x.dtype, device=x.device)
+            out = wide[..., : x.shape[-1]]
+            pool.get("a", out=out)
+            assert same(out, coded(x))
+            assert len(layout._filled) <= 4
+
+
+def test_what_was_prepared_for_rare_kinds_is_freed_without_the_garbage_collector(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "KINDS", 2)
+    made: list[weakref.ref[Any]] = []
+    keep = pipeline._Prepared._keep
+
+    def kept(batch: Any, memory: Any, *given: Any) -> None:
+        keep(batch, memory, *given)
+        made.append(weakref.ref(memory))
+
+    monkeypatch.setattr(pipeline._Prepared, "_keep", kept)
+    gc.disable()
+    try:
+        with HostPool(1 << 22, **way) as pool:
+            for tokens in range(1, 7):
+                x = gaussian(2, 64 * tokens, 64).to(way["device"])
+                pool.put(tokens, x, wait=True)
+                assert same(pool.get(tokens), coded(x))
+            assert sum(memory() is not None for memory in made) <= 2 * 2
+        assert not any(memory() is not None for memory in made)
+    finally:
+        gc.enable()

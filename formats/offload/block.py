@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from pqcodec.errors import CorruptStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile, PQKVWriter
 from pqcodec.formats.offload.pieces import BlockLayout
-from pqcodec.formats.offload.pinned import PinnedSlice
+from pqcodec.formats.offload.pinned import PinnedSlice, free_all
 from pqcodec.formats.offload.pipeline import Transfer
 
 
@@ -66,6 +67,20 @@ class Block:
                         raise CorruptStream(f"{path}: stream {number} has {source.size} bytes, not {expected}")
                     rows[stream.offset : stream.offset + expected] = np.asarray(source.read(0, expected))
                     number += 1
+
+    def give_back(self) -> None:
+        """Free the memory and delete the file, which nobody uses any more.
+
+        A file that stays costs the pool nothing, but may hold a prompt: a warning tells of it.
+        """
+        free_all(self.slices or ())
+        path, self.slices, self.path, self.staged = self.path, None, None, None
+        try:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            text = f"{path}: the file of a block that is gone cannot be deleted ({error.strerror})"
+            warnings.warn(f"{text}; delete it, it may hold a prompt", RuntimeWarning, stacklevel=2)
 
 
 def unlink(blocks: MutableMapping[Hashable, Block], block: Block, before: Block | None) -> bool:

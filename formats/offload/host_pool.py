@@ -12,7 +12,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
@@ -23,7 +22,7 @@ from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block, unlink
 from pqcodec.formats.offload.handles import Get, Put, not_kept
 from pqcodec.formats.offload.lanes import Lanes, Shares
-from pqcodec.formats.offload.pieces import Kinds, kinds_of, layout_of
+from pqcodec.formats.offload.pieces import Kinds, kinds_of, layout_of, plain_options
 from pqcodec.formats.offload.pinned import PinnedArena, PinnedSlice, free_all, slice_bytes
 from pqcodec.formats.offload.pipeline import Transfer
 from pqcodec.formats.offload.usage import Counters, Usage
@@ -92,6 +91,7 @@ class HostPool:
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda", device=self.device)
         self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the first is the one that was used longest ago
         self._leaving: list[Block] = []  # blocks that are gone, but are still being read or written
+        self._putting = 0  # calls of ``put`` under way
         self._changed = Condition()
         self.counters = Counters()
         self._closed = False
@@ -121,7 +121,7 @@ class HostPool:
             self._closed = True
             for key in list(self._blocks):
                 self._forget(key)
-            while any(block.users for block in self._leaving):
+            while self._putting or any(block.users for block in self._leaving):
                 self._changed.wait()
             self._reclaim(wait=True)
         self._lanes.close()
@@ -155,6 +155,21 @@ class HostPool:
         options = self._options(len(given), preset, center, rope, exact_tokens)
         kinds, shares = self._seen(given)
         block = Block(key, layout_of(kinds, options, self._piece_bytes), single)
+        with self._changed:
+            self._check_open()
+            self._putting += 1
+        try:
+            handle = self._put(block, given, shares)
+        finally:
+            with self._changed:
+                self._putting -= 1
+                self._changed.notify_all()
+        if wait:
+            handle.wait()
+        return handle
+
+    def _put(self, block: Block, given: Sequence[Any], shares: Shares) -> Put:
+        """Give a block memory, and begin to encode its tensors into it."""
         displaced: list[tuple[Hashable, str]] = []
         transfer = Transfer()
         try:
@@ -165,27 +180,29 @@ class HostPool:
                 self.counters.failed += 1
             self._give_back(block)
             if isinstance(error, NonFiniteInput):
-                raise not_kept(key) from error
+                raise not_kept(block.key) from error
             raise
         block.put = transfer
         with self._changed:
             if self._closed:
                 self._leave(block)
-                raise InvalidArgument("the pool is closed; put blocks before that")
+            self._check_open()
             self.counters.puts += 1
-            block.before = self._blocks.pop(key, None)
-            self._blocks[key] = block
+            block.before = self._blocks.pop(block.key, None)
+            self._blocks[block.key] = block
             self._reclaim()
-        handle = Put(block, transfer, displaced, self._settle)
-        if wait:
-            handle.wait()
-        return handle
+        return Put(block, transfer, displaced, self._settle)
+
+    def _check_open(self) -> None:
+        """Raises InvalidArgument for a pool that is closed."""
+        if self._closed:
+            raise InvalidArgument("the pool is closed; make a new one")
 
     def _options(self, count: int, preset: Any, center: Any, rope: Any, exact_tokens: int) -> Sequence[EncodeOptions]:
         """The options of all tensors, or of each; equal ones are one object, because making one checks it."""
         preset = self.preset if preset is None else preset
         if isinstance(preset, str) and center is None and rope is None and type(exact_tokens) is int:
-            return (_plain_options(preset, exact_tokens),)
+            return (plain_options(preset, exact_tokens),)
         presets = each("preset", preset, count, str)
         for name in set(presets):
             check_restores(name, "a pool")
@@ -202,8 +219,7 @@ class HostPool:
 
     def _seen(self, tensors: Sequence[Any], strides: bool = False) -> tuple[Kinds, Shares]:
         """What tensors are, and those of each device; raises InvalidArgument where the pool does not take one."""
-        if self._closed:
-            raise InvalidArgument("the pool is closed; make a new one")
+        self._check_open()
         self._lanes.check(tensors)
         kinds = kinds_of(tensors, strides)
         return kinds, self._lanes.shares(tensors, kinds.devices)
@@ -289,8 +305,7 @@ class HostPool:
         """The block of a key, known to be sound; its bytes stay where they are until ``_used``."""
         while True:
             with self._changed:
-                if self._closed:
-                    raise InvalidArgument("the pool is closed; make a new one")
+                self._check_open()
                 block = self._blocks.get(key)
                 if block is None:
                     self.counters.misses += count
@@ -325,13 +340,12 @@ class HostPool:
         """The bytes and blocks that the pool holds now."""
         with self._changed:
             self._reclaim()
-            on_disk = [block for block in self._blocks.values() if block.slices is None]
             written = [block.path for block in self._blocks.values() if block.path is not None]
             return Usage(
                 self._arena.capacity_bytes,
                 self._arena.used_bytes,
                 len(self._blocks),
-                len(on_disk),
+                sum(block.slices is None for block in self._blocks.values()),
                 sum(path.stat().st_size for path in written),
                 sum(block.layout.logical_bytes for block in self._blocks.values()),
             )
@@ -387,10 +401,8 @@ class HostPool:
             if block.users or not all(transfer.done() for transfer in transfers):
                 kept.append(block)
                 continue
-            free_all(block.slices or ())
-            if block.path is not None:
-                block.path.unlink(missing_ok=True)
-            block.slices, block.path, block.staged, freed = None, None, None, True
+            block.give_back()
+            freed = True
         self._leaving = kept
         return freed
 
@@ -486,10 +498,3 @@ class HostPool:
             else:  # another thread has read it first
                 free_all(slices)
             return block.hosts, staged
-
-
-@lru_cache(maxsize=64)
-def _plain_options(preset: str, exact_tokens: int) -> EncodeOptions:
-    """The options of tensors that are not centred, checked once."""
-    check_restores(preset, "a pool")
-    return EncodeOptions(preset, exact_tokens=exact_tokens)

@@ -17,12 +17,14 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from pqcodec import constants as c
+from pqcodec.codings.presets import check_restores
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import aligned
 from pqcodec.stream.header import DTYPE_NAMES, Header
 from pqcodec.tensors import arrays
 
+KNOWN = 64  # kinds of tensors that a layout remembers
 _NUMBERS = count()
 _KIND = attrgetter("shape", "dtype", "layout", "device")  # of a tensor
 
@@ -150,7 +152,7 @@ class BlockLayout:
 
     @cached_property
     def _filled(self) -> set[Kinds]:
-        """Kinds of tensors that are known to have room for the block's."""
+        """Kinds of tensors, ``KNOWN`` at the most, that are known to have room for the block's."""
         return set()
 
     def check_outs(self, outs: Sequence[Any], kinds: Kinds) -> None:
@@ -160,6 +162,8 @@ class BlockLayout:
         for number, (x, shape, dtype) in enumerate(zip(outs, self.shapes, self.dtypes, strict=True)):
             if not arrays.fits(x, shape, dtype):
                 raise InvalidArgument(f"out {number} has strides {x.stride()}; its last dimension must be contiguous")
+        if len(self._filled) == KNOWN:
+            self._filled.clear()
         self._filled.add(kinds)
 
     def new_tensors(self, devices: Sequence[Any]) -> list[Any]:
@@ -169,6 +173,13 @@ class BlockLayout:
         kinds = [getattr(torch, DTYPE_NAMES[dtype]) for dtype in self.dtypes]
         wanted = zip(self.shapes, kinds, devices, strict=True)
         return [torch.empty(shape, dtype=kind, device=device) for shape, kind, device in wanted]
+
+
+@lru_cache(maxsize=64)
+def plain_options(preset: str, exact_tokens: int) -> EncodeOptions:
+    """The options of tensors that are not centred, checked once."""
+    check_restores(preset, "a pool")
+    return EncodeOptions(preset, exact_tokens=exact_tokens)
 
 
 def _bytes(shape: tuple[int, ...], dtype: int) -> int:

@@ -192,6 +192,11 @@ class _Prepared:
                 starts.set(addresses, stream)
             self._addresses = addresses
 
+    def give_up(self) -> None:
+        """Wait until the last run is over, and let go of all memory at once: a batch refers to itself."""
+        self.free.synchronize()
+        vars(self).clear()
+
 
 class _Encoder(_Prepared, EncodeBatch):
     """A batch that encodes other tensors at each run into one arena."""
@@ -265,7 +270,7 @@ class _BatchesByKind:
 
     def _give_up_oldest(self) -> None:
         for batch in self._kinds.popitem(last=False)[1]:
-            batch.free.synchronize()
+            batch.give_up()
 
 
 class DevicePipeline:
