@@ -172,6 +172,22 @@ def test_stdin_and_stdout(cache: Path, tmp_path: Path) -> None:
     assert "all sound" in run("verify", "-", *REFERENCE, stdin=result.stdout_bytes).stdout
 
 
+@pytest.mark.parametrize(("given", "told"), [(b"", "stdin is empty; pipe"), (b"hello", "stdin: begins with b'hello'")])
+@pytest.mark.parametrize("verb", ["encode", "decode", "inspect", "verify", "train-vq"])
+def test_errors_about_stdin_name_it(tmp_path: Path, verb: str, given: bytes, told: str) -> None:
+    outputs = [] if verb in ("inspect", "verify") else [tmp_path / "out"] if verb == "train-vq" else ["-"]
+    output = run(verb, "-", *outputs, stdin=given, code=2).output
+    assert told in output
+    assert "pqcodec-" not in output
+
+
+def test_a_vector_of_nan_from_stdin_is_found_there(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.full((4, 64), np.nan, np.float16))
+    output = run("encode", "-", "-", *REFERENCE, stdin=(tmp_path / "x.npy").read_bytes(), code=2).output
+    assert "stdin" in output
+    assert "pqcodec-" not in output
+
+
 def test_a_tensor_from_stdin_is_called_so_each_time(tmp_path: Path) -> None:
     x, path = np.random.default_rng(0).standard_normal((2, 20, 64)).astype(np.float16), tmp_path / "x.npy"
     np.save(path, x)

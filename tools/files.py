@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from pqcodec.errors import InvalidArgument
+from pqcodec.errors import InvalidArgument, PQError
 from pqcodec.tools.jobs import Done, attempted
 
 STANDARD = "-"
@@ -195,7 +195,8 @@ def make_parents(target: str, mode: int = 0o700) -> None:
 def input_file(name: str, *, local: bool = False) -> Iterator[str]:
     """A context with the path or URL of an input; stdin is copied to a temporary file, since readers need to seek.
 
-    ``local``: a URL is downloaded first, for libraries that read local files only. Raises InvalidArgument for a terminal.
+    ``local``: a URL is downloaded first, for libraries that read local files only. Raises InvalidArgument for a terminal, and
+    where nothing comes.
     """
     if _is_url(name) and local:
         from pqcodec.formats.places import remote
@@ -211,7 +212,19 @@ def input_file(name: str, *, local: bool = False) -> Iterator[str]:
             copy = os.path.join(folder, STDIN)
             with open(copy, "xb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-            yield copy
+            if not os.path.getsize(copy):
+                raise InvalidArgument("INPUT is '-', but stdin is empty; pipe a file into it")
+            try:
+                yield copy
+            except PQError as error:
+                _rename(error, copy, STDIN)
+                raise
+
+
+def _rename(error: PQError, path: str, name: str) -> None:
+    """Have an error say ``name``, since the user never wrote ``path``."""
+    error.args = tuple(told.replace(path, name) if isinstance(told, str) else told for told in error.args)
+    vars(error).update({key: told.replace(path, name) for key, told in vars(error).items() if isinstance(told, str)})
 
 
 @contextmanager
