@@ -218,6 +218,17 @@ def test_closing_waits_for_puts_that_have_begun(way: dict[str, Any], monkeypatch
     assert pool._arena.used_bytes == 0
 
 
+def test_a_pool_may_be_closed_by_what_it_calls(way: dict[str, Any]) -> None:
+    """The put that called it is refused."""
+    xs, closed = tensors(way), []
+    with HostPool(block_bytes(way, 1), on_displaced=lambda *_: closed.append(pool.close()), **way) as pool:
+        pool.put("a", xs[0], wait=True)
+        with pytest.raises(InvalidArgument, match="closed"):
+            pool.put("b", xs[1], wait=True)
+        assert closed == [None]
+    assert pool._arena.used_bytes == 0
+
+
 def test_a_spilled_file_that_cannot_be_deleted_is_told_of_once(
     way: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Condition
+from threading import Condition, get_ident
 from types import TracebackType
 from typing import Any
 
@@ -91,7 +91,7 @@ class HostPool:
         self._arena = PinnedArena(capacity_bytes, pinned=self.device.type == "cuda", device=self.device)
         self._blocks: OrderedDict[Hashable, Block] = OrderedDict()  # the first is the one that was used longest ago
         self._leaving: list[Block] = []  # blocks that are gone, but are still being read or written
-        self._putting = 0  # calls of ``put`` under way
+        self._putting: list[int] = []  # threads of calls of ``put`` under way
         self._changed = Condition()
         self.counters = Counters()
         self._closed = False
@@ -121,7 +121,7 @@ class HostPool:
             self._closed = True
             for key in list(self._blocks):
                 self._forget(key)
-            while self._putting or any(block.users for block in self._leaving):
+            while {*self._putting} - {get_ident()} or any(block.users for block in self._leaving):
                 self._changed.wait()
             self._reclaim(wait=True)
         self._lanes.close()
@@ -157,12 +157,12 @@ class HostPool:
         block = Block(key, layout_of(kinds, options, self._piece_bytes), single)
         with self._changed:
             self._check_open()
-            self._putting += 1
+            self._putting.append(get_ident())
         try:
             handle = self._put(block, given, shares)
         finally:
             with self._changed:
-                self._putting -= 1
+                self._putting.remove(get_ident())
                 self._changed.notify_all()
         if wait:
             handle.wait()
