@@ -32,7 +32,7 @@ MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16)}
 TEAM, COURIER, STEP = 128, 32, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
-SLOTS = 3  # of a team: for the words of this step and of the next two
+SLOTS = (4, 3)  # of a team, the most that fit: for the words of this step and of the next ones
 SLACK = 16  # bytes beside words, which are copied from multiples of as many on
 LINE = 128  # bytes of a line of shared memory
 
@@ -77,11 +77,11 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
     if not teams or h.offsets or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
         return None
-    memory = _team_memory(h)
-    matrix, beside = _matrix(h), teams * memory["TEAM_BYTES"]
-    for copies in (each for each in COPIES if each >= least):
+    matrix = _matrix(h)
+    for slots, copies in product(SLOTS, (each for each in COPIES if each >= least)):
+        memory = _team_memory(h, slots)
         blob, places = _tables(h, matrix, True, copies, 1, 1)
-        tables = _round(blob.size, LINE)
+        tables, beside = _round(blob.size, LINE), teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
             blob = np.pad(blob, (0, tables - blob.size))
             places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD}
@@ -89,8 +89,8 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     return None
 
 
-def _team_memory(h: Header) -> dict[str, int]:
-    """Where things lie in the shared memory of a team, as macros, in bytes.
+def _team_memory(h: Header, slots: int) -> dict[str, int]:
+    """Where things lie in the shared memory of a team with so many slots, as macros, in bytes.
 
     Each run of words in a slot has room for what is copied before and behind it.
     """
@@ -98,12 +98,12 @@ def _team_memory(h: Header) -> dict[str, int]:
     indices_at = STEP * h.order // 8 + SLACK
     radii_at = indices_at + _round(STEP * index_bytes(h), SLACK) + SLACK
     slot = (h.blocks.chunk_bytes if one else radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK)) + SLACK
-    barriers_at = SLOTS * slot
-    sums_at = barriers_at + (SLOTS + 1) * 2 * 8  # one more for the tables
-    places_at = sums_at + SLOTS * TEAM // 32 * 8
+    barriers_at = slots * slot
+    sums_at = barriers_at + (slots + 1) * 2 * 8  # one more for the tables
+    places_at = sums_at + slots * TEAM // 32 * 8
     rows_at = _round(places_at + 2 * AHEAD * UPCOMING_BYTES, LINE)
     return {
-        "SLOTS": SLOTS,
+        "SLOTS": slots,
         "SLOT_BYTES": slot,
         "INDICES_AT": indices_at,
         "RADII_AT": radii_at,

@@ -231,7 +231,7 @@ struct Courier {
     // Finds the next places of teams that have used theirs, each by one lane. They take the room of those before the last
     // AHEAD, at which no warp looks any more: a team is SLOTS blocks behind what is sent for it at the most.
     INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search) {
-        static_assert(TEAMS * AHEAD <= 32, "a lane for each place");
+        static_assert(TEAMS * AHEAD <= 32 && SLOTS <= AHEAD, "a lane for each place, and room for those that are still looked at");
         const u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
         if (!needed) return;
         const int which = min(lane / AHEAD, TEAMS - 1);
