@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 LMCACHE = lmcache==0.5.6
 
-.PHONY: demo test test-chaos test-engines test-vllm test-faults test-matrix kernels check docs bench bench-lmcache fidelity golden wheel dist clean
+.PHONY: demo test test-all test-chaos test-engines test-vllm test-faults test-matrix kernels check docs bench bench-lmcache fidelity golden wheel dist clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache e
 
 test: $(VENV)/installed  ## the tests, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+
+test-all: $(VENV)/installed  ## the same without samples: of what is slow and much alike, the ordinary run takes some
+	PQCODEC_ALL=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 test-chaos: $(VENV)/installed  ## 16 clients of one shared store, killed at random, and its server restarted: nothing wrong, nothing lost
 	$(BIN)/python -m tests.store_stress --redis --processes 16 --operations 1000 --seed 21 --kill-every 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,6 +36,16 @@ TINY = {  # sizes of a model of transformers that is made in no time
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+ALL = bool(os.environ.get("PQCODEC_ALL"))
+not_always = pytest.mark.skipif(not ALL, reason="a sample is run: PQCODEC_ALL=1 runs all")
+
+
+def sampled(values: Iterable[Any], of: int = 2) -> list[Any]:
+    """Values of ``parametrize``, of which the ordinary run takes the first one of ``of``; PQCODEC_ALL=1 takes all."""
+    given = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=not_always if i % of else ()) for i, value in enumerate(given)]
+
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

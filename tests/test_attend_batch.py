@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, gaussian, needs_triton
+from conftest import DEVICE, gaussian, needs_triton, sampled
 
 import pqcodec
 from pqcodec import AttendBatch, Rope, attend_parts
@@ -110,7 +110,7 @@ def test_codings_and_exact_vectors_agree_with_the_cpu(reader: str | None, preset
     assert error <= (2e-3 if dtype == torch.float16 else 1e-5)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("number", sampled([float("nan"), float("inf")]))
 def test_values_that_are_not_finite_are_of_those_who_see_them(reader: str | None, number: float) -> None:
     """Also where a shorter sequence's room still holds them, and among recent tokens."""
     sequences = [Sequence(tokens, 3, 2, "quad3", torch.float32) for tokens in (20, 7)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, GPU, TINY, gaussian, needs_triton, rel_mse
+from conftest import DEVICE, GPU, TINY, gaussian, needs_triton, not_always, rel_mse
 
 import pqcodec
 from pqcodec.errors import InvalidArgument, NonFiniteInput
@@ -42,7 +42,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 PLACES = ("host", "device")
 WAYS = [pytest.param({"place": place}, id=place) for place in (PLACES if GPU else PLACES[:1])]
 INTERPRETED = [
-    pytest.param({"place": place, "backend": "triton"}, id=f"{place}, triton", marks=needs_triton) for place in PLACES
+    pytest.param({"place": place, "backend": "triton"}, id=f"{place}, triton", marks=[needs_triton, *marks])
+    for place, marks in zip(PLACES, ([not_always], []), strict=True)
 ]
 ALL_WAYS = WAYS if GPU else [*WAYS, *INTERPRETED]
 

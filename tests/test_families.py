@@ -6,7 +6,6 @@ Logits are compared, not tokens. CI takes some families; ``PQCODEC_ALL=1 pytest 
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ALL
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
@@ -23,7 +23,6 @@ transformers = pytest.importorskip("transformers")
 from families import FAMILIES, CannotBuild, build  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-ALL = bool(os.environ.get("PQCODEC_ALL"))
 ALWAYS = {"llama", "gemma3_text", "mamba2", "jamba", "deepseek_v3", "bert", "qwen3_next", "rwkv"}
 FEWEST = 110  # families of transformers 5.24 whose prompts are found again
 TOLERANCE = 2e-3  # of the logits' norm

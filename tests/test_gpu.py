@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton
+from conftest import DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton, sampled
 from test_backends import HEAD_DIMS, WORST_TIES
 
 import pqcodec
@@ -119,7 +119,9 @@ def cases() -> Iterator[tuple[int, str, tuple[torch.dtype, ...]]]:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "preset", "dtypes"), list(cases()), ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else None
+    ("head_dim", "preset", "dtypes"),
+    list(cases()) if GPU else sampled(cases()),
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else None,
 )
 def test_decoding_agrees_bit_for_bit_and_encoding_but_for_ties(
     head_dim: int, preset: str, dtypes: tuple[torch.dtype, ...], gpu_backend: str
@@ -432,7 +434,10 @@ def mixed() -> tuple[list[torch.Tensor], list[str]]:
     return tensors, ["pq3", "quad2.5", "pq3", "pq3", "pq6", "paper", "quad3"]
 
 
-@pytest.mark.parametrize("options", [{}, {"center": "mean", "exact_tokens": 2, "chunk_tokens": 4}], ids=str)
+BATCHED: list[dict[str, Any]] = [{"center": "mean", "exact_tokens": 2, "chunk_tokens": 4}, {}]
+
+
+@pytest.mark.parametrize("options", BATCHED if GPU else sampled(BATCHED), ids=str)
 def test_a_batch_makes_and_reads_the_streams_of_one_at_a_time(options: dict[str, Any], gpu_backend: str) -> None:
     tensors, presets = mixed()
     batch = EncodeBatch(tensors, preset=presets, backend=gpu_backend, **options)

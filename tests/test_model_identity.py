@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import gaussian
+from conftest import gaussian, sampled
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats import PrefixStore
@@ -189,7 +189,7 @@ def made(family: str, seed: int = 0) -> Any:
     return kind(config).eval()
 
 
-@pytest.mark.parametrize("family", [*MODELS, *MORE])
+@pytest.mark.parametrize("family", sampled([*MODELS, *MORE]))
 def test_an_ordinary_model_deviates_nowhere(family: str, tmp_path: Path) -> None:
     """Fresh, after generating, and loaded again in either dtype: the identity is that of weights, config and dtype alone."""
     model, draws = made(family), torch.get_rng_state()

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import sampled
 
 from pqcodec.errors import PQError
 from pqcodec.formats.engines import transformers_cache as tc
@@ -315,7 +316,7 @@ def sequence(seed: int) -> User:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", sampled(range(4)))
 def test_no_sequence_of_actions_gives_a_wrong_cache(part: int) -> None:
     users = [sequence(seed) for seed in range(part, SEQUENCES, 4)]
     assert sum(user.asked for user in users) > SEQUENCES / 4
