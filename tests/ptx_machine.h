@@ -35,6 +35,7 @@ typedef int64_t s64;
 // -- the machine ----------------------------------------------------------------------------------------------------
 constexpr u32 SHARED = 1024;  // the first address of shared memory
 constexpr int LANES = 32, MOST = 24;  // numbers that a lane gives others at once
+constexpr size_t STACK = 1 << 18;     // bytes of a thread, which has all registers there
 
 struct Range {
     u64 first, last;
@@ -351,9 +352,36 @@ template <class Kind, int STRIPS> ON void wgmma(const char* what, u32* d, const 
     }
 }
 
-template <int N> ON void ldmatrix(u32* found, u32 address) {
+template <int N, bool TURNED> ON void ldmatrix(u32* found, u32 address) {
     const Given all = meet("ldmatrix", &address, 1);
-    for (int i = 0; i < N; i++) memcpy(found + i, shared_bytes(all[8 * i + lane() / 4][0], 16, 16) + lane() % 4 * 4, 4);
+    for (int i = 0; i < N; i++) {
+        const u32* rows = &all[8 * i][0];
+        if (TURNED) {  // a number each of two rows
+            u16 two[2];
+            for (int k = 0; k < 2; k++)
+                memcpy(two + k, shared_bytes(rows[(lane() % 4 * 2 + k) * MOST], 16, 16) + lane() / 4 * 2, 2);
+            found[i] = two[0] | two[1] << 16;
+        } else {
+            memcpy(found + i, shared_bytes(rows[lane() / 4 * MOST], 16, 16) + lane() % 4 * 4, 4);
+        }
+    }
+}
+template <int N> ON void stmatrix_trans(u32 address, const u32* words) {
+    const Given all = meet("stmatrix", &address, 1);
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < 2; k++) {
+            const u16 one = words[i] >> 16 * k;
+            memcpy(shared_bytes(all[8 * i + lane() % 4 * 2 + k][0], 16, 16) + lane() / 4 * 2, &one, 2);
+        }
+}
+ON u32 movmatrix_sync_m8n8_trans_b16(u32 word) {
+    const Given all = meet("movmatrix", &word, 1);
+    u32 found = 0;
+    for (int k = 0; k < 2; k++) {
+        const u32 both = all[4 * (lane() % 4 * 2 + k) + lane() / 8][0];
+        found |= (both >> lane() / 4 % 2 * 16 & 0xffff) << 16 * k;
+    }
+    return found;
 }
 
 // -- arithmetic -----------------------------------------------------------------------------------------------------
@@ -399,6 +427,8 @@ ON u32 fma_rn_bf16x2(u32 a, u32 b, u32 c) {
     const auto one = [&](int by) { return brain((float)((double)f(a >> by << 16) * f(b >> by << 16) + f(c >> by << 16))); };
     return one(0) | one(16) << 16;
 }
+ON u32 neg_bf16x2(u32 a) { return a ^ 0x80008000u; }
+ON u32 neg_f16x2(u32 a) { return a ^ 0x80008000u; }
 ON double half_of(u32 packed, int by) { return (double)std::bit_cast<_Float16>((u16)(packed >> by)); }
 ON u32 fma_rn_f16x2(u32 a, u32 b, u32 c) {
     const auto one = [&](int by) { return (u32)std::bit_cast<u16>((_Float16)(half_of(a, by) * half_of(b, by) + half_of(c, by))); };
@@ -508,7 +538,7 @@ static const char* launch(Kernel kernel, u32 blocks, u32 threads, u32 shared, co
     gpu.ranges.assign(ranges, ranges + count);
     std::vector<Thread> all(threads);
     gpu.threads.swap(all);
-    for (u32 i = 0; i < threads; i++) gpu.threads[i].stack.reset(new char[1 << 16]), gpu.threads[i].number = i;
+    for (u32 i = 0; i < threads; i++) gpu.threads[i].stack.reset(new char[STACK]), gpu.threads[i].number = i;
     std::vector<u32> order(threads);
     for (u32 i = 0; i < threads; i++) order[i] = i;
     for (gpu.block = 0; gpu.block < blocks && !gpu.message[0]; gpu.block++) {
@@ -520,7 +550,7 @@ static const char* launch(Kernel kernel, u32 blocks, u32 threads, u32 shared, co
         for (Thread& each : gpu.threads) {
             each.over = false, each.loads = each.stores = Groups();
             getcontext(&each.context);
-            each.context.uc_stack.ss_sp = each.stack.get(), each.context.uc_stack.ss_size = 1 << 16;
+            each.context.uc_stack.ss_sp = each.stack.get(), each.context.uc_stack.ss_size = STACK;
             each.context.uc_link = nullptr;
             makecontext(&each.context, run_thread, 0);
         }

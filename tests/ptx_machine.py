@@ -187,7 +187,7 @@ class _Translation:
     # -- instructions --------------------------------------------------------------------------------------------------
     def _instruction(self, told: str) -> str:
         guard, name, rest = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", told, re.S).groups()  # type: ignore[union-attr]
-        name = re.sub(r"\.aligned", "", name) if not name.startswith(("mma", "wgmma", "ldmatrix")) else name
+        name = re.sub(r"\.aligned", "", name) if not name.startswith(("mma", "wgmma", "ldmatrix", "stmatrix")) else name
         found = self._done(name, self._split(rest))
         return f"if ({self._value(guard)}) {{ {found} }}" if guard else found
 
@@ -198,8 +198,8 @@ class _Translation:
         special: dict[str, Callable[[str, list[str], list[str]], str]] = {
             "bra": self._branch, "ret": lambda *_: "goto end;", "exit": lambda *_: "goto end;", "mov": self._move,
             "ld": self._load, "st": self._store, "setp": self._compare, "selp": self._select, "cvta": self._assign,
-            "mma": self._matrices, "wgmma": self._matrices, "ldmatrix": self._ldmatrix, "mbarrier": self._barrier,
-            "nanosleep": lambda *_: "yield();",
+            "mma": self._matrices, "wgmma": self._matrices, "ldmatrix": self._ldmatrix, "stmatrix": self._stmatrix,
+            "mbarrier": self._barrier, "nanosleep": lambda *_: "yield();",
         }  # fmt: skip
         if parts[0] in special:
             return special[parts[0]](name, parts, operands)
@@ -320,10 +320,15 @@ class _Translation:
         return f'{{ {given} mma<{kind}, {words}>("{shape}", d, a, b, c); {puts} }}'
 
     def _ldmatrix(self, name: str, parts: list[str], operands: list[str]) -> str:
-        assert "trans" not in parts, name
-        to = self._many(operands[0])
+        to, turned = self._many(operands[0]), "true" if "trans" in parts else "false"
         puts = " ".join(f"{each} = got[{i}];" for i, each in enumerate(to))
-        return f"{{ u32 got[{len(to)}]; ldmatrix<{len(to)}>(got, {self._address(operands[1])}); {puts} }}"
+        return f"{{ u32 got[{len(to)}]; ldmatrix<{len(to)}, {turned}>(got, {self._address(operands[1])}); {puts} }}"
+
+    def _stmatrix(self, name: str, parts: list[str], operands: list[str]) -> str:
+        assert "trans" in parts, name
+        given = self._many(operands[1])
+        words = ", ".join(f"(u32){each}" for each in given)
+        return f"{{ const u32 put[] = {{{words}}}; stmatrix_trans<{len(given)}>({self._address(operands[0])}, put); }}"
 
     def _barrier(self, name: str, parts: list[str], operands: list[str]) -> str:
         if parts[1] in ("try_wait", "test_wait"):

@@ -35,7 +35,11 @@ Kind = tuple[int, str, str, dict[str, Any]]  # head_dim, preset, dtype, and opti
 SOME: list[Kind] = [(128, "quad3", "bfloat16", {}), (128, "quad3", "bfloat16", KEYS)]
 MORE: list[Kind] = [
     *((head_dim, preset, "bfloat16", {}) for head_dim in (32, 64, 96, 160, 192, 224, 256) for preset in ("quad2", "quad3.5")),
-    *((head_dim, "quad2.5", "bfloat16", {}) for head_dim in (128, 320, 576)),
+    *((head_dim, "quad2.5", "bfloat16", {}) for head_dim in (128, 320, 384, 448, 512, 576)),
+    *((576, "quad3", dtype, {}) for dtype in ("bfloat16", "float16", "float32")),
+    (512, "quad3.5", "float16", {"chunk_tokens": 50}),
+    *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (320, 576)),
+    (448, "quad3", "float32", {"center": "rope", "rope": Rope(style="interleaved", dim=20)}),
     *((head_dim, "quad3", "float32", {}) for head_dim in (64, 128, 256)),
     *((128, "quad3", "bfloat16", {"chunk_tokens": tokens}) for tokens in (16, 50, 60, 128, 200)),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (64, 96, 256)),
@@ -44,7 +48,14 @@ MORE: list[Kind] = [
     (128, "quad3", "float32", KEYS),
     (128, "quad3", "float16", {"center": "mean"}),
 ]  # fmt: skip
-OLDER: list[Kind] = [*SOME, (64, "quad2.5", "float16", {}), (128, "pq3", "bfloat16", {}), (64, "pq2", "float16", KEYS)]
+OLDER: list[Kind] = [
+    *SOME,
+    (64, "quad2.5", "float16", {}),
+    (320, "quad2.5", "bfloat16", {}),
+    (320, "quad3", "float16", {}),
+    (128, "pq3", "bfloat16", {}),
+    (64, "pq2", "float16", KEYS),
+]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@
 //     bits                      fields of bits in shared memory
 //     loads                     rows of the tensor, as an encoder takes them
 //     stores                    rows of the tensor, as a decoder leaves them
-//     rotation                  products with its matrix: rotation_one_round or rotation_two_rounds
+//     rotation                  products with its matrix: rotation_one_round, rotation_two_rounds or rotation_in_factors
 //     offsets                   means, turned under RoPE
 //     coding                    which coding, and what each brings: split_decoder and split_encoder (on split), or paper
 //     radius, energies          of a row, for codings
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + ROTATION_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
-#if WIDE
+#if AS_WORDS
     send_for_tables(blob, memory);  // on their way while a block is looked for
 #endif
 #if EARLY
@@ -186,29 +186,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #else
     uint4* fetched = reinterpret_cast<uint4*>(reinterpret_cast<u8*>(stage) + ROWS_AT);
 #endif
-    u32 index = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, place = AHEAD - 1;
+    u32 index = CODER * gridDim.x + blockIdx.x, place = AHEAD - 1, tile = 0;
+    prepare_fetches(fetched, lane);
     if (IN_STEP || index < blocks) {  // an idle warp takes any block
         const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : 0);
-        fetch_rows(block, 0, lane, fetched);
+        fetch_rows(block, first_row_of(block.tokens), lane, fetched);
         if (lane == 0) upcoming[place] = block;
     }
-#if WIDE
+#if AS_WORDS
     asm volatile("cp.async.wait_all;" ::: "memory");
 #else
     copy_tables(blob, memory);
-#endif
-#if STREAMED
-    Panels panels(tables, reinterpret_cast<const u8*>(blob) + MATRIX_AT);
-#elif WIDE
-    Panels panels(tables);
 #endif
 #if ROUNDS == 1
     if (threadIdx.x < 32) prepare_signs(tables, lane);
 #endif
     tables_are_written();
 
-    for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * WARPS) {
-#if WIDE  // it stays in shared memory, for registers are few
+    for (u32 round = 0; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * CODERS, round++) {
+#if AS_WORDS  // it stays in shared memory, for registers are few
         __syncwarp();
         if (lane < sizeof(Block) / 8)
             reinterpret_cast<u64*>(upcoming + AHEAD)[lane] = reinterpret_cast<const u64*>(upcoming + place)[lane];
@@ -219,40 +215,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
+#if TEAMS
+        const int begin = first_row_of(block.tokens), end = begin + rows_of_warp(block.tokens);
+        u32* ending = stage + ((int)(round % SHARING) - (int)(threadIdx.x / 32 % SHARING)) * (WARP_BYTES / 4);
+#else
+        constexpr int begin = 0;
+        const int& end = block.tokens;
+        u32* const ending = stage;  // of the warp that ends the block
+#endif
 #if OFFSETS
         keep_means(block, lane, means);
 #endif
 #if TILE_TURNS
-        turn_means(tables, means, position_of(block), lane, means + ORDER);
+        turn_means(tables, means, position_of(block) + begin, lane, means + ORDER);
 #endif
 #if IN_STEP && PLANES
         const Steps steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
 #endif
-        for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
+        for (int first_row = begin, more = 1; rows_left(first_row, end, more); first_row += ROWS) {
 #if IN_STEP && PLANES
             more = steps.any_goes_on(IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
 #elif IN_STEP
             more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
 #endif
 #if TILE_TURNS
-            if (first_row) turn_on(tables, lane, means + ORDER);
+            if (first_row != begin) turn_on(tables, lane, means + ORDER);
 #endif
             const int row = first_row + tile_row;
-            rows_are_fetched();
-#if !WIDE
+            rows_are_fetched(fetched, tile++);
+#if !AS_WORDS
             const i64 from = row_address(block, row) + first_channel(quarter, 0) * ITEM;
             float quads[QUADS][4];
             int exponent = 0;  // the row was multiplied with 2^exponent
 #endif
-#if WIDE
-            u32 wide[4 * PIECES][2];
-            float owns[2];
-            int exponents[2] = {0, 0};
-            load_two_rows(tables, block, means, fetched, row, lane, wide, owns);
+#if AS_WORDS
+            u32 words[4 * PIECES][OWN_ROWS];
+            float owns[OWN_ROWS];
+            int exponents[OWN_ROWS] = {};
+            load_rows(tables, block, means, fetched, row, lane, words, owns);
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
-            const bool even = owns[0] > 1e-22f && owns[0] < 1e30f && owns[1] > 1e-22f && owns[1] < 1e30f;
-            if (!__all_sync(ALL_LANES, even))
-                load_two_rows_carefully(tables, block, means, row, lane, bad, wide, owns, exponents);
+            const float own = owns[0], other = owns[OWN_ROWS - 1];
+            const bool even = own > LEAST_EVEN && own < MOST_EVEN && other > LEAST_EVEN && other < MOST_EVEN;
+            if (!__all_sync(ALL_LANES, even)) load_rows_carefully(tables, block, means, row, lane, bad, words, owns, exponents);
+#if FACTORS
+            u32(*strips)[8] = reinterpret_cast<u32(*)[8]>(words);
+            rotate_halfway(tables, reinterpret_cast<u8*>(stage) + ROWS_AT, lane, strips);
+#endif
             clear_stage(stage, lane);
             __syncwarp();
 #elif PLAIN
@@ -271,13 +279,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             rotate_carefully<WARPGROUPS, false>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
 #endif
             __syncwarp();
-            const bool goes_on = first_row + ROWS < block.tokens;
-            const bool next = !goes_on && !is_past(first_row, block.tokens) && index + gridDim.x * WARPS < blocks;
+            const bool goes_on = first_row + ROWS < end;
+            const bool next = !goes_on && !is_past(first_row, end) && index + gridDim.x * CODERS < blocks;
             if (next) {
-                const u32 apart = gridDim.x * WARPS;
+                const u32 apart = gridDim.x * CODERS;
                 place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
             }
-            const int next_row = goes_on ? first_row + ROWS : 0;
+            const int next_row = goes_on ? first_row + ROWS : first_row_of(upcoming[place].tokens);
             if (goes_on || next) {
 #if EARLY
                 if (PREFETCHED) prefetch_rows(upcoming[place], next_row, lane);
@@ -286,9 +294,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
             }
 #if WIDE
-            encode_two_rows(tables, stage, tile_row, quarter, wide, owns, exponents, panels, [&] {
+            encode_two_rows(tables, stage, tile_row, quarter, words, owns, exponents, [&] {
                 if (EARLY) fetch_rows(upcoming[place], next_row, lane, fetched);  // again the same ones, if there are no others
             });
+#elif FACTORS
+            encode_in_factors(tables, stage, tile_row, quarter, strips, owns[0], exponents[0]);
 #else
             Energies energies;
             find_energies(quads, energies);
@@ -304,10 +314,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent);
 #endif
             __syncwarp();
+#if TEAMS  // without a maximum with 0, of which ptxas 13.0 makes that rows behind the block are a whole tile
+            const int rows = min(block.tokens - first_row, ROWS);
+#else
             const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
-            write_tile(tables, keys, stage, rows, block, first_row, lane, sum);
+#endif
+            write_tile(tables, keys, stage, ending, rows, block, first_row, lane, sum);
             __syncwarp();
         }
+#if TEAMS
+        u64* sums = reinterpret_cast<u64*>(reinterpret_cast<u8*>(ending) + SUMS_AT);  // of warps: of words, and of bad rows
+        sum = sum_of_lanes(sum), bad = __reduce_add_sync(ALL_LANES, bad);
+        if (lane == 0) sums[threadIdx.x / 32 % SHARING] = sum, sums[SHARING + threadIdx.x / 32 % SHARING] = bad;
+        meet_team();
+        if (ending != stage) continue;
+        sum = lane < SHARING ? sums[lane] : 0, bad = lane < SHARING ? (int)sums[SHARING + lane] : 0;
+#endif
         const int words = block_bytes(block.tokens) / 4 - 1;
         if (!IS_IDLE(index, blocks)) write_rest(tables, keys, stage, block, lane, sum);
         const u32 total = reduced(sum, 4 * words);
@@ -315,8 +337,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         bad = __reduce_add_sync(ALL_LANES, bad);
         if (lane == 0 && !IS_IDLE(index, blocks)) flags[index] = bad;
     }
-#if WIDE
-    panels.finish();
-#endif
 }
 #endif

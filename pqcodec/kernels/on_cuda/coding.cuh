@@ -15,13 +15,18 @@
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
 // where the coding leaves them as it pleases. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
 //
-//     encode_two_rows(tables, stage, tile_row, quarter, stored, own, exponents, panels, multiplied)
+//     encode_two_rows(tables, stage, tile_row, quarter, stored, own, exponents, multiplied)
 //         A lane's channels of both rows as they are multiplied, times 2^exponent each, and their energies -> the bits of both.
 //         ``multiplied`` is called when registers of the channels are free.
 //
+// FACTORS: the coding ends the rotation of a tile's eight rows, and brings
+//
+//     encode_in_factors(tables, stage, tile_row, quarter, words, energy, exponent)
+//         What rotation_in_factors makes of a lane's channels, times 2^exponent, and the row's energy -> the row's bits.
+//
 // A new coding is a file here, a branch below, its macro in compiled.py and its tables in tables.py.
 //
-// Needs PAPER, PLANES, WIDE, and DECODER or ENCODER.
+// Needs PAPER, PLANES, WIDE, FACTORS, and DECODER or ENCODER.
 #pragma once
 
 #if PLANES

@@ -15,6 +15,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
+from pqcodec.kernels.on_cuda.factors import BUTTERFLY, DOWN_SHIFT, ROW, in_factors
 from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
@@ -24,7 +25,6 @@ from pqcodec.kernels.on_cuda.tables import (
     in_bytes,
     kept_rows,
     row_starts,
-    streamed,
     table_bits,
     tables_for,
 )
@@ -47,8 +47,9 @@ THREADS = {
     ("decode", 128): 640,
     ("decode", 256): 384,
 }
-STREAMED_THREADS = 256  # of orders whose matrix is streamed
-SLOTS = 3  # of panels of such a matrix in shared memory
+FACTORS_THREADS = (384, 256, 128)  # of orders that are rotated in factors, as many as there is shared memory for
+FACTORS_OFFSETS_THREADS = (256, 128)
+TEAM = 4  # warps that share a block there, so that all have rows as long as there are any
 TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 160): 512, ("encode", 256): 384}  # tiles of sixteen rows
@@ -91,39 +92,46 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     """
     decode, rows = verb == "decode", tile_rows(verb, h, effort)
     ahead = AHEAD if h.coding == c.CODING_QUADS and not few else 1
-    wide = rows > ROWS
+    wide, factors = rows > ROWS, in_factors(verb, h)
     early = wide and h.dtype != c.DTYPE_FLOAT32 and _fetched_early(h, few)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
     turns = [(phases, 0) for phases in phase_copies(h, few)]
-    if wide and h.rope and h.dtype != c.DTYPE_FLOAT32 and not few:  # numbers of 16 bits are coarser than a phase of 16 bits
+    exact = h.dtype == c.DTYPE_FLOAT32  # numbers of 16 bits are coarser than a phase of 16 bits
+    if (wide or factors) and h.rope and not exact and not few:
         turns = [(1, rows), *turns]
-    for keys, bits, (phases, tile_turns), copies in product((True, False), tables, turns, own):
+    for most, keys, bits, (phases, tile_turns), copies in product(most_threads(verb, h), (True, False), tables, turns, own):
         blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
         special = special | (WIDE_ROPE_THREADS if wide and h.rope and not tile_turns else {})
-        threads = special.get((verb, h.order), THREADS.get((verb, h.order), STREAMED_THREADS))
+        threads = special.get((verb, h.order), THREADS.get((verb, h.order), most))
         alone = major < 9 if decode else early or (wide and h.order != FETCHED_ORDER)
+        alone = alone or (factors and (major < 9 or h.dtype == c.DTYPE_FLOAT32))
         for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows * row_bytes, ahead + wide, tile_turns > 0)
+            rows_bytes = ROW * (h.order + BUTTERFLY) if factors else rows * row_bytes  # of the exchange, and rows to encode
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, ahead + (wide or factors), tile_turns > 0)
             memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
-            tables_bytes = places["MATRIX_AT"] if streamed(verb, h) else blob.size
-            size = tables_bytes + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
+            size = blob.size + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
-                places = places | memory | {"BLOB_BYTES": tables_bytes}
-                return Layout(threads, bits, whole, h.rounds == 2 and major == 9, blob, places, size)
+                places = places | memory | {"BLOB_BYTES": blob.size}
+                together = h.rounds == 2 and major == 9
+                return Layout(threads, bits, whole, together, blob, places, size, sharing=TEAM if factors else 1)
     return None
 
 
-def _rotation_bytes(verb: str, h: Header) -> int:
-    """Bytes of the operands of one round of rotation: 16 a lane of float16 and, when encoding, 16 more of bfloat16.
+def most_threads(verb: str, h: Header) -> tuple[int, ...]:
+    """How many threads are tried where the order does not tell, from the quickest on."""
+    if not in_factors(verb, h):
+        return (0,)
+    return FACTORS_OFFSETS_THREADS if h.offsets else FACTORS_THREADS
 
-    Of two rounds: of panels of a matrix that is streamed, each of 32 columns of 16-bit numbers.
-    """
+
+def _rotation_bytes(verb: str, h: Header) -> int:
+    """Bytes of the operands of one round of rotation: 16 a lane of float16 and, when encoding, 16 more of bfloat16."""
     if h.rounds == 2:
-        return SLOTS * 32 * 2 * h.order if streamed(verb, h) else 0
+        return 0
     return 512 if verb == "decode" else 1024
 
 
@@ -133,8 +141,9 @@ def _stride_words(h: Header) -> int:
 
 
 def tile_rows(verb: str, h: Header, effort: str) -> int:
-    """Rows of a tile: sixteen where an encoder of quads multiplies them as 16-bit numbers, and tries one radius."""
+    """Rows of a tile: sixteen where an encoder of quads multiplies them as 16-bit numbers, whole, and tries one radius."""
     wide = verb == "encode" and h.coding == c.CODING_QUADS and effort == "fast" and not in_bytes(verb, h)
+    wide = wide and not in_factors(verb, h)
     return 16 if wide else ROWS
 
 
@@ -162,15 +171,18 @@ def warp_memory(
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile; its radii as encoders of quads keep them; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    to a tile; its radii as encoders of quads keep them, and sums of a team's warps; and a tile's rows as the tensor has them,
+    of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
     radii_at = means_at + 4 * h.order * (h.offsets + turned)
-    rows_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
+    sums_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
+    rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {
         "STAGE_BYTES": stage_bytes,
         "MEANS_AT": means_at,
         "RADII_AT": radii_at,
+        "SUMS_AT": sums_at,
         "ROWS_AT": rows_at,
         "WARP_BYTES": rows_at + rows_bytes,
     }
@@ -282,10 +294,12 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "BYTES": int(in_bytes(verb, h)),
         "BRAIN": int(in_brains(h)),
         "WARPGROUPS": int(layout.warpgroups),
-        "STREAMED": int(streamed(verb, h)),
-        "SLOTS": SLOTS,
+        "FACTORS": int(in_factors(verb, h)),
+        "SHARING": layout.sharing,
+        "DOWN_SHIFT": DOWN_SHIFT,
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "WIDE": int(layout.places["ROWS"] > ROWS),
+        "AS_WORDS": int(layout.places["ROWS"] > ROWS or in_factors(verb, h)),
         "STRIDE_WORDS": _stride_words(h),
         "BULK": int(layout.whole_rows and verb == "decode"),
         "OUT_BYTES": h.vector_bytes + OUT_PADDING,

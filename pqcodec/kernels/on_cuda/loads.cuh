@@ -2,23 +2,29 @@
 //
 // A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted. Rows behind the block's end repeat its last.
 //
-// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, WIDE, LARGEST_32 (the largest float32),
+// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, AS_WORDS (the coding takes rows as they
+// are multiplied), LARGEST_32 (the largest float32),
 // FETCHED (a tile's rows are sent for ahead of time, into shared memory or, with EARLY, registers), PREFETCHED (with EARLY:
-// into the L2 cache before that), ORDER, ROWS, and what the rotation and the offsets need.
+// into the L2 cache before that; with FACTORS, the bulk copy engine brings them), ORDER, ROWS, and what the rotation and the
+// offsets need.
 #pragma once
 
+#include "barriers.cuh"
 #include "block_place.cuh"
 #include "lanes.cuh"
 #include "offsets.cuh"
 #include "rotation.cuh"
 
 #define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
+#define OWN_ROWS (ROWS / 8)  // that a lane has a quarter of
 #if BRAIN
 #define SHORT_TYPE "bf16"  // of numbers that are multiplied
 #else
 #define SHORT_TYPE "f16"
 #endif
 #define KEPT (PLAIN && ORDER <= 256)  // rows stay as they are stored beside those that are multiplied: there are registers
+#define BY_BULK (FETCHED && FACTORS)
+#define FETCHED_STRIDE (ORDER * ITEM + 16)  // bytes: neighbouring rows lie in different banks
 #define PIECE_WORDS (8 * ITEM / 4)
 #define LOADS (PIECES * PIECE_WORDS / 4)  // of 16 bytes, of a lane's channels of a row
 
@@ -52,6 +58,11 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
         }
     }
     __syncwarp();  // what follows is not done before
+#elif BY_BULK
+    const u32 to = (u32)__cvta_generic_to_shared(fetched), barrier = to - 16;
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the exchange was in this place
+    if (lane == 0) expect_bytes(barrier, ROWS * ORDER * ITEM);
+    if (lane < ROWS) send_for_bytes(to + lane * FETCHED_STRIDE, row_address(block, first_row + lane), ORDER * ITEM, barrier);
 #elif FETCHED
     const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
 #pragma unroll
@@ -69,9 +80,21 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
 #endif
 }
 
-// Waits for what fetch_rows sent for. A lane reads what it sent for itself, so it needs no other lane.
-INLINE void rows_are_fetched() {
-#if FETCHED && !EARLY
+// Before the first fetch.
+INLINE void prepare_fetches(const uint4* fetched, int lane) {
+#if BY_BULK
+    if (lane == 0) prepare_barrier((u32)__cvta_generic_to_shared(fetched) - 16, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+#endif
+}
+
+// Waits for what fetch_rows sent for, the ``tile``-th time. Without the copy engine a lane reads what it sent for itself, so it
+// needs no other lane.
+INLINE void rows_are_fetched(const uint4* fetched, u32 tile) {
+#if BY_BULK
+    wait_until_complete((u32)__cvta_generic_to_shared(fetched) - 16, tile & 1);
+#elif FETCHED && !EARLY
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
 }
@@ -80,7 +103,10 @@ INLINE void rows_are_fetched() {
 template <bool AGAIN = false> INLINE void load_piece(i64 from, const uint4* fetched, int lane, int piece, u32* stored) {
 #pragma unroll
     for (int i = 0; i < PIECE_WORDS; i += 4) {
-        const uint4 got = FETCHED && !AGAIN ? fetched[EARLY ? piece : (piece * PIECE_WORDS + i) * 8 + lane]
+        const int place = BY_BULK ? (lane >> 2) * (FETCHED_STRIDE / 16) + (first_channel(lane & 3, 0) * ITEM + byte_of_piece(piece)) / 16
+                          : EARLY ? piece
+                                  : (piece * PIECE_WORDS + i) * 8 + lane;
+        const uint4 got = FETCHED && !AGAIN ? fetched[place]
                                             : __ldcs(reinterpret_cast<const uint4*>(from + byte_of_piece(piece)) + i / 4);
         stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
     }
@@ -98,17 +124,35 @@ INLINE float value_of(const u32* stored, int i) {
 
 INLINE float in_range(float x) { return fminf(fmaxf(x, -LARGEST_32), LARGEST_32); }
 
-// The exponent of the power of two that brings a row's largest magnitude, as bits, between 2^13 and 2^14.
-INLINE int exponent_for(u32 most, bool wrong) { return wrong ? 0 : min(13 - ((int)(most >> MANTISSA_BITS) - BIAS), 127); }
+// Energies, as those of rotated coordinates, between which rows are multiplied as they are. In factors, sums of float16 stay
+// finite so.
+#if FACTORS && !BRAIN
+#define TOP_EXPONENT 8
+#define LEAST_EVEN (1e-4f * ORDER * ORDER)
+#define MOST_EVEN (2e8f * ORDER * ORDER)
+#else
+#define TOP_EXPONENT 13
+#define LEAST_EVEN 1e-22f
+#define MOST_EVEN 1e30f
+#endif
 
-#if WIDE
-// Each piece of a lane's channels of row ``row`` of a block, and of the eighth behind it: ``use`` takes which of both rows it is,
-// the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
+// The exponent of the power of two that brings a row's largest magnitude, as bits, to 2^TOP_EXPONENT or up to twice that.
+INLINE int exponent_for(u32 most, bool wrong) {
+    return wrong ? 0 : min(TOP_EXPONENT - ((int)(most >> MANTISSA_BITS) - BIAS), 127);
+}
+
+#if AS_WORDS
+// Each piece of a lane's channels of row ``row`` of a block and, if a lane has two, of the eighth behind it: ``use`` takes which
+// of both rows it is, the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
 template <bool AGAIN, int UNROLLED_PIECES = PIECES, typename Use>
 INLINE void each_piece(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
                        Use use) {
     const int quarter = lane & 3;
-    Turns turns[2];
+#if FACTORS
+    i64 from = row_address(block, row) + first_channel(quarter, 0) * ITEM;
+    asm volatile("" : "+l"(from));  // for each piece the compiler would add up its address anew
+#endif
+    Turns turns[OWN_ROWS];
     float own[8], partners[8];  // means of a piece, and of those that turn with it
 #pragma unroll UNROLLED_PIECES
     for (int i = 0; i < PIECES; i++) {
@@ -126,20 +170,22 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
             own[k] = again ? partners[k] : mean, partners[k] = again ? mean : partners[k];
         }
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
+        for (int part = 0; part < OWN_ROWS; part++) {
             if (again) continue;
 #if TILE_TURNS
-            if (piece < TURNED_PIECES) turns_in_tile(tables, 2 * piece + part, lane, turns[part]);
+            if (piece < TURNED_PIECES) turns_in_tile(tables, OWN_ROWS * piece + part, lane, turns[part]);
 #else
             if (first < TURNING) turns_at(tables, position_of(block) + row + 8 * part, first, turns[part]);
 #endif
         }
 #endif
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
+        for (int part = 0; part < OWN_ROWS; part++) {
             u32 stored[PIECE_WORDS];
             float numbers[8];
+#if !FACTORS
             const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
+#endif
             load_piece<AGAIN>(from, fetched + part * LOADS * (EARLY ? 1 : 32), lane, piece, stored);
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
@@ -193,6 +239,7 @@ INLINE u32 another(u32 word) {
     return word;
 }
 
+#if OWN_ROWS == 2
 // The energies of a lane's two rows, as those of rotated coordinates, in each of their four lanes: they lie on the diagonal of
 // the tile's products with itself. ``rows`` [4 PIECES words][2]: of 16-bit numbers, one of each row side by side; ``stored``:
 // the same row by row, if they are KEPT.
@@ -212,12 +259,28 @@ INLINE void energies_of_tile(const u32 (*rows)[2], const u32 (*stored)[4 * PIECE
     owns[0] = __shfl_sync(ALL_LANES, row & 1 ? firsts[1] : firsts[0], has) * ((float)ORDER * ORDER);
     owns[1] = __shfl_sync(ALL_LANES, row & 1 ? seconds[3] : seconds[2], has) * ((float)ORDER * ORDER);
 }
+#else
+// The same for a lane's one row, of whose words the even ones and the odd ones are taken for two rows.
+INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
+    float sums[4][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; i += 2) {
+        square_step(sums[i % 4], rows[i], *rows[i]);
+        square_step(sums[i % 4 + 1], rows[i], *rows[i + 1]);
+    }
+    const int row = lane >> 2, has = row * 4 + row / 2;  // the lane that has the diagonal's
+    const float even = sums[0][0] + sums[1][2] + (sums[2][0] + sums[3][2]);
+    const float odd = sums[0][1] + sums[1][3] + (sums[2][1] + sums[3][3]);
+    const float evens = __shfl_sync(ALL_LANES, even, has), odds = __shfl_sync(ALL_LANES, odd, has);
+    owns[0] = (row & 1 ? odds : evens) * ((float)ORDER * ORDER);
+}
+#endif
 
-// Both rows' channels as they are multiplied, rows [4 PIECES words][2]: as they are stored or, less their offsets, rounded to
-// bfloat16. ``owns``: their energies, as those of rotated coordinates.
-INLINE void load_two_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row,
-                          int lane, u32 (*rows)[2], float* owns) {
-    u32 as_stored[2][4 * PIECES];
+// A lane's rows' channels as they are multiplied, rows [4 PIECES words][OWN_ROWS]: as they are stored or, less their offsets,
+// rounded to bfloat16. ``owns``: their energies, as those of rotated coordinates.
+INLINE void load_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
+                      u32 (*rows)[OWN_ROWS], float* owns) {
+    u32 as_stored[OWN_ROWS][4 * PIECES];
     each_piece<false>(tables, block, means, fetched, row, lane,
                       [&](int part, int piece, const u32* stored, const float* numbers) {
 #pragma unroll
@@ -231,11 +294,11 @@ INLINE void load_two_rows(const u8* tables, const Block& block, const float* mea
     energies_of_tile(rows, as_stored, lane, owns);
 }
 
-// The same for rows of any size: they are multiplied with 2^exponent each, which brings the largest number between 2^13 and
-// 2^14. Wrong rows are zeros, and ``bad`` counts them.
-INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
-                                    u32 (*rows)[2], float* owns, int* exponents) {
-    u32 stored_most[2] = {0, 0}, most[2] = {0, 0};  // the largest magnitudes, as bits
+// The same for rows of any size: they are multiplied with 2^exponent each, as exponent_for says. Wrong rows are zeros, and
+// ``bad`` counts them.
+INLINE void load_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
+                                u32 (*rows)[OWN_ROWS], float* owns, int* exponents) {
+    u32 stored_most[OWN_ROWS] = {}, most[OWN_ROWS] = {};  // the largest magnitudes, as bits
     each_piece<true, 1>(tables, block, means, nullptr, row, lane,
                         [&](int part, int piece, const u32* stored, const float* numbers) {
 #pragma unroll
@@ -244,16 +307,16 @@ INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const 
             most[part] = max(most[part], bits_of(in_range(numbers[k])) & MAGNITUDE);
         }
     });
-    bool wrong[2];
-    float scale[2];
+    bool wrong[OWN_ROWS];
+    float scale[OWN_ROWS];
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
+    for (int part = 0; part < OWN_ROWS; part++) {
         wrong[part] = largest_of_row(stored_most[part]) >= INFINITY_BITS;
         bad += wrong[part] && row + 8 * part < block.tokens && (lane & 3) == 0;
         exponents[part] = exponent_for(largest_of_row(most[part]), wrong[part]);
         scale[part] = power_of_two(exponents[part]);
     }
-    Energy energies[2];
+    Energy energies[OWN_ROWS];
     each_piece<true>(tables, block, means, nullptr, row, lane, [&](int part, int piece, const u32* stored, float* numbers) {
 #pragma unroll
         for (int k = 0; k < 8; k++) numbers[k] = wrong[part] ? 0.0f : in_range(numbers[k]) * scale[part];
@@ -262,7 +325,8 @@ INLINE void load_two_rows_carefully(const u8* tables, const Block& block, const 
         for (int k = 0; k < 4; k++) rows[4 * piece + k][part] = pack_entries(numbers[2 * k], numbers[2 * k + 1]);
         asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
     });
-    owns[0] = energies[0].of_row(), owns[1] = energies[1].of_row();
+#pragma unroll
+    for (int part = 0; part < OWN_ROWS; part++) owns[part] = energies[part].of_row();
 }
 #endif
 

@@ -16,7 +16,7 @@
 #include "block_place.cuh"
 #include "lanes.cuh"
 
-#if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % 32 == 0 && !(PARTS > 1)
+#if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % (FACTORS ? 64 : 32) == 0 && !(PARTS > 1)
 #define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
 #else
 #define APART 0

@@ -26,10 +26,10 @@
 #define INDICES_AT (SIGNS_AT + SIGN_WORDS)
 
 // Bits of the stage that a lane stores at once, where its numbers of a row fill whole ones; 0 where it adds bits to zeros.
-#if QUADS * INDEX_BITS % 32 == 0 && !STREAMED
+#if QUADS * INDEX_BITS % 32 == 0
 #define STORE_BITS 32
 typedef u32 Store;
-#elif QUADS * INDEX_BITS % 16 == 0 && !STREAMED
+#elif QUADS * INDEX_BITS % 16 == 0
 #define STORE_BITS 16
 typedef u16 Store;
 #else
@@ -293,7 +293,6 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
 #define UNDER_WAY (STRIPS >= 8 ? 1 : 2)  // panels at once: a second one of these would need too many registers
-#define UNROLLED (STREAMED ? 2 : PANELS)  // panels: an even number of them, if they are streamed
 #define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
 #define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 
@@ -302,13 +301,13 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // registers are free.
 template <typename Call>
 INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*stored)[2],
-                            const float* energies, const int* exponents, Panels& panels, Call multiplied) {
+                            const float* energies, const int* exponents, Call multiplied) {
     float scale[2];
     int less[2][2];  // signs
     u64 codes[2], waiting[2];
     const u32(*operands)[4] = reinterpret_cast<const u32(*)[4]>(stored);
     Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][4];
-    const u32 matrix = panels.first();
+    const u32 matrix = panel_address(tables, 0);
     begin_together<false>(matrix, operands, both_sums[0]);
     const int own_exponent = quarter & 1 ? exponents[1] : exponents[0];  // of a row whose radius the lane finds
     const u32 radius = radius_of_row(quarter & 1 ? energies[1] : energies[0], own_exponent);
@@ -316,47 +315,79 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
     if (quarter < 2) stage[tile_row + 8 * quarter] = radius;
 #pragma unroll
     for (int part = 0; part < 2; part++) scale[part] = __shfl_sync(ALL_LANES, own_scale, 4 * tile_row + part);
-#pragma unroll 1
-    for (int first = 0; first < PANELS; first += UNROLLED)
 #pragma unroll
-        for (int i = 0; i < UNROLLED; i++) {
-            const int panel = first + i;
-            Sum(*sums)[4] = both_sums[UNDER_WAY > 1 ? i % 2 : 0];
-            if (UNDER_WAY > 1 && PANELS > 1 && panel + 1 < PANELS) {  // on its way while this one's quads are coded
-                begin_together<false>(panels.next(panel), operands, both_sums[(i + 1) % 2]);
-                wait_together<false, 1>(sums);
-            } else {
-                if (UNDER_WAY > 1) panels.next(panel);
-                wait_together<false, 0>(sums);
-                if (panel + 1 == PANELS && !FREED_AT) multiplied();
-            }
-#pragma unroll
-            for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
-                const int pair = panel * PAIRS_OF_PANEL + of_panel;
-                const bool last = pair == QUADS / 2 - 1;
-                if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
-#pragma unroll
-                for (int part = 0; part < 2; part++) {
-                    float quads[2][4];
-                    if (pair % 4 == 0) less[part][0] = less[part][1] = 0;
-#pragma unroll
-                    for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
-#pragma unroll
-                    for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
-                    const u64 both = two_points(tables, quads[0], quads[1], scale[part]);
-                    codes[part] = pair % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
-                }
-#pragma unroll
-                for (int part = 0; part < 2; part++) {
-                    const int row = tile_row + 8 * part, quad = quarter * QUADS + pair / 4 * 8;
-                    if (pair % 2) put_numbers<4>(codes[part], waiting[part], stage, row, quarter, 2 * pair - 2);
-                    else if (last) put_numbers<2>(codes[part], waiting[part], stage, row, quarter, 2 * pair);
-                    if (pair % 4 == 3) put_signs<8>(less[part], stage, row, quad);
-                    else if (last) put_signs<QUADS % 8>(less[part], stage, row, quad);
-                }
-            }
-            if (UNDER_WAY == 1 && panel + 1 < PANELS)
-                begin_together<false>(matrix + (panel + 1) * PANEL_BYTES, operands, both_sums[0]);
+    for (int panel = 0; panel < PANELS; panel++) {
+        Sum(*sums)[4] = both_sums[UNDER_WAY > 1 ? panel % 2 : 0];
+        if (UNDER_WAY > 1 && PANELS > 1 && panel + 1 < PANELS) {  // on its way while this one's quads are coded
+            begin_together<false>(matrix + (panel + 1) * PANEL_BYTES, operands, both_sums[(panel + 1) % 2]);
+            wait_together<false, 1>(sums);
+        } else {
+            wait_together<false, 0>(sums);
+            if (panel + 1 == PANELS && !FREED_AT) multiplied();
         }
+#pragma unroll
+        for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
+            const int pair = panel * PAIRS_OF_PANEL + of_panel;
+            const bool last = pair == QUADS / 2 - 1;
+            if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                float quads[2][4];
+                if (pair % 4 == 0) less[part][0] = less[part][1] = 0;
+#pragma unroll
+                for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
+#pragma unroll
+                for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
+                const u64 both = two_points(tables, quads[0], quads[1], scale[part]);
+                codes[part] = pair % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
+            }
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                const int row = tile_row + 8 * part, quad = quarter * QUADS + pair / 4 * 8;
+                if (pair % 2) put_numbers<4>(codes[part], waiting[part], stage, row, quarter, 2 * pair - 2);
+                else if (last) put_numbers<2>(codes[part], waiting[part], stage, row, quarter, 2 * pair);
+                if (pair % 4 == 3) put_signs<8>(less[part], stage, row, quad);
+                else if (last) put_signs<QUADS % 8>(less[part], stage, row, quad);
+            }
+        }
+        if (UNDER_WAY == 1 && panel + 1 < PANELS)
+            begin_together<false>(matrix + (panel + 1) * PANEL_BYTES, operands, both_sums[0]);
+    }
+}
+#endif
+
+#if FACTORS
+// -- rows that are rotated in factors -------------------------------------------------------------------------------
+// A lane has a quarter of one row. A panel's sums of half a butterfly bring, of each strip, two of four neighbouring quads.
+
+// The row's bits, in a stage as for two rows. ``words``: what the second round's products take of a lane's channels times
+// 2^exponent; ``energy``: the row's.
+INLINE void encode_in_factors(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*words)[8], float energy,
+                              int exponent) {
+    const u32 radius = radius_of_row(energy, exponent);
+    const float scale = scale_of(radius, exponent - LOST_EXPONENTS);
+    if (quarter == 0) stage[tile_row] = radius;
+    int less[(STRIPS + 1) / 2][2];  // signs, of eight quads each
+    u32 numbers[STRIPS];            // of the first two quads of four
+    u64 waiting;
+    each_panel<false>(tables, words, [&](int panel, int half, Sum (*sums)[PANEL][4]) {
+#pragma unroll
+        for (int strip = panel; strip < min(panel + PANEL, STRIPS); strip++) {
+            const int place = strip % 2 * 4 + 2 * half, first = quarter * QUADS + strip / 2 * 8;  // of eight quads
+            int* signs = less[strip / 2];
+            float(*quads[2])[4] = {sums[0] + (strip - panel), sums[1] + (strip - panel)};
+            if (place == 0) signs[0] = signs[1] = 0;
+#pragma unroll
+            for (int k = 0; k < 2; k++) add_signs(*quads[k], place + k, signs);
+            const u32 both = two_points(tables, *quads[0], *quads[1], scale);
+            if (half == 0) {
+                numbers[strip] = both;
+                continue;
+            }
+            put_numbers<4>(numbers[strip] | (u64)both << (2 * INDEX_BITS), waiting, stage, tile_row, quarter, 4 * strip);
+            if (strip % 2) put_signs<8>(signs, stage, tile_row, first);
+            else if (strip + 1 == STRIPS) put_signs<4>(signs, stage, tile_row, first);
+        }
+    });
 }
 #endif

@@ -17,13 +17,16 @@
 //         A lane's coordinates, from its channels of a row as they are stored: 16-bit numbers, without offsets.
 //     rotate_numbers<TOGETHER>(tables, lane, numbers, scale, wrong, quads)
 //         A lane's coordinates, from its channels as float32, times ``scale``; zeros of a row that is ``wrong``.
-// ``quads`` are a lane's coordinates, as coding.cuh says. TOGETHER: by four warps, if there are warpgroups.
+// ``quads`` are a lane's coordinates, as coding.cuh says. TOGETHER: by four warps, if there are warpgroups. Codings that take
+// rows as they are multiplied (AS_WORDS) call what stands in the file; of rotation_in_factors, that is all.
 //
-// Needs ROUNDS (1 or 2), DECODER or ENCODER, ORDER, DTYPE, and what each file says.
+// Needs ROUNDS (1 or 2), FACTORS (two rounds, of large orders), DECODER or ENCODER, ORDER, DTYPE, and what each file says.
 #pragma once
 
 #if ROUNDS == 1
 #include "rotation_one_round.cuh"
+#elif FACTORS
+#include "rotation_in_factors.cuh"
 #else
 #include "rotation_two_rounds.cuh"
 #endif

@@ -14,8 +14,7 @@
 // another order than 64 or 128. Those of order 128 have 64 sums, one panel, if there are no offsets.
 //
 // Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four
-// warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX; STREAMED (encoders: shared memory
-// has no room for it, but for SLOTS panels, three).
+// warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
 #pragma once
 
 #include "lanes.cuh"
@@ -192,66 +191,6 @@ struct BackRotation {
 #endif
 
 #ifdef ENCODER
-// -- the matrix's panels, one after the other -----------------------------------------------------------------------
-#if STREAMED
-// Shared memory has no room for the matrix: it holds one panel that is multiplied with, one that will be, and one that is on
-// its way. All warps go from panel to panel in step, and from the last one to the first.
-struct Panels {
-    const u8* matrix;  // in the device's memory
-    u32 slots;         // the address of the first
-    int slot;          // of the panel that is multiplied with
-
-    INLINE Panels(const u8* tables, const u8* matrix)
-        : matrix(matrix), slots((u32)__cvta_generic_to_shared(tables + BLOB_BYTES)), slot(0) {
-        send_for(0, 0), send_for(1, 1);
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-    }
-
-    INLINE void send_for(int panel, int to) {
-#pragma unroll
-        for (int i = 0; i < PANEL_BYTES / 16; i += THREADS) {
-            const int place = i + threadIdx.x;
-            if (PANEL_BYTES / 16 % THREADS == 0 || place < PANEL_BYTES / 16)
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(slots + to * PANEL_BYTES + place * 16),
-                             "l"(matrix + panel * PANEL_BYTES + place * 16)
-                             : "memory");
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-
-    INLINE int behind(int way) const { return slot + way < SLOTS ? slot + way : slot + way - SLOTS; }
-
-    // The address of a slot: lane 0's, so that the compiler knows that it is one number for all lanes.
-    INLINE u32 address() const { return __shfl_sync(ALL_LANES, slots + slot * PANEL_BYTES, 0); }
-
-    // The address of the first panel; it has come.
-    INLINE u32 first() const { return address(); }
-
-    // The address of the panel behind ``panel``, which is multiplied with, or was; the one behind that is sent for.
-    INLINE u32 next(int panel) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-#if WARPGROUPS
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma sees it
-#endif
-        __syncthreads();
-        send_for(panel + 2 < PANELS ? panel + 2 : panel + 2 - PANELS, behind(2));
-        slot = behind(1);
-        return address();
-    }
-
-    INLINE void finish() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
-};
-#else
-struct Panels {
-    u32 matrix;
-
-    INLINE Panels(const u8* tables) : matrix(panel_address(tables, 0)) {}
-    INLINE u32 first() const { return matrix; }
-    INLINE u32 next(int panel) { return matrix + (panel + 1) * PANEL_BYTES; }
-    INLINE void finish() {}
-};
-#endif
-
 // -- encoding: coordinates, ORDER times too long; with BYTES half of that -------------------------------------------
 template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*parts)[4], float (*quads)[4]) {
 #pragma unroll

@@ -13,6 +13,7 @@ from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import Plan, plan_for
+from pqcodec.kernels.on_cuda.factors import factor_tables, in_factors
 from pqcodec.kernels.on_cuda.quads_encoder import encoder_tables
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
@@ -46,7 +47,7 @@ def tables_for(
     """
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
-    turns = turns_of_tile(h.rope, tile_turns) if tile_turns and h.rope else {}
+    turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
     blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
     return blob, {**places, "PHASE_COPIES": phases, "COPIES": copies}
 
@@ -70,7 +71,9 @@ def blob_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
 
 def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[str, np.ndarray]:
     """Of every coding of ``blocks.cu``: the rotation's matrix or signs, and what ``shared_tables`` gives."""
-    matrix = {"MATRIX": _matrix(verb, h)} if plan.rounds == 2 else {}
+    matrix = factor_tables(h, in_brains(h)) if in_factors(verb, h) else {}
+    if plan.rounds == 2 and not matrix:
+        matrix = {"MATRIX": _matrix(verb, h)}
     arrays = {}
     if not matrix:
         signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
@@ -80,11 +83,6 @@ def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[s
     if h.coding == c.CODING_QUADS:
         words = h.blocks.chunk_bytes // 4
     return {**arrays, **shared_tables(h, words if keys else 0, copies), **matrix}
-
-
-def streamed(verb: str, h: Header) -> bool:
-    """Whether the matrix of two rounds, which comes last, is too large for shared memory, and is brought a panel at a time."""
-    return verb == "encode" and h.rounds == 2 and h.order > max(ORDERS)
 
 
 def shared_tables(h: Header, words: int, copies: int) -> dict[str, np.ndarray]:
@@ -234,18 +232,21 @@ def _encoder_tables(h: Header, plan: Plan, copies: int, effort: str) -> dict[str
     }
 
 
-def turns_of_tile(rope: RopeField, rows: int) -> dict[str, np.ndarray]:
+def turns_of_tile(rope: RopeField, rows: int, factors: bool = False) -> dict[str, np.ndarray]:
     """Turns by RoPE of a tile of so many rows, as (cos, sin):
 
     TILE_TURN float32 [pairs, 2]: from its first row to the next tile's;
     ROW_TURNS float32 [pieces, parts, .., 32 lanes, 2 turns, 2]: to its other rows, as lanes.cuh shares rows and pieces. A piece
         whose channels turn as those of another one of the same lane is left out; what does not turn, turns by nothing. Where a
         lane's piece may be the first or the second of pairs, the sines of the second have the other sign.
+
+    ``factors``: whether pieces are those of an encoder that rotates in factors.
     """
     pairs, lane = len(rope.frequencies), np.arange(32)
-    interleaved, apart = rope.pairing == c.ROPE_INTERLEAVED, pairs // 32 * (pairs % 32 == 0)
+    interleaved, apart = rope.pairing == c.ROPE_INTERLEAVED, pairs // 32 * (pairs % (64 if factors else 32) == 0)
     pieces = apart if apart and not interleaved else -(-2 * pairs // 32)
-    first = 32 * np.arange(pieces)[:, None] + 8 * (lane % 4)
+    piece, quarter = np.arange(pieces)[:, None], lane % 4
+    first = piece // 2 * 64 + quarter * 16 + piece % 2 * 8 if factors else 32 * piece + 8 * quarter
     pair = first[..., None] // 2 + np.arange(4) if interleaved else first[..., None] + np.arange(8)  # [pieces, lanes, turns]
     turned = pair < pairs * (1 if interleaved else 2)
     second = turned & (pair >= pairs)

@@ -1,21 +1,29 @@
-// Law: how a warp goes through its blocks and their rows: alone, in step with three others (WARPGROUPS), or with all of its
-// thread block (STREAMED).
+// Law: how a warp goes through its blocks and their rows: alone, in step with three others, or in a team of four.
 //
-// wgmma multiplies for four warps at once (a warpgroup), so all four must arrive at it, as long as one of them has a block and
-// in it rows; and all warps wait for each panel of a matrix that is streamed. A warp that has none is idle: it codes rows that
-// nobody wants, and writes nothing.
+// wgmma multiplies for four warps at once (a warpgroup), so all four must arrive at it (IN_STEP), as long as one of them has a
+// block and in it rows. A warp that has none is idle: it codes rows that nobody wants, and writes nothing. A team (SHARING)
+// divides each block among its warps, so that all go through as many tiles; one of them in turns ends it.
 //
-// Needs WARPGROUPS, STREAMED, PLANES, ROWS (of a tile), CHUNK (tokens).
+// Needs WARPGROUPS, SHARING (warps of a team; not defined, or 1: a block is one warp's), PLANES, ROWS (of a tile), CHUNK (tokens).
 #pragma once
 
 #include "numbers.cuh"
 
-#define IN_STEP (WARPGROUPS || STREAMED)
+#define TEAMS (SHARING > 1)
+#define IN_STEP (WARPGROUPS && !TEAMS)
+
+#if TEAMS
+#define CODERS (THREADS / 32 / SHARING)  // of a thread block, that take blocks: warps or teams
+#define CODER (threadIdx.x / (32 * SHARING))
+#else
+#define CODERS WARPS
+#define CODER (threadIdx.x >> 5)
+#endif
 
 #if IN_STEP
 // Whether a warp goes on with block ``index``: whether the first warp of those in step has a block. ``apart``: from a warp's
 // block to the next warp's.
-#define WORK_LEFT(index, blocks, apart) ((index) - (threadIdx.x >> 5 & (STREAMED ? 31 : 3)) * (apart) < (blocks))
+#define WORK_LEFT(index, blocks, apart) ((index) - (threadIdx.x >> 5 & 3) * (apart) < (blocks))
 
 #define IS_IDLE(index, blocks) ((index) >= (blocks))
 
@@ -27,13 +35,9 @@ INLINE bool is_past(int first_row, int tokens) { return first_row >= tokens; }
 
 // A barrier of all threads, after which wgmma sees what each of them wrote into shared memory.
 INLINE void tables_are_written() {
-#if WARPGROUPS
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
     __syncthreads();
 }
-
-#if WARPGROUPS
 
 // How many of the four warps say yes to the first question, plus 8 for each that says yes to the second. Lane 0 answers the
 // first; eight lanes answer the second.
@@ -46,16 +50,9 @@ INLINE u32 votes_of_four(bool first, bool second) {
                  : "memory");
     return votes;
 }
-#endif
 
 // Whether one of the warps in step says yes.
-INLINE int any_in_step(bool yes) {
-#if STREAMED
-    return __syncthreads_or(yes);
-#else
-    return votes_of_four(false, yes) >> 3;
-#endif
-}
+INLINE int any_in_step(bool yes) { return votes_of_four(false, yes) >> 3; }
 
 #if PLANES
 // How far the warps in step go through their blocks: they are asked once, if one of them has a whole chunk, else for each tile.
@@ -65,12 +62,8 @@ struct Steps {
 
     // ``tokens``: of the warp's own block.
     INLINE Steps(int tokens) {
-#if STREAMED
-        whole = any_in_step(tokens == CHUNK), second = any_in_step(tokens > ROWS);
-#else
         const u32 votes = votes_of_four(tokens == CHUNK, tokens > ROWS);
         whole = votes & 7, second = votes >> 3;
-#endif
     }
 
     // Whether one of them has rows from ``row`` on, a tile's first.
@@ -84,5 +77,23 @@ struct Steps {
 #define IS_IDLE(index, blocks) false
 INLINE bool rows_left(int first_row, int tokens, int more) { return first_row < tokens; }
 INLINE bool is_past(int first_row, int tokens) { return false; }
-INLINE void tables_are_written() { __syncthreads(); }
+INLINE void tables_are_written() {
+#if WARPGROUPS
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncthreads();
+}
+#endif
+
+// The rows of a block of so many tokens that are a warp's own: from the first on, before the end. All of a team have as many,
+// some of which are behind the block.
+#if TEAMS
+INLINE int rows_of_warp(int tokens) { return (tokens + ROWS * SHARING - 1) / (ROWS * SHARING) * ROWS; }
+INLINE int first_row_of(int tokens) { return (threadIdx.x >> 5) % SHARING * rows_of_warp(tokens); }
+
+INLINE void meet_team() {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + CODER), "n"(32 * SHARING) : "memory");
+}
+#else
+constexpr __device__ int first_row_of(int tokens) { return 0; }
 #endif

@@ -1,0 +1,29 @@
+// Law: barriers in shared memory (mbarrier) that count what the bulk copy engine brings.
+//
+// Addresses are those of shared memory. Needs no macros.
+#pragma once
+
+#include "numbers.cuh"
+
+INLINE void prepare_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+INLINE void expect_bytes(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+INLINE void send_for_bytes(u32 to, i64 from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// ``parity``: of how often the barrier was complete before.
+INLINE void wait_until_complete(u32 barrier, u32 parity) {
+    asm volatile(
+        "{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra THERE; bra AGAIN; THERE: }" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
