@@ -15,7 +15,7 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.factors import BUTTERFLY, DOWN_SHIFT, ROW, in_factors
+from pqcodec.kernels.on_cuda.factors import DOWN_SHIFT, ROW, in_factors
 from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
@@ -110,7 +110,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
         alone = alone or (factors and (major < 9 or h.dtype == c.DTYPE_FLOAT32))
         for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
-            rows_bytes = ROW * (h.order + BUTTERFLY) if factors else rows * row_bytes  # of the exchange, and rows to encode
+            rows_bytes = ROW * h.order if factors else rows * row_bytes  # of the exchange, and rows to encode
             memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, ahead + (wide or factors), tile_turns > 0)
             memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
             size = blob.size + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]

@@ -23,7 +23,9 @@ LINE = 8  # rows that lie in different banks
 
 def factor_tables(h: Header, brain: bool) -> dict[str, np.ndarray]:
     """MATRIX uint8 [strips, bricks, 8 columns, 16 bytes of inputs]: of bfloat16 (``brain``) or float16, with zeros behind;
-    FLIPS uint32 [2 rounds, strips, 4 quarters, 8]: +-1 for each number, two of them packed: E, and D (SPEC 5.3);
+    FLIPS uint32 [2 rounds, strips, 2 halves, 2, 4 quarters, 4]: +-1 for each number, two of them packed: E, and D (SPEC 5.3),
+        for rows of even and of odd number. Odd rows begin with the last half of a butterfly, which turns over the last half of
+        its sums; D turns them back.
     PUTS, TAKES uint32 [.., 32 lanes, 4]: where in the exchange a lane's row of each stmatrix and ldmatrix lies, in bytes.
     """
     order, strips = h.order, h.order // 64
@@ -31,8 +33,10 @@ def factor_tables(h: Header, brain: bool) -> dict[str, np.ndarray]:
     own = 2 * (strips * (columns % 8 // 2) + columns // 8) + columns % 2
     matrix = rotation.hadamard(order // BUTTERFLY)[own].astype(np.float32) * (1 if brain else 2.0**-DOWN_SHIFT)
     padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % 16)))
-    flips = np.stack([rotation.signs(h.seed, order, first_round=True), rotation.signs(h.seed, order)])
-    flips = flips.reshape(2, strips, 4, BUTTERFLY, 2).astype(np.float32)
+    first, second = rotation.signs(h.seed, order, first_round=True), rotation.signs(h.seed, order)
+    turned = np.where(rotation.permutation(order) % 16 < BUTTERFLY, 1, -1)
+    flips = np.stack([first, second, np.roll(first.reshape(-1, 2, BUTTERFLY), 1, 1).ravel(), second * turned])
+    flips = flips.reshape(2, 2, strips, 4, 2, BUTTERFLY).transpose(1, 2, 4, 0, 3, 5).astype(np.float32)
     puts, takes = _exchange(order)
     return {
         "FLIPS": _packed(flips, brain),

@@ -3,9 +3,11 @@
 // Lane l works on row l / 4 of the tile, and its quarter is l % 4. Of the row's rotated coordinates it holds one quarter, which
 // is one of the four subtrees below the tree's two upper nodes; as quads, four neighbouring coordinates each. Of the row's
 // channels it holds pieces: eight neighbours of every 32, so that four lanes load and store 32 neighbours side by side. With
-// FACTORS two pieces are neighbours, 16 of every 64.
+// FACTORS two pieces are neighbours, 16 channels of every 64. Rows of odd number are SWAPPED: they have the second of both
+// first, so that lanes that load whole rows from shared memory do not meet in a bank.
 //
-// Needs ORDER, FACTORS (of the rotation: 1 or, if not defined, 0), THREADS (of a thread block), BLOB_BYTES (of its tables), ROW_BYTES, ITEM (bytes of a stored number).
+// Needs ORDER, FACTORS (of the rotation; 0 if not defined), THREADS (of a thread block), BLOB_BYTES (of its tables), ROW_BYTES,
+// ITEM (bytes of a stored number).
 #pragma once
 
 #include "numbers.cuh"
@@ -20,12 +22,12 @@ constexpr __device__ int words_of(int rows) { return rows * ROW_BYTES / 4; }
 
 // The first channel of a lane's piece, and how many bytes of a row of the tensor lie between it and the first piece's.
 #if FACTORS
-INLINE int first_channel(int quarter, int piece) { return piece / 2 * 64 + quarter * 16 + piece % 2 * 8; }
-INLINE int byte_of_piece(int piece) { return (piece / 2 * 64 + piece % 2 * 8) * ITEM; }
+#define SWAPPED ((int)(threadIdx.x >> 2 & 1))
+INLINE int first_channel(int quarter, int piece) { return piece / 2 * 64 + quarter * 16 + (piece % 2 ^ SWAPPED) * 8; }
 #else
 INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter * 8; }
-INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
 #endif
+INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
 
 // Copies bytes of a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
 template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {

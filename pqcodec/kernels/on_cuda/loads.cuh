@@ -24,7 +24,6 @@
 #endif
 #define KEPT (PLAIN && ORDER <= 256)  // rows stay as they are stored beside those that are multiplied: there are registers
 #define BY_BULK (FETCHED && FACTORS)
-#define FETCHED_STRIDE (ORDER * ITEM + 16)  // bytes: neighbouring rows lie in different banks
 #define PIECE_WORDS (8 * ITEM / 4)
 #define LOADS (PIECES * PIECE_WORDS / 4)  // of 16 bytes, of a lane's channels of a row
 
@@ -61,8 +60,14 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
 #elif BY_BULK
     const u32 to = (u32)__cvta_generic_to_shared(fetched), barrier = to - 16;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the exchange was in this place
-    if (lane == 0) expect_bytes(barrier, ROWS * ORDER * ITEM);
-    if (lane < ROWS) send_for_bytes(to + lane * FETCHED_STRIDE, row_address(block, first_row + lane), ORDER * ITEM, barrier);
+    const int rows = max(min(block.tokens - first_row, ROWS), 1);  // places of others keep what they had
+    const i64 from = row_address(block, first_row);
+    if (lane == 0) expect_bytes(barrier, rows * (ORDER * ITEM));
+    if (block.row_stride == ORDER * ITEM) {
+        if (lane == 0) send_for_bytes(to, from, rows * (ORDER * ITEM), barrier);
+    } else if (lane < rows) {
+        send_for_bytes(to + lane * (ORDER * ITEM), from + lane * block.row_stride, ORDER * ITEM, barrier);
+    }
 #elif FETCHED
     const u32 to = (u32)__cvta_generic_to_shared(fetched + lane);
 #pragma unroll
@@ -103,14 +108,44 @@ INLINE void rows_are_fetched(const uint4* fetched, u32 tile) {
 template <bool AGAIN = false> INLINE void load_piece(i64 from, const uint4* fetched, int lane, int piece, u32* stored) {
 #pragma unroll
     for (int i = 0; i < PIECE_WORDS; i += 4) {
-        const int place = BY_BULK ? (lane >> 2) * (FETCHED_STRIDE / 16) + (first_channel(lane & 3, 0) * ITEM + byte_of_piece(piece)) / 16
-                          : EARLY ? piece
-                                  : (piece * PIECE_WORDS + i) * 8 + lane;
-        const uint4 got = FETCHED && !AGAIN ? fetched[place]
+        const uint4 got = FETCHED && !AGAIN ? fetched[EARLY ? piece : (piece * PIECE_WORDS + i) * 8 + lane]
                                             : __ldcs(reinterpret_cast<const uint4*>(from + byte_of_piece(piece)) + i / 4);
         stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
     }
 }
+
+#if FACTORS
+// Where a lane's pieces of even and of odd number begin, in the tensor and in shared memory. The compiler may not know how far
+// they are from each other, for it would add up the address of each piece anew.
+struct OwnPieces {
+    i64 even, odd;
+    u32 fetched_even, fetched_odd;
+
+    INLINE OwnPieces(const Block& block, const uint4* fetched, int row, int lane) {
+        const u32 own_row = (u32)__cvta_generic_to_shared(fetched) + (lane >> 2) * (ORDER * ITEM);
+        const int first = first_channel(lane & 3, 0) * ITEM, second = first_channel(lane & 3, 1) * ITEM;
+        even = row_address(block, row) + first, odd = row_address(block, row) + second;
+        fetched_even = own_row + first, fetched_odd = own_row + second;
+        asm volatile("" : "+l"(even), "+l"(odd), "+r"(fetched_even), "+r"(fetched_odd));
+    }
+
+    template <bool AGAIN> INLINE void load(int piece, u32* stored) const {
+#pragma unroll
+        for (int i = 0; i < PIECE_WORDS; i += 4) {
+            uint4 got;
+            if (BY_BULK && !AGAIN) {
+                asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(got.x), "=r"(got.y), "=r"(got.z), "=r"(got.w)
+                             : "r"((piece % 2 ? fetched_odd : fetched_even) + piece / 2 * (64 * ITEM))
+                             : "memory");
+            } else {
+                got = __ldcs(reinterpret_cast<const uint4*>((piece % 2 ? odd : even) + piece / 2 * (64 * ITEM)) + i / 4);
+            }
+            stored[i] = got.x, stored[i + 1] = got.y, stored[i + 2] = got.z, stored[i + 3] = got.w;
+        }
+    }
+};
+#endif
 
 INLINE float value_of(const u32* stored, int i) {
 #if DTYPE == FLOAT32
@@ -142,15 +177,14 @@ INLINE int exponent_for(u32 most, bool wrong) {
 }
 
 #if AS_WORDS
-// Each piece of a lane's channels of row ``row`` of a block and, if a lane has two, of the eighth behind it: ``use`` takes which
-// of both rows it is, the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
+// Each piece of a lane's channels of row ``row`` of a block and, if it has two rows, of the eighth behind it: ``use`` takes
+// which of both it is, the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
 template <bool AGAIN, int UNROLLED_PIECES = PIECES, typename Use>
 INLINE void each_piece(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
                        Use use) {
     const int quarter = lane & 3;
 #if FACTORS
-    i64 from = row_address(block, row) + first_channel(quarter, 0) * ITEM;
-    asm volatile("" : "+l"(from));  // for each piece the compiler would add up its address anew
+    const OwnPieces pieces(block, fetched, row, lane);
 #endif
     Turns turns[OWN_ROWS];
     float own[8], partners[8];  // means of a piece, and of those that turn with it
@@ -183,10 +217,12 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
         for (int part = 0; part < OWN_ROWS; part++) {
             u32 stored[PIECE_WORDS];
             float numbers[8];
-#if !FACTORS
+#if FACTORS
+            pieces.load<AGAIN>(piece, stored);
+#else
             const i64 from = row_address(block, row + 8 * part) + first_channel(quarter, 0) * ITEM;
-#endif
             load_piece<AGAIN>(from, fetched + part * LOADS * (EARLY ? 1 : 32), lane, piece, stored);
+#endif
 #pragma unroll
             for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
 #if PAIRS

@@ -40,7 +40,8 @@ INLINE void write_planes(const u8* tables, const i64* __restrict__ keys, const u
                                   tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
 }
 
-// Writes the signs and indices of a tile of ``rows`` rows, and keeps their radii beside the stage of the warp that ends the block.
+// Writes the signs and indices of a tile of ``rows`` rows, and keeps their radii: beside the stage of the warp that ends the
+// block.
 INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, u32* stage, u32* ending, int rows, const Block& block,
                        int first_row, int lane, u64& sum) {
     if (lane < rows) radii_of(ending)[first_row + lane] = stage[lane];

@@ -132,8 +132,8 @@ INLINE u32 nearest_corner(const u8* tables, u32 cell, u32 magnitudes, u32 own) {
 
 // How far behind its representative's first point a point is. ``at``: of its places in the table of ranks.
 INLINE u32 rank_of(const u8* tables, u32 corner, u32 at) {
-    constexpr u32 pattern = (1u << SCORE_AT) - (1u << PATTERN_AT);
-    return tables[RANKS_AT + ((corner & pattern) / (32 / COPIES) | at)];  // a pattern has sixteen words
+    constexpr u32 pattern = 7u << PATTERN_AT, bytes = 64 * COPIES;  // of a pattern's ranks
+    return tables[RANKS_AT + ((corner & pattern) / ((1u << PATTERN_AT) / bytes) | at)];
 }
 
 // -- rows -----------------------------------------------------------------------------------------------------------

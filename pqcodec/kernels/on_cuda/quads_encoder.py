@@ -21,7 +21,7 @@ GROUPED = 8  # bits up to which a cell's candidates are looked up together; more
 COPIES = (32, 16, 8, 4, 2, 1)  # of a row of ranks: with 32, no two lanes meet in a bank
 FEW_COPIES = (1,)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
 PATTERNS = 1 << (c.QUAD - 1)  # which neighbours of a representative's magnitudes are equal
-FIRST_BITS, PATTERN_AT, SCORE_AT = 10, 11, 14  # fields of a candidate's word
+FIRST_BITS, SCORE_AT = 10, 14  # fields of a candidate's word: at most so many bits of the first point; the pattern; the score
 
 
 def encoder_tables(plan: Plan, copies: int = 1, effort: str = "best") -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ def encoder_tables(plan: Plan, copies: int = 1, effort: str = "best") -> dict[st
     half = np.rint((table.representatives**2).sum(1) / (2 * table.aim * REACH / STEPS)).astype(np.int64)
     search = _grouped if table.bits <= GROUPED else _apart
     return {
-        **search(table, half, pattern << PATTERN_AT | first, copies),
+        **search(table, half, pattern << pattern_at(table.bits, copies) | first, copies),
         "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies, 1),
         **({"POINTS": table.points.view(np.uint8)} if len(c.QUADS_EFFORTS[effort]) > 1 else {}),
     }
@@ -77,6 +77,12 @@ def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.
 def group_copies(bits: int, copies: int) -> int:
     """Copies of a group's words: no more than there are lanes whose words are read at once."""
     return min(copies, 16 // (CANDIDATES[bits] - 1))
+
+
+def pattern_at(bits: int, copies: int) -> int:
+    """Where a candidate's word has the pattern: where it is a place among the ranks, in bytes, if ``bits`` have room below."""
+    place = (16 * c.QUAD * copies).bit_length() - 1
+    return place if place >= bits else FIRST_BITS + 1
 
 
 def own_copies(few: bool) -> tuple[int, ...]:
@@ -147,8 +153,8 @@ def encoder_definitions(h: Header, effort: str, copies: int) -> dict[str, Any]:
         "LARGEST_LEVEL": LEVELS[2],  # cells from one level to the next
         "SECOND_LEVEL": LEVELS[2] * LEVELS[0],
         "LAST_LEVEL": LEVELS[2] * LEVELS[0] * LEVELS[1],
-        "FIRST_BITS": FIRST_BITS,
-        "PATTERN_AT": PATTERN_AT,
+        "FIRST_BITS": min(FIRST_BITS, pattern_at(table.bits, copies)),
+        "PATTERN_AT": pattern_at(table.bits, copies),
         "SCORE_AT": SCORE_AT,
         "INVERSE": f"{1 / (2 * h.order * REACH)!r}f",
         "UNIT": f"{1 / (2 * table.aim * REACH)!r}f",

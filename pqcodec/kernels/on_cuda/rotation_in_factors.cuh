@@ -5,9 +5,9 @@
 // from codes of a few bits.
 //
 // A lane has a quarter of one row's channels, strip by strip: eight words of a strip are a butterfly, its numbers two by two.
-// wgmma's 64 rows are those of four warps' tiles, each with one of the butterfly's numbers and, eight rows below, its neighbour:
-// so four products are a round. Between the rounds numbers are permuted through the warp's exchange, where a row of shared
-// memory is a number of all of the tile's rows; no two rows that are moved at once lie in the same banks.
+// wgmma's 64 rows are those of four warps' tiles, each with one of the butterfly's numbers and, eight rows below, its
+// neighbour: so four products are a round. Between the rounds numbers are permuted through the warp's exchange, where a row of
+// shared memory is a number of all of the tile's rows; no two rows that are moved at once lie in the same banks.
 //
 // Needs BRAIN (16-bit numbers are bfloat16, else float16, of which each round's sums are DOWN_SHIFT octaves too small),
 // WARPGROUPS (four warps multiply together), ORDER, and the tables of factors.py.
@@ -62,12 +62,12 @@ INLINE void sum_and_difference(u32& a, u32& b) {
     b = fused(b, MINUS_ONES, a), a = sum;
 }
 
-// A strip's eight words, times +-1 (``round``: 0 or 1), through a butterfly.
+// A strip's eight words, of which SWAPPED rows have the last four first, times +-1 (``round``: 0 or 1), through a butterfly.
 INLINE void butterfly(const u8* tables, int round, int strip, int quarter, u32* words) {
-    const uint4* all = reinterpret_cast<const uint4*>(tables + FLIPS_AT) + ((round * STRIPS + strip) * 4 + quarter) * 2;
+    const uint4* flips_of = reinterpret_cast<const uint4*>(tables + FLIPS_AT) + 16 * (round * STRIPS + strip);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const uint4 flips = all[half];
+        const uint4 flips = flips_of[8 * half + 4 * SWAPPED + quarter];
         u32* four = words + 4 * half;
         const u32 first = fused(four[0], flips.x, 0x80008000u), second = fused(four[2], flips.z, 0x80008000u);
         four[0] = fused(four[1], flips.y, first), four[1] = fused(negative(four[1]), flips.y, first);
@@ -79,37 +79,38 @@ INLINE void butterfly(const u8* tables, int round, int strip, int quarter, u32* 
 }
 
 // -- products -------------------------------------------------------------------------------------------------------
-// The sums of a panel: of four of the butterfly's numbers (``half``: the first or the last four), two of ``sums`` [2][PANEL][4],
-// each two by two: of the even one, and of its neighbour.
+// The sums of a panel are of four of the butterfly's numbers (``half``: the first or the last four), two by two: ``sums``
+// [2][PANEL][4] are two of an even one and two of its neighbour.
 
 #if WARPGROUPS
-// Adds the products of 16 inputs to ``count`` strips' sums; where ``add`` is 0, the sums are these alone. ``bricks``: the low word
-// of the first descriptor; ``at``: how far this one is. They are added here, for else the compiler keeps all sums in registers.
-#define WGMMA_BEGIN(low, high, at, add) \
-    "{.reg .pred p; .reg .b32 low; .reg .b64 bricks; setp.ne.u32 p, " add ", 0; add.u32 low, " low ", " at ";" \
-    "mov.b64 bricks, {low, " high "};"
-INLINE void wgmma_step(Sum (*sums)[4], int count, u32 a, u32 b, u32 c, u32 d, u32 bricks, u32 at, u32 add) {
+// Adds the products of 16 inputs to ``count`` strips' sums; where ``add`` is 0, the sums are these alone. ``bricks``: the first
+// descriptor; ``at``: how far this one is. They are added here, for else the compiler keeps all of them in registers.
+#define WGMMA_BEGIN(bricks, at, add) \
+    "{.reg .pred p; .reg .b64 those; setp.ne.u32 p, " add ", 0; add.s64 those, " bricks ", " at ";" \
+    "wgmma.mma_async.sync.aligned."
+#define WGMMA_SHAPE(columns) "m64n" columns "k16.f32." OF_16_BITS "." OF_16_BITS
+INLINE void wgmma_step(Sum (*sums)[4], int count, u32 a, u32 b, u32 c, u32 d, u64 bricks, u64 at, u32 add) {
     if (count == 3)
-        asm volatile(WGMMA_BEGIN("%16", "%17", "%18", "%19") "wgmma.mma_async.sync.aligned.m64n24k16.f32." OF_16_BITS "." OF_16_BITS
+        asm volatile(WGMMA_BEGIN("%16", "%17", "%18") WGMMA_SHAPE("24")
                      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11},"
-                     " {%12,%13,%14,%15}, bricks, p, 1, 1, 0;}"
+                     " {%12,%13,%14,%15}, those, p, 1, 1, 0;}"
                      : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2])
-                     : "r"(a), "r"(b), "r"(c), "r"(d), "r"(bricks), "n"(BRICKS * 8), "r"(at), "r"(add));
+                     : "r"(a), "r"(b), "r"(c), "r"(d), "l"(bricks), "l"(at), "r"(add));
 #if PANEL >= 4
     if (count == 4)
-        asm volatile(WGMMA_BEGIN("%20", "%21", "%22", "%23") "wgmma.mma_async.sync.aligned.m64n32k16.f32." OF_16_BITS "." OF_16_BITS
+        asm volatile(WGMMA_BEGIN("%20", "%21", "%22") WGMMA_SHAPE("32")
                      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-                     " {%16,%17,%18,%19}, bricks, p, 1, 1, 0;}"
+                     " {%16,%17,%18,%19}, those, p, 1, 1, 0;}"
                      : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
-                     : "r"(a), "r"(b), "r"(c), "r"(d), "r"(bricks), "n"(BRICKS * 8), "r"(at), "r"(add));
+                     : "r"(a), "r"(b), "r"(c), "r"(d), "l"(bricks), "l"(at), "r"(add));
 #endif
 #if PANEL >= 5
     if (count == 5)
-        asm volatile(WGMMA_BEGIN("%24", "%25", "%26", "%27") "wgmma.mma_async.sync.aligned.m64n40k16.f32." OF_16_BITS "." OF_16_BITS
+        asm volatile(WGMMA_BEGIN("%24", "%25", "%26") WGMMA_SHAPE("40")
                      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19},"
-                     " {%20,%21,%22,%23}, bricks, p, 1, 1, 0;}"
+                     " {%20,%21,%22,%23}, those, p, 1, 1, 0;}"
                      : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4])
-                     : "r"(a), "r"(b), "r"(c), "r"(d), "r"(bricks), "n"(BRICKS * 8), "r"(at), "r"(add));
+                     : "r"(a), "r"(b), "r"(c), "r"(d), "l"(bricks), "l"(at), "r"(add));
 #endif
 }
 
@@ -120,8 +121,8 @@ INLINE void begin_panel(const u8* tables, int first, int half, const u32 (*words
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : : "r"(words[strip][4 * half + i]));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    // A descriptor's fields, in units of 16 bytes: a brick, how far its neighbour is and, in the high word, the next strip.
-    const u32 bricks = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) / 16 + (8 << 16);
+    // A descriptor's fields, in units of 16 bytes: a brick, how far its neighbour is, how far the next strip is.
+    const u64 bricks = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) / 16 + (8 << 16) + ((u64)(BRICKS * 8) << 32);
 #pragma unroll
     for (int strip = 0; strip < BRICKS; strip += 2)
 #pragma unroll
@@ -215,19 +216,19 @@ INLINE void take_four(u32 address, u32* words) {
 
 // A lane's places in the exchange, in the order in which they are asked for.
 struct Places {
-    const uint4* next;
+    const uint4* own;
     uint4 four;
 
-    INLINE Places(const u8* table) : next(reinterpret_cast<const uint4*>(table) + (threadIdx.x & 31)) {}
+    INLINE Places(const u8* table) : own(reinterpret_cast<const uint4*>(table) + (threadIdx.x & 31)) {}
 
     INLINE u32 operator[](int i) {
-        if (i % 4 == 0) four = next[i / 4 * 32];
+        if (i % 4 == 0) four = own[i / 4 * 32];
         return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
     }
 };
 
-// The words [STRIPS][8] of a lane's channels -> those that the second round's products take. ``exchange``: 16 ORDER bytes of the
-// warp's shared memory.
+// The words [STRIPS][8] of a lane's channels -> those that the second round's products take. ``exchange``: 16 ORDER bytes of
+// the warp's shared memory.
 INLINE void rotate_halfway(const u8* tables, u8* exchange, int lane, u32 (*words)[8]) {
     const u32 address = (u32)__cvta_generic_to_shared(exchange);
 #pragma unroll
@@ -239,7 +240,10 @@ INLINE void rotate_halfway(const u8* tables, u8* exchange, int lane, u32 (*words
         for (int n = 0; n < min(STRIPS - first, PANEL); n++) {
             u32 four[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) four[i] = pack_entries(sums[i / 2][n][i % 2 * 2], sums[i / 2][n][i % 2 * 2 + 1]);
+            for (int i = 0; i < 4; i++) {
+                const float* two = sums[i / 2][n] + i % 2 * 2;
+                four[i] = pack_entries(two[0], two[1]);
+            }
             put_four(address + puts[half * STRIPS + first + n], four);
         }
     });

@@ -246,7 +246,7 @@ def turns_of_tile(rope: RopeField, rows: int, factors: bool = False) -> dict[str
     interleaved, apart = rope.pairing == c.ROPE_INTERLEAVED, pairs // 32 * (pairs % (64 if factors else 32) == 0)
     pieces = apart if apart and not interleaved else -(-2 * pairs // 32)
     piece, quarter = np.arange(pieces)[:, None], lane % 4
-    first = piece // 2 * 64 + quarter * 16 + piece % 2 * 8 if factors else 32 * piece + 8 * quarter
+    first = piece // 2 * 64 + quarter * 16 + (piece % 2 ^ lane // 4 % 2) * 8 if factors else 32 * piece + 8 * quarter
     pair = first[..., None] // 2 + np.arange(4) if interleaved else first[..., None] + np.arange(8)  # [pieces, lanes, turns]
     turned = pair < pairs * (1 if interleaved else 2)
     second = turned & (pair >= pairs)

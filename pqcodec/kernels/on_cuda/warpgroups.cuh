@@ -1,10 +1,10 @@
 // Law: how a warp goes through its blocks and their rows: alone, in step with three others, or in a team of four.
 //
 // wgmma multiplies for four warps at once (a warpgroup), so all four must arrive at it (IN_STEP), as long as one of them has a
-// block and in it rows. A warp that has none is idle: it codes rows that nobody wants, and writes nothing. A team (SHARING)
-// divides each block among its warps, so that all go through as many tiles; one of them in turns ends it.
+// block and in it rows. A warp that has none is idle: it codes rows that nobody wants, and writes nothing. A team divides each
+// block among its warps (SHARING of them), so that all go through as many tiles; in turns one of them ends it.
 //
-// Needs WARPGROUPS, SHARING (warps of a team; not defined, or 1: a block is one warp's), PLANES, ROWS (of a tile), CHUNK (tokens).
+// Needs WARPGROUPS, SHARING (if more than one), THREADS (of a thread block), PLANES, ROWS (of a tile), CHUNK (tokens).
 #pragma once
 
 #include "numbers.cuh"
