@@ -104,13 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) quad_operands(tables, coded, lane, 16 * tile, operands[tile]);
                 const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, position, means);
-#if BULK
                 wait_for_bulk();
-#endif
                 decode_rows(tables, operands, rows, ordinary, lane & 3, part);
-#if BULK
                 store_bulk(rows_out, block, first_row, lane);
-#endif
             }
             __syncwarp();
         }
@@ -118,7 +114,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         if (lane == 0 && part == 0 && !IS_IDLE(index, blocks)) flags[index] = good != checksum;
         __syncwarp();
     }
-#if BULK
     wait_for_bulk();
-#endif
 }

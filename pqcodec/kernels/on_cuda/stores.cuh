@@ -124,4 +124,6 @@ INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, in
 #else
 #define STORE(address, stored, wanted) \
     if (wanted) __stcs(reinterpret_cast<Stored*>(address), stored)
+INLINE void wait_for_bulk() {}
+INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, int lane) {}
 #endif
