@@ -22,7 +22,7 @@ _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=
 _PLAIN = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "div": "/", "rem": "%"}
 _SPECIAL = {"%tid.x": "(u32)gpu.me->number", "%ctaid.x": "gpu.block", "%nctaid.x": "gpu.blocks", "%laneid": "(u32)lane()"}
 _SPECIAL |= {"%ntid.x": "(u32)gpu.threads.size()"}
-_NOTHING = ("fence.", "createpolicy.", "prefetch.", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group")
+_NOTHING = ("fence.", "createpolicy.", "prefetch.", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "setmaxnreg")
 _MATRICES = {"s8": "Bytes", "f16": "Halves", "bf16": "Brains"}
 
 

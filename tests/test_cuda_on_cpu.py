@@ -48,6 +48,14 @@ MORE: list[Kind] = [
     (128, "quad3", "float32", KEYS),
     (128, "quad3", "float16", {"center": "mean"}),
 ]  # fmt: skip
+LARGE: list[Kind] = [  # that a multiprocessor has no room for: decoded by two or three thread blocks, together
+    *((576, preset, "bfloat16", {}) for preset in ("quad2", "quad3", "quad3.5")),
+    (288, "quad3", "bfloat16", {}),
+    (384, "quad2", "bfloat16", {}),
+    (448, "quad3", "float16", {"chunk_tokens": 128}),
+    (512, "quad3.5", "bfloat16", {}),
+    (576, "quad2.5", "float32", {}),
+]
 OLDER: list[Kind] = [
     *SOME,
     (64, "quad2.5", "float16", {}),
@@ -101,7 +109,7 @@ def decoded(machine: CudaOnCpu, data: bytes, skew: int = 12, **options: Any) -> 
     return found
 
 
-@pytest.mark.parametrize("kind", SOME + MORE * ALL, ids=str)
+@pytest.mark.parametrize("kind", SOME + (MORE + LARGE) * ALL, ids=str)
 def test_rows_are_decoded_to_the_bits_of_the_specification(machine: CudaOnCpu, kind: Kind) -> None:
     _, preset, _, options = kind
     many = pqcodec.encode(tensor(kind, tokens=700), preset=preset, backend="cpu", **options)  # several blocks for each warp

@@ -34,7 +34,7 @@ SPILLS = {
     ("triton", "decode_stream_blocks"): {512: 320, 1024: 2600},
     ("triton", "attend_to_codes"): {16: 120, 32: 120, 64: 40, 128: 64, 256: 736},  # most where values are centred under RoPE
     ("cuda", "encode_stream_blocks"): {64: 8, 128: 120, 256: 168, 1024: 128},
-    ("cuda", "decode_stream_blocks"): {64: 8, 128: 40},
+    ("cuda", "decode_stream_blocks"): {64: 8, 128: 40, 1024: 16},
 }
 
 
@@ -109,3 +109,21 @@ def test_rows_that_the_bulk_copy_engine_stores_begin_at_whole_lines(head_dim: in
         other = kernel_layout("decode", options.header(shape, 2), few=False)
         assert other is not None
         assert other.sharing == 1
+
+
+@NEEDS_BINDINGS
+@pytest.mark.parametrize("preset", ["quad2", "quad2.5", "quad3", "quad3.5"])
+@pytest.mark.parametrize("head_dim", [288, 320, 384, 448, 512, 576])
+def test_teams_decode_large_vectors_with_registers_that_a_multiprocessor_has(head_dim: int, preset: str) -> None:
+    """A kernel that asks for more than its thread block began with waits for them for ever."""
+    from pqcodec.kernels.on_cuda.backend import kernel_layout
+    from pqcodec.kernels.on_cuda.quads import REGISTERS, TEAM
+    from pqcodec.options import EncodeOptions
+
+    found = kernel_layout("decode", EncodeOptions(preset).header((8, 8192, head_dim), 2), few=False)
+    assert found is not None
+    assert found.sharing == 4
+    begun = REGISTERS // found.threads // 8 * 8 * found.threads
+    after = found.teams * TEAM * found.places["TEAM_REGISTERS"] + 32 * found.couriers * found.places["COURIER_REGISTERS"]
+    assert after <= begun <= REGISTERS
+    assert head_dim // 32 % (found.parts * found.places["JOINT"]) == 0

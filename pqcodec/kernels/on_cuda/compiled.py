@@ -77,11 +77,12 @@ class Layout:
     shared_bytes: int
     parts: int = 1  # thread blocks among which each row is divided
     sharing: int = 1  # warps that share a block of a stream: a team
+    couriers: int = 0  # warps beside the teams
 
     @property
     def teams(self) -> int:
         """Teams of a thread block; a team is one warp where none share."""
-        return self.threads // 32 // self.sharing
+        return (self.threads // 32 - self.couriers) // self.sharing
 
 
 def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int = 232448, effort: str = "fast") -> Layout | None:

@@ -29,10 +29,13 @@ MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy eng
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 # quads_teams.cu: teams of a thread block, and the least copies of a point. With fewer its look-ups take longer than memory.
-TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16)}
-TEAM, COURIER, STEP = 128, 32, 64  # threads, and rows that a team takes at a time
+TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **{order: (3, 8) for order in DECODED_ORDERS if order > 256}}
+TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
-SLOTS = (4, 3)  # of a team, the most that fit: for the words of this step and of the next ones
+SLOTS, LARGE_SLOTS = (4, 3), (1,)  # of a team, the most that fit: for the words of this step and of those behind it
+COURIERS, LARGE_COURIERS = 1, 4  # warps: the courier, and those beside it that leave their registers
+REGISTERS, COURIER_REGISTERS = 1 << 16, 32  # of a multiprocessor; of a thread that leaves the others
+JOINT = (3, 2, 1)  # pieces of large orders that one product makes
 SLACK = 16  # bytes beside words, which are copied from multiples of as many on
 LINE = 128  # bytes of a line of shared memory
 
@@ -77,20 +80,32 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
     if not teams or h.offsets or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
         return None
-    matrix = _matrix(h)
-    for slots, copies in product(SLOTS, (each for each in COPIES if each >= least)):
-        memory = _team_memory(h, slots)
-        blob, places = _tables(h, matrix, True, copies, 1, 1)
-        tables, beside = _round(blob.size, LINE), teams * memory["TEAM_BYTES"]
+    large = h.order > max(BEST_ORDERS)  # whose matrix may be divided, and leaves no room for decoded rows
+    couriers = LARGE_COURIERS if large else COURIERS
+    threads = teams * TEAM + 32 * couriers
+    matrix, pieces, all_parts = _matrix(h), h.order // 32, range(1, MOST_PARTS + 1) if large else (1,)
+    tried = product(all_parts, LARGE_SLOTS if large else SLOTS, (each for each in COPIES if each >= least))
+    for parts, slots, copies in tried:
+        if pieces % parts:
+            continue
+        memory = _team_memory(h, slots, not large)
+        blob, places = _tables(h, matrix, True, copies, 1, parts, negatives=not large)
+        tables = _round(places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts, LINE)
+        beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
-            blob = np.pad(blob, (0, tables - blob.size))
-            places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD}
-            return Layout(teams * TEAM + COURIER, 0, True, True, blob, places, tables + beside, sharing=TEAM // 32)
+            places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD, "COURIERS": couriers}
+            if large:
+                joint = next(each for each in JOINT if pieces // parts % each == 0)
+                pool = REGISTERS // threads // 8 * 8 * threads // TEAM  # of one thread of each team, and of the couriers
+                places |= {"JOINT": joint, "COURIER_REGISTERS": COURIER_REGISTERS, "NEIGHBOURS": int(index_bytes(h) % 32 == 16)}
+                places |= {"TEAM_REGISTERS": (pool - COURIER_REGISTERS) // teams // 8 * 8}
+            size = tables + beside
+            return Layout(threads, 0, not large, True, blob, places, size, parts, TEAM // 32, couriers)
     return None
 
 
-def _team_memory(h: Header, slots: int) -> dict[str, int]:
-    """Where things lie in the shared memory of a team with so many slots, as macros, in bytes.
+def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
+    """Where things lie in the shared memory of a team with so many slots, as macros, in bytes. ``bulk``: decoded rows do, too.
 
     Each run of words in a slot has room for what is copied before and behind it.
     """
@@ -111,21 +126,22 @@ def _team_memory(h: Header, slots: int) -> dict[str, int]:
         "SUMS_AT": sums_at,
         "PLACES_AT": places_at,
         "ROWS_AT": rows_at,
-        "TEAM_BYTES": _round(rows_at + STEP * h.vector_bytes, LINE),
+        "TEAM_BYTES": _round(rows_at + STEP * h.vector_bytes * bulk, LINE),
     }
 
 
 def _tables(
-    h: Header, matrix: np.ndarray, keys: bool, copies: int, phases: int, parts: int
+    h: Header, matrix: np.ndarray, keys: bool, copies: int, phases: int, parts: int, negatives: bool = True
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have.
 
-    The matrix comes last, in ``parts`` of the same size.
+    The matrix comes last, in ``parts`` of the same size. ``negatives``: each point's negative stands beside it.
     """
     plan = plan_for(h)
     points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # each coordinate's where its sign is
-    both = np.stack([points, -points], 1)
-    own = {"POINTS": np.repeat(both.reshape(len(both), -1).view(np.uint64), copies, 1), "MANTISSAS": plan.mantissas}
+    entries = np.ascontiguousarray(np.concatenate([points, -points], 1) if negatives else points)
+    size = entries.shape[1]  # bytes
+    own = {"POINTS": np.repeat(entries.view(f"u{size}"), copies, 1), "MANTISSAS": plan.mantissas}
     shared = shared_tables(h, h.blocks.chunk_bytes // 4 if keys else 0, phases)
     if "KEYS" in shared:  # the first word's key, which key 0 stands before, lies at a multiple of 16 bytes
         shared["KEYS"] = np.pad(shared["KEYS"], (3, 0))
@@ -133,7 +149,7 @@ def _tables(
     blob, places = blob_of({**own, **shared, "MATRIX": matrix})
     if "KEYS" in shared:
         places["KEYS_AT"] += 12
-    return blob, {**places, "COPIES": copies, "PHASE_COPIES": phases}
+    return blob, {**places, "COPIES": copies, "POINT_BYTES": size, "PHASE_COPIES": phases}
 
 
 def _matrix(h: Header) -> np.ndarray:
@@ -165,6 +181,8 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
     return {
         **common_definitions(verb, h, layout.threads, layout.blob.size),
         "PARTS": layout.parts,
+        "JOINT": 1,
+        "NEIGHBOURS": 0,
         "INDEX_BITS": quads.table_of(plan_for(h)).bits,
         "INDEX_BYTES": index_bytes(h),
         "LEAST": f"({least})",

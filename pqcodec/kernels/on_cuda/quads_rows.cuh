@@ -1,7 +1,8 @@
 // Law: rows of quads (SPEC 8), from their words to the tensor: points by look-ups, the rotation on tensor cores, and stores.
 //
 // A warp decodes ROWS rows (16 or 32) of a block at a time. Four lanes hold a row: lane l works on rows l / 4, l / 4 + 8 and so
-// on. A quad is one look-up of eight bytes, a point and its negative, and a choice between them by its signs; these four bytes
+// on, with NEIGHBOURS on rows l / 4 * 2 and the next. A quad is one look-up: of eight bytes, a point and its negative, and a
+// choice between them by its signs; or (POINT_BYTES 4) of the point alone, whose bytes then take their signs. These four bytes
 // are an operand of mma (and wgmma) as they are: tensor cores multiply them with half of the rotation's matrix, of bytes. Sums
 // are whole numbers below 2^22, so the matrix's product begins with the bits of 1.5 * 2^23 and ends as a float32.
 //
@@ -10,10 +11,11 @@
 // each quarter has a run of neighbours, two a group. A matrix for which shared memory has no room is divided by its columns:
 // PARTS neighbouring thread blocks decode the same rows, each some pieces of them.
 //
-// Needs PARTS, INDEX_BITS (of a quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet
-// in no bank), ROWS, INDICES_BEHIND (words, as Words says), EVEN (whether a row's indices begin at multiples of eight bytes
-// wherever their size allows it), the tables MATRIX and POINTS (each point and its negative), WARPGROUPS (wgmma multiplies, for
-// four warps at once), BULK, and what the other files need.
+// Needs PARTS, JOINT (pieces of one product, into which a thread block's can be divided; 1 without WARPGROUPS), INDEX_BITS (of a
+// quad), INDEX_BYTES (of a row's indices), COPIES (of each point of the table, so that lanes meet in no bank), POINT_BYTES,
+// ROWS, NEIGHBOURS (where every second row's words lie in other banks), INDICES_BEHIND (words, as Words says), EVEN (whether a
+// row's indices begin at multiples of eight bytes wherever their size allows it), the tables MATRIX and POINTS, WARPGROUPS
+// (wgmma multiplies, for four warps at once), BULK, and what the other files need.
 #pragma once
 
 #include "numbers.cuh"
@@ -34,6 +36,9 @@
 #define WAIT_FOR(later, sums) wait_together<false, later>((sums)[0])  // products, after which ``later`` others were begun
 #else
 #define WAIT_FOR(later, sums) (void)0
+#endif
+#if JOINT > 1
+#include "joint_products.cuh"
 #endif
 
 // The words of coded rows: their signs, and what lies INDICES_BEHIND words before their indices.
@@ -73,34 +78,43 @@ INLINE void quads_of(const u8* tables, const Words& coded, int lane, int row, in
     const u32 signs = coded.signs[row * (ORDER / 32) + group + (first >> 3)] >> (first & 7);
     u32 words[(RUN * INDEX_BITS + 31) / 32];
     index_words<RUN * INDEX_BITS>(coded.indices, row * (8 * INDEX_BYTES) + (8 * group + first) * INDEX_BITS, words);
-    const u32 own = (lane & (COPIES - 1)) * 8;  // the lane's copy of a point
+    const u32 own = (lane & (COPIES - 1)) * POINT_BYTES;  // the lane's copy of a point
 #pragma unroll
     for (int quad = 0; quad < RUN; quad++) {
         constexpr u32 mask = (1u << INDEX_BITS) - 1;
         const int bit = quad * INDEX_BITS, within = bit % 32;
         u32 at;
-        if (INDEX_BITS == 8 && COPIES == 32) {
+        if (INDEX_BITS == 8 && COPIES * POINT_BYTES == 256) {
             at = __byte_perm(words[bit / 32], own, 0x6604 | within / 8 << 4);  // a point's copies are 256 bytes
         } else {
             const bool straddles = within + INDEX_BITS > 32;
             const u32 low = words[bit / 32];
             const u32 index = straddles ? __funnelshift_r(low, words[bit / 32 + 1], within) : low >> within;
-            at = (index & mask) * (8 * COPIES) | own;
+            at = (index & mask) * (POINT_BYTES * COPIES) | own;
         }
+#if POINT_BYTES == 8
         const uint2 point = *reinterpret_cast<const uint2*>(tables + POINTS_AT + at);  // it and its negative
         const u32 negative = spread_top_bits(signs << (7 - quad));
         quads[quad] = (point.x & ~negative) | (point.y & negative);
+#else
+        const u32 point = *reinterpret_cast<const u32*>(tables + POINTS_AT + at);
+        const u32 negative = spread_top_bits(signs << (7 - quad));
+        quads[quad] = (point ^ negative) + (negative & 0x01010101);  // no byte carries into the next: no coordinate is 0
+#endif
     }
 }
 
+// The row of a tile that a lane works on, its first, second and so on.
+INLINE int row_of(int lane, int part) { return NEIGHBOURS ? (lane >> 2) * 2 + part : (lane >> 2) + 8 * part; }
+
 // A lane's quads of a span, of sixteen rows from ``first_row`` on, as operands of mma: {quad 0 of a group of one row, of the
-// row eight behind it, quad 1 of both}.
+// lane's other row, quad 1 of both}.
 template <int SPAN>
 INLINE void span_operands(const u8* tables, const Words& coded, int lane, int first_row, int group, u32 (*operands)[4]) {
 #pragma unroll
     for (int part = 0; part < 2; part++) {
         u32 quads[2 * SPAN];
-        quads_of<SPAN>(tables, coded, lane, first_row + (lane >> 2) + 8 * part, group, quads);
+        quads_of<SPAN>(tables, coded, lane, first_row + row_of(lane, part), group, quads);
 #pragma unroll
         for (int quad = 0; quad < 2 * SPAN; quad++) operands[group + quad / 2][part + quad % 2 * 2] = quads[quad];
     }
@@ -192,21 +206,20 @@ struct LaneRows {
     INLINE LaneRows(const Block& block, int first_row, int lane, float of_row, float second_of_row, u8* rows_out, u32 position,
                     const float* means)
         : means(means) {
-        const int tile_row = lane >> 2, own_row = first_row + tile_row;
 #pragma unroll
         for (int part = 0; part < LANE_ROWS; part++) {
-            const int row = own_row + 8 * part;
+            const int tile_row = row_of(lane, part), row = first_row + tile_row;
 #if BULK
-            target[part] = rows_out + (tile_row + 8 * part) * OUT_BYTES;
+            target[part] = rows_out + tile_row * OUT_BYTES;
 #else
             target[part] = reinterpret_cast<u8*>(block.rows + (i64)row * block.row_stride);
 #endif
             target[part] += first_channel(lane & 3, 0) * ITEM;
             wanted[part] = row >= block.first && row < block.last;
-            factor[part] = 2.0f * __shfl_sync(ALL_LANES, of_row, tile_row + 8 * part);  // the matrix is R / 2
-            second_factor[part] = __shfl_sync(ALL_LANES, second_of_row, tile_row + 8 * part);
+            factor[part] = 2.0f * __shfl_sync(ALL_LANES, of_row, tile_row);  // the matrix is R / 2
+            second_factor[part] = __shfl_sync(ALL_LANES, second_of_row, tile_row);
         }
-        this->position = position + own_row;
+        this->position = position + first_row + row_of(lane, 0);
     }
 };
 
@@ -221,7 +234,7 @@ template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& row
         Turns turns;
         u32 frequencies[TURNS];
         frequencies_of(tables, first, frequencies);
-        turns_at(tables, rows.position + 8 * part, frequencies, turns);
+        turns_at(tables, rows.position + row_of(0, part), frequencies, turns);
 #pragma unroll
         for (int i = 0; i < MANY; i++)
             turned_offsets(means[i], means[1 - i], first, MANY > 1 ? i : first >= PAIRS, turns, offsets[i]);
@@ -233,10 +246,10 @@ template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& row
 }
 #endif
 
-// MANY pieces of a lane's rows, APART from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
+// MANY pieces of a lane's rows, BY from each other, from sums to the tensor. The numbers of ORDINARY rows are within the
 // dtype's range. Three times their factor is a float32, too (SPEC 8.3), so MAGIC times it is exact, and so is what fmaf takes
 // away: it rounds the product of sum and factor once, and never to -0.
-template <bool ORDINARY, int MANY>
+template <bool ORDINARY, int MANY, int BY>
 INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int piece, const Sums* sums) {
 #pragma unroll
     for (int part = 0; part < LANE_ROWS; part++) {
@@ -247,7 +260,7 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
 #endif
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
-            const int first = first_channel(quarter, piece + i * APART);
+            const int first = first_channel(quarter, piece + i * BY);
             float numbers[8];
             Stored stored[STORES];
 #pragma unroll
@@ -260,17 +273,17 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
             }
             if (ORDINARY) store_numbers(numbers, stored);
             else finish_piece(tables, first, numbers, offsets[i], factor, rows.second_factor[part], false, stored);
-            u8* to = rows.target[part] + byte_of_piece(piece + i * APART);
+            u8* to = rows.target[part] + byte_of_piece(piece + i * BY);
 #pragma unroll
             for (int k = 0; k < STORES; k++) STORE(to + k * 16, stored[k], rows.wanted[part]);
         }
     }
 }
 
-template <int MANY>
+template <int MANY, int BY = APART>
 INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
-    if (ordinary) finish_rows<true, MANY>(tables, rows, quarter, piece, sums);
-    else finish_rows<false, MANY>(tables, rows, quarter, piece, sums);
+    if (ordinary) finish_rows<true, MANY, BY>(tables, rows, quarter, piece, sums);
+    else finish_rows<false, MANY, BY>(tables, rows, quarter, piece, sums);
 }
 
 // Pieces that turn alone, from the first of a thread block's ``part`` of them on: one is multiplied while another is finished.
@@ -294,6 +307,19 @@ INLINE void decode_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], co
     }
 }
 
+#if JOINT > 1
+// All pieces of a thread block, JOINT at once: while four warps finish them, tensor cores multiply for others.
+INLINE void decode_joint(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
+                         int part) {
+#pragma unroll 1
+    for (int piece = 0; piece < OWN_PIECES; piece += JOINT) {
+        Sums sums[JOINT];
+        multiply_joint(tables, operands[0], piece, sums[0][0]);
+        finish_pieces<JOINT, 1>(tables, rows, ordinary, quarter, part * OWN_PIECES + piece, sums);
+    }
+}
+#endif
+
 INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
                         int part) {
 #pragma unroll(UNROLLED)
@@ -303,5 +329,9 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
         finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
     }
+#if JOINT > 1
+    decode_joint(tables, operands, rows, ordinary, quarter, part);
+#else
     decode_pieces(tables, operands, rows, ordinary, quarter, part);
+#endif
 }

@@ -3,18 +3,22 @@
 // A team takes STEP rows of its block at a time, sixteen a warp, as quads_rows.cuh says. Their words come by the bulk copy
 // engine into one of SLOTS slots, while steps before are decoded: as one run, where a block is one step, else as three (signs,
 // indices, and radii with what lies behind them). As they are copied from multiples of 16 bytes on, a run begins up to 12 bytes
-// behind its place in the slot. Decoded rows leave by the engine, too, from whole lines of shared memory: what begins elsewhere
-// it stores in more pieces, for which the way to the L2 cache has no room.
+// behind its place in the slot. With BULK decoded rows leave by the engine, too, from whole lines of shared memory: what begins
+// elsewhere it stores in more pieces, for which the way to the L2 cache has no room.
 //
 // A last warp, the courier, does the rest for all teams, one lane a team: it sends for the tables; finds the blocks, several of
 // each team at once, each by one lane; sends for their words as soon as a slot is free; and says from the sums of words that a
-// team leaves whether a block is good.
+// team leaves whether a block is good. Of the PARTS thread blocks that decode the same rows, each sums up every PARTS-th block.
+//
+// Large orders need more registers than four warps leave each other of a quarter of a multiprocessor's. There the courier is one
+// of four warps, of which the others have nothing to do, and these leave most of their registers to the teams.
 //
 // Needs AHEAD (blocks of a team that are looked for at once), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
 // team: SLOTS slots of SLOT_BYTES, in which indices and radii have runs of their own from INDICES_AT and RADII_AT on; then two
 // barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, the places
-// of blocks from PLACES_AT on, and each warp's decoded rows from ROWS_AT on), and what the other files need. BULK and PARTS are
-// 1, OFFSETS is 0.
+// of blocks from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on), COURIERS (warps behind the teams; four
+// where registers change hands, so that a thread has TEAM_REGISTERS or COURIER_REGISTERS), and what the other files need.
+// OFFSETS is 0.
 
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
@@ -24,10 +28,10 @@
 #include "quads_rows.cuh"
 #include "warpgroups.cuh"
 
-#define TEAM 128                       // threads
-#define TEAMS (THREADS / TEAM)         // behind which the courier comes
-#define STEP 64                        // rows
-#define RUNS (CHUNK <= STEP ? 1 : 3)  // of a step's words
+#define TEAM 128                                  // threads
+#define TEAMS ((THREADS - 32 * COURIERS) / TEAM)  // behind which the courier comes
+#define STEP 64                                   // rows
+#define RUNS (CHUNK <= STEP ? 1 : 3)              // of a step's words
 
 // -- words ----------------------------------------------------------------------------------------------------------
 // A run of a step's words: where it begins in its block, and how many there are, in bytes.
@@ -173,15 +177,17 @@ INLINE void wait_until_complete(u32 barrier, u32 parity) {
 struct Team {
     u8* shelf;
     u32 address;  // of the shelf
-    u32 team, thread_block, thread_blocks, all, whole, blocks;
+    u32 team, thread_block, thread_blocks, all, whole, blocks;  // of those PARTS that decode the same rows, one counts
 
     INLINE Team(u8* tables, int team, i64 blocks)
         : shelf(tables + BLOB_BYTES + team * TEAM_BYTES), address((u32)__cvta_generic_to_shared(shelf)), team(team),
-          thread_block(blockIdx.x), thread_blocks(gridDim.x), all(thread_blocks * TEAMS), whole((u32)blocks / all),
-          blocks((u32)blocks) {}
+          thread_block(blockIdx.x / PARTS), thread_blocks(gridDim.x / PARTS), all(thread_blocks * TEAMS),
+          whole((u32)blocks / all), blocks((u32)blocks) {}
     INLINE u32 block(u32 round) const {
         return round * all + (round < whole ? thread_block * TEAMS + team : team * thread_blocks + thread_block);
     }
+    // Whether this thread block finds the checksum of the round's block.
+    INLINE bool sums_up(u32 round) const { return PARTS == 1 || (round + team) % PARTS == blockIdx.x % PARTS; }
     INLINE bool has(u32 round) const { return block(round) < blocks; }
     INLINE Block& place(u32 round) const { return reinterpret_cast<Block*>(shelf + PLACES_AT)[round % (2 * AHEAD)]; }
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
@@ -226,6 +232,16 @@ struct Courier {
         __syncwarp();
     }
 
+    // Sends for the tables: what lies before the matrix, and the thread block's part of that.
+    INLINE void send_for_tables(u8* tables, const uint4* blob) const {
+        if (lane) return;
+        const u32 to = (u32)__cvta_generic_to_shared(tables);
+        const i64 from = reinterpret_cast<i64>(blob);
+        expect(MATRIX_AT + PART_BYTES, team.tables());
+        bring(from, MATRIX_AT, to, team.tables());
+        bring(from + MATRIX_AT + blockIdx.x % PARTS * PART_BYTES, PART_BYTES, to + MATRIX_AT, team.tables());
+    }
+
     INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
 
     // Finds the next places of teams that have used theirs, each by one lane. They take the room of those before the last
@@ -258,47 +274,31 @@ struct Courier {
         const Block& block = team.place(done.round);
         const bool last = done.is_last(block);
         for (int i = 0; i < 4; i++) sum += team.sums(done.turn)[i];
-        if (last) {
+        if (last && team.sums_up(done.round)) {
             const u32 stored = Step(block, done.first_row, team.shelf + done.turn * SLOT_BYTES).last_word();
             flags[team.block(done.round)] = checksum_of(sum, block_bytes(block.tokens) - CHECKSUM_BYTES) != stored;
-            sum = 0;
         }
+        if (last) sum = 0;
         done.next(last), steps--;
     }
-};
 
-// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
-// blocks.cu.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
-    const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
-    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
-    extern __shared__ __align__(128) uint4 memory[];
-    u8* tables = reinterpret_cast<u8*>(memory);
-    const bool is_courier = threadIdx.x >= TEAMS * TEAM;
-    Courier courier(tables, blocks);
-    if (is_courier) {
-        courier.prepare();
-        if (courier.lane == 0) {
-            expect(BLOB_BYTES, courier.team.tables());
-            bring(reinterpret_cast<i64>(blob), BLOB_BYTES, (u32)__cvta_generic_to_shared(tables), courier.team.tables());
-        }
-    }
-    __syncthreads();  // the barriers are there
-    if (is_courier) {
-        while (__any_sync(ALL_LANES, courier.has_more())) {
-            courier.find(tables, spans, firsts, starts, search);
-            courier.send();
-            courier.judge(flags);
+    INLINE void work(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search, int* flags) {
+        while (__any_sync(ALL_LANES, has_more())) {
+            find(tables, spans, firsts, starts, search);
+            send();
+            judge(flags);
             __nanosleep(100);
             __syncwarp();
         }
-        return;
     }
+};
 
+// What a team's warps do: they decode its blocks.
+INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) {
     const int thread = threadIdx.x % TEAM, warp = thread / 32, lane = threadIdx.x & 31;
     const Team team(tables, threadIdx.x / TEAM, blocks);
     wait_until_complete(Team(tables, 0, blocks).tables(), 0);
-    u8* rows_out = team.shelf + ROWS_AT + warp * (16 * OUT_BYTES);
+    u8* rows_out = team.shelf + ROWS_AT + warp * (BULK * 16 * OUT_BYTES);
     int base = 0;  // of the block
     for (Cursor at; team.has(at.round);) {
         wait_until_complete(team.full(at.turn), at.parity);
@@ -314,8 +314,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         float factor, second_factor;
         quad_factors(tables, code, base, factor, second_factor);
         const bool ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, LARGEST));
-        const u64 sum = sum_of_lanes(step.sum(tables, keys, block, at.first_row, thread, last));
-        if (lane == 0) team.sums(at.turn)[warp] = sum;
+        if (team.sums_up(at.round)) {
+            const u64 sum = sum_of_lanes(step.sum(tables, keys, block, at.first_row, thread, last));
+            if (lane == 0) team.sums(at.turn)[warp] = sum;
+        }
         u32 operands[TILES][GROUPS][4];
         const bool wanted = at.first_row + STEP > block.first && at.first_row < block.last;  // by all four warps
         if (wanted) quad_operands(tables, step.coded, lane, 16 * warp, operands[0]);
@@ -324,10 +326,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         if (wanted) {
             const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, 0, nullptr);
             wait_for_bulk();
-            decode_rows(tables, operands, rows, ordinary, lane & 3, 0);
+            decode_rows(tables, operands, rows, ordinary, lane & 3, blockIdx.x % PARTS);
             store_bulk(rows_out, block, first_row, lane);
         }
         at.next(last);
     }
     wait_for_bulk();
+}
+
+// Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
+// blocks.cu.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
+    const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    extern __shared__ __align__(128) uint4 memory[];
+    u8* tables = reinterpret_cast<u8*>(memory);
+    const bool is_courier = threadIdx.x / 32 == TEAMS * TEAM / 32;
+    Courier courier(tables, blocks);
+    if (is_courier) {
+        courier.prepare();
+        courier.send_for_tables(tables, blob);
+    }
+    __syncthreads();  // the barriers are there
+    if (threadIdx.x < TEAMS * TEAM) {
+#if COURIERS > 1
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(TEAM_REGISTERS));
+#endif
+        decode_blocks(tables, keys, blocks);
+    } else {
+#if COURIERS > 1
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COURIER_REGISTERS));
+#endif
+        if (is_courier) courier.work(tables, spans, firsts, starts, search, flags);
+    }
 }
