@@ -109,10 +109,13 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
 
     Each run of words in a slot has room for what is copied before and behind it.
     """
-    one = h.chunk_tokens <= STEP  # run of a whole block, which has three planes
     indices_at = STEP * h.order // 8 + SLACK
     radii_at = indices_at + _round(STEP * index_bytes(h), SLACK) + SLACK
-    slot = (h.blocks.chunk_bytes if one else radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK)) + SLACK
+    if h.chunk_tokens <= STEP:  # one run of a whole block; rows behind its end, which nobody wants, are looked up, too
+        looked_up = h.chunk_tokens * h.order // 8 + STEP * index_bytes(h) + 2 * 4
+        slot = _round(max(h.blocks.chunk_bytes, looked_up), SLACK) + SLACK
+    else:
+        slot = radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK) + SLACK
     barriers_at = slots * slot
     sums_at = barriers_at + (slots + 1) * 2 * 8  # one more for the tables
     places_at = sums_at + slots * TEAM // 32 * 8
