@@ -188,9 +188,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
     u32 index = CODER * gridDim.x + blockIdx.x, place = AHEAD - 1, tile = 0;
     prepare_fetches(fetched, lane);
-    if (IN_STEP || index < blocks) {  // an idle warp takes any block
-        const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : 0);
-        fetch_rows(block, first_row_of(block.tokens), lane, fetched);
+    if (IN_STEP || index < blocks) {  // an idle warp takes any block, but not all of them the same: its rows would be a bottleneck
+        const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : index % (u32)blocks);
+        if (EARLY || BY_BULK || !IS_IDLE(index, blocks)) fetch_rows(block, first_row_of(block.tokens), lane, fetched);
         if (lane == 0) upcoming[place] = block;
     }
 #if AS_WORDS
