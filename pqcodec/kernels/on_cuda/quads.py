@@ -197,6 +197,5 @@ def quads_definitions(verb: str, h: Header, layout: Layout) -> dict[str, Any]:
         "OUT_BYTES": h.vector_bytes,
         "BYTES": 1,
         "WARPGROUPS": int(layout.warpgroups),
-        "STREAMED": 0,
         **layout.places,
     }

@@ -23,6 +23,7 @@
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
 #define EVICTED_FIRST
+#include "barriers.cuh"
 #include "checksum.cuh"
 #include "quads_radii.cuh"
 #include "quads_rows.cuh"
@@ -61,18 +62,6 @@ constexpr __device__ int place_of_run(int which) {
 // How far behind its place a run begins.
 INLINE int skew_of(const Block& block, const Run& run) { return (u32)reinterpret_cast<i64>(block.payload) + run.first & 15; }
 
-// Says how many bytes a barrier is to wait for, by one thread.
-INLINE void expect(u32 bytes, u32 barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Has the engine bring bytes into shared memory, which a barrier counts. All three are multiples of 16.
-INLINE void bring(i64 from, u32 bytes, u32 to, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
 // Sends for the words of the step from ``first_row`` on; ``barrier`` counts them. By one thread; addresses of shared memory.
 INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barrier) {
     u32 bytes[RUNS], all = 0;
@@ -84,9 +73,10 @@ INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barri
         from[which] = reinterpret_cast<i64>(block.payload) + (run.first - skew);
         bytes[which] = (skew + run.bytes + 15) / 16 * 16, all += bytes[which];
     }
-    expect(all, barrier);
+    expect_bytes(barrier, all);
 #pragma unroll
-    for (int which = 0; which < RUNS; which++) bring(from[which], bytes[which], slot + place_of_run(which), barrier);
+    for (int which = 0; which < RUNS; which++)
+        send_for_bytes(slot + place_of_run(which), from[which], bytes[which], barrier);
 }
 
 // A step's words in a slot.
@@ -145,31 +135,6 @@ struct Step {
 
     INLINE u32 last_word() const { return words[RUNS - 1][runs[RUNS - 1].bytes / 4 - 1]; }
 };
-
-// -- barriers -------------------------------------------------------------------------------------------------------
-INLINE void prepare_barrier(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-INLINE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-
-// Whether a barrier is complete. ``parity``: of how often it was before.
-INLINE bool is_complete(u32 barrier, u32 parity) {
-    u32 complete;
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(complete)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return complete;
-}
-
-INLINE void wait_until_complete(u32 barrier, u32 parity) {
-    asm volatile(
-        "{.reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra THERE; bra AGAIN; THERE: }" ::"r"(
-            barrier),
-        "r"(parity)
-        : "memory");
-}
 
 // -- teams ----------------------------------------------------------------------------------------------------------
 // What a team has in shared memory, and which blocks are its own: neighbouring teams take neighbouring blocks, round by round;
@@ -237,9 +202,9 @@ struct Courier {
         if (lane) return;
         const u32 to = (u32)__cvta_generic_to_shared(tables);
         const i64 from = reinterpret_cast<i64>(blob);
-        expect(MATRIX_AT + PART_BYTES, team.tables());
-        bring(from, MATRIX_AT, to, team.tables());
-        bring(from + MATRIX_AT + blockIdx.x % PARTS * PART_BYTES, PART_BYTES, to + MATRIX_AT, team.tables());
+        expect_bytes(team.tables(), MATRIX_AT + PART_BYTES);
+        send_for_bytes(to, from, MATRIX_AT, team.tables());
+        send_for_bytes(to + MATRIX_AT, from + MATRIX_AT + blockIdx.x % PARTS * PART_BYTES, PART_BYTES, team.tables());
     }
 
     INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
