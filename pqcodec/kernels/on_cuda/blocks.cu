@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         u64 sum = 0;
         int bad = 0;
         __syncwarp();
-#if TEAMS
+#if IN_TEAMS
         const int begin = first_row_of(block.tokens), end = begin + rows_of_warp(block.tokens);
         u32* ending = stage + ((int)(round % SHARING) - (int)(threadIdx.x / 32 % SHARING)) * (WARP_BYTES / 4);
 #else
@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent);
 #endif
             __syncwarp();
-#if TEAMS  // without a maximum with 0, of which ptxas 13.0 makes that rows behind the block are a whole tile
+#if IN_TEAMS  // without a maximum with 0, of which ptxas 13.0 makes that rows behind the block are a whole tile
             const int rows = min(block.tokens - first_row, ROWS);
 #else
             const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
@@ -322,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             write_tile(tables, keys, stage, ending, rows, block, first_row, lane, sum);
             __syncwarp();
         }
-#if TEAMS
+#if IN_TEAMS
         u64* sums = reinterpret_cast<u64*>(reinterpret_cast<u8*>(ending) + SUMS_AT);  // of warps: of words, and of bad rows
         sum = sum_of_lanes(sum), bad = __reduce_add_sync(ALL_LANES, bad);
         if (lane == 0) sums[threadIdx.x / 32 % SHARING] = sum, sums[SHARING + threadIdx.x / 32 % SHARING] = bad;

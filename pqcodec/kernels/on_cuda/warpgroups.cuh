@@ -9,10 +9,10 @@
 
 #include "numbers.cuh"
 
-#define TEAMS (SHARING > 1)
-#define IN_STEP (WARPGROUPS && !TEAMS)
+#define IN_TEAMS (SHARING > 1)
+#define IN_STEP (WARPGROUPS && !IN_TEAMS)
 
-#if TEAMS
+#if IN_TEAMS
 #define CODERS (THREADS / 32 / SHARING)  // of a thread block, that take blocks: warps or teams
 #define CODER (threadIdx.x / (32 * SHARING))
 #else
@@ -87,7 +87,7 @@ INLINE void tables_are_written() {
 
 // The rows of a block of so many tokens that are a warp's own: from the first on, before the end. All of a team have as many,
 // some of which are behind the block.
-#if TEAMS
+#if IN_TEAMS
 INLINE int rows_of_warp(int tokens) { return (tokens + ROWS * SHARING - 1) / (ROWS * SHARING) * ROWS; }
 INLINE int first_row_of(int tokens) { return (threadIdx.x >> 5) % SHARING * rows_of_warp(tokens); }
 
