@@ -188,10 +188,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
     u32 index = CODER * gridDim.x + blockIdx.x, place = AHEAD - 1, tile = 0;
     prepare_fetches(fetched, lane);
-    if (IN_STEP || index < blocks) {  // an idle warp takes any block, but not all of them the same: its rows would be a bottleneck
-        const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : index % (u32)blocks);
-        if (EARLY || BY_BULK || !IS_IDLE(index, blocks)) fetch_rows(block, first_row_of(block.tokens), lane, fetched);
-        if (lane == 0) upcoming[place] = block;
+    if (IN_STEP || index < blocks) {  // an idle warp takes any block, but leaves its rows: so many warps' at once take long
+        const Block block = find_block(spans, firsts, starts, search, index < blocks ? index : 0);
+        if (!EARLY && IS_IDLE(index, blocks)) {  // one ``if`` for both lines of the other case would need more registers
+            if (lane == 0) upcoming[place] = block;
+        } else {
+            fetch_rows(block, first_row_of(block.tokens), lane, fetched);
+            if (lane == 0) upcoming[place] = block;
+        }
     }
 #if AS_WORDS
     asm volatile("cp.async.wait_all;" ::: "memory");
