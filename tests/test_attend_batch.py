@@ -58,16 +58,18 @@ class Sequence:
 
 @pytest.mark.parametrize(
     ("reader", "recent", "queries", "arguments"),
-    [
-        ("read", 0, 1, {}),
-        ("read", 3, 1, {"window": 5}),
-        ("read", 3, 5, {"window": 13}),
-        ("read", 6, 2, {"window": 3}),
-        ("read", 3, 5, {"softcap": 1.5, "causal": False}),
-        ("read", 4, 2, {"scale": 2.0, "window": 2}),
-        ("decoded", 0, 1, {}),
-        ("decoded", 3, 5, {"window": 13, "softcap": 1.5}),
-    ],
+    sampled(
+        [
+            ("read", 0, 1, {}),
+            ("read", 3, 1, {"window": 5}),
+            ("read", 3, 5, {"window": 13}),
+            ("read", 6, 2, {"window": 3}),
+            ("read", 3, 5, {"softcap": 1.5, "causal": False}),
+            ("read", 4, 2, {"scale": 2.0, "window": 2}),
+            ("decoded", 0, 1, {}),
+            ("decoded", 3, 5, {"window": 13, "softcap": 1.5}),
+        ]
+    ),
     ids=str,
     indirect=["reader"],
 )

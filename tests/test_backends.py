@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, TORCH_DTYPES, bits, gaussian, rel_mse
+from conftest import ALONE, TORCH_DTYPES, bits, gaussian, rel_mse, sampled
 
 import pqcodec
 from pqcodec import Rope
@@ -22,12 +22,12 @@ WORST_TIES = 1 / 500
 
 @pytest.mark.parametrize(
     ("preset", "head_dim"),
-    [
+    sampled(
         (preset, head_dim)
         for i, preset in enumerate(ALONE)
         for j, head_dim in enumerate(HEAD_DIMS)
         if (i + j) % (2 if PRESETS[preset].own else 3) == 0  # they take turns
-    ],
+    ),
 )
 def test_decoding_agrees_bit_for_bit_and_encoding_but_for_ties(preset: str, head_dim: int) -> None:
     """Above head_dim 128 dtypes take turns: the reference takes its time, and a dtype matters only where numbers are read."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import second_decoder
 import torch
-from conftest import BACKENDS, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
+from conftest import BACKENDS, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse, sampled
 from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
 
 import pqcodec
@@ -25,7 +25,7 @@ ROPE = Rope(theta=1e4, first_position=1000)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", sampled(TORCH_DTYPES))
 @pytest.mark.parametrize("preset", ["pq3", "paper", "quad3", "wu44", "int4"])
 def test_both_ends_come_back_bit_for_bit(backend: str, dtype: torch.dtype, preset: str) -> None:
     x = gaussian(2, 3, 150, 64, dtype=dtype) + 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import second_decoder
 import torch
-from conftest import BACKENDS, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse
+from conftest import BACKENDS, TORCH_DTYPES, bits, gaussian, needs_triton, rel_mse, sampled
 from damage import every_flipped_bit_is_found, every_proper_prefix_is_truncated
 
 import pqcodec
@@ -43,7 +43,7 @@ def kept_of(x: torch.Tensor, keep: np.ndarray) -> torch.Tensor:
 
 # -- rows and positions --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", sampled(PRESETS))
 @pytest.mark.parametrize("n", [3, 150])  # numbers, and a bitmap
 @pytest.mark.parametrize("shared", [True, False])
 def test_rows_come_with_their_positions_or_in_the_whole_shape(backend: str, preset: str, n: int, shared: bool) -> None:
