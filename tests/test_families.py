@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALL
+from conftest import ALL, not_always
 
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
@@ -103,7 +103,7 @@ def test_every_family_is_answered_as_by_itself(family: str, store: PrefixStore) 
             )
 
 
-@pytest.mark.skipif(not ALL, reason="a sample of families was run: PQCODEC_ALL=1 runs all")
+@not_always
 def test_most_families_are_helped() -> None:
     assert len(helped) >= FEWEST, f"{len(helped)} of {len(seen)}: not {sorted(seen - helped)}"
 

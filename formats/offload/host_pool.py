@@ -410,7 +410,7 @@ class HostPool:
         """Free the memory of a block whose put has failed."""
         with suppress(Exception):  # the caller raises the error of the put, not one that follows from it
             self._lanes.drain()
-        free_all(block.slices or ())
+        block.give_back()
         with self._changed:
             self._changed.notify_all()
 

@@ -3,10 +3,9 @@
 // A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted. Rows behind the block's end repeat its last.
 //
 // Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, AS_WORDS (the coding takes rows as they
-// are multiplied), LARGEST_32 (the largest float32),
-// FETCHED (a tile's rows are sent for ahead of time, into shared memory or, with EARLY, registers), PREFETCHED (with EARLY:
-// into the L2 cache before that; with FACTORS, the bulk copy engine brings them), ORDER, ROWS, and what the rotation and the
-// offsets need.
+// are multiplied), LARGEST_32 (the largest float32), FETCHED (a tile's rows are sent for ahead of time, into shared memory, with
+// FACTORS by the bulk copy engine, or, with EARLY, into registers), PREFETCHED (with EARLY: into the L2 cache before that),
+// ORDER, ROWS, and what the rotation and the offsets need.
 #pragma once
 
 #include "barriers.cuh"
@@ -89,8 +88,7 @@ INLINE void fetch_rows(const Block& block, int first_row, int lane, uint4* fetch
 INLINE void prepare_fetches(const uint4* fetched, int lane) {
 #if BY_BULK
     if (lane == 0) prepare_barrier((u32)__cvta_generic_to_shared(fetched) - 16, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
+    barriers_are_prepared();
 #endif
 }
 

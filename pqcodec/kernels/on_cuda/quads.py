@@ -19,6 +19,7 @@ from pqcodec.stream.header import Header
 BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with every effort
 ENCODED_ORDERS = (*BEST_ORDERS, 320, 384, 448, 512, 576)  # with effort "fast"
 DECODED_ORDERS = (*ENCODED_ORDERS, 288)
+LARGE_ORDERS = tuple(order for order in DECODED_ORDERS if order > max(BEST_ORDERS))
 WIDE_ORDER = 64  # of which a warp decodes 32 rows at a time, unless they turn; else 16
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: from 16 on, no two lanes meet in a bank; 32 spare an instruction
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
@@ -29,7 +30,7 @@ MOST_BULK = 256  # bytes of a row that leaves shared memory by the bulk copy eng
 FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 # quads_teams.cu: teams of a thread block, and the least copies of a point. With fewer its look-ups take longer than memory.
-TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **{order: (3, 8) for order in DECODED_ORDERS if order > 256}}
+TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **dict.fromkeys(LARGE_ORDERS, (3, 8))}
 TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
 SLOTS, LARGE_SLOTS = (4, 3), (1,)  # of a team, the most that fit: for the words of this step and of those behind it
@@ -80,7 +81,7 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
     if not teams or h.offsets or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
         return None
-    large = h.order > max(BEST_ORDERS)  # whose matrix may be divided, and leaves no room for decoded rows
+    large = h.order in LARGE_ORDERS  # whose matrix may be divided, and leaves no room for decoded rows
     couriers = LARGE_COURIERS if large else COURIERS
     threads = teams * TEAM + 32 * couriers
     matrix, pieces, all_parts = _matrix(h), h.order // 32, range(1, MOST_PARTS + 1) if large else (1,)

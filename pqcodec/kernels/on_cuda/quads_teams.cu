@@ -193,8 +193,7 @@ struct Courier {
             prepare_barrier(team.free(turn), TEAM / 32);
         }
         if (lane == 0) prepare_barrier(team.tables(), 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        __syncwarp();
+        barriers_are_prepared();
     }
 
     // Sends for the tables: what lies before the matrix, and the thread block's part of that.

@@ -33,12 +33,6 @@ INLINE bool rows_left(int first_row, int tokens, int more) { return more; }
 // Whether a warp's own block has no rows left, while it goes on for the others.
 INLINE bool is_past(int first_row, int tokens) { return first_row >= tokens; }
 
-// A barrier of all threads, after which wgmma sees what each of them wrote into shared memory.
-INLINE void tables_are_written() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
-}
-
 // How many of the four warps say yes to the first question, plus 8 for each that says yes to the second. Lane 0 answers the
 // first; eight lanes answer the second.
 INLINE u32 votes_of_four(bool first, bool second) {
@@ -77,13 +71,15 @@ struct Steps {
 #define IS_IDLE(index, blocks) false
 INLINE bool rows_left(int first_row, int tokens, int more) { return first_row < tokens; }
 INLINE bool is_past(int first_row, int tokens) { return false; }
+#endif
+
+// A barrier of all threads, after which wgmma sees what each of them wrote into shared memory.
 INLINE void tables_are_written() {
 #if WARPGROUPS
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     __syncthreads();
 }
-#endif
 
 // The rows of a block of so many tokens that are a warp's own: from the first on, before the end. All of a team have as many,
 // some of which are behind the block.
