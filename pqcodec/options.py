@@ -16,6 +16,7 @@ from pqcodec.stages.centre import PAIRINGS, Rope, check_rope
 from pqcodec.stages.keep import header_of
 from pqcodec.stages.linear import LinearOptions
 from pqcodec.stream.header import Header
+from pqcodec.stream.header_ranges import runs_are_possible
 from pqcodec.stream.linear import LinearField
 from pqcodec.stream.tables import LevelTable, RangeTable, VectorTable
 
@@ -154,6 +155,7 @@ class EncodeOptions:
             codebook, row_bits = self.codebooks, self.codebooks.vectors.row_bits(preset.radius_bits)
         elif preset.by_levels:
             codebook = self.levels or unfitted(1 << preset.quarter_bits // 4)
+        stages = self.before_rope, self.join_heads, linear, self.keep is not None
         header = Header(
             coding=preset.coding,
             dtype=dtype,
@@ -171,6 +173,7 @@ class EncodeOptions:
             exact_last=self.exact_last,
             codebook=codebook,
             before_rope=self.before_rope,
+            runs=runs_are_possible(preset.coding, self.center is not None, self.rope, *stages),
             joined=self.join_heads,
             linear=linear,
             sketch=sketch,

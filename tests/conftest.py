@@ -149,6 +149,12 @@ def encoders_of_before(one_round: None, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Plan, "stretch", 1.0)
 
 
+@pytest.fixture
+def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of quads turn token by token, as before there were runs, and as attention to codes turns them all."""
+    monkeypatch.setattr("pqcodec.options.runs_are_possible", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def small_stream() -> bytes:
     """A stream of a few hundred bytes with every section: offsets, RoPE, exact tokens, an exact vector, two blocks."""

@@ -65,6 +65,13 @@ def streams() -> Iterator[tuple[str, bytes]]:
     yield "v1-any-quads-112-fp32", of_quads(F32, (8, 112), 8, chunk_tokens=1)
     yield "v1-any-quads-320-fp32", of_quads(F32, (2, 2, 320), 5, exact_tokens=1, exceptions=1, chunk_tokens=3)
     yield "v1-any-quads-1024-fp32", smallest_quads()
+    runs: dict[str, Any] = {"offsets": True, "runs": True, "chunk_tokens": 70}  # a run of 64 rows, and the rest of a block
+    rope = RopeField((1 << 63) - 1, c.ROPE_HALF, tuple(k * 0x9E3779B9 % 2**32 for k in range(10)))
+    yield "v1-any-quads-36-runs-fp16", of_quads(F16, (2, 75, 36), 5, offset_exponent=-3, rope=rope, exact_tokens=2, **runs)
+    rope = RopeField(1 << 40, c.ROPE_INTERLEAVED, tuple(k * 0x7F4A7C15 % 2**32 for k in range(8)))
+    yield "v1-any-quads-16-runs-fp32", of_quads(F32, (3, 140, 16), 4, offset_exponent=111, rope=rope, **runs)
+    rope = RopeField(0, c.ROPE_HALF, (0, 1, 1 << 14, 1 << 30, 3 << 30, (1 << 32) - 1))
+    yield "v1-any-quads-12-runs-fp32", of_quads(F32, (4, 66, 12), 10, offset_exponent=-112, rope=rope, **runs)
     polar = {"channels": c.PAIR_CHANNELS, "fields": c.AFFINE_POLAR}
     pairs = Affine(3, **polar, pairing=c.ROPE_HALF, angle_bits=4)
     yield "v1-any-pairs-20-fp16", of_affine(F16, (3, 7, 20), 32 * 8 // 2, 4, pairs, chunk_tokens=6)

@@ -174,6 +174,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-q4_0-8-blocks", gaussian(2, 2, 7, 16, dtype=torch.bfloat16), {"preset": "q4_0", **options}
     yield "v1-quad2.5-20-basis", gaussian(2, 7, 20, dtype=torch.float32), {"preset": "quad2.5", "basis": 6, "exact_last": 1}
     yield from residual_cases(rope, odd, extreme)
+    yield from run_cases(rope, turned)
     yield from shared_cases(turned)
     yield from block_cases()
     rng.bit_generator.state = state
@@ -187,6 +188,23 @@ def cases() -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
     yield "v1-qjl-64-exact-vectors", odd, {"preset": "qjl", "nonfinite": "exact", "exact_tokens": 1, "center": "mean"}
     yield "v1-qjl-outliers-64-extremes", extreme, {"preset": "qjl-outliers"}
     yield "v1-qjl-64-empty", gaussian(3, 0, 64), {"preset": "qjl", "center": "mean"}
+
+
+def run_cases(rope: Rope, turned: Rope) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """Those of offsets that turn run by run; likewise. What turns of the quads above was born before there were runs."""
+    rng = np.random.default_rng(2512)
+
+    def gaussian(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).to(dtype)
+
+    options: dict[str, Any] = {"center": "rope", "rope": rope, "chunk_tokens": 70}
+    yield "v1-quad3-64-runs-half", gaussian(2, 75, 64) + 3, {"preset": "quad3", "exact_tokens": 4, **options}
+    large = gaussian(2, 150, 20, dtype=torch.bfloat16) * 1e30 + 3e30
+    options |= {"preset": "quad2.25", "rope": turned, "exact_last": 3}
+    yield "v1-quad2.25-20-runs-interleaved", large, options
+    options = {"preset": "quad3.5", "center": "rope", "rope": Rope(theta=1e6, dim=10), "chunk_tokens": 128}
+    yield "v1-quad3.5-12-runs-fp32", (gaussian(1, 131, 12, dtype=torch.float32) - 2) * 1e-30, options
+    yield "v1-quad3-16-runs-empty", gaussian(3, 0, 16), options | {"preset": "quad3", "rope": Rope()}
 
 
 def residual_cases(rope: Rope, odd: torch.Tensor, extreme: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:

@@ -32,6 +32,7 @@ Case = tuple[str, str, bytes]
 
 def cases() -> Iterator[Case]:
     yield from of_streams()
+    yield from of_runs()
     yield from of_shared_fields()
     yield from of_sketches()
     yield from of_no_leading_index()
@@ -258,6 +259,26 @@ def of_streams() -> Iterator[Case]:
         yield f"3.3-0-{name}", SOUND, data
     yield "3.3-0-exact-last-beyond", SOUND, forged(LAST, (46, "H", 65535), (48, "Q", 1))[:-8]
     yield "3.3-0-passed-over", SOUND, forged(PLAIN, (6, "B", 2), (40, "h", -112), (42, "h", 117))
+
+
+def of_runs() -> Iterator[Case]:
+    runs = spec_vectors.run_stream()
+    options = {"preset": "quad2", "center": "rope", "rope": pqcodec.Rope(theta=100.0), "seed": 0, **REFERENCE}
+    kept = pqcodec.encode(np.ones((9, 4), np.float16), keep=[0, 8], **options)
+    joined = pqcodec.encode(np.ones((2, 1, 4), np.float16), join_heads=True, **options)
+    chosen = pqcodec.encode(np.ones((1, 4), np.float16), channels=[1, 3], **options)
+    for name, error, data in [
+        ("10-runs-of-split", CORRUPT, forged(ROPE, (12, "H", 527))),
+        ("10-runs-without-offsets", CORRUPT, forged(QUADS, (12, "H", 524))),
+        ("10-runs-without-rope", CORRUPT, forged(runs, (12, "H", 525))),
+        ("10-runs-before-rope", CORRUPT, forged(runs, (12, "H", 781))),
+        ("10-runs-of-kept-tokens", CORRUPT, forged(kept, (12, "H", 591))),
+        ("10-runs-of-joined-heads", CORRUPT, forged(joined, (12, "H", 655))),
+        ("10-runs-of-channels", CORRUPT, forged(chosen, (12, "H", 527))),
+        ("7-flag-1024", UNSUPPORTED, forged(runs, (12, "H", 1551))),
+    ]:
+        yield f"3.3-{name}", error, data
+    yield "3.3-0-runs", SOUND, runs
 
 
 def of_shared_fields() -> Iterator[Case]:

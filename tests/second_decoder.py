@@ -591,6 +591,48 @@ def rope_turned(data: bytes, x: np.ndarray, token: int) -> np.ndarray:
     return turned(x, first_position + token, pairing, struct.unpack_from(f"<{channels // 2}I", data, at + 16))
 
 
+def begun_run(data: bytes, stored: np.ndarray, token: int) -> np.ndarray:
+    """(X, Y) of 9.5 in the places of their pairs, of stored numbers as f16 has them; ``token``: the first one of the run."""
+    at = behind_shape(data)[1]
+    _, channels, pairing = struct.unpack_from("<QHB", data, at)
+    found = rope_turned(data, stored, token)
+    for pair in pairs_of(channels, pairing):
+        both = [min(max(float(found[k]), -65504.0), 65504.0) for k in pair]
+        m = max(abs(both[0]), abs(both[1]), 2.0**-14)
+        unit = 2.0 ** (math.frexp(m)[1] - 11)
+        for k, value in zip(pair, both, strict=True):
+            found[k] = round(value / unit) * unit
+    return found
+
+
+def turns_of_run(frequency: int, j: int) -> tuple[int, int]:
+    """2048 C and 2048 S of 9.5 of a pair in row j of a run."""
+    cos, sin = phase_cosines(j * frequency // 2**16 % 2**16)
+    return round(float(cos) * 2048), round(float(sin) * 2048)
+
+
+def run_turned(data: bytes, stored: np.ndarray, first: int, row: int) -> np.ndarray:
+    """The offset of a block's row, whose first one is the tensor's token ``first``, by 9.5; ``stored`` as f16 has it."""
+    at = behind_shape(data)[1]
+    _, channels, pairing = struct.unpack_from("<QHB", data, at)
+    (exponent,) = struct.unpack_from("<h", data, 40)
+    begun = begun_run(data, stored, first + row // 64 * 64)
+    found = begun.astype(np.float64)
+    for (p, q), frequency in zip(
+        pairs_of(channels, pairing), struct.unpack_from(f"<{channels // 2}I", data, at + 16), strict=True
+    ):
+        cos, sin = turns_of_run(frequency, row % 64)
+        x, y = float(begun[p]), float(begun[q])
+        found[p], found[q] = (x * cos - y * sin) / 2048, (x * sin + y * cos) / 2048
+    return np.ldexp(found, exponent).astype(np.float32)
+
+
+def pairs_of(channels: int, pairing: int) -> list[tuple[int, int]]:
+    """The channels of each pair (9.3)."""
+    half = channels // 2
+    return [(i, i + half) if pairing == 1 else (2 * i, 2 * i + 1) for i in range(half)]
+
+
 def saturated(x: np.ndarray) -> np.ndarray:
     """sat of 19.1."""
     most = F((2 - 2.0**-23) * 2.0**127)
@@ -736,7 +778,7 @@ def refusal(data: bytes) -> str:
         return "truncated"
     if checksum(data[: size - 4]) != struct.unpack_from("<I", data, size - 4)[0]:
         return "corrupt"
-    if coding not in (1, 2, 3, 4, 5, 6, 7) or dtype not in (1, 2, 3) or flags & ~511 or linear > 4 or data[44] > 2 or data[45]:
+    if coding not in (1, 2, 3, 4, 5, 6, 7) or dtype not in (1, 2, 3) or flags & ~1023 or linear > 4 or data[44] > 2 or data[45]:
         return "unsupported"
     if (coding in (4, 5)) != bool(flags & 16) or (flags & 32 and coding != 5):
         return "unsupported"
@@ -807,6 +849,7 @@ def refusal(data: bytes) -> str:
         -112 <= exponents[0] <= 111,
         -125 <= exponents[1] <= 117,
         not flags & 2 or flags & 257 == 1,
+        not flags & 512 or (coding == 3 and flags & 3 == 3 and not flags & 192 and not linear),
         not keep or ndim > 1,
         not keep or (tokens <= whole <= 2**32 and math.prod(max(n, 1) for n in (*shape[:-2], whole, shape[-1])) <= 2**48),
         position < 2**63 and channels % 2 == 0 and 2 <= channels <= shape[-1] and pairing in (1, 2) if rope else True,
@@ -890,6 +933,7 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
         raise ValueError(error)
     dtype, ndim, size, flags = struct.unpack_from("<BBIH", data, 6)
     (exceptions,), (offset_exponent,) = struct.unpack_from("<I", data, 28), struct.unpack_from("<h", data, 40)
+    (chunk,) = struct.unpack_from("<I", data, 20)
     shape = struct.unpack_from(f"<{ndim}Q", data, 48)
     head_dim, tokens = shape[-1], shape[-2] if ndim > 1 else 1
     leading = math.prod(shape[:-2])
@@ -906,10 +950,10 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
         at += count + 4
         return data[at - count - 4 : at - 4]
 
-    offsets = np.zeros((leading if flags & 1 else 0, head_dim), np.float32)
-    if flags & 1:
-        for lead in range(leading):
-            offsets[lead] = np.ldexp(np.frombuffer(take(2 * head_dim), "<f2").astype(np.float64), offset_exponent)
+    stored = np.zeros((leading if flags & 1 else 0, head_dim), np.float32)
+    for lead in range(len(stored)):
+        stored[lead] = np.frombuffer(take(2 * head_dim), "<f2")
+    offsets = np.ldexp(stored.astype(np.float64), offset_exponent).astype(np.float32)
     for first, count in ((0, kept), (tokens - last, last)):
         for lead in range(leading if count else 0):
             exactly = np.frombuffer(take(count * head_dim * kind.itemsize), kind)
@@ -920,7 +964,9 @@ def decode(data: bytes, tables: Sequence[bytes] = (), shrunk: bool = False) -> n
         token = kept_at[lead % len(kept_at)][kept + i] if kept_at else kept + i
         y = rows[lead, i]
         with np.errstate(over="ignore"):
-            if flags & 1:
+            if flags & 512:
+                y = y + run_turned(data, stored[lead], token - i % chunk, i % chunk)
+            elif flags & 1:
                 y = y + (rope_turned(data, offsets[lead], token) if flags & 2 else offsets[lead])
             if flags & 256:
                 y = rope_turned(data, saturated(y), token)

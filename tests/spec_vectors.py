@@ -117,6 +117,46 @@ def rope_trace(data: bytes) -> list[str]:
     return lines
 
 
+# -- 9.6: a stream whose offsets turn run by run -----------------------------------------------------------------
+RUN_NOTES = [
+    *FIXED,
+    (16, "shape"),
+    (16, "first_position, channels, pairing, reserved"),
+    (12, "frequencies, checksum"),
+    (12, "offsets, checksum"),
+    (16, "the block of rows 0 and 1"),
+    (16, "the block of row 2"),
+]
+
+
+def run_stream() -> bytes:
+    """Three vectors in two blocks, whose rows are a run each."""
+    x = np.array([[3, -1, 2, 0.5], [2, 1, 1, 1], [-2, 2.5, 1, 3]], np.float16)
+    rope = pqcodec.Rope(theta=100.0, first_position=70000)
+    return pqcodec.encode(x, preset="quad2", center="rope", rope=rope, chunk_tokens=2, seed=0, **REFERENCE)
+
+
+def run_trace(data: bytes) -> list[str]:
+    """Where each run begins, and the offsets of its rows."""
+    channels, pairing = struct.unpack_from("<HB", data, 72)
+    frequencies = struct.unpack_from(f"<{channels // 2}I", data, 80)
+    stored = np.frombuffer(data, "<f2", 4, 92).astype(np.float32)
+    lines = ["    token pair turned                     unit    X, Y"]
+    for token in (0, 2):
+        turned, begun = second.rope_turned(data, stored, token), second.begun_run(data, stored, token)
+        for i, (p, q) in enumerate(second.pairs_of(channels, pairing)):
+            unit = f"2^{int(np.frexp(max(abs(turned[p]), abs(turned[q])))[1]) - 11}"
+            told = f"{turned[p]:.9g}, {turned[q]:.9g}"
+            lines.append(f"    {token:>5} {i:>4} {told:<26} {unit:<7} {float(begun[p])!r}, {float(begun[q])!r}")
+    lines += ["", "    row pair 2048 C 2048 S  offsets"]
+    for row in range(3):
+        found = second.run_turned(data, stored, row // 2 * 2, row % 2)
+        for i, (p, q) in enumerate(second.pairs_of(channels, pairing)):
+            cos, sin = second.turns_of_run(frequencies[i], row % 2)
+            lines.append(f"    {row:>3} {i:>4} {cos:>6} {sin:>6}  {float(found[p])!r}, {float(found[q])!r}")
+    return lines
+
+
 # -- 21.6: a sketch ----------------------------------------------------------------------------------------------
 SKETCH_NOTES = [
     *FIXED,

@@ -73,7 +73,9 @@ class Sequence:
     ids=str,
     indirect=["reader"],
 )
-def test_sequences_agree_with_the_cpu(reader: str | None, recent: int, queries: int, arguments: dict[str, Any]) -> None:
+def test_sequences_agree_with_the_cpu(
+    reader: str | None, recent: int, queries: int, arguments: dict[str, Any], token_by_token: None
+) -> None:
     options = {"center": "rope", "rope": Rope(theta=100.0), "exact_tokens": 2}
     sequences = [Sequence(tokens, recent, queries, "quad3", torch.float32, **options) for tokens in (20, 7, 16)]
     stacked = tuple(torch.stack([s.recent[i] for s in sequences]).to(DEVICE) for i in range(2)) if recent else None
@@ -192,7 +194,9 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tokens": (3, 24)}, {"tokens": (0, 9), "causal": False}, {"window": 9}], ids=str)
-def test_streams_that_follow_each_other_agree_with_the_cpu(reader: str | None, arguments: dict[str, Any]) -> None:
+def test_streams_that_follow_each_other_agree_with_the_cpu(
+    reader: str | None, arguments: dict[str, Any], token_by_token: None
+) -> None:
     """Of several kinds, with exact tokens of their own, after exact ones and before others."""
     turn = {"center": "rope", "rope": Rope(theta=100.0, style="interleaved")}
     parts = [Sequence(12, 0, 3, "quad3", torch.float32, exact_tokens=1, **turn), Sequence(13, 0, 3, "pq4", torch.float32)]
@@ -205,7 +209,7 @@ def test_streams_that_follow_each_other_agree_with_the_cpu(reader: str | None, a
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tokens": (3, 24), "softcap": 2.0}, {"tokens": (5, 5)}, {"scale": 0.3}], ids=str)
-def test_scores_agree_with_the_cpu(reader: str | None, arguments: dict[str, Any]) -> None:
+def test_scores_agree_with_the_cpu(reader: str | None, arguments: dict[str, Any], token_by_token: None) -> None:
     turn = {"center": "rope", "rope": Rope(theta=100.0, dim=8, first_position=7), "exact_tokens": 2}
     parts = [
         Sequence(12, 0, 3, "quad3", torch.float32, **turn),

@@ -94,7 +94,7 @@ def test_every_preset(preset: str, head_dim: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("preset", ["quad3", "pq3", "wu44", "int4"])
-def test_every_stage_of_keys_and_of_values(preset: str, stage: str, backend: str) -> None:
+def test_every_stage_of_keys_and_of_values(preset: str, stage: str, backend: str, token_by_token: None) -> None:
     keys, values = kv(2, 150, 64)
     for of_keys, of_values in ((STAGES[stage], {}), ({"center": "mean"}, STAGES[stage])):
         k, decoded_k = encoded(keys, preset=preset, **of_keys)
@@ -142,7 +142,7 @@ def test_groups_of_heads_and_blocks_of_queries(heads: tuple[int, int], queries: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 1000])
-def test_chunks_ranges_windows_and_exact_tokens_around(chunk_tokens: int, backend: str) -> None:
+def test_chunks_ranges_windows_and_exact_tokens_around(chunk_tokens: int, backend: str, token_by_token: None) -> None:
     """Keys and values may be cut into other chunks, and a range may begin and end anywhere."""
     keys, values = kv(2, 200, 64)
     k, decoded_k = encoded(keys, preset="quad3", chunk_tokens=chunk_tokens, **STAGES["rope"])
@@ -177,7 +177,7 @@ def test_streams_that_follow_each_other(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_recorded_cache(backend: str) -> None:
+def test_a_recorded_cache(backend: str, token_by_token: None) -> None:
     """SmolLM2's keys and values, with their outlier channels, as they are kept: turned by RoPE, centred, four exact tokens."""
     from safetensors.torch import load_file
 

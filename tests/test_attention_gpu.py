@@ -15,7 +15,7 @@ import pqcodec
 from pqcodec import AttendBatch, Rope
 from pqcodec.attention import attend
 
-pytestmark = needs_cuda
+pytestmark = [needs_cuda, pytest.mark.usefixtures("token_by_token")]
 CUDA = "cuda"
 FIXTURE = Path(__file__).parent / "data" / "smollm2_kv.safetensors"
 ROPE: dict[str, Any] = {"center": "rope", "rope": Rope(theta=10000.0)}

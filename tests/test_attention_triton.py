@@ -57,7 +57,7 @@ def streams_of(preset: str, dim: int, dtype: torch.dtype = torch.float32, tokens
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 112, 128, 192, 256] if GPU else [48])
 @pytest.mark.parametrize("preset", [*PRESETS, "pq3", "pq6", "quad2", "quad3.5"] if GPU else PRESETS)
-def test_every_coding_agrees_with_decoded_numbers(preset: str, dim: int) -> None:
+def test_every_coding_agrees_with_decoded_numbers(preset: str, dim: int, token_by_token: None) -> None:
     keys, values = streams_of(preset, dim)
     q = gaussian(HEADS * 4, 1, dim, seed=7).bfloat16().float()
     batch = AttendBatch(q[None].to(DEVICE), [on_device(keys)], [on_device(values)], backend="triton")
@@ -113,7 +113,7 @@ def test_every_dtype_agrees_with_decoded_numbers(dtype: torch.dtype, rounding: f
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_more_rows_than_a_program_takes_agree_with_decoded_numbers(window: int | None) -> None:
+def test_more_rows_than_a_program_takes_agree_with_decoded_numbers(window: int | None, token_by_token: None) -> None:
     """Rows are query heads of a head of keys, times queries."""
     keys, values = streams_of("quad3", 64)
     q = gaussian(HEADS * 7, 5, 64, seed=7)
@@ -123,7 +123,7 @@ def test_more_rows_than_a_program_takes_agree_with_decoded_numbers(window: int |
 
 @pytest.mark.parametrize("layer", [0, 29])
 @pytest.mark.parametrize("preset", ["pq3", "paper", "quad3"])
-def test_a_real_models_keys_and_values_agree_with_decoded_numbers(preset: str, layer: int) -> None:
+def test_a_real_models_keys_and_values_agree_with_decoded_numbers(preset: str, layer: int, token_by_token: None) -> None:
     """SmolLM2's, whose keys have outliers; the queries are its last keys."""
     tensors = load_file(FIXTURE)
     k, v = (tensors[f"layers.{layer}.{name}"][0][:, : None if GPU else 50].float() for name in ("key", "value"))

@@ -202,6 +202,15 @@ def test_the_worked_example_of_offsets_holds() -> None:
     assert f"and the numbers are {tuple(first)}, the exact vector, and {tuple(last)}.\n" in SPEC
 
 
+def test_the_worked_example_of_offsets_that_turn_run_by_run_holds() -> None:
+    lines, begins, rows = example("### 9.6 Example")
+    stream = vectors.run_stream()
+    assert lines == "\n".join(vectors.hex_lines(stream, vectors.RUN_NOTES))
+    assert (begins, rows) == tuple("\n".join(vectors.run_trace(stream)).split("\n\n"))
+    numbers = ", ".join(str(tuple(row)) for row in pqcodec.decode(stream, backend="reference").tolist())
+    assert f"The numbers are {numbers}.\n" in SPEC
+
+
 def test_the_worked_example_of_pair_polar_coding_holds() -> None:
     lines, trace = example("### 14.1 Example")
     stream = vectors.affine_stream("wu44")

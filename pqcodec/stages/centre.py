@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 
@@ -24,6 +24,7 @@ from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import Source
 
 Halves = tuple[np.ndarray, int]  # offsets as streams store them: float16 [leading, head_dim], and their exponent
+HALVES = np.finfo(np.float16)
 PAIRINGS = {"half": c.ROPE_HALF, "interleaved": c.ROPE_INTERLEAVED}
 
 
@@ -163,6 +164,35 @@ def offset_at(rope: RopeField | None, offset: np.ndarray, tokens: np.ndarray) ->
     if rope is None:
         return np.repeat(offset[None], len(tokens), 0)
     return turn(offset, *phases_at(rope, tokens), rope)
+
+
+def turns_of_run(rope: RopeField) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin by which a run's rows turn on from its first one: float32 [c.RUN_ROWS, channels / 2] each (SPEC 9.5, step 3)."""
+    cos, sin = phases(replace(rope, first_position=0), 0, c.RUN_ROWS)
+    steps = np.float32(1 << c.RUN_TURN_BITS)
+    return np.rint(cos * steps) / steps, np.rint(sin * steps) / steps
+
+
+def offset_of_run(rope: RopeField, offset: np.ndarray, exponent: int, token: int) -> np.ndarray:
+    """An offset float32 [head_dim], stored with an exponent, at a run's first token: float32 [head_dim] (SPEC 9.5, step 2)."""
+    p, q = pairs(rope)
+    halves = np.ldexp(offset, -exponent)
+    turned = turn(halves, *phases_at(rope, np.array([token])), rope)[0]
+    both = np.stack([turned[p], turned[q]]).clip(-HALVES.max, HALVES.max)
+    largest = np.maximum(np.abs(both).max(0), HALVES.smallest_normal)
+    units = np.ldexp(np.float32(1), np.frexp(largest)[1] - 1 - HALVES.nmant)
+    turned[p], turned[q] = np.rint(both / units) * units
+    return np.ldexp(turned, exponent)
+
+
+def offset_in_runs(h: Header, offset: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """An offset [head_dim] at some coded tokens, where it turns run by run: float32 [n, head_dim] (SPEC 9.5)."""
+    assert h.rope is not None
+    rows = (tokens - h.first_tokens) % h.chunk_tokens % c.RUN_ROWS
+    begins, which = np.unique(tokens - rows, return_inverse=True)
+    turned = np.stack([offset_of_run(h.rope, offset, h.offset_exponent, int(begin)) for begin in begins])
+    cos, sin = turns_of_run(h.rope)
+    return turn(turned[which], cos[rows], sin[rows], h.rope)
 
 
 def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:

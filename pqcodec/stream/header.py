@@ -77,6 +77,7 @@ class Header:
     keep: KeepField | None = None  # with it ``shape`` is that of the kept tokens
     codebook: Codebook | VectorCodebook | None = None  # what codes choose among; None: what the specification has
     before_rope: bool = False  # vectors are coded as they were before ``rope`` turned them
+    runs: bool = False  # offsets turn with ``rope`` run by run, in whole numbers
     joined: bool = False  # vectors of all heads, of the dimension before tokens, are coded as one
     linear: LinearField | None = None  # which of their channels, or combinations of these, are coded
     sketch: Sketch | None = None  # how a sign sketch is made
@@ -174,6 +175,7 @@ class Header:
             rope=None,
             keep=None,
             before_rope=False,
+            runs=False,
             joined=False,
             linear=None,
             basis=None,
@@ -184,7 +186,7 @@ class Header:
         """Streams of one kind are coded by the same tables, and in one launch."""
         rope = (self.rope.pairing, self.rope.frequencies) if self.rope else None
         rows = (self.row_bits, self.radius_bits, self.radius_exponent, self.rounds, self.affine, self.codebook, self.sketch)
-        stages = (self.offsets, rope, self.before_rope, self.heads, self.linear, self.basis, self.shared_ranges)
+        stages = (self.offsets, rope, self.runs, self.before_rope, self.heads, self.linear, self.basis, self.shared_ranges)
         return (self.coding, self.dtype, self.head_dim, *rows, self.seed, self.chunk_tokens, *stages)
 
     # -- sizes in bytes ------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ class Header:
     def to_bytes(self) -> bytes:
         """The header as it stands in the stream (SPEC 3.1), with its checksum."""
         flags = c.FLAG_OFFSETS * self.offsets | c.FLAG_NUMPY * self.numpy
-        flags |= c.FLAG_JOINED * self.joined
+        flags |= c.FLAG_JOINED * self.joined | c.FLAG_RUNS * self.runs
         flags |= (c.FLAG_BEFORE_ROPE if self.before_rope else c.FLAG_ROPE) * bool(self.rope)
         flags |= c.FLAG_TWO_ROUNDS * (self.rounds == 2) | c.FLAG_AFFINE * bool(self.affine) | c.FLAG_KEEP * bool(self.keep)
         flags |= c.FLAG_OUTLIERS * bool(self.affine and self.affine.outliers)
@@ -491,6 +493,7 @@ def _parse(body: bytes) -> Header:
             keep=keep,
             codebook=levels,
             before_rope=bool(flags & c.FLAG_BEFORE_ROPE),
+            runs=bool(flags & c.FLAG_RUNS),
             joined=bool(flags & c.FLAG_JOINED),
             linear=stage,
             sketch=sketch,

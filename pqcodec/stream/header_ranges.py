@@ -48,6 +48,8 @@ def header_problem(h: Header) -> str:
             return f"{name} exponent {value} is outside {low} .. {high}"
     if h.header_bytes > c.MAX_HEADER_BYTES:
         return f"a header of {h.header_bytes} bytes: {c.MAX_HEADER_BYTES} are the most; give the tensor fewer dimensions"
+    if h.runs and not runs_are_possible(h.coding, h.offsets, h.rope, h.before_rope, h.joined, h.linear, h.keep):
+        return "offsets turn run by run, which only those of quads do, that turn with RoPE, of all tokens, each head by itself"
     if h.rope is None:
         return "vectors are coded before RoPE, which is not described" if h.before_rope else ""
     return _rope_problem(h.rope, h)
@@ -132,3 +134,8 @@ def _rope_problem(rope: RopeField, h: Header) -> str:
     if not 0 <= rope.first_position < 1 << 63 or not all(0 <= f < 1 << 32 for f in rope.frequencies):
         return "RoPE: first_position or a frequency is outside its range"
     return ""
+
+
+def runs_are_possible(coding: int, offsets: bool, rope: object, *stages: object) -> bool:
+    """Whether offsets may turn run by run (SPEC 9.5); ``stages``: before_rope, joined, linear, keep, of which none may be."""
+    return coding == c.CODING_QUADS and offsets and rope is not None and not any(stages)

@@ -349,7 +349,8 @@ class Cpu:
         """Check every block of the jobs (into ``job.damaged``), and decode where a job has ``out``."""
         kinds: dict[Any, list[DecodeJob]] = {}
         for job in jobs:
-            kinds.setdefault((job.header.kind, job.out is not None, id(job.positions), job.shrunk), []).append(job)
+            scale = job.header.offset_exponent * job.header.runs  # which ``tables.rope`` has
+            kinds.setdefault((job.header.kind, scale, job.out is not None, id(job.positions), job.shrunk), []).append(job)
         if not kinds:
             return
         alike = [job for same in kinds.values() for job in same]

@@ -21,12 +21,21 @@ from pqcodec.constants import (
     LARGEST_FINITE,
     QUAD,
     QUADS_GROUP,
+    RUN_ROWS,
 )
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum, rows_to_bytes
 from pqcodec.kernels.cpu.lane_memory import fence, load, pointer, store, word_at
 from pqcodec.kernels.cpu.lanes import LANES, as_float, floats, ints, select
 from pqcodec.kernels.cpu.numbers import flag_bad_rows, largest_bits, load_tile, narrow_tile, put_narrowed
-from pqcodec.kernels.cpu.offsets import add_offset, fill_phases_across, keep_phases, turn_offset
+from pqcodec.kernels.cpu.offsets import (
+    add_offset,
+    begin_run,
+    fill_phases_across,
+    fill_turns_of_run_across,
+    keep_phases,
+    keep_turns_of_run,
+    turn_offset,
+)
 from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
 from pqcodec.kernels.cpu.quads import decode_quad_rows, encode_quad_rows, finish_quads, quad_factors
 from pqcodec.kernels.cpu.records import (
@@ -40,6 +49,7 @@ from pqcodec.kernels.cpu.records import (
     EncoderQuads,
     EncoderTree,
     Kind,
+    OffsetRun,
     Output,
     PaperDecoder,
     PaperEncoder,
@@ -113,8 +123,13 @@ def encode_stream_blocks(
         radius=np.zeros(chunk_tokens + LANES, np.int32),
     )
     words = np.zeros(LANES * stride, np.uint64)
-    cos, sin = np.zeros(chunk_tokens * pairs, np.float32), np.zeros(chunk_tokens * pairs, np.float32)
+    by_runs = rope.to_halves > 0
+    turned_rows = min(chunk_tokens, coded, RUN_ROWS) if by_runs else chunk_tokens
+    cos, sin = np.zeros(turned_rows * pairs, np.float32), np.zeros(turned_rows * pairs, np.float32)
     filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
+    run = run_of(order, chunk_tokens, rope)
+    if by_runs:
+        keep_turns_of_run(turned_rows, rope, cos, sin, filled)
     for block in range(first_block, last_block):
         chunk, lead = block // leading, block % leading
         first = chunk * chunk_tokens
@@ -122,16 +137,22 @@ def encode_stream_blocks(
         size = block_size(tokens, kind) - CHECKSUM_BYTES
         block_out = chunk * leading * block_size(chunk_tokens, kind) + lead * (size + CHECKSUM_BYTES)
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
-        keep_phases(position, tokens, 1, rope, cos, sin, filled)
+        if by_runs:
+            keep_phases(position, (tokens + RUN_ROWS - 1) // RUN_ROWS, RUN_ROWS, rope, run.cos, run.sin, run.filled)
+        else:
+            keep_phases(position, tokens, 1, rope, cos, sin, filled)
         for row in range(0, tokens, LANES):
             rows = min(LANES, tokens - row)
+            if by_runs and row % RUN_ROWS == 0:
+                begin_run(offsets[lead], order, rope, row // RUN_ROWS, run)
             start = starts[lead] + (first_tokens + first + row) * token_stride
             bad_at = lead * coded + first + row
             load_tile(flat, start, token_stride, rows, kind.head_dim, kind.dtype, tile, order)
             largest_bits(tile, order, scratch, largest)
             flag_bad_rows(tile, rows, order, kind.dtype, largest, bad, bad_at)
             if offsets.size:
-                add_offset(tile, rows, order, offsets[lead], rope, cos, sin, row)
+                offset = run.offset if by_runs else offsets[lead]
+                add_offset(tile, rows, order, offset, rope, cos, sin, row % RUN_ROWS if by_runs else row)
                 for r in range(rows):
                     if bad[bad_at + r]:
                         tile[r * order : (r + 1) * order] = F32(0)
@@ -190,9 +211,14 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
     whole = other.view(np.int32)
     as_pairs = kind.coding == CODING_QUADS and rotation.pair_places.size > 0
     pairs_of_tile = lanes_of(order * LANES // 2).view(np.int16)
-    cos, sin = np.zeros(kind.chunk_tokens * pairs, np.float32), np.zeros(kind.chunk_tokens * pairs, np.float32)
+    by_runs = rope.to_halves > 0
+    turned_rows = min(kind.chunk_tokens, RUN_ROWS) if by_runs else kind.chunk_tokens
+    cos, sin = np.zeros(turned_rows * pairs, np.float32), np.zeros(turned_rows * pairs, np.float32)
     filled = np.full(2, -1, np.int64)  # of cos and sin, see ``keep_phases``
-    turning = turning_of(order, kind.chunk_tokens, rope)
+    turning = turning_of(order, turned_rows, rope)
+    of_tile, run = (pairs + 1) * LANES, run_of(order, kind.chunk_tokens, rope)
+    if by_runs and output.write:
+        fill_turns_of_run_across(turned_rows, rope, LANES, of_tile, turning.cos, turning.sin, of_quads[0])
     like, past = output.like, output.past
     have_across = I64(-1), I64(0)  # as ``filled``, of ``turning``
     for i in range(items.shape[0]):
@@ -203,15 +229,20 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
         if not output.write or low >= high:
             continue
         offset, limit = carray(pointer(offset_at), (order if offset_at else 0,), np.float32), output.limit
-        if offset_at:
+        if by_runs:
+            keep_phases(position, (tokens + RUN_ROWS - 1) // RUN_ROWS, RUN_ROWS, rope, run.cos, run.sin, run.filled)
+        elif offset_at:
             limit = limit * _NEARLY - F32(2) * turn_offset(offset, order, rope, turning)
             if pairs and (position + low != have_across[0] or high - low > have_across[1]):
-                of_tile = (pairs + 1) * LANES
                 fill_phases_across(position + low, high - low, rope, LANES, of_tile, turning.cos, turning.sin, of_quads[0])
                 have_across = position + low, high - low
         out = carray(pointer(target + low * token_stride * like.itemsize), ((high - low) * token_stride,), like.dtype)
-        for row in range(low, high, LANES):
-            rows = min(LANES, high - row)
+        for tile_row in range(low - low % LANES if by_runs else low, high, LANES):
+            row = max(tile_row, low)
+            rows, turned_row = min(tile_row + LANES, high) - row, row % RUN_ROWS if by_runs else row - low
+            if by_runs and (row == low or turned_row == 0):
+                begin_run(offset, order, rope, row // RUN_ROWS, run)
+                limit = output.limit * _NEARLY - F32(2) * turn_offset(run.offset, order, rope, turning)
             if kind.coding == CODING_QUADS:
                 quad_factors(quads, payload, row, rows, tokens, first_factor, second_factor)
                 decode_quad_rows(quads, order, payload, row, rows, tokens, of_quads, as_pairs, x, pairs_of_tile)
@@ -226,14 +257,18 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             if kind.coding != CODING_QUADS:
                 rotate_back(x, other, sums, order, rotation)
             at = (row - low) * token_stride
-            if kind.dtype != DTYPE_FLOAT32 and are_small(first_factor, second_factor, limit):
+            fast = kind.dtype != DTYPE_FLOAT32 and turned_row % LANES == 0
+            if fast and are_small(first_factor, second_factor, limit):
                 there = Turning(offset_at != 0, *turning[1:])
-                tile_at = (row - low) * (pairs + 1)
+                tile_at = turned_row * (pairs + 1)
                 narrow_back(x, other, whole, as_pairs, order, first_factor, rotation, there, tile_at, shorts, brain)
                 put_narrowed(shorts, rows, kind.head_dim, order, past, out, at, token_stride)
                 continue
             transpose_back(x, other, whole, as_pairs, order, first_factor, second_factor, rotation, tile)
-            if offset_at:
+            if by_runs:
+                keep_turns_of_run(turned_rows, rope, cos, sin, filled)
+                add_offset(tile, rows, order, run.offset, rope, cos, sin, turned_row)
+            elif offset_at:
                 keep_phases(position, tokens, 1, rope, cos, sin, filled)
                 add_offset(tile, rows, order, offset, rope, cos, sin, row)
             narrow_tile(tile, rows, kind.head_dim, order, kind.dtype, output.limit, short, past, out, at, token_stride)
@@ -260,6 +295,15 @@ def turning_of(order, tokens, rope):
     for tile in range(tiles):
         cos[(tile * (pairs + 1) + pairs) * LANES : (tile + 1) * (pairs + 1) * LANES] = F32(1)
     return Turning(False, along, across, places, cos, sin)
+
+
+@jit
+def run_of(order, tokens, rope):
+    """An OffsetRun for blocks of up to ``tokens``, whose arrays are filled later; without runs nothing uses it."""
+    pairs, runs = rope.frequencies.size, (tokens + RUN_ROWS - 1) // RUN_ROWS
+    cos, sin = np.zeros(runs * pairs + LANES, np.float32), np.zeros(runs * pairs + LANES, np.float32)
+    first, second = np.zeros(pairs + LANES, np.float32), np.zeros(pairs + LANES, np.float32)
+    return OffsetRun(np.zeros(order, np.float32), cos, sin, np.full(2, -1, np.int64), first, second)
 
 
 @jit

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from pqcodec.constants import DTYPE_FLOAT16, LARGEST_FINITE, RUN_TURN_BITS
 from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
-from pqcodec.kernels.cpu.lanes import LANES, ints
+from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, leaf
+
+_HALVES = np.finfo(np.float16)
+_LARGEST_HALF = F32(LARGEST_FINITE[DTYPE_FLOAT16])
+_NORMAL_HALF = I32(np.float32(_HALVES.smallest_normal).view(np.int32))  # as bits of a float32
+# Adding 3 2^22 units to a number far below them, and taking them off again, rounds it to whole units, ties to even.
+_UNITS_OF_TURN = F32(3 * 2.0 ** (22 - RUN_TURN_BITS))
+_UNITS_OF_HALF = I32((22 - _HALVES.nmant + 1) << 23 | 1 << 22)  # added to the bits of a power of two: of float16's units there
 
 
 @leaf
@@ -109,3 +119,53 @@ def turn_offset(offset, order, rope, turning):
         turning.along[k + step], turning.across[k + step] = q, p
         reach = max(reach, abs(p) + abs(q))
     return reach
+
+
+@leaf
+def keep_turns_of_run(rows, rope, cos, sin, filled):
+    """cos and sin by which each row of a run is turned from the first one: ``keep_phases``, rounded (SPEC 9.5, step 3)."""
+    if filled[1] < rows:
+        keep_phases(0, rows, 1, rope, cos, sin, filled)
+        round_turns(cos)
+        round_turns(sin)
+
+
+@leaf
+def fill_turns_of_run_across(rows, rope, of_pair, of_tile, cos, sin, steps):
+    """The same, as ``fill_phases_across`` has them."""
+    fill_phases_across(0, rows, rope, of_pair, of_tile, cos, sin, steps)
+    round_turns(cos)
+    round_turns(sin)
+
+
+@leaf
+def round_turns(turns):
+    """Round cosines and sines to the units of a run's turns."""
+    for i in range(turns.size):
+        turns[i] = (turns[i] + _UNITS_OF_TURN) - _UNITS_OF_TURN
+
+
+@leaf
+def begin_run(offset, order, rope, number, run):
+    """Turn an offset [order] to the first row of a block's run ``number``, into ``run.offset`` (SPEC 9.5, steps 1 and 2).
+
+    The stored numbers, times a power of two, are those of float16, and so are the rounded ones: both products are exact.
+    """
+    pairs, pair_p, step = rope.frequencies.size, rope.pair_p, rope.step
+    largest, at = floats(_LARGEST_HALF), number * pairs
+    for i in range(pairs):
+        run.first[i], run.second[i] = offset[pair_p * i] * rope.to_halves, offset[pair_p * i + step] * rope.to_halves
+    for i in range(0, pairs, LANES):
+        c, s = load(run.cos, at + i), load(run.sin, at + i)
+        p, q = load(run.first, i), load(run.second, i)
+        x, y = p * c - q * s, p * s + q * c
+        x, y = min(max(x, floats(-_LARGEST_HALF)), largest), min(max(y, floats(-_LARGEST_HALF)), largest)
+        most = max(max(as_bits(x) & ints(I32(0x7FFFFFFF)), as_bits(y) & ints(I32(0x7FFFFFFF))), ints(_NORMAL_HALF))
+        units = as_float((most & ints(I32(0x7F800000))) + ints(_UNITS_OF_HALF))
+        store(run.first, i, (x + units) - units)
+        store(run.second, i, (y + units) - units)
+    back = F32(1) / rope.to_halves
+    for i in range(pairs):
+        run.offset[pair_p * i], run.offset[pair_p * i + step] = run.first[i] * back, run.second[i] * back
+    for k in range(2 * pairs, order):
+        run.offset[k] = offset[k]

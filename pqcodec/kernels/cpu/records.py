@@ -92,6 +92,7 @@ class RopeTable(NamedTuple):
     phases: np.ndarray  # float32 [1024]: cos and sin side by side of the coarse turns, then of the fine ones
     listed: np.ndarray  # uint32: the positions of kept tokens, all lists one behind the other; none: a token is its position
     list_tokens: int  # from one leading index's list to the next, 0 where they share one
+    to_halves: np.float32  # offsets times it are numbers of float16, where they turn run by run; 0: token by token
 
 
 class Turning(NamedTuple):
@@ -103,6 +104,17 @@ class Turning(NamedTuple):
     places: np.ndarray  # int64 [order]: of its pair in a tile's phases
     cos: np.ndarray  # float32 [tiles, pairs + 1, lanes]: of tiles of a block; the last pair does not turn
     sin: np.ndarray
+
+
+class OffsetRun(NamedTuple):
+    """An offset at the first row of a run, and what it is found by, where offsets turn run by run."""
+
+    offset: np.ndarray  # float32 [order]
+    cos: np.ndarray  # float32 [runs * pairs + lanes]: of the first rows of a block's runs
+    sin: np.ndarray
+    filled: np.ndarray  # int64 [2]: of these, see ``offsets.keep_phases``
+    first: np.ndarray  # float32 [pairs + lanes]: scratch, a pair's numbers
+    second: np.ndarray
 
 
 class Rotation(NamedTuple):

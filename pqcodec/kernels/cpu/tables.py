@@ -51,12 +51,14 @@ def rope(h: Header, positions: np.ndarray | None = None) -> tuple:
         listed, list_tokens = (positions.ravel() + np.uint32(first)), positions.shape[1] if len(positions) > 1 else 0
         first = 0
     pair = (1, pairs) if half else (2, 1)
-    return r.plain(r.RopeTable(frequencies, *pair, first, centre.phase_pairs(), listed, list_tokens))
+    to_halves = np.float32(2.0**-h.offset_exponent if h.runs else 0)
+    return r.plain(r.RopeTable(frequencies, *pair, first, centre.phase_pairs(), listed, list_tokens, to_halves))
 
 
 @lru_cache(maxsize=1)
 def _no_rope() -> tuple:
-    return r.plain(r.RopeTable(np.zeros(0, np.uint32), 1, 1, 0, centre.phase_pairs(), np.zeros(0, np.uint32), 0))
+    none = np.zeros(0, np.uint32)
+    return r.plain(r.RopeTable(none, 1, 1, 0, centre.phase_pairs(), none, 0, np.float32(0)))
 
 
 def groups(h: Header, effort: str = "fast", look_up: bool = True) -> tuple:

@@ -271,6 +271,7 @@ class Triton:
             "KIND_16": tables.kind_16,
             "OFFSETS": h.offsets,
             "ROPE": h.rope is not None,
+            "RUNS": h.runs,
             "SEARCH": group.search,
             "SUM_TILE": SUM_TILE,
             "num_warps": WARPS,

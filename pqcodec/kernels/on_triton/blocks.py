@@ -19,6 +19,7 @@ from pqcodec.kernels.on_triton.numbers import (
     LARGEST,
     OF_QUADS,
     QUADS,
+    RUN_ROWS,
     SPAN,
     SPLIT,
     load_rows,
@@ -26,7 +27,7 @@ from pqcodec.kernels.on_triton.numbers import (
     store_rows,
     two_factors,
 )
-from pqcodec.kernels.on_triton.offsets import offset_rows
+from pqcodec.kernels.on_triton.offsets import offset_of_rows
 from pqcodec.kernels.on_triton.paper import decode_paper, encode_paper
 from pqcodec.kernels.on_triton.quads import decode_quad_rows, encode_quad_rows, own_radius
 from pqcodec.kernels.on_triton.rotation import three_parts
@@ -88,6 +89,7 @@ def centred_rows(
     lead,
     start,
     begin,
+    first_row,
     row,
     mask,
     stride,
@@ -101,17 +103,20 @@ def centred_rows(
     HEAD_DIM: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROPE: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
     """Rows of a block, centred and times powers of two: x [R, COLUMNS], the powers' exponents, and whether each row is finite.
 
-    Rows that are not are zeros.
+    Rows that are not are zeros. ``first_row`` is the first of them.
     """
     inside = columns < HEAD_DIM
     x = load_rows(start, begin + row, stride, columns, mask[:, None] & inside[None, :], DTYPE)
     finite = tl.max((tl.abs(x) > LARGEST).to(tl.int32) | (x != x).to(tl.int32), 1) == 0
     x = tl.where(finite[:, None], x, 0.0)
     if OFFSETS:
-        o = offset_rows(span, lead, begin + row, columns, inside, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE)
+        o = offset_of_rows(
+            span, lead, begin, first_row, row, columns, inside, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE, RUNS
+        )
         x = tl.where((finite & mask)[:, None], tl.minimum(tl.maximum(x - o, -LARGEST), LARGEST), 0.0)
     exponent = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 127
     exponent = tl.where(tl.abs(exponent) > FAR, -tl.minimum(tl.maximum(exponent, -126), 126), 0)
@@ -160,6 +165,7 @@ def encode_stream_blocks(
     FIXES: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROPE: tl.constexpr,
+    RUNS: tl.constexpr,
     TERMS: tl.constexpr,
     OPERAND: tl.constexpr,
     QUAD_BITS: tl.constexpr,
@@ -183,8 +189,8 @@ def encode_stream_blocks(
         for first_row in range(0, tokens, ROWS):
             row = first_row + tl.arange(0, ROWS)
             x, exponent, _finite = centred_rows(
-                span, lead, start, begin, row, row < tokens, stride, columns, partner, pair, sign, frequencies, phases,
-                DTYPE, HEAD_DIM, OFFSETS, ROPE,
+                span, lead, start, begin, first_row, row, row < tokens, stride, columns, partner, pair, sign, frequencies,
+                phases, DTYPE, HEAD_DIM, OFFSETS, ROPE, RUNS,
             )  # fmt: skip
             largest = tl.maximum(largest, tl.max(tl.where(row < tokens, own_radius(x, exponent, ORDER), 0)))
         base = tl.where(largest > 0, largest + SEARCHED - QUADS.value.codes, 1 - QUADS.value.least)
@@ -192,8 +198,8 @@ def encode_stream_blocks(
         row = first_row + tl.arange(0, ROWS)
         mask = row < tokens
         x, exponent, finite = centred_rows(
-            span, lead, start, begin, row, mask, stride, columns, partner, pair, sign, frequencies, phases,
-            DTYPE, HEAD_DIM, OFFSETS, ROPE,
+            span, lead, start, begin, first_row, row, mask, stride, columns, partner, pair, sign, frequencies, phases,
+            DTYPE, HEAD_DIM, OFFSETS, ROPE, RUNS,
         )  # fmt: skip
         bad += (mask & (finite == 0)).to(tl.int32)
         coarse, fine, finest = three_parts(x, TERMS)
@@ -322,6 +328,7 @@ def decode_stream_blocks(
     KIND_16: tl.constexpr,
     OFFSETS: tl.constexpr,
     ROPE: tl.constexpr,
+    RUNS: tl.constexpr,
     QUAD_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     SEARCH: tl.constexpr,
@@ -338,9 +345,13 @@ def decode_stream_blocks(
     stride = tl.load(span + SPAN.value.stride)
     columns = tl.arange(0, COLUMNS)
     inside = columns < HEAD_DIM
-    for first_row in range(low, high, ROWS):
+    begun = low
+    if RUNS:  # no tile lies in two runs
+        tl.static_assert(RUN_ROWS % ROWS == 0)
+        begun -= low % ROWS
+    for first_row in range(begun, high, ROWS):
         row = first_row + tl.arange(0, ROWS)
-        mask = row < high
+        mask = (row >= low) & (row < high)
         bit0 = skew * 8 + row * (8 * ROW_BYTES)
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         if CODING == SPLIT:
@@ -409,7 +420,10 @@ def decode_stream_blocks(
         y = acc * first_factor[:, None] * second_factor[:, None] + 0.0
         token = begin + row
         if OFFSETS:
-            y += offset_rows(span, lead, token, columns, inside, partner, pair, sign, frequencies, phases, HEAD_DIM, ROPE)
+            y += offset_of_rows(
+                span, lead, begin, first_row, row, columns, inside, partner, pair, sign, frequencies, phases,
+                HEAD_DIM, ROPE, RUNS,
+            )  # fmt: skip
         y = tl.minimum(tl.maximum(y, -limit), limit)
         target = token - tl.load(span + SPAN.value.first_token)
         store_rows(start, target, stride, columns, y, mask[:, None] & inside[None, :], DTYPE)

@@ -17,6 +17,7 @@ from pqcodec import constants as c
 from pqcodec.codings import look_ups as t
 from pqcodec.kernels import device_tables as tables
 from pqcodec.kernels import spans as s
+from pqcodec.stages.centre import HALVES
 
 
 def interpreted() -> bool:
@@ -55,6 +56,8 @@ class Constants:
 FLOAT16 = tl.constexpr(c.DTYPE_FLOAT16)
 FLOAT32 = tl.constexpr(c.DTYPE_FLOAT32)
 LARGEST_HALF = tl.constexpr(c.LARGEST_FINITE[c.DTYPE_FLOAT16])
+LEAST_HALF = tl.constexpr(float(HALVES.smallest_normal))
+HALF_BITS = tl.constexpr(HALVES.nmant)  # of a fraction
 LARGEST = tl.constexpr(c.LARGEST_FINITE[c.DTYPE_FLOAT32])
 TINY = tl.constexpr(1e-37)  # keeps a quotient of two zeros finite
 FAR = tl.constexpr(40)  # rows beyond 2^40 or below 2^-40 are scaled, so that squares stay in float32
@@ -65,6 +68,8 @@ MAGIC = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds a float32 
 CIRCLE = tl.constexpr(c.CIRCLE)
 PHASE_SHIFT = tl.constexpr(c.PHASE_SHIFT)
 PHASE_HALF = tl.constexpr(1 << (c.PHASE_SHIFT - 1))
+RUN_ROWS = tl.constexpr(c.RUN_ROWS)
+RUN_TURN_MAGIC = tl.constexpr(1.5 * 2.0 ** (23 - c.RUN_TURN_BITS))  # as MAGIC, to multiples of 2^-RUN_TURN_BITS
 PHASE_TURNS = tl.constexpr(c.PHASE_BITS - 2 * c.PHASE_TABLE_BITS)
 
 # Codings
