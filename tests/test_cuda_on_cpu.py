@@ -44,7 +44,9 @@ MORE: list[Kind] = [
     *((128, "quad3", "bfloat16", {"chunk_tokens": tokens}) for tokens in (16, 50, 60, 128, 200)),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (64, 96, 256)),
     *((128, "quad3", "bfloat16", {"center": "rope", "rope": Rope(style=style, dim=dim)}) for style, dim in
-      (("interleaved", None), ("interleaved", 20), ("half", 80))),
+      (("interleaved", None), ("interleaved", 20), ("half", 80), ("half", 64))),
+    (128, "quad2.5", "bfloat16", KEYS | {"chunk_tokens": 50}),
+    *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (192, 512)),
     (128, "quad3", "float32", KEYS),
     (128, "quad3", "float16", {"center": "mean"}),
 ]  # fmt: skip
@@ -140,6 +142,28 @@ def test_rows_are_encoded_as_well_as_by_the_cpu(machine: CudaOnCpu, kind: Kind) 
         x[2, 199, 7] = float("nan")
         with pytest.raises(NonFiniteInput, match="1 vector"):
             encoded(machine, x, preset)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, pytest.param(1e6, marks=NOT_ALWAYS), 1e36])
+def test_means_of_any_size_are_taken_and_added(machine: CudaOnCpu, size: float) -> None:
+    kind = SOME[1]
+    x = tensor(kind) * size
+    data, by_cpu = encoded(machine, x, kind[1], **KEYS), pqcodec.encode(x, preset=kind[1], backend="cpu", **KEYS)
+    np.testing.assert_array_equal(bits(decoded(machine, data)), bits(pqcodec.decode(data, backend="cpu")))
+    own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
+    assert own < 1.03 * cpu
+
+
+@pytest.mark.parametrize("capability", [(9, 0), pytest.param((8, 0), marks=NOT_ALWAYS)], ids=str)
+def test_older_streams_of_keys_are_decoded_and_encoded_as_ever(
+    machine: CudaOnCpu, capability: tuple[int, int], token_by_token: None
+) -> None:
+    machine.capability, kind = capability, SOME[1]
+    x = tensor(kind)
+    data, by_cpu = encoded(machine, x, kind[1], **KEYS), pqcodec.encode(x, preset=kind[1], backend="cpu", **KEYS)
+    np.testing.assert_array_equal(bits(decoded(machine, data)), bits(pqcodec.decode(data, backend="cpu")))
+    own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
+    assert own < 1.03 * cpu
 
 
 @NOT_ALWAYS

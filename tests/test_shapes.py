@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -104,9 +105,15 @@ def test_rows_that_the_bulk_copy_engine_stores_begin_at_whole_lines(head_dim: in
         assert [found.places[name] % LINE for name in ("BLOB_BYTES", "TEAM_BYTES", "ROWS_AT")] == [0, 0, 0]
         assert found.teams * found.sharing == found.threads // 32 - 1  # the courier's warp
     assert (found.sharing > 1) == (head_dim in (96, 128) or (head_dim in (160, 192) and preset != "quad3.5"))
-    alone = [EncodeOptions(preset, center="rope", rope=Rope()), EncodeOptions(preset, chunk_tokens=16)]
-    for options in alone:
-        other = kernel_layout("decode", options.header(shape, 2), few=False)
+    keys = EncodeOptions(preset, center="rope", rope=Rope()).header(shape, 2)
+    turned = kernel_layout("decode", keys, few=False)
+    assert turned is not None
+    if turned.sharing > 1:
+        assert [turned.places[name] % LINE for name in ("BLOB_BYTES", "TEAM_BYTES", "ROWS_AT")] == [0, 0, 0]
+        assert 2 * (turned.threads // 32 - turned.teams * turned.sharing - 1) == turned.teams  # a turner for each two teams
+    assert (turned.sharing > 1) == (head_dim == 128)
+    for alone in (replace(keys, runs=False), EncodeOptions(preset, chunk_tokens=16).header(shape, 2)):
+        other = kernel_layout("decode", alone, few=False)
         assert other is not None
         assert other.sharing == 1
 

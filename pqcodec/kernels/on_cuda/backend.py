@@ -76,6 +76,7 @@ def header_of_kind(h: Header) -> Header:
         h.chunk_tokens,
         offsets=h.offsets,
         rope=rope,
+        runs=h.runs,
         rounds=h.rounds,
     )
 

@@ -227,7 +227,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         const int& end = block.tokens;
         u32* const ending = stage;  // of the warp that ends the block
 #endif
-#if OFFSETS
+#if RUN_PRODUCTS
+        keep_exponent(block, lane, means);
+#elif OFFSETS && !BY_RUNS
         keep_means(block, lane, means);
 #endif
 #if TILE_TURNS
@@ -241,6 +243,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             more = steps.any_goes_on(IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
 #elif IN_STEP
             more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
+#endif
+#if BY_RUNS
+            if (first_row == begin || first_row % RUN_ROWS == 0) turn_to_run(tables, block, first_row, lane, means);
 #endif
 #if TILE_TURNS
             if (first_row != begin) turn_on(tables, lane, means + ORDER);

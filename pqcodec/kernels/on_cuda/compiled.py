@@ -23,6 +23,7 @@ from pqcodec.kernels.on_cuda.tables import (
     ROWS,
     in_brains,
     in_bytes,
+    in_pieces,
     kept_rows,
     row_starts,
     table_bits,
@@ -59,6 +60,7 @@ OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbourin
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
+RUN_STRIP = 144  # bytes of turned means as operands of products, of a strip of two pieces
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -97,22 +99,21 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     early = wide and h.dtype != c.DTYPE_FLOAT32 and _fetched_early(h, few)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
-    turns = [(phases, 0) for phases in phase_copies(h, few)]
-    exact = h.dtype == c.DTYPE_FLOAT32  # numbers of 16 bits are coarser than a phase of 16 bits
-    if (wide or factors) and h.rope and not exact and not few:
-        turns = [(1, rows), *turns]
-    for most, keys, bits, (phases, tile_turns), copies in product(most_threads(verb, h), (True, False), tables, turns, own):
-        blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns)
+    turns = _ways_to_turn(h, few, rows if wide or factors else 0, wide)
+    for most, keys, bits, way, copies in product(most_threads(verb, h), (True, False), tables, turns, own):
+        phases, tile_turns, products = way
+        blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns, products)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
-        special = special | (WIDE_ROPE_THREADS if wide and h.rope and not tile_turns else {})
+        special = special | (WIDE_ROPE_THREADS if wide and h.rope and not (tile_turns or products) else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), most))
         alone = major < 9 if decode else early or (wide and h.order != FETCHED_ORDER)
         alone = alone or (factors and (major < 9 or h.dtype == c.DTYPE_FLOAT32))
         for whole in (False,) if alone else (True, False):
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
             rows_bytes = ROW * h.order if factors else rows * row_bytes  # of the exchange, and rows to encode
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, ahead + (wide or factors), tile_turns > 0)
+            places_ahead = ahead + (wide or factors)
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, places_ahead, tile_turns > 0, products)
             memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
             size = blob.size + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
@@ -120,6 +121,17 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
                 together = h.rounds == 2 and major == 9
                 return Layout(threads, bits, whole, together, blob, places, size, sharing=TEAM if factors else 1)
     return None
+
+
+def _ways_to_turn(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[int, int, bool]]:
+    """What is tried, from the quickest on: how many copies of each turn of RoPE, rows of a tile in which means are turned on
+    from the first one, and whether tensor cores turn them run by run. ``rows``: of a tile where an encoder may do so, else 0.
+    """
+    ways = [(phases, 0, False) for phases in phase_copies(h, few)]
+    if not rows or not h.rope or few or h.dtype == c.DTYPE_FLOAT32:  # numbers of 16 bits are coarser than a phase of 16 bits
+        return ways
+    whole = 2 * len(h.rope.frequencies) == h.order
+    return [(1, 0, True)] * (wide and h.runs and in_pieces(h) and whole) + [(1, rows, False), *ways]
 
 
 def most_threads(verb: str, h: Header) -> tuple[int, ...]:
@@ -167,26 +179,39 @@ def phase_copies(h: Header, few: bool) -> tuple[int, ...]:
 
 
 def warp_memory(
-    verb: str, h: Header, stage_bytes: int, rows_bytes: int = 0, ahead: int = 1, turned: bool = False
+    verb: str,
+    h: Header,
+    stage_bytes: int,
+    rows_bytes: int = 0,
+    ahead: int = 1,
+    turned: bool = False,
+    in_runs: bool = False,
 ) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile; its radii as encoders of quads keep them, and sums of a team's warps; and a tile's rows as the tensor has them,
-    of ``rows_bytes``.
+    to a tile, or ``in_runs`` the same turned to a run alone, with their exponent; its radii as encoders of quads keep them, and
+    sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
-    radii_at = means_at + 4 * h.order * (h.offsets + turned)
+    radii_at = means_at + (run_bytes(h) + 16 if in_runs else 4 * h.order * (h.offsets + turned))
     sums_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
     rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {
         "STAGE_BYTES": stage_bytes,
         "MEANS_AT": means_at,
+        "RUN_BYTES": run_bytes(h),
         "RADII_AT": radii_at,
         "SUMS_AT": sums_at,
         "ROWS_AT": rows_at,
         "WARP_BYTES": rows_at + rows_bytes,
     }
+
+
+def run_bytes(h: Header) -> int:
+    """Bytes for means as they are turned to a run: float32 or, which takes more, operands of products."""
+    turned = len(h.rope.frequencies) if h.rope else 0  # pairs
+    return h.runs * (4 * (h.order - 2 * turned) + (turned // 8 * RUN_STRIP if in_pieces(h) else 8 * turned))
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -256,6 +281,7 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
         "CHUNK": h.chunk_tokens,
         "CHECKSUM_BYTES": c.CHECKSUM_BYTES,
         "OFFSETS": int(h.offsets),
+        "IN_RUNS": int(h.runs),
         "PAIRS": len(h.rope.frequencies) if h.rope else 0,
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "KEY_0": f"{checksum_keys(1)[0]}u",

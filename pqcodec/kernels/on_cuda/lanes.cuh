@@ -29,6 +29,12 @@ INLINE int first_channel(int quarter, int piece) { return piece * 32 + quarter *
 #endif
 INLINE int byte_of_piece(int piece) { return piece * 32 * ITEM; }
 
+// A lane's number, of which the compiler finds nothing ahead of time: what is seldom needed would keep registers for ever.
+INLINE int not_ahead(int lane) {
+    asm volatile("" : "+r"(lane));
+    return lane;
+}
+
 // Copies bytes of a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
 template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {
 #pragma unroll 8

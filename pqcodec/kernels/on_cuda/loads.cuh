@@ -207,7 +207,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
 #if TILE_TURNS
             if (piece < TURNED_PIECES) turns_in_tile(tables, OWN_ROWS * piece + part, lane, turns[part]);
 #else
-            if (first < TURNING) turns_at(tables, position_of(block) + row + 8 * part, first, turns[part]);
+            if (first < TURNING) turns_at(tables, place_of_row(block, row + 8 * part), first, turns[part]);
 #endif
         }
 #endif
@@ -238,9 +238,9 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
 struct Energy {
     float even = 0.0f, odd = 0.0f;
 
-    INLINE void add(const float* numbers) {
+    template <int COUNT = 8> INLINE void add(const float* numbers) {
 #pragma unroll
-        for (int k = 0; k < 8; k += 2) {
+        for (int k = 0; k < COUNT; k += 2) {
             even = fmaf(numbers[k], numbers[k], even);
             odd = fmaf(numbers[k + 1], numbers[k + 1], odd);
         }
@@ -310,10 +310,68 @@ INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECE
 }
 #endif
 
+#if RUN_PRODUCTS
+// Each two neighbouring channels of a lane's two rows, where tensor cores find their offsets: ``use`` takes which row it is, the
+// word, and both numbers as they are stored and less their offsets. ``run``: the run's means, times -1, as RunMeans has them;
+// ``first_row``: of the tile; DIRECT: the means' ``unit`` is 1.
+template <bool AGAIN, bool DIRECT, int UNROLLED_PIECES, typename Use>
+INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run, float unit, const uint4* fetched, int first_row,
+                             int lane, Use use) {
+    const u8 *columns = columns_of(run, lane), *turns = turns_of(tables, first_row, lane);
+#pragma unroll UNROLLED_PIECES
+    for (int piece = 0; piece < APART; piece++) {
+        u32 stored[2][2][4];  // of both pieces, of both rows
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int part = i % 2;
+            const i64 from = row_address(block, first_row + (lane >> 2) + 8 * part) + first_channel(lane & 3, 0) * ITEM;
+            const uint4* of_row = fetched + part * LOADS * (EARLY ? 1 : 32);
+            load_piece<AGAIN>(from, of_row, lane, piece + i / 2 * APART, stored[i / 2][part]);
+        }
+#pragma unroll
+        for (int strip = 0; strip < 4; strip++) {
+            float numbers[2][4], sums[2][4] = {};
+#pragma unroll
+            for (int i = 0; i < 8; i++) numbers[i / 4][i % 4] = value_of(stored[i / 4][i / 2 % 2], 2 * strip + i % 2);
+            if (DIRECT) add_offsets(columns, turns, piece, strip, numbers[0], numbers[1]);
+            else add_offsets(columns, turns, piece, strip, sums[0], sums[1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float* two = numbers[i / 2] + i % 2 * 2;
+                const float before[2] = {two[0], two[1]};
+                if (!DIRECT)
+#pragma unroll
+                    for (int k = 0; k < 2; k++) two[k] = fmaf(sums[i / 2][i % 2 * 2 + k], unit, two[k]);
+                use(i % 2, 4 * (piece + i / 2 * APART) + strip, before, two);
+            }
+        }
+        if (AGAIN) asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
+    }
+}
+
+// Means of which the unit is not 1 are not taken from rows in one step.
+INLINE volatile int& kept_exponent(const float* means) {
+    return *reinterpret_cast<int*>(reinterpret_cast<i64>(means) + RUN_BYTES);
+}
+INLINE void keep_exponent(const Block& block, int lane, const float* means) {
+    if (lane == 0) kept_exponent(means) = exponent_of_means(block);
+}
+#endif
+
 // A lane's rows' channels as they are multiplied, rows [4 PIECES words][OWN_ROWS]: as they are stored or, less their offsets,
 // rounded to bfloat16. ``owns``: their energies, as those of rotated coordinates.
 INLINE void load_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
                       u32 (*rows)[OWN_ROWS], float* owns) {
+#if RUN_PRODUCTS
+    const int here = not_ahead(lane), first_row = row - (lane >> 2);
+    const u8* run = reinterpret_cast<const u8*>(means);
+    each_word_of_run<false, true, APART>(tables, block, run, 1.0f, fetched, first_row, here,
+                                         [&](int part, int word, const float*, const float* two) {
+        rows[word][part] = pack_brains(two[0], two[1]);
+    });
+    energies_of_tile(rows, nullptr, lane, owns);
+    if (kept_exponent(means)) owns[0] = 0.0f;  // these rows are loaded carefully
+#else
     u32 as_stored[OWN_ROWS][4 * PIECES];
     each_piece<false>(tables, block, means, fetched, row, lane,
                       [&](int part, int piece, const u32* stored, const float* numbers) {
@@ -326,6 +384,7 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
         }
     });
     energies_of_tile(rows, as_stored, lane, owns);
+#endif
 }
 
 // The same for rows of any size: they are multiplied with 2^exponent each, as exponent_for says. Wrong rows are zeros, and
@@ -333,6 +392,19 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
 INLINE void load_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
                                 u32 (*rows)[OWN_ROWS], float* owns, int* exponents) {
     u32 stored_most[OWN_ROWS] = {}, most[OWN_ROWS] = {};  // the largest magnitudes, as bits
+#if RUN_PRODUCTS
+    const int here = not_ahead(lane), first_row = row - (lane >> 2);
+    const u8* run = reinterpret_cast<const u8*>(means);
+    const float unit = unit_of_means(block);
+    each_word_of_run<true, false, 1>(tables, block, run, unit, nullptr, first_row, here,
+                                     [&](int part, int, const float* stored, const float* two) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            stored_most[part] = max(stored_most[part], bits_of(stored[k]) & MAGNITUDE);
+            most[part] = max(most[part], bits_of(in_range(two[k])) & MAGNITUDE);
+        }
+    });
+#else
     each_piece<true, 1>(tables, block, means, nullptr, row, lane,
                         [&](int part, int piece, const u32* stored, const float* numbers) {
 #pragma unroll
@@ -341,6 +413,7 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
             most[part] = max(most[part], bits_of(in_range(numbers[k])) & MAGNITUDE);
         }
     });
+#endif
     bool wrong[OWN_ROWS];
     float scale[OWN_ROWS];
 #pragma unroll
@@ -351,6 +424,15 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
         scale[part] = power_of_two(exponents[part]);
     }
     Energy energies[OWN_ROWS];
+#if RUN_PRODUCTS
+    each_word_of_run<true, false, APART>(tables, block, run, unit, nullptr, first_row, here,
+                                         [&](int part, int word, const float*, float* two) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) two[k] = wrong[part] ? 0.0f : in_range(two[k]) * scale[part];
+        energies[part].add<2>(two);
+        rows[word][part] = pack_entries(two[0], two[1]);
+    });
+#else
     each_piece<true>(tables, block, means, nullptr, row, lane, [&](int part, int piece, const u32* stored, float* numbers) {
 #pragma unroll
         for (int k = 0; k < 8; k++) numbers[k] = wrong[part] ? 0.0f : in_range(numbers[k]) * scale[part];
@@ -359,6 +441,7 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
         for (int k = 0; k < 4; k++) rows[4 * piece + k][part] = pack_entries(numbers[2 * k], numbers[2 * k + 1]);
         asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
     });
+#endif
 #pragma unroll
     for (int part = 0; part < OWN_ROWS; part++) owns[part] = energies[part].of_row();
 }
@@ -427,7 +510,7 @@ INLINE void careful_row(const u8* tables, const Block& block, const float* means
 #if OFFSETS
     most = 0;
     RowOffsets of_row;
-    const u32 position = position_of(block) + row;
+    const u32 position = place_of_row(block, row);
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
         float offsets[8];

@@ -4,22 +4,39 @@
 // that turn together are neighbours (INTERLEAVED), or PAIRS apart: then one piece's turns are those of another, too, if that is
 // the same lane's.
 //
-// Every operation rounds by itself, for decoders' results depend on it.
+// Every operation rounds by itself, for decoders' results depend on it; but within a run (IN_RUNS, SPEC 9.5) none rounds, and
+// where there is room for the table RUN_TURNS, tensor cores turn a run's means: of a lane's channels the turns are operands
+// as they are, and the means the diagonals of the others (RunMeans).
 //
-// Needs OFFSETS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how
-// channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and
-// PHASES (256 times cos and sin of a coarse turn, and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet
-// in a bank). With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a block's means to its first row, then on to
-// each tile's first row, and from there to the tile's others.
+// Needs OFFSETS, IN_RUNS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED
+// (how channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair)
+// and PHASES (256 times cos and sin of a coarse turn, and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes
+// meet in a bank). With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a block's means to its first row, then
+// on to each tile's first row, and from there to the tile's others.
 #pragma once
 
 #include "block_place.cuh"
+#include "halves.cuh"
 #include "lanes.cuh"
 
 #if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % (FACTORS ? 64 : 32) == 0 && !(PARTS > 1)
 #define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
 #else
 #define APART 0
+#endif
+
+#ifndef IN_RUNS
+#define IN_RUNS 0
+#endif
+#define RUN_ROWS 64
+#define RUN_MAGIC 6144.0f               // 1.5 * 2^12: what is added to it is rounded to a multiple of 2^-11
+#define RUN_STRIP 144                   // bytes
+#define LARGEST_HALF 65504.0f           // of float16
+#define SMALLEST_HALF 6.103515625e-05f  // 2^-14, of those that are not subnormal
+#ifdef RUN_TURNS_AT
+#define RUN_PRODUCTS 1
+#else
+#define RUN_PRODUCTS 0
 #endif
 
 #ifdef ROW_TURNS_AT
@@ -30,19 +47,34 @@
 #define TURNED_PIECES 0
 #endif
 
+// Whether means are turned to a run's first row, and from there by each row's turn. An encoder that turns them from a tile's first
+// row on comes as near as 16-bit numbers can tell.
+#define BY_RUNS (IN_RUNS && !TILE_TURNS)
+
 #if OFFSETS
-// Fills ``means`` [ORDER] with those of a block's leading index; returns the largest magnitude, in every lane.
+// The exponent of what numbers stored as means are multiplied with.
+INLINE int exponent_of_means(const Block& block) {
+    return *reinterpret_cast<const short*>(__ldg(block.span + STREAM) + OFFSET_EXPONENT_AT);
+}
+INLINE float unit_of_means(const Block& block) { return power_of_two(exponent_of_means(block)); }
+
+// The means of a block's leading index, float16 [ORDER], two by two.
+INLINE const u32* stored_means(const Block& block) {
+    return reinterpret_cast<const u32*>(__ldg(block.span + STREAM) + __ldg(block.span + OFFSETS_AT) +
+                                        block.lead * (2 * ORDER + CHECKSUM_BYTES));
+}
+
+// Fills ``means`` [ORDER], unless it is null, with those of a block's leading index; returns the largest magnitude, in every
+// lane.
 INLINE float keep_means(const Block& block, int lane, float* means) {
-    const i64 stream = __ldg(block.span + STREAM);
-    const float unit = power_of_two(*reinterpret_cast<const short*>(stream + OFFSET_EXPONENT_AT));
-    const u32* halves =
-        reinterpret_cast<const u32*>(stream + __ldg(block.span + OFFSETS_AT) + block.lead * (2 * ORDER + CHECKSUM_BYTES));
+    const float unit = unit_of_means(block);
+    const u32* halves = stored_means(block);
     float most = 0.0f;
 #pragma unroll
     for (int i = lane; i < ORDER / 2; i += 32) {
         const u32 both = __ldg(halves + i);
         const float2 two = make_float2(half_value(both & 0xffff) * unit, half_value(both >> 16) * unit);
-        reinterpret_cast<float2*>(means)[i] = two;
+        if (means) reinterpret_cast<float2*>(means)[i] = two;
         most = fmaxf(most, fmaxf(fabsf(two.x), fabsf(two.y)));
     }
     for (int apart = 16; apart; apart >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, apart));
@@ -90,7 +122,12 @@ INLINE void frequencies_of(const u8* tables, int first, u32* frequencies) {
     }
 }
 
-// The turns of a piece at a position.
+INLINE float turn_of_run(float x) { return x + RUN_MAGIC - RUN_MAGIC; }  // to a multiple of 2^-11
+
+// Where a row of a block is for turns_at: at its position or, BY_RUNS, in its run.
+INLINE u32 place_of_row(const Block& block, int row) { return BY_RUNS ? row % RUN_ROWS : position_of(block) + row; }
+
+// The turns of a piece at a position or, BY_RUNS, of a row in its run.
 INLINE void turns_at(const u8* tables, u32 position, const u32* frequencies, Turns& turns) {
     const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
     const u8* phases = tables + PHASES_AT;
@@ -100,13 +137,121 @@ INLINE void turns_at(const u8* tables, u32 position, const u32* frequencies, Tur
         const u8* fines = phases + 8 * PHASE_COPIES;
         const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
         const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
-#ifdef ENCODER
+#if defined(ENCODER) && !BY_RUNS
         turns.cos[i] = fmaf(coarse.x, fine.x, -coarse.y * fine.y), turns.sin[i] = fmaf(coarse.y, fine.x, coarse.x * fine.y);
 #else
         turns.cos[i] = coarse.x * fine.x - coarse.y * fine.y, turns.sin[i] = coarse.y * fine.x + coarse.x * fine.y;
 #endif
+        if (BY_RUNS) turns.cos[i] = turn_of_run(turns.cos[i]), turns.sin[i] = turn_of_run(turns.sin[i]);
     }
 }
+
+#if IN_RUNS
+// A pair of means, not times their unit, turned to a run's first row.
+INLINE float2 turned_to_run(float one, float two, float cos, float sin) {
+    const float x = fminf(fmaxf(one * cos - two * sin, -LARGEST_HALF), LARGEST_HALF);
+    const float y = fminf(fmaxf(one * sin + two * cos, -LARGEST_HALF), LARGEST_HALF);
+    const float most = fmaxf(fmaxf(fabsf(x), fabsf(y)), SMALLEST_HALF);
+    // 1.5 * 2^13 times the power of two in ``most``: what is added to it is rounded to 2^-10 of that power
+    const float magic = float_of((bits_of(most) & INFINITY_BITS) + (13u << MANTISSA_BITS) | 1u << (MANTISSA_BITS - 1));
+    return make_float2(x + magic - magic, y + magic - magic);
+}
+
+// Where a run has the means of channels that do not turn, and without products of all.
+INLINE float* run_means(u8* run) {
+    return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (4 * APART * (RUN_STRIP / 4) - TURNING);
+}
+
+// Of TOGETHER threads, which turn a block's stored means to a run's first row, the pairs of thread number ``thread`` and the
+// channels that do not turn.
+template <int TOGETHER> struct RunMeans {
+    static constexpr int MANY = (PAIRS + TOGETHER - 1) / TOGETHER, OTHERS = (ORDER - TURNING + TOGETHER - 1) / TOGETHER;
+    u16 ones[MANY], twos[MANY], others[OTHERS + 1];
+
+    INLINE static bool has(int i, int thread, int count) { return count % TOGETHER == 0 || i * TOGETHER + thread < count; }
+    INLINE static int first_of(int pair) { return INTERLEAVED ? 2 * pair : pair; }
+    INLINE static int second_of(int pair) { return INTERLEAVED ? 2 * pair + 1 : pair + PAIRS; }
+
+    INLINE void load(const Block& block, int thread) {
+        const u16* means = reinterpret_cast<const u16*>(stored_means(block));
+#pragma unroll
+        for (int i = 0; i < MANY; i++)
+            if (has(i, thread, PAIRS))
+                ones[i] = __ldg(means + first_of(i * TOGETHER + thread)),
+                twos[i] = __ldg(means + second_of(i * TOGETHER + thread));
+#pragma unroll
+        for (int i = 0; i < OTHERS; i++)
+            if (has(i, thread, ORDER - TURNING)) others[i] = __ldg(means + TURNING + i * TOGETHER + thread);
+    }
+
+    // Fills ``run`` with them as they are turned at a position, times ``scale``: [ORDER] in float32, or where tensor cores go
+    // on, first RUN_STRIP bytes for each strip of pieces that turn, and of those APART behind them. These are nine columns of
+    // products, 16 bytes each: two words for the first piece's channels, two for the second's, which have a mean in the
+    // channel's half of them, and 0 in the other. The ninth column is 0.
+    INLINE void turn(const u8* tables, u32 position, int thread, u8* run, float scale = 1.0f) const {
+        const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
+        const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
+#pragma unroll
+        for (int i = 0; i < MANY; i++) {
+            if (!has(i, thread, PAIRS)) break;
+            const int pair = i * TOGETHER + thread;
+            const u32 phase = position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair];
+            const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
+            const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+            const float cos = coarse.x * fine.x - coarse.y * fine.y, sin = coarse.y * fine.x + coarse.x * fine.y;
+            float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), cos, sin);
+            turned.x *= scale, turned.y *= scale;
+#if RUN_PRODUCTS
+            const int odd = (pair & 1) * 16, strip = pair / 32 * 4 + pair % 8 / 2, column = pair % 32 / 8 * 2 + pair % 2;
+            const u32 one = half_bits(turned.x) << odd, two = half_bits(turned.y) << odd;
+            *reinterpret_cast<uint4*>(run + strip * RUN_STRIP + column * 16) = make_uint4(one, two ^ 0x8000u << odd, two, one);
+#else
+            run_means(run)[first_of(pair)] = turned.x, run_means(run)[second_of(pair)] = turned.y;
+#endif
+        }
+#if RUN_PRODUCTS
+        if (thread < 4 * APART) *reinterpret_cast<uint4*>(run + thread * RUN_STRIP + 8 * 16) = make_uint4(0, 0, 0, 0);
+#endif
+#pragma unroll
+        for (int i = 0; i < OTHERS; i++) {
+            const int channel = TURNING + i * TOGETHER + thread;
+            if (has(i, thread, ORDER - TURNING)) run_means(run)[channel] = half_value(others[i]) * scale;
+        }
+    }
+};
+
+#ifdef ENCODER
+// Turns a block's means to the run of its row ``first_row``, as they are taken from rows: negative where tensor cores add them,
+// else times their unit.
+INLINE void turn_to_run(const u8* tables, const Block& block, int first_row, int lane, float* run) {
+    const int here = not_ahead(lane);
+    RunMeans<32> means;
+    means.load(block, here);
+    means.turn(tables, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, here, reinterpret_cast<u8*>(run),
+               RUN_PRODUCTS ? -1.0f : unit_of_means(block));
+    __syncwarp();
+}
+#endif
+
+#if RUN_PRODUCTS
+// Where a lane's columns begin: of the operand's eight it has two numbers of one column, or zeros.
+INLINE const u8* columns_of(const u8* run, int lane) { return run + (lane >> 3 == (lane & 3) ? lane >> 2 : 8) * 16; }
+
+// Where a lane's turns begin, for the tile of sixteen rows from ``first_row`` of a block on.
+INLINE const u8* turns_of(const u8* tables, int first_row, int lane) {
+    return tables + RUN_TURNS_AT + first_row % RUN_ROWS / 16 * (APART * 4 * 512) + lane * 16;
+}
+
+// Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of a piece that turns and
+// (``others``) of that APART behind it. ``columns``, ``turns``: where the lane's begin.
+INLINE void add_offsets(const u8* columns, const u8* turns, int piece, int strip, float* sums, float* others) {
+    const uint4 column = *reinterpret_cast<const uint4*>(columns + (piece * 4 + strip) * RUN_STRIP);
+    const uint4 turn = *reinterpret_cast<const uint4*>(turns + (piece * 4 + strip) * 512);
+    multiply(sums, turn.x, turn.y, turn.z, turn.w, column.x, column.y);
+    multiply(others, turn.x, turn.y, turn.z, turn.w, column.z, column.w);
+}
+#endif
+#endif
 
 // Where the means begin of the channels that those of a piece turn with.
 INLINE int partners_of(int first) {

@@ -57,8 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         const int words = block_bytes(block.tokens) / 4 - 1;
         const u32 checksum = stored;
         u64 sum = 0;
+#if IN_RUNS
+        bool in_run = false;
+#endif
 #if OFFSETS
-        const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
+        // An offset is below twice the largest mean.
+        const float room = LARGEST - 2.0f * keep_means(block, lane, IN_RUNS ? nullptr : means);
         const u32 position = position_of(block);
 #else
         const float room = LARGEST;
@@ -103,7 +107,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 const Words coded = {stage, stage};
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) quad_operands(tables, coded, lane, 16 * tile, operands[tile]);
-                const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, position, means);
+#if IN_RUNS
+                if (first_row % RUN_ROWS == 0 || !in_run) {
+                    RunMeans<32> of_run;
+                    of_run.load(block, lane);
+                    of_run.turn(tables, position + first_row / RUN_ROWS * RUN_ROWS, lane, shelf + MEANS_AT);
+                    __syncwarp();
+                    in_run = true;
+                }
+#endif
+                LaneRows rows(block, first_row, lane, factor, second_factor, rows_out);
+#if IN_RUNS
+                rows.turn_with(tables, shelf + MEANS_AT, unit_of_means(block), first_row, lane);
+#elif OFFSETS
+                rows.means = means, rows.position = position + first_row + row_of(lane, 0);
+#endif
                 wait_for_bulk();
                 decode_rows(tables, operands, rows, ordinary, lane & 3, part);
                 store_bulk(rows_out, block, first_row, lane);

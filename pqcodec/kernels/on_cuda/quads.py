@@ -12,8 +12,16 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings import quads
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
-from pqcodec.kernels.on_cuda.compiled import AHEAD, UPCOMING_BYTES, Layout, common_definitions, phase_copies, warp_memory
-from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, shared_tables
+from pqcodec.kernels.on_cuda.compiled import (
+    AHEAD,
+    UPCOMING_BYTES,
+    Layout,
+    common_definitions,
+    phase_copies,
+    run_bytes,
+    warp_memory,
+)
+from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, in_pieces, run_tables, shared_tables
 from pqcodec.stream.header import Header
 
 BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with every effort
@@ -31,10 +39,12 @@ FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 # quads_teams.cu: teams of a thread block, and the least copies of a point. With fewer its look-ups take longer than memory.
 TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **dict.fromkeys(LARGE_ORDERS, (3, 8))}
+TURNED_TEAMS = {128: (4, 8)}  # the same of keys that turn run by run
 TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
-SLOTS, LARGE_SLOTS = (4, 3), (1,)  # of a team, the most that fit: for the words of this step and of those behind it
-COURIERS, LARGE_COURIERS = 1, 4  # warps: the courier, and those beside it that leave their registers
+SLOTS, LARGE_SLOTS, TURNED_SLOTS = (4, 3), (1,), (3, 2)  # of a team, the most that fit: for words of this step and later ones
+# Warps behind the teams: the courier; beside it those that leave their registers, or that turn means.
+COURIERS, LARGE_COURIERS, TURNED_COURIERS = 1, 4, 3
 REGISTERS, COURIER_REGISTERS = 1 << 16, 32  # of a multiprocessor; of a thread that leaves the others
 JOINT = (3, 2, 1)  # pieces of large orders that one product makes
 SLACK = 16  # bytes beside words, which are copied from multiples of as many on
@@ -64,10 +74,13 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     base_at = 2 * _stage_bytes(h, rows)  # behind both stages
     ahead = 1 if few else AHEAD
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
-    memory = warp_memory("decode", h, base_at + 16, rows * h.vector_bytes * bulk, ahead)
+    memory = warp_memory("decode", h, base_at + 16, rows * h.vector_bytes * bulk, ahead, in_runs=h.runs)
     memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
-    for parts, keys, phases, copies in product(range(1, MOST_PARTS + 1), (True, False), phase_copies(h, few), all_copies):
-        blob, places = _tables(h, matrix, keys, copies, phases, parts)
+    turned = _ways_to_turn(h, few)
+    for parts, keys, (phases, products), copies in product(range(1, MOST_PARTS + 1), (True, False), turned, all_copies):
+        if products and parts > 1:
+            continue  # a thread block may have one of two pieces that turn together
+        blob, places = _tables(h, matrix, keys, copies, phases, parts, products=products)
         shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
         size = shared + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
@@ -77,20 +90,22 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
 
 def _teams_layout(h: Header, limit: int) -> Layout | None:
     """The layout of ``quads_teams.cu``; None where it does not pay, or does not fit."""
-    teams, least = TEAMS.get(h.order, (0, 0))
+    products = h.runs and in_pieces(h)
+    teams, least = (TURNED_TEAMS if products else {} if h.offsets else TEAMS).get(h.order, (0, 0))
     used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
-    if not teams or h.offsets or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
+    if not teams or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
         return None
     large = h.order in LARGE_ORDERS  # whose matrix may be divided, and leaves no room for decoded rows
-    couriers = LARGE_COURIERS if large else COURIERS
+    couriers = LARGE_COURIERS if large else TURNED_COURIERS if h.offsets else COURIERS
     threads = teams * TEAM + 32 * couriers
     matrix, pieces, all_parts = _matrix(h), h.order // 32, range(1, MOST_PARTS + 1) if large else (1,)
-    tried = product(all_parts, LARGE_SLOTS if large else SLOTS, (each for each in COPIES if each >= least))
+    all_slots: tuple[int, ...] = LARGE_SLOTS if large else TURNED_SLOTS if h.offsets else SLOTS
+    tried = product(all_parts, all_slots, (each for each in COPIES if each >= least))
     for parts, slots, copies in tried:
         if pieces % parts:
             continue
         memory = _team_memory(h, slots, not large)
-        blob, places = _tables(h, matrix, True, copies, 1, parts, negatives=not large)
+        blob, places = _tables(h, matrix, True, copies, 1, parts, not large, products)
         tables = _round(places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts, LINE)
         beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
@@ -118,9 +133,11 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
     else:
         slot = radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK) + SLACK
     barriers_at = slots * slot
-    sums_at = barriers_at + (slots + 1) * 2 * 8  # one more for the tables
+    sent_at = barriers_at + slots * 2 * 8 + 8  # behind a barrier for the tables
+    sums_at = sent_at + 8
     places_at = sums_at + slots * TEAM // 32 * 8
-    rows_at = _round(places_at + 2 * AHEAD * UPCOMING_BYTES, LINE)
+    runs_at = places_at + 2 * AHEAD * UPCOMING_BYTES
+    rows_at = _round(runs_at + h.offsets * (slots + 1) * (run_bytes(h) + 16), LINE)  # one more is used than there are slots
     return {
         "SLOTS": slots,
         "SLOT_BYTES": slot,
@@ -129,17 +146,35 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
         "BARRIERS_AT": barriers_at,
         "SUMS_AT": sums_at,
         "PLACES_AT": places_at,
+        "RUNS_AT": runs_at,
+        "RUN_BYTES": run_bytes(h),
+        "SENT_AT": sent_at,
         "ROWS_AT": rows_at,
         "TEAM_BYTES": _round(rows_at + STEP * h.vector_bytes * bulk, LINE),
     }
 
 
+def _ways_to_turn(h: Header, few: bool) -> list[tuple[int, bool]]:
+    """How many copies of each turn of RoPE are tried, and whether tensor cores turn offsets, from the quickest on."""
+    if h.runs and in_pieces(h) and not few:
+        return [(1, True), (1, False)]
+    return [(phases, False) for phases in phase_copies(h, few)]
+
+
 def _tables(
-    h: Header, matrix: np.ndarray, keys: bool, copies: int, phases: int, parts: int, negatives: bool = True
+    h: Header,
+    matrix: np.ndarray,
+    keys: bool,
+    copies: int,
+    phases: int,
+    parts: int,
+    negatives: bool = True,
+    products: bool = False,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies points and turns have.
 
-    The matrix comes last, in ``parts`` of the same size. ``negatives``: each point's negative stands beside it.
+    The matrix comes last, in ``parts`` of the same size. ``negatives``: each point's negative stands beside it. ``products``:
+    with the turns of a run's rows.
     """
     plan = plan_for(h)
     points = quads.table_of(plan).points[:, list(c.QUADS_SIGN_PLACES)]  # each coordinate's where its sign is
@@ -149,6 +184,7 @@ def _tables(
     shared = shared_tables(h, h.blocks.chunk_bytes // 4 if keys else 0, phases)
     if "KEYS" in shared:  # the first word's key, which key 0 stands before, lies at a multiple of 16 bytes
         shared["KEYS"] = np.pad(shared["KEYS"], (3, 0))
+    shared |= run_tables(h) if products else {}
     matrix = np.pad(matrix, [(0, -len(matrix) % (4 * parts)), *[(0, 0)] * 3])  # strips: four are a piece
     blob, places = blob_of({**own, **shared, "MATRIX": matrix})
     if "KEYS" in shared:

@@ -198,14 +198,14 @@ struct LaneRows {
     u8* target[LANE_ROWS];  // of the quarter's first channel, in the tensor or (BULK) in shared memory
     bool wanted[LANE_ROWS];
     float factor[LANE_ROWS], second_factor[LANE_ROWS];
-    u32 position;        // of the first
-    const float* means;  // of their block
+    u32 position;        // of the first; IN_RUNS in its run
+    const float* means;  // of their block; IN_RUNS as they are turned to the run's first row, over ``unit``
+    float unit;
+    const u8 *columns, *turns;  // the lane's operands of products
 
     // Of the tile from ``first_row`` on; ``factor`` and ``second_factor``: of its row ``lane`` % ROWS. ``rows_out``: where rows
-    // are put together with BULK. ``position``: of the block's first row.
-    INLINE LaneRows(const Block& block, int first_row, int lane, float of_row, float second_of_row, u8* rows_out, u32 position,
-                    const float* means)
-        : means(means) {
+    // are put together with BULK.
+    INLINE LaneRows(const Block& block, int first_row, int lane, float of_row, float second_of_row, u8* rows_out) {
 #pragma unroll
         for (int part = 0; part < LANE_ROWS; part++) {
             const int tile_row = row_of(lane, part), row = first_row + tile_row;
@@ -219,8 +219,18 @@ struct LaneRows {
             factor[part] = 2.0f * __shfl_sync(ALL_LANES, of_row, tile_row);  // the matrix is R / 2
             second_factor[part] = __shfl_sync(ALL_LANES, second_of_row, tile_row);
         }
-        this->position = position + first_row + row_of(lane, 0);
     }
+
+#if IN_RUNS
+    // ``run``: as RunMeans fills it, for the run that the tile is of.
+    INLINE void turn_with(const u8* tables, u8* run, float unit_of_block, int first_row, int lane) {
+        means = run_means(run), unit = unit_of_block;
+        position = first_row % RUN_ROWS + row_of(lane, 0);
+#if RUN_PRODUCTS
+        columns = columns_of(run, lane), turns = turns_of(tables, first_row, lane);
+#endif
+    }
+#endif
 };
 
 #if OFFSETS
@@ -228,7 +238,7 @@ struct LaneRows {
 template <int MANY> INLINE void offsets_of(const u8* tables, const LaneRows& rows, int part, int first, float (*offsets)[8]) {
     float means[2][8];
     eight_means(rows.means, first, means[0]);
-#if PAIRS
+#if PAIRS && !RUN_PRODUCTS
     eight_means(rows.means, partners_of(first), means[1]);
     if (first < TURNING) {
         Turns turns;
@@ -267,7 +277,10 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
             for (int k = 0; k < 8; k++) {
                 const float sum = float_of(sums[i][part / 2][k / 2][part % 2 * 2 + k % 2]);
                 numbers[k] = ORDINARY ? fmaf(sum, factor, away) : sum + away;
-#if OFFSETS
+#if IN_RUNS
+                if (ORDINARY) numbers[k] = fmaf(offsets[i][k], rows.unit, numbers[k]);  // the product is exact
+                else offsets[i][k] *= rows.unit;
+#elif OFFSETS
                 if (ORDINARY) numbers[k] += offsets[i][k];
 #endif
             }
@@ -279,6 +292,45 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
         }
     }
 }
+
+#if RUN_PRODUCTS
+// The same of a piece and that with the same turns, whose offsets tensor cores find, strip by strip.
+template <bool ORDINARY>
+INLINE void finish_turned(const LaneRows& rows, int piece, const Sums* sums) {
+    u32 stored[2][2][2 * ITEM];  // of each piece, and each row
+#pragma unroll
+    for (int strip = 0; strip < 4; strip++) {
+        float offsets[2][4] = {};
+        add_offsets(rows.columns, rows.turns, piece, strip, offsets[0], offsets[1]);
+#pragma unroll
+        for (int of_both = 0; of_both < 4; of_both++) {
+            const int i = of_both / 2, part = of_both % 2;
+            const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
+            float two[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const float sum = float_of(sums[i][0][strip][2 * part + k]), offset = offsets[i][2 * part + k];
+                two[k] = ORDINARY ? fmaf(sum, factor, away) : (sum + away) * factor * rows.second_factor[part] + 0.0f;
+                two[k] = fmaf(offset, rows.unit, two[k]);  // the product is exact
+                if (!ORDINARY) two[k] = fminf(fmaxf(two[k], -LARGEST), LARGEST);
+            }
+#if DTYPE == FLOAT32
+            stored[i][part][2 * strip] = bits_of(two[0]), stored[i][part][2 * strip + 1] = bits_of(two[1]);
+#else
+            stored[i][part][strip] = pack_stored(two[0], two[1]);
+#endif
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+#pragma unroll
+            for (int k = 0; k < STORES; k++)
+                STORE(rows.target[part] + byte_of_piece(piece + i * APART) + k * 16,
+                      reinterpret_cast<const Stored*>(stored[i][part])[k], rows.wanted[part]);
+}
+#endif
 
 template <int MANY, int BY = APART>
 INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
@@ -327,7 +379,12 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
         Sums sums[2];
         begin_pieces<2>(tables, operands, piece, APART, sums);
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
+#if RUN_PRODUCTS
+        if (ordinary) finish_turned<true>(rows, piece, sums);
+        else finish_turned<false>(rows, piece, sums);
+#else
         finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
+#endif
     }
 #if JOINT > 1
     decode_joint(tables, operands, rows, ordinary, quarter, part);

@@ -1,24 +1,27 @@
 // Law: the CUDA kernel that decodes quads (SPEC 8) by teams: four warps, which wgmma multiplies for at once, share a block.
 //
 // A team takes STEP rows of its block at a time, sixteen a warp, as quads_rows.cuh says. Their words come by the bulk copy
-// engine into one of SLOTS slots, while steps before are decoded: as one run, where a block is one step, else as three (signs,
-// indices, and radii with what lies behind them). As they are copied from multiples of 16 bytes on, a run begins up to 12 bytes
-// behind its place in the slot. With BULK decoded rows leave by the engine, too, from whole lines of shared memory: what begins
-// elsewhere it stores in more pieces, for which the way to the L2 cache has no room.
+// engine into one of SLOTS slots, while steps before are decoded: as one stretch, where a block is one step, else as three
+// (signs, indices, and radii with what lies behind them). As they are copied from multiples of 16 bytes on, a stretch begins up
+// to 12 bytes behind its place in the slot. With BULK decoded rows leave by the engine, too, from whole lines of shared memory:
+// what begins elsewhere it stores in more pieces, for which the way to the L2 cache has no room.
 //
 // A last warp, the courier, does the rest for all teams, one lane a team: it sends for the tables; finds the blocks, several of
 // each team at once, each by one lane; sends for their words as soon as a slot is free; and says from the sums of words that a
 // team leaves whether a block is good. Of the PARTS thread blocks that decode the same rows, each sums up every PARTS-th block.
 //
+// Keys that turn run by run (SPEC 9.5) have turners besides, warps behind the courier that turn means to the steps ahead.
+//
 // Large orders need more registers than four warps leave each other of a quarter of a multiprocessor's. There the courier is one
 // of four warps, of which the others have nothing to do, and these leave most of their registers to the teams.
 //
 // Needs AHEAD (blocks of a team that are looked for at once), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
-// team: SLOTS slots of SLOT_BYTES, in which indices and radii have runs of their own from INDICES_AT and RADII_AT on; then two
+// team: SLOTS slots of SLOT_BYTES, in which indices and radii have stretches from INDICES_AT and RADII_AT on; then two
 // barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, the places
-// of blocks from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on), COURIERS (warps behind the teams; four
-// where registers change hands, so that a thread has TEAM_REGISTERS or COURIER_REGISTERS), and what the other files need.
-// OFFSETS is 0.
+// of blocks from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on; with OFFSETS the number of steps that were
+// sent for at SENT_AT, and SLOTS + 1 runs of RUN_BYTES from RUNS_AT on), COURIERS (warps behind the teams; with OFFSETS a turner
+// for each two teams; four where registers change hands, so that a thread has TEAM_REGISTERS or COURIER_REGISTERS), and what
+// the other files need. OFFSETS needs IN_RUNS and RUN_PRODUCTS.
 
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
@@ -32,11 +35,12 @@
 #define TEAM 128                                  // threads
 #define TEAMS ((THREADS - 32 * COURIERS) / TEAM)  // behind which the courier comes
 #define STEP 64                                   // rows
-#define RUNS (CHUNK <= STEP ? 1 : 3)              // of a step's words
+#define TURNERS (TEAMS / 2)                       // where there are offsets: warps behind the courier, of two teams each
+#define STRETCHES (CHUNK <= STEP ? 1 : 3)              // of a step's words
 
 // -- words ----------------------------------------------------------------------------------------------------------
-// A run of a step's words: where it begins in its block, and how many there are, in bytes.
-struct Run {
+// A stretch of a step's words: where it begins in its block, and how many there are, in bytes.
+struct Stretch {
     int first, bytes;
 };
 
@@ -45,82 +49,85 @@ INLINE int bytes_before(const Block& block, int which) {
     return block.tokens * (which == 0 ? 0 : which == 1 ? ORDER / 8 : ORDER / 8 + INDEX_BYTES);
 }
 
-// The step's run, from row ``first_row`` of the block on; the last one goes on to the block's end.
-INLINE Run run_of(const Block& block, int first_row, int which) {
-    if (RUNS == 1) return {0, block_bytes(block.tokens)};
+// The step's stretch, from row ``first_row`` of the block on; the last one goes on to the block's end.
+INLINE Stretch stretch_of(const Block& block, int first_row, int which) {
+    if (STRETCHES == 1) return {0, block_bytes(block.tokens)};
     const int row_bytes = which == 0 ? ORDER / 8 : which == 1 ? INDEX_BYTES : 1;
     const int first = bytes_before(block, which) + first_row * row_bytes;
     const bool rest = which == 2 && first_row + STEP >= block.tokens;
     return {first, rest ? block_bytes(block.tokens) - first : min(block.tokens - first_row, STEP) * row_bytes};
 }
 
-// Where runs have their places in a slot, and how many bytes there are for each.
-constexpr __device__ int place_of_run(int which) {
-    return which == RUNS ? SLOT_BYTES : which == 0 ? 0 : which == 1 ? INDICES_AT : RADII_AT;
+// Where stretches have their places in a slot, and how many bytes there are for each.
+constexpr __device__ int place_of_stretch(int which) {
+    return which == STRETCHES ? SLOT_BYTES : which == 0 ? 0 : which == 1 ? INDICES_AT : RADII_AT;
 }
 
-// How far behind its place a run begins.
-INLINE int skew_of(const Block& block, const Run& run) { return (u32)reinterpret_cast<i64>(block.payload) + run.first & 15; }
+// How far behind its place a stretch begins.
+INLINE int skew_of(const Block& block, const Stretch& stretch) {
+    return (u32)reinterpret_cast<i64>(block.payload) + stretch.first & 15;
+}
 
 // Sends for the words of the step from ``first_row`` on; ``barrier`` counts them. By one thread; addresses of shared memory.
 INLINE void send_for_step(const Block& block, int first_row, u32 slot, u32 barrier) {
-    u32 bytes[RUNS], all = 0;
-    i64 from[RUNS];
+    u32 bytes[STRETCHES], all = 0;
+    i64 from[STRETCHES];
 #pragma unroll
-    for (int which = 0; which < RUNS; which++) {
-        const Run run = run_of(block, first_row, which);
-        const int skew = skew_of(block, run);
-        from[which] = reinterpret_cast<i64>(block.payload) + (run.first - skew);
-        bytes[which] = (skew + run.bytes + 15) / 16 * 16, all += bytes[which];
+    for (int which = 0; which < STRETCHES; which++) {
+        const Stretch stretch = stretch_of(block, first_row, which);
+        const int skew = skew_of(block, stretch);
+        from[which] = reinterpret_cast<i64>(block.payload) + (stretch.first - skew);
+        bytes[which] = (skew + stretch.bytes + 15) / 16 * 16, all += bytes[which];
     }
     expect_bytes(barrier, all);
 #pragma unroll
-    for (int which = 0; which < RUNS; which++)
-        send_for_bytes(slot + place_of_run(which), from[which], bytes[which], barrier);
+    for (int which = 0; which < STRETCHES; which++)
+        send_for_bytes(slot + place_of_stretch(which), from[which], bytes[which], barrier);
 }
 
 // A step's words in a slot.
 struct Step {
-    Run runs[RUNS];
-    const u32* words[RUNS];
+    Stretch stretches[STRETCHES];
+    const u32* words[STRETCHES];
     Words coded;
     const u8* radii;
 
     INLINE Step(const Block& block, int first_row, const u8* slot) {
 #pragma unroll
-        for (int which = 0; which < RUNS; which++) {
-            runs[which] = run_of(block, first_row, which);
-            words[which] = reinterpret_cast<const u32*>(slot + place_of_run(which) + skew_of(block, runs[which]));
+        for (int which = 0; which < STRETCHES; which++) {
+            stretches[which] = stretch_of(block, first_row, which);
+            words[which] = reinterpret_cast<const u32*>(slot + place_of_stretch(which) + skew_of(block, stretches[which]));
         }
-        coded = {words[0], RUNS == 1 ? words[0] + bytes_before(block, 1) / 4 : words[RUNS / 2]};
-        radii = reinterpret_cast<const u8*>(words[RUNS - 1]) + (RUNS == 1 ? bytes_before(block, 2) : 0);
+        coded = {words[0], STRETCHES == 1 ? words[0] + bytes_before(block, 1) / 4 : words[STRETCHES / 2]};
+        radii = reinterpret_cast<const u8*>(words[STRETCHES - 1]) + (STRETCHES == 1 ? bytes_before(block, 2) : 0);
     }
 
-    // Adds a run's words to the checksum's sum: those of number ``thread``, ``thread`` + 128 ... before ``count``. SURE: there
+    // Adds a stretch's words to the checksum's sum: those of number ``thread``, ``thread`` + 128 ... before ``count``. SURE: there
     // are so many at the least, ROOM at the most.
     template <int SURE, int ROOM>
-    INLINE void sum_run(const u8* tables, const i64* __restrict__ keys, int which, int count, int thread, int block_words,
+    INLINE void sum_stretch(const u8* tables, const i64* __restrict__ keys, int which, int count, int thread, int block_words,
                         u64& sum) const {
 #pragma unroll
         for (int i = 0; i < ROOM; i += TEAM)
             if (i + TEAM <= SURE || i + thread < count)
                 sum += folded((u64)words[which][i + thread] *
-                              key_of(tables, keys, block_words, runs[which].first / 4 + i + thread));
+                              key_of(tables, keys, block_words, stretches[which].first / 4 + i + thread));
     }
 
     // The sum of a thread's words. ALL: the step has STEP rows, or is a whole block of CHUNK. ``last``: the block's checksum is
     // the last word.
     template <bool ALL>
     INLINE u64 sum_up(const u8* tables, const i64* __restrict__ keys, int block_words, int thread, bool last) const {
-        constexpr int ROOM = (place_of_run(1) - place_of_run(0)) / 4, WHOLE = block_bytes(CHUNK) / 4 - 1;
+        constexpr int ROOM = (place_of_stretch(1) - place_of_stretch(0)) / 4, WHOLE = block_bytes(CHUNK) / 4 - 1;
         u64 sum = 0;
-        if (RUNS == 1) {
-            sum_run<ALL ? WHOLE : 0, ALL ? WHOLE : ROOM>(tables, keys, 0, block_words, thread, block_words, sum);
+        if (STRETCHES == 1) {
+            sum_stretch<ALL ? WHOLE : 0, ALL ? WHOLE : ROOM>(tables, keys, 0, block_words, thread, block_words, sum);
         } else {
             constexpr int SIGNS = STEP * ORDER / 32, INDICES = STEP * INDEX_BYTES / 4;
-            sum_run<ALL ? SIGNS : 0, SIGNS>(tables, keys, 0, runs[0].bytes / 4, thread, block_words, sum);
-            sum_run<ALL ? INDICES : 0, INDICES>(tables, keys, RUNS / 2, runs[RUNS / 2].bytes / 4, thread, block_words, sum);
-            sum_run<0, TEAM>(tables, keys, RUNS - 1, runs[RUNS - 1].bytes / 4 - last, thread ^ 96, block_words, sum);
+            sum_stretch<ALL ? SIGNS : 0, SIGNS>(tables, keys, 0, stretches[0].bytes / 4, thread, block_words, sum);
+            const int indices = stretches[STRETCHES / 2].bytes / 4, rest = stretches[STRETCHES - 1].bytes / 4 - last;
+            sum_stretch<ALL ? INDICES : 0, INDICES>(tables, keys, STRETCHES / 2, indices, thread, block_words, sum);
+            sum_stretch<0, TEAM>(tables, keys, STRETCHES - 1, rest, thread ^ 96, block_words, sum);
         }
         return sum;
     }
@@ -128,12 +135,12 @@ struct Step {
     INLINE u64 sum(const u8* tables, const i64* __restrict__ keys, const Block& block, int first_row, int thread,
                    bool last) const {
         const int words = block_bytes(block.tokens) / 4 - 1;
-        if (RUNS == 1 ? block.tokens == CHUNK : first_row + STEP <= block.tokens)
+        if (STRETCHES == 1 ? block.tokens == CHUNK : first_row + STEP <= block.tokens)
             return sum_up<true>(tables, keys, words, thread, last);
         return sum_up<false>(tables, keys, words, thread, last);
     }
 
-    INLINE u32 last_word() const { return words[RUNS - 1][runs[RUNS - 1].bytes / 4 - 1]; }
+    INLINE u32 last_word() const { return words[STRETCHES - 1][stretches[STRETCHES - 1].bytes / 4 - 1]; }
 };
 
 // -- teams ----------------------------------------------------------------------------------------------------------
@@ -158,20 +165,24 @@ struct Team {
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
     INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
     INLINE u32 free(u32 turn) const { return full(turn) + 8; }
+    INLINE u8* run(u32 turn) const { return shelf + RUNS_AT + turn * (RUN_BYTES + 16); }  // with its unit and the largest mean
+    INLINE u32* sent() const { return reinterpret_cast<u32*>(shelf + SENT_AT); }  // how many steps, for turners
     INLINE u32 tables() const { return full(SLOTS); }  // the first team's barrier: that tables have come
     INLINE u64* sums(u32 turn) const { return reinterpret_cast<u64*>(shelf + SUMS_AT) + turn * 4; }
 };
 
-// A step of a team's: the round of its block, its first row, its slot, and how often that slot was used before.
+// A step of a team's: the round of its block, its first row, its slot, how often that slot was used before, and where its run
+// is: a warp may read a run when its step's slot is already free, so there is one place more than there are slots.
 struct Cursor {
-    u32 round = 0, turn = 0, parity = 0;
+    u32 round = 0, turn = 0, parity = 0, run = 0;
     int first_row = 0;
 
-    INLINE bool is_last(const Block& block) const { return RUNS == 1 || first_row + STEP >= block.tokens; }
+    INLINE bool is_last(const Block& block) const { return STRETCHES == 1 || first_row + STEP >= block.tokens; }
     INLINE void next(bool last) {
-        if (RUNS > 1) first_row = last ? 0 : first_row + STEP;
+        if (STRETCHES > 1) first_row = last ? 0 : first_row + STEP;
         if (last) round++;
         if (++turn == SLOTS) turn = 0, parity ^= 1;
+        if (run++ == SLOTS) run = 0;
     }
 };
 
@@ -182,6 +193,7 @@ struct Courier {
     const bool works;
     Cursor sent, done;
     u32 found = 0, steps = 0;  // rounds whose places are known; steps that are sent for and not done
+    u32 all_sent = 0;          // steps, for turners
     u64 sum = 0;               // of the words of the block's steps that are done
 
     INLINE Courier(u8* tables, i64 blocks)
@@ -189,10 +201,11 @@ struct Courier {
 
     INLINE void prepare() {
         for (int turn = 0; works && turn < SLOTS; turn++) {
-            prepare_barrier(team.full(turn), 1);
+            prepare_barrier(team.full(turn), 1 + OFFSETS);
             prepare_barrier(team.free(turn), TEAM / 32);
         }
         if (lane == 0) prepare_barrier(team.tables(), 1);
+        if (OFFSETS && works) *team.sent() = 0;
         barriers_are_prepared();
     }
 
@@ -229,6 +242,7 @@ struct Courier {
             const Block& block = team.place(sent.round);
             send_for_step(block, sent.first_row, team.slot(sent.turn), team.full(sent.turn));
             sent.next(sent.is_last(block)), steps++;
+            if (OFFSETS) tell(team.sent(), ++all_sent);
         }
     }
 
@@ -257,6 +271,44 @@ struct Courier {
     }
 };
 
+#if OFFSETS
+// What a turner does for one of its teams: it turns the means to each step that the courier has sent for. A step is a run.
+struct Turner {
+    const Team team;
+    Cursor at;
+    u32 turned = 0;    // steps
+    float unit, most;  // of the block's means
+
+    INLINE Turner(u8* tables, int team, i64 blocks) : team(tables, team, blocks) {}
+
+    INLINE void work(const u8* tables, int lane) {
+        const Block& block = team.place(at.round);
+        RunMeans<32> means;
+        means.load(block, lane);
+        if (at.first_row == 0) unit = unit_of_means(block), most = keep_means(block, lane, nullptr);
+        u8* run = team.run(at.run);
+        means.turn(tables, position_of(block) + at.first_row, lane, run);
+        if (lane == 0) *reinterpret_cast<float2*>(run + RUN_BYTES) = make_float2(unit, most);
+        __syncwarp();
+        if (lane == 0) arrive(team.full(at.turn));
+        at.next(at.is_last(block)), turned++;
+    }
+
+    INLINE bool has_more() const { return team.has(at.round); }
+    INLINE bool has_work() const { return __shfl_sync(ALL_LANES, told(team.sent()), 0) != turned; }  // in all lanes the same
+};
+
+INLINE void turn_runs(u8* tables, i64 blocks, int first, int lane) {
+    wait_until_complete(Team(tables, 0, blocks).tables(), 0);
+    Turner one(tables, first, blocks), two(tables, first + TURNERS, blocks);
+    while (one.has_more() || two.has_more()) {
+        if (one.has_more() && one.has_work()) one.work(tables, lane);
+        if (two.has_more() && two.has_work()) two.work(tables, lane);
+        __nanosleep(200);
+    }
+}
+#endif
+
 // What a team's warps do: they decode its blocks.
 INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) {
     const int thread = threadIdx.x % TEAM, warp = thread / 32, lane = threadIdx.x & 31;
@@ -273,22 +325,32 @@ INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) 
             const u8* radii = last ? step.radii : reinterpret_cast<const u8*>(block.payload) + bytes_before(block, 2);
             base = base_of(reinterpret_cast<const u32*>(radii) + block.tokens / 4, block);
         }
+        const bool wanted = at.first_row + STEP > block.first && at.first_row < block.last;  // by all four warps
         const int first_row = at.first_row + 16 * warp, row = lane % 16;  // of the warp's tile
         const u32 code = first_row + row < block.tokens ? step.radii[16 * warp + row] : 0;
         float factor, second_factor;
         quad_factors(tables, code, base, factor, second_factor);
-        const bool ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, LARGEST));
+#if OFFSETS
+        u8* run = team.run(at.run);
+        const float2 unit_and_most = *reinterpret_cast<const float2*>(run + RUN_BYTES);
+        const float room = LARGEST - 2.0f * unit_and_most.y;  // an offset is below twice the largest mean
+#else
+        const float room = LARGEST;
+#endif
+        const bool ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, room));
         if (team.sums_up(at.round)) {
             const u64 sum = sum_of_lanes(step.sum(tables, keys, block, at.first_row, thread, last));
             if (lane == 0) team.sums(at.turn)[warp] = sum;
         }
         u32 operands[TILES][GROUPS][4];
-        const bool wanted = at.first_row + STEP > block.first && at.first_row < block.last;  // by all four warps
         if (wanted) quad_operands(tables, step.coded, lane, 16 * warp, operands[0]);
         __syncwarp();
         if (lane == 0) arrive(team.free(at.turn));
         if (wanted) {
-            const LaneRows rows(block, first_row, lane, factor, second_factor, rows_out, 0, nullptr);
+            LaneRows rows(block, first_row, lane, factor, second_factor, rows_out);
+#if OFFSETS
+            rows.turn_with(tables, run, unit_and_most.x, first_row, lane);
+#endif
             wait_for_bulk();
             decode_rows(tables, operands, rows, ordinary, lane & 3, blockIdx.x % PARTS);
             store_bulk(rows_out, block, first_row, lane);
@@ -313,14 +375,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     }
     __syncthreads();  // the barriers are there
     if (threadIdx.x < TEAMS * TEAM) {
-#if COURIERS > 1
+#ifdef TEAM_REGISTERS
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(TEAM_REGISTERS));
 #endif
         decode_blocks(tables, keys, blocks);
     } else {
-#if COURIERS > 1
+#ifdef TEAM_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COURIER_REGISTERS));
 #endif
         if (is_courier) courier.work(tables, spans, firsts, starts, search, flags);
+#if OFFSETS
+        else turn_runs(tables, blocks, threadIdx.x / 32 - TEAMS * TEAM / 32 - 1, threadIdx.x & 31);
+#endif
     }
 }

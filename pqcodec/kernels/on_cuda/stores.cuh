@@ -108,16 +108,17 @@ INLINE void give_to_bulk(const u8* from, i64 to, int bytes) {
 // Gives the wanted rows of a tile, from ``first_row`` on, to the engine: all at once where they lie side by side, else a row a
 // lane.
 INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, int lane) {
+    const int from = max(first_row, block.first), to = min(first_row + ROWS, block.last), stride = block.row_stride;
+    const i64 rows = block.rows;  // all of this is loaded before the fence, for the block may be in shared memory
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
-    const int from = max(first_row, block.first), to = min(first_row + ROWS, block.last);
-    if (OUT_BYTES == ORDER * ITEM && block.row_stride == OUT_BYTES) {
+    if (OUT_BYTES == ORDER * ITEM && stride == OUT_BYTES) {
         if (lane == 0 && from < to)
-            give_to_bulk(rows_out + (from - first_row) * OUT_BYTES, block.rows + (i64)from * OUT_BYTES, (to - from) * OUT_BYTES);
+            give_to_bulk(rows_out + (from - first_row) * OUT_BYTES, rows + (i64)from * OUT_BYTES, (to - from) * OUT_BYTES);
     } else {
         const int row = first_row + lane;
         if (lane < ROWS && row >= from && row < to)
-            give_to_bulk(rows_out + lane * OUT_BYTES, block.rows + (i64)row * block.row_stride, ORDER * ITEM);
+            give_to_bulk(rows_out + lane * OUT_BYTES, rows + (i64)row * stride, ORDER * ITEM);
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -37,17 +37,19 @@ def tables_for(
     copies: int = 1,
     effort: str = "fast",
     tile_turns: int = 0,
+    products: bool = False,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The blob, uint8 [bytes], and the macros that say where each array begins, and how many copies there are of RoPE's turns
     (``phases``) and of an encoder's tables of quads (``copies``).
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
     without, the kernel reads them from the device's memory. ``effort``: of an encoder's search. ``tile_turns``: rows of a
-    tile, if an encoder turns means from its first row to the others.
+    tile, if an encoder turns means from its first row to the others. ``products``: with the turns of a run's rows.
     """
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
     turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
+    turns |= run_tables(h) if products else {}
     blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
     return blob, {**places, "PHASE_COPIES": phases, "COPIES": copies}
 
@@ -94,6 +96,22 @@ def shared_tables(h: Header, words: int, copies: int) -> dict[str, np.ndarray]:
     if 0 < words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
+
+
+def in_pieces(h: Header) -> bool:
+    """Whether channels that turn together are whole pieces apart, of 32 channels each."""
+    return h.rope is not None and h.rope.pairing == c.ROPE_HALF and len(h.rope.frequencies) % 32 == 0
+
+
+def run_tables(h: Header) -> dict[str, np.ndarray]:
+    """RUN_TURNS: the turns of a run's rows (SPEC 9.5) as operands of products: float16 [tiles, pieces, 4 strips, 32 lanes, 8].
+
+    Lane 4 g + q has two channels of quarter q: cos of rows g and g + 8 of the tile, then sin.
+    """
+    assert h.rope
+    cos, sin = (each.reshape(-1, 2, 8, len(h.rope.frequencies) // 32, 4, 4, 2) for each in centre.turns_of_run(h.rope))
+    both = np.stack([cos, sin])  # [2, tiles, rows g and g + 8, g, pieces, quarters, strips, 2 channels]
+    return {"RUN_TURNS": both.transpose(1, 4, 6, 3, 5, 0, 2, 7).astype(np.float16)}
 
 
 def _matrix(verb: str, h: Header) -> np.ndarray:
