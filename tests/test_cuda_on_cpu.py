@@ -64,6 +64,7 @@ OLDER: list[Kind] = [
     (320, "quad2.5", "bfloat16", {}),
     (320, "quad3", "float16", {}),
     (128, "pq3", "bfloat16", {}),
+    (128, "pq3", "bfloat16", {"center": "mean"}),
     (64, "pq2", "float16", KEYS),
 ]
 

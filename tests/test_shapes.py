@@ -24,9 +24,11 @@ SOME: list[Shape] = [
     ("triton", "paper", "float16", 64, None),
     ("triton", "pq3", "bfloat16", 64, "half"),
     ("cuda", "pq3", "bfloat16", 128, "half"),
+    ("cuda", "pq3", "float16", 64, "mean"),
     ("cuda", "pq4", "float16", 64, None),
     ("cuda", "paper", "float32", 256, None),
     ("cuda", "quad3", "bfloat16", 576, None),
+    *(("cuda", "quad3", dtype, 128, centre) for dtype, centre in (("bfloat16", "half"), ("float32", "interleaved"))),
 ]
 # Bytes of stack that kernels still take, by columns of the tile, at the most. Triton: wide rows do not fit in 255 registers.
 # CUDA: a few registers of many kinds, which is cheaper than fewer warps; the encoder's most are of rows with extreme numbers.

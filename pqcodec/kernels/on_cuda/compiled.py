@@ -60,7 +60,7 @@ OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbourin
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
-RUN_STRIP = 144  # bytes of turned means as operands of products, of a strip of two pieces
+RUN_PIECE = 144  # bytes of a piece's turned means as operands of products
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -209,9 +209,9 @@ def warp_memory(
 
 
 def run_bytes(h: Header) -> int:
-    """Bytes for means as they are turned to a run: float32 or, which takes more, operands of products."""
+    """Bytes for means as they are turned to a run: float32 or, which takes a little more, operands of products."""
     turned = len(h.rope.frequencies) if h.rope else 0  # pairs
-    return h.runs * (4 * (h.order - 2 * turned) + (turned // 8 * RUN_STRIP if in_pieces(h) else 8 * turned))
+    return h.runs * (4 * (h.order - 2 * turned) + (turned // 16 * RUN_PIECE if in_pieces(h) else 8 * turned))
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------

@@ -320,6 +320,7 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
     const u8 *columns = columns_of(run, lane), *turns = turns_of(tables, first_row, lane);
 #pragma unroll UNROLLED_PIECES
     for (int piece = 0; piece < APART; piece++) {
+        const RunColumns of_pieces(columns, piece);
         u32 stored[2][2][4];  // of both pieces, of both rows
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -333,8 +334,8 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
             float numbers[2][4], sums[2][4] = {};
 #pragma unroll
             for (int i = 0; i < 8; i++) numbers[i / 4][i % 4] = value_of(stored[i / 4][i / 2 % 2], 2 * strip + i % 2);
-            if (DIRECT) add_offsets(columns, turns, piece, strip, numbers[0], numbers[1]);
-            else add_offsets(columns, turns, piece, strip, sums[0], sums[1]);
+            if (DIRECT) of_pieces.add(turns, piece, strip, numbers[0], numbers[1]);
+            else of_pieces.add(turns, piece, strip, sums[0], sums[1]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float* two = numbers[i / 2] + i % 2 * 2;

@@ -30,7 +30,7 @@
 #endif
 #define RUN_ROWS 64
 #define RUN_MAGIC 6144.0f               // 1.5 * 2^12: what is added to it is rounded to a multiple of 2^-11
-#define RUN_STRIP 144                   // bytes
+#define RUN_PIECE 144                   // bytes
 #define LARGEST_HALF 65504.0f           // of float16
 #define SMALLEST_HALF 6.103515625e-05f  // 2^-14, of those that are not subnormal
 #ifdef RUN_TURNS_AT
@@ -84,6 +84,9 @@ INLINE float keep_means(const Block& block, int lane, float* means) {
 
 INLINE u32 position_of(const Block& block) { return (u32)(block.token + __ldg(block.span + POSITION)); }  // of its first row
 
+// Where a row of a block is for turns_at: at its position or, BY_RUNS, in its run.
+INLINE u32 place_of_row(const Block& block, int row) { return BY_RUNS ? row % RUN_ROWS : position_of(block) + row; }
+
 INLINE void eight_means(const float* means, int first, float* eight) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
@@ -124,9 +127,6 @@ INLINE void frequencies_of(const u8* tables, int first, u32* frequencies) {
 
 INLINE float turn_of_run(float x) { return x + RUN_MAGIC - RUN_MAGIC; }  // to a multiple of 2^-11
 
-// Where a row of a block is for turns_at: at its position or, BY_RUNS, in its run.
-INLINE u32 place_of_row(const Block& block, int row) { return BY_RUNS ? row % RUN_ROWS : position_of(block) + row; }
-
 // The turns of a piece at a position or, BY_RUNS, of a row in its run.
 INLINE void turns_at(const u8* tables, u32 position, const u32* frequencies, Turns& turns) {
     const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
@@ -159,7 +159,7 @@ INLINE float2 turned_to_run(float one, float two, float cos, float sin) {
 
 // Where a run has the means of channels that do not turn, and without products of all.
 INLINE float* run_means(u8* run) {
-    return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (4 * APART * (RUN_STRIP / 4) - TURNING);
+    return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (2 * APART * (RUN_PIECE / 4) - TURNING);
 }
 
 // Of TOGETHER threads, which turn a block's stored means to a run's first row, the pairs of thread number ``thread`` and the
@@ -185,9 +185,8 @@ template <int TOGETHER> struct RunMeans {
     }
 
     // Fills ``run`` with them as they are turned at a position, times ``scale``: [ORDER] in float32, or where tensor cores go
-    // on, first RUN_STRIP bytes for each strip of pieces that turn, and of those APART behind them. These are nine columns of
-    // products, 16 bytes each: two words for the first piece's channels, two for the second's, which have a mean in the
-    // channel's half of them, and 0 in the other. The ninth column is 0.
+    // on, first RUN_PIECE bytes for each piece that turns. These are nine columns of products: of each, of a channel in each of
+    // the four strips, a word that has its mean in the channel's half, and 0 in the other. The ninth column is 0.
     INLINE void turn(const u8* tables, u32 position, int thread, u8* run, float scale = 1.0f) const {
         const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
         const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
@@ -202,15 +201,16 @@ template <int TOGETHER> struct RunMeans {
             float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), cos, sin);
             turned.x *= scale, turned.y *= scale;
 #if RUN_PRODUCTS
-            const int odd = (pair & 1) * 16, strip = pair / 32 * 4 + pair % 8 / 2, column = pair % 32 / 8 * 2 + pair % 2;
-            const u32 one = half_bits(turned.x) << odd, two = half_bits(turned.y) << odd;
-            *reinterpret_cast<uint4*>(run + strip * RUN_STRIP + column * 16) = make_uint4(one, two ^ 0x8000u << odd, two, one);
+            const int odd = (pair & 1) * 16, column = pair % 32 / 8 * 2 + pair % 2, strip = pair % 8 / 2;
+            u8* to = run + pair / 32 * RUN_PIECE + column * 16 + strip * 4;
+            *reinterpret_cast<u32*>(to) = half_bits(turned.x) << odd;
+            *reinterpret_cast<u32*>(to + APART * RUN_PIECE) = half_bits(turned.y) << odd;
 #else
             run_means(run)[first_of(pair)] = turned.x, run_means(run)[second_of(pair)] = turned.y;
 #endif
         }
 #if RUN_PRODUCTS
-        if (thread < 4 * APART) *reinterpret_cast<uint4*>(run + thread * RUN_STRIP + 8 * 16) = make_uint4(0, 0, 0, 0);
+        if (thread < 2 * APART) *reinterpret_cast<uint4*>(run + thread * RUN_PIECE + 8 * 16) = make_uint4(0, 0, 0, 0);
 #endif
 #pragma unroll
         for (int i = 0; i < OTHERS; i++) {
@@ -242,14 +242,26 @@ INLINE const u8* turns_of(const u8* tables, int first_row, int lane) {
     return tables + RUN_TURNS_AT + first_row % RUN_ROWS / 16 * (APART * 4 * 512) + lane * 16;
 }
 
-// Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of a piece that turns and
-// (``others``) of that APART behind it. ``columns``, ``turns``: where the lane's begin.
-INLINE void add_offsets(const u8* columns, const u8* turns, int piece, int strip, float* sums, float* others) {
-    const uint4 column = *reinterpret_cast<const uint4*>(columns + (piece * 4 + strip) * RUN_STRIP);
-    const uint4 turn = *reinterpret_cast<const uint4*>(turns + (piece * 4 + strip) * 512);
-    multiply(sums, turn.x, turn.y, turn.z, turn.w, column.x, column.y);
-    multiply(others, turn.x, turn.y, turn.z, turn.w, column.z, column.w);
-}
+// A lane's columns of products of a piece that turns and of that APART behind it, of four strips each.
+struct RunColumns {
+    u32 ones[4], others[4];
+
+    // ``columns``: where the lane's begin.
+    INLINE RunColumns(const u8* columns, int piece) {
+        const uint4 first = *reinterpret_cast<const uint4*>(columns + piece * RUN_PIECE);
+        const uint4 second = *reinterpret_cast<const uint4*>(columns + (piece + APART) * RUN_PIECE);
+        ones[0] = first.x, ones[1] = first.y, ones[2] = first.z, ones[3] = first.w;
+        others[0] = second.x, others[1] = second.y, others[2] = second.z, others[3] = second.w;
+    }
+
+    // Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of the first piece and of
+    // the second. ``turns``: where the lane's begin.
+    INLINE void add(const u8* turns, int piece, int strip, float* sums, float* other_sums) const {
+        const uint4 turn = *reinterpret_cast<const uint4*>(turns + (piece * 4 + strip) * 512);
+        multiply(sums, turn.x, turn.y, turn.z, turn.w, ones[strip], others[strip] ^ 0x80008000u);
+        multiply(other_sums, turn.x, turn.y, turn.z, turn.w, others[strip], ones[strip]);
+    }
+};
 #endif
 #endif
 

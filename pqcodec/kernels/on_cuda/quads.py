@@ -42,7 +42,7 @@ TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **dict.fromkeys(LA
 TURNED_TEAMS = {128: (4, 8)}  # the same of keys that turn run by run
 TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
-SLOTS, LARGE_SLOTS, TURNED_SLOTS = (4, 3), (1,), (3, 2)  # of a team, the most that fit: for words of this step and later ones
+SLOTS, LARGE_SLOTS, TURNED_SLOTS = (4, 3), (1,), (3,)  # of a team, the most that fit: for words of this step and later ones
 # Warps behind the teams: the courier; beside it those that leave their registers, or that turn means.
 COURIERS, LARGE_COURIERS, TURNED_COURIERS = 1, 4, 3
 REGISTERS, COURIER_REGISTERS = 1 << 16, 32  # of a multiprocessor; of a thread that leaves the others

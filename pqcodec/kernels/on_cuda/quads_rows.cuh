@@ -296,12 +296,12 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
 #if RUN_PRODUCTS
 // The same of a piece and that with the same turns, whose offsets tensor cores find, strip by strip.
 template <bool ORDINARY>
-INLINE void finish_turned(const LaneRows& rows, int piece, const Sums* sums) {
+INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int piece, const Sums* sums) {
     u32 stored[2][2][2 * ITEM];  // of each piece, and each row
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
         float offsets[2][4] = {};
-        add_offsets(rows.columns, rows.turns, piece, strip, offsets[0], offsets[1]);
+        columns.add(rows.turns, piece, strip, offsets[0], offsets[1]);
 #pragma unroll
         for (int of_both = 0; of_both < 4; of_both++) {
             const int i = of_both / 2, part = of_both % 2;
@@ -378,11 +378,13 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
     for (int piece = 0; piece < APART; piece++) {
         Sums sums[2];
         begin_pieces<2>(tables, operands, piece, APART, sums);
-        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
 #if RUN_PRODUCTS
-        if (ordinary) finish_turned<true>(rows, piece, sums);
-        else finish_turned<false>(rows, piece, sums);
+        const RunColumns columns(rows.columns, piece);  // on their way while tensor cores multiply
+        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
+        if (ordinary) finish_turned<true>(rows, columns, piece, sums);
+        else finish_turned<false>(rows, columns, piece, sums);
 #else
+        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
         finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
 #endif
     }

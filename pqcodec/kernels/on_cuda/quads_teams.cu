@@ -304,7 +304,7 @@ INLINE void turn_runs(u8* tables, i64 blocks, int first, int lane) {
     while (one.has_more() || two.has_more()) {
         if (one.has_more() && one.has_work()) one.work(tables, lane);
         if (two.has_more() && two.has_work()) two.work(tables, lane);
-        __nanosleep(200);
+        __nanosleep(500);
     }
 }
 #endif
