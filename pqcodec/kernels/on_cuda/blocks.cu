@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         u32* const ending = stage;  // of the warp that ends the block
 #endif
 #if RUN_PRODUCTS
-        keep_exponent(block, lane, means);
+        keep_unit(block, lane, means);
 #elif OFFSETS && !BY_RUNS
         keep_means(block, lane, means);
 #endif

@@ -190,7 +190,7 @@ def warp_memory(
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile, or ``in_runs`` the same turned to a run alone, with their exponent; its radii as encoders of quads keep them, and
+    to a tile, or ``in_runs`` the same turned to a run alone, with a unit; its radii as encoders of quads keep them, and
     sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES

@@ -350,12 +350,12 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
     }
 }
 
-// Means of which the unit is not 1 are not taken from rows in one step.
-INLINE volatile int& kept_exponent(const float* means) {
-    return *reinterpret_cast<int*>(reinterpret_cast<i64>(means) + RUN_BYTES);
+// What a run's means, as they are kept, are still to be multiplied with.
+INLINE volatile float& kept_unit(const float* means) {
+    return *reinterpret_cast<float*>(reinterpret_cast<i64>(means) + RUN_BYTES);
 }
-INLINE void keep_exponent(const Block& block, int lane, const float* means) {
-    if (lane == 0) kept_exponent(means) = exponent_of_means(block);
+INLINE void keep_unit(const Block& block, int lane, const float* means) {
+    if (lane == 0) kept_unit(means) = are_direct(block) ? 1.0f : unit_of_means(block);
 }
 #endif
 
@@ -371,7 +371,7 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
         rows[word][part] = pack_brains(two[0], two[1]);
     });
     energies_of_tile(rows, nullptr, lane, owns);
-    if (kept_exponent(means)) owns[0] = 0.0f;  // these rows are loaded carefully
+    if (kept_unit(means) != 1.0f) owns[0] = 0.0f;  // these rows are loaded carefully
 #else
     u32 as_stored[OWN_ROWS][4 * PIECES];
     each_piece<false>(tables, block, means, fetched, row, lane,
@@ -396,7 +396,7 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
 #if RUN_PRODUCTS
     const int here = not_ahead(lane), first_row = row - (lane >> 2);
     const u8* run = reinterpret_cast<const u8*>(means);
-    const float unit = unit_of_means(block);
+    const float unit = kept_unit(means);
     each_word_of_run<true, false, 1>(tables, block, run, unit, nullptr, first_row, here,
                                      [&](int part, int, const float* stored, const float* two) {
 #pragma unroll

@@ -33,6 +33,7 @@
 #define RUN_PIECE 144                   // bytes
 #define LARGEST_HALF 65504.0f           // of float16
 #define SMALLEST_HALF 6.103515625e-05f  // 2^-14, of those that are not subnormal
+#define LEAST_DIRECT (-27)              // the exponent of means of which the largest is above 2^-13
 #ifdef RUN_TURNS_AT
 #define RUN_PRODUCTS 1
 #else
@@ -221,14 +222,26 @@ template <int TOGETHER> struct RunMeans {
 };
 
 #ifdef ENCODER
-// Turns a block's means to the run of its row ``first_row``, as they are taken from rows: negative where tensor cores add them,
-// else times their unit.
+#if RUN_PRODUCTS
+// Whether float16 holds means times their unit as well as they are stored, so that they are taken from rows in one step.
+INLINE bool are_direct(const Block& block) {
+    const int exponent = exponent_of_means(block);
+    return exponent <= 0 && exponent >= LEAST_DIRECT;
+}
+#endif
+
+// Turns a block's means to the run of its row ``first_row``, as they are taken from rows: times their unit, and negative where
+// tensor cores add them.
 INLINE void turn_to_run(const u8* tables, const Block& block, int first_row, int lane, float* run) {
     const int here = not_ahead(lane);
+#if RUN_PRODUCTS
+    const float scale = are_direct(block) ? -unit_of_means(block) : -1.0f;
+#else
+    const float scale = unit_of_means(block);
+#endif
     RunMeans<32> means;
     means.load(block, here);
-    means.turn(tables, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, here, reinterpret_cast<u8*>(run),
-               RUN_PRODUCTS ? -1.0f : unit_of_means(block));
+    means.turn(tables, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, here, reinterpret_cast<u8*>(run), scale);
     __syncwarp();
 }
 #endif
