@@ -31,6 +31,7 @@ EVERY: list[Shape] = [
     *product(("triton",), ("pq2", "pq6"), ("bfloat16",), (64, 128, 256), (None, "interleaved")),
     *product(("cuda",), CUDA_PRESETS, DTYPES, (64, 128, 256), CENTRES),
     *product(("cuda",), ("quad2", "quad3", "quad3.5"), ("bfloat16",), (96, 128, 160, 192), (None,)),
+    *product(("cuda",), ("quad3",), DTYPES, (64, 128, 256), ("mean", "half")),
 ]
 LEADS = 20  # streams of a batch: as many steps to find a block's stream as a cache of that many layers needs
 

@@ -31,7 +31,8 @@
 #define MAGIC_BITS 0x4b400000                      // of MAGIC, 1.5 * 2^23
 #define TILES (ROWS / 16)                          // of sixteen rows, which meet the matrix together
 #define LANE_ROWS (ROWS / 8)
-#define UNROLLED (PARTS == 1 && GROUPS <= 4 ? 2 : 1)  // turns of the loops over pieces
+// Turns of the loops over pieces; where the turns of each row of a run are looked up, registers are few.
+#define UNROLLED (PARTS == 1 && GROUPS <= 4 && (!IN_RUNS || RUN_PRODUCTS) ? 2 : 1)
 #if WARPGROUPS
 #define WAIT_FOR(later, sums) wait_together<false, later>((sums)[0])  // products, after which ``later`` others were begun
 #else
@@ -297,7 +298,8 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
 // The same of a piece and that with the same turns, whose offsets tensor cores find, strip by strip.
 template <bool ORDINARY>
 INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int piece, const Sums* sums) {
-    u32 stored[2][2][2 * ITEM];  // of each piece, and each row
+    constexpr int STRIPS_OF_STORE = 4 / STORES;
+    u32 stored[2][2][4];  // of each piece, and each row
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
         float offsets[2][4] = {};
@@ -315,20 +317,15 @@ INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int p
                 if (!ORDINARY) two[k] = fminf(fmaxf(two[k], -LARGEST), LARGEST);
             }
 #if DTYPE == FLOAT32
-            stored[i][part][2 * strip] = bits_of(two[0]), stored[i][part][2 * strip + 1] = bits_of(two[1]);
+            stored[i][part][strip % 2 * 2] = bits_of(two[0]), stored[i][part][strip % 2 * 2 + 1] = bits_of(two[1]);
 #else
             stored[i][part][strip] = pack_stored(two[0], two[1]);
 #endif
+            if ((strip + 1) % STRIPS_OF_STORE == 0)
+                STORE(rows.target[part] + byte_of_piece(piece + i * APART) + strip / STRIPS_OF_STORE * 16,
+                      *reinterpret_cast<const Stored*>(stored[i][part]), rows.wanted[part]);
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int part = 0; part < 2; part++)
-#pragma unroll
-            for (int k = 0; k < STORES; k++)
-                STORE(rows.target[part] + byte_of_piece(piece + i * APART) + k * 16,
-                      reinterpret_cast<const Stored*>(stored[i][part])[k], rows.wanted[part]);
 }
 #endif
 
