@@ -111,6 +111,26 @@ INLINE u32 turn_at(u32 phase, int byte, u32 lane_bytes) {
     return (phase >> 8 * byte & 255) * (16 * PHASE_COPIES) + lane_bytes;
 }
 
+// The coarse and the fine turn of a phase.
+struct TwoTurns {
+    float2 coarse, fine;
+
+    INLINE TwoTurns(const u8* tables, u32 phase) {
+        const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
+        const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
+        coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
+        fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+    }
+
+    // As decoders find them: every product and sum rounds.
+    INLINE float cos() const { return coarse.x * fine.x - coarse.y * fine.y; }
+    INLINE float sin() const { return coarse.y * fine.x + coarse.x * fine.y; }
+
+    // As an encoder may.
+    INLINE float fused_cos() const { return fmaf(coarse.x, fine.x, -coarse.y * fine.y); }
+    INLINE float fused_sin() const { return fmaf(coarse.y, fine.x, coarse.x * fine.y); }
+};
+
 // The frequencies of the piece that begins at a channel that turns, in turns / 2^32 a position.
 INLINE void frequencies_of(const u8* tables, int first, u32* frequencies) {
     const int pair = INTERLEAVED ? first / 2 : first < PAIRS ? first : first - PAIRS;
@@ -130,18 +150,13 @@ INLINE float turn_of_run(float x) { return x + RUN_MAGIC - RUN_MAGIC; }  // to a
 
 // The turns of a piece at a position or, BY_RUNS, of a row in its run.
 INLINE void turns_at(const u8* tables, u32 position, const u32* frequencies, Turns& turns) {
-    const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
-    const u8* phases = tables + PHASES_AT;
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
-        const u32 phase = position * frequencies[i];
-        const u8* fines = phases + 8 * PHASE_COPIES;
-        const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
-        const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
+        const TwoTurns turn(tables, position * frequencies[i]);
 #if defined(ENCODER) && !BY_RUNS
-        turns.cos[i] = fmaf(coarse.x, fine.x, -coarse.y * fine.y), turns.sin[i] = fmaf(coarse.y, fine.x, coarse.x * fine.y);
+        turns.cos[i] = turn.fused_cos(), turns.sin[i] = turn.fused_sin();
 #else
-        turns.cos[i] = coarse.x * fine.x - coarse.y * fine.y, turns.sin[i] = coarse.y * fine.x + coarse.x * fine.y;
+        turns.cos[i] = turn.cos(), turns.sin[i] = turn.sin();
 #endif
         if (BY_RUNS) turns.cos[i] = turn_of_run(turns.cos[i]), turns.sin[i] = turn_of_run(turns.sin[i]);
     }
@@ -189,17 +204,12 @@ template <int TOGETHER> struct RunMeans {
     // on, first RUN_PIECE bytes for each piece that turns. These are nine columns of products: of each, of a channel in each of
     // the four strips, a word that has its mean in the channel's half, and 0 in the other. The ninth column is 0.
     INLINE void turn(const u8* tables, u32 position, int thread, u8* run, float scale = 1.0f) const {
-        const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
-        const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
             if (!has(i, thread, PAIRS)) break;
             const int pair = i * TOGETHER + thread;
-            const u32 phase = position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair];
-            const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
-            const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
-            const float cos = coarse.x * fine.x - coarse.y * fine.y, sin = coarse.y * fine.x + coarse.x * fine.y;
-            float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), cos, sin);
+            const TwoTurns turn(tables, position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair]);
+            float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), turn.cos(), turn.sin());
             turned.x *= scale, turned.y *= scale;
 #if RUN_PRODUCTS
             const int odd = (pair & 1) * 16, column = pair % 32 / 8 * 2 + pair % 2, strip = pair % 8 / 2;
@@ -312,16 +322,12 @@ INLINE void turns_at(const u8* tables, u32 position, int first, Turns& turns) {
 #if TILE_TURNS
 // Fills ``turned`` [ORDER] with a block's means as they are turned at a position, by all lanes of a warp.
 INLINE void turn_means(const u8* tables, const float* means, u32 position, int lane, float* turned) {
-    const u32 lane_bytes = (lane & (PHASE_COPIES - 1)) * 8;
-    const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
 #pragma unroll
     for (int i = 0; i < PAIRS; i += 32) {
         const int pair = i + lane;
         if (PAIRS % 32 && pair >= PAIRS) break;
-        const u32 phase = position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair];
-        const float2 coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
-        const float2 fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
-        const float cos = fmaf(coarse.x, fine.x, -coarse.y * fine.y), sin = fmaf(coarse.y, fine.x, coarse.x * fine.y);
+        const TwoTurns turn(tables, position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair]);
+        const float cos = turn.fused_cos(), sin = turn.fused_sin();
         const int one = INTERLEAVED ? 2 * pair : pair, two = INTERLEAVED ? one + 1 : pair + PAIRS;
         turned[one] = fmaf(means[one], cos, -means[two] * sin), turned[two] = fmaf(means[two], cos, means[one] * sin);
     }
