@@ -64,9 +64,10 @@ OLDER: list[Kind] = [
     (320, "quad2.5", "bfloat16", {}),
     (320, "quad3", "float16", {}),
     (128, "pq3", "bfloat16", {}),
-    (128, "pq3", "bfloat16", {"center": "mean"}),
     (64, "pq2", "float16", KEYS),
 ]
+ROOMY: list[Kind] = [(128, "pq3", "bfloat16", {"center": "mean"})]  # whose encoder has no room on 8.9 and 12.0
+OLDER_GPUS = [(each, kind) for each in CAPABILITIES if each[0] != 9 for kind in OLDER + ROOMY * (each == (8, 0))]
 
 
 @pytest.fixture
@@ -168,8 +169,7 @@ def test_older_streams_of_keys_are_decoded_and_encoded_as_ever(
 
 
 @NOT_ALWAYS
-@pytest.mark.parametrize("kind", OLDER, ids=str)
-@pytest.mark.parametrize("capability", [each for each in CAPABILITIES if each[0] != 9], ids=str)
+@pytest.mark.parametrize(("capability", "kind"), OLDER_GPUS, ids=str)
 def test_other_gpus_code_the_same_rows(machine: CudaOnCpu, kind: Kind, capability: tuple[int, int]) -> None:
     machine.capability, (_, preset, _, options) = capability, kind
     x = tensor(kind)
