@@ -373,7 +373,5 @@ def offsets_of_rows(coded: CodedTokens, chunk: int, lead: int, rows: Bounds) -> 
     """The offsets of some rows of a block, float64 [n, head_dim]."""
     assert coded.offsets is not None
     tokens = coded.header.first_tokens + coded.header.blocks.first_token(chunk) + np.arange(*rows)
-    if coded.header.runs:
-        return centre.offset_in_runs(coded.header, coded.offsets[lead], tokens).astype(np.float64)
     places = places_of(coded.positions, lead, tokens)
-    return centre.offset_at(coded.header.rope, coded.offsets[lead], places).astype(np.float64)
+    return centre.offset_of_coded(coded.header, coded.offsets[lead], places).astype(np.float64)

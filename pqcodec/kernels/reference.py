@@ -95,10 +95,8 @@ def encode_job_block(job: EncodeJob, plan: Plan, chunk: int, lead: int, code: En
 def _offset(job: EncodeJob | DecodeJob, lead: int, first: int, tokens: int) -> np.ndarray:
     """The offset at tokens first .. first+tokens-1: float32 [tokens, head_dim]."""
     assert job.offsets is not None
-    if job.header.runs:
-        return centre.offset_in_runs(job.header, job.offsets[lead], first + np.arange(tokens))
     places = places_of(job.positions, lead, first + np.arange(tokens))
-    return centre.offset_at(job.header.rope, job.offsets[lead], places)
+    return centre.offset_of_coded(job.header, job.offsets[lead], places)
 
 
 # -- the backend -------------------------------------------------------------------------------------------------

@@ -195,6 +195,11 @@ def offset_in_runs(h: Header, offset: np.ndarray, tokens: np.ndarray) -> np.ndar
     return turn(turned[which], cos[rows], sin[rows], h.rope)
 
 
+def offset_of_coded(h: Header, offset: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """An offset [head_dim] at coded tokens that stand at some places, as the header says: float32 [n, head_dim] (SPEC 9)."""
+    return offset_in_runs(h, offset, places) if h.runs else offset_at(h.rope, offset, places)
+
+
 def turn_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rope: RopeField) -> np.ndarray:
     """x [..., tokens, head_dim] with each pair turned back by its token's angle, float64."""
     p, q = pairs(rope)

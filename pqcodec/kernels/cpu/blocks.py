@@ -33,7 +33,9 @@ from pqcodec.kernels.cpu.offsets import (
     fill_phases_across,
     fill_turns_of_run_across,
     keep_phases,
+    keep_phases_of_runs,
     keep_turns_of_run,
+    runs_in,
     turn_offset,
 )
 from pqcodec.kernels.cpu.paper import decode_paper, encode_paper
@@ -138,7 +140,7 @@ def encode_stream_blocks(
         block_out = chunk * leading * block_size(chunk_tokens, kind) + lead * (size + CHECKSUM_BYTES)
         position = I64(rope.first_position + lead * rope.list_tokens + first_tokens + first)
         if by_runs:
-            keep_phases(position, (tokens + RUN_ROWS - 1) // RUN_ROWS, RUN_ROWS, rope, run.cos, run.sin, run.filled)
+            keep_phases_of_runs(position, tokens, rope, run)
         else:
             keep_phases(position, tokens, 1, rope, cos, sin, filled)
         for row in range(0, tokens, LANES):
@@ -230,7 +232,7 @@ def decode_stream_blocks(items, kind, output, rope, rotation, split, paper, quad
             continue
         offset, limit = carray(pointer(offset_at), (order if offset_at else 0,), np.float32), output.limit
         if by_runs:
-            keep_phases(position, (tokens + RUN_ROWS - 1) // RUN_ROWS, RUN_ROWS, rope, run.cos, run.sin, run.filled)
+            keep_phases_of_runs(position, tokens, rope, run)
         elif offset_at:
             limit = limit * _NEARLY - F32(2) * turn_offset(offset, order, rope, turning)
             if pairs and (position + low != have_across[0] or high - low > have_across[1]):
@@ -300,7 +302,7 @@ def turning_of(order, tokens, rope):
 @jit
 def run_of(order, tokens, rope):
     """An OffsetRun for blocks of up to ``tokens``, whose arrays are filled later; without runs nothing uses it."""
-    pairs, runs = rope.frequencies.size, (tokens + RUN_ROWS - 1) // RUN_ROWS
+    pairs, runs = rope.frequencies.size, runs_in(tokens)
     cos, sin = np.zeros(runs * pairs + LANES, np.float32), np.zeros(runs * pairs + LANES, np.float32)
     first, second = np.zeros(pairs + LANES, np.float32), np.zeros(pairs + LANES, np.float32)
     return OffsetRun(np.zeros(order, np.float32), cos, sin, np.full(2, -1, np.int64), first, second)

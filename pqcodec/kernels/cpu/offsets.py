@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pqcodec.constants import DTYPE_FLOAT16, LARGEST_FINITE, RUN_TURN_BITS
+from pqcodec.constants import DTYPE_FLOAT16, LARGEST_FINITE, RUN_ROWS, RUN_TURN_BITS
 from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, leaf
@@ -119,6 +119,18 @@ def turn_offset(offset, order, rope, turning):
         turning.along[k + step], turning.across[k + step] = q, p
         reach = max(reach, abs(p) + abs(q))
     return reach
+
+
+@leaf
+def runs_in(tokens):
+    """How many runs a block of so many tokens has."""
+    return (tokens + RUN_ROWS - 1) // RUN_ROWS
+
+
+@leaf
+def keep_phases_of_runs(position, tokens, rope, run):
+    """``keep_phases`` of each run's first row, of a block of so many tokens that begins at a position (SPEC 9.5, step 2)."""
+    keep_phases(position, runs_in(tokens), RUN_ROWS, rope, run.cos, run.sin, run.filled)
 
 
 @leaf

@@ -245,7 +245,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
 #endif
 #if BY_RUNS
-            if (first_row == begin || first_row % RUN_ROWS == 0) turn_to_run(tables, block, first_row, lane, means);
+            if (first_row == begin || first_row % RUN_ROWS == 0)
+                turn_to_run(tables, block, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, not_ahead(lane),
+                            reinterpret_cast<u8*>(means));
 #endif
 #if TILE_TURNS
             if (first_row != begin) turn_on(tables, lane, means + ORDER);

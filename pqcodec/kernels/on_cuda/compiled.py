@@ -61,6 +61,7 @@ FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memor
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
 RUN_PIECE = 144  # bytes of a piece's turned means as operands of products
+BEHIND_RUN = 16  # bytes behind a run's means: their unit, and for teams the largest magnitude
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -190,11 +191,11 @@ def warp_memory(
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile, or ``in_runs`` the same turned to a run alone, with a unit; its radii as encoders of quads keep them, and
+    to a tile, or ``in_runs`` the same turned to a run alone; its radii as encoders of quads keep them, and
     sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
-    radii_at = means_at + (run_bytes(h) + 16 if in_runs else 4 * h.order * (h.offsets + turned))
+    radii_at = means_at + (run_bytes(h) if in_runs else 4 * h.order * (h.offsets + turned))
     sums_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
     rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {
@@ -209,9 +210,10 @@ def warp_memory(
 
 
 def run_bytes(h: Header) -> int:
-    """Bytes for means as they are turned to a run: float32 or, which takes a little more, operands of products."""
+    """Bytes for means as they are turned to a run, and what is behind them: float32 or, a little more, operands of products."""
     turned = len(h.rope.frequencies) if h.rope else 0  # pairs
-    return h.runs * (4 * (h.order - 2 * turned) + (turned // 16 * RUN_PIECE if in_pieces(h) else 8 * turned))
+    means = 4 * (h.order - 2 * turned) + (turned // 16 * RUN_PIECE if in_pieces(h) else 8 * turned)
+    return h.runs * (means + BEHIND_RUN)
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -271,6 +273,7 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
         "ITEM": c.ITEM_BYTES[h.dtype],
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
         "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
+        "LARGEST_HALF": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT16]!r}f",
         "RADIUS_BIAS": c.RADIUS_BIAS,
         "RADIUS_SPLIT": f"({c.RADIUS_SPLIT})",
         "RADIUS_SHIFT": c.RADIUS_SHIFT,
@@ -282,6 +285,10 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
         "CHECKSUM_BYTES": c.CHECKSUM_BYTES,
         "OFFSETS": int(h.offsets),
         "IN_RUNS": int(h.runs),
+        "RUN_ROWS": c.RUN_ROWS,
+        "RUN_MAGIC": f"{1.5 * 2.0 ** (23 - c.RUN_TURN_BITS)!r}f",
+        "RUN_PIECE": RUN_PIECE,
+        "BEHIND_RUN": BEHIND_RUN,
         "PAIRS": len(h.rope.frequencies) if h.rope else 0,
         "INTERLEAVED": int(h.rope is not None and h.rope.pairing == c.ROPE_INTERLEAVED),
         "KEY_0": f"{checksum_keys(1)[0]}u",

@@ -352,7 +352,7 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
 
 // What a run's means, as they are kept, are still to be multiplied with.
 INLINE volatile float& kept_unit(const float* means) {
-    return *reinterpret_cast<float*>(reinterpret_cast<i64>(means) + RUN_BYTES);
+    return *reinterpret_cast<float*>(reinterpret_cast<i64>(means) + UNIT_AT);
 }
 INLINE void keep_unit(const Block& block, int lane, const float* means) {
     if (lane == 0) kept_unit(means) = are_direct(block) ? 1.0f : unit_of_means(block);

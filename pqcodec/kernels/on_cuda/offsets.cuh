@@ -8,11 +8,13 @@
 // where there is room for the table RUN_TURNS, tensor cores turn a run's means: of a lane's channels the turns are operands
 // as they are, and the means the diagonals of the others (RunMeans).
 //
-// Needs OFFSETS, IN_RUNS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED
-// (how channels are paired), PARTS (if more than one: of a row's pieces), and with RoPE the tables FREQUENCIES (of each pair)
-// and PHASES (256 times cos and sin of a coarse turn, and of a fine one, PHASE_COPIES of each side by side, so that fewer lanes
-// meet in a bank). With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a block's means to its first row, then
-// on to each tile's first row, and from there to the tile's others.
+// Needs OFFSETS, IN_RUNS, ORDER, CHECKSUM_BYTES, OFFSET_EXPONENT_AT; LARGEST_HALF (of float16), RUN_ROWS (of a run), RUN_MAGIC
+// (what is added to a run's turns, and taken off again, rounds them), RUN_BYTES (of a run's means, and BEHIND_RUN bytes behind
+// them); PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how channels are paired), PARTS (if more than one: of a
+// row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn, and of
+// a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank). With the table RUN_TURNS a run's means
+// are operands of products, RUN_PIECE bytes a piece. With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a
+// block's means to its first row, then on to each tile's first row, and from there to the tile's others.
 #pragma once
 
 #include "block_place.cuh"
@@ -25,15 +27,9 @@
 #define APART 0
 #endif
 
-#ifndef IN_RUNS
-#define IN_RUNS 0
-#endif
-#define RUN_ROWS 64
-#define RUN_MAGIC 6144.0f               // 1.5 * 2^12: what is added to it is rounded to a multiple of 2^-11
-#define RUN_PIECE 144                   // bytes
-#define LARGEST_HALF 65504.0f           // of float16
-#define SMALLEST_HALF 6.103515625e-05f  // 2^-14, of those that are not subnormal
-#define LEAST_DIRECT (-27)              // the exponent of means of which the largest is above 2^-13
+#define UNIT_AT (RUN_BYTES - BEHIND_RUN)  // of a run: where its means' unit is, or what is left of it
+#define SMALLEST_HALF 6.103515625e-05f    // 2^-14, of float16's that are not subnormal
+#define LEAST_DIRECT (-27)                // the exponent of means of which the largest is above 2^-13
 #ifdef RUN_TURNS_AT
 #define RUN_PRODUCTS 1
 #else
@@ -48,8 +44,8 @@
 #define TURNED_PIECES 0
 #endif
 
-// Whether means are turned to a run's first row, and from there by each row's turn. An encoder that turns them from a tile's first
-// row on comes as near as 16-bit numbers can tell.
+// Whether means are turned to a run's first row, and from there by each row's turn. An encoder that turns them from a tile's
+// first row on comes as near as 16-bit numbers can tell.
 #define BY_RUNS (IN_RUNS && !TILE_TURNS)
 
 #if OFFSETS
@@ -178,36 +174,34 @@ INLINE float* run_means(u8* run) {
     return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (2 * APART * (RUN_PIECE / 4) - TURNING);
 }
 
-// Of TOGETHER threads, which turn a block's stored means to a run's first row, the pairs of thread number ``thread`` and the
-// channels that do not turn.
-template <int TOGETHER> struct RunMeans {
-    static constexpr int MANY = (PAIRS + TOGETHER - 1) / TOGETHER, OTHERS = (ORDER - TURNING + TOGETHER - 1) / TOGETHER;
+// Of a warp that turns a block's stored means to a run's first row, a lane's pairs, and its channels that do not turn.
+struct RunMeans {
+    static constexpr int MANY = (PAIRS + 31) / 32, OTHERS = (ORDER - TURNING + 31) / 32;
     u16 ones[MANY], twos[MANY], others[OTHERS + 1];
 
-    INLINE static bool has(int i, int thread, int count) { return count % TOGETHER == 0 || i * TOGETHER + thread < count; }
+    INLINE static bool has(int i, int lane, int count) { return count % 32 == 0 || i * 32 + lane < count; }
     INLINE static int first_of(int pair) { return INTERLEAVED ? 2 * pair : pair; }
     INLINE static int second_of(int pair) { return INTERLEAVED ? 2 * pair + 1 : pair + PAIRS; }
 
-    INLINE void load(const Block& block, int thread) {
+    INLINE void load(const Block& block, int lane) {
         const u16* means = reinterpret_cast<const u16*>(stored_means(block));
 #pragma unroll
         for (int i = 0; i < MANY; i++)
-            if (has(i, thread, PAIRS))
-                ones[i] = __ldg(means + first_of(i * TOGETHER + thread)),
-                twos[i] = __ldg(means + second_of(i * TOGETHER + thread));
+            if (has(i, lane, PAIRS))
+                ones[i] = __ldg(means + first_of(i * 32 + lane)), twos[i] = __ldg(means + second_of(i * 32 + lane));
 #pragma unroll
         for (int i = 0; i < OTHERS; i++)
-            if (has(i, thread, ORDER - TURNING)) others[i] = __ldg(means + TURNING + i * TOGETHER + thread);
+            if (has(i, lane, ORDER - TURNING)) others[i] = __ldg(means + TURNING + i * 32 + lane);
     }
 
     // Fills ``run`` with them as they are turned at a position, times ``scale``: [ORDER] in float32, or where tensor cores go
     // on, first RUN_PIECE bytes for each piece that turns. These are nine columns of products: of each, of a channel in each of
     // the four strips, a word that has its mean in the channel's half, and 0 in the other. The ninth column is 0.
-    INLINE void turn(const u8* tables, u32 position, int thread, u8* run, float scale = 1.0f) const {
+    INLINE void turn(const u8* tables, u32 position, int lane, u8* run, float scale = 1.0f) const {
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
-            if (!has(i, thread, PAIRS)) break;
-            const int pair = i * TOGETHER + thread;
+            if (!has(i, lane, PAIRS)) break;
+            const int pair = i * 32 + lane;
             const TwoTurns turn(tables, position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair]);
             float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), turn.cos(), turn.sin());
             turned.x *= scale, turned.y *= scale;
@@ -221,18 +215,17 @@ template <int TOGETHER> struct RunMeans {
 #endif
         }
 #if RUN_PRODUCTS
-        if (thread < 2 * APART) *reinterpret_cast<uint4*>(run + thread * RUN_PIECE + 8 * 16) = make_uint4(0, 0, 0, 0);
+        if (lane < 2 * APART) *reinterpret_cast<uint4*>(run + lane * RUN_PIECE + 8 * 16) = make_uint4(0, 0, 0, 0);
 #endif
 #pragma unroll
         for (int i = 0; i < OTHERS; i++) {
-            const int channel = TURNING + i * TOGETHER + thread;
-            if (has(i, thread, ORDER - TURNING)) run_means(run)[channel] = half_value(others[i]) * scale;
+            const int channel = TURNING + i * 32 + lane;
+            if (has(i, lane, ORDER - TURNING)) run_means(run)[channel] = half_value(others[i]) * scale;
         }
     }
 };
 
-#ifdef ENCODER
-#if RUN_PRODUCTS
+#if defined(ENCODER) && RUN_PRODUCTS
 // Whether float16 holds means times their unit as well as they are stored, so that they are taken from rows in one step.
 INLINE bool are_direct(const Block& block) {
     const int exponent = exponent_of_means(block);
@@ -240,21 +233,25 @@ INLINE bool are_direct(const Block& block) {
 }
 #endif
 
-// Turns a block's means to the run of its row ``first_row``, as they are taken from rows: times their unit, and negative where
-// tensor cores add them.
-INLINE void turn_to_run(const u8* tables, const Block& block, int first_row, int lane, float* run) {
-    const int here = not_ahead(lane);
-#if RUN_PRODUCTS
-    const float scale = are_direct(block) ? -unit_of_means(block) : -1.0f;
+// What a run's means are kept times: an encoder takes them from rows, where tensor cores do so as negative sums.
+INLINE float scale_of_run(const Block& block) {
+#ifndef ENCODER
+    return 1.0f;
+#elif RUN_PRODUCTS
+    return are_direct(block) ? -unit_of_means(block) : -1.0f;
 #else
-    const float scale = unit_of_means(block);
+    return unit_of_means(block);
 #endif
-    RunMeans<32> means;
-    means.load(block, here);
-    means.turn(tables, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, here, reinterpret_cast<u8*>(run), scale);
+}
+
+// Turns a block's means to the run whose first row is at a position, by all lanes of a warp.
+INLINE void turn_to_run(const u8* tables, const Block& block, u32 position, int lane, u8* run) {
+    const float scale = scale_of_run(block);
+    RunMeans means;
+    means.load(block, lane);
+    means.turn(tables, position, lane, run, scale);
     __syncwarp();
 }
-#endif
 
 #if RUN_PRODUCTS
 // Where a lane's columns begin: of the operand's eight it has two numbers of one column, or zeros.

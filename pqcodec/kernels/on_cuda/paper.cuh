@@ -2,9 +2,9 @@
 //
 // A group is such 16 coordinates; a lane's quarter is ORDER / 64 groups. Rows are bits one behind the other, as in the stream.
 //
-// Needs DECODER or ENCODER, ORDER, ROW_BYTES, RADIUS_EXPONENT_AT, GROUP_BITS (62), what radius.cuh needs; when decoding the
-// tables ANGLES (cos and sin of four angles for each of levels 2, 3, 4) and DIRECTIONS, when encoding PAPER_BOUNDS (of cells,
-// braced).
+// Needs DECODER or ENCODER, ORDER, ROW_BYTES, RADIUS_EXPONENT_AT, LARGEST_HALF (of float16), GROUP_BITS (62), what radius.cuh
+// needs; when decoding the tables ANGLES (cos and sin of four angles for each of levels 2, 3, 4) and DIRECTIONS, when encoding
+// PAPER_BOUNDS (of cells, braced).
 #pragma once
 
 #include "bits.cuh"
@@ -87,7 +87,6 @@ INLINE void decode_row(const u8* tables, const Block& block, const u32* stage, i
 #endif
 
 #ifdef ENCODER
-#define LARGEST_HALF 65504.0f
 #define TANGENT_OF_16TH 0.41421356f  // of a sixteenth turn
 
 // The cell of the angle between energies a and b.

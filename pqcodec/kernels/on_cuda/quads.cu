@@ -66,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         const u32 position = position_of(block);
 #else
         const float room = LARGEST;
-        const u32 position = 0;
 #endif
         for (int first_row = 0, more = 1; rows_left(first_row, block.tokens, more); first_row += ROWS) {
             const bool wanted = first_row + ROWS > block.first && first_row < block.last;
@@ -109,10 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
                 for (int tile = 0; tile < TILES; tile++) quad_operands(tables, coded, lane, 16 * tile, operands[tile]);
 #if IN_RUNS
                 if (first_row % RUN_ROWS == 0 || !in_run) {
-                    RunMeans<32> of_run;
-                    of_run.load(block, lane);
-                    of_run.turn(tables, position + first_row / RUN_ROWS * RUN_ROWS, lane, shelf + MEANS_AT);
-                    __syncwarp();
+                    turn_to_run(tables, block, position + first_row / RUN_ROWS * RUN_ROWS, lane, shelf + MEANS_AT);
                     in_run = true;
                 }
 #endif

@@ -137,7 +137,7 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
     sums_at = sent_at + 8
     places_at = sums_at + slots * TEAM // 32 * 8
     runs_at = places_at + 2 * AHEAD * UPCOMING_BYTES
-    rows_at = _round(runs_at + h.offsets * (slots + 1) * (run_bytes(h) + 16), LINE)  # one more is used than there are slots
+    rows_at = _round(runs_at + (slots + 1) * run_bytes(h), LINE)  # one more is used than there are slots
     return {
         "SLOTS": slots,
         "SLOT_BYTES": slot,

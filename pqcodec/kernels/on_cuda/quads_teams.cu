@@ -36,7 +36,7 @@
 #define TEAMS ((THREADS - 32 * COURIERS) / TEAM)  // behind which the courier comes
 #define STEP 64                                   // rows
 #define TURNERS (TEAMS / 2)                       // where there are offsets: warps behind the courier, of two teams each
-#define STRETCHES (CHUNK <= STEP ? 1 : 3)              // of a step's words
+#define STRETCHES (CHUNK <= STEP ? 1 : 3)         // of a step's words
 
 // -- words ----------------------------------------------------------------------------------------------------------
 // A stretch of a step's words: where it begins in its block, and how many there are, in bytes.
@@ -165,7 +165,7 @@ struct Team {
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
     INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
     INLINE u32 free(u32 turn) const { return full(turn) + 8; }
-    INLINE u8* run(u32 turn) const { return shelf + RUNS_AT + turn * (RUN_BYTES + 16); }  // with its unit and the largest mean
+    INLINE u8* run(u32 turn) const { return shelf + RUNS_AT + turn * RUN_BYTES; }  // behind its unit the largest mean
     INLINE u32* sent() const { return reinterpret_cast<u32*>(shelf + SENT_AT); }  // how many steps, for turners
     INLINE u32 tables() const { return full(SLOTS); }  // the first team's barrier: that tables have come
     INLINE u64* sums(u32 turn) const { return reinterpret_cast<u64*>(shelf + SUMS_AT) + turn * 4; }
@@ -283,12 +283,12 @@ struct Turner {
 
     INLINE void work(const u8* tables, int lane) {
         const Block& block = team.place(at.round);
-        RunMeans<32> means;
+        RunMeans means;
         means.load(block, lane);
         if (at.first_row == 0) unit = unit_of_means(block), most = keep_means(block, lane, nullptr);
         u8* run = team.run(at.run);
         means.turn(tables, position_of(block) + at.first_row, lane, run);
-        if (lane == 0) *reinterpret_cast<float2*>(run + RUN_BYTES) = make_float2(unit, most);
+        if (lane == 0) *reinterpret_cast<float2*>(run + UNIT_AT) = make_float2(unit, most);
         __syncwarp();
         if (lane == 0) arrive(team.full(at.turn));
         at.next(at.is_last(block)), turned++;
@@ -332,7 +332,7 @@ INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) 
         quad_factors(tables, code, base, factor, second_factor);
 #if OFFSETS
         u8* run = team.run(at.run);
-        const float2 unit_and_most = *reinterpret_cast<const float2*>(run + RUN_BYTES);
+        const float2 unit_and_most = *reinterpret_cast<const float2*>(run + UNIT_AT);
         const float room = LARGEST - 2.0f * unit_and_most.y;  // an offset is below twice the largest mean
 #else
         const float room = LARGEST;
