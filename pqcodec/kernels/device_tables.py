@@ -98,6 +98,10 @@ class Tables:
     pair: Any  # int32 [columns]: number of the pair; -1 where a channel does not turn
     sign: Any  # float32 [columns]: -1 for the pair's first channel
     frequencies: Any  # int64 [pairs]
+    ones: Any  # int32 [columns / 2]: every column once, those that turn together as ones and twos at one place
+    twos: Any
+    in_halves: bool  # whether these are the first half of all columns and the second
+    pair_frequencies: Any  # uint32 [columns / 2]: 0 where columns do not turn
     phases: Any  # float32 [4, 256]: cos and sin of coarse turns, then of fine ones
 
 
@@ -163,7 +167,7 @@ def tables_on(
         paper=put(np.concatenate([paper[1].ravel(), paper[2].ravel(), (paper[0] ** 2).ravel()]).astype(np.float32)),
         **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in _quads(plan).items()},
         rotation=put(rotation),
-        **{name: put(array) for name, array in _rope_columns(rope, columns).items()},
+        **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in _rope_columns(rope, columns).items()},
         phases=put(centre.phase_tables().copy()),
     )
 
@@ -197,7 +201,7 @@ def _quads(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, np.ndarray]:
+def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, Any]:
     partner, pair = np.arange(columns, dtype=np.int32), np.full(columns, -1, np.int32)
     sign, frequencies = np.zeros(columns, np.float32), np.zeros(1, np.int64)
     if rope:
@@ -206,4 +210,22 @@ def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, np.ndarray]
         pair[p] = pair[q] = np.arange(len(p))
         sign[p], sign[q] = -1, 1
         frequencies = np.array(rope.frequencies, np.int64)
-    return {"partner": partner, "pair": pair, "sign": sign, "frequencies": frequencies}
+    together = _together(rope, columns)
+    own = np.pad(frequencies if rope else [], (0, columns // 2 - (len(frequencies) if rope else 0))).astype(np.uint32)
+    return {
+        "partner": partner,
+        "pair": pair,
+        "sign": sign,
+        "frequencies": frequencies,
+        "ones": together[0],
+        "twos": together[1],
+        "in_halves": bool((together.ravel() == np.arange(columns)).all()),
+        "pair_frequencies": own.view(np.int32),
+    }
+
+
+def _together(rope: RopeField | None, columns: int) -> np.ndarray:
+    """Every column once, int32 [2, columns / 2]: RoPE's pairs, and behind them what does not turn."""
+    turning = np.stack(centre.pairs(rope)) if rope else np.zeros((2, 0), np.int32)
+    others = np.setdiff1d(np.arange(columns), turning).reshape(2, -1)
+    return np.concatenate([turning, others], 1).astype(np.int32)

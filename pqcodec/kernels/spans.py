@@ -48,7 +48,7 @@ class SpanRow(NamedTuple):
 
 SPAN = SpanRow(*range(len(SpanRow._fields)))
 
-MEAN_PARTS = 16  # programs among which the tokens of a mean are divided
+MEAN_PARTS = 32  # programs among which the tokens of a mean are divided
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class Group:
 
     @cached_property
     def largest(self) -> Any:
-        """Each span's largest mean, as float32 bits."""
-        return self.empty(len(self.spans), "int32")
+        """The largest magnitude among each lead's means: float32 [leads]."""
+        return self.empty(max(self.leads, 1), "float32")
 
     def nonfinite(self) -> list[int]:
         """How many vectors of each span held NaN or Inf when they were encoded; waits."""

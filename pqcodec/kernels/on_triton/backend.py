@@ -25,6 +25,7 @@ PAPER_ENCODE_ROWS = ENCODE_ROWS | {64: 32}
 DECODE_ROWS = {16: 64, 32: 64, 64: 64, 128: 64, 256: 32, 512: 16, 1024: 16}
 ROPE_DECODE_ROWS = DECODE_ROWS | {128: 32, 256: 16}
 MEAN_ROWS = {16: 64, 32: 32, 64: 16, 128: 8, 256: 4, 512: 2, 1024: 1}
+MEAN_TILE = 4096  # numbers of sums that are added up at once
 PAIR_NUMBERS = 2048  # of a tile in which pair polar is encoded
 _CODINGS = (c.CODING_SPLIT, c.CODING_PAPER, c.CODING_QUADS, c.CODING_PAIRS, c.CODING_SCALAR)
 _UNITS = 2  # bytes of a unit in which ``sides`` copies
@@ -156,25 +157,40 @@ class Triton:
         if not group.leads:
             return
         search = {"SEARCH": group.search, "num_warps": WARPS, "enable_fp_fusion": False}
+        exact = any(span.header.first_tokens for span in group.spans)
         if h.offsets:
             means = {"COLUMNS": tables.columns, "PARTS": MEAN_PARTS, **search}
             sums = group.sums(tables.columns)
-            group.largest.zero_()
             sides.sum_tokens[(group.leads, MEAN_PARTS)](
                 group.rows,
                 group.lead_firsts,
                 group.starts,
                 sums,
-                *self._offset_tables(group)[1:],
+                tables.ones,
+                tables.twos,
+                tables.pair_frequencies,
+                tables.phases,
                 DTYPE=h.dtype,
                 HEAD_DIM=h.head_dim,
                 ROPE=h.rope is not None,
                 MEAN_TOKENS=MEAN_TOKENS,
                 ROWS=MEAN_ROWS[tables.columns],
+                IN_HALVES=tables.in_halves,
                 **means,
             )
-            sides.largest_means[(group.leads,)](
-                group.rows, group.lead_firsts, sums, group.largest, MEAN_TOKENS=MEAN_TOKENS, **means
+            sides.find_means[(group.leads,)](
+                group.rows,
+                group.lead_firsts,
+                group.starts,
+                sums,
+                group.largest,
+                group.keys,
+                EXACT=exact,
+                MEAN_TOKENS=MEAN_TOKENS,
+                AT_ONCE=max(min(MEAN_PARTS, MEAN_TILE // tables.columns), 1),
+                TILE=SUM_TILE,
+                **self._units(h),
+                **means,
             )
             least, most = c.OFFSET_EXPONENTS
             sides.write_offsets[(group.leads,)](
@@ -186,9 +202,10 @@ class Triton:
                 HEAD_DIM=h.head_dim,
                 LEAST=least,
                 MOST=most,
+                TILE=SUM_TILE,
                 **means,
             )
-        if any(span.header.first_tokens for span in group.spans):
+        elif exact:
             sides.write_exact[(group.leads,)](
                 group.rows, group.lead_firsts, group.starts, group.keys, TILE=SUM_TILE, **self._units(h), **search
             )

@@ -24,10 +24,9 @@ def sum_tokens(
     firsts,
     starts,
     sums,
-    partner,
-    pair,
-    sign,
-    frequencies,
+    ones,
+    twos,
+    pair_frequencies,
     phases,
     DTYPE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -36,11 +35,13 @@ def sum_tokens(
     MEAN_TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
+    IN_HALVES: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
-    """Sum one part of PARTS of a lead's sampled tokens into float64 sums [leads, PARTS, COLUMNS].
+    """Sum one part of PARTS of a lead's sampled tokens into float64 sums [leads, PARTS, COLUMNS], two columns at a time.
 
-    Under RoPE vectors are turned back first; vectors with NaN or Inf count as zeros.
+    Under RoPE vectors are turned back first; vectors with NaN or Inf count as zeros. IN_HALVES: ``ones`` are the first half of
+    the columns, and ``twos`` the second, in ascending order.
     """
     index = tl.program_id(0).to(tl.int64)
     which = find_span(firsts, index, SEARCH)
@@ -50,47 +51,72 @@ def sum_tokens(
     step = tl.maximum((coded + MEAN_TOKENS - 1) // MEAN_TOKENS, 1)
     count = (coded + step - 1) // step
     start, stride = tl.load(starts + tl.load(span + SPAN.value.starts) + lead), tl.load(span + SPAN.value.stride)
-    columns = tl.arange(0, COLUMNS)
-    inside = columns < HEAD_DIM
+    position = tl.load(span + SPAN.value.position)
+    places = tl.arange(0, COLUMNS // 2)
+    if IN_HALVES:  # known to the compiler, which then loads many numbers at once
+        one, two = places, COLUMNS // 2 + places
+    else:
+        one, two = tl.load(ones + places), tl.load(twos + places)
+    frequency = tl.load(pair_frequencies + places).to(tl.uint32, bitcast=True)
     part = tl.program_id(1)
-    total = tl.zeros([COLUMNS], tl.float64)
+    one_total, two_total = tl.zeros([ROWS, COLUMNS // 2], tl.float64), tl.zeros([ROWS, COLUMNS // 2], tl.float64)
     for first in range(part * ROWS, count, PARTS * ROWS):
         sample = first + tl.arange(0, ROWS)
         token = exact + sample * step
-        mask = (sample < count)[:, None] & inside[None, :]
-        x = load_rows(start, token, stride, columns, mask, DTYPE)
-        finite = tl.max((tl.abs(x) > LARGEST).to(tl.int32) | (x != x).to(tl.int32), 1) == 0
-        back = tl.where(finite[:, None], x, 0.0).to(tl.float64)
+        there = (sample < count)[:, None]
+        x = load_rows(start, token, stride, one, there & (one < HEAD_DIM)[None, :], DTYPE)
+        y = load_rows(start, token, stride, two, there & (two < HEAD_DIM)[None, :], DTYPE)
+        finite = (tl.abs(x) <= LARGEST) & (tl.abs(y) <= LARGEST)
+        finite = (tl.min(finite.to(tl.int32), 1) > 0)[:, None]
+        x, y = tl.where(finite, x, 0.0).to(tl.float64), tl.where(finite, y, 0.0).to(tl.float64)
         if ROPE:
-            partners, pairs = tl.load(partner + columns), tl.load(pair + columns)
-            other = load_rows(start, token, stride, partners, mask, DTYPE)
-            other = tl.where(finite[:, None], other, 0.0).to(tl.float64)
-            frequency = tl.load(frequencies + tl.maximum(pairs, 0))
-            position = token[:, None] + tl.load(span + SPAN.value.position)
-            cos, sin = phase_parts(position, frequency[None, :], phases)
-            other = other * sin.to(tl.float64) * tl.load(sign + columns).to(tl.float64)[None, :]
-            back = tl.where((pairs >= 0)[None, :], back * cos.to(tl.float64) - other, back)
-        total += tl.sum(back, 0)
-    tl.store(sums + (index * PARTS + part) * COLUMNS + columns, total)
+            cos, sin = phase_parts((token + position).to(tl.uint32)[:, None], frequency[None, :], phases)
+            cos, sin = cos.to(tl.float64), sin.to(tl.float64)
+            x, y = x * cos + y * sin, y * cos - x * sin
+        one_total += x
+        two_total += y
+    to = sums + (index * PARTS + part) * COLUMNS
+    tl.store(to + one, tl.sum(one_total, 0))
+    tl.store(to + two, tl.sum(two_total, 0))
 
 
 @triton.jit
-def largest_means(
-    spans, firsts, sums, largest, MEAN_TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, SEARCH: tl.constexpr
+def find_means(
+    spans,
+    firsts,
+    starts,
+    sums,
+    largest,
+    keys,
+    EXACT: tl.constexpr,
+    UNITS: tl.constexpr,
+    ROW_UNITS: tl.constexpr,
+    MEAN_TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCH: tl.constexpr,
 ):
-    """One lead's means, into sums [lead, 0]; largest [span] becomes the largest magnitude of a span's, as float32 bits."""
+    """One lead's means, into sums [lead, 0], and the largest magnitude, into largest [lead]; where there are any (EXACT), its
+    exact tokens as ``write_exact`` leaves them. AT_ONCE: parts that are added up together.
+    """
     index = tl.program_id(0).to(tl.int64)
     which = find_span(firsts, index, SEARCH)
-    coded = tl.load(spans + which * len(SPAN.value) + SPAN.value.coded)
+    span = spans + which * len(SPAN.value)
+    coded = tl.load(span + SPAN.value.coded)
     step = tl.maximum((coded + MEAN_TOKENS - 1) // MEAN_TOKENS, 1)
     count = tl.maximum((coded + step - 1) // step, 1)
     columns = tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float64)
-    for part in range(PARTS):
-        total += tl.load(sums + (index * PARTS + part) * COLUMNS + columns)
+    for first in range(0, PARTS, AT_ONCE):
+        parts = first + tl.arange(0, AT_ONCE)
+        total += tl.sum(tl.load(sums + (index * PARTS + parts)[:, None] * COLUMNS + columns[None, :]), 0)
     mean = total / count.to(tl.float64)
     tl.store(sums + index * PARTS * COLUMNS + columns, mean)
-    tl.atomic_max(largest + which, tl.max(tl.abs(mean).to(tl.float32)).to(tl.int32, bitcast=True))
+    tl.store(largest + index, tl.max(tl.abs(mean).to(tl.float32)))
+    if EXACT:
+        copy_exact(span, index - tl.load(firsts + which), starts, keys, UNITS, ROW_UNITS, TILE)
 
 
 @triton.jit
@@ -105,6 +131,7 @@ def write_offsets(
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
+    TILE: tl.constexpr,
     SEARCH: tl.constexpr,
 ):
     """Store one lead's means as halves (SPEC 9.1); the program of a span's first lead also writes the header's exponent."""
@@ -113,8 +140,13 @@ def write_offsets(
     span = spans + which * len(SPAN.value)
     lead = index - tl.load(firsts + which)
     stream = tl.load(span + SPAN.value.stream)
-    bits = tl.load(largest + which)
-    most = bits.to(tl.float32, bitcast=True)
+    first_of_span, leads = tl.load(firsts + which), tl.load(span + SPAN.value.leads)
+    largest_of = tl.zeros([TILE], tl.float32)
+    for first in range(0, leads, TILE):
+        of_span = first + tl.arange(0, TILE)
+        largest_of = tl.maximum(largest_of, tl.load(largest + first_of_span + of_span, mask=of_span < leads, other=0.0))
+    most = tl.max(largest_of)
+    bits = most.to(tl.int32, bitcast=True)
     exponent = tl.minimum(tl.maximum((bits >> 23) - 126 - 15, LEAST), MOST)
     exponent = tl.where((most == 0) | ((most >= 0.0625) & (most < 32768.0)), 0, exponent)
     columns = tl.arange(0, COLUMNS)
@@ -147,7 +179,12 @@ def write_exact(
     index = tl.program_id(0).to(tl.int64)
     which = find_span(firsts, index, SEARCH)
     span = spans + which * len(SPAN.value)
-    lead = index - tl.load(firsts + which)
+    copy_exact(span, index - tl.load(firsts + which), starts, keys, UNITS, ROW_UNITS, TILE)
+
+
+@triton.jit
+def copy_exact(span, lead, starts, keys, UNITS: tl.constexpr, ROW_UNITS: tl.constexpr, TILE: tl.constexpr):
+    """What ``write_exact`` does for a span's lead."""
     count = tl.load(span + SPAN.value.exact) * ROW_UNITS
     at = (tl.load(span + SPAN.value.stream) + tl.load(span + SPAN.value.exact_at) + lead * (2 * count + CHECKSUM_BYTES)).to(
         tl.pointer_type(tl.uint16)
