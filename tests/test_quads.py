@@ -16,6 +16,7 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import InvalidArgument, UnsupportedStream
 from pqcodec.kernels.on_cuda import quads_encoder, tables
+from pqcodec.options import EncodeOptions
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum
 from pqcodec.stream.header import Header
@@ -198,6 +199,29 @@ def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int) -> None:
     every, rows = distances(x), np.arange(len(x))
     chosen = candidates[rows, distances(steps * step)[rows[:, None], candidates].argmin(1)]
     assert every[rows, chosen].sum() <= 1.017 * every.min(1).sum()
+
+
+@pytest.mark.parametrize("bits", range(4, quads_encoder.GROUPED + 1))
+@pytest.mark.parametrize("copies", quads_encoder.COPIES[:-1], ids=str)
+def test_groups_among_cells_take_no_cell_that_quads_have(bits: int, copies: quads_encoder.Copies) -> None:
+    plan = plan_for(replace(EncodeOptions("quad3").header((1, 64, 128), c.DTYPE_BFLOAT16), row_bits=(bits + 4) * 32 + 8))
+    few, many = (quads_encoder.encoder_tables(plan, each, "fast") for each in (quads_encoder.ONE_COPY, copies))
+    magnitudes = np.random.default_rng(bits).normal(size=(1 << 16, 4)) * np.array([[1], [2], [4], [16]]).repeat(1 << 14, 0)
+    levels = np.sort(np.abs(magnitudes))[:, ::-1] // (quads_encoder.WIDTH / 4)
+    level = np.minimum(levels, np.array(quads_encoder.LEVELS) - 1).astype(np.int64)
+    cell = np.unique(np.ravel_multi_index(level[:, [3, 1, 0, 2]].T, np.array(quads_encoder.LEVELS)[[3, 1, 0, 2]]))
+    heads = few["HEADS"][few["CELLS"][cell] // 4], many["CELLS"][cell]
+    points = (1 << bits) - 1  # of a candidate's word; where its pattern is depends on how many copies there are
+    assert np.array_equal(heads[0] >> 16 & points, heads[1] >> 16 & points)
+    size, count = few["GROUPS"][0].nbytes, quads_encoder.group_copies(bits, copies)
+    begins = [(head & 0xFFFF).astype(np.int64) for head in heads]
+    assert (begins[1] % (size * count) == 0).all()  # kernels add the place of a lane's copy by "or"
+    one, own = few["GROUPS"].ravel(), many.get("GROUPS", many["CELLS"]).view(np.int32).ravel()
+    expected = np.tile(one[begins[0][:, None] // 4 + np.arange(size // 4)], count).reshape(len(cell), -1, 2)
+    found = own[begins[1][:, None] // 4 + np.arange(size * count // 4)].reshape(len(cell), -1, 2)
+    assert np.array_equal(found[..., 0], expected[..., 0])
+    for bits_of in (lambda word: word >> quads_encoder.SCORE_AT, lambda word: word & points):
+        assert np.array_equal(bits_of(found[..., 1]), bits_of(expected[..., 1]))
 
 
 def test_the_tables_are_those_that_were_trained() -> None:

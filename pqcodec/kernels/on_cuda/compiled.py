@@ -16,7 +16,7 @@ from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.factors import DOWN_SHIFT, ROW, in_factors
-from pqcodec.kernels.on_cuda.quads_encoder import encoder_definitions, own_copies
+from pqcodec.kernels.on_cuda.quads_encoder import COPY_MACROS, ONE_COPY, Copies, encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
@@ -99,7 +99,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     wide, factors = rows > ROWS, in_factors(verb, h)
     early = wide and h.dtype != c.DTYPE_FLOAT32 and _fetched_early(h, few)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
-    own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (1,)
+    own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (ONE_COPY,)
     turns = _ways_to_turn(h, few, rows if wide or factors else 0, wide)
     for most, keys, bits, way, copies in product(most_threads(verb, h), (True, False), tables, turns, own):
         phases, tile_turns, products = way
@@ -344,7 +344,7 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "ROTATION_BYTES": _rotation_bytes(verb, h),
         **layout.places,
-        **(encoder_definitions(h, effort, layout.places.get("COPIES", 1)) if of_quads else {}),
+        **(encoder_definitions(h, effort, Copies(*(layout.places[name] for name in COPY_MACROS))) if of_quads else {}),
     }
 
 

@@ -39,6 +39,10 @@ typedef u16 Store;
 
 #define FOURS ((QUADS + 3) / 4)  // of a lane's quads, the last of which may be two
 
+#ifndef GROUPS_AT
+#define GROUPS_AT CELLS_AT  // groups lie among the cells
+#endif
+
 #if GROUPED
 #define OWN_COPIES GROUP_COPIES  // of a group's words
 #define OWN_BYTES (8 * (CANDIDATES - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,25 @@ LEVELS, STEPS, REACH = (17, 17, 8, 4), 128, 3.4
 WIDTH = REACH / STEPS * 8  # of a level, in radii
 CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}  # of a cell, by the bits of a table
 GROUPED = 8  # bits up to which a cell's candidates are looked up together; more of them would make too many groups
-COPIES = (32, 16, 8, 4, 2, 1)  # of a row of ranks: with 32, no two lanes meet in a bank
-FEW_COPIES = (1,)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
+
+
+class Copies(NamedTuple):
+    """How many copies there are of what lanes look up at random places: with as many as lanes that read at once, none meet."""
+
+    own: int  # of rows of ranks, and of corners
+    groups: int  # of groups, at the most
+
+
+ONE_COPY = Copies(1, 1)
+COPIES = (Copies(32, 16), Copies(16, 16), Copies(8, 8), Copies(16, 4), Copies(8, 4), Copies(4, 4), Copies(2, 2), ONE_COPY)
+FEW_COPIES = (ONE_COPY,)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
+COPY_MACROS = ("COPIES", "GROUP_COPIES")
+FARTHEST = 1 << 16  # bytes from the first cell on, or from the first group, at which groups may begin
 PATTERNS = 1 << (c.QUAD - 1)  # which neighbours of a representative's magnitudes are equal
 FIRST_BITS, SCORE_AT = 10, 14  # fields of a candidate's word: at most so many bits of the first point; the pattern; the score
 
 
-def encoder_tables(plan: Plan, copies: int = 1, effort: str = "best") -> dict[str, np.ndarray]:
+def encoder_tables(plan: Plan, copies: Copies = ONE_COPY, effort: str = "best") -> dict[str, np.ndarray]:
     """What the kernel looks up, as ``_grouped`` or ``_apart`` says, and
 
     RANKS uint8 [patterns, 16 places of the second and the third, copies, 4 places of the largest]: of a point behind the first;
@@ -36,16 +48,16 @@ def encoder_tables(plan: Plan, copies: int = 1, effort: str = "best") -> dict[st
     search = _grouped if table.bits <= GROUPED else _apart
     return {
         **search(table, half, pattern << pattern_at(table.bits, copies) | first, copies),
-        "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies, 1),
+        "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies.own, 1),
         **({"POINTS": table.points.view(np.uint8)} if len(c.QUADS_EFFORTS[effort]) > 1 else {}),
     }
 
 
-def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
     """CELLS uint32 [cells]: where the cell's group of candidates begins, and the word of its first candidate; or, with one
     copy, which takes less room, uint16 [cells]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies,
     other candidates, 2]: magnitudes less those of the first, a signed byte each, the largest first, and the candidate's word
-    with its score.
+    with its score. Where they are not too many, groups lie among the cells that no quad has, and behind them, without GROUPS.
 
     Of representatives: ``half`` their squares, as steps of magnitudes are scored; ``words``: {pattern, first point}.
     """
@@ -53,18 +65,35 @@ def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: in
     groups, which = np.unique(cells, axis=0, return_inverse=True)
     apart = table.representatives[groups[:, 1:]] - table.representatives[groups[:, :1]]
     fields = _scored(apart, half[groups[:, 1:]] - half[groups[:, :1]], words[groups[:, 1:]])
-    copies = group_copies(table.bits, copies)
-    begins = np.arange(len(groups)) * (fields[0].nbytes * copies)
-    assert begins.max() < 1 << 16
-    heads = (begins | words[groups[:, 0]] << 16).astype(np.uint32)
-    found = {"CELLS": heads[which.ravel()]} if copies > 1 else {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads}
-    return {**found, "GROUPS": np.repeat(fields[:, None], copies, 1)}
+    first, stored = words[groups[:, 0]] << 16, np.repeat(fields[:, None], group_copies(table.bits, copies), 1)
+    begins = np.arange(len(groups)) * stored[0].nbytes
+    if copies.own == 1:
+        heads = (begins | first).astype(np.uint32)
+        return {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads, "GROUPS": stored}
+    among = _places_among_cells(stored[0].nbytes, len(groups))
+    if among[-1] >= FARTHEST:
+        assert begins[-1] < FARTHEST
+        return {"CELLS": (begins | first).astype(np.uint32)[which.ravel()], "GROUPS": stored}
+    found = np.zeros(max(4 * which.size, among[-1] + stored[0].nbytes), np.uint8).view(np.uint32)
+    found[: which.size] = (among | first).astype(np.uint32)[which.ravel()]
+    found[among[:, None] // 4 + np.arange(stored[0].nbytes // 4)] = stored.reshape(len(groups), -1).view(np.uint32)
+    return {"CELLS": found}
 
 
-def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+def _places_among_cells(size: int, count: int) -> np.ndarray:
+    """Bytes, ascending, at which ``count`` entries of ``size`` fit between cells that quads have, or behind all cells."""
+    last, second, largest, third = np.indices((LEVELS[3], LEVELS[1], LEVELS[0], LEVELS[2]))
+    taken = ((second <= largest) & (third <= second) & (last <= third)).ravel()
+    apart = size // 4
+    places = np.pad(taken, (0, -len(taken) % apart)).reshape(-1, apart)
+    free = np.concatenate([np.flatnonzero(~places.any(axis=1)), len(places) + np.arange(count)])
+    return free[:count] * size
+
+
+def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
     """CELLS uint8 [cells, 4 candidates], and CORNERS int32 [representatives, copies, 2]: magnitudes and words as in groups."""
     fields = _scored(table.representatives, half, words)
-    return {"CELLS": cells_of(table.bits), "CORNERS": np.repeat(fields[:, None], copies, 1)}
+    return {"CELLS": cells_of(table.bits), "CORNERS": np.repeat(fields[:, None], copies.own, 1)}
 
 
 def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -74,18 +103,18 @@ def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.
     return np.stack([magnitudes.astype(np.int8).view(np.int32)[..., 0], score << SCORE_AT | words], -1).astype(np.int32)
 
 
-def group_copies(bits: int, copies: int) -> int:
+def group_copies(bits: int, copies: Copies) -> int:
     """Copies of a group's words: no more than there are lanes whose words are read at once."""
-    return min(copies, 16 // (CANDIDATES[bits] - 1))
+    return min(copies.groups, 16 // (CANDIDATES[bits] - 1))
 
 
-def pattern_at(bits: int, copies: int) -> int:
+def pattern_at(bits: int, copies: Copies) -> int:
     """Where a candidate's word has the pattern: where it is a place among the ranks, in bytes, if ``bits`` have room below."""
-    place = (16 * c.QUAD * copies).bit_length() - 1
+    place = (16 * c.QUAD * copies.own).bit_length() - 1
     return place if place >= bits else FIRST_BITS + 1
 
 
-def own_copies(few: bool) -> tuple[int, ...]:
+def own_copies(few: bool) -> tuple[Copies, ...]:
     """How many copies of a lane's own tables are tried, from the quickest on."""
     return FEW_COPIES if few else COPIES
 
@@ -138,7 +167,7 @@ def cells_of(bits: int) -> np.ndarray:
     return np.where(found, best, best[:, :1]).astype(np.uint8)  # where there are fewer, the first again
 
 
-def encoder_definitions(h: Header, effort: str, copies: int) -> dict[str, Any]:
+def encoder_definitions(h: Header, effort: str, copies: Copies) -> dict[str, Any]:
     """The macros of ``quads_encoder.cuh`` and ``planes.cuh``; ``copies``: of a lane's own tables."""
     table = quads.table_of(plan_for(h))
     least, most = c.QUADS_RADII
@@ -149,7 +178,7 @@ def encoder_definitions(h: Header, effort: str, copies: int) -> dict[str, Any]:
         "GROUP_COPIES": group_copies(table.bits, copies),
         "GROUPED": int(table.bits <= GROUPED),
         "STEPS": STEPS,
-        "CELL_BYTES": 2 if copies == 1 and table.bits <= GROUPED else 4,
+        "CELL_BYTES": 2 if copies.own == 1 and table.bits <= GROUPED else 4,
         "LARGEST_LEVEL": LEVELS[2],  # cells from one level to the next
         "SECOND_LEVEL": LEVELS[2] * LEVELS[0],
         "LAST_LEVEL": LEVELS[2] * LEVELS[0] * LEVELS[1],

@@ -14,7 +14,7 @@ from pqcodec.codings import angles
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.kernels.on_cuda.factors import factor_tables, in_factors
-from pqcodec.kernels.on_cuda.quads_encoder import encoder_tables
+from pqcodec.kernels.on_cuda.quads_encoder import COPY_MACROS, ONE_COPY, Copies, encoder_tables
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
 from pqcodec.stream.header import Header, RopeField
@@ -34,7 +34,7 @@ def tables_for(
     bits: int,
     keys: bool,
     phases: int,
-    copies: int = 1,
+    copies: Copies = ONE_COPY,
     effort: str = "fast",
     tile_turns: int = 0,
     products: bool = False,
@@ -51,7 +51,7 @@ def tables_for(
     turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
     turns |= run_tables(h) if products else {}
     blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
-    return blob, {**places, "PHASE_COPIES": phases, "COPIES": copies}
+    return blob, {**places, "PHASE_COPIES": phases, **dict(zip(COPY_MACROS, copies, strict=True))}
 
 
 def table_bits(h: Header) -> int:
@@ -231,7 +231,7 @@ def _code_table(plan: Plan, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -- of encoders ----------------------------------------------------------------------------------------------------------
-def _encoder_tables(h: Header, plan: Plan, copies: int, effort: str) -> dict[str, np.ndarray]:
+def _encoder_tables(h: Header, plan: Plan, copies: Copies, effort: str) -> dict[str, np.ndarray]:
     if h.coding == c.CODING_QUADS:
         return encoder_tables(plan, copies, effort)
     if h.coding == c.CODING_PAPER:
