@@ -16,6 +16,7 @@ from pqcodec.stream.header import Header
 
 MOST_WHOLE = 256  # the largest order whose matrix an encoder keeps whole
 BUTTERFLY = 8  # numbers
+FLIPPED = 16  # words whose signs one word has
 DOWN_SHIFT = 4  # of sums of float16, a round, so that they stay finite: the matrix's entries are 2^-DOWN_SHIFT
 ROW = 16  # bytes of shared memory: a number of each of a tile's eight rows
 LINE = 8  # rows that lie in different banks
@@ -23,9 +24,9 @@ LINE = 8  # rows that lie in different banks
 
 def factor_tables(h: Header, brain: bool) -> dict[str, np.ndarray]:
     """MATRIX uint8 [strips, bricks, 8 columns, 16 bytes of inputs]: of bfloat16 (``brain``) or float16, with zeros behind;
-    FLIPS uint32 [2 rounds, strips, 2 halves, 2, 4 quarters, 4]: +-1 for each number, two of them packed: E, and D (SPEC 5.3),
-        for rows of even and of odd number. Odd rows begin with the last half of a butterfly, which turns over the last half of
-        its sums; D turns them back.
+    FLIPS uint32 [2 rounds, 2, 4 quarters, words]: signs of a lane's numbers, those of 16 words of two numbers in each: E, and D
+        (SPEC 5.3), for rows of even and of odd number. Odd rows begin with the last half of a butterfly, which turns over the
+        last half of its sums; D turns them back.
     PUTS, TAKES uint32 [.., 32 lanes, 4]: where in the exchange a lane's row of each stmatrix and ldmatrix lies, in bytes.
     """
     order, strips = h.order, h.order // 64
@@ -36,10 +37,12 @@ def factor_tables(h: Header, brain: bool) -> dict[str, np.ndarray]:
     first, second = rotation.signs(h.seed, order, first_round=True), rotation.signs(h.seed, order)
     turned = np.where(rotation.permutation(order) % 16 < BUTTERFLY, 1, -1)
     flips = np.stack([first, second, np.roll(first.reshape(-1, 2, BUTTERFLY), 1, 1).ravel(), second * turned])
-    flips = flips.reshape(2, 2, strips, 4, 2, BUTTERFLY).transpose(1, 2, 4, 0, 3, 5).astype(np.float32)
+    minus = flips.reshape(2, 2, strips, 4, BUTTERFLY, 2).transpose(1, 0, 3, 2, 4, 5).reshape(2, 2, 4, -1, 2) < 0
+    minus = np.pad(minus, ((0, 0),) * 3 + ((0, -minus.shape[3] % FLIPPED), (0, 0))).reshape(2, 2, 4, -1, FLIPPED, 2)
+    at = 15 - np.arange(FLIPPED)[:, None] + np.array([0, 16])  # the bit of each number
     puts, takes = _exchange(order)
     return {
-        "FLIPS": _packed(flips, brain),
+        "FLIPS": (minus.astype(np.uint32) << at.astype(np.uint32)).sum((-1, -2), dtype=np.uint32),
         "PUTS": _by_fours(puts),
         "TAKES": _by_fours(takes),
         "MATRIX": _packed(padded, brain).view(np.uint8).reshape(strips, 8, -1, 16).swapaxes(1, 2),

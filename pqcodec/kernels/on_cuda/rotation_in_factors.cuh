@@ -35,6 +35,7 @@ typedef float Sum;
 #define LOST_EXPONENTS (2 * DOWN_SHIFT)
 #endif
 #define PANELS ((STRIPS + PANEL - 1) / PANEL)
+#define FLIP_WORDS ((STRIPS + 1) / 2)  // of a lane's signs
 #ifndef UNDER_WAY
 #define UNDER_WAY (THREADS <= 256 ? 2 : 1)  // panels at once
 #endif
@@ -50,32 +51,34 @@ INLINE u32 fused(u32 a, u32 b, u32 c) {
     return sum;
 }
 
-INLINE u32 negative(u32 a) {
-    u32 found;
-    asm("neg." OF_16_BITS "x2 %0, %1;" : "=r"(found) : "r"(a));
-    return found;
-}
-
 // The sum of two words and their difference, in their places.
 INLINE void sum_and_difference(u32& a, u32& b) {
     const u32 sum = fused(b, ONES, a);
     b = fused(b, MINUS_ONES, a), a = sum;
 }
 
-// A strip's eight words, of which SWAPPED rows have the last four first, times +-1 (``round``: 0 or 1), through a butterfly.
-INLINE void butterfly(const u8* tables, int round, int strip, int quarter, u32* words) {
-    const uint4* flips_of = reinterpret_cast<const uint4*>(tables + FLIPS_AT) + 16 * (round * STRIPS + strip);
+// A lane's signs of a round (0 or 1), which the words of its strips get one strip after the other, in ascending order.
+struct Flips {
+    const u32* next;
+    u32 bits;  // the signs of the next word are bits 15 and 31, and behind them are those of the words behind it
+
+    INLINE Flips(const u8* tables, int round, int quarter)
+        : next(reinterpret_cast<const u32*>(tables + FLIPS_AT) + ((round * 2 + SWAPPED) * 4 + quarter) * FLIP_WORDS) {}
+
+    INLINE void flip(int strip, u32* words) {
+        if (strip % 2 == 0) bits = *next++;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint4 flips = flips_of[8 * half + 4 * SWAPPED + quarter];
-        u32* four = words + 4 * half;
-        const u32 first = fused(four[0], flips.x, 0x80008000u), second = fused(four[2], flips.z, 0x80008000u);
-        four[0] = fused(four[1], flips.y, first), four[1] = fused(negative(four[1]), flips.y, first);
-        four[2] = fused(four[3], flips.w, second), four[3] = fused(negative(four[3]), flips.w, second);
-        sum_and_difference(four[0], four[2]), sum_and_difference(four[1], four[3]);
+        for (int i = 0; i < 8; i++) words[i] ^= bits & 0x80008000u, bits += bits;
     }
+};
+
+// A strip's eight words, of which SWAPPED rows have the last four first, through a butterfly.
+INLINE void butterfly(u32* words) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) sum_and_difference(words[i], words[4 + i]);
+    for (int apart = 1; apart < 8; apart *= 2)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (!(i & apart)) sum_and_difference(words[i], words[i + apart]);
 }
 
 // -- products -------------------------------------------------------------------------------------------------------
@@ -231,8 +234,9 @@ struct Places {
 // the warp's shared memory.
 INLINE void rotate_halfway(const u8* tables, u8* exchange, int lane, u32 (*words)[8]) {
     const u32 address = (u32)__cvta_generic_to_shared(exchange);
+    Flips flips(tables, 0, lane & 3);
 #pragma unroll
-    for (int strip = 0; strip < STRIPS; strip++) butterfly(tables, 0, strip, lane & 3, words[strip]);
+    for (int strip = 0; strip < STRIPS; strip++) flips.flip(strip, words[strip]), butterfly(words[strip]);
     __syncwarp();
     Places puts(tables + PUTS_AT);
     each_panel<true>(tables, words, [&](int first, int half, const Sum (*sums)[PANEL][4]) {
@@ -249,11 +253,12 @@ INLINE void rotate_halfway(const u8* tables, u8* exchange, int lane, u32 (*words
     });
     __syncwarp();
     Places takes(tables + TAKES_AT);
+    Flips flips_back(tables, 1, lane & 3);
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) take_four(address + takes[2 * strip + half], words[strip] + 4 * half);
-        butterfly(tables, 1, strip, lane & 3, words[strip]);
+        flips_back.flip(strip, words[strip]), butterfly(words[strip]);
     }
     __syncwarp();
 }
