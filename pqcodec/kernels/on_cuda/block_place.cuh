@@ -2,7 +2,7 @@
 //
 // Needs AHEAD (blocks that a warp looks for at once, 32 at most), FIELDS and the places of a span's numbers (LEADS, STREAM ...,
 // as SpanRow in spans.py names them), CHUNK (tokens), ROW_BYTES, BESIDE and ALIGN (of a block's bytes, as Blocks in
-// stream/index.py says), and ITEM: bytes of a stored number.
+// stream/index.py says), ITEM (bytes of a stored number), OFFSETS, and with these CHECKSUM_BYTES and OFFSET_EXPONENT_AT.
 #pragma once
 
 #include "lanes.cuh"
@@ -13,9 +13,12 @@ constexpr __device__ int block_bytes(int tokens) { return (tokens * ROW_BYTES + 
 struct Block {
     const i64* span;  // the row of the block's span: FIELDS numbers
     u32* payload;     // the block's first word in the stream
-    i64 lead;         // leading index
-    i64 token;        // of the tensor, that the block's first row codes
-    i64 rows;         // address of that row in the tensor
+    i64 rows;         // address of the block's first row in the tensor
+#if OFFSETS
+    const u32* means;  // of the block's leading index, float16 [ORDER], two by two
+    u32 position;      // of the first row, under RoPE
+    int exponent;      // of what numbers stored as means are multiplied with
+#endif
     int row_stride;   // bytes from one row of the tensor to the next
     int tokens;       // rows of the block
     int first, last;  // the rows that are wanted: from first on, before last
@@ -32,17 +35,23 @@ INLINE Block block_of_span(const i64* __restrict__ spans, const i64* __restrict_
     const u32 leads = (u32)__ldg(block.span + LEADS), chunk_of_span = of_span / leads;
     const i64 chunk = __ldg(block.span + FIRST_CHUNK) + chunk_of_span, left = __ldg(block.span + CODED) - chunk * CHUNK;
     const i64 first_token = __ldg(block.span + FIRST_TOKEN);
-    block.lead = __ldg(block.span + FIRST_LEAD) + (of_span - chunk_of_span * leads);
+    const i64 lead = __ldg(block.span + FIRST_LEAD) + (of_span - chunk_of_span * leads);  // leading index
     block.tokens = left < CHUNK ? (int)left : CHUNK;
-    block.token = __ldg(block.span + EXACT) + chunk * CHUNK;
+    const i64 token = __ldg(block.span + EXACT) + chunk * CHUNK;  // of the tensor, that the block's first row codes
     block.payload = reinterpret_cast<u32*>(__ldg(block.span + PAYLOAD) +
                                            chunk * __ldg(block.span + LEADING) * block_bytes(CHUNK) +
-                                           block.lead * block_bytes(block.tokens));
+                                           lead * block_bytes(block.tokens));
+#if OFFSETS
+    const i64 stream = __ldg(block.span + STREAM);
+    block.means = reinterpret_cast<const u32*>(stream + __ldg(block.span + OFFSETS_AT) + lead * (2 * ORDER + CHECKSUM_BYTES));
+    block.position = (u32)(token + __ldg(block.span + POSITION));
+    block.exponent = *reinterpret_cast<const short*>(stream + OFFSET_EXPONENT_AT);
+#endif
     block.row_stride = (int)__ldg(block.span + STRIDE) * ITEM;
     block.rows = __ldg(starts + __ldg(block.span + STARTS) + (of_span - chunk_of_span * leads)) +
-                 (block.token - first_token) * block.row_stride;
-    block.first = (int)max(first_token - block.token, 0ll);
-    block.last = (int)min(__ldg(block.span + LAST_TOKEN) - block.token, (i64)block.tokens);
+                 (token - first_token) * block.row_stride;
+    block.first = (int)max(first_token - token, 0ll);
+    block.last = (int)min(__ldg(block.span + LAST_TOKEN) - token, (i64)block.tokens);
     return block;
 }
 

@@ -46,6 +46,16 @@
 
 static_assert(sizeof(Block) <= UPCOMING_BYTES);
 
+// What an encoder knows of a warp's block. Where registers are SCARCE it is kept in shared memory, for what is spilled from them
+// comes back only behind the next rows.
+struct Current {
+    u32 votes;   // votes_for_steps
+    float unit;  // kept_unit
+    int bad;     // rows with NaN or Inf; lane 0's
+};
+#define SCARCE (AS_WORDS && (OFFSETS || FACTORS))
+static_assert((AHEAD + 1) * sizeof(Block) + sizeof(Current) <= (AHEAD + 1) * UPCOMING_BYTES);
+
 // Both kernels take ``spans``, ``firsts``, ``starts`` and ``search`` as find_block does, the checksum's ``keys``, the tables as
 // a ``blob`` of 16-byte words, and the number of ``blocks``. Warp w of thread block t codes block w * gridDim.x + t, and so on.
 
@@ -89,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
         u64 sum = 0;
 #if OFFSETS
         const float room = LARGEST - 2.0f * keep_means(block, lane, means);  // an offset is below twice the largest mean
-        const u32 position = position_of(block);
+        const u32 position = block.position;
 #else
         const float room = LARGEST;
 #endif
@@ -173,9 +183,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
     const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
     extern __shared__ uint4 memory[];
-    const int lane = threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
     u8* tables = reinterpret_cast<u8*>(memory);
     u32* stage = reinterpret_cast<u32*>(tables + BLOB_BYTES + ROTATION_BYTES + (threadIdx.x >> 5) * WARP_BYTES);
+    const int lane = WIDE && SCARCE ? kept_lane(stage) : threadIdx.x & 31, quarter = lane & 3, tile_row = lane >> 2;
     Block* upcoming = reinterpret_cast<Block*>(reinterpret_cast<u8*>(stage) + STAGE_BYTES);
     float* means = reinterpret_cast<float*>(reinterpret_cast<u8*>(stage) + MEANS_AT);
 #if AS_WORDS
@@ -208,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     tables_are_written();
 
     for (u32 round = 0; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * CODERS, round++) {
-#if AS_WORDS  // it stays in shared memory, for registers are few
+#if AS_WORDS
         __syncwarp();
         if (lane < sizeof(Block) / 8)
             reinterpret_cast<u64*>(upcoming + AHEAD)[lane] = reinterpret_cast<const u64*>(upcoming + place)[lane];
@@ -216,8 +226,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #else
         const Block block = upcoming[place];
 #endif
+#if SCARCE
+        Current& current = *reinterpret_cast<Current*>(upcoming + AHEAD + 1);
+#else
+        Current current;
+#endif
+        if (!SCARCE || lane == 0) current.bad = 0;
         u64 sum = 0;
-        int bad = 0;
         __syncwarp();
 #if IN_TEAMS
         const int begin = first_row_of(block.tokens), end = begin + rows_of_warp(block.tokens);
@@ -228,26 +243,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         u32* const ending = stage;  // of the warp that ends the block
 #endif
 #if RUN_PRODUCTS
-        keep_unit(block, lane, means);
+        if (lane == 0) current.unit = kept_unit(block);
 #elif OFFSETS && !BY_RUNS
         keep_means(block, lane, means);
 #endif
 #if TILE_TURNS
-        turn_means(tables, means, position_of(block) + begin, lane, means + ORDER);
-#endif
-#if IN_STEP && PLANES
-        const Steps steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
-#endif
-        for (int first_row = begin, more = 1; rows_left(first_row, end, more); first_row += ROWS) {
-#if IN_STEP && PLANES
-            more = steps.any_goes_on(IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
-#elif IN_STEP
-            more = any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
+        turn_means(tables, means, block.position + begin, lane, means + ORDER);
 #endif
 #if BY_RUNS
-            if (first_row == begin || first_row % RUN_ROWS == 0)
-                turn_to_run(tables, block, position_of(block) + first_row / RUN_ROWS * RUN_ROWS, not_ahead(lane),
-                            reinterpret_cast<u8*>(means));
+        RunMeans first_means;  // on their way while the warps in step are asked
+        first_means.load(block, not_ahead(lane));
+#endif
+#if IN_STEP && PLANES
+        current.votes = votes_for_steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
+#endif
+#if BY_RUNS
+        first_means.turn(tables, block.position + begin / RUN_ROWS * RUN_ROWS, not_ahead(lane), reinterpret_cast<u8*>(means),
+                         scale_of_run(block));
+        __syncwarp();
+#endif
+        // Whether this warp, or one in step with it, has rows behind a tile.
+        const auto goes_on_behind = [&](int first_row) {
+            const int tokens = IS_IDLE(index, blocks) ? 0 : block.tokens;
+#if IN_STEP && PLANES
+            return any_goes_on(current.votes, tokens, first_row + ROWS);
+#elif IN_STEP
+            return any_in_step(first_row + ROWS < tokens);
+#else
+            return 1;
+#endif
+        };
+        for (int first_row = begin, more = 1; rows_left(first_row, end, more); first_row += ROWS) {
+            if (!SCARCE) more = goes_on_behind(first_row);
+#if BY_RUNS
+            if (CHUNK > RUN_ROWS && first_row != begin && first_row % RUN_ROWS == 0)
+                turn_to_run(tables, block, block.position + first_row, not_ahead(lane), reinterpret_cast<u8*>(means));
 #endif
 #if TILE_TURNS
             if (first_row != begin) turn_on(tables, lane, means + ORDER);
@@ -266,8 +296,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             load_rows(tables, block, means, fetched, row, lane, words, owns);
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
             const float own = owns[0], other = owns[OWN_ROWS - 1];
-            const bool even = own > LEAST_EVEN && own < MOST_EVEN && other > LEAST_EVEN && other < MOST_EVEN;
-            if (!__all_sync(ALL_LANES, even)) load_rows_carefully(tables, block, means, row, lane, bad, words, owns, exponents);
+            bool even = own > LEAST_EVEN && own < MOST_EVEN && other > LEAST_EVEN && other < MOST_EVEN;
+            if (RUN_PRODUCTS) even = even && current.unit == 1.0f;  // so are others whose means were not taken in one step
+            if (!__all_sync(ALL_LANES, even))
+                load_rows_carefully(tables, block, means, current.unit, row, lane, current.bad, words, owns, exponents);
 #if FACTORS
             u32(*strips)[8] = reinterpret_cast<u32(*)[8]>(words);
             rotate_halfway(tables, reinterpret_cast<u8*>(stage) + ROWS_AT, lane, strips);
@@ -283,11 +315,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #elif BYTES
             clear_stage(stage, lane);
             u32 operands[PIECES][4];
-            bytes_row(block, from, fetched, row, lane, bad, exponent, operands);
+            bytes_row(block, from, fetched, row, lane, current.bad, exponent, operands);
             rotate<false, WARPGROUPS>(tables, operands, quads);
 #else
             clear_stage(stage, lane);
-            rotate_carefully<WARPGROUPS, false>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
+            rotate_carefully<WARPGROUPS, false>(tables, block, means, from, fetched, row, lane, current.bad, exponent, quads);
 #endif
             __syncwarp();
             const bool goes_on = first_row + ROWS < end;
@@ -297,19 +329,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                 place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
             }
             const int next_row = goes_on ? first_row + ROWS : first_row_of(upcoming[place].tokens);
-            if (goes_on || next) {
-#if EARLY
-                if (PREFETCHED) prefetch_rows(upcoming[place], next_row, lane);
-#else
-                fetch_rows(upcoming[place], next_row, lane, fetched);
-#endif
-            }
+            if (!EARLY && (goes_on || next)) fetch_rows(upcoming[place], next_row, lane, fetched);
+            const int here = SCARCE ? not_ahead(lane) : lane;
 #if WIDE
-            encode_two_rows(tables, stage, tile_row, quarter, words, owns, exponents, [&] {
-                if (EARLY) fetch_rows(upcoming[place], next_row, lane, fetched);  // again the same ones, if there are no others
+            encode_two_rows(tables, stage, here, words, owns, exponents, [&] {
+                if (EARLY) fetch_rows(upcoming[place], next_row, here, fetched);  // again the same ones, if there are no others
             });
 #elif FACTORS
-            encode_in_factors(tables, stage, tile_row, quarter, strips, owns[0], exponents[0]);
+            encode_in_factors(tables, stage, here, strips, owns[0], exponents[0]);
 #else
             Energies energies;
             find_energies(quads, energies);
@@ -317,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #if PLAIN
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are rotated once more.
             if (!__all_sync(ALL_LANES, own > 1e-22f && own < 1e30f)) {
-                rotate_carefully<false, true>(tables, block, means, from, fetched, row, lane, bad, exponent, quads);
+                rotate_carefully<false, true>(tables, block, means, from, fetched, row, lane, current.bad, exponent, quads);
                 find_energies(quads, energies);
                 own = energies.of<ORDER / 4>(0);
             }
@@ -330,23 +357,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #else
             const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
 #endif
-            write_tile(tables, keys, stage, ending, rows, block, first_row, lane, sum);
+            write_tile(tables, keys, stage, ending, rows, block, first_row, here, sum);
             __syncwarp();
+            if (SCARCE) more = goes_on_behind(first_row);
         }
 #if IN_TEAMS
         u64* sums = reinterpret_cast<u64*>(reinterpret_cast<u8*>(ending) + SUMS_AT);  // of warps: of words, and of bad rows
-        sum = sum_of_lanes(sum), bad = __reduce_add_sync(ALL_LANES, bad);
-        if (lane == 0) sums[threadIdx.x / 32 % SHARING] = sum, sums[SHARING + threadIdx.x / 32 % SHARING] = bad;
+        sum = sum_of_lanes(sum);
+        if (lane == 0) sums[threadIdx.x / 32 % SHARING] = sum, sums[SHARING + threadIdx.x / 32 % SHARING] = current.bad;
         meet_team();
         if (ending != stage) continue;
-        sum = lane < SHARING ? sums[lane] : 0, bad = lane < SHARING ? (int)sums[SHARING + lane] : 0;
+        sum = lane < SHARING ? sums[lane] : 0;
+        const int bad_rows = __reduce_add_sync(ALL_LANES, lane < SHARING ? (int)sums[SHARING + lane] : 0);
+#elif AS_WORDS
+        const int bad_rows = current.bad;
+#else
+        const int bad_rows = __reduce_add_sync(ALL_LANES, current.bad);
 #endif
         const int words = block_bytes(block.tokens) / 4 - 1;
         if (!IS_IDLE(index, blocks)) write_rest(tables, keys, stage, block, lane, sum);
         const u32 total = reduced(sum, 4 * words);
         if (lane == 0 && !IS_IDLE(index, blocks)) block.payload[words] = total;
-        bad = __reduce_add_sync(ALL_LANES, bad);
-        if (lane == 0 && !IS_IDLE(index, blocks)) flags[index] = bad;
+        if (lane == 0 && !IS_IDLE(index, blocks)) flags[index] = bad_rows;
     }
 }
 #endif

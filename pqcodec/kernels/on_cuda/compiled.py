@@ -60,7 +60,7 @@ OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbourin
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
-RUN_PIECE = 144  # bytes of a piece's turned means as operands of products
+RUN_PIECE = 304  # bytes of the turned means of a piece, and of that with the same turns, as operands of products
 BEHIND_RUN = 16  # bytes behind a run's means: their unit, and for teams the largest magnitude
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
@@ -212,7 +212,7 @@ def warp_memory(
 def run_bytes(h: Header) -> int:
     """Bytes for means as they are turned to a run, and what is behind them: float32 or, a little more, operands of products."""
     turned = len(h.rope.frequencies) if h.rope else 0  # pairs
-    means = 4 * (h.order - 2 * turned) + (turned // 16 * RUN_PIECE if in_pieces(h) else 8 * turned)
+    means = 4 * (h.order - 2 * turned) + (turned // 32 * RUN_PIECE if in_pieces(h) else 8 * turned)
     return h.runs * (means + BEHIND_RUN)
 
 
@@ -339,7 +339,6 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "OUT_BYTES": h.vector_bytes + OUT_PADDING,
         "FETCHED": int((layout.whole_rows or layout.places["EARLY"]) and verb == "encode"),
         "TABLE_BITS": layout.table_bits,
-        "PREFETCHED": int(h.offsets),  # those that are centred are loaded later in a tile
         "LOOK_UP_BYTES": LOOK_UP_BYTES,
         **(_row_definitions(h) if verb == "encode" and h.coding == c.CODING_SPLIT else {}),
         "ROTATION_BYTES": _rotation_bytes(verb, h),

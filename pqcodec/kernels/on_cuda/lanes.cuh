@@ -35,6 +35,13 @@ INLINE int not_ahead(int lane) {
     return lane;
 }
 
+// A lane's number, by way of shared memory at ``place``: the compiler may not find it anew, which takes longer than a look-up.
+INLINE int kept_lane(void* place) {
+    u32 lane = threadIdx.x & 31, address = (u32)__cvta_generic_to_shared(place) + 4 * lane;
+    asm volatile("st.volatile.shared.u32 [%1], %0; ld.volatile.shared.u32 %0, [%1];" : "+r"(lane) : "r"(address) : "memory");
+    return lane;
+}
+
 // Copies bytes of a thread block's tables from ``blob`` on into shared memory, several words of a thread at once.
 template <int BYTES_COPIED = BLOB_BYTES> INLINE void copy_tables(const uint4* __restrict__ blob, uint4* memory) {
 #pragma unroll 8

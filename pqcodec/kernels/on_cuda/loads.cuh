@@ -4,8 +4,7 @@
 //
 // Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM (bytes of a number), OFFSETS, BYTES, AS_WORDS (the coding takes rows as they
 // are multiplied), LARGEST_32 (the largest float32), FETCHED (a tile's rows are sent for ahead of time, into shared memory, with
-// FACTORS by the bulk copy engine, or, with EARLY, into registers), PREFETCHED (with EARLY: into the L2 cache before that),
-// ORDER, ROWS, and what the rotation and the offsets need.
+// FACTORS by the bulk copy engine, or, with EARLY, into registers), ORDER, ROWS, and what the rotation and the offsets need.
 #pragma once
 
 #include "barriers.cuh"
@@ -250,6 +249,28 @@ struct Energy {
     INLINE float of_row() const { return sum_of_row(even + odd) * ((float)ORDER * ORDER); }
 };
 
+#if BRAIN
+// Sums of squares of two numbers each, in bfloat16: their errors, a few thousandths of a row's energy, are small beside half a step
+// of radii.
+struct Squares {
+    u32 sums = 0;
+
+    INLINE void add(u32 two) { asm("fma.rn.bf16x2 %0, %1, %1, %0;" : "+r"(sums) : "r"(two)); }
+    INLINE float both() const { return float_of(sums << 16) + float_of(sums & 0xffff0000u); }
+};
+#endif
+
+#if BRAIN && OWN_ROWS == 2
+// The energy of the row whose radius a lane finds, of its first row if its quarter is even, else of its second, as that of
+// rotated coordinates. ``squares``: of its channels of each.
+INLINE float own_energy(const Squares* squares, int lane) {
+    const float first = squares[0].both(), second = squares[1].both();
+    const float others = __shfl_xor_sync(ALL_LANES, lane & 1 ? first : second, 1);
+    const float both = (lane & 1 ? second : first) + others;  // of two quarters
+    return (both + __shfl_xor_sync(ALL_LANES, both, 2)) * ((float)ORDER * ORDER);
+}
+#endif
+
 // Adds the products of a tile's rows, of which a lane has a word each of row l / 4 and of the eighth behind it, with those eight
 // rows that it has ``by`` of: to sums with rows 2 (l % 4) and 2 (l % 4) + 1 of them, two of its first row and two of its second.
 INLINE void square_step(float* sums, const u32* words, u32 by) {
@@ -293,8 +314,17 @@ INLINE void energies_of_tile(const u32 (*rows)[2], const u32 (*stored)[4 * PIECE
     owns[0] = __shfl_sync(ALL_LANES, row & 1 ? firsts[1] : firsts[0], has) * ((float)ORDER * ORDER);
     owns[1] = __shfl_sync(ALL_LANES, row & 1 ? seconds[3] : seconds[2], has) * ((float)ORDER * ORDER);
 }
+#elif BRAIN
+// The same for a lane's one row.
+INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
+    Squares squares[4];
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; i++) squares[i % 4].add(*rows[i]);
+    owns[0] = sum_of_row(squares[0].both() + squares[1].both() + (squares[2].both() + squares[3].both())) *
+              ((float)ORDER * ORDER);
+}
 #else
-// The same for a lane's one row, of whose words the even ones and the odd ones are taken for two rows.
+// The same, of whose words the even ones and the odd ones are taken for two rows.
 INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
     float sums[4][4] = {};
 #pragma unroll
@@ -351,12 +381,7 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
 }
 
 // What a run's means, as they are kept, are still to be multiplied with.
-INLINE volatile float& kept_unit(const float* means) {
-    return *reinterpret_cast<float*>(reinterpret_cast<i64>(means) + UNIT_AT);
-}
-INLINE void keep_unit(const Block& block, int lane, const float* means) {
-    if (lane == 0) kept_unit(means) = are_direct(block) ? 1.0f : unit_of_means(block);
-}
+INLINE float kept_unit(const Block& block) { return are_direct(block) ? 1.0f : unit_of_means(block); }
 #endif
 
 // A lane's rows' channels as they are multiplied, rows [4 PIECES words][OWN_ROWS]: as they are stored or, less their offsets,
@@ -366,12 +391,14 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
 #if RUN_PRODUCTS
     const int here = not_ahead(lane), first_row = row - (lane >> 2);
     const u8* run = reinterpret_cast<const u8*>(means);
+    Squares squares[OWN_ROWS];
     each_word_of_run<false, true, APART>(tables, block, run, 1.0f, fetched, first_row, here,
                                          [&](int part, int word, const float*, const float* two) {
-        rows[word][part] = pack_brains(two[0], two[1]);
+        const u32 both = pack_brains(two[0], two[1]);
+        squares[part].add(both);
+        rows[word][part] = both;
     });
-    energies_of_tile(rows, nullptr, lane, owns);
-    if (kept_unit(means) != 1.0f) owns[0] = 0.0f;  // these rows are loaded carefully
+    owns[0] = owns[1] = own_energy(squares, lane);
 #else
     u32 as_stored[OWN_ROWS][4 * PIECES];
     each_piece<false>(tables, block, means, fetched, row, lane,
@@ -389,14 +416,14 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
 }
 
 // The same for rows of any size: they are multiplied with 2^exponent each, as exponent_for says. Wrong rows are zeros, and
-// ``bad`` counts them.
-INLINE void load_rows_carefully(const u8* tables, const Block& block, const float* means, int row, int lane, int& bad,
+// ``bad`` counts them. ``unit``: kept_unit.
+INLINE void load_rows_carefully(const u8* tables, const Block& block, const float* means, float unit, int row, int lane, int& bad,
                                 u32 (*rows)[OWN_ROWS], float* owns, int* exponents) {
+    int wrong_rows = 0;
     u32 stored_most[OWN_ROWS] = {}, most[OWN_ROWS] = {};  // the largest magnitudes, as bits
 #if RUN_PRODUCTS
     const int here = not_ahead(lane), first_row = row - (lane >> 2);
     const u8* run = reinterpret_cast<const u8*>(means);
-    const float unit = kept_unit(means);
     each_word_of_run<true, false, 1>(tables, block, run, unit, nullptr, first_row, here,
                                      [&](int part, int, const float* stored, const float* two) {
 #pragma unroll
@@ -420,7 +447,7 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
 #pragma unroll
     for (int part = 0; part < OWN_ROWS; part++) {
         wrong[part] = largest_of_row(stored_most[part]) >= INFINITY_BITS;
-        bad += wrong[part] && row + 8 * part < block.tokens && (lane & 3) == 0;
+        wrong_rows += wrong[part] && row + 8 * part < block.tokens && (lane & 3) == 0;
         exponents[part] = exponent_for(largest_of_row(most[part]), wrong[part]);
         scale[part] = power_of_two(exponents[part]);
     }
@@ -445,6 +472,8 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
 #endif
 #pragma unroll
     for (int part = 0; part < OWN_ROWS; part++) owns[part] = energies[part].of_row();
+    wrong_rows = __reduce_add_sync(ALL_LANES, wrong_rows);
+    if (lane == 0) bad += wrong_rows;
 }
 #endif
 

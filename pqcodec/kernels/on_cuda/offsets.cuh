@@ -49,23 +49,13 @@
 #define BY_RUNS (IN_RUNS && !TILE_TURNS)
 
 #if OFFSETS
-// The exponent of what numbers stored as means are multiplied with.
-INLINE int exponent_of_means(const Block& block) {
-    return *reinterpret_cast<const short*>(__ldg(block.span + STREAM) + OFFSET_EXPONENT_AT);
-}
-INLINE float unit_of_means(const Block& block) { return power_of_two(exponent_of_means(block)); }
-
-// The means of a block's leading index, float16 [ORDER], two by two.
-INLINE const u32* stored_means(const Block& block) {
-    return reinterpret_cast<const u32*>(__ldg(block.span + STREAM) + __ldg(block.span + OFFSETS_AT) +
-                                        block.lead * (2 * ORDER + CHECKSUM_BYTES));
-}
+INLINE float unit_of_means(const Block& block) { return power_of_two(block.exponent); }
 
 // Fills ``means`` [ORDER], unless it is null, with those of a block's leading index; returns the largest magnitude, in every
 // lane.
 INLINE float keep_means(const Block& block, int lane, float* means) {
     const float unit = unit_of_means(block);
-    const u32* halves = stored_means(block);
+    const u32* halves = block.means;
     float most = 0.0f;
 #pragma unroll
     for (int i = lane; i < ORDER / 2; i += 32) {
@@ -79,10 +69,8 @@ INLINE float keep_means(const Block& block, int lane, float* means) {
     return most;
 }
 
-INLINE u32 position_of(const Block& block) { return (u32)(block.token + __ldg(block.span + POSITION)); }  // of its first row
-
 // Where a row of a block is for turns_at: at its position or, BY_RUNS, in its run.
-INLINE u32 place_of_row(const Block& block, int row) { return BY_RUNS ? row % RUN_ROWS : position_of(block) + row; }
+INLINE u32 place_of_row(const Block& block, int row) { return BY_RUNS ? row % RUN_ROWS : block.position + row; }
 
 INLINE void eight_means(const float* means, int first, float* eight) {
 #pragma unroll
@@ -126,6 +114,18 @@ struct TwoTurns {
     INLINE float fused_cos() const { return fmaf(coarse.x, fine.x, -coarse.y * fine.y); }
     INLINE float fused_sin() const { return fmaf(coarse.y, fine.x, coarse.x * fine.y); }
 };
+
+#if defined(ENCODER) && RUN_PRODUCTS
+// The turn of a phase as near to that as special function units come, without a look-up: what is rounded to eleven bits of it
+// is hardly ever another number.
+struct NearTurn {
+    float angle;
+
+    INLINE NearTurn(u32 phase) : angle((int)(phase & 0xffff0000u) * 1.4629180792671596e-9f) {}  // 2 pi / 2^32
+    INLINE float cos() const { return __cosf(angle); }
+    INLINE float sin() const { return __sinf(angle); }
+};
+#endif
 
 // The frequencies of the piece that begins at a channel that turns, in turns / 2^32 a position.
 INLINE void frequencies_of(const u8* tables, int first, u32* frequencies) {
@@ -171,7 +171,7 @@ INLINE float2 turned_to_run(float one, float two, float cos, float sin) {
 
 // Where a run has the means of channels that do not turn, and without products of all.
 INLINE float* run_means(u8* run) {
-    return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (2 * APART * (RUN_PIECE / 4) - TURNING);
+    return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (APART * (RUN_PIECE / 4) - TURNING);
 }
 
 // Of a warp that turns a block's stored means to a run's first row, a lane's pairs, and its channels that do not turn.
@@ -179,12 +179,12 @@ struct RunMeans {
     static constexpr int MANY = (PAIRS + 31) / 32, OTHERS = (ORDER - TURNING + 31) / 32;
     u16 ones[MANY], twos[MANY], others[OTHERS + 1];
 
-    INLINE static bool has(int i, int lane, int count) { return count % 32 == 0 || i * 32 + lane < count; }
-    INLINE static int first_of(int pair) { return INTERLEAVED ? 2 * pair : pair; }
-    INLINE static int second_of(int pair) { return INTERLEAVED ? 2 * pair + 1 : pair + PAIRS; }
+    INLINE static bool has(u32 i, u32 lane, u32 count) { return count % 32 == 0 || i * 32 + lane < count; }
+    INLINE static u32 first_of(u32 pair) { return INTERLEAVED ? 2 * pair : pair; }
+    INLINE static u32 second_of(u32 pair) { return INTERLEAVED ? 2 * pair + 1 : pair + PAIRS; }
 
-    INLINE void load(const Block& block, int lane) {
-        const u16* means = reinterpret_cast<const u16*>(stored_means(block));
+    INLINE void load(const Block& block, u32 lane) {
+        const u16* means = reinterpret_cast<const u16*>(block.means);
 #pragma unroll
         for (int i = 0; i < MANY; i++)
             if (has(i, lane, PAIRS))
@@ -197,29 +197,39 @@ struct RunMeans {
     // Fills ``run`` with them as they are turned at a position, times ``scale``: [ORDER] in float32, or where tensor cores go
     // on, first RUN_PIECE bytes for each piece that turns. These are nine columns of products: of each, of a channel in each of
     // the four strips, a word that has its mean in the channel's half, and 0 in the other. The ninth column is 0.
-    INLINE void turn(const u8* tables, u32 position, int lane, u8* run, float scale = 1.0f) const {
+    INLINE void turn(const u8* tables, u32 position, u32 lane, u8* run, float scale = 1.0f) const {
+        float2 turned[MANY];  // all of them before any is stored, which the compiler takes for a change of the tables
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
             if (!has(i, lane, PAIRS)) break;
-            const int pair = i * 32 + lane;
-            const TwoTurns turn(tables, position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[pair]);
-            float2 turned = turned_to_run(half_value(ones[i]), half_value(twos[i]), turn.cos(), turn.sin());
-            turned.x *= scale, turned.y *= scale;
-#if RUN_PRODUCTS
-            const int odd = (pair & 1) * 16, column = pair % 32 / 8 * 2 + pair % 2, strip = pair % 8 / 2;
-            u8* to = run + pair / 32 * RUN_PIECE + column * 16 + strip * 4;
-            *reinterpret_cast<u32*>(to) = half_bits(turned.x) << odd;
-            *reinterpret_cast<u32*>(to + APART * RUN_PIECE) = half_bits(turned.y) << odd;
+            const u32 phase = position * reinterpret_cast<const u32*>(tables + FREQUENCIES_AT)[i * 32 + lane];
+#if defined(ENCODER) && RUN_PRODUCTS
+            const NearTurn turn(phase);
 #else
-            run_means(run)[first_of(pair)] = turned.x, run_means(run)[second_of(pair)] = turned.y;
+            const TwoTurns turn(tables, phase);
+#endif
+            turned[i] = turned_to_run(half_value(ones[i]), half_value(twos[i]), turn.cos(), turn.sin());
+            turned[i].x *= scale, turned[i].y *= scale;
+        }
+#pragma unroll
+        for (int i = 0; i < MANY; i++) {
+            if (!has(i, lane, PAIRS)) break;
+#if RUN_PRODUCTS
+            const u32 odd = lane % 2 * 16, column = lane / 8 * 2 + lane % 2, strip = lane % 8 / 2;
+            *reinterpret_cast<uint2*>(run + column * 32 + strip * 8 + i * RUN_PIECE) =
+                make_uint2(half_bits(turned[i].x) << odd, half_bits(-turned[i].y) << odd);
+#else
+            const u32 pair = i * 32 + lane;
+            run_means(run)[first_of(pair)] = turned[i].x, run_means(run)[second_of(pair)] = turned[i].y;
 #endif
         }
 #if RUN_PRODUCTS
-        if (lane < 2 * APART) *reinterpret_cast<uint4*>(run + lane * RUN_PIECE + 8 * 16) = make_uint4(0, 0, 0, 0);
+        if (lane < 3 * APART)
+            *reinterpret_cast<uint4*>(run + lane / 3 * RUN_PIECE + 8 * 32 + lane % 3 * 16) = make_uint4(0, 0, 0, 0);
 #endif
 #pragma unroll
         for (int i = 0; i < OTHERS; i++) {
-            const int channel = TURNING + i * 32 + lane;
+            const u32 channel = TURNING + i * 32 + lane;
             if (has(i, lane, ORDER - TURNING)) run_means(run)[channel] = half_value(others[i]) * scale;
         }
     }
@@ -228,8 +238,7 @@ struct RunMeans {
 #if defined(ENCODER) && RUN_PRODUCTS
 // Whether float16 holds means times their unit as well as they are stored, so that they are taken from rows in one step.
 INLINE bool are_direct(const Block& block) {
-    const int exponent = exponent_of_means(block);
-    return exponent <= 0 && exponent >= LEAST_DIRECT;
+    return block.exponent <= 0 && block.exponent >= LEAST_DIRECT;
 }
 #endif
 
@@ -255,31 +264,32 @@ INLINE void turn_to_run(const u8* tables, const Block& block, u32 position, int 
 
 #if RUN_PRODUCTS
 // Where a lane's columns begin: of the operand's eight it has two numbers of one column, or zeros.
-INLINE const u8* columns_of(const u8* run, int lane) { return run + (lane >> 3 == (lane & 3) ? lane >> 2 : 8) * 16; }
+// The zeros begin 16 bytes behind the columns, so that lanes do not meet in a bank.
+INLINE const u8* columns_of(const u8* run, int lane) { return run + (lane >> 3 == (lane & 3) ? lane / 4 * 32 : 8 * 32 + 16); }
 
 // Where a lane's turns begin, for the tile of sixteen rows from ``first_row`` of a block on.
 INLINE const u8* turns_of(const u8* tables, int first_row, int lane) {
     return tables + RUN_TURNS_AT + first_row % RUN_ROWS / 16 * (APART * 4 * 512) + lane * 16;
 }
 
-// A lane's columns of products of a piece that turns and of that APART behind it, of four strips each.
+// A lane's columns of products of a piece that turns and of that APART behind it, of four strips.
 struct RunColumns {
-    u32 ones[4], others[4];
+    uint4 strips[2];  // two each: the first mean, and the second times -1
 
     // ``columns``: where the lane's begin.
     INLINE RunColumns(const u8* columns, int piece) {
-        const uint4 first = *reinterpret_cast<const uint4*>(columns + piece * RUN_PIECE);
-        const uint4 second = *reinterpret_cast<const uint4*>(columns + (piece + APART) * RUN_PIECE);
-        ones[0] = first.x, ones[1] = first.y, ones[2] = first.z, ones[3] = first.w;
-        others[0] = second.x, others[1] = second.y, others[2] = second.z, others[3] = second.w;
+        strips[0] = *reinterpret_cast<const uint4*>(columns + piece * RUN_PIECE);
+        strips[1] = *reinterpret_cast<const uint4*>(columns + piece * RUN_PIECE + 16);
     }
 
     // Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of the first piece and of
     // the second. ``turns``: where the lane's begin.
     INLINE void add(const u8* turns, int piece, int strip, float* sums, float* other_sums) const {
         const uint4 turn = *reinterpret_cast<const uint4*>(turns + (piece * 4 + strip) * 512);
-        multiply(sums, turn.x, turn.y, turn.z, turn.w, ones[strip], others[strip] ^ 0x80008000u);
-        multiply(other_sums, turn.x, turn.y, turn.z, turn.w, others[strip], ones[strip]);
+        const uint4& two = strips[strip / 2];
+        const u32 one = strip % 2 ? two.z : two.x, less = strip % 2 ? two.w : two.y;
+        multiply(sums, turn.x, turn.y, turn.z, turn.w, one, less);
+        multiply(other_sums, turn.x, turn.y, turn.z, turn.w, less ^ 0x80008000u, one);
     }
 };
 #endif

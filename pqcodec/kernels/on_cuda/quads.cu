@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #if OFFSETS
         // An offset is below twice the largest mean.
         const float room = LARGEST - 2.0f * keep_means(block, lane, IN_RUNS ? nullptr : means);
-        const u32 position = position_of(block);
+        const u32 position = block.position;
 #else
         const float room = LARGEST;
 #endif

@@ -152,10 +152,10 @@ INLINE float scale_of(u32 radius, int exponent) {
 }
 
 // The numbers of the points nearest to two quads times ``scale``, side by side.
-INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale) {
+INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale, u32 lane) {
     u32 keys[4];
     sorted_keys(quad, other, scale, keys);
-    const u32 own = threadIdx.x % OWN_COPIES * OWN_BYTES, own_ranks = threadIdx.x % COPIES * 4;
+    const u32 own = lane % OWN_COPIES * OWN_BYTES, own_ranks = lane % COPIES * 4;
     const u32 places = either(BOTH(0x0fu), either(BOTH(0x03u), keys[0], keys[1]), keys[2]);
     const u32 at = (places * COPIES & BOTH(0x3cu * COPIES)) | BOTH(own_ranks) | (places & BOTH(0x03u));
     const u32 larger = __byte_perm(keys[0], keys[1], 0x7351), smaller = __byte_perm(keys[2], keys[3], 0x7351);  // of both quads
@@ -173,7 +173,7 @@ INLINE float find_points(const u8* tables, float (*quads)[4], float scale, u64* 
     float error = 0.0f;
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad += 2) {
-        const u32 both = two_points(tables, quads[quad], quads[quad + 1], scale);
+        const u32 both = two_points(tables, quads[quad], quads[quad + 1], scale, threadIdx.x);
         codes[quad / 4] = quad % 4 ? codes[quad / 4] | (u64)both << (2 * INDEX_BITS) : both;
 #if CHOICES > 1
 #pragma unroll
@@ -304,8 +304,9 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // they are multiplied, times 2^exponent each; ``energies``: the rows'. ``multiplied`` is called when the channels were, and
 // registers are free.
 template <typename Call>
-INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*stored)[2],
-                            const float* energies, const int* exponents, Call multiplied) {
+INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*stored)[2], const float* energies,
+                            const int* exponents, Call multiplied) {
+    const int tile_row = lane >> 2, quarter = lane & 3;
     float scale[2];
     int less[2][2];  // signs
     u64 codes[2], waiting[2];
@@ -342,7 +343,7 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
                 for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
-                const u64 both = two_points(tables, quads[0], quads[1], scale[part]);
+                const u64 both = two_points(tables, quads[0], quads[1], scale[part], lane);
                 codes[part] = pair % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
             }
 #pragma unroll
@@ -366,8 +367,8 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int tile_row, int quar
 
 // The row's bits, in a stage as for two rows. ``words``: what the second round's products take of a lane's channels times
 // 2^exponent; ``energy``: the row's.
-INLINE void encode_in_factors(const u8* tables, u32* stage, int tile_row, int quarter, const u32 (*words)[8], float energy,
-                              int exponent) {
+INLINE void encode_in_factors(const u8* tables, u32* stage, int lane, const u32 (*words)[8], float energy, int exponent) {
+    const int tile_row = lane >> 2, quarter = lane & 3;
     const u32 radius = radius_of_row(energy, exponent);
     const float scale = scale_of(radius, exponent - LOST_EXPONENTS);
     if (quarter == 0) stage[tile_row] = radius;
@@ -383,7 +384,7 @@ INLINE void encode_in_factors(const u8* tables, u32* stage, int tile_row, int qu
             if (place == 0) signs[0] = signs[1] = 0;
 #pragma unroll
             for (int k = 0; k < 2; k++) add_signs(*quads[k], place + k, signs);
-            const u32 both = two_points(tables, *quads[0], *quads[1], scale);
+            const u32 both = two_points(tables, *quads[0], *quads[1], scale, lane);
             if (half == 0) {
                 numbers[strip] = both;
                 continue;

@@ -287,7 +287,7 @@ struct Turner {
         means.load(block, lane);
         if (at.first_row == 0) unit = unit_of_means(block), most = keep_means(block, lane, nullptr);
         u8* run = team.run(at.run);
-        means.turn(tables, position_of(block) + at.first_row, lane, run);
+        means.turn(tables, block.position + at.first_row, lane, run);
         if (lane == 0) *reinterpret_cast<float2*>(run + UNIT_AT) = make_float2(unit, most);
         __syncwarp();
         if (lane == 0) arrive(team.full(at.turn));

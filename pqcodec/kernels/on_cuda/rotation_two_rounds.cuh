@@ -11,7 +11,7 @@
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest, and where a lane holds two rows (WIDE) of
-// another order than 64 or 128. Those of order 128 have 64 sums, one panel, if there are no offsets.
+// another order than 64 or 128. Those of order 128 have 64 sums, one panel, unless means are turned for each row.
 //
 // Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four
 // warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
@@ -32,7 +32,7 @@ typedef int Sum;
 #else
 typedef float Sum;
 #define BRICKS (ORDER / 8)
-#if WIDE && ORDER == 128 && WARPGROUPS && !OFFSETS
+#if WIDE && ORDER == 128 && WARPGROUPS && (!OFFSETS || defined(RUN_TURNS_AT))
 #define STRIPS 16
 #elif WIDE && (ORDER == 64 || ORDER == 128)
 #define STRIPS 8

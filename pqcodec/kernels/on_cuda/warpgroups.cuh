@@ -50,21 +50,13 @@ INLINE int any_in_step(bool yes) { return votes_of_four(false, yes) >> 3; }
 
 #if PLANES
 // How far the warps in step go through their blocks: they are asked once, if one of them has a whole chunk, else for each tile.
-struct Steps {
-    bool whole;
-    int second;  // whether one of them has a second tile
+// ``tokens``: of a warp's own block.
+INLINE u32 votes_for_steps(int tokens) { return votes_of_four(tokens == CHUNK, tokens > ROWS); }
 
-    // ``tokens``: of the warp's own block.
-    INLINE Steps(int tokens) {
-        const u32 votes = votes_of_four(tokens == CHUNK, tokens > ROWS);
-        whole = votes & 7, second = votes >> 3;
-    }
-
-    // Whether one of them has rows from ``row`` on, a tile's first.
-    INLINE int any_goes_on(int tokens, int row) const {
-        return whole ? row < CHUNK : row == ROWS ? second : any_in_step(row < tokens);
-    }
-};
+// Whether one of them has rows from ``row`` on, a tile's first.
+INLINE int any_goes_on(u32 votes, int tokens, int row) {
+    return votes & 7 ? row < CHUNK : row == ROWS ? votes >> 3 : any_in_step(row < tokens);
+}
 #endif
 #else
 #define WORK_LEFT(index, blocks, apart) ((index) < (blocks))
