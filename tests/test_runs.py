@@ -69,13 +69,13 @@ def test_backends_agree_bit_for_bit(case: Case) -> None:
 def test_triton_agrees(case: Case) -> None:
     head_dim, dtype, rope, chunk, scale, exact = case
     x, options = keys(head_dim, dtype, scale)[:1], options_of(rope, chunk, exact)
-    data = pqcodec.encode(x, backend="triton", **options)
+    data = pqcodec.encode(x.to(DEVICE), backend="triton", **options)
     wanted = pqcodec.decode(data, backend="reference")
     others = pqcodec.decode(pqcodec.encode(x, **options))
     assert int((wanted != others).any(-1).sum()) <= 1  # a tie
-    np.testing.assert_array_equal(bits(pqcodec.decode(data, backend="triton")), bits(wanted))
+    np.testing.assert_array_equal(bits(pqcodec.decode(data, device=DEVICE, backend="triton")), bits(wanted))
     for first, last in ((3, 61), (63, 99)):
-        found = pqcodec.decode(data, tokens=(first, last), backend="triton")
+        found = pqcodec.decode(data, tokens=(first, last), device=DEVICE, backend="triton")
         np.testing.assert_array_equal(bits(found), bits(wanted[:, first:last]))
 
 
