@@ -45,7 +45,8 @@ MORE: list[Kind] = [
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (64, 96, 256)),
     *((128, "quad3", "bfloat16", {"center": "rope", "rope": Rope(style=style, dim=dim)}) for style, dim in
       (("interleaved", None), ("interleaved", 20), ("half", 80), ("half", 64))),
-    (128, "quad2.5", "bfloat16", KEYS | {"chunk_tokens": 50}),
+    *((128, preset, "bfloat16", KEYS | {"chunk_tokens": tokens}) for preset, tokens in (("quad2.5", 50), ("quad2", 200))),
+    (64, "quad3", "float16", KEYS | {"chunk_tokens": 128}),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (192, 512)),
     (128, "quad3", "float32", KEYS),
     (128, "quad3", "float16", {"center": "mean"}),
@@ -140,10 +141,10 @@ def test_rows_are_encoded_as_well_as_by_the_cpu(machine: CudaOnCpu, kind: Kind) 
     own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
     assert own < 1.03 * cpu
     assert machine.launches == 1
-    if not options:
-        x[2, 199, 7] = float("nan")
-        with pytest.raises(NonFiniteInput, match="1 vector"):
-            encoded(machine, x, preset)
+    x[2, 199, 7] = x[1, 70, 0] = x[1, 71, 1] = float("nan")
+    x[0, 4] = float("inf")
+    with pytest.raises(NonFiniteInput, match="4 vector"):
+        encoded(machine, x, preset, **options)
 
 
 @pytest.mark.parametrize("size", [1e-30, pytest.param(1e-5, marks=NOT_ALWAYS), 1e-3, pytest.param(1e6, marks=NOT_ALWAYS), 1e36])

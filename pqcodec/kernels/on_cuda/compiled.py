@@ -100,7 +100,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     early = wide and h.dtype != c.DTYPE_FLOAT32 and _fetched_early(h, few)
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (ONE_COPY,)
-    turns = _ways_to_turn(h, few, rows if wide or factors else 0, wide)
+    turns = _turns_in_blocks(h, few, rows if wide or factors else 0, wide)
     for most, keys, bits, way, copies in product(most_threads(verb, h), (True, False), tables, turns, own):
         phases, tile_turns, products = way
         blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns, products)
@@ -124,7 +124,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     return None
 
 
-def _ways_to_turn(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[int, int, bool]]:
+def _turns_in_blocks(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[int, int, bool]]:
     """What is tried, from the quickest on: how many copies of each turn of RoPE, rows of a tile in which means are turned on
     from the first one, and whether tensor cores turn them run by run. ``rows``: of a tile where an encoder may do so, else 0.
     """

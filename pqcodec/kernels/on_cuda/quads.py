@@ -76,7 +76,7 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
     memory = warp_memory("decode", h, base_at + 16, rows * h.vector_bytes * bulk, ahead, in_runs=h.runs)
     memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
-    turned = _ways_to_turn(h, few)
+    turned = _turns_in_quads(h, few)
     for parts, keys, (phases, products), copies in product(range(1, MOST_PARTS + 1), (True, False), turned, all_copies):
         if products and parts > 1:
             continue  # a thread block may have one of two pieces that turn together
@@ -154,7 +154,7 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
     }
 
 
-def _ways_to_turn(h: Header, few: bool) -> list[tuple[int, bool]]:
+def _turns_in_quads(h: Header, few: bool) -> list[tuple[int, bool]]:
     """How many copies of each turn of RoPE are tried, and whether tensor cores turn offsets, from the quickest on."""
     if h.runs and in_pieces(h) and not few:
         return [(1, True), (1, False)]
