@@ -16,6 +16,7 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import InvalidArgument, UnsupportedStream
 from pqcodec.kernels.on_cuda import quads_encoder, tables
+from pqcodec.kernels.on_cuda.factors import MOST_WHOLE
 from pqcodec.options import EncodeOptions
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum
@@ -155,22 +156,30 @@ def test_decoded_vectors_keep_their_norm(backend: str, effort: str) -> None:
 
 @pytest.mark.parametrize(
     ("style", "order", "dim"),
-    [("half", 128, 128), ("half", 96, 96), ("half", 128, 80), ("interleaved", 64, 64), ("interleaved", 96, 20)],
+    [
+        *(("half", 128, 128), ("half", 96, 96), ("half", 128, 80), ("interleaved", 64, 64), ("interleaved", 96, 20)),
+        *(("half", 320, 320), ("half", 320, 128), ("half", 320, 32), ("half", 320, 80), ("interleaved", 320, 20)),  # in factors
+    ],
 )
 def test_means_that_the_cuda_encoder_turns_by_tiles_are_where_the_rows_want_them(style: str, order: int, dim: int) -> None:
     rope = pqcodec.Rope(theta=1e4, dim=dim, style=style, first_position=99).field(order)
-    pairs, rows, interleaved = np.arange(dim // 2), 16, style == "interleaved"
+    factors = order > MOST_WHOLE
+    pairs, rows, interleaved = np.arange(dim // 2), 8 if factors else 16, style == "interleaved"
     first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + len(pairs))
     partner = np.arange(order)
     partner[first], partner[second] = second, first
-    apart = len(pairs) // 32 if not interleaved and len(pairs) % 32 == 0 else 0  # pieces to that with the same turns
-    found = tables.turns_of_tile(rope, rows)
+    whole = len(pairs) % (64 if factors else 32) == 0
+    apart = len(pairs) // 32 if not interleaved and whole else 0  # pieces to that with the same turns
+    found = tables.turns_of_tile(rope, rows, factors)
     wanted = centre.offset_at(rope, gaussian(order).numpy(), np.arange(3 * rows))
     turned = wanted[0].copy()
     for tile in range(3):
-        for part, lane, piece in np.ndindex(2, 32, order // 32):
-            channels, row = 32 * piece + 8 * (lane % 4) + np.arange(8), rows * tile + 8 * part + lane // 4
-            of = piece % apart if apart else piece
+        for part, lane, piece in np.ndindex(rows // 8, 32, order // 32):
+            first_channel = 32 * piece + 8 * (lane % 4)
+            if factors:
+                first_channel = piece // 2 * 64 + lane % 4 * 16 + (piece % 2 ^ lane // 4 % 2) * 8
+            channels, row = first_channel + np.arange(8), rows * tile + 8 * part + lane // 4
+            of = piece % apart if piece < 2 * apart else piece
             cos, sin = np.ones(8), np.zeros(8)
             if of < len(found["ROW_TURNS"]):
                 cos, sin = np.repeat(found["ROW_TURNS"][of, part, :, lane].reshape(-1, 2), 2 if interleaved else 1, 0).T

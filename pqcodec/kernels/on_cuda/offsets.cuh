@@ -38,7 +38,7 @@
 
 #ifdef ROW_TURNS_AT
 #define TILE_TURNS 1
-#define TURNED_PIECES (APART ? APART : (2 * PAIRS + 31) / 32)  // whose turns the table has
+#define TURNED_PIECES (APART ? APART : FACTORS ? (2 * PAIRS + 63) / 64 * 2 : (2 * PAIRS + 31) / 32)  // whose turns the table has
 #else
 #define TILE_TURNS 0
 #define TURNED_PIECES 0

@@ -262,7 +262,8 @@ def turns_of_tile(rope: RopeField, rows: int, factors: bool = False) -> dict[str
     """
     pairs, lane = len(rope.frequencies), np.arange(32)
     interleaved, apart = rope.pairing == c.ROPE_INTERLEAVED, pairs // 32 * (pairs % (64 if factors else 32) == 0)
-    pieces = apart if apart and not interleaved else -(-2 * pairs // 32)
+    every = 2 * -(-2 * pairs // 64) if factors else -(-2 * pairs // 32)  # that have channels which turn
+    pieces = apart if apart and not interleaved else every
     piece, quarter = np.arange(pieces)[:, None], lane % 4
     first = piece // 2 * 64 + quarter * 16 + (piece % 2 ^ lane // 4 % 2) * 8 if factors else 32 * piece + 8 * quarter
     pair = first[..., None] // 2 + np.arange(4) if interleaved else first[..., None] + np.arange(8)  # [pieces, lanes, turns]
