@@ -19,6 +19,7 @@ import pqcodec
 from pqcodec.codings.declared import DECLARED
 from pqcodec.codings.plan import Plan
 from pqcodec.codings.presets import Preset
+from pqcodec.stages.centre import offset_at
 
 BACKENDS = ("reference", "cpu")
 TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,6 +106,14 @@ def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
         x = x.detach().cpu().contiguous()
         x = (x if x.dtype == torch.float32 else x.view(torch.int16)).numpy()
     return x.view(np.uint16 if x.itemsize == 2 else np.uint32)
+
+
+def with_means(x: torch.Tensor, rope: pqcodec.Rope | None, size: float = 5.0) -> torch.Tensor:
+    """Rows [leads, tokens, head_dim], plus a mean of each leading index, which RoPE turns on from token to token."""
+    leads, tokens, head_dim = x.shape
+    field = rope and rope.field(head_dim)
+    means = size * gaussian(leads, head_dim, seed=2).numpy()
+    return x + torch.from_numpy(np.stack([offset_at(field, mean, np.arange(tokens)) for mean in means]))
 
 
 def skewed(data: bytes | np.ndarray, skew: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, TORCH_DTYPES, bits, gaussian, rel_mse, sampled
+from conftest import ALONE, TORCH_DTYPES, bits, gaussian, rel_mse, sampled, with_means
 
 import pqcodec
 from pqcodec import Rope
@@ -59,7 +59,7 @@ def test_decoding_agrees_bit_for_bit_and_encoding_but_for_ties(preset: str, head
 )
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_options_agree(options: dict[str, Any], dtype: torch.dtype) -> None:
-    x = gaussian(3, 75, 64, dtype=dtype) + 5
+    x = with_means(gaussian(3, 75, 64), options.get("rope")).to(dtype)
     reference, cpu = (pqcodec.encode(x, backend=name, **options) for name in ("reference", "cpu"))
     assert len(reference) == len(cpu)
     for data in (reference, cpu):

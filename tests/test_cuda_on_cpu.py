@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GPU, bits, gaussian, needs_triton, skewed
+from conftest import GPU, bits, gaussian, needs_triton, skewed, with_means
 from ptx_machine import is_there
 
 import pqcodec
@@ -40,6 +40,7 @@ MORE: list[Kind] = [
     (512, "quad3.5", "float16", {"chunk_tokens": 50}),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (320, 576)),
     (448, "quad3", "float32", {"center": "rope", "rope": Rope(style="interleaved", dim=20)}),
+    *((320, "quad3.5", "bfloat16", {"center": "rope", "rope": Rope(dim=dim)}) for dim in (32, 80, 128)),
     *((head_dim, "quad3", "float32", {}) for head_dim in (64, 128, 256)),
     *((128, "quad3", "bfloat16", {"chunk_tokens": tokens}) for tokens in (16, 50, 60, 128, 200)),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (64, 96, 256)),
@@ -82,8 +83,8 @@ def tensor(kind: Kind, tokens: int = 200, leads: int = 3) -> torch.Tensor:
     """Rows of many sizes: with zeros and, where no mean takes them in, with very small and very large ones."""
     head_dim, _, dtype, options = kind
     x = gaussian(leads, tokens, head_dim, seed=head_dim) * torch.exp(gaussian(leads, tokens, 1, seed=1))
-    if options:
-        x += 5 * gaussian(leads, 1, head_dim, seed=2)
+    if "center" in options:
+        x = with_means(x, options.get("rope"))
     elif tokens > 9:
         x[0, 3] = 0
         x[1, 5] *= 1e-20

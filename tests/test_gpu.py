@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, GPU, HAS_CUDA, TORCH_DTYPES, bits, gaussian, needs_cuda, needs_gpu, needs_triton, sampled
+from conftest import (
+    DEVICE,
+    GPU,
+    HAS_CUDA,
+    TORCH_DTYPES,
+    bits,
+    gaussian,
+    needs_cuda,
+    needs_gpu,
+    needs_triton,
+    sampled,
+    with_means,
+)
 from test_backends import HEAD_DIMS, WORST_TIES
 
 import pqcodec
@@ -169,7 +181,8 @@ AGREEING = [
 @pytest.mark.parametrize("head_dim", (32, 64, 96, 100, 128, 192, 256) if GPU else (20,))
 def test_options_agree(options: dict[str, Any], dtype: torch.dtype, head_dim: int, gpu_backend: str) -> None:
     """Means, exact tokens and all their checksums are the CPU's to the byte; so is the header, offset exponent included."""
-    x = gaussian(2, TOKENS, head_dim, dtype=dtype) + 5
+    x = gaussian(2, TOKENS, head_dim)
+    x = (with_means(x, options["rope"]) if "rope" in options else x + 5).to(dtype)
     assert agrees(x, gpu_backend, **options) <= ties_allowed(head_dim, options.get("preset", "pq3"), 2 * TOKENS)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import second_decoder
 import torch
-from conftest import BACKENDS, DEVICE, bits, gaussian, needs_triton, rel_mse
+from conftest import BACKENDS, DEVICE, bits, gaussian, needs_triton, rel_mse, with_means
 
 import pqcodec
 from pqcodec import Rope, attention
@@ -38,9 +38,9 @@ CASES: list[Case] = [
 ]
 
 
-def keys(head_dim: int, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """Two heads of keys with a bias."""
-    x = (gaussian(2, TOKENS, head_dim) + 4 * gaussian(2, 1, head_dim, seed=1)).double() * scale
+def keys(head_dim: int, dtype: torch.dtype, scale: float, rope: Rope | None = None) -> torch.Tensor:
+    """Two heads of keys with a bias, which RoPE turns if it is given."""
+    x = with_means(gaussian(2, TOKENS, head_dim), rope, 4.0).double() * scale
     return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
@@ -52,7 +52,7 @@ def options_of(rope: Rope, chunk_tokens: int, exact_tokens: int = 0) -> dict[str
 @pytest.mark.parametrize("case", CASES)
 def test_backends_agree_bit_for_bit(case: Case) -> None:
     head_dim, dtype, rope, chunk, scale, exact = case
-    x = keys(head_dim, dtype, scale)
+    x = keys(head_dim, dtype, scale, rope)
     for encoder in BACKENDS:
         data = pqcodec.encode(x, backend=encoder, **options_of(rope, chunk, exact))
         assert Header.from_bytes(data).runs
@@ -68,7 +68,7 @@ def test_backends_agree_bit_for_bit(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[3:6])
 def test_triton_agrees(case: Case) -> None:
     head_dim, dtype, rope, chunk, scale, exact = case
-    x, options = keys(head_dim, dtype, scale)[:1], options_of(rope, chunk, exact)
+    x, options = keys(head_dim, dtype, scale, rope)[:1], options_of(rope, chunk, exact)
     data = pqcodec.encode(x.to(DEVICE), backend="triton", **options)
     wanted = pqcodec.decode(data, backend="reference")
     others = pqcodec.decode(pqcodec.encode(x, **options))
