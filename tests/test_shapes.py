@@ -36,7 +36,7 @@ SPILLS = {
     ("triton", "encode_stream_blocks"): {128: 48, 256: 24, 512: 800, 1024: 3000},
     ("triton", "decode_stream_blocks"): {512: 320, 1024: 2600},
     ("triton", "attend_to_codes"): {16: 120, 32: 120, 64: 40, 128: 64, 256: 736},  # most where values are centred under RoPE
-    ("cuda", "encode_stream_blocks"): {64: 16, 128: 120, 256: 168, 1024: 128},
+    ("cuda", "encode_stream_blocks"): {64: 8, 128: 120, 256: 168, 1024: 128},
     ("cuda", "decode_stream_blocks"): {64: 8, 128: 40, 1024: 16},
 }
 

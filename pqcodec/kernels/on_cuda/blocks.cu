@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
     tables_are_written();
 
     for (u32 round = 0; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * CODERS, round++) {
-#if AS_WORDS
+#if AS_WORDS  // it stays in shared memory, for registers are few
         __syncwarp();
         if (lane < sizeof(Block) / 8)
             reinterpret_cast<u64*>(upcoming + AHEAD)[lane] = reinterpret_cast<const u64*>(upcoming + place)[lane];
@@ -264,11 +264,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
         // Whether this warp, or one in step with it, has rows behind a tile.
         const auto goes_on_behind = [&](int first_row) {
-            const int tokens = IS_IDLE(index, blocks) ? 0 : block.tokens;
 #if IN_STEP && PLANES
-            return any_goes_on(current.votes, tokens, first_row + ROWS);
+            return any_goes_on(current.votes, IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
 #elif IN_STEP
-            return any_in_step(first_row + ROWS < tokens);
+            return any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
 #else
             return 1;
 #endif
