@@ -101,7 +101,7 @@ class Tables:
     ones: Any  # int32 [columns / 2]: every column once, those that turn together as ones and twos at one place
     twos: Any
     in_halves: bool  # whether these are the first half of all columns and the second
-    pair_frequencies: Any  # uint32 [columns / 2]: 0 where columns do not turn
+    pair_frequencies: Any  # int32 [columns / 2]: bits of uint32; 0 where columns do not turn
     phases: Any  # float32 [4, 256]: cos and sin of coarse turns, then of fine ones
 
 
@@ -135,6 +135,7 @@ def tables_on(
     rotation[:, :order] = t.rotation_matrix(order, seed, rounds) if rounds else _places(plan)
     circle_steps = [angles.circle_step(n) for n in (leaves.n_a, leaves.n_b)]
     paper = t.paper_levels()
+    mixed = {**_quads(plan), **_rope_columns(rope, columns)}  # arrays and plain values
 
     def extended(array: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([array, np.full_like(array[:1], value)])
@@ -165,9 +166,8 @@ def tables_on(
         circle=put(np.stack([plan.circle_cos, plan.circle_sin])),
         mantissas=put(plan.mantissas),
         paper=put(np.concatenate([paper[1].ravel(), paper[2].ravel(), (paper[0] ** 2).ravel()]).astype(np.float32)),
-        **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in _quads(plan).items()},
+        **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in mixed.items()},
         rotation=put(rotation),
-        **{name: put(part) if isinstance(part, np.ndarray) else part for name, part in _rope_columns(rope, columns).items()},
         phases=put(centre.phase_tables().copy()),
     )
 
@@ -204,14 +204,15 @@ def _quads(plan: Plan) -> dict[str, Any]:
 def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, Any]:
     partner, pair = np.arange(columns, dtype=np.int32), np.full(columns, -1, np.int32)
     sign, frequencies = np.zeros(columns, np.float32), np.zeros(1, np.int64)
+    pair_frequencies = np.zeros(columns // 2, np.uint32)
     if rope:
         p, q = centre.pairs(rope)
         partner[p], partner[q] = q, p
         pair[p] = pair[q] = np.arange(len(p))
         sign[p], sign[q] = -1, 1
         frequencies = np.array(rope.frequencies, np.int64)
+        pair_frequencies[: len(p)] = frequencies
     together = _together(rope, columns)
-    own = np.pad(frequencies if rope else [], (0, columns // 2 - (len(frequencies) if rope else 0))).astype(np.uint32)
     return {
         "partner": partner,
         "pair": pair,
@@ -220,7 +221,7 @@ def _rope_columns(rope: RopeField | None, columns: int) -> dict[str, Any]:
         "ones": together[0],
         "twos": together[1],
         "in_halves": bool((together.ravel() == np.arange(columns)).all()),
-        "pair_frequencies": own.view(np.int32),
+        "pair_frequencies": pair_frequencies.view(np.int32),
     }
 
 

@@ -258,9 +258,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
         current.votes = votes_for_steps(IS_IDLE(index, blocks) ? 0 : block.tokens);
 #endif
 #if BY_RUNS
-        first_means.turn(tables, block.position + begin / RUN_ROWS * RUN_ROWS, not_ahead(lane), reinterpret_cast<u8*>(means),
-                         scale_of_run(block));
-        __syncwarp();
+        turn_to_run(tables, block, first_means, block.position + begin / RUN_ROWS * RUN_ROWS, not_ahead(lane),
+                    reinterpret_cast<u8*>(means));
 #endif
         // Whether this warp, or one in step with it, has rows behind a tile.
         const auto goes_on_behind = [&](int first_row) {

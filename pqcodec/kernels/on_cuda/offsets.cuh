@@ -13,8 +13,9 @@
 // them); PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how channels are paired), PARTS (if more than one: of a
 // row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn, and of
 // a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank). With the table RUN_TURNS a run's means
-// are operands of products, RUN_PIECE bytes a piece. With the tables TILE_TURN and ROW_TURNS (tables.py) an encoder turns a
-// block's means to its first row, then on to each tile's first row, and from there to the tile's others.
+// are operands of products, RUN_PIECE bytes a piece. With the tables TILE_TURN and ROW_TURNS (tables.py; the latter of
+// TURNED_PIECES) an encoder turns a block's means to its first row, then on to each tile's first row, and from there to the
+// tile's others.
 #pragma once
 
 #include "block_place.cuh"
@@ -38,7 +39,6 @@
 
 #ifdef ROW_TURNS_AT
 #define TILE_TURNS 1
-#define TURNED_PIECES (APART ? APART : FACTORS ? (2 * PAIRS + 63) / 64 * 2 : (2 * PAIRS + 31) / 32)  // whose turns the table has
 #else
 #define TILE_TURNS 0
 #define TURNED_PIECES 0
@@ -253,13 +253,17 @@ INLINE float scale_of_run(const Block& block) {
 #endif
 }
 
-// Turns a block's means to the run whose first row is at a position, by all lanes of a warp.
+// Turns a block's ``means`` to the run whose first row is at a position, by all lanes of a warp.
+INLINE void turn_to_run(const u8* tables, const Block& block, const RunMeans& means, u32 position, int lane, u8* run) {
+    means.turn(tables, position, lane, run, scale_of_run(block));
+    __syncwarp();
+}
+
+// The same for means that are still to be loaded.
 INLINE void turn_to_run(const u8* tables, const Block& block, u32 position, int lane, u8* run) {
-    const float scale = scale_of_run(block);
     RunMeans means;
     means.load(block, lane);
-    means.turn(tables, position, lane, run, scale);
-    __syncwarp();
+    turn_to_run(tables, block, means, position, lane, run);
 }
 
 #if RUN_PRODUCTS

@@ -49,9 +49,10 @@ def tables_for(
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
     turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
+    pieces = {"TURNED_PIECES": len(turns["ROW_TURNS"])} if turns else {}
     turns |= run_tables(h) if products else {}
     blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
-    return blob, {**places, "PHASE_COPIES": phases, **dict(zip(COPY_MACROS, copies, strict=True))}
+    return blob, {**places, **pieces, "PHASE_COPIES": phases, **dict(zip(COPY_MACROS, copies, strict=True))}
 
 
 def table_bits(h: Header) -> int:
