@@ -192,15 +192,14 @@ def test_means_that_the_cuda_encoder_turns_by_tiles_are_where_the_rows_want_them
 
 
 @pytest.mark.parametrize("bits", [4, 7, 8, 9, 10])
-def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int) -> None:
+@pytest.mark.parametrize("cells", quads_encoder.CELLS, ids=str)
+def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int, cells: quads_encoder.Cells) -> None:
     """What the CUDA encoder looks at, against all representatives: at most 1.7 % more error, rounding to steps included."""
-    table, most = quads.points_of(bits), np.array(quads_encoder.LEVELS)
+    table = quads.points_of(bits)
     step = table.aim * quads_encoder.REACH / quads_encoder.STEPS
     x = np.sort(np.abs(np.random.default_rng(bits).standard_normal((20000, 4))), 1)[:, ::-1] * table.aim
     steps = np.minimum(np.floor(x / step + 0.5), quads_encoder.STEPS)
-    largest, second, third, last = np.minimum(steps // 8, most - 1).astype(np.int64).T
-    cell = np.ravel_multi_index((last, second, largest, third), most[[3, 1, 0, 2]])
-    candidates = quads_encoder.cells_of(bits)[cell][:, : quads_encoder.CANDIDATES[bits]].astype(np.int64)
+    candidates = quads_encoder.cells_of(bits, cells)[cells.places(steps)][:, : quads_encoder.CANDIDATES[bits]].astype(np.int64)
 
     def distances(y: np.ndarray) -> np.ndarray:
         return ((y[:, None] - table.representatives) ** 2).sum(2)
@@ -210,19 +209,18 @@ def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int) -> None:
     assert every[rows, chosen].sum() <= 1.017 * every.min(1).sum()
 
 
-@pytest.mark.parametrize("bits", range(4, quads_encoder.GROUPED + 1))
+@pytest.mark.parametrize("bits", [bits for bits, count in quads_encoder.CANDIDATES.items() if count == 2])
 @pytest.mark.parametrize("copies", quads_encoder.COPIES[:-1], ids=str)
 def test_groups_among_cells_take_no_cell_that_quads_have(bits: int, copies: quads_encoder.Copies) -> None:
     plan = plan_for(replace(EncodeOptions("quad3").header((1, 64, 128), c.DTYPE_BFLOAT16), row_bits=(bits + 4) * 32 + 8))
-    few, many = (quads_encoder.encoder_tables(plan, each, "fast") for each in (quads_encoder.ONE_COPY, copies))
+    few, many = (quads_encoder.encoder_tables(plan, each, "fast") for each in (copies._replace(own=1, groups=1), copies))
     magnitudes = np.random.default_rng(bits).normal(size=(1 << 16, 4)) * np.array([[1], [2], [4], [16]]).repeat(1 << 14, 0)
-    levels = np.sort(np.abs(magnitudes))[:, ::-1] // (quads_encoder.WIDTH / 4)
-    level = np.minimum(levels, np.array(quads_encoder.LEVELS) - 1).astype(np.int64)
-    cell = np.unique(np.ravel_multi_index(level[:, [3, 1, 0, 2]].T, np.array(quads_encoder.LEVELS)[[3, 1, 0, 2]]))
+    steps = np.minimum(np.sort(np.abs(magnitudes))[:, ::-1] * 32, quads_encoder.STEPS)
+    cell = np.unique(quads_encoder.CELLS[copies.cells].places(steps))
     heads = few["HEADS"][few["CELLS"][cell] // 4], many["CELLS"][cell]
     points = (1 << bits) - 1  # of a candidate's word; where its pattern is depends on how many copies there are
     assert np.array_equal(heads[0] >> 16 & points, heads[1] >> 16 & points)
-    size, count = few["GROUPS"][0].nbytes, quads_encoder.group_copies(bits, copies)
+    size, count = few["GROUPS"][0].nbytes, copies.groups
     begins = [(head & 0xFFFF).astype(np.int64) for head in heads]
     assert (begins[1] % (size * count) == 0).all()  # kernels add the place of a lane's copy by "or"
     one, own = few["GROUPS"].ravel(), many.get("GROUPS", many["CELLS"]).view(np.int32).ravel()

@@ -5,13 +5,14 @@
 // nearest to its sorted magnitudes. These are whole numbers of STEPS. A cell of them, by the upper bits of each, has a few
 // candidates: nearly always one of them is the nearest of all. Two quads are sorted together, as 16-bit halves.
 //
-// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most), GROUPED (candidates are looked up
-// together), STEPS (of a magnitude), INVERSE (what a coordinate over the radius is multiplied with to make STEPS a half, over
-// ORDER), UNIT (the same of the table's unit), CELL_BYTES, LARGEST_LEVEL, SECOND_LEVEL and LAST_LEVEL (cells from a level of a
-// magnitude to the next), FIRST_BITS, PATTERN_AT, SCORE_AT, COPIES and GROUP_COPIES (of the tables below), CHOICES (radii that
-// are tried), MOST_RADIUS, ENERGY_SCALE (that makes the divisor of an energy, ORDER^3, a power of two), what radius.cuh needs,
-// and the tables of quads_encoder.py: CELLS, GROUPS and HEADS or CORNERS, RANKS and, with CHOICES, POINTS. A lane has its own
-// copies of what it looks up at random places, so that it meets no other one in a bank.
+// Needs INDEX_BITS (of a quad), INDEX_BYTES (of a row), CANDIDATES (of a cell, four at most; two are looked up together), STEPS
+// (of a magnitude), INVERSE (what a coordinate over the radius is multiplied with to make STEPS a half, over ORDER), UNIT (the
+// same of the table's unit), CELL_BYTES, LARGER_LEVELS (bits that tell levels of the two larger magnitudes), LARGEST_WEIGHT,
+// SECOND_WEIGHT, THIRD_WEIGHT and LAST_WEIGHT (of magnitudes in a cell's place), FIRST_BITS, PATTERN_AT, SCORE_AT, COPIES and
+// GROUP_COPIES (of the tables below), CHOICES (radii that are tried), MOST_RADIUS, ENERGY_SCALE (that makes the divisor of an
+// energy, ORDER^3, a power of two), what radius.cuh needs, and the tables of quads_encoder.py: CELLS, GROUPS and HEADS or
+// CORNERS, RANKS and, with CHOICES, POINTS. A lane has its own copies of what it looks up at random places, so that it meets no
+// other one in a bank.
 #pragma once
 
 #include "bits.cuh"
@@ -26,7 +27,10 @@
 #define INDICES_AT (SIGNS_AT + SIGN_WORDS)
 
 // Bits of the stage that a lane stores at once, where its numbers of a row fill whole ones; 0 where it adds bits to zeros.
-#if QUADS * INDEX_BITS % 32 == 0
+#if QUADS * INDEX_BITS % 64 == 0 && 64 % (4 * INDEX_BITS) == 0
+#define STORE_BITS 64
+typedef u64 Store;
+#elif QUADS * INDEX_BITS % 32 == 0
 #define STORE_BITS 32
 typedef u32 Store;
 #elif QUADS * INDEX_BITS % 16 == 0
@@ -43,13 +47,7 @@ typedef u16 Store;
 #define GROUPS_AT CELLS_AT  // groups lie among the cells
 #endif
 
-#if GROUPED
-#define OWN_COPIES GROUP_COPIES  // of a group's words
-#define OWN_BYTES (8 * (CANDIDATES - 1))
-#else
-#define OWN_COPIES COPIES  // of a corner's
-#define OWN_BYTES 8
-#endif
+#define OWN_COPIES (CANDIDATES == 2 ? GROUP_COPIES : COPIES)  // of a group's words, or of a corner's
 
 #define BOTH(x) ((x) * 0x10001u)  // in both halves of a word
 
@@ -80,16 +78,15 @@ INLINE void sorted_keys(const float* quad, const float* other, float scale, u32*
 // The bits of ``one`` where ``mask`` has ones, else those of ``other``.
 INLINE u32 either(u32 mask, u32 one, u32 other) { return (one & mask) | (other & ~mask); }
 
-// Where the cells of two quads lie (quads_encoder.py), in bytes: by levels of magnitudes, eight steps wide. ``larger``: the
-// largest and the second magnitude of each.
-INLINE void cells_of(const u32* keys, u32 larger, u32& one, u32& two) {
+// Where the cells of two quads lie (quads_encoder.py), in bytes, by levels of their magnitudes. ``larger``: the largest and the
+// second magnitude of each.
+INLINE void cells_of(const u32* keys, u32 larger, u32* cells) {
     const u32 third = __vminu2(keys[2], BOTH(0x3fffu)) >> (CELL_BYTES == 4 ? 1 : 2), last = __vminu2(keys[3], BOTH(0x1fffu));
-    const u32 levels = larger & 0xf8f8f8f8u;
+    const u32 levels = larger & LARGER_LEVELS;
     const u32 others = __byte_perm(third, last, 0x7351) & BOTH(0x1800u | 7 * CELL_BYTES);
-    constexpr u32 weights = LARGEST_LEVEL * CELL_BYTES / 8 | (SECOND_LEVEL * CELL_BYTES / 8) << 16;
-    constexpr u32 other_weights = 1 | (LAST_LEVEL * CELL_BYTES / 8) << 16;
-    one = __dp2a_lo(other_weights, others, __dp2a_lo(weights, levels, 0u));
-    two = __dp2a_hi(other_weights, others, __dp2a_hi(weights, levels, 0u));
+    constexpr u32 weights = LARGEST_WEIGHT | SECOND_WEIGHT << 16, other_weights = THIRD_WEIGHT | LAST_WEIGHT << 16;
+    cells[0] = __dp2a_lo(other_weights, others, __dp2a_lo(weights, levels, 0u));
+    cells[1] = __dp2a_hi(other_weights, others, __dp2a_hi(weights, levels, 0u));
 }
 
 // The sum of products of signed bytes with unsigned ones.
@@ -113,14 +110,9 @@ INLINE u32 nearest_corner(const u8* tables, u32 cell, u32 magnitudes, u32 own) {
     const u32 head = *reinterpret_cast<const u16*>(tables + CELLS_AT + cell);
     const u32 found = *reinterpret_cast<const u32*>(tables + HEADS_AT + head);
 #endif
-#if GROUPED
-    const u8* group = tables + GROUPS_AT + (found & 0xffffu | own);
-    if (CANDIDATES == 2) {
-        const uint2 second = *reinterpret_cast<const uint2*>(group);
-        return min((int)(found >> 16), scored(second.x, second.y, magnitudes));
-    }
-    const uint4 others = *reinterpret_cast<const uint4*>(group);
-    return min((int)(found >> 16), min(scored(others.x, others.y, magnitudes), scored(others.z, others.w, magnitudes)));
+#if CANDIDATES == 2
+    const uint2 second = *reinterpret_cast<const uint2*>(tables + GROUPS_AT + (found & 0xffffu | own));
+    return min((int)(found >> 16), scored(second.x, second.y, magnitudes));
 #else
     int least = 0x7fffffff;
 #pragma unroll
@@ -134,12 +126,6 @@ INLINE u32 nearest_corner(const u8* tables, u32 cell, u32 magnitudes, u32 own) {
 #endif
 }
 
-// How far behind its representative's first point a point is. ``at``: of its places in the table of ranks.
-INLINE u32 rank_of(const u8* tables, u32 corner, u32 at) {
-    constexpr u32 pattern = 7u << PATTERN_AT, bytes = 64 * COPIES;  // of a pattern's ranks
-    return tables[RANKS_AT + ((corner & pattern) / ((1u << PATTERN_AT) / bytes) | at)];
-}
-
 // -- rows -----------------------------------------------------------------------------------------------------------
 // What a row's coordinates, which were multiplied with 2^exponent, are multiplied with so that ``radius`` comes to the table's
 // unit.
@@ -151,34 +137,52 @@ INLINE float scale_of(u32 radius, int exponent) {
     return step * INVERSE * power_of_two(min(max(power, 1 - BIAS), BIAS));
 }
 
-// The numbers of the points nearest to two quads times ``scale``, side by side.
+// The numbers of the points nearest to two quads times ``scale``, a half word each; above eight bits are others.
 INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale, u32 lane) {
     u32 keys[4];
     sorted_keys(quad, other, scale, keys);
-    const u32 own = lane % OWN_COPIES * OWN_BYTES, own_ranks = lane % COPIES * 4;
-    const u32 places = either(BOTH(0x0fu), either(BOTH(0x03u), keys[0], keys[1]), keys[2]);
-    const u32 at = (places * COPIES & BOTH(0x3cu * COPIES)) | BOTH(own_ranks) | (places & BOTH(0x03u));
     const u32 larger = __byte_perm(keys[0], keys[1], 0x7351), smaller = __byte_perm(keys[2], keys[3], 0x7351);  // of both quads
-    u32 cell, other_cell;
-    cells_of(keys, larger, cell, other_cell);
-    const u32 one = nearest_corner(tables, cell, __byte_perm(larger, smaller, 0x5410), own);
-    const u32 two = nearest_corner(tables, other_cell, __byte_perm(larger, smaller, 0x7632), own);
-    const u32 rank = rank_of(tables, one, at & 0xffff), other_rank = rank_of(tables, two, at >> 16);
-    if (INDEX_BITS == 8) return __byte_perm(one, two, 0x5540) % (1 << 16) + other_rank * 256 + rank;
-    return (one % (1 << FIRST_BITS) + rank) | (two % (1 << FIRST_BITS) + other_rank) << INDEX_BITS;
+    const u32 magnitudes[2] = {__byte_perm(larger, smaller, 0x5410), __byte_perm(larger, smaller, 0x7632)};
+    u32 cells[2];
+    cells_of(keys, larger, cells);
+    const u32 own = lane % OWN_COPIES * 8;
+    const u32 one = nearest_corner(tables, cells[0], magnitudes[0], own), two = nearest_corner(tables, cells[1], magnitudes[1], own);
+    const u32 both = __byte_perm(one, two, 0x5410);
+    // How far behind its representative's first point a point is: by the pattern of its representative, and its places.
+    const u32 places = either(BOTH(0x0cu), keys[1], keys[2]) & BOTH(0x3cu);
+    const u32 at = places * COPIES + BOTH(lane % COPIES * 4) | keys[0] & BOTH(0x03u);
+    const u32 ranks = (both & BOTH(7u << PATTERN_AT)) / ((1u << PATTERN_AT) / (64 * COPIES)) | at;
+    const u32 rank = tables[RANKS_AT + ranks % (1 << 16)], other_rank = tables[RANKS_AT + (ranks >> 16)];
+    return (INDEX_BITS == 8 ? both : both & BOTH((1u << FIRST_BITS) - 1)) + (other_rank * (1 << 16) + rank);
+}
+
+// The number of the point nearest to the first or the second of two quads, whose numbers two_points found.
+INLINE u32 number_of(u32 both, int which) { return both >> 16 * which & ((1 << INDEX_BITS) - 1); }
+
+// Numbers of two quads, and of four, side by side.
+INLINE u32 side_by_side(u32 both) {
+    if (INDEX_BITS == 8) return __byte_perm(both, 0, 0x4420);
+    return both - (both >> 16) * ((1 << 16) - (1 << INDEX_BITS));
+}
+INLINE u64 side_by_side(u32 both, u32 others) {
+    if (INDEX_BITS == 8) return __byte_perm(both, others, 0x6420);
+    return side_by_side(both) | (u64)side_by_side(others) << (2 * INDEX_BITS);
 }
 
 // The numbers of a lane's points, four quads' side by side; returns the squared error, where several radii are tried.
 INLINE float find_points(const u8* tables, float (*quads)[4], float scale, u64* codes) {
     float error = 0.0f;
+    u32 before;
 #pragma unroll
     for (int quad = 0; quad < QUADS; quad += 2) {
         const u32 both = two_points(tables, quads[quad], quads[quad + 1], scale, threadIdx.x);
-        codes[quad / 4] = quad % 4 ? codes[quad / 4] | (u64)both << (2 * INDEX_BITS) : both;
+        if (quad % 4) codes[quad / 4] = side_by_side(before, both);
+        else if (quad + 2 == QUADS) codes[quad / 4] = side_by_side(both);
+        before = both;
 #if CHOICES > 1
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[both >> i * INDEX_BITS & ((1 << INDEX_BITS) - 1)];
+            const u32 point = reinterpret_cast<const u32*>(tables + POINTS_AT)[number_of(both, i)];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const float off = fabsf(quads[quad + i][k] * scale) - (float)(point >> 8 * k & 255) * UNIT;
@@ -242,7 +246,7 @@ INLINE void put_numbers(u64 numbers, u64& waiting, u32* stage, int tile_row, int
                quarter * (QUADS * INDEX_BITS / STORE_BITS);
 #pragma unroll
     for (int i = 0; i < full; i++) to[quad * INDEX_BITS / STORE_BITS + i] = (Store)(waiting >> i * STORE_BITS);
-    waiting >>= full * STORE_BITS;
+    waiting = full * STORE_BITS < 64 ? waiting >> full * STORE_BITS : 0;
 #else
     const int bit = tile_row * 8 * INDEX_BYTES + (quarter * QUADS + quad) * INDEX_BITS;
     Writer out = {(u32)__cvta_generic_to_shared(stage + INDICES_AT), (u32)bit};
@@ -309,7 +313,8 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*
     const int tile_row = lane >> 2, quarter = lane & 3;
     float scale[2];
     int less[2][2];  // signs
-    u64 codes[2], waiting[2];
+    u32 before[2];  // numbers of two quads that wait for two others
+    u64 waiting[2];
     const u32(*operands)[4] = reinterpret_cast<const u32(*)[4]>(stored);
     Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][4];
     const u32 matrix = panel_address(tables, 0);
@@ -334,6 +339,7 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*
         for (int of_panel = 0; of_panel < PAIRS_OF_PANEL; of_panel++) {
             const int pair = panel * PAIRS_OF_PANEL + of_panel;
             const bool last = pair == QUADS / 2 - 1;
+            u32 both[2];
             if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
 #pragma unroll
             for (int part = 0; part < 2; part++) {
@@ -343,14 +349,18 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*
                 for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
-                const u64 both = two_points(tables, quads[0], quads[1], scale[part], lane);
-                codes[part] = pair % 2 ? codes[part] | both << (2 * INDEX_BITS) : both;
+                both[part] = two_points(tables, quads[0], quads[1], scale[part], lane);
             }
 #pragma unroll
             for (int part = 0; part < 2; part++) {
                 const int row = tile_row + 8 * part, quad = quarter * QUADS + pair / 4 * 8;
-                if (pair % 2) put_numbers<4>(codes[part], waiting[part], stage, row, quarter, 2 * pair - 2);
-                else if (last) put_numbers<2>(codes[part], waiting[part], stage, row, quarter, 2 * pair);
+                if (pair % 2) {
+                    const u64 numbers = side_by_side(before[part], both[part]);
+                    put_numbers<4>(numbers, waiting[part], stage, row, quarter, 2 * pair - 2);
+                } else if (last) {
+                    put_numbers<2>(side_by_side(both[part]), waiting[part], stage, row, quarter, 2 * pair);
+                }
+                before[part] = both[part];
                 if (pair % 4 == 3) put_signs<8>(less[part], stage, row, quad);
                 else if (last) put_signs<QUADS % 8>(less[part], stage, row, quad);
             }
@@ -389,7 +399,7 @@ INLINE void encode_in_factors(const u8* tables, u32* stage, int lane, const u32 
                 numbers[strip] = both;
                 continue;
             }
-            put_numbers<4>(numbers[strip] | (u64)both << (2 * INDEX_BITS), waiting, stage, tile_row, quarter, 4 * strip);
+            put_numbers<4>(side_by_side(numbers[strip], both), waiting, stage, tile_row, quarter, 4 * strip);
             if (strip % 2) put_signs<8>(signs, stage, tile_row, first);
             else if (strip + 1 == STRIPS) put_signs<4>(signs, stage, tile_row, first);
         }

@@ -12,25 +12,64 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
 
-# Levels of a quad's sorted magnitudes, by which cells are told apart; the last level has no end. STEPS stands for all
-# magnitudes that are larger than REACH radii.
-LEVELS, STEPS, REACH = (17, 17, 8, 4), 128, 3.4
-WIDTH = REACH / STEPS * 8  # of a level, in radii
-CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 3, 8: 3, 9: 3, 10: 4}  # of a cell, by the bits of a table
-GROUPED = 8  # bits up to which a cell's candidates are looked up together; more of them would make too many groups
+# Magnitudes are whole numbers of STEPS, which stands for all that are larger than REACH radii. MOST: of a quad's sorted ones,
+# which cells tell apart.
+STEPS, REACH, MOST = 128, 3.4, (128, 128, 63, 31)
+# Of a cell, by the bits of a table; of two, which are a group, one look-up brings what tells the second from the first.
+CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 2, 8: 2, 9: 3, 10: 4}
+
+
+class Cells(NamedTuple):
+    """How wide a cell is, in steps of each sorted magnitude, and how many cells lie from one level of it to the next.
+
+    Strides are such that no two cells of magnitudes that descend lie in one place, few places are left between them, and lanes
+    meet in few banks.
+    """
+
+    widths: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+    def places(self, steps: np.ndarray) -> np.ndarray:
+        """Of quads' magnitudes [..., 4] in steps, the largest first."""
+        return np.minimum(steps, MOST).astype(np.int64) // self.widths @ np.array(self.strides)
+
+    def taken(self) -> np.ndarray:
+        """Which places cells of magnitudes that descend have, bool."""
+        levels = np.indices([most // width + 1 for most, width in zip(MOST, self.widths, strict=True)]).reshape(4, -1).T
+        low = levels * self.widths
+        descends = (low[:, 1:] <= (low + self.widths)[:, :-1] - 1).all(1)
+        places = self.places(low[descends])
+        assert len(np.unique(places)) == len(places)
+        return np.bincount(places) > 0
+
+
+CELLS = (
+    Cells((4, 8, 8, 8), (29, 736, 1, 36)),
+    Cells((8, 8, 8, 8), (14, 350, 1, 178)),
+    Cells((8, 8, 8, 8), (8, 136, 1, 2312)),  # two bytes a cell ask for strides that four divides
+)
+FINE, COARSE, SHORT = range(len(CELLS))
 
 
 class Copies(NamedTuple):
-    """How many copies there are of what lanes look up at random places: with as many as lanes that read at once, none meet."""
+    """How many copies there are of what lanes look up at random places: with as many as lanes that read at once, none meet.
+
+    And by which cells they do, of which there is one copy.
+    """
 
     own: int  # of rows of ranks, and of corners
-    groups: int  # of groups, at the most
+    groups: int
+    cells: int  # which of CELLS
 
 
-ONE_COPY = Copies(1, 1)
-COPIES = (Copies(32, 16), Copies(16, 16), Copies(8, 8), Copies(16, 4), Copies(8, 4), Copies(4, 4), Copies(2, 2), ONE_COPY)
+ONE_COPY = Copies(1, 1, SHORT)
+COPIES = (
+    *(Copies(*both, cells) for both in ((32, 16), (16, 16)) for cells in (FINE, COARSE)),
+    *(Copies(*both, COARSE) for both in ((8, 8), (16, 4), (8, 4), (4, 4), (2, 2))),
+    ONE_COPY,
+)
 FEW_COPIES = (ONE_COPY,)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
-COPY_MACROS = ("COPIES", "GROUP_COPIES")
+COPY_MACROS = ("COPIES", "GROUP_COPIES", "CELLS_KIND")
 FARTHEST = 1 << 16  # bytes from the first cell on, or from the first group, at which groups may begin
 PATTERNS = 1 << (c.QUAD - 1)  # which neighbours of a representative's magnitudes are equal
 FIRST_BITS, SCORE_AT = 10, 14  # fields of a candidate's word: at most so many bits of the first point; the pattern; the score
@@ -45,7 +84,7 @@ def encoder_tables(plan: Plan, copies: Copies = ONE_COPY, effort: str = "best") 
     table = quads.table_of(plan)
     pattern, first, ranks = _ranks(table)
     half = np.rint((table.representatives**2).sum(1) / (2 * table.aim * REACH / STEPS)).astype(np.int64)
-    search = _grouped if table.bits <= GROUPED else _apart
+    search = _grouped if CANDIDATES[table.bits] == 2 else _apart
     return {
         **search(table, half, pattern << pattern_at(table.bits, copies) | first, copies),
         "RANKS": np.repeat(ranks.reshape(-1, 1, c.QUAD), copies.own, 1),
@@ -54,23 +93,23 @@ def encoder_tables(plan: Plan, copies: Copies = ONE_COPY, effort: str = "best") 
 
 
 def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
-    """CELLS uint32 [cells]: where the cell's group of candidates begins, and the word of its first candidate; or, with one
-    copy, which takes less room, uint16 [cells]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies,
-    other candidates, 2]: magnitudes less those of the first, a signed byte each, the largest first, and the candidate's word
-    with its score. Where they are not too many, groups lie among the cells that no quad has, and behind them, without GROUPS.
+    """CELLS uint32 [cells]: where the cell's group of two candidates begins, and the word of the first one; or, with one copy,
+    which takes less room, uint16 [cells]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies, 2]: of
+    the second one, magnitudes less those of the first, a signed byte each, the largest first, and its word with its score.
+    Where they are not too many, groups lie among the cells that no quad has, and behind them, without GROUPS.
 
     Of representatives: ``half`` their squares, as steps of magnitudes are scored; ``words``: {pattern, first point}.
     """
-    cells = cells_of(table.bits)[:, : CANDIDATES[table.bits]].astype(np.int64)
+    cells = np.sort(cells_of(table.bits, CELLS[copies.cells])[:, :2].astype(np.int64), axis=1)
     groups, which = np.unique(cells, axis=0, return_inverse=True)
-    apart = table.representatives[groups[:, 1:]] - table.representatives[groups[:, :1]]
-    fields = _scored(apart, half[groups[:, 1:]] - half[groups[:, :1]], words[groups[:, 1:]])
-    first, stored = words[groups[:, 0]] << 16, np.repeat(fields[:, None], group_copies(table.bits, copies), 1)
+    one, two = groups.T
+    fields = _scored(table.representatives[two] - table.representatives[one], half[two] - half[one], words[two])
+    first, stored = words[one] << 16, np.repeat(fields[:, None], copies.groups, 1)
     begins = np.arange(len(groups)) * stored[0].nbytes
     if copies.own == 1:
         heads = (begins | first).astype(np.uint32)
         return {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads, "GROUPS": stored}
-    among = _places_among_cells(stored[0].nbytes, len(groups))
+    among = _places_among_cells(CELLS[copies.cells], stored[0].nbytes, len(groups))
     if among[-1] >= FARTHEST:
         assert begins[-1] < FARTHEST
         return {"CELLS": (begins | first).astype(np.uint32)[which.ravel()], "GROUPS": stored}
@@ -80,11 +119,9 @@ def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Co
     return {"CELLS": found}
 
 
-def _places_among_cells(size: int, count: int) -> np.ndarray:
+def _places_among_cells(cells: Cells, size: int, count: int) -> np.ndarray:
     """Bytes, ascending, at which ``count`` entries of ``size`` fit between cells that quads have, or behind all cells."""
-    last, second, largest, third = np.indices((LEVELS[3], LEVELS[1], LEVELS[0], LEVELS[2]))
-    taken = ((second <= largest) & (third <= second) & (last <= third)).ravel()
-    apart = size // 4
+    taken, apart = cells.taken(), size // 4
     places = np.pad(taken, (0, -len(taken) % apart)).reshape(-1, apart)
     free = np.concatenate([np.flatnonzero(~places.any(axis=1)), len(places) + np.arange(count)])
     return free[:count] * size
@@ -93,7 +130,7 @@ def _places_among_cells(size: int, count: int) -> np.ndarray:
 def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
     """CELLS uint8 [cells, 4 candidates], and CORNERS int32 [representatives, copies, 2]: magnitudes and words as in groups."""
     fields = _scored(table.representatives, half, words)
-    return {"CELLS": cells_of(table.bits), "CORNERS": np.repeat(fields[:, None], copies.own, 1)}
+    return {"CELLS": cells_of(table.bits, CELLS[copies.cells]), "CORNERS": np.repeat(fields[:, None], copies.own, 1)}
 
 
 def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -101,11 +138,6 @@ def _scored(magnitudes: np.ndarray, score: np.ndarray, words: np.ndarray) -> np.
     most = np.abs(score) + STEPS * np.abs(magnitudes.astype(np.int64)).sum(-1)
     assert most.max() < 1 << 31 - SCORE_AT
     return np.stack([magnitudes.astype(np.int8).view(np.int32)[..., 0], score << SCORE_AT | words], -1).astype(np.int32)
-
-
-def group_copies(bits: int, copies: Copies) -> int:
-    """Copies of a group's words: no more than there are lanes whose words are read at once."""
-    return min(copies.groups, 16 // (CANDIDATES[bits] - 1))
 
 
 def pattern_at(bits: int, copies: Copies) -> int:
@@ -137,31 +169,28 @@ def _ranks(table: quads.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=16)
-def cells_of(bits: int) -> np.ndarray:
-    """The candidates of every cell: those representatives that are nearest most often, uint8 [cells, 4].
+def cells_of(bits: int, cells: Cells) -> np.ndarray:
+    """The candidates of the cell in every place: those representatives that are nearest most often, uint8 [places, 4].
 
-    Found for sorted magnitudes a quarter of a level apart, the large ones further, with the density that the rotation gives
-    them. Levels count in the order third, largest, second, last: the first two spread over most banks.
+    Found for sorted magnitudes two steps apart, the large ones further, with the density that the rotation gives them.
     """
     table = quads.points_of(bits)
-    grid = np.concatenate([np.arange(0.125, 16, 0.25), np.arange(18.0, 32, 4)]) * WIDTH * table.aim  # in units of the table
-    spacing = np.gradient(grid)
-    count, size = len(table.representatives), int(np.prod(LEVELS))
+    steps = np.concatenate([np.arange(1.0, STEPS, 2), np.arange(18.0, 32, 4) * 8])
+    grid, spacing = steps * (REACH / STEPS * table.aim), np.gradient(steps)  # in units of the table
+    count, size = len(table.representatives), len(cells.taken())
     half, weight = (table.representatives**2).sum(1) / 2, np.zeros(size * count)
     third, last = np.tril_indices(len(grid))
     for second in range(len(grid)):  # all magnitudes that descend
         smaller = third <= second
         pairs = np.stack([third[smaller], last[smaller]], 1)
         larger = np.arange(second, len(grid))
-        places = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
-        places[..., 0], places[..., 1], places[..., 2:] = larger[:, None], second, pairs
-        x = grid[places].reshape(-1, c.QUAD)
-        level = np.minimum(x // (WIDTH * table.aim), np.array(LEVELS) - 1).astype(np.int64)
+        each = np.empty((len(larger), len(pairs), c.QUAD), np.int64)
+        each[..., 0], each[..., 1], each[..., 2:] = larger[:, None], second, pairs
+        x = grid[each].reshape(-1, c.QUAD)
         nearest = (x @ table.representatives.T - half).argmax(1)
-        weights = spacing[places].prod(-1).ravel() * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
-        weight += np.bincount(np.ravel_multi_index(tuple(level.T), LEVELS) * count + nearest, weights, size * count)
+        weights = spacing[each].prod(-1).ravel() * np.exp(-(x * x).sum(1) / (2 * table.aim**2))
+        weight += np.bincount(cells.places(steps[each].reshape(-1, c.QUAD)) * count + nearest, weights, size * count)
     total = weight.reshape(size, count)
-    total = total.reshape(*LEVELS, count).transpose(3, 1, 0, 2, 4).reshape(size, count)  # the third's level is the lowest
     best = np.argsort(-total, axis=1, kind="stable")[:, :4]
     found = np.take_along_axis(total, best, 1) > 0
     return np.where(found, best, best[:, :1]).astype(np.uint8)  # where there are fewer, the first again
@@ -169,19 +198,22 @@ def cells_of(bits: int) -> np.ndarray:
 
 def encoder_definitions(h: Header, effort: str, copies: Copies) -> dict[str, Any]:
     """The macros of ``quads_encoder.cuh`` and ``planes.cuh``; ``copies``: of a lane's own tables."""
-    table = quads.table_of(plan_for(h))
+    table, cells = quads.table_of(plan_for(h)), CELLS[copies.cells]
     least, most = c.QUADS_RADII
+    size = 2 if copies.own == 1 and CANDIDATES[table.bits] == 2 else 4  # bytes of a cell
+    largest, second, third, last = (size * stride for stride in cells.strides)
     return {
         "INDEX_BITS": table.bits,
         "INDEX_BYTES": quads.plane_bytes(h.order, table.bits)[1],
         "CANDIDATES": CANDIDATES[table.bits],
-        "GROUP_COPIES": group_copies(table.bits, copies),
-        "GROUPED": int(table.bits <= GROUPED),
+        "GROUP_COPIES": copies.groups,
         "STEPS": STEPS,
-        "CELL_BYTES": 2 if copies.own == 1 and table.bits <= GROUPED else 4,
-        "LARGEST_LEVEL": LEVELS[2],  # cells from one level to the next
-        "SECOND_LEVEL": LEVELS[2] * LEVELS[0],
-        "LAST_LEVEL": LEVELS[2] * LEVELS[0] * LEVELS[1],
+        "CELL_BYTES": size,
+        "LARGER_LEVELS": f"{(256 - cells.widths[0] | (256 - cells.widths[1]) << 8) * 0x10001:#x}u",
+        "LARGEST_WEIGHT": largest // cells.widths[0],
+        "SECOND_WEIGHT": second // cells.widths[1],
+        "THIRD_WEIGHT": third // size,
+        "LAST_WEIGHT": last // cells.widths[3],
         "FIRST_BITS": min(FIRST_BITS, pattern_at(table.bits, copies)),
         "PATTERN_AT": pattern_at(table.bits, copies),
         "SCORE_AT": SCORE_AT,
