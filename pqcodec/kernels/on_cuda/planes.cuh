@@ -49,27 +49,38 @@ INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, u32* stag
     else if (rows > 0) write_planes<false>(tables, keys, stage, rows, block, first_row, lane, sum);
 }
 
+// Four radii's codes, which count from ``base`` on: of all but those that are 0, a radius less the base, at the least 0.
+INLINE u32 radius_codes(u32 two, u32 others, int base) {
+    u32 codes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int radius = (int)((i < 2 ? two : others) >> i % 2 * 16 & 0xffff);
+        codes |= (radius ? max(radius - base, 0) : 0) << 8 * i;
+    }
+    return codes;
+}
+
 // Writes what lies behind the two planes: codes of radii, their base, and zeros.
 INLINE void write_rest(const u8* tables, const i64* __restrict__ keys, u32* stage, const Block& block, int lane, u64& sum) {
-    const u16* radii = radii_of(stage);
-    const int tokens = block.tokens;
+    const u32* pairs = reinterpret_cast<const u32*>(radii_of(stage));  // of radii
+    const int tokens = block.tokens, last = tokens / 2;                // a pair of which one is left, if one is
     u32* payload = block.payload;
-    u32 most = 0;
-    for (int row = lane; row < tokens; row += 32) most = max(most, (u32)radii[row]);
-    for (int apart = 16; apart; apart >>= 1) most = max(most, __shfl_xor_sync(ALL_LANES, most, apart));
+    u32 two = 0;
+    for (int pair = lane; pair < last; pair += 32) two = __vmaxu2(two, pairs[pair]);
+    if (tokens % 2) two = __vmaxu2(two, pairs[last] & 0xffff);
+    const u32 most = __reduce_max_sync(ALL_LANES, max(two & 0xffff, two >> 16));
     const int base = most ? (int)most - RADIUS_CODES : 0;  // a radius of base + code has that code
     const u32 stored = most ? base + LEAST : 0;
     const int words = block_bytes(tokens) / 4 - 1, first = tokens * (ORDER / 8 + INDEX_BYTES) / 4;
 #pragma unroll 1
-    for (int word = first + lane; word < words; word += 32) {
-        u32 value = 0;
-        for (int i = 0; i < 4; i++) {
-            const int row = 4 * (word - first) + i;
-            u32 byte = row == tokens ? stored & 255 : row == tokens + 1 ? stored >> 8 & 255 : 0;
-            if (row < tokens) byte = radii[row] ? max((int)radii[row] - base, 0) : 0;
-            value |= byte << 8 * i;
+    for (int word = lane; word < words - first; word += 32) {
+        const int have = tokens - 4 * word;  // of its bytes that are codes; the base is behind them
+        u32 value = have > 0 ? radius_codes(pairs[2 * word], pairs[2 * word + 1], base) : 0;
+        if (have < 4) {
+            const u64 behind = have < 0 ? (u64)(stored & 0xffff) >> min(-8 * have, 32) : (u64)(stored & 0xffff) << 8 * have;
+            value = value & ((1u << 8 * max(have, 0)) - 1) | (u32)behind;
         }
-        sum += folded((u64)value * key_of(tables, keys, words, word));
-        __stcs(payload + word, value);
+        sum += folded((u64)value * key_of(tables, keys, words, first + word));
+        __stcs(payload + first + word, value);
     }
 }
