@@ -328,13 +328,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             }
             const int next_row = goes_on ? first_row + ROWS : first_row_of(upcoming[place].tokens);
             if (!EARLY && (goes_on || next)) fetch_rows(upcoming[place], next_row, lane, fetched);
+#if PLANES
+            u16* radii = radii_of(ending) + first_row;  // of the tile: beside the stage of the warp that ends the block
+#else
+            u16* radii = nullptr;
+#endif
             const int here = SCARCE ? not_ahead(lane) : lane;
 #if WIDE
-            encode_two_rows(tables, stage, here, words, owns, exponents, [&] {
+            encode_two_rows(tables, stage, radii, here, words, owns, exponents, [&] {
                 if (EARLY) fetch_rows(upcoming[place], next_row, here, fetched);  // again the same ones, if there are no others
             });
 #elif FACTORS
-            encode_in_factors(tables, stage, here, strips, owns[0], exponents[0]);
+            encode_in_factors(tables, stage, radii, here, strips, owns[0], exponents[0]);
 #else
             Energies energies;
             find_energies(quads, energies);
@@ -347,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                 own = energies.of<ORDER / 4>(0);
             }
 #endif
-            encode_row(tables, block, stage, tile_row, quarter, quads, energies, own, exponent);
+            encode_row(tables, block, stage, radii, tile_row, quarter, quads, energies, own, exponent);
 #endif
             __syncwarp();
 #if IN_TEAMS  // without a maximum with 0, of which ptxas 13.0 makes that rows behind the block are a whole tile
@@ -355,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #else
             const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
 #endif
-            write_tile(tables, keys, stage, ending, rows, block, first_row, here, sum);
+            write_tile(tables, keys, stage, rows, block, first_row, here, sum);
             __syncwarp();
             if (SCARCE) more = goes_on_behind(first_row);
         }

@@ -169,7 +169,7 @@ def _fetched_early(h: Header, few: bool) -> bool:
 def _stage_bytes(h: Header, rows: int) -> int:
     """Bytes of a tile's rows, and those after them that its last run of words may touch."""
     if h.coding == c.CODING_QUADS:
-        return -(-rows * (h.row_bytes + 3) // 16) * 16 + 16  # a radius is a word
+        return -(-rows * (h.row_bytes - 1) // 16) * 16 + 16  # radii lie elsewhere
     paper = h.coding == c.CODING_PAPER
     return -(-rows * (plan_for(h).row_bytes if paper else 4 * _stride_words(h)) // 16) * 16 + 16
 
@@ -196,7 +196,8 @@ def warp_memory(
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
     radii_at = means_at + (run_bytes(h) if in_runs else 4 * h.order * (h.offsets + turned))
-    sums_at = radii_at + -(-2 * h.chunk_tokens // 16) * 16 * (verb == "encode" and h.coding == c.CODING_QUADS)
+    rows = -(-h.chunk_tokens // (TEAM * ROWS)) * TEAM * ROWS  # of a block, in whole tiles of all warps that share it
+    sums_at = radii_at + 2 * rows * (verb == "encode" and h.coding == c.CODING_QUADS)
     rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {
         "STAGE_BYTES": stage_bytes,

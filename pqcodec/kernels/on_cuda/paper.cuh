@@ -104,7 +104,7 @@ INLINE u32 sector_of(float x, float y) {
     return sector ^ (bits_of(y) >> 31 ? 15 : 0);
 }
 
-INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
+INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16*, int tile_row, int quarter, float (*quads)[4],
                        const Energies& energies, float own, int exponent) {
     const int stored_exponent = radius_exponent(block);
     Writer out = {(u32)__cvta_generic_to_shared(stage), first_bit(tile_row, quarter)};

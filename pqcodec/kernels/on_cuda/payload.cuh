@@ -53,8 +53,8 @@ INLINE void clear_stage(u32* stage, int lane) {
 #include "planes.cuh"
 #else
 // Writes a tile's first ``rows`` rows into the stream, and adds to the checksum's sum.
-INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, u32* ending, int rows,
-                       const Block& block, int first_row, int lane, u64& sum) {
+INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, int rows, const Block& block,
+                       int first_row, int lane, u64& sum) {
     const int have = words_of(rows);
     u32* payload = block.payload + words_of(first_row);
 #pragma unroll

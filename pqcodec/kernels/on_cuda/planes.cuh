@@ -34,17 +34,15 @@ INLINE void write_planes(const u8* tables, const i64* __restrict__ keys, const u
                          int first_row, int lane, u64& sum) {
     const int tokens = block.tokens, words = block_bytes(tokens) / 4 - 1;
     u32* payload = block.payload;  // read once: stores might change it, for all that the compiler knows
-    write_run<SIGN_WORDS, WHOLE>(tables, keys, stage + SIGNS_AT, rows * (ORDER / 32), payload, first_row * (ORDER / 32), words,
+    write_run<SIGN_WORDS, WHOLE>(tables, keys, stage, rows * (ORDER / 32), payload, first_row * (ORDER / 32), words,
                                  lane, sum);
-    write_run<INDEX_WORDS, WHOLE>(tables, keys, stage + INDICES_AT, rows * INDEX_BYTES / 4, payload,
+    write_run<INDEX_WORDS, WHOLE>(tables, keys, stage + SIGN_WORDS, rows * INDEX_BYTES / 4, payload,
                                   tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
 }
 
-// Writes the signs and indices of a tile of ``rows`` rows, and keeps their radii: beside the stage of the warp that ends the
-// block.
-INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, u32* stage, u32* ending, int rows, const Block& block,
+// Writes the signs and indices of a tile of ``rows`` rows.
+INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, int rows, const Block& block,
                        int first_row, int lane, u64& sum) {
-    if (lane < rows) radii_of(ending)[first_row + lane] = stage[lane];
     if (rows == ROWS) write_planes<true>(tables, keys, stage, rows, block, first_row, lane, sum);
     else if (rows > 0) write_planes<false>(tables, keys, stage, rows, block, first_row, lane, sum);
 }

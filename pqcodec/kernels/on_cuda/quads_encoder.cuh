@@ -20,11 +20,9 @@
 #include "energies.cuh"
 #include "radius.cuh"
 
-// A tile in the stage: a radius a row, counted from below the least one, which is 1; signs; indices.
+// A tile in the stage: signs; indices, from word SIGN_WORDS on.
 #define SIGN_WORDS (ROWS * ORDER / 32)
 #define INDEX_WORDS (ROWS * INDEX_BYTES / 4)
-#define SIGNS_AT ROWS  // words
-#define INDICES_AT (SIGNS_AT + SIGN_WORDS)
 
 // Bits of the stage that a lane stores at once, where its numbers of a row fill whole ones; 0 where it adds bits to zeros.
 #if QUADS * INDEX_BITS % 64 == 0 && 64 % (4 * INDEX_BITS) == 0
@@ -194,7 +192,7 @@ INLINE float find_points(const u8* tables, float (*quads)[4], float scale, u64* 
     return error;
 }
 
-// The radius of a row from its energy, as it is stored in the stage.
+// The radius of a row from its energy, counted from below the least one, which is 1.
 INLINE u32 radius_of_row(float energy, int exponent) {
     return min(radius_code(energy * ENERGY_SCALE, exponent), (u32)MOST_RADIUS);
 }
@@ -225,7 +223,7 @@ INLINE void add_signs(const float* quad, int number, int* less) {
 // side by side, the first quad's lowest. Two lanes' quads may lie in one word, and a lane's in two.
 template <int N> INLINE void put_signs(const int* less, u32* stage, int tile_row, int quad) {
     const u32 signs = (u32)-(less[1] * (1 << 16) + less[0]);
-    u32* word = stage + SIGNS_AT + tile_row * (ORDER / 32) + quad / 8;
+    u32* word = stage + tile_row * (ORDER / 32) + quad / 8;
     if (QUADS % 8 == 0) {
         *word = signs;
     } else {
@@ -242,21 +240,21 @@ INLINE void put_numbers(u64 numbers, u64& waiting, u32* stage, int tile_row, int
 #if STORE_BITS
     const int has = quad * INDEX_BITS % STORE_BITS, full = (has + N * INDEX_BITS) / STORE_BITS;
     waiting = has ? waiting | numbers << has : numbers;
-    Store* to = reinterpret_cast<Store*>(stage + INDICES_AT) + tile_row * (8 * INDEX_BYTES / STORE_BITS) +
+    Store* to = reinterpret_cast<Store*>(stage + SIGN_WORDS) + tile_row * (8 * INDEX_BYTES / STORE_BITS) +
                quarter * (QUADS * INDEX_BITS / STORE_BITS);
 #pragma unroll
     for (int i = 0; i < full; i++) to[quad * INDEX_BITS / STORE_BITS + i] = (Store)(waiting >> i * STORE_BITS);
     waiting = full * STORE_BITS < 64 ? waiting >> full * STORE_BITS : 0;
 #else
     const int bit = tile_row * 8 * INDEX_BYTES + (quarter * QUADS + quad) * INDEX_BITS;
-    Writer out = {(u32)__cvta_generic_to_shared(stage + INDICES_AT), (u32)bit};
+    Writer out = {(u32)__cvta_generic_to_shared(stage + SIGN_WORDS), (u32)bit};
     if (N * INDEX_BITS > 32) out.put((u32)numbers, (u32)(numbers >> 32), N * INDEX_BITS);
     else out.put((u32)numbers, N * INDEX_BITS);
 #endif
 }
 
-INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
-                       const Energies& energies, float own, int exponent) {
+INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16* radii, int tile_row, int quarter,
+                       float (*quads)[4], const Energies& energies, float own, int exponent) {
     const u32 own_radius = radius_of_row(sum_of_row(own), exponent);
     u32 radius = own_radius;
     u64 codes[FOURS];
@@ -278,7 +276,7 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
         }
     }
 #endif
-    if (quarter == 0) stage[tile_row] = radius;
+    if (quarter == 0) radii[tile_row] = radius;
 #pragma unroll
     for (int first = 0; first < QUADS; first += 8) {
         int less[2] = {0, 0};
@@ -308,7 +306,7 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int til
 // they are multiplied, times 2^exponent each; ``energies``: the rows'. ``multiplied`` is called when the channels were, and
 // registers are free.
 template <typename Call>
-INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*stored)[2], const float* energies,
+INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*stored)[2], const float* energies,
                             const int* exponents, Call multiplied) {
     const int tile_row = lane >> 2, quarter = lane & 3;
     float scale[2];
@@ -322,7 +320,7 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*
     const int own_exponent = quarter & 1 ? exponents[1] : exponents[0];  // of a row whose radius the lane finds
     const u32 radius = radius_of_row(quarter & 1 ? energies[1] : energies[0], own_exponent);
     const float own_scale = scale_of(radius, own_exponent);
-    if (quarter < 2) stage[tile_row + 8 * quarter] = radius;
+    if (quarter < 2) radii[tile_row + 8 * quarter] = radius;
 #pragma unroll
     for (int part = 0; part < 2; part++) scale[part] = __shfl_sync(ALL_LANES, own_scale, 4 * tile_row + part);
 #pragma unroll
@@ -377,11 +375,12 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, int lane, const u32 (*
 
 // The row's bits, in a stage as for two rows. ``words``: what the second round's products take of a lane's channels times
 // 2^exponent; ``energy``: the row's.
-INLINE void encode_in_factors(const u8* tables, u32* stage, int lane, const u32 (*words)[8], float energy, int exponent) {
+INLINE void encode_in_factors(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*words)[8], float energy,
+                              int exponent) {
     const int tile_row = lane >> 2, quarter = lane & 3;
     const u32 radius = radius_of_row(energy, exponent);
     const float scale = scale_of(radius, exponent - LOST_EXPONENTS);
-    if (quarter == 0) stage[tile_row] = radius;
+    if (quarter == 0) radii[tile_row] = radius;
     int less[(STRIPS + 1) / 2][2];  // signs, of eight quads each
     u32 numbers[STRIPS];            // of the first two quads of four
     u64 waiting;

@@ -173,7 +173,7 @@ INLINE void encode_subtree(const u8* tables, Writer& out, float (*quads)[4], con
 // -- a row (coding.cuh) ---------------------------------------------------------------------------------------------
 // All four lanes find the angles of the root and of their half. The first lane writes the radius and both angles, the third one
 // the angle of its half, the others none; each writes its quarter.
-INLINE void encode_row(const u8* tables, const Block& block, u32* stage, int tile_row, int quarter, float (*quads)[4],
+INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16*, int tile_row, int quarter, float (*quads)[4],
                        const Energies& energies, float own, int exponent) {
     const float beside = __shfl_xor_sync(ALL_LANES, own, 1);  // of the other quarter of the lane's half
     const float half = own + beside;
