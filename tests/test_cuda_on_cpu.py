@@ -47,6 +47,7 @@ MORE: list[Kind] = [
     *((128, "quad3", "bfloat16", {"center": "rope", "rope": Rope(style=style, dim=dim)}) for style, dim in
       (("interleaved", None), ("interleaved", 20), ("half", 80), ("half", 64))),
     *((128, preset, "bfloat16", KEYS | {"chunk_tokens": tokens}) for preset, tokens in (("quad2.5", 50), ("quad2", 200))),
+    *((128, "quad3.5", "bfloat16", options) for options in ({}, KEYS)),
     (64, "quad3", "float16", KEYS | {"chunk_tokens": 128}),
     *((head_dim, "quad3", "bfloat16", KEYS) for head_dim in (192, 512)),
     (128, "quad3", "float32", KEYS),

@@ -30,6 +30,7 @@ DECODED_ORDERS = (*ENCODED_ORDERS, 288)
 LARGE_ORDERS = tuple(order for order in DECODED_ORDERS if order > max(BEST_ORDERS))
 WIDE_ORDER = 64  # of which a warp decodes 32 rows at a time, unless they turn; else 16
 COPIES = (32, 16, 8, 4, 2, 1)  # of a point in the table: from 16 on, no two lanes meet in a bank; 32 spare an instruction
+NEGATIVES_BITS = 8  # up to which a point's negative stands beside it, for teams; of more bits they have copies instead
 FEW_COPIES = (2, 1)  # for few blocks: what is copied into shared memory first takes longer than what it then saves
 THREADS = {32: 768, 64: 512, 96: 640, 128: 640, 160: 512, 192: 512, 224: 512, 256: 512}
 ROPE_THREADS = {32: 512, 64: 512, 96: 512, 128: 512, 160: 384, 192: 384, 224: 384, 256: 384}
@@ -100,12 +101,13 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     threads = teams * TEAM + 32 * couriers
     matrix, pieces, all_parts = _matrix(h), h.order // 32, range(1, MOST_PARTS + 1) if large else (1,)
     all_slots: tuple[int, ...] = LARGE_SLOTS if large else TURNED_SLOTS if h.offsets else SLOTS
+    negatives = not large and quads_index_bits(h.order, h.row_bits) <= NEGATIVES_BITS
     tried = product(all_parts, all_slots, (each for each in COPIES if each >= least))
     for parts, slots, copies in tried:
         if pieces % parts:
             continue
         memory = _team_memory(h, slots, not large)
-        blob, places = _tables(h, matrix, True, copies, 1, parts, not large, products)
+        blob, places = _tables(h, matrix, True, copies, 1, parts, negatives, products)
         tables = _round(places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts, LINE)
         beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
