@@ -42,6 +42,9 @@
 #include "stores.cuh"
 #else
 #include "loads.cuh"
+#if AS_WORDS
+#include "word_loads.cuh"
+#endif
 #endif
 
 static_assert(sizeof(Block) <= UPCOMING_BYTES);
