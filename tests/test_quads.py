@@ -194,10 +194,10 @@ def test_means_that_the_cuda_encoder_turns_by_tiles_are_where_the_rows_want_them
 @pytest.mark.parametrize("bits", [4, 7, 8, 9, 10])
 @pytest.mark.parametrize("cells", quads_encoder.CELLS, ids=str)
 def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int, cells: quads_encoder.Cells) -> None:
-    """What the CUDA encoder looks at, against all representatives: at most 1.7 % more error, rounding to steps included."""
+    """What the CUDA encoder looks at, against all representatives: at most 2 % more error, rounding to steps included."""
     table = quads.points_of(bits)
     step = table.aim * quads_encoder.REACH / quads_encoder.STEPS
-    x = np.sort(np.abs(np.random.default_rng(bits).standard_normal((20000, 4))), 1)[:, ::-1] * table.aim
+    x = np.sort(np.abs(np.random.default_rng(bits).standard_normal((60000, 4))), 1)[:, ::-1] * table.aim
     steps = np.minimum(np.floor(x / step + 0.5), quads_encoder.STEPS)
     candidates = quads_encoder.cells_of(bits, cells)[cells.places(steps)][:, : quads_encoder.CANDIDATES[bits]].astype(np.int64)
 
@@ -206,7 +206,7 @@ def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int, cells: qu
 
     every, rows = distances(x), np.arange(len(x))
     chosen = candidates[rows, distances(steps * step)[rows[:, None], candidates].argmin(1)]
-    assert every[rows, chosen].sum() <= 1.017 * every.min(1).sum()
+    assert every[rows, chosen].sum() <= 1.02 * every.min(1).sum()
 
 
 @pytest.mark.parametrize("bits", [bits for bits, count in quads_encoder.CANDIDATES.items() if count == 2])

@@ -10,10 +10,11 @@
 //     encode_row(tables, block, stage, radii, tile_row, quarter, quads, energies, own, exponent)
 //         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
 //         multiplied with 2^exponent -> the row's bits, in a stage that held zeros, if the coding does not say STORED: that it
-//         writes every word.
+//         writes every word. ``radii``: u16, of the tile's rows, with PLANES; else null.
 //
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
-// where the coding leaves them as it pleases, but for the rows' ``radii``, which wait for the block's end. WIDE: a lane holds two rows of a tile of sixteen, and the coding brings
+// where the coding leaves them as it pleases, but for the rows' ``radii``, which wait for the block's end. WIDE: a lane holds two
+// rows of a tile of sixteen, and the coding brings
 //
 //     encode_two_rows(tables, stage, radii, lane, stored, energies, exponents, multiplied)
 //         A lane's channels of both rows as they are multiplied, times 2^exponent each, and their energies -> the bits of both.

@@ -196,7 +196,7 @@ def warp_memory(
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
     radii_at = means_at + (run_bytes(h) if in_runs else 4 * h.order * (h.offsets + turned))
-    rows = -(-h.chunk_tokens // (TEAM * ROWS)) * TEAM * ROWS  # of a block, in whole tiles of all warps that share it
+    rows = -(-h.chunk_tokens // (TEAM * ROWS)) * TEAM * ROWS  # of a block, in whole tiles: of sixteen rows, or of a team
     sums_at = radii_at + 2 * rows * (verb == "encode" and h.coding == c.CODING_QUADS)
     rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {

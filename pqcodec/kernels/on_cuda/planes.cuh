@@ -47,7 +47,7 @@ INLINE void write_tile(const u8* tables, const i64* __restrict__ keys, const u32
     else if (rows > 0) write_planes<false>(tables, keys, stage, rows, block, first_row, lane, sum);
 }
 
-// Four radii's codes, which count from ``base`` on: of all but those that are 0, a radius less the base, at the least 0.
+// The codes of four radii, side by side: how far each lies above ``base``, and 0 of those below it and of rows of zeros.
 INLINE u32 radius_codes(u32 two, u32 others, int base) {
     u32 codes = 0;
 #pragma unroll
@@ -61,12 +61,12 @@ INLINE u32 radius_codes(u32 two, u32 others, int base) {
 // Writes what lies behind the two planes: codes of radii, their base, and zeros.
 INLINE void write_rest(const u8* tables, const i64* __restrict__ keys, u32* stage, const Block& block, int lane, u64& sum) {
     const u32* pairs = reinterpret_cast<const u32*>(radii_of(stage));  // of radii
-    const int tokens = block.tokens, last = tokens / 2;                // a pair of which one is left, if one is
+    const int tokens = block.tokens, whole = tokens / 2;               // pairs
     u32* payload = block.payload;
-    u32 two = 0;
-    for (int pair = lane; pair < last; pair += 32) two = __vmaxu2(two, pairs[pair]);
-    if (tokens % 2) two = __vmaxu2(two, pairs[last] & 0xffff);
-    const u32 most = __reduce_max_sync(ALL_LANES, max(two & 0xffff, two >> 16));
+    u32 largest = 0;  // of the first of each pair, and of the second
+    for (int pair = lane; pair < whole; pair += 32) largest = __vmaxu2(largest, pairs[pair]);
+    if (tokens % 2) largest = __vmaxu2(largest, pairs[whole] & 0xffff);
+    const u32 most = __reduce_max_sync(ALL_LANES, max(largest & 0xffff, largest >> 16));
     const int base = most ? (int)most - RADIUS_CODES : 0;  // a radius of base + code has that code
     const u32 stored = most ? base + LEAST : 0;
     const int words = block_bytes(tokens) / 4 - 1, first = tokens * (ORDER / 8 + INDEX_BYTES) / 4;

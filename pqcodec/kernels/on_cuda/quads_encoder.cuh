@@ -135,7 +135,7 @@ INLINE float scale_of(u32 radius, int exponent) {
     return step * INVERSE * power_of_two(min(max(power, 1 - BIAS), BIAS));
 }
 
-// The numbers of the points nearest to two quads times ``scale``, a half word each; above eight bits are others.
+// The numbers of the points nearest to two quads times ``scale``, a half word each; of INDEX_BITS 8 with other bits above them.
 INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale, u32 lane) {
     u32 keys[4];
     sorted_keys(quad, other, scale, keys);
@@ -144,7 +144,8 @@ INLINE u32 two_points(const u8* tables, const float* quad, const float* other, f
     u32 cells[2];
     cells_of(keys, larger, cells);
     const u32 own = lane % OWN_COPIES * 8;
-    const u32 one = nearest_corner(tables, cells[0], magnitudes[0], own), two = nearest_corner(tables, cells[1], magnitudes[1], own);
+    const u32 one = nearest_corner(tables, cells[0], magnitudes[0], own);
+    const u32 two = nearest_corner(tables, cells[1], magnitudes[1], own);
     const u32 both = __byte_perm(one, two, 0x5410);
     // How far behind its representative's first point a point is: by the pattern of its representative, and its places.
     const u32 places = either(BOTH(0x0cu), keys[1], keys[2]) & BOTH(0x3cu);
@@ -192,7 +193,7 @@ INLINE float find_points(const u8* tables, float (*quads)[4], float scale, u64* 
     return error;
 }
 
-// The radius of a row from its energy, counted from below the least one, which is 1.
+// The radius of a row from its energy: the least one is 1, and 0 that of a row of zeros.
 INLINE u32 radius_of_row(float energy, int exponent) {
     return min(radius_code(energy * ENERGY_SCALE, exponent), (u32)MOST_RADIUS);
 }
@@ -303,8 +304,8 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16* ra
 #define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 
 // Two rows' bits, in a stage that held zeros, if not all of it is STORED. ``stored`` [4 PIECES words][2]: a lane's channels as
-// they are multiplied, times 2^exponent each; ``energies``: the rows'. ``multiplied`` is called when the channels were, and
-// registers are free.
+// they are multiplied, times 2^exponent each; ``energies``: the rows', whose radii go to ``radii``, those of the tile.
+// ``multiplied`` is called when the channels were, and registers are free.
 template <typename Call>
 INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*stored)[2], const float* energies,
                             const int* exponents, Call multiplied) {
@@ -373,8 +374,8 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, 
 // -- rows that are rotated in factors -------------------------------------------------------------------------------
 // A lane has a quarter of one row. A panel's sums of half a butterfly bring, of each strip, two of four neighbouring quads.
 
-// The row's bits, in a stage as for two rows. ``words``: what the second round's products take of a lane's channels times
-// 2^exponent; ``energy``: the row's.
+// The row's bits, in a stage as for two rows, and its radius in ``radii``. ``words``: what the second round's products take of a
+// lane's channels times 2^exponent; ``energy``: the row's.
 INLINE void encode_in_factors(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*words)[8], float energy,
                               int exponent) {
     const int tile_row = lane >> 2, quarter = lane & 3;

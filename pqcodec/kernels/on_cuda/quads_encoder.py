@@ -12,18 +12,18 @@ from pqcodec.codings import quads
 from pqcodec.codings.plan import Plan, plan_for
 from pqcodec.stream.header import Header
 
-# Magnitudes are whole numbers of STEPS, which stands for all that are larger than REACH radii. MOST: of a quad's sorted ones,
-# which cells tell apart.
+# Magnitudes are whole numbers of STEPS, which stands for all that are larger than REACH radii. MOST: the largest of each of a
+# quad's sorted ones that cells tell apart.
 STEPS, REACH, MOST = 128, 3.4, (128, 128, 63, 31)
-# Of a cell, by the bits of a table; of two, which are a group, one look-up brings what tells the second from the first.
+# Of a cell, by the bits of a table. Two are a group: one look-up, behind the cell's, brings all that decides between them.
 CANDIDATES = {4: 2, 5: 2, 6: 2, 7: 2, 8: 2, 9: 3, 10: 4}
 
 
 class Cells(NamedTuple):
-    """How wide a cell is, in steps of each sorted magnitude, and how many cells lie from one level of it to the next.
+    """How wide a cell is, in steps of each sorted magnitude, and how many places lie from one level of it to the next.
 
     Strides are such that no two cells of magnitudes that descend lie in one place, few places are left between them, and lanes
-    meet in few banks.
+    meet in few banks. The kernel takes for granted what ``weights`` asserts.
     """
 
     widths: tuple[int, int, int, int]
@@ -32,6 +32,14 @@ class Cells(NamedTuple):
     def places(self, steps: np.ndarray) -> np.ndarray:
         """Of quads' magnitudes [..., 4] in steps, the largest first."""
         return np.minimum(steps, MOST).astype(np.int64) // self.widths @ np.array(self.strides)
+
+    def weights(self, size: int) -> tuple[int, ...]:
+        """What each magnitude's level, in steps, counts in the place of a cell of ``size`` bytes; the third's, in levels."""
+        units = (*self.widths[:2], size, self.widths[3])
+        assert self.widths[2:] == (8, 8)
+        assert self.strides[2] == 1
+        assert all(size * stride % unit == 0 for stride, unit in zip(self.strides, units, strict=True))
+        return tuple(size * stride // unit for stride, unit in zip(self.strides, units, strict=True))
 
     def taken(self) -> np.ndarray:
         """Which places cells of magnitudes that descend have, bool."""
@@ -46,20 +54,17 @@ class Cells(NamedTuple):
 CELLS = (
     Cells((4, 8, 8, 8), (29, 736, 1, 36)),
     Cells((8, 8, 8, 8), (14, 350, 1, 178)),
-    Cells((8, 8, 8, 8), (8, 136, 1, 2312)),  # two bytes a cell ask for strides that four divides
+    Cells((8, 8, 8, 8), (8, 136, 1, 2312)),  # two bytes a cell ask for strides that four divides, but for the third
 )
 FINE, COARSE, SHORT = range(len(CELLS))
 
 
 class Copies(NamedTuple):
-    """How many copies there are of what lanes look up at random places: with as many as lanes that read at once, none meet.
-
-    And by which cells they do, of which there is one copy.
-    """
+    """How many copies there are of what lanes look up at random places: with as many as lanes that read at once, none meet."""
 
     own: int  # of rows of ranks, and of corners
     groups: int
-    cells: int  # which of CELLS
+    cells: int  # which of CELLS there is one copy of
 
 
 ONE_COPY = Copies(1, 1, SHORT)
@@ -93,8 +98,8 @@ def encoder_tables(plan: Plan, copies: Copies = ONE_COPY, effort: str = "best") 
 
 
 def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
-    """CELLS uint32 [cells]: where the cell's group of two candidates begins, and the word of the first one; or, with one copy,
-    which takes less room, uint16 [cells]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies, 2]: of
+    """CELLS uint32 [places]: where the cell's group of two candidates begins, and the word of the first one; or, with one copy,
+    which takes less room, uint16 [places]: where in HEADS uint32 [groups] the same is; and GROUPS int32 [groups, copies, 2]: of
     the second one, magnitudes less those of the first, a signed byte each, the largest first, and its word with its score.
     Where they are not too many, groups lie among the cells that no quad has, and behind them, without GROUPS.
 
@@ -107,6 +112,7 @@ def _grouped(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Co
     first, stored = words[one] << 16, np.repeat(fields[:, None], copies.groups, 1)
     begins = np.arange(len(groups)) * stored[0].nbytes
     if copies.own == 1:
+        assert begins[-1] < FARTHEST
         heads = (begins | first).astype(np.uint32)
         return {"CELLS": (4 * which.ravel()).astype(np.uint16), "HEADS": heads, "GROUPS": stored}
     among = _places_among_cells(CELLS[copies.cells], stored[0].nbytes, len(groups))
@@ -128,7 +134,7 @@ def _places_among_cells(cells: Cells, size: int, count: int) -> np.ndarray:
 
 
 def _apart(table: quads.Table, half: np.ndarray, words: np.ndarray, copies: Copies) -> dict[str, np.ndarray]:
-    """CELLS uint8 [cells, 4 candidates], and CORNERS int32 [representatives, copies, 2]: magnitudes and words as in groups."""
+    """CELLS uint8 [places, 4 candidates], and CORNERS int32 [representatives, copies, 2]: magnitudes and words as in groups."""
     fields = _scored(table.representatives, half, words)
     return {"CELLS": cells_of(table.bits, CELLS[copies.cells]), "CORNERS": np.repeat(fields[:, None], copies.own, 1)}
 
@@ -147,7 +153,7 @@ def pattern_at(bits: int, copies: Copies) -> int:
 
 
 def own_copies(few: bool) -> tuple[Copies, ...]:
-    """How many copies of a lane's own tables are tried, from the quickest on."""
+    """How many copies of a lane's own tables are tried, from the quickest and most exact on."""
     return FEW_COPIES if few else COPIES
 
 
@@ -201,7 +207,7 @@ def encoder_definitions(h: Header, effort: str, copies: Copies) -> dict[str, Any
     table, cells = quads.table_of(plan_for(h)), CELLS[copies.cells]
     least, most = c.QUADS_RADII
     size = 2 if copies.own == 1 and CANDIDATES[table.bits] == 2 else 4  # bytes of a cell
-    largest, second, third, last = (size * stride for stride in cells.strides)
+    largest, second, third, last = cells.weights(size)
     return {
         "INDEX_BITS": table.bits,
         "INDEX_BYTES": quads.plane_bytes(h.order, table.bits)[1],
@@ -210,10 +216,10 @@ def encoder_definitions(h: Header, effort: str, copies: Copies) -> dict[str, Any
         "STEPS": STEPS,
         "CELL_BYTES": size,
         "LARGER_LEVELS": f"{(256 - cells.widths[0] | (256 - cells.widths[1]) << 8) * 0x10001:#x}u",
-        "LARGEST_WEIGHT": largest // cells.widths[0],
-        "SECOND_WEIGHT": second // cells.widths[1],
-        "THIRD_WEIGHT": third // size,
-        "LAST_WEIGHT": last // cells.widths[3],
+        "LARGEST_WEIGHT": largest,
+        "SECOND_WEIGHT": second,
+        "THIRD_WEIGHT": third,
+        "LAST_WEIGHT": last,
         "FIRST_BITS": min(FIRST_BITS, pattern_at(table.bits, copies)),
         "PATTERN_AT": pattern_at(table.bits, copies),
         "SCORE_AT": SCORE_AT,

@@ -129,7 +129,8 @@ INLINE void square_step(float* sums, const u32 (*words)[2], u32 by, u32 next_by)
 }
 
 // A word in another register. The compiler does not know that they are the same, and keeps both: mma reads words of one row
-// side by side, as they were loaded, and words of two rows in turns.
+// side by side, as they were loaded, and words of two rows in turns. Units of floating point make it, for integer ones are
+// busier; any two numbers but NaN stay as they are, of float16, too.
 INLINE u32 another(u32 word) {
     asm volatile("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(word) : "r"(BRAIN_ONES), "r"(0x80008000u));  // times 1, less 0
     return word;
