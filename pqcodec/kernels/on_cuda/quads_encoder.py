@@ -174,7 +174,7 @@ def _ranks(table: quads.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pattern, first, ranks
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def cells_of(bits: int, cells: Cells) -> np.ndarray:
     """The candidates of the cell in every place: those representatives that are nearest most often, uint8 [places, 4].
 
