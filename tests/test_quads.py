@@ -194,19 +194,22 @@ def test_means_that_the_cuda_encoder_turns_by_tiles_are_where_the_rows_want_them
 @pytest.mark.parametrize("bits", [4, 7, 8, 9, 10])
 @pytest.mark.parametrize("cells", quads_encoder.CELLS, ids=str)
 def test_candidates_of_cells_nearly_always_hold_the_nearest(bits: int, cells: quads_encoder.Cells) -> None:
-    """What the CUDA encoder looks at, against all representatives: at most 2 % more error, rounding to steps included."""
+    """What the CUDA encoder looks at, against all representatives: at most 1.7 % more error, rounding to steps included."""
     table = quads.points_of(bits)
     step = table.aim * quads_encoder.REACH / quads_encoder.STEPS
-    x = np.sort(np.abs(np.random.default_rng(bits).standard_normal((60000, 4))), 1)[:, ::-1] * table.aim
+    x = np.sort(np.abs(np.random.default_rng(bits).standard_normal((200000, 4))), 1)[:, ::-1] * table.aim
     steps = np.minimum(np.floor(x / step + 0.5), quads_encoder.STEPS)
     candidates = quads_encoder.cells_of(bits, cells)[cells.places(steps)][:, : quads_encoder.CANDIDATES[bits]].astype(np.int64)
 
-    def distances(y: np.ndarray) -> np.ndarray:
-        return ((y[:, None] - table.representatives) ** 2).sum(2)
+    def scores(y: np.ndarray) -> np.ndarray:
+        """The larger, the nearer: half of each square less than half of each squared distance."""
+        return y @ table.representatives.T - (table.representatives**2).sum(1) / 2
 
-    every, rows = distances(x), np.arange(len(x))
-    chosen = candidates[rows, distances(steps * step)[rows[:, None], candidates].argmin(1)]
-    assert every[rows, chosen].sum() <= 1.02 * every.min(1).sum()
+    def error(representatives: np.ndarray) -> float:
+        return float(((x - table.representatives[representatives]) ** 2).sum())
+
+    best = np.take_along_axis(scores(steps * step), candidates, 1).argmax(1)
+    assert error(candidates[np.arange(len(x)), best]) <= 1.017 * error(scores(x).argmax(1))
 
 
 @pytest.mark.parametrize("bits", [bits for bits, count in quads_encoder.CANDIDATES.items() if count == 2])

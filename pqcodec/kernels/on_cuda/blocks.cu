@@ -331,11 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             }
             const int next_row = goes_on ? first_row + ROWS : first_row_of(upcoming[place].tokens);
             if (!EARLY && (goes_on || next)) fetch_rows(upcoming[place], next_row, lane, fetched);
-#if PLANES
             u16* radii = radii_of(ending) + first_row;  // of the tile: beside the stage of the warp that ends the block
-#else
-            u16* radii = nullptr;
-#endif
             const int here = SCARCE ? not_ahead(lane) : lane;
 #if WIDE
             encode_two_rows(tables, stage, radii, here, words, owns, exponents, [&] {

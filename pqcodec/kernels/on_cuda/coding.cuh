@@ -10,7 +10,7 @@
 //     encode_row(tables, block, stage, radii, tile_row, quarter, quads, energies, own, exponent)
 //         A lane's coordinates ``quads`` [QUADS][4], their energies, and the energy of all of them, ``own``, of a row that was
 //         multiplied with 2^exponent -> the row's bits, in a stage that held zeros, if the coding does not say STORED: that it
-//         writes every word. ``radii``: u16, of the tile's rows, with PLANES; else null.
+//         writes every word. ``radii``: u16, where those of the tile's rows are kept with PLANES.
 //
 // Rows lie one behind the other in a block, but where PLANES says otherwise: then planes.cuh takes a tile's parts from the stage,
 // where the coding leaves them as it pleases, but for the rows' ``radii``, which wait for the block's end. WIDE: a lane holds two

@@ -2,7 +2,8 @@
 //
 // The stage is shared memory, where the rows of one tile are coded. Lane l moves words l, l + 32 ... of a tile.
 //
-// Needs ROWS (of a tile), DECODER or ENCODER, STAGE_BYTES; and what checksum.cuh and the coding need.
+// Needs ROWS (of a tile), DECODER or ENCODER, STAGE_BYTES; ENCODER, RADII_AT (of a block's radii, if they wait for its end, in
+// bytes from the stage on); and what checksum.cuh and the coding need.
 #pragma once
 
 #include "block_place.cuh"
@@ -48,6 +49,9 @@ INLINE void clear_stage(u32* stage, int lane) {
         if (i * AT_ONCE + lane * 16 < STAGE_BYTES) reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(0, 0, 0, 0);
 #endif
 }
+
+// A block's radii beside a warp's stage.
+INLINE u16* radii_of(u32* stage) { return reinterpret_cast<u16*>(reinterpret_cast<u8*>(stage) + RADII_AT); }
 
 #if PLANES
 #include "planes.cuh"

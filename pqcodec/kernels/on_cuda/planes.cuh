@@ -1,8 +1,7 @@
 // Law: a block's planes (SPEC 8.1) on their way from a warp's stage into the stream: a tile's signs and indices as soon as
 // they are coded, the radii with their base at the block's end.
 //
-// Needs RADII_AT (of the block's radii, in bytes from the stage on), LEAST (radius, in steps), what quads_encoder.cuh and
-// checksum.cuh need.
+// Needs LEAST (radius, in steps), what quads_encoder.cuh and checksum.cuh need, and radii_of (payload.cuh).
 #pragma once
 
 #include "block_place.cuh"
@@ -26,8 +25,6 @@ INLINE void write_run(const u8* tables, const i64* __restrict__ keys, const u32*
         }
     }
 }
-
-INLINE u16* radii_of(u32* stage) { return reinterpret_cast<u16*>(reinterpret_cast<u8*>(stage) + RADII_AT); }
 
 template <bool WHOLE>
 INLINE void write_planes(const u8* tables, const i64* __restrict__ keys, const u32* stage, int rows, const Block& block,
