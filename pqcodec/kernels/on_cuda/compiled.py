@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
@@ -26,6 +27,7 @@ from pqcodec.kernels.on_cuda.tables import (
     in_pieces,
     kept_rows,
     row_starts,
+    run_pieces,
     table_bits,
     tables_for,
 )
@@ -60,8 +62,9 @@ OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbourin
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
-RUN_PIECE = 304  # bytes of the turned means of a piece, and of that with the same turns, as operands of products
+RUN_PIECE = 304  # bytes of the turned means of a piece, and of that with the same turns if any, as operands of products
 BEHIND_RUN = 16  # bytes behind a run's means: their unit, and for teams the largest magnitude
+MANY_COPIES, FEWER = 8, 4  # copies of tables that are enough with turns of runs; how many times less pay for these
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.
 SMALLEST = {c.DTYPE_FLOAT16: 2.0**-24, c.DTYPE_BFLOAT16: 0.0, c.DTYPE_FLOAT32: 0.0}
@@ -101,7 +104,8 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
     tables = sorted({0} if few or not decode else {0, table_bits(h)}, reverse=True)
     own = own_copies(few) if verb == "encode" and h.coding == c.CODING_QUADS else (ONE_COPY,)
     turns = _turns_in_blocks(h, few, rows if wide or factors else 0, wide)
-    for most, keys, bits, way, copies in product(most_threads(verb, h), (True, False), tables, turns, own):
+
+    def fitting(most: int, keys: bool, bits: int, way: tuple[int, int, bool], copies: Copies) -> Layout | None:
         phases, tile_turns, products = way
         blob, places = tables_for(verb, h, bits, keys, phases, copies, effort, tile_turns, products)
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
@@ -114,14 +118,37 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
             rows_bytes = ROW * h.order if factors else rows * row_bytes  # of the exchange, and rows to encode
             places_ahead = ahead + (wide or factors)
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, places_ahead, tile_turns > 0, products)
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, places_ahead, tile_turns > 0, products, products)
             memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
             size = blob.size + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
                 places = places | memory | {"BLOB_BYTES": blob.size}
                 together = h.rounds == 2 and major == 9
                 return Layout(threads, bits, whole, together, blob, places, size, sharing=TEAM if factors else 1)
+        return None
+
+    for rest in product(most_threads(verb, h), (True, False), tables):
+        found = quickest(h, (first_fit(fitting(*rest, way, copies) for copies in own) for way in turns))
+        if found is not None:
+            return found
     return None
+
+
+def first_fit(layouts: Iterable[Layout | None]) -> Layout | None:
+    """The first of some layouts that fits."""
+    return next((each for each in layouts if each is not None), None)
+
+
+def quickest(h: Header, ways: Iterable[Layout | None]) -> Layout | None:
+    """The layout that fits of the first way to turn means. Of the second way, if the first has turns of all pieces, and in
+    their place there was room for FEWER times as many copies of what lanes look up.
+    """
+    fitting = (each for each in ways if each is not None)
+    first = next(fitting, None)
+    if first is None or in_pieces(h) or "RUN_TURNS_AT" not in first.places or first.places["COPIES"] >= MANY_COPIES:
+        return first
+    second = next(fitting, first)
+    return second if second.places["COPIES"] >= FEWER * first.places["COPIES"] else first
 
 
 def _turns_in_blocks(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[int, int, bool]]:
@@ -131,8 +158,8 @@ def _turns_in_blocks(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[
     ways = [(phases, 0, False) for phases in phase_copies(h, few)]
     if not rows or not h.rope or few or h.dtype == c.DTYPE_FLOAT32:  # numbers of 16 bits are coarser than a phase of 16 bits
         return ways
-    whole = 2 * len(h.rope.frequencies) == h.order
-    return [(1, 0, True)] * (wide and h.runs and in_pieces(h) and whole) + [(1, rows, False), *ways]
+    products = wide and h.runs and (2 * len(h.rope.frequencies) == h.order or not in_pieces(h))
+    return [(1, 0, True)] * products + [(1, rows, False), *ways]
 
 
 def most_threads(verb: str, h: Header) -> tuple[int, ...]:
@@ -187,22 +214,23 @@ def warp_memory(
     ahead: int = 1,
     turned: bool = False,
     in_runs: bool = False,
+    products: bool = False,
 ) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile, or ``in_runs`` the same turned to a run alone; its radii as encoders of quads keep them, and
-    sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    to a tile, or ``in_runs`` the same turned to a run alone (``products``: as operands); its radii as encoders of quads keep
+    them, and sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
-    radii_at = means_at + (run_bytes(h) if in_runs else 4 * h.order * (h.offsets + turned))
+    radii_at = means_at + (run_bytes(h, products) if in_runs else 4 * h.order * (h.offsets + turned))
     rows = -(-h.chunk_tokens // (TEAM * ROWS)) * TEAM * ROWS  # of a block, in whole tiles: of sixteen rows, or of a team
     sums_at = radii_at + 2 * rows * (verb == "encode" and h.coding == c.CODING_QUADS)
     rows_at = sums_at + (16 * TEAM + 16) * in_factors(verb, h)
     return {
         "STAGE_BYTES": stage_bytes,
         "MEANS_AT": means_at,
-        "RUN_BYTES": run_bytes(h),
+        "RUN_BYTES": run_bytes(h, products),
         "RADII_AT": radii_at,
         "SUMS_AT": sums_at,
         "ROWS_AT": rows_at,
@@ -210,11 +238,11 @@ def warp_memory(
     }
 
 
-def run_bytes(h: Header) -> int:
-    """Bytes for means as they are turned to a run, and what is behind them: float32 or, a little more, operands of products."""
-    turned = len(h.rope.frequencies) if h.rope else 0  # pairs
-    means = 4 * (h.order - 2 * turned) + (turned // 32 * RUN_PIECE if in_pieces(h) else 8 * turned)
-    return h.runs * (means + BEHIND_RUN)
+def run_bytes(h: Header, products: bool) -> int:
+    """Bytes for means as they are turned to a run, and what is behind them: float32 or, with ``products``, their operands."""
+    pieces = run_pieces(h) if products else 0
+    others = h.order - 32 * pieces * (1 + in_pieces(h))
+    return h.runs * (pieces * RUN_PIECE + 4 * others + BEHIND_RUN)
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------

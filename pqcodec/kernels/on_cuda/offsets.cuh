@@ -13,7 +13,7 @@
 // them); PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how channels are paired), PARTS (if more than one: of a
 // row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn, and of
 // a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank). With the table RUN_TURNS a run's means
-// are operands of products, RUN_PIECE bytes a piece. With the tables TILE_TURN and ROW_TURNS (tables.py; the latter of
+// are operands of products, RUN_PIECE bytes a piece, and encoders have no PHASES. With the tables TILE_TURN and ROW_TURNS (tables.py; the latter of
 // TURNED_PIECES) an encoder turns a block's means to its first row, then on to each tile's first row, and from there to the
 // tile's others.
 #pragma once
@@ -33,8 +33,14 @@
 #define LEAST_DIRECT (-27)                // the exponent of means of which the largest is above 2^-13
 #ifdef RUN_TURNS_AT
 #define RUN_PRODUCTS 1
+#define RUN_PIECES (APART ? APART : PIECES)  // of which there are turns: where pieces are APART, for two of them
+#define RUN_SHARE (APART ? 2 : 1)            // pieces with the same turns
 #else
 #define RUN_PRODUCTS 0
+#endif
+
+#if defined(ENCODER) && RUN_PRODUCTS
+#define PHASES_AT 0  // there is no table, and nothing looks up a phase
 #endif
 
 #ifdef ROW_TURNS_AT
@@ -169,7 +175,7 @@ INLINE float2 turned_to_run(float one, float two, float cos, float sin) {
     return make_float2(x + magic - magic, y + magic - magic);
 }
 
-// Where a run has the means of channels that do not turn, and without products of all.
+// Where a run has the means of channels that do not turn, and without products of all; with products of all pieces nowhere.
 INLINE float* run_means(u8* run) {
     return reinterpret_cast<float*>(run) + RUN_PRODUCTS * (APART * (RUN_PIECE / 4) - TURNING);
 }
@@ -194,10 +200,18 @@ struct RunMeans {
             if (has(i, lane, ORDER - TURNING)) others[i] = __ldg(means + TURNING + i * 32 + lane);
     }
 
+    // A channel's words in columns of products: its mean and, times the sine's sign, that of the channel it turns with.
+    INLINE static void put(u8* run, u32 channel, float mean, float partner) {
+        const u32 odd = channel % 2 * 16, column = channel % 32 / 8 * 2 + channel % 2, strip = channel % 8 / 2;
+        *reinterpret_cast<uint2*>(run + channel / 32 * RUN_PIECE + column * 32 + strip * 8) =
+            make_uint2(half_bits(mean) << odd, half_bits(partner) << odd);
+    }
+
     // Fills ``run`` with them as they are turned at a position, times ``scale``: [ORDER] in float32, or where tensor cores go
-    // on, first RUN_PIECE bytes for each piece that turns. These are nine columns of products: of each, of a channel in each of
-    // the four strips, a word that has its mean in the channel's half, and 0 in the other. The ninth column is 0.
+    // on, first RUN_PIECE bytes for each of RUN_PIECES. These are nine columns of products: of each, of a channel in each of
+    // the four strips, two words that have its means in the channel's half, and 0 in the other. The ninth column is 0.
     INLINE void turn(const u8* tables, u32 position, u32 lane, u8* run, float scale = 1.0f) const {
+        __builtin_assume(lane < 32);
         float2 turned[MANY];  // all of them before any is stored, which the compiler takes for a change of the tables
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
@@ -214,23 +228,26 @@ struct RunMeans {
 #pragma unroll
         for (int i = 0; i < MANY; i++) {
             if (!has(i, lane, PAIRS)) break;
-#if RUN_PRODUCTS
-            const u32 odd = lane % 2 * 16, column = lane / 8 * 2 + lane % 2, strip = lane % 8 / 2;
-            *reinterpret_cast<uint2*>(run + column * 32 + strip * 8 + i * RUN_PIECE) =
-                make_uint2(half_bits(turned[i].x) << odd, half_bits(-turned[i].y) << odd);
-#else
             const u32 pair = i * 32 + lane;
+#if RUN_PRODUCTS
+            put(run, first_of(pair), turned[i].x, -turned[i].y);
+            if (!APART) put(run, second_of(pair), turned[i].y, turned[i].x);
+#else
             run_means(run)[first_of(pair)] = turned[i].x, run_means(run)[second_of(pair)] = turned[i].y;
 #endif
         }
 #if RUN_PRODUCTS
-        if (lane < 3 * APART)
-            *reinterpret_cast<uint4*>(run + lane / 3 * RUN_PIECE + 8 * 32 + lane % 3 * 16) = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (u32 i = lane; i < 3 * RUN_PIECES; i += 32)
+            *reinterpret_cast<uint4*>(run + i / 3 * RUN_PIECE + 8 * 32 + i % 3 * 16) = make_uint4(0, 0, 0, 0);
 #endif
 #pragma unroll
         for (int i = 0; i < OTHERS; i++) {
             const u32 channel = TURNING + i * 32 + lane;
-            if (has(i, lane, ORDER - TURNING)) run_means(run)[channel] = half_value(others[i]) * scale;
+            if (!has(i, lane, ORDER - TURNING)) break;
+            const float mean = half_value(others[i]) * scale;
+            if (RUN_PRODUCTS && !APART) put(run, channel, mean, 0.0f);
+            else run_means(run)[channel] = mean;
         }
     }
 };
@@ -273,12 +290,12 @@ INLINE const u8* columns_of(const u8* run, int lane) { return run + (lane >> 3 =
 
 // Where a lane's turns begin, for the tile of sixteen rows from ``first_row`` of a block on.
 INLINE const u8* turns_of(const u8* tables, int first_row, int lane) {
-    return tables + RUN_TURNS_AT + first_row % RUN_ROWS / 16 * (APART * 4 * 512) + lane * 16;
+    return tables + RUN_TURNS_AT + first_row % RUN_ROWS / 16 * (RUN_PIECES * 4 * 512) + lane * 16;
 }
 
-// A lane's columns of products of a piece that turns and of that APART behind it, of four strips.
+// A lane's columns of products of a piece, and of that APART behind it, of four strips.
 struct RunColumns {
-    uint4 strips[2];  // two each: the first mean, and the second times -1
+    uint4 strips[2];  // two each: the first mean, and the second times its sine's sign
 
     // ``columns``: where the lane's begin.
     INLINE RunColumns(const u8* columns, int piece) {
@@ -286,14 +303,14 @@ struct RunColumns {
         strips[1] = *reinterpret_cast<const uint4*>(columns + piece * RUN_PIECE + 16);
     }
 
-    // Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of the first piece and of
-    // the second. ``turns``: where the lane's begin.
-    INLINE void add(const u8* turns, int piece, int strip, float* sums, float* other_sums) const {
+    // Adds a strip's offsets, over their unit, to sums of two channels of one row, and of the other: of the first piece and, if
+    // there is one, of the second. ``turns``: where the lane's begin.
+    INLINE void add(const u8* turns, int piece, int strip, float (*sums)[4]) const {
         const uint4 turn = *reinterpret_cast<const uint4*>(turns + (piece * 4 + strip) * 512);
         const uint4& two = strips[strip / 2];
         const u32 one = strip % 2 ? two.z : two.x, less = strip % 2 ? two.w : two.y;
-        multiply(sums, turn.x, turn.y, turn.z, turn.w, one, less);
-        multiply(other_sums, turn.x, turn.y, turn.z, turn.w, less ^ 0x80008000u, one);
+        multiply(sums[0], turn.x, turn.y, turn.z, turn.w, one, less);
+        if (APART) multiply(sums[1], turn.x, turn.y, turn.z, turn.w, less ^ 0x80008000u, one);
     }
 };
 #endif

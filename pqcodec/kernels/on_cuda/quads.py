@@ -17,7 +17,9 @@ from pqcodec.kernels.on_cuda.compiled import (
     UPCOMING_BYTES,
     Layout,
     common_definitions,
+    first_fit,
     phase_copies,
+    quickest,
     run_bytes,
     warp_memory,
 )
@@ -40,7 +42,7 @@ FEW_THREADS = 512  # at the most, of few blocks
 MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 # quads_teams.cu: teams of a thread block, and the least copies of a point. With fewer its look-ups take longer than memory.
 TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **dict.fromkeys(LARGE_ORDERS, (3, 8))}
-TURNED_TEAMS = {128: (4, 8)}  # the same of keys that turn run by run
+TURNED_TEAMS = {64: (4, 8), 96: (4, 8), 128: (4, 8)}  # the same of keys that turn run by run
 TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
 SLOTS, LARGE_SLOTS, TURNED_SLOTS = (4, 3), (1,), (3,)  # of a team, the most that fit: for words of this step and later ones
@@ -75,24 +77,31 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
     base_at = 2 * _stage_bytes(h, rows)  # behind both stages
     ahead = 1 if few else AHEAD
     all_copies, matrix = FEW_COPIES if few else COPIES, _matrix(h)
-    memory = warp_memory("decode", h, base_at + 16, rows * h.vector_bytes * bulk, ahead, in_runs=h.runs)
-    memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
-    turned = _turns_in_quads(h, few)
-    for parts, keys, (phases, products), copies in product(range(1, MOST_PARTS + 1), (True, False), turned, all_copies):
+    rows_bytes, turned = rows * h.vector_bytes * bulk, _turns_in_quads(h, few)
+
+    def fitting(parts: int, keys: bool, way: tuple[int, bool], copies: int) -> Layout | None:
+        phases, products = way
         if products and parts > 1:
-            continue  # a thread block may have one of two pieces that turn together
+            return None  # a thread block may have one of two pieces that turn together; the turns of all pieces leave no room
+        memory = warp_memory("decode", h, base_at + 16, rows_bytes, ahead, in_runs=h.runs, products=products)
+        memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
         blob, places = _tables(h, matrix, keys, copies, phases, parts, products=products)
         shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
         size = shared + threads // 32 * memory["WARP_BYTES"]
         if size <= limit:
             return Layout(threads, 0, bulk, together, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
+        return None
+
+    for rest in product(range(1, MOST_PARTS + 1), (True, False)):
+        found = quickest(h, (first_fit(fitting(*rest, way, copies) for copies in all_copies) for way in turned))
+        if found is not None:
+            return found
     return None
 
 
 def _teams_layout(h: Header, limit: int) -> Layout | None:
     """The layout of ``quads_teams.cu``; None where it does not pay, or does not fit."""
-    products = h.runs and in_pieces(h)
-    teams, least = (TURNED_TEAMS if products else {} if h.offsets else TEAMS).get(h.order, (0, 0))
+    teams, least = (TURNED_TEAMS if h.runs else {} if h.offsets else TEAMS).get(h.order, (0, 0))
     used = h.chunk_tokens / (-(-h.chunk_tokens // STEP) * STEP)
     if not teams or c.ITEM_BYTES[h.dtype] != 2 or used < LEAST_USED:
         return None
@@ -107,7 +116,7 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
         if pieces % parts:
             continue
         memory = _team_memory(h, slots, not large)
-        blob, places = _tables(h, matrix, True, copies, 1, parts, negatives, products)
+        blob, places = _tables(h, matrix, True, copies, 1, parts, negatives, h.runs)
         tables = _round(places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts, LINE)
         beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
@@ -139,7 +148,8 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
     sums_at = sent_at + 8
     places_at = sums_at + slots * TEAM // 32 * 8
     runs_at = places_at + 2 * AHEAD * UPCOMING_BYTES
-    rows_at = _round(runs_at + (slots + 1) * run_bytes(h), LINE)  # one more is used than there are slots
+    run = run_bytes(h, products=True)
+    rows_at = _round(runs_at + (slots + 1) * run, LINE)  # one more is used than there are slots
     return {
         "SLOTS": slots,
         "SLOT_BYTES": slot,
@@ -149,7 +159,7 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
         "SUMS_AT": sums_at,
         "PLACES_AT": places_at,
         "RUNS_AT": runs_at,
-        "RUN_BYTES": run_bytes(h),
+        "RUN_BYTES": run,
         "SENT_AT": sent_at,
         "ROWS_AT": rows_at,
         "TEAM_BYTES": _round(rows_at + STEP * h.vector_bytes * bulk, LINE),
@@ -160,7 +170,7 @@ def _turns_in_quads(h: Header, few: bool) -> list[tuple[int, bool]]:
     """How many copies of each turn of RoPE are tried, and whether tensor cores turn offsets, from the quickest on."""
     if h.runs and in_pieces(h) and not few:
         return [(1, True), (1, False)]
-    return [(phases, False) for phases in phase_copies(h, few)]
+    return [(1, True)] * (h.runs and not few) + [(phases, False) for phases in phase_copies(h, few)]
 
 
 def _tables(

@@ -295,17 +295,17 @@ INLINE void finish_rows(const u8* tables, const LaneRows& rows, int quarter, int
 }
 
 #if RUN_PRODUCTS
-// The same of a piece and that with the same turns, whose offsets tensor cores find, strip by strip.
+// The same of a piece, and of that with the same turns, whose offsets tensor cores find, strip by strip.
 template <bool ORDINARY>
 INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int piece, const Sums* sums) {
     constexpr int STRIPS_OF_STORE = 4 / STORES;
-    u32 stored[2][2][4];  // of each piece, and each row
+    u32 stored[RUN_SHARE][2][4];  // of each piece, and each row
 #pragma unroll
     for (int strip = 0; strip < 4; strip++) {
-        float offsets[2][4] = {};
-        columns.add(rows.turns, piece, strip, offsets[0], offsets[1]);
+        float offsets[RUN_SHARE][4] = {};
+        columns.add(rows.turns, piece, strip, offsets);
 #pragma unroll
-        for (int of_both = 0; of_both < 4; of_both++) {
+        for (int of_both = 0; of_both < 2 * RUN_SHARE; of_both++) {
             const int i = of_both / 2, part = of_both % 2;
             const float factor = rows.factor[part], away = ORDINARY ? -MAGIC * factor : -MAGIC;
             float two[2];
@@ -331,8 +331,15 @@ INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int p
 
 template <int MANY, int BY = APART>
 INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
+#if RUN_PRODUCTS && !APART
+    static_assert(MANY == 1, "each piece has turns of its own");
+    const RunColumns columns(rows.columns, piece);
+    if (ordinary) finish_turned<true>(rows, columns, piece, sums);
+    else finish_turned<false>(rows, columns, piece, sums);
+#else
     if (ordinary) finish_rows<true, MANY, BY>(tables, rows, quarter, piece, sums);
     else finish_rows<false, MANY, BY>(tables, rows, quarter, piece, sums);
+#endif
 }
 
 // Pieces that turn alone, from the first of a thread block's ``part`` of them on: one is multiplied while another is finished.

@@ -44,14 +44,15 @@ def tables_for(
 
     ``bits``: the largest quads that a decoder looks up whole. ``keys``: with the checksum's keys, unless they are many;
     without, the kernel reads them from the device's memory. ``effort``: of an encoder's search. ``tile_turns``: rows of a
-    tile, if an encoder turns means from its first row to the others. ``products``: with the turns of a run's rows.
+    tile, if an encoder turns means from its first row to the others. ``products``: with the turns of a run's rows, and
+    without RoPE's phases.
     """
     plan = plan_for(h)
     own = _decoder_tables(h, plan, bits) if verb == "decode" else _encoder_tables(h, plan, copies, effort)
     turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
     pieces = {"TURNED_PIECES": len(turns["ROW_TURNS"])} if turns else {}
     turns |= run_tables(h) if products else {}
-    blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, phases)})
+    blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, 0 if products else phases)})
     return blob, {**places, **pieces, "PHASE_COPIES": phases, **dict(zip(COPY_MACROS, copies, strict=True))}
 
 
@@ -89,11 +90,12 @@ def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[s
 
 
 def shared_tables(h: Header, words: int, copies: int) -> dict[str, np.ndarray]:
-    """RoPE's frequencies, its phases in so many copies, and the keys of so many words of a block, unless they are too many."""
+    """RoPE's frequencies; its phases in so many copies, if any; and the keys of so many words of a block, unless too many."""
     arrays = {}
     if h.rope:
         arrays["FREQUENCIES"] = np.array(h.rope.frequencies, np.uint32)
-        arrays["PHASES"] = np.repeat(centre.phase_pairs().reshape(2, -1, 2).swapaxes(0, 1), copies, 1)
+        if copies:
+            arrays["PHASES"] = np.repeat(centre.phase_pairs().reshape(2, -1, 2).swapaxes(0, 1), copies, 1)
     if 0 < words <= MOST_KEYS:
         arrays["KEYS"] = checksum_keys(words + 1).astype(np.uint32)
     return arrays
@@ -104,14 +106,23 @@ def in_pieces(h: Header) -> bool:
     return h.rope is not None and h.rope.pairing == c.ROPE_HALF and len(h.rope.frequencies) % 32 == 0
 
 
+def run_pieces(h: Header) -> int:
+    """Pieces whose turns are kept for products: of those that turn together one, else all, of which some may not turn."""
+    return len(h.rope.frequencies) // 32 if in_pieces(h) and h.rope else h.order // 32
+
+
 def run_tables(h: Header) -> dict[str, np.ndarray]:
     """RUN_TURNS: the turns of a run's rows (SPEC 9.5) as operands of products: float16 [tiles, pieces, 4 strips, 32 lanes, 8].
 
     Lane 4 g + q has two channels of quarter q: cos of rows g and g + 8 of the tile, then sin.
     """
     assert h.rope
-    cos, sin = (each.reshape(-1, 2, 8, len(h.rope.frequencies) // 32, 4, 4, 2) for each in centre.turns_of_run(h.rope))
-    both = np.stack([cos, sin])  # [2, tiles, rows g and g + 8, g, pieces, quarters, strips, 2 channels]
+    turns, pairs = np.stack(centre.turns_of_run(h.rope)), len(h.rope.frequencies)  # [2, rows, pairs]
+    if not in_pieces(h):
+        turning = np.repeat(turns, 2, 2) if h.rope.pairing == c.ROPE_INTERLEAVED else np.tile(turns, 2)
+        turns = np.zeros((*turns.shape[:2], h.order), np.float32)
+        turns[0], turns[..., : 2 * pairs] = 1, turning
+    both = turns.reshape(2, -1, 2, 8, run_pieces(h), 4, 4, 2)  # [2, tiles, rows g and g + 8, g, pieces, quarters, strips, 2]
     return {"RUN_TURNS": both.transpose(1, 4, 6, 3, 5, 0, 2, 7).astype(np.float16)}
 
 

@@ -191,11 +191,11 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
                              int lane, Use use) {
     const u8 *columns = columns_of(run, lane), *turns = turns_of(tables, first_row, lane);
 #pragma unroll UNROLLED_PIECES
-    for (int piece = 0; piece < APART; piece++) {
+    for (int piece = 0; piece < RUN_PIECES; piece++) {
         const RunColumns of_pieces(columns, piece);
-        u32 stored[2][2][4];  // of both pieces, of both rows
+        u32 stored[RUN_SHARE][2][4];  // of pieces with the same turns, of both rows
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 2 * RUN_SHARE; i++) {
             const int part = i % 2;
             const i64 from = row_address(block, first_row + (lane >> 2) + 8 * part) + first_channel(lane & 3, 0) * ITEM;
             const uint4* of_row = fetched + part * LOADS * (EARLY ? 1 : 32);
@@ -203,13 +203,12 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
         }
 #pragma unroll
         for (int strip = 0; strip < 4; strip++) {
-            float numbers[2][4], sums[2][4] = {};
+            float numbers[RUN_SHARE][4], sums[RUN_SHARE][4] = {};
 #pragma unroll
-            for (int i = 0; i < 8; i++) numbers[i / 4][i % 4] = value_of(stored[i / 4][i / 2 % 2], 2 * strip + i % 2);
-            if (DIRECT) of_pieces.add(turns, piece, strip, numbers[0], numbers[1]);
-            else of_pieces.add(turns, piece, strip, sums[0], sums[1]);
+            for (int i = 0; i < 4 * RUN_SHARE; i++) numbers[i / 4][i % 4] = value_of(stored[i / 4][i / 2 % 2], 2 * strip + i % 2);
+            of_pieces.add(turns, piece, strip, DIRECT ? numbers : sums);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 2 * RUN_SHARE; i++) {
                 float* two = numbers[i / 2] + i % 2 * 2;
                 const float before[2] = {two[0], two[1]};
                 if (!DIRECT)
@@ -234,8 +233,8 @@ INLINE void load_rows(const u8* tables, const Block& block, const float* means, 
     const int here = not_ahead(lane), first_row = row - (lane >> 2);
     const u8* run = reinterpret_cast<const u8*>(means);
     Squares squares[OWN_ROWS];
-    each_word_of_run<false, true, APART>(tables, block, run, 1.0f, fetched, first_row, here,
-                                         [&](int part, int word, const float*, const float* two) {
+    each_word_of_run<false, true, RUN_PIECES>(tables, block, run, 1.0f, fetched, first_row, here,
+                                              [&](int part, int word, const float*, const float* two) {
         const u32 both = pack_brains(two[0], two[1]);
         squares[part].add(both);
         rows[word][part] = both;
@@ -295,8 +294,8 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
     }
     Energy energies[OWN_ROWS];
 #if RUN_PRODUCTS
-    each_word_of_run<true, false, APART>(tables, block, run, unit, nullptr, first_row, here,
-                                         [&](int part, int word, const float*, float* two) {
+    each_word_of_run<true, false, RUN_PIECES>(tables, block, run, unit, nullptr, first_row, here,
+                                              [&](int part, int word, const float*, float* two) {
 #pragma unroll
         for (int k = 0; k < 2; k++) two[k] = wrong[part] ? 0.0f : in_range(two[k]) * scale[part];
         energies[part].add<2>(two);
