@@ -9,7 +9,8 @@ import torch
 from conftest import skewed
 from ptx_machine import Machine
 
-from pqcodec.kernels.on_cuda import backend
+from pqcodec.kernels.on_cuda import backend, token_sums
+from pqcodec.kernels.on_cuda.token_sums import SumsKind
 from pqcodec.kernels.spans import Group
 
 CAPABILITIES = {
@@ -31,7 +32,7 @@ class CudaOnCpu(backend.Cuda):
         self.folder, self.processors, self.few, self.seed = folder, processors, few, 0
         self.capability = (9, 0)
         self.memory: list[torch.Tensor] = []
-        self.launches = 0
+        self.launches = self.summed = 0  # launches of blocks' kernels, and of means' tokens'
         self._made: dict[Any, Any] = {}
 
     def check_device(self, device: Any) -> None:
@@ -60,6 +61,21 @@ class CudaOnCpu(backend.Cuda):
         told = kernel.function.launch(grid, found.threads, found.shared_bytes, values, ranges, self.seed)
         assert told == "", told
         self.launches += 1
+
+    def _sums_kernel(self, kind: SumsKind, group: Group) -> tuple[Any, Any]:
+        if kind not in self._made:
+            code = kind.machine_code("compute_{}{}".format(*self.capability))
+            self._made[kind] = Machine(code, self.folder), skewed(kind.blob()[0], 0)
+        return self._made[kind]
+
+    def _sum_tokens(self, function: Any, blob: Any, group: Group, kind: SumsKind) -> None:
+        tensors, numbers = token_sums.arguments(group, kind, blob)
+        ranges = [(x.data_ptr(), x.data_ptr() + _extent(x), x is tensors[3]) for x in (*tensors, *self.memory)]
+        values = [*(x.data_ptr() for x in tensors), *map(int, numbers)]
+        grid = group.leads // kind.together * token_sums.PARTS
+        told = function.launch(grid, kind.threads, 0, values, ranges, self.seed)
+        assert told == "", told
+        self.summed += 1
 
 
 def _extent(x: torch.Tensor) -> int:

@@ -119,6 +119,7 @@ def attention_batches(shape: Shape, stream: Any) -> Iterator[Any]:
 def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
     """Every kernel that the CUDA backend launches for a shape."""
     from pqcodec.kernels.on_cuda import backend
+    from pqcodec.kernels.on_cuda.token_sums import sums_kind
 
     asked: list[tuple[str, Any]] = []
     backend.Cuda.check_device = _anywhere
@@ -135,6 +136,9 @@ def cuda_kernels(shape: Shape) -> Iterator[tuple[str, dict[str, int]]]:
             code = backend.machine_code(verb, kind, layout, f"sm_{ARCHITECTURE}", group.effort)
             for name, needs in local_bytes(code).items():
                 yield f"{name}, look-ups of {layout.table_bits} bits", needs
+        sums = sums_kind(group) if verb == "encode" and layouts else None
+        if sums:
+            yield from local_bytes(sums.machine_code(f"sm_{ARCHITECTURE}")).items()
 
 
 def _anywhere(self: Any, device: Any) -> None:

@@ -395,6 +395,13 @@ FLOATS(sqrt_rn_f32, (u32 a), std::sqrt(f(a)))
 FLOATS(fma_rn_f32, (u32 a, u32 b, u32 c), std::fmaf(f(a), f(b), f(c)))
 FLOATS(abs_f32, (u32 a), std::fabs(f(a)))
 ON u32 neg_f32(u32 a) { return a ^ 0x80000000u; }
+ON double d(u64 bits) { return std::bit_cast<double>(bits); }
+ON u64 bits(double x) { return std::bit_cast<u64>(x); }
+ON u64 add_rn_f64(u64 a, u64 b) { return bits(d(a) + d(b)); }
+ON u64 mul_rn_f64(u64 a, u64 b) { return bits(d(a) * d(b)); }
+ON u64 fma_rn_f64(u64 a, u64 b, u64 c) { return bits(std::fma(d(a), d(b), d(c))); }
+ON u64 neg_f64(u64 a) { return a ^ 1ull << 63; }
+ON u64 cvt_f64_f32(u32 a) { return bits((double)f(a)); }
 ON float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 FLOATS(mul_rn_ftz_f32, (u32 a, u32 b), flushed(flushed(f(a)) * flushed(f(b))))
 FLOATS(mul_rm_f32, (u32 a, u32 b), [](double exact) {

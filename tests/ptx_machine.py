@@ -16,7 +16,7 @@ from pathlib import Path
 HEADER = Path(__file__).with_name("ptx_machine.h")
 COMPILER = ["g++", "-std=c++20", "-O0", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
 _SIZES = {"pred": "bool", "b16": "u16", "s16": "u16", "u16": "u16", "b32": "u32", "s32": "u32", "u32": "u32", "f32": "u32"}
-_SIZES |= {"b64": "u64", "s64": "u64", "u64": "u64"}
+_SIZES |= {"b64": "u64", "s64": "u64", "u64": "u64", "f64": "u64"}
 _SIGNED = _SIZES | {"s8": "s8", "s16": "s16", "s32": "s32", "s64": "s64", "u8": "u8", "b8": "u8"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _PLAIN = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "div": "/", "rem": "%"}
@@ -166,6 +166,8 @@ class _Translation:
                 return scope[told]
         if told.startswith(("0f", "0F")):
             return f"{int(told[2:], 16)}u"
+        if told.startswith(("0d", "0D")):
+            return f"{int(told[2:], 16)}ull"
         if told in self._arrays:
             return self._arrays[told]
         return f"{int(told.rstrip('U'), 0)}ll"

@@ -18,10 +18,14 @@ from ptx_machine import is_there
 import pqcodec
 from pqcodec import DecodeBatch, EncodeBatch, Rope, backends
 from pqcodec.errors import CorruptStream, NonFiniteInput
+from pqcodec.stream import sections
+from pqcodec.stream.header import Header
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 from cuda_on_cpu import CAPABILITIES, CudaOnCpu  # which needs them
+
+from pqcodec.kernels.on_cuda import token_sums
 
 pytestmark = [
     needs_triton,
@@ -32,7 +36,11 @@ ALL = os.environ.get("PQCODEC_ALL_SHAPES") == "1"
 NOT_ALWAYS = pytest.mark.skipif(not ALL, reason="takes minutes; PQCODEC_ALL_SHAPES=1 runs it")
 KEYS: dict[str, Any] = {"center": "rope", "rope": Rope(), "exact_tokens": 4}
 Kind = tuple[int, str, str, dict[str, Any]]  # head_dim, preset, dtype, and options of ``encode``
-SOME: list[Kind] = [(128, "quad3", "bfloat16", {}), (128, "quad3", "bfloat16", KEYS)]
+SOME: list[Kind] = [
+    (128, "quad3", "bfloat16", {}),
+    (128, "quad3", "bfloat16", KEYS),
+    (96, "quad3", "bfloat16", {"center": "rope", "rope": Rope(style="interleaved", dim=80)}),
+]
 MORE: list[Kind] = [
     *((head_dim, preset, "bfloat16", {}) for head_dim in (32, 64, 96, 160, 192, 224, 256) for preset in ("quad2", "quad3.5")),
     *((head_dim, "quad2.5", "bfloat16", {}) for head_dim in (128, 320, 384, 448, 512, 576)),
@@ -132,6 +140,44 @@ def test_rows_are_decoded_to_the_bits_of_the_specification(machine: CudaOnCpu, k
         damaged[place] ^= 16
         with pytest.raises(CorruptStream):
             decoded(machine, bytes(damaged))
+
+
+SUMMED: list[tuple[int, Kind]] = [  # behind the number of leading indices of a stream; others of its batch have twice as many
+    (4, (128, "quad3", "bfloat16", KEYS)),
+    (
+        3,
+        (
+            64,
+            "pq2",
+            "float16",
+            {"center": "rope", "rope": Rope(style="interleaved", first_position=2**32 - 60), "exact_tokens": 2},
+        ),
+    ),
+    (6, (96, "quad3", "bfloat16", KEYS)),
+    (2, (128, "quad3", "float32", {"center": "rope", "rope": Rope(style="interleaved", dim=80)})),
+    (4, (576, "quad3", "bfloat16", {"center": "rope", "rope": Rope(dim=64)})),
+    (3, (256, "quad3", "float16", {"center": "mean"})),
+]
+
+
+@pytest.mark.parametrize(("leads", "kind"), SUMMED, ids=str)
+def test_means_are_those_of_the_cpu(machine: CudaOnCpu, monkeypatch: pytest.MonkeyPatch, leads: int, kind: Kind) -> None:
+    """Bit for bit, of two streams of a batch, whose steps differ; vectors with NaN or Inf count as zeros."""
+    head_dim, preset, _, options = kind
+    xs = [tensor(kind, 150, leads), tensor(kind, 1100, 2 * leads)]
+    for x in xs:
+        x[0, 70, 3], x[1, 71, head_dim - 1], x[1, 149, 0] = float("nan"), float("inf"), float("-inf")
+    batch = EncodeBatch(xs, preset=preset, backend="cuda", **options)
+    machine.memory = [*xs, *batch.streams]
+    monkeypatch.setattr(token_sums, "ENOUGH", 1)
+    monkeypatch.setattr(machine, "encode", lambda group: None)  # means alone
+    streams = batch.run()
+    assert machine.summed == 1
+    for x, stream in zip(xs, streams, strict=True):
+        zeros = torch.where(x.isfinite().all(-1, keepdim=True), x, 0)
+        by_cpu = pqcodec.encode(zeros, preset=preset, backend="cpu", **options)
+        place = Header.from_bytes(by_cpu).places[sections.OFFSETS]
+        assert bytes(stream.numpy())[place.start : place.end] == by_cpu[place.start : place.end]
 
 
 @pytest.mark.parametrize("kind", SOME + MORE * ALL, ids=str)

@@ -127,6 +127,7 @@ class Group:
         words = max(self._words(span.header) for span in spans)
         self.keys = self._put(checksum_keys(words + 1).astype(np.int64))
         self.tables = tables_on(str(self.device), self.header.coding, *self._table_key())
+        self.found: dict[str, Any] = {}  # what a backend found for this group, its kernels for instance: these take time
         wanted = any(span.tokens[0] < span.tokens[1] for span in spans)  # a stream is checked without its shared table
         self.levels = self._put(np.array([*(self.header.levels if wanted else ()), 0], np.float32))
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "lanes.cuh"
+#include "spans.cuh"
 
 // Bytes of a block of so many tokens, its checksum included.
 constexpr __device__ int block_bytes(int tokens) { return (tokens * ROW_BYTES + BESIDE + ALIGN - 1) / ALIGN * ALIGN; }
@@ -55,17 +56,10 @@ INLINE Block block_of_span(const i64* __restrict__ spans, const i64* __restrict_
     return block;
 }
 
-// A block that a whole warp looks for: its span is the last one whose first block is not behind it, five bits at a time.
+// A block that a whole warp looks for.
 INLINE Block find_block(const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts,
                         int search, u32 index) {
-    int which = 0;
-#pragma unroll 1
-    for (int left = search; left > 0; left -= 5) {
-        const int apart = max(left - 5, 0), place = which + ((int)(threadIdx.x & 31) << apart);
-        const bool before = (place >> search) == 0 && __ldg(firsts + place) <= index;
-        which += (__popc(__ballot_sync(ALL_LANES, before)) - 1) << apart;
-    }
-    return block_of_span(spans, firsts, starts, which, index);
+    return block_of_span(spans, firsts, starts, span_of(firsts, search, index), index);
 }
 
 // The same for one lane's own block, a bit at a time.

@@ -10,9 +10,8 @@
 // ITEM (bytes of a stored number).
 #pragma once
 
-#include "numbers.cuh"
+#include "spans.cuh"
 
-#define ALL_LANES 0xffffffffu
 #define WARPS (THREADS / 32)  // of a thread block
 #define QUADS (ORDER / 16)    // of a lane
 #define PIECES (ORDER / 32)   // of a lane

@@ -2,25 +2,16 @@
 //
 // A row that holds NaN or Inf is ``wrong``: it is coded as zeros and counted.
 //
-// Needs DTYPE (FLOAT16, BFLOAT16 or FLOAT32), OFFSETS, BYTES, LARGEST_32 (the largest float32), and what fetches.cuh, the rotation
-// and the offsets need.
+// Needs DTYPE, OFFSETS, BYTES, LARGEST_32 (the largest float32), and what fetches.cuh, stored_numbers.cuh, the rotation and the
+// offsets need.
 #pragma once
 
 #include "fetches.cuh"
 #include "offsets.cuh"
 #include "rotation.cuh"
+#include "stored_numbers.cuh"
 
 #define PLAIN (DTYPE != FLOAT32 && !OFFSETS && !BYTES)  // rows are multiplied as they are stored
-
-INLINE float value_of(const u32* stored, int i) {
-#if DTYPE == FLOAT32
-    return float_of(stored[i]);
-#elif DTYPE == FLOAT16
-    return half_value(stored[i / 2] >> 16 * (i & 1));
-#else
-    return float_of(i & 1 ? stored[i / 2] & 0xffff0000u : stored[i / 2] << 16);
-#endif
-}
 
 INLINE float in_range(float x) { return fminf(fmaxf(x, -LARGEST_32), LARGEST_32); }
 

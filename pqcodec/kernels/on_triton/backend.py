@@ -151,33 +151,37 @@ class Triton:
             ROWS=(ROPE_DECODE_ROWS if h.rope else DECODE_ROWS)[tables.columns],
         )
 
-    def write_sides(self, group: Group) -> None:
-        """Write the means and the exact tokens of every lead of a group into its streams."""
+    def write_sides(self, group: Group, parts: int = 0) -> None:
+        """Write the means and the exact tokens of every lead of a group into its streams.
+
+        ``parts``: of the sums of means' tokens (``Group.sums``), if these are there already.
+        """
         h, tables = group.header, group.tables
         if not group.leads:
             return
         search = {"SEARCH": group.search, "num_warps": WARPS, "enable_fp_fusion": False}
         exact = any(span.header.first_tokens for span in group.spans)
         if h.offsets:
-            means = {"COLUMNS": tables.columns, "PARTS": MEAN_PARTS, **search}
+            means = {"COLUMNS": tables.columns, "PARTS": parts or MEAN_PARTS, **search}
             sums = group.sums(tables.columns)
-            sides.sum_tokens[(group.leads, MEAN_PARTS)](
-                group.rows,
-                group.lead_firsts,
-                group.starts,
-                sums,
-                tables.ones,
-                tables.twos,
-                tables.pair_frequencies,
-                tables.phases,
-                DTYPE=h.dtype,
-                HEAD_DIM=h.head_dim,
-                ROPE=h.rope is not None,
-                MEAN_TOKENS=MEAN_TOKENS,
-                ROWS=MEAN_ROWS[tables.columns],
-                IN_HALVES=tables.in_halves,
-                **means,
-            )
+            if not parts:
+                sides.sum_tokens[(group.leads, MEAN_PARTS)](
+                    group.rows,
+                    group.lead_firsts,
+                    group.starts,
+                    sums,
+                    tables.ones,
+                    tables.twos,
+                    tables.pair_frequencies,
+                    tables.phases,
+                    DTYPE=h.dtype,
+                    HEAD_DIM=h.head_dim,
+                    ROPE=h.rope is not None,
+                    MEAN_TOKENS=MEAN_TOKENS,
+                    ROWS=MEAN_ROWS[tables.columns],
+                    IN_HALVES=tables.in_halves,
+                    **means,
+                )
             sides.find_means[(group.leads,)](
                 group.rows,
                 group.lead_firsts,
@@ -187,7 +191,7 @@ class Triton:
                 group.keys,
                 EXACT=exact,
                 MEAN_TOKENS=MEAN_TOKENS,
-                AT_ONCE=max(min(MEAN_PARTS, MEAN_TILE // tables.columns), 1),
+                AT_ONCE=max(min(parts or MEAN_PARTS, MEAN_TILE // tables.columns), 1),
                 TILE=SUM_TILE,
                 **self._units(h),
                 **means,
