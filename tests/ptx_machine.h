@@ -449,6 +449,8 @@ ON u32 cvt_rzi_s32_f32(u32 a) { return to_whole(std::trunc(f(a))); }
 
 ON u32 mul_hi_u32(u32 a, u32 b) { return (u64)a * b >> 32; }
 ON u32 mul_hi_s32(u32 a, u32 b) { return (s64)(s32)a * (s32)b >> 32; }
+ON u64 mul_hi_u64(u64 a, u64 b) { return (unsigned __int128)a * b >> 64; }
+ON u64 mul_hi_s64(u64 a, u64 b) { return (__int128)(s64)a * (s64)b >> 64; }
 ON u16 mul_hi_u16(u16 a, u16 b) { return (u32)a * b >> 16; }
 ON u16 mul_hi_s16(u16 a, u16 b) { return (s16)a * (s16)b >> 16; }
 ON u64 mul_wide_u32(u32 a, u32 b) { return (u64)a * b; }

@@ -142,28 +142,26 @@ def test_rows_are_decoded_to_the_bits_of_the_specification(machine: CudaOnCpu, k
             decoded(machine, bytes(damaged))
 
 
-SUMMED: list[tuple[int, Kind]] = [  # behind the number of leading indices of a stream; others of its batch have twice as many
-    (4, (128, "quad3", "bfloat16", KEYS)),
-    (
-        3,
-        (
-            64,
-            "pq2",
-            "float16",
-            {"center": "rope", "rope": Rope(style="interleaved", first_position=2**32 - 60), "exact_tokens": 2},
-        ),
-    ),
-    (6, (96, "quad3", "bfloat16", KEYS)),
-    (2, (128, "quad3", "float32", {"center": "rope", "rope": Rope(style="interleaved", dim=80)})),
-    (4, (576, "quad3", "bfloat16", {"center": "rope", "rope": Rope(dim=64)})),
-    (3, (256, "quad3", "float16", {"center": "mean"})),
+WRAPPING: dict[str, Any] = {"center": "rope", "rope": Rope(style="interleaved", first_position=2**32 - 60), "exact_tokens": 2}
+# Kinds behind the most tokens of a mean, and the leading indices of a stream: another one of its batch has twice as many.
+SUMMED: list[tuple[int, int, Kind]] = [
+    (1024, 4, (128, "quad3", "bfloat16", KEYS)),
+    (40, 3, (64, "pq2", "float16", WRAPPING)),
+    (6, 6, (96, "quad3", "bfloat16", KEYS)),
+    (1024, 2, (128, "quad3", "float32", {"center": "rope", "rope": Rope(style="interleaved", dim=80)})),
+    (300, 4, (576, "quad3", "bfloat16", {"center": "rope", "rope": Rope(dim=64)})),
+    (300, 3, (256, "quad3", "float16", {"center": "mean"})),
 ]
 
 
-@pytest.mark.parametrize(("leads", "kind"), SUMMED, ids=str)
-def test_means_are_those_of_the_cpu(machine: CudaOnCpu, monkeypatch: pytest.MonkeyPatch, leads: int, kind: Kind) -> None:
+@pytest.mark.parametrize(("most", "leads", "kind"), SUMMED, ids=str)
+def test_means_are_those_of_the_cpu(
+    machine: CudaOnCpu, monkeypatch: pytest.MonkeyPatch, most: int, leads: int, kind: Kind
+) -> None:
     """Bit for bit, of two streams of a batch, whose steps differ; vectors with NaN or Inf count as zeros."""
     head_dim, preset, _, options = kind
+    for module in ("job", "on_triton.backend", "on_cuda.token_sums"):
+        monkeypatch.setattr(f"pqcodec.kernels.{module}.MEAN_TOKENS", most)
     xs = [tensor(kind, 150, leads), tensor(kind, 1100, 2 * leads)]
     for x in xs:
         x[0, 70, 3], x[1, 71, head_dim - 1], x[1, 149, 0] = float("nan"), float("inf"), float("-inf")

@@ -38,6 +38,7 @@ class SumsKind:
     frequencies: tuple[int, ...]
     pairing: int
     together: int
+    mean_tokens: int  # of a lead, at the most
 
     @property
     def threads(self) -> int:
@@ -69,8 +70,8 @@ class SumsKind:
             "THREADS": self.threads,
             "TOGETHER": self.together,
             "STAGES": self.stages,
-            "PART_TOKENS": MEAN_TOKENS // PARTS,
-            "MEAN_TOKENS": MEAN_TOKENS,
+            "PART_TOKENS": -(-self.mean_tokens // PARTS),
+            "MEAN_TOKENS": self.mean_tokens,
             "PARTS": PARTS,
             "FIELDS": len(SPAN),
             **{name.upper(): place for name, place in SPAN._asdict().items()},
@@ -92,7 +93,7 @@ def sums_kind(group: Group) -> SumsKind | None:
     common, most = gcd(*(s.side_leads for s in group.spans)), min(MOST_BYTES // item, group.leads * PARTS // ENOUGH)
     together = next(n for n in TOGETHER if n == 1 or (common % n == 0 and n <= most))
     pairing = h.rope.pairing if h.rope else c.ROPE_HALF
-    return SumsKind(h.dtype, h.head_dim, group.tables.columns, tuple(frequencies), pairing, together)
+    return SumsKind(h.dtype, h.head_dim, group.tables.columns, tuple(frequencies), pairing, together, MEAN_TOKENS)
 
 
 def arguments(group: Group, kind: SumsKind, blob: Any) -> tuple[list[Any], list[Any]]:
