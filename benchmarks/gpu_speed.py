@@ -48,6 +48,7 @@ ROUNDS, QUICK_ROUNDS, DROPPED = 10, 3, 2
 SLEEP_CYCLES = 100_000_000  # of the device, some 50 ms: as long as Python takes to queue all rounds
 REPLAYS = 200
 LAYERS, HEADS = 32, 8  # of the model whose tokens the latency is about
+PROMPTS = (1024, 8192)  # tokens of all layers' keys, of which more are sampled for means than of few long ones
 # Coordinates that GPU and CPU both encode. Of quads they are more blocks than few ones, which a less exact kernel encodes.
 CHECKED, OF_QUADS, OF_PQ3 = 1 << 23, 1 << 26, 1 << 27  # the last: at head_dim 128
 RANGE = 256  # tokens that GPU and CPU both decode, at the beginning, in the middle and at the end
@@ -93,7 +94,7 @@ def cases(quick: bool, presets: Sequence[str] = ()) -> list[Case]:
         *(Case(MAIN, name) for name, preset in pqcodec.PRESETS.items() if preset.rounds),
         Case(MAIN, "pq3", backend="triton"),
         *(Case(MAIN, preset, keys=True) for preset in ("pq3", "quad3", "quad3.5")),
-        *(Case(head_dim, "quad3", keys=True) for head_dim in (64, 256, 576)),
+        *(Case(head_dim, "quad3", keys=True) for head_dim in (64, 96, 256, 576)),
         Case(MAIN, "pq3", "float16"),
         Case(MAIN, "pq3", "float32"),
         *(Case(head_dim, preset) for head_dim in OTHERS for preset in FEW),
@@ -329,6 +330,29 @@ def latency(preset: str) -> dict[str, Any]:
     return found
 
 
+# -- keys of a model -----------------------------------------------------------------------------------------------
+def keys_of_model(tokens: int, preset: str, rounds: int) -> dict[str, Any]:
+    """Keys and values of all layers, at a prompt's length: microseconds, and the share of values' speed that keys have."""
+    xs = [gaussian(HEADS * tokens * MAIN * 2, MAIN, "bfloat16").reshape(HEADS, tokens, MAIN) for _ in range(LAYERS)]
+    works = []
+    for keys in (False, True):
+        encode = EncodeBatch(xs, **Case(MAIN, preset, keys=keys).options)
+        decode = DecodeBatch(encode.run())
+        works += [encode.run, decode.run]
+    for work in works:
+        work()
+    torch.cuda.synchronize()
+    found = timed(works, rounds)
+    names = ("encode_us", "decode_us", "keys_encode_us", "keys_decode_us")
+    return {
+        "preset": preset,
+        "shape": [LAYERS, HEADS, tokens, MAIN],
+        **{name: median(column) * 1e6 for name, column in zip(names, zip(*found, strict=True), strict=True)},
+        "keys_encode_share": median(row[0] / row[2] for row in found),
+        "keys_decode_share": median(row[1] / row[3] for row in found),
+    }
+
+
 # -- peers ---------------------------------------------------------------------------------------------------------
 def peer_is_installed() -> bool:
     return find_spec(PEER.replace("-", "_")) is not None
@@ -481,6 +505,13 @@ def main() -> None:
         figures[name] = latency(preset)
         both = figures[name]["both"]
         say(f"{preset}: {both['graph_us']:.1f} us encode + decode as a graph, {both['eager_us']:.1f} us eager")
+    figures["keys_of_model"] = [keys_of_model(tokens, "quad3", rounds) for tokens in PROMPTS * (not options.quick)]
+    for row in figures["keys_of_model"]:
+        say(
+            f"quad3, keys of {LAYERS} layers of {HEADS} heads and {row['shape'][2]} tokens: encoded in "
+            f"{row['keys_encode_us']:.0f} us ({row['keys_encode_share']:.2f} of values' speed), "
+            f"decoded in {row['keys_decode_us']:.0f} us ({row['keys_decode_share']:.2f})"
+        )
     figures["peers"] = [] if options.presets else peers(rounds, say)
     print_tables(figures, console)
     if options.out or not options.quick:
