@@ -18,7 +18,7 @@ from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby, pairwise
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -32,11 +32,11 @@ from rich.table import Table
 
 import pqcodec
 from benchmarks import results_file
+from benchmarks.gpu_timing import DEVICE, REPLAYS, microseconds, timed, turns
 from benchmarks.readme import gpu_speeds
 from pqcodec import DecodeBatch, EncodeBatch, Rope
 
 COMMAND = "python -m benchmarks.gpu_speed"
-DEVICE = "cuda"
 MAIN = 128  # the head_dim that everything is measured for
 OTHERS = (64, 256, 96, 576)
 CUDA_HEAD_DIMS = (64, 128, 256)  # that the CUDA backend has kernels of its own for; of quads it has them for all of these
@@ -44,9 +44,7 @@ FEW = ("pq2", "pq3", "pq4", "quad3", "paper")
 BYTES = {MAIN: 1 << 30}
 OTHER_BYTES = 1 << 28
 LEADING = 32
-ROUNDS, QUICK_ROUNDS, DROPPED = 10, 3, 2
-SLEEP_CYCLES = 100_000_000  # of the device, some 50 ms: as long as Python takes to queue all rounds
-REPLAYS = 200
+ROUNDS, QUICK_ROUNDS = 10, 3
 LAYERS, HEADS = 32, 8  # of the model whose tokens the latency is about
 PROMPTS = (1024, 8192)  # tokens of all layers' keys, of which more are sampled for means than of few long ones
 # Coordinates that GPU and CPU both encode. Of quads they are more blocks than few ones, which a less exact kernel encodes.
@@ -167,49 +165,6 @@ def compile_all(chosen: Sequence[Case], say: Progress) -> None:
 
 
 # -- speed ---------------------------------------------------------------------------------------------------------
-def timed(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each work in each round. The device sleeps while all rounds are queued, so that it never waits for Python."""
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)] for _ in range(DROPPED + rounds)]
-    torch.cuda._sleep(SLEEP_CYCLES)
-    for row in marks:
-        row[0].record()
-        for work, mark in zip(works, row[1:], strict=True):
-            work()
-            mark.record()
-    torch.cuda.synchronize()
-    return [[start.elapsed_time(end) / 1e3 for start, end in pairwise(row)] for row in marks[DROPPED:]]
-
-
-def turns(x_bytes: int, stream_bytes: int, encode: Callable[[], Any], decode: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """GB/s of input, and the median ratio to a copy (the quicker of a turn's two) that moves as many bytes: read + written.
-
-    Beside them the ratios of kernels that only move the same bytes, read as read and written as written.
-    """
-    from benchmarks.moved_bytes import moving  # which needs Triton
-
-    moved = x_bytes + stream_bytes
-    source, target = (torch.zeros(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    copy = partial(target.copy_, source)
-    only_moves = [moving(*sizes, DEVICE) for sizes in ((x_bytes, stream_bytes), (stream_bytes, x_bytes))]
-    for work in (encode, decode, *only_moves):
-        work()  # what is compiled is compiled before the device sleeps
-    torch.cuda.synchronize()
-    found = [(min(c, d), e, f, *rest) for c, e, d, f, *rest in timed((copy, encode, copy, decode, *only_moves), rounds)]
-    copied, encoded, decoded, *_ = (median(column) for column in zip(*found, strict=True))
-    return {
-        "input_bytes": x_bytes,
-        "stream_bytes": stream_bytes,
-        "moved_bytes": moved,
-        "copy_tb_s": moved / copied / 1e12,
-        "encode_gb_s": x_bytes / encoded / 1e9,
-        "decode_gb_s": x_bytes / decoded / 1e9,
-        "encode_ratio": median(c / e for c, e, *_ in found),
-        "decode_ratio": median(c / d for c, _, d, *_ in found),
-        "moving_as_encode_ratio": median(c / e for c, *_, e, _ in found),
-        "moving_as_decode_ratio": median(c / d for c, *_, d in found),
-    }
-
-
 def rel_mse(x: torch.Tensor, y: torch.Tensor) -> float:
     exact = x.double()
     return float(((exact - y.double()) ** 2).sum() / (exact**2).sum())
@@ -283,20 +238,6 @@ def sound(row: dict[str, Any]) -> bool:
 
 
 # -- latency -------------------------------------------------------------------------------------------------------
-def microseconds(work: Callable[[], Any]) -> float:
-    """Microseconds of one of many runs in a row."""
-    for _ in range(DROPPED):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(REPLAYS):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3 / REPLAYS
-
-
 def latency(preset: str) -> dict[str, Any]:
     """One token's keys and values of a whole model, bf16: microseconds as a CUDA graph and run by run."""
     xs = [torch.randn((HEADS, 1, MAIN), dtype=torch.bfloat16, device=DEVICE) for _ in range(2 * LAYERS)]
@@ -339,9 +280,6 @@ def keys_of_model(tokens: int, preset: str, rounds: int) -> dict[str, Any]:
         encode = EncodeBatch(xs, **Case(MAIN, preset, keys=keys).options)
         decode = DecodeBatch(encode.run())
         works += [encode.run, decode.run]
-    for work in works:
-        work()
-    torch.cuda.synchronize()
     found = timed(works, rounds)
     names = ("encode_us", "decode_us", "keys_encode_us", "keys_decode_us")
     return {
