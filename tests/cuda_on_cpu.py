@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from conftest import skewed
 from ptx_machine import Machine
 
-from pqcodec.kernels.on_cuda import backend, token_sums
-from pqcodec.kernels.on_cuda.token_sums import SumsKind
+from pqcodec.kernels.on_cuda import backend
+from pqcodec.kernels.on_cuda.token_sums import SumsKernel, SumsKind
 from pqcodec.kernels.spans import Group
 
 CAPABILITIES = {
@@ -55,27 +56,29 @@ class CudaOnCpu(backend.Cuda):
         found = kernel.layout
         grid = backend.thread_blocks(found, group, self.processors)
         given = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
-        values = [*(x.data_ptr() for x in given), group.blocks, group.search]
-        written = (group.block_flags, *self.memory)
-        ranges = [(x.data_ptr(), x.data_ptr() + _extent(x), any(x is each for each in written)) for x in (*given, *self.memory)]
-        told = kernel.function.launch(grid, found.threads, found.shared_bytes, values, ranges, self.seed)
-        assert told == "", told
+        self._run(kernel, grid, found.threads, found.shared_bytes, (*given, group.blocks, group.search))
         self.launches += 1
 
-    def _sums_kernel(self, kind: SumsKind, group: Group) -> tuple[Any, Any]:
+    def _sums_kernel(self, kind: SumsKind, group: Group) -> SumsKernel:
         if kind not in self._made:
             code = kind.machine_code("compute_{}{}".format(*self.capability))
-            self._made[kind] = Machine(code, self.folder), skewed(kind.blob()[0], 0)
+            self._made[kind] = SumsKernel(Machine(code, self.folder), kind, skewed(kind.blob()[0], 0))
         return self._made[kind]
 
-    def _sum_tokens(self, function: Any, blob: Any, group: Group, kind: SumsKind) -> None:
-        tensors, numbers = token_sums.arguments(group, kind, blob)
-        ranges = [(x.data_ptr(), x.data_ptr() + _extent(x), x is tensors[3]) for x in (*tensors, *self.memory)]
-        values = [*(x.data_ptr() for x in tensors), *map(int, numbers)]
-        grid = group.leads // kind.together * token_sums.PARTS
-        told = function.launch(grid, kind.threads, 0, values, ranges, self.seed)
-        assert told == "", told
+    def _launch_sums(self, kernel: Any, group: Group) -> None:
+        self._run(kernel, kernel.grid(group), kernel.kind.threads, 0, kernel.arguments(group))
         self.summed += 1
+
+    def _run(self, kernel: Any, grid: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
+        """Launch a kernel, which may write its fourth argument and ``memory``."""
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        values = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for x in arguments]
+        written = (arguments[3], *self.memory)
+        ranges = [
+            (x.data_ptr(), x.data_ptr() + _extent(x), any(x is each for each in written)) for x in (*tensors, *self.memory)
+        ]
+        told = kernel.function.launch(grid, threads, shared_bytes, values, ranges, self.seed)
+        assert told == "", told
 
 
 def _extent(x: torch.Tensor) -> int:

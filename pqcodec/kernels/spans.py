@@ -8,7 +8,7 @@ streams and the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -127,7 +127,7 @@ class Group:
         words = max(self._words(span.header) for span in spans)
         self.keys = self._put(checksum_keys(words + 1).astype(np.int64))
         self.tables = tables_on(str(self.device), self.header.coding, *self._table_key())
-        self.found: dict[str, Any] = {}  # what a backend found for this group, its kernels for instance: these take time
+        self._found: dict[str, Any] = {}
         wanted = any(span.tokens[0] < span.tokens[1] for span in spans)  # a stream is checked without its shared table
         self.levels = self._put(np.array([*(self.header.levels if wanted else ()), 0], np.float32))
 
@@ -210,9 +210,13 @@ class Group:
 
     def sums(self, columns: int) -> Any:
         """Scratch for means: float64 [leads, parts, columns], allocated once."""
-        if "_sums" not in self.__dict__:
-            self._sums = self.empty(self.leads * MEAN_PARTS * columns, "float64")
-        return self._sums
+        return self.once("sums", lambda: self.empty(self.leads * MEAN_PARTS * columns, "float64"))
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What ``find`` returned when this name was asked for first; a backend's kernels, for instance, take time to find."""
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
 
     def empty(self, count: int, dtype: str) -> Any:
         """Zeros [count] of that dtype on the group's device."""

@@ -13,14 +13,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from cuda.bindings import driver
 
 from pqcodec import constants as c
 from pqcodec.codings import quads
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.backend import _device, header_of_kind
-from pqcodec.kernels.on_cuda.compiled import Layout, compiled, returned
+from pqcodec.kernels.on_cuda.compiled import Layout, compiled
+from pqcodec.kernels.on_cuda.launches import SHARED_BYTES, launch, loaded
 from pqcodec.kernels.on_cuda.quads import index_bytes
 from pqcodec.placed import Placed
 from pqcodec.stages import rotation
@@ -293,11 +293,7 @@ def kernel(kind: AttentionKind, device: str) -> AttentionKernel:
             f"choose backend 'triton'"
         )
     code = compiled("attention.cu", attention_definitions(kind, found), architecture)
-    with torch.cuda.device(device):
-        module = returned(driver.cuModuleLoadData(code))
-        function = returned(driver.cuModuleGetFunction(module, b"attend"))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        returned(driver.cuFuncSetAttribute(function, attribute, found.shared_bytes))
+    function = loaded(code, "attend", device, {SHARED_BYTES: found.shared_bytes})
     h = kind.keys
     frequencies = np.array(h.rope.frequencies if h.rope else [0], np.uint32).view(np.int32)
     signs = [rotation.signs(h.seed, h.order, first_round) for first_round in (True, False)]
@@ -365,7 +361,6 @@ class CudaAttention:
         is read when the kernel runs. ``new``: keys and values of the last of these, [sequences, kv_heads, queries, head_dim] of
         the memory's dtype, which are put there; ``is_readable`` must hold for them.
         """
-        import torch
 
         found, count = self._kernel, self._room if recent is None else recent
         at, count = (np.uint64(0), count) if isinstance(count, int) else (count, 0)
@@ -374,9 +369,7 @@ class CudaAttention:
             *(query, self._scale, self._sums, self._about, self._arrived, out, at, np.int32(count)),
             *(np.int32(new[0].shape[2] if new else 0), *(_new_rows(x) for x in new or (None, None))),
         ]
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        with torch.cuda.device(self._device):
-            _launch(found.function, self._grid, found.layout.threads, found.layout.shared_bytes, stream, values)
+        launch(found.function, self._grid, found.layout.threads, found.layout.shared_bytes, self._device, values)
         return out
 
 
@@ -389,12 +382,6 @@ def _new_rows(x: Any) -> np.ndarray:
     """NewRows of ``attention.cu``."""
     strides = [] if x is None else [x.data_ptr(), *(x.stride(dim) * x.element_size() for dim in range(3))]
     return np.array(strides or [0] * 4, np.int64)
-
-
-def _launch(function: Any, grid: int, threads: int, shared: int, stream: int, arguments: Sequence[Any]) -> None:
-    values = [np.array(x.data_ptr(), np.uint64) if hasattr(x, "data_ptr") else np.asarray(x) for x in arguments]
-    pointers = np.array([value.ctypes.data for value in values], np.uint64)
-    returned(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, pointers.ctypes.data, 0))
 
 
 def _splits(heads: int, chunks: Sequence[Sequence[int]], chunk_tokens: int, at_once: int, order: int) -> int:

@@ -9,7 +9,6 @@ group as well. A kernel is compiled once a process for each kind of stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from cuda.bindings import driver
 from pqcodec import constants as c
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.on_cuda.compiled import Layout, compiled, definitions, layout, returned
+from pqcodec.kernels.on_cuda.launches import SHARED_BYTES, launch, loaded
 from pqcodec.kernels.on_cuda.quads import (
     BEST_ORDERS,
     DECODED_ORDERS,
@@ -29,7 +29,7 @@ from pqcodec.kernels.on_cuda.quads import (
     quads_layout,
 )
 from pqcodec.kernels.on_cuda.tables import ORDERS, matrix_fits
-from pqcodec.kernels.on_cuda.token_sums import PARTS, SumsKind, arguments, sums_kind
+from pqcodec.kernels.on_cuda.token_sums import PARTS, SumsKernel, SumsKind, sums_kind
 from pqcodec.kernels.on_triton.backend import Triton
 from pqcodec.kernels.spans import Group
 from pqcodec.stream.header import Header
@@ -126,29 +126,17 @@ def _kernel(verb: str, kind: Header, few: bool, device: str, effort: str) -> Ker
     if found is None:
         return None
     code = machine_code(verb, kind, found, architecture, effort)
-    function = _function(code, f"{verb}_stream_blocks", device)
-    with torch.cuda.device(device):
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        returned(driver.cuFuncSetAttribute(function, attribute, found.shared_bytes))
-        tensor = torch.from_numpy(found.blob).to(device)
-    return Kernel(function, found, tensor)
+    function = loaded(code, f"{verb}_stream_blocks", device, {SHARED_BYTES: found.shared_bytes})
+    return Kernel(function, found, torch.from_numpy(found.blob).to(device))
 
 
 @lru_cache(maxsize=64)
-def _sums_kernel(kind: SumsKind, device: str) -> tuple[Any, Any]:
-    """The kernel that sums up means' tokens, and its tables on the device."""
+def _sums_kernel(kind: SumsKind, device: str) -> SumsKernel:
+    """The kernel that sums up means' tokens."""
     import torch
 
-    function = _function(kind.machine_code(_device(device)[1]), "sum_tokens", device)
-    return function, torch.from_numpy(kind.blob()[0]).to(device)
-
-
-def _function(code: bytes, name: str, device: str) -> Any:
-    """A function of machine code, on a device."""
-    import torch
-
-    with torch.cuda.device(device):
-        return returned(driver.cuModuleGetFunction(returned(driver.cuModuleLoadData(code)), name.encode()))
+    function = loaded(kind.machine_code(_device(device)[1]), "sum_tokens", device)
+    return SumsKernel(function, kind, torch.from_numpy(kind.blob()[0]).to(device))
 
 
 @lru_cache(maxsize=64)
@@ -198,50 +186,45 @@ class Cuda:
     def prepare(self, verb: str, group: Group) -> None:
         """Allocate what ``verb`` ("encode" or "decode") writes, and load its kernel: a stream under capture allows neither."""
         self._triton.prepare(verb, group)
-        self._found(verb, group)
+        self._once(verb, group)
         if verb == "encode":
-            self._found_sums(group)
+            self._once_sums(group)
 
     def encode(self, group: Group) -> None:
         """Encode every block of a group; ``group.block_flags`` counts each block's vectors with NaN or Inf."""
-        kernel = self._found("encode", group)
+        kernel = self._once("encode", group)
         if kernel is None:
             return self._triton.encode(group)
         self._launch(kernel, group)
 
     def decode(self, group: Group) -> None:
         """Check every block of a group (into ``group.block_flags``), and fill the rows that its spans want."""
-        kernel = self._found("decode", group)
+        kernel = self._once("decode", group)
         if kernel is None:
             return self._triton.decode(group)
         self._launch(kernel, group)
 
     def write_sides(self, group: Group) -> None:
         """Write the means and the exact tokens of every lead of a group into its streams."""
-        found = self._found_sums(group)
-        if found is None:
-            return self._triton.write_sides(group)
-        kind, kernel = found
-        self._sum_tokens(*kernel, group, kind)
-        self._triton.write_sides(group, PARTS)
+        self._triton.write_sides(group, self._sum_tokens)
 
     def read_sides(self, group: Group) -> None:
         """Check offsets and exact tokens of every lead (into ``group.side_flags``), and fill the exact rows that are wanted."""
         self._triton.read_sides(group)
 
-    def _found(self, verb: str, group: Group) -> Kernel | None:
-        if verb not in group.found:
-            group.found[verb] = self._kernel(verb, group)
-        kernel: Kernel | None = group.found[verb]
+    def _once(self, verb: str, group: Group) -> Kernel | None:
+        kernel: Kernel | None = group.once(verb, lambda: self._kernel(verb, group))
         return kernel
 
-    def _found_sums(self, group: Group) -> tuple[SumsKind, tuple[Any, Any]] | None:
-        """Of the kernel that sums up tokens of means: its kind, and its function and tables; None where Triton's does."""
-        if "sums" not in group.found:
-            kind = sums_kind(group) if self._found("encode", group) else None
-            group.found["sums"] = None if kind is None else (kind, self._sums_kernel(kind, group))
-        found: tuple[SumsKind, tuple[Any, Any]] | None = group.found["sums"]
-        return found
+    def _once_sums(self, group: Group) -> SumsKernel | None:
+        """The kernel that sums up tokens of a group's means; None where Triton's does."""
+
+        def find() -> SumsKernel | None:
+            kind = sums_kind(group) if self._once("encode", group) else None
+            return None if kind is None else self._sums_kernel(kind, group)
+
+        kernel: SumsKernel | None = group.once("sum_tokens", find)
+        return kernel
 
     @staticmethod
     def _kernel(verb: str, group: Group) -> Kernel | None:
@@ -258,28 +241,21 @@ class Cuda:
         if not group.blocks:
             return
         tensors = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
-        numbers = (np.array(group.blocks, np.int64), np.array(group.search, np.int32))
+        numbers = (np.int64(group.blocks), np.int32(group.search))
         grid, found = thread_blocks(kernel.layout, group, _device(str(group.device))[2]), kernel.layout
-        _launched(kernel.function, grid, found.threads, found.shared_bytes, group.device, tensors, numbers)
+        launch(kernel.function, grid, found.threads, found.shared_bytes, group.device, (*tensors, *numbers))
 
     @staticmethod
-    def _sums_kernel(kind: SumsKind, group: Group) -> tuple[Any, Any]:
+    def _sums_kernel(kind: SumsKind, group: Group) -> SumsKernel:
         return _sums_kernel(kind, str(group.device))
 
+    def _sum_tokens(self, group: Group) -> int:
+        kernel = self._once_sums(group)
+        if kernel is None:
+            return self._triton.sum_tokens(group)
+        self._launch_sums(kernel, group)
+        return PARTS
+
     @staticmethod
-    def _sum_tokens(function: Any, blob: Any, group: Group, kind: SumsKind) -> None:
-        grid = group.leads // kind.together * PARTS
-        _launched(function, grid, kind.threads, 0, group.device, *arguments(group, kind, blob))
-
-
-def _launched(
-    function: Any, grid: int, threads: int, shared_bytes: int, device: Any, tensors: Sequence[Any], numbers: Sequence[Any]
-) -> None:
-    """Launch a kernel on the current stream of a device; its arguments are the tensors' addresses, then numbers."""
-    import torch
-
-    values = [*(np.array(x.data_ptr(), np.uint64) for x in tensors), *numbers]
-    pointers = np.array([value.ctypes.data for value in values], np.uint64)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with torch.cuda.device(device):
-        returned(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, pointers.ctypes.data, 0))
+    def _launch_sums(kernel: SumsKernel, group: Group) -> None:
+        launch(kernel.function, kernel.grid(group), kernel.kind.threads, 0, group.device, kernel.arguments(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import product
@@ -118,7 +118,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
             row_bytes = (h.vector_bytes + OUT_PADDING if decode else h.vector_bytes) * whole
             rows_bytes = ROW * h.order if factors else rows * row_bytes  # of the exchange, and rows to encode
             places_ahead = ahead + (wide or factors)
-            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, places_ahead, tile_turns > 0, products, products)
+            memory = warp_memory(verb, h, _stage_bytes(h, rows), rows_bytes, places_ahead, tile_turns > 0, products)
             memory |= {"ROWS": rows, "AHEAD": ahead, "EARLY": int(early)}
             size = blob.size + _rotation_bytes(verb, h) + threads // 32 * memory["WARP_BYTES"]
             if size <= limit:
@@ -127,28 +127,33 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
                 return Layout(threads, bits, whole, together, blob, places, size, sharing=TEAM if factors else 1)
         return None
 
-    for rest in product(most_threads(verb, h), (True, False), tables):
-        found = quickest(h, (first_fit(fitting(*rest, way, copies) for copies in own) for way in turns))
-        if found is not None:
-            return found
-    return None
+    return quickest(h, fitting, product(most_threads(verb, h), (True, False), tables), turns, own)
 
 
-def first_fit(layouts: Iterable[Layout | None]) -> Layout | None:
-    """The first of some layouts that fits."""
-    return next((each for each in layouts if each is not None), None)
+def quickest(
+    h: Header,
+    fitting: Callable[..., Layout | None],
+    choices: Iterable[Sequence[Any]],
+    ways: Sequence[Any],
+    copies: Sequence[Any],
+) -> Layout | None:
+    """Of the first of ``choices`` with which a layout fits, and of the first way to turn means, that with most copies; None
+    where none fits. ``fitting``: the layout of a choice, a way and copies, or None.
 
-
-def quickest(h: Header, ways: Iterable[Layout | None]) -> Layout | None:
-    """The layout that fits of the first way to turn means. Of the second way, if the first has turns of all pieces, and in
-    their place there was room for FEWER times as many copies of what lanes look up.
+    It is of the second way that fits, if the first has turns of all pieces, and in their place there was room for FEWER times
+    as many copies of what lanes look up.
     """
-    fitting = (each for each in ways if each is not None)
-    first = next(fitting, None)
-    if first is None or in_pieces(h) or "RUN_TURNS_AT" not in first.places or first.places["COPIES"] >= MANY_COPIES:
-        return first
-    second = next(fitting, first)
-    return second if second.places["COPIES"] >= FEWER * first.places["COPIES"] else first
+    for choice in choices:
+        tried = ((fitting(*choice, way, each) for each in copies) for way in ways)
+        fit = filter(None, (next(filter(None, each), None) for each in tried))
+        first = next(fit, None)
+        if first is None:
+            continue
+        if in_pieces(h) or "RUN_TURNS_AT" not in first.places or first.places["COPIES"] >= MANY_COPIES:
+            return first
+        second = next(fit, first)
+        return second if second.places["COPIES"] >= FEWER * first.places["COPIES"] else first
+    return None
 
 
 def _turns_in_blocks(h: Header, few: bool, rows: int, wide: bool) -> list[tuple[int, int, bool]]:
@@ -213,16 +218,16 @@ def warp_memory(
     rows_bytes: int = 0,
     ahead: int = 1,
     turned: bool = False,
-    in_runs: bool = False,
     products: bool = False,
 ) -> dict[str, int]:
     """Where things lie in the shared memory of one warp, as macros, in bytes from its stage for coded rows on.
 
     Behind the stage and the places of so many blocks ``ahead``: a block's means, if there are offsets, and the same ``turned``
-    to a tile, or ``in_runs`` the same turned to a run alone (``products``: as operands); its radii as encoders of quads keep
-    them, and sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
+    to a tile, or with ``products``, as their operands, and in decoders the same turned to a run alone; its radii as encoders of
+    quads keep them, and sums of a team's warps; and a tile's rows as the tensor has them, of ``rows_bytes``.
     """
     means_at = stage_bytes + ahead * UPCOMING_BYTES
+    in_runs = products or (h.runs and verb == "decode")
     radii_at = means_at + (run_bytes(h, products) if in_runs else 4 * h.order * (h.offsets + turned))
     rows = -(-h.chunk_tokens // (TEAM * ROWS)) * TEAM * ROWS  # of a block, in whole tiles: of sixteen rows, or of a team
     sums_at = radii_at + 2 * rows * (verb == "encode" and h.coding == c.CODING_QUADS)
@@ -295,11 +300,7 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
         "ALIGN": h.blocks.align,
         "ORDER": plan.order,
         "LOG2_ORDER": plan.order.bit_length() - 1,
-        "DTYPE": h.dtype,
-        "FLOAT16": c.DTYPE_FLOAT16,
-        "BFLOAT16": c.DTYPE_BFLOAT16,
-        "FLOAT32": c.DTYPE_FLOAT32,
-        "ITEM": c.ITEM_BYTES[h.dtype],
+        **dtype_definitions(h.dtype),
         "LARGEST": f"{c.LARGEST_FINITE[h.dtype]!r}f",
         "LARGEST_32": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT32]!r}f",
         "LARGEST_HALF": f"{c.LARGEST_FINITE[c.DTYPE_FLOAT16]!r}f",
@@ -323,11 +324,21 @@ def common_definitions(verb: str, h: Header, threads: int, blob_bytes: int) -> d
         "KEY_0": f"{checksum_keys(1)[0]}u",
         "PRIME": f"{c.CHECKSUM_PRIME}ull",
         "PRIME_GAP": (1 << 32) - c.CHECKSUM_PRIME,
-        **{name.upper(): place for name, place in SPAN._asdict().items()},
-        "FIELDS": len(SPAN),
+        **span_definitions(),
         "OFFSET_EXPONENT_AT": c.OFFSET_EXPONENT_AT,
         "RADIUS_EXPONENT_AT": c.RADIUS_EXPONENT_AT,
     }
+
+
+def dtype_definitions(dtype: int) -> dict[str, Any]:
+    """The macros that tell how numbers are stored."""
+    names = {"FLOAT16": c.DTYPE_FLOAT16, "BFLOAT16": c.DTYPE_BFLOAT16, "FLOAT32": c.DTYPE_FLOAT32}
+    return {"DTYPE": dtype, **names, "ITEM": c.ITEM_BYTES[dtype]}
+
+
+def span_definitions() -> dict[str, Any]:
+    """The macros that tell where each number of a span stands."""
+    return {**{name.upper(): place for name, place in SPAN._asdict().items()}, "FIELDS": len(SPAN)}
 
 
 def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, Any]:

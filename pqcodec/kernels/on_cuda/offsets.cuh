@@ -13,14 +13,15 @@
 // them); PAIRS (of channels that turn; 0 without RoPE), INTERLEAVED (how channels are paired), PARTS (if more than one: of a
 // row's pieces), and with RoPE the tables FREQUENCIES (of each pair) and PHASES (256 times cos and sin of a coarse turn, and of
 // a fine one, PHASE_COPIES of each side by side, so that fewer lanes meet in a bank). With the table RUN_TURNS a run's means
-// are operands of products, RUN_PIECE bytes a piece, and encoders have no PHASES. With the tables TILE_TURN and ROW_TURNS (tables.py; the latter of
-// TURNED_PIECES) an encoder turns a block's means to its first row, then on to each tile's first row, and from there to the
-// tile's others.
+// are operands of products, RUN_PIECE bytes a piece, and encoders have no PHASES. With the tables TILE_TURN and ROW_TURNS
+// (tables.py; the latter of TURNED_PIECES) an encoder turns a block's means to its first row, then on to each tile's first row,
+// and from there to the tile's others.
 #pragma once
 
 #include "block_place.cuh"
 #include "halves.cuh"
 #include "lanes.cuh"
+#include "turns.cuh"
 
 #if OFFSETS && PAIRS && !INTERLEAVED && PAIRS % (FACTORS ? 64 : 32) == 0 && !(PARTS > 1)
 #define APART (PAIRS / 32)  // pieces from one to that with the same turns; 0 where there is none
@@ -101,24 +102,14 @@ INLINE u32 turn_at(u32 phase, int byte, u32 lane_bytes) {
     return (phase >> 8 * byte & 255) * (16 * PHASE_COPIES) + lane_bytes;
 }
 
-// The coarse and the fine turn of a phase.
-struct TwoTurns {
-    float2 coarse, fine;
-
+// The turn of a phase, by look-ups.
+struct TwoTurns : Turn {
     INLINE TwoTurns(const u8* tables, u32 phase) {
         const u32 lane_bytes = (threadIdx.x & (PHASE_COPIES - 1)) * 8;
         const u8 *phases = tables + PHASES_AT, *fines = phases + 8 * PHASE_COPIES;
         coarse = *reinterpret_cast<const float2*>(phases + turn_at(phase, 3, lane_bytes));
         fine = *reinterpret_cast<const float2*>(fines + turn_at(phase, 2, lane_bytes));
     }
-
-    // As decoders find them: every product and sum rounds.
-    INLINE float cos() const { return coarse.x * fine.x - coarse.y * fine.y; }
-    INLINE float sin() const { return coarse.y * fine.x + coarse.x * fine.y; }
-
-    // As an encoder may.
-    INLINE float fused_cos() const { return fmaf(coarse.x, fine.x, -coarse.y * fine.y); }
-    INLINE float fused_sin() const { return fmaf(coarse.y, fine.x, coarse.x * fine.y); }
 };
 
 #if defined(ENCODER) && RUN_PRODUCTS

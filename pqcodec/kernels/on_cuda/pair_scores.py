@@ -11,11 +11,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from cuda.bindings import driver
 
 from pqcodec import constants as c
 from pqcodec.kernels.on_cuda.backend import _device
-from pqcodec.kernels.on_cuda.compiled import compiled, returned
+from pqcodec.kernels.on_cuda.compiled import compiled
+from pqcodec.kernels.on_cuda.launches import CARVEOUT_PERCENT, launch, loaded
 from pqcodec.kernels.on_triton.attending import CodedGroup, TritonAttention
 from pqcodec.kernels.on_triton.shares import CODED, CODED_FIELDS, OF_SIDE
 from pqcodec.stream.header import DTYPE_NAMES, Header, dtype_code
@@ -88,14 +88,8 @@ def pair_definitions(kind: ScoredKind) -> dict[str, Any]:
 @lru_cache(maxsize=32)
 def _pair_kernel(kind: ScoredKind, device: str) -> Any:
     """The kernel for a kind, compiled once a process."""
-    import torch
-
     code = compiled("pair_scores.cu", pair_definitions(kind), _device(device)[1])
-    with torch.cuda.device(device):
-        function = returned(driver.cuModuleGetFunction(returned(driver.cuModuleLoadData(code)), b"score_pairs"))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        returned(driver.cuFuncSetAttribute(function, attribute, SHARED_PERCENT))
-    return function
+    return loaded(code, "score_pairs", device, {CARVEOUT_PERCENT: SHARED_PERCENT})
 
 
 class PairScores(TritonAttention):
@@ -130,12 +124,5 @@ class PairScores(TritonAttention):
 
 def launch_scores(function: Any, shares: Any, blocks: int, query: Any, out: Any, leads: int, scale: float) -> None:
     """Scores of shares, of all heads of keys, on the current stream: ``leads`` thread blocks of a share."""
-    import torch
-
-    values = [np.array(x.data_ptr(), np.uint64) for x in (shares, query, out)]
-    values += [np.array(x, np.int32) for x in (leads, dtype_code(query.dtype))]
-    values.append(np.array(scale, np.float32))
-    pointers = np.array([value.ctypes.data for value in values], np.uint64)
-    stream = torch.cuda.current_stream(query.device).cuda_stream
-    with torch.cuda.device(query.device):
-        returned(driver.cuLaunchKernel(function, blocks, 1, 1, LANES, 1, 1, 0, stream, pointers.ctypes.data, 0))
+    numbers = (np.int32(leads), np.array(dtype_code(query.dtype), np.int32), np.float32(scale))
+    launch(function, blocks, LANES, 0, query.device, (shares, query, out, *numbers))

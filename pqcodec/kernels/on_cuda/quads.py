@@ -17,7 +17,6 @@ from pqcodec.kernels.on_cuda.compiled import (
     UPCOMING_BYTES,
     Layout,
     common_definitions,
-    first_fit,
     phase_copies,
     quickest,
     run_bytes,
@@ -83,7 +82,7 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
         phases, products = way
         if products and parts > 1:
             return None  # a thread block may have one of two pieces that turn together; the turns of all pieces leave no room
-        memory = warp_memory("decode", h, base_at + 16, rows_bytes, ahead, in_runs=h.runs, products=products)
+        memory = warp_memory("decode", h, base_at + 16, rows_bytes, ahead, products=products)
         memory |= {"BASE_AT": base_at, "ROWS": rows, "AHEAD": ahead}
         blob, places = _tables(h, matrix, keys, copies, phases, parts, products=products)
         shared = places["MATRIX_AT"] + (blob.size - places["MATRIX_AT"]) // parts
@@ -92,11 +91,7 @@ def quads_layout(h: Header, few: bool, major: int, limit: int) -> Layout | None:
             return Layout(threads, 0, bulk, together, blob, places | memory | {"BLOB_BYTES": shared}, size, parts)
         return None
 
-    for rest in product(range(1, MOST_PARTS + 1), (True, False)):
-        found = quickest(h, (first_fit(fitting(*rest, way, copies) for copies in all_copies) for way in turned))
-        if found is not None:
-            return found
-    return None
+    return quickest(h, fitting, product(range(1, MOST_PARTS + 1), (True, False)), turned, all_copies)
 
 
 def _teams_layout(h: Header, limit: int) -> Layout | None:

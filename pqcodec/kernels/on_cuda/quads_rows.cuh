@@ -327,15 +327,18 @@ INLINE void finish_turned(const LaneRows& rows, const RunColumns& columns, int p
         }
     }
 }
+
+INLINE void finish_turned(const LaneRows& rows, bool ordinary, const RunColumns& columns, int piece, const Sums* sums) {
+    if (ordinary) finish_turned<true>(rows, columns, piece, sums);
+    else finish_turned<false>(rows, columns, piece, sums);
+}
 #endif
 
 template <int MANY, int BY = APART>
 INLINE void finish_pieces(const u8* tables, const LaneRows& rows, bool ordinary, int quarter, int piece, const Sums* sums) {
 #if RUN_PRODUCTS && !APART
     static_assert(MANY == 1, "each piece has turns of its own");
-    const RunColumns columns(rows.columns, piece);
-    if (ordinary) finish_turned<true>(rows, columns, piece, sums);
-    else finish_turned<false>(rows, columns, piece, sums);
+    finish_turned(rows, ordinary, RunColumns(rows.columns, piece), piece, sums);
 #else
     if (ordinary) finish_rows<true, MANY, BY>(tables, rows, quarter, piece, sums);
     else finish_rows<false, MANY, BY>(tables, rows, quarter, piece, sums);
@@ -385,8 +388,7 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
 #if RUN_PRODUCTS
         const RunColumns columns(rows.columns, piece);  // on their way while tensor cores multiply
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
-        if (ordinary) finish_turned<true>(rows, columns, piece, sums);
-        else finish_turned<false>(rows, columns, piece, sums);
+        finish_turned(rows, ordinary, columns, piece, sums);
 #else
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
         finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);

@@ -7,10 +7,12 @@
 // Needs HEAD_DIM (a multiple of 8), COLUMNS (of a part's sums), DTYPE (FLOAT16, BFLOAT16 or FLOAT32), ITEM, PAIRS (a multiple
 // of 4), INTERLEAVED, THREADS, TOGETHER, STAGES (vectors of a lead that a thread has on their way, and one more), MEAN_TOKENS
 // (of a lead, at the most), PARTS, PART_TOKENS (of a part), FIELDS and the places of a span's numbers (CODED, EXACT ..., as
-// SpanRow in spans.py names them), and with PAIRS the tables FREQUENCIES_AT (of each) and PHASES_AT (cos and sin of 256 coarse turns, then of fine ones), where ``blob`` has them.
+// SpanRow in spans.py names them), and with PAIRS the tables FREQUENCIES (of each) and PHASES (cos and sin of 256 coarse turns,
+// then of fine ones), where ``blob`` has them.
 
 #include "spans.cuh"
 #include "stored_numbers.cuh"
+#include "turns.cuh"
 
 #define UNITS (HEAD_DIM / 8)     // of a vector, each a thread's
 #define SLOTS (THREADS / UNITS)  // vectors at once, of each lead
@@ -35,7 +37,7 @@ struct Shared {
     float2 phases[512];  // coarse turns, then fine ones
     union {
         uint2 stages[STAGES][TOGETHER * WORDS][THREADS];  // vectors on their way
-        double sums[8 * ROW];  // then, of one lead: of a thread's channels, a row each
+        double sums[8 * ROW];                             // then, of one lead: of a thread's channels, a row each
     };
     int wrong[TOGETHER * SLOTS];
 };
@@ -57,9 +59,8 @@ struct Reader {
 #if PAIRS
             if (!turns) continue;
             const u32 phase = ((u32)token + position) * frequencies[i];
-            const float2 coarse = shared.phases[phase >> 24], fine = shared.phases[256 + (phase >> 16 & 255)];
-            cos[i] = (coarse.x * fine.x - coarse.y * fine.y) * STRETCH;
-            sin[i] = (coarse.y * fine.x + coarse.x * fine.y) * STRETCH;
+            const Turn turn = {shared.phases[phase >> 24], shared.phases[256 + (phase >> 16 & 255)]};
+            cos[i] = turn.cos() * STRETCH, sin[i] = turn.sin() * STRETCH;
 #endif
         }
     }

@@ -10,13 +10,12 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.kernels.job import MEAN_TOKENS
-from pqcodec.kernels.on_cuda.compiled import compiled
+from pqcodec.kernels.on_cuda.compiled import compiled, dtype_definitions, span_definitions
 from pqcodec.kernels.on_cuda.tables import blob_of
-from pqcodec.kernels.spans import SPAN, Group
+from pqcodec.kernels.spans import Group
 from pqcodec.stages import centre
 from pqcodec.stream.header import Header
 
-MOST_CHANNELS = 1024  # of a vector
 CHANNELS = 8  # of a thread
 THREADS, LARGE_THREADS = 128, 224  # of a thread block; the latter where a vector has more than LARGE channels
 LARGE = 256
@@ -25,7 +24,6 @@ MOST_BYTES = 8  # of one channel's numbers of these
 PARTS = 16  # of a lead's tokens: always as many, so that a tensor's sums are the same alone and in a batch
 ENOUGH = 512  # thread blocks, which fewer leads turned back together than there may be are to make
 STAGED_BYTES, MOST_STAGES = 1 << 15, 8  # of a thread block's shared memory, for vectors on their way
-_ALIGNED = 16  # bytes; addresses of rows are multiples, as blocks' kernels want them
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,7 @@ class SumsKind:
         macros = {
             "HEAD_DIM": self.head_dim,
             "COLUMNS": self.columns,
-            "DTYPE": self.dtype,
-            "FLOAT16": c.DTYPE_FLOAT16,
-            "BFLOAT16": c.DTYPE_BFLOAT16,
-            "FLOAT32": c.DTYPE_FLOAT32,
-            "ITEM": c.ITEM_BYTES[self.dtype],
+            **dtype_definitions(self.dtype),
             "PAIRS": len(self.frequencies),
             "INTERLEAVED": int(self.pairing == c.ROPE_INTERLEAVED),
             "THREADS": self.threads,
@@ -73,30 +67,41 @@ class SumsKind:
             "PART_TOKENS": -(-self.mean_tokens // PARTS),
             "MEAN_TOKENS": self.mean_tokens,
             "PARTS": PARTS,
-            "FIELDS": len(SPAN),
-            **{name.upper(): place for name, place in SPAN._asdict().items()},
+            **span_definitions(),
             **self.blob()[1],
         }
         return compiled("token_sums.cu", macros, architecture)
 
 
+@dataclass(frozen=True)
+class SumsKernel:
+    """A compiled kernel on a device, and its tables there."""
+
+    function: Any
+    kind: SumsKind
+    blob: Any
+
+    def grid(self, group: Group) -> int:
+        """Thread blocks of a launch for a group."""
+        return group.leads // self.kind.together * PARTS
+
+    def arguments(self, group: Group) -> tuple[Any, ...]:
+        """Those of a launch: tensors, of which it writes the fourth, and a number."""
+        written = group.sums(self.kind.columns)
+        return group.rows, group.lead_firsts, group.starts, written, self.blob, np.int32(group.search)
+
+
 def sums_kind(group: Group) -> SumsKind | None:
-    """The kind of a group whose means' tokens the kernel sums up; None where Triton's does."""
+    """The kind of a group whose blocks a kernel of this backend encodes; None where Triton's sums up its means' tokens.
+
+    Such a group has rows at multiples of 16 bytes, and a head_dim that is a multiple of ``CHANNELS``.
+    """
     h: Header = group.header
     frequencies = h.rope.frequencies if h.rope else ()
-    item = c.ITEM_BYTES[h.dtype]
-    aligned = all(s.stride * item % _ALIGNED == 0 and not (s.starts % _ALIGNED).any() for s in group.spans)
-    if not h.offsets or not group.leads or h.head_dim % CHANNELS or h.head_dim > MOST_CHANNELS or not aligned:
+    if not h.offsets or not group.leads or len(frequencies) % (CHANNELS // 2):
         return None
-    if len(frequencies) % (CHANNELS // 2):
-        return None
-    common, most = gcd(*(s.side_leads for s in group.spans)), min(MOST_BYTES // item, group.leads * PARTS // ENOUGH)
+    most = min(MOST_BYTES // c.ITEM_BYTES[h.dtype], group.leads * PARTS // ENOUGH)
+    common = gcd(*(s.side_leads for s in group.spans))
     together = next(n for n in TOGETHER if n == 1 or (common % n == 0 and n <= most))
     pairing = h.rope.pairing if h.rope else c.ROPE_HALF
     return SumsKind(h.dtype, h.head_dim, group.tables.columns, tuple(frequencies), pairing, together, MEAN_TOKENS)
-
-
-def arguments(group: Group, kind: SumsKind, blob: Any) -> tuple[list[Any], list[Any]]:
-    """Of a launch: tensors, of which the fourth is written, and the numbers behind them."""
-    tensors = [group.rows, group.lead_firsts, group.starts, group.sums(kind.columns), blob]
-    return tensors, [np.array(group.search, np.int32)]

@@ -6,6 +6,7 @@ Triton's interpreter (TRITON_INTERPRET=1), on tensors of the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pqcodec import constants as c
@@ -151,10 +152,10 @@ class Triton:
             ROWS=(ROPE_DECODE_ROWS if h.rope else DECODE_ROWS)[tables.columns],
         )
 
-    def write_sides(self, group: Group, parts: int = 0) -> None:
+    def write_sides(self, group: Group, sum_tokens: Callable[[Group], int] | None = None) -> None:
         """Write the means and the exact tokens of every lead of a group into its streams.
 
-        ``parts``: of the sums of means' tokens (``Group.sums``), if these are there already.
+        ``sum_tokens``: what does, if not this backend, as its own does.
         """
         h, tables = group.header, group.tables
         if not group.leads:
@@ -162,26 +163,8 @@ class Triton:
         search = {"SEARCH": group.search, "num_warps": WARPS, "enable_fp_fusion": False}
         exact = any(span.header.first_tokens for span in group.spans)
         if h.offsets:
-            means = {"COLUMNS": tables.columns, "PARTS": parts or MEAN_PARTS, **search}
-            sums = group.sums(tables.columns)
-            if not parts:
-                sides.sum_tokens[(group.leads, MEAN_PARTS)](
-                    group.rows,
-                    group.lead_firsts,
-                    group.starts,
-                    sums,
-                    tables.ones,
-                    tables.twos,
-                    tables.pair_frequencies,
-                    tables.phases,
-                    DTYPE=h.dtype,
-                    HEAD_DIM=h.head_dim,
-                    ROPE=h.rope is not None,
-                    MEAN_TOKENS=MEAN_TOKENS,
-                    ROWS=MEAN_ROWS[tables.columns],
-                    IN_HALVES=tables.in_halves,
-                    **means,
-                )
+            parts, sums = (sum_tokens or self.sum_tokens)(group), group.sums(tables.columns)
+            means = {"COLUMNS": tables.columns, "PARTS": parts, **search}
             sides.find_means[(group.leads,)](
                 group.rows,
                 group.lead_firsts,
@@ -191,7 +174,7 @@ class Triton:
                 group.keys,
                 EXACT=exact,
                 MEAN_TOKENS=MEAN_TOKENS,
-                AT_ONCE=max(min(parts or MEAN_PARTS, MEAN_TILE // tables.columns), 1),
+                AT_ONCE=max(min(parts, MEAN_TILE // tables.columns), 1),
                 TILE=SUM_TILE,
                 **self._units(h),
                 **means,
@@ -213,6 +196,32 @@ class Triton:
             sides.write_exact[(group.leads,)](
                 group.rows, group.lead_firsts, group.starts, group.keys, TILE=SUM_TILE, **self._units(h), **search
             )
+
+    def sum_tokens(self, group: Group) -> int:
+        """Sum up the tokens of every lead's means into ``Group.sums``; returns into how many parts they are divided."""
+        h, tables = group.header, group.tables
+        sides.sum_tokens[(group.leads, MEAN_PARTS)](
+            group.rows,
+            group.lead_firsts,
+            group.starts,
+            group.sums(tables.columns),
+            tables.ones,
+            tables.twos,
+            tables.pair_frequencies,
+            tables.phases,
+            DTYPE=h.dtype,
+            HEAD_DIM=h.head_dim,
+            COLUMNS=tables.columns,
+            ROPE=h.rope is not None,
+            MEAN_TOKENS=MEAN_TOKENS,
+            PARTS=MEAN_PARTS,
+            ROWS=MEAN_ROWS[tables.columns],
+            IN_HALVES=tables.in_halves,
+            SEARCH=group.search,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        return MEAN_PARTS
 
     def read_sides(self, group: Group) -> None:
         """Check offsets and exact tokens of every lead (into ``group.side_flags``), and fill the exact rows that are wanted."""
