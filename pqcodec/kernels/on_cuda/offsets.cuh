@@ -191,6 +191,18 @@ struct RunMeans {
             if (has(i, lane, ORDER - TURNING)) others[i] = __ldg(means + TURNING + i * 32 + lane);
     }
 
+    // The largest magnitude, in every lane.
+    INLINE float largest() const {
+        u32 most = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * MANY; i++)
+            if (has(i / 2, threadIdx.x & 31, PAIRS)) most = max(most, (i % 2 ? twos[i / 2] : ones[i / 2]) & 0x7fffu);
+#pragma unroll
+        for (int i = 0; i < OTHERS; i++)
+            if (has(i, threadIdx.x & 31, ORDER - TURNING)) most = max(most, others[i] & 0x7fffu);
+        return half_value(__reduce_max_sync(ALL_LANES, most));
+    }
+
     // A channel's words in columns of products: its mean and, times the sine's sign, that of the channel it turns with.
     INLINE static void put(u8* run, u32 channel, float mean, float partner) {
         const u32 odd = channel % 2 * 16, column = channel % 32 / 8 * 2 + channel % 2, strip = channel % 8 / 2;

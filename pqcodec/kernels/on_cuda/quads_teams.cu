@@ -285,7 +285,7 @@ struct Turner {
         const Block& block = team.place(at.round);
         RunMeans means;
         means.load(block, lane);
-        if (at.first_row == 0) unit = unit_of_means(block), most = keep_means(block, lane, nullptr);
+        if (at.first_row == 0) unit = unit_of_means(block), most = means.largest() * unit;
         u8* run = team.run(at.run);
         means.turn(tables, block.position + at.first_row, lane, run);
         if (lane == 0) *reinterpret_cast<float2*>(run + UNIT_AT) = make_float2(unit, most);
