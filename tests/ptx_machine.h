@@ -352,6 +352,24 @@ template <class Kind, int STRIPS> ON void wgmma(const char* what, u32* d, const 
     }
 }
 
+// The same with sums of float16, two in a word.
+ON u32 packed(const u32* sums) { return std::bit_cast<u16>((_Float16)f(sums[0])) | std::bit_cast<u16>((_Float16)f(sums[1])) << 16; }
+ON void unpacked(u32 word, u32* sums) {
+    for (int i = 0; i < 2; i++) sums[i] = bits((float)std::bit_cast<_Float16>((u16)(word >> 16 * i)));
+}
+template <int WORDS> ON void mma_halves(const char* what, u32* d, const u32* a, const u32* b, const u32* c) {
+    u32 sums[4];
+    for (int i = 0; i < 2; i++) unpacked(c[i], sums + 2 * i);
+    mma<Halves, WORDS>(what, sums, a, b, sums);
+    for (int i = 0; i < 2; i++) d[i] = packed(sums + 2 * i);
+}
+template <int STRIPS> ON void wgmma_halves(const char* what, u32* d, const u32* a, u64 descriptor, bool add) {
+    u32 sums[4 * STRIPS];
+    for (int i = 0; i < 2 * STRIPS; i++) unpacked(d[i], sums + 2 * i);
+    wgmma<Halves, STRIPS>(what, sums, a, descriptor, add);
+    for (int i = 0; i < 2 * STRIPS; i++) d[i] = packed(sums + 2 * i);
+}
+
 template <int N, bool TURNED> ON void ldmatrix(u32* found, u32 address) {
     const Given all = meet("ldmatrix", &address, 1);
     for (int i = 0; i < N; i++) {
@@ -441,6 +459,15 @@ ON u32 fma_rn_f16x2(u32 a, u32 b, u32 c) {
     const auto one = [&](int by) { return (u32)std::bit_cast<u16>((_Float16)(half_of(a, by) * half_of(b, by) + half_of(c, by))); };
     return one(0) | one(16) << 16;
 }
+ON u32 fma_rn_sat_f16x2(u32 a, u32 b, u32 c) {
+    const u32 found = fma_rn_f16x2(a, b, c);
+    const auto one = [&](int by) {
+        return (u32)std::bit_cast<u16>((_Float16)(half_of(found, by) > 0 ? std::min(half_of(found, by), 1.0) : 0.0));
+    };
+    return one(0) | one(16) << 16;
+}
+ON u32 add_rn_f16x2(u32 a, u32 b) { return fma_rn_f16x2(a, 0x3c003c00u, b); }
+ON u32 abs_f16x2(u32 a) { return a & 0x7fff7fffu; }
 ON u32 mul_rn_f16x2(u32 a, u32 b) { return fma_rn_f16x2(a, b, 0x80008000u); }
 ON u32 to_whole(double x) { return x != x ? 0 : (u32)(s32)std::min(std::max(x, -2147483648.0), 2147483647.0); }
 ON u32 cvt_rmi_s32_f32(u32 a) { return to_whole(std::floor(f(a))); }

@@ -311,15 +311,18 @@ class _Translation:
         words = depth // (4 if kind == "Bytes" else 2)
         given = f"const u32 a[] = {{{', '.join(f'(u32){each}' for each in a)}}};"
         puts = " ".join(f"{each} = d[{i}];" for i, each in enumerate(to))
+        halves = next(part for part in parts if re.fullmatch(r"b?f16|f32|[su]8|s32", part)) == "f16"  # so are the sums
         if rows == 64:
             sums = f"u32 d[] = {{{', '.join(to)}}};"
             add = self._value(operands[3])
             bricks = self._value(operands[2])
-            return f'{{ {given} {sums} wgmma<{kind}, {columns // 8}>("{shape}", d, a, {bricks}, {add}); {puts} }}'
+            name = f"wgmma_halves<{columns // 8}>" if halves else f"wgmma<{kind}, {columns // 8}>"
+            return f'{{ {given} {sums} {name}("{shape}", d, a, {bricks}, {add}); {puts} }}'
         b, c = self._many(operands[2]), self._many(operands[3])
         given += f" const u32 b[] = {{{', '.join(f'(u32){each}' for each in b)}}};"
         given += f" const u32 c[] = {{{', '.join(f'(u32){each}' for each in c)}}}; u32 d[4];"
-        return f'{{ {given} mma<{kind}, {words}>("{shape}", d, a, b, c); {puts} }}'
+        name = f"mma_halves<{words}>" if halves else f"mma<{kind}, {words}>"
+        return f'{{ {given} {name}("{shape}", d, a, b, c); {puts} }}'
 
     def _ldmatrix(self, name: str, parts: list[str], operands: list[str]) -> str:
         to, turned = self._many(operands[0]), "true" if "trans" in parts else "false"

@@ -17,6 +17,7 @@ from ptx_machine import is_there
 
 import pqcodec
 from pqcodec import DecodeBatch, EncodeBatch, Rope, backends
+from pqcodec.codings.look_ups import rotation_matrix
 from pqcodec.errors import CorruptStream, NonFiniteInput
 from pqcodec.stream import sections
 from pqcodec.stream.header import Header
@@ -201,6 +202,39 @@ def test_means_of_any_size_are_taken_and_added(machine: CudaOnCpu, size: float) 
     np.testing.assert_array_equal(bits(decoded(machine, data)), bits(pqcodec.decode(data, backend="cpu")))
     own, cpu = (relative_error(x, pqcodec.decode(each, backend="cpu")) for each in (data, by_cpu))
     assert own < 1.03 * cpu
+
+
+HALVES: list[Kind] = [SOME[1], (576, "quad3", "bfloat16", {})]  # whose rows are multiplied as float16, and so are their sums
+MORE_HALVES: list[Kind] = [
+    SOME[2],
+    (256, "quad3", "float16", KEYS),
+    (224, "quad3", "bfloat16", KEYS),
+    (448, "quad2.5", "float32", {}),
+]
+
+
+@pytest.mark.parametrize("kind", HALVES + MORE_HALVES * ALL, ids=str)
+def test_sums_of_float16_hold_rows_of_every_size_and_direction(machine: CudaOnCpu, kind: Kind) -> None:
+    """Rows whose coordinates are few and large, or alike, or that are zero but for some channels; a size for each lead."""
+    head_dim, preset, dtype, options = kind
+    h = Header.from_bytes(pqcodec.encode(tensor(kind), preset=preset, backend="cpu", **options))
+    rotation = torch.from_numpy(rotation_matrix(h.order, h.seed, 2).astype(np.float32))[:, :head_dim]
+    rows = gaussian(6, 32, head_dim, seed=3)
+    rows[1], rows[2] = rotation[:32], rotation[:32] + rotation[8:40]  # one coordinate, or two, as large as a row is long
+    rows[3] = torch.eye(head_dim)[torch.arange(32) * 3 % head_dim]
+    rows[4, :, torch.arange(head_dim) % 32 // 8 != 1] = 0  # all but a lane's channels
+    rows[5, ::2] = rows[1, ::2]
+    rows /= rows.square().mean(-1, keepdim=True).sqrt()
+    sizes = 2.0 ** torch.tensor([-40, -30, -20, -14, -10, -7, -4, 0, 4, 6, 7, 8, 9, 10, 11, 12, 15])
+    x = sizes[:, None, None] * rows.reshape(1, -1, head_dim)
+    x = x.clamp(-6e4, 6e4).to(getattr(torch, dtype))
+    data, by_cpu = encoded(machine, x, preset, **options), pqcodec.encode(x, preset=preset, backend="cpu", **options)
+    own, cpu = ((x.double() - pqcodec.decode(each, backend="cpu").double()).square().sum(-1) for each in (data, by_cpu))
+    assert own.isfinite().all()
+    for lead, of_lead in enumerate(x.double().square().sum(-1)):
+        there = of_lead > (2.0**-40 if dtype == "float16" else 0)  # else they are a few steps of subnormals
+        own_error, error = (float((each[lead] / of_lead)[there].mean()) for each in (own, cpu))
+        assert not there.any() or own_error < 1.05 * error + 1e-5, (sizes[lead], own_error, error)
 
 
 @pytest.mark.parametrize("capability", [(9, 0), pytest.param((8, 0), marks=NOT_ALWAYS)], ids=str)

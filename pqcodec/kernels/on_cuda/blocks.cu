@@ -53,6 +53,7 @@ static_assert(sizeof(Block) <= UPCOMING_BYTES);
 // comes back only behind the next rows.
 struct Current {
     u32 votes;   // votes_for_steps
+    u32 round;   // of a team's blocks
     float unit;  // kept_unit
     int bad;     // rows with NaN or Inf; lane 0's
 };
@@ -220,30 +221,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
     tables_are_written();
 
-    for (u32 round = 0; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * CODERS, round++) {
+#if SCARCE
+    Current& current = *reinterpret_cast<Current*>(upcoming + AHEAD + 1);
+    if (IN_TEAMS && lane == 0) current.round = ~0u;
+#endif
+    for (; WORK_LEFT(index, blocks, gridDim.x); index += gridDim.x * CODERS) {
 #if AS_WORDS  // it stays in shared memory, for registers are few
         __syncwarp();
-        if (lane < sizeof(Block) / 8)
-            reinterpret_cast<u64*>(upcoming + AHEAD)[lane] = reinterpret_cast<const u64*>(upcoming + place)[lane];
+        const int word = SCARCE ? not_ahead(lane) : lane;
+        if (word < sizeof(Block) / 8)
+            reinterpret_cast<u64*>(upcoming + AHEAD)[word] = reinterpret_cast<const u64*>(upcoming + place)[word];
         const Block& block = upcoming[AHEAD];
 #else
         const Block block = upcoming[place];
 #endif
-#if SCARCE
-        Current& current = *reinterpret_cast<Current*>(upcoming + AHEAD + 1);
-#else
+#if !SCARCE
         Current current;
 #endif
         if (!SCARCE || lane == 0) current.bad = 0;
+        if (IN_TEAMS && lane == 0) current.round++;
         u64 sum = 0;
         __syncwarp();
 #if IN_TEAMS
         const int begin = first_row_of(block.tokens), end = begin + rows_of_warp(block.tokens);
-        u32* ending = stage + ((int)(round % SHARING) - (int)(threadIdx.x / 32 % SHARING)) * (WARP_BYTES / 4);
 #else
         constexpr int begin = 0;
         const int& end = block.tokens;
-        u32* const ending = stage;  // of the warp that ends the block
 #endif
 #if RUN_PRODUCTS
         if (lane == 0) current.unit = kept_unit(block);
@@ -265,9 +268,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                     reinterpret_cast<u8*>(means));
 #endif
         // Whether this warp, or one in step with it, has rows behind a tile.
-        const auto goes_on_behind = [&](int first_row) {
+        const auto goes_on_behind = [&](int first_row, u32 votes) {
 #if IN_STEP && PLANES
-            return any_goes_on(current.votes, IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
+            return any_goes_on(votes, IS_IDLE(index, blocks) ? 0 : block.tokens, first_row + ROWS);
 #elif IN_STEP
             return any_in_step(!IS_IDLE(index, blocks) && first_row + ROWS < block.tokens);
 #else
@@ -275,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
         };
         for (int first_row = begin, more = 1; rows_left(first_row, end, more); first_row += ROWS) {
-            if (!SCARCE) more = goes_on_behind(first_row);
+            if (!SCARCE) more = goes_on_behind(first_row, current.votes);
 #if BY_RUNS
             if (CHUNK > RUN_ROWS && first_row != begin && first_row % RUN_ROWS == 0)
                 turn_to_run(tables, block, block.position + first_row, not_ahead(lane), reinterpret_cast<u8*>(means));
@@ -296,11 +299,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             int exponents[OWN_ROWS] = {};
             load_rows(tables, block, means, fetched, row, lane, words, owns);
             // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
-            const float own = owns[0], other = owns[OWN_ROWS - 1];
+            const float own = owns[0], other = owns[RUN_PRODUCTS ? 0 : OWN_ROWS - 1];
             bool even = own > LEAST_EVEN && own < MOST_EVEN && other > LEAST_EVEN && other < MOST_EVEN;
             if (RUN_PRODUCTS) even = even && current.unit == 1.0f;  // so are others whose means were not taken in one step
             if (!__all_sync(ALL_LANES, even))
                 load_rows_carefully(tables, block, means, current.unit, row, lane, current.bad, words, owns, exponents);
+#if RUN_PRODUCTS
+            owns[1] = __shfl_xor_sync(ALL_LANES, owns[0], 2);  // of the other two quarters
+#endif
 #if FACTORS
             u32(*strips)[8] = reinterpret_cast<u32(*)[8]>(words);
             rotate_halfway(tables, reinterpret_cast<u8*>(stage) + ROWS_AT, lane, strips);
@@ -330,9 +336,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
                 place = next_place(spans, firsts, starts, search, index + apart, apart, blocks, lane, upcoming, place);
             }
             const int next_row = goes_on ? first_row + ROWS : first_row_of(upcoming[place].tokens);
-            if (!EARLY && (goes_on || next)) fetch_rows(upcoming[place], next_row, lane, fetched);
-            u16* radii = radii_of(ending) + first_row;  // of the tile: beside the stage of the warp that ends the block
             const int here = SCARCE ? not_ahead(lane) : lane;
+            if (!EARLY && (goes_on || next)) fetch_rows(upcoming[place], next_row, here, fetched);
+#if IN_TEAMS
+            u32* ending = stage + warps_to_ending(current.round) * (WARP_BYTES / 4);  // of the warp that ends the block
+#else
+            u32* ending = stage;
+#endif
+            u16* radii = radii_of(ending) + first_row;  // of the tile
 #if WIDE
             encode_two_rows(tables, stage, radii, here, words, owns, exponents, [&] {
                 if (EARLY) fetch_rows(upcoming[place], next_row, here, fetched);  // again the same ones, if there are no others
@@ -353,22 +364,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
             encode_row(tables, block, stage, radii, tile_row, quarter, quads, energies, own, exponent);
 #endif
-            __syncwarp();
 #if IN_TEAMS  // without a maximum with 0, of which ptxas 13.0 makes that rows behind the block are a whole tile
             const int rows = min(block.tokens - first_row, ROWS);
 #else
             const int rows = IS_IDLE(index, blocks) ? 0 : max(min(block.tokens - first_row, ROWS), 0);
 #endif
+            const u32 votes = SCARCE && IN_STEP ? current.votes : 0;  // looked up with what is written
+            __syncwarp();
             write_tile(tables, keys, stage, rows, block, first_row, here, sum);
             __syncwarp();
-            if (SCARCE) more = goes_on_behind(first_row);
+            if (SCARCE) more = goes_on_behind(first_row, votes);
         }
 #if IN_TEAMS
-        u64* sums = reinterpret_cast<u64*>(reinterpret_cast<u8*>(ending) + SUMS_AT);  // of warps: of words, and of bad rows
+        const int to_ending = warps_to_ending(current.round);
+        u8* ending = reinterpret_cast<u8*>(stage) + to_ending * WARP_BYTES;
+        u64* sums = reinterpret_cast<u64*>(ending + SUMS_AT);  // of warps: of words, and of bad rows
         sum = sum_of_lanes(sum);
         if (lane == 0) sums[threadIdx.x / 32 % SHARING] = sum, sums[SHARING + threadIdx.x / 32 % SHARING] = current.bad;
         meet_team();
-        if (ending != stage) continue;
+        if (to_ending) continue;
         sum = lane < SHARING ? sums[lane] : 0;
         const int bad_rows = __reduce_add_sync(ALL_LANES, lane < SHARING ? (int)sums[SHARING + lane] : 0);
 #elif AS_WORDS

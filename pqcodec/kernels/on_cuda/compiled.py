@@ -16,14 +16,16 @@ from pqcodec.codings import look_ups as t
 from pqcodec.codings.declared import quads_index_bits
 from pqcodec.codings.plan import plan_for
 from pqcodec.errors import BackendUnavailable
-from pqcodec.kernels.on_cuda.factors import DOWN_SHIFT, ROW, in_factors
+from pqcodec.kernels.on_cuda.factors import ROW, in_factors
 from pqcodec.kernels.on_cuda.quads_encoder import COPY_MACROS, ONE_COPY, Copies, encoder_definitions, own_copies
 from pqcodec.kernels.on_cuda.tables import (
     BOUNDS_ROW,
     LOOK_UP_BYTES,
     ROWS,
+    down_shift,
     in_brains,
     in_bytes,
+    in_halves,
     in_pieces,
     kept_rows,
     row_starts,
@@ -57,6 +59,7 @@ TABLE_THREADS = {("decode", 128): 768}
 ROUNDS_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 256): 512, ("decode", 256): 512}  # two rounds
 WIDE_THREADS = {("encode", 64): 640, ("encode", 128): 512, ("encode", 160): 512, ("encode", 256): 384}  # tiles of sixteen rows
 WIDE_ROPE_THREADS = {("encode", 128): 384}  # where means are turned for each row
+PRODUCTS_THREADS = {("encode", 64): 768}  # or run by run
 ROPE_THREADS = {("encode", 256): 256, ("decode", 64): 640, ("decode", 128): 384, ("decode", 256): 256}
 OUT_PADDING = 64  # bytes behind each row that leaves shared memory: neighbouring rows lie in different banks
 FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memory; of others into the L2 cache first
@@ -111,6 +114,7 @@ def layout(verb: str, h: Header, few: bool = False, major: int = 9, limit: int =
         special = ROPE_THREADS if h.rope else TABLE_THREADS if bits and not h.offsets else {}
         special = special | (ROUNDS_THREADS if h.rounds > 1 and not h.offsets else {}) | (WIDE_THREADS if wide else {})
         special = special | (WIDE_ROPE_THREADS if wide and h.rope and not (tile_turns or products) else {})
+        special = special | (PRODUCTS_THREADS if wide and products else {})
         threads = special.get((verb, h.order), THREADS.get((verb, h.order), most))
         alone = major < 9 if decode else early or (wide and h.order != FETCHED_ORDER)
         alone = alone or (factors and (major < 9 or h.dtype == c.DTYPE_FLOAT32))
@@ -344,6 +348,7 @@ def span_definitions() -> dict[str, Any]:
 def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, Any]:
     """The macros that ``blocks.cu`` is compiled with; ``effort``: of an encoder's search."""
     plan, paper, of_quads = plan_for(h), h.coding == c.CODING_PAPER, h.coding == c.CODING_QUADS
+    halves = in_halves(verb, h, "RUN_TURNS_AT" in layout.places)
     return {
         **common_definitions(verb, h, layout.threads, layout.blob.size),
         "SMALLEST": f"{SMALLEST[h.dtype]!r}f",
@@ -366,11 +371,12 @@ def definitions(verb: str, h: Header, layout: Layout, effort: str) -> dict[str, 
         "PLANES": int(of_quads),
         "GROUP_BITS": c.PAPER_BLOCK_BITS,
         "BYTES": int(in_bytes(verb, h)),
-        "BRAIN": int(in_brains(h)),
+        "BRAIN": int(in_brains(h) and not halves),
+        "HALF_SUMS": int(halves),
         "WARPGROUPS": int(layout.warpgroups),
         "FACTORS": int(in_factors(verb, h)),
         "SHARING": layout.sharing,
-        "DOWN_SHIFT": DOWN_SHIFT,
+        "DOWN_SHIFT": down_shift(verb, h),
         "PAPER_BOUNDS": _braces(t.paper_levels()[0] ** 2),
         "WIDE": int(layout.places["ROWS"] > ROWS),
         "AS_WORDS": int(layout.places["ROWS"] > ROWS or in_factors(verb, h)),

@@ -15,12 +15,16 @@
 
 INLINE float in_range(float x) { return fminf(fmaxf(x, -LARGEST_32), LARGEST_32); }
 
-// Energies, as those of rotated coordinates, between which rows are multiplied as they are. In factors, sums of float16 stay
-// finite so.
-#if FACTORS && !BRAIN
+// Energies, as those of rotated coordinates, between which rows are multiplied as they are. Sums of float16 stay finite so, and
+// keep what counts.
+#if FACTORS
 #define TOP_EXPONENT 8
 #define LEAST_EVEN (1e-4f * ORDER * ORDER)
 #define MOST_EVEN (2e8f * ORDER * ORDER)
+#elif HALF_SUMS  // of half a row
+#define TOP_EXPONENT 7
+#define LEAST_EVEN (1e-8f * ORDER * ORDER)
+#define MOST_EVEN (5e5f * ORDER * ORDER)
 #else
 #define TOP_EXPONENT 13
 #define LEAST_EVEN 1e-22f

@@ -37,7 +37,7 @@ typedef u16 Store;
 #else
 #define STORE_BITS 0
 #endif
-#define STORED (STORE_BITS && QUADS % 8 == 0)  // so are all words of the stage, signs too
+#define STORED (STORE_BITS && (QUADS % 8 == 0 || FACTORS))  // so are all words of the stage, signs too
 
 #define FOURS ((QUADS + 3) / 4)  // of a lane's quads, the last of which may be two
 
@@ -59,6 +59,12 @@ INLINE void larger_first(u32& a, u32& b) {
     b = __vminu2(a, b), a = larger;
 }
 
+INLINE void sort(u32* keys) {  // of two quads, each largest first
+    larger_first(keys[0], keys[1]), larger_first(keys[2], keys[3]);
+    larger_first(keys[0], keys[2]), larger_first(keys[1], keys[3]);
+    larger_first(keys[1], keys[2]);
+}
+
 // Keys of two quads, each largest first. ``scale``: what makes STEPS a half. Of a float32 between a half and one, byte 2 tells
 // by how many steps it is above a half, and byte 3 is 0x3f, as place 3 has it.
 INLINE void sorted_keys(const float* quad, const float* other, float scale, u32* keys) {
@@ -68,10 +74,30 @@ INLINE void sorted_keys(const float* quad, const float* other, float scale, u32*
         const float two = __saturatef(fmaf(fabsf(other[i]), scale, 0.5f + 0.25f / STEPS));
         keys[i] = __byte_perm(bits_of(one), bits_of(two), 0x6723) - BOTH((3 - i) * PLACE_THRICE);
     }
-    larger_first(keys[0], keys[1]), larger_first(keys[2], keys[3]);
-    larger_first(keys[0], keys[2]), larger_first(keys[1], keys[3]);
-    larger_first(keys[1], keys[2]);
+    sort(keys);
 }
+
+#if HALF_SUMS
+// The same of quads in float16: a coordinate of both is a word of ``quads``, and ``scale`` is there twice. A float16 between four
+// and four and a half is so many times 2^-8 above four as its low byte says; its high byte is 0x44.
+INLINE void sorted_keys(const u32* quads, u32 scale, u32* keys) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 steps;
+        asm("{.reg .b32 x; abs.f16x2 x, %1; fma.rn.sat.f16x2 x, x, %2, %3; add.rn.f16x2 %0, x, %4;}"
+            : "=r"(steps)
+            : "r"(quads[i]), "r"(scale), "r"(BOTH(0x3800)), "r"(BOTH(0x4300)));
+        keys[i] = (steps << 8) + (BOTH(i * PLACE_THRICE) - (0x44u << 16));
+    }
+    sort(keys);
+}
+
+typedef u32 Scale;  // twice a float16, and finite, as sums are: their products are numbers
+INLINE Scale as_scale(float x) { return pack_halves(fminf(x, LARGEST_HALF), fminf(x, LARGEST_HALF)); }
+#else
+typedef float Scale;
+INLINE Scale as_scale(float x) { return x; }
+#endif
 
 // The bits of ``one`` where ``mask`` has ones, else those of ``other``.
 INLINE u32 either(u32 mask, u32 one, u32 other) { return (one & mask) | (other & ~mask); }
@@ -135,10 +161,9 @@ INLINE float scale_of(u32 radius, int exponent) {
     return step * INVERSE * power_of_two(min(max(power, 1 - BIAS), BIAS));
 }
 
-// The numbers of the points nearest to two quads times ``scale``, a half word each; of INDEX_BITS 8 with other bits above them.
-INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale, u32 lane) {
-    u32 keys[4];
-    sorted_keys(quad, other, scale, keys);
+// The numbers of the points nearest to two quads, of which these are the sorted keys, a half word each; of INDEX_BITS 8 with
+// other bits above them.
+INLINE u32 two_points(const u8* tables, const u32* keys, u32 lane) {
     const u32 larger = __byte_perm(keys[0], keys[1], 0x7351), smaller = __byte_perm(keys[2], keys[3], 0x7351);  // of both quads
     const u32 magnitudes[2] = {__byte_perm(larger, smaller, 0x5410), __byte_perm(larger, smaller, 0x7632)};
     u32 cells[2];
@@ -154,6 +179,21 @@ INLINE u32 two_points(const u8* tables, const float* quad, const float* other, f
     const u32 rank = tables[RANKS_AT + ranks % (1 << 16)], other_rank = tables[RANKS_AT + (ranks >> 16)];
     return (INDEX_BITS == 8 ? both : both & BOTH((1u << FIRST_BITS) - 1)) + (other_rank * (1 << 16) + rank);
 }
+
+// The same of two quads times ``scale``.
+INLINE u32 two_points(const u8* tables, const float* quad, const float* other, float scale, u32 lane) {
+    u32 keys[4];
+    sorted_keys(quad, other, scale, keys);
+    return two_points(tables, keys, lane);
+}
+
+#if HALF_SUMS
+INLINE u32 two_points(const u8* tables, const u32* quads, Scale scale, u32 lane) {
+    u32 keys[4];
+    sorted_keys(quads, scale, keys);
+    return two_points(tables, keys, lane);
+}
+#endif
 
 // The number of the point nearest to the first or the second of two quads, whose numbers two_points found.
 INLINE u32 number_of(u32 both, int which) { return both >> 16 * which & ((1 << INDEX_BITS) - 1); }
@@ -220,10 +260,26 @@ INLINE void add_signs(const float* quad, int number, int* less) {
     less[1] = less_signs(less[1], signs_of(quad[1], quad[3]), weights);
 }
 
+#if HALF_SUMS
+// The same of two quads, ``apart`` from each other, a coordinate of both in a word of ``quads``; ``number``: the first one's.
+INLINE void add_signs(const u32* quads, int number, int apart, int* less) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 signs;  // of coordinates i and i + 2 of one quad, and of the other
+        asm("prmt.b32 %0, %1, %2, 0xfbd9;" : "=r"(signs) : "r"(quads[i]), "r"(quads[i + 2]));
+        less[i] = less_signs(less[i], signs, 0x01000001u << number);
+        asm("dp2a.hi.u32.s32 %0, %1, %2, %0;" : "+r"(less[i]) : "r"(0x01000001u << (number + apart)), "r"(signs));
+    }
+}
+#endif
+
+// The word of eight quads' signs, of what add_signs found.
+INLINE u32 signs_less(const int* less) { return (u32)-(less[1] * (1 << 16) + less[0]); }
+
 // The signs of N quads of a row, from ``quad`` on, into the plane (SPEC 8.1), which held zeros: of eight quads a coordinate's
 // side by side, the first quad's lowest. Two lanes' quads may lie in one word, and a lane's in two.
 template <int N> INLINE void put_signs(const int* less, u32* stage, int tile_row, int quad) {
-    const u32 signs = (u32)-(less[1] * (1 << 16) + less[0]);
+    const u32 signs = signs_less(less);
     u32* word = stage + tile_row * (ORDER / 32) + quad / 8;
     if (QUADS % 8 == 0) {
         *word = signs;
@@ -299,34 +355,36 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16* ra
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-#define UNDER_WAY (STRIPS >= 8 ? 1 : 2)  // panels at once: a second one of these would need too many registers
+#define UNDER_WAY (STRIPS >= 8 || PANELS == 1 ? 1 : 2)  // panels at once: a second one of many needs too many registers
 #define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
 #define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 
 // Two rows' bits, in a stage that held zeros, if not all of it is STORED. ``stored`` [4 PIECES words][2]: a lane's channels as
-// they are multiplied, times 2^exponent each; ``energies``: the rows', whose radii go to ``radii``, those of the tile.
+// they are multiplied, times 2^exponent each; ``energies``: the rows', or with RUN_PRODUCTS the halves of that of which the lane
+// finds the radius; the rows' radii go to ``radii``, those of the tile.
 // ``multiplied`` is called when the channels were, and registers are free.
 template <typename Call>
 INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*stored)[2], const float* energies,
                             const int* exponents, Call multiplied) {
     const int tile_row = lane >> 2, quarter = lane & 3;
-    float scale[2];
+    Scale scale[2];
     int less[2][2];  // signs
     u32 before[2];  // numbers of two quads that wait for two others
     u64 waiting[2];
     const u32(*operands)[4] = reinterpret_cast<const u32(*)[4]>(stored);
-    Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][4];
+    Sum both_sums[PANELS > 1 && UNDER_WAY > 1 ? 2 : 1][STRIPS][OF_STRIP];
     const u32 matrix = panel_address(tables, 0);
     begin_together<false>(matrix, operands, both_sums[0]);
     const int own_exponent = quarter & 1 ? exponents[1] : exponents[0];  // of a row whose radius the lane finds
-    const u32 radius = radius_of_row(quarter & 1 ? energies[1] : energies[0], own_exponent);
-    const float own_scale = scale_of(radius, own_exponent);
+    const float own_energy = RUN_PRODUCTS ? energies[0] + energies[1] : quarter & 1 ? energies[1] : energies[0];
+    const u32 radius = radius_of_row(own_energy, own_exponent);
+    const Scale own_scale = as_scale(scale_of(radius, own_exponent - LOST_EXPONENTS));
     if (quarter < 2) radii[tile_row + 8 * quarter] = radius;
 #pragma unroll
     for (int part = 0; part < 2; part++) scale[part] = __shfl_sync(ALL_LANES, own_scale, 4 * tile_row + part);
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++) {
-        Sum(*sums)[4] = both_sums[UNDER_WAY > 1 ? panel % 2 : 0];
+        Sum(*sums)[OF_STRIP] = both_sums[UNDER_WAY > 1 ? panel % 2 : 0];
         if (UNDER_WAY > 1 && PANELS > 1 && panel + 1 < PANELS) {  // on its way while this one's quads are coded
             begin_together<false>(matrix + (panel + 1) * PANEL_BYTES, operands, both_sums[(panel + 1) % 2]);
             wait_together<false, 1>(sums);
@@ -342,13 +400,21 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, 
             if (panel + 1 == PANELS && FREED_AT && of_panel == FREED_AT) multiplied();
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                float quads[2][4];
                 if (pair % 4 == 0) less[part][0] = less[part][1] = 0;
+#if HALF_SUMS
+                u32 quads[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) quads[k] = sums[of_panel * 4 + k][part];
+                add_signs(quads, pair % 4 * 2, 1, less[part]);
+                both[part] = two_points(tables, quads, scale[part], lane);
+#else
+                float quads[2][4];
 #pragma unroll
                 for (int k = 0; k < 8; k++) quads[k / 4][k % 4] = sums[of_panel * 4 + k / 2][2 * part + k % 2];
 #pragma unroll
                 for (int k = 0; k < 2; k++) add_signs(quads[k], pair % 4 * 2 + k, less[part]);
                 both[part] = two_points(tables, quads[0], quads[1], scale[part], lane);
+#endif
             }
 #pragma unroll
             for (int part = 0; part < 2; part++) {
@@ -371,38 +437,5 @@ INLINE void encode_two_rows(const u8* tables, u32* stage, u16* radii, int lane, 
 #endif
 
 #if FACTORS
-// -- rows that are rotated in factors -------------------------------------------------------------------------------
-// A lane has a quarter of one row. A panel's sums of half a butterfly bring, of each strip, two of four neighbouring quads.
-
-// The row's bits, in a stage as for two rows, and its radius in ``radii``. ``words``: what the second round's products take of a
-// lane's channels times 2^exponent; ``energy``: the row's.
-INLINE void encode_in_factors(const u8* tables, u32* stage, u16* radii, int lane, const u32 (*words)[8], float energy,
-                              int exponent) {
-    const int tile_row = lane >> 2, quarter = lane & 3;
-    const u32 radius = radius_of_row(energy, exponent);
-    const float scale = scale_of(radius, exponent - LOST_EXPONENTS);
-    if (quarter == 0) radii[tile_row] = radius;
-    int less[(STRIPS + 1) / 2][2];  // signs, of eight quads each
-    u32 numbers[STRIPS];            // of the first two quads of four
-    u64 waiting;
-    each_panel<false>(tables, words, [&](int panel, int half, Sum (*sums)[PANEL][4]) {
-#pragma unroll
-        for (int strip = panel; strip < min(panel + PANEL, STRIPS); strip++) {
-            const int place = strip % 2 * 4 + 2 * half, first = quarter * QUADS + strip / 2 * 8;  // of eight quads
-            int* signs = less[strip / 2];
-            float(*quads[2])[4] = {sums[0] + (strip - panel), sums[1] + (strip - panel)};
-            if (place == 0) signs[0] = signs[1] = 0;
-#pragma unroll
-            for (int k = 0; k < 2; k++) add_signs(*quads[k], place + k, signs);
-            const u32 both = two_points(tables, *quads[0], *quads[1], scale, lane);
-            if (half == 0) {
-                numbers[strip] = both;
-                continue;
-            }
-            put_numbers<4>(side_by_side(numbers[strip], both), waiting, stage, tile_row, quarter, 4 * strip);
-            if (strip % 2) put_signs<8>(signs, stage, tile_row, first);
-            else if (strip + 1 == STRIPS) put_signs<4>(signs, stage, tile_row, first);
-        }
-    });
-}
+#include "quads_in_factors.cuh"
 #endif

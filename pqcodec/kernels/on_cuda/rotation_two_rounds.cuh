@@ -6,18 +6,23 @@
 //         and the high bytes of whole numbers. The matrix is R / 2, of signed bytes; sums of high bytes count 256 times.
 //     TWICE: different inputs of a row of 16-bit numbers. The matrix is R, of 16-bit numbers. Each part meets other rows of it,
 //         so there are two products, and of each the sums of one part count.
-//     neither: 16-bit numbers, and the rest that float32 has beyond them. The matrix is R, of 16-bit numbers.
+//     neither: 16-bit numbers, and the rest that float32 has beyond them, or (WIDE) of another row. The matrix is R, of 16-bit
+//         numbers. With HALF_SUMS these are float16, and so are sums, two of a word: the matrix is R over 2^DOWN_SHIFT.
 //
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest, and where a lane holds two rows (WIDE) of
 // another order than 64 or 128. Those of order 128 have 64 sums, one panel, unless means are turned for each row.
 //
-// Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), WARPGROUPS (four
-// warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
+// Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), HALF_SUMS,
+// DOWN_SHIFT, WARPGROUPS (four warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
 #pragma once
 
 #include "lanes.cuh"
+
+#ifndef HALF_SUMS
+#define HALF_SUMS 0
+#endif
 
 #if BYTES
 typedef int Sum;
@@ -26,35 +31,51 @@ typedef int Sum;
 #define STRIPS 8             // of a panel
 #endif
 #define MMA_SHAPE "m16n8k32.row.col.s32.s8.s8.s32"
-#define WGMMA_SHAPE(columns) "m64n" columns "k32.s32.s8.s8"
+#define WGMMA_KIND "k32.s32.s8.s8"
 #define WGMMA_SIGNS ""  // of its factors, which whole numbers have none for
 #define IN_OUT(x) "+r"(x)
 #else
-typedef float Sum;
 #define BRICKS (ORDER / 8)
-#if WIDE && ORDER == 128 && WARPGROUPS && (!OFFSETS || defined(RUN_TURNS_AT))
+#if HALF_SUMS
+#define STRIPS (ORDER > 224 ? BRICKS / 2 : BRICKS)
+#elif WIDE && ORDER == 128 && WARPGROUPS && (!OFFSETS || defined(RUN_TURNS_AT))
 #define STRIPS 16
 #elif WIDE && (ORDER == 64 || ORDER == 128)
 #define STRIPS 8
 #else
 #define STRIPS 4
 #endif
+#define WGMMA_SIGNS ", 1, 1, 0"
+#if HALF_SUMS
+typedef u32 Sum;  // two of them
+#define MMA_SHAPE "m16n8k16.row.col.f16.f16.f16.f16"
+#define WGMMA_KIND "k16.f16.f16.f16"
+#define IN_OUT(x) "+r"(x)
+#else
+typedef float Sum;
+#define IN_OUT(x) "+f"(x)
 #if BRAIN
 #define MMA_SHAPE "m16n8k16.row.col.f32.bf16.bf16.f32"
-#define WGMMA_SHAPE(columns) "m64n" columns "k16.f32.bf16.bf16"
+#define WGMMA_KIND "k16.f32.bf16.bf16"
 #else
 #define MMA_SHAPE "m16n8k16.row.col.f32.f16.f16.f32"
-#define WGMMA_SHAPE(columns) "m64n" columns "k16.f32.f16.f16"
+#define WGMMA_KIND "k16.f32.f16.f16"
 #endif
-#define WGMMA_SIGNS ", 1, 1, 0"
-#define IN_OUT(x) "+f"(x)
+#endif
 #endif
 #define PANELS (ORDER / (8 * STRIPS))
 #define BRICK_BYTES 128
-#define FOUR(sums) IN_OUT((sums)[0]), IN_OUT((sums)[1]), IN_OUT((sums)[2]), IN_OUT((sums)[3])
+#define OF_STRIP (HALF_SUMS ? 2 : 4)  // registers of a lane's sums
+#define LOST_EXPONENTS (HALF_SUMS * DOWN_SHIFT)  // of coordinates
+#include "wgmma.cuh"
+#if HALF_SUMS
+#define WHOLE_STRIP(sums) TWO(sums)
+#else
+#define WHOLE_STRIP(sums) FOUR(sums)
+#endif
 
-// Below, ``sums`` [strips][4] are of two columns each: two of the first part, two of the second. ``parts`` [..][4] are mma's
-// operands of four registers: {first part, second part} of one brick's inputs, and of the next one's.
+// Below, ``sums`` [strips][OF_STRIP] are of two columns each: two of the first part, two of the second. ``parts`` [..][4] are
+// mma's operands of four registers: {first part, second part} of one brick's inputs, and of the next one's.
 
 #define PANEL_BYTES (STRIPS * BRICKS * BRICK_BYTES)
 
@@ -64,8 +85,12 @@ INLINE u32 panel_address(const u8* tables, int panel) {
 
 // -- by one warp ----------------------------------------------------------------------------------------------------
 INLINE void mma_step(Sum* sums, const u32* parts, u32 brick, u32 next_brick) {
+#if HALF_SUMS
+    asm("mma.sync.aligned." MMA_SHAPE " {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+#else
     asm("mma.sync.aligned." MMA_SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : FOUR(sums)
+#endif
+        : WHOLE_STRIP(sums)
         : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "r"(brick), "r"(next_brick));
 }
 
@@ -79,11 +104,10 @@ INLINE void load_bricks(u32 address, u32* bricks) {
 // The sums of a panel, of which ``panel`` is the address. TWICE, ``parts`` hold four bricks of inputs in turns: {first part of
 // brick 0, second part of brick 1, first of 2, second of 3}; the sums of first parts are the first STRIPS, those of second
 // parts the others.
-template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum (*sums)[OF_STRIP]) {
     const u32 address = panel + (threadIdx.x & 31) * 16;
 #pragma unroll
-    for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)
-        sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = 0;
+    for (int i = 0; i < (TWICE ? 2 : 1) * STRIPS * OF_STRIP; i++) sums[i / OF_STRIP][i % OF_STRIP] = 0;
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll
@@ -104,41 +128,15 @@ template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum
 #if WARPGROUPS
 // Adds the products of two bricks, ``apart`` bricks apart, to STRIPS sums. ``matrix``: its address / 16. Where ``add`` is 0,
 // the sums are these products alone.
-INLINE void wgmma_step(Sum (*sums)[4], const u32* parts, u32 matrix, int brick, int apart, u32 add) {
+INLINE void wgmma_step(Sum (*sums)[OF_STRIP], const u32* parts, u32 matrix, int brick, int apart, u32 add) {
     // The descriptor's fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
     const u64 bricks = matrix + (brick * BRICK_BYTES / 16 | apart * BRICK_BYTES / 16 << 16) |
                        (u64)(BRICKS * BRICK_BYTES / 16) << 32;
-#if STRIPS == 16
-#define WGMMA_SUMS \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-    "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43," \
-    "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %69, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("128") " {" WGMMA_SUMS "},"
-        " {%64,%65,%66,%67}, %68, p" WGMMA_SIGNS ";}"
-        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7]),
-          FOUR(sums[8]), FOUR(sums[9]), FOUR(sums[10]), FOUR(sums[11]), FOUR(sums[12]), FOUR(sums[13]), FOUR(sums[14]),
-          FOUR(sums[15])
-        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
-#elif STRIPS == 8
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %37, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("64")
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-        " {%32,%33,%34,%35}, %36, p" WGMMA_SIGNS ";}"
-        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3]), FOUR(sums[4]), FOUR(sums[5]), FOUR(sums[6]), FOUR(sums[7])
-        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
-#else
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %21, 0; wgmma.mma_async.sync.aligned." WGMMA_SHAPE("32")
-        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p" WGMMA_SIGNS ";}"
-        : FOUR(sums[0]), FOUR(sums[1]), FOUR(sums[2]), FOUR(sums[3])
-        : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "r"(add));
-#endif
+    wgmma<STRIPS * OF_STRIP>(sums[0], parts, bricks, 0, add);
 }
 
 // Begins what ``multiply`` does; the sums may not be touched before they are waited for.
-template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[OF_STRIP]) {
 #pragma unroll
     for (int i = 0; i < BRICKS / (TWICE ? 4 : 2); i++)  // operands are in their registers before the fence
         asm volatile("" : : "r"(parts[i][0]), "r"(parts[i][1]), "r"(parts[i][2]), "r"(parts[i][3]));
@@ -152,24 +150,28 @@ template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4
 }
 
 // Waits for sums, after which LATER other products were begun.
-template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {
+template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[OF_STRIP]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 #pragma unroll
     for (int strip = 0; strip < (TWICE ? 2 : 1) * STRIPS; strip++)  // no sum is read before this
-        asm volatile("" : FOUR(sums[strip]));
+        asm volatile("" : WHOLE_STRIP(sums[strip]));
 }
 #else
-template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+template <bool TWICE> INLINE void begin_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[OF_STRIP]) {
     multiply<TWICE>(panel, parts, sums);
 }
-template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[4]) {}
+template <bool TWICE, int LATER> INLINE void wait_together(Sum (*sums)[OF_STRIP]) {}
 #endif
 
 // What ``multiply`` finds.
-template <bool TWICE> INLINE void multiply_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[4]) {
+template <bool TWICE> INLINE void multiply_together(u32 panel, const u32 (*parts)[4], Sum (*sums)[OF_STRIP]) {
     begin_together<TWICE>(panel, parts, sums);
     wait_together<TWICE, 0>(sums);
 }
+
+#if defined(ENCODER) && !BYTES
+INLINE u32 pack_entries(float even, float odd) { return BRAIN ? pack_brains(even, odd) : pack_halves(even, odd); }
+#endif
 
 #ifdef DECODER
 // -- decoding: half of each channel ---------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ struct BackRotation {
 };
 #endif
 
-#ifdef ENCODER
+#if defined(ENCODER) && !HALF_SUMS
 // -- encoding: coordinates, ORDER times too long; with BYTES half of that -------------------------------------------
 template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const u32 (*parts)[4], float (*quads)[4]) {
 #pragma unroll
@@ -212,8 +214,6 @@ template <bool TWICE, bool TOGETHER> INLINE void rotate(const u8* tables, const 
 template <bool TOGETHER> INLINE void rotate_stored(const u8* tables, int lane, u32 (*stored)[4], float (*quads)[4]) {
     rotate<true, TOGETHER>(tables, stored, quads);
 }
-
-INLINE u32 pack_entries(float even, float odd) { return BRAIN ? pack_brains(even, odd) : pack_halves(even, odd); }
 
 INLINE float entry_value(u32 packed) {  // of the number in the low half
     return BRAIN ? float_of(packed << 16) : half_value(packed & 0xffff);

@@ -13,7 +13,7 @@ from pqcodec import constants as c
 from pqcodec.codings import angles
 from pqcodec.codings import look_ups as t
 from pqcodec.codings.plan import Plan, plan_for
-from pqcodec.kernels.on_cuda.factors import factor_tables, in_factors
+from pqcodec.kernels.on_cuda.factors import DOWN_SHIFT, factor_tables, in_factors
 from pqcodec.kernels.on_cuda.quads_encoder import COPY_MACROS, ONE_COPY, Copies, encoder_tables
 from pqcodec.stages import centre
 from pqcodec.stream.checksum import checksum_keys
@@ -52,7 +52,8 @@ def tables_for(
     turns = turns_of_tile(h.rope, tile_turns, in_factors(verb, h)) if tile_turns and h.rope else {}
     pieces = {"TURNED_PIECES": len(turns["ROW_TURNS"])} if turns else {}
     turns |= run_tables(h) if products else {}
-    blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, 0 if products else phases)})
+    halves = in_halves(verb, h, products)
+    blob, places = blob_of({**own, **turns, **_shared(verb, h, plan, keys, 0 if products else phases, halves)})
     return blob, {**places, **pieces, "PHASE_COPIES": phases, **dict(zip(COPY_MACROS, copies, strict=True))}
 
 
@@ -73,11 +74,13 @@ def blob_of(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
     return np.concatenate(parts), places
 
 
-def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int) -> dict[str, np.ndarray]:
-    """Of every coding of ``blocks.cu``: the rotation's matrix or signs, and what ``shared_tables`` gives."""
-    matrix = factor_tables(h, in_brains(h)) if in_factors(verb, h) else {}
+def _shared(verb: str, h: Header, plan: Plan, keys: bool, copies: int, halves: bool) -> dict[str, np.ndarray]:
+    """Of every coding of ``blocks.cu``: the rotation's matrix (for sums of float16: ``halves``) or signs, and what
+    ``shared_tables`` gives.
+    """
+    matrix = factor_tables(h) if in_factors(verb, h) else {}
     if plan.rounds == 2 and not matrix:
-        matrix = {"MATRIX": _matrix(verb, h)}
+        matrix = {"MATRIX": _halves_matrix(h) if halves else _matrix(verb, h)}
     arrays = {}
     if not matrix:
         signs = np.where(plan.signs < 0, 1 << 31, 0).astype(np.uint32)
@@ -150,6 +153,17 @@ def _matrix(verb: str, h: Header) -> np.ndarray:
     return in_bricks(columns)
 
 
+def _halves_matrix(h: Header) -> np.ndarray:
+    """The same for an encoder whose sums are float16, two of a word: R over 2^DOWN_SHIFT.
+
+    Neighbouring columns are the same coordinate of two neighbouring quads, and four strips are these.
+    """
+    matrix, place = t.rotation_matrix(h.order, h.seed, 2), np.arange(h.order)
+    coordinates = place % 8 // 2 * (h.order // 4) + place // 32 * 8 + place % 2 * 4 + place // 8 % 4
+    columns = matrix[coordinates][:, channel_order(h.order)] * 2.0 ** -down_shift("encode", h)
+    return in_bricks(columns.astype(np.float16))
+
+
 def channel_order(order: int) -> np.ndarray:
     """The channel of each of the matrix's columns, so that a lane has eight neighbours of every 32: int [order]."""
     place = np.arange(order)
@@ -166,6 +180,16 @@ def in_bytes(verb: str, h: Header) -> bool:
     """Whether two rounds' matrix is stored as bytes: for decoders, and for encoders of 16-bit numbers at the largest order."""
     plain = h.dtype != c.DTYPE_FLOAT32 and not h.offsets
     return h.rounds == 2 and (verb == "decode" or (h.order == max(ORDERS) and plain))
+
+
+def in_halves(verb: str, h: Header, products: bool) -> bool:
+    """Whether an encoder's rows and sums are float16: where means are turned by ``products``, or it rotates in factors."""
+    return verb == "encode" and (products or in_factors(verb, h))
+
+
+def down_shift(verb: str, h: Header) -> int:
+    """Octaves by which sums of float16 are too small, so that they stay finite; in factors, a round's."""
+    return DOWN_SHIFT if in_factors(verb, h) else h.order.bit_length() - 4
 
 
 def in_brains(h: Header) -> bool:

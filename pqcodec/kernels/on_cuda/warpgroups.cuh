@@ -8,6 +8,7 @@
 #pragma once
 
 #include "numbers.cuh"
+#include "lanes.cuh"
 
 #define IN_TEAMS (SHARING > 1)
 #define IN_STEP (WARPGROUPS && !IN_TEAMS)
@@ -23,7 +24,7 @@
 #if IN_STEP
 // Whether a warp goes on with block ``index``: whether the first warp of those in step has a block. ``apart``: from a warp's
 // block to the next warp's.
-#define WORK_LEFT(index, blocks, apart) ((index) - (threadIdx.x >> 5 & 3) * (apart) < (blocks))
+#define WORK_LEFT(index, blocks, apart) ((index) - (not_ahead(threadIdx.x) >> 5 & 3) * (apart) < (blocks))
 
 #define IS_IDLE(index, blocks) ((index) >= (blocks))
 
@@ -77,7 +78,11 @@ INLINE void tables_are_written() {
 // some of which are behind the block.
 #if IN_TEAMS
 INLINE int rows_of_warp(int tokens) { return (tokens + ROWS * SHARING - 1) / (ROWS * SHARING) * ROWS; }
-INLINE int first_row_of(int tokens) { return (threadIdx.x >> 5) % SHARING * rows_of_warp(tokens); }
+INLINE int warp_of_team() { return (not_ahead(threadIdx.x) >> 5) & SHARING - 1; }
+INLINE int first_row_of(int tokens) { return warp_of_team() * rows_of_warp(tokens); }
+
+// How many warps behind this one, or before it, is that which ends the team's block of a ``round``: they take turns.
+INLINE int warps_to_ending(u32 round) { return (int)(round % SHARING) - warp_of_team(); }
 
 INLINE void meet_team() {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + CODER), "n"(32 * SHARING) : "memory");

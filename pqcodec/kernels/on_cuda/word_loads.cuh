@@ -1,6 +1,7 @@
 // Law: a tile's rows as words of two 16-bit numbers that are multiplied as they are, and their energies.
 //
-// Rows of ordinary size are taken as they are stored or, less their offsets, rounded to bfloat16; others once more, carefully.
+// Rows of ordinary size are taken as they are stored or, less their offsets, rounded to 16 bits; others once more, carefully. With
+// HALF_SUMS all are float16.
 //
 // Needs what loads.cuh needs.
 #pragma once
@@ -13,7 +14,25 @@
 #else
 #define SHORT_TYPE "f16"
 #endif
+#define SQUARED (FACTORS && PLAIN && DTYPE == BFLOAT16)  // rows' energies are of bfloat16, though they are multiplied as float16
 #define KEPT (PLAIN && ORDER <= 256)  // rows stay as they are stored beside those that are multiplied: there are registers
+
+// The first or the second number of a stored word of two. Units of floating point take bfloat16 apart, for integer ones are
+// busier; beside NaN or Inf it may be another number.
+template <bool SECOND> INLINE float one_of(u32 word) {
+#if DTYPE == BFLOAT16
+    u32 found = word;
+    if (!SECOND) asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; mov.b32 %0, {a, a};}" : "=r"(found) : "r"(word));
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(found) : "r"(0x3f800000u), "r"(0u));  // times 0 and 1
+    return float_of(found);
+#else
+    return half_value(word >> 16 * SECOND);
+#endif
+}
+
+INLINE float loaded_value(const u32* stored, int i) {
+    return DTYPE == FLOAT32 ? value_of(stored, i) : i % 2 ? one_of<true>(stored[i / 2]) : one_of<false>(stored[i / 2]);
+}
 
 // Each piece of a lane's channels of row ``row`` of a block and, if it has two rows, of the eighth behind it: ``use`` takes
 // which of both it is, the piece, its channels as they are stored, and less their offsets. AGAIN: rows are taken from the tensor.
@@ -62,7 +81,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
             load_piece<AGAIN>(from, fetched + part * LOADS * (EARLY ? 1 : 32), lane, piece, stored);
 #endif
 #pragma unroll
-            for (int k = 0; k < 8; k++) numbers[k] = value_of(stored, k);
+            for (int k = 0; k < 8; k++) numbers[k] = loaded_value(stored, k);
 #if PAIRS
             take_offsets(own, partners, piece, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
 #elif OFFSETS
@@ -86,11 +105,11 @@ struct Energy {
         }
     }
 
-    // Of the four lanes' channels, as that of rotated coordinates.
-    INLINE float of_row() const { return sum_of_row(even + odd) * ((float)ORDER * ORDER); }
+    // As that of rotated coordinates: of a lane's channels, and of the four lanes'.
+    INLINE float of_quarter() const { return (even + odd) * ((float)ORDER * ORDER); }
+    INLINE float of_row() const { return sum_of_row(of_quarter()); }
 };
 
-#if BRAIN
 // Sums of squares of two numbers each, in bfloat16: their errors, a few thousandths of a row's energy, are small beside half a step
 // of radii.
 struct Squares {
@@ -98,17 +117,14 @@ struct Squares {
 
     INLINE void add(u32 two) { asm("fma.rn.bf16x2 %0, %1, %1, %0;" : "+r"(sums) : "r"(two)); }
     INLINE float both() const { return float_of(sums << 16) + float_of(sums & 0xffff0000u); }
+    INLINE float of_quarter() const { return both() * ((float)ORDER * ORDER); }
 };
-#endif
 
-#if BRAIN && OWN_ROWS == 2
-// The energy of the row whose radius a lane finds, of its first row if its quarter is even, else of its second, as that of
-// rotated coordinates. ``squares``: of its channels of each.
-INLINE float own_energy(const Squares* squares, int lane) {
-    const float first = squares[0].both(), second = squares[1].both();
-    const float others = __shfl_xor_sync(ALL_LANES, lane & 1 ? first : second, 1);
-    const float both = (lane & 1 ? second : first) + others;  // of two quarters
-    return (both + __shfl_xor_sync(ALL_LANES, both, 2)) * ((float)ORDER * ORDER);
+#if RUN_PRODUCTS
+// The energy of two quarters of the row whose radius a lane finds: of its first row if its own quarter is even, else of its second.
+// ``first`` and ``second``: those of the lane's quarter.
+INLINE float of_two_quarters(float first, float second, int lane) {
+    return (lane & 1 ? second : first) + __shfl_xor_sync(ALL_LANES, lane & 1 ? first : second, 1);
 }
 #endif
 
@@ -156,15 +172,6 @@ INLINE void energies_of_tile(const u32 (*rows)[2], const u32 (*stored)[4 * PIECE
     owns[0] = __shfl_sync(ALL_LANES, row & 1 ? firsts[1] : firsts[0], has) * ((float)ORDER * ORDER);
     owns[1] = __shfl_sync(ALL_LANES, row & 1 ? seconds[3] : seconds[2], has) * ((float)ORDER * ORDER);
 }
-#elif BRAIN
-// The same for a lane's one row.
-INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
-    Squares squares[4];
-#pragma unroll
-    for (int i = 0; i < 4 * PIECES; i++) squares[i % 4].add(*rows[i]);
-    owns[0] = sum_of_row(squares[0].both() + squares[1].both() + (squares[2].both() + squares[3].both())) *
-              ((float)ORDER * ORDER);
-}
 #else
 // The same, of whose words the even ones and the odd ones are taken for two rows.
 INLINE void energies_of_tile(const u32 (*rows)[1], const u32 (*stored)[4 * PIECES], int lane, float* owns) {
@@ -205,7 +212,10 @@ INLINE void each_word_of_run(const u8* tables, const Block& block, const u8* run
         for (int strip = 0; strip < 4; strip++) {
             float numbers[RUN_SHARE][4], sums[RUN_SHARE][4] = {};
 #pragma unroll
-            for (int i = 0; i < 4 * RUN_SHARE; i++) numbers[i / 4][i % 4] = value_of(stored[i / 4][i / 2 % 2], 2 * strip + i % 2);
+            for (int i = 0; i < 4 * RUN_SHARE; i++) {
+                const u32* word = stored[i / 4][i / 2 % 2] + strip;
+                numbers[i / 4][i % 4] = i % 2 ? one_of<true>(*word) : value_of(word, 0);
+            }
             of_pieces.add(turns, piece, strip, DIRECT ? numbers : sums);
 #pragma unroll
             for (int i = 0; i < 2 * RUN_SHARE; i++) {
@@ -226,33 +236,42 @@ INLINE float kept_unit(const Block& block) { return are_direct(block) ? 1.0f : u
 #endif
 
 // A lane's rows' channels as they are multiplied, rows [4 PIECES words][OWN_ROWS]: as they are stored or, less their offsets,
-// rounded to bfloat16. ``owns``: their energies, as those of rotated coordinates.
+// rounded to 16 bits. ``owns``: their energies, as those of rotated coordinates; with RUN_PRODUCTS there is one, of_two_quarters.
 INLINE void load_rows(const u8* tables, const Block& block, const float* means, const uint4* fetched, int row, int lane,
                       u32 (*rows)[OWN_ROWS], float* owns) {
 #if RUN_PRODUCTS
     const int here = not_ahead(lane), first_row = row - (lane >> 2);
     const u8* run = reinterpret_cast<const u8*>(means);
-    Squares squares[OWN_ROWS];
+    Energy energies[OWN_ROWS];
     each_word_of_run<false, true, RUN_PIECES>(tables, block, run, 1.0f, fetched, first_row, here,
                                               [&](int part, int word, const float*, const float* two) {
-        const u32 both = pack_brains(two[0], two[1]);
-        squares[part].add(both);
-        rows[word][part] = both;
+        energies[part].add<2>(two);
+        rows[word][part] = pack_entries(two[0], two[1]);
     });
-    owns[0] = owns[1] = own_energy(squares, lane);
+    *owns = of_two_quarters(energies[0].of_quarter(), energies[1].of_quarter(), here);
 #else
     u32 as_stored[OWN_ROWS][4 * PIECES];
+#if SQUARED
+    Squares squares[4];
+#endif
     each_piece<false>(tables, block, means, fetched, row, lane,
                       [&](int part, int piece, const u32* stored, const float* numbers) {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             if (KEPT) as_stored[part][4 * piece + k] = stored[k];
-            rows[4 * piece + k][part] = KEPT    ? another(stored[k])
-                                        : PLAIN ? stored[k]
-                                                : pack_brains(numbers[2 * k], numbers[2 * k + 1]);
+            rows[4 * piece + k][part] = KEPT                ? another(stored[k])
+                                        : PLAIN && !SQUARED ? stored[k]
+                                                            : pack_entries(numbers[2 * k], numbers[2 * k + 1]);
+#if SQUARED
+            squares[k].add(stored[k]);
+#endif
         }
     });
+#if SQUARED
+    *owns = sum_of_row(squares[0].of_quarter() + squares[1].of_quarter() + (squares[2].of_quarter() + squares[3].of_quarter()));
+#else
     energies_of_tile(rows, as_stored, lane, owns);
+#endif
 #endif
 }
 
@@ -311,8 +330,12 @@ INLINE void load_rows_carefully(const u8* tables, const Block& block, const floa
         asm volatile("" ::: "memory");  // one piece after the other: this is to need few registers
     });
 #endif
+#if RUN_PRODUCTS
+    *owns = of_two_quarters(energies[0].of_quarter(), energies[1].of_quarter(), here);
+#else
 #pragma unroll
     for (int part = 0; part < OWN_ROWS; part++) owns[part] = energies[part].of_row();
+#endif
     wrong_rows = __reduce_add_sync(ALL_LANES, wrong_rows);
     if (lane == 0) bad += wrong_rows;
 }
