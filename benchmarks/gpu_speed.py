@@ -41,8 +41,7 @@ MAIN = 128  # the head_dim that everything is measured for
 OTHERS = (64, 256, 96, 576)
 CUDA_HEAD_DIMS = (64, 128, 256)  # that the CUDA backend has kernels of its own for; of quads it has them for all of these
 FEW = ("pq2", "pq3", "pq4", "quad3", "paper")
-BYTES = {MAIN: 1 << 30}
-OTHER_BYTES = 1 << 28
+BYTES = 1 << 30
 LEADING = 32
 ROUNDS, QUICK_ROUNDS = 10, 3
 LAYERS, HEADS = 32, 8  # of the model whose tokens the latency is about
@@ -217,7 +216,7 @@ def measure(case: Case, x: torch.Tensor, y: torch.Tensor, rounds: int) -> dict[s
 def speeds(chosen: Sequence[Case], rounds: int, say: Progress) -> list[dict[str, Any]]:
     rows = []
     for (head_dim, dtype), group in groupby(chosen, lambda case: (case.head_dim, case.dtype)):
-        x = gaussian(BYTES.get(head_dim, OTHER_BYTES), head_dim, dtype)
+        x = gaussian(BYTES, head_dim, dtype)
         y = torch.empty_like(x)
         for case in group:
             y.zero_()
@@ -327,7 +326,7 @@ def peer(x: torch.Tensor, rounds: int, bits: int) -> dict[str, Any]:
 
 def peers(rounds: int, say: Progress) -> list[dict[str, Any]]:
     """Others on the same tensor, as rows [..., 128]: each with its figures, or with why it has none."""
-    x = gaussian(BYTES[MAIN], MAIN, "bfloat16").reshape(-1, MAIN)
+    x = gaussian(BYTES, MAIN, "bfloat16").reshape(-1, MAIN)
     works: dict[str, Callable[[], dict[str, Any]]] = {"torch cast to float8_e4m3fn": partial(fp8, x, rounds)}
     works |= {f"{PEER}, {bits} bits": partial(peer, x, rounds, bits) for bits in PEER_BITS}
     rows = []
