@@ -26,7 +26,8 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 from cuda_on_cpu import CAPABILITIES, CudaOnCpu  # which needs them
 
-from pqcodec.kernels.on_cuda import token_sums
+from pqcodec.kernels.on_cuda import backend, token_sums
+from pqcodec.kernels.on_cuda.tables import in_halves
 
 pytestmark = [
     needs_triton,
@@ -208,7 +209,7 @@ HALVES: list[Kind] = [SOME[1], (576, "quad3", "bfloat16", {})]  # whose rows are
 MORE_HALVES: list[Kind] = [
     SOME[2],
     (256, "quad3", "float16", KEYS),
-    (224, "quad3", "bfloat16", KEYS),
+    (192, "quad3", "bfloat16", KEYS),
     (448, "quad2.5", "float32", {}),
 ]
 
@@ -218,6 +219,9 @@ def test_sums_of_float16_hold_rows_of_every_size_and_direction(machine: CudaOnCp
     """Rows whose coordinates are few and large, or alike, or that are zero but for some channels; a size for each lead."""
     head_dim, preset, dtype, options = kind
     h = Header.from_bytes(pqcodec.encode(tensor(kind), preset=preset, backend="cpu", **options))
+    found = backend.kernel_layout("encode", backend.header_of_kind(h), False)
+    assert found
+    assert in_halves("encode", h, "RUN_TURNS_AT" in found.places)
     rotation = torch.from_numpy(rotation_matrix(h.order, h.seed, 2).astype(np.float32))[:, :head_dim]
     rows = gaussian(6, 32, head_dim, seed=3)
     rows[1], rows[2] = rotation[:32], rotation[:32] + rotation[8:40]  # one coordinate, or two, as large as a row is long

@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
 #endif
         };
         for (int first_row = begin, more = 1; rows_left(first_row, end, more); first_row += ROWS) {
-            if (!SCARCE) more = goes_on_behind(first_row, current.votes);
+            if (!SCARCE) more = goes_on_behind(first_row, IN_STEP && PLANES ? current.votes : 0);
 #if BY_RUNS
             if (CHUNK > RUN_ROWS && first_row != begin && first_row % RUN_ROWS == 0)
                 turn_to_run(tables, block, block.position + first_row, not_ahead(lane), reinterpret_cast<u8*>(means));
@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode_stream_blocks(
             float owns[OWN_ROWS];
             int exponents[OWN_ROWS] = {};
             load_rows(tables, block, means, fetched, row, lane, words, owns);
-            // Rows with NaN or Inf, and rows so large or small that squares may leave float32, are loaded once more.
+            // Rows with NaN or Inf, and those too large or small to be multiplied as they are, are loaded once more.
             const float own = owns[0], other = owns[RUN_PRODUCTS ? 0 : OWN_ROWS - 1];
             bool even = own > LEAST_EVEN && own < MOST_EVEN && other > LEAST_EVEN && other < MOST_EVEN;
             if (RUN_PRODUCTS) even = even && current.unit == 1.0f;  // so are others whose means were not taken in one step

@@ -355,7 +355,7 @@ INLINE void encode_row(const u8* tables, const Block& block, u32* stage, u16* ra
 // Of a tile of sixteen rows, as mma has them, a lane holds rows l / 4 and l / 4 + 8: half as many products as for eight rows of
 // two parts each. A panel's quads are coded as soon as they are rotated, for a row's energy is that of its channels.
 
-#define UNDER_WAY (STRIPS >= 8 || PANELS == 1 ? 1 : 2)  // panels at once: a second one of many needs too many registers
+#define UNDER_WAY (STRIPS >= 8 || PANELS == 1 ? 1 : 2)  // panels at once: two if there are two, and registers for both
 #define PAIRS_OF_PANEL (STRIPS / 4)       // of a lane's quads of a row
 #define FREED_AT (STRIPS == 16 ? PAIRS_OF_PANEL / 2 : 0)  // pairs of the last panel, behind which registers are free
 

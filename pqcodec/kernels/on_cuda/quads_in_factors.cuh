@@ -1,8 +1,8 @@
 // Law: the encoder of quads where rows are rotated in factors: a lane has a quarter of one row, set by set.
 //
-// A set's sums bring, of each pair of strips, one of four neighbouring quads, and one of the next four: the first strip's words have
-// a coordinate of each, and the second strip's the next one. Of the last of strips that are odd in number the words have two
-// coordinates of the same quad, so that it waits for the next set's.
+// A set's sums bring, of each pair of strips, one of four neighbouring quads, and one of the next four: the first strip's words
+// have a coordinate of each, and the second strip's the next one. Of the last of strips that are odd in number the words have
+// two coordinates of the same quad, so that it waits for the next set's.
 //
 // Needs what quads_encoder.cuh needs, which includes this.
 #pragma once

@@ -6,8 +6,9 @@
 //
 // A lane has a quarter of one row's channels, strip by strip: eight words of a strip are a butterfly, its numbers two by two.
 // wgmma's 64 rows are those of four warps' tiles, each with one of the butterfly's numbers and, eight rows below, its
-// neighbour: so four products, of a set of two numbers each, are a round, and one is on its way while another's sums are used. Between the rounds numbers are permuted through the warp's exchange, where a row of
-// shared memory is a number of all of the tile's rows; no two rows that are moved at once lie in the same banks.
+// neighbour: so four products, of a set of two numbers each, are a round, and one is on its way while another's sums are used.
+// Between the rounds numbers are permuted through the warp's exchange, where a row of shared memory is a number of all of the
+// tile's rows; no two rows that are moved at once lie in the same banks.
 //
 // Needs DOWN_SHIFT (octaves by which each round's sums are too small), WARPGROUPS (four warps multiply together), ORDER, and the
 // tables of factors.py.

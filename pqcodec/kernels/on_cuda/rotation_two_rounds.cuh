@@ -12,7 +12,8 @@
 // The matrix lies in bricks of 128 bytes: a strip of eight columns, one behind the other, by 16 bytes of inputs. All bricks of
 // the first strip come first. Both mma (by ldmatrix) and wgmma (without swizzle) read such bricks. A panel is as many strips as
 // a lane has registers for: 32 sums, or 16 where parts are a number and its rest, and where a lane holds two rows (WIDE) of
-// another order than 64 or 128. Those of order 128 have 64 sums, one panel, unless means are turned for each row.
+// another order than 64 or 128. Those of order 128 have 64 sums, one panel, unless means are turned for each row. With HALF_SUMS
+// a panel is all strips, but of order 256 half of them.
 //
 // Needs BYTES, STRIPS (of a panel, if not the usual number), BRAIN (16-bit numbers are bfloat16, else float16), HALF_SUMS,
 // DOWN_SHIFT, WARPGROUPS (four warps multiply together), DECODER or ENCODER, ORDER, DTYPE, OFFSETS, and the table MATRIX.
@@ -37,7 +38,7 @@ typedef int Sum;
 #else
 #define BRICKS (ORDER / 8)
 #if HALF_SUMS
-#define STRIPS (ORDER > 224 ? BRICKS / 2 : BRICKS)
+#define STRIPS (ORDER == 256 ? BRICKS / 2 : BRICKS)
 #elif WIDE && ORDER == 128 && WARPGROUPS && (!OFFSETS || defined(RUN_TURNS_AT))
 #define STRIPS 16
 #elif WIDE && (ORDER == 64 || ORDER == 128)

@@ -193,7 +193,9 @@ def down_shift(verb: str, h: Header) -> int:
 
 
 def in_brains(h: Header) -> bool:
-    """Whether an encoder's 16-bit matrix is of bfloat16: as its rows are, or for quads, as rows are rounded to."""
+    """Whether the matrix of an encoder that is not ``in_halves`` is of bfloat16, if it is of 16 bits: as its rows are, or for
+    quads, as rows are rounded to.
+    """
     as_stored = h.dtype != c.DTYPE_FLOAT32 and not h.offsets
     return h.dtype == c.DTYPE_BFLOAT16 if as_stored else h.coding == c.CODING_QUADS
 

@@ -20,8 +20,7 @@
 #define SUMS_32 SUMS_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define SUMS_40 SUMS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define SUMS_48 SUMS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
-#define SUMS_56 SUMS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
-#define SUMS_64 SUMS_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define SUMS_64 SUMS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // The same as operands, of the array ``sums``.
 #define ALL_8 FOUR(sums), FOUR(sums + 4)
@@ -34,8 +33,7 @@
 #define ALL_32 ALL_24, FOUR(sums + 24), FOUR(sums + 28)
 #define ALL_40 ALL_32, FOUR(sums + 32), FOUR(sums + 36)
 #define ALL_48 ALL_40, FOUR(sums + 40), FOUR(sums + 44)
-#define ALL_56 ALL_48, FOUR(sums + 48), FOUR(sums + 52)
-#define ALL_64 ALL_56, FOUR(sums + 56), FOUR(sums + 60)
+#define ALL_64 ALL_48, FOUR(sums + 48), FOUR(sums + 52), FOUR(sums + 56), FOUR(sums + 60)
 
 #if HALF_SUMS
 #define COLUMNS(of_halves, of_others) of_halves
@@ -53,6 +51,8 @@
 // Adds the products of four ``parts`` with two bricks to REGISTERS sums, or where ``add`` is 0, puts them there. ``bricks``: a
 // descriptor; ``at``: how far the one that is meant is from it, which is added here, for else the compiler keeps all of them.
 template <int REGISTERS> INLINE void wgmma(Sum* sums, const u32* parts, u64 bricks, u64 at, u32 add) {
+    static_assert(REGISTERS <= 18 ? REGISTERS >= 8 && REGISTERS % 2 == 0
+                                  : REGISTERS == 24 || REGISTERS == 32 || REGISTERS == 40 || REGISTERS == 48 || REGISTERS == 64);
     WGMMA(8, "32", "16", "%8", "%9", "%10", "%11", "%12", "%13", "%14");
     WGMMA(10, "40", "20", "%10", "%11", "%12", "%13", "%14", "%15", "%16");
     WGMMA(12, "48", "24", "%12", "%13", "%14", "%15", "%16", "%17", "%18");
@@ -63,6 +63,5 @@ template <int REGISTERS> INLINE void wgmma(Sum* sums, const u32* parts, u64 bric
     WGMMA(32, "128", "64", "%32", "%33", "%34", "%35", "%36", "%37", "%38");
     WGMMA(40, "160", "80", "%40", "%41", "%42", "%43", "%44", "%45", "%46");
     WGMMA(48, "192", "96", "%48", "%49", "%50", "%51", "%52", "%53", "%54");
-    WGMMA(56, "224", "112", "%56", "%57", "%58", "%59", "%60", "%61", "%62");
     WGMMA(64, "256", "128", "%64", "%65", "%66", "%67", "%68", "%69", "%70");
 }
