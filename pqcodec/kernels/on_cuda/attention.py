@@ -361,7 +361,6 @@ class CudaAttention:
         is read when the kernel runs. ``new``: keys and values of the last of these, [sequences, kv_heads, queries, head_dim] of
         the memory's dtype, which are put there; ``is_readable`` must hold for them.
         """
-
         found, count = self._kernel, self._room if recent is None else recent
         at, count = (np.uint64(0), count) if isinstance(count, int) else (count, 0)
         values = [

@@ -24,11 +24,8 @@ INLINE void multiply_joint(const u8* tables, const u32 (*operands)[4], int panel
     const u32 matrix = __shfl_sync(ALL_LANES, panel_address(tables, panel), 0) / 16;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int group = 0; group < BRICKS / 2; group++) {  // two neighbouring bricks
-        const u64 bricks =
-            matrix + (2 * group * BRICK_BYTES / 16 | BRICK_BYTES / 16 << 16) | (u64)(BRICKS * BRICK_BYTES / 16) << 32;
-        wgmma<4 * JOINT_STRIPS>(sums[0], operands[group], bricks, 0, 1);
-    }
+    for (int group = 0; group < BRICKS / 2; group++)
+        wgmma<4 * JOINT_STRIPS>(sums[0], operands[group], described(matrix, 2 * group, 1), 0, 1);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll

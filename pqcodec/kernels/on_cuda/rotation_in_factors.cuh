@@ -87,12 +87,12 @@ INLINE void begin_set(const u8* tables, int set, const u32 (*words)[8], Sum (*su
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : : "r"(words[strip][set / 2 * 4 + i]));
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    // A descriptor's fields, in units of 16 bytes: a brick, how far its neighbour is, how far the next strip is.
-    const u64 bricks = (u32)__cvta_generic_to_shared(tables + MATRIX_AT) / 16 + (8 << 16) + ((u64)(BRICKS * 8) << 32);
+    const u64 bricks = described((u32)__cvta_generic_to_shared(tables + MATRIX_AT) / 16, 0, 1);
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip += 2) {
         u32 four[4];
-        wgmma<STRIPS * OF_STRIP>(sums[0], parts_of(words, set, strip, four), bricks, brick_of(set, strip) * 8, strip);
+        const int at = brick_of(set, strip) * BRICK_BYTES / 16;
+        wgmma<STRIPS * OF_STRIP>(sums[0], parts_of(words, set, strip, four), bricks, at, strip);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -114,7 +114,7 @@ INLINE void begin_set(const u8* tables, int set, const u32 (*words)[8], Sum (*su
             u32 four[4], brick, next_brick;
             asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                          : "=r"(brick), "=r"(next_brick)
-                         : "r"(matrix + (n * BRICKS + brick_of(set, strip)) * 128));
+                         : "r"(matrix + (n * BRICKS + brick_of(set, strip)) * BRICK_BYTES));
             const u32* parts = parts_of(words, set, strip, four);
             asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
                 : TWO(sums[n])

@@ -65,7 +65,6 @@ typedef float Sum;
 #endif
 #endif
 #define PANELS (ORDER / (8 * STRIPS))
-#define BRICK_BYTES 128
 #define OF_STRIP (HALF_SUMS ? 2 : 4)  // registers of a lane's sums
 #define LOST_EXPONENTS (HALF_SUMS * DOWN_SHIFT)  // of coordinates
 #include "wgmma.cuh"
@@ -130,10 +129,7 @@ template <bool TWICE> INLINE void multiply(u32 panel, const u32 (*parts)[4], Sum
 // Adds the products of two bricks, ``apart`` bricks apart, to STRIPS sums. ``matrix``: its address / 16. Where ``add`` is 0,
 // the sums are these products alone.
 INLINE void wgmma_step(Sum (*sums)[OF_STRIP], const u32* parts, u32 matrix, int brick, int apart, u32 add) {
-    // The descriptor's fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
-    const u64 bricks = matrix + (brick * BRICK_BYTES / 16 | apart * BRICK_BYTES / 16 << 16) |
-                       (u64)(BRICKS * BRICK_BYTES / 16) << 32;
-    wgmma<STRIPS * OF_STRIP>(sums[0], parts, bricks, 0, add);
+    wgmma<STRIPS * OF_STRIP>(sums[0], parts, described(matrix, brick, apart), 0, add);
 }
 
 // Begins what ``multiply`` does; the sums may not be touched before they are waited for.

@@ -1,10 +1,12 @@
 // Law: one step of wgmma, by four warps: products with a matrix of eight columns or many, added to a lane's sums.
 //
 // Needs Sum and IN_OUT (how asm takes one), WGMMA_KIND (inputs of a step, and the types of sums and factors), WGMMA_SIGNS (of the
-// factors), and HALF_SUMS (sums are float16, two of a register).
+// factors), HALF_SUMS (sums are float16, two of a register), and BRICKS (of a strip of the matrix).
 #pragma once
 
 #include "numbers.cuh"
+
+#define BRICK_BYTES 128  // of eight columns, 16 bytes of inputs each
 
 #define TWO(sums) IN_OUT((sums)[0]), IN_OUT((sums)[1])
 #define FOUR(sums) TWO(sums), IN_OUT((sums)[2]), IN_OUT((sums)[3])
@@ -47,6 +49,13 @@
                  " {" a "," b "," c "," d "}, those, p" WGMMA_SIGNS ";}"                                                   \
                  : ALL_##registers                                                                                         \
                  : "r"(parts[0]), "r"(parts[1]), "r"(parts[2]), "r"(parts[3]), "l"(bricks), "l"(at), "r"(add))
+
+// The descriptor of two bricks, ``apart`` bricks apart, of a strip and of those behind it. ``matrix``: its address / 16. The
+// fields, in units of 16 bytes: the first brick, how far the second is, how far the next strip is.
+INLINE u64 described(u32 matrix, int brick, int apart) {
+    constexpr int UNITS_OF_BRICK = BRICK_BYTES / 16;
+    return matrix + brick * UNITS_OF_BRICK + (apart * UNITS_OF_BRICK << 16) + ((u64)(BRICKS * UNITS_OF_BRICK) << 32);
+}
 
 // Adds the products of four ``parts`` with two bricks to REGISTERS sums, or where ``add`` is 0, puts them there. ``bricks``: a
 // descriptor; ``at``: how far the one that is meant is from it, which is added here, for else the compiler keeps all of them.
