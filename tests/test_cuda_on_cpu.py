@@ -205,6 +205,34 @@ def test_means_of_any_size_are_taken_and_added(machine: CudaOnCpu, size: float) 
     assert own < 1.03 * cpu
 
 
+ROUNDS: list[tuple[int, Kind]] = [  # rows of a block, of which each team or warp has many, one after the other
+    (64, (128, "quad2", "bfloat16", {})),
+    (64, SOME[1]),
+    (50, (96, "quad3", "float16", {"chunk_tokens": 50})),
+]
+MORE_ROUNDS: list[tuple[int, Kind]] = [
+    (64, (64, "quad3.5", "bfloat16", KEYS)),
+    (64, (160, "quad3", "bfloat16", {})),
+    (64, (576, "quad3", "bfloat16", {})),
+    (64, (128, "quad3", "float32", {})),
+    (64, (128, "pq3", "bfloat16", {})),
+    (200, (128, "quad3", "bfloat16", {"chunk_tokens": 200})),
+]
+
+
+@pytest.mark.parametrize(("rows", "kind"), ROUNDS + MORE_ROUNDS * ALL, ids=str)
+def test_many_blocks_one_after_the_other(machine: CudaOnCpu, rows: int, kind: Kind) -> None:
+    """Threads take turns in an order of their own each time."""
+    _, preset, _, options = kind
+    x = tensor(kind, 27 * rows)
+    expected = encoded(machine, x, preset, **options)
+    rest = bits(pqcodec.decode(expected, backend="cpu"))
+    machine.processors = 1
+    for machine.seed in range(2):
+        assert encoded(machine, x, preset, **options) == expected
+        np.testing.assert_array_equal(bits(decoded(machine, expected)), rest)
+
+
 HALVES: list[Kind] = [SOME[1], (576, "quad3", "bfloat16", {})]  # whose rows are multiplied as float16, and so are their sums
 MORE_HALVES: list[Kind] = [
     SOME[2],

@@ -142,7 +142,8 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
     sent_at = barriers_at + slots * 2 * 8 + 8  # behind a barrier for the tables
     sums_at = sent_at + 8
     places_at = sums_at + slots * TEAM // 32 * 8
-    runs_at = places_at + 2 * AHEAD * UPCOMING_BYTES
+    places = 1 << (slots + AHEAD).bit_length()  # of blocks in slots, of one whose rows are still stored, and of those ahead
+    runs_at = places_at + places * UPCOMING_BYTES
     run = run_bytes(h, products=True)
     rows_at = _round(runs_at + (slots + 1) * run, LINE)  # one more is used than there are slots
     return {
@@ -153,6 +154,7 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
         "BARRIERS_AT": barriers_at,
         "SUMS_AT": sums_at,
         "PLACES_AT": places_at,
+        "PLACES": places,
         "RUNS_AT": runs_at,
         "RUN_BYTES": run,
         "SENT_AT": sent_at,

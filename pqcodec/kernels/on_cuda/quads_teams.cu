@@ -17,11 +17,11 @@
 //
 // Needs AHEAD (blocks of a team that are looked for at once), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
 // team: SLOTS slots of SLOT_BYTES, in which indices and radii have stretches from INDICES_AT and RADII_AT on; then two
-// barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, the places
-// of blocks from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on; with OFFSETS the number of steps that were
-// sent for at SENT_AT, and SLOTS + 1 runs of RUN_BYTES from RUNS_AT on), COURIERS (warps behind the teams; with OFFSETS a turner
-// for each two teams; four where registers change hands, so that a thread has TEAM_REGISTERS or COURIER_REGISTERS), and what
-// the other files need. OFFSETS needs IN_RUNS and RUN_PRODUCTS.
+// barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, where
+// PLACES blocks lie from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on; with OFFSETS the number of steps
+// that were sent for at SENT_AT, and SLOTS + 1 runs of RUN_BYTES from RUNS_AT on), COURIERS (warps behind the teams; with
+// OFFSETS a turner for each two teams; four where registers change hands, so that a thread has TEAM_REGISTERS or
+// COURIER_REGISTERS), and what the other files need. OFFSETS needs IN_RUNS and RUN_PRODUCTS.
 
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
@@ -161,7 +161,7 @@ struct Team {
     // Whether this thread block finds the checksum of the round's block.
     INLINE bool sums_up(u32 round) const { return PARTS == 1 || (round + team) % PARTS == blockIdx.x % PARTS; }
     INLINE bool has(u32 round) const { return block(round) < blocks; }
-    INLINE Block& place(u32 round) const { return reinterpret_cast<Block*>(shelf + PLACES_AT)[round % (2 * AHEAD)]; }
+    INLINE Block& place(u32 round) const { return reinterpret_cast<Block*>(shelf + PLACES_AT)[round % PLACES]; }
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
     INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
     INLINE u32 free(u32 turn) const { return full(turn) + 8; }
@@ -221,10 +221,10 @@ struct Courier {
 
     INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
 
-    // Finds the next places of teams that have used theirs, each by one lane. They take the room of those before the last
-    // AHEAD, at which no warp looks any more: a team is SLOTS blocks behind what is sent for it at the most.
+    // Finds the next places of teams that have used theirs, each by one lane. They take the room of those at which no warp
+    // looks any more: of the last blocks that were sent for SLOTS may wait, and warps may still store rows of the one before.
     INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search) {
-        static_assert(TEAMS * AHEAD <= 32 && SLOTS <= AHEAD, "a lane for each place, and room for those that are still looked at");
+        static_assert(TEAMS * AHEAD <= 32 && SLOTS + 1 + AHEAD <= PLACES, "a lane for each, and room for those in use");
         const u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
         if (!needed) return;
         const int which = min(lane / AHEAD, TEAMS - 1);
