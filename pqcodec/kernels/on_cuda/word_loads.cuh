@@ -30,8 +30,11 @@ template <bool SECOND> INLINE float one_of(u32 word) {
 #endif
 }
 
-INLINE float loaded_value(const u32* stored, int i) {
-    return DTYPE == FLOAT32 ? value_of(stored, i) : i % 2 ? one_of<true>(stored[i / 2]) : one_of<false>(stored[i / 2]);
+// A number of a lane's channels. ROUGH: of two bfloat16 side by side the second may be larger by as much as its last bit.
+template <bool ROUGH> INLINE float loaded_value(const u32* stored, int i) {
+    if (DTYPE == FLOAT32) return value_of(stored, i);
+    if (i % 2 == 0) return one_of<false>(stored[i / 2]);
+    return ROUGH && DTYPE == BFLOAT16 ? float_of(stored[i / 2]) : one_of<true>(stored[i / 2]);
 }
 
 // Each piece of a lane's channels of row ``row`` of a block and, if it has two rows, of the eighth behind it: ``use`` takes
@@ -81,7 +84,7 @@ INLINE void each_piece(const u8* tables, const Block& block, const float* means,
             load_piece<AGAIN>(from, fetched + part * LOADS * (EARLY ? 1 : 32), lane, piece, stored);
 #endif
 #pragma unroll
-            for (int k = 0; k < 8; k++) numbers[k] = loaded_value(stored, k);
+            for (int k = 0; k < 8; k++) numbers[k] = loaded_value<SQUARED && !AGAIN>(stored, k);
 #if PAIRS
             take_offsets(own, partners, piece, first, APART ? i % 2 : first >= PAIRS, turns[part], numbers);
 #elif OFFSETS
