@@ -93,6 +93,7 @@ class _Translation:
                 '#include "ptx_machine.h"',
                 "static u64 params[32];",
                 "static void kernel() {",
+                "u64 carry = 0;",
                 *lines,
                 "end:;",
                 "}",
@@ -236,6 +237,10 @@ class _Translation:
             return f"{to} = std::{parts[0]}<{signed}>({', '.join(values)});"
         if parts[0] == "mul" and parts[1] == "lo":
             return f"{to} = ({_SIZES[kind]}){self._value(operands[1])} * ({_SIZES[kind]}){self._value(operands[2])};"
+        if "cc" in parts or parts[0] == "addc":  # of numbers of many words
+            a, b, c, *_ = (f"(u64)(u32){self._value(each)}" for each in (*operands[1:], operands[-1]))
+            found = {"lo": f"(u32)({a} * {b}) + {c}", "hi": f"({a} * {b} >> 32) + {c}"}.get(parts[1], f"{a} + {b}")
+            return f"{{ const u64 found = {found}{' + carry' * parts[0].endswith('c')}; {to} = (u32)found; carry = found >> 32; }}"
         if parts[0] == "mad" and parts[1] == "lo" and kind in ("s32", "u32", "s64", "u64"):
             a, b, c = (f"({_SIZES[kind]}){self._value(each)}" for each in operands[1:])
             return f"{to} = {a} * {b} + {c};"

@@ -8,6 +8,30 @@
 // A number below 2^36 that equals x modulo the prime.
 INLINE u64 folded(u64 x) { return (x & 0xffffffffull) + (x >> 32) * PRIME_GAP; }
 
+// A lane's sum of words times their keys. Of MANY words, each of which is counted in when it does not fit into 64 bits; else each
+// product is folded, for which there need to be fewer registers.
+template <bool MANY> struct WordSum {
+    u32 low, high, over = 0;
+
+    INLINE explicit WordSum(u64 before = 0) : low((u32)before), high((u32)(before >> 32)) {}
+    INLINE void add(u32 word, u32 key) {
+        asm("mad.lo.cc.u32 %0, %3, %4, %0; madc.hi.cc.u32 %1, %3, %4, %1; addc.u32 %2, %2, 0;"
+            : "+r"(low), "+r"(high), "+r"(over)
+            : "r"(word), "r"(key));
+    }
+
+    // A number below 2^38 that equals the sum modulo the prime.
+    INLINE u64 folded() const { return low + (u64)high * PRIME_GAP + (u64)over * (PRIME_GAP * PRIME_GAP); }
+};
+
+template <> struct WordSum<false> {
+    u64 sum;
+
+    INLINE explicit WordSum(u64 before = 0) : sum(before) {}
+    INLINE void add(u32 word, u32 key) { sum += ::folded((u64)word * key); }
+    INLINE u64 folded() const { return sum; }
+};
+
 // The sum of a warp's lanes' sums, each below 2^54, in every lane.
 INLINE u64 sum_of_lanes(u64 sum) {
     const u32 low = __reduce_add_sync(ALL_LANES, (u32)sum & 0x7ffffff), high = __reduce_add_sync(ALL_LANES, (u32)(sum >> 27));

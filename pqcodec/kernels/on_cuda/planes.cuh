@@ -12,15 +12,15 @@
 
 // Writes words of a run, and adds to the checksum's sum; ``at``: the first one's place in the block, of ``words`` words. WHOLE:
 // the run has as many as it can.
-template <int MOST, bool WHOLE>
+template <int MOST, bool WHOLE, typename Words>
 INLINE void write_run(const u8* tables, const i64* __restrict__ keys, const u32* run, int have, u32* payload, int at, int words,
-                      int lane, u64& sum) {
+                      int lane, Words& sum) {
     u32* to = payload + at + lane;
 #pragma unroll
     for (int i = 0; i < MOST; i += 32) {
         if (WHOLE && MOST % 32 == 0 || i + lane < (WHOLE ? MOST : have)) {
             const u32 word = run[i + lane];
-            sum += folded((u64)word * key_of(tables, keys, words, at + lane + i));
+            sum.add(word, key_of(tables, keys, words, at + lane + i));
             __stcs(to + i, word);
         }
     }
@@ -31,10 +31,12 @@ INLINE void write_planes(const u8* tables, const i64* __restrict__ keys, const u
                          int first_row, int lane, u64& sum) {
     const int tokens = block.tokens, words = block_bytes(tokens) / 4 - 1;
     u32* payload = block.payload;  // read once: stores might change it, for all that the compiler knows
+    WordSum<(SIGN_WORDS + INDEX_WORDS > 8 * 32)> words_sum(sum);
     write_run<SIGN_WORDS, WHOLE>(tables, keys, stage, rows * (ORDER / 32), payload, first_row * (ORDER / 32), words,
-                                 lane, sum);
+                                 lane, words_sum);
     write_run<INDEX_WORDS, WHOLE>(tables, keys, stage + SIGN_WORDS, rows * INDEX_BYTES / 4, payload,
-                                  tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, sum);
+                                  tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4, words, lane, words_sum);
+    sum = words_sum.folded();
 }
 
 // Writes the signs and indices of a tile of ``rows`` rows.

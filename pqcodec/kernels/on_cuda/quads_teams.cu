@@ -106,12 +106,12 @@ struct Step {
     // are so many at the least, ROOM at the most.
     template <int SURE, int ROOM>
     INLINE void sum_stretch(const u8* tables, const i64* __restrict__ keys, int which, int count, int thread, int block_words,
-                        u64& sum) const {
+                        WordSum<true>& sum) const {
 #pragma unroll
         for (int i = 0; i < ROOM; i += TEAM)
             if (i + TEAM <= SURE || i + thread < count)
-                sum += folded((u64)words[which][i + thread] *
-                              key_of(tables, keys, block_words, stretches[which].first / 4 + i + thread));
+                sum.add(words[which][i + thread],
+                        key_of(tables, keys, block_words, stretches[which].first / 4 + i + thread));
     }
 
     // The sum of a thread's words. ALL: the step has STEP rows, or is a whole block of CHUNK. ``last``: the block's checksum is
@@ -119,7 +119,7 @@ struct Step {
     template <bool ALL>
     INLINE u64 sum_up(const u8* tables, const i64* __restrict__ keys, int block_words, int thread, bool last) const {
         constexpr int ROOM = (place_of_stretch(1) - place_of_stretch(0)) / 4, WHOLE = block_bytes(CHUNK) / 4 - 1;
-        u64 sum = 0;
+        WordSum<true> sum;
         if (STRETCHES == 1) {
             sum_stretch<ALL ? WHOLE : 0, ALL ? WHOLE : ROOM>(tables, keys, 0, block_words, thread, block_words, sum);
         } else {
@@ -129,7 +129,7 @@ struct Step {
             sum_stretch<ALL ? INDICES : 0, INDICES>(tables, keys, STRETCHES / 2, indices, thread, block_words, sum);
             sum_stretch<0, TEAM>(tables, keys, STRETCHES - 1, rest, thread ^ 96, block_words, sum);
         }
-        return sum;
+        return sum.folded();
     }
 
     INLINE u64 sum(const u8* tables, const i64* __restrict__ keys, const Block& block, int first_row, int thread,

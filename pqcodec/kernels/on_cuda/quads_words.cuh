@@ -63,7 +63,7 @@ constexpr __device__ int words_at_once(int words) {
 // Adds words of a plane to the checksum's sum: WORDS of them, from the block's word ``first`` on.
 template <int WORDS>
 INLINE void sum_plane(const u8* tables, const i64* __restrict__ keys, const u32* plane, int first, int lane, int words,
-                      u64& sum) {
+                      WordSum<true>& sum) {
     constexpr int MANY = words_at_once(WORDS);
     struct alignas(4 * MANY) Words { u32 word[MANY]; };
 #pragma unroll
@@ -75,7 +75,7 @@ INLINE void sum_plane(const u8* tables, const i64* __restrict__ keys, const u32*
         const Words own = {key_of(tables, keys, words, first + place)};
 #endif
 #pragma unroll
-        for (int i = 0; i < MANY; i++) sum += folded((u64)read.word[i] * own.word[i]);
+        for (int i = 0; i < MANY; i++) sum.add(read.word[i], own.word[i]);
     }
 }
 
@@ -83,8 +83,10 @@ INLINE void sum_plane(const u8* tables, const i64* __restrict__ keys, const u32*
 INLINE void sum_tile(const u8* tables, const i64* __restrict__ keys, const u32* stage, const Block& block, int first_row,
                      int lane, int words, u64& sum) {
     const int indices = block.tokens * (ORDER / 32) + first_row * INDEX_BYTES / 4;
-    sum_plane<SIGN_WORDS>(tables, keys, stage, first_row * (ORDER / 32), lane, words, sum);
-    sum_plane<INDEX_WORDS>(tables, keys, stage + SIGN_WORDS, indices, lane, words, sum);
+    WordSum<true> words_sum(sum);
+    sum_plane<SIGN_WORDS>(tables, keys, stage, first_row * (ORDER / 32), lane, words, words_sum);
+    sum_plane<INDEX_WORDS>(tables, keys, stage + SIGN_WORDS, indices, lane, words, words_sum);
+    sum = words_sum.folded();
 }
 
 // Adds what lies behind the two planes: radii, base and zeros.
