@@ -34,6 +34,10 @@ INLINE int not_ahead(int lane) {
     return lane;
 }
 
+// The first lane's number, of which the compiler knows then that it is one for all lanes.
+INLINE u32 of_first_lane(u32 x) { return __shfl_sync(ALL_LANES, x, 0); }
+INLINE i64 of_first_lane(i64 x) { return (i64)of_first_lane((u32)(x >> 32)) << 32 | of_first_lane((u32)x); }
+
 // A lane's number, by way of shared memory at ``place``: the compiler may not find it anew, which takes longer than a look-up.
 INLINE int kept_lane(void* place) {
     u32 lane = threadIdx.x & 31, address = (u32)__cvta_generic_to_shared(place) + 4 * lane;

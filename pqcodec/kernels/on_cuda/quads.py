@@ -22,7 +22,7 @@ from pqcodec.kernels.on_cuda.compiled import (
     run_bytes,
     warp_memory,
 )
-from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, in_pieces, run_tables, shared_tables
+from pqcodec.kernels.on_cuda.tables import blob_of, channel_order, in_bricks, in_pieces, run_pieces, run_tables, shared_tables
 from pqcodec.stream.header import Header
 
 BEST_ORDERS = (32, 64, 96, 128, 160, 192, 224, 256)  # that are encoded with every effort
@@ -106,6 +106,8 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
     matrix, pieces, all_parts = _matrix(h), h.order // 32, range(1, MOST_PARTS + 1) if large else (1,)
     all_slots: tuple[int, ...] = LARGE_SLOTS if large else TURNED_SLOTS if h.offsets else SLOTS
     negatives = not large and quads_index_bits(h.order, h.row_bits) <= NEGATIVES_BITS
+    if in_pieces(h):
+        matrix = matrix.reshape(pieces, -1, *matrix.shape[1:])[_by_turns(h)].reshape(matrix.shape)
     tried = product(all_parts, all_slots, (each for each in COPIES if each >= least))
     for parts, slots, copies in tried:
         if pieces % parts:
@@ -116,14 +118,27 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
         beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
             places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD, "COURIERS": couriers}
+            places["JOINT"] = _joint(h, pieces // parts, large)
             if large:
-                joint = next(each for each in JOINT if pieces // parts % each == 0)
                 pool = REGISTERS // threads // 8 * 8 * threads // TEAM  # of one thread of each team, and of the couriers
-                places |= {"JOINT": joint, "COURIER_REGISTERS": COURIER_REGISTERS, "NEIGHBOURS": int(index_bytes(h) % 32 == 16)}
+                places |= {"COURIER_REGISTERS": COURIER_REGISTERS, "NEIGHBOURS": int(index_bytes(h) % 32 == 16)}
                 places |= {"TEAM_REGISTERS": (pool - COURIER_REGISTERS) // teams // 8 * 8}
             size = tables + beside
             return Layout(threads, 0, not large, True, blob, places, size, parts, TEAM // 32, couriers)
     return None
+
+
+def _by_turns(h: Header) -> list[int]:
+    """Pieces, those that turn alike side by side."""
+    apart = run_pieces(h)
+    return [*(i // 2 + i % 2 * apart for i in range(2 * apart)), *range(2 * apart, h.order // 32)]
+
+
+def _joint(h: Header, pieces: int, large: bool) -> int:
+    """How many of so many pieces one product makes."""
+    if h.offsets:
+        return 2 if in_pieces(h) else 1
+    return next(each for each in JOINT if pieces % each == 0 and (large or each < 3))
 
 
 def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:

@@ -79,7 +79,9 @@ INLINE void quads_of(const u8* tables, const Words& coded, int lane, int row, in
     const u32 signs = coded.signs[row * (ORDER / 32) + group + (first >> 3)] >> (first & 7);
     u32 words[(RUN * INDEX_BITS + 31) / 32];
     index_words<RUN * INDEX_BITS>(coded.indices, row * (8 * INDEX_BYTES) + (8 * group + first) * INDEX_BITS, words);
-    const u32 own = (lane & (COPIES - 1)) * POINT_BYTES;  // the lane's copy of a point
+    u32 rest = lane / COPIES;  // subtracted: of a mask, the compiler makes one more for each index
+    asm("" : "+r"(rest));
+    const u32 own = (lane - rest * COPIES) * POINT_BYTES;  // the lane's copy of a point
 #pragma unroll
     for (int quad = 0; quad < RUN; quad++) {
         constexpr u32 mask = (1u << INDEX_BITS) - 1;
@@ -366,14 +368,15 @@ INLINE void decode_pieces(const u8* tables, const u32 (*operands)[GROUPS][4], co
     }
 }
 
-#if JOINT > 1
+#if JOINT > 1 && !OFFSETS
 // All pieces of a thread block, JOINT at once: while four warps finish them, tensor cores multiply for others.
 INLINE void decode_joint(const u8* tables, const u32 (*operands)[GROUPS][4], const LaneRows& rows, bool ordinary, int quarter,
                          int part) {
 #pragma unroll 1
     for (int piece = 0; piece < OWN_PIECES; piece += JOINT) {
         Sums sums[JOINT];
-        multiply_joint(tables, operands[0], piece, sums[0][0]);
+        begin_joint(tables, operands[0], piece, sums[0][0]);
+        wait_for_joint(sums[0][0]);
         finish_pieces<JOINT, 1>(tables, rows, ordinary, quarter, part * OWN_PIECES + piece, sums);
     }
 }
@@ -384,17 +387,23 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
 #pragma unroll(UNROLLED)
     for (int piece = 0; piece < APART; piece++) {
         Sums sums[2];
-        begin_pieces<2>(tables, operands, piece, APART, sums);
 #if RUN_PRODUCTS
         const RunColumns columns(rows.columns, piece);  // on their way while tensor cores multiply
+#endif
+#if JOINT > 1
+        begin_joint(tables, operands[0], 2 * piece, sums[0][0]);
+        wait_for_joint(sums[0][0]);
+#else
+        begin_pieces<2>(tables, operands, piece, APART, sums);
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
+#endif
+#if RUN_PRODUCTS
         finish_turned(rows, ordinary, columns, piece, sums);
 #else
-        WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
         finish_pieces<2>(tables, rows, ordinary, quarter, piece, sums);
 #endif
     }
-#if JOINT > 1
+#if JOINT > 1 && !OFFSETS
     decode_joint(tables, operands, rows, ordinary, quarter, part);
 #else
     decode_pieces(tables, operands, rows, ordinary, quarter, part);

@@ -90,17 +90,17 @@ INLINE void wait_for_bulk() {
     __syncwarp();
 }
 
-// Gives ``bytes`` in shared memory to the engine, to be stored at an address. EVICTED_FIRST: as by __stcs.
-INLINE void give_to_bulk(const u8* from, i64 to, int bytes) {
+// Gives ``bytes`` from an address of shared memory on to the engine, to be stored at another. EVICTED_FIRST: as by __stcs.
+INLINE void give_to_bulk(u32 from, i64 to, int bytes) {
 #ifdef EVICTED_FIRST
     asm volatile(
         "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
         " cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, policy;}" ::"l"(to),
-        "r"((u32)__cvta_generic_to_shared(from)), "r"(bytes)
+        "r"(from), "r"(bytes)
         : "memory");
 #else
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                 "r"((u32)__cvta_generic_to_shared(from)), "r"(bytes)
+                 "r"(from), "r"(bytes)
                  : "memory");
 #endif
 }
@@ -110,15 +110,20 @@ INLINE void give_to_bulk(const u8* from, i64 to, int bytes) {
 INLINE void store_bulk(const u8* rows_out, const Block& block, int first_row, int lane) {
     const int from = max(first_row, block.first), to = min(first_row + ROWS, block.last), stride = block.row_stride;
     const i64 rows = block.rows;  // all of this is loaded before the fence, for the block may be in shared memory
+    const u32 address = (u32)__cvta_generic_to_shared(rows_out);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (OUT_BYTES == ORDER * ITEM && stride == OUT_BYTES) {
-        if (lane == 0 && from < to)
-            give_to_bulk(rows_out + (from - first_row) * OUT_BYTES, rows + (i64)from * OUT_BYTES, (to - from) * OUT_BYTES);
+        if (from < to) {
+            const u32 first = of_first_lane(address + (from - first_row) * OUT_BYTES);
+            const int bytes = of_first_lane((u32)((to - from) * OUT_BYTES));
+            const i64 there = of_first_lane(rows + (i64)from * OUT_BYTES);
+            if (lane == 0) give_to_bulk(first, there, bytes);
+        }
     } else {
         const int row = first_row + lane;
         if (lane < ROWS && row >= from && row < to)
-            give_to_bulk(rows_out + lane * OUT_BYTES, rows + (i64)row * stride, ORDER * ITEM);
+            give_to_bulk(address + lane * OUT_BYTES, rows + (i64)row * stride, ORDER * ITEM);
     }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
