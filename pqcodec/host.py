@@ -89,7 +89,7 @@ def encode(
     payload = np.frombuffer(stream.getbuffer(), np.uint8)[header.payload_start :]
     found = (payload, seen.bad, options.effort, _counter(header, progress))
     kernel.encode(EncodeJob(header.inner or header, seen.values, seen.offsets, *found, seen.positions))
-    del payload  # the stream gives its buffer away uncopied only when nobody else holds it
+    del payload, found  # the stream gives its buffer away uncopied only when nobody else holds it
     if options.nonfinite == "error" and bad.any():
         raise NonFiniteInput(_name_place(values, header, bad, positions))
     return header, stream.getvalue()
