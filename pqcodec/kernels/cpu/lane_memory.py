@@ -76,15 +76,21 @@ def load_wide(typingctx, array, index):  # type: ignore[no-untyped-def]
     return lanes(array, types.int64), emit
 
 
-@intrinsic
-def spread(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """Eight times float32 array[index]."""
+def _spreading(lanes: Any) -> Any:
+    """An intrinsic that puts float32 array[index] into all of these lanes."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        one = builder.load(_pointer(context, builder, signature.args[0], *args))
-        return splat(builder, one, vector_of("float"))
+    @intrinsic
+    def apply(typingctx, array, index):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            one = builder.load(_pointer(context, builder, signature.args[0], *args))
+            return splat(builder, one, vector_of(lanes.kind))
 
-    return FLOAT(array, types.int64), emit
+        return lanes(array, types.int64), emit
+
+    return apply
+
+
+spread, spread_wide = _spreading(FLOAT), _spreading(WIDE)
 
 
 @intrinsic

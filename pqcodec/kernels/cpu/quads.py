@@ -22,6 +22,7 @@ from pqcodec.kernels.cpu.lane_memory import (
     set_word_at,
     side_by_side,
     signed_sums,
+    spread_wide,
     store,
     sums_and_differences,
     words_of_rows,
@@ -265,8 +266,8 @@ def better_of(best, score, other, number):
 def best_of_one(best, a, b, listed, first, last):
     """``better_of`` over representatives with one magnitude."""
     for i in range(6 * first, 6 * last, 6):
-        x, half = wides(listed[i]), wides(listed[i + 4])
-        best = better_of(best, fused(a, x, half), fused(b, x, half), wides(listed[i + 5]))
+        x, half = spread_wide(listed, i), spread_wide(listed, i + 4)
+        best = better_of(best, fused(a, x, half), fused(b, x, half), spread_wide(listed, i + 5))
     return best
 
 
@@ -274,9 +275,9 @@ def best_of_one(best, a, b, listed, first, last):
 def best_of_two(best, a, b, c, d, listed, first, last):
     """The same with two magnitudes."""
     for i in range(6 * first, 6 * last, 6):
-        x, y, half = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 4])
+        x, y, half = spread_wide(listed, i), spread_wide(listed, i + 1), spread_wide(listed, i + 4)
         score, other = fused(a, x, fused(b, y, half)), fused(c, x, fused(d, y, half))
-        best = better_of(best, score, other, wides(listed[i + 5]))
+        best = better_of(best, score, other, spread_wide(listed, i + 5))
     return best
 
 
@@ -284,9 +285,10 @@ def best_of_two(best, a, b, c, d, listed, first, last):
 def best_of_three(best, a, b, c, d, e, f, listed, first, last):
     """The same with three magnitudes."""
     for i in range(6 * first, 6 * last, 6):
-        x, y, z, half = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 2]), wides(listed[i + 4])
+        x, y, z = spread_wide(listed, i), spread_wide(listed, i + 1), spread_wide(listed, i + 2)
+        half = spread_wide(listed, i + 4)
         score, other = fused(a, x, fused(b, y, fused(c, z, half))), fused(d, x, fused(e, y, fused(f, z, half)))
-        best = better_of(best, score, other, wides(listed[i + 5]))
+        best = better_of(best, score, other, spread_wide(listed, i + 5))
     return best
 
 
@@ -294,11 +296,11 @@ def best_of_three(best, a, b, c, d, e, f, listed, first, last):
 def best_of_four(best, a, b, c, d, e, f, g, h, listed, first, last):
     """The same with four magnitudes."""
     for i in range(6 * first, 6 * last, 6):
-        x, y, z, w = wides(listed[i]), wides(listed[i + 1]), wides(listed[i + 2]), wides(listed[i + 3])
-        half = wides(listed[i + 4])
+        x, y, z, w = spread_wide(listed, i), spread_wide(listed, i + 1), spread_wide(listed, i + 2), spread_wide(listed, i + 3)
+        half = spread_wide(listed, i + 4)
         score = fused(a, x, fused(b, y, fused(c, z, fused(d, w, half))))
         other = fused(e, x, fused(f, y, fused(g, z, fused(h, w, half))))
-        best = better_of(best, score, other, wides(listed[i + 5]))
+        best = better_of(best, score, other, spread_wide(listed, i + 5))
     return best
 
 
