@@ -55,8 +55,8 @@ class CudaOnCpu(backend.Cuda):
     def _launch(self, kernel: Any, group: Group) -> None:
         found = kernel.layout
         grid = backend.thread_blocks(found, group, self.processors)
-        given = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
-        self._run(kernel, grid, found.threads, found.shared_bytes, (*given, group.blocks, group.search))
+        given = backend.arguments(kernel, group)
+        self._run(kernel, grid, found.threads, found.shared_bytes, given, given[8:])
         self.launches += 1
 
     def _sums_kernel(self, kind: SumsKind, group: Group) -> SumsKernel:
@@ -69,11 +69,13 @@ class CudaOnCpu(backend.Cuda):
         self._run(kernel, kernel.grid(group), kernel.kind.threads, 0, kernel.arguments(group))
         self.summed += 1
 
-    def _run(self, kernel: Any, grid: int, threads: int, shared_bytes: int, arguments: Sequence[Any]) -> None:
-        """Launch a kernel, which may write its fourth argument and ``memory``."""
+    def _run(
+        self, kernel: Any, grid: int, threads: int, shared_bytes: int, arguments: Sequence[Any], others: Sequence[Any] = ()
+    ) -> None:
+        """Launch a kernel, which may write its fourth argument, ``others`` and ``memory``."""
         tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
         values = [x.data_ptr() if isinstance(x, torch.Tensor) else int(x) for x in arguments]
-        written = (arguments[3], *self.memory)
+        written = (arguments[3], *others, *self.memory)
         ranges = [
             (x.data_ptr(), x.data_ptr() + _extent(x), any(x is each for each in written)) for x in (*tensors, *self.memory)
         ]

@@ -155,6 +155,11 @@ template <class T, int N> ON void store_local(u64 at, const T* given) { memcpy((
 template <class T, int N> ON void store_shared(u64 at, const T* given) {
     memcpy(shared_bytes(at, sizeof(T) * N, sizeof(T) * N), given, sizeof(T) * N);
 }
+ON u32 atom_global_add_u32(u64 at, u32 more) {
+    u32 before, *to = (u32*)global_bytes(at, 4, 4, true);
+    before = *to, *to += more;
+    return before;
+}
 ON void red_shared_or_b32(u64 at, u32 bits) {
     u32 now;
     load_shared<u32, 1>(at, &now);

@@ -222,7 +222,7 @@ class _Translation:
     def _plain(self, parts: list[str], operands: list[str]) -> str | None:
         """Whole numbers by an operator of C++."""
         kind = parts[-1]
-        if kind.startswith(("f", "bf")) or "x2" in kind or parts[0] in ("bar", "cp", "red"):
+        if kind.startswith(("f", "bf")) or "x2" in kind or parts[0] in ("atom", "bar", "cp", "red"):
             return None
         signed = _SIGNED.get(kind, kind)
         values = [f"({signed}){self._value(each)}" for each in operands[1:]]
@@ -240,7 +240,8 @@ class _Translation:
         if "cc" in parts or parts[0] == "addc":  # of numbers of many words
             a, b, c, *_ = (f"(u64)(u32){self._value(each)}" for each in (*operands[1:], operands[-1]))
             found = {"lo": f"(u32)({a} * {b}) + {c}", "hi": f"({a} * {b} >> 32) + {c}"}.get(parts[1], f"{a} + {b}")
-            return f"{{ const u64 found = {found}{' + carry' * parts[0].endswith('c')}; {to} = (u32)found; carry = found >> 32; }}"
+            found += " + carry" * parts[0].endswith("c")
+            return f"{{ const u64 found = {found}; {to} = (u32)found; carry = found >> 32; }}"
         if parts[0] == "mad" and parts[1] == "lo" and kind in ("s32", "u32", "s64", "u64"):
             a, b, c = (f"({_SIZES[kind]}){self._value(each)}" for each in operands[1:])
             return f"{to} = {a} * {b} + {c};"

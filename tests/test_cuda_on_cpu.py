@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 from cuda_on_cpu import CAPABILITIES, CudaOnCpu  # which needs them
 
-from pqcodec.kernels.on_cuda import backend, token_sums
+from pqcodec.kernels.on_cuda import backend, quads, token_sums
 from pqcodec.kernels.on_cuda.tables import in_halves
 
 pytestmark = [
@@ -231,6 +231,25 @@ def test_many_blocks_one_after_the_other(machine: CudaOnCpu, rows: int, kind: Ki
     for machine.seed in range(2):
         assert encoded(machine, x, preset, **options) == expected
         np.testing.assert_array_equal(bits(decoded(machine, expected)), rest)
+
+
+@pytest.mark.parametrize(("rows", "kind"), ROUNDS, ids=str)
+def test_teams_claim_each_block_once_whatever_was_launched_before(
+    machine: CudaOnCpu, monkeypatch: pytest.MonkeyPatch, rows: int, kind: Kind
+) -> None:
+    monkeypatch.setattr(backend, "LAUNCHES", 1)
+    monkeypatch.setattr(quads, "CLAIMED", 2)
+    machine.processors = 2
+    x = tensor(kind, 27 * rows)
+    data = pqcodec.encode(x, preset=kind[1], backend="cpu", **kind[3])
+    batch = DecodeBatch([stream := skewed(data, 12)], backend="cuda")
+    machine.memory = [stream, *batch.outs]
+    for _ in range(3):
+        batch.outs[0].fill_(float("nan"))
+        (found,) = batch.run()
+        batch.check()
+        np.testing.assert_array_equal(bits(found), bits(pqcodec.decode(data, backend="cpu")))
+        assert not next(backend._claims(batch.groups[0])).any()
 
 
 HALVES: list[Kind] = [SOME[1], (576, "quad3", "bfloat16", {})]  # whose rows are multiplied as float16, and so are their sums

@@ -833,6 +833,34 @@ def test_tensors_of_more_than_2_to_the_31_elements(gpu_backend: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize(
+    ("head_dim", "preset", "options"),
+    [
+        *((head_dim, "quad2.5", {}) for head_dim in (96, 128, 192, 576)),
+        (128, "quad3.5", {"chunk_tokens": 256}),
+        *((head_dim, "quad3", {"center": "rope", "rope": Rope(), "exact_tokens": 4}) for head_dim in (64, 96, 128, 576)),
+    ],
+    ids=str,
+)
+def test_very_many_blocks_are_decoded_as_few_are(head_dim: int, preset: str, options: dict[str, Any]) -> None:
+    """Each multiprocessor has many, one after another, and claims the last ones; also where a graph is replayed."""
+    leads, tokens, few = 32, 1 << 15, 1 << 11
+    x = torch.empty(leads, tokens, head_dim, dtype=torch.bfloat16, device=DEVICE).normal_()
+    (stream,) = EncodeBatch([x], preset=preset, backend="cuda", **options).run()
+    ranges = [(first, first + few) for first in range(0, tokens, few)]
+    expected = torch.cat([DecodeBatch([stream], tokens=each, backend="cuda").run()[0] for each in ranges], 1)
+    batch = DecodeBatch([stream], outs=[x], backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch.run()
+    for work in (batch.run, graph.replay) * 3:
+        x.fill_(float("nan"))
+        work()
+        batch.check()
+        assert torch.equal(x.view(torch.int16), expected.view(torch.int16))
+
+
+@needs_cuda
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_the_gpu_backends_agree_with_one_another(head_dim: int, dtype: torch.dtype) -> None:

@@ -120,16 +120,16 @@ class Group:
         self.blocks = sum(span.blocks for span in spans)
         self.leads = sum(span.side_leads for span in spans)
         self.search = (len(spans) - 1).bit_length()
-        self.rows = self._put(rows)
-        self.starts = self._put(np.concatenate([span.starts for span in spans]).astype(np.int64))
-        self.block_firsts = self._put(self._firsts([span.blocks for span in spans]))
-        self.lead_firsts = self._put(self._firsts([span.side_leads for span in spans]))
+        self.rows = self.put(rows)
+        self.starts = self.put(np.concatenate([span.starts for span in spans]).astype(np.int64))
+        self.block_firsts = self.put(self._firsts([span.blocks for span in spans]))
+        self.lead_firsts = self.put(self._firsts([span.side_leads for span in spans]))
         words = max(self._words(span.header) for span in spans)
-        self.keys = self._put(checksum_keys(words + 1).astype(np.int64))
+        self.keys = self.put(checksum_keys(words + 1).astype(np.int64))
         self.tables = tables_on(str(self.device), self.header.coding, *self._table_key())
         self._found: dict[str, Any] = {}
         wanted = any(span.tokens[0] < span.tokens[1] for span in spans)  # a stream is checked without its shared table
-        self.levels = self._put(np.array([*(self.header.levels if wanted else ()), 0], np.float32))
+        self.levels = self.put(np.array([*(self.header.levels if wanted else ()), 0], np.float32))
 
     def _table_key(self) -> tuple[Any, ...]:
         h = self.header
@@ -148,7 +148,8 @@ class Group:
         firsts[: len(counts)] = np.cumsum([0, *counts[:-1]])
         return firsts
 
-    def _put(self, array: np.ndarray) -> Any:
+    def put(self, array: np.ndarray) -> Any:
+        """The array as a tensor on the group's device."""
         import torch
 
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -9,8 +9,10 @@ group as well. A kernel is compiled once a process for each kind of stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from pqcodec.stream.header import Header
 FEW = 8  # blocks for each multiprocessor, up to which large tables do not pay
 SPREAD = 4  # blocks that a multiprocessor is given before the next one is used: four warps multiply together
 MOST_TOKENS = 512  # of a block of quads that is encoded: a warp keeps its radii
+LAUNCHES = 8  # of one group that may run at the same time; each has a line of 128 bytes to count in
 _ALIGNED = 16  # bytes of a load; addresses of rows are multiples
 
 
@@ -161,6 +164,23 @@ def thread_blocks(found: Layout, group: Group, processors: int) -> int:
     return grid * found.parts
 
 
+def arguments(kernel: Kernel, group: Group) -> tuple[Any, ...]:
+    """What a launch gets."""
+    tensors = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
+    numbers = (np.int64(group.blocks), np.int32(group.search))
+    return (*tensors, *numbers, *((next(_claims(group)),) if kernel.layout.couriers else ()))
+
+
+def _claims(group: Group) -> Iterator[Any]:
+    """Where teams of a launch count the blocks that they claim, int32 [2] zeros, of each launch in turn."""
+
+    def make() -> Iterator[Any]:
+        return cycle(group.put(np.zeros((LAUNCHES, 32), np.int32)))
+
+    found: Iterator[Any] = group.once("claims", make)
+    return found
+
+
 class Cuda:
     """NVIDIA GPUs. Most of side sections, and groups that no kernel of its own takes, go to a Triton backend."""
 
@@ -189,6 +209,8 @@ class Cuda:
         self._once(verb, group)
         if verb == "encode":
             self._once_sums(group)
+        else:
+            _claims(group)
 
     def encode(self, group: Group) -> None:
         """Encode every block of a group; ``group.block_flags`` counts each block's vectors with NaN or Inf."""
@@ -240,10 +262,8 @@ class Cuda:
     def _launch(kernel: Kernel, group: Group) -> None:
         if not group.blocks:
             return
-        tensors = (group.rows, group.block_firsts, group.starts, group.block_flags, group.keys, kernel.blob)
-        numbers = (np.int64(group.blocks), np.int32(group.search))
         grid, found = thread_blocks(kernel.layout, group, _device(str(group.device))[2]), kernel.layout
-        launch(kernel.function, grid, found.threads, found.shared_bytes, group.device, (*tensors, *numbers))
+        launch(kernel.function, grid, found.threads, found.shared_bytes, group.device, arguments(kernel, group))
 
     @staticmethod
     def _sums_kernel(kind: SumsKind, group: Group) -> SumsKernel:

@@ -46,15 +46,3 @@ INLINE void wait_until_complete(u32 barrier, u32 parity) {
         "r"(parity)
         : "memory");
 }
-
-// Writes a number that another warp waits for, behind all that this thread has written and seen.
-INLINE void tell(u32* place, u32 number) {
-    asm volatile("fence.acq_rel.cta;" ::: "memory");
-    *reinterpret_cast<volatile u32*>(place) = number;
-}
-
-INLINE u32 told(const u32* place) {
-    const u32 number = *reinterpret_cast<const volatile u32*>(place);
-    asm volatile("fence.acq_rel.cta;" ::: "memory");
-    return number;
-}

@@ -66,7 +66,7 @@ FETCHED_ORDER = 64  # of which tiles of sixteen rows come by way of shared memor
 EARLY_BITS = {32: 10, 96: 10, 128: 8, 160: 10}  # or into registers, of tables of so many bits at the most
 AHEAD = 4  # blocks that a kernel of quads finds at once, one a lane; others find one with all lanes
 RUN_PIECE = 304  # bytes of the turned means of a piece, and of that with the same turns if any, as operands of products
-BEHIND_RUN = 16  # bytes behind a run's means: their unit, and for teams the largest magnitude
+BEHIND_RUN = 16  # bytes behind a run's means: their unit, and what teams need besides
 MANY_COPIES, FEWER = 8, 4  # copies of tables that are enough with turns of runs; how many times less pay for these
 UPCOMING_BYTES = 64  # of shared memory for a warp's next block
 # Least factor of a decoded row (a number is a whole number times it) with which none of its numbers but 0 rounds to 0.

@@ -43,6 +43,7 @@ MOST_PARTS = 4  # of a matrix that is divided among thread blocks
 TEAMS = {96: (5, 8), 128: (5, 8), 160: (4, 16), 192: (4, 16), **dict.fromkeys(LARGE_ORDERS, (3, 8))}
 TURNED_TEAMS = {64: (4, 8), 96: (4, 8), 128: (4, 8)}  # the same of keys that turn run by run
 TEAM, STEP = 128, 64  # threads, and rows that a team takes at a time
+CLAIMED = 16  # rounds of blocks of all teams, from which on the last half of them are claimed; where thread blocks share none
 LEAST_USED = 0.75  # of the rows that a team takes in all steps of a block
 SLOTS, LARGE_SLOTS, TURNED_SLOTS = (4, 3), (1,), (3,)  # of a team, the most that fit: for words of this step and later ones
 # Warps behind the teams: the courier; beside it those that leave their registers, or that turn means.
@@ -118,7 +119,7 @@ def _teams_layout(h: Header, limit: int) -> Layout | None:
         beside = teams * memory["TEAM_BYTES"]
         if tables + beside <= limit:
             places |= memory | {"BLOB_BYTES": tables, "ROWS": 16, "AHEAD": AHEAD, "COURIERS": couriers}
-            places["JOINT"] = _joint(h, pieces // parts, large)
+            places |= {"JOINT": _joint(h, pieces // parts, large), "CLAIMED": CLAIMED if parts == 1 else 0}
             if large:
                 pool = REGISTERS // threads // 8 * 8 * threads // TEAM  # of one thread of each team, and of the couriers
                 places |= {"COURIER_REGISTERS": COURIER_REGISTERS, "NEIGHBOURS": int(index_bytes(h) % 32 == 16)}
@@ -155,10 +156,10 @@ def _team_memory(h: Header, slots: int, bulk: bool) -> dict[str, int]:
         slot = radii_at + _round(STEP + h.blocks.beside + h.blocks.align, SLACK) + SLACK
     barriers_at = slots * slot
     sent_at = barriers_at + slots * 2 * 8 + 8  # behind a barrier for the tables
-    sums_at = sent_at + 8
+    sums_at = sent_at + slots * 8 * h.offsets
     places_at = sums_at + slots * TEAM // 32 * 8
     places = 1 << (slots + AHEAD).bit_length()  # of blocks in slots, of one whose rows are still stored, and of those ahead
-    runs_at = places_at + places * UPCOMING_BYTES
+    runs_at = _round(places_at + places * UPCOMING_BYTES, SLACK)
     run = run_bytes(h, products=True)
     rows_at = _round(runs_at + (slots + 1) * run, LINE)  # one more is used than there are slots
     return {

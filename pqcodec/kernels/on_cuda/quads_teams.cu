@@ -18,10 +18,11 @@
 // Needs AHEAD (blocks of a team that are looked for at once), the sizes of shared memory (BLOB_BYTES, and TEAM_BYTES of each
 // team: SLOTS slots of SLOT_BYTES, in which indices and radii have stretches from INDICES_AT and RADII_AT on; then two
 // barriers of each slot from BARRIERS_AT on, and one more; the sums of four warps' words of each slot from SUMS_AT on, where
-// PLACES blocks lie from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on; with OFFSETS the number of steps
-// that were sent for at SENT_AT, and SLOTS + 1 runs of RUN_BYTES from RUNS_AT on), COURIERS (warps behind the teams; with
+// PLACES blocks lie from PLACES_AT on, and with BULK each warp's decoded rows from ROWS_AT on; with OFFSETS one more barrier
+// of each slot from SENT_AT on, and SLOTS + 1 runs of RUN_BYTES from RUNS_AT on), COURIERS (warps behind the teams; with
 // OFFSETS a turner for each two teams; four where registers change hands, so that a thread has TEAM_REGISTERS or
-// COURIER_REGISTERS), and what the other files need. OFFSETS needs IN_RUNS and RUN_PRODUCTS.
+// COURIER_REGISTERS), CLAIMED (rounds of blocks from which on some are claimed; 0 if none are, as with PARTS), and what the other
+// files need. OFFSETS needs IN_RUNS and RUN_PRODUCTS.
 
 #define INDICES_BEHIND 0
 #define EVEN 0  // as words begin at any
@@ -35,6 +36,7 @@
 #define TEAM 128                                  // threads
 #define TEAMS ((THREADS - 32 * COURIERS) / TEAM)  // behind which the courier comes
 #define STEP 64                                   // rows
+#define ONE_BY_ONE 8                              // rounds before the last, from which on blocks are claimed one by one
 #define TURNERS (TEAMS / 2)                       // where there are offsets: warps behind the courier, of two teams each
 #define STRETCHES (CHUNK <= STEP ? 1 : 3)         // of a step's words
 
@@ -144,29 +146,40 @@ struct Step {
 };
 
 // -- teams ----------------------------------------------------------------------------------------------------------
+// Where a block lies, and its number among all; one without tokens stands behind a team's last.
+struct Place {
+    Block block;
+    u32 index;
+};
+static_assert(sizeof(Place) <= UPCOMING_BYTES);
+
 // What a team has in shared memory, and which blocks are its own: neighbouring teams take neighbouring blocks, round by round;
-// but in a last round that is not for all teams, blocks are dealt to thread blocks in turn.
+// but in a last round that is not for all teams, blocks are dealt to thread blocks in turn. With CLAIMED rounds only half of them
+// are dealt: of the blocks behind these a team claims some when it has used its own, for not all multiprocessors are as quick.
 struct Team {
     u8* shelf;
     u32 address;  // of the shelf
     u32 team, thread_block, thread_blocks, all, whole, blocks;  // of those PARTS that decode the same rows, one counts
+    u32 dealt;    // rounds
 
     INLINE Team(u8* tables, int team, i64 blocks)
         : shelf(tables + BLOB_BYTES + team * TEAM_BYTES), address((u32)__cvta_generic_to_shared(shelf)), team(team),
           thread_block(blockIdx.x / PARTS), thread_blocks(gridDim.x / PARTS), all(thread_blocks * TEAMS),
-          whole((u32)blocks / all), blocks((u32)blocks) {}
+          whole((u32)blocks / all), blocks((u32)blocks),
+          dealt(CLAIMED && whole >= CLAIMED ? whole / 2 / AHEAD * AHEAD : ~0u) {}
     INLINE u32 block(u32 round) const {
         return round * all + (round < whole ? thread_block * TEAMS + team : team * thread_blocks + thread_block);
     }
     // Whether this thread block finds the checksum of the round's block.
     INLINE bool sums_up(u32 round) const { return PARTS == 1 || (round + team) % PARTS == blockIdx.x % PARTS; }
-    INLINE bool has(u32 round) const { return block(round) < blocks; }
-    INLINE Block& place(u32 round) const { return reinterpret_cast<Block*>(shelf + PLACES_AT)[round % PLACES]; }
+    INLINE Place& place(u32 round) const {
+        return *reinterpret_cast<Place*>(shelf + PLACES_AT + round % PLACES * UPCOMING_BYTES);
+    }
     INLINE u32 slot(u32 turn) const { return address + turn * SLOT_BYTES; }
     INLINE u32 full(u32 turn) const { return address + BARRIERS_AT + turn * 16; }
     INLINE u32 free(u32 turn) const { return full(turn) + 8; }
-    INLINE u8* run(u32 turn) const { return shelf + RUNS_AT + turn * RUN_BYTES; }  // behind its unit the largest mean
-    INLINE u32* sent() const { return reinterpret_cast<u32*>(shelf + SENT_AT); }  // how many steps, for turners
+    INLINE u8* run(u32 turn) const { return shelf + RUNS_AT + turn * RUN_BYTES; }
+    INLINE u32 sent(u32 turn) const { return address + SENT_AT + turn * 8; }  // that a step is sent for, for turners
     INLINE u32 tables() const { return full(SLOTS); }  // the first team's barrier: that tables have come
     INLINE u64* sums(u32 turn) const { return reinterpret_cast<u64*>(shelf + SUMS_AT) + turn * 4; }
 };
@@ -193,7 +206,8 @@ struct Courier {
     const bool works;
     Cursor sent, done;
     u32 found = 0, steps = 0;  // rounds whose places are known; steps that are sent for and not done
-    u32 all_sent = 0;          // steps, for turners
+    u32 claimed = 0;           // blocks behind those that are dealt, by all teams, when the team last claimed some
+    bool ended = false;        // the team's last block is sent for
     u64 sum = 0;               // of the words of the block's steps that are done
 
     INLINE Courier(u8* tables, i64 blocks)
@@ -203,9 +217,9 @@ struct Courier {
         for (int turn = 0; works && turn < SLOTS; turn++) {
             prepare_barrier(team.full(turn), 1 + OFFSETS);
             prepare_barrier(team.free(turn), TEAM / 32);
+            if (OFFSETS) prepare_barrier(team.sent(turn), 1);
         }
         if (lane == 0) prepare_barrier(team.tables(), 1);
-        if (OFFSETS && works) *team.sent() = 0;
         barriers_are_prepared();
     }
 
@@ -219,51 +233,81 @@ struct Courier {
         send_for_bytes(to + MATRIX_AT, from + MATRIX_AT + blockIdx.x % PARTS * PART_BYTES, PART_BYTES, team.tables());
     }
 
-    INLINE bool has_more() const { return works && (steps || team.has(sent.round)); }
+    INLINE bool has_more() const { return works && (steps || !ended); }
 
     // Finds the next places of teams that have used theirs, each by one lane. They take the room of those at which no warp
     // looks any more: of the last blocks that were sent for SLOTS may wait, and warps may still store rows of the one before.
-    INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search) {
+    INLINE void find(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search, u32* claims) {
         static_assert(TEAMS * AHEAD <= 32 && SLOTS + 1 + AHEAD <= PLACES, "a lane for each, and room for those in use");
-        const u32 needed = __ballot_sync(ALL_LANES, works && sent.round == found && team.has(found));
+        const bool needs = works && !ended && sent.round == found;
+        const u32 needed = __ballot_sync(ALL_LANES, needs);
         if (!needed) return;
         const int which = min(lane / AHEAD, TEAMS - 1);
         const Team its(tables, which, team.blocks);
         const u32 round = __shfl_sync(ALL_LANES, found, which) + lane % AHEAD;
-        if (lane < TEAMS * AHEAD && needed >> which & 1 && its.has(round))
-            its.place(round) = find_own_block(spans, firsts, starts, search, its.block(round));
-        if (needed >> lane & 1) found += AHEAD;
+        u32 index = its.block(round), many = AHEAD;
+#if CLAIMED
+        if (needs && found >= team.dealt) {
+            if (team.all * (team.dealt + ONE_BY_ONE) + claimed > team.blocks) many = 1;
+            claimed = atomicAdd(claims, many);
+        }
+        const u32 first = __shfl_sync(ALL_LANES, claimed, which);
+        if (round >= its.dealt) index = its.all * its.dealt + first + lane % AHEAD;
+#endif
+        const bool wanted = lane % AHEAD < __shfl_sync(ALL_LANES, many, which);
+        if (lane < TEAMS * AHEAD && needed >> which & 1 && wanted) {
+            Place& place = its.place(round);
+            if (index < its.blocks) place.block = find_own_block(spans, firsts, starts, search, index);
+            else place.block.tokens = 0;
+            place.index = index;
+        }
+        if (needs) found += many;
         __syncwarp();
     }
 
+    // Says that a team has claimed its last block. The last team to say so leaves the next launch zeros.
+    INLINE void end(u32* claims) {
+        ended = true;
+#if CLAIMED
+        if (team.dealt == ~0u || atomicAdd(claims + 1, 1) + 1 < team.all) return;
+        claims[0] = claims[1] = 0;
+#endif
+    }
+
     // Sends for steps as long as there are free slots.
-    INLINE void send() {
-        while (works && steps < SLOTS && sent.round < found && team.has(sent.round)) {
-            const Block& block = team.place(sent.round);
-            send_for_step(block, sent.first_row, team.slot(sent.turn), team.full(sent.turn));
-            sent.next(sent.is_last(block)), steps++;
-            if (OFFSETS) tell(team.sent(), ++all_sent);
+    INLINE void send(u32* claims) {
+        while (works && !ended && steps < SLOTS && sent.round < found) {
+            const Block& block = team.place(sent.round).block;
+            if (OFFSETS) arrive(team.sent(sent.turn));
+            if (block.tokens) {
+                send_for_step(block, sent.first_row, team.slot(sent.turn), team.full(sent.turn));
+                sent.next(sent.is_last(block)), steps++;
+            } else {
+                end(claims);
+                arrive(team.full(sent.turn));
+            }
         }
     }
 
     // Takes the sums of a step that a team has read, and tells of a whole block whether it is good.
     INLINE void judge(int* flags) {
         if (!works || !steps || !is_complete(team.free(done.turn), done.parity)) return;
-        const Block& block = team.place(done.round);
+        const Place& place = team.place(done.round);
+        const Block& block = place.block;
         const bool last = done.is_last(block);
         for (int i = 0; i < 4; i++) sum += team.sums(done.turn)[i];
         if (last && team.sums_up(done.round)) {
             const u32 stored = Step(block, done.first_row, team.shelf + done.turn * SLOT_BYTES).last_word();
-            flags[team.block(done.round)] = checksum_of(sum, block_bytes(block.tokens) - CHECKSUM_BYTES) != stored;
+            flags[place.index] = checksum_of(sum, block_bytes(block.tokens) - CHECKSUM_BYTES) != stored;
         }
         if (last) sum = 0;
         done.next(last), steps--;
     }
 
-    INLINE void work(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search, int* flags) {
+    INLINE void work(u8* tables, const i64* spans, const i64* firsts, const i64* starts, int search, int* flags, u32* claims) {
         while (__any_sync(ALL_LANES, has_more())) {
-            find(tables, spans, firsts, starts, search);
-            send();
+            find(tables, spans, firsts, starts, search, claims);
+            send(claims);
             judge(flags);
             __nanosleep(100);
             __syncwarp();
@@ -272,40 +316,53 @@ struct Courier {
 };
 
 #if OFFSETS
+// What a turner leaves a step's warps beside its means.
+struct alignas(16) BehindRun {
+    float unit;  // of the block's means
+    float room;  // for numbers before their offsets are added, each of which is below twice the largest mean
+    int base;    // of the block's radii
+};
+static_assert(sizeof(BehindRun) <= BEHIND_RUN && UNIT_AT % 16 == 0);
+INLINE BehindRun& behind_run(u8* run) { return *reinterpret_cast<BehindRun*>(run + UNIT_AT); }
+
 // What a turner does for one of its teams: it turns the means to each step that the courier has sent for. A step is a run.
 struct Turner {
     const Team team;
     Cursor at;
-    u32 turned = 0;    // steps
-    float unit, most;  // of the block's means
+    BehindRun behind;
+    bool ended = false;
 
     INLINE Turner(u8* tables, int team, i64 blocks) : team(tables, team, blocks) {}
 
     INLINE void work(const u8* tables, int lane) {
-        const Block& block = team.place(at.round);
+        if (ended) return;
+        wait_until_complete(team.sent(at.turn), at.parity);
+        const Block& block = team.place(at.round).block;
+        if (!block.tokens) {
+            if (lane == 0) arrive(team.full(at.turn));
+            ended = true;
+            return;
+        }
+        const bool is_first = at.first_row == 0;
+        const u32* codes_end = block.payload + (bytes_before(block, 2) + block.tokens) / 4;
+        const u32 base[2] = {is_first ? __ldg(codes_end) : 0, is_first ? __ldg(codes_end + 1) : 0};  // on its way meanwhile
         RunMeans means;
         means.load(block, lane);
-        if (at.first_row == 0) unit = unit_of_means(block), most = means.largest() * unit;
         u8* run = team.run(at.run);
+        if (is_first) behind.unit = unit_of_means(block), behind.room = LARGEST - 2.0f * (means.largest() * behind.unit);
         means.turn(tables, block.position + at.first_row, lane, run);
-        if (lane == 0) *reinterpret_cast<float2*>(run + UNIT_AT) = make_float2(unit, most);
+        if (is_first) behind.base = base_of(base, block);
+        if (lane == 0) behind_run(run) = behind;
         __syncwarp();
         if (lane == 0) arrive(team.full(at.turn));
-        at.next(at.is_last(block)), turned++;
+        at.next(at.is_last(block));
     }
-
-    INLINE bool has_more() const { return team.has(at.round); }
-    INLINE bool has_work() const { return __shfl_sync(ALL_LANES, told(team.sent()), 0) != turned; }  // in all lanes the same
 };
 
 INLINE void turn_runs(u8* tables, i64 blocks, int first, int lane) {
     wait_until_complete(Team(tables, 0, blocks).tables(), 0);
     Turner one(tables, first, blocks), two(tables, first + TURNERS, blocks);
-    while (one.has_more() || two.has_more()) {
-        if (one.has_more() && one.has_work()) one.work(tables, lane);
-        if (two.has_more() && two.has_work()) two.work(tables, lane);
-        __nanosleep(500);
-    }
+    while (!one.ended || !two.ended) one.work(tables, lane), two.work(tables, lane);
 }
 #endif
 
@@ -316,27 +373,29 @@ INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) 
     wait_until_complete(Team(tables, 0, blocks).tables(), 0);
     u8* rows_out = team.shelf + ROWS_AT + warp * (BULK * 16 * OUT_BYTES);
     int base = 0;  // of the block
-    for (Cursor at; team.has(at.round);) {
+    for (Cursor at;;) {
         wait_until_complete(team.full(at.turn), at.parity);
-        const Block& block = team.place(at.round);
+        const Block& block = team.place(at.round).block;
+        if (!block.tokens) break;
         const bool last = at.is_last(block);
         const Step step(block, at.first_row, team.shelf + at.turn * SLOT_BYTES);
+#if OFFSETS
+        u8* run = team.run(at.run);
+        const BehindRun behind = behind_run(run);
+        base = behind.base;
+        const float room = behind.room;
+#else
+        const float room = LARGEST;
         if (at.first_row == 0) {
             const u8* radii = last ? step.radii : reinterpret_cast<const u8*>(block.payload) + bytes_before(block, 2);
             base = base_of(reinterpret_cast<const u32*>(radii) + block.tokens / 4, block);
         }
+#endif
         const bool wanted = at.first_row + STEP > block.first && at.first_row < block.last;  // by all four warps
         const int first_row = at.first_row + 16 * warp, row = lane % 16;  // of the warp's tile
         const u32 code = first_row + row < block.tokens ? step.radii[16 * warp + row] : 0;
         float factor, second_factor;
         quad_factors(tables, code, base, factor, second_factor);
-#if OFFSETS
-        u8* run = team.run(at.run);
-        const float2 unit_and_most = *reinterpret_cast<const float2*>(run + UNIT_AT);
-        const float room = LARGEST - 2.0f * unit_and_most.y;  // an offset is below twice the largest mean
-#else
-        const float room = LARGEST;
-#endif
         const bool ordinary = __all_sync(ALL_LANES, is_ordinary(factor, second_factor, room));
         if (team.sums_up(at.round)) {
             const u64 sum = sum_of_lanes(step.sum(tables, keys, block, at.first_row, thread, last));
@@ -349,7 +408,7 @@ INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) 
         if (wanted) {
             LaneRows rows(block, first_row, lane, factor, second_factor, rows_out);
 #if OFFSETS
-            rows.turn_with(tables, run, unit_and_most.x, first_row, lane);
+            rows.turn_with(tables, run, behind.unit, first_row, lane);
 #endif
             wait_for_bulk();
             decode_rows(tables, operands, rows, ordinary, lane & 3, blockIdx.x % PARTS);
@@ -361,10 +420,10 @@ INLINE void decode_blocks(u8* tables, const i64* __restrict__ keys, i64 blocks) 
 }
 
 // Checks every block (flags [blocks]: 1 where it is damaged), and fills the rows that its span wants; arguments as in
-// blocks.cu.
+// blocks.cu. ``claims`` [2]: zeros, which launches at the same time may not share.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
     const i64* __restrict__ spans, const i64* __restrict__ firsts, const i64* __restrict__ starts, int* __restrict__ flags,
-    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search) {
+    const i64* __restrict__ keys, const uint4* __restrict__ blob, i64 blocks, int search, u32* __restrict__ claims) {
     extern __shared__ __align__(128) uint4 memory[];
     u8* tables = reinterpret_cast<u8*>(memory);
     const bool is_courier = threadIdx.x / 32 == TEAMS * TEAM / 32;
@@ -383,7 +442,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stream_blocks(
 #ifdef TEAM_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COURIER_REGISTERS));
 #endif
-        if (is_courier) courier.work(tables, spans, firsts, starts, search, flags);
+        if (is_courier) courier.work(tables, spans, firsts, starts, search, flags, claims);
 #if OFFSETS
         else turn_runs(tables, blocks, threadIdx.x / 32 - TEAMS * TEAM / 32 - 1, threadIdx.x & 31);
 #endif
