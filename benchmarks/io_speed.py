@@ -74,7 +74,7 @@ def cache(seed: int, tokens: int) -> Layers:
 def ways(folder: Path, layers: Layers) -> list[Way]:
     """Raw safetensors first, the .pqkv file second."""
     named = {f"layers.{i}.{role}": x for i, pair in enumerate(layers) for role, x in zip(("key", "value"), pair, strict=True)}
-    flat: dict[str, Any] = {"share_bits": False}
+    flat: dict[str, Any] = {"preset": "pq3", "share_bits": False}
     raw, pqkv, coded, chunks, whole = (folder / name for name in ("raw", "a.pqkv", "a.safetensors", "a.zarr", "b.zarr"))
 
     def load_raw() -> Any:

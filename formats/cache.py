@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pqcodec import constants as c
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.containers import kinds, safetensors
 from pqcodec.formats.containers.pqkv.appender import PQKVAppender
@@ -33,7 +34,7 @@ def save_cache(
     path: PathOrFile,
     layers: Sequence[tuple[Any, Any]],
     *,
-    preset: str | Sequence[str] = "pq3",
+    preset: str | Sequence[str] = DEFAULT_PRESET,
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
@@ -205,7 +206,7 @@ def save_safetensors(
     path: str | os.PathLike[str],
     cache: Sequence[tuple[Any, Any]] | Mapping[str, Any],
     *,
-    preset: str | Sequence[str] = "pq3",
+    preset: str | Sequence[str] = DEFAULT_PRESET,
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,
@@ -301,7 +302,7 @@ def save_zarr(
     store: Any,
     layers: Sequence[tuple[Any, Any]],
     *,
-    preset: str | Sequence[str] = "pq3",
+    preset: str | Sequence[str] = DEFAULT_PRESET,
     rope: Rope | None = None,
     exact_tokens: int = EXACT_TOKENS,
     seed: int = 0,

@@ -17,6 +17,7 @@ from pqcodec import constants as c
 from pqcodec.backends import device_backend
 from pqcodec.codings.declared import Codebook
 from pqcodec.codings.levels import levels_of
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.codings.registry import CODINGS
 from pqcodec.errors import BackendUnavailable, InvalidArgument, NonFiniteInput
 from pqcodec.kernels.spans import Group, Span
@@ -67,7 +68,7 @@ class EncodeBatch(_Batch):
         self,
         tensors: Sequence[Any],
         *,
-        preset: str | Sequence[str] = "pq3",
+        preset: str | Sequence[str] = DEFAULT_PRESET,
         seed: int = 0,
         center: str | None = None,
         rope: Rope | Sequence[Rope | None] | None = None,

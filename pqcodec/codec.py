@@ -12,7 +12,7 @@ from pqcodec import constants as c
 from pqcodec import host
 from pqcodec.backends import on_device
 from pqcodec.codings.declared import DECLARED, Codebook, half_numbers
-from pqcodec.codings.presets import preset_name
+from pqcodec.codings.presets import DEFAULT_PRESET, preset_name
 from pqcodec.errors import InvalidArgument
 from pqcodec.options import EncodeOptions, Progress, check_numbers
 from pqcodec.stages.centre import Halves, Rope
@@ -29,7 +29,7 @@ from pqcodec.tensors.numbers import device_of, device_type
 def encode(
     x: Any,
     *,
-    preset: str = "pq3",
+    preset: str = DEFAULT_PRESET,
     seed: int = 0,
     center: str | None = None,
     rope: Rope | None = None,
@@ -134,7 +134,7 @@ def encoded_size(
     shape: tuple[int, ...],
     dtype: str = "float16",
     *,
-    preset: str = "pq3",
+    preset: str = DEFAULT_PRESET,
     center: str | None = None,
     rope: Rope | None = None,
     exact_tokens: int = 0,

@@ -77,7 +77,7 @@ class TruncatedStream(CorruptStream):
     ...     pqcodec.decode(pqcodec.encode(np.ones((4, 64), np.float16), backend="reference")[:-7])
     ... except TruncatedStream as error:
     ...     print(error)
-    168 bytes announced, 161 there; the stream is cut off
+    180 bytes announced, 173 there; the stream is cut off
     """
 
 

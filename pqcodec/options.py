@@ -9,6 +9,7 @@ from typing import Any
 
 from pqcodec import constants as c
 from pqcodec.codings.declared import DECLARED, Codebook, half_bits
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.codings.vectors import VectorCodebook
 from pqcodec.errors import InvalidArgument
@@ -41,7 +42,7 @@ class EncodeOptions:
     Options are hashable: frequencies of ``rope`` that are given as a list or an array are kept as a tuple.
     """
 
-    preset: str = "pq3"
+    preset: str = DEFAULT_PRESET
     seed: int = 0
     center: str | None = None
     rope: Rope | None = None

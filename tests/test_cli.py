@@ -295,10 +295,10 @@ def test_other_byte_and_element_orders(tmp_path: Path, x: np.ndarray, extension:
 def test_inspect_shows_every_tensor(coded: Path, tensors: dict[str, np.ndarray]) -> None:
     text = run("inspect", coded, "--tensors").stdout
     assert all(name in text for name in tensors)
-    assert "pq3" in text
+    assert "quad3" in text
     found = {t["name"]: t for t in told("inspect", coded)["tensors"]}
     assert (found["layers.1.key"]["role"], found["layers.1.key"]["layer"]) == ("key", 1)
-    assert found["layers.1.key"]["stream"]["preset"] == "pq3"
+    assert found["layers.1.key"]["stream"]["preset"] == "quad3"
     assert not found["positions"]["coded"]
 
 
@@ -613,7 +613,7 @@ def test_one_failure_does_not_stop_those_that_keep_going(folder: Path, tmp_path:
 def test_inspect_draws_a_table_of_layers(coded: Path, tmp_path: Path) -> None:
     text = run("inspect", coded).stdout
     rows = [line.split() for line in text.splitlines()]
-    assert [row[:3] for row in rows if row and row[0] in ("0", "1")] == [["0", "pq3", "mean"], ["1", "pq3", "mean"]]
+    assert [row[:3] for row in rows if row and row[0] in ("0", "1")] == [["0", "quad3", "mean"], ["1", "quad3", "mean"]]
     assert all(name in text for name in ("positions", "hidden", "relMSE", "|mean|", "at"))
     found = {t["name"]: t for t in told("inspect", coded)["tensors"]}
     key = found["layers.0.key"]

@@ -199,8 +199,8 @@ class Counting(io.FileIO):
 
 
 def test_what_is_read_of_256_tokens_is_what_was_wanted(tmp_path: Path) -> None:
-    """Any 256 tokens of a head: nine tenths of the bytes are their rows; and what is added to rows is half a percent."""
-    tokens, heads, row = 2048, 8, 128 * 3 // 8
+    """Any 256 tokens of a head: nine tenths of the bytes are their rows; blocks add a percent to rows, files half of one."""
+    tokens, heads, row = 2048, 8, 128 * 3 // 8 + 1
     rng = np.random.default_rng(0)
     save_cache(tmp_path / "a.pqkv", [(tensor(heads, tokens, 128), tensor(heads, tokens, 128))], share_bits=False)
     with Counting(tmp_path / "a.pqkv") as counted, PQKVFile(counted) as file:
@@ -213,7 +213,7 @@ def test_what_is_read_of_256_tokens_is_what_was_wanted(tmp_path: Path) -> None:
         assert 200 * 256 * row / counted.count >= 0.9
         streams = [file.inspect(name) for name in file.names]
         rows = len(streams) * heads * (tokens - 4) * row
-        assert sum(info.payload_bytes for info in streams) <= 1.005 * rows  # with their checksums
+        assert sum(info.payload_bytes for info in streams) <= 1.01 * rows  # with their checksums
         assert file.size - sum(info.stream_bytes for info in streams) <= 0.005 * rows
 
 

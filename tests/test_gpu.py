@@ -42,7 +42,7 @@ from pqcodec import (
     backends,
 )
 from pqcodec.codec import decode_together, encode_by
-from pqcodec.codings.presets import PRESETS, Preset
+from pqcodec.codings.presets import DEFAULT_PRESET, PRESETS, Preset
 from pqcodec.constants import CODING_QUADS
 from pqcodec.options import EncodeOptions
 from pqcodec.stream.checksum import checksum
@@ -97,7 +97,7 @@ def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     assert by_gpu[:sides] == by_cpu[:sides]
     assert len(by_gpu) == len(by_cpu)
     y = pqcodec.decode(by_gpu, backend="cpu")
-    if not looks_at_a_few(backend, x.shape[-1], options.get("preset", "pq3")):
+    if not looks_at_a_few(backend, x.shape[-1], options.get("preset", DEFAULT_PRESET)):
         return differing_rows(y, whole)
     theirs, ours = ((x.double() - each.double()).square().sum() for each in (whole, y))
     assert ours <= 1.03 * theirs
@@ -183,7 +183,7 @@ def test_options_agree(options: dict[str, Any], dtype: torch.dtype, head_dim: in
     """Means, exact tokens and all their checksums are the CPU's to the byte; so is the header, offset exponent included."""
     x = gaussian(2, TOKENS, head_dim)
     x = (with_means(x, options["rope"]) if "rope" in options else x + 5).to(dtype)
-    assert agrees(x, gpu_backend, **options) <= ties_allowed(head_dim, options.get("preset", "pq3"), 2 * TOKENS)
+    assert agrees(x, gpu_backend, **options) <= ties_allowed(head_dim, options.get("preset", DEFAULT_PRESET), 2 * TOKENS)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e6, 3e37])
@@ -702,7 +702,8 @@ OPTIONS = [
     {},
     {"center": "rope", "rope": Rope(theta=1e4), "exact_tokens": 4},
     {"preset": "paper", "center": "mean"},
-    {"preset": "quad2.5"},
+    {"preset": "pq3"},
+    {"preset": "pq3", "center": "rope", "rope": Rope(theta=1e4), "exact_tokens": 4},
 ]
 
 

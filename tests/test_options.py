@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import pytest
 import torch
 
 import pqcodec
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.errors import InvalidArgument
+from pqcodec.formats import PrefixStore
 from pqcodec.formats.cache import save_cache, save_safetensors, save_zarr
 from pqcodec.formats.containers import open_encoded
+from pqcodec.formats.offload import EncodedCache, HostPool
 from pqcodec.formats.policy import rates
 from pqcodec.formats.policy.names import TensorRole
 from pqcodec.formats.policy.recipe import Recipe
 from pqcodec.formats.store.shelf import Shelf
+from pqcodec.options import EncodeOptions
 from pqcodec.stages.centre import Rope
+from pqcodec.tools import encode as command_line
 
 LAYERS = [(np.ones((2, 8, 64), np.float16), np.ones((2, 8, 64), np.float16))]
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -110,3 +116,25 @@ def test_ages_are_not_negative(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match=f"^grace {grace}: a number of seconds"):
             shelf.gc(grace)
     shelf.close()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        pqcodec.encode,
+        pqcodec.encoded_size,
+        pqcodec.EncodeBatch,
+        EncodeOptions,
+        save_cache,
+        save_safetensors,
+        save_zarr,
+        Recipe,
+        PrefixStore,
+        HostPool,
+        EncodedCache,
+        command_line.encode,
+    ],
+    ids=lambda ask: ask.__qualname__,
+)
+def test_one_preset_is_the_default_everywhere(ask: Callable[..., Any]) -> None:
+    assert signature(ask).parameters["preset"].default == DEFAULT_PRESET

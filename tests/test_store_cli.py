@@ -67,7 +67,7 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with PrefixStore(folder, preset=preset) as store, torch.no_grad():
             for tokens in prompts:
                 store.put(model, tokens, model(torch.tensor([tokens])).past_key_values)
-    with PrefixStore(folder) as store:
+    with PrefixStore(folder, preset="pq3") as store:
         assert store.get(model, A).length == 599
         assert store.get(model, [99, 98, 97]).length == 0
     return folder

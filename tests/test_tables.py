@@ -23,7 +23,7 @@ def coded(tmp_path: Path) -> Path:
     x = np.random.default_rng(0).standard_normal((1, 2, 20, 64)).astype(np.float16)
     with PQKVWriter(tmp_path / "c.pqkv") as writer:
         for layer, name in ((0, "layers.0.key"), (1, "layers.1.key"), (None, LONG), (None, "漢字" * 300)):
-            writer.add(name, x, layer=layer, role="key", backend="reference")
+            writer.add(name, x, layer=layer, role="key", preset="pq3", backend="reference")
     return tmp_path / "c.pqkv"
 
 

@@ -247,7 +247,7 @@ def test_one_chunk_of_a_shard_is_read_with_the_index_alone() -> None:
 def test_a_range_of_tokens_reads_the_blocks_that_hold_it(exact: int) -> None:
     x = numbers(1, 1024, 64)
     memory = MemoryStore()
-    codec = PQCodec(center="mean", exact_tokens=exact)
+    codec = PQCodec("pq3", center="mean", exact_tokens=exact)
     new_array(memory, x, codec, tokens=1024)
     stream = data_of(memory, "c/0/0/0")
     store = Counting(memory)

@@ -57,7 +57,7 @@ def encode(
             help="pq2 to pq6, pq2.5 and pq3.5; quad2, quad2.25 ... quad3.5; of other systems paper, wu44, int4, rvq8 ...",
             autocompletion=presets,
         ),
-    ] = "pq3",
+    ] = "quad3",
     value_preset: Annotated[
         str | None,
         typer.Option(help="Another preset for values; bits are then not shared. qjl needs one: int2.", autocompletion=presets),

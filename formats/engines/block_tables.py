@@ -17,7 +17,7 @@ from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import InvalidArgument, NonFiniteInput
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import DeviceSource
@@ -44,7 +44,7 @@ def encode_blocks(
     tokens: int,
     *,
     first_token: int = 0,
-    preset: str | tuple[str, str] = "pq3",
+    preset: str | tuple[str, str] = DEFAULT_PRESET,
     center: str | None = None,
     rope: Rope | None = None,
     exact_tokens: int = 0,

@@ -22,6 +22,7 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.errors import CorruptStream, InvalidArgument
 from pqcodec.formats.engines.chunks import given_rope, refuse_unknown
 from pqcodec.formats.engines.model_config import config_rope
@@ -277,7 +278,7 @@ class PQCodecConnector(KVConnectorBase_V1):  # type: ignore[misc]
             identity = identity_of(vllm_config, vllm.__version__, options.get("weights"), "rope" in options)
         self._store = EngineStore(options["store"], self._shape, rope=rope, label=label, **known)
         if role == KVConnectorRole.SCHEDULER:
-            settings = engine_settings(identity, str(options.get("preset", "pq3")))
+            settings = engine_settings(identity, str(options.get("preset", DEFAULT_PRESET)))
             roles = {"finds": transfer.is_kv_consumer, "stores": transfer.is_kv_producer}
             self._scheduling = Scheduling(self._store, self._block, settings, options.get("tenant", ""), **roles)
             logger.info("pqcodec: prefixes in %s, of %s", self._store.shelf.place, settings)

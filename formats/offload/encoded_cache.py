@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.engines import transformers_cache as tc
 from pqcodec.formats.engines.transformers_cache import library
@@ -49,7 +49,7 @@ _TWO_CACHES = "EncoderDecoderCache(EncodedCache(model), DynamicCache())"
 class Options:
     """The options of an ``EncodedCache``, checked when they are made; raises InvalidArgument."""
 
-    presets: tuple[str, str] = ("pq3", "pq3")
+    presets: tuple[str, str] = (DEFAULT_PRESET, DEFAULT_PRESET)
     place: str = "host"
     window: int = WINDOW
     chunk: int = CHUNK
@@ -119,7 +119,7 @@ class EncodedCache(cache_utils.DynamicCache):
         self,
         model: Any,
         *,
-        preset: str | Sequence[str] = "pq3",
+        preset: str | Sequence[str] = DEFAULT_PRESET,
         place: str = "host",
         window: int = WINDOW,
         chunk: int = CHUNK,

@@ -17,7 +17,7 @@ from threading import Condition, get_ident
 from types import TracebackType
 from typing import Any
 
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, NonFiniteInput
 from pqcodec.formats.offload.block import Block, unlink
 from pqcodec.formats.offload.handles import Get, Put, not_kept
@@ -69,7 +69,7 @@ class HostPool:
         capacity_bytes: int | str,
         *,
         device: Any = None,
-        preset: str = "pq3",
+        preset: str = DEFAULT_PRESET,
         spill: str | os.PathLike[str] | None = None,
         backend: str = "auto",
         piece_bytes: int | str = PIECE_BYTES,

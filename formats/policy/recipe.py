@@ -15,6 +15,7 @@ import numpy as np
 
 from pqcodec import codec
 from pqcodec import constants as c
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.codings.presets import preset as preset_of
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers.reader import LAYOUT, NO_LAYOUT, named
@@ -136,7 +137,7 @@ class Recipe:
     (['layers.0.key', 'layers.0.value'], 4)
     """
 
-    preset: str = "pq3"
+    preset: str = DEFAULT_PRESET
     rope: Rope | None = None
     center: str | None = AUTO
     exact_tokens: int | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import CorruptStream, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile
 from pqcodec.formats.engines import transformers_cache as tc
@@ -83,7 +83,7 @@ class EngineStore:
         shape: CacheShape,
         *,
         data: str | os.PathLike[str] | None = None,
-        preset: str = "pq3",
+        preset: str = DEFAULT_PRESET,
         rope: Rope | None = None,
         max_bytes: int | str | None = None,
         max_age: float | str | None = None,

@@ -21,7 +21,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats.containers.pqkv.file import PQKVFile
 from pqcodec.formats.engines import transformers_cache as tc
@@ -94,7 +94,7 @@ class PrefixStore:
         self,
         folder: str | os.PathLike[str],
         *,
-        preset: str = "pq3",
+        preset: str = DEFAULT_PRESET,
         max_bytes: int | str | None = None,
         max_age: float | str | None = None,
         tenant: str | None = None,

@@ -111,6 +111,8 @@ def _sketch(name: str, blocks: int, outlier_blocks: int = 0, matrix: int = c.SKE
     return Preset(name, c.CODING_SKETCH, 4 * (blocks + outlier_blocks), c.SKETCH_NORM_BITS, sketch=sketch)
 
 
+DEFAULT_PRESET = "quad3"  # of encode, the stores and the pools
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (

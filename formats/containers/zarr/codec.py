@@ -22,7 +22,7 @@ from zarr.abc.store import RangeByteRequest
 
 from pqcodec import codec
 from pqcodec import constants as c
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import CorruptStream, InvalidArgument, TruncatedStream
 from pqcodec.formats.containers.reader import named
 from pqcodec.options import EncodeOptions
@@ -62,7 +62,7 @@ class PQCodec(ArrayBytesCodec, ArrayBytesCodecPartialDecodeMixin):
 
     is_fixed_size = False
 
-    preset: str = "pq3"
+    preset: str = DEFAULT_PRESET
     seed: int = 0
     center: str | None = None
     rope: Rope | None = None

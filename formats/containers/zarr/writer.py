@@ -29,7 +29,7 @@ from zarr.storage import LocalStore
 
 from pqcodec import __version__, codec
 from pqcodec import constants as c
-from pqcodec.codings.presets import PRESETS
+from pqcodec.codings.presets import DEFAULT_PRESET, PRESETS
 from pqcodec.errors import InvalidArgument
 from pqcodec.formats.containers import listing
 from pqcodec.formats.containers.reader import LAYOUT, Progress, named
@@ -225,7 +225,7 @@ def _codec_of(h: Header) -> PQCodec:
     """
     info = codec.inspect_header(h)
     rope = None if h.rope is None or h.before_rope else rope_from_field(h.rope)  # zarr's own chunks are coded after RoPE
-    preset = info.preset if info.preset and not PRESETS[info.preset].by_vectors else "pq3"
+    preset = info.preset if info.preset and not PRESETS[info.preset].by_vectors else DEFAULT_PRESET
     return PQCodec(preset, h.seed, info.centered, rope, chunk_tokens=h.chunk_tokens)
 
 

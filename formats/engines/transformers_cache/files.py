@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pqcodec.codings.presets import check_restores
+from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import BackendUnavailable, CorruptStream, InvalidArgument, UnsupportedStream
 from pqcodec.formats import containers
 from pqcodec.formats.containers.reader import Progress, TensorFile
@@ -70,7 +70,7 @@ def save(
     path: str | os.PathLike[str],
     model: Any,
     *,
-    preset: str | Sequence[str] = "pq3",
+    preset: str | Sequence[str] = DEFAULT_PRESET,
     seed: int = 0,
     nonfinite: str = "error",
     backend: str = "auto",
