@@ -162,7 +162,7 @@ def test_means_are_those_of_the_cpu(
 ) -> None:
     """Bit for bit, of two streams of a batch, whose steps differ; vectors with NaN or Inf count as zeros."""
     head_dim, preset, _, options = kind
-    for module in ("job", "on_triton.backend", "on_cuda.token_sums"):
+    for module in ("on_triton.backend", "on_cuda.token_sums", "job"):
         monkeypatch.setattr(f"pqcodec.kernels.{module}.MEAN_TOKENS", most)
     xs = [tensor(kind, 150, leads), tensor(kind, 1100, 2 * leads)]
     for x in xs:
