@@ -71,7 +71,9 @@ def links() -> list[dict[str, Any]]:
         for row in told["rows"]:
             saved = {kind: row["prefill_s"] - row[f"{kind}_load_s"] for kind in ("store", "raw")}
             figures = {kind: row[f"{kind}_bytes"] / saved[kind] / GB if saved[kind] > 0 else None for kind in saved}
-            found.append({"model": told["model"], "device": told["device"], "tokens": row["tokens"], **figures})
+            kept = told.get("preset", "pq3")  # the default of files that do not say it
+            about = {"model": told["model"], "device": told["device"], "tokens": row["tokens"], "preset": kept}
+            found.append(about | figures)
     return found
 
 
@@ -100,12 +102,12 @@ def speed(gb_s: float | None) -> str:
 
 def link_table(rows: list[dict[str, Any]]) -> str:
     """Markdown of ``links``."""
-    lines = ["| prefix | computed on | pq3 | 16 bits |", "|---|---|---:|---:|"]
+    lines = ["| prefix | computed on | kept as | encoded | 16 bits |", "|---|---|---|---:|---:|"]
     for row in rows:
         model = "a model of Llama 8B's shape" if row["model"] == "llama-shaped" else row["model"]
         device = f"{row['device']} of a CPU" if row["device"].endswith("threads") else row["device"]
         cells = (speed(row[kind]) for kind in ("store", "raw"))
-        lines.append(f"| {row['tokens']:,} tokens of {model} | {device} | {' | '.join(cells)} |")
+        lines.append(f"| {row['tokens']:,} tokens of {model} | {device} | {row['preset']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -98,9 +98,10 @@ def reloading(ttft: dict[str, Any]) -> str:
     on_cpu = ttft["device"].endswith("threads")
     where = f"{ttft['cores']} cores" if on_cpu else f"an {ttft['device']}"
     model = ttft["model"] if on_cpu else "a model of Llama 8B's shape"
+    preset = ttft.get("preset", "pq3")  # the default of files that do not say it
     return (
-        f"A prefix of {row['tokens']:,} tokens of {model} comes from a PrefixStore in {row['store_load_s']:.2f} s, "
-        f"{row['prefill_over_store']:.0f} times faster than computing it again on {where}, in "
+        f"A prefix of {row['tokens']:,} tokens of {model}, as {preset}, comes from a PrefixStore in "
+        f"{row['store_load_s']:.2f} s, {row['prefill_over_store']:.0f} times faster than computing it again on {where}, in "
         f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
     )
 
