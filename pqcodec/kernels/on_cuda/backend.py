@@ -206,11 +206,11 @@ class Cuda:
     def prepare(self, verb: str, group: Group) -> None:
         """Allocate what ``verb`` ("encode" or "decode") writes, and load its kernel: a stream under capture allows neither."""
         self._triton.prepare(verb, group)
-        self._once(verb, group)
+        kernel = self._once(verb, group)
+        if kernel and kernel.layout.couriers:
+            _claims(group)
         if verb == "encode":
             self._once_sums(group)
-        else:
-            _claims(group)
 
     def encode(self, group: Group) -> None:
         """Encode every block of a group; ``group.block_flags`` counts each block's vectors with NaN or Inf."""
