@@ -10,8 +10,8 @@
 
 #define JOINT_STRIPS (JOINT * STRIPS)
 
-// Begins the sums [JOINT_STRIPS][4] of the panels from number ``panel`` on, in float32 numbers from MAGIC on.
-INLINE void begin_joint(const u8* tables, const u32 (*operands)[4], int panel, Sum (*sums)[4]) {
+// The sums [JOINT_STRIPS][4] of the panels from number ``panel`` on, in float32 numbers from MAGIC on.
+INLINE void multiply_joint(const u8* tables, const u32 (*operands)[4], int panel, Sum (*sums)[4]) {
 #pragma unroll
     for (int strip = 0; strip < JOINT_STRIPS; strip++) {
         sums[strip][0] = sums[strip][1] = sums[strip][2] = sums[strip][3] = MAGIC_BITS;
@@ -26,9 +26,6 @@ INLINE void begin_joint(const u8* tables, const u32 (*operands)[4], int panel, S
     for (int group = 0; group < BRICKS / 2; group++)
         wgmma<4 * JOINT_STRIPS>(sums[0], operands[group], described(matrix, 2 * group, 1), 0, 1);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-INLINE void wait_for_joint(Sum (*sums)[4]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
     for (int strip = 0; strip < JOINT_STRIPS; strip++) asm volatile("" : FOUR(sums[strip]));  // no sum is read before this

@@ -375,8 +375,7 @@ INLINE void decode_joint(const u8* tables, const u32 (*operands)[GROUPS][4], con
 #pragma unroll 1
     for (int piece = 0; piece < OWN_PIECES; piece += JOINT) {
         Sums sums[JOINT];
-        begin_joint(tables, operands[0], piece, sums[0][0]);
-        wait_for_joint(sums[0][0]);
+        multiply_joint(tables, operands[0], piece, sums[0][0]);
         finish_pieces<JOINT, 1>(tables, rows, ordinary, quarter, part * OWN_PIECES + piece, sums);
     }
 }
@@ -391,8 +390,7 @@ INLINE void decode_rows(const u8* tables, const u32 (*operands)[GROUPS][4], cons
         const RunColumns columns(rows.columns, piece);  // on their way while tensor cores multiply
 #endif
 #if JOINT > 1
-        begin_joint(tables, operands[0], 2 * piece, sums[0][0]);
-        wait_for_joint(sums[0][0]);
+        multiply_joint(tables, operands[0], 2 * piece, sums[0][0]);
 #else
         begin_pieces<2>(tables, operands, piece, APART, sums);
         WAIT_FOR(0, sums[0]), WAIT_FOR(0, sums[1]);
