@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import results_file
-from benchmarks.readme import ROOT, between_marks, result
+from benchmarks.readme import ROOT, between_marks, preset_of, result
 from pqcodec import Rope
 from pqcodec.formats.engines.chunks import ChunkCodec
 
@@ -71,8 +71,7 @@ def links() -> list[dict[str, Any]]:
         for row in told["rows"]:
             saved = {kind: row["prefill_s"] - row[f"{kind}_load_s"] for kind in ("store", "raw")}
             figures = {kind: row[f"{kind}_bytes"] / saved[kind] / GB if saved[kind] > 0 else None for kind in saved}
-            kept = told.get("preset", "pq3")  # the default of files that do not say it
-            about = {"model": told["model"], "device": told["device"], "tokens": row["tokens"], "preset": kept}
+            about = {"model": told["model"], "device": told["device"], "tokens": row["tokens"], "preset": preset_of(told)}
             found.append(about | figures)
     return found
 

@@ -92,15 +92,20 @@ def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
     return f"KL over {len(TEXTS)} texts of each model, the mean and (in brackets) the worst model: {'; '.join(told)}."
 
 
+def preset_of(ttft: dict[str, Any]) -> str:
+    """What a stored prefix of a results file was encoded as: files that do not say it are of the default of their time."""
+    preset: str = ttft.get("preset", "pq3")
+    return preset
+
+
 def reloading(ttft: dict[str, Any]) -> str:
     """What a stored prefix saves."""
     row = ttft["rows"][-1]
     on_cpu = ttft["device"].endswith("threads")
     where = f"{ttft['cores']} cores" if on_cpu else f"an {ttft['device']}"
     model = ttft["model"] if on_cpu else "a model of Llama 8B's shape"
-    preset = ttft.get("preset", "pq3")  # the default of files that do not say it
     return (
-        f"A prefix of {row['tokens']:,} tokens of {model}, as {preset}, comes from a PrefixStore in "
+        f"A prefix of {row['tokens']:,} tokens of {model}, as {preset_of(ttft)}, comes from a PrefixStore in "
         f"{row['store_load_s']:.2f} s, {row['prefill_over_store']:.0f} times faster than computing it again on {where}, in "
         f"{row['store_over_raw']:.2f} of the time and {row['bytes_over_raw']:.2f} of the bytes of raw 16-bit safetensors."
     )
