@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pqcodec.kernels.cpu.lane_memory import (
-    load,
-    load_half,
-    load_short,
-    rounded_half,
-    set_long_at,
-    store_short,
-    sum_of_longs,
-    words_of_rows,
-)
-from pqcodec.kernels.cpu.lanes import LANES, floats, ints, select, to_long, truncate
+from pqcodec.kernels.cpu.lane_halves import load_half, rounded_half
+from pqcodec.kernels.cpu.lane_look_ups import words_of_rows
+from pqcodec.kernels.cpu.lane_memory import load, load_short, set_long_at, store_short
+from pqcodec.kernels.cpu.lanes import LANES, floats, ints, select, sum_of_longs, to_long, truncate
 from pqcodec.kernels.cpu.records import F32, I32, U64, inlined, leaf
 
 _SIZE, _SIGN, _LARGEST, _INFINITE = 0x7FFF, 0x8000, 0x7BFF, 0x7C00  # bits of float16

@@ -24,16 +24,10 @@ from pqcodec.constants import (
     QUADS_RADIUS_STEPS,
 )
 from pqcodec.kernels.cpu.bits import bytes_to_rows, checksum
-from pqcodec.kernels.cpu.lane_memory import (
-    gather_bytes_at,
-    load,
-    pointer,
-    signed_floats,
-    spread,
-    store,
-    sums_of_rows,
-    word_at,
-)
+from pqcodec.kernels.cpu.lane_look_ups import gather_bytes_at
+from pqcodec.kernels.cpu.lane_memory import load, pointer, spread, store, word_at
+from pqcodec.kernels.cpu.lane_rows import sums_of_rows
+from pqcodec.kernels.cpu.lane_signs import signed_floats
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, fused, ints, magnitude, nearest, select, truncate
 from pqcodec.kernels.cpu.offsets import fill_phases_across
 from pqcodec.kernels.cpu.paper import decode_paper

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import CHECKSUM_PRIME
-from pqcodec.kernels.cpu.lane_memory import load, long_at, longs_of_words, set_long_at, sum_of_longs, word_at
-from pqcodec.kernels.cpu.lanes import LANES, ints, low_half, to_long
+from pqcodec.kernels.cpu.lane_memory import load, long_at, longs_of_words, set_long_at, word_at
+from pqcodec.kernels.cpu.lanes import LANES, ints, low_half, sum_of_longs, to_long
 from pqcodec.kernels.cpu.records import I32, U64, jit, leaf
 
 _PRIME = np.uint64(CHECKSUM_PRIME)

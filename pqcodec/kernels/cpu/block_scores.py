@@ -9,7 +9,8 @@ import numpy as np
 
 from pqcodec import constants as c
 from pqcodec.kernels.attention import AttentionJob, block_damage, exact_scores, softcapped
-from pqcodec.kernels.cpu.lane_memory import load, store, sums_of_rows
+from pqcodec.kernels.cpu.lane_memory import load, store
+from pqcodec.kernels.cpu.lane_rows import sums_of_rows
 from pqcodec.kernels.cpu.lanes import LANES, floats, fused
 from pqcodec.kernels.cpu.records import F32, leaf
 from pqcodec.stream.checksum import checksum_keys

@@ -1,9 +1,9 @@
 """Law: the SIMD vector that numba lacks: eight lanes of float32, int32 or int64, or more numbers, as LLVM vectors.
 
 ``Lanes`` values support + - * / & | ^ << >>, min, max and comparisons lane by lane (>> is logical). Everything else is a
-function of this module or, where memory is read or written, of ``lane_memory``. LLVM lowers eight 32-bit lanes to one AVX2
-register, or to several smaller ones. No operation but ``fused`` is fused or reassociated: a lane's result is the scalar
-operation's result, bit for bit.
+function of this module or, where memory is read or written, of one of ``lane_*`` beside it. LLVM lowers eight 32-bit lanes to
+one AVX2 register, or to several smaller ones. No operation but ``fused`` is fused or reassociated: a lane's result is the
+scalar operation's result, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
     """A vector of type ``vector`` that holds ``scalar`` in every lane."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), numbered(*[0] * vector.count))
+
+
+def has_feature(context: Any, feature: str) -> bool:
+    """Whether the CPU that is compiled for has a feature, such as "+avx2"."""
+    return feature in context.codegen().magic_tuple()[2].split(",")
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------
@@ -270,6 +275,20 @@ def magnitude(typingctx, value):  # type: ignore[no-untyped-def]
         return builder.bitcast(builder.and_(builder.bitcast(args[0], vector_of("int")), mask), vector_of("float"))
 
     return FLOAT(FLOAT), emit
+
+
+@intrinsic
+def sum_of_longs(typingctx, value):  # type: ignore[no-untyped-def]
+    """The sum of eight long lanes, uint64."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        total = args[0]
+        for count in (4, 2, 1):
+            low, high = numbered(*range(count)), numbered(*range(count, 2 * count))
+            total = builder.add(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return types.uint64(value), emit
 
 
 @overload(min)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT16, DTYPE_FLOAT32
+from pqcodec.kernels.cpu.lane_halves import load_half, rounded_half
 from pqcodec.kernels.cpu.lane_memory import (
     copy_shorts,
     copy_shorts_past,
-    largest_of_rows,
     load,
-    load_half,
     load_short,
-    rounded_half,
     store,
     store_past,
     store_short,
     store_short_past,
 )
+from pqcodec.kernels.cpu.lane_rows import largest_of_rows
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints
 from pqcodec.kernels.cpu.records import F32, I32, inlined, leaf
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pqcodec.constants import DTYPE_FLOAT16, LARGEST_FINITE, RUN_ROWS, RUN_TURN_BITS
-from pqcodec.kernels.cpu.lane_memory import gather_pair, load, load_wide, store
+from pqcodec.kernels.cpu.lane_look_ups import gather_pair
+from pqcodec.kernels.cpu.lane_memory import load, load_wide, store
 from pqcodec.kernels.cpu.lanes import LANES, as_bits, as_float, floats, ints
 from pqcodec.kernels.cpu.records import F32, I32, I64, U64, leaf
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from pqcodec.constants import TURN
 from pqcodec.kernels.cpu.affine_fields import as_halves, cell_of, code_shifts, codes_at, halves_at, put_codes, shorts_of
-from pqcodec.kernels.cpu.lane_memory import gather, gather_pair, load, load_short, store, store_short
+from pqcodec.kernels.cpu.lane_look_ups import gather, gather_pair
+from pqcodec.kernels.cpu.lane_memory import load, load_short, store, store_short
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, root, select, to_float, truncate
 from pqcodec.kernels.cpu.records import F32, I32, inlined, jit, leaf
 from pqcodec.kernels.cpu.split import turns_of

@@ -13,20 +13,9 @@ from pqcodec.constants import (
     QUADS_RADIUS_STEPS,
     QUADS_SIGN_PLACES,
 )
-from pqcodec.kernels.cpu.lane_memory import (
-    gather,
-    gather_bytes_at,
-    load,
-    load_wide,
-    set_long_at,
-    set_word_at,
-    side_by_side,
-    signed_sums,
-    spread_wide,
-    store,
-    sums_and_differences,
-    words_of_rows,
-)
+from pqcodec.kernels.cpu.lane_look_ups import gather, gather_bytes_at, words_of_rows
+from pqcodec.kernels.cpu.lane_memory import load, load_wide, set_long_at, set_word_at, side_by_side, spread_wide, store
+from pqcodec.kernels.cpu.lane_signs import signed_sums, sums_and_differences
 from pqcodec.kernels.cpu.lanes import (
     LANES,
     as_bits,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pqcodec.kernels.cpu.lane_memory import load, store, transpose
+from pqcodec.kernels.cpu.lane_memory import load, store
+from pqcodec.kernels.cpu.lane_rows import transpose
 from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, ints, select
 from pqcodec.kernels.cpu.records import F32, I32, I64, inlined, jit, leaf
 

@@ -6,19 +6,16 @@ tile less often.
 
 from __future__ import annotations
 
-from pqcodec.kernels.cpu.lane_memory import (
-    load,
-    load_wide,
+from pqcodec.kernels.cpu.lane_memory import load, load_wide, side_by_side, store
+from pqcodec.kernels.cpu.lane_rows import (
     narrow_three,
     narrow_two,
-    side_by_side,
-    signed,
-    store,
     transpose_back_three,
     transpose_back_two,
     transpose_three,
     transpose_two,
 )
+from pqcodec.kernels.cpu.lane_signs import signed
 from pqcodec.kernels.cpu.lanes import LANES, any_lane, floats, select, to_float
 from pqcodec.kernels.cpu.records import F32, SUMS, inlined, leaf
 

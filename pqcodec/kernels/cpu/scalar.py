@@ -6,7 +6,8 @@ Encoders do the float32 operations of ``codings.scalar`` in the same order, and 
 from __future__ import annotations
 
 from pqcodec.kernels.cpu.affine_fields import as_halves, code_shifts, codes_at, halves_at, put_codes, shorts_of
-from pqcodec.kernels.cpu.lane_memory import gather, load, pick, spread, store
+from pqcodec.kernels.cpu.lane_look_ups import gather, pick
+from pqcodec.kernels.cpu.lane_memory import load, spread, store
 from pqcodec.kernels.cpu.lanes import LANES, floats, ints, nearest, select, to_float, truncate
 from pqcodec.kernels.cpu.outliers import keep_apart
 from pqcodec.kernels.cpu.ranges import find_ranges, rows_are_groups

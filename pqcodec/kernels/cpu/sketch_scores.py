@@ -16,7 +16,8 @@ from pqcodec.kernels.cpu import tables
 from pqcodec.kernels.cpu.affine_blocks import block_scale
 from pqcodec.kernels.cpu.bits import checksum
 from pqcodec.kernels.cpu.block_scores import Run, keys_of, offset_rows, products_of_rows, query_rows, scores_of_blocks
-from pqcodec.kernels.cpu.lane_memory import load, pointer, spread, store, transpose, word_at
+from pqcodec.kernels.cpu.lane_memory import load, pointer, spread, store, word_at
+from pqcodec.kernels.cpu.lane_rows import transpose
 from pqcodec.kernels.cpu.lanes import LANES, floats, fused
 from pqcodec.kernels.cpu.offsets import add_offset, keep_phases
 from pqcodec.kernels.cpu.records import F32, I64, Kind, RopeTable, SketchQueries, SketchSums, SketchTable, jit, leaf, plain

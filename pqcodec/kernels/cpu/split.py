@@ -18,19 +18,9 @@ from pqcodec.constants import (
     RADIUS_BIAS,
     TURN_POLYNOMIAL,
 )
-from pqcodec.kernels.cpu.lane_memory import (
-    gather,
-    gather_at,
-    gather_eight_at,
-    gather_four_at,
-    gather_pair,
-    gather_pair_at,
-    load,
-    long_window_at,
-    put_at,
-    store,
-    window_at,
-)
+from pqcodec.kernels.cpu.lane_fields import long_window_at, put_at, window_at
+from pqcodec.kernels.cpu.lane_look_ups import gather, gather_at, gather_eight_at, gather_four_at, gather_pair, gather_pair_at
+from pqcodec.kernels.cpu.lane_memory import load, store
 from pqcodec.kernels.cpu.lanes import (
     LANES,
     any_lane,
