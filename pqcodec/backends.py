@@ -36,6 +36,7 @@ def _cuda() -> Any:
 
 
 BACKENDS: dict[str, Callable[[], Any]] = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}
+EXTRAS = {"triton": "gpu", "cuda": "cuda"}  # that bring what a backend needs
 ON_DEVICE = frozenset({"triton", "cuda"})  # they take groups of spans (``kernels.spans``), the others jobs (``kernels.job``)
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # by device, in the order they are tried
 
@@ -114,8 +115,9 @@ def _loaded(name: str) -> Any:
     try:
         return BACKENDS[name]()
     except ImportError as error:
+        needed = f"pqcodec's extra {EXTRAS[name]!r}" if name in EXTRAS else "it"
         raise BackendUnavailable(
-            f"backend {name!r} needs {error.name or error}: install it, or choose another backend"
+            f"backend {name!r} needs {error.name or error}: install {needed}, or choose another backend"
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.errors import BackendUnavailable
 from pqcodec.kernels.cpu.backend import Cpu
 from pqcodec.tools import doctor
@@ -29,7 +30,8 @@ def test_doctor_says_what_works_and_where_kernels_lie(monkeypatch: pytest.Monkey
     assert "  no-such-package not installed: pip install 'pqcodec[zarr]'" in lines
     found = json.loads(run("doctor", "--json").stdout)
     assert found["backends"]["reference"] == "works"
-    assert all(speed > 0 for speed in found["pq3_gb_s"])
+    assert found["speed"]["preset"] == DEFAULT_PRESET
+    assert found["speed"]["encode_gb_s"] > 0 < found["speed"]["decode_gb_s"]
 
 
 def test_doctor_names_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

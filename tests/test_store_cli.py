@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,15 @@ def test_rm_by_use_and_model(folder: Path) -> None:
     assert sorted(row.end for row in rows(folder)) == [256, 256, 300, 400, 512]
     assert "there are llama" in run("rm", folder, "--model", "qwen", code=2).stderr
     assert len(told("rm", folder, "--model", "llama")["removed"]) == 5
+
+
+def test_rm_by_preset_leaves_what_others_encoded(folder: Path) -> None:
+    each = Counter(models_of(Shelf(folder))[row.root][1] for row in rows(folder))
+    gone = next(iter(each))
+    assert len(each) > 1
+    assert f"there are {', '.join(sorted(each))}" in run("rm", folder, "--preset", "pq6", code=2).stderr
+    assert len(told("rm", folder, "--preset", gone)["removed"]) == each[gone]
+    assert len(rows(folder)) == each.total() - each[gone]
 
 
 # -- names -------------------------------------------------------------------------------------------------------

@@ -168,8 +168,17 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> Preset:
     """The preset of that name; raises InvalidArgument."""
+    if isinstance(name, (tuple, list)):
+        raise InvalidArgument(
+            f"preset {name!r}: one is expected here; save_cache and EncodedCache take a pair, for keys and for values"
+        )
     if not isinstance(name, str) or name not in PRESETS:
-        raise InvalidArgument(f"preset {name!r} is unknown; choose from {', '.join(PRESETS)}")
+        own = [each for each in PRESETS if each.startswith(("pq", "quad"))]
+        others = ", ".join(each for each in PRESETS if each not in own)
+        raise InvalidArgument(
+            f"preset {name!r} is unknown; choose from {', '.join(own)} ({DEFAULT_PRESET} is the default), "
+            f"or of other systems from {others}"
+        )
     return PRESETS[name]
 
 

@@ -121,6 +121,7 @@ def rm(
     ] = None,
     unused_for: Annotated[float | None, typer.Option(metavar="DAYS", help="Blocks that were not used for so long.")] = None,
     model: Annotated[str | None, typer.Option(metavar="LABEL", help="Blocks of a model, by the label that ls shows.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Blocks that were encoded by it, as ls shows it.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All blocks; needs --yes.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove all indeed.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Remove pinned blocks too.")] = False,
@@ -129,11 +130,13 @@ def rm(
 ) -> None:
     """Remove blocks and what follows them.
 
-    Of NAME, --unused-for and --model, all that are given have to hold. A block that stays, such as a pinned one, keeps those
-    before it.
+    Of NAME, --unused-for, --model and --preset, all that are given have to hold. A block that stays, such as a pinned one,
+    keeps those before it.
     """
-    if everything == bool(names or unused_for is not None or model is not None):
-        raise InvalidArgument("what is to be removed? Name blocks, or pass --unused-for or --model; or --all and nothing else")
+    if everything == bool(names or unused_for is not None or model is not None or preset is not None):
+        raise InvalidArgument(
+            "what is to be removed? Name blocks, or pass --unused-for, --model or --preset; or --all and nothing else"
+        )
     if everything and not yes:
         raise InvalidArgument("--all removes every block; pass --yes as well if that is meant")
     if unused_for is not None and not unused_for >= 0:
@@ -141,13 +144,15 @@ def rm(
     with opened(folder, data) as shelf:
         check_place(shelf)
         models, rows = models_of(shelf), shelf.index.all()
-        labels = {models[row.root][0] for row in rows}
+        labels, presets = ({models[row.root][i] for row in rows} for i in range(2))
         if model is not None and model not in labels:
             raise InvalidArgument(f"no model is called {model!r}; there are {', '.join(sorted(labels)) or 'none'}")
+        if preset is not None and preset not in presets:
+            raise InvalidArgument(f"no block is encoded by {preset!r}; there are {', '.join(sorted(presets)) or 'none'}")
         chosen = _from(rows, [named(rows, name) for name in names]) if names else rows
         before = time.time() - 86400 * (unused_for or 0)
         old = [row for row in chosen if unused_for is None or row.used < before]
-        wanted = [row for row in old if model is None or models[row.root][0] == model]
+        wanted = [row for row in old if model in (None, models[row.root][0]) and preset in (None, models[row.root][1])]
         held = 0 if force else sum(row.pinned for row in wanted)
         gone = [row for row in _removable(rows, wanted, force) if shelf.drop(row)]
     freed = sum(row.size for row in gone)
