@@ -13,8 +13,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	touch $@
 
-$(VENV)/demo-installed: $(VENV)/installed
-	$(BIN)/pip install --quiet '.[demo]' && $(BIN)/pip install --quiet --no-deps --editable .
+$(VENV)/demo-installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[demo]'
 	touch $@
 
 demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache encoded, decoded and gone on with
@@ -94,7 +96,7 @@ bench: $(VENV)/installed  ## the benchmarks that need no model and no GPU; table
 	$(BIN)/python -m benchmarks.cpu_speed
 	$(BIN)/python -m benchmarks.io_speed
 
-fidelity: $(VENV)/demo-installed  ## what a compressed cache does to a real model, the time to its first token, and what looking at it costs
+fidelity: $(VENV)/installed $(VENV)/demo-installed  ## what a compressed cache does to a real model, the time to its first token, and what looking at it costs
 	$(BIN)/python -m benchmarks.fidelity --text benchmarks/data/prose.txt
 	$(BIN)/python -m benchmarks.ttft
 	$(BIN)/python -m benchmarks.identity

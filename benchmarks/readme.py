@@ -92,9 +92,9 @@ def against_peers(fidelity: dict[str, list[dict[str, Any]]]) -> str:
     return f"KL over {len(TEXTS)} texts of each model, the mean and (in brackets) the worst model: {'; '.join(told)}."
 
 
-def preset_of(ttft: dict[str, Any]) -> str:
-    """What a stored prefix of a results file was encoded as: files that do not say it are of the default of their time."""
-    preset: str = ttft.get("preset", "pq3")
+def preset_of(found: dict[str, Any]) -> str:
+    """What the prefixes of a results file were stored as: files that do not say it are of the default of their time."""
+    preset: str = found.get("preset", "pq3")
     return preset
 
 

@@ -243,7 +243,9 @@ def main() -> None:
     console.print(table_of_clients(at_once))
     command = "python -m benchmarks.shared_store" + ("" if options.model == lm.SMOLLM2 else f" --model {options.model}")
     about = {"model": name, "rounds": options.rounds, "gets": options.gets, "load_average_before": busy}
-    results_file.write("shared_store", command, {**about, "rows": rows, "clients": at_once}, options.out)
+    results_file.write(
+        "shared_store", command, {**about, "preset": Recipe().preset, "rows": rows, "clients": at_once}, options.out
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.readme import MAIN_PIECE, MODELS, TEXTS, gpu_speeds, result
+from benchmarks.readme import MAIN_PIECE, MODELS, TEXTS, gpu_speeds, preset_of, result
 
 Row = dict[str, Any]
 Cell = Callable[[Row], object]
@@ -79,6 +79,11 @@ def _named_rows(found: Row) -> list[Row]:
     return [{"name": name, **row} for name, row in found["rows"].items() if "missing" not in row]
 
 
+def _by_preset(found: Row) -> list[Row]:
+    """The rows of a file of stored prefixes, each with the preset that they were stored by."""
+    return [{"preset": preset_of(found), **row} for row in found["rows"]]
+
+
 def _main_piece(found: Row) -> list[Row]:
     """The row of a HostPool's own size of a piece, with the preset and the GPU."""
     told = {"preset": found["preset"], "gpu": found["accelerator"]}
@@ -123,6 +128,7 @@ MOVING: dict[str, Cell] = {
     "what decode does": number("moving_as_decode_ratio"),
 }
 RELOADS: dict[str, Cell] = {
+    "preset": text("preset"),
     "tokens": number("tokens", ","),
     "computing the prefix, s": number("prefill_s", ".3f"),
     "loading it from a PrefixStore, s": number("store_load_s", ".3f"),
@@ -275,7 +281,7 @@ TABLES = {
         {
             "model": text("model"),
             "text": lambda row: row["text"].removesuffix(".txt"),
-            **{cache: _kl(cache) for cache in ("pq2.5", "pq3", "pq4", "pq6")},
+            **{cache: _kl(cache) for cache in ("quad3", "pq2.5", "pq3", "pq4", "pq6")},
             "pq3 over TurboQuant": number("over.pq3/turboquant3+cures"),
             "pq4 over KIVI-4": number("over.pq4/kivi4"),
             "pq2.5 over KIVI-2": number("over.pq2_5/kivi2"),
@@ -410,12 +416,13 @@ TABLES = {
         },
         "io_speed",
     ),
-    "prefixes": Table(["ttft"], lambda found: found["rows"], RELOADS, "ttft"),
-    "prefixes-gpu": Table(["ttft_gpu"], lambda found: found["rows"], RELOADS, "ttft_gpu"),
+    "prefixes": Table(["ttft"], _by_preset, RELOADS, "ttft"),
+    "prefixes-gpu": Table(["ttft_gpu"], _by_preset, RELOADS, "ttft_gpu"),
     "shared": Table(
         ["shared_store"],
-        lambda found: found["rows"],
+        _by_preset,
         {
+            "preset": text("preset"),
             "tokens": number("tokens", ","),
             "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
             "get, index and files in a folder, s": number("get_s.local", ".3f"),

@@ -82,8 +82,8 @@ def encode(
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).standard_normal((2, 100, 64)).astype(np.float32)
-    >>> data = encode(x, preset="pq3", backend="reference")
-    >>> len(data) == encoded_size(x.shape, "float32", preset="pq3")
+    >>> data = encode(x, backend="reference")
+    >>> len(data) == encoded_size(x.shape, "float32")
     True
     >>> y = decode(data, backend="reference")
     >>> bool(((x - y) ** 2).sum() < 0.04 * (x**2).sum())
@@ -155,8 +155,8 @@ def encoded_size(
 
     ``exact_vectors``: how many of each leading index; a stream's size by pairs depends on which of them are coded.
 
-    >>> encoded_size((32, 8, 4096, 128), preset="pq3") / (32 * 8 * 4096 * 128 * 2)
-    0.187...
+    >>> encoded_size((32, 8, 4096, 128), preset="quad3") / (32 * 8 * 4096 * 128 * 2)
+    0.192...
     """
     if dtype not in DTYPE_CODES:
         raise InvalidArgument(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPE_CODES)}")

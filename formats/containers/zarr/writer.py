@@ -221,7 +221,8 @@ def _paths(pieces: Sequence[Piece]) -> dict[str, str]:
 def _codec_of(h: Header) -> PQCodec:
     """The codec, for the array's document, whose options are those of the stream's header.
 
-    New chunks get pq3 where those that are there have a preset that zarr's codec cannot write: none, or one by codebooks.
+    New chunks get the default preset where those that are there have one that zarr's codec cannot write: none, or one by
+    codebooks.
     """
     info = codec.inspect_header(h)
     rope = None if h.rope is None or h.before_rope else rope_from_field(h.rope)  # zarr's own chunks are coded after RoPE

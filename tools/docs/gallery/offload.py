@@ -10,7 +10,7 @@ torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 blocks = {f"request {n}": torch.randn(2, 8, 512, 128, device=device).half() for n in range(4)}  # keys and values of a layer
 
-with TemporaryDirectory() as folder, HostPool("1MB", preset="pq3", spill=folder) as pool:
+with TemporaryDirectory() as folder, HostPool("1MB", spill=folder) as pool:
     for name, block in blocks.items():
         pool.put(name, block)
     for name, block in blocks.items():

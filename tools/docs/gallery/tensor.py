@@ -7,7 +7,7 @@ import pqcodec
 x = np.random.default_rng(0).standard_normal((8, 1024, 128)).astype(np.float16)  # [heads, tokens, head_dim]
 print("preset  kB   times smaller  squared error / squared norm")
 print(f"fp16    {x.nbytes // 1000}")
-for preset in ("pq2", "pq3", "pq4", "pq6", "quad3"):
+for preset in ("quad2", "quad3", "pq3", "pq4", "pq6"):
     data = pqcodec.encode(x, preset=preset)
     error = x.astype(np.float64) - pqcodec.decode(data)
     relative = (error**2).sum() / (x.astype(np.float64) ** 2).sum()
