@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pqcodec import codec
 from pqcodec import constants as c
 from pqcodec.codings.presets import DEFAULT_PRESET
 from pqcodec.errors import CorruptStream, InvalidArgument
@@ -101,6 +102,7 @@ def append_cache(
     layers: Sequence[tuple[Any, Any]],
     *,
     rope: Rope | None = None,
+    effort: str = "fast",
     nonfinite: str = "error",
     backend: str = "auto",
     progress: Any = None,
@@ -108,8 +110,9 @@ def append_cache(
     """Append new tokens of a conversation, (key, value) of each layer, to a file that ``save_cache`` wrote; all or none.
 
     Each tensor is coded as its first tokens were, keys under the RoPE that the file holds; ``rope`` may name it again, and
-    another one is refused. ``nonfinite``: as in ``save_cache``. Older tokens are neither read nor rewritten. New tokens get a
-    mean of their own: append 64 or more at once to keep its cost small. Raises as ``save_cache`` does.
+    another one is refused. ``effort``, which files do not tell, and ``nonfinite``: as in ``save_cache``. Older tokens are
+    neither read nor rewritten. New tokens get a mean of their own: append 64 or more at once to keep its cost small. Raises as
+    ``save_cache`` does.
 
     >>> import tempfile, numpy as np
     >>> layers = [(np.ones((1, 2, 80, 64), np.float16), np.ones((1, 2, 80, 64), np.float16))]
@@ -126,7 +129,7 @@ def append_cache(
             raise InvalidArgument(
                 f"{os.fspath(path)}: {len(layers)} layers are given, the file holds {', '.join(there.names[:4])} ..."
             )
-        found = {name: there.inspect(name) for name, _ in names}
+        found = {name: codec.inspect(there.stream(name)) for name, _ in names}
         turned = {name for name, info in found.items() if info.centered == "rope" or info.before_rope}
         if rope is not None and not turned:
             raise InvalidArgument(f"{os.fspath(path)}: holds no keys that are coded under RoPE; leave rope out")
@@ -138,21 +141,8 @@ def append_cache(
                 raise InvalidArgument(
                     f"{os.fspath(path)}: tensor {name!r} has a linear stage of its own; say which to PQKVAppender.extend"
                 )
-            tables = [there.tables[digest] for digest in map(bytes.fromhex, info.tables) if digest in there.tables]
-            writer.extend(
-                name,
-                tensor,
-                preset=info.preset,
-                seed=info.seed,
-                center=info.centered,
-                rope=rope if name in turned else None,
-                before_rope=info.before_rope,
-                join_heads=info.joined_heads is not None,
-                chunk_tokens=info.chunk_tokens,
-                nonfinite=nonfinite,
-                backend=backend,
-                **{table.option: table for table in tables},
-            )
+            same: dict[str, Any] = {"effort": effort, "nonfinite": nonfinite, "backend": backend}
+            writer.extend(name, tensor, rope=rope if name in turned else None, **same)
             if progress:
                 progress(done, len(names))
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,46 @@ def test_a_tensor_whose_first_tokens_are_turned_once_grows(
         found = file.decode("k", backend=backend)
         np.testing.assert_array_equal(found, np.concatenate(parts, 1))
         assert np.square(found.astype(np.float64) - x).sum() < 0.0011 * np.square(x.astype(np.float64)).sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "pq6", "center": "mean", "seed": 7, "chunk_tokens": 5},
+        {"preset": "quad2.5", "center": "rope", "rope": pqcodec.Rope(theta=100.0)},
+        {"preset": "wu44", "pairing": "interleaved", "join_heads": True},
+        {"preset": "pq4", "before_rope": True, "center": "mean", "rope": pqcodec.Rope(theta=100.0)},
+    ],
+    ids=lambda options: options["preset"],
+)
+def test_new_tokens_are_coded_as_the_first_ones_if_nothing_else_is_said(options: dict[str, Any], tmp_path: Path) -> None:
+    path, x = tmp_path / "a.pqkv", tensor(2, 40, 32)
+    with PQKVWriter(path) as writer:
+        writer.add("k", x[:, :20], **options, **REFERENCE)
+    with PQKVAppender(path) as writer:
+        writer.add("new", x[:, :20], **options, **REFERENCE)
+        for name in ("k", "new"):
+            writer.extend(name, x[:, 20:], **REFERENCE)
+    with PQKVFile(path) as file:
+        for name in ("k", "new"):
+            first, then = (read_header(file.stream(name, part)) for part in range(2))
+            assert then.kind == first.kind
+            assert file.inspect(name).preset == options["preset"]
+
+
+def test_parts_of_other_codings_are_told(tmp_path: Path) -> None:
+    """Nor does the error of the first tokens speak for all of them."""
+    path, x = tmp_path / "a.pqkv", tensor(2, 40, 32)
+    save_cache(path, [(x, x)], preset="pq6", **REFERENCE)
+    with PQKVFile(path) as file:
+        assert file.entry("layers.0.key").rel_mse
+    with PQKVAppender(path) as writer:
+        writer.extend("layers.0.key", x, preset="quad3", center=None, **REFERENCE)
+    with PQKVFile(path) as file:
+        info = file.inspect("layers.0.key")
+        assert (info.preset, info.centered) == ("pq6 + quad3", "mean + none")
+        assert file.entry("layers.0.key").rel_mse is None
+        assert file.entry("layers.0.value").rel_mse
 
 
 def test_appending_writes_nothing_again(tmp_path: Path) -> None:

@@ -73,9 +73,10 @@ class Entry:
         whole = min(len(shape), len(self.shape)) > 1
         return whole and (shape[:-2], shape[-1], dtype) == (self.shape[:-2], self.shape[-1], self.dtype)
 
-    def with_tokens(self, tokens: int, parts: int, body_bytes: int) -> Entry:
+    def with_tokens(self, tokens: int, parts: int, body_bytes: int, rel_mse: float | None = None) -> Entry:
         """This entry with another number of tokens, in ``parts`` streams of ``body_bytes`` bytes together."""
-        return replace(self, shape=(*self.shape[:-2], tokens, self.shape[-1]), parts=parts, body_bytes=body_bytes)
+        shape = (*self.shape[:-2], tokens, self.shape[-1])
+        return replace(self, shape=shape, parts=parts, body_bytes=body_bytes, rel_mse=rel_mse)
 
 
 @dataclass(frozen=True)
@@ -237,12 +238,18 @@ class TensorFile(ABC):
             return parts[part].sound() if check else parts[part].open(False)
 
     def inspect(self, name: str) -> StreamInfo:
-        """The header fields of a coded tensor, its parts' sizes added up; reads only the headers."""
+        """The header fields of a coded tensor, its parts' sizes added up; reads only the headers.
+
+        Fields are those of the first part; of preset, centring and pairing all are named, joined by " + ", where parts differ.
+        """
         parts = self._streams(name)
         with self._named(name):
             found = [codec.inspect(part.open(False)) for part in parts]
             sizes = ("stream_bytes", "header_bytes", "side_bytes", "payload_bytes", "tensor_bytes")
-            whole = {key: sum(getattr(info, key) for info in found) for key in sizes}
+            whole: dict[str, Any] = {key: sum(getattr(info, key) for info in found) for key in sizes}
+            for key in ("preset", "centered", "pairing"):
+                each = dict.fromkeys(getattr(info, key) or "none" for info in found)
+                whole |= {key: " + ".join(each)} if len(each) > 1 else {}
             return replace(found[0], shape=self.entry(name).shape, **whole)
 
     def decode(

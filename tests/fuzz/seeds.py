@@ -120,7 +120,7 @@ def grown_pqkv(*cuts: int) -> tuple[bytes, list[int]]:
     ends.append(path.stat().st_size)
     for begin, end in ((first, second), (second, third)):
         with PQKVAppender(path) as writer:
-            writer.extend("k", x[:, begin:end], **coded)
+            writer.extend("k", x[:, begin:end], center=None, **coded)
             writer.add_exact(f"n{end}", x[0, :2])
         ends.append(path.stat().st_size)
     return path.read_bytes(), ends

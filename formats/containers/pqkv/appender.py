@@ -17,9 +17,11 @@ from pqcodec.formats.containers.reader import Entry, named
 from pqcodec.formats.containers.writer import encoded_source
 from pqcodec.formats.places import remote
 from pqcodec.stages.centre import Rope, check_rope, rope_from_field
-from pqcodec.stream.header import RopeField, read_header
+from pqcodec.stream.header import Header, read_header
 from pqcodec.stream.report import StreamInfo
 from pqcodec.stream.source import Source
+
+_LINEAR = {"channels", "basis", "block_basis"}  # options of a linear stage
 
 
 class PQKVAppender(PQKVWriter):
@@ -45,7 +47,7 @@ class PQKVAppender(PQKVWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._entries: dict[str, Entry] = {}
-        self._ropes: dict[str, RopeField | None] = {}  # of the tensors' first streams, where they were asked for
+        self._first: dict[str, Header] = {}  # of the tensors' first streams, where they were asked for
 
     def __enter__(self) -> PQKVAppender:
         path = os.fspath(self._target)  # type: ignore[arg-type]
@@ -79,9 +81,10 @@ class PQKVAppender(PQKVWriter):
     def extend(self, name: str, tensor: Any, **encode_options: Any) -> StreamInfo:
         """Add tokens to a coded tensor of the file: ``tensor`` [..., new tokens, head_dim], all else as in the file.
 
-        ``encode_options`` are those of ``pqcodec.encode``. ``rope``, with ``center="rope"`` or ``before_rope``: that of the
-        tensor's first tokens, since its first position is moved on here (None: the one that the file holds). Returns the header
-        fields of the new stream. Raises InvalidArgument, also for another rope than the file's, and as ``pqcodec.encode`` does.
+        ``encode_options`` are those of ``pqcodec.encode``; those that the first tokens' stream tells need not be given (all
+        but ``effort`` and ``nonfinite``). ``rope``, with ``center="rope"`` or ``before_rope``: that of the tensor's first
+        tokens, since its first position is moved on here (None: the one that the file holds). Returns the header fields of the
+        new stream. Raises InvalidArgument, also for another rope than the file's, and as ``pqcodec.encode`` does.
         """
         entry = self._entries.get(name)
         if entry is None or not entry.coded:
@@ -89,6 +92,7 @@ class PQKVAppender(PQKVWriter):
             raise InvalidArgument(f"tensor {name!r} is {some}: only coded tensors that are there are extended; use add()")
         there = entry.tokens
         with named(f"tensor {name!r}"):
+            encode_options = self._as_first(name, encode_options)
             turned = encode_options.get("center") == "rope" or bool(encode_options.get("before_rope"))
             rope = self._rope(name, entry, encode_options.get("rope"), turned)
             if rope is not None:
@@ -105,13 +109,28 @@ class PQKVAppender(PQKVWriter):
         self._entries[name] = entry.with_tokens(there + info.shape[-2], entry.parts + 1, entry.body_bytes + stream.size)
         return info
 
+    def _as_first(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Options of ``pqcodec.encode``: those that are given, and of the others what the tensor's first tokens have."""
+        if name not in self._first:
+            self._first[name] = read_header(self._there.stream(name))
+        info = codec.inspect_header(self._first[name])
+        own = {"preset": info.preset, "seed": info.seed, "chunk_tokens": info.chunk_tokens, "center": info.centered}
+        own |= {"before_rope": info.before_rope, "join_heads": info.joined_heads is not None}
+        if given.get("preset", info.preset) == info.preset:
+            if info.preset is None:
+                raise InvalidArgument("its first tokens are of no preset; say which new ones get")
+            if info.linear is not None and info.basis_table is None and not _LINEAR & given.keys():
+                raise InvalidArgument("has a linear stage of its own; say which new tokens get: channels, basis or block_basis")
+            own |= {"pairing": info.pairing}
+            tables = self._there.tables
+            own |= {tables[each].option: tables[each] for each in map(bytes.fromhex, info.tables) if each in tables}
+        return own | given
+
     def _rope(self, name: str, entry: Entry, given: Rope | None, turned: bool) -> Rope | None:
         """The rope of a tensor's first tokens: as it is given, or out of the file; raises InvalidArgument where they differ."""
         if given is None and not turned:
             return None
-        if name not in self._ropes:
-            self._ropes[name] = read_header(self._there.stream(name)).rope
-        own = self._ropes[name]
+        own = self._first[name].rope
         if own is None or given is None:
             return given if own is None else rope_from_field(own)
         check_rope(given)
@@ -121,7 +140,7 @@ class PQKVAppender(PQKVWriter):
 
     def _stream(self, name: str, layer: int | None, role: str, info: StreamInfo, stream: Source, *more: Any) -> None:
         if name not in self._entries:
-            self._ropes[name] = read_header(stream).rope
+            self._first[name] = read_header(stream)
         super()._stream(name, layer, role, info, stream, *more)
 
     def _tensor(self, kind: int, name: str, layer: int | None, role: str, meta: dict[str, Any], body: Body) -> None:

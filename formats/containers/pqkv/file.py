@@ -411,7 +411,7 @@ class PQKVFile(TensorFile):
         """The entry of a tensor; the tokens of its parts have to follow each other. Raises CorruptStream."""
         items = self._tensors[name]
         entry = self._frame_entry(items[0])
-        tokens = entry.tokens
+        tokens, rel_mse = entry.tokens, entry.rel_mse
         for item in items[1:]:
             part = self._frame_entry(item)
             if not entry.continued_by(part.shape, part.dtype):
@@ -422,7 +422,10 @@ class PQKVFile(TensorFile):
             if not natural(first) or first != tokens:
                 raise CorruptStream(f"the part at byte {item.offset} begins with token {first!r}, {tokens} is expected")
             tokens += part.shape[-2]
-        return entry if len(items) == 1 else entry.with_tokens(tokens, len(items), sum(item.body_bytes for item in items))
+            rel_mse = rel_mse if part.rel_mse == rel_mse else None  # of appended tokens it was not measured
+        if len(items) == 1:
+            return entry
+        return entry.with_tokens(tokens, len(items), sum(item.body_bytes for item in items), rel_mse)
 
     def _frame_entry(self, item: Frame) -> Entry:
         """The entry of one part, from the meta of its frame."""
