@@ -184,12 +184,21 @@ class ChunkCodec:
         step = max((tokens - first) // _SAMPLE, 1)
         keys, values = (numbers.on_cpu(x[:, :, first::step]) for x in pair)
         energies = {
-            layer: (rates.energy_of(keys[layer], first, step, rope=self.rope), rates.energy_of(values[layer], first, step))
+            layer: (
+                rates.energy_of(keys[layer], first, step, rope=self.rope),
+                rates.energy_of(values[layer], first, step, centred=False),
+            )
             for layer in range(layers)
         }
-        chosen = rates.share(self.preset, energies)
-        runs = [_runs_of([presets[role] for presets in chosen.values()]) for role in range(2)]
-        return runs if self._bytes(runs, tokens, dtype) <= size else whole
+
+        def runs_of(shared: rates.Shared) -> list[list[Run]]:
+            return [_runs_of([presets[role] for presets in shared.values()]) for role in range(2)]
+
+        def bytes_of(shared: rates.Shared) -> int:
+            alone = all(pair == (self.preset, self.preset) for pair in shared.values())
+            return size if alone else self._bytes(runs_of(shared), tokens, dtype)
+
+        return runs_of(rates.share_within(self.preset, energies, bytes_of))
 
     # -- layouts ---------------------------------------------------------------------------------------------------
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:

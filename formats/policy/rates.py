@@ -17,7 +17,7 @@ models alone (slopes times 0.7, level at most 1, the same growths) the third has
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -56,6 +56,7 @@ IMPORTANCE = {
 }
 FARTHEST = (3.0, 2.0)  # doublings of key and of value energy, to which the features are clamped
 _SAMPLES = 256  # tokens per leading index in an energy, at least (where there are so many)
+_TRIES = 8  # of shares, each of fewer bits than the last, until streams are small enough
 _WIDE = 1 << 20  # coordinates that are widened to float64 at once
 # relMSE of Gaussian vectors of 128 numbers, much as in benchmarks/results/rate_distortion.json: of quads by fast effort, and of
 # split presets at the rates above, which quads do not have
@@ -110,8 +111,33 @@ def shares(preset: str, layers: int) -> bool:
     return preset in SHARED and layers >= FEWEST_LAYERS
 
 
-def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mapping[int, int] | None = None) -> Shared:
-    """Presets of each layer's key and value whose mean is at most ``preset``'s rate.
+def share_within(
+    preset: str,
+    energies: Mapping[int, tuple[float, float]],
+    bytes_of: Callable[[Shared], int],
+    sizes: Mapping[int, int] | None = None,
+) -> Shared:
+    """``share`` of so many bits that streams become no larger than by ``preset`` alone, whatever their blocks are padded by.
+
+    ``bytes_of``: what the streams of all tensors take together. Where no such share is found, ``preset`` for all.
+    """
+    alone = {layer: (preset, preset) for layer in energies}
+    if not shares(preset, len(energies)):
+        return alone
+    most, part = bytes_of(alone), 1.0
+    for _ in range(_TRIES):
+        shared = share(preset, energies, sizes, part)
+        found = bytes_of(shared)
+        if found <= most:
+            return shared
+        part *= most / found
+    return alone
+
+
+def share(
+    preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mapping[int, int] | None = None, part: float = 1.0
+) -> Shared:
+    """Presets of each layer's key and value whose mean is at most ``preset``'s rate, or a ``part`` of it.
 
     ``energies``: (centred key energy, value energy) of each layer; ``sizes``: coordinates of each layer's key, and of its
     value (None: all equal).
@@ -134,7 +160,7 @@ def share(preset: str, energies: Mapping[int, tuple[float, float]], sizes: Mappi
     bits = size * np.diff(rates)[:, None]  # that each step to the next rate takes
     worth = (left[:-1] - left[1:]) / np.maximum(bits, 1e-30)
     level = [0] * len(size)
-    budget = (rate - rates[0]) * size.sum() * (1 + 1e-12)
+    budget = (part * rate - rates[0]) * size.sum() * (1 + 1e-12)
     steps = [(-worth[0, tensor], tensor) for tensor in range(len(size)) if size[tensor]]
     heapify(steps)
     while steps:  # the step that saves most cost per bit; one beyond the budget stays beyond it

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def _check_layer(layer: int, key: tuple[int, ...], value: tuple[int, ...]) -> No
 
 
 def preset_pair(preset: str | Sequence[str]) -> tuple[str, str]:
-    """The presets of keys and of values, given one for both or a pair; raises InvalidArgument for another number of them.
+    """The presets of keys and of values, given one for both or a pair; raises InvalidArgument for others and other numbers.
 
     >>> preset_pair("pq3"), preset_pair(("pq4", "pq3"))
     (('pq3', 'pq3'), ('pq4', 'pq3'))
@@ -81,7 +81,8 @@ def preset_pair(preset: str | Sequence[str]) -> tuple[str, str]:
     presets = tuple(preset) if isinstance(preset, (list, tuple)) else (preset, preset)
     if len(presets) != 2:
         raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
-    return presets[0], presets[1]
+    keys, values = (preset_of(each).name for each in presets)
+    return keys, values
 
 
 @dataclass(frozen=True)
@@ -317,9 +318,8 @@ class Recipe:
             layer, role = roles[name].layer, roles[name].role
             if layer is not None and role != "other":
                 found.setdefault((layer, role), []).append(name)
-        shapes = {
-            name: (described[name] if described else tensors.describe(name))[0] for names in found.values() for name in names
-        }
+        kinds = {name: described[name] if described else tensors.describe(name) for names in found.values() for name in names}
+        shapes = {name: shape for name, (shape, _) in kinds.items()}
         pairs: dict[int, tuple[str, str]] = {}
         for layer in sorted({layer for layer, _ in found}):
             keys, values = (found.get((layer, role), []) for role in c.ROLES[:2])
@@ -332,7 +332,17 @@ class Recipe:
             return self._energy(tensors, name, roles[name], shapes[name], centred)
 
         energies = {layer: (energy(key, centred=True), energy(value, centred=False)) for layer, (key, value) in pairs.items()}
-        shared = rates.share(self.preset, energies, {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()})
+
+        @lru_cache
+        def stream(shape: tuple[int, ...], dtype: str, role: str, preset: str) -> int:
+            return self.stream_bytes(TensorRole(role), shape, dtype, preset)
+
+        def bytes_of(shared: rates.Shared) -> int:
+            each = [(name, preset) for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)]
+            return sum(stream(*kinds[name], roles[name].role, preset) for name, preset in each)
+
+        sizes = {layer: math.prod(shapes[key]) for layer, (key, _) in pairs.items()}
+        shared = rates.share_within(self.preset, energies, bytes_of, sizes)
         return flat | {name: preset for layer in shared for name, preset in zip(pairs[layer], shared[layer], strict=True)}
 
     def _energy(self, tensors: CuttableTensors, name: str, tensor: TensorRole, shape: tuple[int, ...], centred: bool) -> float:
