@@ -166,7 +166,7 @@ def attend(
     for those of streams of ``encode(before_rope=True)``, whose codes no kernel reads: they are decoded as by ``decode``. NaN
     and Inf in exact vectors, and scores beyond float32, do to a query what they do in ``softmax``. Streams that are sketches
     are refused: weights of estimated scores are no estimates without bias, since softmax bends errors upwards. Means of quads
-    turn by each token's own angle, and differ by less than 2^-10 of themselves from those that ``decode`` adds (SPEC 9.5).
+    turn by each token's own angle, and differ by less than 2^-9 of themselves from those that ``decode`` adds (SPEC 9.5).
     Raises InvalidArgument, BackendUnavailable and what ``decode`` raises for a stream.
 
     >>> import numpy as np, pqcodec

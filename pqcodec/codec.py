@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,8 @@ def encoded_size(
     more: dict[str, Any] = {"exact_last": exact_last, "keep": keep, "levels": levels, "codebooks": codebooks}
     more |= {"before_rope": before_rope, "join_heads": join_heads}
     more |= {"channels": channels, "block_basis": block_basis, "basis": basis, "ranges": ranges}
+    if not isinstance(exact_vectors, Integral):
+        raise InvalidArgument(f"exact_vectors {exact_vectors!r}: how many of each leading index is expected here, not which")
     check_numbers(exact_vectors=exact_vectors)
     options = EncodeOptions(preset, 0, center, rope, exact_tokens, chunk_tokens, exact_vectors, **more)
     return options.header(tuple(shape), DTYPE_CODES[dtype]).stream_bytes

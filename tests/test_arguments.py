@@ -14,6 +14,7 @@ import pqcodec
 from pqcodec.errors import BackendUnavailable, InvalidArgument
 from pqcodec.formats import HostPool, PrefixStore, load_cache, save_cache
 from pqcodec.formats.cache import save_safetensors, save_zarr
+from pqcodec.formats.offload import encode_blocks
 from pqcodec.formats.offload.pinned import PinnedArena
 from pqcodec.sizes import size_of
 from pqcodec.stages.centre import Rope
@@ -24,6 +25,8 @@ from pqcodec.formats.offload.encoded_cache import EncodedCache  # noqa: E402
 
 X = np.ones((2, 8, 64), np.float16)
 TORCH = torch.ones(2, 64, 64)
+PAGED = "2,blocks,block,heads,dim"
+PAGES = torch.ones(2, 4, 16, 2, 64)
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99}
 
 
@@ -75,7 +78,7 @@ def test_a_device_is_called_a_device(device: str, stream: bytes, tmp_path: Path)
 
 
 WRONG: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda path: pqcodec.encode(X, preset=[]), r"^preset \[\] is unknown"),
+    (lambda path: pqcodec.encode(X, preset=[]), r"^preset \[\]: one is expected here; save_cache and EncodedCache take a pair"),
     (lambda path: pqcodec.encode(X, backend=[]), r"^backend \[\] is unknown"),
     (lambda path: pqcodec.encode(X, center="rope", rope=5), "^rope is a int; a pqcodec.Rope is expected"),
     (lambda path: pqcodec.encode(X, exact_vectors=5.0, backend="reference"), "^exact_vectors .* pairs"),
@@ -120,7 +123,14 @@ WRONG: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: save_cache(path / "a", [(X, X)], rope=5e5), "^rope is a float; a pqcodec.Rope is expected, such as"),
     (lambda path: save_cache(path / "a", [(X, X)], preset=("pq3",)), "^1 presets are given; give one for all, or one of keys"),
     (lambda path: save_cache(path / "a", [(X, X)], preset=("pq3", "pq9")), "^preset 'pq9' is unknown"),
-    (lambda path: PrefixStore(path, preset=("pq4", "pq3")), r"^preset \('pq4', 'pq3'\) is unknown"),
+    (lambda path: save_cache(path / "a", [(X, X)], preset=("pq4", None)), "^preset None is unknown"),
+    (lambda path: encode_blocks(PAGES, PAGED, [1], 3, preset=None), "^preset None is unknown"),
+    (lambda path: encode_blocks(PAGES, PAGED, [1], 3, preset=("quad3",)), "^1 presets are given"),
+    (
+        lambda path: pqcodec.encoded_size((2, 8, 64), exact_vectors=[(0, 1)]),
+        r"^exact_vectors \[\(0, 1\)\]: how many of each",
+    ),
+    (lambda path: PrefixStore(path, preset=("pq4", "pq3")), r"^preset \('pq4', 'pq3'\): one is expected here"),
     (lambda path: HostPool(1 << 20, device="cpu", preset=5), "^preset 5 is unknown"),
     (lambda path: HostPool(1 << 20, device="cpu", spill=5), "^spill is a int; a path or URL"),
     (lambda path: EncodedCache(None), "^a transformers model or its config is expected, not NoneType"),

@@ -391,6 +391,7 @@ def test_an_interrupt_reaches_the_caller(backend: str) -> None:
     ("change", "message"),
     [
         ({"preset": "pq9"}, "preset 'pq9' is unknown; choose from pq2"),
+        ({"preset": ("pq4", "pq3")}, "one is expected here; save_cache and EncodedCache take a pair"),
         ({"center": "median"}, "choose None, 'mean' or 'rope'"),
         ({"center": "rope"}, "go together"),
         ({"rope": Rope()}, "go together"),

@@ -259,7 +259,7 @@ def test_streams_of_another_pool_or_kind_are_refused() -> None:
     for streams, words in (
         ((keys,), "a pair of streams"),
         (keys, "a pair of streams"),
-        ((keys, keys), "values was encoded by other options"),
+        ((keys, keys), "values was encoded by other options than the pool's: means or none"),
         ((keys, pqcodec.encode(x, preset="quad3")), "values has chunks of 64 tokens"),
         ((keys, pqcodec.encode(x.half(), preset="quad3", chunk_tokens=16)), "holds float16"),
         ((keys, pqcodec.encode(x[:1], preset="quad3", chunk_tokens=16)), "values holds float32"),

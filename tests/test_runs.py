@@ -185,7 +185,7 @@ def test_errors_are_those_of_means_that_turn_token_by_token(preset: str, request
 
 @pytest.mark.parametrize("way", ["cpu", pytest.param("triton", marks=needs_triton)])
 def test_attention_to_codes_turns_means_by_each_tokens_own_angle(way: str) -> None:
-    """It differs from decoded keys by less than 2^-10 of what their means are."""
+    """It differs from decoded keys by less than 2^-9 of what their means are."""
     x, q = keys(32, torch.float32, 1)[:, :80], gaussian(4, 1, 32, seed=2)
     data = pqcodec.encode(x, **options_of(HALF, 70, 2))
     on_device = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(DEVICE if way == "triton" else "cpu")
@@ -193,7 +193,7 @@ def test_attention_to_codes_turns_means_by_each_tokens_own_angle(way: str) -> No
     decoded = pqcodec.decode(data, backend="reference").double().repeat_interleave(2, 0)
     wanted = q.double() @ decoded.mT / 32**0.5
     means = np.sqrt((centre.stored_means(source_of(data), Header.from_bytes(data))[0].astype(np.float64) ** 2).sum(-1)).max()
-    most = 2.0**-10 * means * float(q.norm(dim=-1).max()) / 32**0.5
+    most = 2.0**-9 * means * float(q.norm(dim=-1).max()) / 32**0.5
     assert 1e-5 < float((found - wanted).abs().max()) < most
     exactly = attention.scores(data, q, backend="reference").double()
     assert float((exactly - wanted).abs().max()) < 1e-5

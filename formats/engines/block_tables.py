@@ -19,6 +19,7 @@ from pqcodec.backends import on_device
 from pqcodec.batch import EncodeBatch
 from pqcodec.codings.presets import DEFAULT_PRESET, check_restores
 from pqcodec.errors import InvalidArgument, NonFiniteInput
+from pqcodec.formats.policy.recipe import preset_pair
 from pqcodec.options import EncodeOptions
 from pqcodec.placed import DeviceSource
 from pqcodec.stages.centre import Halves, Rope
@@ -70,7 +71,7 @@ def encode_blocks(
     if rope is not None:
         rope = replace(rope, first_position=rope.first_position + first_token)
     centers = (center or ("rope" if rope is not None else None), None)
-    presets = (preset, preset) if isinstance(preset, str) else preset
+    presets = preset_pair(preset)
     for name in presets:
         check_restores(name, "decode_blocks")
     same: dict[str, Any] = {"exact_tokens": exact_tokens, "chunk_tokens": chunk_tokens}

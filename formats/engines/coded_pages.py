@@ -28,6 +28,17 @@ from pqcodec.stream.report import Damage, damage_error
 from pqcodec.stream.source import MemorySource, source_of
 from pqcodec.tensors.numbers import is_torch
 
+_OPTIONS = {  # of a stream, by the field of its header
+    "coding": "the coding",
+    "row_bits": "the bits of a vector",
+    "rounds": "the rotation",
+    "seed": "the seed",
+    "offsets": "means or none",
+    "rope": "RoPE",
+    "before_rope": "keys before RoPE",
+    "runs": "means that turn run by run (flag 512) or, as 0.1.0 encoded keys of quads, do not: encode again",
+}
+
 
 class CodedPages:
     """A pool of ``pages`` pages of one layer's keys and values, each of ``block`` tokens of ``kv_heads`` heads.
@@ -207,7 +218,8 @@ class CodedPages:
             if h.chunk_tokens != self.block:
                 raise InvalidArgument(f"the stream of {name} has chunks of {h.chunk_tokens} tokens, a page holds {self.block}")
             if h.kind != like.kind:
-                raise InvalidArgument(f"the stream of {name} was encoded by other options than the pool's")
+                other = ", ".join(words for field, words in _OPTIONS.items() if getattr(h, field) != getattr(like, field))
+                raise InvalidArgument(f"the stream of {name} was encoded by other options than the pool's: {other or 'stages'}")
             if h.exceptions:
                 raise InvalidArgument(f"the stream of {name} holds {h.exceptions} exact vectors; pages have no room for them")
         k, v = headers
