@@ -86,7 +86,7 @@ def looks_at_a_few(backend: str, head_dim: int, preset: str) -> bool:
 def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     """Assert that a backend decodes the CPU's stream to the same bits, and encodes all but ``returned`` rows alike.
 
-    Rows of an encoder that ``looks_at_a_few`` are alike if all together err at most 3 % more.
+    Rows of an encoder that ``looks_at_a_few`` are alike if all together err at most 3 % more; few quads scatter, so that of 64 it is 5 %.
     """
     by_cpu = pqcodec.encode(x, backend="cpu", **options)
     by_gpu = pqcodec.encode(x.to(DEVICE), backend=backend, **options)
@@ -100,7 +100,8 @@ def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     if not looks_at_a_few(backend, x.shape[-1], options.get("preset", DEFAULT_PRESET)):
         return differing_rows(y, whole)
     theirs, ours = ((x.double() - each.double()).square().sum() for each in (whole, y))
-    assert ours <= 1.03 * theirs
+    coded = max(x.shape[-2] - info.exact_tokens, 0) / max(x.shape[-2], 1)
+    assert ours <= (1.03 + 0.2 / max(coded * x.numel() / 4, 1) ** 0.5) * theirs
     return 0
 
 
