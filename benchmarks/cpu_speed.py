@@ -21,6 +21,7 @@ from rich.table import Table
 
 import pqcodec
 from benchmarks import results_file
+from pqcodec.codings.presets import DEFAULT_PRESET
 
 SHAPE = (8, 16384, 128)  # 32 MiB of fp16
 ROUNDS = 9
@@ -125,8 +126,8 @@ def main() -> None:
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     presets = [name for name, preset in pqcodec.PRESETS.items() if preset.own]
     rows = [speed(x, preset, every) for preset in presets]
-    rows.append(speed(x, "pq3", every, **KEYS, rope=pqcodec.Rope()))
-    rows.append(speed(x, "pq3", 1))
+    rows += [speed(x, preset, every, **KEYS, rope=pqcodec.Rope()) for preset in (DEFAULT_PRESET, "pq3")]
+    rows += [speed(x, preset, 1) for preset in (DEFAULT_PRESET, "pq3")]
     shown = Table(title=f"fp16 {SHAPE}, GB/s of tensor, and the share of np.copyto (median of {ROUNDS} turns)")
     for heading in ("preset", "threads", "np.copyto", "encode", "decode", "encode/copy", "decode/copy"):
         shown.add_column(heading, justify="left" if heading == "preset" else "right")

@@ -26,7 +26,12 @@ from benchmarks.fidelity.measures import Bench, answer_of, ratio, real_queries
 from benchmarks.fidelity.reading import Reading, needle_windows, windows_of
 from benchmarks.fidelity.report import layer_table, layers_of, plot, tables
 
-RATIOS = (("pq3", "paper"), ("pq3", "turboquant3+cures"), ("pq4", "turboquant4+cures"), ("pq4", "kivi4"), ("pq2.5", "kivi2"))
+RATIOS = (
+    *((preset, peer) for preset in ("quad3", "pq3") for peer in ("paper", "turboquant3+cures")),
+    ("pq4", "turboquant4+cures"),
+    ("pq4", "kivi4"),
+    ("pq2.5", "kivi2"),
+)
 console = Console()
 
 
