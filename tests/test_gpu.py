@@ -86,7 +86,8 @@ def looks_at_a_few(backend: str, head_dim: int, preset: str) -> bool:
 def agrees(x: torch.Tensor, backend: str, **options: Any) -> int:
     """Assert that a backend decodes the CPU's stream to the same bits, and encodes all but ``returned`` rows alike.
 
-    Rows of an encoder that ``looks_at_a_few`` are alike if all together err at most 3 % more; few quads scatter, so that of 64 it is 5 %.
+    Rows of an encoder that ``looks_at_a_few`` are alike if all together err at most 3 % more, and few quads, which scatter, a
+    bit more: 64 of them 5.5 %.
     """
     by_cpu = pqcodec.encode(x, backend="cpu", **options)
     by_gpu = pqcodec.encode(x.to(DEVICE), backend=backend, **options)
