@@ -114,8 +114,8 @@ class PQKVAppender(PQKVWriter):
         if name not in self._first:
             self._first[name] = read_header(self._there.stream(name))
         info = codec.inspect_header(self._first[name])
-        own = {"preset": info.preset, "seed": info.seed, "chunk_tokens": info.chunk_tokens, "center": info.centered}
-        own |= {"before_rope": info.before_rope, "join_heads": info.joined_heads is not None}
+        own: dict[str, Any] = {"preset": info.preset, "seed": info.seed, "chunk_tokens": info.chunk_tokens}
+        own |= {"center": info.centered, "before_rope": info.before_rope, "join_heads": info.joined_heads is not None}
         if given.get("preset", info.preset) == info.preset:
             if info.preset is None:
                 raise InvalidArgument("its first tokens are of no preset; say which new ones get")
