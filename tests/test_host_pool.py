@@ -44,8 +44,8 @@ def tensors(way: dict[str, Any], count: int = 2, seed: int = 0) -> list[torch.Te
 
 
 def coded(x: torch.Tensor, **options: Any) -> torch.Tensor:
-    """What a tensor is after encode and decode, by the CPU backend."""
-    return pqcodec.decode(pqcodec.encode(x.cpu(), **options))
+    """What a tensor is after encode where it lies, whose encoder a pool takes, and decode on the CPU."""
+    return pqcodec.decode(pqcodec.encode(x, **options))
 
 
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:

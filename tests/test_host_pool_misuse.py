@@ -192,6 +192,7 @@ def test_closing_waits_for_calls_that_use_a_replaced_block(way: dict[str, Any], 
 def test_closing_waits_for_puts_that_have_begun(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
     """Such a put is refused, unless the block is kept before the pool closes; either way no memory stays."""
     began, go_on, encode = Event(), Event(), Lanes.encode
+    coded(tensors(way)[0])  # kernels are compiled, which may take longer than anything below waits
 
     def slow(*given: Any) -> None:
         encode(*given)
