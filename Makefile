@@ -20,7 +20,7 @@ $(VENV)/demo-installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/demo-installed  ## the main job on a real model: SmolLM2's cache encoded, decoded and gone on with
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo --results build
 
 test: $(VENV)/installed  ## the tests, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal

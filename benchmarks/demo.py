@@ -1,7 +1,7 @@
 """Law: the main job on a real model: its cache goes through the command line and back, and the model reads on from it.
 
-``python -m benchmarks.demo`` prints what each preset costs and saves, and writes benchmarks/results/demo.json;
-``--text FILE`` scores another text and writes demo.<its stem>.json beside it.
+``python -m benchmarks.demo`` prints what each preset costs and saves, and writes benchmarks/results/demo.json, or into another
+folder by ``--results``; ``--text FILE`` scores another text and writes demo.<its stem>.json beside it.
 """
 
 from __future__ import annotations
@@ -178,17 +178,17 @@ def print_tables(report: dict[str, Any], outcomes: list[Outcome]) -> None:
         console.print(table)
 
 
-def results_of(path: Path) -> Path:
-    """Where the results of a text go: demo.json is that of the text shipped.
+def results_name(path: Path) -> str:
+    """The file of a text's results: demo.json is that of the text shipped.
 
-    >>> results_of(Path("essay.txt")).name
+    >>> results_name(Path("essay.txt"))
     'demo.essay.json'
     """
-    return RESULTS / ("demo.json" if path == PROSE else f"demo.{path.stem}.json")
+    return "demo.json" if path == PROSE else f"demo.{path.stem}.json"
 
 
-def run(folder: Path, path: Path) -> None:
-    """Do it all with the text at ``path``; tensors and streams go into ``folder``."""
+def run(folder: Path, path: Path, results: Path) -> None:
+    """Do it all with the text at ``path``; tensors and streams go into ``folder``, figures into the folder ``results``."""
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"load {lm.MODEL} (downloaded and unpacked the first time, into {lm.cache_dir()})")
     model, tokenizer = lm.load_smollm2(lm.cache_dir())
@@ -216,22 +216,25 @@ def run(folder: Path, path: Path) -> None:
         "kl_paper_over_preset": kl_against_paper(outcomes),
     }
     print_tables(report, outcomes)
-    results = results_of(path)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"written: {results}")
+    results.mkdir(parents=True, exist_ok=True)
+    written = results / results_name(path)
+    written.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"written: {written}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="The codec's main job on a real model.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep tensors and streams here (default: a temporary folder)")
     parser.add_argument("--text", type=Path, metavar="FILE", default=PROSE, help="the text to read (default: the one shipped)")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", default=RESULTS, help="of the figures (default: benchmarks/results)"
+    )
     options = parser.parse_args()
     if options.out:
-        run(options.out, options.text)
+        run(options.out, options.text, options.results)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            run(Path(folder), options.text)
+            run(Path(folder), options.text, options.results)
 
 
 if __name__ == "__main__":
