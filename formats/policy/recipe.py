@@ -73,7 +73,7 @@ def _check_layer(layer: int, key: tuple[int, ...], value: tuple[int, ...]) -> No
 
 
 def preset_pair(preset: str | Sequence[str]) -> tuple[str, str]:
-    """The presets of keys and of values, given one for both or a pair; raises InvalidArgument for others and other numbers.
+    """The presets of keys and of values, given one for both or a pair; raises InvalidArgument for what is neither.
 
     >>> preset_pair("pq3"), preset_pair(("pq4", "pq3"))
     (('pq3', 'pq3'), ('pq4', 'pq3'))
@@ -81,8 +81,10 @@ def preset_pair(preset: str | Sequence[str]) -> tuple[str, str]:
     presets = tuple(preset) if isinstance(preset, (list, tuple)) else (preset, preset)
     if len(presets) != 2:
         raise InvalidArgument(f"{len(presets)} presets are given; give one for all, or one of keys and one of values")
-    keys, values = (preset_of(each).name for each in presets)
-    return keys, values
+    for each in presets:
+        if not isinstance(each, str):  # names are checked by who takes them: some take "exact"
+            preset_of(each)
+    return presets[0], presets[1]
 
 
 @dataclass(frozen=True)
