@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -129,33 +130,6 @@ def _fours(builder: Any, pointers: list[Any], kind: str) -> list[Any]:
 
 
 @intrinsic
-def gather_four_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
-    """array[index] .. array[index + 3] as four vectors, for the indices int32 indices[at : at + 8]."""
-    lanes = KIND_OF[array.dtype]
-    result = types.UniTuple(lanes, 4)
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointers = _pointers_at(context, builder, signature, args)
-        return context.make_tuple(builder, result, _fours(builder, pointers, lanes.kind))
-
-    return result(array, indices, types.int64), emit
-
-
-@intrinsic
-def gather_eight_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
-    """array[index] .. array[index + 7] as eight vectors, for the indices int32 indices[at : at + 8]."""
-    lanes = KIND_OF[array.dtype]
-    result = types.UniTuple(lanes, 8)
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointers = _pointers_at(context, builder, signature, args)
-        rows = [load_as(builder, pointer, vector_of(lanes.kind, 8), 4) for pointer in pointers]
-        return context.make_tuple(builder, result, transposed(builder, rows))
-
-    return result(array, indices, types.int64), emit
-
-
-@intrinsic
 def gather_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
     """gather for the indices int32 indices[at : at + 8]."""
     lanes = KIND_OF.get(array.dtype, INT)
@@ -166,17 +140,31 @@ def gather_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
     return lanes(array, indices, types.int64), emit
 
 
-@intrinsic
-def gather_pair_at(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
-    """gather_pair for the indices int32 indices[at : at + 8]."""
-    lanes = KIND_OF[array.dtype]
-    result = types.UniTuple(lanes, 2)
+def _eights(builder: Any, pointers: list[Any], kind: str) -> list[Any]:
+    """Eight neighbours at each of eight pointers, as eight vectors."""
+    return transposed(builder, [load_as(builder, pointer, vector_of(kind, 8), 4) for pointer in pointers])
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointers = _pointers_at(context, builder, signature, args)
-        return context.make_tuple(builder, result, pairs_at(builder, pointers, lanes.kind))
 
-    return result(array, indices, types.int64), emit
+def _gathering_at(count: int, neighbours: Callable[[Any, list[Any], str], Any]) -> Any:
+    """An intrinsic: array[index] .. array[index + count - 1] as vectors, for the indices int32 indices[at : at + 8]."""
+
+    @intrinsic
+    def apply(typingctx, array, indices, at):  # type: ignore[no-untyped-def]
+        lanes = KIND_OF[array.dtype]
+        result = types.UniTuple(lanes, count)
+
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            pointers = _pointers_at(context, builder, signature, args)
+            return context.make_tuple(builder, result, neighbours(builder, pointers, lanes.kind))
+
+        return result(array, indices, types.int64), emit
+
+    return apply
+
+
+gather_pair_at, gather_four_at, gather_eight_at = (
+    _gathering_at(count, neighbours) for count, neighbours in ((2, pairs_at), (4, _fours), (8, _eights))
+)
 
 
 @intrinsic
