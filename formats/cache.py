@@ -137,10 +137,6 @@ def append_cache(
             info = found[name]
             if info.kept_of is not None:
                 raise InvalidArgument(f"{os.fspath(path)}: tensor {name!r} holds only some of its tokens, and does not grow")
-            if info.linear is not None and info.basis_table is None:
-                raise InvalidArgument(
-                    f"{os.fspath(path)}: tensor {name!r} has a linear stage of its own; say which to PQKVAppender.extend"
-                )
             same: dict[str, Any] = {"effort": effort, "nonfinite": nonfinite, "backend": backend}
             writer.extend(name, tensor, rope=rope if name in turned else None, **same)
             if progress:

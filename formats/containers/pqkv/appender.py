@@ -120,7 +120,9 @@ class PQKVAppender(PQKVWriter):
             if info.preset is None:
                 raise InvalidArgument("its first tokens are of no preset; say which new ones get")
             if info.linear is not None and info.basis_table is None and not _LINEAR & given.keys():
-                raise InvalidArgument("has a linear stage of its own; say which new tokens get: channels, basis or block_basis")
+                raise InvalidArgument(
+                    "has a linear stage of its own; say which to PQKVAppender.extend: channels, basis or block_basis"
+                )
             own |= {"pairing": info.pairing}
             tables = self._there.tables
             own |= {tables[each].option: tables[each] for each in map(bytes.fromhex, info.tables) if each in tables}
